@@ -1,0 +1,73 @@
+# Every target works in a fresh clone: what needs an environment makes one first.
+#   PYTHON=python3.12   the interpreter that makes the environment (3.11 or newer)
+#   VENV=path           another place for it, or an existing environment to use
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+METADATA := pyproject.toml setup.py
+STAMP := $(VENV)/.kd-installed
+BENCH_STAMP := $(VENV)/.kd-bench-installed
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+OLD_PYTHON := import sys; v = sys.version_info; v >= (3, 11) or \
+  sys.exit("kd needs Python 3.11 or newer; %s is %d.%d. Name another: make install PYTHON=python3.11" \
+  % (sys.executable, v[0], v[1]))
+
+# The stamps hold this checkout's path: an environment that serves another checkout is installed again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+ifneq ($(shell cat $(BENCH_STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(BENCH_STAMP)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types bench clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=path]"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	  | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
+
+$(STAMP): $(METADATA)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  command -v "$(PYTHON)" >/dev/null || { echo "no '$(PYTHON)' here; name a Python of 3.11 or newer: make install PYTHON=..." >&2; exit 1; }; \
+	  "$(PYTHON)" -c '$(OLD_PYTHON)' || exit 1; \
+	  "$(PYTHON)" -m venv "$(VENV)" || { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@$(PY) -c '$(OLD_PYTHON)'
+	@echo "installing into $(VENV); PyTorch is large, so this takes a few minutes"
+	$(PIP) install -e ".[dev]"
+	@echo "$(CURDIR)" > $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(PIP) install -e ".[bench]"
+	@echo "$(CURDIR)" > $@
+
+install: $(STAMP) ## make the environment and install kd into it, editable
+
+demo: install ## embedded scenes, a teacher, plain and distilled students, their comparison
+	$(PY) -m kd.demo
+
+test: install ## the test suite (JOBS=2, PYTEST_ARGS="-k name")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: install ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy, strict, tests and benchmarks too
+	$(BIN)/mypy --strict --explicit-package-bases kd teachers students tests benchmarks
+
+bench: $(BENCH_STAMP) ## run each benchmark, one after the other
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script; done
+
+clean: ## remove caches and build products; keep the environment and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kd teachers students tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

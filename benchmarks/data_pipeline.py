@@ -1,0 +1,233 @@
+"""Images per second per core: the published pipeline against ours, side by side in one run.
+
+    python benchmarks/data_pipeline.py [--images 48] [--rounds 5]
+
+The published one, with albumentations and OpenCV: read a 640 px JPEG, LongestMaxSize 384,
+PadIfNeeded, the augmentations, normalise to float, hide one object's box, and fill a dense
+91 x 384 x 384 float target from the boxes. Ours does the same work twice over: `host` up to the
+batch that a loader hands out, and `host + device` with normalising, hiding and the dense target on
+the same core, where a GPU would do them. CPU time of one thread; the variants take turns.
+
+Photographs come from coco_mini (`KD_DATA`, or ../shared/data), enlarged to 640 px with camera-like
+noise so that the files are as large as COCO's; without it, from a generator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it looks for a newer version
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from kd.data.coco import CocoIndex, load_coco
+from kd.data.dataset import SceneDataset
+from kd.data.hide import IMAGENET_MEAN, IMAGENET_STD, class_maps, hide, normalise, regions_of
+from kd.data.images import scaled_size
+from kd.data.loader import build_loader
+from kd.data.prepare import prepare
+from kd.data.scale_annotations import scale_annotations
+
+SOURCE, SIZE, CLASSES, BATCH = 640, 384, 91, 8
+NOISE = 7.0  # standard deviation; gives files of about 100 kB, COCO's are 50 to 250
+AUGMENT = {"crop": 0.1, "crop_scale": (0.8, 1.0)}  # their scaling; the rest as by default
+Round = Callable[[int], int]
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        index = write_photographs(Path(folder), options.images)
+        prepare(index.annotation_file, index.image_folder, Path(folder, "copy"), size=SIZE)
+        report(index, measure(variants(index, Path(folder, "copy")), options.rounds))
+
+
+def variants(index: CocoIndex, copy: Path) -> dict[str, Round]:
+    """What to time: each takes an epoch and returns how many images it made."""
+    return {
+        "published (albumentations, OpenCV)": published(index, dense=True),
+        "published, without the dense target": published(index, dense=False),
+        "kd, 640 px JPEG, host": ours(index, None, device=False),
+        "kd, 640 px JPEG, host + device": ours(index, None, device=True),
+        "kd, prepared copy, host": ours(index, copy, device=False),
+        "kd, prepared copy, host + device": ours(index, copy, device=True),
+    }
+
+
+def measure(rounds_of: dict[str, Round], rounds: int) -> dict[str, float]:
+    """Median images per second of CPU time; the variants take turns."""
+    speeds: dict[str, list[float]] = {name: [] for name in rounds_of}
+    for epoch in range(rounds + 1):
+        for name, run in rounds_of.items():
+            start = time.process_time()
+            count = run(epoch)
+            if epoch:  # the first round warms up
+                speeds[name].append(count / (time.process_time() - start))
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def report(index: CocoIndex, speeds: dict[str, float]) -> None:
+    """Print speeds and ratios."""
+    sizes = [path.stat().st_size for path in index.image_folder.iterdir()]
+    print(f"{len(index)} photographs, {SOURCE} px, {statistics.mean(sizes) / 1000:.0f} kB each")
+    base = next(iter(speeds.values()))
+    print(f"{'':38}{'images/s/core':>14}{'ratio':>8}")
+    for name, speed in speeds.items():
+        print(f"{name:38}{speed:14.1f}{speed / base:8.2f}")
+
+
+def published(index: CocoIndex, *, dense: bool) -> Round:
+    """The same work as the published code does, one image after another."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ShiftScaleRotate is deprecated there, but what they use
+        transform = A.Compose(
+            [
+                A.LongestMaxSize(SIZE),
+                A.PadIfNeeded(SIZE, SIZE, position="top_left", border_mode=cv2.BORDER_CONSTANT),
+                A.RGBShift(p=0.1),
+                A.HorizontalFlip(p=0.5),
+                A.ShiftScaleRotate(rotate_limit=10, p=0.1),
+                A.ChannelShuffle(p=0.1),
+                A.ToGray(p=0.1),
+                A.Blur(p=0.1),
+                A.ColorJitter(p=0.1),
+                A.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ],
+            bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"], min_visibility=0.3),
+            seed=0,
+        )
+    random = np.random.default_rng(0)
+
+    def sample(image: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = slice(int(index.first[image]), int(index.first[image + 1]))
+        picture = cv2.cvtColor(cv2.imread(str(index.path(image))), cv2.COLOR_BGR2RGB)
+        result = transform(
+            image=picture, bboxes=np.array(index.boxes[rows]), labels=index.labels[rows].tolist()
+        )
+        pixels, boxes = result["image"], np.asarray(result["bboxes"]).reshape(-1, 4).astype(int)
+        hidden = np.zeros((SIZE, SIZE, 1), np.float32)
+        if len(boxes):
+            x1, y1, x2, y2 = boxes[random.integers(len(boxes))]
+            pixels[y1:y2, x1:x2] = 0
+            hidden[y1:y2, x1:x2] = 1
+        inputs = np.concatenate([pixels, hidden], axis=2).transpose(2, 0, 1)
+        target = None
+        if dense:
+            filled = np.zeros((CLASSES, SIZE, SIZE), np.float32)
+            for (x1, y1, x2, y2), label in zip(boxes, result["labels"], strict=True):
+                filled[int(label), y1:y2, x1:x2] = 1
+            target = torch.from_numpy(filled)
+        return torch.from_numpy(np.ascontiguousarray(inputs)), target
+
+    def run(_: int) -> int:
+        for image in range(len(index)):
+            sample(image)
+        return len(index)
+
+    return run
+
+
+def ours(index: CocoIndex, copy: Path | None, *, device: bool) -> Round:
+    """This project's loader, without workers; with `device`, what a GPU would do as well."""
+    dataset = SceneDataset(index, size=SIZE, augment=AUGMENT, prepared=copy)
+    loader = build_loader(dataset, batch_size=BATCH, seed=0, shuffle=True)
+    memory = torch.empty(BATCH, CLASSES, SIZE, SIZE, dtype=torch.bool)
+
+    def run(epoch: int) -> int:
+        loader.set_epoch(epoch)
+        for batch in loader:
+            if device:
+                count = len(batch["images"])
+                of_hidden = batch["image_of"][batch["hidden"]]
+                hide(normalise(batch["images"]), of_hidden, regions_of(batch))
+                class_maps(
+                    *(batch[key] for key in ("boxes", "labels", "image_of")),
+                    *(count, CLASSES, (SIZE, SIZE)),
+                    out=memory[:count],
+                )
+        return len(dataset)
+
+    return run
+
+
+def write_photographs(folder: Path, count: int) -> CocoIndex:
+    """Write 640 px JPEGs and their annotations."""
+    root = Path(os.environ.get("KD_DATA", "../shared/data"), "coco_mini")
+    annotations = root / "annotations" / "instances_val2017.json"
+    random = np.random.default_rng(0)
+    if annotations.is_file():
+        source = json.loads(annotations.read_text())
+        with_objects = {entry["image_id"] for entry in source["annotations"]}
+        entries = [entry for entry in source["images"] if entry["id"] in with_objects][:count]
+        pictures = [Image.open(root / "val2017" / entry["file_name"]) for entry in entries]
+    else:
+        source, entries, pictures = generated(count, random)
+    target = scale_annotations(
+        source | {"images": entries},
+        leave_out=(),
+        rescale=lambda height, width: scaled_size(height, width, SOURCE),
+        rename=str,
+    )
+    (folder / "images").mkdir()
+    for entry, picture in zip(target["images"], pictures, strict=True):
+        size = (entry["width"], entry["height"])
+        pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        noisy = pixels + random.normal(0, NOISE, pixels.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+            folder / "images" / entry["file_name"], "JPEG", quality=92
+        )
+    (folder / "annotations.json").write_text(json.dumps(target))
+    return load_coco(folder / "annotations.json", folder / "images")
+
+
+def generated(
+    count: int, random: np.random.Generator
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Image.Image]]:
+    """Random smooth pictures with seven random boxes each, as many as COCO has."""
+    coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
+    pictures = [
+        Image.fromarray(grid).resize((384, 288), Image.Resampling.BICUBIC) for grid in coarse
+    ]
+    entries = [
+        {"id": number, "file_name": f"{number}.jpg", "width": 384, "height": 288}
+        for number in range(count)
+    ]
+    annotations = []
+    for number in range(7 * count):
+        width, height = random.uniform(30, 120, 2).tolist()
+        x, y = random.uniform(0, 384 - width), random.uniform(0, 288 - height)
+        annotations.append(
+            {
+                "id": number,
+                "image_id": number // 7,
+                "category_id": number % 80,
+                "bbox": [x, y, width, height],
+            }
+        )
+    categories = [{"id": number, "name": str(number)} for number in range(80)]
+    source = {"images": entries, "annotations": annotations, "categories": categories}
+    return source, entries, pictures
+
+
+if __name__ == "__main__":
+    main()

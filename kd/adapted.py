@@ -1,0 +1,52 @@
+"""A student together with its adapters: the one module that is wrapped for several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from kd.features import FeatureTaps
+
+
+class AdaptedStudent(nn.Module):
+    """Runs the student and brings its tapped layers to the teacher's shape.
+
+    Adapters are here because what needs a gradient must come out of the `forward` that DDP wraps.
+    They are saved with a checkpoint and left out of the exported student. Teachers in training are
+    wrapped too, with nothing tapped.
+
+    Args:
+        student: The model; its `forward` gives a tensor (then called `logits`) or a dict.
+        layers: Layers to tap, as paths of `student.named_modules()`.
+        adapters: By layer; a layer without one passes unchanged.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        layers: Sequence[str] = (),
+        adapters: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student: nn.Module = student
+        # A module's name may hold no dot.
+        self.adapters = nn.ModuleDict(
+            {layer.replace(".", "/"): adapter for layer, adapter in (adapters or {}).items()}
+        )
+        self._taps = FeatureTaps(student, layers) if layers else None
+
+    def forward(self, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs and adapted features by name."""
+        output = self.student(*inputs)
+        outputs = {"logits": output} if isinstance(output, Tensor) else dict(output)
+        features: dict[str, Tensor] = {}
+        for layer, feature in (self._taps.collect() if self._taps else {}).items():
+            name = layer.replace(".", "/")
+            features[layer] = self.adapters[name](feature) if name in self.adapters else feature
+        return outputs, features
+
+    def taps_off(self) -> None:
+        """Take the hooks off the student, so that it can be wrapped anew."""
+        if self._taps is not None:
+            self._taps.remove()

@@ -1,0 +1,310 @@
+"""From a recipe's sections to the objects they describe; only here is a config unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kd.adapted import AdaptedStudent
+from kd.adapters import ADAPTERS
+from kd.catalog import build, check_options, look_up
+from kd.config import Adapter, Data, Model, TaskSection, Term, Train
+from kd.data.coco import CocoIndex, load_coco
+from kd.data.dataset import SceneDataset
+from kd.data.loader import SceneLoader, build_loader
+from kd.data.scenes import generate_scenes
+from kd.engine import Training
+from kd.errors import UserError
+from kd.objective import Term as BuiltTerm
+from kd.objective import build_term
+from kd.optim import make_optimizer, make_schedule
+from kd.soft_targets import LiveTeacher
+from kd.tasks import TASKS
+from kd.tasks.base import Batch, Task
+from students import STUDENTS
+from students.classifiers import build_student as any_student
+from teachers import TEACHERS
+
+_log = logging.getLogger(__name__)
+# Where data sets made here, and the small real one, are looked for below the working folder.
+DATASETS = Path("datasets")
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """Both splits of a data set, opened."""
+
+    section: Data
+    train: CocoIndex
+    val: CocoIndex
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.train.num_classes
+
+    def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
+        """Class shares of the usable train objects, (C,); one is added to each count.
+
+        Args:
+            images: Only those with these ids: a student's labelled share.
+        """
+        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
+        counts = np.bincount(self.train.labels[rows], minlength=self.num_classes) + 1.0
+        return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+    def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
+        """Exact posteriors of the embedded scenes, None for other data."""
+        index = self.train if split == "train" else self.val
+        file = index.annotation_file.with_name(f"posteriors_{split}.npz")
+        if self.section.generate is None or not file.is_file():
+            return None
+        with np.load(file) as stored:
+            return {name: stored[name] for name in stored.files}
+
+
+def open_data(section: Data) -> OpenData:
+    """Open a data set; the embedded scenes are made where they are not there yet.
+
+    Raises:
+        UserError: What `load_coco` and `generate_scenes` raise, or no root.
+    """
+    root = _root(section)
+    if section.generate is not None:
+        made = section.generate
+        generate_scenes(
+            root, train=made.train, val=made.val, size=made.size, seed=made.seed,
+            workers=os.cpu_count() or 1, progress=True,
+        )  # fmt: skip
+    train = load_coco(root / section.train.annotations, root / section.train.images)
+    val = load_coco(
+        root / section.val.annotations, root / section.val.images, categories_from=train
+    )
+    return OpenData(section, train, val)
+
+
+def _root(section: Data) -> Path:
+    if section.root is not None:
+        return Path(os.path.expandvars(section.root)).expanduser()
+    if section.generate is not None:
+        made = section.generate
+        return DATASETS / f"scenes-{made.size}px-{made.train}-{made.val}-seed{made.seed}"
+    tried = [Path(os.environ["KD_DATA"])] if "KD_DATA" in os.environ else []
+    tried += [DATASETS, Path("../shared/data")]
+    for folder in tried:
+        if (folder / section.name / section.train.annotations).is_file():
+            return folder / section.name
+    raise UserError(
+        f"data set {section.name}: not found in {', '.join(map(str, tried))}; name its folder with "
+        "--set data.root=DIR"
+    )
+
+
+def make_dataset(
+    data: OpenData,
+    split: Literal["train", "val"],
+    *,
+    train: bool,
+    mode: Literal["one", "all"] = "all",
+    labelled: Collection[int] | None = None,
+    only: Collection[int] | None = None,
+    seed: int = 0,
+    epochs: int = 1,
+) -> SceneDataset:
+    """A split as samples."""
+    section = data.section
+    partial = section.partial
+    return SceneDataset(
+        data.train if split == "train" else data.val,
+        size=section.size,
+        mode=mode,
+        train=train,
+        augment=section.augment,
+        min_share=section.min_share,
+        max_share=section.max_share,
+        shape=section.shape,
+        partial=(partial.start, partial.until) if partial and train else None,
+        labelled=labelled,
+        only=only,
+        seed=seed,
+        epochs=epochs,
+        prepared=Path(section.prepared) if section.prepared else None,
+    )
+
+
+def make_loader(
+    dataset: SceneDataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int = 0,
+    train: bool = False,
+) -> SceneLoader:
+    """Batches of this process: its slice of each whole batch."""
+    return build_loader(
+        dataset,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=train,
+        workers=workers,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        drop_last=train and len(dataset) > batch_size,
+    )
+
+
+def labelled_images(index: CocoIndex, share: float, seed: int) -> NDArray[np.int64] | None:
+    """Ids of the images whose labels a student may see; None = all.
+
+    Drawn by (seed, image id), so that the choice does not depend on the order of the file.
+    """
+    if share >= 1.0:
+        return None
+    places = np.array([_hash_to_unit(f"labelled/{seed}/{i}") for i in index.image_ids.tolist()])
+    count = max(1, round(share * len(places)))
+    return np.asarray(index.image_ids[np.argsort(places, kind="stable")[:count]], dtype=np.int64)
+
+
+def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+    """The fold of each image, a function of its id alone."""
+    places = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
+    return np.minimum((np.array(places) * folds).astype(np.int64), folds - 1)
+
+
+def _hash_to_unit(text: str) -> float:
+    digest = hashlib.sha256(text.encode()).digest()
+    return float(int.from_bytes(digest[:7], "big")) / float(1 << 56)
+
+
+def build_task(section: TaskSection, data: Data, num_classes: int) -> Task:
+    """The task of a recipe, told the data's number of classes and hidden shape."""
+    builder = look_up(TASKS, section.name, what="task")
+    given: dict[str, Any] = {"num_classes": num_classes}
+    if section.name.startswith("context"):
+        given["shape"] = data.shape
+    check_options(builder, section.options, what=f"task {section.name!r}", given=given)
+    task: Task = builder(**given, **section.options)
+    return task
+
+
+def build_teacher(model: Model, num_classes: int) -> nn.Module:
+    """A teacher of the catalogue, at random weights or those its options name."""
+    return build(TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes)
+
+
+def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
+    """A student classifier; `options` as `students.classifiers.build_student` lists them."""
+    options = {**model.options, **({} if context else {"context": False})}
+    given = {"num_classes": len(prior), "prior": prior.tolist()}
+    if model.name in STUDENTS:
+        return build(STUDENTS, model.name, options, what="student", **given)
+    check_options(any_student, options, what=f"student {model.name!r}", given={"name": "", **given})
+    return any_student(model.name, **given, **options)
+
+
+def build_terms(terms: Sequence[Term]) -> list[BuiltTerm]:
+    """Distillation terms, checked."""
+    return [
+        build_term(
+            term.name, weight=term.weight, student=term.student, teacher=term.teacher,
+            options=term.options, ramp=term.schedule.name, until=term.schedule.until,
+            start=term.schedule.start,
+        )
+        for term in terms
+    ]  # fmt: skip
+
+
+def adapt_student(
+    student: nn.Module,
+    terms: Sequence[BuiltTerm],
+    adapters: Mapping[str, Adapter],
+    teacher: LiveTeacher | None,
+    task: Task,
+    batch: Batch,
+) -> AdaptedStudent:
+    """Wrap a student with the taps and adapters of its terms, shapes found on one batch."""
+    layers = [term.student for term in terms if term.kind.maps]
+    if not layers:
+        return AdaptedStudent(student)
+    if teacher is None:
+        raise UserError("losses: terms on feature maps need soft_targets.kind=live")
+    probe = AdaptedStudent(student, layers).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        _, ours = probe(*task.inputs(batch))
+        theirs = teacher(batch)
+    built: dict[str, nn.Module] = {}
+    for layer, adapter in adapters.items():
+        if adapter.to not in theirs:
+            raise UserError(f"adapters.{layer}.to: no term reads teacher layer {adapter.to!r}")
+        build_adapter = look_up(ADAPTERS, adapter.kind, what="adapter")
+        given: dict[str, Any] = {}
+        if adapter.kind == "resize":
+            given["size"] = tuple(theirs[adapter.to].shape[2:])
+        channels = ours[layer].shape[1], theirs[adapter.to].shape[1]
+        built[layer] = build_adapter(*channels, **given)
+    probe.taps_off()
+    return AdaptedStudent(student, layers, built)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16; elsewhere autocast is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Devices, processes and precision."""
+    cpu = not torch.cuda.is_available()
+    device = torch.device("cpu" if cpu else "cuda")
+    bf16 = precision == "bf16" or (precision == "auto" and native_bf16(device))
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+def start_training(
+    accelerator: Accelerator, model: nn.Module, train: Train, steps: int
+) -> Training:
+    """Optimiser, schedule and average around a model."""
+    import copy
+
+    optimizer_section, schedule_section = train.optimizer, train.schedule
+    optimizer = make_optimizer(model, **optimizer_section.model_dump())
+    schedule = make_schedule(optimizer, steps, **schedule_section.model_dump())
+    model = model.to(accelerator.device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if train.sync_batch_norm and accelerator.num_processes > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
+    if train.compile:
+        model.compile()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    return Training(
+        accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
+        train.channels_last,
+    )  # fmt: skip
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def first_batch(loader: SceneLoader) -> dict[str, Tensor]:
+    """One batch, for finding shapes; the global random stream is not touched."""
+    with torch.random.fork_rng(devices=[]):
+        loader.set_epoch(0)
+        return next(iter(loader))

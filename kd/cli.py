@@ -1,0 +1,79 @@
+"""Flags that all commands share, and how a user's mistake ends: one line each, exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from kd.config_reader import find_config, load_recipe, to_yaml
+from kd.errors import UserError
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
+Main = Callable[[Sequence[str] | None], int]
+
+
+def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
+    """Run a command; a `UserError` becomes lines on stderr and exit status 2."""
+    try:
+        return main(argv)
+    except UserError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; go on with --resume\n")
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def set_up_logging(*, verbose: bool = False, rank: int = 0) -> None:
+    """Log lines of `kd` to stderr; ranks other than 0 stay silent below errors."""
+    level = logging.ERROR if rank else logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("kd").setLevel(level)
+
+
+def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of a command that runs a recipe of configs/KIND."""
+    model = "student" if kind == "distill" else "teacher"
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        f"--{model}", metavar="NAME", dest="recipe", help=f"configs/{kind}/NAME.yaml"
+    )
+    which.add_argument("--config", type=Path, metavar="PATH", help="a recipe of your own")
+    which.add_argument("--schema", action="store_true", help="print the recipes' JSON schema")
+    parser.add_argument("--data", metavar="NAME", help="configs/data/NAME.yaml (default: recipe's)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", dest="settings",
+        help="change one value; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: below runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on where --out stopped")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe and stop")
+    parser.add_argument("--verbose", action="store_true")
+    return parser
+
+
+def read_recipe(
+    args: argparse.Namespace, model: type[Recipe], kind: str, settings: Sequence[str] = ()
+) -> Recipe | None:
+    """The recipe that the flags ask for; None where it or its schema was only to be printed."""
+    if args.schema:
+        import json
+
+        sys.stdout.write(json.dumps(model.model_json_schema(), indent=2) + "\n")
+        return None
+    path = args.config or find_config(kind, args.recipe)
+    recipe = load_recipe(model, path, data=args.data, settings=[*args.settings, *settings])
+    if args.print_config:
+        sys.stdout.write(to_yaml(recipe))
+        return None
+    return recipe

@@ -1,0 +1,93 @@
+"""Compare finished runs: distillations against their plain twins, teachers side by side.
+
+    python -m kd.compare runs/distill/resnet18
+    python -m kd.compare runs/teacher/unet runs/teacher/cnn --figure curves.png
+
+A distillation's folder gives the table of its arms; single runs share one table, each compared
+with the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from kd.cli import run_command
+from kd.errors import UserError
+from kd.metrics import scores
+from kd.report.figures import comparison_figure, save_figure, top_n_figure
+from kd.report.runs import Run, ceilings, check_same_objects, is_distill, read_distill, read_run
+from kd.report.table import Table, distill_table, print_table, runs_table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 where all runs could be compared."""
+    options = _parser().parse_args(argv)
+    metrics = options.metrics.split(",") if options.metrics else None
+    folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in options.runs))
+    tables = [_distillation(folder, metrics) for folder in folders if is_distill(folder)]
+    singles = [read_run(folder) for folder in folders if not is_distill(folder)]
+    if singles:
+        check_same_objects(singles)
+        tables.append(_side_by_side(singles, metrics))
+    if options.figure and len(tables) > 1:
+        raise UserError("--figure draws one table: name one distillation, or single runs only")
+    for table in tables:
+        print_table(table)
+    if options.markdown:
+        _write(options.markdown, "\n".join(table.to_markdown() for table in tables))
+    if options.figure:
+        figure = _curves(singles) if singles else comparison_figure(tables[0])
+        save_figure(figure, options.figure)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kd.compare", description="Compare runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
+    parser.add_argument("--metrics", metavar="A,B", help="rows, such as top1,nll,share/tiny_top1")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
+    return parser
+
+
+def _distillation(folder: Path, metrics: Sequence[str] | None) -> Table:
+    runs = read_distill(folder)
+    return distill_table(runs.records(), runs.seeds, metrics=metrics, title=str(folder))
+
+
+def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
+    known = {key: number for run in reversed(runs) for key, number in ceilings(run.summary).items()}
+    count = len(runs[0].records["labels"])
+    records = {name: run.records for name, run in _named(runs).items()}
+    return runs_table(records, ceilings=known, metrics=metrics, title=f"{count} objects")
+
+
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by the last part of their path, or by all of it where two would have the same name."""
+    short = {run.name: run for run in runs}
+    return short if len(short) == len(runs) else {str(run.folder): run for run in runs}
+
+
+def _curves(runs: Sequence[Run]) -> Figure:
+    curves = {name: scores.curve(run.records) for name, run in _named(runs).items()}
+    found = [run.summary["ceiling_curve"] for run in runs if "ceiling_curve" in run.summary]
+    ceiling = np.asarray(found[0], dtype=np.float64) if found else None
+    return top_n_figure(curves, scores.prior_curve(runs[0].records), ceiling)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,222 @@
+"""What can be configured: the schema, the defaults and their documentation.
+
+A recipe is YAML, read by `kd.config_reader` into `TeacherRecipe` or `DistillRecipe`. Every
+section is frozen, refuses keys it does not know and takes no value of another type.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Arm = Literal["plain", "distilled", "bare", "shuffled", "direct"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict, closed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Split(Section):
+    """One split of a data set, as paths below the data set's root."""
+
+    annotations: str = Field(description="COCO instances JSON")
+    images: str = Field(description="folder of its images")
+
+
+class Partial(Section):
+    """Partial masking: hide a share of the object first, all of it later."""
+
+    start: Share = Field(0.3, description="share of the region hidden at the first step")
+    until: Share = Field(0.5, description="share of training after which all of it is hidden")
+
+
+class Generate(Section):
+    """Settings of the embedded scenes; the folder is made when it is not there."""
+
+    train: Count = 4000
+    val: Count = 1000
+    size: Annotated[int, Field(ge=32)] = 64
+    seed: Whole = 0
+
+
+class Data(Section):
+    """Where a data set lies, and how its objects are hidden."""
+
+    name: str = Field("unnamed", description="used in run folders")
+    root: str | None = Field(None, description="folder that the splits' paths start from")
+    train: Split
+    val: Split
+    generate: Generate | None = Field(None, description="only for the embedded scenes")
+    size: Annotated[int, Field(ge=16)] = Field(384, description="pixels of the long side")
+    min_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0015, description="smallest box, as a share of the picture, that is hidden and scored"
+    )
+    max_share: Share = Field(0.30, description="largest such box")
+    shape: Literal["box", "square", "ellipse", "segment"] = "box"
+    partial: Partial | None = None
+    augment: dict[str, Any] | None = Field(
+        default_factory=dict, description="options of kd.data.transforms.Augment; null = none"
+    )
+    labelled: Share = Field(1.0, description="share of train images whose labels a student sees")
+    prepared: str | None = Field(None, description="folder made by kd.data.prepare")
+    workers: Whole = 1
+
+    @model_validator(mode="after")
+    def _shares_in_order(self) -> Data:
+        if self.min_share >= self.max_share:
+            raise ValueError(f"min_share {self.min_share} is not below max_share {self.max_share}")
+        return self
+
+
+class Model(Section):
+    """A name of a catalogue and the keyword-only options of its builder."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Optimizer(Section):
+    """An optimiser; weight decay spares biases and norms."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 1e-4
+    momentum: Probability = 0.9
+    lr_scale: dict[str, NotNegative] = Field(
+        default_factory=dict,
+        description="factor on the rate of parameters whose name starts with the key; 0 freezes",
+    )
+
+
+class Schedule(Section):
+    """The learning rate over the steps of training."""
+
+    name: Literal["constant", "cosine", "linear", "poly"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="share of the steps")
+    final: Probability = Field(0.0, description="last rate, as a share of the first")
+    power: Positive = Field(0.9, description="of the poly schedule")
+
+
+class Train(Section):
+    """The training loop."""
+
+    epochs: Count = 20
+    batch_size: Count = Field(32, description="images a step, over all processes")
+    accumulate: Count = Field(1, description="micro-batches a step; batch_size is the whole step")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip_norm: NotNegative = Field(5.0, description="largest gradient norm; 0 = no clipping")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay; 0 = none")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 autocast where the hardware multiplies bf16 natively"
+    )
+    channels_last: bool = True
+    compile: bool = False
+    sync_batch_norm: bool = Field(False, description="statistics over all processes (GPU only)")
+    evaluate_every: Whole = Field(5, description="epochs; 0 = only at the end")
+    checkpoint_every: Whole = Field(200, description="steps between checkpoints inside an epoch")
+    log_every: Count = Field(20, description="steps")
+    pictures: Whole = Field(4, description="val pictures written to TensorBoard")
+
+
+class Weighted(Section):
+    """How a term's weight runs over training (a factor on `weight`)."""
+
+    name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
+    until: Share = Field(1.0, description="share of training at which the ramp or the term ends")
+    start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
+
+
+class Term(Section):
+    """A distillation term: a loss, what it compares and its weight."""
+
+    name: str
+    weight: Positive
+    student: str | None = Field(None, description="output or layer of the student")
+    teacher: str | None = Field(None, description="output or layer of the teacher")
+    options: dict[str, Any] = Field(default_factory=dict)
+    schedule: Weighted = Weighted()
+
+
+class Adapter(Section):
+    """Brings a student's layer to the shape of a teacher's."""
+
+    kind: str = "conv1x1"
+    to: str = Field(description="layer of the teacher")
+
+
+class SoftTargets(Section):
+    """Where a term's targets come from."""
+
+    kind: Literal["stored", "live"] = Field(
+        "stored", description="stored: posteriors computed once; live: the teacher in each step"
+    )
+    out_of_fold: bool = Field(
+        True, description="posteriors of train images from folds that did not train on them"
+    )
+
+
+class TaskSection(Section):
+    """What is learned; `weights` are those of its supervised losses."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    weights: dict[str, NotNegative]
+
+
+class TeacherReference(Section):
+    """A trained teacher: a run folder, or a file model.safetensors in one."""
+
+    run: str | None = None
+    name: str = Field("unet", description="looked for in runs/teacher/NAME/DATA when run is null")
+
+
+class TeacherRecipe(Section):
+    """`python -m kd.train_teacher`: a context teacher."""
+
+    data: Data
+    task: TaskSection
+    teacher: Model
+    train: Train = Train()
+    folds: Annotated[int, Field(ge=0, le=20)] = Field(
+        0, description="also train this many models by folds of images, for out-of-fold posteriors"
+    )
+    seed: Whole = 0
+
+
+class DistillRecipe(Section):
+    """`python -m kd.distill`: a student, its plain twin, and the comparison."""
+
+    data: Data
+    task: TaskSection
+    teacher: TeacherReference = TeacherReference()
+    soft_targets: SoftTargets = SoftTargets()
+    student: Model
+    adapters: dict[str, Adapter] = Field(default_factory=dict)
+    losses: tuple[Term, ...] = ()
+    arms: tuple[Arm, ...] = ("plain", "distilled", "bare")
+    seeds: tuple[Whole, ...] = (0,)
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> DistillRecipe:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} must be one or more different numbers")
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"arms {list(self.arms)} must be one or more different names")
+        if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
+            raise ValueError("losses: a distilled student needs at least one term")
+        tapped = {term.student for term in self.losses}
+        for layer in self.adapters:
+            if layer not in tapped:
+                raise ValueError(f"adapters.{layer}: no term of losses reads student layer {layer}")
+        return self

@@ -1,0 +1,195 @@
+"""What a COCO JSON must be before it is read: each mistake named by file, entry and id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from kd.errors import UserError
+
+_SHOWN = 5
+
+Json = dict[str, Any]
+
+
+def read_json(path: Path) -> tuple[Any, str]:
+    """Parse a JSON file, and say where it breaks if it does.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The value, and the SHA-256 of the file's bytes in hexadecimal.
+
+    Raises:
+        UserError: Missing, unreadable, empty, cut off or malformed, with line and byte.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: annotation file not found") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the annotation file: {error.strerror}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it JSON?") from None
+    del data
+    try:
+        return json.loads(text), digest
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: {_json_mistake(text, error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not COCO layout: nested too deeply") from None
+
+
+def _json_mistake(text: str, error: json.JSONDecodeError) -> str:
+    end = text.rstrip("\0 \t\r\n")  # a crash of the file system can leave zeros at the end
+    if not end:
+        return "the annotation file is empty; fetch it again"
+    size = len(text.encode())
+    if not end.endswith("}"):
+        line = text.count("\n", 0, len(end)) + 1
+        return f"JSON cut off at byte {size} (line {line}); the copy is incomplete, fetch it again"
+    byte = len(text[: error.pos].encode())
+    return f"not valid JSON: {error.msg} at byte {byte} of {size} (line {error.lineno})"
+
+
+class _Mistakes:
+    """Collects the mistakes of one kind of entry, to show the first few and the count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, line: str) -> None:
+        self.count += 1
+        if len(self.lines) < _SHOWN:
+            self.lines.append(line)
+
+    def raise_any(self) -> None:
+        if not self.count:
+            return
+        if self.count == 1:
+            raise UserError(f"{self.path}: {self.lines[0]}")
+        head = f"{self.path}: {self.count} mistakes"
+        more = f"; the first {_SHOWN}" if self.count > _SHOWN else ""
+        raise UserError("\n".join([f"{head}{more}:", *(f"  {line}" for line in self.lines)]))
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or float, finite, and no bool."""
+    # Bounds, not isfinite: they refuse NaN and infinity too, and huge whole numbers do not raise.
+    return type(value) in (int, float) and -1e18 < value < 1e18  # type: ignore[operator]
+
+
+def _image_mistake(entry: Json) -> str | None:
+    for side in ("width", "height"):
+        value = entry.get(side)
+        if value is None:
+            return f"'{side}' is missing"
+        if not is_number(value) or not 1 <= value < 2**31 or int(value) != value:
+            return f"'{side}' is {value!r}; expected a whole number of pixels above 0"
+    if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+        return f"'file_name' is {entry.get('file_name')!r}; expected a name"
+    return None
+
+
+def _annotation_mistake(entry: Json) -> str | None:
+    for key in ("image_id", "category_id"):
+        if not _is_id(entry.get(key)):
+            return f"'{key}' is {entry.get(key)!r}; expected a whole number"
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        return f"'bbox' is {str(box)[:80]}; expected 4 finite numbers x, y, width, height"
+    return None
+
+
+def _category_mistake(entry: Json) -> str | None:
+    if not isinstance(entry.get("name"), str):
+        return f"'name' is {entry.get('name')!r}; expected text"
+    if not isinstance(entry.get("look"), str | None):
+        return f"'look' is {entry['look']!r}; expected the name of a group of look-alikes"
+    return None
+
+
+_Check = Callable[[Json], str | None]
+_SECTIONS: dict[str, tuple[str, _Check]] = {
+    "images": ("image", _image_mistake),
+    "categories": ("category", _category_mistake),
+    "annotations": ("annotation", _annotation_mistake),
+}
+
+
+def check_layout(dataset: Any, path: Path) -> None:
+    """Check keys and types of everything that is read later.
+
+    Args:
+        dataset: The parsed JSON.
+        path: Named in messages.
+
+    Raises:
+        UserError: The first few mistakes of a section, with ids.
+    """
+    if isinstance(dataset, list):
+        raise UserError(
+            f"{path}: not COCO layout: a list; is it a file of detection results? "
+            "Expected an object with 'images', 'annotations' and 'categories'"
+        )
+    missing = [key for key in _SECTIONS if not isinstance(dataset, dict) or key not in dataset]
+    if missing:
+        raise UserError(f"{path}: not COCO layout: no {', '.join(map(repr, missing))}")
+    for key, (word, check) in _SECTIONS.items():
+        if not isinstance(dataset[key], list):
+            raise UserError(f"{path}: not COCO layout: '{key}' is not a list")
+        if not dataset[key]:
+            raise UserError(f"{path}: empty data set: '{key}' has no entry")
+        mistakes = _Mistakes(path)
+        for position, entry in enumerate(dataset[key]):
+            if not isinstance(entry, dict) or not _is_id(entry.get("id")):
+                mistakes.add(f"{key}[{position}]: no 'id' that is a whole number")
+            elif (mistake := check(entry)) is not None:
+                mistakes.add(f"{word} {entry['id']}: {mistake}")
+        mistakes.raise_any()
+
+
+def check_references(coco: COCO, path: Path) -> None:
+    """Check that ids differ, and that annotations name listed images and categories.
+
+    Args:
+        coco: Indexed by pycocotools.
+        path: Named in messages.
+
+    Raises:
+        UserError: The first few mistakes of a kind, with ids.
+    """
+    known = {"images": coco.imgs, "categories": coco.cats, "annotations": coco.anns}
+    for key, (word, _) in _SECTIONS.items():
+        entries = coco.dataset[key]
+        if len(known[key]) == len(entries):
+            continue
+        mistakes = _Mistakes(path)
+        for entry_id, times in Counter(entry["id"] for entry in entries).items():
+            if times > 1:
+                mistakes.add(f"{word} id {entry_id} is used {times} times; ids must differ")
+        mistakes.raise_any()
+    mistakes = _Mistakes(path)
+    for entry in coco.dataset["annotations"]:
+        if entry["image_id"] not in coco.imgs:
+            mistakes.add(f"annotation {entry['id']}: image {entry['image_id']} is not in 'images'")
+        if entry["category_id"] not in coco.cats:
+            category = entry["category_id"]
+            mistakes.add(f"annotation {entry['id']}: category {category} is not in 'categories'")
+    mistakes.raise_any()

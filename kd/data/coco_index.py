@@ -1,0 +1,252 @@
+"""COCO JSON to flat arrays: the slow reader, run once per file, in a process of its own.
+
+`kd.data.coco` starts it (`python -m kd.data.coco_index JSON FOLDER`) and opens what it wrote.
+The JSON of COCO's training set needs several gigabytes as Python objects; a process of its own
+gives them all back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools.coco import COCO
+
+from kd.data.coco_check import Json, check_layout, check_references, is_number, read_json
+from kd.errors import UserError
+
+READER_VERSION = 1
+ERROR_FILE = "error.txt"
+USER_ERROR_EXIT = 3
+_BOX_TOLERANCE = 0.01  # pixels outside the image that are rounding, not worth a line
+_SMALLEST_SIDE = 1.0  # pixels; a thinner box shows nothing that could be hidden or recognised
+_SKIP_CROWD, _SKIP_ZERO, _SKIP_OUTSIDE, _SKIP_TINY = "crowd", "zero_area", "outside_image", "tiny"
+
+Array = npt.NDArray[Any]
+
+
+def build_index(annotation_file: Path, folder: Path) -> None:
+    """Read a COCO JSON and write its arrays and `meta.json` into an existing empty folder.
+
+    Args:
+        annotation_file: COCO instances JSON.
+        folder: Receives one .npy per array.
+
+    Raises:
+        UserError: The JSON is missing, cut off, of another layout or inconsistent.
+    """
+    dataset, digest = read_json(annotation_file)
+    check_layout(dataset, annotation_file)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
+        coco = COCO()
+        coco.dataset = dataset
+        coco.createIndex()
+    check_references(coco, annotation_file)
+    reader = _ObjectReader(coco)
+    for image_id in coco.imgs:
+        reader.read_image(image_id)
+    arrays = _image_arrays(list(coco.imgs.values())) | reader.arrays(annotation_file)
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    meta = {
+        "sha256": digest,
+        "reader_version": READER_VERSION,
+        "arrays": {name: list(values.shape) for name, values in arrays.items()},
+        "categories": _categories(coco),
+        "skipped": dict(reader.skipped),
+        "notes": dict(reader.notes),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _categories(coco: COCO) -> list[Json]:
+    return [
+        {"id": key, "name": coco.cats[key]["name"], "look": coco.cats[key].get("look")}
+        for key in sorted(coco.cats)
+    ]
+
+
+def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
+    counts = np.fromiter(lengths, dtype=np.int64)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _image_arrays(images: list[Json]) -> dict[str, Array]:
+    names = [entry["file_name"].encode("utf-8", "surrogateescape") for entry in images]
+    return {
+        "image_ids": np.array([entry["id"] for entry in images], np.int64),
+        "heights": np.array([entry["height"] for entry in images], np.int32),
+        "widths": np.array([entry["width"] for entry in images], np.int32),
+        "name_bytes": np.frombuffer(b"".join(names), np.uint8),
+        "name_first": _offsets(map(len, names)),
+    }
+
+
+def _pixels_of_rle(packed: bytes) -> int:
+    """Count the pixels that compressed run lengths cover, -1 if they are malformed.
+
+    pycocotools does not look: where runs end early its decoder returns uninitialised memory.
+    A character carries 5 bits, bit 5 says that more follow; from the fourth run on a number is the
+    difference to the run two before (the COCO API's `rleToString`).
+    """
+    chunks = np.frombuffer(packed, np.uint8).astype(np.int64) - 48
+    if not len(chunks) or chunks.min() < 0 or chunks.max() > 63 or chunks[-1] & 32:
+        return -1
+    ends = np.flatnonzero(chunks & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() > 6:
+        return -1
+    place = np.arange(len(chunks)) - np.repeat(starts, ends - starts + 1)
+    numbers = np.add.reduceat((chunks & 31) << (5 * place), starts)
+    numbers -= np.where(chunks[ends] & 16, 1 << (5 * (ends - starts + 1)), 0)
+    runs = np.concatenate([numbers[:1], np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])])
+    return int(runs.sum()) if runs.min() >= 0 else -1
+
+
+class _ObjectReader:
+    """Appends the usable objects of one image after another to growing typed arrays."""
+
+    def __init__(self, coco: COCO) -> None:
+        self.coco = coco
+        self.label_of = {key: label for label, key in enumerate(sorted(coco.cats))}
+        self.skipped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.counts = array("q")  # objects of each image
+        self.ids, self.labels = array("q"), array("h")
+        self.boxes, self.areas = array("f"), array("f")
+        self.coordinates = array("f")
+        self.ring_lengths, self.rings_of = array("q"), array("q")
+        self.rle, self.rle_lengths = bytearray(), array("q")
+
+    def read_image(self, image_id: int) -> None:
+        before = len(self.ids)
+        image = self.coco.imgs[image_id]
+        for entry in self.coco.imgToAnns.get(image_id, ()):
+            box = self._usable_box(entry, image["width"], image["height"])
+            if box is None:
+                continue
+            self.ids.append(entry["id"])
+            self.labels.append(self.label_of[entry["category_id"]])
+            self.boxes.extend(box)
+            area = entry.get("area")
+            size = (box[2] - box[0]) * (box[3] - box[1])
+            self.areas.append(area if is_number(area) and area > 0 else size)
+            self._read_segment(entry, image)
+        self.counts.append(len(self.ids) - before)
+        if len(self.ids) == before:
+            self.notes["images_without_object"] += 1
+
+    def _usable_box(
+        self, entry: Json, width: int, height: int
+    ) -> tuple[float, float, float, float] | None:
+        x, y, w, h = entry["bbox"]
+        x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
+        reason = None
+        if entry.get("iscrowd"):
+            reason = _SKIP_CROWD
+        elif w <= 0 or h <= 0:
+            reason = _SKIP_ZERO
+        elif x1 >= x2 or y1 >= y2:
+            reason = _SKIP_OUTSIDE
+        elif x2 - x1 < _SMALLEST_SIDE or y2 - y1 < _SMALLEST_SIDE:
+            reason = _SKIP_TINY
+        if reason is not None:
+            self.skipped[reason] += 1
+            return None
+        if max(x1 - x, y1 - y, x + w - x2, y + h - y2) > _BOX_TOLERANCE:
+            self.notes["clipped"] += 1
+        return x1, y1, x2, y2
+
+    def _read_segment(self, entry: Json, image: Json) -> None:
+        segment = entry.get("segmentation")
+        rings, rle = 0, b""
+        if isinstance(segment, list):
+            rings = sum(self._read_ring(ring) for ring in segment)
+        elif isinstance(segment, dict):
+            rle = self._compressed(entry, image)
+        if not rings and not rle:
+            self.notes["without_segment"] += 1
+        self.rings_of.append(rings)
+        self.rle += rle
+        self.rle_lengths.append(len(rle))
+
+    def _read_ring(self, ring: Any) -> bool:
+        start = len(self.coordinates)
+        good = isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0
+        if good:
+            try:
+                self.coordinates.extend(ring)
+                self.ring_lengths.append(len(ring) // 2)
+                return True
+            except (TypeError, OverflowError):
+                del self.coordinates[start:]
+        self.notes["bad_ring"] += 1
+        return False
+
+    def _compressed(self, entry: Json, image: Json) -> bytes:
+        segment, size = entry["segmentation"], [image["height"], image["width"]]
+        counts = segment.get("counts") if segment.get("size") == size else None
+        packed = b""
+        try:
+            if isinstance(counts, list):
+                packed = self.coco.annToRLE(entry)["counts"]
+            elif isinstance(counts, str):
+                packed = counts.encode("ascii")
+        except (TypeError, ValueError, OverflowError):
+            pass  # pycocotools on counts that are no numbers; UnicodeEncodeError is a ValueError
+        if _pixels_of_rle(packed) == size[0] * size[1]:
+            return packed
+        self.notes["bad_run_lengths"] += 1
+        return b""
+
+    def arrays(self, path: Path) -> dict[str, Array]:
+        if not self.ids:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            raise UserError(f"{path}: empty data set: no usable object (skipped: {reasons})")
+        points = np.frombuffer(self.coordinates, np.float32).reshape(-1, 2)
+        if not np.isfinite(points).all():
+            raise UserError(self._endless_polygon(path, points))
+        return {
+            "first": _offsets(self.counts),
+            "object_ids": np.frombuffer(self.ids, np.int64),
+            "labels": np.frombuffer(self.labels, np.int16),
+            "boxes": np.frombuffer(self.boxes, np.float32).reshape(-1, 4),
+            "areas": np.frombuffer(self.areas, np.float32),
+            "points": points,
+            "ring_first": _offsets(self.ring_lengths),
+            "rings_of": _offsets(self.rings_of),
+            "rle_bytes": np.frombuffer(self.rle, np.uint8),
+            "rle_first": _offsets(self.rle_lengths),
+        }
+
+    def _endless_polygon(self, path: Path, points: Array) -> str:
+        point = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
+        ring = int(np.searchsorted(_offsets(self.ring_lengths), point, side="right")) - 1
+        row = int(np.searchsorted(_offsets(self.rings_of), ring, side="right")) - 1
+        return f"{path}: annotation {self.ids[row]}: 'segmentation' has a number that is not finite"
+
+
+def main(arguments: list[str]) -> int:
+    """Build an index in this process; a user's mistake goes into a file for the parent."""
+    gc.disable()  # millions of small objects, none in cycles: collecting only slows it, by half
+    annotation_file, folder = map(Path, arguments)
+    try:
+        build_index(annotation_file, folder)
+    except UserError as error:
+        (folder / ERROR_FILE).write_text(str(error), encoding="utf-8")
+        return USER_ERROR_EXIT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

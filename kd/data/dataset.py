@@ -1,0 +1,297 @@
+"""Scenes with an object to hide: one sample for each image that has a usable object."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd.data.coco import CocoIndex
+from kd.data.hide import SHAPES, hidden_regions, hide_share
+from kd.data.images import read_image
+from kd.data.prepare import PreparedCopy
+from kd.data.transforms import Augment, Plan, build_augment, pad, visible
+from kd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Sample = dict[str, Tensor]
+Mode = Literal["one", "all"]
+
+_SAMPLE_STREAM = 1  # keeps the samples' random numbers apart from the loader's order
+_STACKED = ("images", "sizes", "image_ids")
+_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments")
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """An image's objects in the frame of one sample; `rows` are the index's."""
+
+    plan: Plan
+    rows: npt.NDArray[np.int64]
+    boxes: Tensor
+    shares: Tensor
+    usable: Tensor
+
+
+class SceneDataset(Dataset[Sample]):
+    """Samples of docs/design.md, looked up by (epoch, position).
+
+    Everything random about a sample follows from (seed, epoch, position), so that it does not
+    matter which worker makes it, or when.
+
+    Args:
+        index: The data set.
+        size: Side of the square frame, pixels.
+        mode: Which usable objects to hide: `one`, drawn anew each epoch, or `all`, each by
+            itself.
+        train: Augment, and follow the schedule of partial masking; otherwise every epoch
+            is the same.
+        augment: Options of `Augment`; None leaves pictures as they are.
+        min_share: Smallest share of the picture that a usable object's box has.
+        max_share: Largest share.
+        shape: What will be hidden; `segment` adds exact masks to the samples.
+        partial: Share hidden at the start of training, and the progress (0..1) at which all
+            is hidden; None hides all from the start.
+        labelled: Ids of the images whose labels are known; the others' become -1. None: all.
+        only: Ids of the images to keep; None keeps all.
+        seed: Of everything random, 0 or more.
+        epochs: Length of the training, for the schedule.
+        prepared: Folder made by `python -m kd.data.prepare` from this data set.
+
+    Raises:
+        UserError: An option is out of range, no image has a usable object, or the prepared
+            copy does not fit.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        *,
+        size: int,
+        mode: Mode = "one",
+        train: bool = True,
+        augment: dict[str, Any] | None = None,
+        min_share: float = 0.0015,
+        max_share: float = 0.30,
+        shape: str = "box",
+        partial: tuple[float, float] | None = None,
+        labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
+        only: Collection[int] | npt.NDArray[np.int64] | None = None,
+        seed: int = 0,
+        epochs: int = 1,
+        prepared: Path | None = None,
+    ) -> None:
+        """Choose the images; the arguments are explained above."""
+        _check_options(size, mode, shape, (min_share, max_share), partial, seed)
+        self.index, self.size, self.mode, self.train = index, size, mode, train
+        self.augment: Augment | None = build_augment(augment) if train else None
+        self.min_share, self.max_share, self.shape = min_share, max_share, shape
+        self.partial = partial if train else None
+        self.seed, self.epochs = seed, epochs
+        self.prepared: PreparedCopy | None = None
+        if prepared is not None:
+            self.prepared = PreparedCopy.open(
+                prepared, at_least=size, fingerprint=index.fingerprint
+            )
+        self.images = self._images_with_usable_objects(only)
+        self.known = _known_labels(index, self.images, labelled)
+
+    def __len__(self) -> int:
+        """The number of images with a usable object."""
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Make the sample of (epoch, position).
+
+        Returns:
+            Tensors as in docs/design.md, for one image: `images` (3, S, S), `sizes` (2,),
+            `image_ids` (), `hidden` counting within the image; `image_of` is left to `collate`.
+
+        Raises:
+            UserError: The image is missing, broken, or not of the size the JSON says.
+        """
+        epoch, position = place
+        random = np.random.default_rng(
+            (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
+        )
+        image = int(self.images[position])
+        picture = self._read(image)
+        scene = self._draw_scene(image, (picture.shape[1], picture.shape[2]), random)
+        candidates = scene.usable.nonzero()[:, 0]
+        if self.mode == "one":
+            candidates = candidates[int(random.integers(len(candidates)))][None]
+        labels = self.index.labels[scene.rows].astype(np.int64)
+        if not self.known[position]:
+            labels[:] = -1
+        sample = {
+            "images": pad(scene.plan.image(picture), self.size),
+            "sizes": torch.tensor(scene.plan.size),
+            "image_ids": torch.tensor(int(self.index.image_ids[image])),
+            "boxes": scene.boxes,
+            "labels": torch.from_numpy(labels),
+            "object_ids": torch.from_numpy(self.index.object_ids[scene.rows].astype(np.int64)),
+            "shares": scene.shares,
+            "usable": scene.usable,
+            "hidden": candidates,
+            "hide_share": torch.full((len(candidates),), self._hide_share(epoch)),
+        }
+        if self.shape == "segment":
+            original = (picture.shape[1], picture.shape[2])
+            sample["segments"] = self._segments(scene, candidates, original)
+        return sample
+
+    def usable_rows(self) -> npt.NDArray[np.int64]:
+        """Rows of the index of every usable object on the images taken, (K,)."""
+        rows, owners = self._usable_rows()
+        return rows[np.isin(owners, self.images)]
+
+    def _usable_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        index = self.index
+        counts = np.diff(index.first)
+        pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
+        usable = self._usable(_shares(index.boxes, pictures))
+        return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
+
+    def _images_with_usable_objects(
+        self, only: Collection[int] | npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.int64]:
+        index = self.index
+        images = np.unique(self._usable_rows()[1]).astype(np.int64)
+        if only is not None:
+            images = images[np.isin(index.image_ids[images], np.asarray(list(only)))]
+        limits = f"{self.min_share:.2%} and {self.max_share:.2%} of the image"
+        if not len(images):
+            raise UserError(
+                f"{index.annotation_file}: no image has an object between {limits}; "
+                "widen min_share and max_share"
+            )
+        if len(images) < len(index) and only is None:
+            log.info(
+                "%s: %d of %d images left out, which have no object between %s",
+                *(index.annotation_file, len(index) - len(images), len(index), limits),
+            )
+        return images
+
+    def _read(self, image: int) -> Tensor:
+        stored = (int(self.index.heights[image]), int(self.index.widths[image]))
+        path, expected = self.index.path(image), stored
+        if self.prepared is not None:
+            path = self.prepared.path(self.index.file_name(image))
+            expected = self.prepared.image_size(*stored)
+        return read_image(path, self.size, expected=expected)
+
+    def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
+        """Draw an augmentation; keep the plain picture where it loses every usable object."""
+        if self.augment is not None:
+            scene = self._place(image, self.augment.draw(random, size), size)
+            if scene.usable.any():
+                return scene
+        return self._place(image, None, size)
+
+    def _place(self, image: int, plan: Plan | None, size: tuple[int, int]) -> _Scene:
+        index = self.index
+        rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
+        original = (int(index.heights[image]), int(index.widths[image]))
+        scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
+        stored = np.array(index.boxes[rows])
+        boxes = torch.from_numpy(stored) * scale
+        if plan is None:  # exactly the shares that the image was chosen by
+            shares = _shares(stored, original[0] * original[1])
+            plan = Plan(size=size)
+        else:
+            assert self.augment is not None
+            boxes, kept = visible(plan.boxes(boxes, size), plan.size, self.augment.min_visible)
+            boxes, rows = boxes[kept], rows[kept.numpy()]
+            shares = _shares(boxes.numpy(), plan.size[0] * plan.size[1])
+        usable = torch.from_numpy(self._usable(shares))
+        return _Scene(plan, rows, boxes, torch.from_numpy(shares).float(), usable)
+
+    def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        return (shares >= self.min_share) & (shares <= self.max_share)
+
+    def _hide_share(self, epoch: int) -> float:
+        if self.partial is None:
+            return 1.0
+        start, until = self.partial
+        return hide_share(epoch / max(1, self.epochs), start=start, until=until)
+
+    def _segments(self, scene: _Scene, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        """Draw the masks of the hidden objects; an empty one becomes the object's box."""
+        drawn = [self.index.mask_of(int(row), size) for row in scene.rows[hidden.numpy()]]
+        masks = pad(scene.plan.masks(torch.from_numpy(np.stack(drawn))), self.size)
+        empty = ~masks.flatten(1).any(dim=1)
+        if empty.any():
+            frame = (self.size, self.size)
+            masks[empty] = hidden_regions(scene.boxes[hidden[empty]], frame)
+        return masks
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
+    counts = torch.tensor([len(sample["labels"]) for sample in samples])
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _STACKED}
+    for key in _JOINED:
+        if key in samples[0]:
+            batch[key] = torch.cat([sample[key] for sample in samples])
+    batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
+    before = (counts.cumsum(0) - counts).tolist()
+    batch["hidden"] = torch.cat(
+        [sample["hidden"] + start for sample, start in zip(samples, before, strict=True)]
+    )
+    return batch
+
+
+def _shares(
+    boxes: npt.NDArray[np.float32], pictures: npt.NDArray[np.int64] | int
+) -> npt.NDArray[np.float64]:
+    sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
+    shares: npt.NDArray[np.float64] = sides.prod(axis=1) / pictures
+    return shares
+
+
+def _check_options(
+    size: int,
+    mode: str,
+    shape: str,
+    shares: tuple[float, float],
+    partial: tuple[float, float] | None,
+    seed: int,
+) -> None:
+    if size < 1:
+        raise UserError(f"size: {size} is not a number of pixels")
+    if mode not in ("one", "all"):
+        raise UserError(f"mode: {mode!r} is unknown; use 'one' or 'all'")
+    if shape not in SHAPES:
+        raise UserError(f"shape: {shape!r} is unknown; use one of {', '.join(SHAPES)}")
+    if not 0 <= shares[0] <= shares[1] <= 1:
+        raise UserError(f"min_share {shares[0]}, max_share {shares[1]}: expected 0 <= min <= max")
+    if partial is not None and not (0 <= partial[0] <= 1 and 0 <= partial[1] <= 1):
+        raise UserError(f"partial: {partial}: expected a share and a progress, both in 0..1")
+    if seed < 0:
+        raise UserError(f"seed: {seed} is below 0")
+
+
+def _known_labels(
+    index: CocoIndex,
+    images: npt.NDArray[np.int64],
+    labelled: Collection[int] | npt.NDArray[np.int64] | None,
+) -> npt.NDArray[np.bool_]:
+    if labelled is None:
+        return np.ones(len(images), np.bool_)
+    ids = np.fromiter(labelled, np.int64, len(labelled))
+    strangers = ids[~np.isin(ids, index.image_ids)]
+    if len(strangers):
+        raise UserError(
+            f"labelled: {index.annotation_file} has no image {strangers[0]} "
+            f"({len(strangers)} unknown ids)"
+        )
+    return np.isin(index.image_ids[images], ids)

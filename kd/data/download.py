@@ -1,0 +1,258 @@
+"""Download public data sets: `python -m kd.data.download coco2017 --out DIR`.
+
+Archives are fetched with resume and checksum, unpacked, and removed; what is complete is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import shutil
+import stat
+import sys
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kd.data.fetch import fetch
+from kd.data.meter import Meter, readable
+from kd.errors import UserError
+
+__all__ = ["DATASETS", "Archive", "download", "fetch", "main", "unpack"]
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One zip file of a data set.
+
+    Attributes:
+        name: As given to `--only`.
+        location: Path below the base URL.
+        md5: Of the zip file.
+        packed: Bytes of the zip file.
+        unpacked: Bytes of its files, about.
+        folder: Where its files lie after unpacking, below the data set's folder.
+        files: How many they are.
+    """
+
+    name: str
+    location: str
+    md5: str
+    packed: int
+    unpacked: int
+    folder: str
+    files: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Archives that make up a data set, and where they are published."""
+
+    base_url: str
+    archives: tuple[Archive, ...]
+
+
+DATASETS = {
+    "coco2017": DataSet(
+        "http://images.cocodataset.org",
+        (
+            Archive(
+                "annotations",
+                "annotations/annotations_trainval2017.zip",
+                "f4bbac642086de4f52a3fdda2de5fa2c",
+                252_907_541,
+                820_000_000,
+                "annotations",
+                6,
+            ),
+            Archive(
+                "val",
+                "zips/val2017.zip",
+                "442b8da7639aecaf257c1dceb8ba8c80",
+                815_585_330,
+                820_000_000,
+                "val2017",
+                5_000,
+            ),
+            Archive(
+                "train",
+                "zips/train2017.zip",
+                "cced6f7f71b7629ddf16f17bbcfab6b2",
+                19_336_861_798,
+                19_400_000_000,
+                "train2017",
+                118_287,
+            ),
+        ),
+    )
+}
+
+
+def download(
+    archives: Sequence[Archive],
+    out: Path,
+    *,
+    base_url: str,
+    keep: bool = False,
+    retries: int = 5,
+    backoff: float = 1.0,
+) -> None:
+    """Fetch and unpack archives, except those whose files are all there.
+
+    Args:
+        archives: What to fetch, in this order.
+        out: The data set's folder.
+        base_url: Their locations are below it.
+        keep: Keep the zip files.
+        retries: As in `fetch`.
+        backoff: As in `fetch`, seconds.
+
+    Raises:
+        UserError: Too little space, or a failure of `fetch` or `unpack`.
+    """
+    missing = [archive for archive in archives if not _is_complete(archive, out)]
+    for archive in archives:
+        if archive not in missing:
+            log.info("%s: complete, %d files", out / archive.folder, archive.files)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot make this folder: {error.strerror}") from error
+    _check_space(missing, out, keep)
+    for archive in missing:
+        path = out / PurePosixPath(archive.location).name
+        url = f"{base_url.rstrip('/')}/{archive.location}"
+        fetch(url, path, md5=archive.md5, retries=retries, backoff=backoff)
+        unpack(path, out)
+        if not _is_complete(archive, out):
+            raise UserError(
+                f"{path}: unpacked, but {out / archive.folder} has not the {archive.files} files "
+                "expected; is it the right archive?"
+            )
+        if not keep:
+            path.unlink()
+
+
+def _is_complete(archive: Archive, out: Path) -> bool:
+    # Counting is enough: `unpack` gives a file its name only when all of it is written.
+    try:
+        with os.scandir(out / archive.folder) as entries:
+            files = sum(not entry.name.endswith(".part") for entry in entries if entry.is_file())
+    except OSError:
+        return False
+    return files >= archive.files
+
+
+def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
+    if not archives:
+        return
+    packed = [archive.packed for archive in archives]
+    # An archive is removed once unpacked, so at most one lies beside the files.
+    need = sum(archive.unpacked for archive in archives) + (sum(packed) if keep else max(packed))
+    for archive in archives:
+        name = PurePosixPath(archive.location).name
+        for there in (out / name, out / f"{name}.part"):
+            need -= there.stat().st_size if there.exists() else 0
+        if (out / archive.folder).is_dir():
+            with os.scandir(out / archive.folder) as entries:
+                need -= sum(entry.stat().st_size for entry in entries if entry.is_file())
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(
+            f"{out}: needs {readable(need)}, the disk has {readable(free)} left; "
+            "choose another --out, or fetch less with --only"
+        )
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip file; files that are there with their size are skipped.
+
+    Args:
+        archive: The zip file.
+        folder: Receives its files; nothing is written outside it.
+
+    Raises:
+        UserError: Damaged, an entry points outside `folder` or is a link, or the disk is full.
+    """
+    try:
+        with zipfile.ZipFile(archive) as source:
+            members = [entry for entry in source.infolist() if not entry.is_dir()]
+            targets = [_target(archive, entry, folder) for entry in members]
+            total = sum(entry.file_size for entry in members)
+            with Meter(f"unpacking {archive.name}", total) as meter:
+                for entry, target in zip(members, targets, strict=True):
+                    _unpack_one(source, entry, target, meter)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise UserError(f"{archive}: damaged zip file ({error}); remove it, run again") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{folder}: the disk is full; free some space and run again"
+        else:
+            message = f"{archive}: cannot unpack: {error}"
+        raise UserError(message) from error
+
+
+def _target(archive: Path, entry: zipfile.ZipInfo, folder: Path) -> Path:
+    path = PurePosixPath(entry.filename.replace("\\", "/"))
+    outside = path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
+    if outside or stat.S_ISLNK(entry.external_attr >> 16):
+        raise UserError(f"{archive}: unsafe entry {entry.filename!r}; nothing was unpacked")
+    return folder.joinpath(*path.parts)  # may lead through links, but only the user's own
+
+
+def _unpack_one(
+    source: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, meter: Meter
+) -> None:
+    if target.is_file() and target.stat().st_size == entry.file_size:
+        meter.advance(entry.file_size)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f"{target.name}.part")
+    try:
+        with source.open(entry) as packed, draft.open("wb") as file:
+            while chunk := packed.read(_CHUNK):  # checks the entry's CRC at its end
+                file.write(chunk)
+                meter.advance(len(chunk))
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status, 2 after a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kd.data.download", description="Download a public data set."
+    )
+    parser.add_argument("dataset", choices=sorted(DATASETS))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    names = sorted({a.name for dataset in DATASETS.values() for a in dataset.archives})
+    parser.add_argument("--only", choices=names, action="append", help="a part; repeatable")
+    parser.add_argument("--base-url", help="a mirror with the same paths")
+    parser.add_argument("--keep", action="store_true", help="keep the zip files")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    dataset = DATASETS[options.dataset]
+    wanted = [a for a in dataset.archives if not options.only or a.name in options.only]
+    base_url = options.base_url or dataset.base_url
+    try:
+        download(wanted, options.out, base_url=base_url, keep=options.keep)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    print(f"{options.out}: ready")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Batches in an order that depends on nothing but (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kd.data.dataset import Sample, SceneDataset, collate
+from kd.errors import UserError
+
+_ORDER_STREAM = 2  # keeps the order's random numbers apart from the samples'
+_PREFETCH = 4
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Lists of (epoch, position), one a batch, for one rank.
+
+    The whole batch is the same for any number of ranks; each takes its contiguous part of it.
+
+    Args:
+        length: Number of samples.
+        batch_size: Samples of a whole batch, of all ranks together.
+        seed: Of the order, 0 or more.
+        shuffle: A new order each epoch; otherwise 0, 1, 2, ...
+        rank: This process.
+        world: Number of processes.
+        drop_last: Leave out a last batch that is not full.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        """Start at the beginning of epoch 0."""
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.rank, self.world, self.drop_last = rank, world, drop_last
+        self.epoch, self.start_batch = 0, 0
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The positions in the order of an epoch, (length,)."""
+        if not self.shuffle:
+            return np.arange(self.length)
+        return np.random.default_rng((_ORDER_STREAM, self.seed, epoch)).permutation(self.length)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        return sum(1 for _ in self._parts(0))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """The batches from `start_batch` on."""
+        order, epoch = self.order(self.epoch), self.epoch
+        for part in self._parts(self.start_batch):
+            yield [(epoch, position) for position in order[part].tolist()]
+
+    def _parts(self, start_batch: int) -> Iterator[slice]:
+        """This rank's part of each batch; none of a last batch too small to reach every rank."""
+        whole = self.length // self.batch_size * self.batch_size
+        end = whole if self.drop_last else self.length
+        for start in range(start_batch * self.batch_size, end, self.batch_size):
+            count = min(self.batch_size, end - start)
+            low, high = (
+                start + count * place // self.world for place in (self.rank, self.rank + 1)
+            )
+            if low < high:
+                yield slice(low, high)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's mistake on its way out of a worker, which would wrap the error in its traceback."""
+
+    message: str
+
+
+class _Guarded(Dataset[Sample]):
+    def __init__(self, dataset: SceneDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample] | _Failure:
+        try:
+            return [self.dataset[place] for place in places]
+        except UserError as error:
+            return _Failure(str(error))
+
+
+def _collate(samples: list[Sample] | _Failure) -> Sample | _Failure:
+    return samples if isinstance(samples, _Failure) else collate(samples)
+
+
+class SceneLoader:
+    """Iterates over one epoch's batches of one rank, as in docs/design.md.
+
+    Attributes:
+        dataset: The samples.
+        sampler: The order.
+    """
+
+    def __init__(self, dataset: SceneDataset, sampler: EpochSampler, *, workers: int) -> None:
+        """Start no workers yet; the first iteration does, and they stay."""
+        self.dataset, self.sampler = dataset, sampler
+        self._batches: DataLoader[Sample] = DataLoader(
+            _Guarded(dataset),
+            batch_sampler=sampler,
+            collate_fn=_collate,
+            num_workers=workers,
+            prefetch_factor=_PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_one_thread,
+            # DataLoader draws its workers' seeds: from here, not from the training's own stream
+            generator=torch.Generator().manual_seed(sampler.seed),
+        )
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose what the next iteration yields.
+
+        Args:
+            epoch: Which epoch's order and draws.
+            start_batch: Batches of it to skip, without loading them.
+        """
+        self.sampler.epoch, self.sampler.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield batches.
+
+        Raises:
+            UserError: An image is missing or broken; the message is the same as without workers.
+        """
+        for batch in self._batches:
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            yield batch
+
+
+def build_loader(
+    dataset: SceneDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    drop_last: bool = False,
+    start: tuple[int, int] = (0, 0),
+) -> SceneLoader:
+    """Make a loader.
+
+    Args:
+        dataset: The samples.
+        batch_size: Images of a whole batch, of all ranks together.
+        seed: Of the order, 0 or more.
+        shuffle: A new order each epoch.
+        workers: Processes that load; 0 loads in this one. The batches are the same.
+        rank: This process.
+        world: Number of processes.
+        drop_last: Leave out a last batch that is not full.
+        start: Epoch and batch to begin with.
+
+    Returns:
+        The loader, at `start`.
+
+    Raises:
+        UserError: The numbers leave a rank without samples.
+    """
+    count = len(dataset)
+    if batch_size < world:
+        raise UserError(f"batch_size: {batch_size} images cannot be shared by {world} processes")
+    if drop_last and count < batch_size:
+        raise UserError(f"batch_size: {batch_size} is more than the {count} images there are")
+    last = count % batch_size
+    if dataset.train and not drop_last and 0 < last < world:
+        raise UserError(
+            f"batch_size: {batch_size} leaves {last} of {count} images for a last batch, too few "
+            f"for {world} processes; drop the last batch or change batch_size"
+        )
+    sampler = EpochSampler(
+        count,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        rank=rank,
+        world=world,
+        drop_last=drop_last,
+    )
+    loader = SceneLoader(dataset, sampler, workers=workers)
+    loader.set_epoch(*start)
+    return loader
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,281 @@
+"""The embedded scenes: small pictures with a known truth, written as COCO JSON plus images.
+
+    python -m kd.data.scenes --out datasets/scenes
+
+makes `train/`, `val/` (PNG: JPEG would ring beyond an object's box and give it away when hidden),
+`annotations/instances_{train,val}.json`, `annotations/posteriors_{train,val}.npz` with the exact
+posterior of every object (`object_ids` (K,), `log_probs_pixels` and `log_probs_annotations` (K, C)
+float32; see `kd.data.scene_model.exact_posterior`), and `scenes.json`, which says how all this was
+made. The same arguments give the same bytes; a longer set begins with the shorter one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from kd.data import scene_looks, scene_model, scene_paint, scene_tables
+from kd.data.scene_model import CANVAS, WORLD, exact_posteriors, sample_scene
+from kd.data.scene_paint import paint_scene
+from kd.errors import UserError
+
+VERSION = 1  # raise it when the same arguments give other scenes
+SPLITS = ("train", "val")
+FIRST_VAL_IMAGE = 1_000_001  # ids of the two splits never meet, however long they grow
+OBJECTS_PER_IMAGE = 10  # object id = image id * 10 + position from the left
+
+_log = logging.getLogger(__name__)
+_Json = dict[str, Any]
+_Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one scene adds to the files of its split."""
+
+    image: _Json
+    annotations: list[_Json]
+    log_probs_pixels: _Floats
+    log_probs_annotations: _Floats
+
+
+def generate_scenes(
+    out: str | Path,
+    *,
+    train: int = 4000,
+    val: int = 1000,
+    size: int = CANVAS,
+    seed: int = 0,
+    workers: int = 1,
+    progress: bool = False,
+) -> Path:
+    """Write the embedded scenes, unless `out` holds these very ones already.
+
+    All is written beside `out` and renamed at the end: whatever stops it, `out` is never half done.
+
+    Args:
+        out: Folder to make.
+        train: Scenes to train on.
+        val: Scenes to validate on.
+        size: Side of the pictures in pixels, a multiple of 64.
+        seed: Of everything random.
+        workers: Processes; above 1 the caller's script needs a `__main__` guard.
+        progress: Whether to show a bar.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: If an argument is out of range, or `out` holds something else.
+    """
+    out = Path(out)
+    _check(train=train, val=val, size=size, seed=seed, workers=workers)
+    recipe = {"train": train, "val": val, "size": size, "seed": seed}
+    about = {"version": VERSION, **recipe, "fingerprint": _fingerprint(recipe)}
+    if _is_there(out, about):
+        _log.info("%s: these scenes are there already", out)
+        return out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial_folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out}: cannot make this folder ({error.strerror})") from error
+    try:
+        with _mapper(workers) as mapper:
+            for split, count in zip(SPLITS, (train, val), strict=True):
+                scenes = mapper(partial(_write_scene, partial_folder, split, size, seed), count)
+                _write_split(partial_folder, split, _show(scenes, split, count, progress))
+        (partial_folder / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
+        partial_folder.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the set
+        _move_in(partial_folder, out, about)
+    except OSError as error:
+        raise UserError(f"{partial_folder}: cannot write ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return out
+
+
+def _check(*, train: int, val: int, size: int, seed: int, workers: int) -> None:
+    largest = FIRST_VAL_IMAGE - 1
+    for name, count in (("train", train), ("val", val)):
+        if not 1 <= count <= largest:
+            raise UserError(f"{name}: got {count}, expected 1 to {largest}")
+    if size < CANVAS or size % CANVAS:
+        raise UserError(f"size: got {size}, expected a multiple of {CANVAS}")
+    if seed < 0:
+        raise UserError(f"seed: got {seed}, expected 0 or more")
+    if workers < 1:
+        raise UserError(f"workers: got {workers}, expected 1 or more")
+
+
+def _fingerprint(recipe: _Json) -> str:
+    """Of the recipe and of all constants that shape the scenes."""
+    constants = {
+        f"{module.__name__}.{name}": repr(value)
+        for module in (scene_tables, scene_model, scene_looks, scene_paint)
+        for name, value in vars(module).items()
+        if name.isupper() and name != "WORLD"  # made of the others
+    }
+    text = json.dumps([VERSION, recipe, constants], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_there(out: Path, about: _Json) -> bool:
+    """Whether `out` holds the scenes asked for; anything else there is the user's to move."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; choose another folder")
+    if not any(out.iterdir()):
+        return False
+    try:
+        found = json.loads((out / "scenes.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{out}: holds other files; choose an empty or new folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / 'scenes.json'}: cannot be read ({error})") from error
+    if found == about:
+        return True
+    keys = [k for k in about if not isinstance(found, dict) or found.get(k) != about[k]]
+    told = ", ".join(
+        f"{k} is {found.get(k) if isinstance(found, dict) else None}, asked for {about[k]}"
+        for k in keys
+    )
+    raise UserError(f"{out}: holds other scenes ({told}); delete it or choose another folder")
+
+
+@contextmanager
+def _mapper(workers: int) -> Iterator[Any]:
+    """A function (work, count) -> results of work(0), work(1), ... in order."""
+    if workers == 1:
+        yield lambda work, count: map(work, range(count))
+        return
+    # Not forked: the caller may hold threads (torch does), and a fork copies their locks as held.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield lambda work, count: pool.imap(work, range(count), chunksize=32)
+
+
+def _show(scenes: Iterator[_Written], split: str, count: int, progress: bool) -> Iterator[_Written]:
+    if not progress:
+        return scenes
+    return iter(track(scenes, f"{split} scenes", total=count, console=Console(stderr=True)))
+
+
+def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> _Written:
+    """Draw, paint and save one scene; its randomness comes from seed, split and index alone."""
+    entropy = (seed, SPLITS.index(split), index)
+    scene = sample_scene(np.random.default_rng([*entropy, 0]))
+    painting = paint_scene(scene, (*entropy, 1), size=size)
+    name = f"{index + 1:06d}.png"
+    path = folder / split / name
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(painting.image).save(path, compress_level=1)
+    unit, kind = size // CANVAS, WORLD.kinds[scene.kind]
+    image_id = index + (1 if split == "train" else FIRST_VAL_IMAGE)
+    annotations = [
+        {
+            "id": image_id * OBJECTS_PER_IMAGE + i,
+            "image_id": image_id,
+            "category_id": int(scene.classes[i]) + 1,
+            "bbox": [int(v) * unit for v in scene.boxes[i]],
+            "area": painting.areas[i],
+            "segmentation": painting.outlines[i],
+            "iscrowd": 0,
+            "place": scene_tables.PLACE_NAMES[kind][place],
+        }
+        for i, place in enumerate(scene.places)
+    ]
+    image = {
+        "id": image_id,
+        "file_name": name,
+        "width": size,
+        "height": size,
+        "scene": {"kind": kind, "horizon": scene.horizon * unit},
+    }
+    pixels = np.log(exact_posteriors(scene, given="pixels")).astype(np.float32)
+    given = np.log(exact_posteriors(scene, given="annotations")).astype(np.float32)
+    return _Written(image, annotations, pixels, given)
+
+
+def _write_split(folder: Path, split: str, scenes: Iterator[_Written]) -> None:
+    """Gather a split's scenes into its COCO file and its posteriors."""
+    written = list(scenes)
+    annotations = [annotation for scene in written for annotation in scene.annotations]
+    content = {
+        "info": {"description": f"kd embedded scenes, {split}", "version": str(VERSION)},
+        "licenses": [],
+        "images": [scene.image for scene in written],
+        "annotations": annotations,
+        "categories": categories(),
+    }
+    (folder / "annotations").mkdir(exist_ok=True)
+    path = folder / "annotations" / f"instances_{split}.json"
+    path.write_text(json.dumps(content, separators=(",", ":")))
+    np.savez(
+        folder / "annotations" / f"posteriors_{split}.npz",
+        object_ids=np.array([a["id"] for a in annotations], dtype=np.int64),
+        log_probs_pixels=np.concatenate([s.log_probs_pixels for s in written]),
+        log_probs_annotations=np.concatenate([s.log_probs_annotations for s in written]),
+    )
+
+
+def categories() -> list[_Json]:
+    """COCO categories; classes of one `look` can be told apart by context only."""
+    return [
+        {"id": i, "name": name, "supercategory": group, "look": look}
+        for i, (name, (look, group)) in enumerate(scene_tables.CLASSES.items(), start=1)
+    ]
+
+
+def _move_in(partial_folder: Path, out: Path, about: _Json) -> None:
+    """Put the finished folder in place, unless another process was first with the same scenes."""
+    try:
+        os.replace(partial_folder, out)
+    except OSError:
+        if not _is_there(out, about):
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m kd.data.scenes`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kd.data.scenes", description="Write the embedded scenes as COCO JSON + PNG."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--train", type=int, default=4000, metavar="N", help="default 4000")
+    parser.add_argument("--val", type=int, default=1000, metavar="N", help="default 1000")
+    parser.add_argument("--size", type=int, default=CANVAS, help="multiple of 64; default 64 px")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    workers = min(os.cpu_count() or 1, 8)
+    parser.add_argument("--workers", type=int, default=workers, help=f"default here {workers}")
+    arguments = vars(parser.parse_args(argv))
+    try:
+        out = generate_scenes(arguments.pop("out"), progress=True, **arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {arguments['train']} train and {arguments['val']} val scenes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

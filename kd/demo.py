@@ -1,0 +1,58 @@
+"""The whole path in minutes: scenes, a teacher, plain and distilled students, the comparison.
+
+`python -m kd.demo`, or `make demo`. The short settings are here; the full recipes are in configs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd import compare, distill, train_teacher
+from kd.cli import run_command
+from kd.errors import UserError
+
+SCENES = ["--set", "data.generate={train: 2000, val: 500, size: 64, seed: 0}"]
+TEACHER = ["--set", "train.epochs=10", "--set", "train.evaluate_every=5"]
+STUDENT = [
+    *("--set", "train.epochs=6", "--set", "seeds=[0]", "--set", "data.labelled=0.05"),
+    *("--set", "arms=[plain, distilled]", "--set", "train.evaluate_every=3"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the commands one after the other, each shown as it would be typed."""
+    parser = argparse.ArgumentParser(prog="python -m kd.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    args = parser.parse_args(argv)
+    teacher, student = str(args.out / "teacher"), str(args.out / "resnet18")
+    started = time.perf_counter()
+    steps = (
+        ("kd.train_teacher", train_teacher.main,
+         ["--teacher", "cnn", *SCENES, *TEACHER, "--out", teacher, "--resume"]),
+        ("kd.distill", distill.main,
+         ["--student", "resnet18", "--teacher", teacher, *SCENES, *STUDENT, "--out", student,
+          "--resume"]),
+        ("kd.compare", compare.main,
+         [student, "--figure", str(args.out / "comparison.png"),
+          "--metrics", "top1,lookalike_top1,mean_class_top1,nll"]),
+    )  # fmt: skip
+    for name, command, arguments in steps:
+        shown = " ".join(f"'{a}'" if " " in a else a for a in arguments)
+        sys.stdout.write(f"\n$ python -m {name} {shown}\n")
+        sys.stdout.flush()
+        if command(arguments) != 0:
+            raise UserError(f"{name} did not finish; the demo goes on with: python -m kd.demo")
+    minutes = (time.perf_counter() - started) / 60
+    sys.stdout.write(
+        f"\n{minutes:.1f} minutes. Pictures and curves: tensorboard --logdir {args.out}\n"
+        f"The comparison as a picture: {args.out / 'comparison.png'}\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

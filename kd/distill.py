@@ -1,0 +1,54 @@
+"""Distil a context teacher into a student, beside its plain twin.
+
+`python -m kd.distill --student resnet18`
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd.arms import Distillation
+from kd.build import make_accelerator, open_data
+from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
+from kd.config import DistillRecipe
+from kd.report.runs import read_distill
+from kd.report.table import distill_table, print_table
+from kd.run_folder import RunFolder
+from kd.teacher_runs import RUNS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train every arm for every seed, then print the table."""
+    parser = recipe_parser(
+        "python -m kd.distill",
+        "distill",
+        "Train a student with a teacher's knowledge and its plain twin without, and compare them.",
+    )
+    parser.add_argument("--teacher", metavar="RUN", help="a teacher's run folder or checkpoint")
+    args = parser.parse_args(argv)
+    extra = [f"teacher.run={args.teacher}"] if args.teacher else []
+    recipe = read_recipe(args, DistillRecipe, "distill", extra)
+    if recipe is None:
+        return 0
+    accelerator = make_accelerator(recipe.train.precision)
+    set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
+    name = args.recipe or Path(args.config).stem
+    out = args.out or RUNS / "distill" / name / recipe.data.name
+    data = open_data(recipe.data)
+    distillation = Distillation(recipe, data, accelerator, out)
+    RunFolder(out, recipe.model_dump(mode="json"), resume=args.resume)
+    for seed in recipe.seeds:
+        for arm in recipe.arms:
+            distillation.run(arm, seed)
+    if accelerator.is_main_process and "plain" in recipe.arms:
+        runs = read_distill(out)
+        table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
+        print_table(table, sys.stdout)
+        (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

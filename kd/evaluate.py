@@ -1,0 +1,114 @@
+"""Evaluate a finished or unfinished run on its val split: `python -m kd.evaluate RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd.adapted import AdaptedStudent
+from kd.build import (
+    OpenData,
+    build_student,
+    build_task,
+    labelled_images,
+    make_accelerator,
+    make_dataset,
+    make_loader,
+    open_data,
+)
+from kd.checkpoint import load_model
+from kd.cli import run_command, set_up_logging
+from kd.config import DistillRecipe
+from kd.config_reader import data_config, from_plain, read_yaml
+from kd.engine import evaluate
+from kd.errors import UserError
+from kd.metrics.top_n import TopN
+from kd.report.figures import save_figure, share_hidden_figure
+from kd.session import ceiling_metrics, curve_figure, new_metric, say_summary
+from kd.teacher_runs import load_teacher
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the metrics, the per-class table where asked, and draw the curves."""
+    parser = argparse.ArgumentParser(prog="python -m kd.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a teacher's or one arm's run folder")
+    parser.add_argument("--data", metavar="NAME", help="another data set with the same classes")
+    parser.add_argument("--set", action="append", default=[], dest="settings",
+                        metavar="data.a=value", help="change a value of the data set")  # fmt: skip
+    parser.add_argument("--per-class", action="store_true", help="list every class with support")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write PNGs here")
+    args = parser.parse_args(argv)
+    set_up_logging()
+    run: Path = args.run
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run folder, it has no config.yaml")
+    config = read_yaml(run / "config.yaml")
+    data, model, task = _open(run, config, args)
+    accelerator = make_accelerator(config["train"]["precision"])
+    metric = new_metric(data)
+    loader = make_loader(
+        make_dataset(data, "val", train=False),
+        accelerator,
+        batch_size=int(config["train"]["batch_size"]),
+        workers=data.section.workers,
+    )
+    evaluate(AdaptedStudent(model).to(accelerator.device), task, loader, metric, accelerator)
+    say_summary(
+        f"{run} on {data.section.name} val", {**metric.compute(), **ceiling_metrics(data, metric)}
+    )
+    if args.per_class:
+        _say_classes(metric, data)
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        save_figure(curve_figure(data, metric), args.figures / "top_n.png")
+        save_figure(share_hidden_figure({run.name: metric.records()}), args.figures / "share.png")
+    return 0
+
+
+def _open(run: Path, config: dict[str, Any], args: argparse.Namespace) -> tuple[OpenData, Any, Any]:
+    section = dict(config["data"])
+    if args.data:
+        section = data_config(args.data).model_dump(mode="json")
+        # How objects are shown belongs to the run, where they lie to the data set.
+        kept = ("size", "shape", "min_share", "max_share")
+        section |= {name: config["data"][name] for name in kept}
+    for text in args.settings:
+        name, equals, value = text.removeprefix("data.").partition("=")
+        if not equals or name not in section:
+            raise UserError(f"--set {text}: expected data.NAME=value with NAME of {list(section)}")
+        section[name] = value
+    if "teacher" in config and "name" in config["teacher"] and "options" in config["teacher"]:
+        from kd.config import Data
+
+        data = open_data(from_plain(Data, section, str(run)))
+        teacher = load_teacher(run, data.num_classes, data.section)
+        return data, teacher.model, teacher.task
+    if "arm" not in config:
+        raise UserError(
+            f"{run}: a comparison; evaluate one of its arms, seed<k>/<arm>, or "
+            "print its table with python -m kd.compare"
+        )
+    plain = {k: v for k, v in config.items() if k not in ("arm", "seed")}
+    recipe = from_plain(DistillRecipe, {**plain, "data": section}, str(run))
+    data = open_data(recipe.data)
+    labelled = labelled_images(data.train, recipe.data.labelled, config["seed"])
+    options = {**recipe.student.options, "weights": None}
+    student = build_student(
+        recipe.student.model_copy(update={"options": options}),
+        data.prior(labelled),
+        context=config["arm"] not in ("bare", "direct"),
+    )
+    load_model(run / "model.safetensors", student)
+    return data, student, build_task(recipe.task, recipe.data, data.num_classes)
+
+
+def _say_classes(metric: TopN, data: OpenData) -> None:
+    for row in metric.per_class(data.val.class_names):
+        sys.stdout.write(f"  {row.name:<24}{row.support:>7}{100 * row.top1:>8.1f} %\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,97 @@
+"""What the labels themselves ask for, where the plain torch losses do not fit."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.losses._checks import mask_shape, same_shape, wide_type
+
+
+def masked_bce(
+    logits: Tensor,
+    targets: Tensor,
+    hidden: Tensor,
+    *,
+    valid: Tensor | None = None,
+    hidden_weight: float = 5.0,
+) -> Tensor:
+    """Binary cross-entropy of pixel logits, averaged apart inside and outside the hidden region.
+
+    `(w * inside + outside) / (w + 1)`, so that a small hidden object does not vanish among the
+    visible pixels. The averages are each input's own, and the inputs are averaged after that, so
+    that parts of a batch add up to the batch. A region without pixels takes no part, nor does its
+    weight.
+
+    Args:
+        logits: One per class and pixel, (K, C, H, W).
+        targets: Whether the class covers the pixel, bool (K, C, H, W); classes may overlap.
+        hidden: The hidden region, bool (K, H, W).
+        valid: Pixels of the picture rather than of its padding, bool (K, H, W).
+        hidden_weight: The weight w of the hidden region.
+
+    Returns:
+        Scalar, the mean over K; 0 with a zero gradient where K is 0.
+
+    Raises:
+        UserError: Shapes that differ, or a negative weight.
+    """
+    same_shape("masked_bce", logits, targets, dimensions=4)
+    places = (logits.shape[0], *logits.shape[2:])
+    mask_shape("masked_bce", "hidden", hidden, places)
+    if hidden_weight < 0:
+        raise UserError(f"masked_bce: hidden_weight must be 0 or above, got {hidden_weight}")
+    # -log sigmoid(x) = softplus(x) - x. Bool targets stay bool: as floats they would be the largest
+    # tensor of the step.
+    wide = wide_type(logits)
+    present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=wide)
+    entropy = F.softplus(logits).sum(dim=1, dtype=wide) - present
+    entropy = entropy / logits.shape[1]  # (K, H, W), mean over classes
+    inside, outside = hidden, ~hidden
+    if valid is not None:
+        mask_shape("masked_bce", "valid", valid, places)
+        inside, outside = inside & valid, outside & valid
+    means, weights = [], []
+    for region, weight in ((inside, hidden_weight), (outside, 1.0)):
+        pixels = region.sum(dim=(1, 2))
+        total = entropy.masked_fill(~region, 0.0).sum(dim=(1, 2))
+        means.append(total / pixels.clamp(min=1))
+        weights.append((pixels > 0).to(entropy.dtype) * weight)
+    weight_sum = weights[0] + weights[1]
+    per_input = (weights[0] * means[0] + weights[1] * means[1]) / weight_sum.where(
+        weight_sum > 0, torch.ones_like(weight_sum)
+    )
+    return per_input.sum() / max(len(per_input), 1)
+
+
+def cross_entropy_labelled(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy over the objects whose label is known.
+
+    Args:
+        logits: Logits or log-probabilities, (M, C).
+        labels: Class of each object, int64 (M,); -1 where the label is withheld.
+        label_smoothing: Share of the target spread over all classes.
+
+    Returns:
+        Scalar, the mean over the labelled; 0 with a zero gradient where there are none.
+
+    Raises:
+        UserError: Shapes that do not fit.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise UserError(
+            "cross_entropy_labelled: expected logits (M, C) and labels (M,), got "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    total = F.cross_entropy(
+        logits.to(wide_type(logits)),
+        labels,
+        ignore_index=-1,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return total / (labels >= 0).sum().clamp(min=1)

@@ -1,0 +1,134 @@
+"""How sure a difference between two runs is: over seeds, and over the images of one seed.
+
+Two questions, two intervals. Over seeds: would another training give the gain again? Over images:
+would other pictures? Objects of one picture share their scene, so pictures are drawn, not objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from kd.errors import UserError
+
+Array = NDArray[Any]
+# Resamples worked on at once: bounds the memory to this many counts.
+_COUNTS_AT_ONCE = 4_000_000
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds around it; NaN bounds where nothing can be said."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def clear_of_zero(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_interval(
+    differences: Sequence[float] | NDArray[np.float64], *, level: float = 0.95
+) -> Interval:
+    """Student's t interval of a mean difference, one difference a seed.
+
+    Args:
+        differences: One number a seed: the metric of the one arm less that of its twin.
+        level: Coverage.
+
+    Raises:
+        UserError: Fewer than two seeds have no spread; draw images in its place
+            (`paired_bootstrap`).
+    """
+    array = np.asarray(differences, dtype=np.float64)
+    if array.ndim != 1 or len(array) < 2:
+        raise UserError(f"an interval over seeds needs at least two of them, got {array.size}")
+    mean = float(array.mean())
+    error = float(array.std(ddof=1)) / np.sqrt(len(array))
+    reach = float(stats.t.ppf((1 + level) / 2, df=len(array) - 1)) * error
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def paired_bootstrap(
+    a: Array,
+    b: Array,
+    groups: Array,
+    *,
+    classes: Array | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of mean(b) - mean(a), images drawn with replacement.
+
+    Efron and Tibshirani, 1993, chapter 13; both runs get the same whole images (clusters).
+
+    Args:
+        a: (K,) what each object contributes in the first run: correct or not, or its NLL.
+        b: (K,) the same objects in the second run.
+        groups: (K,) image of each object.
+        classes: (K,) labels; where given, a mean is the mean over classes of each class's mean (a
+            class that a resample lacks is left out of it).
+        samples: How many times all images are drawn.
+        seed: The same seed draws the same images.
+        level: Coverage.
+
+    Returns:
+        The difference as observed and its bounds, NaN where all objects are of one image.
+
+    Raises:
+        UserError: No object, or arrays of different lengths.
+    """
+    lengths = {len(part) for part in (a, b, groups, a if classes is None else classes)}
+    if len(lengths) > 1 or not len(a):
+        raise UserError(f"a paired comparison needs the same objects twice, got {sorted(lengths)}")
+    support, (sums_a, sums_b) = _per_image(groups, classes, (a, b))
+
+    def difference(counts: Array) -> NDArray[np.float64]:
+        drawn = counts @ support  # (R, cells)
+        gap = counts @ (sums_b - sums_a)
+        with np.errstate(invalid="ignore"):  # 0 / 0: the resample lacks the class
+            return np.asarray(np.nanmean(gap / drawn, axis=1), dtype=np.float64)
+
+    images = len(support)
+    mean = float(difference(np.ones((1, images)))[0])
+    if images < 2:
+        return Interval(mean, np.nan, np.nan)
+    drawn = [difference(counts) for counts in _resamples(images, samples, seed)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def _per_image(
+    groups: Array, classes: Array | None, runs: Sequence[Array]
+) -> tuple[Array, list[Array]]:
+    """(images, classes) numbers of objects, and the sums of each run's values over them."""
+    images, group = np.unique(groups, return_inverse=True)
+    columns, cell = np.unique(
+        np.zeros(len(groups)) if classes is None else classes, return_inverse=True
+    )
+    flat, shape = group * len(columns) + cell, (len(images), len(columns))
+
+    def total(values: Array) -> Array:
+        return np.bincount(flat, weights=values, minlength=shape[0] * shape[1]).reshape(shape)
+
+    return total(np.ones(len(groups))), [total(values) for values in runs]
+
+
+def _resamples(images: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Blocks (R, images) of how often each image was drawn."""
+    generator = np.random.default_rng(seed)
+    block = max(1, _COUNTS_AT_ONCE // images)
+    for start in range(0, samples, block):
+        rows = min(block, samples - start)
+        drawn = generator.integers(0, images, size=(rows, images))
+        drawn += np.arange(rows)[:, None] * images
+        counts = np.bincount(drawn.ravel(), minlength=rows * images)
+        yield counts.reshape(rows, images).astype(np.float64)

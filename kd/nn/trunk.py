@@ -1,0 +1,238 @@
+"""Any torchvision classifier, cut before its pooling: a feature trunk by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from kd.catalog import look_up
+from kd.errors import UserError
+from kd.nn.weights import load_trunk_weights, widen_first_convolution
+
+HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
+AUXILIARY = frozenset({"aux1", "aux2", "AuxLogits"})
+CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # their children are the steps
+PROBE = 448  # pixels; twice this is the other probe of a trunk's stride
+
+
+class Trunk(nn.Module):
+    """The convolutional (or token) part of a torchvision classifier.
+
+    Children keep torchvision's names, so that files of torchvision weights load. `forward` maps
+    images (N, in, H, W) to features (N, channels, H/stride, W/stride), whatever the family's own
+    layout; tap the trunk itself for its output in this form.
+
+    Attributes:
+        channels: Of the output.
+        stride: Pixels per place of the output.
+        level_strides: Strides of what `forward_levels` returns, finest first.
+        level_channels: Channels of the same.
+    """
+
+    def __init__(self, name: str, classifier: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.tokens = isinstance(classifier, models.VisionTransformer)
+        self.channels_last = isinstance(classifier, models.SwinTransformer)
+        self.final_relu = isinstance(classifier, models.DenseNet)
+        self.half_range = isinstance(classifier, models.GoogLeNet | models.Inception3)
+        self.order = tuple(
+            child for child, _ in classifier.named_children() if child not in HEADS | AUXILIARY
+        )
+        for child in self.order:
+            self.add_module(child, getattr(classifier, child))
+        if isinstance(classifier, models.VisionTransformer):
+            self.order = ("conv_proj", "encoder")
+            self.class_token = classifier.class_token
+        self.channels, self.stride = 0, 0
+        self.level_strides: tuple[int, ...] = ()
+        self.level_channels: tuple[int, ...] = ()
+        self.measure()
+
+    def steps(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that run one after the other, with their paths."""
+        for child in self.order:
+            module = getattr(self, child)
+            if child in CONTAINERS and isinstance(module, nn.Sequential):
+                for name, inner in module.named_children():
+                    yield f"{child}.{name}", inner
+            else:
+                yield child, module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, in, H, W) to features (N, channels, H/stride, W/stride)."""
+        if self.tokens:
+            return self._token_grid(images)
+        features = self._to_half_range(images)
+        for _, step in self.steps():
+            features = step(features)
+        return self._finish(features)
+
+    def forward_levels(self, images: Tensor) -> list[Tensor]:
+        """The last map at each of `level_strides`, finest first; the last one is `forward`'s."""
+        if self.tokens:
+            return [self._token_grid(images)]
+        features = self._to_half_range(images)
+        kept: dict[int, Tensor] = {}
+        for (_, step), stride in zip(self.steps(), self._step_strides, strict=True):
+            features = step(features)
+            kept[stride] = features
+        maps = [kept[stride] for stride in self.level_strides]
+        maps[-1] = self._finish(maps[-1])
+        if self.channels_last:
+            maps[:-1] = [one.permute(0, 3, 1, 2) for one in maps[:-1]]
+        return maps
+
+    def measure(self) -> None:
+        """Find channels and strides by running shapes, without data, through the trunk."""
+        small, large = self._shapes(PROBE), self._shapes(2 * PROBE)
+        # From the difference of two sizes: unpadded stems lose a border whose share this cancels.
+        strides = [
+            round(PROBE / (big[1] - little[1])) for little, big in zip(small, large, strict=True)
+        ]
+        self._step_strides = tuple(strides)
+        self.channels, self.stride = large[-1][0], strides[-1]
+        last_of = {stride: shape[0] for stride, shape in zip(strides, large, strict=True)}
+        self.level_strides = tuple(sorted(stride for stride in last_of if stride > 1))
+        self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
+
+    def _shapes(self, side: int) -> list[tuple[int, int]]:
+        """(channels, height) after each step for a square image."""
+        in_channels = next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
+        on_meta = {
+            name: tensor.detach().to("meta")
+            for name, tensor in [*self.named_parameters(), *self.named_buffers()]
+        }
+        images = torch.empty(1, in_channels, side, side, device="meta")
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            maps = torch.func.functional_call(_EveryStep(self), _prefixed(on_meta), (images,))
+        self.train(training)
+        if self.channels_last:
+            maps = [one.permute(0, 3, 1, 2) for one in maps]
+        return [(one.shape[1], one.shape[2]) for one in maps]
+
+    def _to_half_range(self, images: Tensor) -> Tensor:
+        """From ImageNet's mean and deviation to the -1..1 that Inception was trained on."""
+        if not self.half_range or images.shape[1] != 3:
+            return images
+        deviation = images.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+        mean = images.new_tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+        return (images * deviation + mean - 0.5) / 0.5
+
+    def _finish(self, features: Tensor) -> Tensor:
+        if self.final_relu:
+            features = F.relu(features)
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+    def _token_grid(self, images: Tensor) -> Tensor:
+        """A vision transformer's tokens, laid out as the patches they came from."""
+        patches: Tensor = self.get_submodule("conv_proj")(images)  # (N, D, h, w)
+        grid = patches.shape[2:]
+        tokens = patches.flatten(2).transpose(1, 2)  # (N, h*w, D)
+        class_token: Any = self.class_token  # a meta tensor while `measure` runs
+        tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        encoder: Any = self.encoder
+        positions = _fit_positions(encoder.pos_embedding, grid)
+        encoded: Tensor = encoder.ln(encoder.layers(encoder.dropout(tokens + positions)))
+        return encoded[:, 1:].transpose(1, 2).reshape(len(images), -1, *grid)
+
+
+class _EveryStep(nn.Module):
+    """The outputs of all steps of a trunk, for `measure`."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        if self.trunk.tokens:
+            grid = self.trunk(images)
+            return [grid, grid]
+        maps = [images]
+        for _, step in self.trunk.steps():
+            maps.append(step(maps[-1]))
+        return maps[1:]
+
+
+def build_trunk(
+    name: str, *, weights: str | None = None, in_channels: int = 3, stride: int | None = None
+) -> Trunk:
+    """A torchvision classifier by name, as a feature trunk.
+
+    Args:
+        name: Any name of `torchvision.models.list_models`, except models bound to one input size.
+        weights: None for random ones; "imagenet" for torchvision's own, downloaded into torch's hub
+            cache; or a file of torchvision weights (.pth, .pt or .safetensors).
+        in_channels: Of the images; where it is not 3, weights are summed or padded with zeros.
+        stride: Keep the output at this stride at most, by giving later steps stride 1. The
+            receptive field shrinks with it: for small images and training from scratch.
+
+    Raises:
+        UserError: Unknown name, a file that does not fit, a stride that the family cannot keep.
+    """
+    known = {one: one for one in models.list_models(module=models)}
+    look_up(known, name, what="torchvision classifier")
+    if name.startswith("maxvit"):
+        raise UserError(f"{name} works at one input size only and cannot serve as a trunk")
+    options: dict[str, object] = {"weights": None}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    trunk = Trunk(name, models.get_model(name, **options))
+    if weights == "imagenet":
+        state = models.get_model_weights(name)["DEFAULT"].get_state_dict(progress=False)
+        load_trunk_weights(trunk, state, source=f"torchvision's weights of {name}")
+    elif weights is not None:
+        load_trunk_weights(trunk, Path(weights), source=weights)
+    if in_channels != 3:
+        widen_first_convolution(trunk, in_channels, pretrained=weights is not None)
+    if stride is not None:
+        _keep_stride(trunk, stride)
+    return trunk
+
+
+def _keep_stride(trunk: Trunk, stride: int) -> None:
+    """Give stride 1 to the steps that would bring the output beyond `stride` pixels a place."""
+    if stride not in trunk.level_strides:
+        known = ", ".join(map(str, trunk.level_strides))
+        raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
+    for (path, step), own in list(zip(trunk.steps(), trunk._step_strides, strict=True)):
+        for module in step.modules() if own > stride else ():
+            shrinks = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+            if not shrinks or module.stride in (1, (1, 1)):
+                continue
+            padded = isinstance(module, nn.Conv2d) and all(
+                2 * pad == side - 1
+                for pad, side in zip(module.padding, module.kernel_size, strict=True)
+                if isinstance(pad, int)
+            )
+            if not padded:
+                raise UserError(
+                    f"{trunk.name}: cannot keep stride {stride}, because {path} shrinks the map "
+                    f"by a {type(module).__name__}; up-sample the input instead"
+                )
+            module.stride = (1, 1)  # type: ignore[assignment]
+    trunk.measure()
+    if trunk.stride != stride:
+        raise UserError(f"{trunk.name}: cannot keep stride {stride}; up-sample the input instead")
+
+
+def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"trunk.{name}": tensor for name, tensor in state.items()}
+
+
+def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
+    """Position embeddings (1, 1 + side**2, D) for another grid, the class token's kept."""
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if tuple(grid) == (side, side):
+        return positions
+    square = positions[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
+    resized = F.interpolate(square, tuple(grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,136 @@
+"""Files of torchvision weights into a trunk; nothing here runs code from a file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kd.errors import UserError
+
+# Keys of torchvision's heads and auxiliary classifiers, which a trunk has no use for.
+HEAD_PREFIXES = ("classifier.", "fc.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
+# torchvision's densenet files are older than its module names: "norm.1" there is "norm1" here.
+OLD_DENSE = ("norm.1.", "norm.2.", "relu.1.", "relu.2.", "conv.1.", "conv.2.")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file or a torch file, read as data only.
+
+    Raises:
+        UserError: The file is missing, damaged, or holds something other than named tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights file {path} cannot be read: {reason}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise UserError(f"weights file {path} does not hold a state dict of tensors")
+    return dict(state)
+
+
+def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, source: str) -> None:
+    """Load torchvision weights; strict, but for the classifier's keys.
+
+    Args:
+        trunk: What to load into.
+        weights: A file, or a state dict.
+        source: What to call the weights in a message.
+
+    Raises:
+        UserError: Keys are missing or unexpected, or shapes differ; names the first few.
+    """
+    state = read_weights(weights) if isinstance(weights, Path) else dict(weights)
+    expected = trunk.state_dict()
+    state = {_modern(key): value for key, value in state.items()}
+    state = {key: v for key, v in state.items() if not key.startswith(HEAD_PREFIXES)}
+    # Batch norm's counters came after some of the files did, and change nothing in use.
+    missing = [
+        key for key in expected if key not in state and not key.endswith("num_batches_tracked")
+    ]
+    unexpected = [key for key in state if key not in expected]
+    mistakes = []
+    if missing:
+        mistakes.append(f"missing {_few(missing)}")
+    if unexpected:
+        mistakes.append(f"unexpected {_few(unexpected)}")
+    if mistakes:
+        name = getattr(trunk, "name", type(trunk).__name__)
+        raise UserError(f"{source} does not fit {name}: {'; '.join(mistakes)}")
+    _take_positions(trunk, state)
+    expected = trunk.state_dict()
+    wrong = [
+        f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        if value.shape != expected[key].shape
+    ]
+    if wrong:
+        name = getattr(trunk, "name", type(trunk).__name__)
+        raise UserError(f"{source} does not fit {name}: shapes differ: {_few(wrong)}")
+    trunk.load_state_dict(state, strict=False)
+
+
+def widen_first_convolution(trunk: nn.Module, in_channels: int, *, pretrained: bool) -> None:
+    """Replace the first convolution by one for another number of input channels.
+
+    With pretrained weights, one channel gets the sum over RGB, and channels beyond the third get
+    zeros, so that the trunk starts out as it was.
+    """
+    path, old = next(
+        (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
+    )
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    with torch.no_grad():
+        if pretrained and in_channels == 1:
+            new.weight.copy_(old.weight.sum(dim=1, keepdim=True))
+        elif pretrained:
+            shared = min(in_channels, old.in_channels)
+            new.weight.zero_()
+            new.weight[:, :shared] = old.weight[:, :shared]
+        if pretrained and new.bias is not None and old.bias is not None:
+            new.bias.copy_(old.bias)
+    parent, _, child = path.rpartition(".")
+    setattr(trunk.get_submodule(parent), child, new)
+
+
+def _modern(key: str) -> str:
+    for old in OLD_DENSE:
+        if ".denselayer" in key and f".{old}" in key:
+            return key.replace(f".{old}", f".{old.replace('.', '', 1)}")
+    return key
+
+
+def _take_positions(trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """A transformer trained at another size brings position embeddings of that size; keep them."""
+    key = "encoder.pos_embedding"
+    if key in state and state[key].shape != trunk.get_parameter(key).shape:
+        encoder = trunk.get_submodule("encoder")
+        encoder.pos_embedding = nn.Parameter(torch.empty_like(state[key]))
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = list(names)
+    tail = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return ", ".join(listed[:4]) + tail

@@ -1,0 +1,174 @@
+"""What is minimised: supervised losses and distillation terms, named, unweighted, then summed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kd.catalog import check_options, look_up
+from kd.errors import UserError
+from kd.losses.imitation import imitation
+from kd.losses.logits import kl_logits
+from kd.losses.pair_wise import pair_wise
+from kd.tasks.base import Mask, Mean
+
+Loss = Callable[..., Tensor]
+Ramp = Literal["constant", "linear", "cosine", "off_after"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of distillation term.
+
+    Args:
+        function: The loss: student, teacher[, mask].
+        student: Output of the student it reads unless told otherwise.
+        teacher: Output of the teacher likewise.
+        mask: Name of the task's mask that it needs.
+        maps: Whether it compares feature maps; else rows, one per hidden object.
+    """
+
+    function: Loss
+    student: str | None = None
+    teacher: str | None = None
+    mask: str | None = None
+    maps: bool = False
+
+
+TERMS = {
+    # KL from the blind teacher's posterior to the context branch (METHODS 7).
+    "context_logits": Kind(kl_logits, "context", "posterior"),
+    # The ablation: the same target for the output of a student that sees the object.
+    "direct": Kind(kl_logits, "logits", "posterior"),
+    "context_features": Kind(imitation, mask="ring", maps=True),
+    "pair_wise": Kind(pair_wise, maps=True),
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A distillation term, ready to compute."""
+
+    name: str
+    kind: Kind
+    function: Loss
+    student: str
+    teacher: str
+    weight: float
+    ramp: Ramp = "constant"
+    until: float = 1.0
+    start: float = 0.0
+
+    def weight_at(self, progress: float) -> float:
+        """The weight at a share 0..1 of training."""
+        if self.ramp == "off_after":
+            return self.weight if progress < self.until else 0.0
+        if self.ramp == "constant" or progress >= self.until:
+            return self.weight
+        way = progress / self.until
+        if self.ramp == "cosine":
+            way = 0.5 - 0.5 * math.cos(math.pi * way)
+        return self.weight * (self.start + (1.0 - self.start) * way)
+
+
+def build_term(
+    name: str,
+    *,
+    weight: float,
+    student: str | None = None,
+    teacher: str | None = None,
+    options: Mapping[str, object] | None = None,
+    ramp: Ramp = "constant",
+    until: float = 1.0,
+    start: float = 0.0,
+) -> Term:
+    """A term by name; its options are the loss's keyword-only parameters.
+
+    Raises:
+        UserError: An unknown name or option, or a layer that must be named and is not.
+    """
+    kind = look_up(TERMS, name, what="distillation term")
+    options = dict(options or {})
+    check_options(kind.function, options, what=f"losses: {name}")
+    student, teacher = student or kind.student, teacher or kind.teacher
+    if student is None or teacher is None:
+        raise UserError(f"losses: {name}: name the layers: student: ..., teacher: ...")
+    function = functools.partial(kind.function, **options)
+    return Term(name, kind, function, student, teacher, weight, ramp, until, start)
+
+
+def distillation_losses(
+    terms: Sequence[Term],
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    masks: Mapping[str, Mask],
+    image_of: Tensor,
+) -> dict[str, Mean]:
+    """Every term's value, unweighted.
+
+    Args:
+        terms: What to compute.
+        student: Outputs and adapted features. Rows are per hidden object (K, ...), feature maps
+            per image (N, C, h, w).
+        teacher: The same of the teacher, both per hidden object: it saw K inputs.
+        masks: The task's masks.
+        image_of: The image of each hidden object, (K,).
+
+    Raises:
+        UserError: An output that student or teacher does not give.
+    """
+    losses: dict[str, Mean] = {}
+    for term in terms:
+        ours = _take(student, term.student, term.name, "student")
+        theirs = _take(teacher, term.teacher, term.name, "teacher")
+        unit = "hidden"
+        if not term.kind.maps:
+            value = term.function(ours, theirs)
+        else:
+            ours = ours[image_of]
+            if term.kind.mask is None:
+                value = term.function(ours, theirs)
+            else:
+                unit = term.kind.mask
+                value = term.function(ours, theirs, masks[unit]((ours.shape[2], ours.shape[3])))
+        losses[term.name] = Mean(value, unit)
+    return losses
+
+
+def _take(outputs: Mapping[str, Tensor], name: str, term: str, who: str) -> Tensor:
+    if name not in outputs:
+        raise UserError(
+            f"losses: {term}: the {who} gives no {name!r}; it gives: {', '.join(outputs)}"
+        )
+    return outputs[name]
+
+
+def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) -> None:
+    """A loss without a weight, or a weight without a loss, is a mistake."""
+    if losses.keys() != weights.keys():
+        alone = sorted(losses.keys() ^ weights.keys())
+        raise UserError(
+            f"losses and weights differ in: {', '.join(alone)} "
+            f"(losses: {', '.join(losses)}; weights: {', '.join(weights)})"
+        )
+
+
+def weighted_sum(
+    losses: Mapping[str, Mean], weights: Mapping[str, float], scale: Mapping[str, Tensor | float]
+) -> Tensor:
+    """The total: each loss by its weight and by the share of the whole batch that it speaks for.
+
+    Args:
+        losses: Named means.
+        weights: The same names.
+        scale: Factor of each unit.
+    """
+    check_weights(losses, weights)
+    parts = [loss.value * (scale[loss.unit] * weights[name]) for name, loss in losses.items()]
+    return torch.stack(parts).sum()

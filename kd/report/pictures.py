@@ -1,0 +1,117 @@
+"""The picture of a run: a scene with an object hidden, and what each model makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.report.figures import BLUE, GREY, ORANGE, PALE
+
+# The object itself is shown with a little of what is around it.
+_CROP_MARGIN = 0.15
+
+
+def hidden_scene_figure(
+    image: Tensor,
+    box: Tensor | Sequence[float],
+    truth: str,
+    beliefs: Mapping[str, Tensor],
+    names: Sequence[str],
+    *,
+    size: tuple[int, int] | None = None,
+    heat_map: Tensor | None = None,
+    top: int = 5,
+) -> Figure:
+    """The scene as the teacher sees it, the object that was hidden, and top-n bars of each model.
+
+    Args:
+        image: (3, H, W) uint8, nothing hidden yet.
+        box: xyxy pixels of the hidden object.
+        truth: Its class.
+        beliefs: Model -> (C,) probabilities, such as {"teacher": ..., "student": ...}.
+        names: C class names.
+        size: Height and width of the picture inside the padding, (H, W) by default.
+        heat_map: (H, W), drawn over the scene: where a model looks, or expects the class.
+        top: Bars of each model.
+    """
+    height, width = size or (int(image.shape[1]), int(image.shape[2]))
+    pixels = image[:, :height, :width].permute(1, 2, 0).cpu().numpy()
+    corners = [float(corner) for corner in box]
+    figure = Figure(figsize=(6.0 + 2.5 * len(beliefs), 3.2))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    ratios = [max(0.8, width / height) * 1.9, 1.2, *[1.9] * len(beliefs)]
+    panels = figure.subplots(1, 2 + len(beliefs), squeeze=False, width_ratios=ratios)[0]
+    heat = None if heat_map is None else heat_map[:height, :width].detach().float().cpu().numpy()
+    _scene(panels[0], pixels, corners, heat)
+    _object(panels[1], pixels, corners, truth)
+    shown = {model: belief.detach().double().cpu().numpy() for model, belief in beliefs.items()}
+    # One scale for all: a model that hardly knows must not look as sure as one that does.
+    reach = max([0.05, *(float(belief.max()) for belief in shown.values())])
+    for axes, (model, belief) in zip(panels[2:], shown.items(), strict=True):
+        _bars(axes, model, belief, names, truth, top)
+        axes.set_xlim(0, 122 * reach)
+    return figure
+
+
+def _scene(
+    axes: Axes, pixels: NDArray[Any], corners: Sequence[float], heat: NDArray[Any] | None
+) -> None:
+    """What is left of the picture when the object's box is covered."""
+    axes.imshow(pixels)
+    x1, y1, x2, y2 = corners
+    place, across, down = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
+    axes.add_patch(Rectangle(place, across, down, facecolor=GREY, edgecolor="none"))
+    if heat is not None:
+        axes.imshow(heat, cmap="inferno", alpha=0.5)
+    axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=ORANGE, linewidth=1.8))
+    height, width = pixels.shape[:2]
+    size = 100 * min(across / width, down / height)
+    if size > 6:  # a smaller sign would cover the outline
+        middle = ((x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2)
+        axes.text(*middle, "?", color="white", ha="center", va="center", fontsize=min(size, 26))
+    axes.set_title("the scene, object hidden", fontsize=9)
+    axes.set_anchor("N")
+    axes.set_axis_off()
+
+
+def _object(axes: Axes, pixels: NDArray[Any], corners: Sequence[float], truth: str) -> None:
+    x1, y1, x2, y2 = corners
+    margin = _CROP_MARGIN * max(x2 - x1, y2 - y1)
+    left, above = (max(0, int(start - margin)) for start in (x1, y1))
+    right, below = (int(np.ceil(end + margin)) for end in (x2, y2))
+    axes.imshow(pixels[above : max(below, above + 1), left : max(right, left + 1)])
+    axes.set_title(f"hidden: {truth}", fontsize=9, weight="bold")
+    axes.set_anchor("N")
+    axes.set_axis_off()
+
+
+def _bars(
+    axes: Axes, model: str, belief: NDArray[Any], names: Sequence[str], truth: str, top: int
+) -> None:
+    """The model's first classes, the true one in colour."""
+    order = np.argsort(-belief, kind="stable")[:top]
+    place = np.arange(len(order))
+    colours = [BLUE if names[c] == truth else PALE for c in order]
+    bars = axes.barh(place, 100 * belief[order], height=0.68, color=colours)
+    axes.bar_label(bars, fmt="%.0f %%", fontsize=8, padding=2, color=GREY)
+    axes.set_yticks(place, [names[c] for c in order], fontsize=8)
+    axes.set(ylim=(len(order) + 0.1, -0.6), xticks=[])
+    true = names.index(truth)
+    if true not in order:
+        rank = 1 + int((belief > belief[true]).sum())
+        text = f"{truth}: place {rank}, {100 * belief[true]:.1f} %"
+        axes.text(0.02, 0.0, text, transform=axes.transAxes, fontsize=8, color=BLUE)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(GREY)
+    axes.spines["left"].set_bounds(-0.5, len(order) - 0.5)
+    axes.tick_params(length=0)
+    axes.set_title(f"the {model} says", fontsize=9)

@@ -1,0 +1,221 @@
+"""Reads finished runs back from their folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from kd.errors import UserError
+from kd.metrics.scores import Records, check_records
+
+_SEED = re.compile(r"seed(\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: a teacher, or one arm of one seed of a distillation."""
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    records: Records
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.name
+
+
+@dataclass(frozen=True)
+class DistillRuns:
+    """The arms of a distillation, each with one run a seed, in the order of `seeds`."""
+
+    folder: Path
+    seeds: tuple[int, ...]
+    arms: dict[str, list[Run]]
+
+    def records(self) -> dict[str, list[Records]]:
+        """Predictions by arm, one a seed."""
+        return {arm: [run.records for run in runs] for arm, runs in self.arms.items()}
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read `config.yaml`, `summary.json` and `predictions.npz` of a finished run.
+
+    Raises:
+        UserError: The folder is missing, is no run, is not finished, or a file in it is damaged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: not a run, it has no config.yaml{_runs_below(path)}")
+    for name in ("predictions.npz", "summary.json"):
+        if not (path / name).is_file():
+            raise UserError(
+                f"{path}: not finished, it has no {name}; continue the run with --resume, "
+                "or evaluate it with python -m kd.evaluate"
+            )
+    return Run(
+        folder=path,
+        config=_read_mapping(path / "config.yaml"),
+        summary=_read_mapping(path / "summary.json"),
+        records=read_predictions(path / "predictions.npz"),
+    )
+
+
+def is_distill(folder: str | Path) -> bool:
+    """Whether a folder holds `seed<k>` folders, as a distillation does."""
+    return bool(_seed_folders(Path(folder)))
+
+
+def read_distill(folder: str | Path) -> DistillRuns:
+    """Read `seed<k>/<arm>/` of a distillation.
+
+    Raises:
+        UserError: As `read_run`; or a seed lacks an arm that another has, or `plain`; or the runs
+            did not score the same objects.
+    """
+    path = Path(folder)
+    found = _seed_folders(path)
+    if not found:
+        raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
+    arms_of = {
+        seed: sorted(arm.name for arm in place.iterdir() if (arm / "config.yaml").is_file())
+        for seed, place in found.items()
+    }
+    arms = sorted({arm for names in arms_of.values() for arm in names}, key=_arm_order)
+    for seed, names in arms_of.items():
+        if missing := [arm for arm in ("plain", *arms) if arm not in names]:
+            raise UserError(f"{found[seed]}: not finished, it has no run {missing[0]!r}")
+    runs = {arm: [read_run(place / arm) for place in found.values()] for arm in arms}
+    check_same_objects([run for column in runs.values() for run in column])
+    return DistillRuns(path, tuple(found), runs)
+
+
+def check_same_objects(runs: Sequence[Run]) -> None:
+    """Refuse to compare runs that did not score the same objects with the same labels.
+
+    Raises:
+        UserError: Naming the first run that differs from the first of all, and how.
+    """
+    first = runs[0]
+    ids, labels = first.records["object_ids"], first.records["labels"]
+    for run in runs[1:]:
+        other = run.records["object_ids"]
+        pair = f"{run.folder} and {first.folder}"
+        if not np.array_equal(ids, other):
+            common = len(np.intersect1d(ids, other))
+            raise UserError(
+                f"{pair} scored different objects ({len(other)} and {len(ids)}, {common} in both): "
+                "other data, another split or other limits of share; evaluate both on the same"
+            )
+        if run.records["log_probs"].shape != first.records["log_probs"].shape:
+            raise UserError(
+                f"{pair} know different numbers of classes: "
+                f"{run.records['log_probs'].shape[1]} and {first.records['log_probs'].shape[1]}"
+            )
+        if wrong := int((run.records["labels"] != labels).sum()):
+            raise UserError(f"{pair} disagree on the labels of {wrong} objects: other data")
+
+
+def read_predictions(path: str | Path) -> Records:
+    """Read and check a `predictions.npz`; objects come back in order of their id.
+
+    Raises:
+        UserError: The file is missing, cut off, or holds no predictions.
+    """
+    path = Path(path)
+    try:
+        # Opened here: of a file that was cut off, numpy would leave its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            records = {name: stored[name] for name in stored.files}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or no predictions: {error}") from error
+    check_records(records, str(path))
+    ids, order = np.unique(records["object_ids"], return_index=True)
+    if len(ids) != len(records["object_ids"]):
+        raise UserError(f"{path}: {len(records['object_ids']) - len(ids)} objects occur twice")
+    by_class = ("prior", "looks")
+    return {name: part if name in by_class else part[order] for name, part in records.items()}
+
+
+def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Curves of a run, finished or not: (step, value) by tag, from `metrics.jsonl`.
+
+    A last line without its end is left out: the run may be writing it now.
+
+    Raises:
+        UserError: There is no such file, or a line of it is damaged.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            point = (int(entry["step"]), float(entry["value"]))
+            curves.setdefault(str(entry["tag"]), []).append(point)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no scalar: {line[:60]!r}") from error
+    return curves
+
+
+def ceilings(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Metric -> what the exact posterior reaches, where a summary has `ceiling_<metric>`."""
+    return {
+        key.removeprefix("ceiling_"): float(number)
+        for key, number in summary.items()
+        if key.startswith("ceiling_") and isinstance(number, int | float)
+    }
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file whose top level is a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged: a mapping was expected, got {type(content).__name__}")
+    return content
+
+
+def _seed_folders(path: Path) -> dict[int, Path]:
+    """Seed -> folder, in order of the seed."""
+    if not path.is_dir():
+        return {}
+    named = [(_SEED.fullmatch(place.name), place) for place in path.iterdir() if place.is_dir()]
+    return dict(sorted((int(name[1]), place) for name, place in named if name))
+
+
+def _arm_order(arm: str) -> tuple[int, str]:
+    """Plain and distilled first, the controls behind them by name."""
+    first = ("plain", "distilled")
+    return (first.index(arm) if arm in first else len(first), arm)
+
+
+def _runs_below(path: Path, *, show: int = 4) -> str:
+    """End of a message: runs that may have been meant."""
+    found = sorted(
+        {str(file.parent) for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")}
+        | {str(place) for place in path.iterdir() if place.is_dir() and is_distill(place)}
+    )
+    if not found:
+        return ""
+    rest = f" and {len(found) - show} more" if len(found) > show else ""
+    return f"; below it are {', '.join(found[:show])}{rest}"

@@ -1,0 +1,243 @@
+"""Comparison tables: plain and distilled twins over seeds, or several runs side by side."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+import rich.box
+import rich.table
+from rich.console import Console
+from rich.text import Text
+
+from kd.errors import UserError
+from kd.metrics import scores
+from kd.metrics.interval import Interval
+from kd.metrics.scores import Records
+from kd.report.comparison import Comparison, compare, label_of, scale_of, value_of
+
+METRICS = (
+    "top1",
+    "mean_class_top1",
+    "top5",
+    "nll",
+    "ece",
+    "lookalike_top1",
+    "lookalike_pair_top1",
+)
+CLEAR = "*: the 95 % interval does not touch zero"
+_OVER_IMAGES = "the 95 % interval of images drawn again"
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text to print, and the numbers behind it."""
+
+    title: str
+    header: Row
+    groups: tuple[tuple[Row, ...], ...]  # rows; a line is drawn between groups
+    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+    def to_text(self) -> str:
+        """Aligned lines without colours."""
+        rows = [self.header, *(row for group in self.groups for row in group)]
+        widths = [max(len(row[place]) for row in rows) for place in range(len(self.header))]
+
+        def line(row: Row) -> str:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            return "  ".join(cells).rstrip()
+
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        lines = [self.title, line(self.header)]
+        for group in self.groups:
+            lines += [rule, *map(line, group)]
+        return "\n".join([*lines, *self.notes]) + "\n"
+
+    def to_markdown(self) -> str:
+        """A heading, a table and a list of notes."""
+        dashes = ["---", *["---:"] * (len(self.header) - 1)]
+        rows = [self.header, tuple(dashes), *(row for group in self.groups for row in group)]
+        cells = [
+            "| " + " | ".join(cell.strip().replace("|", r"\|") for cell in row) + " |"
+            for row in rows
+        ]
+        notes = [f"- {note.replace('*', chr(92) + '*')}" for note in self.notes]
+        return "\n".join([f"### {self.title}", "", *cells, "", *notes]).rstrip() + "\n"
+
+
+def print_table(table: Table, stream: TextIO | None = None) -> None:
+    """Print with rules and colours on a terminal wide enough, as plain aligned lines elsewhere."""
+    stream = stream or sys.stdout
+    text = table.to_text()
+    width = max(map(len, text.splitlines()))
+    if not stream.isatty() or width + 8 > shutil.get_terminal_size().columns:
+        stream.write(text)
+        return
+    drawn = rich.table.Table(
+        title=table.title, box=rich.box.SIMPLE_HEAD, caption="\n".join(table.notes)
+    )
+    drawn.title_justify = drawn.caption_justify = "left"
+    for place, name in enumerate(table.header):
+        drawn.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for group in table.groups:
+        for row in group:
+            drawn.add_row(*(Text(c, style="bold" if c.endswith("*") else "") for c in row))
+        drawn.add_section()
+    Console(file=stream).print(drawn)
+
+
+def distill_table(
+    arms: Mapping[str, Sequence[Records]],
+    seeds: Sequence[int],
+    *,
+    metrics: Sequence[str] | None = None,
+    title: str = "Plain and distilled",
+    baseline: str = "plain",
+) -> Table:
+    """Each arm against its plain twin: mean over seeds with a t interval, then each seed alone.
+
+    Args:
+        arms: Arm -> predictions, one a seed; all of the same objects, in the columns' order.
+        seeds: One number for each place of those lists.
+        metrics: Rows; by default those of `METRICS` that these objects allow.
+        title: Above the table.
+        baseline: The arm that others are compared with.
+
+    Raises:
+        UserError: No such arm, unequal numbers of seeds, or a metric that cannot be had.
+    """
+    if baseline not in arms or not seeds:
+        raise UserError(
+            f"no run {baseline!r} to compare with; there are {', '.join(arms) or 'none'}"
+        )
+    if wrong := [arm for arm, runs in arms.items() if len(runs) != len(seeds)]:
+        raise UserError(f"arm {wrong[0]!r} has {len(arms[wrong[0]])} runs for {len(seeds)} seeds")
+    names = _chosen(metrics, arms[baseline][0])
+    columns = [baseline, *(arm for arm in arms if arm != baseline)]
+    found = {
+        (name, arm): compare(name, arm, arms[arm], None if arm == baseline else arms[baseline])
+        for name in names
+        for arm in columns
+    }
+    means = [
+        _row(label_of(name), [found[name, arm] for arm in columns], seed=None) for name in names
+    ]
+    by_seed = [
+        _row(f"{label_of(name)}, seed {seed}", [found[name, arm] for arm in columns], seed=place)
+        for name in names
+        for place, seed in enumerate(seeds)
+    ]
+    header = ["metric", baseline]
+    header += [cell for arm in columns[1:] for cell in (arm, f"{arm} - {baseline}")]
+    return Table(
+        title=title,
+        header=tuple(header),
+        groups=(tuple(means), tuple(by_seed)) if len(seeds) > 1 else (tuple(means),),
+        notes=(CLEAR, _seed_note(len(seeds)), *_prior_note(names, arms[baseline][0])),
+        comparisons=tuple(found.values()),
+    )
+
+
+def runs_table(
+    runs: Mapping[str, Records],
+    *,
+    ceilings: Mapping[str, float] | None = None,
+    metrics: Sequence[str] | None = None,
+    title: str = "Runs",
+) -> Table:
+    """Single runs side by side, each compared with the first over the same images.
+
+    Args:
+        runs: Name -> predictions, all of the same objects.
+        ceilings: Metric -> what the exact posterior reaches, where it is known.
+        metrics: Rows; by default those of `METRICS` that these objects allow.
+        title: Above the table.
+
+    Raises:
+        UserError: No run, or a metric that cannot be had.
+    """
+    if not runs:
+        raise UserError("no run to show")
+    first, *others = runs
+    names = _chosen(metrics, runs[first])
+    prior = scores.prior_records(runs[first])
+    ceilings = ceilings or {}
+    found, rows = [], []
+    for name in names:
+        line = [
+            compare(name, run, [runs[run]], [runs[first]] if run != first else None) for run in runs
+        ]
+        cells = list(_row(label_of(name), line, seed=None))
+        if prior is not None:
+            number = None if name == "ece" else scores.value(prior, name)
+            cells.append(_number(name, number))
+        if ceilings:
+            cells.append(_number(name, ceilings.get(name)))
+        rows.append(tuple(cells))
+        found += line
+    header = ["metric", first]
+    for run in others:
+        header += [run, f"{run} - {first}"]
+    header += ["prior"] * (prior is not None) + ["ceiling"] * bool(ceilings)
+    notes = [CLEAR, f"differences: {_OVER_IMAGES}"] if others else []
+    if ceilings:
+        notes.append("ceiling: the exact posterior of the scenes' own generative model")
+    return Table(title, tuple(header), (tuple(rows),), tuple(notes), tuple(found))
+
+
+def _chosen(metrics: Sequence[str] | None, records: Records) -> list[str]:
+    """The metrics asked for, checked; or those of the default that these records allow."""
+    if metrics is None:
+        return [name for name in METRICS if scores.value(records, name) is not None]
+    for name in metrics:
+        value_of(name, records)
+    return list(dict.fromkeys(metrics))
+
+
+def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
+    """Cells of a metric: of the mean over seeds, or of the seed at one place."""
+    cells = [label]
+    for entry in line:
+        cells.append(_number(entry.metric, entry.mean if seed is None else entry.values[seed]))
+        if entry.difference is not None:
+            interval = entry.difference if seed is None else entry.by_seed[seed]
+            cells.append(_difference(entry.metric, interval))
+    return tuple(cells)
+
+
+def _number(name: str, number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
+
+
+def _difference(name: str, interval: Interval) -> str:
+    scale = scale_of(name)
+    digits = 1 if scale == 100 else 3
+    mean, low, high = (f"{scale * bound:+z.{digits}f}" for bound in interval)
+    if interval.low != interval.low:  # NaN: nothing is known about the bounds
+        return f"{mean} "
+    return f"{mean} [{low}, {high}]{'*' if interval.clear_of_zero else ' '}"
+
+
+def _seed_note(seeds: int) -> str:
+    if seeds == 1:
+        return f"one seed only: {_OVER_IMAGES}; nothing is known about other seeds"
+    return f"means over {seeds} seeds, t interval; each seed: {_OVER_IMAGES}"
+
+
+def _prior_note(names: Sequence[str], records: Records) -> list[str]:
+    prior = scores.prior_records(records)
+    if prior is None:
+        return []
+    known = [(name, scores.value(prior, name)) for name in names if name != "ece"]
+    return [
+        "class prior: " + ", ".join(f"{label_of(n)} {_number(n, number)}" for n, number in known)
+    ]

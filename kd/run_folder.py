@@ -1,0 +1,96 @@
+"""A run's folder: opened, checked against what is already there, and finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.checkpoint import config_differences, write_whole
+from kd.config_reader import read_yaml
+from kd.errors import UserError
+
+# These may change between a start and its resumption: they do not change the result.
+_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "train.log_every")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: The folder; made where it is missing.
+        config: The resolved recipe, plain values.
+        resume: Whether a run that is there already goes on.
+
+    Raises:
+        UserError: The folder holds another run, or one and `resume` is false, or cannot be written.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.config = dict(config)
+        written = path / "config.yaml"
+        begun = path.is_dir() and any(file.name != "config.yaml" for file in path.iterdir())
+        if written.is_file() and not begun:  # stopped before anything was trained
+            written.unlink()
+        if written.is_file():
+            if not resume:
+                raise UserError(
+                    f"{path}: there is a run already; --resume goes on with it, "
+                    "--out DIR names another folder"
+                )
+            check_same_config(written, config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made: {error}; name another --out") from error
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written; name another folder with --out")
+        if not written.is_file():
+            text = yaml.safe_dump(dict(config), sort_keys=False, width=100)
+            write_whole(written, lambda file: file.write_text(text, encoding="utf-8"))
+
+    @property
+    def checkpoint(self) -> Path:
+        """What resuming reads."""
+        return self.path / "last.pt"
+
+    @property
+    def model(self) -> Path:
+        """The result."""
+        return self.path / "model.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of the run was written; the summary comes last."""
+        return (self.path / "summary.json").is_file()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary."""
+        text = json.dumps(dict(summary), indent=2) + "\n"
+        write_whole(
+            self.path / "summary.json", lambda file: file.write_text(text, encoding="utf-8")
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run."""
+        loaded: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return loaded
+
+
+def check_same_config(written: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run of another config; the differing places are named."""
+    differences = [
+        line
+        for line in config_differences(read_yaml(written), dict(config))
+        if not line.startswith(_FREE)
+    ]
+    if differences:
+        raise UserError(
+            f"{written.parent}: a run with another config is there: {'; '.join(differences[:5])}. "
+            "Undo the change, or name another folder with --out"
+        )

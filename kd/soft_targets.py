@@ -1,0 +1,176 @@
+"""Where targets of distillation come from: a live teacher, or posteriors that were stored.
+
+Both are callables from a batch to named tensors, one row per hidden object; `posterior` holds
+log-probabilities (K, C). The engine cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.features import FeatureTaps
+from kd.tasks.base import Batch, Task
+
+FORMAT = "kd-posteriors-1"
+
+
+class SoftTargetSource(Protocol):
+    """A batch to the teacher's named outputs."""
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Targets of the batch's hidden objects."""
+        ...
+
+
+class LiveTeacher:
+    """Runs a teacher in each step, on the very batch the student sees.
+
+    Args:
+        model: The teacher; it is frozen and put in evaluation mode.
+        task: The teacher's task: how it is shown the batch, how its output reads.
+        layers: Layers whose features are wanted.
+        autocast: Whether it runs in bfloat16.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, layers: Sequence[str] = (), *, autocast: bool = False
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.task = task
+        self._taps = FeatureTaps(model, layers) if layers else None
+        self._autocast = autocast
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`posterior` (K, C) and the layers' features (K, ...)."""
+        device = batch["images"].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
+            output = self.model(*self.task.inputs(batch))
+        outputs = {"logits": output} if isinstance(output, Tensor) else dict(output)
+        features = self._taps.collect() if self._taps else {}
+        return {
+            "posterior": self.task.decode(outputs, batch),
+            **{name: feature.float() for name, feature in features.items()},
+        }
+
+
+class StoredPosteriors:
+    """Posteriors by annotation id, computed once; costs a step a look-up.
+
+    They belong to the object, not to pixels, so that geometric augmentation does not spoil them.
+
+    Args:
+        object_ids: Annotation ids, int64 (K,).
+        log_probs: Log-probabilities, (K, C); kept as float16.
+        source: What messages call them.
+    """
+
+    def __init__(
+        self, object_ids: Tensor, log_probs: Tensor, *, source: str = "posteriors"
+    ) -> None:
+        order = object_ids.argsort()
+        self.object_ids = object_ids[order].contiguous()
+        self.log_probs = log_probs[order].to(torch.float16).contiguous()
+        self.source = source
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`posterior` (K, C) of the hidden objects.
+
+        Raises:
+            UserError: An object that was not there when the posteriors were made.
+        """
+        wanted = batch["object_ids"][batch["hidden"]]
+        if self.object_ids.device != wanted.device:
+            self.object_ids = self.object_ids.to(wanted.device)
+            self.log_probs = self.log_probs.to(wanted.device)
+        places = torch.searchsorted(self.object_ids, wanted)
+        places = places.clamp(max=len(self.object_ids) - 1)
+        if wanted.device.type == "cpu":  # on a GPU the comparison would wait for the device
+            self._check(wanted, places)
+        return {"posterior": self.log_probs[places].float()}
+
+    def _check(self, wanted: Tensor, places: Tensor) -> None:
+        missing = wanted[self.object_ids[places] != wanted]
+        if len(missing):
+            raise UserError(
+                f"{self.source}: no posterior for {len(missing)} objects, first annotation "
+                f"{int(missing[0])}; the data set is another than the one they were made for"
+            )
+
+    def check_covers(self, object_ids: Tensor) -> None:
+        """Before training: all these objects must be known."""
+        places = torch.searchsorted(self.object_ids, object_ids)
+        self._check(object_ids, places.clamp(max=len(self.object_ids) - 1))
+
+    def shuffled(self, seed: int) -> StoredPosteriors:
+        """The control: each posterior given to another object, at random."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.object_ids), generator=generator)
+        # A cycle through a random order leaves nobody with its own.
+        shuffled = torch.empty_like(self.log_probs)
+        shuffled[order] = self.log_probs[order.roll(1)]
+        return StoredPosteriors(
+            self.object_ids, shuffled, source=f"{self.source} (shuffled, seed {seed})"
+        )
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write a safetensors file, atomically; `metadata` says what made them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(
+            {"object_ids": self.object_ids.cpu(), "log_probs": self.log_probs.cpu()},
+            partial,
+            metadata={"format": FORMAT, **metadata},
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, expected: Mapping[str, str]) -> StoredPosteriors:
+        """Read a file; refuse one that was made by something else.
+
+        Args:
+            path: The file.
+            expected: Metadata that must agree: teacher hash, data fingerprint, transform.
+
+        Raises:
+            UserError: Not such a file, or made for another teacher or data set.
+        """
+        try:
+            with safe_open(path, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a file of posteriors: {error}") from error
+        if metadata.get("format") != FORMAT or tensors.keys() != {"object_ids", "log_probs"}:
+            raise UserError(f"{path}: not a file of posteriors; make one with python -m kd.cache")
+        for name, value in expected.items():
+            if metadata.get(name) != value:
+                raise UserError(
+                    f"{path}: {name} is {metadata.get(name)!r}, this run needs {value!r}; "
+                    "delete the file and the posteriors are made anew"
+                )
+        return cls(tensors["object_ids"], tensors["log_probs"], source=str(path))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def from_arrays(object_ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> StoredPosteriors:
+    """Posteriors from arrays (K,) and (K, C)."""
+    return StoredPosteriors(torch.from_numpy(object_ids), torch.from_numpy(log_probs))

@@ -1,0 +1,113 @@
+"""Context tasks: what class is the object that was hidden?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd.data.hide import Shape, class_maps, hide, normalise, regions_of, valid_pixels
+from kd.losses.supervised import cross_entropy_labelled, masked_bce
+from kd.tasks.base import (
+    Batch,
+    Mask,
+    Mean,
+    Output,
+    hidden_labels,
+    image_rows,
+    ring_mask,
+)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What both context tasks share: the input with one object hidden in each.
+
+    Args:
+        num_classes: C.
+        shape: Shape of the hidden region; `segment` reads the batch's exact masks.
+    """
+
+    num_classes: int
+    shape: Shape = "box"
+
+    def regions(self, batch: Batch) -> Tensor:
+        """Hidden pixels, bool (K, H, W)."""
+        return regions_of(batch, shape=self.shape)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Normalised RGB with the region at 0, and the region: (K, 4, H, W)."""
+        images = normalise(batch["images"])
+        return (hide(images, image_rows(batch), self.regions(batch)),)
+
+    def masks(self, batch: Batch) -> dict[str, Mask]:
+        """`ring`: the surroundings of the hidden object."""
+        return {"ring": ring_mask(batch)}
+
+
+@dataclass(frozen=True)
+class Context(_Context):
+    """One answer for the hidden object: logits (K, C), cross-entropy.
+
+    METHODS: the CNN of BlindNet and any trunk.
+
+    Args:
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    label_smoothing: float = 0.0
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`cross_entropy` over the hidden objects with a label."""
+        loss = cross_entropy_labelled(
+            output["logits"], hidden_labels(batch), label_smoothing=self.label_smoothing
+        )
+        return {"cross_entropy": Mean(loss, "labelled")}
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Log-probabilities (K, C)."""
+        return output["logits"].float().log_softmax(dim=1)
+
+
+@dataclass(frozen=True)
+class ContextPixels(_Context):
+    """An answer for each pixel: logits (K, C, H, W), all boxes are targets, hidden or not.
+
+    The score of a class is the sum of its sigmoids over the hidden region (BlindNet); scores
+    divided by their sum serve as the posterior.
+
+    Args:
+        hidden_weight: Weight of the hidden region against the rest.
+    """
+
+    hidden_weight: float = 5.0
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`masked_bce` over the picture's pixels, padding left out."""
+        rows = image_rows(batch)
+        height, width = batch["images"].shape[-2:]
+        known = batch["labels"] >= 0
+        maps = class_maps(
+            batch["boxes"][known],
+            batch["labels"][known],
+            batch["image_of"][known],
+            len(batch["images"]),
+            self.num_classes,
+            (height, width),
+        )
+        loss = masked_bce(
+            output["logits"],
+            maps[rows],
+            self.regions(batch),
+            valid=valid_pixels(batch["sizes"], (height, width))[rows],
+            hidden_weight=self.hidden_weight,
+        )
+        return {"masked_bce": Mean(loss, "hidden")}
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Log of the region scores divided by their sum, (K, C)."""
+        regions = self.regions(batch).float()
+        scores = torch.einsum("kchw,khw->kc", output["logits"].float().sigmoid(), regions)
+        scores = scores.clamp(min=1e-6)
+        return (scores / scores.sum(dim=1, keepdim=True)).log()

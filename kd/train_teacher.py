@@ -1,0 +1,96 @@
+"""Train a context teacher: `python -m kd.train_teacher --teacher unet --data coco`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from numpy.typing import NDArray
+
+from kd.adapted import AdaptedStudent
+from kd.build import (
+    OpenData,
+    build_task,
+    build_teacher,
+    fold_of,
+    make_accelerator,
+    make_dataset,
+    make_loader,
+    open_data,
+)
+from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
+from kd.config import TeacherRecipe
+from kd.engine import Objective
+from kd.pictures import write_pictures
+from kd.run_folder import RunFolder
+from kd.session import Session, run_training, say_summary
+from kd.teacher_runs import default_folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the teacher, and its fold models where the recipe has folds."""
+    parser = recipe_parser(
+        "python -m kd.train_teacher",
+        "teacher",
+        "Train a context teacher: it predicts the class of a hidden object from its surroundings.",
+    )
+    args = parser.parse_args(argv)
+    recipe = read_recipe(args, TeacherRecipe, "teacher")
+    if recipe is None:
+        return 0
+    accelerator = make_accelerator(recipe.train.precision)
+    set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
+    name = args.recipe or Path(args.config).stem
+    out = args.out or default_folder(name, recipe.data.name)
+    data = open_data(recipe.data)
+    whole = RunFolder(out, recipe.model_dump(mode="json"), resume=args.resume)
+    if not whole.finished:
+        if recipe.folds:
+            folds = fold_of(data.train.image_ids, recipe.folds)
+            for number in range(recipe.folds):
+                only = data.train.image_ids[folds != number]
+                path = out / f"fold{number}"
+                folder = RunFolder(path, recipe.model_dump(mode="json"), resume=True)
+                label = f"{name} fold {number + 1} of {recipe.folds}"
+                train_one(recipe, data, accelerator, folder, label, only)
+        train_one(recipe, data, accelerator, whole, name, None)
+    if accelerator.is_main_process:
+        say_summary(f"teacher {name} on {recipe.data.name}: {out}", whole.summary())
+    return 0
+
+
+def train_one(
+    recipe: TeacherRecipe,
+    data: OpenData,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    label: str,
+    only: NDArray[np.int64] | None,
+) -> None:
+    """Train one model on some of the train images, all where `only` is None."""
+    if folder.finished:
+        return
+    train = recipe.train
+    dataset = make_dataset(
+        data, "train", train=True, mode="one", only=only, seed=recipe.seed, epochs=train.epochs
+    )
+    loader = make_loader(
+        dataset,
+        accelerator,
+        batch_size=max(1, train.batch_size // train.accumulate),
+        workers=recipe.data.workers,
+        seed=recipe.seed,
+        train=True,
+    )
+    set_seed(recipe.seed)
+    model = build_teacher(recipe.teacher, data.num_classes)
+    task = build_task(recipe.task, recipe.data, data.num_classes)
+    session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
+    run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

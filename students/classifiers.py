@@ -1,0 +1,264 @@
+"""Classifiers of an object in its scene: any torchvision trunk, an appearance and a context head.
+
+The two heads are experts whose opinions multiply: `log p(class | object, scene)` is the
+appearance's log-probability plus `strength` times how far the scene moves the class away from its
+prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.nn.freeze import freeze, freeze_batch_norm
+from kd.nn.regions import (
+    box_geometry,
+    crop_regions,
+    masked_pool,
+    outside_weights,
+    ring_weights,
+    roi_features,
+)
+from kd.nn.trunk import Trunk, build_trunk
+
+# One catalogue entry each; `build_student` takes any other name that torchvision knows.
+NAMES = (
+    *("alexnet", "convnext_tiny", "convnext_small", "densenet121", "densenet169"),
+    *("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_v2_s", "googlenet"),
+    *("inception_v3", "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_small"),
+    *("mobilenet_v3_large", "regnet_x_400mf", "regnet_x_800mf", "regnet_y_400mf"),
+    *("regnet_y_800mf", "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d"),
+    *("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "swin_t"),
+    *("swin_v2_t", "vgg11_bn", "vgg16_bn", "vit_b_16", "vit_b_32", "wide_resnet50_2"),
+)
+
+
+class ContextHead(nn.Module):
+    """Class logits from the features around an object, never from those on it."""
+
+    def __init__(
+        self, channels: int, log_prior: Tensor, *, hidden: int, dropout: float, margin: float
+    ) -> None:
+        super().__init__()
+        self.margin = margin
+        # Ring, scene and geometry; trunks differ in scale by orders of magnitude, hence the norm.
+        self.norm = nn.LayerNorm(2 * channels)
+        width = 2 * channels + 8
+        layers: list[nn.Module] = [nn.Dropout(dropout)]
+        if hidden:
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        last = nn.Linear(hidden or width, len(log_prior))
+        # It starts out as the prior: a scene that says nothing changes nothing.
+        nn.init.normal_(last.weight, std=1e-3)
+        with torch.no_grad():
+            last.bias.copy_(log_prior)
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(
+        self, features: Tensor, boxes: Tensor, image_of: Tensor, stride: int, size: tuple[int, int]
+    ) -> Tensor:
+        """Scene features (N, C, h, w) and boxes (M, 4) of images of that size to logits (M, C)."""
+        count, grid = len(boxes), (features.shape[2], features.shape[3])
+        ring = ring_weights(boxes, grid, stride, margin=self.margin)
+        around = torch.cat([ring, outside_weights(boxes, grid, stride)])  # (2 * M, h, w)
+        pooled = masked_pool(features, around, image_of.repeat(2))
+        pooled = self.norm(torch.cat([pooled[:count], pooled[count:]], dim=1))
+        geometry = box_geometry(boxes, size).to(pooled.dtype)
+        logits: Tensor = self.layers(torch.cat([pooled, geometry], dim=1))
+        return logits
+
+
+class SceneClassifier(nn.Module):
+    """A student classifier; `context` is None for the bare one.
+
+    Tap `trunk` for the scene's features: in the crop view it runs on the crops first, on the scene
+    last.
+    """
+
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        log_prior: Tensor,
+        *,
+        strength: float,
+        learn_strength: bool,
+        context: bool,
+        crop_size: int | None,
+        margin: float,
+        region_size: int,
+        ring_margin: float,
+        dropout: float,
+        hidden: int,
+        upscale: int,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.crop_size, self.margin, self.region_size = crop_size, margin, region_size
+        self.upscale = upscale
+        side = 1 if crop_size else region_size
+        self.appearance = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(trunk.channels * side**2, len(log_prior))
+        )
+        self.register_buffer("log_prior", log_prior)
+        value = torch.tensor(float(strength))
+        if learn_strength:
+            self.strength = nn.Parameter(value)
+        else:
+            self.register_buffer("strength", value)
+        # Last, so that a bare and a full student of one seed start from the same weights.
+        self.context = (
+            ContextHead(
+                trunk.channels, log_prior, hidden=hidden, dropout=dropout, margin=ring_margin
+            )
+            if context
+            else None
+        )
+
+    def forward(self, images: Tensor, rois: Tensor) -> dict[str, Tensor]:
+        """Classify objects in their scenes.
+
+        Args:
+            images: Normalised, (N, 3, H, W).
+            rois: (M, 5) as (image, x1, y1, x2, y2), pixels of the images.
+
+        Returns:
+            `logits` (M, C), `appearance` (M, C) and, unless bare, `context` (M, C).
+        """
+        size = images.shape[2], images.shape[3]
+        if self.upscale > 1:
+            images = F.interpolate(images, scale_factor=self.upscale, mode="bilinear")
+            rois = torch.cat([rois[:, :1], rois[:, 1:] * self.upscale], dim=1)
+            size = size[0] * self.upscale, size[1] * self.upscale
+        seen = self._crops(images, rois) if self.crop_size else None
+        if seen is None or self.context is not None:
+            features = self.trunk(images)  # (N, C, h, w)
+        if seen is None:
+            regions = roi_features(features, rois, self.trunk.stride, output_size=self.region_size)
+            seen = regions.flatten(1)
+        appearance = self.appearance(seen)
+        if self.context is None:
+            return {"logits": _log_softmax(appearance), "appearance": appearance}
+        context = self.context(features, rois[:, 1:], rois[:, 0].long(), self.trunk.stride, size)
+        moved = _log_softmax(context) - self.log_prior
+        logits = _log_softmax(appearance) + self.strength * moved
+        return {"logits": logits, "appearance": appearance, "context": context}
+
+    def _crops(self, images: Tensor, rois: Tensor) -> Tensor:
+        """Mean features of each object's crop, (M, C)."""
+        assert self.crop_size is not None
+        if len(rois) == 0:  # batch norm would make NaN of the statistics of nothing
+            return images.new_zeros(0, self.trunk.channels)
+        crops = crop_regions(images, rois, self.crop_size, margin=self.margin)
+        pooled: Tensor = self.trunk(crops).mean(dim=(2, 3))
+        return pooled
+
+
+def build_student(
+    name: str,
+    *,
+    num_classes: int,
+    prior: Sequence[float] | Tensor | None = None,
+    weights: str | None = None,
+    context: bool = True,
+    strength: float = 1.0,
+    learn_strength: bool = False,
+    view: Literal["region", "crop"] = "region",
+    crop_size: int = 96,
+    margin: float = 0.25,
+    region_size: int = 2,
+    ring_margin: float = 1.0,
+    dropout: float = 0.0,
+    hidden: int = 0,
+    frozen: str | None = None,
+    batch_norm_frozen: bool = False,
+    stride: int | None = None,
+    upscale: int = 1,
+) -> SceneClassifier:
+    """A student from any torchvision classifier.
+
+    Args:
+        name: Of the torchvision classifier.
+        num_classes: Length of the outputs.
+        prior: Probability of each class, for the product of experts; uniform where not given.
+        weights: "imagenet", a file of torchvision weights, or random ones where not given.
+        context: Whether there is a context head; without one the student is the bare classifier.
+        strength: Weight of the context's evidence.
+        learn_strength: Whether that weight is learned, from this value on.
+        view: How the object is seen: as a region of the scene's features, in one pass of the trunk,
+            or in a second pass on a crop of its own.
+        crop_size: Side of a crop, pixels.
+        margin: Share of the box's sides added to a crop on each side.
+        region_size: Side of the grid of features of a region.
+        ring_margin: Thickness of the ring that the context head reads, as a share of the box.
+        dropout: Before each layer of the heads.
+        hidden: Width of a hidden layer in the context head; 0 for a linear head.
+        frozen: "all", or the path of the last step of the trunk that does not learn.
+        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
+        stride: Keep the trunk's output at this stride at most.
+        upscale: Enlarge images by this factor first, for finer grids on small images.
+
+    Raises:
+        UserError: An option out of range, or a trunk that cannot be built.
+    """
+    at_least = {
+        "crop_size": (crop_size, 16),
+        "region_size": (region_size, 1),
+        "hidden": (hidden, 0),
+    }
+    at_least["upscale"] = upscale, 1
+    for option, (value, least) in at_least.items():
+        if value < least:
+            raise UserError(f"student {name}: {option} must be at least {least}, got {value}")
+    if view not in ("region", "crop"):
+        raise UserError(f"student {name}: view must be 'region' or 'crop', got {view!r}")
+    if not 0 <= dropout < 1 or margin < 0 or ring_margin <= 0:
+        raise UserError(
+            f"student {name}: dropout must be in [0, 1), margin 0 or above and ring_margin above "
+            f"0, got {dropout}, {margin} and {ring_margin}"
+        )
+    log_prior = _log_prior(name, prior, num_classes)
+    trunk = build_trunk(name, weights=weights, stride=stride)
+    if frozen is not None:
+        freeze(trunk, None if frozen == "all" else frozen)
+    if batch_norm_frozen:
+        freeze_batch_norm(trunk)
+    return SceneClassifier(
+        trunk,
+        log_prior,
+        strength=strength,
+        learn_strength=learn_strength,
+        context=context,
+        crop_size=crop_size if view == "crop" else None,
+        margin=margin,
+        region_size=region_size,
+        ring_margin=ring_margin,
+        dropout=dropout,
+        hidden=hidden,
+        upscale=upscale,
+    )
+
+
+def _log_prior(name: str, prior: Sequence[float] | Tensor | None, num_classes: int) -> Tensor:
+    """Normalised log-probabilities, (C,)."""
+    if prior is None:
+        prior = [1.0] * num_classes
+    shares = torch.as_tensor(prior, dtype=torch.float32)
+    if shares.shape != (num_classes,) or not bool((shares > 0).all()):
+        raise UserError(
+            f"student {name}: prior must hold {num_classes} probabilities above 0, got "
+            f"{shares.numel()}, the smallest of them {min(shares.flatten().tolist(), default=None)}"
+        )
+    return (shares / shares.sum()).log()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least, whatever autocast does on this device."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return F.log_softmax(logits, dim=1, dtype=dtype)

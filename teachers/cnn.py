@@ -1,0 +1,111 @@
+"""A plain CNN as a scene-context teacher: what is hidden, once for each input."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from kd.errors import UserError
+
+
+class ContextCNN(nn.Module):
+    """The falling half of a U-Net, a small grid, and two dense layers.
+
+    Attributes:
+        task: The kind of task that fits the output.
+    """
+
+    task = "context"
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        width: int,
+        downs: int,
+        max_width: int,
+        grid: int,
+        hidden: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        channels = [min(width * 2**level, max_width) for level in range(downs + 1)]
+        levels: list[nn.Module] = [_double_conv(4, channels[0])]
+        for fine, coarse in pairwise(channels):
+            levels.append(nn.Sequential(_Halve(), _double_conv(fine, coarse)))
+        self.features = nn.Sequential(*levels)  # (K, C, H/2^downs, W/2^downs)
+        # A grid rather than one mean: where things are says as much as that they are there.
+        self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(channels[-1] * grid**2, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
+        logits: Tensor = self.head(self.pool(self.features(images)))
+        return logits
+
+
+class _Halve(nn.MaxPool2d):
+    """2x2 maxima; the last window may hang over the edge, so that no size runs out of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__(2, ceil_mode=True)
+
+
+def _double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def cnn(
+    num_classes: int,
+    *,
+    width: int = 64,
+    downs: int = 6,
+    max_width: int = 512,
+    grid: int = 3,
+    hidden: int = 512,
+    dropout: float = 0.5,
+) -> ContextCNN:
+    """A CNN over RGB and the hidden region, for any input size.
+
+    Args:
+        num_classes: Length of the output.
+        width: Channels of the first level; doubled with each level up to `max_width`.
+        downs: Number of halvings of the grid.
+        max_width: The most channels that a level gets.
+        grid: Side of the grid that the dense layers read.
+        hidden: Width of the first dense layer.
+        dropout: Before each dense layer.
+
+    Raises:
+        UserError: An option out of range.
+    """
+    options = {"width": width, "downs": downs, "grid": grid, "hidden": hidden}
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"cnn: {name} must be at least 1, got {value}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"cnn: dropout must be in [0, 1), got {dropout}")
+    return ContextCNN(
+        num_classes,
+        width=width,
+        downs=downs,
+        max_width=max_width,
+        grid=grid,
+        hidden=hidden,
+        dropout=dropout,
+    )

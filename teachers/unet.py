@@ -1,0 +1,134 @@
+"""U-Net as a scene-context teacher: what might be hidden here, at each pixel."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.errors import UserError
+
+
+class DoubleConv(nn.Sequential):
+    """Twice 3x3 convolution, batch norm and ReLU; keeps the grid."""
+
+    def __init__(self, in_channels: int, out_channels: int, middle: int | None = None) -> None:
+        middle = middle or out_channels
+        super().__init__(
+            nn.Conv2d(in_channels, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class Up(nn.Module):
+    """Double the grid, join the skip connection, convolve."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, transposed: bool) -> None:
+        super().__init__()
+        self.up: nn.Module
+        if transposed:
+            self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
+            self.convolve = DoubleConv(in_channels, out_channels)
+        else:  # both inputs have half of in_channels
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+            self.convolve = DoubleConv(in_channels, out_channels, in_channels // 2)
+
+    def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
+        """(K, C, h, w) and the skip connection of twice that grid."""
+        convolved: Tensor = self.convolve(torch.cat([skip, self.up(coarse)], dim=1))
+        return convolved
+
+
+class UNet(nn.Module):
+    """Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597, with padding and batch norm.
+
+    Attributes:
+        task: The kind of task that fits the output.
+    """
+
+    task = "context_pixels"
+
+    def __init__(
+        self, num_classes: int, *, width: int, depth: int, transposed: bool, prior: float
+    ) -> None:
+        super().__init__()
+        self.multiple = 2**depth
+        widths = [width * 2**level for level in range(depth + 1)]
+        if not transposed:
+            widths[-1] //= 2  # bilinear up-sampling keeps the channels, so the bottom has half
+        self.stem = DoubleConv(4, width)
+        self.downs = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(fine, coarse))
+            for fine, coarse in pairwise(widths)
+        )
+        self.bottleneck = nn.Identity()  # a name for taps, whatever the depth
+        self.ups = nn.ModuleList()
+        for level in reversed(range(depth)):
+            halved = not transposed and level > 0
+            out_channels = width * 2**level // (2 if halved else 1)
+            self.ups.append(Up(width * 2 ** (level + 1), out_channels, transposed=transposed))
+        self.head = nn.Conv2d(width, num_classes, 1)
+        # At each pixel most classes are absent: start there rather than learn it.
+        nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images with the hidden region's channel (K, 4, H, W) to pixel logits (K, C, H, W)."""
+        height, width = images.shape[2:]
+        below, right = -height % self.multiple, -width % self.multiple
+        features = self.stem(F.pad(images, (0, right, 0, below)))
+        skips = []
+        for down in self.downs:
+            skips.append(features)
+            features = down(features)
+        features = self.bottleneck(features)  # (K, 16 * width, H/16, W/16) at depth 4
+        for up, skip in zip(self.ups, reversed(skips), strict=True):
+            features = up(features, skip)
+        logits: Tensor = self.head(features)
+        return logits[:, :, :height, :width]
+
+
+def unet(
+    num_classes: int,
+    *,
+    width: int = 64,
+    depth: int = 4,
+    up: Literal["transposed", "bilinear"] = "transposed",
+    prior_probability: float = 0.01,
+) -> UNet:
+    """A U-Net over RGB and the hidden region: 31.0 M parameters, or 17.3 M with bilinear.
+
+    Args:
+        num_classes: Channels of the output.
+        width: Channels of the finest level; doubled with each level.
+        depth: Number of halvings of the grid.
+        up: How the grid is doubled again: by learned transposed convolutions, or bilinearly.
+        prior_probability: Probability that the head starts out with, for every class and pixel.
+
+    Raises:
+        UserError: An option out of range.
+    """
+    if up not in ("transposed", "bilinear"):
+        raise UserError(f"unet: up must be 'transposed' or 'bilinear', got {up!r}")
+    if width < 2 or width % 2 or depth < 1:
+        raise UserError(
+            f"unet: width must be even and depth at least 1, got width {width} and depth {depth}"
+        )
+    if not 0 < prior_probability < 1:
+        raise UserError(
+            f"unet: prior_probability must lie between 0 and 1, got {prior_probability}"
+        )
+    return UNet(
+        num_classes,
+        width=width,
+        depth=depth,
+        transposed=up == "transposed",
+        prior=prior_probability,
+    )

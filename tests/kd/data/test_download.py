@@ -1,0 +1,407 @@
+"""Fetching and unpacking, against an HTTP server in a thread that can misbehave."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import shutil
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd.data.download import DATASETS, Archive, DataSet, download, main, unpack
+from kd.data.fetch import fetch
+from kd.data.meter import Meter, readable
+from kd.errors import UserError
+
+CONTENT = bytes(range(256)) * 4000  # about a megabyte
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@dataclass
+class Site:
+    """What the server has, how it misbehaves, and what it was asked."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    etag: str | None = '"one"'
+    ranges: bool = True
+    shift: int = 0  # sends another range than asked
+    cuts: list[int] = field(default_factory=list)  # bytes after which each next reply ends
+    statuses: list[int] = field(default_factory=list)  # of the next replies, instead of the file
+    asked: list[tuple[str | None, int]] = field(default_factory=list)  # Range, bytes sent
+
+
+def handler_for(site: Site) -> type[BaseHTTPRequestHandler]:
+    """A handler that serves `site`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if site.statuses:
+                self.send_error(site.statuses.pop(0))
+                return
+            if self.path not in site.files:
+                self.send_error(404)
+                return
+            self._send(site.files[self.path], self.headers.get("Range"))
+
+        def _send(self, body: bytes, asked: str | None) -> None:
+            total, start = len(body), 0
+            condition = self.headers.get("If-Range")
+            if asked and site.ranges and condition in (None, site.etag):
+                start = int(asked.removeprefix("bytes=").rstrip("-")) + site.shift
+                if start >= total:
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{total}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    site.asked.append((asked, 0))
+                    return
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(total - start))
+            if site.etag:
+                self.send_header("ETag", site.etag)
+            self.end_headers()
+            piece = body[start:]
+            if site.cuts:
+                piece = piece[: site.cuts.pop(0)]
+                self.close_connection = True
+            site.asked.append((asked, len(piece)))
+            self.wfile.write(piece)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing on stderr."""
+
+    return Handler
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """A running server."""
+    state = Site(files={"/file.bin": CONTENT})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(state))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def get(site: Site, folder: Path, **options: Any) -> Path:
+    """Fetch the file without long pauses."""
+    options = {"retries": 2, "backoff": 0.001, "timeout": 5.0} | options
+    return fetch(f"{site.url}/file.bin", folder / "file.bin", **options)
+
+
+def names(folder: Path) -> list[str]:
+    """What a folder holds."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_is_fetched_and_verified(site: Site, tmp_path: Path) -> None:
+    path = get(site, tmp_path / "new" / "folder", md5=MD5)
+    assert path.read_bytes() == CONTENT
+    assert names(path.parent) == ["file.bin"]
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    assert get(site, tmp_path, sha256=sha256.upper()).read_bytes() == CONTENT
+
+
+def test_a_file_that_is_there_is_not_fetched_again(site: Site, tmp_path: Path) -> None:
+    get(site, tmp_path, md5=MD5)
+    get(site, tmp_path, md5=MD5)
+    assert len(site.asked) == 1
+    (tmp_path / "file.bin").write_bytes(b"something else")
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+
+
+def test_a_cut_connection_is_resumed_at_once(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.cuts = [300_000, 200_000]
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+    assert [asked for asked, _ in site.asked] == [None, "bytes=300000-", "bytes=500000-"]
+    assert sum(sent for _, sent in site.asked) == len(CONTENT)
+    assert "the connection ended after 300.0 kB of 1.0 MB" in caplog.text
+
+
+def test_attempts_that_bring_bytes_do_not_use_up_the_retries(site: Site, tmp_path: Path) -> None:
+    site.cuts = [100_000] * 8
+    assert get(site, tmp_path, md5=MD5, retries=1).read_bytes() == CONTENT
+
+
+def test_a_later_run_resumes_an_interrupted_download(site: Site, tmp_path: Path) -> None:
+    site.cuts = [400_000]
+    with pytest.raises(UserError, match=r"1 attempts.*400.0 kB are kept, run again"):
+        get(site, tmp_path, md5=MD5, retries=0)
+    assert names(tmp_path) == ["file.bin.part", "file.bin.part.json"]
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+    assert site.asked[1] == ("bytes=400000-", len(CONTENT) - 400_000)
+    assert names(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("etag", ['"two"', None])
+def test_a_file_that_changed_meanwhile_is_fetched_afresh(
+    site: Site, tmp_path: Path, etag: str | None
+) -> None:
+    site.etag = None if etag is None else '"one"'
+    site.cuts = [400_000]
+    with pytest.raises(UserError):
+        get(site, tmp_path, retries=0)
+    changed = CONTENT[::-1]
+    site.files["/file.bin"], site.etag = changed, etag
+    path = get(site, tmp_path, md5=hashlib.md5(changed).hexdigest())
+    assert path.read_bytes() == changed
+
+
+def test_a_server_that_ignores_ranges_sends_the_whole_file(site: Site, tmp_path: Path) -> None:
+    site.ranges = False
+    site.cuts = [400_000]
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+    assert [sent for _, sent in site.asked] == [400_000, len(CONTENT)]
+
+
+def test_a_server_that_sends_another_range_is_not_believed(site: Site, tmp_path: Path) -> None:
+    site.shift = 5
+    site.cuts = [400_000]
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+
+
+def test_a_partial_file_that_is_whole_needs_no_byte(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+    assert site.asked == [(f"bytes={len(CONTENT)}-", 0)]
+
+
+def test_a_partial_file_longer_than_the_servers_is_dropped(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file.bin.part").write_bytes(CONTENT + b"more")
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"file.bin: wrong checksum: md5 is not 00.*removed"):
+        get(site, tmp_path, md5="00" * 16)
+    assert names(tmp_path) == []
+
+
+def test_a_missing_file_is_reported_at_once(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent.bin: the server says 404 Not Found; there is no"):
+        fetch(f"{site.url}/absent.bin", tmp_path / "absent.bin")
+    assert names(tmp_path) == []
+
+
+def test_a_busy_server_is_asked_again(site: Site, tmp_path: Path) -> None:
+    site.statuses = [503, 429]
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+    site.statuses = [500] * 3
+    (tmp_path / "file.bin").unlink()
+    with pytest.raises(UserError, match=r"500 Internal Server Error \(3 attempts\)"):
+        get(site, tmp_path)
+
+
+def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # free again below
+    with pytest.raises(UserError, match=rf":{port}/x: .*refused.*\(2 attempts\)"):
+        fetch(f"http://127.0.0.1:{port}/x", tmp_path / "x", retries=1, backoff=0.001)
+
+
+def test_other_schemes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not an http or https address"):
+        fetch("file:///etc/hosts", tmp_path / "x")
+
+
+def test_a_full_disk_is_noticed_before_receiving(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"needs 1.0 MB, the disk has 1.0 kB left"):
+        get(site, tmp_path)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_received(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(meter: Meter, count: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "advance", full)  # stands for the write before it
+        with pytest.raises(UserError, match=r"file.bin: the disk is full.*go on from there"):
+            get(site, tmp_path)
+    assert (tmp_path / "file.bin.part").stat().st_size > 0
+    assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
+    assert site.asked[1][0] is not None
+
+
+def test_two_fetches_of_one_file_do_not_mix(site: Site, tmp_path: Path) -> None:
+    site.cuts = [400_000]
+    threads = [
+        threading.Thread(target=get, args=(site, tmp_path), kwargs={"md5": MD5}) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+    assert len(site.asked) == 2
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    """A zip file in memory."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tiny_coco(site: Site) -> DataSet:
+    """A data set of two archives, served by `site`."""
+    contents = {
+        "annotations": {f"annotations/{name}.json": b"{}" for name in "abc"},
+        "val": {f"val2017/{number}.jpg": bytes(2000) for number in range(5)},
+    }
+    archives = []
+    for name, files in contents.items():
+        data = zipped(files)
+        site.files[f"/zips/{name}.zip"] = data
+        digest, folder = hashlib.md5(data).hexdigest(), next(iter(files)).split("/")[0]
+        size = sum(map(len, files.values()))
+        location = f"zips/{name}.zip"
+        archives.append(Archive(name, location, digest, len(data), size, folder, len(files)))
+    return DataSet(site.url, tuple(archives))
+
+
+def test_the_command_fetches_unpacks_and_skips_what_is_complete(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(DATASETS, "coco2017", tiny_coco(site))
+    arguments = ["coco2017", "--out", str(tmp_path / "coco"), "--base-url", f"{site.url}/"]
+    with caplog.at_level(logging.INFO):
+        assert main([*arguments, "--only", "annotations"]) == 0
+        assert names(tmp_path / "coco") == ["annotations"]
+        assert main(arguments) == 0
+        assert names(tmp_path / "coco" / "val2017") == [f"{n}.jpg" for n in range(5)]
+        assert main(arguments) == 0
+    assert len(site.asked) == 2
+    assert "annotations: complete, 3 files" in caplog.text
+    assert names(tmp_path / "coco") == ["annotations", "val2017"]
+
+
+def test_the_command_reports_a_mistake_in_one_line(
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(DATASETS, "coco2017", tiny_coco(site))
+    assert main(["coco2017", "--out", str(tmp_path), "--base-url", f"{site.url}/mirror"]) == 2
+    assert "mirror/zips/annotations.zip: the server says 404" in capsys.readouterr().err
+
+
+def test_an_interrupted_unpacking_goes_on(site: Site, tmp_path: Path) -> None:
+    dataset = tiny_coco(site)
+    (tmp_path / "val2017").mkdir()
+    whole, cut = tmp_path / "val2017" / "0.jpg", tmp_path / "val2017" / "1.jpg.part"
+    whole.write_bytes(bytes(2000))
+    before = whole.stat().st_mtime_ns
+    cut.write_bytes(b"half")
+    download(dataset.archives[1:], tmp_path, base_url=site.url, keep=True)
+    assert whole.stat().st_mtime_ns == before
+    assert names(tmp_path / "val2017") == [f"{n}.jpg" for n in range(5)]
+    assert (tmp_path / "val.zip").exists()
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=9_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    dataset = tiny_coco(site)
+    with pytest.raises(UserError, match=r"needs 10.\d kB, the disk has 9.0 kB left; choose"):
+        download(dataset.archives, tmp_path, base_url=site.url)
+    assert site.asked == []
+
+
+def test_the_published_sizes_fit_the_space_check() -> None:
+    (train,) = [a for a in DATASETS["coco2017"].archives if a.name == "train"]
+    assert train.files == 118_287
+    assert train.unpacked >= train.packed
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "a/../../outside", "C:/out"])
+def test_an_entry_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "bad.zip"
+    archive.write_bytes(zipped({"good.txt": b"1", name: b"2"}))
+    with pytest.raises(UserError, match=r"bad.zip: unsafe entry"):
+        unpack(archive, tmp_path / "out")
+    assert names(tmp_path) == ["bad.zip"]
+
+
+def test_a_link_in_an_archive_is_refused_and_the_users_own_is_followed(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(link, "/etc")
+    with pytest.raises(UserError, match="unsafe entry 'link'"):
+        unpack(tmp_path / "link.zip", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "out" / "val2017").symlink_to(tmp_path / "large_disk")
+    (tmp_path / "good.zip").write_bytes(zipped({"val2017/x": b"1"}))
+    unpack(tmp_path / "good.zip", tmp_path / "out")
+    assert names(tmp_path / "large_disk") == ["x"]
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    archive = tmp_path / "damaged.zip"
+    data = bytearray(zipped({"file.bin": CONTENT}))
+    archive.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"damaged.zip: damaged zip file.*remove it, run again"):
+        unpack(archive, tmp_path / "out")
+    data[len(data) // 3] ^= 0xFF
+    archive.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged.zip: damaged zip file"):
+        unpack(archive, tmp_path / "out")
+    assert names(tmp_path / "out") == []
+
+
+def test_progress_is_logged_every_tenth_without_a_terminal(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO), Meter("x", 1000, done=150) as meter:
+        for _ in range(85):
+            meter.advance(10)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "x: 20 % of 1.0 kB"
+    assert len(lines) == 9
+
+
+def test_sizes_are_readable() -> None:
+    sizes = [readable(size) for size in (12, 1500, 19_336_861_798, 5 * 10**13)]
+    assert sizes == ["12 bytes", "1.5 kB", "19.3 GB", "50000.0 GB"]
+
+
+def test_the_notes_of_a_partial_file_hold_what_if_range_needs(site: Site, tmp_path: Path) -> None:
+    site.cuts = [10]
+    with pytest.raises(UserError):
+        get(site, tmp_path, retries=0)
+    notes = json.loads((tmp_path / "file.bin.part.json").read_text())
+    assert notes == {"etag": '"one"', "last_modified": None}

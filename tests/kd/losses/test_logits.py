@@ -1,0 +1,130 @@
+"""kl_logits and pixel_wise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.losses.logits import kl_logits, pixel_wise
+
+
+def slow_kl(student: Tensor, teacher: Tensor, temperature: float) -> float:
+    """Sum over classes of q (log q - log p), row by row, times the square of the temperature."""
+    total = 0.0
+    for row_s, row_t in zip(student.tolist(), teacher.tolist(), strict=True):
+        exp_s = [math.exp(value / temperature) for value in row_s]
+        exp_t = [math.exp(value / temperature) for value in row_t]
+        for one_s, one_t in zip(exp_s, exp_t, strict=True):
+            p, q = one_s / sum(exp_s), one_t / sum(exp_t)
+            total += q * (math.log(q) - math.log(p))
+    return total / len(student) * temperature**2
+
+
+def test_kl_logits_of_a_certain_teacher_is_the_cross_entropy_by_hand() -> None:
+    student = torch.tensor([[math.log(0.25), math.log(0.75)]])
+    teacher = torch.tensor([[math.log(0.5), math.log(0.5)]])
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert kl_logits(student, teacher, temperature=1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kl_logits_agrees_with_a_slow_loop(temperature: float) -> None:
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64).unbind()
+    value = kl_logits(student, teacher, temperature=temperature).item()
+    assert value == pytest.approx(slow_kl(student, teacher, temperature), rel=1e-9)
+
+
+def test_kl_logits_is_zero_at_equality_and_blind_to_shifts() -> None:
+    student, teacher = torch.randn(2, 5, 7).unbind()
+    assert kl_logits(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+    shifted = kl_logits(student + 3, teacher - torch.randn(5, 1))
+    torch.testing.assert_close(shifted, kl_logits(student, teacher))
+
+
+def test_kl_logits_is_the_mean_over_objects_in_any_order() -> None:
+    student, teacher = torch.randn(2, 6, 4).unbind()
+    order = torch.randperm(6)
+    whole = kl_logits(student, teacher)
+    torch.testing.assert_close(kl_logits(student[order], teacher[order]), whole)
+    halves = (kl_logits(student[:3], teacher[:3]) + kl_logits(student[3:], teacher[3:])) / 2
+    torch.testing.assert_close(halves, whole)
+
+
+def test_kl_logits_of_one_class_and_of_no_objects_is_zero_with_a_gradient() -> None:
+    for shape in ((3, 1), (0, 4)):
+        student = torch.randn(shape, requires_grad=True)
+        loss = kl_logits(student, torch.randn(shape))
+        loss.backward()
+        assert loss.item() == 0.0 and student.grad is not None
+        assert not student.grad.any()
+
+
+def test_kl_logits_survives_large_logits() -> None:
+    student = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    loss = kl_logits(student, torch.tensor([[-1e4, 1e4]]), temperature=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4)
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_logit_losses_name_what_is_wrong() -> None:
+    with pytest.raises(UserError, match=r"student \(2, 3\) and teacher \(2, 4\)"):
+        kl_logits(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(UserError, match="temperature must be above 0"):
+        kl_logits(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0.0)
+    with pytest.raises(UserError, match="expected 4 dimensions"):
+        pixel_wise(torch.zeros(2, 3), torch.zeros(2, 3))
+    maps = torch.zeros(1, 2, 3, 3)
+    with pytest.raises(UserError, match=r"valid must be \(1, 3, 3\), got \(3, 3\)"):
+        pixel_wise(maps, maps, valid=torch.ones(3, 3, dtype=torch.bool))
+
+
+def test_logit_losses_have_the_right_gradients() -> None:
+    student = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    valid = torch.tensor([[[1, 0], [1, 1]], [[0, 1], [1, 1]]], dtype=torch.bool)
+    assert torch.autograd.gradcheck(lambda s, t: pixel_wise(s, t, valid=valid), (student, teacher))
+    rows = [one.detach()[:, :, 0, 0].requires_grad_() for one in (student, teacher)]
+    assert torch.autograd.gradcheck(lambda s, t: kl_logits(s, t, temperature=2.0), rows)
+
+
+def test_pixel_wise_agrees_with_a_slow_loop_over_pixels() -> None:
+    student, teacher = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64).unbind()
+    rows_s, rows_t = (one.permute(0, 2, 3, 1).reshape(-1, 5) for one in (student, teacher))
+    value = pixel_wise(student, teacher, temperature=3.0).item()
+    assert value == pytest.approx(slow_kl(rows_s, rows_t, 3.0), rel=1e-9)
+
+
+def test_pixel_wise_counts_only_valid_pixels() -> None:
+    student, teacher = torch.randn(2, 2, 5, 4, 4).unbind()
+    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
+    valid[:, :2] = True
+    spoiled = student.clone()
+    spoiled[:, :, 2:] = float("nan")
+    value = pixel_wise(spoiled, teacher, valid=valid)
+    torch.testing.assert_close(value, pixel_wise(student[:, :, :2], teacher[:, :, :2]))
+
+
+def test_pixel_wise_without_a_valid_pixel_is_zero_with_zero_gradient() -> None:
+    student = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = pixel_wise(
+        student, torch.randn(1, 3, 2, 2), valid=torch.zeros(1, 2, 2, dtype=torch.bool)
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert student.grad is not None and not student.grad.any()
+
+
+def test_logit_losses_in_bfloat16_stay_near() -> None:
+    student, teacher = torch.randn(2, 4, 19, 8, 8).unbind()
+    low = pixel_wise(student.bfloat16(), teacher.bfloat16()).item()
+    assert low == pytest.approx(pixel_wise(student, teacher).item(), rel=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        auto = kl_logits(student[:, :, 0, 0].bfloat16(), teacher[:, :, 0, 0].bfloat16()).item()
+    assert auto == pytest.approx(
+        kl_logits(student[:, :, 0, 0], teacher[:, :, 0, 0]).item(), rel=0.02
+    )

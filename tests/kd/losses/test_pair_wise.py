@@ -1,0 +1,129 @@
+"""pair_wise, in both of its forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.losses import pair_wise as module
+from kd.losses.pair_wise import pair_wise
+
+
+def slow_pair_wise(student: Tensor, teacher: Tensor, kernel: int, pool: str) -> float:
+    """The paper's double sum over nodes, with windows that may hang over the edge."""
+    total = 0.0
+    for one_s, one_t in zip(student, teacher, strict=True):
+        nodes = []
+        for features in (one_s, one_t):
+            _, height, width = features.shape
+            columns = []
+            for top in range(0, height, kernel):
+                for left in range(0, width, kernel):
+                    window = features[:, top : top + kernel, left : left + kernel].flatten(1)
+                    column = window.amax(dim=1) if pool == "max" else window.mean(dim=1)
+                    columns.append(column / column.norm())
+            nodes.append(columns)
+        count = len(nodes[0])
+        for i in range(count):
+            for j in range(count):
+                gap = nodes[0][i] @ nodes[0][j] - nodes[1][i] @ nodes[1][j]
+                total += gap.item() ** 2 / count**2
+    return total / len(student)
+
+
+def test_pair_wise_of_two_nodes_by_hand() -> None:
+    # Student: orthogonal nodes, affinity 0. Teacher: 45 degrees apart, affinity sqrt(1/2).
+    student = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
+    teacher = torch.tensor([[2.0, 3.0], [0.0, 3.0]]).view(1, 2, 1, 2)
+    # Two of the four pairs differ, each by a half when squared: 2 * 0.5 / 4.
+    assert pair_wise(student, teacher, kernel=1).item() == pytest.approx(0.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["max", "average"])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("channels", [(2, 3), (40, 24)])
+def test_pair_wise_agrees_with_the_double_sum(
+    channels: tuple[int, int], kernel: int, pool: str
+) -> None:
+    student, teacher = (torch.randn(2, c, 5, 7, dtype=torch.float64) for c in channels)
+    value = pair_wise(student, teacher, kernel=kernel, pool=pool).item()
+    expected = slow_pair_wise(student, teacher, kernel, pool)
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_both_forms_of_pair_wise_give_one_number() -> None:
+    student, teacher = (
+        torch.nn.functional.normalize(torch.randn(2, c, 30), dim=1) for c in (8, 12)
+    )
+    torch.testing.assert_close(
+        module._by_nodes(student, teacher), module._by_channels(student, teacher)
+    )
+
+
+def test_pair_wise_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(student: Tensor, teacher: Tensor) -> Tensor:
+        raise AssertionError("the dearer form")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_by_nodes", refuse)
+        pair_wise(torch.randn(1, 8, 16, 16), torch.randn(1, 8, 16, 16), kernel=1)
+    monkeypatch.setattr(module, "_by_channels", refuse)
+    pair_wise(torch.randn(1, 64, 4, 4), torch.randn(1, 64, 4, 4), kernel=1)
+
+
+def test_pair_wise_is_zero_at_equality_and_blind_to_scale_and_rotation() -> None:
+    student, teacher = torch.randn(2, 2, 6, 4, 4).unbind()
+    assert pair_wise(teacher, teacher, kernel=1).item() == pytest.approx(0.0, abs=1e-6)
+    scale = torch.rand(2, 1, 4, 4) + 0.5
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6))
+    turned = torch.einsum("dc,nchw->ndhw", rotation, student * scale)
+    torch.testing.assert_close(
+        pair_wise(turned, teacher, kernel=1), pair_wise(student, teacher, kernel=1)
+    )
+
+
+def test_pair_wise_of_one_node_and_of_no_images_is_zero() -> None:
+    assert pair_wise(torch.randn(2, 3, 1, 1), torch.randn(2, 5, 1, 1)).item() == pytest.approx(
+        0.0, abs=1e-6
+    )
+    student = torch.randn(0, 3, 4, 4, requires_grad=True)
+    loss = pair_wise(student, torch.randn(0, 3, 4, 4), kernel=1)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_pair_wise_has_a_finite_gradient_where_a_node_is_zero() -> None:
+    student = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    pair_wise(student, torch.randn(1, 3, 2, 2), kernel=1).backward()
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [2, 12])
+def test_pair_wise_has_the_right_gradient(channels: int) -> None:
+    student = torch.randn(2, channels, 3, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: pair_wise(s, teacher, kernel=2), (student,))
+
+
+def test_pair_wise_keeps_its_precision_under_bfloat16() -> None:
+    student, teacher = torch.randn(2, 2, 16, 8, 8).unbind()
+    exact = pair_wise(student, teacher, kernel=1).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pair_wise(student, teacher, kernel=1).item() == pytest.approx(exact, rel=1e-6)
+        low = pair_wise(student.bfloat16(), teacher.bfloat16(), kernel=1).item()
+    assert low == pytest.approx(exact, rel=0.02) and math.isfinite(low)
+
+
+def test_pair_wise_names_what_is_wrong() -> None:
+    with pytest.raises(UserError, match=r"differ in batch or grid.*'resize' adapter"):
+        pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4))
+    with pytest.raises(UserError, match="'max' or 'average', got 'mean'"):
+        pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), pool="mean")
+    with pytest.raises(UserError, match="kernel must be above 0"):
+        pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), kernel=0)
+    with pytest.raises(UserError, match=r"expected features \(N, C, H, W\)"):
+        pair_wise(torch.zeros(2, 4), torch.zeros(2, 4))

@@ -1,0 +1,165 @@
+"""masked_bce and cross_entropy_labelled."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.losses.supervised import cross_entropy_labelled, masked_bce
+
+
+def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    logits = torch.randn(3, 4, 5, 6, dtype=dtype)
+    targets = torch.rand(3, 4, 5, 6) > 0.7
+    hidden = torch.zeros(3, 5, 6, dtype=torch.bool)
+    hidden[0, 1:3, 2:5] = True
+    hidden[1, :, 0] = True
+    hidden[2, 4, 5] = True
+    return logits, targets, hidden
+
+
+def slow_masked_bce(
+    logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor, weight: float
+) -> float:
+    per_input = []
+    count, classes, height, width = logits.shape
+    for k in range(count):
+        inside: list[float] = []
+        outside: list[float] = []
+        for y in range(height):
+            for x in range(width):
+                if not valid[k, y, x]:
+                    continue
+                for c in range(classes):
+                    p = 1 / (1 + math.exp(-logits[k, c, y, x].item()))
+                    entropy = -math.log(p if targets[k, c, y, x] else 1 - p)
+                    (inside if hidden[k, y, x] else outside).append(entropy)
+        mean_in, mean_out = sum(inside) / len(inside), sum(outside) / len(outside)
+        per_input.append((weight * mean_in + mean_out) / (weight + 1))
+    return sum(per_input) / count
+
+
+def test_masked_bce_by_hand() -> None:
+    # One class, two pixels: hidden with p = 0.5 and target 1, visible with p = 0.8 and target 0.
+    logits = torch.tensor([[[[0.0, math.log(4)]]]])
+    targets = torch.tensor([[[[True, False]]]])
+    hidden = torch.tensor([[[True, False]]])
+    expected = (5 * math.log(2) + math.log(5)) / 6
+    assert masked_bce(logits, targets, hidden).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
+def test_masked_bce_agrees_with_a_slow_loop(weight: float) -> None:
+    logits, targets, hidden = case()
+    valid = torch.rand(3, 5, 6) > 0.2
+    valid |= hidden
+    value = masked_bce(logits, targets, hidden, valid=valid, hidden_weight=weight).item()
+    expected = slow_masked_bce(logits, targets, hidden, valid, weight)
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_masked_bce_of_a_batch_is_the_mean_of_its_parts() -> None:
+    logits, targets, hidden = case()
+    parts = [masked_bce(logits[k, None], targets[k, None], hidden[k, None]) for k in range(3)]
+    torch.testing.assert_close(masked_bce(logits, targets, hidden), torch.stack(parts).mean())
+
+
+def test_masked_bce_does_not_depend_on_the_order_of_the_classes() -> None:
+    logits, targets, hidden = case()
+    order = torch.randperm(4)
+    torch.testing.assert_close(
+        masked_bce(logits[:, order], targets[:, order], hidden), masked_bce(logits, targets, hidden)
+    )
+
+
+def test_masked_bce_overlooks_padding() -> None:
+    logits, targets, hidden = case()
+    valid = torch.ones(3, 5, 6, dtype=torch.bool)
+    valid[:, 3:] = False
+    spoiled = logits.clone()
+    spoiled[:, :, 3:] = float("nan")
+    torch.testing.assert_close(
+        masked_bce(spoiled, targets, hidden, valid=valid),
+        masked_bce(logits, targets, hidden, valid=valid),
+    )
+
+
+def test_a_region_without_pixels_takes_no_part() -> None:
+    logits, targets, _ = case()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
+    everything = torch.ones(3, 5, 6, dtype=torch.bool)
+    torch.testing.assert_close(masked_bce(logits, targets, everything), bce)
+    torch.testing.assert_close(masked_bce(logits, targets, ~everything), bce)
+
+
+def test_masked_bce_of_nothing_is_zero_with_zero_gradient() -> None:
+    logits, targets, hidden = case(torch.float32)
+    logits.requires_grad_()
+    loss = masked_bce(logits, targets, hidden, valid=torch.zeros_like(hidden))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None and not logits.grad.any()
+    assert masked_bce(logits[:0], targets[:0], hidden[:0]).item() == 0.0
+
+
+def test_masked_bce_has_the_right_gradient() -> None:
+    logits, targets, hidden = case()
+    logits = logits[:2, :2, :3, :3].clone().requires_grad_()
+    targets, hidden = targets[:2, :2, :3, :3], hidden[:2, :3, :3]
+    assert torch.autograd.gradcheck(lambda x: masked_bce(x, targets, hidden), (logits,))
+
+
+def test_masked_bce_in_bfloat16_stays_near() -> None:
+    logits, targets, hidden = case(torch.float32)
+    low = masked_bce(logits.bfloat16(), targets, hidden).item()
+    assert low == pytest.approx(masked_bce(logits, targets, hidden).item(), rel=0.02)
+
+
+def test_supervised_losses_name_what_is_wrong() -> None:
+    logits, targets, hidden = case()
+    with pytest.raises(UserError, match=r"hidden must be \(3, 5, 6\)"):
+        masked_bce(logits, targets, hidden[0])
+    with pytest.raises(UserError, match=r"student .* and teacher|differ in shape"):
+        masked_bce(logits, targets[:, :2], hidden)
+    with pytest.raises(UserError, match="hidden_weight must be 0 or above"):
+        masked_bce(logits, targets, hidden, hidden_weight=-1.0)
+    with pytest.raises(UserError, match=r"got \(3, 4\) and \(2,\)"):
+        cross_entropy_labelled(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
+
+
+def test_cross_entropy_labelled_by_hand_leaves_out_withheld_labels() -> None:
+    logits = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]).log()
+    labels = torch.tensor([1, -1, 0])
+    expected = -(math.log(0.75) + math.log(0.9)) / 2
+    assert cross_entropy_labelled(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_cross_entropy_labelled_is_the_mean_over_the_labelled_alone() -> None:
+    logits, labels = torch.randn(6, 5), torch.tensor([0, -1, 4, 2, -1, 3])
+    known = labels >= 0
+    for smoothing in (0.0, 0.1):
+        torch.testing.assert_close(
+            cross_entropy_labelled(logits, labels, label_smoothing=smoothing),
+            torch.nn.functional.cross_entropy(
+                logits[known], labels[known], label_smoothing=smoothing
+            ),
+        )
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_cross_entropy_without_labels_is_zero_with_zero_gradient(count: int) -> None:
+    logits = torch.randn(count, 4, requires_grad=True)
+    loss = cross_entropy_labelled(logits, torch.full((count,), -1))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None and not logits.grad.any()
+
+
+def test_cross_entropy_labelled_has_the_right_gradient() -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, -1, 2, 1])
+    assert torch.autograd.gradcheck(lambda x: cross_entropy_labelled(x, labels), (logits,))

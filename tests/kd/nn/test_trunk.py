@@ -1,0 +1,231 @@
+"""Torchvision classifiers as feature trunks."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from kd.errors import UserError
+from kd.nn.freeze import FrozenBatchNorm, freeze, freeze_batch_norm
+from kd.nn.trunk import build_trunk
+from kd.nn.weights import _modern
+
+SMALL = {
+    "mobilenet_v3_small": (576, 32),
+    "resnet18": (512, 32),
+    "shufflenet_v2_x0_5": (1024, 32),
+    "squeezenet1_1": (512, 16),
+}
+LARGE = {
+    "alexnet": (256, 32),
+    "convnext_tiny": (768, 32),
+    "densenet121": (1024, 32),
+    "efficientnet_b0": (1280, 32),
+    "googlenet": (1024, 32),
+    "inception_v3": (2048, 32),
+    "mnasnet0_5": (1280, 32),
+    "mobilenet_v2": (1280, 32),
+    "regnet_y_400mf": (440, 32),
+    "resnext50_32x4d": (2048, 32),
+    "swin_t": (768, 32),
+    "swin_v2_t": (768, 32),
+    "vgg11": (512, 32),
+    "vit_b_32": (768, 32),
+}
+FAMILIES = [
+    *[pytest.param(name, *shape) for name, shape in SMALL.items()],
+    *[pytest.param(name, *shape, marks=pytest.mark.slow) for name, shape in LARGE.items()],
+]
+
+
+@pytest.mark.parametrize(("name", "channels", "stride"), FAMILIES)
+def test_a_trunk_knows_its_channels_and_stride(name: str, channels: int, stride: int) -> None:
+    trunk = build_trunk(name).eval()
+    assert (trunk.channels, trunk.stride) == (channels, stride)
+    images = torch.randn(1, 3, 97, 129)
+    with torch.no_grad():
+        features, levels = trunk(images), trunk.forward_levels(images)
+    assert features.shape[:2] == (1, channels)
+    for side, pixels in zip(features.shape[2:], images.shape[2:], strict=True):
+        assert abs(side - pixels / stride) <= 2.1  # stems without padding lose some
+    torch.testing.assert_close(levels[-1], features)
+    assert [one.shape[1] for one in levels] == list(trunk.level_channels)
+    assert trunk.level_strides == tuple(sorted(trunk.level_strides))
+    for one, level_stride in zip(levels, trunk.level_strides, strict=True):
+        assert abs(one.shape[3] - 129 / level_stride) <= 3
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("densenet121", marks=pytest.mark.slow)])
+def test_a_trunk_computes_what_torchvision_pools(name: str) -> None:
+    classifier = models.get_model(name, weights=None).eval()
+    trunk = build_trunk(name).eval()
+    state = {
+        key: value
+        for key, value in classifier.state_dict().items()
+        if not key.startswith(("fc.", "classifier."))
+    }
+    trunk.load_state_dict(state)
+    head = classifier.fc if name == "resnet18" else classifier.classifier
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(head(trunk(images).mean(dim=(2, 3))), classifier(images))
+
+
+@pytest.mark.slow
+def test_a_transformers_trunk_ends_in_the_tokens_that_torchvision_computes() -> None:
+    classifier = models.get_model("vit_b_32", weights=None).eval()
+    trunk = build_trunk("vit_b_32").eval()
+    state = {k: v for k, v in classifier.state_dict().items() if not k.startswith("heads.")}
+    trunk.load_state_dict(state)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        tokens = classifier.conv_proj(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([classifier.class_token, tokens], dim=1)
+        expected = classifier.encoder(tokens)[0, 1:].T.unflatten(1, (7, 7))
+        torch.testing.assert_close(trunk(images)[0], expected)
+        assert trunk(images[:, :, :64, :96]).shape == (1, 768, 2, 3)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_come_from_torchvisions_files_head_or_not(tmp_path: Path, suffix: str) -> None:
+    classifier = models.get_model("shufflenet_v2_x0_5", weights=None)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": classifier.state_dict()}, path)
+    else:
+        save_file({k: v.clone() for k, v in classifier.state_dict().items()}, path)
+    trunk = build_trunk("shufflenet_v2_x0_5", weights=str(path))
+    torch.testing.assert_close(trunk.state_dict()["conv5.0.weight"], classifier.conv5[0].weight)
+
+
+def test_the_names_in_old_densenet_files_are_understood() -> None:
+    new = "features.denseblock1.denselayer1.norm1.weight"
+    assert _modern("features.denseblock1.denselayer1.norm.1.weight") == new
+    assert _modern(new) == new
+
+
+def test_the_real_mobilenet_file_loads(shared_data: Path) -> None:
+    path = shared_data / "weights" / "mobilenet_v2_features.pth"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    trunk = build_trunk("mobilenet_v2", weights=str(path)).eval()
+    with torch.no_grad():
+        assert trunk(torch.zeros(1, 3, 64, 64)).shape == (1, 1280, 2, 2)
+
+
+def test_a_file_of_another_model_names_file_and_keys(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(build_trunk("squeezenet1_1").state_dict(), path)
+    with pytest.raises(
+        UserError, match=r"other\.pth does not fit resnet18: missing conv1.weight"
+    ) as e:
+        build_trunk("resnet18", weights=str(path))
+    assert "unexpected features.0.weight" in str(e.value)
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "thin.pth"
+    state = build_trunk("squeezenet1_1").state_dict()
+    state["features.0.weight"] = torch.zeros(1, 3, 3, 3)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"features\.0\.weight \(1, 3, 3, 3\) for \(64, 3, 3, 3\)"):
+        build_trunk("squeezenet1_1", weights=str(path))
+
+
+class Harm:
+    """Would run on unpickling."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.mkdir, (Path("harm"),))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "code", "number", "safetensors"])
+def test_files_that_are_no_weights_are_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "cut":
+        torch.save(nn.Linear(9, 9).state_dict(), path)
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "code":
+        torch.save({"conv1.weight": Harm()}, path)
+    elif kind == "number":
+        torch.save({"epoch": 3}, path)
+    elif kind == "safetensors":
+        path.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"weights file .*weights"):
+        build_trunk("squeezenet1_1", weights=str(path))
+
+
+def test_unknown_names_list_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown torchvision classifier 'resnet17'.*'resnet18'"):
+        build_trunk("resnet17")
+    with pytest.raises(UserError, match="one input size only"):
+        build_trunk("maxvit_t")
+
+
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_other_numbers_of_input_channels_start_out_as_rgb(tmp_path: Path, in_channels: int) -> None:
+    path = tmp_path / "weights.pth"
+    original = build_trunk("squeezenet1_1").eval()
+    torch.save(original.state_dict(), path)
+    trunk = build_trunk("squeezenet1_1", weights=str(path), in_channels=in_channels).eval()
+    grey = torch.randn(1, 1, 64, 64).expand(-1, in_channels, -1, -1)
+    with torch.no_grad():
+        expected = original(grey[:, :1].expand(-1, 3, -1, -1))
+        torch.testing.assert_close(trunk(grey), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"), [("resnet18", 8), ("shufflenet_v2_x0_5", 16), ("mobilenet_v3_small", 16)]
+)
+def test_a_kept_stride_gives_a_finer_grid_from_the_same_weights(name: str, stride: int) -> None:
+    trunk = build_trunk(name, stride=stride).eval()
+    assert trunk.stride == stride
+    trunk.load_state_dict(build_trunk(name).state_dict())
+    with torch.no_grad():
+        assert trunk(torch.randn(1, 3, 64, 64)).shape[2:] == (64 // stride, 64 // stride)
+
+
+def test_a_stride_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(UserError, match="resnet18: stride must be one of 2, 4, 8, 16, 32, got 12"):
+        build_trunk("resnet18", stride=12)
+    with pytest.raises(UserError, match="squeezenet1_1: cannot keep stride 8.*MaxPool2d"):
+        build_trunk("squeezenet1_1", stride=8)
+
+
+def test_a_deep_copy_is_a_trunk_of_its_own() -> None:
+    trunk = build_trunk("resnet18").eval()
+    copied = copy.deepcopy(trunk)
+    nn.init.zeros_(copied.conv1.weight)
+    images = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        assert not torch.equal(copied(images), trunk(images))
+
+
+def test_frozen_batch_norm_keeps_its_statistics_in_training() -> None:
+    trunk = build_trunk("resnet18")
+    state = copy.deepcopy(trunk.state_dict())
+    freeze_batch_norm(trunk)
+    trunk.train()(torch.randn(2, 3, 32, 32))
+    assert list(trunk.state_dict()) == list(state)
+    for key, value in trunk.state_dict().items():
+        torch.testing.assert_close(value, state[key])
+    assert not trunk.bn1.weight.requires_grad and trunk.conv1.weight.requires_grad
+
+
+def test_freezing_stops_at_the_named_step() -> None:
+    trunk = build_trunk("resnet18")
+    freeze(trunk, "layer2")
+    assert isinstance(trunk.bn1, FrozenBatchNorm)
+    assert not trunk.layer2[1].conv2.weight.requires_grad
+    assert trunk.layer3[0].conv1.weight.requires_grad
+    assert not isinstance(trunk.layer3[0].bn1, FrozenBatchNorm)
+    freeze(trunk)
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
+    with pytest.raises(UserError, match=r"resnet18 has no step 'layer9' to freeze; did you mean"):
+        freeze(trunk, "layer9")

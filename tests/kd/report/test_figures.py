@@ -1,0 +1,115 @@
+"""Figures draw what they are given, and nothing warns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from kd.errors import UserError
+from kd.metrics import scores
+from kd.metrics.scores import Records
+from kd.metrics.top_n import TopN
+from kd.report import figures
+from kd.report.pictures import hidden_scene_figure
+from kd.report.table import distill_table
+
+
+def records_of(strength: float, seed: int) -> Records:
+    """Predictions of ninety objects of every size."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(90) % 6
+    logits = torch.randn(90, 6, generator=generator)
+    logits[torch.arange(90), labels] += strength
+    metric = TopN(6, prior=[1.0] * 6)
+    ids = torch.arange(90)
+    shares = torch.logspace(-3, -0.5, 90)
+    metric.update(torch.log_softmax(logits, 1), labels, shares, ids, ids // 3)
+    return metric.records()
+
+
+def drawn(figure: Figure) -> torch.Tensor:
+    """The picture, which must hold more than white."""
+    image = figures.figure_image(figure)
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    assert (image != 255).any()
+    return image
+
+
+def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceiling() -> None:
+    curve = scores.curve(records_of(1.0, 0))
+    figure = figures.top_n_figure({"unet": curve}, curve * 0.5, np.ones(6))
+    labels = [str(line.get_label()).split(" (")[0] for line in figure.axes[0].lines]
+    assert labels == ["random", "ideal", "class prior", "exact posterior", "unet"]
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), np.arange(1, 7) / 6)
+    np.testing.assert_array_equal(figure.axes[0].lines[-1].get_ydata(), curve)
+    drawn(figure)
+    drawn(figures.top_n_figure({"one class": np.ones(1)}))
+
+
+def test_class_shares_fall_and_keep_their_names() -> None:
+    figure = figures.class_share_figure(
+        np.array([1, 8, 1]), np.array([0, 1, 1]), ["cat", "dog", "cow"]
+    )
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "cat", "cow"]
+    heights = [bar.get_height() for bar in axes.patches]  # type: ignore[attr-defined]
+    assert heights == pytest.approx([80, 10, 10])
+    drawn(figure)
+    drawn(figures.class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)]))
+
+
+def test_shares_hidden_and_reliability_are_drawn_for_every_run() -> None:
+    runs = {"unet": records_of(2.0, 0), "cnn": records_of(0.5, 1)}
+    hidden = figures.share_hidden_figure(runs)
+    assert len(hidden.axes[0].patches) == 2 * len(scores.SHARE_BINS)
+    drawn(hidden)
+    drawn(figures.reliability_figure(runs))
+
+
+def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_arm() -> None:
+    runs = {"plain": [records_of(0.5, s) for s in (0, 1)], "distilled": [records_of(2, 2)] * 2}
+    table = distill_table(runs, [0, 1])
+    figure = figures.comparison_figure(table)
+    titles = [axes.get_xlabel() for axes in figure.axes]
+    assert titles == ["top1 (%)", "mean_class_top1 (%)", "top5 (%)"]
+    assert [len(axes.patches) for axes in figure.axes] == [2, 2, 2]
+    drawn(figure)
+    drawn(figures.comparison_figure(table, metrics=["nll"]))
+    with pytest.raises(UserError, match="no accuracy to draw"):
+        figures.comparison_figure(distill_table(runs, [0, 1], metrics=["nll"]))
+
+
+def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:
+    image = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
+    names = ["cup", "ball", "fork", "spoon"]
+    beliefs = {"teacher": torch.tensor([0.7, 0.1, 0.1, 0.1]), "student": torch.eye(4)[3]}
+    figure = hidden_scene_figure(
+        image, [5, 5, 25, 20], "fork", beliefs, names, size=(30, 40), top=2
+    )
+    scene, thing, teacher, student = figure.axes
+    assert scene.images[0].get_array().shape == (30, 40, 3)  # type: ignore[union-attr]
+    cover = scene.patches[0]
+    assert cover.get_alpha() is None
+    assert thing.get_title() == "hidden: fork"
+    assert teacher.get_title() == "the teacher says"
+    assert "fork: place 2" in [text.get_text() for text in student.texts][-1]
+    assert teacher.get_xlim() == student.get_xlim()
+    drawn(figure)
+    heat = torch.rand(40, 40)
+    box = torch.tensor([0.0, 0.0, 0.4, 0.4])  # smaller than a pixel
+    drawn(hidden_scene_figure(image, box, "cup", beliefs, names, heat_map=heat))
+
+
+def test_a_figure_is_saved_and_a_bad_name_refused(tmp_path: Path) -> None:
+    figure = figures.top_n_figure({"unet": np.linspace(0.5, 1, 6)})
+    figures.save_figure(figure, tmp_path / "new" / "curve.png")
+    with Image.open(tmp_path / "new" / "curve.png") as saved:
+        assert saved.size[0] > 400
+    with pytest.raises(UserError, match=r"curve.xyz: the figure cannot be written"):
+        figures.save_figure(figure, tmp_path / "curve.xyz")

@@ -1,0 +1,155 @@
+"""Reading runs back, and what is said when they cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd.errors import UserError
+from kd.metrics.top_n import TopN
+from kd.report.runs import (
+    ceilings,
+    check_same_objects,
+    is_distill,
+    read_distill,
+    read_predictions,
+    read_run,
+    read_scalars,
+)
+
+
+def make_run(folder: Path, *, first: int = 0, shift: int = 0, classes: int = 3) -> Path:
+    """A finished run of six objects."""
+    folder.mkdir(parents=True)
+    metric = TopN(classes, prior=[1.0] * classes)
+    ids = torch.arange(first, first + 6)
+    log_probs = torch.log_softmax(torch.randn(6, classes), 1)
+    metric.update(log_probs, (ids + shift) % classes, torch.full((6,), 0.01), ids, ids // 2)
+    metric.save_predictions(folder / "predictions.npz")
+    (folder / "config.yaml").write_text("data: {name: scenes}\n")
+    (folder / "summary.json").write_text(json.dumps({"top1": 0.5, "ceiling_top1": 0.7}))
+    return folder
+
+
+def test_a_finished_run_is_read(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "unet"))
+    assert run.name == "unet"
+    assert run.config == {"data": {"name": "scenes"}}
+    assert ceilings(run.summary) == {"top1": 0.7}
+    assert run.records["log_probs"].shape == (6, 3)
+
+
+def test_objects_come_back_in_order_of_their_id(tmp_path: Path) -> None:
+    records = dict(read_run(make_run(tmp_path / "run")).records)
+    by_class = ("prior", "looks")
+    backwards = {k: v if k in by_class else v[::-1] for k, v in records.items()}
+    np.savez(tmp_path / "backwards.npz", **backwards)
+    found = read_predictions(tmp_path / "backwards.npz")
+    np.testing.assert_array_equal(found["log_probs"], records["log_probs"])
+
+
+def test_what_is_no_run_is_named_with_the_runs_below_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "teacher" / "unet")
+    make_run(tmp_path / "distill" / "resnet18" / "seed0" / "plain")
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config.yaml; below it are .*teacher/unet$"):
+        read_run(tmp_path / "teacher")
+    with pytest.raises(UserError, match=r"below it are .*resnet18"):
+        read_run(tmp_path / "distill")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config.yaml$"):
+        read_run(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "predictions.npz"])
+def test_an_unfinished_run_says_what_it_lacks(tmp_path: Path, name: str) -> None:
+    (make_run(tmp_path / "run") / name).unlink()
+    with pytest.raises(UserError, match=rf"not finished, it has no {name}; .*--resume"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "predictions.npz", "config.yaml"])
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path, name: str) -> None:
+    file = make_run(tmp_path / "run") / name
+    file.write_bytes(file.read_bytes()[:-4] if name != "config.yaml" else b"a: [1,")
+    with pytest.raises(UserError, match=rf"{name}: damaged"):
+        read_run(tmp_path / "run")
+
+
+def test_other_damage_is_named(tmp_path: Path) -> None:
+    file = make_run(tmp_path / "run") / "predictions.npz"
+    with np.load(file) as stored:
+        records = dict(stored)
+    np.savez(file, labels=records["labels"])
+    with pytest.raises(UserError, match=r"no object_ids, image_ids, shares, log_probs"):
+        read_predictions(file)
+    np.savez(file, **{**records, "object_ids": np.zeros(6, dtype=np.int64)})
+    with pytest.raises(UserError, match="5 objects occur twice"):
+        read_predictions(file)
+    np.savez(file, **{**records, "labels": records["labels"][:4]})
+    with pytest.raises(UserError, match="different lengths"):
+        read_predictions(file)
+    np.savez(file, **{**records, "labels": np.array([object()] * 6)})
+    with pytest.raises(UserError, match="damaged"):  # pickled objects are never loaded
+        read_predictions(file)
+    with pytest.raises(UserError, match="no such file"):
+        read_predictions(tmp_path / "none.npz")
+    (tmp_path / "run" / "summary.json").write_text("[1]")
+    with pytest.raises(UserError, match="a mapping was expected, got list"):
+        np.savez(file, **records)
+        read_run(tmp_path / "run")
+
+
+def test_a_distillation_is_read_by_arm_and_seed(tmp_path: Path) -> None:
+    for seed in (2, 10):
+        for arm in ("shuffled", "distilled", "plain"):
+            make_run(tmp_path / "resnet18" / f"seed{seed}" / arm)
+    found = read_distill(tmp_path / "resnet18")
+    assert is_distill(tmp_path / "resnet18")
+    assert found.seeds == (2, 10)
+    assert list(found.arms) == ["plain", "distilled", "shuffled"]
+    assert len(found.records()["plain"]) == 2
+
+
+def test_a_distillation_that_lacks_a_run_is_not_finished(tmp_path: Path) -> None:
+    make_run(tmp_path / "d" / "seed0" / "plain")
+    make_run(tmp_path / "d" / "seed0" / "distilled")
+    make_run(tmp_path / "d" / "seed1" / "plain")
+    with pytest.raises(UserError, match=r"seed1: not finished, it has no run 'distilled'"):
+        read_distill(tmp_path / "d")
+    make_run(tmp_path / "e" / "seed0" / "distilled")
+    with pytest.raises(UserError, match=r"seed0: not finished, it has no run 'plain'"):
+        read_distill(tmp_path / "e")
+    with pytest.raises(UserError, match=r"no distillation"):
+        read_distill(tmp_path / "d" / "seed0" / "plain")
+
+
+def test_runs_of_other_data_are_not_compared(tmp_path: Path) -> None:
+    first = read_run(make_run(tmp_path / "first"))
+    check_same_objects([first, read_run(make_run(tmp_path / "same"))])
+    with pytest.raises(UserError, match=r"moved .*different objects \(6 and 6, 2 in both\)"):
+        check_same_objects([first, read_run(make_run(tmp_path / "moved", first=4))])
+    with pytest.raises(UserError, match="labels of 6 objects"):
+        check_same_objects([first, read_run(make_run(tmp_path / "shifted", shift=1))])
+    with pytest.raises(UserError, match="numbers of classes: 4 and 3"):
+        check_same_objects([first, read_run(make_run(tmp_path / "wide", classes=4))])
+
+
+def test_scalars_are_read_up_to_the_line_being_written(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "tag": "loss/total", "value": 2.5},
+        {"step": 2, "tag": "loss/total", "value": 2},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "ta'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_scalars(tmp_path) == {"loss/total": [(1, 2.5), (2, 2.0)]}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: no scalar"):
+        read_scalars(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_scalars(tmp_path / "none")

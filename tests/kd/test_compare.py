@@ -1,0 +1,104 @@
+"""The command that compares runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd.cli import run_command
+from kd.compare import main
+from kd.metrics.top_n import TopN
+
+
+def make_run(folder: Path, strength: float, seed: int = 0, *, objects: int = 60) -> Path:
+    """A finished run; the greater the strength, the better."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(objects) % 6
+    logits = torch.randn(objects, 6, generator=generator)
+    logits[torch.arange(objects), labels] += strength
+    metric = TopN(6, prior=[1.0] * 6, looks=("a", "a", None, None, "b", "b"))
+    ids = torch.arange(objects)
+    log_probs = torch.log_softmax(logits, 1)
+    metric.update(log_probs, labels, torch.full((objects,), 0.01), ids, ids // 3)
+    metric.save_predictions(folder / "predictions.npz")
+    (folder / "config.yaml").write_text("data: {name: scenes}\n")
+    summary = {**metric.compute(), "ceiling_top1": 0.9, "ceiling_curve": [0.9] * 5 + [1.0]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def distillation(tmp_path: Path) -> Path:
+    folder = tmp_path / "resnet18"
+    for seed in range(2):
+        make_run(folder / f"seed{seed}" / "plain", 0.5, seed)
+        make_run(folder / f"seed{seed}" / "distilled", 2.5, seed)
+    return folder
+
+
+def test_a_distillation_prints_its_table(
+    distillation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{distillation}/"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(str(distillation))
+    assert "distilled - plain" in printed
+    assert "lookalike_pair_top1 (%)" in printed
+    assert "top1 (%), seed 1" in printed
+
+
+def test_single_runs_share_a_table_with_prior_and_ceiling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "unet", 2.0), make_run(tmp_path / "cnn", 1.0, 1)]
+    assert main([*map(str, runs), "--metrics", "top1,nll"]) == 0
+    printed = capsys.readouterr().out
+    header = printed.splitlines()[1].split("  ")
+    assert [cell.strip() for cell in header if cell] == [
+        "metric", "unet", "cnn", "cnn - unet", "prior", "ceiling",
+    ]  # fmt: skip
+    assert "90.0" in printed
+    assert "ece" not in printed
+
+
+def test_runs_of_the_same_name_keep_their_whole_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / place / "unet", 2.0) for place in ("a", "b")]
+    assert main([*map(str, runs)]) == 0
+    assert all(str(run) in capsys.readouterr().out.replace("  ", " ") for run in runs[:1])
+
+
+def test_tables_and_figures_are_written(distillation: Path, tmp_path: Path) -> None:
+    single = make_run(tmp_path / "unet", 2.0)
+    report = tmp_path / "docs" / "table.md"
+    assert main([str(distillation), str(single), "--markdown", str(report)]) == 0
+    assert report.read_text().count("### ") == 2
+    for runs in (distillation, single):
+        assert main([str(runs), "--figure", str(tmp_path / f"{runs.name}.png")]) == 0
+        assert (tmp_path / f"{runs.name}.png").stat().st_size > 5000
+
+
+def test_mistakes_are_one_line_and_exit_status_two(
+    distillation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = make_run(tmp_path / "unet", 2.0)
+    other = make_run(tmp_path / "other", 2.0, objects=30)
+    (tmp_path / "file").write_text("")
+    mistakes = {
+        "no such folder": [str(tmp_path / "none")],
+        "below it are": [str(distillation / "seed0")],
+        "different objects": [str(unet), str(other)],
+        "'top': unknown": [str(unet), "--metrics", "top"],
+        "one distillation": [str(unet), str(distillation), "--figure", "x.png"],
+        "cannot be written": [str(unet), "--markdown", str(tmp_path / "file" / "x.md")],
+    }
+    for message, arguments in mistakes.items():
+        assert run_command(main, arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -1,0 +1,203 @@
+"""The contract of every teacher, and what each promises beyond it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kd.catalog import build
+from kd.errors import ConfigError, UserError
+from kd.features import FeatureTaps
+from teachers import TEACHERS
+
+# Small ones: options, a layer to tap and its channels.
+SMALL: dict[str, tuple[dict[str, object], str, int]] = {
+    "unet": ({"width": 4, "depth": 2}, "bottleneck", 16),
+    "cnn": ({"width": 4, "downs": 3, "hidden": 8}, "features", 32),
+    "trunk": ({"name": "shufflenet_v2_x0_5", "margins": [0.5, 1.5]}, "trunk", 1024),
+}
+CLASSES = 5
+
+
+def make(name: str, **options: object) -> nn.Module:
+    chosen = SMALL[name][0] | options
+    return build(TEACHERS, name, chosen, what="teacher", num_classes=CLASSES)
+
+
+def hidden_scene(count: int, height: int, width: int) -> Tensor:
+    """Scenes with a box hidden in each."""
+    images = torch.randn(count, 4, height, width)
+    images[:, 3] = 0
+    images[:, 3, height // 4 : height // 2, width // 3 : width // 2] = 1
+    return images * (1 - images[:, 3:]) + torch.cat(
+        [torch.zeros(count, 3, height, width), images[:, 3:]], dim=1
+    )
+
+
+def test_every_teacher_is_in_the_contract() -> None:
+    assert SMALL.keys() == TEACHERS.keys()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("size", [(37, 51), (64, 64)])
+def test_logits_have_the_tasks_shape_at_any_size(name: str, size: tuple[int, int]) -> None:
+    model = make(name).eval()
+    shape = {"context": (2, CLASSES), "context_pixels": (2, CLASSES, *size)}[str(model.task)]
+    with torch.no_grad():
+        logits = model(hidden_scene(2, *size))
+    assert logits.shape == shape and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_every_parameter_of_a_teacher_gets_a_finite_gradient(name: str) -> None:
+    model = make(name)
+    output = model.train()(hidden_scene(3, 65, 49))
+    assert isinstance(output, Tensor) and type(output) is type(
+        model.eval()(torch.zeros(1, 4, 64, 64))
+    )
+    output.square().mean().backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None, path
+        assert parameter.grad.isfinite().all(), path
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_survives_its_state_dict(name: str) -> None:
+    first, second = make(name).eval(), make(name).eval()
+    images = hidden_scene(2, 48, 64)
+    with torch.no_grad():
+        assert not torch.equal(first(images), second(images))
+        second.load_state_dict(first.state_dict())
+        torch.testing.assert_close(first(images), second(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teachers_named_layer_can_be_tapped(name: str) -> None:
+    _, layer, channels = SMALL[name]
+    model = make(name).eval()
+    taps = FeatureTaps(model, [layer])
+    model(hidden_scene(2, 64, 64))
+    features = taps.collect()[layer]
+    assert features.ndim == 4 and features.shape[:2] == (2, channels)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_takes_no_objects_and_bfloat16(name: str) -> None:
+    model = make(name).eval()
+    assert len(model(torch.zeros(0, 4, 32, 32))) == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert model(hidden_scene(1, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_equal_seeds_give_equal_teachers(name: str) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(make(name).state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teachers_unknown_option_is_an_error(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"teacher '{name}': unknown option 'wdth'"):
+        make(name, wdth=3)
+
+
+@pytest.mark.parametrize(("up", "millions"), [("transposed", 31.0), ("bilinear", 17.3)])
+def test_the_unet_has_the_published_size(up: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = TEACHERS["unet"](80, up=up)
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_bilinear_unet_works_at_any_depth(depth: int) -> None:
+    model = make("unet", up="bilinear", depth=depth).eval()
+    assert model(torch.zeros(1, 4, 19, 33)).shape == (1, CLASSES, 19, 33)
+
+
+def test_the_unet_starts_at_the_log_odds_of_its_prior() -> None:
+    model = make("unet", prior_probability=0.02)
+    bias = next(p for path, p in model.named_parameters() if path == "head.bias")
+    torch.testing.assert_close(bias.data, torch.full((CLASSES,), math.log(0.02 / 0.98)))
+
+
+def test_the_cnn_has_a_relu_between_its_dense_layers() -> None:
+    layers = [type(module) for module in make("cnn").get_submodule("head")]
+    between = layers[layers.index(nn.Linear) + 1 :]
+    assert between.index(nn.ReLU) < between.index(nn.Linear)
+
+
+def test_the_trunk_teacher_reads_around_the_mask_not_the_mask_alone() -> None:
+    model = make("trunk", geometry=False, dropout=0.0).eval()
+    scene = hidden_scene(1, 96, 96)
+    elsewhere = scene.clone()
+    elsewhere[:, :3, 80:, 80:] += 3
+    with torch.no_grad():
+        assert not torch.allclose(model(scene), model(elsewhere))
+
+
+def test_the_trunk_teacher_takes_a_mask_of_any_shape_or_none() -> None:
+    model = make("trunk").eval()
+    scene = hidden_scene(3, 64, 64)
+    scene[0, 3] = 0
+    scene[1, 3] = 1
+    scene[2, 3].fill_diagonal_(1)
+    with torch.no_grad():
+        assert model(scene).isfinite().all()
+
+
+def test_the_trunk_teacher_can_be_frozen_up_to_a_step() -> None:
+    model = make("trunk", frozen="all", hidden=8)
+    learning = {path.split(".")[0] for path, p in model.named_parameters() if p.requires_grad}
+    assert learning == {"norm", "head"}
+    before = {path: value.clone() for path, value in model.state_dict().items()}
+    model.train()(hidden_scene(2, 64, 64)).sum().backward()
+    for path, value in model.state_dict().items():
+        assert torch.equal(value, before[path]), path
+    partly = make("trunk", frozen="stage2", batch_norm_frozen=True)
+    assert partly.get_parameter("trunk.stage3.0.branch2.0.weight").requires_grad
+
+
+def test_upscaling_gives_the_trunk_teacher_a_finer_grid() -> None:
+    model = make("trunk", upscale=2).eval()
+    taps = FeatureTaps(model, ["trunk"])
+    model(hidden_scene(1, 64, 64))
+    assert taps.collect()["trunk"].shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("unet", {"width": 3}, "width must be even"),
+        ("unet", {"depth": 0}, "depth at least 1"),
+        ("unet", {"prior_probability": 1.0}, "between 0 and 1, got 1.0"),
+        ("cnn", {"grid": 0}, "grid must be at least 1, got 0"),
+        ("cnn", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ("trunk", {"margins": [-1.0]}, "margins must be above 0"),
+        ("trunk", {"margins": [], "scene": False}, "at least one margin, or the scene"),
+        ("trunk", {"upscale": 0}, "upscale at least 1"),
+        ("trunk", {"name": "resnet17"}, "unknown torchvision classifier"),
+        ("trunk", {"frozen": "stage9"}, "has no step 'stage9'"),
+    ],
+)
+def test_a_teachers_bad_option_is_named(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(name, **options)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_compiles_in_one_graph(name: str) -> None:
+    model = make(name).eval()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=True, backend="eager")
+    scene = hidden_scene(2, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(scene), model(scene))
