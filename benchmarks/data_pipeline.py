@@ -3,10 +3,10 @@
     python benchmarks/data_pipeline.py [--images 48] [--rounds 5]
 
 The published one, with albumentations and OpenCV: read a 640 px JPEG, LongestMaxSize 384,
-PadIfNeeded, the augmentations, normalise to float, hide one object's box, and fill a dense
-91 x 384 x 384 float target from the boxes. Ours does the same work twice over: `host` up to the
-batch that a loader hands out, and `host + device` with normalising, hiding and the dense target on
-the same core, where a GPU would do them. CPU time of one thread; the variants take turns.
+PadIfNeeded, the augmentations, normalise to float, hide one object's box, fill a dense
+91 x 384 x 384 float target from the boxes, and collate. Ours does the same twice over: `host` up
+to the batch that a loader hands out, and `host + device` with normalising, hiding and the dense
+target on the same core, where a GPU would do them. CPU time of one thread; the variants take turns.
 
 Photographs come from coco_mini (`KD_DATA`, or ../shared/data), enlarged to 640 px with camera-like
 noise so that the files are as large as COCO's; without it, from a generator.
@@ -33,6 +33,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 from kd.data.coco import CocoIndex, load_coco
 from kd.data.dataset import SceneDataset
@@ -118,9 +119,9 @@ def published(index: CocoIndex, *, dense: bool) -> Round:
         )
     random = np.random.default_rng(0)
 
-    def sample(image: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def sample(image: int) -> tuple[torch.Tensor, ...]:
         rows = slice(int(index.first[image]), int(index.first[image + 1]))
-        picture = cv2.cvtColor(cv2.imread(str(index.path(image))), cv2.COLOR_BGR2RGB)
+        picture = cv2.imread(str(index.path(image)), cv2.IMREAD_COLOR_RGB)
         result = transform(
             image=picture, bboxes=np.array(index.boxes[rows]), labels=index.labels[rows].tolist()
         )
@@ -131,17 +132,18 @@ def published(index: CocoIndex, *, dense: bool) -> Round:
             pixels[y1:y2, x1:x2] = 0
             hidden[y1:y2, x1:x2] = 1
         inputs = np.concatenate([pixels, hidden], axis=2).transpose(2, 0, 1)
-        target = None
-        if dense:
-            filled = np.zeros((CLASSES, SIZE, SIZE), np.float32)
-            for (x1, y1, x2, y2), label in zip(boxes, result["labels"], strict=True):
-                filled[int(label), y1:y2, x1:x2] = 1
-            target = torch.from_numpy(filled)
-        return torch.from_numpy(np.ascontiguousarray(inputs)), target
+        sampled = (torch.from_numpy(np.ascontiguousarray(inputs)),)
+        if not dense:
+            return sampled
+        target = np.zeros((CLASSES, SIZE, SIZE), np.float32)
+        for (x1, y1, x2, y2), label in zip(boxes, result["labels"], strict=True):
+            target[int(label), y1:y2, x1:x2] = 1
+        return *sampled, torch.from_numpy(target)
 
     def run(_: int) -> int:
-        for image in range(len(index)):
-            sample(image)
+        for start in range(0, len(index), BATCH):
+            end = min(start + BATCH, len(index))
+            default_collate([sample(image) for image in range(start, end)])
         return len(index)
 
     return run
@@ -157,17 +159,18 @@ def ours(index: CocoIndex, copy: Path | None, *, device: bool) -> Round:
         loader.set_epoch(epoch)
         for batch in loader:
             if device:
-                count = len(batch["images"])
-                of_hidden = batch["image_of"][batch["hidden"]]
-                hide(normalise(batch["images"]), of_hidden, regions_of(batch))
-                class_maps(
-                    *(batch[key] for key in ("boxes", "labels", "image_of")),
-                    *(count, CLASSES, (SIZE, SIZE)),
-                    out=memory[:count],
-                )
+                on_device(batch, memory[: len(batch["images"])])
         return len(dataset)
 
     return run
+
+
+def on_device(batch: dict[str, torch.Tensor], memory: torch.Tensor) -> None:
+    """Normalise, hide, and draw the dense target."""
+    image_of = batch["image_of"]
+    hide(normalise(batch["images"]), image_of[batch["hidden"]], regions_of(batch))
+    boxes, labels, count = batch["boxes"], batch["labels"], len(batch["images"])
+    class_maps(boxes, labels, image_of, count, CLASSES, (SIZE, SIZE), out=memory)
 
 
 def write_photographs(folder: Path, count: int) -> CocoIndex:
@@ -179,7 +182,9 @@ def write_photographs(folder: Path, count: int) -> CocoIndex:
         source = json.loads(annotations.read_text())
         with_objects = {entry["image_id"] for entry in source["annotations"]}
         entries = [entry for entry in source["images"] if entry["id"] in with_objects][:count]
-        pictures = [Image.open(root / "val2017" / entry["file_name"]) for entry in entries]
+        pictures: list[Image.Image] = [
+            Image.open(root / "val2017" / entry["file_name"]) for entry in entries
+        ]
     else:
         source, entries, pictures = generated(count, random)
     target = scale_annotations(

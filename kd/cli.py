@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from kd.config import file_schema
 from kd.config_reader import find_config, load_recipe, to_yaml
 from kd.errors import UserError
 
@@ -29,7 +32,8 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; go on with --resume\n")
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # `| head` has seen enough; Python must not complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
@@ -50,7 +54,9 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
     )
     which.add_argument("--config", type=Path, metavar="PATH", help="a recipe of your own")
     which.add_argument("--schema", action="store_true", help="print the recipes' JSON schema")
-    parser.add_argument("--data", metavar="NAME", help="configs/data/NAME.yaml (default: recipe's)")
+    parser.add_argument(
+        "--data", metavar="NAME", help="configs/data/NAME.yaml, or a .yaml file (default: recipe's)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=value", dest="settings",
         help="change one value; repeatable",
@@ -67,9 +73,7 @@ def read_recipe(
 ) -> Recipe | None:
     """The recipe that the flags ask for; None where it or its schema was only to be printed."""
     if args.schema:
-        import json
-
-        sys.stdout.write(json.dumps(model.model_json_schema(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(file_schema(model), indent=2) + "\n")
         return None
     path = args.config or find_config(kind, args.recipe)
     recipe = load_recipe(model, path, data=args.data, settings=[*args.settings, *settings])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -22,7 +22,7 @@ Arm = Literal["plain", "distilled", "bare", "shuffled", "direct"]
 class Section(BaseModel):
     """A part of a recipe: frozen, strict, closed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Split(Section):
@@ -127,6 +127,14 @@ class Train(Section):
     log_every: Count = Field(20, description="steps")
     pictures: Whole = Field(4, description="val pictures written to TensorBoard")
 
+    @model_validator(mode="after")
+    def _micro_batches_are_equal(self) -> Train:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        return self
+
 
 class Weighted(Section):
     """How a term's weight runs over training (a factor on `weight`)."""
@@ -192,6 +200,13 @@ class TeacherRecipe(Section):
     )
     seed: Whole = 0
 
+    @field_validator("folds")
+    @classmethod
+    def _one_fold_leaves_nothing(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold leaves no image to train on; 0 (none) or 2 and more")
+        return folds
+
 
 class DistillRecipe(Section):
     """`python -m kd.distill`: a student, its plain twin, and the comparison."""
@@ -215,8 +230,46 @@ class DistillRecipe(Section):
             raise ValueError(f"arms {list(self.arms)} must be one or more different names")
         if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
             raise ValueError("losses: a distilled student needs at least one term")
+        names = [term.name for term in self.losses]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"losses: {', '.join(twice)}: given twice; a term appears once")
         tapped = {term.student for term in self.losses}
         for layer in self.adapters:
             if layer not in tapped:
                 raise ValueError(f"adapters.{layer}: no term of losses reads student layer {layer}")
         return self
+
+
+def file_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a recipe's file, for editors.
+
+    A file may say less than the resolved recipe holds: `data` is a name or some of its keys, and
+    `per_data` has parts of a recipe for single data sets.
+    """
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    definitions |= {f"Part{name}": _part(one) for name, one in definitions.items()}
+    schema["required"] = [name for name in schema["required"] if name != "data"]
+    part = {"$ref": "#/$defs/PartData"}
+    variant = _part({**schema, "properties": {**schema["properties"], "data": part}})
+    variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}
+    schema["properties"]["data"] = {"anyOf": [{"type": "string"}, part]}
+    schema["properties"]["per_data"] = {
+        "description": "changes for single data sets, by name",
+        "type": "object",
+        "additionalProperties": variant,
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _part(schema: Any) -> Any:
+    """A schema with nothing required, at any depth; lists replace as a whole and stay whole."""
+    if isinstance(schema, list):
+        return [_part(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key not in ("required", "$defs")}
+    reference = kept.get("$ref")
+    if isinstance(reference, str) and "/$defs/Part" not in reference:
+        kept["$ref"] = reference.replace("/$defs/", "/$defs/Part")
+    return {key: value if key == "items" else _part(value) for key, value in kept.items()}

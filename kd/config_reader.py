@@ -53,17 +53,16 @@ class Merged:
     def merge(self, values: Mapping[str, Any], source: str, at: tuple[str, ...] = ()) -> None:
         """Lay `values` over what is there, mapping by mapping; lists and scalars replace."""
         place = self.values
-        for key in at:
+        for depth, key in enumerate(at, 1):
             if not isinstance(place.get(key), dict):
                 place[key] = {}
+                self.origin[at[:depth]] = source
             place = place[key]
         for raw, value in values.items():
             key = str(raw)
             here = (*at, key)
             self.origin[here] = source
-            if isinstance(value, Mapping) and value:
-                if not isinstance(place.get(key), dict):
-                    place[key] = {}
+            if isinstance(value, Mapping) and value:  # an empty one replaces: nothing of it stays
                 self.merge(value, source, here)
             else:
                 place[key] = value
@@ -85,25 +84,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{_shown(path)}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{_shown(path)}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path.name}: expected a mapping at the top, got {content!r}")
+        raise ConfigError(f"{_shown(path)}: expected a mapping at the top, got {content!r:.60}")
     return content
 
 
+def _shown(path: Path) -> str:
+    """A file of ours by its name, anybody else's by the path that was given."""
+    return path.name if path.is_relative_to(CONFIGS) else str(path)
+
+
 def find_config(kind: str, name: str) -> Path:
-    """The file configs/KIND/NAME.yaml; an unknown name lists the near ones."""
+    """The file configs/KIND/NAME.yaml; an unknown name lists the near ones.
+
+    A data set of the user's own is the path of its file, `mine.yaml`.
+    """
+    if kind == "data" and name.endswith((".yaml", ".yml")):
+        return Path(name)
     path = CONFIGS / kind / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in (CONFIGS / kind).glob("*.yaml"))
+        known = known_configs(kind)
         near = difflib.get_close_matches(name, known, 3, 0.4) or known
+        own = "--data PATH.yaml" if kind == "data" else "--config PATH"
         raise ConfigError(
-            f"{name}: no recipe configs/{kind}/{name}.yaml; there are: {', '.join(near)}. "
-            "A file of your own is named with --config PATH"
+            f"{name}: no file configs/{kind}/{name}.yaml; there are: {', '.join(near)}. "
+            f"A file of your own is named with {own}"
         )
     return path
+
+
+def known_configs(kind: str) -> list[str]:
+    """The names below configs/KIND."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
 def _setting(text: str) -> tuple[tuple[str, ...], Any]:
@@ -114,6 +129,8 @@ def _setting(text: str) -> tuple[tuple[str, ...], Any]:
         return tuple(place.split(".")), yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not YAML") from error
+    except ConfigError as error:
+        raise ConfigError(f"--set {text}: {error}") from None
 
 
 def load_recipe(
@@ -131,27 +148,55 @@ def load_recipe(
     Raises:
         ConfigError: One line per mistake, all mistakes at once.
     """
-    content = read_yaml(path)
-    variants = content.pop("per_data", {})
+    content, shown = read_yaml(path), _shown(path)
+    variants = content.pop("per_data", None) or {}
     own = content.pop("data", "scenes")
     own = {"name": own} if isinstance(own, str) else own
     if not isinstance(own, dict) or not isinstance(variants, dict):
-        raise ConfigError(f"{path.name}: data and per_data must be mappings (or data a name)")
+        raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
     name = str(own.get("name", "unnamed"))
     merged = Merged()
     if data is not None or "train" not in own:
         data_path = find_config("data", name)
-        merged.merge({"data": {"name": name, **read_yaml(data_path)}}, data_path.name)
-    merged.merge(content, path.name)
-    merged.merge({"data": own}, path.name)
-    if name in variants:
-        merged.merge(variants[name] or {}, f"{path.name} (per_data.{name})")
-    for text in settings:
-        place, value = _setting(text)
-        merged.merge({place[-1]: value}, f"--set {text}", place[:-1])
+        name = own["name"] = data_path.stem
+        merged.merge({"data": read_yaml(data_path)}, _shown(data_path))
+    merged.merge(content, shown)
+    merged.merge({"data": own}, shown if data is None else f"--data {data}")
+    variant = _variant(variants, name, shown)
+    merged.merge(variant, f"{shown} (per_data.{name})")
+    _apply(merged, settings)
     return validate(model, merged)
+
+
+def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
+    """The part of `per_data` for a data set; a name that means none is a mistake."""
+    known = [*known_configs("data"), name]
+    mistakes = []
+    for key, part in variants.items():
+        near = difflib.get_close_matches(str(key), known, 1, 0.7)
+        if key not in known and near:  # one of the user's own is like none of these
+            mistakes.append(f"{shown}: per_data.{key}: unknown data; did you mean '{near[0]}'?")
+        elif part is not None and not isinstance(part, Mapping):
+            mistakes.append(f"{shown}: per_data.{key}: expected a mapping, got {part!r}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return variants.get(name) or {}
+
+
+def _apply(merged: Merged, settings: Iterable[str]) -> None:
+    """Lay `--set` texts over what was read, every mistake in one error."""
+    mistakes = []
+    for text in settings:
+        try:
+            place, value = _setting(text)
+        except ConfigError as error:
+            mistakes.append(str(error))
+        else:
+            merged.merge({place[-1]: value}, f"--set {text}", place[:-1])
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def validate(model: type[Recipe], merged: Merged) -> Recipe:
@@ -186,17 +231,23 @@ def _tuples(value: Any) -> Any:
 
 def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     place = tuple(str(part) for part in mistake["loc"])
-    where = f"{merged.source_of(place)}: {'.'.join(place) or 'recipe'}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if not place:  # a rule across sections: its message begins with the section it is about
+        return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
+    where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _keys_at(model, place[:-1]), 1, 0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        known = "" if near else f"; known keys: {', '.join(_keys_at(model, place[:-1]))}"
-        return f"{where}: unknown key{hint}{known}"
+        known = _keys_at(model, place[:-1])
+        near = difflib.get_close_matches(place[-1], known, 1, 0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
     if mistake["type"] == "missing":
         return f"{where}: missing key"
-    message = mistake["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(mistake["input"], dict) else f", got {mistake['input']!r}"
-    return f"{where}: {message[0].lower()}{message[1:]}{got}"
+    got = mistake["input"]
+    if mistake["type"] == "model_type":
+        return f"{where}: expected a mapping with {', '.join(_keys_at(model, place))}, got {got!r}"
+    if mistake["type"] == "value_error" and isinstance(got, dict):
+        return f"{where}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}"
 
 
 def _keys_at(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:
@@ -223,11 +274,14 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def data_config(name: str, settings: Iterable[str] = ()) -> Data:
-    """A data set's section alone, for commands that take no recipe."""
+    """A data set's section alone, for commands that take no recipe.
+
+    Args:
+        name: Of configs/data, or the path of a YAML file.
+        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
+    """
     path = find_config("data", name)
     merged = Merged()
-    merged.merge({"name": name, **read_yaml(path)}, path.name)
-    for text in settings:
-        place, value = _setting(text)
-        merged.merge({place[-1]: value}, f"--set {text}", place[:-1])
+    merged.merge({"name": path.stem, **read_yaml(path)}, _shown(path))
+    _apply(merged, [text.removeprefix("data.") for text in settings])
     return validate(Data, merged)

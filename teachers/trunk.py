@@ -77,7 +77,9 @@ class ContextTrunk(nn.Module):
         # One bag of places for all regions: (regions * K, h, w).
         image_of = torch.arange(count, device=images.device).repeat(len(around))
         pooled = masked_pool(features, torch.cat(around), image_of)
-        pooled = self.norm(pooled.reshape(len(around), count, -1).transpose(0, 1).flatten(1))
+        pooled = self.norm(
+            pooled.reshape(len(around), count, features.shape[1]).transpose(0, 1).flatten(1)
+        )
         if self.geometry:
             height, width = images.shape[2:]
             shape = box_geometry(boxes, (height, width)).to(pooled.dtype)

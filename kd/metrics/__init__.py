@@ -1,1 +1,1 @@
-"""."""
+"""Metrics, and intervals of paired differences."""

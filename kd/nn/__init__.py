@@ -1,1 +1,1 @@
-"""."""
+"""Blocks that teachers and students share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kd.nn.weights import load_trunk_weights, widen_first_convolution
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
 AUXILIARY = frozenset({"aux1", "aux2", "AuxLogits"})
 CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # their children are the steps
-PROBE = 448  # pixels; twice this is the other probe of a trunk's stride
+PROBE = 896  # side of the image whose shapes give a trunk's strides: large, for unpadded stems
 
 
 class Trunk(nn.Module):
@@ -91,25 +92,26 @@ class Trunk(nn.Module):
 
     def measure(self) -> None:
         """Find channels and strides by running shapes, without data, through the trunk."""
-        small, large = self._shapes(PROBE), self._shapes(2 * PROBE)
-        # From the difference of two sizes: unpadded stems lose a border whose share this cancels.
+        shapes = self._shapes()
+        # Powers of two but for the patches of some transformers; unpadded stems lose a border.
         strides = [
-            round(PROBE / (big[1] - little[1])) for little, big in zip(small, large, strict=True)
+            PROBE // side if self.tokens else 2 ** round(math.log2(PROBE / side))
+            for _, side in shapes
         ]
         self._step_strides = tuple(strides)
-        self.channels, self.stride = large[-1][0], strides[-1]
-        last_of = {stride: shape[0] for stride, shape in zip(strides, large, strict=True)}
+        self.channels, self.stride = shapes[-1][0], strides[-1]
+        last_of = {stride: channels for stride, (channels, _) in zip(strides, shapes, strict=True)}
         self.level_strides = tuple(sorted(stride for stride in last_of if stride > 1))
         self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
 
-    def _shapes(self, side: int) -> list[tuple[int, int]]:
-        """(channels, height) after each step for a square image."""
+    def _shapes(self) -> list[tuple[int, int]]:
+        """(channels, side) after each step for a square image of side `PROBE`."""
         in_channels = next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
         on_meta = {
             name: tensor.detach().to("meta")
             for name, tensor in [*self.named_parameters(), *self.named_buffers()]
         }
-        images = torch.empty(1, in_channels, side, side, device="meta")
+        images = torch.empty(1, in_channels, PROBE, PROBE, device="meta")
         training = self.training
         self.eval()
         with torch.no_grad():
