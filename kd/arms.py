@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from numpy.typing import NDArray
+from torch import nn
 
 from kd.build import (
     OpenData,
@@ -25,17 +28,17 @@ from kd.build import (
     build_student,
     build_task,
     build_terms,
-    first_batch,
     labelled_images,
     make_dataset,
     make_loader,
 )
 from kd.config import Arm, DistillRecipe
 from kd.config import Term as TermSection
-from kd.data.loader import SceneLoader
-from kd.engine import Objective, Training, to_device
+from kd.data.dataset import SceneDataset, collate
+from kd.engine import evaluating, forward_losses, to_device
 from kd.errors import UserError
-from kd.objective import Term
+from kd.launch import micro_batch
+from kd.objective import Term, check_weights
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training
@@ -49,8 +52,10 @@ from kd.teacher_runs import (
     train_posteriors,
 )
 from kd.tracking import Tracker
+from kd.training import Objective, Training
 
 TAUGHT = ("distilled", "shuffled", "direct")
+BARE = ("bare", "direct")
 
 
 @dataclass
@@ -68,21 +73,57 @@ class Distillation:
         self.terms = build_terms(self.recipe.losses)
         self.teacher: TrainedTeacher | None = None
         self.posteriors: StoredPosteriors | None = None
+        self.live: LiveTeacher | None = None
+        self._check_terms()
         if any(arm in TAUGHT for arm in self.recipe.arms):
             self.teacher = self._open_teacher()
+
+    def _check_terms(self) -> None:
+        recipe = self.recipe
+        stored = recipe.soft_targets.kind == "stored"
+        if "shuffled" in recipe.arms and not stored:
+            raise UserError("arms: shuffled needs soft_targets.kind=stored")
+        maps = [term.name for term in self.terms if term.kind.maps]
+        if stored and maps and {"distilled", "shuffled"} & set(recipe.arms):
+            raise UserError(f"losses: {', '.join(maps)}: feature maps need soft_targets.kind=live")
 
     def _open_teacher(self) -> TrainedTeacher:
         recipe = self.recipe
         path = find_teacher(recipe.teacher, recipe.data.name)
-        teacher = load_teacher(path, self.data.num_classes, recipe.data)
+        teacher = load_teacher(path, self.data.num_classes)
         teacher.model.to(self.accelerator.device)
         if recipe.soft_targets.kind == "stored":
+            targets = recipe.soft_targets
             self.posteriors = train_posteriors(
-                teacher, self.data, self.accelerator, out_of_fold=recipe.soft_targets.out_of_fold
-            )
-        elif "shuffled" in recipe.arms:
-            raise UserError("arms: shuffled needs soft_targets.kind=stored")
+                teacher, self.data, self.accelerator, out_of_fold=targets.out_of_fold
+            ).balanced(targets.balance)
+        else:
+            if teacher.recipe.data.size != recipe.data.size:
+                raise UserError(
+                    f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "
+                    "a live teacher sees the student's pictures"
+                )
+            # One for all arms and seeds: each would leave its hooks on the teacher.
+            layers = [term.teacher for term in self.terms if term.kind.maps]
+            autocast = self.accelerator.mixed_precision == "bf16"
+            self.live = LiveTeacher(teacher.model, teacher.task, layers, autocast=autocast)
         return teacher
+
+    def check(self) -> None:
+        """Build every arm and compute its losses on two images, so that no arm fails after others.
+
+        Raises:
+            UserError: A layer, an output or a weight that does not fit, shapes that differ.
+        """
+        seed = self.recipe.seeds[0]
+        labelled = labelled_images(self.data.train, self.recipe.data.labelled, seed)
+        dataset = self._dataset(seed, labelled)
+        for arm in self.recipe.arms:
+            model, objective = self._assemble(arm, seed, labelled, dataset)
+            batch = self._sample(dataset)
+            with torch.no_grad(), evaluating(model):
+                losses = forward_losses(model, batch, objective)
+            check_weights(losses, objective.weights_at(0.0))
 
     def run(self, arm: Arm, seed: int) -> None:
         """Train one arm of one seed, unless its folder has it already."""
@@ -92,39 +133,50 @@ class Distillation:
         if folder.finished:
             return
         labelled = labelled_images(self.data.train, recipe.data.labelled, seed)
-        loader = self._loader(seed, labelled)
-        terms = self._terms(arm)
-        source = self._source(arm, seed, terms)
-        set_seed(seed)
-        student = build_student(
-            recipe.student, self.data.prior(labelled), context=arm not in ("bare", "direct")
+        dataset = self._dataset(seed, labelled)
+        loader = make_loader(
+            dataset,
+            accelerator,
+            batch_size=micro_batch(recipe.train),
+            workers=recipe.data.workers,
+            seed=seed,
+            train=True,
         )
-        batch = to_device(first_batch(loader), torch.device("cpu"), channels_last=False)
-        live = source if isinstance(source, LiveTeacher) else None
-        model = adapt_student(student, terms, recipe.adapters, live, self.task, batch)
-        objective = Objective(self.task, recipe.task.weights, terms, source)
+        model, objective = self._assemble(arm, seed, labelled, dataset)
         label = f"{recipe.student.name} {arm} seed {seed}"
         session = Session(folder, accelerator, self.data, recipe.train, seed, label, self._pictures)
         run_training(session, model, objective, loader)
 
-    def _loader(self, seed: int, labelled: object) -> SceneLoader:
+    def _assemble(
+        self, arm: Arm, seed: int, labelled: NDArray[np.int64] | None, dataset: SceneDataset
+    ) -> tuple[nn.Module, Objective]:
+        """A student at its seed's initial weights, adapters drawn after it, and what it learns."""
+        terms, source = self._terms(arm), self._source(arm, seed)
+        set_seed(seed)
+        student = build_student(
+            self.recipe.student, self.data.prior(labelled), context=arm not in BARE
+        ).to(self.accelerator.device)
+        batch = self._sample(dataset)
+        adapters = self.recipe.adapters
+        model = adapt_student(student, terms, adapters, self.live, self.task, batch)
+        objective = Objective(self.task, self.recipe.task.weights, terms, source)
+        return model.to(self.accelerator.device), objective
+
+    def _sample(self, dataset: SceneDataset) -> dict[str, torch.Tensor]:
+        """Two samples as a batch, for finding shapes and mistakes without starting workers."""
+        batch = collate([dataset[0, place] for place in range(min(2, len(dataset)))])
+        return to_device(batch, self.accelerator.device, channels_last=False)
+
+    def _dataset(self, seed: int, labelled: NDArray[np.int64] | None) -> SceneDataset:
         recipe = self.recipe
-        dataset = make_dataset(
+        return make_dataset(
             self.data,
             "train",
             train=True,
             mode="all" if recipe.soft_targets.kind == "stored" else "one",
-            labelled=labelled,  # type: ignore[arg-type]
+            labelled=labelled,
             seed=seed,
             epochs=recipe.train.epochs,
-        )
-        return make_loader(
-            dataset,
-            self.accelerator,
-            batch_size=max(1, recipe.train.batch_size // recipe.train.accumulate),
-            workers=recipe.data.workers,
-            seed=seed,
-            train=True,
         )
 
     def _terms(self, arm: Arm) -> list[Term]:
@@ -135,14 +187,12 @@ class Distillation:
             return build_terms([TermSection(name="direct", weight=1.0, options=options)])
         return self.terms
 
-    def _source(self, arm: Arm, seed: int, terms: list[Term]) -> SoftTargetSource | None:
-        if arm not in TAUGHT or self.teacher is None:
+    def _source(self, arm: Arm, seed: int) -> SoftTargetSource | None:
+        if arm not in TAUGHT:
             return None
         if self.posteriors is not None:
             return self.posteriors.shuffled(seed) if arm == "shuffled" else self.posteriors
-        layers = [term.teacher for term in terms if term.kind.maps]
-        autocast = self.accelerator.mixed_precision == "bf16"
-        return LiveTeacher(self.teacher.model, self.teacher.task, layers, autocast=autocast)
+        return self.live
 
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
         expects = None if self.teacher is None else partial(expectation, self.teacher)

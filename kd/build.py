@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -13,22 +14,22 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
 from kd.adapters import ADAPTERS
 from kd.catalog import build, check_options, look_up
-from kd.config import Adapter, Data, Model, TaskSection, Term, Train
+from kd.config import Adapter, Data, Model, TaskSection, Term
 from kd.data.coco import CocoIndex, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
 from kd.data.scenes import generate_scenes
-from kd.engine import Training
+from kd.engine import evaluating
 from kd.errors import UserError
 from kd.objective import Term as BuiltTerm
 from kd.objective import build_term
-from kd.optim import make_optimizer, make_schedule
 from kd.soft_targets import LiveTeacher
 from kd.tasks import TASKS
 from kd.tasks.base import Batch, Task
@@ -136,10 +137,11 @@ def make_dataset(
         shape=section.shape,
         partial=(partial.start, partial.until) if partial and train else None,
         labelled=labelled,
+        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
         only=only,
         seed=seed,
         epochs=epochs,
-        prepared=Path(section.prepared) if section.prepared else None,
+        prepared=Path(section.prepared) / split if section.prepared else None,
     )
 
 
@@ -188,12 +190,15 @@ def _hash_to_unit(text: str) -> float:
     return float(int.from_bytes(digest[:7], "big")) / float(1 << 56)
 
 
-def build_task(section: TaskSection, data: Data, num_classes: int) -> Task:
-    """The task of a recipe, told the data's number of classes and hidden shape."""
+def build_task(
+    section: TaskSection, data: Data, num_classes: int, prior: NDArray[np.float64] | None = None
+) -> Task:
+    """The task of a recipe, told the data's number of classes, hidden shape and class prior."""
     builder = look_up(TASKS, section.name, what="task")
-    given: dict[str, Any] = {"num_classes": num_classes}
-    if section.name.startswith("context"):
-        given["shape"] = data.shape
+    shares = None if prior is None else tuple(prior.tolist())
+    known: dict[str, Any] = {"num_classes": num_classes, "shape": data.shape, "prior": shares}
+    fields = {field.name for field in dataclasses.fields(builder)}
+    given = {name: value for name, value in known.items() if name in fields}
     check_options(builder, section.options, what=f"task {section.name!r}", given=given)
     task: Task = builder(**given, **section.options)
     return task
@@ -234,16 +239,16 @@ def adapt_student(
     task: Task,
     batch: Batch,
 ) -> AdaptedStudent:
-    """Wrap a student with the taps and adapters of its terms, shapes found on one batch."""
+    """Wrap a student with the taps and adapters of its terms, shapes found on one batch.
+
+    Student, teacher and batch are on one device.
+    """
     layers = [term.student for term in terms if term.kind.maps]
     if not layers:
         return AdaptedStudent(student)
     if teacher is None:
         raise UserError("losses: terms on feature maps need soft_targets.kind=live")
-    probe = AdaptedStudent(student, layers).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _, ours = probe(*task.inputs(batch))
-        theirs = teacher(batch)
+    ours, theirs = _features(student, layers, teacher, task, batch)
     built: dict[str, nn.Module] = {}
     for layer, adapter in adapters.items():
         if adapter.to not in theirs:
@@ -254,8 +259,21 @@ def adapt_student(
             given["size"] = tuple(theirs[adapter.to].shape[2:])
         channels = ours[layer].shape[1], theirs[adapter.to].shape[1]
         built[layer] = build_adapter(*channels, **given)
-    probe.taps_off()
     return AdaptedStudent(student, layers, built)
+
+
+def _features(
+    student: nn.Module, layers: Sequence[str], teacher: LiveTeacher, task: Task, batch: Batch
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What the student's layers and the teacher give on a batch, neither of them changed."""
+    probe = AdaptedStudent(student, layers)
+    try:
+        with torch.no_grad(), evaluating(probe):
+            _, ours = probe(*task.inputs(batch))
+            theirs = teacher(batch)
+    finally:
+        probe.taps_off()
+    return ours, theirs
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -271,40 +289,9 @@ def make_accelerator(precision: str) -> Accelerator:
     cpu = not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
     bf16 = precision == "bf16" or (precision == "auto" and native_bf16(device))
-    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
-
-
-def start_training(
-    accelerator: Accelerator, model: nn.Module, train: Train, steps: int
-) -> Training:
-    """Optimiser, schedule and average around a model."""
-    import copy
-
-    optimizer_section, schedule_section = train.optimizer, train.schedule
-    optimizer = make_optimizer(model, **optimizer_section.model_dump())
-    schedule = make_schedule(optimizer, steps, **schedule_section.model_dump())
-    model = model.to(accelerator.device)
-    if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if train.sync_batch_norm and accelerator.num_processes > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
-    if train.compile:
-        model.compile()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    return Training(
-        accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
-        train.channels_last,
-    )  # fmt: skip
-
-
-def parameters(model: nn.Module) -> int:
-    """Number of weights."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def first_batch(loader: SceneLoader) -> dict[str, Tensor]:
-    """One batch, for finding shapes; the global random stream is not touched."""
-    with torch.random.fork_rng(devices=[]):
-        loader.set_epoch(0)
-        return next(iter(loader))
+    mixed = "bf16" if bf16 else "no"
+    # accelerate keeps the first precision of a process for good; commands that share a process
+    # (the demo's) may differ in it.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()
+    return Accelerator(cpu=cpu, mixed_precision=mixed)

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kd.cache", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a teacher's run folder")
     parser.add_argument("--data", required=True, metavar="NAME", help="configs/data/NAME.yaml")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a=value",
-                        help="change a value of the data set")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], dest="settings",
+                        metavar="data.a=value", help="change a value of the data set")  # fmt: skip
     parser.add_argument(
         "--in-fold", action="store_true", help="by the teacher itself, not by its fold models"
     )
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     data = open_data(data_config(args.data, args.settings))
     accelerator = make_accelerator(args.precision)
-    teacher = load_teacher(args.run, data.num_classes, data.section)
+    teacher = load_teacher(args.run, data.num_classes)
     out_of_fold = bool(teacher.recipe.folds) and not args.in_fold
     stored = train_posteriors(teacher, data, accelerator, out_of_fold=out_of_fold)
     sys.stdout.write(f"{len(stored.object_ids)} posteriors, {stored.source}\n")

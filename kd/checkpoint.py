@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 
 FORMAT = 1
+PARTIAL = ".partial"  # how files end that are still being written; a kill leaves them behind
 
 
 @dataclass
@@ -39,30 +42,41 @@ def write_whole(path: Path, write: Any) -> None:
     Raises:
         UserError: The folder cannot be written or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        # torch and safetensors report a full disk as errors of their own.
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-            raise
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(
             f"{path}: cannot be written: {error}. What was there before is unharmed; "
             "make room or name another folder with --out, then --resume"
         ) from error
 
 
+def _torch_save(content: Any, partial: Path) -> None:
+    """`torch.save`, whose own errors on a full disk speak of positions in a zip file."""
+    with open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from error
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every global random stream of this process."""
-    version, keys, position = random.getstate()[0], *_split(random.getstate()[1])
+    version, internal, next_gauss = random.getstate()
     name, key, place, has_gauss, gauss = np.random.get_state()
     state = {
-        "python": [version, keys, position],
+        # Tensors and plain values only: what weights_only lets back in.
+        "python": [version, torch.tensor(internal, dtype=torch.int64), next_gauss],
         "numpy": [str(name), torch.from_numpy(np.asarray(key).astype(np.int64)), int(place)],
         "numpy_gauss": [int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
@@ -72,14 +86,10 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def _split(internal: tuple[int, ...]) -> tuple[list[int], int]:
-    return list(internal[:-1]), internal[-1]
-
-
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put the streams back to `rng_state()`."""
-    version, keys, position = state["python"]
-    random.setstate((version, (*keys, position), None))
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), next_gauss))
     name, key, place = state["numpy"]
     gauss = state["numpy_gauss"]
     np.random.set_state((name, key.numpy().astype(np.uint32), place, *gauss))
@@ -98,14 +108,34 @@ def save_checkpoint(
         progress: The place in training.
         config: The resolved recipe, plain values.
         parts: State dicts by name, RNG states.
+
+    Raises:
+        UserError: The disk is full, or the weights of `parts["model"]` are not finite: then the
+            checkpoint that is there is worth more.
     """
+    broken = _not_finite(parts.get("model", {}))
+    if broken is not None:
+        raise UserError(
+            f"{path}: not written: {broken} is not finite after step {progress.step}; the last "
+            "good checkpoint is kept. Lower train.optimizer.lr, raise train.schedule.warmup or "
+            "set train.precision=fp32, and train again"
+        )
     content = {
         "format": FORMAT,
         "progress": asdict(progress),
         "config": dict(config),
         "parts": dict(parts),
     }
-    write_whole(path, lambda partial: torch.save(content, partial))
+    write_whole(path, lambda partial: _torch_save(content, partial))
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a number that is none; one answer is fetched from the device."""
+    names = [name for name, tensor in state.items() if tensor.is_floating_point()]
+    if not names:
+        return None
+    finite = torch.stack([state[name].isfinite().all() for name in names]).tolist()
+    return None if all(finite) else names[finite.index(False)]
 
 
 def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
@@ -121,14 +151,23 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint there") from None
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to advise how to run the code after all.
+        raise UserError(
+            f"{path}: refused: it is cut off, or holds objects whose loading could run code; a "
+            "checkpoint of this program has neither"
+        ) from error
     except Exception as error:
-        # A broken zip, a truncated file and a refused pickle raise half a dozen types.
+        # A broken zip, a truncated file and a folder raise half a dozen types.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a checkpoint that can be read: {first}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: checkpoint format {got}, this version reads {FORMAT}")
-    return Progress(**content["progress"]), content["config"], content["parts"]
+    try:
+        return Progress(**content["progress"]), content["config"], content["parts"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: a checkpoint with a part missing: {error}") from error
 
 
 def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:

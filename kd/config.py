@@ -67,7 +67,12 @@ class Data(Section):
         default_factory=dict, description="options of kd.data.transforms.Augment; null = none"
     )
     labelled: Share = Field(1.0, description="share of train images whose labels a student sees")
-    prepared: str | None = Field(None, description="folder made by kd.data.prepare")
+    repeat_labelled: Count = Field(
+        1, description="times that a labelled image comes in a student's epoch; unlabelled: once"
+    )
+    prepared: str | None = Field(
+        None, description="folder with train/ and val/, each made by kd.data.prepare"
+    )
     workers: Whole = 1
 
     @model_validator(mode="after")
@@ -94,6 +99,9 @@ class Optimizer(Section):
     lr_scale: dict[str, NotNegative] = Field(
         default_factory=dict,
         description="factor on the rate of parameters whose name starts with the key; 0 freezes",
+    )
+    decay_scale: dict[str, NotNegative] = Field(
+        default_factory=dict, description="factor on their weight decay likewise"
     )
 
 
@@ -171,6 +179,9 @@ class SoftTargets(Section):
     out_of_fold: bool = Field(
         True, description="posteriors of train images from folds that did not train on them"
     )
+    balance: Probability = Field(
+        0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
+    )
 
 
 class TaskSection(Section):
@@ -195,6 +206,9 @@ class TeacherRecipe(Section):
     task: TaskSection
     teacher: Model
     train: Train = Train()
+    hide: Literal["one", "all"] = Field(
+        "one", description="objects of an image hidden in an epoch: one drawn anew, or each in turn"
+    )
     folds: Annotated[int, Field(ge=0, le=20)] = Field(
         0, description="also train this many models by folds of images, for out-of-fold posteriors"
     )

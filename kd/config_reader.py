@@ -156,7 +156,7 @@ def load_recipe(
         raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
-    name = str(own.get("name", "unnamed"))
+    name = str(own.get("name", "unnamed" if "train" in own else "scenes"))
     merged = Merged()
     if data is not None or "train" not in own:
         data_path = find_config("data", name)
@@ -208,10 +208,13 @@ def validate(model: type[Recipe], merged: Merged) -> Recipe:
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def from_plain(model: type[Recipe], values: Mapping[str, Any], source: str) -> Recipe:
-    """Read back the resolved config of a run folder or checkpoint."""
+def from_plain(
+    model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
+) -> Recipe:
+    """Read back the resolved config of a run folder or checkpoint, perhaps with changes."""
     merged = Merged()
     merged.merge(values, source)
+    _apply(merged, settings)
     return validate(model, merged)
 
 
@@ -244,10 +247,12 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
         return f"{where}: missing key"
     got = mistake["input"]
     if mistake["type"] == "model_type":
-        return f"{where}: expected a mapping with {', '.join(_keys_at(model, place))}, got {got!r}"
+        return (
+            f"{where}: expected a mapping with {', '.join(_keys_at(model, place))}, got {got!r:.60}"
+        )
     if mistake["type"] == "value_error" and isinstance(got, dict):
         return f"{where}: {message}"
-    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.60}"
 
 
 def _keys_at(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:

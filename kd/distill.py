@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
     out = args.out or RUNS / "distill" / name / recipe.data.name
-    data = open_data(recipe.data)
+    with accelerator.main_process_first():
+        data = open_data(recipe.data)
     distillation = Distillation(recipe, data, accelerator, out)
+    distillation.check()
     RunFolder(out, recipe.model_dump(mode="json"), resume=args.resume)
     for seed in recipe.seeds:
         for arm in recipe.arms:
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    accelerator.end_training()
     return 0
 
 

@@ -9,110 +9,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kd.checkpoint import Progress
 from kd.errors import UserError
-from kd.objective import Term, distillation_losses, weighted_sum
+from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.soft_targets import SoftTargetSource
 from kd.tasks.base import Batch, Mean, Task, count_units, image_rows
-
-Losses = dict[str, Mean]
-
-
-class EpochLoader(Protocol):
-    """A loader whose order is a function of the epoch."""
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of this process."""
-        ...
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        ...
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Order of this epoch, from this batch on."""
-        ...
-
-
-class Metric(Protocol):
-    """Collects predictions; adds up over ranks before it computes."""
-
-    def update(
-        self, log_probs: Tensor, labels: Tensor, shares: Tensor, object_ids: Tensor,
-        image_ids: Tensor,
-    ) -> None:  # fmt: skip
-        """Take rows in."""
-        ...
-
-    def gather(self) -> None:
-        """Exchange with the other ranks."""
-        ...
-
-
-@dataclass
-class Objective:
-    """What is minimised: the task's losses and the distillation terms with their weights."""
-
-    task: Task
-    weights: Mapping[str, float]
-    terms: Sequence[Term] = ()
-    soft_targets: SoftTargetSource | None = None
-
-    def weights_at(self, progress: float) -> dict[str, float]:
-        """Weights of all losses at a share 0..1 of training."""
-        return {**self.weights, **{term.name: term.weight_at(progress) for term in self.terms}}
-
-
-@dataclass
-class Training:
-    """A model being trained and all that changes with it; everything here is saved."""
-
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    ema: nn.Module | None = None
-    ema_decay: float = 0.0
-    clip_norm: float = 0.0
-    channels_last: bool = False
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def bare(self) -> nn.Module:
-        """The model without the wrapper for several processes."""
-        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
-
-    @property
-    def result(self) -> nn.Module:
-        """What is evaluated and exported: the averaged weights where there are some."""
-        return self.bare if self.ema is None else self.ema
-
-    @property
-    def exported(self) -> nn.Module:
-        """The result without its adapters."""
-        student = self.result.student
-        assert isinstance(student, nn.Module)
-        return student
-
-
-@dataclass
-class Hooks:
-    """What `fit` calls; a command decides what to do with it."""
-
-    log: Callable[[dict[str, float], int], None]
-    checkpoint: Callable[[], None]
-    epoch_end: Callable[[int], None]
-    stop: Callable[[], None]
-    progress: Callable[[Progress, int], None] = lambda progress, batches: None
+from kd.training import (
+    EpochLoader,
+    Hooks,
+    Metric,
+    Objective,
+    Sums,
+    Training,
+    Window,
+    add,
+)
 
 
 def to_device(
@@ -125,7 +42,7 @@ def to_device(
     return moved
 
 
-def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> Losses:
+def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict[str, Mean]:
     """Supervised losses and distillation terms of one batch, unweighted."""
     task = objective.task
     output, features = model(*task.inputs(batch))
@@ -140,52 +57,49 @@ def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> Loss
 
 
 def _scales(
-    batches: Sequence[Batch], units: set[str], accelerator: Accelerator
-) -> tuple[list[dict[str, Tensor | float]], list[dict[str, Tensor]]]:
-    """Factor of each unit for each micro-batch, and the micro-batches' own counts."""
+    counts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator
+) -> list[dict[str, Tensor | float]]:
+    """Factor of each unit for each micro-batch, from what each of them holds."""
     world = accelerator.num_processes
-    counts = [count_units(batch, units) for batch in batches]
-    if world == 1 and len(batches) == 1:
-        return [dict.fromkeys(units, 1.0)], counts
-    names = sorted(units)
+    if world == 1 and len(counts) == 1:
+        return [dict.fromkeys(counts[0], 1.0)]
+    names = sorted(counts[0])
     whole = torch.stack([torch.stack([count[unit] for unit in names]) for count in counts]).sum(0)
     if world > 1:
         dist.all_reduce(whole)
     totals = dict(zip(names, whole, strict=True))
     # DDP averages gradients over ranks; the whole batch's mean wants their sum.
-    scales: list[dict[str, Tensor | float]] = [
-        {unit: count[unit] * world / totals[unit].clamp(min=1e-9) for unit in units}
+    return [
+        {unit: count[unit] * world / totals[unit].clamp(min=1e-9) for unit in names}
         for count in counts
     ]
-    return scales, counts
 
 
 def train_step(
     training: Training, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, float]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Sums, Sums]:
     """One step of the optimiser over one or more micro-batches.
 
     Returns:
         Sums over this process of each loss times its count, and the counts: both detached, on the
-        device. `loss/total` among them.
+        device. `total` among them.
     """
     accelerator = training.accelerator
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    units = {"hidden", "labelled"} | {t.kind.mask for t in objective.terms if t.kind.mask}
-    scales, held = _scales(batches, units, accelerator)
+    sums: Sums = {}
+    counts: Sums = {}
+    held = [count_units(batch, objective.units) for batch in batches]
+    scales = _scales(held, accelerator)
     for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):
         last = number == len(batches) - 1
-        quiet = contextlib.nullcontext() if last else accelerator.no_sync(training.model)
-        with quiet:
+        with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
             losses = forward_losses(training.model, batch, objective)
             total = weighted_sum(losses, weights, scale)
             accelerator.backward(total)
         for name, loss in losses.items():
-            _add(sums, name, loss.value.detach() * own[loss.unit])
-            _add(counts, name, own[loss.unit])
-        _add(sums, "total", total.detach())
-        _add(counts, "total", torch.ones_like(total.detach()) if last else torch.zeros(()))
+            add(sums, name, loss.value.detach() * own[loss.unit])
+            add(counts, name, own[loss.unit])
+        add(sums, "total", total.detach())  # scaled: micro-batches add up to one step
+    counts["total"] = torch.ones_like(sums["total"])
     if training.clip_norm:
         accelerator.clip_grad_norm_(training.model.parameters(), training.clip_norm)
     training.optimizer.step()
@@ -194,25 +108,6 @@ def train_step(
     if training.ema is not None:
         update_average(training.ema, training.bare, training.ema_decay, training.progress.step)
     return sums, counts
-
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
-
-
-def _groups(loader: EpochLoader, size: int) -> Iterator[list[dict[str, Tensor]]]:
-    """Micro-batches, `size` a step; the last step of an epoch may have fewer."""
-    group: list[dict[str, Tensor]] = []
-    # A loader draws a seed when it starts; a resumed epoch must not shift the global stream.
-    with torch.random.fork_rng(devices=[]):
-        iterator = iter(loader)
-    for batch in iterator:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def fit(
@@ -239,75 +134,100 @@ def fit(
         checkpoint_every: Steps between checkpoints inside an epoch; 0 = only at its end.
 
     Raises:
-        UserError: A loss became NaN or infinite; the last good checkpoint stays.
+        UserError: A loss became NaN or infinite; the last good checkpoint stays. Or an image cannot
+            be read; what was trained is saved.
+        KeyboardInterrupt: Somebody asked to stop; what was trained is saved.
     """
-    place = training.progress
+    place, alone = training.progress, training.accelerator.num_processes == 1
     steps = epochs * math.ceil(len(loader) / accumulate)
-    window = _Window(training.accelerator)
+    window = Window(training.accelerator)
+    save = partial(_save, training, window, hooks)
     while place.epoch < epochs:
         training.model.train()
         loader.set_epoch(place.epoch, place.batch)
-        for group in _groups(loader, accumulate):
-            batches = [
-                to_device(batch, training.accelerator.device, channels_last=training.channels_last)
-                for batch in group
-            ]
-            weights = objective.weights_at(place.step / max(steps - 1, 1))
-            window.take(*train_step(training, batches, objective, weights))
-            place.step += 1
-            place.batch += len(group)
+        for group in _groups(loader, accumulate, save if alone else None):
+            window.rate = training.rate
+            window.take(*_advance(training, group, objective, steps))
             hooks.progress(place, len(loader))
-            save = bool(checkpoint_every) and place.step % checkpoint_every == 0
-            if place.step % log_every == 0 or save:
-                values = window.close(place.step)
-                values["train/lr"] = training.optimizer.param_groups[-1]["lr"]
-                hooks.log(values, place.step)
-            if save and place.batch < len(loader):
-                hooks.checkpoint()
-            hooks.stop()
-        hooks.log(window.close(place.step), place.step)
+            if logs := place.step % log_every == 0:
+                hooks.log(window.close(place.step), place.step)
+            stops = _asked_to_stop(hooks, training.accelerator, ask=logs)
+            due = bool(checkpoint_every) and place.step % checkpoint_every == 0
+            if stops or (due and place.batch < len(loader)):
+                save()
+            if stops:
+                raise KeyboardInterrupt
         place.epoch, place.batch = place.epoch + 1, 0
-        hooks.checkpoint()
+        save()
         hooks.epoch_end(place.epoch)
 
 
-class _Window:
-    """Losses since the last log line, summed on the device and over ranks when it closes."""
+def _save(training: Training, window: Window, hooks: Hooks) -> None:
+    """Write a checkpoint, unless a loss since the last log line is not finite."""
+    hooks.log(window.close(training.progress.step), training.progress.step)
+    hooks.checkpoint()
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
 
-    def take(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> None:
-        for name in sums:
-            _add(self._sums, name, sums[name])
-            _add(self._counts, name, counts[name])
+def _advance(
+    training: Training, group: Sequence[Batch], objective: Objective, steps: int
+) -> tuple[Sums, Sums]:
+    """Take one of all the steps; the place in training moves on."""
+    place, device = training.progress, training.accelerator.device
+    batches = [to_device(b, device, channels_last=training.channels_last) for b in group]
+    weights = objective.weights_at(place.step / max(steps - 1, 1))
+    result = train_step(training, batches, objective, weights)
+    place.step += 1
+    place.batch += len(group)
+    return result
 
-    def close(self, step: int) -> dict[str, float]:
-        """Means by tag; an infinite or missing number stops the training."""
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        values = torch.stack([self._sums[n].float() for n in names])
-        counts = torch.stack([self._counts[n].float().to(values.device) for n in names])
-        both = torch.stack([values, counts])
-        if self._accelerator.num_processes > 1:
-            dist.all_reduce(both)
-        self._sums, self._counts = {}, {}
-        sums, totals = both.tolist()
-        broken = [name for name, value in zip(names, sums, strict=True) if not math.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"loss {', '.join(broken)} is not finite at step {step}; training stopped, the "
-                "last good checkpoint is kept. Lower train.optimizer.lr, raise "
-                "train.schedule.warmup or set train.precision=fp32, and train again"
-            )
-        return {
-            f"loss/{name}": value / count
-            for name, value, count in zip(names, sums, totals, strict=True)
-            if count > 0
-        }
+
+def _groups(
+    loader: EpochLoader, size: int, save: Callable[[], None] | None
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Micro-batches, `size` a step; the last step of an epoch may have fewer.
+
+    An image that cannot be read ends the training, but what was trained is saved first; among
+    several processes the others cannot know, and the last checkpoint has to do.
+    """
+    group: list[dict[str, Tensor]] = []
+    try:
+        for batch in loader:
+            group.append(batch)
+            if len(group) == size:
+                yield group
+                group = []
+    except UserError:
+        if save is not None:
+            save()
+        raise
+    if group:
+        yield group
+
+
+def _asked_to_stop(hooks: Hooks, accelerator: Accelerator, *, ask: bool) -> bool:
+    """Whether any process was asked to stop: all stop after the same step.
+
+    Asking the others costs a wait for the device, so that with several it is done where `ask`.
+    """
+    if accelerator.num_processes == 1:
+        return hooks.stop()
+    if not ask:
+        return False
+    asked = torch.tensor(float(hooks.stop()), device=accelerator.device)
+    dist.all_reduce(asked)
+    return bool(asked.item())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each module's own mode comes back, for one part may be frozen in its."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()
@@ -323,29 +243,28 @@ def evaluate(
     """Put the predictions of every hidden object of `loader` into `metric`, over all ranks.
 
     Args:
-        model: An `AdaptedStudent`, not wrapped.
+        model: An `AdaptedStudent`, not wrapped; rank 0's statistics of batch norm count.
         task: How it is asked and read.
         loader: Batches of this process.
         metric: Takes the predictions; ranks are put together at the end.
         accelerator: Devices and processes.
         channels_last: Memory format of the images.
     """
-    was_training = model.training
-    model.eval()
+    if accelerator.num_processes > 1:  # as DDP does it before each step of training
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     loader.set_epoch(0)
-    with torch.random.fork_rng(devices=[]):
-        iterator = iter(loader)
-    for cpu_batch in iterator:
-        batch = to_device(cpu_batch, accelerator.device, channels_last=channels_last)
-        with accelerator.autocast():
-            output, _ = model(*task.inputs(batch))
-        hidden = batch["hidden"]
-        metric.update(
-            task.decode(output, batch),
-            batch["labels"][hidden],
-            batch["shares"][hidden],
-            batch["object_ids"][hidden],
-            batch["image_ids"][image_rows(batch)],
-        )
+    with evaluating(model):
+        for cpu_batch in loader:
+            batch = to_device(cpu_batch, accelerator.device, channels_last=channels_last)
+            with accelerator.autocast():
+                output, _ = model(*task.inputs(batch))
+            hidden = batch["hidden"]
+            metric.update(
+                task.decode(output, batch),
+                batch["labels"][hidden],
+                batch["shares"][hidden],
+                batch["object_ids"][hidden],
+                batch["image_ids"][image_rows(batch)],
+            )
     metric.gather()
-    model.train(was_training)

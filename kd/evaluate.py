@@ -1,4 +1,4 @@
-"""Evaluate a finished or unfinished run on its val split: `python -m kd.evaluate RUN`."""
+"""Evaluate a finished run on its val split: `python -m kd.evaluate RUN`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kd.build import (
 )
 from kd.checkpoint import load_model
 from kd.cli import run_command, set_up_logging
-from kd.config import DistillRecipe
+from kd.config import Data, DistillRecipe
 from kd.config_reader import data_config, from_plain, read_yaml
 from kd.engine import evaluate
 from kd.errors import UserError
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run folder, it has no config.yaml")
     config = read_yaml(run / "config.yaml")
+    if not {"data", "train", "task"} <= config.keys():
+        raise UserError(f"{run / 'config.yaml'}: not the config of a run")
     data, model, task = _open(run, config, args)
     accelerator = make_accelerator(config["train"]["precision"])
     metric = new_metric(data)
@@ -69,22 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open(run: Path, config: dict[str, Any], args: argparse.Namespace) -> tuple[OpenData, Any, Any]:
-    section = dict(config["data"])
-    if args.data:
-        section = data_config(args.data).model_dump(mode="json")
-        # How objects are shown belongs to the run, where they lie to the data set.
-        kept = ("size", "shape", "min_share", "max_share")
-        section |= {name: config["data"][name] for name in kept}
-    for text in args.settings:
-        name, equals, value = text.removeprefix("data.").partition("=")
-        if not equals or name not in section:
-            raise UserError(f"--set {text}: expected data.NAME=value with NAME of {list(section)}")
-        section[name] = value
+    section = _section(run, config, args)
     if "teacher" in config and "name" in config["teacher"] and "options" in config["teacher"]:
-        from kd.config import Data
-
-        data = open_data(from_plain(Data, section, str(run)))
-        teacher = load_teacher(run, data.num_classes, data.section)
+        data = open_data(section)
+        teacher = load_teacher(run, data.num_classes)
         return data, teacher.model, teacher.task
     if "arm" not in config:
         raise UserError(
@@ -92,7 +82,7 @@ def _open(run: Path, config: dict[str, Any], args: argparse.Namespace) -> tuple[
             "print its table with python -m kd.compare"
         )
     plain = {k: v for k, v in config.items() if k not in ("arm", "seed")}
-    recipe = from_plain(DistillRecipe, {**plain, "data": section}, str(run))
+    recipe = from_plain(DistillRecipe, {**plain, "data": section.model_dump(mode="json")}, str(run))
     data = open_data(recipe.data)
     labelled = labelled_images(data.train, recipe.data.labelled, config["seed"])
     options = {**recipe.student.options, "weights": None}
@@ -103,6 +93,15 @@ def _open(run: Path, config: dict[str, Any], args: argparse.Namespace) -> tuple[
     )
     load_model(run / "model.safetensors", student)
     return data, student, build_task(recipe.task, recipe.data, data.num_classes)
+
+
+def _section(run: Path, config: dict[str, Any], args: argparse.Namespace) -> Data:
+    """The data set to evaluate on, shown as the run's was: the run's own or `--data`."""
+    settings = [text.removeprefix("data.") for text in args.settings]
+    if not args.data:
+        return from_plain(Data, config["data"], str(run / "config.yaml"), settings)
+    kept = {name: config["data"][name] for name in ("size", "shape", "min_share", "max_share")}
+    return data_config(args.data, [*(f"{name}={value}" for name, value in kept.items()), *settings])
 
 
 def _say_classes(metric: TopN, data: OpenData) -> None:

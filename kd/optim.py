@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kd.errors import UserError
 
@@ -17,11 +18,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     """Exponential moving average of weights and statistics; early steps average less."""
     decay = min(decay, (1 + step) / (10 + step))
     ours, theirs = average.state_dict(), model.state_dict()
-    for name, tensor in ours.items():
-        if tensor.is_floating_point():
-            tensor.lerp_(theirs[name], 1 - decay)
-        else:
-            tensor.copy_(theirs[name])
+    moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+    together = get_ema_multi_avg_fn(decay)
+    together([ours[name] for name in moving], [theirs[name] for name in moving], None)
+    for name in ours.keys() - moving:
+        ours[name].copy_(theirs[name])
 
 
 def make_schedule(
@@ -70,42 +71,51 @@ def make_optimizer(
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     lr_scale: Mapping[str, float] | None = None,
+    decay_scale: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimiser; decay for weights of two dimensions or more, rates by name prefix.
 
     Args:
         model: Its parameters; those at rate 0 are frozen.
-        name: adamw, adam or sgd.
+        name: adamw, adam or sgd (with Nesterov's momentum).
         lr: Base rate.
         weight_decay: Decay of weights, not of biases and norms.
         momentum: Of sgd.
         lr_scale: Factor on the rate by prefix of the parameter's name; the longest wins.
+        decay_scale: Factor on the decay likewise.
 
     Raises:
         UserError: A prefix that no parameter has.
     """
-    scales = dict(lr_scale or {})
+    names = [full.removeprefix("student.") for full, _ in model.named_parameters()]
+    rates = _by_prefix(names, lr_scale or {}, "lr_scale")
+    decays = _by_prefix(names, decay_scale or {}, "decay_scale")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    used: set[str] = set()
-    for full_name, parameter in model.named_parameters():
-        names = (full_name, full_name.removeprefix("student."))
-        fitting = [prefix for prefix in scales if any(n.startswith(prefix) for n in names)]
-        used.update(fitting)
-        scale = scales[max(fitting, key=len)] if fitting else 1.0
-        if scale == 0.0:
+    parameters = list(model.parameters())
+    for parameter, rate, share in zip(parameters, rates, decays, strict=True):
+        if rate == 0.0:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr * scale, decay), []).append(parameter)
-    if unknown := set(scales) - used:
-        tops = sorted({name.split(".")[0] for name, _ in model.named_children()})
-        raise UserError(f"optimizer.lr_scale: no parameter starts with {unknown}; there are {tops}")
+            decay = weight_decay * share if parameter.ndim > 1 else 0.0
+            groups.setdefault((lr * rate, decay), []).append(parameter)
     settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {"params": group, "lr": rate, "weight_decay": decay}
+        for (rate, decay), group in sorted(groups.items(), key=lambda item: item[0])
     ]
     if name == "sgd":
-        return torch.optim.SGD(settings, lr=lr, momentum=momentum)
+        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=momentum > 0)
     if name == "adam":
         return torch.optim.Adam(settings, lr=lr)
     return torch.optim.AdamW(settings, lr=lr)
+
+
+def _by_prefix(names: Sequence[str], factors: Mapping[str, float], what: str) -> list[float]:
+    """The factor of each name: that of its longest prefix, 1 without one."""
+    fitting = [[prefix for prefix in factors if name.startswith(prefix)] for name in names]
+    if unknown := set(factors) - {prefix for found in fitting for prefix in found}:
+        tops = ", ".join(sorted({name.split(".")[0] for name in names}))
+        raise UserError(
+            f"optimizer.{what}: no parameter starts with {', '.join(sorted(unknown))}; "
+            f"the model has {tops}"
+        )
+    return [factors[max(found, key=len)] if found else 1.0 for found in fitting]

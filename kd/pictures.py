@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kd.build import make_dataset
 from kd.data.dataset import collate
-from kd.engine import Training, to_device
+from kd.engine import evaluating, to_device
 from kd.report.pictures import hidden_scene_figure
 from kd.session import Session
 from kd.tasks.base import Task
 from kd.tracking import Tracker
+from kd.training import Training
 
 Expectation = Callable[[dict[str, Tensor]], Tensor]
 
@@ -47,8 +48,8 @@ def write_pictures(
             sample["segments"] = sample["segments"][:1]
         device = training.accelerator.device
         batch = to_device(sample, device, channels_last=session.train.channels_last)
-        training.result.eval()
-        output, _ = training.result(*task.inputs(batch))
+        with evaluating(training.result):
+            output, _ = training.result(*task.inputs(batch))
         own = "teacher" if expectation is None else "student"
         beliefs = {} if expectation is None else {"teacher": expectation(batch)[0]}
         beliefs[own] = task.decode(output, batch).exp()[0]

@@ -19,7 +19,10 @@ _SECONDS_BETWEEN_LINES = 15
 
 
 class CleanStop:
-    """Turns the first Ctrl-C or SIGTERM into a checkpoint and a clean end."""
+    """Notes the first Ctrl-C or SIGTERM, for a checkpoint and a clean end; a second one ends all.
+
+    Called, it says whether there was one.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -37,13 +40,13 @@ class CleanStop:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        self._asked = True
+    def __call__(self) -> bool:
+        return self._asked
 
-    def check(self, save: Callable[[], None]) -> None:
+    def _ask(self, *_: object) -> None:
         if self._asked:
-            save()
             raise KeyboardInterrupt
+        self._asked = True
 
 
 class ProgressBar:

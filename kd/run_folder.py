@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kd.checkpoint import config_differences, write_whole
+from kd.checkpoint import PARTIAL, config_differences, write_whole
 from kd.config_reader import read_yaml
 from kd.errors import UserError
 
@@ -34,24 +34,32 @@ class RunFolder:
         self.path = path
         self.config = dict(config)
         written = path / "config.yaml"
-        begun = path.is_dir() and any(file.name != "config.yaml" for file in path.iterdir())
-        if written.is_file() and not begun:  # stopped before anything was trained
-            written.unlink()
-        if written.is_file():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held = {file.name for file in path.iterdir()}
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made: {error}; name another --out") from error
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written; name another folder with --out")
+        for name in held:
+            if name.endswith(PARTIAL):  # a kill came while it was written
+                (path / name).unlink(missing_ok=True)
+                held = held - {name}
+        if "config.yaml" not in held and held & {"last.pt", "model.safetensors"}:
+            raise UserError(
+                f"{path}: a run without its config.yaml is there; name another folder with --out"
+            )
+        if held == {"config.yaml"}:  # stopped before anything was trained
+            held = set()
+        if "config.yaml" in held:
             if not resume:
                 raise UserError(
                     f"{path}: there is a run already; --resume goes on with it, "
                     "--out DIR names another folder"
                 )
-            check_same_config(written, config)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made: {error}; name another --out") from error
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{path}: cannot be written; name another folder with --out")
-        if not written.is_file():
-            text = yaml.safe_dump(dict(config), sort_keys=False, width=100)
+            check_same_config(written, self.config)
+        else:
+            text = yaml.safe_dump(self.config, sort_keys=False, width=100)
             write_whole(written, lambda file: file.write_text(text, encoding="utf-8"))
 
     @property

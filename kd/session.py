@@ -10,32 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
-from kd.build import OpenData, make_dataset, make_loader, parameters, start_training
-from kd.checkpoint import (
-    Progress,
-    load_checkpoint,
-    load_state,
-    rng_state,
-    save_checkpoint,
-    save_model,
-    set_rng_state,
-)
+from kd.build import OpenData, make_dataset, make_loader
+from kd.checkpoint import save_model
 from kd.config import Train
 from kd.data.loader import SceneLoader
-from kd.engine import Hooks, Objective, Training, evaluate, fit
-from kd.errors import UserError
+from kd.engine import evaluate, fit
+from kd.launch import parameters, start_training
 from kd.metrics.top_n import TopN
 from kd.progress import CleanStop, ProgressBar
 from kd.report.figures import share_hidden_figure, top_n_figure
+from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
 from kd.tasks.base import Task
 from kd.tracking import Tracker, flatten
+from kd.training import Hooks, Objective, Training, resume_training, save_training
 
 _log = logging.getLogger("kd")
+_CEILING = ("top1", "top5", "nll", "lookalike_top1", "lookalike_pair_top1", "mean_class_top1",
+            "area")  # fmt: skip
 
 
 @dataclass
@@ -77,40 +72,12 @@ def run_training(
     training = start_training(accelerator, model, train, steps)
     set_seed(session.seed + accelerator.process_index)
     if session.folder.checkpoint.is_file():
-        resume(session, training)
+        resume_training(training, session.folder.checkpoint)
         _log.info("%s: goes on at step %d of %d", session.label, training.progress.step, steps)
-    main = accelerator.is_main_process
-    tracker = Tracker(session.folder.path, enabled=main, resume_step=training.progress.step)
+    first, main = training.progress.step, accelerator.is_main_process
+    tracker = Tracker(session.folder.path, enabled=main, resume_step=first)
     val = _val_loader(session)
-    started, first = time.perf_counter(), training.progress.step
-    stop = CleanStop()
-
-    def epoch_end(epoch: int) -> None:
-        if train.evaluate_every and epoch % train.evaluate_every == 0 and epoch < train.epochs:
-            metric = _evaluate(session, training, objective, val)
-            tracker.scalars(_tags(metric.compute()), training.progress.step)
-
-    bar = ProgressBar(
-        session.label, steps, training.progress.step, enabled=accelerator.is_main_process
-    )
-    with bar as advance, stop:
-        fit(
-            training,
-            objective,
-            loader,
-            epochs=train.epochs,
-            accumulate=train.accumulate,
-            log_every=train.log_every,
-            checkpoint_every=train.checkpoint_every,
-            hooks=Hooks(
-                log=tracker.scalars,
-                checkpoint=lambda: checkpoint(session, training),
-                epoch_end=epoch_end,
-                stop=lambda: stop.check(lambda: checkpoint(session, training)),
-                progress=advance,
-            ),
-        )
-    seconds = time.perf_counter() - started
+    seconds = _train(session, training, objective, loader, val, tracker, steps)
     metric = _evaluate(session, training, objective, val)
     summary: dict[str, Any] = {
         **metric.compute(),
@@ -126,6 +93,65 @@ def run_training(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return summary
+
+
+def _train(
+    session: Session,
+    training: Training,
+    objective: Objective,
+    loader: SceneLoader,
+    val: SceneLoader,
+    tracker: Tracker,
+    steps: int,
+) -> float:
+    """Run `fit` with evaluations between epochs; the seconds that training itself took."""
+    train, folder = session.train, session.folder
+    main = session.accelerator.is_main_process
+    evaluating = 0.0
+
+    def epoch_end(epoch: int) -> None:
+        nonlocal evaluating
+        if train.evaluate_every and epoch % train.evaluate_every == 0 and epoch < train.epochs:
+            began = time.perf_counter()
+            metric = _evaluate(session, training, objective, val)
+            if main:
+                tracker.scalars(_tags(metric.compute()), training.progress.step)
+            evaluating += time.perf_counter() - began
+
+    stop = CleanStop()
+    hooks = Hooks(
+        log=tracker.scalars,
+        checkpoint=lambda: save_training(training, folder.checkpoint, folder.config),
+        epoch_end=epoch_end,
+        stop=stop,
+    )
+    with ProgressBar(session.label, steps, training.progress.step, enabled=main) as advance, stop:
+        hooks.progress = advance
+        if _evaluation_missing(session, training):
+            epoch_end(training.progress.epoch)
+        started, evaluating = time.perf_counter(), 0.0
+        fit(
+            training,
+            objective,
+            loader,
+            epochs=train.epochs,
+            accumulate=train.accumulate,
+            log_every=train.log_every,
+            checkpoint_every=train.checkpoint_every,
+            hooks=hooks,
+        )
+    return time.perf_counter() - started - evaluating
+
+
+def _evaluation_missing(session: Session, training: Training) -> bool:
+    """Whether an earlier start was ended after an epoch's checkpoint, before its evaluation."""
+    place = training.progress
+    missing = [place.batch == 0 and place.epoch > 0]
+    if missing[0] and session.accelerator.is_main_process:
+        curve = read_scalars(session.folder.path).get("eval/top1", [])
+        missing = [all(step != place.step for step, _ in curve)]
+    broadcast_object_list(missing)
+    return missing[0]
 
 
 def _write_result(
@@ -157,43 +183,6 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
-def checkpoint(session: Session, training: Training) -> None:
-    """Write everything that an exact resumption needs; every rank brings its random streams."""
-    streams = [rng_state()]
-    if session.accelerator.num_processes > 1:
-        streams = [None] * session.accelerator.num_processes  # type: ignore[list-item]
-        dist.all_gather_object(streams, rng_state())
-    if session.accelerator.is_main_process:
-        parts: dict[str, Any] = {
-            "model": training.bare.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "schedule": training.schedule.state_dict(),
-            "streams": streams,
-        }
-        if training.ema is not None:
-            parts["ema"] = training.ema.state_dict()
-        save_checkpoint(session.folder.checkpoint, training.progress, session.folder.config, parts)
-
-
-def resume(session: Session, training: Training) -> None:
-    """Put a training back to where its checkpoint was written."""
-    path = session.folder.checkpoint
-    place, _, parts = load_checkpoint(path)
-    load_state(training.bare, parts["model"], path)
-    if training.ema is not None:
-        load_state(training.ema, parts["ema"], path)
-    training.optimizer.load_state_dict(parts["optimizer"])
-    training.schedule.load_state_dict(parts["schedule"])
-    streams = parts["streams"]
-    if len(streams) != session.accelerator.num_processes:
-        raise UserError(
-            f"{path}: written by {len(streams)} processes, cannot go on with "
-            f"{session.accelerator.num_processes}"
-        )
-    set_rng_state(streams[session.accelerator.process_index])
-    training.progress = Progress(place.epoch, place.batch, place.step)
-
-
 def new_metric(data: OpenData) -> TopN:
     """The metric of a data set's val split."""
     return TopN(data.num_classes, prior=data.prior(), looks=data.val.looks, where=data.section.name)
@@ -202,24 +191,10 @@ def new_metric(data: OpenData) -> TopN:
 def ceiling_metrics(data: OpenData, metric: TopN) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
     ceiling = _ceiling(data, metric)
-    return (
-        {}
-        if ceiling is None
-        else {
-            f"ceiling_{k}": v
-            for k, v in ceiling.compute().items()
-            if k
-            in (
-                "top1",
-                "top5",
-                "nll",
-                "lookalike_top1",
-                "lookalike_pair_top1",
-                "mean_class_top1",
-                "area",
-            )
-        }
-    )
+    if ceiling is None:
+        return {}
+    values = ceiling.compute()
+    return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
 
 
 def _ceiling(data: OpenData, metric: TopN) -> TopN | None:

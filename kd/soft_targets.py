@@ -6,7 +6,9 @@ log-probabilities (K, C). The engine cannot tell them apart.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -78,6 +80,8 @@ class StoredPosteriors:
     def __init__(
         self, object_ids: Tensor, log_probs: Tensor, *, source: str = "posteriors"
     ) -> None:
+        if not len(object_ids):
+            raise UserError(f"{source}: no object has a posterior")
         order = object_ids.argsort()
         self.object_ids = object_ids[order].contiguous()
         self.log_probs = log_probs[order].to(torch.float16).contiguous()
@@ -123,16 +127,33 @@ class StoredPosteriors:
             self.object_ids, shuffled, source=f"{self.source} (shuffled, seed {seed})"
         )
 
+    def balanced(self, share: float) -> StoredPosteriors:
+        """Posteriors with part of their own mean taken out: `q / mean(q)^share`, normalised.
+
+        Rare classes then weigh more in what a student learns (Menon et al., 2021,
+        https://arxiv.org/abs/2007.07314, after the fact). 0 changes nothing.
+        """
+        log_probs = self.log_probs.float()
+        mean = log_probs.exp().mean(dim=0).clamp(min=1e-6).log()
+        moved = (log_probs - share * mean).log_softmax(dim=1)
+        return StoredPosteriors(self.object_ids, moved, source=self.source)
+
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write a safetensors file, atomically; `metadata` says what made them."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(
-            {"object_ids": self.object_ids.cpu(), "log_probs": self.log_probs.cpu()},
-            partial,
-            metadata={"format": FORMAT, **metadata},
-        )
-        partial.replace(path)
+        """Write a safetensors file, atomically; `metadata` says what made them.
+
+        Raises:
+            UserError: The folder cannot be written, or the disk is full.
+        """
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        tensors = {"object_ids": self.object_ids.cpu(), "log_probs": self.log_probs.cpu()}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata={"format": FORMAT, **metadata})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: Path, expected: Mapping[str, str]) -> StoredPosteriors:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
@@ -23,7 +25,7 @@ from kd.build import (
     make_loader,
 )
 from kd.checkpoint import load_checkpoint, load_model, load_state
-from kd.config import Data, TeacherRecipe, TeacherReference
+from kd.config import Model, TeacherRecipe, TeacherReference
 from kd.config_reader import from_plain, read_yaml
 from kd.engine import evaluate
 from kd.errors import UserError
@@ -71,13 +73,12 @@ def default_folder(teacher: str, data: str) -> Path:
     return RUNS / "teacher" / teacher / data
 
 
-def load_teacher(path: Path, num_classes: int, data: Data) -> TrainedTeacher:
+def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     """Load a teacher from its run folder, its `model.safetensors` or a checkpoint `last.pt`.
 
     Args:
         path: One of those.
         num_classes: Classes of the data set that it is wanted for.
-        data: Its section: how objects are hidden from now on.
 
     Raises:
         UserError: Not a teacher's run, unfinished, or of another number of classes.
@@ -86,31 +87,40 @@ def load_teacher(path: Path, num_classes: int, data: Data) -> TrainedTeacher:
     checkpoint = None
     if file.suffix == ".pt":
         _, config, checkpoint = load_checkpoint(file)
-        recipe = from_plain(TeacherRecipe, config, str(file))
+        source = file
     elif (folder / "config.yaml").is_file():
-        recipe = from_plain(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
+        source = folder / "config.yaml"
+        config = read_yaml(source)
     else:
         raise UserError(f"{folder}: not a run folder, it has no config.yaml")
+    if "student" in config:
+        raise UserError(f"{source}: a student's run; a teacher's run is needed")
+    recipe = from_plain(TeacherRecipe, config, str(source))
     # The run's weights replace whatever it started from, which need not be here any more.
-    options = {**recipe.teacher.options, **({"weights": None} if _starts(recipe) else {})}
-    model = build_teacher(recipe.teacher.model_copy(update={"options": options}), num_classes)
-    if checkpoint is not None:
-        whole = AdaptedStudent(model)
-        load_state(whole, checkpoint.get("ema", checkpoint["model"]), file)
-    else:
-        load_model(file, model)
-    task = build_task(recipe.task, data, num_classes)
+    model = build_teacher(_without_weights(recipe), num_classes)
+    try:
+        if checkpoint is not None:
+            load_state(AdaptedStudent(model), checkpoint.get("ema", checkpoint["model"]), file)
+        else:
+            load_model(file, model)
+    except UserError as error:
+        raise UserError(f"{error} (the data set has {num_classes} classes)") from error
+    task = build_task(recipe.task, recipe.data, num_classes)
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
 
-def _starts(recipe: TeacherRecipe) -> bool:
-    return "weights" in recipe.teacher.options
+def _without_weights(recipe: TeacherRecipe) -> Model:
+    """The model's section; its weights come from the run."""
+    options = dict(recipe.teacher.options)
+    if "weights" in options:
+        options["weights"] = None
+    return recipe.teacher.model_copy(update={"options": options})
 
 
 def train_posteriors(
     teacher: TrainedTeacher, data: OpenData, accelerator: Accelerator, *, out_of_fold: bool
 ) -> StoredPosteriors:
-    """The teacher's posteriors of every usable train object, from its folder or computed now.
+    """The teacher's posteriors of every train object, from its folder or computed now.
 
     Args:
         teacher: The teacher.
@@ -121,6 +131,9 @@ def train_posteriors(
     Raises:
         UserError: `out_of_fold` and the teacher was trained without folds.
     """
+    # The teacher sees pictures as it did in training; which objects count is the student's choice.
+    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
+    data = dataclasses.replace(data, section=data.section.model_copy(update=shown))
     models = [teacher.model]
     if out_of_fold:
         models = fold_models(teacher, data.num_classes)
@@ -128,13 +141,17 @@ def train_posteriors(
         "teacher": hashlib.sha256("".join(map(weights_hash, models)).encode()).hexdigest()[:16],
         "data": data.train.fingerprint,
         "out_of_fold": str(out_of_fold),
-        "transform": f"size {data.section.size}, {data.section.shape}, share "
-        f"{data.section.min_share}-{data.section.max_share}, rescaled and padded",
+        "transform": f"size {data.section.size}, {data.section.shape}, rescaled and padded",
     }
     key = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:12]
     path = teacher.folder / "posteriors" / f"{data.section.name}-train-{key}.safetensors"
     if path.is_file():
-        return StoredPosteriors.load(path, about)
+        stored = StoredPosteriors.load(path, about)
+        # On a GPU a look-up does not check: here is the place, before anything trains.
+        dataset = make_dataset(data, "train", train=False)
+        rows = dataset.usable_rows()
+        stored.check_covers(torch.from_numpy(data.train.object_ids[rows].astype(np.int64)))
+        return stored
     _log.info("posteriors of %s are computed once, then kept in %s", teacher.folder, path)
     if out_of_fold:
         folds = fold_of(data.train.image_ids, len(models))
@@ -147,7 +164,10 @@ def train_posteriors(
         ids, log_probs = predict(teacher.model, teacher.task, data, accelerator, None)
     stored = from_arrays(ids, log_probs.astype(np.float32))
     if accelerator.is_main_process:
-        stored.save(path, about)
+        try:
+            stored.save(path, about)
+        except UserError as error:  # they are here all the same
+            _log.warning("%s; the posteriors are used without being kept", error)
     accelerator.wait_for_everyone()
     return stored
 
@@ -160,10 +180,7 @@ def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
             f"{teacher.folder}: trained without folds, it has no out-of-fold posteriors; train it "
             "with --set folds=5, or take its own with --set soft_targets.out_of_fold=false"
         )
-    options = {**teacher.recipe.teacher.options}
-    if _starts(teacher.recipe):
-        options["weights"] = None
-    section = teacher.recipe.teacher.model_copy(update={"options": options})
+    section = _without_weights(teacher.recipe)
     models = []
     for number in range(count):
         model = build_teacher(section, num_classes)
@@ -179,8 +196,12 @@ def predict(
     accelerator: Accelerator,
     only: NDArray[np.int64] | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Log-probabilities of the usable train objects, each hidden in turn, nothing augmented."""
-    dataset = make_dataset(data, "train", train=False, only=only)
+    """Log-probabilities of the train objects, each hidden in turn, nothing augmented.
+
+    Of all objects: an augmentation can bring one that is too large or too small inside the limits.
+    """
+    section = data.section.model_copy(update={"min_share": 0.0, "max_share": 1.0})
+    dataset = make_dataset(replace(data, section=section), "train", train=False, only=only)
     loader = make_loader(dataset, accelerator, batch_size=16, workers=data.section.workers)
     metric = TopN(data.num_classes)
     evaluate(AdaptedStudent(model).eval().to(accelerator.device), task, loader, metric, accelerator)
@@ -189,7 +210,12 @@ def predict(
 
 
 def expectation(teacher: TrainedTeacher, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The teacher's probabilities for a batch's hidden objects, (K, C)."""
+    """The teacher's probabilities for a batch's hidden objects, (K, C), in its own picture size."""
+    images, size = batch["images"], teacher.recipe.data.size
+    if images.shape[-1] != size:
+        small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+        boxes = batch["boxes"] * (size / images.shape[-1])
+        batch = {**batch, "images": small.round().to(torch.uint8), "boxes": boxes}
     with torch.no_grad():
         output = teacher.model(*teacher.task.inputs(batch))
     return teacher.task.decode({"logits": output}, batch).exp()

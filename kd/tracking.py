@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -42,33 +44,40 @@ class Tracker:
             raise UserError(f"{folder}: cannot be written: {error}; name another --out") from error
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._writer: Any = SummaryWriter(
             str(folder), purge_step=resume_step + 1 if resume_step else None
         )
+        # A training that ends in an error leaves its curves behind as well.
+        self._end = weakref.finalize(self, _end, self._writer, self._file)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers under their tags."""
         if not self._enabled:
             return
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-            self._file.write(json.dumps({"step": step, "tag": tag, "value": value}) + "\n")
-        self._file.flush()
+        with self._full_disk_named():
+            for tag, value in values.items():
+                self._file.write(json.dumps({"step": step, "tag": tag, "value": value}) + "\n")
+                self._writer.add_scalar(tag, value, step)
+            self._file.flush()
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Write a matplotlib figure and close it."""
         if self._enabled:
-            self._writer.add_figure(tag, figure, step)
+            with self._full_disk_named():
+                self._writer.add_figure(tag, figure, step)
 
     def image(self, tag: str, image: Tensor, step: int) -> None:
         """Write a picture, uint8 (3, H, W)."""
         if self._enabled:
-            self._writer.add_image(tag, image.to(torch.uint8).cpu().numpy(), step)
+            with self._full_disk_named():
+                self._writer.add_image(tag, image.to(torch.uint8).cpu().numpy(), step)
 
     def text(self, tag: str, text: str) -> None:
         """Write Markdown."""
         if self._enabled:
-            self._writer.add_text(tag, text)
+            with self._full_disk_named():
+                self._writer.add_text(tag, text)
 
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write the run's settings with its final metrics, for TensorBoard's table of runs."""
@@ -79,16 +88,35 @@ class Tracker:
         flat = {
             k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()
         }
-        for summary in hparams(flat, dict(metrics)):  # type: ignore[no-untyped-call]
-            self._writer.file_writer.add_summary(summary)
+        with self._full_disk_named():
+            for summary in hparams(flat, dict(metrics)):
+                self._writer.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Flush to disk."""
         if self._enabled:
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._full_disk_named():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._writer.flush()
+            self._end()
+
+    @contextlib.contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        """TensorBoard writes in a thread of its own, whose failure its next call brings up."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: curves cannot be written: {error}; make room, then --resume"
+            ) from error
+
+
+def _end(writer: Any, file: IO[str]) -> None:
+    """Close what there is; a full disk has been reported before, or something worse has."""
+    for one in (file, writer):
+        with contextlib.suppress(OSError):
+            one.close()
 
 
 def _lines_up_to(path: Path, step: int) -> str:

@@ -23,11 +23,12 @@ from kd.build import (
 )
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
-from kd.engine import Objective
+from kd.launch import micro_batch
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
 from kd.teacher_runs import default_folder
+from kd.training import Objective
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
     out = args.out or default_folder(name, recipe.data.name)
-    data = open_data(recipe.data)
+    with accelerator.main_process_first():
+        data = open_data(recipe.data)
     whole = RunFolder(out, recipe.model_dump(mode="json"), resume=args.resume)
     if not whole.finished:
         if recipe.folds:
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_one(recipe, data, accelerator, whole, name, None)
     if accelerator.is_main_process:
         say_summary(f"teacher {name} on {recipe.data.name}: {out}", whole.summary())
+    accelerator.end_training()
     return 0
 
 
@@ -75,19 +78,16 @@ def train_one(
         return
     train = recipe.train
     dataset = make_dataset(
-        data, "train", train=True, mode="one", only=only, seed=recipe.seed, epochs=train.epochs
-    )
+        data, "train", train=True, mode=recipe.hide, only=only, seed=recipe.seed,
+        epochs=train.epochs,
+    )  # fmt: skip
     loader = make_loader(
-        dataset,
-        accelerator,
-        batch_size=max(1, train.batch_size // train.accumulate),
-        workers=recipe.data.workers,
-        seed=recipe.seed,
-        train=True,
-    )
+        dataset, accelerator, batch_size=micro_batch(train), workers=recipe.data.workers,
+        seed=recipe.seed, train=True,
+    )  # fmt: skip
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    task = build_task(recipe.task, recipe.data, data.num_classes)
+    task = build_task(recipe.task, recipe.data, data.num_classes, data.prior(only))
     session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 

@@ -15,16 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.freeze import freeze, freeze_batch_norm
-from kd.nn.regions import (
-    box_geometry,
-    crop_regions,
-    masked_pool,
-    outside_weights,
-    ring_weights,
-    roi_features,
-)
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.levels import LevelledTrunk, build_levels
+from kd.nn.regions import crop_regions, roi_features
+from kd.nn.surroundings import Surroundings, picture_extents, standardised
 
 # One catalogue entry each; `build_student` takes any other name that torchvision knows.
 NAMES = (
@@ -42,17 +35,14 @@ class ContextHead(nn.Module):
     """Class logits from the features around an object, never from those on it."""
 
     def __init__(
-        self, channels: int, log_prior: Tensor, *, hidden: int, dropout: float, margin: float
+        self, around: Surroundings, log_prior: Tensor, *, hidden: int, dropout: float
     ) -> None:
         super().__init__()
-        self.margin = margin
-        # Ring, scene and geometry; trunks differ in scale by orders of magnitude, hence the norm.
-        self.norm = nn.LayerNorm(2 * channels)
-        width = 2 * channels + 8
+        self.around = around
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         if hidden:
-            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
-        last = nn.Linear(hidden or width, len(log_prior))
+            layers += [nn.Linear(around.width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        last = nn.Linear(hidden or around.width, len(log_prior))
         # It starts out as the prior: a scene that says nothing changes nothing.
         nn.init.normal_(last.weight, std=1e-3)
         with torch.no_grad():
@@ -60,40 +50,33 @@ class ContextHead(nn.Module):
         self.layers = nn.Sequential(*layers, last)
 
     def forward(
-        self, features: Tensor, boxes: Tensor, image_of: Tensor, stride: int, size: tuple[int, int]
+        self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Scene features (N, C, h, w) and boxes (M, 4) of images of that size to logits (M, C)."""
-        count, grid = len(boxes), (features.shape[2], features.shape[3])
-        ring = ring_weights(boxes, grid, stride, margin=self.margin)
-        around = torch.cat([ring, outside_weights(boxes, grid, stride)])  # (2 * M, h, w)
-        pooled = masked_pool(features, around, image_of.repeat(2))
-        pooled = self.norm(torch.cat([pooled[:count], pooled[count:]], dim=1))
-        geometry = box_geometry(boxes, size).to(pooled.dtype)
-        logits: Tensor = self.layers(torch.cat([pooled, geometry], dim=1))
+        """Scene features by level and boxes (M, 4) to logits (M, C)."""
+        logits: Tensor = self.layers(self.around(maps, boxes, image_of, extents))
         return logits
 
 
 class SceneClassifier(nn.Module):
     """A student classifier; `context` is None for the bare one.
 
-    Tap `trunk` for the scene's features: in the crop view it runs on the crops first, on the scene
-    last.
+    Tap `trunk.trunk` for the scene's features: in the crop view it runs on the crops first, on the
+    scene last. With more than one level, tap one of its steps, such as `trunk.trunk.layer3`.
     """
 
     log_prior: Tensor
 
     def __init__(
         self,
-        trunk: Trunk,
+        trunk: LevelledTrunk,
         log_prior: Tensor,
+        around: Surroundings | None,
         *,
         strength: float,
         learn_strength: bool,
-        context: bool,
         crop_size: int | None,
         margin: float,
         region_size: int,
-        ring_margin: float,
         dropout: float,
         hidden: int,
         upscale: int,
@@ -102,10 +85,9 @@ class SceneClassifier(nn.Module):
         self.trunk = trunk
         self.crop_size, self.margin, self.region_size = crop_size, margin, region_size
         self.upscale = upscale
-        side = 1 if crop_size else region_size
-        self.appearance = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(trunk.channels * side**2, len(log_prior))
-        )
+        seen = trunk.level_channels[-1] * (1 if crop_size else region_size) ** 2
+        self.seen = nn.BatchNorm1d(seen, affine=False)
+        self.appearance = nn.Sequential(nn.Dropout(dropout), nn.Linear(seen, len(log_prior)))
         self.register_buffer("log_prior", log_prior)
         value = torch.tensor(float(strength))
         if learn_strength:
@@ -114,11 +96,9 @@ class SceneClassifier(nn.Module):
             self.register_buffer("strength", value)
         # Last, so that a bare and a full student of one seed start from the same weights.
         self.context = (
-            ContextHead(
-                trunk.channels, log_prior, hidden=hidden, dropout=dropout, margin=ring_margin
-            )
-            if context
-            else None
+            None
+            if around is None
+            else ContextHead(around, log_prior, hidden=hidden, dropout=dropout)
         )
 
     def forward(self, images: Tensor, rois: Tensor) -> dict[str, Tensor]:
@@ -131,21 +111,21 @@ class SceneClassifier(nn.Module):
         Returns:
             `logits` (M, C), `appearance` (M, C) and, unless bare, `context` (M, C).
         """
-        size = images.shape[2], images.shape[3]
         if self.upscale > 1:
             images = F.interpolate(images, scale_factor=self.upscale, mode="bilinear")
             rois = torch.cat([rois[:, :1], rois[:, 1:] * self.upscale], dim=1)
-            size = size[0] * self.upscale, size[1] * self.upscale
         seen = self._crops(images, rois) if self.crop_size else None
+        maps: list[Tensor] = []
         if seen is None or self.context is not None:
-            features = self.trunk(images)  # (N, C, h, w)
+            maps = self.trunk(images)  # (N, C, h, w) each
         if seen is None:
-            regions = roi_features(features, rois, self.trunk.stride, output_size=self.region_size)
-            seen = regions.flatten(1)
-        appearance = self.appearance(seen)
+            stride = self.trunk.level_strides[-1]
+            seen = roi_features(maps[-1], rois, stride, output_size=self.region_size).flatten(1)
+        appearance = self.appearance(standardised(self.seen, seen) / seen.shape[1] ** 0.5)
         if self.context is None:
             return {"logits": _log_softmax(appearance), "appearance": appearance}
-        context = self.context(features, rois[:, 1:], rois[:, 0].long(), self.trunk.stride, size)
+        extents = picture_extents(images)
+        context = self.context(maps, rois[:, 1:], rois[:, 0].long(), extents)
         moved = _log_softmax(context) - self.log_prior
         logits = _log_softmax(appearance) + self.strength * moved
         return {"logits": logits, "appearance": appearance, "context": context}
@@ -154,9 +134,9 @@ class SceneClassifier(nn.Module):
         """Mean features of each object's crop, (M, C)."""
         assert self.crop_size is not None
         if len(rois) == 0:  # batch norm would make NaN of the statistics of nothing
-            return images.new_zeros(0, self.trunk.channels)
+            return images.new_zeros(0, self.trunk.level_channels[-1])
         crops = crop_regions(images, rois, self.crop_size, margin=self.margin)
-        pooled: Tensor = self.trunk(crops).mean(dim=(2, 3))
+        pooled: Tensor = self.trunk(crops)[-1].mean(dim=(2, 3))
         return pooled
 
 
@@ -173,11 +153,14 @@ def build_student(
     crop_size: int = 96,
     margin: float = 0.25,
     region_size: int = 2,
+    levels: int = 1,
     ring_margin: float = 1.0,
+    min_ring: float = 0.0,
     dropout: float = 0.0,
     hidden: int = 0,
     frozen: str | None = None,
     batch_norm_frozen: bool = False,
+    remember: bool = False,
     stride: int | None = None,
     upscale: int = 1,
 ) -> SceneClassifier:
@@ -196,11 +179,14 @@ def build_student(
         crop_size: Side of a crop, pixels.
         margin: Share of the box's sides added to a crop on each side.
         region_size: Side of the grid of features of a region.
+        levels: How many strides of the trunk the context head reads, the coarsest and before.
         ring_margin: Thickness of the ring that the context head reads, as a share of the box.
+        min_ring: Smallest thickness of that ring, pixels.
         dropout: Before each layer of the heads.
         hidden: Width of a hidden layer in the context head; 0 for a linear head.
         frozen: "all", or the path of the last step of the trunk that does not learn.
         batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
+        remember: Keep a frozen trunk's outputs in memory, for pictures that come unchanged.
         stride: Keep the trunk's output at this stride at most.
         upscale: Enlarge images by this factor first, for finer grids on small images.
 
@@ -224,21 +210,27 @@ def build_student(
             f"0, got {dropout}, {margin} and {ring_margin}"
         )
     log_prior = _log_prior(name, prior, num_classes)
-    trunk = build_trunk(name, weights=weights, stride=stride)
-    if frozen is not None:
-        freeze(trunk, None if frozen == "all" else frozen)
-    if batch_norm_frozen:
-        freeze_batch_norm(trunk)
+    trunk = build_levels(
+        name,
+        levels=levels,
+        weights=weights,
+        stride=stride,
+        frozen=frozen,
+        batch_norm_frozen=batch_norm_frozen,
+        remember=remember,
+    )
+    around = Surroundings(
+        trunk.level_channels, trunk.level_strides, margins=(ring_margin,), min_ring=min_ring
+    )
     return SceneClassifier(
         trunk,
         log_prior,
+        around if context else None,
         strength=strength,
         learn_strength=learn_strength,
-        context=context,
         crop_size=crop_size if view == "crop" else None,
         margin=margin,
         region_size=region_size,
-        ring_margin=ring_margin,
         dropout=dropout,
         hidden=hidden,
         upscale=upscale,

@@ -62,6 +62,7 @@ class SceneDataset(Dataset[Sample]):
         partial: Share hidden at the start of training, and the progress (0..1) at which all
             is hidden; None hides all from the start.
         labelled: Ids of the images whose labels are known; the others' become -1. None: all.
+        repeat_labelled: How often a labelled image comes in an epoch; others come once.
         only: Ids of the images to keep; None keeps all.
         seed: Of everything random, 0 or more.
         epochs: Length of the training, for the schedule.
@@ -85,6 +86,7 @@ class SceneDataset(Dataset[Sample]):
         shape: str = "box",
         partial: tuple[float, float] | None = None,
         labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
+        repeat_labelled: int = 1,
         only: Collection[int] | npt.NDArray[np.int64] | None = None,
         seed: int = 0,
         epochs: int = 1,
@@ -104,6 +106,9 @@ class SceneDataset(Dataset[Sample]):
             )
         self.images = self._images_with_usable_objects(only)
         self.known = _known_labels(index, self.images, labelled)
+        again = np.tile(np.flatnonzero(self.known), repeat_labelled - 1)
+        self.images = np.concatenate([self.images, self.images[again]])
+        self.known = np.concatenate([self.known, self.known[again]])
 
     def __len__(self) -> int:
         """The number of images with a usable object."""

@@ -36,18 +36,23 @@ def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: in
 
 
 def crop_regions(images: Tensor, rois: Tensor, size: int, *, margin: float = 0.0) -> Tensor:
-    """The boxes of images, widened by a margin and resampled to squares.
+    """The boxes of images, widened to squares and by a margin, resampled to one size.
+
+    Shapes keep their proportions: the square's side is the longer one of the box.
 
     Args:
         images: (N, C, H, W).
         rois: (M, 5) as (image, x1, y1, x2, y2), pixels.
         size: Side of a crop, pixels.
-        margin: Share of the box's width and height added on each side.
+        margin: Share of the square's side added on each side.
 
     Returns:
         (M, C, size, size); what lies outside the image is 0.
     """
-    widened = torch.cat([rois[:, :1], expand_boxes(rois[:, 1:], margin)], dim=1)
+    centre = (rois[:, 1:3] + rois[:, 3:]) / 2
+    longest = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1, keepdim=True)
+    reach = longest * (0.5 + margin)
+    widened = torch.cat([rois[:, :1], centre - reach, centre + reach], dim=1)
     return roi_features(images, widened, 1, output_size=size)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kd.nn.regions import ring_weights
+from kd.nn.regions import coverage, expand_boxes
 
 Batch = Mapping[str, Tensor]
 Output = Mapping[str, Tensor]
@@ -20,7 +20,6 @@ Output = Mapping[str, Tensor]
 Mask = Callable[[tuple[int, int]], Tensor]
 
 RING_MARGIN = 0.5
-_COUNTING_STRIDE = 8
 
 
 class Mean(NamedTuple):
@@ -70,20 +69,37 @@ def hidden_labels(batch: Batch) -> Tensor:
 
 
 def ring_mask(batch: Batch) -> Mask:
-    """The surroundings of each hidden object: a ring of half its size around its box."""
+    """The surroundings of each hidden object: a ring of half its size, where there is picture."""
 
     def on_grid(grid: tuple[int, int]) -> Tensor:
-        stride = -(-batch["images"].shape[-2] // grid[0])
-        return ring_weights(hidden_boxes(batch), grid, stride, margin=RING_MARGIN)
+        stride = stride_of(batch["images"].shape[-2], grid[0])
+        boxes = hidden_boxes(batch)
+        ring = coverage(_outer_boxes(batch), grid, stride) - coverage(boxes, grid, stride)
+        return ring.clamp(min=0.0)
 
     return on_grid
+
+
+def _outer_boxes(batch: Batch) -> Tensor:
+    """Outer edges of the rings, (K, 4), within the picture: padding is no surroundings."""
+    outer = expand_boxes(hidden_boxes(batch), RING_MARGIN)
+    sizes = batch["sizes"][image_rows(batch)].to(outer.dtype)
+    return outer.clamp(min=0.0).minimum(sizes[:, [1, 0, 1, 0]])
+
+
+def stride_of(pixels: int, places: int) -> int:
+    """Pixels per place: the power of two that rounds up to so many places, if there is one."""
+    for stride in (1 << power for power in range(pixels.bit_length() + 1)):
+        if -(-pixels // stride) == places:
+            return stride
+    return -(-pixels // places)
 
 
 def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
     """How much of each unit a batch holds; from the batch alone, before any model runs.
 
-    `ring` is the area of all rings in feature places; its scale cancels in the engine, which only
-    compares counts of one unit.
+    `ring` is the area of all rings in pixels; its scale cancels in the engine, which only compares
+    counts of one unit.
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
@@ -93,11 +109,13 @@ def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
         elif unit == "ring":
-            height, width = batch["images"].shape[-2:]
-            grid = (-(-height // _COUNTING_STRIDE), -(-width // _COUNTING_STRIDE))
-            boxes = hidden_boxes(batch)
-            count = ring_weights(boxes, grid, _COUNTING_STRIDE, margin=RING_MARGIN).sum()
+            count = _areas(_outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         else:
             raise KeyError(unit)
         counts[unit] = count
     return counts
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
+    return sides[:, 0] * sides[:, 1]

@@ -21,7 +21,7 @@ from kd.tasks.base import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Classification:
     """Which class is the object in this box?
 

@@ -20,7 +20,7 @@ from kd.tasks.base import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Context:
     """What both context tasks share: the input with one object hidden in each.
 
@@ -46,7 +46,7 @@ class _Context:
         return {"ring": ring_mask(batch)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Context(_Context):
     """One answer for the hidden object: logits (K, C), cross-entropy.
 
@@ -54,14 +54,25 @@ class Context(_Context):
 
     Args:
         label_smoothing: Share of the target spread over all classes.
+        balance: Share of the class prior that the answers are freed of, so that rare classes count
+            more: the loss sees the logits with it put back (Menon et al., 2021, logit adjustment,
+            https://arxiv.org/abs/2007.07314).
+        prior: Class shares of the train objects, C of them; needed for the loss where there is a
+            balance.
     """
 
     label_smoothing: float = 0.0
+    balance: float = 0.0
+    prior: tuple[float, ...] | None = None
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """`cross_entropy` over the hidden objects with a label."""
+        logits = output["logits"]
+        if self.balance:
+            assert self.prior is not None
+            logits = logits + self.balance * logits.new_tensor(self.prior).log()
         loss = cross_entropy_labelled(
-            output["logits"], hidden_labels(batch), label_smoothing=self.label_smoothing
+            logits, hidden_labels(batch), label_smoothing=self.label_smoothing
         )
         return {"cross_entropy": Mean(loss, "labelled")}
 
@@ -70,7 +81,7 @@ class Context(_Context):
         return output["logits"].float().log_softmax(dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContextPixels(_Context):
     """An answer for each pixel: logits (K, C, H, W), all boxes are targets, hidden or not.
 

@@ -45,10 +45,10 @@ def test_the_contract_of_a_student(name: str) -> None:
     """Shape at an odd size, one output type, gradients, taps and state dict, on one model."""
     model = build(STUDENTS, name, {}, what="student", num_classes=CLASSES)
     images = scenes()
-    taps = FeatureTaps(model, ["trunk"])
+    taps = FeatureTaps(model, ["trunk.trunk"])
     output = model.train()(images, ROIS)
-    features = taps.collect()["trunk"]
-    assert features.shape[:2] == (2, model.get_submodule("trunk").channels)
+    features = taps.collect()["trunk.trunk"]
+    assert features.shape[:2] == (2, model.get_submodule("trunk.trunk").channels)
     assert list(output) == ["logits", "appearance", "context"]
     assert all(one.shape == (4, CLASSES) and one.isfinite().all() for one in output.values())
     nn.functional.cross_entropy(output["logits"], torch.tensor([0, 1, 2, 3])).backward()
@@ -146,9 +146,9 @@ def test_the_crop_view_sees_the_object_in_its_crop_alone() -> None:
 
 def test_taps_hold_the_scenes_features_in_the_crop_view_too() -> None:
     model = student(view="crop", crop_size=64)
-    taps = FeatureTaps(model, ["trunk"])
+    taps = FeatureTaps(model, ["trunk.trunk"])
     model(scenes(), ROIS)
-    assert taps.collect()["trunk"].shape == (2, 1024, 3, 4)
+    assert taps.collect()["trunk.trunk"].shape == (2, 1024, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_taps_hold_the_scenes_features_in_the_crop_view_too() -> None:
 )
 def test_small_images_can_have_a_finer_grid(options: dict[str, object], side: int) -> None:
     model = student("resnet18", **options).eval()
-    taps = FeatureTaps(model, ["trunk"])
+    taps = FeatureTaps(model, ["trunk.trunk"])
     with torch.no_grad():
         model(scenes(64, 64), ROIS)
-    assert taps.collect()["trunk"].shape[2:] == (side, side)
+    assert taps.collect()["trunk.trunk"].shape[2:] == (side, side)
 
 
 def test_the_strength_is_learned_where_asked_for() -> None:

@@ -18,7 +18,7 @@ from teachers import TEACHERS
 SMALL: dict[str, tuple[dict[str, object], str, int]] = {
     "unet": ({"width": 4, "depth": 2}, "bottleneck", 16),
     "cnn": ({"width": 4, "downs": 3, "hidden": 8}, "features", 32),
-    "trunk": ({"name": "shufflenet_v2_x0_5", "margins": [0.5, 1.5]}, "trunk", 1024),
+    "trunk": ({"name": "shufflenet_v2_x0_5", "margins": [0.5, 1.5]}, "trunk.trunk", 1024),
 }
 CLASSES = 5
 

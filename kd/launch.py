@@ -1,0 +1,68 @@
+"""What comes between a recipe and its first step: the optimiser and what it works on."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from kd.config import Train
+from kd.errors import UserError
+from kd.nn.freeze import FrozenBatchNorm
+from kd.optim import make_optimizer, make_schedule
+from kd.training import Training
+
+
+def micro_batch(train: Train) -> int:
+    """Images of a micro-batch, over all processes.
+
+    Raises:
+        UserError: The steps' batch is no multiple of the micro-batches.
+    """
+    size, rest = divmod(train.batch_size, train.accumulate)
+    if rest:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} is no multiple of train.accumulate "
+            f"{train.accumulate}"
+        )
+    return size
+
+
+def start_training(
+    accelerator: Accelerator, model: nn.Module, train: Train, steps: int
+) -> Training:
+    """Optimiser, schedule and average around a model."""
+    optimizer = make_optimizer(model, **train.optimizer.model_dump())
+    schedule = make_schedule(optimizer, steps, **train.schedule.model_dump())
+    model = model.to(accelerator.device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if train.sync_batch_norm and accelerator.num_processes > 1:
+        model = share_batch_norm(model)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
+    if train.compile:
+        model.compile()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    return Training(
+        accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
+        train.channels_last,
+    )  # fmt: skip
+
+
+def share_batch_norm(module: nn.Module) -> nn.Module:
+    """Batch norms with statistics over all processes; those that are frozen stay frozen."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        if isinstance(module, FrozenBatchNorm):
+            return module
+        shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return shared
+    for name, child in module.named_children():
+        setattr(module, name, share_batch_norm(child))
+    return module
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,134 @@
+"""Terms: built from names, weighted over training, summed to one number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kd.errors import UserError
+from kd.losses.imitation import imitation
+from kd.losses.logits import kl_logits
+from kd.losses.pair_wise import pair_wise
+from kd.objective import (
+    TERMS,
+    Ramp,
+    build_term,
+    check_weights,
+    distillation_losses,
+    weighted_sum,
+)
+from kd.tasks.base import Mean
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_builds_and_computes(name: str) -> None:
+    kind = TERMS[name]
+    term = build_term(name, weight=1.0, student=kind.student or "ours", teacher="theirs")
+    if kind.maps:
+        ours, theirs = torch.rand(2, 4, 5, 5, requires_grad=True), torch.rand(3, 4, 5, 5)
+    else:
+        ours, theirs = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6).log_softmax(1)
+    masks = {"ring": lambda size: torch.ones(3, *size)}
+    losses = distillation_losses(
+        [term], {term.student: ours}, {"theirs": theirs}, masks, torch.tensor([0, 1, 1])
+    )
+    value = losses[name].value
+    assert value.ndim == 0
+    assert value >= 0
+    value.backward()  # type: ignore[no-untyped-call]
+    assert ours.grad is not None
+    assert ours.grad.isfinite().all()
+
+
+def test_logit_terms_compare_rows_of_hidden_objects() -> None:
+    term = build_term("context_logits", weight=2.0, options={"temperature": 2.0})
+    ours, theirs = torch.randn(3, 6), torch.randn(3, 6)
+    losses = distillation_losses(
+        [term], {"context": ours}, {"posterior": theirs}, {}, torch.zeros(3, dtype=torch.long)
+    )
+    expected = kl_logits(ours, theirs, temperature=2.0)
+    assert losses == {"context_logits": Mean(losses["context_logits"].value, "hidden")}
+    assert torch.equal(losses["context_logits"].value, expected)
+
+
+def test_a_feature_term_repeats_an_images_map_for_each_of_its_objects() -> None:
+    ours, theirs = torch.rand(2, 4, 3, 3), torch.rand(3, 4, 3, 3)
+    image_of = torch.tensor([0, 1, 1])
+    ring = torch.rand(3, 3, 3)
+    sizes = []
+
+    def mask(size: tuple[int, int]) -> torch.Tensor:
+        sizes.append(size)
+        return ring
+
+    terms = [
+        build_term("context_features", weight=1.0, student="layer4", teacher="neck"),
+        build_term("pair_wise", weight=1.0, student="layer4", teacher="neck"),
+    ]
+    losses = distillation_losses(
+        terms, {"layer4": ours}, {"neck": theirs}, {"ring": mask}, image_of
+    )
+    assert sizes == [(3, 3)]
+    assert losses["context_features"].unit == "ring"
+    assert torch.equal(losses["context_features"].value, imitation(ours[image_of], theirs, ring))
+    assert losses["pair_wise"].unit == "hidden"
+    assert torch.equal(losses["pair_wise"].value, pair_wise(ours[image_of], theirs))
+
+
+def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:
+    term = build_term("context_logits", weight=1.0)
+    rows = torch.zeros(1, dtype=torch.long)
+    logits = torch.zeros(1, 2)
+    with pytest.raises(UserError, match="the student gives no 'context'; it gives: logits"):
+        distillation_losses([term], {"logits": logits}, {"posterior": logits}, {}, rows)
+    with pytest.raises(UserError, match="the teacher gives no 'posterior'; it gives: neck"):
+        distillation_losses([term], {"context": logits}, {"neck": logits}, {}, rows)
+
+
+def test_a_wrong_term_is_refused_when_it_is_built() -> None:
+    with pytest.raises(UserError, match=r"unknown distillation term 'context_logit'.*did you mean"):
+        build_term("context_logit", weight=1.0)
+    with pytest.raises(UserError, match="losses: context_logits: unknown option 'temprature'"):
+        build_term("context_logits", weight=1.0, options={"temprature": 2.0})
+    with pytest.raises(UserError, match="option 'temperature' must be float, got '2'"):
+        build_term("context_logits", weight=1.0, options={"temperature": "2"})
+    with pytest.raises(UserError, match="losses: pair_wise: name the layers"):
+        build_term("pair_wise", weight=1.0, student="layer4")
+
+
+@pytest.mark.parametrize(
+    ("ramp", "until", "start", "expected"),
+    [
+        ("constant", 1.0, 0.0, [2.0, 2.0, 2.0, 2.0]),
+        ("linear", 0.5, 0.0, [0.0, 1.0, 2.0, 2.0]),
+        ("linear", 1.0, 0.5, [1.0, 1.25, 1.5, 2.0]),
+        ("cosine", 0.5, 0.0, [0.0, 1.0, 2.0, 2.0]),
+        ("cosine", 1.0, 0.0, [0.0, 1.0 - math.sqrt(0.5), 1.0, 2.0]),
+        ("off_after", 0.5, 0.0, [2.0, 2.0, 0.0, 0.0]),
+    ],
+)
+def test_a_weight_runs_over_training(
+    ramp: Ramp, until: float, start: float, expected: list[float]
+) -> None:
+    term = build_term("direct", weight=2.0, ramp=ramp, until=until, start=start)
+    weights = [term.weight_at(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert weights == pytest.approx(expected)
+
+
+def test_the_total_is_each_loss_by_its_weight_and_its_units_scale() -> None:
+    first, second = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    losses = {"a": Mean(first, "labelled"), "b": Mean(second, "hidden")}
+    total = weighted_sum(
+        losses, {"a": 1.0, "b": 10.0}, {"labelled": torch.tensor(0.5), "hidden": 2}
+    )
+    assert total.item() == 0.5 * 1.0 * 2.0 + 2 * 10.0 * 3.0
+    total.backward()  # type: ignore[no-untyped-call]
+    assert (first.grad, second.grad) == (torch.tensor(0.5), torch.tensor(20.0))
+
+
+def test_a_loss_without_a_weight_or_the_reverse_is_refused() -> None:
+    with pytest.raises(UserError, match=r"losses and weights differ in: b, c"):
+        check_weights({"a": 0, "b": 0}, {"a": 1.0, "c": 1.0})
+    check_weights({"a": 0}, {"a": 1.0})
