@@ -28,19 +28,19 @@ from kd.build import (
     build_student,
     build_task,
     build_terms,
-    labelled_images,
     make_dataset,
     make_loader,
 )
-from kd.config import Arm, DistillRecipe
+from kd.config import Arm, DistillRecipe, Train
 from kd.config import Term as TermSection
 from kd.data.dataset import SceneDataset, collate
+from kd.data.splits import labelled_images
 from kd.engine import evaluating, forward_losses, to_device
 from kd.errors import UserError
-from kd.launch import micro_batch
+from kd.launch import micro_batch, open_run
 from kd.objective import Term, check_weights
+from kd.optim import make_optimizer
 from kd.pictures import write_pictures
-from kd.run_folder import RunFolder
 from kd.session import Session, run_training
 from kd.soft_targets import LiveTeacher, SoftTargetSource, StoredPosteriors
 from kd.tasks.base import Task
@@ -56,6 +56,18 @@ from kd.training import Objective, Training
 
 TAUGHT = ("distilled", "shuffled", "direct")
 BARE = ("bare", "direct")
+
+
+def train_section(train: Train, arm: Arm) -> Train:
+    """The settings of an arm: those of the context head fall away where there is none."""
+    if arm not in BARE:
+        return train
+    optimizer = train.optimizer
+    kept = {
+        name: {k: v for k, v in getattr(optimizer, name).items() if not k.startswith("context")}
+        for name in ("lr_scale", "decay_scale")
+    }
+    return train.model_copy(update={"optimizer": optimizer.model_copy(update=kept)})
 
 
 @dataclass
@@ -124,12 +136,14 @@ class Distillation:
             with torch.no_grad(), evaluating(model):
                 losses = forward_losses(model, batch, objective)
             check_weights(losses, objective.weights_at(0.0))
+            settings = train_section(self.recipe.train, arm).optimizer.model_dump()
+            make_optimizer(model, **settings)
 
     def run(self, arm: Arm, seed: int) -> None:
         """Train one arm of one seed, unless its folder has it already."""
         recipe, accelerator = self.recipe, self.accelerator
         config = {**recipe.model_dump(mode="json"), "arm": arm, "seed": seed}
-        folder = RunFolder(self.out / f"seed{seed}" / arm, config, resume=True)
+        folder = open_run(accelerator, self.out / f"seed{seed}" / arm, config, resume=True)
         if folder.finished:
             return
         labelled = labelled_images(self.data.train, recipe.data.labelled, seed)
@@ -144,7 +158,8 @@ class Distillation:
         )
         model, objective = self._assemble(arm, seed, labelled, dataset)
         label = f"{recipe.student.name} {arm} seed {seed}"
-        session = Session(folder, accelerator, self.data, recipe.train, seed, label, self._pictures)
+        train = train_section(recipe.train, arm)
+        session = Session(folder, accelerator, self.data, train, seed, label, self._pictures)
         run_training(session, model, objective, loader)
 
     def _assemble(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +21,7 @@ from kd.adapted import AdaptedStudent
 from kd.adapters import ADAPTERS
 from kd.catalog import build, check_options, look_up
 from kd.config import Adapter, Data, Model, TaskSection, Term
-from kd.data.coco import CocoIndex, load_coco
+from kd.data.coco import CocoIndex, check_images_decode, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
 from kd.data.scenes import generate_scenes
@@ -40,6 +39,8 @@ from teachers import TEACHERS
 _log = logging.getLogger(__name__)
 # Where data sets made here, and the small real one, are looked for below the working folder.
 DATASETS = Path("datasets")
+# Images of a split that are all decoded before training starts: two seconds for so many.
+DECODED_FIRST = 2000
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,19 @@ def open_data(section: Data) -> OpenData:
     val = load_coco(
         root / section.val.annotations, root / section.val.images, categories_from=train
     )
+    if section.generate is None:  # what was made here is whole
+        for index in (train, val):
+            _check_decode(index)
     return OpenData(section, train, val)
+
+
+def _check_decode(index: CocoIndex) -> None:
+    """Decode every image of a small data set now, rather than stop in the middle of training."""
+    if len(index) > DECODED_FIRST:
+        return
+    if broken := check_images_decode(index):
+        more = f"\n... and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError("\n".join(broken[:5]) + more)
 
 
 def _root(section: Data) -> Path:
@@ -165,29 +178,6 @@ def make_loader(
         world=accelerator.num_processes,
         drop_last=train and len(dataset) > batch_size,
     )
-
-
-def labelled_images(index: CocoIndex, share: float, seed: int) -> NDArray[np.int64] | None:
-    """Ids of the images whose labels a student may see; None = all.
-
-    Drawn by (seed, image id), so that the choice does not depend on the order of the file.
-    """
-    if share >= 1.0:
-        return None
-    places = np.array([_hash_to_unit(f"labelled/{seed}/{i}") for i in index.image_ids.tolist()])
-    count = max(1, round(share * len(places)))
-    return np.asarray(index.image_ids[np.argsort(places, kind="stable")[:count]], dtype=np.int64)
-
-
-def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
-    """The fold of each image, a function of its id alone."""
-    places = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
-    return np.minimum((np.array(places) * folds).astype(np.int64), folds - 1)
-
-
-def _hash_to_unit(text: str) -> float:
-    digest = hashlib.sha256(text.encode()).digest()
-    return float(int.from_bytes(digest[:7], "big")) / float(1 << 56)
 
 
 def build_task(

@@ -185,8 +185,11 @@ def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str,
     return variants.get(name) or {}
 
 
-def _apply(merged: Merged, settings: Iterable[str]) -> None:
-    """Lay `--set` texts over what was read, every mistake in one error."""
+def _apply(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
+    """Lay `--set` texts over what was read, every mistake in one error.
+
+    Where only one section was read, its name may stand before the places in it.
+    """
     mistakes = []
     for text in settings:
         try:
@@ -194,6 +197,7 @@ def _apply(merged: Merged, settings: Iterable[str]) -> None:
         except ConfigError as error:
             mistakes.append(str(error))
         else:
+            place = place[1:] if place[0] == section and place[1:] else place
             merged.merge({place[-1]: value}, f"--set {text}", place[:-1])
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -214,7 +218,7 @@ def from_plain(
     """Read back the resolved config of a run folder or checkpoint, perhaps with changes."""
     merged = Merged()
     merged.merge(values, source)
-    _apply(merged, settings)
+    _apply(merged, settings, section="data" if model is Data else "")
     return validate(model, merged)
 
 
@@ -288,5 +292,5 @@ def data_config(name: str, settings: Iterable[str] = ()) -> Data:
     path = find_config("data", name)
     merged = Merged()
     merged.merge({"name": path.stem, **read_yaml(path)}, _shown(path))
-    _apply(merged, [text.removeprefix("data.") for text in settings])
+    _apply(merged, settings, section="data")
     return validate(Data, merged)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,9 @@ from kd.arms import Distillation
 from kd.build import make_accelerator, open_data
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import DistillRecipe
+from kd.launch import open_run
 from kd.report.runs import read_distill
 from kd.report.table import distill_table, print_table
-from kd.run_folder import RunFolder
 from kd.teacher_runs import RUNS
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--teacher", metavar="RUN", help="a teacher's run folder or checkpoint")
     args = parser.parse_args(argv)
-    extra = [f"teacher.run={args.teacher}"] if args.teacher else []
+    extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
     recipe = read_recipe(args, DistillRecipe, "distill", extra)
     if recipe is None:
         return 0
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = open_data(recipe.data)
     distillation = Distillation(recipe, data, accelerator, out)
     distillation.check()
-    RunFolder(out, recipe.model_dump(mode="json"), resume=args.resume)
+    open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
     for seed in recipe.seeds:
         for arm in recipe.arms:
             distillation.run(arm, seed)

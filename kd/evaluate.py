@@ -9,25 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from kd.adapted import AdaptedStudent
-from kd.build import (
-    OpenData,
-    build_student,
-    build_task,
-    labelled_images,
-    make_accelerator,
-    make_dataset,
-    make_loader,
-    open_data,
-)
-from kd.checkpoint import load_model
+from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
 from kd.cli import run_command, set_up_logging
-from kd.config import Data, DistillRecipe
+from kd.config import Data
 from kd.config_reader import data_config, from_plain, read_yaml
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.top_n import TopN
 from kd.report.figures import save_figure, share_hidden_figure
 from kd.session import ceiling_metrics, curve_figure, new_metric, say_summary
+from kd.student_runs import load_student
 from kd.teacher_runs import load_teacher
 
 
@@ -76,32 +67,17 @@ def _open(run: Path, config: dict[str, Any], args: argparse.Namespace) -> tuple[
         data = open_data(section)
         teacher = load_teacher(run, data.num_classes)
         return data, teacher.model, teacher.task
-    if "arm" not in config:
-        raise UserError(
-            f"{run}: a comparison; evaluate one of its arms, seed<k>/<arm>, or "
-            "print its table with python -m kd.compare"
-        )
-    plain = {k: v for k, v in config.items() if k not in ("arm", "seed")}
-    recipe = from_plain(DistillRecipe, {**plain, "data": section.model_dump(mode="json")}, str(run))
-    data = open_data(recipe.data)
-    labelled = labelled_images(data.train, recipe.data.labelled, config["seed"])
-    options = {**recipe.student.options, "weights": None}
-    student = build_student(
-        recipe.student.model_copy(update={"options": options}),
-        data.prior(labelled),
-        context=config["arm"] not in ("bare", "direct"),
-    )
-    load_model(run / "model.safetensors", student)
-    return data, student, build_task(recipe.task, recipe.data, data.num_classes)
+    student = load_student(run, config, section)
+    return student.data, student.model, student.task
 
 
 def _section(run: Path, config: dict[str, Any], args: argparse.Namespace) -> Data:
     """The data set to evaluate on, shown as the run's was: the run's own or `--data`."""
-    settings = [text.removeprefix("data.") for text in args.settings]
     if not args.data:
-        return from_plain(Data, config["data"], str(run / "config.yaml"), settings)
+        return from_plain(Data, config["data"], str(run / "config.yaml"), args.settings)
     kept = {name: config["data"][name] for name in ("size", "shape", "min_share", "max_share")}
-    return data_config(args.data, [*(f"{name}={value}" for name, value in kept.items()), *settings])
+    shown = [f"{name}={value}" for name, value in kept.items()]
+    return data_config(args.data, [*shown, *args.settings])
 
 
 def _say_classes(metric: TopN, data: OpenData) -> None:

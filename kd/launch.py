@@ -1,18 +1,49 @@
-"""What comes between a recipe and its first step: the optimiser and what it works on."""
+"""What comes between a recipe and its first step: run folders of all processes, the optimiser."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from kd.config import Train
 from kd.errors import UserError
 from kd.nn.freeze import FrozenBatchNorm
 from kd.optim import make_optimizer, make_schedule
+from kd.run_folder import RunFolder
 from kd.training import Training
+
+
+def open_run(
+    accelerator: Accelerator, path: Path, config: Mapping[str, Any], *, resume: bool
+) -> RunFolder:
+    """Open a run folder on every process, the main one first: it alone may find it there already.
+
+    Raises:
+        UserError: On all processes, as `RunFolder` does on the main one.
+    """
+    folder: RunFolder | None = None
+    said: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            folder = RunFolder(path, config, resume=resume)
+        except UserError as error:
+            said = [str(error)]
+    broadcast_object_list(said)
+    if said[0] is not None:
+        raise UserError(said[0])
+    for rank in range(1, accelerator.num_processes):  # one by one: opening may tidy up files
+        if rank == accelerator.process_index:
+            folder = RunFolder(path, config, resume=True)
+        accelerator.wait_for_everyone()
+    assert folder is not None
+    return folder
 
 
 def micro_batch(train: Train) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass, replace
@@ -20,13 +19,13 @@ from kd.build import (
     OpenData,
     build_task,
     build_teacher,
-    fold_of,
     make_dataset,
     make_loader,
 )
 from kd.checkpoint import load_checkpoint, load_model, load_state
 from kd.config import Model, TeacherRecipe, TeacherReference
 from kd.config_reader import from_plain, read_yaml
+from kd.data.splits import fold_of
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.top_n import TopN
@@ -133,10 +132,8 @@ def train_posteriors(
     """
     # The teacher sees pictures as it did in training; which objects count is the student's choice.
     shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
-    data = dataclasses.replace(data, section=data.section.model_copy(update=shown))
-    models = [teacher.model]
-    if out_of_fold:
-        models = fold_models(teacher, data.num_classes)
+    data = replace(data, section=data.section.model_copy(update=shown))
+    models = fold_models(teacher, data.num_classes) if out_of_fold else [teacher.model]
     about = {
         "teacher": hashlib.sha256("".join(map(weights_hash, models)).encode()).hexdigest()[:16],
         "data": data.train.fingerprint,
@@ -148,9 +145,7 @@ def train_posteriors(
     if path.is_file():
         stored = StoredPosteriors.load(path, about)
         # On a GPU a look-up does not check: here is the place, before anything trains.
-        dataset = make_dataset(data, "train", train=False)
-        rows = dataset.usable_rows()
-        stored.check_covers(torch.from_numpy(data.train.object_ids[rows].astype(np.int64)))
+        stored.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
         return stored
     _log.info("posteriors of %s are computed once, then kept in %s", teacher.folder, path)
     if out_of_fold:

@@ -15,7 +15,6 @@ from kd.build import (
     OpenData,
     build_task,
     build_teacher,
-    fold_of,
     make_accelerator,
     make_dataset,
     make_loader,
@@ -23,7 +22,8 @@ from kd.build import (
 )
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
-from kd.launch import micro_batch
+from kd.data.splits import fold_of
+from kd.launch import micro_batch, open_run
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or default_folder(name, recipe.data.name)
     with accelerator.main_process_first():
         data = open_data(recipe.data)
-    whole = RunFolder(out, recipe.model_dump(mode="json"), resume=args.resume)
+    whole = open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
     if not whole.finished:
         if recipe.folds:
             folds = fold_of(data.train.image_ids, recipe.folds)
             for number in range(recipe.folds):
                 only = data.train.image_ids[folds != number]
                 path = out / f"fold{number}"
-                folder = RunFolder(path, recipe.model_dump(mode="json"), resume=True)
+                folder = open_run(accelerator, path, recipe.model_dump(mode="json"), resume=True)
                 label = f"{name} fold {number + 1} of {recipe.folds}"
                 train_one(recipe, data, accelerator, folder, label, only)
         train_one(recipe, data, accelerator, whole, name, None)

@@ -197,17 +197,19 @@ def build_student(
         "crop_size": (crop_size, 16),
         "region_size": (region_size, 1),
         "hidden": (hidden, 0),
+        "upscale": (upscale, 1),
+        "margin": (margin, 0),
+        "min_ring": (min_ring, 0),
     }
-    at_least["upscale"] = upscale, 1
     for option, (value, least) in at_least.items():
         if value < least:
             raise UserError(f"student {name}: {option} must be at least {least}, got {value}")
     if view not in ("region", "crop"):
         raise UserError(f"student {name}: view must be 'region' or 'crop', got {view!r}")
-    if not 0 <= dropout < 1 or margin < 0 or ring_margin <= 0:
+    if not 0 <= dropout < 1 or ring_margin <= 0:
         raise UserError(
-            f"student {name}: dropout must be in [0, 1), margin 0 or above and ring_margin above "
-            f"0, got {dropout}, {margin} and {ring_margin}"
+            f"student {name}: dropout must be in [0, 1) and ring_margin above 0, got {dropout} "
+            f"and {ring_margin}"
         )
     log_prior = _log_prior(name, prior, num_classes)
     trunk = build_levels(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
@@ -11,6 +13,9 @@ from kd.errors import UserError
 
 class ContextCNN(nn.Module):
     """The falling half of a U-Net, a small grid, and two dense layers.
+
+    The dense layers may also read the mean of each level's features over the hidden region: what is
+    near it, at the reach of that level, wherever in the picture it is.
 
     Attributes:
         task: The kind of task that fits the output.
@@ -25,22 +30,28 @@ class ContextCNN(nn.Module):
         width: int,
         downs: int,
         max_width: int,
+        patch: int,
         grid: int,
+        region: bool,
         hidden: int,
         dropout: float,
     ) -> None:
         super().__init__()
         channels = [min(width * 2**level, max_width) for level in range(downs + 1)]
         levels: list[nn.Module] = [_double_conv(4, channels[0])]
+        if patch > 1:
+            stem = nn.Conv2d(4, channels[0], patch, stride=patch, bias=False)
+            first = _double_conv(channels[0], channels[0])
+            levels = [nn.Sequential(stem, nn.BatchNorm2d(channels[0]), nn.ReLU(), first)]
         for fine, coarse in pairwise(channels):
             levels.append(nn.Sequential(_Halve(), _double_conv(fine, coarse)))
         self.features = nn.Sequential(*levels)  # (K, C, H/2^downs, W/2^downs)
         # A grid rather than one mean: where things are says as much as that they are there.
         self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.region = region
         self.head = nn.Sequential(
-            nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(channels[-1] * grid**2, hidden),
+            nn.Linear(channels[-1] * grid**2 + region * sum(channels), hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
@@ -48,8 +59,20 @@ class ContextCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
-        logits: Tensor = self.head(self.pool(self.features(images)))
+        read, maps = [], images
+        for level in self.features:
+            maps = level(maps)
+            if self.region:
+                read.append(_mean_inside(maps, images[:, 3:]))
+        read.append(self.pool(maps).flatten(1))
+        logits: Tensor = self.head(torch.cat(read, dim=1))
         return logits
+
+
+def _mean_inside(maps: Tensor, mask: Tensor) -> Tensor:
+    """The mean of features (K, C, h, w) over a mask (K, 1, H, W), each place by its share of it."""
+    weights = F.adaptive_avg_pool2d(mask, (maps.shape[2], maps.shape[3]))
+    return (maps * weights).sum(dim=(2, 3)) / weights.sum(dim=(2, 3)).clamp(min=1e-6)
 
 
 class _Halve(nn.MaxPool2d):
@@ -76,7 +99,9 @@ def cnn(
     width: int = 64,
     downs: int = 6,
     max_width: int = 512,
+    patch: int = 1,
     grid: int = 3,
+    region: bool = False,
     hidden: int = 512,
     dropout: float = 0.5,
 ) -> ContextCNN:
@@ -87,14 +112,17 @@ def cnn(
         width: Channels of the first level; doubled with each level up to `max_width`.
         downs: Number of halvings of the grid.
         max_width: The most channels that a level gets.
+        patch: Side of the squares that the picture is first cut into; 1 = none. Large ones are
+            cheap: 4 costs a sixteenth.
         grid: Side of the grid that the dense layers read.
+        region: Whether they also read each level's mean over the hidden region.
         hidden: Width of the first dense layer.
         dropout: Before each dense layer.
 
     Raises:
         UserError: An option out of range.
     """
-    options = {"width": width, "downs": downs, "grid": grid, "hidden": hidden}
+    options = {"width": width, "downs": downs, "patch": patch, "grid": grid, "hidden": hidden}
     for name, value in options.items():
         if value < 1:
             raise UserError(f"cnn: {name} must be at least 1, got {value}")
@@ -105,7 +133,9 @@ def cnn(
         width=width,
         downs=downs,
         max_width=max_width,
+        patch=patch,
         grid=grid,
+        region=region,
         hidden=hidden,
         dropout=dropout,
     )

@@ -95,8 +95,11 @@ def trunk(
         raise UserError(f"trunk: margins must be above 0, got {list(margins)}")
     if not margins and not scene:
         raise UserError("trunk: give at least one margin, or the scene")
-    if not 0 <= dropout < 1 or hidden < 0:
-        raise UserError(f"trunk: dropout must be in [0, 1), hidden 0 or above: {dropout}, {hidden}")
+    if not 0 <= dropout < 1 or hidden < 0 or min_ring < 0:
+        raise UserError(
+            "trunk: dropout must be in [0, 1), hidden and min_ring 0 or above, got "
+            f"{dropout}, {hidden} and {min_ring}"
+        )
     features = build_levels(
         name,
         levels=levels,

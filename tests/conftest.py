@@ -137,3 +137,41 @@ def tiny_coco(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def small_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded scenes, 24 for training and 8 for evaluation, made once."""
+    from kd.data.scenes import generate_scenes
+
+    root = tmp_path_factory.mktemp("small") / "scenes"
+    return generate_scenes(root, train=24, val=8, size=64, seed=0, workers=1)
+
+
+@pytest.fixture(scope="session")
+def small_data(small_scenes: Path) -> list[str]:
+    """`--set` flags that replace a recipe's data by `small_scenes`, at 32 pixels."""
+    settings = [
+        f"data.root={small_scenes}",
+        "data.generate={train: 24, val: 8, size: 64, seed: 0}",
+        "data.size=32",
+        "data.workers=0",
+    ]
+    return [text for setting in settings for text in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def small_teacher(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CNN teacher, trained for a step on `small_scenes`, and a fold's each."""
+    from kd import train_teacher
+
+    out = tmp_path_factory.mktemp("small") / "teacher"
+    settings = [
+        "teacher={name: cnn, options: {width: 4, downs: 3, patch: 1, region: false, hidden: 16}}",
+        "train={epochs: 1, batch_size: 8, pictures: 0, precision: fp32}",
+        "folds=2",
+        "hide=one",
+    ]
+    flags = [text for setting in settings for text in ("--set", setting)]
+    assert train_teacher.main(["--teacher", "cnn", *small_data, *flags, "--out", str(out)]) == 0
+    return out

@@ -33,6 +33,7 @@ PLACES = {
     "kd.session": COMMANDS,
     "kd.arms": COMMANDS,
     "kd.teacher_runs": COMMANDS,
+    "kd.student_runs": COMMANDS,
     "kd.pictures": COMMANDS,
     "kd.report": COMMANDS,
     "kd.engine": 2,

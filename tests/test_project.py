@@ -24,7 +24,10 @@ COMMAND_LINES = 100
 COMMANDS = ("train_teacher", "distill", "evaluate", "compare", "cache")
 
 # path -> why the file is longer; "path::function" -> why the function is.
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "students/classifiers.py::build_student": "a parameter and a line of words for each option",
+    "teachers/trunk.py::trunk": "a parameter and a line of words for each option",
+}
 
 # What a command is asked to show is printed; everything else is logged.
 MAY_PRINT = {f"kd/{name}.py" for name in (*COMMANDS, "demo", "cli")}

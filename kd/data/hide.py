@@ -207,52 +207,6 @@ def valid_pixels(sizes: Tensor, size: tuple[int, int]) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def rings(
-    boxes: Tensor,
-    size: tuple[int, int],
-    grid: tuple[int, int],
-    *,
-    margin: float = 0.5,
-    pictures: Tensor | None = None,
-) -> Tensor:
-    """Weigh a feature map's cells around each box, leaving out all cells the box touches.
-
-    The ring reaches `margin` times the box's width (height) beyond it on either side, and at
-    least one cell. It is all zero where the box touches every cell of the picture.
-
-    Args:
-        boxes: (K, 4) xyxy pixels.
-        size: Height and width of the frame in pixels.
-        grid: Height and width of the feature map, which covers the frame.
-        margin: Width of the ring in box sides.
-        pictures: (K, 2) heights and widths of the pictures in their padding; where given, the
-            padding is not part of any ring.
-
-    Returns:
-        (K, h, w) float32, the share of each cell that lies in the ring, 0..1.
-    """
-    cell = boxes.new_tensor([size[1] / grid[1], size[0] / grid[0]])
-    reach = torch.maximum((boxes[:, 2:] - boxes[:, :2]) * margin, cell)
-    low, high = boxes[:, :2] - reach, boxes[:, 2:] + reach
-    if pictures is not None:
-        high = torch.minimum(high, pictures.flip(1).to(high.dtype))
-    outer = _coverage(torch.cat([low, high], dim=1), size, grid)
-    return outer.masked_fill_(_coverage(boxes, size, grid) > 0, 0.0)
-
-
-def _coverage(boxes: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    shares = []
-    for low, high, length, cells in (
-        (boxes[:, 1:2], boxes[:, 3:4], size[0], grid[0]),
-        (boxes[:, 0:1], boxes[:, 2:3], size[1], grid[1]),
-    ):
-        step = length / cells
-        edges = torch.arange(cells, device=boxes.device) * step
-        overlap = torch.minimum(high, edges + step) - torch.maximum(low, edges)
-        shares.append(overlap.clamp_(min=0) / step)
-    return shares[0][:, :, None] * shares[1][:, None, :]
-
-
 def _centres(length: int, like: Tensor) -> Tensor:
     return torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
 

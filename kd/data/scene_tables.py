@@ -9,8 +9,8 @@ from __future__ import annotations
 Weights = dict[str, float]
 
 FLOOR = 0.02  # weight of a class where it does not belong: nothing is impossible
-PULL = 2.0  # log odds that a companion adds at distance 0
-REACH = 15.0  # a companion's pull at distance d is PULL * exp(-d^2 / (2 REACH^2))
+PULL = 1.6  # log odds that a companion adds at distance 0
+REACH = 17.0  # a companion's pull at distance d is PULL * exp(-d^2 / (2 REACH^2))
 SIZE_SPREAD = 0.14  # standard deviation of log width and log height
 PLACE_SCALE = (0.9, 1.0, 1.1)  # things in front are larger
 

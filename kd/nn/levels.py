@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,33 @@ from kd.errors import UserError
 from kd.nn.freeze import freeze, freeze_batch_norm
 from kd.nn.trunk import Trunk, build_trunk
 
-Store = dict[int, tuple[Tensor, ...]]
+log = logging.getLogger(__name__)
+
+LIMIT_BYTES = 4 << 30  # of all that a process remembers
+_LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclass
+class _Store:
+    """What one trunk said: float16 maps (C, h, w) of each level by the picture's key."""
+
+    maps: dict[bytes, tuple[Tensor, ...]] = field(default_factory=dict)
+    held: int = 0  # bytes
+    full: bool = False
+
+    def keep(self, key: bytes, levels: tuple[Tensor, ...]) -> None:
+        """Remember a picture's maps, unless the process holds too much already."""
+        size = sum(level.numel() * level.element_size() for level in levels)
+        if sum(store.held for store in _STORES.values()) + size <= LIMIT_BYTES:
+            self.maps[key] = levels
+            self.held += size
+        elif not self.full:
+            self.full = True
+            log.info("remembered maps fill %.1f GiB: others are computed", LIMIT_BYTES / 2**30)
+
 
 # One store for each trunk's weights, so that the arms and seeds of a comparison share it.
-_STORES: dict[tuple[str, int], Store] = {}
-_LIMIT_BYTES = 4 << 30
+_STORES: dict[tuple[str, int], _Store] = {}
 
 
 class LevelledTrunk(nn.Module):
@@ -46,19 +71,24 @@ class LevelledTrunk(nn.Module):
 class RememberedTrunk(LevelledTrunk):
     """A trunk that does not learn, with its outputs kept in memory by the picture's content.
 
-    Pays where pictures come again unchanged: no augmentation, or only flips. The key is a sum of
-    64-bit products, exact in any order; two pictures share one by chance once in 2^64.
+    Pays where pictures come again unchanged: no augmentation, or only flips. Trunks of equal
+    weights share what they remember. Nothing inside can be tapped, since it seldom runs, and no
+    gradient reaches the pictures.
 
     Args:
         trunk: In evaluation mode for good; all its parameters must be frozen.
         levels: How many of its strides to give, coarsest last.
+
+    Raises:
+        UserError: The trunk learns.
     """
 
     def __init__(self, trunk: Trunk, levels: int = 1) -> None:
         super().__init__(trunk.eval(), levels)
-        assert not any(parameter.requires_grad for parameter in trunk.parameters())
-        self._store: Store | None = None
-        self._held = 0
+        if any(parameter.requires_grad for parameter in trunk.parameters()):
+            raise UserError(f"trunk {trunk.name}: remember needs frozen: all, but the trunk learns")
+        self._key = ""
+        self._keyed: list[tuple[int, int]] = []
 
     def train(self, mode: bool = True) -> RememberedTrunk:
         """The trunk itself stays in evaluation mode."""
@@ -68,43 +98,51 @@ class RememberedTrunk(LevelledTrunk):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """As `LevelledTrunk`; the maps pass through float16, seen before or not."""
-        if self._store is None:
-            self._store = _STORES.setdefault((weights_key(self.trunk), self.levels), {})
-        store, found = self._store, []
-        keys = picture_keys(images)
-        missing = [place for place, key in enumerate(keys) if key not in store]
-        if missing:
-            fresh = self.trunk.forward_levels(images[missing])[-self.levels :]
-            for number, place in enumerate(missing):
-                kept = tuple(level[number].to(torch.float16).cpu() for level in fresh)
-                if self._held < _LIMIT_BYTES:
-                    store[keys[place]] = kept
-                    self._held += sum(level.numel() * 2 for level in kept)
-                found.append((place, kept))
-        here = dict(found)
-        rows = [here[place] if place in here else store[key] for place, key in enumerate(keys)]
-        return [
-            torch.stack([row[level] for row in rows]).to(images.device).float()
-            for level in range(self.levels)
-        ]
+        """As `LevelledTrunk`, in float32; the maps pass through float16, seen before or not."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self._maps(images)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        store, keys = self._store(), picture_keys(images)
+        missing = {key: place for place, key in enumerate(keys) if key not in store.maps}
+        fresh: dict[bytes, tuple[Tensor, ...]] = {}
+        if missing or not keys:
+            levels = self._computed(images[list(missing.values())])
+            if not keys:
+                return [level.to(images.device).float() for level in levels]
+            for number, key in enumerate(missing):
+                fresh[key] = tuple(level[number].clone() for level in levels)
+                store.keep(key, fresh[key])
+        rows = [fresh[key] if key in fresh else store.maps[key] for key in keys]
+        return [torch.stack(level).to(images.device).float() for level in zip(*rows, strict=True)]
+
+    def _computed(self, images: Tensor) -> list[Tensor]:
+        """The trunk's maps in float16, on the CPU."""
+        levels = self.trunk.forward_levels(images.float())[-self.levels :]
+        return [level.clamp(-_LARGEST, _LARGEST).half().cpu() for level in levels]
+
+    def _store(self) -> _Store:
+        """The store of the weights as they are now: loading or averaging changes them in place."""
+        tensors = chain(self.trunk.parameters(), self.trunk.buffers())
+        keyed = [(id(tensor), tensor._version) for tensor in tensors]
+        if keyed != self._keyed:
+            self._key, self._keyed = weights_key(self.trunk), keyed
+        return _STORES.setdefault((self._key, self.levels), _Store())
 
 
-def picture_keys(images: Tensor) -> list[int]:
-    """A 64-bit number for each picture's content and size."""
-    bits = images.contiguous().view(torch.int32).flatten(1).long()
-    # Odd multipliers that differ from place to place, made by a counter: nothing to store.
-    places = torch.arange(bits.shape[1], device=bits.device)
-    factors = (places * -7046029254386353131) ^ (places * 0x2545F491 + images.shape[-1])
-    sums: list[int] = ((bits + 1) * (factors | 1)).sum(dim=1).tolist()
-    return sums
+def picture_keys(images: Tensor) -> list[bytes]:
+    """A hash of each picture's content and size; a fiftieth of a small trunk's time, on a CPU."""
+    pictures = images.detach().float().cpu().contiguous()
+    size = f"{tuple(pictures.shape[1:])}".encode()
+    contents = (size + one.numpy().tobytes() for one in pictures)
+    return [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
 
 
-def weights_key(trunk: nn.Module) -> str:
-    """A hash of a trunk's weights and kind."""
-    digest = hashlib.sha256(type(trunk).__name__.encode())
+def weights_key(trunk: Trunk) -> str:
+    """A hash of a trunk's kind, its layers' options (a kept stride is one) and its weights."""
+    digest = hashlib.blake2b(f"{trunk.name} {trunk}".encode(), digest_size=16)
     for name, tensor in sorted(trunk.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -128,7 +166,7 @@ def build_levels(
         stride: Keep the trunk's output at this stride at most.
         frozen: "all", or the path of the last step that does not learn.
         batch_norm_frozen: Keep all batch norms at their stored statistics.
-        remember: Keep outputs in memory; needs `frozen: all` and `batch_norm_frozen`.
+        remember: Keep outputs in memory; needs `frozen: all`.
 
     Raises:
         UserError: A trunk that cannot be built, or `remember` for one that learns.
@@ -138,8 +176,4 @@ def build_levels(
         freeze(trunk, None if frozen == "all" else frozen)
     if batch_norm_frozen:
         freeze_batch_norm(trunk)
-    if not remember:
-        return LevelledTrunk(trunk, levels)
-    if frozen != "all":
-        raise UserError(f"trunk {name}: remember needs frozen: all, it is {frozen!r}")
-    return RememberedTrunk(trunk, levels)
+    return RememberedTrunk(trunk, levels) if remember else LevelledTrunk(trunk, levels)

@@ -100,27 +100,6 @@ def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     return down[:, :, None] * across[:, None, :]
 
 
-def ring_weights(boxes: Tensor, grid: tuple[int, int], stride: int, *, margin: float) -> Tensor:
-    """A ring around each box, the box itself left out.
-
-    Args:
-        boxes: (K, 4) xyxy pixels.
-        grid: Height and width of the feature map.
-        stride: Pixels per place.
-        margin: Thickness of the ring as a share of the box's width and height.
-
-    Returns:
-        Share of each place's area inside the ring, (K, h, w).
-    """
-    outer = coverage(expand_boxes(boxes, margin), grid, stride)
-    return (outer - coverage(boxes, grid, stride)).clamp(min=0.0)
-
-
-def outside_weights(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """The whole scene but for each box: share of each place's area outside it, (K, h, w)."""
-    return 1.0 - coverage(boxes, grid, stride)
-
-
 def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
     """Boxes (K, 4) grown on each side by a share of their width and height; may leave the image."""
     x1, y1, x2, y2 = boxes.unbind(dim=1)
@@ -175,13 +154,6 @@ def mask_boxes(mask: Tensor) -> Tensor:
     x1, x2 = _extent((mask > 0).any(dim=1))
     y1, y2 = _extent((mask > 0).any(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
-
-
-def mask_coverage(mask: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """The share of each place's area that a mask (K, H, W) covers, (K, h, w)."""
-    height, width = mask.shape[1:]
-    fitted = F.pad(mask.float(), (0, grid[1] * stride - width, 0, grid[0] * stride - height))
-    return F.avg_pool2d(fitted[:, None], stride).squeeze(1)
 
 
 def _shares(low: Tensor, high: Tensor, count: int) -> Tensor:

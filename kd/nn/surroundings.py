@@ -72,6 +72,7 @@ class Surroundings(nn.Module):
         """
         ends = extents[image_of].to(boxes.dtype)  # (K, 2)
         picture = torch.cat([torch.zeros_like(ends), ends], dim=1)
+        boxes = torch.minimum(boxes, ends.repeat(1, 2)).clamp(min=0.0)
         rings = [self._grown(boxes, margin, ends) for margin in self.margins]
         pooled = []
         for features, stride in zip(maps, self.strides, strict=True):
@@ -81,11 +82,13 @@ class Surroundings(nn.Module):
             weights = [(coverage(ring, grid, stride) - box).clamp(min=0.0) for ring in rings]
             weights += [(whole - box).clamp(min=0.0)] if self.scene else []
             weights += [box] if self.inside else []
-            # A ring that lies outside the picture falls back to the picture.
-            bags = torch.cat([weight + 1e-6 * whole for weight in weights])
+            # Around a box over the whole picture there is nothing: it falls back to the picture,
+            # with a weight that is lost in rounding anywhere else.
+            bags = torch.cat([weight + 1e-12 * whole for weight in weights])
             rows = masked_pool(features, bags, image_of.repeat(len(weights)))
-            pooled.append(rows.view(len(weights), len(boxes), -1).transpose(0, 1).flatten(1))
-        read = standardised(self.norm, torch.cat(pooled, dim=1).float()) * self.scale
+            by_bag = rows.unflatten(0, (len(weights), len(boxes)))
+            pooled.append(by_bag.transpose(0, 1).flatten(1))
+        read = standardised(self.norm, torch.cat(pooled, dim=1)) * self.scale
         if self.geometry:
             read = torch.cat([read, self._geometry(boxes, ends)], dim=1)
         return read
@@ -118,12 +121,25 @@ def picture_extents(images: Tensor) -> Tensor:
 
 
 def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
-    """Rows (K, C) at mean 0 and deviation 1; in training by the batch's, kept within 8 deviations.
+    """Rows at mean 0 and deviation 1, kept within 8 deviations.
 
-    Fewer than two rows have no deviation: they take the running one, as in evaluation.
+    In training by the batch's own statistics, which the running ones follow. Fewer than two rows
+    have no deviation: they take the running ones, as in evaluation, and leave them as they are.
+    The running statistics are buffers: an averaged copy of the model averages them, and of several
+    processes each trains on its own batch's and evaluates on rank 0's.
+
+    Args:
+        norm: Without weights of its own.
+        rows: (K, C), in any type.
+
+    Returns:
+        (K, C) in the statistics' type, whatever autocast made of the rows.
     """
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    rows = rows.to(mean.dtype)
     if norm.training and len(rows) < 2:
-        rows = nn.functional.batch_norm(rows, norm.running_mean, norm.running_var, eps=norm.eps)
+        rows = nn.functional.batch_norm(rows, mean, variance, eps=norm.eps)
     else:
         rows = norm(rows)
     return rows.clamp(-8.0, 8.0)

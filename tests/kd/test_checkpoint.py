@@ -60,7 +60,7 @@ def test_random_streams_go_on_where_they_were(tmp_path: Path) -> None:
         return [
             random.gauss(0, 1),  # draws two and keeps one: the kept one is state as well
             random.random(),
-            float(np.random.standard_normal()),  # noqa: NPY002
+            float(np.random.standard_normal()),
             float(torch.randn(())),
             float(torch.nn.functional.dropout(torch.ones(8), 0.5).sum()),
         ]

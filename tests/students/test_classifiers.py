@@ -35,7 +35,7 @@ def scenes(height: int = 79, width: int = 97) -> Tensor:
     return torch.randn(2, 3, height, width)
 
 
-def student(name: str = QUICK, **options: object) -> SceneClassifier:
+def student(name: str = QUICK, /, **options: object) -> SceneClassifier:
     built = build_student(name, num_classes=CLASSES, **options)  # type: ignore[arg-type]
     return built
 
@@ -135,6 +135,8 @@ def test_each_object_is_judged_by_itself(view: str) -> None:
 
 def test_the_crop_view_sees_the_object_in_its_crop_alone() -> None:
     model = student(view="crop", crop_size=64, margin=0.0).eval()
+    for norm in (model.seen, model.context.around.norm):  # type: ignore[union-attr]
+        norm.running_var.fill_(1e-6)  # type: ignore[union-attr]  # a random trunk says little
     images = scenes()
     changed = images.clone()
     changed[0, :, 60:, 50:] += 3  # far from the first object
@@ -169,8 +171,9 @@ def test_the_strength_is_learned_where_asked_for() -> None:
     fixed.load_state_dict(learned.state_dict())  # one layout of files for both
 
 
-def test_a_frozen_trunk_does_not_change() -> None:
-    model = student(frozen="all", hidden=8, dropout=0.1).train()
+@pytest.mark.parametrize("remember", [False, True])
+def test_a_frozen_trunk_does_not_change(remember: bool) -> None:
+    model = student(frozen="all", hidden=8, dropout=0.1, remember=remember).train()
     before = {path: value.clone() for path, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(scenes(), ROIS)["logits"].square().sum().backward()
@@ -179,14 +182,38 @@ def test_a_frozen_trunk_does_not_change() -> None:
     assert changed and not any(path.startswith("trunk") for path in changed)
 
 
-def test_autocast_keeps_logits_in_full_precision() -> None:
-    model = student().eval()
-    with torch.no_grad():
-        exact = model(scenes(), ROIS)["logits"]
-    torch.manual_seed(20)
+@pytest.mark.parametrize("view", ["region", "crop"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_keeps_logits_in_full_precision(view: str, training: bool) -> None:
+    model = student(view=view, crop_size=64).train(training)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         logits = model(scenes(), ROIS)["logits"]
-    assert logits.dtype == exact.dtype == torch.float32 and logits.isfinite().all()
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("view", ["region", "crop"])
+def test_a_remembering_student_agrees_with_one_that_computes(view: str) -> None:
+    options: dict[str, object] = {"view": view, "crop_size": 64, "frozen": "all", "levels": 2}
+    torch.manual_seed(4)
+    computes = student(**options).eval()
+    torch.manual_seed(4)
+    remembers = student(**options, remember=True).eval()
+    images = scenes()
+    with torch.no_grad():
+        expected = computes(images, ROIS)["logits"]
+        for _ in range(2):
+            found = remembers(images, ROIS)["logits"]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert remembers(images, ROIS[:0])["logits"].shape == (0, CLASSES)
+
+
+def test_one_object_does_not_move_the_statistics() -> None:
+    model = student(context=False).train()
+    before = {path: value.clone() for path, value in model.seen.state_dict().items()}
+    model(scenes(), ROIS[:1])
+    assert all(torch.equal(v, before[p]) for p, v in model.seen.state_dict().items())
+    model(scenes(), ROIS)
+    assert model.seen.num_batches_tracked == 1
 
 
 @pytest.mark.slow
@@ -208,6 +235,9 @@ def test_a_student_compiles_in_one_graph() -> None:
         ({"region_size": 0}, "region_size must be at least 1, got 0"),
         ({"upscale": 0}, "upscale must be at least 1"),
         ({"ring_margin": 0.0}, "ring_margin above 0"),
+        ({"min_ring": -1.0}, "min_ring must be at least 0, got -1.0"),
+        ({"levels": 0}, "levels must be in 1..5, got 0"),
+        ({"remember": True}, "remember needs frozen: all"),
         ({"stride": 5}, "stride must be one of"),
         ({"weights": "nowhere.pth"}, "weights file nowhere.pth does not exist"),
     ],

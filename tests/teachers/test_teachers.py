@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.features import FeatureTaps
+from kd.nn.surroundings import BLACK
 from teachers import TEACHERS
 
 # Small ones: options, a layer to tap and its channels.
 SMALL: dict[str, tuple[dict[str, object], str, int]] = {
     "unet": ({"width": 4, "depth": 2}, "bottleneck", 16),
-    "cnn": ({"width": 4, "downs": 3, "hidden": 8}, "features", 32),
+    "cnn": ({"width": 4, "downs": 3, "hidden": 8}, "features.3", 32),
     "trunk": ({"name": "shufflenet_v2_x0_5", "margins": [0.5, 1.5]}, "trunk.trunk", 1024),
 }
 CLASSES = 5
@@ -87,10 +88,12 @@ def test_a_teachers_named_layer_can_be_tapped(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_takes_no_objects_and_bfloat16(name: str) -> None:
-    model = make(name).eval()
-    assert len(model(torch.zeros(0, 4, 32, 32))) == 0
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        assert model(hidden_scene(1, 32, 32)).isfinite().all()
+    model = make(name)
+    for mode in (False, True):
+        assert len(model.train(mode)(torch.zeros(0, 4, 32, 32))) == 0
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            assert model(hidden_scene(2, 48, 48)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -129,18 +132,41 @@ def test_the_unet_starts_at_the_log_odds_of_its_prior() -> None:
 
 
 def test_the_cnn_has_a_relu_between_its_dense_layers() -> None:
-    layers = [type(module) for module in make("cnn").get_submodule("head")]
+    layers = [type(module) for module in make("cnn").get_submodule("head").children()]
     between = layers[layers.index(nn.Linear) + 1 :]
     assert between.index(nn.ReLU) < between.index(nn.Linear)
 
 
 def test_the_trunk_teacher_reads_around_the_mask_not_the_mask_alone() -> None:
-    model = make("trunk", geometry=False, dropout=0.0).eval()
-    scene = hidden_scene(1, 96, 96)
+    model = make("trunk", geometry=False, dropout=0.0).train()
+    scene = hidden_scene(4, 96, 96)
     elsewhere = scene.clone()
-    elsewhere[:, :3, 80:, 80:] += 3
+    elsewhere[1, :3, 80:, 80:] += 3
+    with torch.no_grad():  # in training: a new teacher's running statistics fit no trunk yet
+        assert not torch.allclose(model(scene)[1], model(elsewhere)[1], rtol=0.01)
+
+
+def test_the_trunk_teacher_does_not_read_the_padding() -> None:
+    scene = hidden_scene(2, 96, 96)
+    black = torch.tensor(BLACK).view(3, 1, 1)
+    scene[:, :3, 64:] = black
+    scene[:, :3, :, 80:] = black
+    model = make("trunk", name="squeezenet1_1", dropout=0.0).eval()
+    nn.init.normal_(model.get_parameter("head.1.weight"))
+    kept: list[Tensor] = []
+
+    def spoil(module: nn.Module, inputs: object, maps: list[Tensor]) -> list[Tensor]:
+        kept.extend(maps)
+        spoilt = maps[0].clone()
+        spoilt[:, :, 4:] = 9.0
+        spoilt[:, :, :, 5:] = -9.0
+        return [spoilt]
+
     with torch.no_grad():
-        assert not torch.allclose(model(scene), model(elsewhere))
+        before = model(scene)
+        model.get_submodule("trunk").register_forward_hook(spoil)
+        torch.testing.assert_close(model(scene), before)
+    assert kept[0].shape[2:] == (5, 5)
 
 
 def test_the_trunk_teacher_takes_a_mask_of_any_shape_or_none() -> None:
@@ -156,20 +182,42 @@ def test_the_trunk_teacher_takes_a_mask_of_any_shape_or_none() -> None:
 def test_the_trunk_teacher_can_be_frozen_up_to_a_step() -> None:
     model = make("trunk", frozen="all", hidden=8)
     learning = {path.split(".")[0] for path, p in model.named_parameters() if p.requires_grad}
-    assert learning == {"norm", "head"}
+    assert learning == {"head"}
     before = {path: value.clone() for path, value in model.state_dict().items()}
     model.train()(hidden_scene(2, 64, 64)).sum().backward()
-    for path, value in model.state_dict().items():
-        assert torch.equal(value, before[path]), path
+    changed = {p for p, value in model.state_dict().items() if not torch.equal(value, before[p])}
+    # No weight, but the statistics that the head standardises its input by.
+    assert changed == {f"around.norm.{n}" for n in ("running_mean", "running_var")} | {
+        "around.norm.num_batches_tracked"
+    }
     partly = make("trunk", frozen="stage2", batch_norm_frozen=True)
-    assert partly.get_parameter("trunk.stage3.0.branch2.0.weight").requires_grad
+    assert partly.get_parameter("trunk.trunk.stage3.0.branch2.0.weight").requires_grad
 
 
-def test_upscaling_gives_the_trunk_teacher_a_finer_grid() -> None:
-    model = make("trunk", upscale=2).eval()
-    taps = FeatureTaps(model, ["trunk"])
+def test_a_kept_stride_gives_the_trunk_teacher_a_finer_grid() -> None:
+    model = make("trunk", name="resnet18", stride=16).eval()
+    taps = FeatureTaps(model, ["trunk.trunk"])
     model(hidden_scene(1, 64, 64))
-    assert taps.collect()["trunk"].shape[2:] == (4, 4)
+    assert taps.collect()["trunk.trunk"].shape[2:] == (4, 4)
+
+
+def test_the_trunk_teacher_reads_several_strides() -> None:
+    one, two = (make("trunk", name="resnet18", levels=levels, hidden=3) for levels in (1, 2))
+    assert one.get_parameter("head.1.weight").shape[1] == 4 * 512 + 8
+    assert two.get_parameter("head.1.weight").shape[1] == 4 * (256 + 512) + 8
+    assert two.train()(hidden_scene(3, 64, 64)).isfinite().all()
+
+
+def test_a_remembering_trunk_teacher_agrees_with_one_that_computes() -> None:
+    torch.manual_seed(4)
+    computes = make("trunk", frozen="all", levels=2).eval()
+    torch.manual_seed(4)
+    remembers = make("trunk", frozen="all", levels=2, remember=True).eval()
+    scene = hidden_scene(3, 64, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(remembers(scene), computes(scene), rtol=1e-3, atol=1e-4)
+    remembers.load_state_dict(computes.state_dict())  # one layout of files for both
 
 
 @pytest.mark.parametrize(
@@ -182,7 +230,10 @@ def test_upscaling_gives_the_trunk_teacher_a_finer_grid() -> None:
         ("cnn", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ("trunk", {"margins": [-1.0]}, "margins must be above 0"),
         ("trunk", {"margins": [], "scene": False}, "at least one margin, or the scene"),
-        ("trunk", {"upscale": 0}, "upscale at least 1"),
+        ("trunk", {"min_ring": -1.0}, "min_ring 0 or above"),
+        ("trunk", {"levels": 9}, "levels must be in 1..5, got 9"),
+        ("trunk", {"remember": True}, "remember needs frozen: all"),
+        ("trunk", {"remember": True, "frozen": "stage2"}, "remember needs frozen: all"),
         ("trunk", {"name": "resnet17"}, "unknown torchvision classifier"),
         ("trunk", {"frozen": "stage9"}, "has no step 'stage9'"),
     ],

@@ -19,7 +19,6 @@ from kd.data.hide import (
     hide_share,
     normalise,
     regions_of,
-    rings,
     shrink_masks,
     valid_pixels,
 )
@@ -137,7 +136,6 @@ def test_nothing_to_hide_gives_an_empty_batch() -> None:
     regions = hidden_regions(torch.zeros(0, 4), SIZE)
     assert hide(torch.zeros(2, 3, *SIZE), none, regions).shape == (0, 4, *SIZE)
     assert not class_maps(torch.zeros(0, 4), none, none, 2, 3, SIZE).any()
-    assert rings(torch.zeros(0, 4), SIZE, (3, 4)).shape == (0, 3, 4)
     assert shrink_masks(regions, torch.zeros(0, 4), torch.zeros(0)).shape == (0, *SIZE)
 
 
@@ -194,35 +192,6 @@ def test_valid_pixels_are_those_of_the_picture() -> None:
     assert valid.flatten(1).sum(1).tolist() == [15, 8]
 
 
-def test_a_ring_leaves_out_every_cell_that_the_box_touches() -> None:
-    boxes = torch.tensor([[33.0, 40.0, 60.0, 50.0]])
-    ring = rings(boxes, (128, 128), (8, 8), margin=0.1)[0]  # cells of 16 pixels
-    assert not ring[2:4, 2:4].any()
-    assert ring[2, 1] == 15 / 16  # from 33 - 16 = 17 to 32
-    assert ring[2, 4] == 12 / 16  # from 64 to 60 + 16 = 76
-    assert ring[1, 2] == pytest.approx(8 / 16)  # from 40 - 16 = 24 to 32
-    assert not ring[0].any()
-    assert not ring[:, 6:].any()
-
-
-def test_a_wider_margin_reaches_further() -> None:
-    boxes = torch.tensor([[64.0, 64.0, 128.0, 128.0]])
-    near, far = (rings(boxes, (256, 256), (16, 16), margin=margin)[0] for margin in (0.25, 0.5))
-    assert int((near > 0).sum()) == 6 * 6 - 16
-    assert int((far > 0).sum()) == 8 * 8 - 16
-
-
-def test_a_ring_stops_at_the_padding() -> None:
-    boxes = torch.tensor([[32.0, 32.0, 64.0, 64.0]])
-    ring = rings(boxes, (128, 128), (8, 8), margin=2.0, pictures=torch.tensor([[72, 128]]))[0]
-    assert ring[4].tolist() == [0.5] * 8
-    assert not ring[5:].any()
-
-
-def test_a_box_over_everything_has_an_empty_ring() -> None:
-    assert not rings(torch.tensor([[0.0, 0.0, 16.0, 12.0]]), SIZE, (3, 4)).any()
-
-
 def test_regions_of_a_batch_follow_its_shape_and_share() -> None:
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [4.0, 2.0, 12.0, 10.0]])
     batch = {
@@ -250,7 +219,4 @@ def test_drawing_on_a_gpu_gives_the_same() -> None:
     assert torch.equal(drawn.cpu(), class_maps(boxes, labels, image_of, 4, 5, (64, 64)))
     assert torch.equal(
         hidden_regions(boxes.cuda(), (64, 64)).cpu(), hidden_regions(boxes, (64, 64))
-    )
-    torch.testing.assert_close(
-        rings(boxes.cuda(), (64, 64), (8, 8)).cpu(), rings(boxes, (64, 64), (8, 8))
     )

@@ -11,10 +11,7 @@ from kd.nn.regions import (
     crop_regions,
     expand_boxes,
     mask_boxes,
-    mask_coverage,
     masked_pool,
-    outside_weights,
-    ring_weights,
     roi_features,
 )
 
@@ -36,16 +33,6 @@ def test_coverage_agrees_with_counted_pixels() -> None:
         pixels[y1:y2, x1:x2] = 1
         counted = pixels.view(3, 8, 4, 8).mean(dim=(1, 3))
         torch.testing.assert_close(share, counted)
-        torch.testing.assert_close(mask_coverage(pixels[None], grid, stride)[0], counted)
-
-
-def test_ring_and_outside_leave_the_object_out() -> None:
-    boxes = torch.tensor([[16.0, 16.0, 32.0, 32.0]])
-    ring = ring_weights(boxes, (6, 6), 8, margin=0.5)[0]
-    assert ring[2:4, 2:4].eq(0).all()
-    assert ring[1:5, 1:5].sum() == 12 and ring.sum() == 12
-    outside = outside_weights(boxes, (6, 6), 8)[0]
-    assert outside[2:4, 2:4].eq(0).all() and outside.sum() == 32
 
 
 def test_masked_pool_agrees_with_a_loop() -> None:

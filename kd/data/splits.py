@@ -1,0 +1,33 @@
+"""Parts of a data set drawn by image id, whatever the order of the file."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.data.coco import CocoIndex
+
+
+def labelled_images(index: CocoIndex, share: float, seed: int) -> NDArray[np.int64] | None:
+    """Ids of the images whose labels a student may see; None = all.
+
+    Drawn by (seed, image id), so that the choice does not depend on the order of the file.
+    """
+    if share >= 1.0:
+        return None
+    places = np.array([_hash_to_unit(f"labelled/{seed}/{i}") for i in index.image_ids.tolist()])
+    count = max(1, round(share * len(places)))
+    return np.asarray(index.image_ids[np.argsort(places, kind="stable")[:count]], dtype=np.int64)
+
+
+def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+    """The fold of each image, a function of its id alone."""
+    places = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
+    return np.minimum((np.array(places) * folds).astype(np.int64), folds - 1)
+
+
+def _hash_to_unit(text: str) -> float:
+    digest = hashlib.sha256(text.encode()).digest()
+    return float(int.from_bytes(digest[:7], "big")) / float(1 << 56)

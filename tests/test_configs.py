@@ -1,0 +1,137 @@
+"""Every recipe in configs/ loads and builds, for every data set that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from kd.build import build_student, build_task, build_teacher, build_terms
+from kd.config import DistillRecipe, Model, TeacherRecipe
+from kd.config_reader import (
+    CONFIGS,
+    data_config,
+    find_config,
+    known_configs,
+    load_recipe,
+    read_yaml,
+)
+from kd.data.transforms import build_augment
+from kd.errors import UserError
+from kd.optim import make_optimizer, make_schedule
+from kd.tasks.base import Task
+
+CLASSES = {"scenes": 12}  # COCO's 80 elsewhere
+
+
+def pairs(kind: str) -> list[tuple[str, str]]:
+    """Each recipe with its own data set and with each that it has a variant for."""
+    found: list[tuple[str, str]] = []
+    for name in known_configs(kind):
+        content = read_yaml(find_config(kind, name))
+        own = content.get("data", "scenes")
+        own = own["name"] if isinstance(own, dict) else own
+        found += [(name, data) for data in sorted({own, *content.get("per_data", {})})]
+    return found
+
+
+def offline(model: Model) -> Model:
+    """The model with random weights where it would fetch some."""
+    options = dict(model.options)
+    if "weights" in options:
+        options["weights"] = None
+    return model.model_copy(update={"options": options})
+
+
+def check_training(recipe: TeacherRecipe | DistillRecipe, model: nn.Module) -> None:
+    optimizer = make_optimizer(model, **recipe.train.optimizer.model_dump())
+    make_schedule(optimizer, 100, **recipe.train.schedule.model_dump())
+    if recipe.data.augment is not None:
+        build_augment(recipe.data.augment)
+
+
+def batch_of(size: int) -> dict[str, torch.Tensor]:
+    size = min(size, 96)
+    return {
+        "images": torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8),
+        "sizes": torch.tensor([[size, size]]),
+        "boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0], [20.0, 8.0, 44.0, 50.0]]),
+        "labels": torch.tensor([0, 1]),
+        "image_of": torch.tensor([0, 0]),
+        "object_ids": torch.tensor([1, 2]),
+        "shares": torch.tensor([0.1, 0.1]),
+        "usable": torch.tensor([True, True]),
+        "hidden": torch.tensor([0, 1]),
+        "hide_share": torch.ones(2),
+    }
+
+
+def check_one_batch(task: Task, model: nn.Module, weights: dict[str, float], size: int) -> None:
+    """The model takes the task's inputs, and each of the task's losses has a weight."""
+    batch = batch_of(size)
+    output: Any = model.eval()(*task.inputs(batch))
+    output = {"logits": output} if isinstance(output, torch.Tensor) else output
+    assert task.losses(output, batch).keys() == weights.keys()
+    assert task.decode(output, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("name", known_configs("data"))
+def test_every_data_set_loads(name: str) -> None:
+    assert data_config(name).name == name
+
+
+@pytest.mark.parametrize(("name", "data"), pairs("teacher"))
+def test_every_teacher_recipe_builds(name: str, data: str) -> None:
+    recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
+    classes = CLASSES.get(data, 80)
+    model = build_teacher(offline(recipe.teacher), classes)
+    task = build_task(recipe.task, recipe.data, classes, np.full(classes, 1 / classes))
+    check_training(recipe, model)
+    check_one_batch(task, model, recipe.task.weights, recipe.data.size)
+
+
+@pytest.mark.parametrize(("name", "data"), pairs("distill"))
+def test_every_distill_recipe_builds(name: str, data: str) -> None:
+    recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
+    classes = CLASSES.get(data, 80)
+    task = build_task(recipe.task, recipe.data, classes)
+    for context in (True, False):
+        model = build_student(
+            offline(recipe.student), np.full(classes, 1 / classes), context=context
+        )
+        check_one_batch(task, model, recipe.task.weights, recipe.data.size)
+        if context:
+            check_training(recipe, model)
+    assert {term.name for term in build_terms(recipe.losses)} == {t.name for t in recipe.losses}
+
+
+@pytest.mark.xfail(
+    raises=UserError, reason="a bare student has no context head to scale the rate of"
+)
+def test_the_bare_arm_of_a_recipe_that_scales_the_context_heads_rate_builds() -> None:
+    recipe = load_recipe(DistillRecipe, find_config("distill", "mobilenet_v2"))
+    assert "bare" in recipe.arms
+    model = build_student(offline(recipe.student), np.full(80, 1 / 80), context=False)
+    check_training(recipe, model)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "distill"])
+def test_every_recipe_tells_editors_its_schema(kind: str) -> None:
+    for name in known_configs(kind):
+        path = find_config(kind, name)
+        first = path.read_text().splitlines()[0]
+        word, _, target = first.partition("$schema=")
+        assert word == "# yaml-language-server: ", path
+        assert (path.parent / target).resolve() == CONFIGS / "schema" / f"{kind}.json"
+
+
+def test_there_is_nothing_else_in_configs() -> None:
+    known = {"data", "distill", "schema", "teacher"}
+    assert {path.name for path in CONFIGS.iterdir()} <= known
+    for path in Path(CONFIGS).rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict)

@@ -1,0 +1,337 @@
+"""Two processes over gloo: the gradients, metrics and tables of one process with the whole batch.
+
+The ranks are forked from this process, which has paid for the imports; one test starts them with
+torchrun as a user does.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+from kd import distill
+from kd.adapted import AdaptedStudent
+from kd.build import make_accelerator, make_dataset, make_loader, open_data
+from kd.config import Data, Generate, Optimizer, Schedule, Split, Train
+from kd.engine import evaluate, to_device, train_step
+from kd.launch import open_run, start_training
+from kd.metrics.top_n import TopN
+from kd.nn.regions import roi_features
+from kd.objective import build_term
+from kd.report.runs import read_distill, read_scalars
+from kd.soft_targets import LiveTeacher
+from kd.tasks.classification import Classification
+from kd.tasks.context import Context
+from kd.training import Objective, Training
+from teachers.cnn import cnn
+
+ROOT = Path(__file__).resolve().parent.parent
+# SGD: Adam's first steps have the size of the rate whatever the gradient's, rounding's included.
+STUDENT = [
+    text
+    for setting in (
+        "student={name: shufflenet_v2_x0_5, options: {stride: 16, batch_norm_frozen: true}}",
+        "train.optimizer={name: sgd, lr: 0.01}",
+        "data.repeat_labelled=1",
+        "train.epochs=1",
+        "train.batch_size=8",
+        "train.pictures=0",
+        "seeds=[0]",
+        "data.labelled=0.5",
+        "arms=[plain, distilled, bare]",
+    )
+    for text in ("--set", setting)
+]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _as_rank(rank: int, world: int, port: int, function: Callable[[], None], log: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    # What a fork inherits of accelerate knows one process.
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    try:
+        function()
+    except BaseException:
+        log.write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def in_two_processes(function: Callable[[], None], folder: Path) -> list[int]:
+    """Run a function as rank 0 and rank 1; their exit codes."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    logs = [folder / f"rank{rank}.txt" for rank in (0, 1)]
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, 2, port, function, log))
+        for rank, log in enumerate(logs)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=90)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    for log in logs:
+        if log.is_file():
+            print(log.read_text())  # pytest shows it where the test fails
+    return [process.exitcode or 0 for process in ranks]
+
+
+def _section(root: Path) -> Data:
+    return Data(
+        root=str(root),
+        train=Split(annotations="annotations/instances_train.json", images="train"),
+        val=Split(annotations="annotations/instances_val.json", images="val"),
+        generate=Generate(train=24, val=8),
+        size=32,
+        min_share=0.0,
+        max_share=1.0,
+        workers=0,
+    )
+
+
+class NormFree(nn.Module):
+    """A student without batch norm, whose statistics would be each rank's own."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU())
+        self.appearance = nn.Linear(8, num_classes)
+        self.context = nn.Linear(8, num_classes)
+
+    def forward(self, images: torch.Tensor, rois: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Classify objects in their scenes."""
+        features = self.trunk(images)
+        appearance = self.appearance(roi_features(features, rois, 4).flatten(1))
+        context = self.context(features.mean(dim=(2, 3))[rois[:, 0].long()])
+        return {"logits": appearance + context, "appearance": appearance, "context": context}
+
+
+def _steps(root: Path, out: Path, *, accumulate: int) -> None:
+    """Two steps with all kinds of terms, on whole batches of 8; the weights go to a file."""
+    accelerator = make_accelerator("fp32")
+    data = open_data(_section(root))
+    dataset = make_dataset(
+        data, "train", train=True, labelled=data.train.image_ids[::3], seed=1, epochs=1
+    )
+    loader = make_loader(dataset, accelerator, batch_size=8 // accumulate, workers=0, train=True)
+    torch.manual_seed(4)
+    teacher = cnn(data.num_classes, width=4, downs=3, hidden=8)
+    student = NormFree(data.num_classes)
+    live = LiveTeacher(teacher, Context(num_classes=data.num_classes), ["features.3"])
+    terms = [
+        build_term("context_logits", weight=1.0),
+        build_term("context_features", weight=1.0, student="trunk", teacher="features.3"),
+        build_term("pair_wise", weight=1.0, student="trunk", teacher="features.3"),
+    ]
+    model = AdaptedStudent(
+        student,
+        ["trunk"],
+        {"trunk": nn.Conv2d(8, 32, 3, stride=2, padding=1)},
+    )
+    train = Train(
+        optimizer=Optimizer(name="sgd", lr=0.01, momentum=0.0, weight_decay=0.0),
+        schedule=Schedule(name="constant", warmup=0.0),
+        clip_norm=1.0,
+    )
+    training = start_training(accelerator, model, train, 2)
+    objective = Objective(
+        Classification(num_classes=data.num_classes), {"cross_entropy": 1.0}, terms, live
+    )
+    loader.set_epoch(0)
+    batches = [to_device(b, accelerator.device, channels_last=True) for b in loader]
+    for step in range(2):
+        group = batches[step * accumulate : (step + 1) * accumulate]
+        assert not teacher.training
+        train_step(training, group, objective, objective.weights_at(0.0))
+    if accelerator.is_main_process:
+        torch.save(training.bare.state_dict(), out)
+    accelerator.wait_for_everyone()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(
+    accumulate: int, small_scenes: Path, tmp_path: Path
+) -> None:
+    _steps(small_scenes, tmp_path / "one.pt", accumulate=1)
+    two = functools.partial(_steps, small_scenes, tmp_path / "two.pt", accumulate=accumulate)
+    assert in_two_processes(two, tmp_path) == [0, 0]
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    both = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert any(name.startswith("adapters.") for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Counted(nn.Module):
+    """Batch norm whose statistics differ between the ranks before an evaluation."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images: torch.Tensor, rois: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Classify by an image's mean colour."""
+        return {"logits": self.head(self.norm(images).mean(dim=(2, 3))[rois[:, 0].long()])}
+
+
+def _evaluate(root: Path, out: Path) -> None:
+    accelerator = make_accelerator("fp32")
+    data = open_data(_section(root))
+    torch.manual_seed(1)
+    model = AdaptedStudent(Counted(data.num_classes))
+    norm = model.get_submodule("student.norm")
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    norm.running_mean += accelerator.process_index
+    metric = TopN(data.num_classes)
+    loader = make_loader(
+        make_dataset(data, "val", train=False), accelerator, batch_size=5, workers=0
+    )
+    evaluate(model, Classification(num_classes=data.num_classes), loader, metric, accelerator)
+    metric.save_predictions(out / f"{accelerator.num_processes}-{accelerator.process_index}.npz")
+    accelerator.wait_for_everyone()
+
+
+def test_two_ranks_measure_what_one_does(small_scenes: Path, tmp_path: Path) -> None:
+    _evaluate(small_scenes, tmp_path)
+    assert in_two_processes(functools.partial(_evaluate, small_scenes, tmp_path), tmp_path) == [
+        0,
+        0,
+    ]
+    with (
+        np.load(tmp_path / "1-0.npz") as one,
+        np.load(tmp_path / "2-0.npz") as first,
+        np.load(tmp_path / "2-1.npz") as second,
+    ):
+        for name in one.files:
+            assert np.allclose(one[name], first[name], atol=1e-6), name
+            assert np.array_equal(first[name], second[name]), name
+
+
+def _same_table(one: Path, two: Path) -> None:
+    """The tables agree but for what batch norm makes of a rank's own objects."""
+    ours, theirs = read_distill(one), read_distill(two)
+    assert list(ours.arms) == list(theirs.arms) == ["plain", "distilled", "bare"]
+    for arm, runs in ours.arms.items():
+        for run, other in zip(runs, theirs.arms[arm], strict=True):
+            assert np.array_equal(run.records["object_ids"], other.records["object_ids"])
+            difference = np.abs(run.records["log_probs"] - other.records["log_probs"]).max()
+            assert difference < 0.05, arm
+            for name in ("nll", "area"):
+                assert run.summary[name] == pytest.approx(other.summary[name], abs=5e-3)
+            mine, its = (read_scalars(one.folder)["loss/total"] for one in (run, other))
+            assert np.allclose(mine, its, rtol=1e-2)
+
+
+def _distill(flags: list[str]) -> None:
+    assert distill.main(flags) == 0
+
+
+@pytest.fixture(scope="module")
+def alone(
+    small_data: list[str], small_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """The flags of a distillation and its folder, made by one process."""
+    flags = ["--student", "resnet18", "--teacher", str(small_teacher), *small_data, *STUDENT]
+    out = tmp_path_factory.mktemp("alone") / "run"
+    _distill([*flags, "--out", str(out)])
+    return flags, out
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_table_of_one_process(
+    alone: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    flags, one = alone
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", str(free_port()), "-m", "kd.distill",
+               *flags, "--out", str(out)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("distilled - plain") == 1
+    _same_table(one, out)
+
+
+def _refused(out: Path) -> None:
+    accelerator = make_accelerator("fp32")
+    try:
+        open_run(accelerator, out, {"a": 2}, resume=True)
+    except ValueError as error:
+        (out / f"said{accelerator.process_index}").write_text(str(error))
+    open_run(accelerator, out / "new", {"a": 1}, resume=False)
+    accelerator.wait_for_everyone()
+
+
+def test_a_run_folder_of_another_config_is_refused_on_every_rank(tmp_path: Path) -> None:
+    accelerator = make_accelerator("fp32")
+    open_run(accelerator, tmp_path, {"a": 1}, resume=False)
+    (tmp_path / "metrics.jsonl").touch()
+    assert in_two_processes(functools.partial(_refused, tmp_path), tmp_path) == [0, 0]
+    for rank in (0, 1):
+        assert "a: 1 there, 2 now" in (tmp_path / f"said{rank}").read_text()
+    assert (tmp_path / "new" / "config.yaml").is_file()
+
+
+def _stop(root: Path, out: Path) -> None:
+    """Rank 1 alone is asked to stop; both stop after the same step, and say which."""
+    from kd.engine import fit
+    from kd.training import Hooks
+
+    accelerator = make_accelerator("fp32")
+    data = open_data(_section(root))
+    loader = make_loader(
+        make_dataset(data, "train", train=True), accelerator, batch_size=4, workers=0, train=True
+    )
+    training: Training = start_training(
+        accelerator, AdaptedStudent(Counted(data.num_classes)), Train(), 100
+    )
+    task = Classification(num_classes=data.num_classes)
+    hooks = Hooks(
+        log=lambda values, step: None,
+        checkpoint=lambda: None,
+        stop=lambda: accelerator.process_index == 1 and training.progress.step >= 3,
+    )
+    try:
+        fit(training, Objective(task, {"cross_entropy": 1.0}), loader, epochs=9, hooks=hooks,
+            log_every=2)  # fmt: skip
+    except KeyboardInterrupt:
+        place: Any = training.progress.step
+        (out / f"stopped{accelerator.process_index}").write_text(str(place))
+    accelerator.wait_for_everyone()
+
+
+def test_one_rank_asked_to_stop_stops_both_at_the_same_step(
+    small_scenes: Path, tmp_path: Path
+) -> None:
+    assert in_two_processes(functools.partial(_stop, small_scenes, tmp_path), tmp_path) == [0, 0]
+    assert [(tmp_path / f"stopped{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
