@@ -37,7 +37,7 @@ from kd.data.dataset import SceneDataset, collate
 from kd.data.splits import labelled_images
 from kd.engine import evaluating, forward_losses, to_device
 from kd.errors import UserError
-from kd.launch import micro_batch, open_run
+from kd.launch import open_run
 from kd.objective import Term, check_weights
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
@@ -151,7 +151,7 @@ class Distillation:
         loader = make_loader(
             dataset,
             accelerator,
-            batch_size=micro_batch(recipe.train),
+            batch_size=recipe.train.batch_size // recipe.train.accumulate,
             workers=recipe.data.workers,
             seed=seed,
             train=True,

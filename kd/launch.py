@@ -46,21 +46,6 @@ def open_run(
     return folder
 
 
-def micro_batch(train: Train) -> int:
-    """Images of a micro-batch, over all processes.
-
-    Raises:
-        UserError: The steps' batch is no multiple of the micro-batches.
-    """
-    size, rest = divmod(train.batch_size, train.accumulate)
-    if rest:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} is no multiple of train.accumulate "
-            f"{train.accumulate}"
-        )
-    return size
-
-
 def start_training(
     accelerator: Accelerator, model: nn.Module, train: Train, steps: int
 ) -> Training:

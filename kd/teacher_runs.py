@@ -213,4 +213,5 @@ def expectation(teacher: TrainedTeacher, batch: dict[str, torch.Tensor]) -> torc
         batch = {**batch, "images": small.round().to(torch.uint8), "boxes": boxes}
     with torch.no_grad():
         output = teacher.model(*teacher.task.inputs(batch))
-    return teacher.task.decode({"logits": output}, batch).exp()
+    outputs = {"logits": output} if isinstance(output, torch.Tensor) else dict(output)
+    return teacher.task.decode(outputs, batch).exp()

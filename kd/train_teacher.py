@@ -23,7 +23,7 @@ from kd.build import (
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
 from kd.data.splits import fold_of
-from kd.launch import micro_batch, open_run
+from kd.launch import open_run
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
@@ -82,8 +82,8 @@ def train_one(
         epochs=train.epochs,
     )  # fmt: skip
     loader = make_loader(
-        dataset, accelerator, batch_size=micro_batch(train), workers=recipe.data.workers,
-        seed=recipe.seed, train=True,
+        dataset, accelerator, batch_size=train.batch_size // train.accumulate,
+        workers=recipe.data.workers, seed=recipe.seed, train=True,
     )  # fmt: skip
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)

@@ -33,6 +33,7 @@ class ContextCNN(nn.Module):
         patch: int,
         grid: int,
         region: bool,
+        dense: bool,
         hidden: int,
         dropout: float,
     ) -> None:
@@ -49,6 +50,8 @@ class ContextCNN(nn.Module):
         # A grid rather than one mean: where things are says as much as that they are there.
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.region = region
+        # What a place shows, asked at the first level: to know the company, first see who is there.
+        self.dense = nn.Conv2d(channels[0], num_classes, 1) if dense else None
         self.head = nn.Sequential(
             nn.Dropout(dropout),
             nn.Linear(channels[-1] * grid**2 + region * sum(channels), hidden),
@@ -57,16 +60,22 @@ class ContextCNN(nn.Module):
             nn.Linear(hidden, num_classes),
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
-        read, maps = [], images
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
+
+        Returns:
+            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), at the first
+            level's grid.
+        """
+        read, levels, maps = [], [], images
         for level in self.features:
             maps = level(maps)
+            levels.append(maps)
             if self.region:
                 read.append(_mean_inside(maps, images[:, 3:]))
         read.append(self.pool(maps).flatten(1))
         logits: Tensor = self.head(torch.cat(read, dim=1))
-        return logits
+        return logits if self.dense is None else {"logits": logits, "dense": self.dense(levels[0])}
 
 
 def _mean_inside(maps: Tensor, mask: Tensor) -> Tensor:
@@ -102,6 +111,7 @@ def cnn(
     patch: int = 1,
     grid: int = 3,
     region: bool = False,
+    dense: bool = False,
     hidden: int = 512,
     dropout: float = 0.5,
 ) -> ContextCNN:
@@ -116,6 +126,8 @@ def cnn(
             cheap: 4 costs a sixteenth.
         grid: Side of the grid that the dense layers read.
         region: Whether they also read each level's mean over the hidden region.
+        dense: Whether there are pixel logits too, for the classes of visible objects; the task
+            `context` then has a loss `visible`.
         hidden: Width of the first dense layer.
         dropout: Before each dense layer.
 
@@ -136,6 +148,7 @@ def cnn(
         patch=patch,
         grid=grid,
         region=region,
+        dense=dense,
         hidden=hidden,
         dropout=dropout,
     )

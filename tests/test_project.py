@@ -25,6 +25,7 @@ COMMANDS = ("train_teacher", "distill", "evaluate", "compare", "cache")
 
 # path -> why the file is longer; "path::function" -> why the function is.
 LONGER: dict[str, str] = {
+    "kd/data/loader.py::build_loader": "eleven parameters, each with its words",
     "students/classifiers.py::build_student": "a parameter and a line of words for each option",
     "teachers/trunk.py::trunk": "a parameter and a line of words for each option",
 }

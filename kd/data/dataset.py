@@ -45,14 +45,12 @@ class _Scene:
 class SceneDataset(Dataset[Sample]):
     """Samples of docs/design.md, looked up by (epoch, position).
 
-    Everything random about a sample follows from (seed, epoch, position), so that it does not
-    matter which worker makes it, or when.
+    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
 
     Args:
         index: The data set.
         size: Side of the square frame, pixels.
-        mode: Which usable objects to hide: `one`, drawn anew each epoch, or `all`, each by
-            itself.
+        mode: Which usable objects to hide: `one`, drawn anew each epoch, or `all`, one by one.
         train: Augment, and follow the schedule of partial masking; otherwise every epoch
             is the same.
         augment: Options of `Augment`; None leaves pictures as they are.

@@ -100,18 +100,24 @@ def generate_scenes(
     except OSError as error:
         raise UserError(f"{out}: cannot make this folder ({error.strerror})") from error
     try:
-        with _mapper(workers) as mapper:
-            for split, count in zip(SPLITS, (train, val), strict=True):
-                scenes = mapper(partial(_write_scene, partial_folder, split, size, seed), count)
-                _write_split(partial_folder, split, _show(scenes, split, count, progress))
-        (partial_folder / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
-        partial_folder.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the set
-        _move_in(partial_folder, out, about)
+        _write_all(partial_folder, out, about, workers=workers, progress=progress)
     except OSError as error:
         raise UserError(f"{partial_folder}: cannot write ({error.strerror})") from error
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     return out
+
+
+def _write_all(folder: Path, out: Path, about: _Json, *, workers: int, progress: bool) -> None:
+    """Both splits into `folder`, which then becomes `out`."""
+    with _mapper(workers) as mapper:
+        for split in SPLITS:
+            write = partial(_write_scene, folder, split, about["size"], about["seed"])
+            scenes = mapper(write, about[split])
+            _write_split(folder, split, _show(scenes, split, about[split], progress))
+    (folder / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
+    folder.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the set
+    _move_in(folder, out, about)
 
 
 def _check(*, train: int, val: int, size: int, seed: int, workers: int) -> None:

@@ -20,10 +20,8 @@ def masked_bce(
 ) -> Tensor:
     """Binary cross-entropy of pixel logits, averaged apart inside and outside the hidden region.
 
-    `(w * inside + outside) / (w + 1)`, so that a small hidden object does not vanish among the
-    visible pixels. The averages are each input's own, and the inputs are averaged after that, so
-    that parts of a batch add up to the batch. A region without pixels takes no part, nor does its
-    weight.
+    `(w * inside + outside) / (w + 1)` for each input, then the mean over inputs, so that parts of a
+    batch add up to it. A region without pixels takes no part, nor does its weight.
 
     Args:
         logits: One per class and pixel, (K, C, H, W).
@@ -43,8 +41,7 @@ def masked_bce(
     mask_shape("masked_bce", "hidden", hidden, places)
     if hidden_weight < 0:
         raise UserError(f"masked_bce: hidden_weight must be 0 or above, got {hidden_weight}")
-    # -log sigmoid(x) = softplus(x) - x. Bool targets stay bool: as floats they would be the largest
-    # tensor of the step.
+    # -log sigmoid(x) = softplus(x) - x; bool targets stay bool, as floats they would be the largest.
     wide = wide_type(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=wide)
     entropy = F.softplus(logits).sum(dim=1, dtype=wide) - present

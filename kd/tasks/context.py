@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.hide import Shape, class_maps, hide, normalise, regions_of, valid_pixels
@@ -50,7 +51,8 @@ class _Context:
 class Context(_Context):
     """One answer for the hidden object: logits (K, C), cross-entropy.
 
-    METHODS: the CNN of BlindNet and any trunk.
+    For BlindNet's CNN and any trunk. A model that also gives `dense` pixel logits learns from the
+    visible objects too: to know the company, first see who is there.
 
     Args:
         label_smoothing: Share of the target spread over all classes.
@@ -74,11 +76,51 @@ class Context(_Context):
         loss = cross_entropy_labelled(
             logits, hidden_labels(batch), label_smoothing=self.label_smoothing
         )
-        return {"cross_entropy": Mean(loss, "labelled")}
+        losses = {"cross_entropy": Mean(loss, "labelled")}
+        if "dense" in output:
+            losses["visible"] = self._visible(output["dense"], batch)
+        return losses
+
+    def _visible(self, logits: Tensor, batch: Batch) -> Mean:
+        """Pixel logits (K, C, h, w) against the boxes that are not hidden, on their own grid."""
+        grid = (logits.shape[2], logits.shape[3])
+        hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
+        valid = F.adaptive_max_pool2d(_valid(batch).float()[:, None], grid)[:, 0] > 0
+        told = hidden_labels(batch) >= 0
+        rows = image_rows(batch)
+        loss = masked_bce(
+            logits,
+            _maps(batch, self.num_classes, grid)[rows],
+            hidden,
+            valid=valid[rows] & told[:, None, None],
+            hidden_weight=0.0,
+        )
+        return Mean(loss * (len(told) / told.sum().clamp(min=1)), "labelled")
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities (K, C)."""
         return output["logits"].float().log_softmax(dim=1)
+
+
+def _maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
+    """The classes of all boxes with labels on a grid over the picture, bool (N, C, h, w)."""
+    known = batch["labels"] >= 0
+    height, width = batch["images"].shape[-2:]
+    scale = batch["boxes"].new_tensor([grid[1] / width, grid[0] / height]).repeat(2)
+    return class_maps(
+        batch["boxes"][known] * scale,
+        batch["labels"][known],
+        batch["image_of"][known],
+        len(batch["images"]),
+        num_classes,
+        grid,
+    )
+
+
+def _valid(batch: Batch) -> Tensor:
+    """Pixels of the picture rather than of its padding, bool (N, H, W)."""
+    height, width = batch["images"].shape[-2:]
+    return valid_pixels(batch["sizes"], (height, width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +137,20 @@ class ContextPixels(_Context):
     hidden_weight: float = 5.0
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`masked_bce` over the picture's pixels, padding left out."""
+        """`masked_bce` over the picture's pixels, padding and inputs without labels left out."""
         rows = image_rows(batch)
+        told = hidden_labels(batch) >= 0
         height, width = batch["images"].shape[-2:]
-        known = batch["labels"] >= 0
-        maps = class_maps(
-            batch["boxes"][known],
-            batch["labels"][known],
-            batch["image_of"][known],
-            len(batch["images"]),
-            self.num_classes,
-            (height, width),
-        )
+        maps = _maps(batch, self.num_classes, (height, width))
         loss = masked_bce(
             output["logits"],
             maps[rows],
             self.regions(batch),
-            valid=valid_pixels(batch["sizes"], (height, width))[rows],
+            valid=_valid(batch)[rows] & told[:, None, None],
             hidden_weight=self.hidden_weight,
         )
-        return {"masked_bce": Mean(loss, "hidden")}
+        # An input without labels added 0 to the mean over all; the mean over the others is wanted.
+        return {"masked_bce": Mean(loss * (len(told) / told.sum().clamp(min=1)), "labelled")}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log of the region scores divided by their sum, (K, C)."""

@@ -1,4 +1,4 @@
-"""Feature taps."""
+"""Feature taps: what they give, refuse and leave."""
 
 from __future__ import annotations
 

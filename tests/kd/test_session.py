@@ -31,6 +31,8 @@ from kd.soft_targets import StoredPosteriors
 from kd.tasks.classification import Classification
 from kd.training import Objective
 
+pytestmark = pytest.mark.slow
+
 TRAIN = Train(
     epochs=3,
     batch_size=8,

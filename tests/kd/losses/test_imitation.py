@@ -1,4 +1,4 @@
-"""imitation."""
+"""Masked imitation of features."""
 
 from __future__ import annotations
 

@@ -1,0 +1,178 @@
+"""What a step of the engine costs beside a bare loop, and a distilled step beside a plain one.
+
+Student resnet18, scenes of 64 pixels, batches of 64, all in one process:
+
+live      engine and bare loop do the same work: a live context teacher, two losses, clipping, AdamW
+stored    a distilled step with stored posteriors against the plain step, both by the engine
+
+The two sides of a pair take turns and swap their order, and the median of the paired ratios counts:
+what else runs on the machine slows both.
+
+    python benchmarks/engine_step.py [--pairs 20] [--batch-size 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.adapted import AdaptedStudent
+from kd.build import make_accelerator, make_dataset, make_loader, open_data
+from kd.config import Data, Generate, Split, Train
+from kd.data.hide import hidden_regions, hide, normalise
+from kd.engine import to_device, train_step
+from kd.launch import start_training
+from kd.objective import build_term
+from kd.soft_targets import LiveTeacher, StoredPosteriors
+from kd.tasks.classification import Classification
+from kd.tasks.context import Context
+from kd.training import Objective, Training, Window
+from students.classifiers import build_student
+from teachers.cnn import cnn
+
+LIVE_GOAL, STORED_GOAL = 1.03, 1.10
+Batch = dict[str, Tensor]
+Step = Callable[[Batch], None]
+
+
+def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
+    """A few batches of scenes in memory, one hidden object an image, and the number of classes."""
+    section = Data(
+        root=str(folder),
+        train=Split(annotations="annotations/instances_train.json", images="train"),
+        val=Split(annotations="annotations/instances_val.json", images="val"),
+        generate=Generate(train=4 * batch_size, val=8),
+        size=64,
+        min_share=0.0,
+        max_share=1.0,
+    )
+    data = open_data(section)
+    accelerator = make_accelerator("fp32")
+    dataset = make_dataset(data, "train", train=True, mode="one")
+    loader = make_loader(dataset, accelerator, batch_size=batch_size, workers=0, train=True)
+    loader.set_epoch(0)
+    device = accelerator.device
+    return [to_device(b, device, channels_last=True) for b in loader], data.num_classes
+
+
+def make_student(classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return build_student("resnet18", num_classes=classes, stride=16)
+
+
+def make_teacher(classes: int, device: torch.device) -> nn.Module:
+    torch.manual_seed(1)
+    return cnn(classes, width=32).to(device).to(memory_format=torch.channels_last).eval()
+
+
+def by_engine(classes: int, objective: Objective) -> Step:
+    """The engine's step as `fit` takes it, log lines left out."""
+    train = Train(precision="fp32")
+    accelerator = make_accelerator("fp32")
+    training: Training = start_training(
+        accelerator, AdaptedStudent(make_student(classes)), train, 100_000
+    )
+    training.model.train()
+    window = Window(accelerator)
+
+    def step(batch: Batch) -> None:
+        moved = to_device(batch, accelerator.device, channels_last=True)
+        window.rate = training.rate
+        window.take(*train_step(training, [moved], objective, objective.weights_at(0.5)))
+
+    return step
+
+
+def by_hand(classes: int, teacher: nn.Module, device: torch.device) -> Step:
+    """The same work with nothing around it."""
+    student = make_student(classes).to(device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=1e-4)
+
+    def step(batch: Batch) -> None:
+        hidden = batch["hidden"]
+        rows, boxes = batch["image_of"][hidden], batch["boxes"][hidden]
+        images = normalise(batch["images"])
+        output = student(images, torch.cat([rows[:, None].float(), boxes], dim=1))
+        with torch.no_grad():
+            size = (images.shape[2], images.shape[3])
+            regions = hidden_regions(boxes, size)
+            known = teacher(hide(normalise(batch["images"]), rows, regions)).log_softmax(dim=1)
+        supervised = F.cross_entropy(output["logits"], batch["labels"][hidden])
+        ours = output["context"].log_softmax(dim=1)
+        loss = supervised + F.kl_div(ours, known, reduction="batchmean", log_target=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds(step: Step, batch: Batch) -> float:
+    started = time.perf_counter()
+    step(batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: int) -> float:
+    """Time the two in turns; the median of first / second."""
+    for batch in batches[:2]:  # caches, allocators, first kernels
+        first(batch)
+        second(batch)
+    times: list[tuple[float, float]] = []
+    for number in range(pairs):
+        batch = batches[number % len(batches)]
+        if number % 2:
+            b, a = seconds(second, batch), seconds(first, batch)
+        else:
+            a, b = seconds(first, batch), seconds(second, batch)
+        times.append((a, b))
+    ratio = statistics.median(a / b for a, b in times)
+    a, b = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+    sys.stdout.write(f"{name:<44}{a:>9.1f} ms {b:>9.1f} ms   ratio {ratio:.3f}\n")
+    return ratio
+
+
+def main() -> int:
+    """Print both ratios; 1 where one misses its goal."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        batches, classes = load(Path(folder) / "scenes", args.batch_size)
+    device = batches[0]["images"].device
+    task, weights = Classification(num_classes=classes), {"cross_entropy": 1.0}
+    teacher = make_teacher(classes, device)
+    terms = [build_term("context_logits", weight=1.0, options={"temperature": 1.0})]
+    live = Objective(task, weights, terms, LiveTeacher(teacher, Context(num_classes=classes)))
+    ids = torch.cat([batch["object_ids"] for batch in batches])
+    posteriors = StoredPosteriors(ids, torch.randn(len(ids), classes).log_softmax(dim=1))
+    stored, plain = Objective(task, weights, terms, posteriors), Objective(task, weights)
+    sys.stdout.write(f"resnet18, {args.batch_size} scenes of 64 px, {device}, fp32, ")
+    sys.stdout.write(f"{torch.get_num_threads()} threads, {args.pairs} pairs, medians\n")
+    live_ratio = compare(
+        "live teacher: engine, loop by hand", by_engine(classes, live),
+        by_hand(classes, teacher, device), batches, args.pairs,
+    )  # fmt: skip
+    stored_ratio = compare(
+        "engine: distilled with stored, plain", by_engine(classes, stored),
+        by_engine(classes, plain), batches, args.pairs,
+    )  # fmt: skip
+    sys.stdout.write(f"goals: {LIVE_GOAL} and {STORED_GOAL}\n")
+    return int(live_ratio > LIVE_GOAL or stored_ratio > STORED_GOAL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

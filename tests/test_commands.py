@@ -1,0 +1,263 @@
+"""The commands, end to end on tiny scenes: files, tags, tables, terms on features, messages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+
+from kd import cache, compare, demo, distill, evaluate, train_teacher
+from kd.checkpoint import load_checkpoint
+from kd.cli import run_command
+from kd.report.runs import read_distill, read_scalars
+
+pytestmark = pytest.mark.slow
+
+
+def sets(*settings: str) -> list[str]:
+    return [text for setting in settings for text in ("--set", setting)]
+
+
+STUDENT = sets(
+    "student={name: shufflenet_v2_x0_5, options: {stride: 16}}",
+    "train={epochs: 2, batch_size: 8, evaluate_every: 1, log_every: 2, pictures: 2}",
+    "data.labelled=0.5",
+    "data.repeat_labelled=1",
+)
+
+
+@pytest.fixture(scope="module")
+def distilled(
+    small_data: list[str], small_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Two seeds of plain and distilled, out of fold."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    flags = [*small_data, *STUDENT, *sets("soft_targets.out_of_fold=true", "seeds=[0, 1]",
+             "arms=[plain, distilled]")]  # fmt: skip
+    command = ["--student", "resnet18", "--teacher", str(small_teacher), "--out", str(out)]
+    assert distill.main([*command, *flags]) == 0
+    return out
+
+
+def tags(folder: Path) -> dict[str, set[str]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    found = events.Tags()
+    plugins = events.summary_metadata
+    return {
+        "scalars": set(found["scalars"]),
+        "images": set(found["images"]),
+        "hparams": {tag for tag, about in plugins.items()
+                    if about.plugin_data.plugin_name == "hparams"},
+    }  # fmt: skip
+
+
+def test_a_teacher_and_its_folds_leave_all_their_files(small_teacher: Path) -> None:
+    names = {"config.yaml", "last.pt", "model.safetensors", "metrics.jsonl", "summary.json",
+             "predictions.npz"}  # fmt: skip
+    for folder in (small_teacher, small_teacher / "fold0", small_teacher / "fold1"):
+        assert names <= {path.name for path in folder.iterdir()}
+    whole, fold = (load_file(small_teacher / part / "model.safetensors") for part in ("", "fold0"))
+    assert whole.keys() == fold.keys()
+    assert not all(torch.equal(whole[name], fold[name]) for name in whole)
+
+
+def test_a_twin_has_the_distilled_runs_tags_but_for_the_terms(distilled: Path) -> None:
+    plain, taught = (tags(distilled / "seed0" / arm) for arm in ("plain", "distilled"))
+    assert taught["scalars"] - plain["scalars"] == {"loss/context_logits"}
+    assert plain["scalars"] <= taught["scalars"]
+    assert {"loss/cross_entropy", "loss/total", "train/lr", "eval/top1", "eval/nll"} <= plain[
+        "scalars"
+    ]
+    assert plain["images"] == taught["images"]
+    assert {"pictures/0", "pictures/1", "eval/top_n", "eval/share_hidden"} <= plain["images"]
+    assert plain["hparams"] == taught["hparams"] != set()
+
+
+def test_metrics_jsonl_holds_the_same_curves(distilled: Path) -> None:
+    for arm in ("plain", "distilled"):
+        curves = read_scalars(distilled / "seed0" / arm)
+        assert curves.keys() == tags(distilled / "seed0" / arm)["scalars"]
+        assert [step for step, _ in curves["eval/top1"]] == [3, 6]
+        assert [step for step, _ in curves["loss/total"]] == [2, 3, 4, 6]
+        assert all(np.isfinite(value) for curve in curves.values() for _, value in curve)
+
+
+def test_the_arms_took_the_same_steps(distilled: Path) -> None:
+    runs = read_distill(distilled)
+    assert runs.seeds == (0, 1)
+    for run, twin in zip(runs.arms["distilled"], runs.arms["plain"], strict=True):
+        assert run.summary["steps"] == twin.summary["steps"] == 6
+        assert run.summary["parameters"] == twin.summary["parameters"]
+        rates = (read_scalars(one.folder)["train/lr"] for one in (run, twin))
+        assert len({tuple(rate) for rate in rates}) == 1
+
+
+def test_compare_and_evaluate_say_what_distill_wrote(
+    distilled: Path, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (distilled / "table.md").read_text()
+    assert "distilled - plain" in table
+    assert compare.main([str(distilled), "--markdown", str(tmp_path / "t.md")]) == 0
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert set(rows[1:]) <= set((tmp_path / "t.md").read_text().splitlines())
+    capsys.readouterr()
+    for run in (small_teacher, distilled / "seed0" / "distilled"):
+        assert evaluate.main([str(run)]) == 0
+        summary = json.loads((run / "summary.json").read_text())
+        said = capsys.readouterr().out
+        assert f"{summary['nll']:.3f}" in said
+        assert f"{summary['ceiling_nll']:.3f}" in said
+    assert compare.main([str(small_teacher), str(distilled / "seed0" / "plain")]) == 0
+
+
+def test_posteriors_are_computed_once_and_cache_finds_them(
+    distilled: Path, small_teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((small_teacher / "posteriors").iterdir())
+    before = [file.stat().st_mtime_ns for file in files]
+    assert cache.main([str(small_teacher), "--data", "scenes", *small_data]) == 0
+    assert "posteriors" in capsys.readouterr().out
+    assert sorted((small_teacher / "posteriors").iterdir()) == files
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert cache.main([str(small_teacher), "--data", "scenes", *small_data, "--in-fold"]) == 0
+    assert len(list((small_teacher / "posteriors").iterdir())) == 2  # by folds, and by itself
+
+
+def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(
+    distilled: Path, small_teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*small_data, *STUDENT, *sets("soft_targets.out_of_fold=true", "seeds=[0, 1]",
+             "arms=[plain, distilled]")]  # fmt: skip
+    command = ["--student", "resnet18", "--teacher", str(small_teacher), "--out", str(distilled)]
+    assert run_command(distill.main, [*command, *flags]) == 2
+    assert "there is a run already; --resume goes on with it" in capsys.readouterr().err
+    before = (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns
+    assert distill.main([*command, *flags, "--resume"]) == 0
+    assert (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns == before
+    changed = [*command, *flags, *sets("train.epochs=3"), "--resume"]
+    assert run_command(distill.main, changed) == 2
+    assert "train.epochs: 2 there, 3 now" in capsys.readouterr().err
+
+
+RECIPE = """
+data: scenes
+task: {name: classification, weights: {cross_entropy: 1.0}}
+soft_targets: {kind: live}
+student: {name: shufflenet_v2_x0_5, options: {stride: 16}}
+adapters:
+  trunk.trunk.maxpool: {kind: conv1x1, to: features.2}
+losses:
+  - {name: context_logits, weight: 1.0, options: {temperature: 2.0}}
+  - {name: context_features, weight: 0.1, student: trunk.trunk.maxpool, teacher: features.2}
+  - name: pair_wise
+    weight: 0.5
+    student: trunk.trunk.conv1
+    teacher: features.1
+    schedule: {name: linear, until: 0.5}
+arms: [plain, distilled]
+train: {epochs: 1, batch_size: 8, accumulate: 2, ema: 0.9, log_every: 1, pictures: 0}
+"""
+
+
+def test_terms_on_features_train_from_a_recipe_of_ones_own(
+    small_data: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    flags = ["--config", str(recipe), "--teacher", str(small_teacher), "--out", str(out)]
+    assert distill.main([*flags, *small_data]) == 0
+    assert "mine on scenes" in capsys.readouterr().out
+    taught = out / "seed0" / "distilled"
+    curves = read_scalars(taught)
+    for term in ("context_logits", "context_features", "pair_wise"):
+        assert all(value > 0 for _, value in curves[f"loss/{term}"])
+    _, _, parts = load_checkpoint(taught / "last.pt")
+    adapters = [name for name in parts["model"] if name.startswith("adapters.")]
+    assert adapters == [
+        "adapters.trunk/trunk/maxpool.weight", "adapters.trunk/trunk/maxpool.bias",
+    ]  # fmt: skip
+    assert all(name in parts["ema"] for name in adapters)
+    exported = load_file(taught / "model.safetensors")
+    assert not any("adapters" in name for name in exported)
+    assert exported.keys() == load_file(out / "seed0" / "plain" / "model.safetensors").keys()
+    assert all(torch.equal(exported[n], parts["ema"][f"student.{n}"]) for n in exported)
+    assert evaluate.main([str(taught)]) == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(
+    small_data: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*small_data, *STUDENT, *sets("train.optimizer={name: sgd, lr: 1.0e+30}",
+             "arms=[plain]", "train.clip_norm=0.0")]  # fmt: skip
+    command = ["--student", "resnet18", "--out", str(tmp_path / "run")]
+    assert run_command(distill.main, [*command, *flags]) == 2
+    said = capsys.readouterr().err
+    assert "not finite" in said and "train.optimizer.lr" in said
+    assert not (tmp_path / "run" / "seed0" / "plain" / "last.pt").exists()
+
+
+def test_a_broken_image_is_named_and_mended_training_goes_on(
+    small_scenes: Path, small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = tmp_path / "scenes"
+    shutil.copytree(small_scenes, scenes)
+    image = sorted((scenes / "train").glob("*.png"))[5]
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    flags = [
+        *small_data,
+        *sets(f"data.root={scenes}", "teacher={name: cnn, options: {width: 4, downs: 3}}"),
+        *sets("train={epochs: 1, batch_size: 4, pictures: 0}", "hide=one"),
+    ]
+    command = ["--teacher", "cnn", "--out", str(tmp_path / "run"), *flags]
+    assert run_command(train_teacher.main, command) == 2
+    assert image.name in capsys.readouterr().err
+    image.write_bytes(content)
+    assert run_command(train_teacher.main, [*command, "--resume"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
+
+
+def test_without_a_teacher_the_message_says_which_command_makes_one(
+    small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run_command(distill.main, ["--student", "resnet18", *small_data]) == 2
+    assert "python -m kd.train_teacher --teacher" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused(
+    small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*small_data, *sets("train.batch_size=8", "train.accumulate=3")]
+    assert run_command(
+        train_teacher.main, ["--teacher", "cnn", "--out", str(tmp_path / "run"), *flags]
+    ) == 2  # fmt: skip
+    assert "batch_size 8 is not a multiple of accumulate 3" in capsys.readouterr().err
+
+
+def test_the_demo_runs_the_whole_path(
+    small_scenes: Path, small_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    short = sets("train.epochs=1", "train.batch_size=8", "train.pictures=1")
+    monkeypatch.setattr(demo, "SCENES", small_data)
+    monkeypatch.setattr(demo, "TEACHER", [*short, *sets("teacher.options.width=4")])
+    arms = sets("arms=[plain, distilled]", "seeds=[0]", "data.labelled=0.5",
+                "student.name=shufflenet_v2_x0_5")  # fmt: skip
+    monkeypatch.setattr(demo, "STUDENT", [*short, *arms])
+    assert demo.main(["--out", str(tmp_path / "demo")]) == 0
+    said = capsys.readouterr().out
+    assert "$ python -m kd.distill --student resnet18" in said
+    assert "exact posterior" in said
+    assert (tmp_path / "demo" / "comparison.png").is_file()
