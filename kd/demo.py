@@ -16,10 +16,10 @@ from kd.cli import run_command
 from kd.errors import UserError
 
 SCENES = ["--set", "data.generate={train: 2000, val: 500, size: 64, seed: 0}"]
-TEACHER = ["--set", "train.epochs=10", "--set", "train.evaluate_every=5"]
+TEACHER = ["--set", "train.epochs=8", "--set", "train.evaluate_every=4"]
 STUDENT = [
-    *("--set", "train.epochs=6", "--set", "seeds=[0]", "--set", "data.labelled=0.05"),
-    *("--set", "arms=[plain, distilled]", "--set", "train.evaluate_every=3"),
+    *("--set", "train.epochs=3", "--set", "seeds=[0]", "--set", "data.labelled=0.05"),
+    *("--set", "arms=[plain, distilled]", "--set", "train.evaluate_every=0"),
 ]
 
 

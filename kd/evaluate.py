@@ -16,6 +16,7 @@ from kd.config_reader import data_config, from_plain, read_yaml
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.top_n import TopN
+from kd.pictures import hidden_scenes
 from kd.report.figures import save_figure, share_hidden_figure
 from kd.session import ceiling_metrics, curve_figure, new_metric, say_summary
 from kd.student_runs import load_student
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], dest="settings",
                         metavar="data.a=value", help="change a value of the data set")  # fmt: skip
     parser.add_argument("--per-class", action="store_true", help="list every class with support")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="write PNGs here")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="write PNGs of curves and hidden scenes here"
+    )
     args = parser.parse_args(argv)
     set_up_logging()
     run: Path = args.run
@@ -48,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=int(config["train"]["batch_size"]),
         workers=data.section.workers,
     )
-    evaluate(AdaptedStudent(model).to(accelerator.device), task, loader, metric, accelerator)
+    model = AdaptedStudent(model).to(accelerator.device)
+    evaluate(model, task, loader, metric, accelerator)
     say_summary(
         f"{run} on {data.section.name} val", {**metric.compute(), **ceiling_metrics(data, metric)}
     )
@@ -58,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.figures.mkdir(parents=True, exist_ok=True)
         save_figure(curve_figure(data, metric), args.figures / "top_n.png")
         save_figure(share_hidden_figure({run.name: metric.records()}), args.figures / "share.png")
+        scenes = hidden_scenes(model, task, data, count=8, device=accelerator.device)
+        for number, figure in enumerate(scenes):
+            save_figure(figure, args.figures / f"hidden_scene_{number}.png")
     return 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
-from kd.build import make_dataset
+from kd.build import OpenData, make_dataset
 from kd.data.dataset import collate
 from kd.engine import evaluating, to_device
 from kd.report.pictures import hidden_scene_figure
@@ -19,7 +20,6 @@ from kd.training import Training
 Expectation = Callable[[dict[str, Tensor]], Tensor]
 
 
-@torch.no_grad()
 def write_pictures(
     session: Session,
     training: Training,
@@ -37,24 +37,50 @@ def write_pictures(
         tracker: Where to.
         expectation: The teacher's probabilities for a batch's hidden objects, beside the model's.
     """
-    dataset = make_dataset(session.data, "val", train=False)
-    names = list(session.data.val.class_names)
-    count = min(session.train.pictures, len(dataset))
+    device, count = training.accelerator.device, session.train.pictures
+    figures = hidden_scenes(
+        training.result, task, session.data, count=count, device=device, expectation=expectation
+    )
+    for number, figure in enumerate(figures):
+        tracker.figure(f"pictures/{number}", figure, training.progress.step)
+
+
+@torch.no_grad()
+def hidden_scenes(
+    model: nn.Module,
+    task: Task,
+    data: OpenData,
+    *,
+    count: int,
+    device: torch.device,
+    expectation: Expectation | None = None,
+) -> Iterator[Figure]:
+    """Draw val objects spread over the split, one figure each.
+
+    Args:
+        model: An `AdaptedStudent`.
+        task: How it is asked and read.
+        data: The data set.
+        count: How many objects.
+        device: Where the model lies.
+        expectation: As for `write_pictures`.
+    """
+    dataset = make_dataset(data, "val", train=False)
+    names = list(data.val.class_names)
+    count = min(count, len(dataset))
     for number in range(count):
-        position = number * len(dataset) // count
-        sample = collate([dataset[0, position]])
-        sample = {**sample, "hidden": sample["hidden"][:1], "hide_share": sample["hide_share"][:1]}
-        if "segments" in sample:
-            sample["segments"] = sample["segments"][:1]
-        device = training.accelerator.device
-        batch = to_device(sample, device, channels_last=session.train.channels_last)
-        with evaluating(training.result):
-            output, _ = training.result(*task.inputs(batch))
+        sample = collate([dataset[0, number * len(dataset) // count]])
+        for name in ("hidden", "hide_share", "segments"):
+            if name in sample:
+                sample[name] = sample[name][:1]
+        batch = to_device(sample, device, channels_last=False)
+        with evaluating(model):
+            output, _ = model(*task.inputs(batch))
         own = "teacher" if expectation is None else "student"
         beliefs = {} if expectation is None else {"teacher": expectation(batch)[0]}
         beliefs[own] = task.decode(output, batch).exp()[0]
         row = int(sample["hidden"][0])
-        figure = hidden_scene_figure(
+        yield hidden_scene_figure(
             sample["images"][0],
             sample["boxes"][row],
             names[int(sample["labels"][row])],
@@ -62,4 +88,3 @@ def write_pictures(
             names,
             size=(int(sample["sizes"][0, 0]), int(sample["sizes"][0, 1])),
         )
-        tracker.figure(f"pictures/{number}", figure, training.progress.step)

@@ -41,11 +41,10 @@ def masked_bce(
     mask_shape("masked_bce", "hidden", hidden, places)
     if hidden_weight < 0:
         raise UserError(f"masked_bce: hidden_weight must be 0 or above, got {hidden_weight}")
-    # -log sigmoid(x) = softplus(x) - x; bool targets stay bool, as floats they would be the largest.
+    # -log sigmoid(x) = softplus(x) - x; targets stay bool: as floats they would be the largest.
     wide = wide_type(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=wide)
-    entropy = F.softplus(logits).sum(dim=1, dtype=wide) - present
-    entropy = entropy / logits.shape[1]  # (K, H, W), mean over classes
+    entropy = (F.softplus(logits).sum(dim=1, dtype=wide) - present) / logits.shape[1]  # (K, H, W)
     inside, outside = hidden, ~hidden
     if valid is not None:
         mask_shape("masked_bce", "valid", valid, places)
