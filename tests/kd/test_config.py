@@ -44,7 +44,7 @@ def test_a_recipe_of_the_needed_keys_alone_has_a_default_for_all_others() -> Non
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = TeacherRecipe.model_validate(TEACHER)
     with pytest.raises(ValidationError, match="frozen"):
-        recipe.train.epochs = 3
+        recipe.train.epochs = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

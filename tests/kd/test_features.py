@@ -61,7 +61,7 @@ def test_taps_collect_by_path_and_by_key_in_train_and_eval(training: bool) -> No
     model(IMAGES)
     found = taps.collect()
     assert list(found) == ["stem.0", "neck.0", "neck.pool", "neck.fine"]
-    torch.testing.assert_close(found["stem.0"], model.stem[0](IMAGES))
+    torch.testing.assert_close(found["stem.0"], model.get_submodule("stem.0")(IMAGES))
     torch.testing.assert_close(found["neck.0"], found["neck.fine"])
     assert found["neck.pool"].shape == (2, 4, 2, 2)
 
@@ -71,7 +71,7 @@ def test_gradients_flow_through_what_is_collected() -> None:
     taps = FeatureTaps(model, ["neck.pool"])
     model(IMAGES)
     taps.collect()["neck.pool"].sum().backward()
-    gradient = model.stem[0].weight.grad
+    gradient = model.get_parameter("stem.0.weight").grad
     assert gradient is not None and gradient.any()
 
 
@@ -169,11 +169,13 @@ def test_a_copy_of_model_and_taps_together_has_taps_of_its_own() -> None:
     holder = Holder()
     copied = copy.deepcopy(holder)
     with torch.no_grad():
-        copied.model.stem[0].weight.zero_()
+        copied.model.get_parameter("stem.0.weight").zero_()
     assert copied.taps.model is copied.model
     found = copied(IMAGES)["stem.0"]
-    torch.testing.assert_close(found, copied.model.stem[0](IMAGES))
-    torch.testing.assert_close(holder(IMAGES)["stem.0"], holder.model.stem[0](IMAGES))
+    torch.testing.assert_close(found, copied.model.get_submodule("stem.0")(IMAGES))
+    torch.testing.assert_close(
+        holder(IMAGES)["stem.0"], holder.model.get_submodule("stem.0")(IMAGES)
+    )
     holder.taps.clear()
     copied.model(IMAGES)
     with pytest.raises(UserError, match="did not run"):

@@ -37,7 +37,7 @@ def test_every_term_builds_and_computes(name: str) -> None:
     value = losses[name].value
     assert value.ndim == 0
     assert value >= 0
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     assert ours.grad is not None
     assert ours.grad.isfinite().all()
 
@@ -124,7 +124,7 @@ def test_the_total_is_each_loss_by_its_weight_and_its_units_scale() -> None:
         losses, {"a": 1.0, "b": 10.0}, {"labelled": torch.tensor(0.5), "hidden": 2}
     )
     assert total.item() == 0.5 * 1.0 * 2.0 + 2 * 10.0 * 3.0
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     assert (first.grad, second.grad) == (torch.tensor(0.5), torch.tensor(20.0))
 
 

@@ -159,12 +159,14 @@ def test_a_live_teacher_answers_in_float32_from_bfloat16() -> None:
 
 
 def test_the_hash_follows_weights_and_buffers() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    linear, norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+    model = nn.Sequential(linear, norm)
     first = weights_hash(model)
     assert weights_hash(model) == first
     with torch.no_grad():
-        model[0].weight[0, 0] += 1  # type: ignore[index, union-attr]
+        linear.weight[0, 0] += 1
     second = weights_hash(model)
     assert second != first
-    model[1].num_batches_tracked += 1  # type: ignore[union-attr, operator, assignment]
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
     assert weights_hash(model) not in (first, second)

@@ -12,7 +12,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 
 from kd.errors import UserError
 from kd.tracking import Tracker, flatten

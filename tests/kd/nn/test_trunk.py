@@ -192,7 +192,7 @@ def test_a_stride_that_cannot_be_kept_is_refused() -> None:
 def test_a_deep_copy_is_a_trunk_of_its_own() -> None:
     trunk = build_trunk("resnet18").eval()
     copied = copy.deepcopy(trunk)
-    nn.init.zeros_(copied.conv1.weight)
+    nn.init.zeros_(copied.get_parameter("conv1.weight"))
     images = torch.randn(1, 3, 33, 33)
     with torch.no_grad():
         assert not torch.equal(copied(images), trunk(images))
@@ -206,16 +206,17 @@ def test_frozen_batch_norm_keeps_its_statistics_in_training() -> None:
     assert list(trunk.state_dict()) == list(state)
     for key, value in trunk.state_dict().items():
         torch.testing.assert_close(value, state[key])
-    assert not trunk.bn1.weight.requires_grad and trunk.conv1.weight.requires_grad
+    assert not trunk.get_parameter("bn1.weight").requires_grad
+    assert trunk.get_parameter("conv1.weight").requires_grad
 
 
 def test_freezing_stops_at_the_named_step() -> None:
     trunk = build_trunk("resnet18")
     freeze(trunk, "layer2")
     assert isinstance(trunk.bn1, FrozenBatchNorm)
-    assert not trunk.layer2[1].conv2.weight.requires_grad
-    assert trunk.layer3[0].conv1.weight.requires_grad
-    assert not isinstance(trunk.layer3[0].bn1, FrozenBatchNorm)
+    assert not trunk.get_parameter("layer2.1.conv2.weight").requires_grad
+    assert trunk.get_parameter("layer3.0.conv1.weight").requires_grad
+    assert not isinstance(trunk.get_submodule("layer3.0.bn1"), FrozenBatchNorm)
     freeze(trunk)
     assert not any(parameter.requires_grad for parameter in trunk.parameters())
     with pytest.raises(UserError, match=r"resnet18 has no step 'layer9' to freeze; did you mean"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
 def test_objects_come_back_in_order_of_their_id(tmp_path: Path) -> None:
     records = dict(read_run(make_run(tmp_path / "run")).records)
     by_class = ("prior", "looks")
-    backwards = {k: v if k in by_class else v[::-1] for k, v in records.items()}
+    backwards: dict[str, Any] = {k: v if k in by_class else v[::-1] for k, v in records.items()}
     np.savez(tmp_path / "backwards.npz", **backwards)
     found = read_predictions(tmp_path / "backwards.npz")
     np.testing.assert_array_equal(found["log_probs"], records["log_probs"])
