@@ -18,7 +18,7 @@ from kd.errors import UserError
 SCENES = ["--set", "data.generate={train: 2000, val: 500, size: 64, seed: 0}"]
 TEACHER = ["--set", "train.epochs=8", "--set", "train.evaluate_every=4"]
 STUDENT = [
-    *("--set", "train.epochs=3", "--set", "seeds=[0]", "--set", "data.labelled=0.05"),
+    *("--set", "train.epochs=2", "--set", "seeds=[0]", "--set", "data.labelled=0.05"),
     *("--set", "arms=[plain, distilled]", "--set", "train.evaluate_every=0"),
 ]
 
