@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from kd.features import FeatureTaps
+from kd.tasks.base import named
 
 
 class AdaptedStudent(nn.Module):
@@ -39,7 +40,7 @@ class AdaptedStudent(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs and adapted features by name."""
         output = self.student(*inputs)
-        outputs = {"logits": output} if isinstance(output, Tensor) else dict(output)
+        outputs = named(output)
         features: dict[str, Tensor] = {}
         for layer, feature in (self._taps.collect() if self._taps else {}).items():
             name = layer.replace(".", "/")

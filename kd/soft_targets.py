@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.features import FeatureTaps
-from kd.tasks.base import Batch, Task
+from kd.tasks.base import Batch, Task, named
 
 FORMAT = "kd-posteriors-1"
 
@@ -58,7 +58,7 @@ class LiveTeacher:
         device = batch["images"].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             output = self.model(*self.task.inputs(batch))
-        outputs = {"logits": output} if isinstance(output, Tensor) else dict(output)
+        outputs = named(output)
         features = self._taps.collect() if self._taps else {}
         return {
             "posterior": self.task.decode(outputs, batch),

@@ -30,7 +30,7 @@ from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.top_n import TopN
 from kd.soft_targets import StoredPosteriors, from_arrays, weights_hash
-from kd.tasks.base import Task
+from kd.tasks.base import Task, named
 
 _log = logging.getLogger("kd")
 RUNS = Path("runs")
@@ -213,5 +213,4 @@ def expectation(teacher: TrainedTeacher, batch: dict[str, torch.Tensor]) -> torc
         batch = {**batch, "images": small.round().to(torch.uint8), "boxes": boxes}
     with torch.no_grad():
         output = teacher.model(*teacher.task.inputs(batch))
-    outputs = {"logits": output} if isinstance(output, torch.Tensor) else dict(output)
-    return teacher.task.decode(outputs, batch).exp()
+    return teacher.task.decode(named(output), batch).exp()

@@ -53,6 +53,11 @@ class Task(Protocol):
         ...
 
 
+def named(output: Tensor | Output) -> dict[str, Tensor]:
+    """A model's raw output by name; a lone tensor is its `logits`."""
+    return {"logits": output} if isinstance(output, Tensor) else dict(output)
+
+
 def image_rows(batch: Batch) -> Tensor:
     """The image that each hidden object is on, (K,)."""
     return batch["image_of"][batch["hidden"]]

@@ -51,7 +51,7 @@ Command = Callable[..., tuple[int, list[str]]]
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs go below an empty folder; logging is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
