@@ -174,7 +174,9 @@ class Distillation:
         batch = self._sample(dataset)
         adapters = self.recipe.adapters
         model = adapt_student(student, terms, adapters, self.live, self.task, batch)
-        objective = Objective(self.task, self.recipe.task.weights, terms, source)
+        objective = Objective(
+            self.task, self.recipe.task.weights, terms, source, watched=arm not in TAUGHT
+        )
         return model.to(self.accelerator.device), objective
 
     def _sample(self, dataset: SceneDataset) -> dict[str, torch.Tensor]:
@@ -194,8 +196,12 @@ class Distillation:
             epochs=recipe.train.epochs,
         )
 
+    def _watches(self, arm: Arm) -> bool:
+        """Whether it shows the terms without learning from them: stored targets cost nothing."""
+        return arm == "plain" and self.posteriors is not None
+
     def _terms(self, arm: Arm) -> list[Term]:
-        if arm not in TAUGHT:
+        if arm not in TAUGHT and not self._watches(arm):
             return []
         if arm == "direct":
             options = {"temperature": 1.0}
@@ -203,7 +209,7 @@ class Distillation:
         return self.terms
 
     def _source(self, arm: Arm, seed: int) -> SoftTargetSource | None:
-        if arm not in TAUGHT:
+        if arm not in TAUGHT and not self._watches(arm):
             return None
         if self.posteriors is not None:
             return self.posteriors.shuffled(seed) if arm == "shuffled" else self.posteriors

@@ -50,9 +50,10 @@ def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict
     if objective.terms and objective.soft_targets is not None:
         with torch.no_grad():
             known = objective.soft_targets(batch)
-        losses |= distillation_losses(
-            objective.terms, {**output, **features}, known, task.masks(batch), image_rows(batch)
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not objective.watched):
+            losses |= distillation_losses(
+                objective.terms, {**output, **features}, known, task.masks(batch), image_rows(batch)
+            )
     return losses
 
 

@@ -63,16 +63,27 @@ class Metric(Protocol):
 
 @dataclass
 class Objective:
-    """What is minimised: the task's losses and the distillation terms with their weights."""
+    """What is minimised: the task's losses and the distillation terms with their weights.
+
+    Args:
+        task: Its losses are the supervised ones.
+        weights: Weight of each supervised loss.
+        terms: Distillation terms.
+        soft_targets: What they compare the student with.
+        watched: The terms are computed for their curves alone, without weight or gradient: so a
+            plain student shows the same curves as its distilled twin.
+    """
 
     task: Task
     weights: Mapping[str, float]
     terms: Sequence[Term] = ()
     soft_targets: SoftTargetSource | None = None
+    watched: bool = False
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """Weights of all losses at a share 0..1 of training."""
-        return {**self.weights, **{term.name: term.weight_at(progress) for term in self.terms}}
+        own = {t.name: 0.0 if self.watched else t.weight_at(progress) for t in self.terms}
+        return {**self.weights, **own}
 
     @property
     def units(self) -> set[str]:

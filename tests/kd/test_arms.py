@@ -17,6 +17,8 @@ from kd.config_reader import find_config, load_recipe
 from kd.data.splits import labelled_images
 from kd.engine import forward_losses
 from kd.errors import UserError
+from kd.objective import weighted_sum
+from kd.training import Objective
 
 ARMS: tuple[Arm, ...] = ("plain", "distilled", "bare", "shuffled", "direct")
 CONTEXT = ("context", "strength")
@@ -117,8 +119,41 @@ def test_shuffled_posteriors_are_all_there_but_nobodys_own(arms: Distillation) -
         assert twice or not same.any()
         key = np.lexsort(own.numpy().T), np.lexsort(other.numpy().T)
         assert np.array_equal(own.numpy()[key[0]], other.numpy()[key[1]])
-    assert arms._source("plain", 0) is None
     assert arms._source("bare", 0) is None
+
+
+def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
+    arms: Distillation,
+) -> None:
+    labelled = labelled_images(arms.data.train, 0.5, 0)
+    dataset = arms._dataset(0, labelled)
+    batch = arms._sample(dataset)
+    gradients, values = [], []
+    for terms in (True, False):
+        model, objective = arms._assemble("plain", 0, labelled, dataset)
+        model.eval()
+        if not terms:
+            objective = Objective(objective.task, objective.weights)
+        losses = forward_losses(model, batch, objective)
+        values.append(losses)
+        scale = dict.fromkeys(("hidden", "labelled"), 1.0)
+        weighted_sum(losses, objective.weights_at(0.5), scale).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert values[0]["context_logits"].value > 0
+    assert not values[0]["context_logits"].value.requires_grad
+    assert values[0].keys() - values[1].keys() == {"context_logits"}
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_twins_write_the_same_tags(arms: Distillation) -> None:
+    names = []
+    labelled = labelled_images(arms.data.train, 0.5, 0)
+    dataset = arms._dataset(0, labelled)
+    twins: tuple[Arm, ...] = ("plain", "distilled", "shuffled")
+    for arm in twins:
+        model, objective = arms._assemble(arm, 0, labelled, dataset)
+        names.append(list(forward_losses(model, arms._sample(dataset), objective)))
+    assert names[0] == names[1] == names[2]
 
 
 def test_a_check_builds_every_arm_and_trains_none(arms: Distillation) -> None:
