@@ -9,3 +9,18 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A mistake in a configuration; the message holds one line per mistake."""
+
+
+def at_least(what: str, **limits: tuple[float, float]) -> None:
+    """Refuse an option below its least value.
+
+    Args:
+        what: Whose options they are, for the message.
+        limits: Option to its value and the least one.
+
+    Raises:
+        UserError: The first option below its limit.
+    """
+    for option, (value, least) in limits.items():
+        if value < least:
+            raise UserError(f"{what}: {option} must be at least {least}, got {value}")

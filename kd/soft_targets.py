@@ -7,7 +7,6 @@ log-probabilities (K, C). The engine cannot tell them apart.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -181,15 +180,6 @@ class StoredPosteriors:
                     "delete the file and the posteriors are made anew"
                 )
         return cls(tensors["object_ids"], tensors["log_probs"], source=str(path))
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A short hash of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def from_arrays(object_ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> StoredPosteriors:

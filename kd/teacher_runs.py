@@ -29,7 +29,8 @@ from kd.data.splits import fold_of
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.top_n import TopN
-from kd.soft_targets import StoredPosteriors, from_arrays, weights_hash
+from kd.nn.weights import weights_hash
+from kd.soft_targets import StoredPosteriors, from_arrays
 from kd.tasks.base import Task, named
 
 _log = logging.getLogger("kd")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.errors import UserError
+from kd.errors import UserError, at_least
 from kd.nn.levels import LevelledTrunk, build_levels
 from kd.nn.regions import crop_regions, roi_features
 from kd.nn.surroundings import Surroundings, picture_extents, standardised
@@ -193,17 +193,15 @@ def build_student(
     Raises:
         UserError: An option out of range, or a trunk that cannot be built.
     """
-    at_least = {
-        "crop_size": (crop_size, 16),
-        "region_size": (region_size, 1),
-        "hidden": (hidden, 0),
-        "upscale": (upscale, 1),
-        "margin": (margin, 0),
-        "min_ring": (min_ring, 0),
-    }
-    for option, (value, least) in at_least.items():
-        if value < least:
-            raise UserError(f"student {name}: {option} must be at least {least}, got {value}")
+    at_least(
+        f"student {name}",
+        crop_size=(crop_size, 16),
+        region_size=(region_size, 1),
+        hidden=(hidden, 0),
+        upscale=(upscale, 1),
+        margin=(margin, 0),
+        min_ring=(min_ring, 0),
+    )
     if view not in ("region", "crop"):
         raise UserError(f"student {name}: view must be 'region' or 'crop', got {view!r}")
     if not 0 <= dropout < 1 or ring_margin <= 0:

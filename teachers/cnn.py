@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.errors import UserError
+from kd.errors import UserError, at_least
 
 
 class ContextCNN(nn.Module):
@@ -134,10 +134,8 @@ def cnn(
     Raises:
         UserError: An option out of range.
     """
-    options = {"width": width, "downs": downs, "patch": patch, "grid": grid, "hidden": hidden}
-    for name, value in options.items():
-        if value < 1:
-            raise UserError(f"cnn: {name} must be at least 1, got {value}")
+    sizes = {"width": width, "downs": downs, "patch": patch, "grid": grid, "hidden": hidden}
+    at_least("cnn", **{name: (value, 1) for name, value in sizes.items()})
     if not 0 <= dropout < 1:
         raise UserError(f"cnn: dropout must be in [0, 1), got {dropout}")
     return ContextCNN(

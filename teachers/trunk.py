@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd.errors import UserError
+from kd.errors import UserError, at_least
 from kd.nn.levels import build_levels
 from kd.nn.regions import mask_boxes
 from kd.nn.surroundings import Surroundings, picture_extents
@@ -95,11 +95,9 @@ def trunk(
         raise UserError(f"trunk: margins must be above 0, got {list(margins)}")
     if not margins and not scene:
         raise UserError("trunk: give at least one margin, or the scene")
-    if not 0 <= dropout < 1 or hidden < 0 or min_ring < 0:
-        raise UserError(
-            "trunk: dropout must be in [0, 1), hidden and min_ring 0 or above, got "
-            f"{dropout}, {hidden} and {min_ring}"
-        )
+    at_least("trunk", hidden=(hidden, 0), min_ring=(min_ring, 0))
+    if not 0 <= dropout < 1:
+        raise UserError(f"trunk: dropout must be in [0, 1), got {dropout}")
     features = build_levels(
         name,
         levels=levels,

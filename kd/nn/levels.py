@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.nn.freeze import freeze, freeze_batch_norm
 from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.weights import weights_hash
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,11 @@ class RememberedTrunk(LevelledTrunk):
         tensors = chain(self.trunk.parameters(), self.trunk.buffers())
         keyed = [(id(tensor), tensor._version) for tensor in tensors]
         if keyed != self._keyed:
-            self._key, self._keyed = weights_key(self.trunk), keyed
+            # A trunk's layers have options that no weight shows: a kept stride is one.
+            self._key, self._keyed = (
+                weights_hash(self.trunk, f"{self.trunk.name} {self.trunk}"),
+                keyed,
+            )
         return _STORES.setdefault((self._key, self.levels), _Store())
 
 
@@ -136,15 +141,6 @@ def picture_keys(images: Tensor) -> list[bytes]:
     size = f"{tuple(pictures.shape[1:])}".encode()
     contents = (size + one.numpy().tobytes() for one in pictures)
     return [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
-
-
-def weights_key(trunk: Trunk) -> str:
-    """A hash of a trunk's kind, its layers' options (a kept stride is one) and its weights."""
-    digest = hashlib.blake2b(f"{trunk.name} {trunk}".encode(), digest_size=16)
-    for name, tensor in sorted(trunk.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def build_levels(

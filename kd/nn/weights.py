@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -134,3 +135,17 @@ def _few(names: Iterable[str]) -> str:
     listed = list(names)
     tail = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
     return ", ".join(listed[:4]) + tail
+
+
+def weights_hash(model: nn.Module, kind: str = "") -> str:
+    """A short hash of a model's weights and buffers: names, types, shapes and values.
+
+    Args:
+        model: On any device.
+        kind: What else tells it from others.
+    """
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

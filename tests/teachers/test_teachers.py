@@ -230,7 +230,7 @@ def test_a_remembering_trunk_teacher_agrees_with_one_that_computes() -> None:
         ("cnn", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ("trunk", {"margins": [-1.0]}, "margins must be above 0"),
         ("trunk", {"margins": [], "scene": False}, "at least one margin, or the scene"),
-        ("trunk", {"min_ring": -1.0}, "min_ring 0 or above"),
+        ("trunk", {"min_ring": -1.0}, "min_ring must be at least 0"),
         ("trunk", {"levels": 9}, "levels must be in 1..5, got 9"),
         ("trunk", {"remember": True}, "remember needs frozen: all"),
         ("trunk", {"remember": True, "frozen": "stage2"}, "remember needs frozen: all"),
