@@ -1,0 +1,168 @@
+"""The imitation mask: places whose anchors overlap an object nearly as well as the best does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from kd.errors import UserError
+from kd.losses import imitation_mask
+
+
+def grid(
+    height: int,
+    width: int,
+    *,
+    stride: float = 16.0,
+    sides: tuple[tuple[float, float], ...] = ((16.0, 16.0),),
+) -> Tensor:
+    """Anchors (H, W, K, 4) around the middles of places; `sides` are (width, height)."""
+    x, y = (torch.arange(width) + 0.5) * stride, (torch.arange(height) + 0.5) * stride
+    middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]
+    half = torch.tensor(sides) / 2
+    return torch.cat([middles - half, middles + half], dim=-1)
+
+
+FASTER_RCNN = tuple(
+    (16.0 * scale / ratio**0.5, 16.0 * scale * ratio**0.5)
+    for scale in (8, 16, 32)
+    for ratio in (0.5, 1.0, 2.0)
+)
+
+
+def random_boxes(count: int, generator: torch.Generator, extent: tuple[float, float]) -> Tensor:
+    middles = torch.rand(count, 2, generator=generator) * torch.tensor(extent)
+    sides = torch.rand(count, 2, generator=generator) * 300 + 4
+    return torch.cat([middles - sides / 2, middles + sides / 2], dim=1)
+
+
+def slow_mask(boxes: list[Tensor], anchors: Tensor, psi: float) -> tuple[Tensor, Tensor]:
+    """The definition box by box; and where an IoU is so near the limit that rounding decides."""
+    masks, close = [], []
+    for own in boxes:
+        mask = torch.zeros(anchors.shape[:2], dtype=torch.bool)
+        near = mask.clone()
+        for box in own.double():
+            iou = box_iou(box[None], anchors.double().flatten(0, 2)).view(anchors.shape[:3])
+            limit = psi * iou.max()
+            mask |= (iou > limit).any(dim=-1)
+            near |= ((iou - limit).abs() < 3e-5 * limit).any(dim=-1)
+        masks.append(mask)
+        close.append(near)
+    return torch.stack(masks), torch.stack(close)
+
+
+def test_the_mask_of_one_box_by_hand() -> None:
+    # 8 pixels to the right of the first anchor: IoU 128 / 384 with the first two, 0 with the last.
+    box = torch.tensor([[8.0, 0.0, 24.0, 16.0]])
+    anchors = grid(2, 3)
+    expected = torch.tensor([[[True, True, False], [False, False, False]]])
+    assert torch.equal(imitation_mask([box], anchors), expected)
+    # 4 pixels to the right: 192 / 320 = 0.6 with the first, 64 / 448 = 0.14 with the second.
+    box = torch.tensor([[4.0, 0.0, 20.0, 16.0]])
+    expected[0, 0, 1] = False
+    assert torch.equal(imitation_mask([box], anchors), expected)
+    expected[0, 0, 1] = True
+    assert torch.equal(imitation_mask([box], anchors, psi=0.2), expected)
+
+
+@pytest.mark.parametrize("psi", [0.0, 0.25, 0.5, 0.9])
+def test_the_mask_agrees_with_the_definition(psi: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    anchors = grid(12, 17, sides=FASTER_RCNN)
+    boxes = [random_boxes(count, generator, (272.0, 192.0)) for count in (5, 0, 1, 9)]
+    expected, close = slow_mask(boxes, anchors, psi)
+    mask = imitation_mask(boxes, anchors, psi=psi)
+    assert mask.dtype == torch.bool and mask.shape == (4, 12, 17)
+    assert torch.equal(mask | close, expected | close)
+    assert (mask != expected).float().mean() < 0.02
+    assert not mask[1].any()
+
+
+def test_an_anchor_that_only_ties_with_the_limit_stays_out() -> None:
+    # A box inside anchors of side 32 and 64: IoU 1/16 and 1/64, a quarter of the best.
+    anchors = grid(1, 5, stride=4.0, sides=((32.0, 32.0), (64.0, 64.0)))
+    box = torch.tensor([[6.0, -2.0, 14.0, 6.0]])
+    alone = imitation_mask([box], grid(1, 5, stride=4.0, sides=((32.0, 32.0),)), psi=0.25)
+    assert torch.equal(imitation_mask([box], anchors, psi=0.25), alone)
+    only = torch.cat([anchors[..., :1, :] + 1000.0, anchors[..., 1:, :]], dim=2)
+    far = torch.tensor([[1006.0, 998.0, 1014.0, 1006.0]])
+    assert not imitation_mask([torch.cat([box, far])], only, psi=1.0).any()
+
+
+def test_all_places_that_overlap_at_nought_and_none_at_one() -> None:
+    generator = torch.Generator().manual_seed(5)
+    anchors = grid(9, 9, sides=FASTER_RCNN[:2])
+    boxes = [random_boxes(4, generator, (144.0, 144.0)) for _ in range(3)]
+    assert not imitation_mask(boxes, anchors, psi=1.0).any()
+    flat = anchors.flatten(0, 2)
+    touched = torch.stack(
+        [box_iou(own, flat).view(4, 9, 9, 2).amax(dim=(0, 3)) > 0 for own in boxes]
+    )
+    assert torch.equal(imitation_mask(boxes, anchors, psi=0.0), touched)
+
+
+def test_the_mask_is_a_union_and_blind_to_the_order_of_boxes() -> None:
+    generator = torch.Generator().manual_seed(7)
+    anchors = grid(10, 11, sides=FASTER_RCNN[:4])
+    boxes = random_boxes(6, generator, (176.0, 160.0))
+    whole = imitation_mask([boxes], anchors)
+    parts = imitation_mask([boxes[:2], boxes[2:]], anchors)
+    assert torch.equal(whole[0], parts.any(dim=0))
+    assert torch.equal(whole, imitation_mask([boxes.flip(0)], anchors))
+
+
+def test_the_mask_moves_with_box_and_scale() -> None:
+    anchors = grid(8, 8, sides=((40.0, 24.0), (24.0, 40.0)))
+    box = torch.tensor([[30.0, 40.0, 61.0, 77.0]])
+    mask = imitation_mask([box], anchors)
+    moved = imitation_mask([box + torch.tensor([16.0, 32.0, 16.0, 32.0])], anchors)
+    assert torch.equal(moved[0, 2:, 1:], mask[0, :-2, :-1])
+    assert torch.equal(imitation_mask([box * 3], anchors * 3), mask)
+
+
+def test_no_boxes_no_images_and_boxes_of_no_area_choose_nothing() -> None:
+    anchors = grid(4, 5)
+    assert not imitation_mask([torch.zeros(0, 4)], anchors).any()
+    assert imitation_mask([], anchors).shape == (0, 4, 5)
+    line = torch.tensor([[10.0, 10.0, 10.0, 30.0]])
+    assert not imitation_mask([line], anchors).any()
+    outside = torch.tensor([[500.0, 500.0, 520.0, 520.0]])
+    assert not imitation_mask([outside], anchors, psi=0.0).any()
+
+
+def test_boxes_in_half_precision_or_of_whole_numbers_are_boxes() -> None:
+    anchors = grid(6, 6, sides=((40.0, 24.0),))
+    box = torch.tensor([[30.0, 40.0, 62.0, 77.0]])
+    expected = imitation_mask([box], anchors)
+    for dtype in (torch.bfloat16, torch.float64, torch.int64):
+        assert torch.equal(imitation_mask([box.to(dtype)], anchors), expected)
+
+
+def test_the_mask_compiles_to_the_same() -> None:
+    generator = torch.Generator().manual_seed(9)
+    anchors = grid(7, 6, sides=FASTER_RCNN[:2])
+    boxes = [random_boxes(3, generator, (96.0, 112.0))]
+    compiled = torch.compile(imitation_mask, backend="aot_eager")
+    assert torch.equal(compiled(boxes, anchors), imitation_mask(boxes, anchors))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "anchors", "psi", "message"),
+    [
+        ([torch.zeros(3)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(3,\)"),
+        ([torch.zeros(1, 4)], torch.zeros(8, 4), 0.5, r"anchors must be \(H, W, K, 4\)"),
+        ([torch.zeros(1, 4)], grid(2, 2), 1.5, "psi must be in 0..1, got 1.5"),
+        ([torch.tensor([[9.0, 0, 1, 5]])], grid(2, 2), 0.5, "x1 <= x2"),
+        ([torch.tensor([[0.0, 0, float("nan"), 5]])], grid(2, 2), 0.5, "must be finite"),
+        ([torch.zeros(1, 4)], torch.rand(2, 2, 3, 4), 0.5, "anchors must be a grid"),
+        ([torch.zeros(1, 4)], grid(2, 2).flip(-1), 0.5, "anchors must be a grid"),
+    ],
+)
+def test_what_is_no_mask_is_refused(
+    boxes: list[Tensor], anchors: Tensor, psi: float, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        imitation_mask(boxes, anchors, psi=psi)
