@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kd.losses._checks import mask_shape, positive, same_shape, wide_type
 
@@ -54,18 +58,77 @@ def pixel_wise(
     """
     same_shape("pixel_wise", student, teacher, dimensions=4)
     positive("pixel_wise", "temperature", temperature)
-    divergence = _divergence(student, teacher, temperature)  # (N, H, W)
+    if valid is not None:
+        mask_shape("pixel_wise", "valid", valid, (len(student), *student.shape[2:]))
+    compiled = torch.compiler.is_compiling()  # which fuses the formula by itself
+    summed = _summed if compiled else _PixelWise.apply
+    total: Tensor = summed(student, teacher, temperature, valid)
     if valid is None:
-        return divergence.sum() / max(divergence.numel(), 1) * temperature**2
-    mask_shape("pixel_wise", "valid", valid, tuple(divergence.shape))
-    total = divergence.masked_fill(~valid, 0.0).sum()
+        return total / max(student[:, 0].numel(), 1) * temperature**2
     return total / valid.sum().clamp(min=1) * temperature**2
+
+
+class _PixelWise(torch.autograd.Function):
+    """The sum over pixels, image by image; the backward pass computes each image again.
+
+    Left to autograd, the two passes hold five maps as large as the logits between them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None
+    ) -> Tensor:
+        """Sum of the divergences of the valid pixels."""
+        ctx.save_for_backward(student, teacher, valid)
+        ctx.temperature = temperature
+        total = student.new_zeros((), dtype=wide_type(student))
+        for i in range(len(student)):
+            part = slice(i, i + 1)
+            mask = None if valid is None else valid[part]
+            total = total + _summed(student[part], teacher[part], temperature, mask)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """For the student `(p - q) / T`, for the teacher `q (log q - log p - KL) / T`."""
+        student, teacher, valid = ctx.saved_tensors
+        wants_student, wants_teacher = ctx.needs_input_grad[:2]
+        for_student = torch.empty_like(student) if wants_student else None
+        for_teacher = torch.empty_like(teacher) if wants_teacher else None
+        scale = upstream / ctx.temperature
+        for i in range(len(student)):
+            log_p = _log_softmax(student[i], 0, ctx.temperature)
+            log_q = _log_softmax(teacher[i], 0, ctx.temperature)
+            unseen = None if valid is None else ~valid[i]
+            q = log_q.exp()
+            if for_teacher is not None:
+                gap = log_q.sub_(log_p)
+                gap = gap - (q * gap).sum(dim=0)
+                for_teacher[i] = _kept(gap.mul_(q).mul_(scale), unseen)
+            if for_student is not None:
+                for_student[i] = _kept(log_p.exp_().sub_(q).mul_(scale), unseen)
+        return for_student, for_teacher, None, None
+
+
+def _kept(gradient: Tensor, unseen: Tensor | None) -> Tensor:
+    """Set to 0 what takes no part, were it not even finite."""
+    return gradient if unseen is None else gradient.masked_fill_(unseen, 0.0)
+
+
+def _summed(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    divergence = _divergence(student, teacher, temperature)
+    return (divergence if valid is None else divergence.masked_fill(~valid, 0.0)).sum()
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) over dimension 1, which is gone from the result."""
-    if temperature != 1.0:
-        student, teacher = student / temperature, teacher / temperature
-    log_p = F.log_softmax(student, dim=1, dtype=wide_type(student))
-    log_q = F.log_softmax(teacher, dim=1, dtype=wide_type(teacher))
+    log_p = _log_softmax(student, 1, temperature)
+    log_q = _log_softmax(teacher, 1, temperature)
     return (log_q.exp() * (log_q - log_p)).sum(dim=1)
+
+
+def _log_softmax(logits: Tensor, dim: int, temperature: float) -> Tensor:
+    if temperature != 1.0:
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=dim, dtype=wide_type(logits))
