@@ -1,0 +1,192 @@
+"""Holistic distillation: a critic learns to tell a student's score maps from a teacher's.
+
+Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic sees a score map together with its
+image and says how real the map is *given the image*; it is trained as a Wasserstein critic with
+gradient penalty (Gulrajani et al., 2017, https://arxiv.org/abs/1704.00028), and the student learns
+to score high with it. The critic owns its optimiser; its loss takes detached maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from kd.errors import UserError
+from kd.losses._checks import same_shape
+
+KERNEL = 4
+
+
+class SelfAttention(nn.Module):
+    """Every place looks at every other; starts as the identity.
+
+    Zhang et al., 2019, https://arxiv.org/abs/1805.08318.
+
+    Args:
+        channels: In and out; queries and keys have an eighth of them.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(channels // 8, 1)
+        self.query = nn.Conv2d(channels, inner, 1)
+        self.key = nn.Conv2d(channels, inner, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        query, key, value = (
+            layer(features).flatten(2) for layer in (self.query, self.key, self.value)
+        )
+        # Not scaled_dot_product_attention: its fused kernels have no second derivative.
+        weights = (query.transpose(1, 2) @ key).softmax(dim=2)  # (N, H*W, H*W)
+        seen = (value @ weights.transpose(1, 2)).unflatten(2, features.shape[2:])
+        out: Tensor = features + self.gamma * seen
+        return out
+
+
+class Critic(nn.Module):
+    """How real a score map is, given its image.
+
+    Convolutions of 4 x 4 and stride 2 under spectral normalisation, self-attention on the last two,
+    a 4 x 4 convolution to one value, averaged over the places that it fits. It computes in float32
+    whatever autocast says: half precision is where such critics break.
+
+    Args:
+        num_classes: Channels of the score maps.
+        widths: Channels of the convolutions.
+        slope: Of the leaky ReLUs below 0.
+
+    Raises:
+        UserError: No class, or fewer than two convolutions.
+    """
+
+    def __init__(
+        self, num_classes: int, *, widths: Sequence[int] = (64, 128, 256, 512), slope: float = 0.1
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or len(widths) < 2:
+            raise UserError(
+                "critic: needs at least one class and two widths, got "
+                f"{num_classes} and {list(widths)}"
+            )
+        self.num_classes = num_classes
+        layers: list[nn.Module] = []
+        channels = num_classes + 3
+        for number, width in enumerate(widths):
+            convolution = nn.Conv2d(channels, width, KERNEL, stride=2, padding=1)
+            layers += [spectral_norm(convolution), nn.LeakyReLU(slope)]
+            if number >= len(widths) - 2:
+                layers.append(SelfAttention(width))
+            channels = width
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Conv2d(channels, 1, KERNEL)
+        self.halvings = len(widths)
+
+    def forward(self, scores: Tensor, images: Tensor) -> Tensor:
+        """Judge score maps.
+
+        Args:
+            scores: Probabilities, (N, C, h, w), at least 2 to the number of convolutions wide and
+                high.
+            images: Normalised, (N, 3, H, W); resized to the maps' grid.
+
+        Returns:
+            (N,): the higher, the more like a teacher's.
+
+        Raises:
+            UserError: Shapes that do not fit, or maps too small for the convolutions.
+        """
+        self._check(scores, images)
+        with torch.autocast(scores.device.type, enabled=False):
+            grid = (scores.shape[2], scores.shape[3])
+            seen = F.interpolate(images.float(), grid, mode="bilinear", align_corners=False)
+            features = self.layers(torch.cat([scores.float(), seen], dim=1))
+            # What is smaller than the last kernel is filled up with nothing.
+            missing = [max(KERNEL - side, 0) for side in (features.shape[3], features.shape[2])]
+            features = F.pad(features, (0, missing[0], 0, missing[1]))
+            judged: Tensor = self.last(features)
+            return judged.mean(dim=(1, 2, 3))
+
+    def _check(self, scores: Tensor, images: Tensor) -> None:
+        if scores.ndim != 4 or scores.shape[1] != self.num_classes:
+            raise UserError(
+                f"critic: scores must be (N, {self.num_classes}, h, w), got {tuple(scores.shape)}"
+            )
+        if images.ndim != 4 or images.shape[:2] != (len(scores), 3):
+            raise UserError(
+                f"critic: images must be ({len(scores)}, 3, H, W), got {tuple(images.shape)}"
+            )
+        least = 2**self.halvings
+        if min(scores.shape[2:]) < least:
+            raise UserError(
+                f"critic: {self.halvings} halvings need maps of {least} x {least} at least, got "
+                f"{scores.shape[2]} x {scores.shape[3]}; enlarge the score maps"
+            )
+
+
+def critic_loss(
+    critic: nn.Module,
+    student: Tensor,
+    teacher: Tensor,
+    images: Tensor,
+    *,
+    penalty: float = 10.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What the critic minimises: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
+
+    The gradient is taken at a random point of the line between the two maps of each image. No
+    gradient reaches student or teacher.
+
+    Args:
+        critic: Score maps and images to (N,).
+        student: Logits, (N, C, h, w).
+        teacher: Logits, (N, C, h, w).
+        images: Normalised, (N, 3, H, W).
+        penalty: Weight of the gradient penalty.
+        generator: Draws the points, on the maps' device; torch's own where not given.
+
+    Returns:
+        Scalar, the mean over N.
+
+    Raises:
+        UserError: Shapes that differ.
+    """
+    same_shape("holistic", student, teacher, dimensions=4)
+    fake, real = (_probabilities(logits.detach()) for logits in (student, teacher))
+    judged_fake, judged_real = critic(fake, images), critic(real, images)
+    mix = torch.rand(len(fake), 1, 1, 1, device=fake.device, generator=generator)
+    between = torch.lerp(fake, real, mix).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(between, images).sum(), between, create_graph=True)
+    # A norm has no derivative at 0, where a critic that sees no difference begins.
+    length = (slope.flatten(1).square().sum(dim=1) + 1e-12).sqrt()
+    loss: Tensor = (judged_fake - judged_real + penalty * (length - 1).square()).mean()
+    return loss
+
+
+def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
+    """What the student minimises: `-D(student)`.
+
+    The critic's weights get a gradient as well, which its own step must not use: clear it, or
+    freeze the critic meanwhile.
+
+    Args:
+        student: Logits, (N, C, h, w).
+        images: Normalised, (N, 3, H, W).
+        critic: Score maps and images to (N,).
+
+    Returns:
+        Scalar, the mean over N.
+    """
+    loss: Tensor = -critic(_probabilities(student), images).mean()
+    return loss
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=1, dtype=torch.float32)
