@@ -1,12 +1,16 @@
 """Losses: one function each; student first, teacher second."""
 
+from kd.losses.channel_wise import channel_wise
+from kd.losses.hint import hint
 from kd.losses.imitation import imitation, imitation_mask
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
 from kd.losses.supervised import cross_entropy_labelled, masked_bce
 
 __all__ = [
+    "channel_wise",
     "cross_entropy_labelled",
+    "hint",
     "imitation",
     "imitation_mask",
     "kl_logits",

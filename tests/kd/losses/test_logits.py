@@ -128,3 +128,45 @@ def test_logit_losses_in_bfloat16_stay_near() -> None:
     assert auto == pytest.approx(
         kl_logits(student[:, :, 0, 0], teacher[:, :, 0, 0]).item(), rel=0.02
     )
+
+
+def test_pixel_wise_has_the_gradients_that_autograd_finds_in_its_formula() -> None:
+    student, teacher = torch.randn(2, 3, 4, 2, 3, dtype=torch.float64).unbind()
+    valid = torch.rand(3, 2, 3) < 0.6
+    found = []
+    for own in (True, False):
+        leaves = [student.clone().requires_grad_(), teacher.clone().requires_grad_()]
+        if own:
+            loss = pixel_wise(*leaves, temperature=2.0, valid=valid)
+        else:
+            p, q = ((leaf / 2.0).log_softmax(dim=1) for leaf in leaves)
+            loss = 4.0 * (q.exp() * (q - p)).sum(dim=1)[valid].mean()
+        (3.0 * loss).backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_pixel_wise_never_looks_at_pixels_that_are_not_valid() -> None:
+    student, teacher = torch.randn(2, 2, 3, 2, 2).unbind()
+    valid = torch.ones(2, 2, 2, dtype=torch.bool)
+    valid[1, 0, 1] = False
+    broken = student.clone()
+    broken[1, :, 0, 1] = float("nan")
+    broken.requires_grad_()
+    loss = pixel_wise(broken, teacher, valid=valid)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), pixel_wise(student, teacher, valid=valid))
+    assert broken.grad is not None and broken.grad.isfinite().all()
+    assert not broken.grad[1, :, 0, 1].any()
+
+
+def test_logit_losses_compile_to_the_same() -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, 4).unbind()
+    for loss, shape in ((pixel_wise, (2, 3, 4, 4)), (kl_logits, (6, 16))):
+        found = []
+        for function in (loss, torch.compile(loss, backend="aot_eager")):
+            leaf = student.reshape(shape).clone().requires_grad_()
+            value = function(leaf, teacher.reshape(shape), temperature=2.0)
+            value.backward()
+            found.append((value.detach(), leaf.grad))
+        torch.testing.assert_close(found[0], found[1])

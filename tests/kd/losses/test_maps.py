@@ -1,0 +1,104 @@
+"""channel_wise and hint: losses between maps of one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.losses import channel_wise, hint
+
+LOSSES = [channel_wise, hint]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def test_channel_wise_of_two_places_by_hand() -> None:
+    # Student: even at T = 2. Teacher: softmax (0, 2 ln 3) / 2 = (1/4, 3/4).
+    student = torch.zeros(1, 1, 1, 2)
+    teacher = torch.tensor([0.0, 2 * math.log(3)]).view(1, 1, 1, 2)
+    expected = 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert channel_wise(student, teacher, temperature=2.0).item() == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+def test_channel_wise_agrees_with_a_loop_over_channels() -> None:
+    student, teacher = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64).unbind()
+    total = 0.0
+    for image in range(3):
+        for channel in range(4):
+            q = (teacher[image, channel].flatten() / 4).softmax(dim=0)
+            p = (student[image, channel].flatten() / 4).softmax(dim=0)
+            total += sum((q[i] * (q[i] / p[i]).log()).item() for i in range(30))
+    expected = 16 * total / 12
+    assert channel_wise(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_channel_wise_is_blind_to_a_channels_constant_and_to_the_order_of_places() -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, 4).unbind()
+    value = channel_wise(student, teacher)
+    torch.testing.assert_close(channel_wise(student + torch.randn(2, 3, 1, 1), teacher), value)
+    torch.testing.assert_close(channel_wise(student.flip(2), teacher.flip(2)), value)
+
+
+def test_hint_by_hand() -> None:
+    student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+    assert hint(student, teacher).item() == pytest.approx((4 + 9) / 2)
+
+
+def test_hint_agrees_with_torch_and_keeps_with_a_common_shift() -> None:
+    student, teacher, shift = torch.randn(3, 2, 3, 4, 4).unbind()
+    expected = torch.nn.functional.mse_loss(student, teacher)
+    torch.testing.assert_close(hint(student, teacher), expected)
+    torch.testing.assert_close(hint(student + shift, teacher + shift), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equal_maps_cost_nothing_and_no_images_give_a_zero_gradient(loss: Loss) -> None:
+    maps = torch.randn(2, 3, 4, 4)
+    assert loss(maps, maps).item() == pytest.approx(0.0, abs=1e-7)
+    student = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    value = loss(student, torch.zeros(0, 3, 4, 4))
+    value.backward()
+    assert value.item() == 0.0 and student.grad is not None
+    single = torch.randn(2, 3, 1, 1)
+    assert loss(single, torch.randn(2, 3, 1, 1)).isfinite()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_maps_losses_have_the_right_gradient(loss: Loss) -> None:
+    student = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher), (student,))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_maps_losses_keep_their_precision_in_bfloat16(loss: Loss) -> None:
+    student, teacher = torch.randn(2, 4, 8, 8, 8).unbind()
+    exact = loss(student, teacher).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = loss(student.bfloat16(), teacher.bfloat16())
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_maps_losses_compile_to_the_same(loss: Loss) -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, 4).unbind()
+    compiled = torch.compile(loss, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_maps_of_different_shape_are_refused(loss: Loss) -> None:
+    with pytest.raises(UserError, match=r"\(1, 2, 3, 3\) and teacher \(1, 2, 3, 4\)"):
+        loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4))
+
+
+def test_channel_wise_refuses_a_temperature_of_nought() -> None:
+    with pytest.raises(UserError, match="temperature must be above 0"):
+        channel_wise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), temperature=0.0)
