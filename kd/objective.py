@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kd.catalog import check_options, look_up
 from kd.errors import UserError
+from kd.losses.channel_wise import channel_wise
+from kd.losses.hint import hint
 from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits
 from kd.losses.pair_wise import pair_wise
@@ -48,6 +50,8 @@ TERMS = {
     "direct": Kind(kl_logits, "logits", "posterior"),
     "context_features": Kind(imitation, mask="ring", maps=True),
     "pair_wise": Kind(pair_wise, maps=True),
+    "channel_wise": Kind(channel_wise, maps=True),
+    "hint": Kind(hint, maps=True),
 }
 
 

@@ -251,11 +251,10 @@ def test_the_demo_runs_the_whole_path(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     short = sets("train.epochs=1", "train.batch_size=8", "train.pictures=1")
-    monkeypatch.setattr(demo, "SCENES", small_data)
-    monkeypatch.setattr(demo, "TEACHER", [*short, *sets("teacher.options.width=4")])
+    monkeypatch.setattr(demo, "TEACHER", [*small_data, *short, *sets("teacher.options.width=4")])
     arms = sets("arms=[plain, distilled]", "seeds=[0]", "data.labelled=0.5",
                 "student.name=shufflenet_v2_x0_5")  # fmt: skip
-    monkeypatch.setattr(demo, "STUDENT", [*short, *arms])
+    monkeypatch.setattr(demo, "STUDENT", [*small_data, *short, *arms])
     assert demo.main(["--out", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
     assert "$ python -m kd.distill --student resnet18" in said

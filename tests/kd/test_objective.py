@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses.imitation import imitation
-from kd.losses.logits import kl_logits
-from kd.losses.pair_wise import pair_wise
+from kd.losses import channel_wise, hint, imitation, kl_logits, pair_wise
 from kd.objective import (
     TERMS,
     Ramp,
@@ -132,3 +132,15 @@ def test_a_loss_without_a_weight_or_the_reverse_is_refused() -> None:
     with pytest.raises(UserError, match=r"losses and weights differ in: b, c"):
         check_weights({"a": 0, "b": 0}, {"a": 1.0, "c": 1.0})
     check_weights({"a": 0}, {"a": 1.0})
+
+
+@pytest.mark.parametrize(("name", "loss"), [("channel_wise", channel_wise), ("hint", hint)])
+def test_losses_between_maps_compare_each_hidden_object_with_its_image(
+    name: str, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    term = build_term(name, weight=1.0, student="layer4", teacher="neck")
+    ours, theirs = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4)
+    image_of = torch.tensor([0, 1, 1])
+    losses = distillation_losses([term], {"layer4": ours}, {"neck": theirs}, {}, image_of)
+    assert losses[name].unit == "hidden"
+    assert torch.equal(losses[name].value, loss(ours[image_of], theirs))
