@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kd.catalog import check_options, look_up
 from kd.errors import UserError
+from kd.interop.torchdistill import PREFIX, borrow
 from kd.losses.channel_wise import channel_wise
 from kd.losses.hint import hint
 from kd.losses.imitation import imitation
@@ -55,6 +56,10 @@ TERMS = {
 }
 
 
+# Outputs with a row for each hidden object; any other name is that of a layer.
+ROWS = ("logits", "context", "appearance")
+
+
 @dataclass(frozen=True)
 class Term:
     """A distillation term, ready to compute."""
@@ -94,10 +99,15 @@ def build_term(
 ) -> Term:
     """A term by name; its options are the loss's keyword-only parameters.
 
+    `torchdistill.NAME` is a mid-level loss of torchdistill's.
+
     Raises:
         UserError: An unknown name or option, or a layer that must be named and is not.
     """
-    kind = look_up(TERMS, name, what="distillation term")
+    if name.startswith(PREFIX):
+        kind = Kind(borrow(name.removeprefix(PREFIX)), maps=student not in ROWS)
+    else:
+        kind = look_up(TERMS, name, what="distillation term")
     options = dict(options or {})
     check_options(kind.function, options, what=f"losses: {name}")
     student, teacher = student or kind.student, teacher or kind.teacher

@@ -1,0 +1,118 @@
+"""torchdistill's losses by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
+
+from kd.errors import ConfigError, UserError
+from kd.interop.torchdistill import borrow
+from kd.losses import kl_logits, pixel_wise
+from kd.objective import build_term, distillation_losses
+
+# Options that have no default there.
+NEEDED: dict[str, dict[str, object]] = {
+    "KDLoss": {"temperature": 4.0},
+    "LogitStdKDLoss": {"temperature": 2.0},
+    "AltActTransferLoss": {"margin": 1.0, "reduction": "mean"},
+    "RKDLoss": {"dist_factor": 1.0, "angle_factor": 2.0, "reduction": "mean"},
+    "SPKDLoss": {"reduction": "batchmean"},
+    "CCKDLoss": {"kernel_config": {"type": "bilinear"}, "reduction": "batchmean"},
+}
+ROWS = ("KDLoss", "LogitStdKDLoss", "PKTLoss", "CCKDLoss", "DISTLoss", "SKDInstanceLoss")
+MAPS = ("ATLoss", "RKDLoss", "SPKDLoss", "AffinityLoss", "ChSimLoss", "AltActTransferLoss")
+
+
+@pytest.mark.parametrize("name", ROWS + MAPS)
+def test_a_borrowed_loss_is_small_at_equality_and_has_a_gradient(name: str) -> None:
+    shape = (5, 6) if name in ROWS else (5, 6, 8, 8)
+    teacher = torch.randn(shape)
+    loss = borrow(name)
+    student = torch.randn(shape, requires_grad=True)
+    value = loss(student, teacher, **NEEDED.get(name, {}))
+    value.backward()
+    assert value.ndim == 0 and student.grad is not None and student.grad.isfinite().all()
+    assert student.grad.abs().sum() > 0
+    assert loss(teacher, teacher, **NEEDED.get(name, {})) <= value.detach()
+
+
+def test_dist_is_the_papers() -> None:
+    def correlation(a: Tensor, b: Tensor) -> float:
+        a, b = a - a.mean(), b - b.mean()
+        return float(a @ b / (a.norm() * b.norm()))
+
+    student, teacher = torch.randn(2, 4, 6, dtype=torch.float64).unbind()
+    p, q = (student / 2).softmax(dim=1), (teacher / 2).softmax(dim=1)
+    inter = 1 - sum(correlation(p[i], q[i]) for i in range(4)) / 4
+    intra = 1 - sum(correlation(p[:, j], q[:, j]) for j in range(6)) / 6
+    value = borrow("DISTLoss")(student, teacher, tau=2.0, gamma=0.5).item()
+    assert value == pytest.approx(4 * (inter + 0.5 * intra), rel=1e-6)
+
+
+def test_kdloss_is_ours_with_the_temperatures_square_and_over_pixels() -> None:
+    loss = borrow("KDLoss")
+    student, teacher = torch.randn(2, 3, 5).unbind()
+    expected = kl_logits(student, teacher, temperature=3.0)
+    torch.testing.assert_close(loss(student, teacher, temperature=3.0), expected)
+    student, teacher = torch.randn(2, 3, 5, 2, 4).unbind()
+    expected = pixel_wise(student, teacher, temperature=3.0)
+    torch.testing.assert_close(loss(student, teacher, temperature=3.0), expected)
+
+
+def test_the_options_are_the_losss_own_without_paths_and_labels() -> None:
+    names = set(inspect.signature(borrow("KDLoss")).parameters)
+    assert names == {"student", "teacher", "temperature", "reduction"}
+    names = set(inspect.signature(borrow("ATLoss")).parameters)
+    assert names == {"student", "teacher", "mode"}
+
+
+def test_a_term_takes_it_by_name() -> None:
+    term = build_term(
+        "torchdistill.DISTLoss",
+        weight=1.0,
+        student="logits",
+        teacher="posterior",
+        options={"tau": 2.0},
+    )
+    rows, known = torch.randn(3, 4), torch.randn(3, 4)
+    losses = distillation_losses(
+        [term], {"logits": rows}, {"posterior": known}, {}, torch.arange(3)
+    )
+    expected = borrow("DISTLoss")(rows, known, tau=2.0)
+    assert torch.equal(losses["torchdistill.DISTLoss"].value, expected)
+    maps = build_term("torchdistill.ATLoss", weight=1.0, student="layer4", teacher="neck")
+    assert maps.kind.maps and not term.kind.maps
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torchdistill.DISTLos", {}, "did you mean 'DISTLoss'"),
+        ("torchdistill.DISTLoss", {"teta": 1.0}, "unknown option 'teta'"),
+        ("torchdistill.KDLoss", {}, "option 'temperature' is missing"),
+        ("torchdistill.KDLoss", {"temperature": 1.0, "alpha": 0.5}, "unknown option 'alpha'"),
+        ("torchdistill.SRDLoss", {}, "more than a tensor"),
+        ("torchdistill.FTLoss", {}, "paraphraser_path, translator_path"),
+        ("torchdistill.RegularizationLoss", {}, "more than a tensor"),
+    ],
+)
+def test_what_cannot_be_borrowed_says_why(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises((UserError, ConfigError), match=message):
+        build_term(name, weight=1.0, student="logits", teacher="logits", options=options)
+
+
+def test_every_loss_of_theirs_is_borrowed_or_refused_with_a_reason() -> None:
+    refused = set()
+    for name in MIDDLE_LEVEL_LOSS_DICT:
+        try:
+            borrow(name)
+        except UserError:
+            refused.add(name)
+    assert {"FTLoss", "KTALoss", "SSKDLoss", "SRDLoss", "VIDLoss", "FSPLoss"} <= refused
+    assert set(ROWS + MAPS).isdisjoint(refused)
