@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from kd.losses import imitation_mask, pair_wise, pixel_wise
+from kd.losses import anchor_grid, imitation_mask, pair_wise, pixel_wise
 
 MIB = 2**20
 Work = Callable[[], object]
@@ -114,14 +114,6 @@ def bench_pair_wise(device: torch.device, pairs: int) -> list[str]:
     ]
 
 
-def grid(height: int, width: int, stride: float, sides: list[tuple[float, float]]) -> Tensor:
-    """Anchors (H, W, K, 4)."""
-    x, y = (torch.arange(width) + 0.5) * stride, (torch.arange(height) + 0.5) * stride
-    middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]
-    half = torch.tensor(sides) / 2
-    return torch.cat([middles - half, middles + half], dim=-1)
-
-
 def looped_mask(boxes: list[Tensor], anchors: Tensor) -> Tensor:
     """Box by box, with torchvision's box_iou."""
     masks = []
@@ -143,22 +135,17 @@ def random_boxes(count: int, width: float, height: float) -> Tensor:
 
 def bench_mask(device: torch.device, pairs: int) -> list[str]:
     shapes = [(16 * s / r**0.5, 16 * s * r**0.5) for s in (8, 16, 32) for r in (0.5, 1.0, 2.0)]
-    anchors = grid(38, 57, 16.0, shapes).to(device)
+    anchors = anchor_grid(38, 57, stride=16.0, sides=shapes, device=device)
     boxes = [random_boxes(20, 912, 608).to(device) for _ in range(8)]
     took, times = ratio(
         lambda: imitation_mask(boxes, anchors), lambda: looped_mask(boxes, anchors), device, pairs
     )
-    pyramid = [
-        grid(
-            -(-800 // stride),
-            -(-1333 // stride),
-            stride,
-            [(s * stride, s * stride) for s in (4, 5, 6.3)],
-        )
-        for stride in (4, 8, 16, 32, 64)
-    ]
     many = [random_boxes(50, 1333, 800).to(device) for _ in range(8)]
-    levels = [level.to(device) for level in pyramid]
+    levels = []
+    for stride in (4, 8, 16, 32, 64):
+        sides = [(scale * stride, scale * stride) for scale in (4.0, 5.0, 6.3)]
+        size = -(-800 // stride), -(-1333 // stride)
+        levels.append(anchor_grid(*size, stride=stride, sides=sides, device=device))
     memory = peak_memory(lambda: [imitation_mask(many, level) for level in levels], device)
     whole = seconds(lambda: [imitation_mask(many, level) for level in levels], device)
     return [

@@ -2,12 +2,13 @@
 
 from kd.losses.channel_wise import channel_wise
 from kd.losses.hint import hint
-from kd.losses.imitation import imitation, imitation_mask
+from kd.losses.imitation import anchor_grid, imitation, imitation_mask
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
 from kd.losses.supervised import cross_entropy_labelled, masked_bce
 
 __all__ = [
+    "anchor_grid",
     "channel_wise",
     "cross_entropy_labelled",
     "hint",

@@ -47,6 +47,32 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return chosen.sum() / (2 * places.where(places > 0, 1.0)).to(chosen.dtype)
 
 
+def anchor_grid(
+    height: int,
+    width: int,
+    *,
+    stride: float,
+    sides: Sequence[tuple[float, float]],
+    device: torch.device | None = None,
+) -> Tensor:
+    """Anchors around the middle of each place of a grid.
+
+    Args:
+        height: Places down.
+        width: Places across.
+        stride: Pixels between places.
+        sides: Width and height of each of the K anchors, pixels.
+        device: Where the result lies.
+
+    Returns:
+        (H, W, K, 4), xyxy pixels.
+    """
+    x, y = ((torch.arange(count, device=device) + 0.5) * stride for count in (width, height))
+    middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
+    half = torch.tensor(sides, device=device, dtype=middles.dtype).view(-1, 2) / 2
+    return torch.cat([middles - half, middles + half], dim=-1)
+
+
 def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5) -> Tensor:
     """Places whose anchors overlap an object nearly as well as the best anchor does.
 

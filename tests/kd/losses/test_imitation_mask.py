@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kd.errors import UserError
-from kd.losses import imitation_mask
+from kd.losses import anchor_grid, imitation_mask
 
 
 def grid(
@@ -18,11 +18,7 @@ def grid(
     stride: float = 16.0,
     sides: tuple[tuple[float, float], ...] = ((16.0, 16.0),),
 ) -> Tensor:
-    """Anchors (H, W, K, 4) around the middles of places; `sides` are (width, height)."""
-    x, y = (torch.arange(width) + 0.5) * stride, (torch.arange(height) + 0.5) * stride
-    middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]
-    half = torch.tensor(sides) / 2
-    return torch.cat([middles - half, middles + half], dim=-1)
+    return anchor_grid(height, width, stride=stride, sides=sides)
 
 
 FASTER_RCNN = tuple(
@@ -52,6 +48,13 @@ def slow_mask(boxes: list[Tensor], anchors: Tensor, psi: float) -> tuple[Tensor,
         masks.append(mask)
         close.append(near)
     return torch.stack(masks), torch.stack(close)
+
+
+def test_anchors_lie_around_the_middles_of_places() -> None:
+    anchors = anchor_grid(2, 3, stride=8.0, sides=[(4.0, 2.0), (16.0, 16.0)])
+    assert anchors.shape == (2, 3, 2, 4)
+    assert anchors[1, 2, 0].tolist() == [18.0, 11.0, 22.0, 13.0]
+    assert anchors[0, 0, 1].tolist() == [-4.0, -4.0, 12.0, 12.0]
 
 
 def test_the_mask_of_one_box_by_hand() -> None:
