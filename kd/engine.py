@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.tasks.base import Batch, Mean, Task, count_units, image_rows
+from kd.tasks.base import Batch, Mean, Task, count_units, hidden_labels, image_rows
 from kd.training import (
     EpochLoader,
     Hooks,
@@ -52,7 +52,12 @@ def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict
             known = objective.soft_targets(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not objective.watched):
             losses |= distillation_losses(
-                objective.terms, {**output, **features}, known, task.masks(batch), image_rows(batch)
+                objective.terms,
+                {**output, **features},
+                known,
+                task.masks(batch),
+                image_rows(batch),
+                hidden_labels(batch),
             )
     return losses
 

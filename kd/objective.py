@@ -15,6 +15,7 @@ from kd.catalog import check_options, look_up
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, borrow
 from kd.losses.channel_wise import channel_wise
+from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
 from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits
@@ -35,6 +36,7 @@ class Kind:
         teacher: Output of the teacher likewise.
         mask: Name of the task's mask that it needs.
         maps: Whether it compares feature maps; else rows, one per hidden object.
+        labels: Whether it asks for the rows' labels, and so speaks for the labelled ones.
     """
 
     function: Loss
@@ -42,6 +44,7 @@ class Kind:
     teacher: str | None = None
     mask: str | None = None
     maps: bool = False
+    labels: bool = False
 
 
 TERMS = {
@@ -49,6 +52,7 @@ TERMS = {
     "context_logits": Kind(kl_logits, "context", "posterior"),
     # The ablation: the same target for the output of a student that sees the object.
     "direct": Kind(kl_logits, "logits", "posterior"),
+    "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
     "context_features": Kind(imitation, mask="ring", maps=True),
     "pair_wise": Kind(pair_wise, maps=True),
     "channel_wise": Kind(channel_wise, maps=True),
@@ -123,6 +127,7 @@ def distillation_losses(
     teacher: Mapping[str, Tensor],
     masks: Mapping[str, Mask],
     image_of: Tensor,
+    labels: Tensor,
 ) -> dict[str, Mean]:
     """Every term's value, unweighted.
 
@@ -133,6 +138,7 @@ def distillation_losses(
         teacher: The same of the teacher, both per hidden object: it saw K inputs.
         masks: The task's masks.
         image_of: The image of each hidden object, (K,).
+        labels: Its class, (K,); -1 where that is withheld.
 
     Raises:
         UserError: An output that student or teacher does not give.
@@ -142,7 +148,10 @@ def distillation_losses(
         ours = _take(student, term.student, term.name, "student")
         theirs = _take(teacher, term.teacher, term.name, "teacher")
         unit = "hidden"
-        if not term.kind.maps:
+        if term.kind.labels:
+            unit = "labelled"
+            value = term.function(ours, theirs, labels)
+        elif not term.kind.maps:
             value = term.function(ours, theirs)
         else:
             ours = ours[image_of]

@@ -1,6 +1,7 @@
 """Losses: one function each; student first, teacher second."""
 
 from kd.losses.channel_wise import channel_wise
+from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
 from kd.losses.imitation import anchor_grid, imitation, imitation_mask
 from kd.losses.logits import kl_logits, pixel_wise
@@ -11,6 +12,7 @@ __all__ = [
     "anchor_grid",
     "channel_wise",
     "cross_entropy_labelled",
+    "decoupled",
     "hint",
     "imitation",
     "imitation_mask",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses import channel_wise, hint, imitation, kl_logits, pair_wise
+from kd.losses import channel_wise, decoupled, hint, imitation, kl_logits, pair_wise
 from kd.objective import (
     TERMS,
     Ramp,
@@ -32,7 +32,12 @@ def test_every_term_builds_and_computes(name: str) -> None:
         ours, theirs = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6).log_softmax(1)
     masks = {"ring": lambda size: torch.ones(3, *size)}
     losses = distillation_losses(
-        [term], {term.student: ours}, {"theirs": theirs}, masks, torch.tensor([0, 1, 1])
+        [term],
+        {term.student: ours},
+        {"theirs": theirs},
+        masks,
+        torch.tensor([0, 1, 1]),
+        torch.tensor([1, -1, 0]),
     )
     value = losses[name].value
     assert value.ndim == 0
@@ -46,7 +51,7 @@ def test_logit_terms_compare_rows_of_hidden_objects() -> None:
     term = build_term("context_logits", weight=2.0, options={"temperature": 2.0})
     ours, theirs = torch.randn(3, 6), torch.randn(3, 6)
     losses = distillation_losses(
-        [term], {"context": ours}, {"posterior": theirs}, {}, torch.zeros(3, dtype=torch.long)
+        [term], {"context": ours}, {"posterior": theirs}, {}, torch.arange(3), torch.arange(3)
     )
     expected = kl_logits(ours, theirs, temperature=2.0)
     assert losses == {"context_logits": Mean(losses["context_logits"].value, "hidden")}
@@ -68,7 +73,7 @@ def test_a_feature_term_repeats_an_images_map_for_each_of_its_objects() -> None:
         build_term("pair_wise", weight=1.0, student="layer4", teacher="neck"),
     ]
     losses = distillation_losses(
-        terms, {"layer4": ours}, {"neck": theirs}, {"ring": mask}, image_of
+        terms, {"layer4": ours}, {"neck": theirs}, {"ring": mask}, image_of, image_of
     )
     assert sizes == [(3, 3)]
     assert losses["context_features"].unit == "ring"
@@ -82,9 +87,9 @@ def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:
     rows = torch.zeros(1, dtype=torch.long)
     logits = torch.zeros(1, 2)
     with pytest.raises(UserError, match="the student gives no 'context'; it gives: logits"):
-        distillation_losses([term], {"logits": logits}, {"posterior": logits}, {}, rows)
+        distillation_losses([term], {"logits": logits}, {"posterior": logits}, {}, rows, rows)
     with pytest.raises(UserError, match="the teacher gives no 'posterior'; it gives: neck"):
-        distillation_losses([term], {"context": logits}, {"neck": logits}, {}, rows)
+        distillation_losses([term], {"context": logits}, {"neck": logits}, {}, rows, rows)
 
 
 def test_a_wrong_term_is_refused_when_it_is_built() -> None:
@@ -141,6 +146,15 @@ def test_losses_between_maps_compare_each_hidden_object_with_its_image(
     term = build_term(name, weight=1.0, student="layer4", teacher="neck")
     ours, theirs = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4)
     image_of = torch.tensor([0, 1, 1])
-    losses = distillation_losses([term], {"layer4": ours}, {"neck": theirs}, {}, image_of)
+    losses = distillation_losses([term], {"layer4": ours}, {"neck": theirs}, {}, image_of, image_of)
     assert losses[name].unit == "hidden"
     assert torch.equal(losses[name].value, loss(ours[image_of], theirs))
+
+
+def test_a_term_that_needs_labels_speaks_for_the_labelled() -> None:
+    term = build_term("decoupled", weight=1.0, options={"beta": 2.0})
+    ours, theirs = torch.randn(2, 3, 4).unbind()
+    rows, labels = torch.arange(3), torch.tensor([3, -1, 0])
+    losses = distillation_losses([term], {"logits": ours}, {"posterior": theirs}, {}, rows, labels)
+    assert losses["decoupled"].unit == "labelled"
+    assert torch.equal(losses["decoupled"].value, decoupled(ours, theirs, labels, beta=2.0))

@@ -80,7 +80,7 @@ def test_a_term_takes_it_by_name() -> None:
     )
     rows, known = torch.randn(3, 4), torch.randn(3, 4)
     losses = distillation_losses(
-        [term], {"logits": rows}, {"posterior": known}, {}, torch.arange(3)
+        [term], {"logits": rows}, {"posterior": known}, {}, torch.arange(3), torch.arange(3)
     )
     expected = borrow("DISTLoss")(rows, known, tau=2.0)
     assert torch.equal(losses["torchdistill.DISTLoss"].value, expected)
