@@ -140,8 +140,7 @@ def fit(
         checkpoint_every: Steps between checkpoints inside an epoch; 0 = only at its end.
 
     Raises:
-        UserError: A loss became NaN or infinite; the last good checkpoint stays. Or an image cannot
-            be read; what was trained is saved.
+        UserError: A loss is not finite (the last checkpoint stays), or an image cannot be read.
         KeyboardInterrupt: Somebody asked to stop; what was trained is saved.
     """
     place, alone = training.progress, training.accelerator.num_processes == 1
@@ -165,6 +164,7 @@ def fit(
                 raise KeyboardInterrupt
         place.epoch, place.batch = place.epoch + 1, 0
         save()
+        window.warn_of_silence(place.epoch)
         hooks.epoch_end(place.epoch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from kd.soft_targets import SoftTargetSource
 from kd.tasks.base import Task
 
 Sums = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 class EpochLoader(Protocol):
@@ -215,6 +217,7 @@ class Window:
         self._accelerator = accelerator
         self._sums: Sums = {}
         self._counts: Sums = {}
+        self._heard: dict[str, bool] = {}
         self.rate = 0.0
 
     def take(self, sums: Sums, counts: Sums) -> None:
@@ -235,6 +238,8 @@ class Window:
             dist.all_reduce(both)
         self._sums, self._counts = {}, {}
         sums, totals = both.tolist()
+        for name, count in zip(names, totals, strict=True):
+            self._heard[name] = self._heard.get(name, False) or count > 0
         broken = [name for name, value in zip(names, sums, strict=True) if not math.isfinite(value)]
         if broken:
             raise not_finite(f"loss {', '.join(broken)} is", step)
@@ -244,3 +249,14 @@ class Window:
             if count > 0
         }
         return {**means, "train/lr": self.rate}
+
+    def warn_of_silence(self, epoch: int) -> None:
+        """Name the losses that had nothing to be a mean of in the epoch that ends."""
+        heard, self._heard = self._heard, {}
+        for name in (name for name, any_at_all in heard.items() if not any_at_all):
+            log.warning(
+                "epoch %d: loss %s had nothing to compare, no labelled object or an empty mask: it "
+                "taught nothing",
+                epoch,
+                name,
+            )

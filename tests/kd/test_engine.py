@@ -302,6 +302,19 @@ def test_the_base_rate_is_logged_whatever_the_groups_have() -> None:
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
+def test_a_loss_with_nothing_to_compare_in_a_whole_epoch_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unlabelled, labelled = make_batch([2, 1], withheld=2), make_batch([1, 2])
+    fit(start(), objective(), Loader([unlabelled] * 2), epochs=2, hooks=quiet(), log_every=1)
+    warned = [record.message for record in caplog.records]
+    assert [text.split(":")[0] for text in warned] == ["epoch 1", "epoch 2"]
+    assert all("cross_entropy had nothing to compare" in text for text in warned)
+    caplog.clear()
+    fit(start(), objective(), Loader([unlabelled, labelled]), epochs=1, hooks=quiet(), log_every=1)
+    assert not caplog.records
+
+
 def test_logged_losses_are_means_over_all_objects_since_the_last_line() -> None:
     batches = [make_batch([1], seed=1), make_batch([4, 3], seed=2)]
     frozen = Train(optimizer=Optimizer(name="sgd", lr=1e-12), channels_last=False)
