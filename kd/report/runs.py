@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ import yaml
 
 from kd.errors import UserError
 from kd.metrics.scores import Records, check_records
+
+log = logging.getLogger(__name__)
 
 _SEED = re.compile(r"seed(\d+)")
 
@@ -80,25 +83,36 @@ def is_distill(folder: str | Path) -> bool:
 def read_distill(folder: str | Path) -> DistillRuns:
     """Read `seed<k>/<arm>/` of a distillation.
 
+    A seed that lacks an arm which another has, or `plain`, or is still training one, is left out
+    with a warning.
+
     Raises:
-        UserError: As `read_run`; or a seed lacks an arm that another has, or `plain`; or the runs
-            did not score the same objects.
+        UserError: As `read_run`, or no seed is finished, or the runs scored different objects.
     """
     path = Path(folder)
     found = _seed_folders(path)
     if not found:
         raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
     arms_of = {
-        seed: sorted(arm.name for arm in place.iterdir() if (arm / "config.yaml").is_file())
+        seed: [arm.name for arm in sorted(place.iterdir()) if (arm / "config.yaml").is_file()]
         for seed, place in found.items()
     }
-    arms = sorted({arm for names in arms_of.values() for arm in names}, key=_arm_order)
-    for seed, names in arms_of.items():
-        if missing := [arm for arm in ("plain", *arms) if arm not in names]:
-            raise UserError(f"{found[seed]}: not finished, it has no run {missing[0]!r}")
+    arms = sorted({"plain", *(arm for names in arms_of.values() for arm in names)}, key=_arm_order)
+    lacking = {seed: _unfinished(place, arms) for seed, place in found.items()}
+    if all(lacking.values()):
+        first = next(iter(found))
+        raise UserError(f"{found[first]}: not finished, it has no run {lacking[first]!r}")
+    for seed, arm in lacking.items():
+        if arm:
+            log.warning("%s: left out, its run %r is not finished", found.pop(seed), arm)
     runs = {arm: [read_run(place / arm) for place in found.values()] for arm in arms}
     check_same_objects([run for column in runs.values() for run in column])
     return DistillRuns(path, tuple(found), runs)
+
+
+def _unfinished(place: Path, arms: Sequence[str]) -> str | None:
+    """The first arm of a seed that is not finished, if there is one."""
+    return next((arm for arm in arms if not (place / arm / "summary.json").is_file()), None)
 
 
 def check_same_objects(runs: Sequence[Run]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,27 @@ def test_a_distillation_is_read_by_arm_and_seed(tmp_path: Path) -> None:
     assert len(found.records()["plain"]) == 2
 
 
-def test_a_distillation_that_lacks_a_run_is_not_finished(tmp_path: Path) -> None:
+def test_a_seed_that_is_not_finished_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in (0, 1, 2):
+        for arm in ("plain", "distilled"):
+            make_run(tmp_path / f"seed{seed}" / arm)
+    (tmp_path / "seed0" / "plain" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "seed2" / "distilled")
+    found = read_distill(tmp_path)
+    assert found.seeds == (1,) and list(found.arms) == ["plain", "distilled"]
+    said = [record.message for record in caplog.records]
+    assert [text.split("/")[-1] for text in said] == [
+        "seed0: left out, its run 'plain' is not finished",
+        "seed2: left out, its run 'distilled' is not finished",
+    ]
+
+
+def test_a_distillation_without_a_finished_seed_is_not_finished(tmp_path: Path) -> None:
     make_run(tmp_path / "d" / "seed0" / "plain")
-    make_run(tmp_path / "d" / "seed0" / "distilled")
-    make_run(tmp_path / "d" / "seed1" / "plain")
-    with pytest.raises(UserError, match=r"seed1: not finished, it has no run 'distilled'"):
+    (make_run(tmp_path / "d" / "seed0" / "distilled") / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"seed0: not finished, it has no run 'distilled'"):
         read_distill(tmp_path / "d")
     make_run(tmp_path / "e" / "seed0" / "distilled")
     with pytest.raises(UserError, match=r"seed0: not finished, it has no run 'plain'"):
