@@ -196,12 +196,12 @@ class Distillation:
             epochs=recipe.train.epochs,
         )
 
-    def _watches(self, arm: Arm) -> bool:
-        """Whether it shows the terms without learning from them: stored targets cost nothing."""
-        return arm == "plain" and self.posteriors is not None
+    def _has_terms(self, arm: Arm) -> bool:
+        """Whether it is taught, or shows stored terms without learning from them: at no cost."""
+        return arm in TAUGHT or (arm == "plain" and self.posteriors is not None)
 
     def _terms(self, arm: Arm) -> list[Term]:
-        if arm not in TAUGHT and not self._watches(arm):
+        if not self._has_terms(arm):
             return []
         if arm == "direct":
             options = {"temperature": 1.0}
@@ -209,7 +209,7 @@ class Distillation:
         return self.terms
 
     def _source(self, arm: Arm, seed: int) -> SoftTargetSource | None:
-        if arm not in TAUGHT and not self._watches(arm):
+        if not self._has_terms(arm):
             return None
         if self.posteriors is not None:
             return self.posteriors.shuffled(seed) if arm == "shuffled" else self.posteriors

@@ -128,10 +128,8 @@ class RememberedTrunk(LevelledTrunk):
         keyed = [(id(tensor), tensor._version) for tensor in tensors]
         if keyed != self._keyed:
             # A trunk's layers have options that no weight shows: a kept stride is one.
-            self._key, self._keyed = (
-                weights_hash(self.trunk, f"{self.trunk.name} {self.trunk}"),
-                keyed,
-            )
+            self._key = weights_hash(self.trunk, f"{self.trunk.name} {self.trunk}")
+            self._keyed = keyed
         return _STORES.setdefault((self._key, self.levels), _Store())
 
 

@@ -93,11 +93,9 @@ def read_distill(folder: str | Path) -> DistillRuns:
     found = _seed_folders(path)
     if not found:
         raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
-    arms_of = {
-        seed: [arm.name for arm in sorted(place.iterdir()) if (arm / "config.yaml").is_file()]
-        for seed, place in found.items()
-    }
-    arms = sorted({"plain", *(arm for names in arms_of.values() for arm in names)}, key=_arm_order)
+    runs_of = (place.glob("*/config.yaml") for place in found.values())
+    names = {file.parent.name for files in runs_of for file in files}
+    arms = sorted({"plain", *names}, key=_arm_order)
     lacking = {seed: _unfinished(place, arms) for seed, place in found.items()}
     if all(lacking.values()):
         first = next(iter(found))
