@@ -14,13 +14,15 @@ class AdaptedStudent(nn.Module):
     """Runs the student and brings its tapped layers to the teacher's shape.
 
     Adapters are here because what needs a gradient must come out of the `forward` that DDP wraps.
-    They are saved with a checkpoint and left out of the exported student. Teachers in training are
-    wrapped too, with nothing tapped.
+    They are saved with a checkpoint and left out of the exported student, and so are losses with
+    weights: the terms call those, here they are trained. Teachers in training are wrapped too, with
+    nothing tapped.
 
     Args:
         student: The model; its `forward` gives a tensor (then called `logits`) or a dict.
         layers: Layers to tap, as paths of `student.named_modules()`.
         adapters: By layer; a layer without one passes unchanged.
+        losses: Losses with weights of their own, which learn with the student, by term.
     """
 
     def __init__(
@@ -28,12 +30,16 @@ class AdaptedStudent(nn.Module):
         student: nn.Module,
         layers: Sequence[str] = (),
         adapters: Mapping[str, nn.Module] | None = None,
+        losses: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
         # A module's name may hold no dot.
         self.adapters = nn.ModuleDict(
             {layer.replace(".", "/"): adapter for layer, adapter in (adapters or {}).items()}
+        )
+        self.losses = nn.ModuleDict(
+            {term.replace(".", "/"): loss for term, loss in (losses or {}).items()}
         )
         self._taps = FeatureTaps(student, layers) if layers else None
 

@@ -22,15 +22,7 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.build import (
-    OpenData,
-    adapt_student,
-    build_student,
-    build_task,
-    build_terms,
-    make_dataset,
-    make_loader,
-)
+from kd.build import OpenData, build_student, build_task, make_dataset, make_loader
 from kd.config import Arm, DistillRecipe, Train
 from kd.config import Term as TermSection
 from kd.data.dataset import SceneDataset, collate
@@ -42,17 +34,13 @@ from kd.objective import Term, check_weights
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
-from kd.soft_targets import LiveTeacher, SoftTargetSource, StoredPosteriors
+from kd.soft_targets import SoftTargetSource
+from kd.sources import Sources, open_sources
 from kd.tasks.base import Task
-from kd.teacher_runs import (
-    TrainedTeacher,
-    expectation,
-    find_teacher,
-    load_teacher,
-    train_posteriors,
-)
+from kd.teacher_runs import expectation
 from kd.tracking import Tracker
 from kd.training import Objective, Training
+from kd.wiring import adapt_student, build_terms
 
 TAUGHT = ("distilled", "shuffled", "direct")
 BARE = ("bare", "direct")
@@ -83,12 +71,10 @@ class Distillation:
         """Find out what can be wrong before the first step."""
         self.task = build_task(self.recipe.task, self.recipe.data, self.data.num_classes)
         self.terms = build_terms(self.recipe.losses)
-        self.teacher: TrainedTeacher | None = None
-        self.posteriors: StoredPosteriors | None = None
-        self.live: LiveTeacher | None = None
+        self.sources: Sources | None = None
         self._check_terms()
         if any(arm in TAUGHT for arm in self.recipe.arms):
-            self.teacher = self._open_teacher()
+            self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
 
     def _check_terms(self) -> None:
         recipe = self.recipe
@@ -98,28 +84,6 @@ class Distillation:
         maps = [term.name for term in self.terms if term.kind.maps]
         if stored and maps and {"distilled", "shuffled"} & set(recipe.arms):
             raise UserError(f"losses: {', '.join(maps)}: feature maps need soft_targets.kind=live")
-
-    def _open_teacher(self) -> TrainedTeacher:
-        recipe = self.recipe
-        path = find_teacher(recipe.teacher, recipe.data.name)
-        teacher = load_teacher(path, self.data.num_classes)
-        teacher.model.to(self.accelerator.device)
-        if recipe.soft_targets.kind == "stored":
-            targets = recipe.soft_targets
-            self.posteriors = train_posteriors(
-                teacher, self.data, self.accelerator, out_of_fold=targets.out_of_fold
-            ).balanced(targets.balance)
-        else:
-            if teacher.recipe.data.size != recipe.data.size:
-                raise UserError(
-                    f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "
-                    "a live teacher sees the student's pictures"
-                )
-            # One for all arms and seeds: each would leave its hooks on the teacher.
-            layers = [term.teacher for term in self.terms if term.kind.maps]
-            autocast = self.accelerator.mixed_precision == "bf16"
-            self.live = LiveTeacher(teacher.model, teacher.task, layers, autocast=autocast)
-        return teacher
 
     def check(self) -> None:
         """Build every arm and compute its losses on two images, so that no arm fails after others.
@@ -173,7 +137,7 @@ class Distillation:
         ).to(self.accelerator.device)
         batch = self._sample(dataset)
         adapters = self.recipe.adapters
-        model = adapt_student(student, terms, adapters, self.live, self.task, batch)
+        model, terms = adapt_student(student, terms, adapters, source, self.task, batch)
         objective = Objective(
             self.task, self.recipe.task.weights, terms, source, watched=arm not in TAUGHT
         )
@@ -198,7 +162,9 @@ class Distillation:
 
     def _has_terms(self, arm: Arm) -> bool:
         """Whether it is taught, or shows stored terms without learning from them: at no cost."""
-        return arm in TAUGHT or (arm == "plain" and self.posteriors is not None)
+        return arm in TAUGHT or (
+            arm == "plain" and self.sources is not None and self.sources.stored
+        )
 
     def _terms(self, arm: Arm) -> list[Term]:
         if not self._has_terms(arm):
@@ -206,15 +172,15 @@ class Distillation:
         if arm == "direct":
             options = {"temperature": 1.0}
             return build_terms([TermSection(name="direct", weight=1.0, options=options)])
+        if arm == "plain":  # maps would go through adapters that nobody trains
+            return [term for term in self.terms if not term.kind.maps]
         return self.terms
 
     def _source(self, arm: Arm, seed: int) -> SoftTargetSource | None:
-        if not self._has_terms(arm):
+        if self.sources is None or not self._has_terms(arm):
             return None
-        if self.posteriors is not None:
-            return self.posteriors.shuffled(seed) if arm == "shuffled" else self.posteriors
-        return self.live
+        return self.sources.targets(shuffled=seed if arm == "shuffled" else None)
 
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
-        expects = None if self.teacher is None else partial(expectation, self.teacher)
+        expects = None if self.sources is None else partial(expectation, self.sources.teacher)
         write_pictures(session, training, task, tracker, expectation=expects)

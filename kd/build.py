@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,23 +15,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from kd.adapted import AdaptedStudent
-from kd.adapters import ADAPTERS
 from kd.catalog import build, check_options, look_up
-from kd.config import Adapter, Data, Model, TaskSection, Term
+from kd.config import Data, Model, TaskSection
 from kd.data.coco import CocoIndex, check_images_decode, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
 from kd.data.scenes import generate_scenes
-from kd.engine import evaluating
 from kd.errors import UserError
-from kd.objective import Term as BuiltTerm
-from kd.objective import build_term
-from kd.soft_targets import LiveTeacher
 from kd.tasks import TASKS
-from kd.tasks.base import Batch, Task
+from kd.tasks.base import Task
 from students import STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
@@ -207,63 +201,6 @@ def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = T
         return build(STUDENTS, model.name, options, what="student", **given)
     check_options(any_student, options, what=f"student {model.name!r}", given={"name": "", **given})
     return any_student(model.name, **given, **options)
-
-
-def build_terms(terms: Sequence[Term]) -> list[BuiltTerm]:
-    """Distillation terms, checked."""
-    return [
-        build_term(
-            term.name, weight=term.weight, student=term.student, teacher=term.teacher,
-            options=term.options, ramp=term.schedule.name, until=term.schedule.until,
-            start=term.schedule.start,
-        )
-        for term in terms
-    ]  # fmt: skip
-
-
-def adapt_student(
-    student: nn.Module,
-    terms: Sequence[BuiltTerm],
-    adapters: Mapping[str, Adapter],
-    teacher: LiveTeacher | None,
-    task: Task,
-    batch: Batch,
-) -> AdaptedStudent:
-    """Wrap a student with the taps and adapters of its terms, shapes found on one batch.
-
-    Student, teacher and batch are on one device.
-    """
-    layers = [term.student for term in terms if term.kind.maps]
-    if not layers:
-        return AdaptedStudent(student)
-    if teacher is None:
-        raise UserError("losses: terms on feature maps need soft_targets.kind=live")
-    ours, theirs = _features(student, layers, teacher, task, batch)
-    built: dict[str, nn.Module] = {}
-    for layer, adapter in adapters.items():
-        if adapter.to not in theirs:
-            raise UserError(f"adapters.{layer}.to: no term reads teacher layer {adapter.to!r}")
-        build_adapter = look_up(ADAPTERS, adapter.kind, what="adapter")
-        given: dict[str, Any] = {}
-        if adapter.kind == "resize":
-            given["size"] = tuple(theirs[adapter.to].shape[2:])
-        channels = ours[layer].shape[1], theirs[adapter.to].shape[1]
-        built[layer] = build_adapter(*channels, **given)
-    return AdaptedStudent(student, layers, built)
-
-
-def _features(
-    student: nn.Module, layers: Sequence[str], teacher: LiveTeacher, task: Task, batch: Batch
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """What the student's layers and the teacher give on a batch, neither of them changed."""
-    probe = AdaptedStudent(student, layers)
-    try:
-        with torch.no_grad(), evaluating(probe):
-            _, ours = probe(*task.inputs(batch))
-            theirs = teacher(batch)
-    finally:
-        probe.taps_off()
-    return ours, theirs
 
 
 def native_bf16(device: torch.device) -> bool:

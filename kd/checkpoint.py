@@ -110,10 +110,13 @@ def save_checkpoint(
         parts: State dicts by name, RNG states.
 
     Raises:
-        UserError: The disk is full, or the weights of `parts["model"]` are not finite: then the
-            checkpoint that is there is worth more.
+        UserError: The disk is full, or weights of the model or of a critic are not finite: then
+            the checkpoint that is there is worth more.
     """
-    broken = _not_finite(parts.get("model", {}))
+    weights = dict(parts.get("model", {}))
+    for name, critic in parts.get("critics", {}).items():
+        weights |= {f"{name}.{key}": tensor for key, tensor in critic["model"].items()}
+    broken = _not_finite(weights)
     if broken is not None:
         raise UserError(
             f"{path}: not written: {broken} is not finite after step {progress.step}; the last "

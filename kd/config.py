@@ -95,7 +95,9 @@ class Optimizer(Section):
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 1e-3
     weight_decay: NotNegative = 1e-4
-    momentum: Probability = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="of sgd; the first beta of adam and adamw"
+    )
     lr_scale: dict[str, NotNegative] = Field(
         default_factory=dict,
         description="factor on the rate of parameters whose name starts with the key; 0 freezes",
@@ -114,6 +116,14 @@ class Schedule(Section):
     power: Positive = Field(0.9, description="of the poly schedule")
 
 
+class Critic(Section):
+    """How the critic of a holistic term learns."""
+
+    optimizer: Optimizer = Optimizer(name="adam", lr=4e-4, momentum=0.0, weight_decay=0.0)
+    schedule: Schedule = Schedule(name="poly", warmup=0.0)
+    clip_norm: NotNegative = Field(0.0, description="largest gradient norm; 0 = no clipping")
+
+
 class Train(Section):
     """The training loop."""
 
@@ -124,6 +134,7 @@ class Train(Section):
     schedule: Schedule = Schedule()
     clip_norm: NotNegative = Field(5.0, description="largest gradient norm; 0 = no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay; 0 = none")
+    critic: Critic = Critic()
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the hardware multiplies bf16 natively"
     )
@@ -156,6 +167,9 @@ class Term(Section):
     """A distillation term: a loss, what it compares and its weight."""
 
     name: str
+    label: str | None = Field(
+        None, description="what its curve is called; needed where a loss is there twice"
+    )
     weight: Positive
     student: str | None = Field(None, description="output or layer of the student")
     teacher: str | None = Field(None, description="output or layer of the teacher")
@@ -197,6 +211,7 @@ class TeacherReference(Section):
 
     run: str | None = None
     name: str = Field("unet", description="looked for in runs/teacher/NAME/DATA when run is null")
+    weight: Positive = Field(1.0, description="in mean.posterior, where there are several")
 
 
 class TeacherRecipe(Section):
@@ -228,6 +243,10 @@ class DistillRecipe(Section):
     data: Data
     task: TaskSection
     teacher: TeacherReference = TeacherReference()
+    more_teachers: dict[str, TeacherReference] = Field(
+        default_factory=dict,
+        description="further teachers; a term reads NAME.posterior, NAME.layer or mean.posterior",
+    )
     soft_targets: SoftTargets = SoftTargets()
     student: Model
     adapters: dict[str, Adapter] = Field(default_factory=dict)
@@ -244,46 +263,14 @@ class DistillRecipe(Section):
             raise ValueError(f"arms {list(self.arms)} must be one or more different names")
         if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
             raise ValueError("losses: a distilled student needs at least one term")
-        names = [term.name for term in self.losses]
+        names = [term.label or term.name for term in self.losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"losses: {', '.join(twice)}: given twice; a term appears once")
+            raise ValueError(f"losses: {', '.join(twice)}: given twice; tell them apart by `label`")
+        for name in self.more_teachers:
+            if name == "mean" or not name.isidentifier():
+                raise ValueError(f"more_teachers.{name}: a name is letters, digits and _, not mean")
         tapped = {term.student for term in self.losses}
         for layer in self.adapters:
             if layer not in tapped:
                 raise ValueError(f"adapters.{layer}: no term of losses reads student layer {layer}")
         return self
-
-
-def file_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a recipe's file, for editors.
-
-    A file may say less than the resolved recipe holds: `data` is a name or some of its keys, and
-    `per_data` has parts of a recipe for single data sets.
-    """
-    schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
-    definitions |= {f"Part{name}": _part(one) for name, one in definitions.items()}
-    schema["required"] = [name for name in schema["required"] if name != "data"]
-    part = {"$ref": "#/$defs/PartData"}
-    variant = _part({**schema, "properties": {**schema["properties"], "data": part}})
-    variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}
-    schema["properties"]["data"] = {"anyOf": [{"type": "string"}, part]}
-    schema["properties"]["per_data"] = {
-        "description": "changes for single data sets, by name",
-        "type": "object",
-        "additionalProperties": variant,
-    }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _part(schema: Any) -> Any:
-    """A schema with nothing required, at any depth; lists replace as a whole and stay whole."""
-    if isinstance(schema, list):
-        return [_part(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {key: value for key, value in schema.items() if key not in ("required", "$defs")}
-    reference = kept.get("$ref")
-    if isinstance(reference, str) and "/$defs/Part" not in reference:
-        kept["$ref"] = reference.replace("/$defs/", "/$defs/Part")
-    return {key: value if key == "items" else _part(value) for key, value in kept.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.tasks.base import Batch, Mean, Task, count_units, hidden_labels, image_rows
+from kd.tasks.base import Batch, Mean, Task, count_units, image_rows
 from kd.training import (
     EpochLoader,
     Hooks,
@@ -56,8 +56,7 @@ def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict
                 {**output, **features},
                 known,
                 task.masks(batch),
-                image_rows(batch),
-                hidden_labels(batch),
+                batch,
             )
     return losses
 
@@ -95,6 +94,7 @@ def train_step(
     counts: Sums = {}
     held = [count_units(batch, objective.units) for batch in batches]
     scales = _scales(held, accelerator)
+    taken: list[dict[str, Mean]] = []
     for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
@@ -105,6 +105,7 @@ def train_step(
             add(sums, name, loss.value.detach() * own[loss.unit])
             add(counts, name, own[loss.unit])
         add(sums, "total", total.detach())  # scaled: micro-batches add up to one step
+        taken.append({name: loss.detach() for name, loss in losses.items()})
     counts["total"] = torch.ones_like(sums["total"])
     if training.clip_norm:
         accelerator.clip_grad_norm_(training.model.parameters(), training.clip_norm)
@@ -113,6 +114,14 @@ def train_step(
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema is not None:
         update_average(training.ema, training.bare, training.ema_decay, training.progress.step)
+    for critic in training.critics:
+        units = [losses[critic.name].unit for losses in taken]
+        shares = [scale[unit] for scale, unit in zip(scales, units, strict=True)]
+        judged = [losses[critic.name] for losses in taken]
+        values = critic.step(list(zip(judged, shares, strict=True)), accelerator)
+        for value, unit, own in zip(values, units, held, strict=True):
+            add(sums, f"{critic.name}_critic", value * own[unit])
+            add(counts, f"{critic.name}_critic", own[unit])
     return sums, counts
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from kd.config import Train
+from kd.config import Critic, Train
+from kd.critic import CriticTraining
 from kd.errors import UserError
+from kd.losses.holistic import Adversary
 from kd.nn.freeze import FrozenBatchNorm
 from kd.optim import make_optimizer, make_schedule
 from kd.run_folder import RunFolder
@@ -47,9 +50,21 @@ def open_run(
 
 
 def start_training(
-    accelerator: Accelerator, model: nn.Module, train: Train, steps: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    train: Train,
+    steps: int,
+    critics: Mapping[str, nn.Module] | None = None,
 ) -> Training:
-    """Optimiser, schedule and average around a model."""
+    """Optimiser, schedule and average around a model, and each critic's own.
+
+    Args:
+        accelerator: Devices and processes.
+        model: What is trained.
+        train: The settings.
+        steps: All steps of training.
+        critics: The `Adversary` of each holistic term, by the term's name.
+    """
     optimizer = make_optimizer(model, **train.optimizer.model_dump())
     schedule = make_schedule(optimizer, steps, **train.schedule.model_dump())
     model = model.to(accelerator.device)
@@ -63,8 +78,25 @@ def start_training(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     return Training(
         accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
-        train.channels_last,
+        train.channels_last, [
+            _start_critic(accelerator, name, adversary, train.critic, steps)
+            for name, adversary in (critics or {}).items()
+        ],
     )  # fmt: skip
+
+
+def _start_critic(
+    accelerator: Accelerator, name: str, adversary: nn.Module, section: Critic, steps: int
+) -> CriticTraining:
+    """A critic of the first rank's weights, with its optimiser and schedule."""
+    assert isinstance(adversary, Adversary)
+    adversary = adversary.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        for tensor in adversary.state_dict().values():
+            dist.broadcast(tensor, 0)
+    optimizer = make_optimizer(adversary, **section.optimizer.model_dump())
+    schedule = make_schedule(optimizer, steps, **section.schedule.model_dump())
+    return CriticTraining(name, adversary, optimizer, schedule, section.clip_norm)
 
 
 def share_batch_norm(module: nn.Module) -> nn.Module:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.catalog import check_options, look_up
+from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, borrow
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
+from kd.losses.holistic import Adversary
 from kd.losses.imitation import imitation
-from kd.losses.logits import kl_logits
+from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
-from kd.tasks.base import Mask, Mean
+from kd.tasks.base import Batch, Mask, Mean, hidden_labels, image_rows
 
-Loss = Callable[..., Tensor]
+# Gives a scalar; where a kind `draws`, the module that does.
+Loss = Callable[..., Any]
 Ramp = Literal["constant", "linear", "cosine", "off_after"]
 
 
@@ -37,6 +40,9 @@ class Kind:
         mask: Name of the task's mask that it needs.
         maps: Whether it compares feature maps; else rows, one per hidden object.
         labels: Whether it asks for the rows' labels, and so speaks for the labelled ones.
+        images: Whether it asks for the rows' images: a critic does, which learns from its own loss.
+        draws: Whether it has weights of its own: `function` then makes a module of the teacher's
+            number of channels, see `draw_modules`.
     """
 
     function: Loss
@@ -45,6 +51,8 @@ class Kind:
     mask: str | None = None
     maps: bool = False
     labels: bool = False
+    images: bool = False
+    draws: bool = False
 
 
 TERMS = {
@@ -54,7 +62,9 @@ TERMS = {
     "direct": Kind(kl_logits, "logits", "posterior"),
     "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
     "context_features": Kind(imitation, mask="ring", maps=True),
+    "pixel_wise": Kind(pixel_wise, teacher="logits", maps=True),
     "pair_wise": Kind(pair_wise, maps=True),
+    "holistic": Kind(Adversary, teacher="logits", maps=True, images=True, draws=True),
     "channel_wise": Kind(channel_wise, maps=True),
     "hint": Kind(hint, maps=True),
 }
@@ -62,6 +72,8 @@ TERMS = {
 
 # Outputs with a row for each hidden object; any other name is that of a layer.
 ROWS = ("logits", "context", "appearance")
+# What a teacher gives beside its layers.
+TEACHER_OUTPUTS = ("posterior", "logits", "dense")
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ def build_term(
     name: str,
     *,
     weight: float,
+    label: str | None = None,
     student: str | None = None,
     teacher: str | None = None,
     options: Mapping[str, object] | None = None,
@@ -101,7 +114,7 @@ def build_term(
     until: float = 1.0,
     start: float = 0.0,
 ) -> Term:
-    """A term by name; its options are the loss's keyword-only parameters.
+    """A term by name; its options are the loss's keyword-only parameters, `label` names its curve.
 
     `torchdistill.NAME` is a mid-level loss of torchdistill's.
 
@@ -118,7 +131,7 @@ def build_term(
     if student is None or teacher is None:
         raise UserError(f"losses: {name}: name the layers: student: ..., teacher: ...")
     function = functools.partial(kind.function, **options)
-    return Term(name, kind, function, student, teacher, weight, ramp, until, start)
+    return Term(label or name, kind, function, student, teacher, weight, ramp, until, start)
 
 
 def distillation_losses(
@@ -126,8 +139,7 @@ def distillation_losses(
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
     masks: Mapping[str, Mask],
-    image_of: Tensor,
-    labels: Tensor,
+    batch: Batch,
 ) -> dict[str, Mean]:
     """Every term's value, unweighted.
 
@@ -137,31 +149,57 @@ def distillation_losses(
             per image (N, C, h, w).
         teacher: The same of the teacher, both per hidden object: it saw K inputs.
         masks: The task's masks.
-        image_of: The image of each hidden object, (K,).
-        labels: Its class, (K,); -1 where that is withheld.
+        batch: Says which image each hidden object is on, and its label and pixels where a term
+            asks for those.
 
     Raises:
         UserError: An output that student or teacher does not give.
     """
     losses: dict[str, Mean] = {}
     for term in terms:
+        kind, unit = term.kind, "hidden"
         ours = _take(student, term.student, term.name, "student")
         theirs = _take(teacher, term.teacher, term.name, "teacher")
-        unit = "hidden"
-        if term.kind.labels:
+        ours = ours[image_rows(batch)] if kind.maps else ours
+        sides: tuple[Tensor, ...] = ours, theirs
+        if kind.labels:
             unit = "labelled"
-            value = term.function(ours, theirs, labels)
-        elif not term.kind.maps:
-            value = term.function(ours, theirs)
-        else:
-            ours = ours[image_of]
-            if term.kind.mask is None:
-                value = term.function(ours, theirs)
-            else:
-                unit = term.kind.mask
-                value = term.function(ours, theirs, masks[unit]((ours.shape[2], ours.shape[3])))
-        losses[term.name] = Mean(value, unit)
+            sides = *sides, hidden_labels(batch)
+        elif kind.mask is not None:
+            unit = kind.mask
+            sides = *sides, masks[unit]((ours.shape[2], ours.shape[3]))
+        elif kind.images:
+            sides = *sides, normalise(batch["images"])[image_rows(batch)]
+        judged = tuple(side.detach() for side in sides) if kind.images else ()
+        losses[term.name] = Mean(term.function(*sides), unit, judged)
     return losses
+
+
+def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[Term]:
+    """The terms, those with weights of their own with new ones, from torch's random numbers.
+
+    Args:
+        terms: As built.
+        teacher: Outputs like those that they will compare: channels are in dimension 1.
+    """
+    return [
+        replace(
+            term,
+            function=term.function(_take(teacher, term.teacher, term.name, "teacher").shape[1]),
+        )
+        if term.kind.draws
+        else term
+        for term in terms
+    ]
+
+
+def modules_of(terms: Sequence[Term], *, images: bool) -> dict[str, nn.Module]:
+    """Modules of the terms by name: the critics' (`images`), or those that learn with a student."""
+    return {
+        term.name: term.function
+        for term in terms
+        if isinstance(term.function, nn.Module) and term.kind.images is images
+    }
 
 
 def _take(outputs: Mapping[str, Tensor], name: str, term: str, who: str) -> Tensor:

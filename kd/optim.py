@@ -80,7 +80,7 @@ def make_optimizer(
         name: adamw, adam or sgd (with Nesterov's momentum).
         lr: Base rate.
         weight_decay: Decay of weights, not of biases and norms.
-        momentum: Of sgd.
+        momentum: Of sgd; the first beta of adam and adamw.
         lr_scale: Factor on the rate by prefix of the parameter's name; the longest wins.
         decay_scale: Factor on the decay likewise.
 
@@ -104,9 +104,8 @@ def make_optimizer(
     ]
     if name == "sgd":
         return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    if name == "adam":
-        return torch.optim.Adam(settings, lr=lr)
-    return torch.optim.AdamW(settings, lr=lr)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(settings, lr=lr, betas=(momentum, 0.999))
 
 
 def _by_prefix(names: Sequence[str], factors: Mapping[str, float], what: str) -> list[float]:

@@ -20,6 +20,7 @@ from kd.data.loader import SceneLoader
 from kd.engine import evaluate, fit
 from kd.launch import parameters, start_training
 from kd.metrics.top_n import TopN
+from kd.objective import modules_of
 from kd.progress import CleanStop, ProgressBar
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
@@ -69,7 +70,8 @@ def run_training(
     """
     train, accelerator = session.train, session.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
-    training = start_training(accelerator, model, train, steps)
+    critics = modules_of(objective.terms, images=True)
+    training = start_training(accelerator, model, train, steps, critics)
     set_seed(session.seed + accelerator.process_index)
     if session.folder.checkpoint.is_file():
         resume_training(training, session.folder.checkpoint)

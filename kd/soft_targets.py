@@ -24,6 +24,7 @@ from kd.features import FeatureTaps
 from kd.tasks.base import Batch, Task, named
 
 FORMAT = "kd-posteriors-1"
+MEAN = "mean"  # what stands for all teachers together in the name of an output
 
 
 class SoftTargetSource(Protocol):
@@ -53,16 +54,52 @@ class LiveTeacher:
         self._autocast = autocast
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`posterior` (K, C) and the layers' features (K, ...)."""
+        """What the model gives by name, its `posterior` (K, C), the layers' features (K, ...)."""
         device = batch["images"].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             output = self.model(*self.task.inputs(batch))
         outputs = named(output)
         features = self._taps.collect() if self._taps else {}
-        return {
-            "posterior": self.task.decode(outputs, batch),
-            **{name: feature.float() for name, feature in features.items()},
-        }
+        given = {name: tensor.float() for name, tensor in (outputs | features).items()}
+        return {**given, "posterior": self.task.decode(outputs, batch)}
+
+
+class Teachers:
+    """More than one teacher: the first one's outputs by their names, the others' as `NAME.output`.
+
+    `mean.posterior` and `mean.logits`, where all give them in one shape, are the weighted mean of
+    logits; a posterior's is normalised again.
+
+    Args:
+        first: The recipe's `teacher`.
+        more: The further ones by name.
+        weights: Of each in the mean, the first one's first; they need not add up to 1.
+    """
+
+    def __init__(
+        self,
+        first: SoftTargetSource,
+        more: Mapping[str, SoftTargetSource],
+        weights: Sequence[float],
+    ) -> None:
+        if len(weights) != 1 + len(more):
+            raise UserError(f"{1 + len(more)} teachers have {len(weights)} weights")
+        self.first, self.more = first, dict(more)
+        self.shares = [weight / sum(weights) for weight in weights]
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Everything that each of them gives, and the means."""
+        every = [self.first(batch), *(source(batch) for source in self.more.values())]
+        found = dict(every[0])
+        for name, given in zip(self.more, every[1:], strict=True):
+            found |= {f"{name}.{output}": tensor for output, tensor in given.items()}
+        for output in ("posterior", "logits"):
+            sides = [given[output] for given in every if output in given]
+            if len({side.shape for side in sides}) == 1 and len(sides) == len(every):
+                mean = torch.stack([s * w for s, w in zip(sides, self.shares, strict=True)]).sum(0)
+                normal = mean.log_softmax(dim=1) if output == "posterior" else mean
+                found[f"{MEAN}.{output}"] = normal
+        return found
 
 
 class StoredPosteriors:

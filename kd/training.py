@@ -23,6 +23,7 @@ from kd.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from kd.critic import CriticTraining
 from kd.errors import UserError
 from kd.objective import Term
 from kd.soft_targets import SoftTargetSource
@@ -105,6 +106,7 @@ class Training:
     ema_decay: float = 0.0
     clip_norm: float = 0.0
     channels_last: bool = False
+    critics: Sequence[CriticTraining] = ()
     progress: Progress = field(default_factory=Progress)
 
     @cached_property
@@ -167,6 +169,7 @@ def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> 
         "optimizer": training.optimizer.state_dict(),
         "schedule": training.schedule.state_dict(),
         "streams": streams,
+        "critics": {critic.name: critic.state() for critic in training.critics},
     }
     if training.ema is not None:
         parts["ema"] = training.ema.state_dict()
@@ -192,6 +195,8 @@ def resume_training(training: Training, path: Path) -> None:
         load_state(training.ema, parts["ema"], path)
     training.optimizer.load_state_dict(parts["optimizer"])
     training.schedule.load_state_dict(parts["schedule"])
+    for critic in training.critics:
+        critic.load(parts["critics"][critic.name], path)
     set_rng_state(streams[accelerator.process_index])
     training.progress = place
 

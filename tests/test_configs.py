@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from kd.arms import train_section
-from kd.build import build_student, build_task, build_teacher, build_terms
+from kd.build import build_student, build_task, build_teacher
 from kd.config import Arm, Data, DistillRecipe, Model, TeacherRecipe, Train
 from kd.config_reader import (
     CONFIGS,
@@ -25,6 +25,7 @@ from kd.config_reader import (
 from kd.data.transforms import build_augment
 from kd.optim import make_optimizer, make_schedule
 from kd.tasks.base import Task
+from kd.wiring import build_terms
 
 CLASSES = {"scenes": 12}  # COCO's 80 elsewhere
 

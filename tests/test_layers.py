@@ -32,12 +32,15 @@ PLACES = {
     "kd.launch": COMMANDS,
     "kd.session": COMMANDS,
     "kd.arms": COMMANDS,
+    "kd.sources": COMMANDS,
+    "kd.wiring": COMMANDS,
     "kd.teacher_runs": COMMANDS,
     "kd.student_runs": COMMANDS,
     "kd.pictures": COMMANDS,
     "kd.report": COMMANDS,
     "kd.engine": 2,
     "kd.training": 2,
+    "kd.critic": 2,
     "kd.optim": 2,
     "kd.checkpoint": 2,
     "kd.tracking": 2,
@@ -61,6 +64,7 @@ PLACES = {
     "kd.catalog": FOUNDATION,
     "kd.config": FOUNDATION,
     "kd.config_reader": FOUNDATION,
+    "kd.config_schema": FOUNDATION,
     "kd.errors": FOUNDATION,
     "kd": FOUNDATION,  # the package's own __init__: a version, nothing else
 }

@@ -42,6 +42,12 @@ def positive(loss: str, name: str, value: float) -> None:
         raise UserError(f"{loss}: {name} must be above 0 and finite, got {value}")
 
 
+def not_negative(loss: str, name: str, value: float) -> None:
+    """Weights inside a loss must be 0 or more, and finite."""
+    if not (value >= 0 and math.isfinite(value)):
+        raise UserError(f"{loss}: {name} must be 0 or more and finite, got {value}")
+
+
 def wide_type(tensor: Tensor) -> torch.dtype:
     """The type that sums and logarithms are taken in: float32, or float64 where that came in.
 

@@ -8,7 +8,8 @@ to score high with it. The critic owns its optimiser; its loss takes detached ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from kd.errors import UserError
-from kd.losses._checks import same_shape
+from kd.losses._checks import not_negative, same_shape
 
 KERNEL = 4
 
@@ -174,7 +175,7 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
     """What the student minimises: `-D(student)`.
 
     The critic's weights get a gradient as well, which its own step must not use: clear it, or
-    freeze the critic meanwhile.
+    freeze the critic meanwhile, as `Adversary` does.
 
     Args:
         student: Logits, (N, C, h, w).
@@ -186,6 +187,56 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
     """
     loss: Tensor = -critic(_probabilities(student), images).mean()
     return loss
+
+
+class Adversary(nn.Module):
+    """A critic and both sides' losses: what a holistic term consists of.
+
+    Args:
+        num_classes: Channels of the score maps.
+        penalty: Weight of the gradient penalty.
+        widths: Channels of the critic's convolutions.
+        slope: Of its leaky ReLUs below 0.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        penalty: float = 10.0,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        slope: float = 0.1,
+    ) -> None:
+        super().__init__()
+        not_negative("holistic", "penalty", penalty)
+        self.critic = Critic(num_classes, widths=widths, slope=slope)
+        self.penalty = penalty
+
+    def forward(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
+        """The student's loss; nothing about the critic changes, its gradient included."""
+        same_shape("holistic", student, teacher, dimensions=4)
+        with _frozen(self.critic):
+            return holistic(student, images, self.critic)
+
+    def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
+        """The critic's loss."""
+        return critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradient for the weights, and no step of spectral norm's power iteration."""
+    training = module.training
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(training)
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

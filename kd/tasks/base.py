@@ -26,11 +26,17 @@ class Mean(NamedTuple):
     """A scalar mean and the unit it was taken over, a key of `count_units`.
 
     Ranks and micro-batches hold unequal numbers of objects; with the unit their means can be put
-    together to the mean of the whole batch.
+    together to the mean of the whole batch. `judged` is what a critic learns from afterwards: both
+    sides' maps and the images, detached.
     """
 
     value: Tensor
     unit: str
+    judged: tuple[Tensor, ...] = ()
+
+    def detach(self) -> Mean:
+        """The same without a graph behind it."""
+        return self._replace(value=self.value.detach())
 
 
 class Task(Protocol):

@@ -108,8 +108,8 @@ def test_labels_are_withheld_but_posteriors_are_not(arms: Distillation) -> None:
 
 
 def test_shuffled_posteriors_are_all_there_but_nobodys_own(arms: Distillation) -> None:
-    assert arms.posteriors is not None
-    own = arms.posteriors.log_probs
+    assert arms.sources is not None
+    own = arms.sources.posteriors[""].log_probs
     for seed in (0, 1):
         source = arms._source("shuffled", seed)
         assert source is not None
@@ -182,19 +182,20 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
     arms = live(small_data, small_teacher, "trunk.trunk.maxpool")
     arms.check()
     arms.check()
-    assert arms.teacher is not None and arms.live is not None
-    layer = arms.teacher.model.get_submodule("features.2")
+    assert arms.sources is not None and arms.sources.live
+    teacher = arms.sources.teacher.model
+    layer = teacher.get_submodule("features.2")
     assert len(layer._forward_hooks) == 1
     labelled = labelled_images(arms.data.train, 0.5, 0)
     dataset = arms._dataset(0, labelled)
     model, objective = arms._assemble("distilled", 0, labelled, dataset)
-    before = copy.deepcopy(arms.teacher.model.state_dict())
+    before = copy.deepcopy(teacher.state_dict())
     model.train()
     losses = forward_losses(model, arms._sample(dataset), objective)
     losses["context_features"].value.backward()
-    assert not any(module.training for module in arms.teacher.model.modules())
-    assert not any(parameter.requires_grad for parameter in arms.teacher.model.parameters())
-    after = arms.teacher.model.state_dict()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    after = teacher.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     adapters = model.adapters
     assert isinstance(adapters, nn.ModuleDict)

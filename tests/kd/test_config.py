@@ -16,8 +16,8 @@ from kd.config import (
     Schedule,
     TeacherRecipe,
     Train,
-    file_schema,
 )
+from kd.config_schema import file_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = {"annotations": "a.json", "images": "a"}

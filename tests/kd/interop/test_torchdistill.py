@@ -79,9 +79,8 @@ def test_a_term_takes_it_by_name() -> None:
         options={"tau": 2.0},
     )
     rows, known = torch.randn(3, 4), torch.randn(3, 4)
-    losses = distillation_losses(
-        [term], {"logits": rows}, {"posterior": known}, {}, torch.arange(3), torch.arange(3)
-    )
+    batch = {name: torch.arange(3) for name in ("hidden", "image_of", "labels")}
+    losses = distillation_losses([term], {"logits": rows}, {"posterior": known}, {}, batch)
     expected = borrow("DISTLoss")(rows, known, tau=2.0)
     assert torch.equal(losses["torchdistill.DISTLoss"].value, expected)
     maps = build_term("torchdistill.ATLoss", weight=1.0, student="layer4", teacher="neck")

@@ -1,0 +1,98 @@
+"""Between a student and its teachers: terms, the layers they tap, adapters, losses with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd.adapted import AdaptedStudent
+from kd.adapters import ADAPTERS
+from kd.catalog import look_up
+from kd.config import Adapter, Term
+from kd.engine import evaluating
+from kd.errors import UserError
+from kd.objective import ROWS, TEACHER_OUTPUTS, build_term, draw_modules, modules_of
+from kd.objective import Term as BuiltTerm
+from kd.soft_targets import MEAN, SoftTargetSource
+from kd.tasks.base import Batch, Task
+
+
+def build_terms(terms: Sequence[Term]) -> list[BuiltTerm]:
+    """Distillation terms, checked."""
+    return [
+        build_term(
+            term.name, weight=term.weight, label=term.label, student=term.student,
+            teacher=term.teacher, options=term.options, ramp=term.schedule.name,
+            until=term.schedule.until, start=term.schedule.start,
+        )
+        for term in terms
+    ]  # fmt: skip
+
+
+def layers_by_teacher(
+    terms: Sequence[BuiltTerm], teachers: Collection[str]
+) -> dict[str, list[str]]:
+    """The layers that terms read of each teacher; the name of the recipe's `teacher` is empty.
+
+    Args:
+        terms: `NAME.layer` is a layer of a further teacher.
+        teachers: Names of the further ones.
+    """
+    layers: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
+    for term in terms:
+        first, _, rest = term.teacher.partition(".")
+        whose, layer = (first, rest) if first in teachers else ("", term.teacher)
+        if first != MEAN and layer not in TEACHER_OUTPUTS and layer not in layers[whose]:
+            layers[whose].append(layer)
+    return layers
+
+
+def adapt_student(
+    student: nn.Module,
+    terms: Sequence[BuiltTerm],
+    adapters: Mapping[str, Adapter],
+    source: SoftTargetSource | None,
+    task: Task,
+    batch: Batch,
+) -> tuple[AdaptedStudent, list[BuiltTerm]]:
+    """Wrap a student with all that its terms need, shapes found on one batch.
+
+    Student, teachers and batch are on one device.
+
+    Returns:
+        The student with taps, adapters and the losses that have weights; the terms with new
+        weights where they have some.
+    """
+    layers = [term.student for term in terms if term.kind.maps and term.student not in ROWS]
+    if source is None or not (layers or any(term.kind.draws for term in terms)):
+        return AdaptedStudent(student), list(terms)
+    ours, theirs = _features(student, layers, source, task, batch)
+    built: dict[str, nn.Module] = {}
+    for layer, adapter in adapters.items():
+        if adapter.to not in theirs:
+            raise UserError(f"adapters.{layer}.to: no term reads teacher layer {adapter.to!r}")
+        build_adapter = look_up(ADAPTERS, adapter.kind, what="adapter")
+        given: dict[str, Any] = {}
+        if adapter.kind == "resize":
+            given["size"] = tuple(theirs[adapter.to].shape[2:])
+        channels = ours[layer].shape[1], theirs[adapter.to].shape[1]
+        built[layer] = build_adapter(*channels, **given)
+    drawn = draw_modules(terms, theirs)
+    return AdaptedStudent(student, layers, built, modules_of(drawn, images=False)), drawn
+
+
+def _features(
+    student: nn.Module, layers: Sequence[str], source: SoftTargetSource, task: Task, batch: Batch
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What the student's layers and the teachers give on a batch, nothing of them changed."""
+    probe = AdaptedStudent(student, layers)
+    try:
+        with torch.no_grad(), evaluating(probe):
+            _, ours = probe(*task.inputs(batch))
+            theirs = source(batch)
+    finally:
+        probe.taps_off()
+    return ours, theirs
