@@ -25,7 +25,8 @@ from torch import nn
 from kd.build import OpenData, build_student, build_task, make_dataset, make_loader
 from kd.config import Arm, DistillRecipe, Train
 from kd.config import Term as TermSection
-from kd.data.dataset import SceneDataset, collate
+from kd.data.collate import collate
+from kd.data.dataset import SceneDataset
 from kd.data.splits import labelled_images
 from kd.engine import evaluating, forward_losses, to_device
 from kd.errors import UserError
@@ -82,8 +83,9 @@ class Distillation:
         if "shuffled" in recipe.arms and not stored:
             raise UserError("arms: shuffled needs soft_targets.kind=stored")
         maps = [term.name for term in self.terms if term.kind.maps]
-        if stored and maps and {"distilled", "shuffled"} & set(recipe.arms):
-            raise UserError(f"losses: {', '.join(maps)}: feature maps need soft_targets.kind=live")
+        if maps and "shuffled" in recipe.arms:
+            named = ", ".join(maps)
+            raise UserError(f"arms: shuffled is the control of posteriors, not of {named}")
 
     def check(self) -> None:
         """Build every arm and compute its losses on two images, so that no arm fails after others.
@@ -93,8 +95,8 @@ class Distillation:
         """
         seed = self.recipe.seeds[0]
         labelled = labelled_images(self.data.train, self.recipe.data.labelled, seed)
-        dataset = self._dataset(seed, labelled)
         for arm in self.recipe.arms:
+            dataset = self._dataset(seed, labelled, arm)
             model, objective = self._assemble(arm, seed, labelled, dataset)
             batch = self._sample(dataset)
             with torch.no_grad(), evaluating(model):
@@ -111,7 +113,7 @@ class Distillation:
         if folder.finished:
             return
         labelled = labelled_images(self.data.train, recipe.data.labelled, seed)
-        dataset = self._dataset(seed, labelled)
+        dataset = self._dataset(seed, labelled, arm)
         loader = make_loader(
             dataset,
             accelerator,
@@ -148,8 +150,11 @@ class Distillation:
         batch = collate([dataset[0, place] for place in range(min(2, len(dataset)))])
         return to_device(batch, self.accelerator.device, channels_last=False)
 
-    def _dataset(self, seed: int, labelled: NDArray[np.int64] | None) -> SceneDataset:
-        recipe = self.recipe
+    def _dataset(
+        self, seed: int, labelled: NDArray[np.int64] | None, arm: Arm = "plain"
+    ) -> SceneDataset:
+        """The same samples for every arm; stored maps come with them where they are used."""
+        recipe, sources = self.recipe, self.sources
         return make_dataset(
             self.data,
             "train",
@@ -158,6 +163,7 @@ class Distillation:
             labelled=labelled,
             seed=seed,
             epochs=recipe.train.epochs,
+            stored=sources.fields if sources is not None and arm == "distilled" else (),
         )
 
     def _has_terms(self, arm: Arm) -> bool:
@@ -179,7 +185,8 @@ class Distillation:
     def _source(self, arm: Arm, seed: int) -> SoftTargetSource | None:
         if self.sources is None or not self._has_terms(arm):
             return None
-        return self.sources.targets(shuffled=seed if arm == "shuffled" else None)
+        shuffled = seed if arm == "shuffled" else None
+        return self.sources.targets(maps=arm == "distilled", shuffled=shuffled)
 
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
         expects = None if self.sources is None else partial(expectation, self.sources.teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from kd.data.coco import CocoIndex, check_images_decode, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
 from kd.data.scenes import generate_scenes
+from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.tasks import TASKS
 from kd.tasks.base import Task
@@ -129,6 +130,7 @@ def make_dataset(
     only: Collection[int] | None = None,
     seed: int = 0,
     epochs: int = 1,
+    stored: Sequence[StoredField] = (),
 ) -> SceneDataset:
     """A split as samples."""
     section = data.section
@@ -149,6 +151,7 @@ def make_dataset(
         seed=seed,
         epochs=epochs,
         prepared=Path(section.prepared) / split if section.prepared else None,
+        stored=stored,
     )
 
 

@@ -1,7 +1,8 @@
-"""Compute a teacher's posteriors ahead of training: `python -m kd.cache RUN --data coco`.
+"""Compute a teacher's outputs ahead of training: `python -m kd.cache --teacher RUN --data coco`.
 
 `kd.distill` does this by itself where they are missing; this command does it on another day, or on
-the machine that has the GPU.
+the machine that has the GPU. Interrupted, it goes on where it stopped; a damaged shard is found by
+its checksum and made anew.
 """
 
 from __future__ import annotations
@@ -14,29 +15,67 @@ from pathlib import Path
 from kd.build import make_accelerator, open_data
 from kd.cli import run_command, set_up_logging
 from kd.config_reader import data_config
-from kd.teacher_runs import load_teacher, train_posteriors
+from kd.equivariance import moved_map_errors
+from kd.errors import at_least
+from kd.teacher_cache import POSTERIOR, Wanted, open_cache
+from kd.teacher_runs import load_teacher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compute and store the posteriors of a data set's train objects."""
+    """Compute and store outputs for every object of a split."""
+    args = _parser().parse_args(argv)
+    at_least("kd.cache", **{"--top-k": (args.top_k, 0)})
+    accelerator = make_accelerator(args.precision)
+    set_up_logging(rank=accelerator.process_index)
+    with accelerator.main_process_first():
+        data = open_data(data_config(args.data, args.settings))
+    teacher = load_teacher(args.teacher, data.num_classes)
+    wanted = Wanted(
+        outputs=tuple(dict.fromkeys([*([] if args.only_layers else [POSTERIOR]), *args.layers])),
+        split=args.split,
+        out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and args.split == "train",
+        dtype=args.dtype,
+        top_k=args.top_k,
+        location=args.out,
+    )
+    kept = open_cache(teacher, data, accelerator, wanted)
+    errors = {}
+    if args.split == "train":
+        errors = moved_map_errors(teacher, data, kept, accelerator)
+    if accelerator.is_main_process:
+        images = len(getattr(data, args.split))
+        for name, output in kept.items():
+            size = output.store.bytes
+            sys.stdout.write(
+                f"{name}: {len(output.store.ids())} objects, {size / images:.0f} bytes an image, "
+                f"{size / 2**20:.1f} MiB in {output.store.url}\n"
+            )
+            for move, error in errors.get(name, {}).items():
+                sys.stdout.write(f"  moved with the picture: {move} is off by {error:.1%}\n")
+    accelerator.end_training()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd.cache", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a teacher's run folder")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="RUN",
+                        help="a teacher's run folder or checkpoint")  # fmt: skip
     parser.add_argument("--data", required=True, metavar="NAME", help="configs/data/NAME.yaml")
     parser.add_argument("--set", action="append", default=[], dest="settings",
                         metavar="data.a=value", help="change a value of the data set")  # fmt: skip
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--layers", nargs="+", default=[], metavar="LAYER",
+                        help="also these layers' features, or logits")  # fmt: skip
+    parser.add_argument("--only-layers", action="store_true", help="no posteriors")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                        help="keep the K likeliest classes of posteriors and logits")  # fmt: skip
     parser.add_argument(
-        "--in-fold", action="store_true", help="by the teacher itself, not by its fold models"
+        "--in-fold", action="store_true", help="posteriors by the teacher itself, not by its folds"
     )
+    parser.add_argument("--out", metavar="URL", help="folder or fsspec URL; default: in the run")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    args = parser.parse_args(argv)
-    set_up_logging()
-    data = open_data(data_config(args.data, args.settings))
-    accelerator = make_accelerator(args.precision)
-    teacher = load_teacher(args.run, data.num_classes)
-    out_of_fold = bool(teacher.recipe.folds) and not args.in_fold
-    stored = train_posteriors(teacher, data, accelerator, out_of_fold=out_of_fold)
-    sys.stdout.write(f"{len(stored.object_ids)} posteriors, {stored.source}\n")
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

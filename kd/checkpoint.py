@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import random
 from collections.abc import Mapping
@@ -18,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.files import write_whole
 
 FORMAT = 1
-PARTIAL = ".partial"  # how files end that are still being written; a kill leaves them behind
 
 
 @dataclass
@@ -30,32 +28,6 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write through a temporary file, so that a kill or a full disk leaves the old one.
-
-    Args:
-        path: The file to be.
-        write: Called with the temporary path.
-
-    Raises:
-        UserError: The folder cannot be written or the disk is full.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(
-            f"{path}: cannot be written: {error}. What was there before is unharmed; "
-            "make room or name another folder with --out, then --resume"
-        ) from error
 
 
 def _torch_save(content: Any, partial: Path) -> None:

@@ -193,6 +193,14 @@ class SoftTargets(Section):
     out_of_fold: bool = Field(
         True, description="posteriors of train images from folds that did not train on them"
     )
+    dtype: Literal["float16", "float32"] = Field("float16", description="of stored numbers")
+    top_k: Whole = Field(0, description="likeliest classes stored of posteriors; 0 = all")
+    cache: str | None = Field(
+        None, description="folder or URL of stored outputs; null: in the teacher's run folder"
+    )
+    moved_error: NotNegative = Field(
+        0.1, description="largest relative error of stored maps that are moved with the picture"
+    )
     balance: Probability = Field(
         0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
     )

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from kd.checkpoint import PARTIAL, config_differences, write_whole
+from kd.checkpoint import config_differences
 from kd.config_reader import read_yaml
 from kd.errors import UserError
+from kd.files import PARTIAL, write_whole
 
 # These may change between a start and its resumption: they do not change the result.
 _FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "train.log_every")

@@ -1,29 +1,22 @@
-"""Where targets of distillation come from: a live teacher, or posteriors that were stored.
+"""Where targets of distillation come from: live teachers, or what they said before.
 
-Both are callables from a batch to named tensors, one row per hidden object; `posterior` holds
+All are callables from a batch to named tensors, one row per hidden object; `posterior` holds
 log-probabilities (K, C). The engine cannot tell them apart.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kd.data.stored import PREFIX, StoredField
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.tasks.base import Batch, Task, named
 
-FORMAT = "kd-posteriors-1"
 MEAN = "mean"  # what stands for all teachers together in the name of an output
 
 
@@ -52,6 +45,14 @@ class LiveTeacher:
         self.task = task
         self._taps = FeatureTaps(model, layers) if layers else None
         self._autocast = autocast
+
+    def __enter__(self) -> LiveTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the hooks off the model."""
+        if self._taps is not None:
+            self._taps.remove()
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         """What the model gives by name, its `posterior` (K, C), the layers' features (K, ...)."""
@@ -109,7 +110,7 @@ class StoredPosteriors:
 
     Args:
         object_ids: Annotation ids, int64 (K,).
-        log_probs: Log-probabilities, (K, C); kept as float16.
+        log_probs: Log-probabilities, (K, C), kept in their type.
         source: What messages call them.
     """
 
@@ -120,7 +121,7 @@ class StoredPosteriors:
             raise UserError(f"{source}: no object has a posterior")
         order = object_ids.argsort()
         self.object_ids = object_ids[order].contiguous()
-        self.log_probs = log_probs[order].to(torch.float16).contiguous()
+        self.log_probs = log_probs[order].contiguous()
         self.source = source
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -172,53 +173,31 @@ class StoredPosteriors:
         log_probs = self.log_probs.float()
         mean = log_probs.exp().mean(dim=0).clamp(min=1e-6).log()
         moved = (log_probs - share * mean).log_softmax(dim=1)
+        moved = moved.to(self.log_probs.dtype)
         return StoredPosteriors(self.object_ids, moved, source=self.source)
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write a safetensors file, atomically; `metadata` says what made them.
-
-        Raises:
-            UserError: The folder cannot be written, or the disk is full.
-        """
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        tensors = {"object_ids": self.object_ids.cpu(), "log_probs": self.log_probs.cpu()}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={"format": FORMAT, **metadata})
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written: {error}") from error
-
     @classmethod
-    def load(cls, path: Path, expected: Mapping[str, str]) -> StoredPosteriors:
-        """Read a file; refuse one that was made by something else.
-
-        Args:
-            path: The file.
-            expected: Metadata that must agree: teacher hash, data fingerprint, transform.
-
-        Raises:
-            UserError: Not such a file, or made for another teacher or data set.
-        """
-        try:
-            with safe_open(path, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a file of posteriors: {error}") from error
-        if metadata.get("format") != FORMAT or tensors.keys() != {"object_ids", "log_probs"}:
-            raise UserError(f"{path}: not a file of posteriors; make one with python -m kd.cache")
-        for name, value in expected.items():
-            if metadata.get(name) != value:
-                raise UserError(
-                    f"{path}: {name} is {metadata.get(name)!r}, this run needs {value!r}; "
-                    "delete the file and the posteriors are made anew"
-                )
-        return cls(tensors["object_ids"], tensors["log_probs"], source=str(path))
+    def read(cls, kept: StoredField) -> StoredPosteriors:
+        """All posteriors of a cache, into memory."""
+        ids, log_probs = torch.from_numpy(kept.store.ids()), kept.whole()
+        return cls(ids, log_probs, source=kept.store.url)
 
 
-def from_arrays(object_ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> StoredPosteriors:
-    """Posteriors from arrays (K,) and (K, C)."""
-    return StoredPosteriors(torch.from_numpy(object_ids), torch.from_numpy(log_probs))
+class StoredTeacher:
+    """A teacher that was asked before: posteriors from memory, maps that came with the batch.
+
+    Args:
+        posteriors: Of all objects.
+        layers: What else it gives, by name.
+        prefix: What the batch calls these, before their names.
+    """
+
+    def __init__(
+        self, posteriors: StoredPosteriors, layers: Sequence[str] = (), *, prefix: str = PREFIX
+    ) -> None:
+        self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`posterior` (K, C) and the layers (K, ...)."""
+        maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
+        return {**self.posteriors(batch), **maps}

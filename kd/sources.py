@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from kd.build import OpenData
 from kd.config import DistillRecipe, TeacherReference
+from kd.data.stored import PREFIX, StoredField
+from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.objective import Term
-from kd.soft_targets import LiveTeacher, SoftTargetSource, StoredPosteriors, Teachers
-from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher, train_posteriors
-from kd.wiring import layers_by_teacher
+from kd.soft_targets import (
+    LiveTeacher,
+    SoftTargetSource,
+    StoredPosteriors,
+    StoredTeacher,
+    Teachers,
+)
+from kd.teacher_cache import POSTERIOR, Wanted, open_cache
+from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher
+from kd.wiring import layers_among, outputs_by_teacher
 
 
 @dataclass
@@ -24,13 +35,15 @@ class Sources:
         teacher: The recipe's `teacher`.
         weights: Of the teachers in their mean.
         posteriors: Stored ones by teacher, or none where the teachers are live; the first is the
-            recipe's `teacher`.
+            recipe's `teacher`, whose name is empty.
+        maps: Other stored outputs by teacher, which come with the samples.
         live: The teachers as they run in each step, or none.
     """
 
     teacher: TrainedTeacher
     weights: list[float] = field(default_factory=list)
     posteriors: dict[str, StoredPosteriors] = field(default_factory=dict)
+    maps: dict[str, dict[str, StoredField]] = field(default_factory=dict)
     live: dict[str, LiveTeacher] = field(default_factory=dict)
 
     @property
@@ -38,15 +51,23 @@ class Sources:
         """Whether everything was computed once."""
         return bool(self.posteriors)
 
-    def targets(self, *, shuffled: int | None = None) -> SoftTargetSource:
+    @property
+    def fields(self) -> list[StoredField]:
+        """What the samples must bring."""
+        return [output for outputs in self.maps.values() for output in outputs.values()]
+
+    def targets(self, *, maps: bool, shuffled: int | None = None) -> SoftTargetSource:
         """Targets of a batch.
 
         Args:
+            maps: Whether the samples bring `fields`.
             shuffled: Seed by which each posterior is given to another object: the control.
         """
-        found: dict[str, SoftTargetSource] = {**self.live, **self.posteriors}
-        if shuffled is not None:
-            found |= {name: p.shuffled(shuffled) for name, p in self.posteriors.items()}
+        found: dict[str, SoftTargetSource] = {**self.live}
+        for name, own in self.posteriors.items():
+            posteriors = own if shuffled is None else own.shuffled(shuffled)
+            layers = list(self.maps[name]) if maps else []
+            found[name] = StoredTeacher(posteriors, layers, prefix=_prefix(name))
         first, *more = found
         if not more:
             return found[first]
@@ -56,32 +77,69 @@ class Sources:
 def open_sources(
     recipe: DistillRecipe, terms: Sequence[Term], data: OpenData, accelerator: Accelerator
 ) -> Sources:
-    """Open the teachers of a recipe; posteriors are computed now where they are not there yet.
+    """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
 
     Raises:
-        UserError: A teacher that is not there, or is of another data set or picture size.
+        UserError: A teacher that is not there, or is of another data set or picture size; stored
+            maps that cannot follow the picture.
     """
     references: dict[str, TeacherReference] = {"": recipe.teacher, **recipe.more_teachers}
-    layers = layers_by_teacher(terms, recipe.more_teachers)
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
     sources: Sources | None = None
     for name, reference in references.items():
         teacher = load_teacher(find_teacher(reference, recipe.data.name), data.num_classes)
         teacher.model.to(accelerator.device)
         sources = sources or Sources(teacher)
         sources.weights.append(reference.weight)
-        if recipe.soft_targets.kind == "stored":
-            targets = recipe.soft_targets
-            sources.posteriors[name] = train_posteriors(
-                teacher, data, accelerator, out_of_fold=targets.out_of_fold
-            ).balanced(targets.balance)
-        else:
-            sources.live[name] = _live(teacher, layers[name], recipe, accelerator)
+        if recipe.soft_targets.kind == "live":
+            sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
+            continue
+        kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
+        sources.posteriors[name] = StoredPosteriors.read(kept.pop(POSTERIOR)).balanced(
+            recipe.soft_targets.balance
+        )
+        sources.maps[name] = kept
+        check_moved_maps(teacher, data, kept, accelerator, limit=recipe.soft_targets.moved_error)
     assert sources is not None
     return sources
 
 
+def _prefix(teacher: str) -> str:
+    return f"{PREFIX}{teacher}." if teacher else PREFIX
+
+
+def _kept(
+    teacher: TrainedTeacher,
+    name: str,
+    outputs: Sequence[str],
+    recipe: DistillRecipe,
+    data: OpenData,
+    accelerator: Accelerator,
+) -> dict[str, StoredField]:
+    """A teacher's stored outputs; samples call them by teacher, posteriors stay in memory."""
+    targets = recipe.soft_targets
+    location = targets.cache
+    if location is not None and name:
+        location = f"{location.rstrip('/')}/{name}"
+    wanted = Wanted(
+        outputs=[POSTERIOR, *(output for output in outputs if output != POSTERIOR)],
+        out_of_fold=targets.out_of_fold, dtype=targets.dtype, top_k=targets.top_k,
+        location=location,
+    )  # fmt: skip
+    found = open_cache(teacher, data, accelerator, wanted)
+    # On a GPU a look-up does not check: here is the place, before anything trains.
+    StoredPosteriors.read(found[POSTERIOR]).check_covers(
+        torch.from_numpy(data.train.object_ids.astype(np.int64))
+    )
+    return {
+        output: StoredField(kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX),
+                            channels=kept.channels)
+        for output, kept in found.items()
+    }  # fmt: skip
+
+
 def _live(
-    teacher: TrainedTeacher, layers: list[str], recipe: DistillRecipe, accelerator: Accelerator
+    teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
     """One for all arms and seeds: each would leave its hooks on the teacher."""
     if teacher.recipe.data.size != recipe.data.size:
@@ -90,4 +148,4 @@ def _live(
             "a live teacher sees the student's pictures"
         )
     autocast = accelerator.mixed_precision == "bf16"
-    return LiveTeacher(teacher.model, teacher.task, layers, autocast=autocast)
+    return LiveTeacher(teacher.model, teacher.task, layers_among(outputs), autocast=autocast)

@@ -13,8 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from kd.checkpoint import write_whole
 from kd.errors import UserError
+from kd.files import write_whole
 
 
 class Tracker:

@@ -32,22 +32,30 @@ def build_terms(terms: Sequence[Term]) -> list[BuiltTerm]:
     ]  # fmt: skip
 
 
-def layers_by_teacher(
+def outputs_by_teacher(
     terms: Sequence[BuiltTerm], teachers: Collection[str]
 ) -> dict[str, list[str]]:
-    """The layers that terms read of each teacher; the name of the recipe's `teacher` is empty.
+    """What terms read of each teacher; the name of the recipe's `teacher` is empty.
 
     Args:
-        terms: `NAME.layer` is a layer of a further teacher.
+        terms: `NAME.output` is an output or a layer of a further teacher.
         teachers: Names of the further ones.
     """
-    layers: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
+    outputs: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
     for term in terms:
         first, _, rest = term.teacher.partition(".")
-        whose, layer = (first, rest) if first in teachers else ("", term.teacher)
-        if first != MEAN and layer not in TEACHER_OUTPUTS and layer not in layers[whose]:
-            layers[whose].append(layer)
-    return layers
+        whose, output = (first, rest) if first in teachers else ("", term.teacher)
+        readers = outputs if first == MEAN else [whose]
+        for reader in readers:
+            wanted = rest if first == MEAN else output
+            if wanted not in outputs[reader]:
+                outputs[reader].append(wanted)
+    return outputs
+
+
+def layers_among(outputs: Sequence[str]) -> list[str]:
+    """Those that have to be tapped: a teacher gives the others by itself."""
+    return [output for output in outputs if output not in TEACHER_OUTPUTS]
 
 
 def adapt_student(

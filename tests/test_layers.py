@@ -34,6 +34,9 @@ PLACES = {
     "kd.arms": COMMANDS,
     "kd.sources": COMMANDS,
     "kd.wiring": COMMANDS,
+    "kd.teacher_cache": COMMANDS,
+    "kd.shard_writer": COMMANDS,
+    "kd.equivariance": COMMANDS,
     "kd.teacher_runs": COMMANDS,
     "kd.student_runs": COMMANDS,
     "kd.pictures": COMMANDS,
@@ -66,6 +69,7 @@ PLACES = {
     "kd.config_reader": FOUNDATION,
     "kd.config_schema": FOUNDATION,
     "kd.errors": FOUNDATION,
+    "kd.files": FOUNDATION,
     "kd": FOUNDATION,  # the package's own __init__: a version, nothing else
 }
 

@@ -15,20 +15,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd.data.coco import CocoIndex
+from kd.data.collate import Sample
 from kd.data.hide import SHAPES, hidden_regions, hide_share
 from kd.data.images import read_image
 from kd.data.prepare import PreparedCopy
+from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import Augment, Plan, build_augment, pad, visible
 from kd.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Sample = dict[str, Tensor]
 Mode = Literal["one", "all"]
 
 _SAMPLE_STREAM = 1  # keeps the samples' random numbers apart from the loader's order
-_STACKED = ("images", "sizes", "image_ids")
-_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments")
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class SceneDataset(Dataset[Sample]):
         seed: Of everything random, 0 or more.
         epochs: Length of the training, for the schedule.
         prepared: Folder made by `python -m kd.data.prepare` from this data set.
+        stored: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
 
     Raises:
         UserError: An option is out of range, no image has a usable object, or the prepared
@@ -89,6 +89,7 @@ class SceneDataset(Dataset[Sample]):
         seed: int = 0,
         epochs: int = 1,
         prepared: Path | None = None,
+        stored: Sequence[StoredField] = (),
     ) -> None:
         """Choose the images; the arguments are explained above."""
         _check_options(size, mode, shape, (min_share, max_share), partial, seed)
@@ -96,7 +97,7 @@ class SceneDataset(Dataset[Sample]):
         self.augment: Augment | None = build_augment(augment) if train else None
         self.min_share, self.max_share, self.shape = min_share, max_share, shape
         self.partial = partial if train else None
-        self.seed, self.epochs = seed, epochs
+        self.seed, self.epochs, self.stored = seed, epochs, tuple(stored)
         self.prepared: PreparedCopy | None = None
         if prepared is not None:
             self.prepared = PreparedCopy.open(
@@ -147,9 +148,13 @@ class SceneDataset(Dataset[Sample]):
             "hidden": candidates,
             "hide_share": torch.full((len(candidates),), self._hide_share(epoch)),
         }
+        original = (picture.shape[1], picture.shape[2])
         if self.shape == "segment":
-            original = (picture.shape[1], picture.shape[2])
             sample["segments"] = self._segments(scene, candidates, original)
+        hidden = sample["object_ids"][candidates].numpy()
+        for output in self.stored:
+            kept = output(hidden, scene.plan, original, self.size)
+            sample[f"{PREFIX}{output.name}"] = kept
         return sample
 
     def usable_rows(self) -> npt.NDArray[np.int64]:
@@ -236,21 +241,6 @@ class SceneDataset(Dataset[Sample]):
             frame = (self.size, self.size)
             masks[empty] = hidden_regions(scene.boxes[hidden[empty]], frame)
         return masks
-
-
-def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
-    counts = torch.tensor([len(sample["labels"]) for sample in samples])
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _STACKED}
-    for key in _JOINED:
-        if key in samples[0]:
-            batch[key] = torch.cat([sample[key] for sample in samples])
-    batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
-    before = (counts.cumsum(0) - counts).tolist()
-    batch["hidden"] = torch.cat(
-        [sample["hidden"] + start for sample, start in zip(samples, before, strict=True)]
-    )
-    return batch
 
 
 def _shares(

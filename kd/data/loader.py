@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kd.data.dataset import Sample, SceneDataset, collate
+from kd.data.collate import Sample, collate
+from kd.data.dataset import SceneDataset
 from kd.errors import UserError
 
 _ORDER_STREAM = 2  # keeps the order's random numbers apart from the samples'

@@ -1,9 +1,7 @@
 """Augmentations: drawn first, then only what was drawn is done.
 
 Geometry goes through torchvision's `transforms.v2.functional`, which dispatches on the type of
-its input, so that images, boxes and masks follow together. All colour changes (RGB shift, jitter,
-grey, shuffle) are affine in RGB; they are multiplied out to one 3x4 matrix applied in one pass,
-several times as fast as one pass each, and rounded once.
+its input, so that images, boxes and masks follow together; colours are `kd.data.colour`.
 """
 
 from __future__ import annotations
@@ -20,63 +18,17 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from kd.data.colour import ColourChange
 from kd.data.images import scaled_size
 from kd.errors import UserError
 
 T = TypeVar("T", bound=Tensor)  # one of torchvision's tv_tensors
 Matrix = npt.NDArray[np.float64]
 
-_LUMA = np.array([0.2989, 0.587, 0.114])  # torchvision's weights
-_TO_GREY = np.tile(_LUMA / _LUMA.sum(), (3, 1))
-_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_FROM_YIQ = np.linalg.inv(_TO_YIQ)
 _BLUR_KERNEL = 5
 _GEOMETRY = ("flip", "shift", "rotate", "crop")
 _COLOURS = ("rgb_shift", "shuffle", "grey", "jitter")
 _PROBABILITIES = (*_GEOMETRY, *_COLOURS, "blur")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColourChange:
-    """Colour changes in the order they are applied; the defaults change nothing."""
-
-    rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-    hue: float = 0.0
-    grey: bool = False
-    order: tuple[int, int, int] = (0, 1, 2)
-
-    def matrix(self, mean: Matrix) -> tuple[Matrix, Matrix]:
-        """Multiply everything out.
-
-        Args:
-            mean: (3,) the image's mean RGB, which contrast is stretched about.
-
-        Returns:
-            Weights (3, 3) and offsets (3,) on the scale 0..255.
-        """
-        weight = np.eye(3) * self.brightness
-        offset = np.array(self.rgb_shift) * self.brightness
-        middle = (_TO_GREY @ (weight @ mean + offset))[0]
-        weight, offset = weight * self.contrast, offset * self.contrast
-        offset = offset + (1 - self.contrast) * middle
-        mix = self.saturation * np.eye(3) + (1 - self.saturation) * _TO_GREY
-        mix = _turn_hue(self.hue) @ mix
-        if self.grey:
-            mix = _TO_GREY @ mix
-        mix = mix[list(self.order)]
-        return mix @ weight, mix @ offset
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Apply to (3, H, W) uint8."""
-        flat = image.reshape(3, -1).float()
-        weight, offset = self.matrix(flat.mean(dim=1).double().numpy())
-        weights = torch.from_numpy(weight).float()
-        offsets = torch.from_numpy(offset).float()[:, None]
-        changed = torch.addmm(offsets, weights, flat).round_().clamp_(0, 255)
-        return changed.to(torch.uint8).view_as(image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +73,35 @@ class Plan:
         if self.blur:
             changed = F.gaussian_blur(changed, [_BLUR_KERNEL] * 2, [self.blur] * 2)
         return changed if self.colour is None else self.colour(changed)
+
+    @property
+    def still(self) -> bool:
+        """Whether the geometry stays as it is."""
+        return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
+
+    def sources(self, size: tuple[int, int]) -> Matrix:
+        """Where a place of the result comes from, the inverse of `boxes`.
+
+        Args:
+            size: Height and width of the picture before.
+
+        Returns:
+            (2, 3): takes (x, y, 1) in pixels of the result to (x, y) of the picture before.
+        """
+        height, width = self.size
+        # Undone in the reverse order: rotation about the middle, shift, flip, crop and scale.
+        turn = math.radians(self.angle)
+        cosine, sine = math.cos(turn), math.sin(turn)
+        middle = _translation(width / 2, height / 2)
+        rotation = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+        matrix = middle @ rotation @ np.linalg.inv(middle)
+        matrix = _translation(-self.shift[0], -self.shift[1]) @ matrix
+        if self.flip:
+            matrix = np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]]) @ matrix
+        top, left, tall, wide = self.crop or (0, 0, *size)
+        scale = np.diag([wide / width, tall / height, 1.0])
+        whole: Matrix = _translation(left, top) @ scale @ matrix
+        return whole[:2]
 
     def masks(self, masks: Tensor) -> Tensor:
         """Apply the geometry to (K, H, W) bool."""
@@ -279,10 +260,5 @@ def pad(image: Tensor, size: int) -> Tensor:
     return padded
 
 
-def _turn_hue(turn: float) -> Matrix:
-    if not turn:
-        return np.eye(3)
-    cosine, sine = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
-    rotation = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
-    turned: Matrix = _FROM_YIQ @ rotation @ _TO_YIQ
-    return turned
+def _translation(right: float, down: float) -> Matrix:
+    return np.array([[1, 0, right], [0, 1, down], [0, 0, 1]], dtype=np.float64)

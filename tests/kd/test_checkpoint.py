@@ -26,10 +26,8 @@ from kd.checkpoint import (
     save_checkpoint,
     save_model,
     set_rng_state,
-    write_whole,
 )
 from kd.errors import UserError
-from kd.soft_targets import StoredPosteriors
 
 
 def save(path: Path, **parts: Any) -> None:
@@ -133,34 +131,6 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path: 
     assert path.read_bytes() == good
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_text("old")
-
-    def fail(partial: Path) -> None:
-        partial.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"x: cannot be written: .*No space left.*--resume"):
-        write_whole(path, fail)
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["x"]
-
-
-def test_our_own_mistakes_while_writing_are_not_called_a_full_disk(tmp_path: Path) -> None:
-    def fail(partial: Path) -> None:
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        write_whole(tmp_path / "x", fail)
-
-
-def test_a_folder_below_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run/x: cannot be written"):
-        write_whole(tmp_path / "file" / "run" / "x", lambda partial: partial.write_text("new"))
-
-
 @pytest.fixture
 def little_room() -> Iterator[None]:
     """No file above 100 kB: writing more fails as on a full disk."""
@@ -175,9 +145,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     # Small enough for the last write to be the one that fails.
     "nearly": lambda path: save(path, model={"w": torch.ones(24_950)}),
     "model": lambda path: save_model(path, nn.Linear(1000, 1000), {}),
-    "posteriors": lambda path: StoredPosteriors(torch.arange(9000), torch.zeros(9000, 80)).save(
-        path, {}
-    ),
 }
 
 

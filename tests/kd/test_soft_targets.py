@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kd.data.store import Store
+from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
-from kd.soft_targets import LiveTeacher, StoredPosteriors, from_arrays
+from kd.soft_targets import LiveTeacher, StoredPosteriors, StoredTeacher, Teachers
+from kd.tasks.base import Batch
 from kd.tasks.context import Context
 from teachers import TEACHERS
 
@@ -71,7 +72,7 @@ def test_an_unknown_object_is_named(stranger: int) -> None:
 
 def test_no_posteriors_at_all_are_refused() -> None:
     with pytest.raises(UserError, match="no object has a posterior"):
-        from_arrays(np.zeros(0, np.int64), np.zeros((0, 3), np.float32))
+        StoredPosteriors(torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))
 
 
 def test_shuffling_gives_every_object_anothers_posterior() -> None:
@@ -86,42 +87,57 @@ def test_shuffling_gives_every_object_anothers_posterior() -> None:
     assert not torch.equal(shuffled.log_probs, source.shuffled(4).log_probs)
 
 
-def test_posteriors_come_back_from_their_file(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "train.safetensors"
-    source = stored()
-    source.save(path, {"teacher": "abc", "data": "d"})
-    again = StoredPosteriors.load(path, {"teacher": "abc"})
+def test_posteriors_come_back_from_a_cache(tmp_path: Path) -> None:
+    source, store = stored(), Store(tmp_path)
+    store.create({}, 2)
+    for number, rows in enumerate((slice(0, 2), slice(2, None))):
+        part = {"ids": source.object_ids[rows], "values": source.log_probs[rows]}
+        store.write_shard(number, {name: tensor.numpy() for name, tensor in part.items()})
+    again = StoredPosteriors.read(StoredField(store, "posterior"))
     assert torch.equal(again.object_ids, source.object_ids)
     assert torch.equal(again.log_probs, source.log_probs)
-    assert again.source == str(path)
-    assert [file.name for file in path.parent.iterdir()] == ["train.safetensors"]
+    assert again.source == str(tmp_path)
 
 
-def test_posteriors_of_another_teacher_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.safetensors"
-    stored().save(path, {"teacher": "abc"})
-    with pytest.raises(UserError, match=r"teacher is 'abc', this run needs 'xyz'; delete the file"):
-        StoredPosteriors.load(path, {"teacher": "xyz"})
-    with pytest.raises(UserError, match=r"data is None, this run needs 'd'"):
-        StoredPosteriors.load(path, {"data": "d"})
+def test_a_teacher_that_was_asked_before_brings_the_batchs_maps() -> None:
+    teacher = StoredTeacher(stored(), ["neck"], prefix="stored.big.")
+    maps = torch.rand(2, 3, 4, 4).half()
+    known = teacher({**batch_of(100, 121), "stored.big.neck": maps})
+    assert torch.equal(known["neck"], maps.float())
+    assert known["posterior"].shape == (2, CLASSES)
 
 
-def test_a_file_that_holds_no_posteriors_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.safetensors"
-    with pytest.raises(UserError, match="not a file of posteriors"):
-        StoredPosteriors.load(path, {})
-    path.write_bytes(b"garbage")
-    with pytest.raises(UserError, match="not a file of posteriors"):
-        StoredPosteriors.load(path, {})
-    save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(UserError, match=r"not a file of posteriors; make one with python -m kd"):
-        StoredPosteriors.load(path, {})
+class Says:
+    """A teacher of fixed answers."""
+
+    def __init__(self, **answers: Tensor) -> None:
+        self.answers = answers
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        return self.answers
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/x\.safetensors: cannot be written"):
-        stored().save(tmp_path / "file" / "x.safetensors", {})
+def test_several_teachers_are_told_apart_and_averaged_in_logits() -> None:
+    logits = torch.randn(2, 4, 3)
+    teachers = Teachers(
+        Says(posterior=logits[0].log_softmax(1), neck=torch.ones(4)),
+        {"big": Says(posterior=logits[1].log_softmax(1), neck=torch.zeros(4))},
+        [1.0, 3.0],
+    )
+    known = teachers({})
+    assert set(known) == {"posterior", "neck", "big.posterior", "big.neck", "mean.posterior"}
+    assert torch.equal(known["big.neck"], torch.zeros(4))
+    expected = (0.25 * logits[0] + 0.75 * logits[1]).log_softmax(1)
+    torch.testing.assert_close(known["mean.posterior"], expected)
+
+
+def test_logits_are_averaged_only_where_all_give_them_in_one_shape() -> None:
+    one, two = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 4, 4)
+    same = Teachers(Says(logits=one), {"big": Says(logits=3 * one)}, [1.0, 1.0])({})
+    torch.testing.assert_close(same["mean.logits"], 2 * one)
+    assert "mean.logits" not in Teachers(Says(logits=one), {"b": Says(logits=two)}, [1.0, 1.0])({})
+    with pytest.raises(UserError, match="2 teachers have 1 weights"):
+        Teachers(Says(), {"b": Says()}, [1.0])
 
 
 def test_a_live_teacher_gives_what_its_task_reads_from_it() -> None:
@@ -131,7 +147,7 @@ def test_a_live_teacher_gives_what_its_task_reads_from_it() -> None:
     teacher = LiveTeacher(model.train(), task, [layer])
     batch = scene()
     known = teacher(batch)
-    assert set(known) == {"posterior", layer}
+    assert set(known) == {"posterior", "logits", layer}
     assert known["posterior"].shape == (3, CLASSES)
     assert torch.allclose(known["posterior"].exp().sum(1), torch.ones(3))
     assert known[layer].shape[0] == 3

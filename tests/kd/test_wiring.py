@@ -13,7 +13,7 @@ from kd.objective import modules_of
 from kd.soft_targets import LiveTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
-from kd.wiring import adapt_student, build_terms, layers_by_teacher
+from kd.wiring import adapt_student, build_terms, outputs_by_teacher
 from teachers.cnn import cnn
 
 
@@ -105,7 +105,10 @@ def test_layers_are_sorted_by_teacher_and_outputs_are_no_layers() -> None:
         ]
     )
     assert [term.name for term in terms[:3]] == ["first", "second", "third"]
-    assert layers_by_teacher(terms, ["big"]) == {"": ["features.2"], "big": ["layer4.1"]}
+    assert outputs_by_teacher(terms, ["big"]) == {
+        "": ["features.2", "posterior"],
+        "big": ["layer4.1", "posterior", "logits"],
+    }
 
 
 def test_a_critic_is_drawn_for_the_teachers_channels_and_anew_each_time(

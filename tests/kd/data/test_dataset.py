@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from kd.data.coco import CocoIndex, load_coco
-from kd.data.dataset import Sample, SceneDataset, collate
+from kd.data.collate import Sample, collate
+from kd.data.dataset import SceneDataset
 from kd.data.hide import hidden_regions
 from kd.errors import UserError
 

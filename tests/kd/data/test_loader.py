@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kd.data.coco import CocoIndex, load_coco
-from kd.data.dataset import Sample, SceneDataset
+from kd.data.collate import Sample
+from kd.data.dataset import SceneDataset
 from kd.data.loader import EpochSampler, build_loader
 from kd.errors import UserError
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from kd.data.colour import ColourChange
 from kd.data.hide import hidden_regions
-from kd.data.transforms import Augment, ColourChange, Plan, build_augment, pad, visible
+from kd.data.transforms import Augment, Plan, build_augment, pad, visible
 from kd.errors import UserError
 
 SIZE = (60, 80)

@@ -1,0 +1,29 @@
+"""From samples to the batch of docs/design.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kd.data.stored import PREFIX
+
+Sample = dict[str, Tensor]
+_STACKED = ("images", "sizes", "image_ids")
+_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments")
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
+    counts = torch.tensor([len(sample["labels"]) for sample in samples])
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _STACKED}
+    for key in samples[0]:
+        if key in _JOINED or key.startswith(PREFIX):
+            batch[key] = torch.cat([sample[key] for sample in samples])
+    batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
+    before = (counts.cumsum(0) - counts).tolist()
+    batch["hidden"] = torch.cat(
+        [sample["hidden"] + start for sample, start in zip(samples, before, strict=True)]
+    )
+    return batch

@@ -1,0 +1,262 @@
+"""A store of records by id: safetensors shards in a folder, on local disk or object storage.
+
+Every record has the same fields, each of one type and shape; a record is read by its id, in any
+order, from any number of processes. A shard's file is named by its number and the checksum of its
+content, so that what is there is known by listing the folder, an interrupted run goes on with the
+shards that lack, and a damaged one is found, named and made again alone. `docs/results.md` has the
+measurements by which the format was chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save
+
+from kd.data.shard import Field, Shard
+from kd.errors import UserError
+from kd.files import write_whole
+
+FORMAT = "kd-cache-1"
+IDS = "ids"
+_MANIFEST, _VERIFIED = "manifest.json", "verified.json"
+_NAME = re.compile(r"(\d{5})-([0-9a-f]{16})\.safetensors")
+
+
+class Store:
+    """Records of one folder.
+
+    Args:
+        url: A local path, or whatever fsspec opens: `s3://...`, `filecache::https://...`.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url)
+        try:
+            _, self._root = fsspec.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # a protocol without its package, or unknown
+            raise UserError(f"{self.url}: {error}") from error
+        self._shards: list[Shard] | None = None
+        self._sorted: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._order: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._first: NDArray[np.int64] = np.zeros(1, np.int64)
+
+    @property
+    def _files(self) -> Any:
+        """The file system; fsspec keeps one for each process, which a fork must not share."""
+        return fsspec.url_to_fs(self.url)[0]
+
+    @property
+    def _local(self) -> bool:
+        return isinstance(self._files, LocalFileSystem)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the folder says of itself, None where there is none.
+
+        Raises:
+            UserError: Another kind of folder, or one that cannot be read.
+        """
+        try:
+            content = json.loads(self._files.cat_file(self._path(_MANIFEST)))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.url}/{_MANIFEST}: cannot be read: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{self.url}: not a cache of this version of kd ({FORMAT})")
+        return content
+
+    def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
+        """Start a store.
+
+        Args:
+            about: What the records follow from; another is refused later.
+            shards: How many there will be.
+            notes: Anything else to keep.
+        """
+        content = {"format": FORMAT, "about": dict(about), "shards": shards, **notes}
+        self._write(_MANIFEST, json.dumps(content, indent=1).encode())
+
+    def check_about(self, about: Mapping[str, Any]) -> None:
+        """Refuse a store that was made of something else.
+
+        Raises:
+            UserError: It names each thing that differs.
+        """
+        manifest = self.manifest()
+        there = {} if manifest is None else manifest["about"]
+        odd = [
+            f"{key} is {there.get(key)!r} there, {value!r} here"
+            for key, value in about.items()
+            if there.get(key) != value
+        ]
+        if odd:
+            raise UserError(
+                f"{self.url}: a cache of something else: {'; '.join(odd)}. Delete the folder and "
+                "it is made anew, or name another one"
+            )
+
+    def present(self) -> dict[int, str]:
+        """The shards that are there: number to file name."""
+        try:
+            names = [str(name).rsplit("/", 1)[-1] for name in self._files.ls(self._root, False)]
+        except FileNotFoundError:
+            return {}
+        matches = [match for name in sorted(names) if (match := _NAME.fullmatch(name))]
+        return {int(match[1]): match[0] for match in matches}
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are still to be made."""
+        manifest = self.manifest()
+        there = self.present()
+        return [n for n in range(manifest["shards"] if manifest else 0) if n not in there]
+
+    def write_shard(self, number: int, records: Mapping[str, NDArray[Any]]) -> None:
+        """Write a shard, whole or not at all.
+
+        Args:
+            number: Which.
+            records: Fields of the same length, `ids` among them.
+        """
+        arrays = {name: np.ascontiguousarray(array) for name, array in records.items()}
+        content = save(arrays, metadata={"format": FORMAT})
+        self._write(f"{number:05d}-{_checksum(content)}.safetensors", content)
+        self._shards = None
+
+    def remove_damaged(self) -> list[str]:
+        """Check every shard's content against its name and remove those that do not agree.
+
+        Shards of a local folder that were checked once and have not changed since (size, time) are
+        not read again.
+
+        Returns:
+            Names of the removed shards.
+        """
+        known, seen, damaged = self._verified(), {}, []
+        for name in self.present().values():
+            stamp = self._stamp(name)
+            if stamp is None or known.get(name) != stamp:
+                content = self._files.cat_file(self._path(name))
+                if _checksum(content) not in name:
+                    damaged.append(name)
+                    self._files.rm_file(self._path(name))
+                    continue
+            seen[name] = stamp
+        if self._local and (damaged or seen != known):
+            self._write(_VERIFIED, json.dumps(seen).encode())
+        self._shards = None if damaged else self._shards
+        return damaged
+
+    def _verified(self) -> dict[str, Any]:
+        if not self._local:
+            return {}
+        try:
+            content = json.loads(self._files.cat_file(self._path(_VERIFIED)))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _stamp(self, name: str) -> list[int] | None:
+        if not self._local:
+            return None
+        status = Path(self._path(name)).stat()
+        return [status.st_size, status.st_mtime_ns]
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self._local:
+            write_whole(Path(self._path(name)), lambda partial: partial.write_bytes(content))
+            return
+        try:
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(self._path(name), content)
+        except (OSError, NotImplementedError) as error:
+            raise UserError(f"{self.url}/{name}: cannot be written: {error}") from error
+
+    def ids(self) -> NDArray[np.int64]:
+        """Ids of all records, in rising order."""
+        self._open()
+        return self._sorted
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What a record consists of, its id apart."""
+        return {name: one for name, one in self._open()[0].fields.items() if name != IDS}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(int(self._files.size(self._path(name))) for name in self.present().values())
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A field of all records, in the order of `ids()`.
+
+        Raises:
+            UserError: No such field.
+        """
+        parts = [shard.all(name) for shard in self._open()]
+        whole: NDArray[Any] = np.concatenate(parts)[self._order]
+        return whole
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Records by id.
+
+        Returns:
+            Each field, in the order of `ids`: (K, *shape).
+
+        Raises:
+            UserError: An id that is not there.
+        """
+        shards = self._open()
+        wanted = np.asarray(ids, dtype=np.int64)
+        places = np.searchsorted(self._sorted, wanted).clip(max=max(len(self._sorted) - 1, 0))
+        if not len(self._sorted) or (self._sorted[places] != wanted).any():
+            lacking = wanted[~np.isin(wanted, self._sorted)]
+            raise UserError(
+                f"{self.url}: no record of {len(lacking)} objects, first {lacking[0]}; the data "
+                "set is another than the one it was made for"
+            )
+        rows = self._order[places]
+        owners = np.searchsorted(self._first, rows, side="right") - 1
+        found = {
+            name: np.empty((len(wanted), *field.shape), field.dtype)
+            for name, field in self.fields.items()
+        }
+        for owner in np.unique(owners):
+            here = np.flatnonzero(owners == owner)
+            shards[owner].read_into(found, here, rows[here] - self._first[owner])
+        return found
+
+    def _open(self) -> list[Shard]:
+        """Read the shards' headers and ids, once."""
+        if self._shards is None:
+            names = [name for _, name in sorted(self.present().items())]
+            if not names:
+                raise UserError(f"{self.url}: an empty cache")
+            try:
+                shards = [Shard(self.url, self._path(name), local=self._local) for name in names]
+                ids = [shard.all(IDS) for shard in shards]
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                raise UserError(f"{self.url}: a shard that cannot be read: {error}") from error
+            every = np.concatenate(ids)
+            self._order = np.argsort(every, kind="stable")
+            self._sorted = every[self._order]
+            self._first = np.cumsum([0, *(len(part) for part in ids)])
+            self._shards = shards
+        return self._shards
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""Stored outputs of a teacher as part of a sample, moved as its picture was moved.
+
+A stored map belongs to the whole picture in its square frame. What an augmentation did to the
+picture is done to the map: each place of the new map is read, bilinearly, where the picture's place
+came from. Whether the teacher itself would give that for the moved picture is another matter:
+`kd.equivariance` measures it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.data.store import Store
+from kd.data.transforms import Plan
+
+PREFIX = "stored."
+
+
+class StoredField:
+    """One output of one teacher, by annotation id.
+
+    Args:
+        store: Where it lies, in the field `values`; with `indices` where only the largest were
+            kept.
+        name: What the sample calls it, after `stored.`.
+        channels: Of the output where only the largest of them are stored.
+    """
+
+    def __init__(self, store: Store, name: str, *, channels: int = 0) -> None:
+        self.store, self.name, self.channels = store, name, channels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one object's output."""
+        stored = self.store.fields["values"].shape
+        return (self.channels, *stored[1:]) if "indices" in self.store.fields else stored
+
+    def whole(self) -> Tensor:
+        """The output for all objects, in the order of the store's ids."""
+        values = torch.from_numpy(self.store.column("values"))
+        if "indices" not in self.store.fields:
+            return values
+        return expand(values, torch.from_numpy(self.store.column("indices")), self.channels)
+
+    def __call__(
+        self, object_ids: NDArray[np.int64], plan: Plan, size: tuple[int, int], frame: int
+    ) -> Tensor:
+        """The output for the hidden objects of a sample, (K, C, ...).
+
+        Args:
+            object_ids: (K,).
+            plan: What was done to the picture.
+            size: Height and width of the picture before.
+            frame: Side of the square frame, pixels.
+        """
+        records = self.store.read(object_ids)
+        values = torch.from_numpy(records["values"])
+        if "indices" in records:
+            values = expand(values, torch.from_numpy(records["indices"]), self.channels)
+        if values.ndim == 4 and not plan.still:
+            values = move_maps(values, plan, size, frame)
+        return values
+
+
+def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Tensor:
+    """Do to maps over a frame what a plan did to the picture in it.
+
+    Args:
+        maps: (K, C, h, w) over the frame of the whole picture.
+        plan: What was done.
+        size: Height and width of the picture before, in pixels of `frame`.
+        frame: Side of the frame.
+
+    Returns:
+        (K, C, h, w), of the same type; what comes in from outside the frame repeats its edge.
+    """
+    height, width = maps.shape[2:]
+    down = (torch.arange(height, dtype=torch.float64) + 0.5) * (frame / height)
+    right = (torch.arange(width, dtype=torch.float64) + 0.5) * (frame / width)
+    y, x = torch.meshgrid(down, right, indexing="ij")
+    places = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # (h, w, 3)
+    came_from = places @ torch.from_numpy(plan.sources(size)).T
+    grid = (came_from / frame * 2 - 1).float()[None].expand(len(maps), -1, -1, -1)
+    moved = F.grid_sample(
+        maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return moved.to(maps.dtype)
+
+
+def keep_largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the most likely classes, for storage.
+
+    Args:
+        logits: (K, C, ...), or log-probabilities.
+        count: Classes that are kept, below C.
+
+    Returns:
+        Values and indices, (K, count, ...) each; uint8 or int16 indices.
+    """
+    values, indices = logits.float().log_softmax(dim=1).topk(count, dim=1)
+    return values, indices.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+
+
+def expand(values: Tensor, indices: Tensor, channels: int) -> Tensor:
+    """Undo `keep_largest`: the rest of the probability is shared evenly by the other classes.
+
+    Returns:
+        Log-probabilities (K, channels, ...), of the values' type.
+    """
+    wide = values.float()
+    rest = (1 - wide.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6)
+    others = (rest / (channels - values.shape[1])).log()
+    whole = others.expand(-1, channels, *(-1,) * (values.ndim - 2)).clone()
+    whole.scatter_(1, indices.long(), wide)
+    return whole.to(values.dtype)

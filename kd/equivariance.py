@@ -1,0 +1,106 @@
+"""How far a teacher's maps of a moved picture are from its maps moved with the picture.
+
+A convolution with padding nearly follows a shift; nothing makes it follow a mirror, and a plain
+vision transformer's tokens carry their place. So it is measured, on the teacher and the pictures at
+hand, before stored maps are used with augmentations that move them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kd.build import OpenData, make_dataset
+from kd.data.collate import collate
+from kd.data.stored import PREFIX, StoredField
+from kd.data.transforms import build_augment
+from kd.engine import to_device
+from kd.errors import UserError
+from kd.objective import TEACHER_OUTPUTS
+from kd.soft_targets import LiveTeacher
+from kd.teacher_runs import TrainedTeacher
+
+_log = logging.getLogger("kd")
+MOVES = ("flip", "shift", "rotate", "crop")
+_COLOURS = ("rgb_shift", "shuffle", "grey", "blur", "jitter")
+_PICTURES = 8
+
+
+def moved_map_errors(
+    teacher: TrainedTeacher,
+    data: OpenData,
+    kept: Mapping[str, StoredField],
+    accelerator: Accelerator,
+) -> dict[str, dict[str, float]]:
+    """The relative error of each stored map under each move that the data set's augmentation makes.
+
+    Returns:
+        By output and move: the norm of the difference over the norm of the live maps, on a few
+        train pictures that are all moved. Outputs without places are left out.
+    """
+    augment = build_augment(data.section.augment)
+    maps = {name: one for name, one in kept.items() if _has_places(one)}
+    errors: dict[str, dict[str, float]] = {name: {} for name in maps}
+    if augment is None or not maps:
+        return errors
+    moves = [move for move in MOVES if getattr(augment, move) > 0]
+    still = {**asdict(augment), **dict.fromkeys((*MOVES, *_COLOURS), 0.0)}
+    layers = [name for name in maps if name not in TEACHER_OUTPUTS]
+    with LiveTeacher(teacher.model, teacher.task, layers) as live:
+        for move in moves:
+            batch = _moved(teacher, data, list(maps.values()), {**still, move: 1.0})
+            with torch.no_grad():
+                given = live(to_device(batch, accelerator.device, channels_last=False))
+            for name, one in maps.items():
+                there = given[name].cpu()
+                away = batch[f"{PREFIX}{one.name}"].float() - there
+                errors[name][move] = float(away.norm() / there.norm().clamp(min=1e-12))
+    return errors
+
+
+def check_moved_maps(
+    teacher: TrainedTeacher,
+    data: OpenData,
+    kept: Mapping[str, StoredField],
+    accelerator: Accelerator,
+    *,
+    limit: float,
+) -> None:
+    """Refuse augmentations that stored maps do not follow.
+
+    Raises:
+        UserError: It names output, move and error.
+    """
+    for name, errors in moved_map_errors(teacher, data, kept, accelerator).items():
+        said = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
+        if any(error > limit for error in errors.values()):
+            off = ", ".join(move for move, error in errors.items() if error > limit)
+            raise UserError(
+                f"losses: stored maps of {name!r} do not follow the picture: moved with it they "
+                f"differ from the teacher's maps of the moved picture by {said} (limit {limit:.0%},"
+                f" soft_targets.moved_error); set data.augment to 0 for {off}, or "
+                "soft_targets.kind=live"
+            )
+        if said:
+            _log.info("stored maps of %s, moved with the picture, are off by %s", name, said)
+
+
+def _has_places(output: StoredField) -> bool:
+    return len(output.shape) == 3
+
+
+def _moved(
+    teacher: TrainedTeacher, data: OpenData, maps: list[StoredField], augment: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """A batch of train pictures after one move, the stored maps with them."""
+    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
+    section = data.section.model_copy(update={**shown, "augment": augment})
+    dataset = make_dataset(
+        replace(data, section=section), "train", train=True, mode="one", stored=maps
+    )
+    return collate([dataset[0, place] for place in range(min(_PICTURES, len(dataset)))])

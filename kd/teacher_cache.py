@@ -1,0 +1,218 @@
+"""A teacher's outputs computed once and kept: made, gone on with, mended, refused.
+
+One store for each output, so that a later recipe that wants fewer or more of them finds what is
+there. All outputs that lack are made in one pass over the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from kd.build import OpenData, make_dataset
+from kd.checkpoint import Progress
+from kd.data.collate import collate
+from kd.data.dataset import SceneDataset
+from kd.data.loader import build_loader
+from kd.data.splits import fold_of
+from kd.data.store import Store
+from kd.data.stored import StoredField
+from kd.engine import to_device
+from kd.nn.weights import weights_hash
+from kd.objective import TEACHER_OUTPUTS
+from kd.progress import ProgressBar
+from kd.shard_writer import ShardWriter
+from kd.soft_targets import LiveTeacher
+from kd.teacher_runs import TrainedTeacher, fold_models
+from kd.wiring import layers_among
+
+_log = logging.getLogger("kd")
+POSTERIOR = "posterior"
+IMAGES_A_BATCH = 16
+SHARD_BYTES = 64 << 20
+MOST_IMAGES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be kept.
+
+    Args:
+        outputs: `posterior`, what else the teacher gives by name, or its layers.
+        split: Of the data set.
+        out_of_fold: Posteriors of each image by the fold model that did not train on it; layers and
+            the rest are always the teacher's own.
+        dtype: Of the numbers.
+        top_k: Keep only so many of the most likely classes of posteriors and logits; 0 = all.
+        location: Folder or URL of the stores; the teacher's run folder where not given.
+    """
+
+    outputs: Sequence[str] = (POSTERIOR,)
+    split: Literal["train", "val"] = "train"
+    out_of_fold: bool = False
+    dtype: Literal["float16", "float32"] = "float16"
+    top_k: int = 0
+    location: str | None = None
+
+
+def open_cache(
+    teacher: TrainedTeacher, data: OpenData, accelerator: Accelerator, wanted: Wanted
+) -> dict[str, StoredField]:
+    """The outputs by name, read from where they are kept; what lacks is computed now.
+
+    Raises:
+        UserError: A cache of another teacher, data set or transform; a teacher without folds; a
+            layer that it has not; an output that is not finite.
+    """
+    # The teacher sees pictures as it did in training; which objects count is the student's choice.
+    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
+    shown |= {"min_share": 0.0, "max_share": 1.0}
+    data = replace(data, section=data.section.model_copy(update=shown))
+    alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
+    found: dict[str, StoredField] = {}
+    if len(alone) < len(wanted.outputs):
+        models = fold_models(teacher, data.num_classes)
+        found |= _Cache(teacher, models, data, accelerator, wanted).open([POSTERIOR])
+    if alone:
+        found |= _Cache(teacher, [teacher.model], data, accelerator, wanted).open(alone)
+    return found
+
+
+@dataclass
+class _Cache:
+    """Stores that the same models fill, each with its own images."""
+
+    teacher: TrainedTeacher
+    models: Sequence[torch.nn.Module]
+    data: OpenData
+    accelerator: Accelerator
+    wanted: Wanted
+
+    def __post_init__(self) -> None:
+        self.index = getattr(self.data, self.wanted.split)
+        self.dataset = self._dataset(None)
+        ids = self.index.image_ids[self.dataset.images].astype(np.int64)
+        folds = fold_of(ids, len(self.models)) if len(self.models) > 1 else np.zeros(len(ids))
+        self.images = [ids[folds == number] for number in range(len(self.models))]
+
+    def open(self, outputs: Sequence[str]) -> dict[str, StoredField]:
+        """The outputs, complete."""
+        stores = {name: Store(self._place(name)) for name in outputs}
+        if self.accelerator.is_main_process:
+            for name, store in stores.items():
+                self._prepare(name, store)
+        self.accelerator.wait_for_everyone()
+        self._fill(stores)
+        self.accelerator.wait_for_everyone()
+        return {
+            name: StoredField(store, name, channels=self.data.num_classes)
+            for name, store in stores.items()
+        }
+
+    def about(self, output: str) -> dict[str, Any]:
+        """All that the stored numbers follow from."""
+        section = self.data.section
+        hashes = "".join(weights_hash(model, str(model)) for model in self.models)
+        top_k = self.wanted.top_k if output in TEACHER_OUTPUTS else 0
+        return {
+            "teacher": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+            "output": output,
+            "data": self.index.fingerprint,
+            "split": self.wanted.split,
+            "transform": f"size {section.size}, {section.shape}, rescaled and padded",
+            "out_of_fold": len(self.models) > 1,
+            "dtype": self.wanted.dtype,
+            "top_k": top_k,
+        }
+
+    def _place(self, output: str) -> str:
+        """Where it is kept: told apart by its key where nobody named the place."""
+        name = f"{self.data.section.name}-{self.wanted.split}-{output.replace('/', '_')}"
+        if self.wanted.location is not None:
+            return f"{self.wanted.location.rstrip('/')}/{name}"
+        text = json.dumps(self.about(output), sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return str(self.teacher.folder / "cache" / f"{name}-{key}")
+
+    def _prepare(self, output: str, store: Store) -> None:
+        """Refuse what does not belong here, remove what is damaged, start what is new."""
+        if store.manifest() is not None:
+            store.check_about(self.about(output))
+            for name in store.remove_damaged():
+                _log.warning("%s/%s: damaged; it is made anew", store.url, name)
+            return
+        with LiveTeacher(self.models[0], self.teacher.task, layers_among([output])) as live:
+            batch = collate([self.dataset[0, 0]])
+            device = self.accelerator.device
+            self.models[0].to(device)
+            with torch.no_grad():
+                given = live(to_device(batch, device, channels_last=False))
+        writer = ShardWriter(output, store, self.wanted.dtype, self.about(output)["top_k"])
+        bytes_each = writer.record_bytes(given) * len(self.index.labels) / len(self.index)
+        each = max(1, min(MOST_IMAGES, int(SHARD_BYTES / bytes_each)))
+        shards = sum(math.ceil(len(part) / each) for part in self.images)
+        store.create(self.about(output), shards, images_per_shard=each)
+        _log.info("%s of %s is computed once, then kept in %s", output, self.teacher.folder,
+                  store.url)  # fmt: skip
+
+    def _fill(self, stores: dict[str, Store]) -> None:
+        """Compute this process's part of the shards that lack."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        writers = []
+        for name, store in stores.items():
+            writer = ShardWriter(name, store, self.wanted.dtype, self.about(name)["top_k"])
+            lacking = [number for number in store.missing() if number % world == rank]
+            writer.expect(self.images, lacking)
+            writers.append(writer)
+        needed = set().union(*(writer.images for writer in writers))
+        if not needed:
+            return
+        label, done = f"{', '.join(stores)} of {self.teacher.folder.name}", 0
+        with ProgressBar(label, len(needed), 0, enabled=rank == 0) as advance:
+            for model, images in zip(self.models, self.images, strict=True):
+                mine = images[np.isin(images, list(needed))]
+                if len(mine):
+                    done = self._run(model, mine, writers, done, advance)
+
+    def _run(
+        self,
+        model: torch.nn.Module,
+        images: NDArray[np.int64],
+        writers: Sequence[ShardWriter],
+        done: int,
+        advance: Any,
+    ) -> int:
+        """One model over its images; how many are done then."""
+        device = self.accelerator.device
+        loader = build_loader(
+            self._dataset(images),
+            batch_size=IMAGES_A_BATCH,
+            seed=0,
+            shuffle=False,
+            workers=self.data.section.workers,
+        )
+        loader.set_epoch(0)
+        autocast = self.accelerator.mixed_precision == "bf16"
+        layers = layers_among([writer.name for writer in writers])
+        with LiveTeacher(model.to(device), self.teacher.task, layers, autocast=autocast) as live:
+            for batch in loader:
+                with torch.no_grad():
+                    given = live(to_device(batch, device, channels_last=True))
+                for writer in writers:
+                    writer.take(batch, given)
+                done += len(batch["images"])
+                advance(Progress(step=done), 0)
+        return done
+
+    def _dataset(self, only: NDArray[np.int64] | None) -> SceneDataset:
+        return make_dataset(self.data, self.wanted.split, train=False, only=only)
