@@ -45,7 +45,7 @@ def floating(loss: str, **tensors: Tensor) -> None:
     """Features and logits must be floating point, of any width."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{loss}: {name} must be floating point, got {_name(tensor.dtype)}")
+            raise UserError(f"{loss}: {name} must be floating point, got {name_of(tensor.dtype)}")
 
 
 def one_device(loss: str, **tensors: Tensor) -> None:
@@ -73,7 +73,7 @@ def mask_fits(
         raise UserError(f"{loss}: {name} must be {expected}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and not (weights and mask.is_floating_point()):
         kinds = "bool or floating point" if weights else "bool"
-        raise UserError(f"{loss}: {name} must be {kinds}, got {_name(mask.dtype)}")
+        raise UserError(f"{loss}: {name} must be {kinds}, got {name_of(mask.dtype)}")
     one_device(loss, **{beside: maps, name: mask})
 
 
@@ -82,7 +82,7 @@ def labels_fit(loss: str, labels: Tensor, rows: Tensor, *, beside: str) -> None:
     if labels.shape != rows.shape[:1]:
         raise UserError(f"{loss}: labels must be ({len(rows)},), got {tuple(labels.shape)}")
     if labels.dtype != torch.int64:
-        raise UserError(f"{loss}: labels must be int64, got {_name(labels.dtype)}")
+        raise UserError(f"{loss}: labels must be int64, got {name_of(labels.dtype)}")
     one_device(loss, **{beside: rows, "labels": labels})
 
 
@@ -107,5 +107,6 @@ def wide_type(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -141,7 +141,6 @@ class Critic(nn.Module):
             )
 
 
-@torch.compiler.disable  # which has no second derivative, as the penalty needs
 def critic_loss(
     critic: nn.Module,
     student: Tensor,
@@ -174,9 +173,23 @@ def critic_loss(
     not_negative("critic_loss", "penalty", penalty)
     wide = wide_type(student, teacher)
     fake, real = (_probabilities(logits.detach(), wide) for logits in (student, teacher))
+    loss: Tensor = _told_apart(critic, fake, real, images, penalty, generator)
+    return loss
+
+
+# What is compiled has no second derivative, which the penalty needs.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _told_apart(
+    critic: nn.Module,
+    fake: Tensor,
+    real: Tensor,
+    images: Tensor,
+    penalty: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     judged_fake, judged_real = critic(fake, images), critic(real, images)
     mix = torch.rand(len(fake), 1, 1, 1, device=fake.device, generator=generator)
-    between = torch.lerp(fake, real, mix.to(wide)).requires_grad_()
+    between = torch.lerp(fake, real, mix.to(fake.dtype)).requires_grad_()
     (slope,) = torch.autograd.grad(critic(between, images).sum(), between, create_graph=True)
     # A norm has no derivative at 0, where a critic that sees no difference begins.
     length = (slope.flatten(1).square().sum(dim=1) + 1e-12).sqrt()

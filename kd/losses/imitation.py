@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from kd.errors import UserError
-from kd.losses._checks import comparable, mask_fits, wide_type
+from kd.losses._checks import comparable, mask_fits, name_of, wide_type
 
 CHUNK = 1 << 22  # overlaps held at a time: 16 MiB of float32
 # Anchors of twice the side around one box have a quarter of its IoU, whatever the place: IoUs equal
@@ -208,7 +208,7 @@ def _check_mask(boxes: Sequence[Tensor], anchors: Tensor, psi: float) -> None:
                 f"{what} must be (G, 4), got {tuple(own.shape)}; an image without has (0, 4)"
             )
         if own.dtype == torch.bool or own.is_complex():
-            raise UserError(f"{what} must be coordinates, got {own.dtype}")
+            raise UserError(f"{what} must be coordinates, got {name_of(own.dtype)}")
     if torch.compiler.is_compiling():  # values are not there yet
         return
     if anchors.is_cpu and not _is_grid(anchors):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,8 +98,8 @@ def _check(student: Tensor, teacher: Tensor, kernel: int | tuple[int, int], pool
     one_device("pair_wise", student=student, teacher=teacher)
     if pool not in ("max", "average"):
         raise UserError(f"pair_wise: pool must be 'max' or 'average', got {pool!r}")
-    sides = (kernel,) if isinstance(kernel, int) else kernel
-    if len(sides) not in (1, 2) or not all(isinstance(side, int) for side in sides):
+    sides = tuple(kernel) if isinstance(kernel, Sequence) else (kernel, kernel)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         raise UserError(f"pair_wise: kernel must be a whole number or two, got {kernel}")
     for side in sides:
         positive("pair_wise", "kernel", side)

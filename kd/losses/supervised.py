@@ -11,6 +11,7 @@ from kd.losses._checks import (
     floating,
     labels_fit,
     mask_fits,
+    name_of,
     not_negative,
     one_device,
     same_shape,
@@ -48,7 +49,7 @@ def masked_bce(
     same_shape("masked_bce", logits, targets, dimensions=4, names=("logits", "targets"))
     floating("masked_bce", logits=logits)
     if targets.dtype != torch.bool:
-        raise UserError(f"masked_bce: targets must be bool, got {targets.dtype}")
+        raise UserError(f"masked_bce: targets must be bool, got {name_of(targets.dtype)}")
     one_device("masked_bce", logits=logits, targets=targets)
     mask_fits("masked_bce", "hidden", hidden, logits, beside="logits")
     not_negative("masked_bce", "hidden_weight", hidden_weight)
