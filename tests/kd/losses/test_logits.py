@@ -1,15 +1,17 @@
-"""kl_logits and pixel_wise."""
+"""kl_logits and pixel_wise; the temperature of all that have one."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses.logits import kl_logits, pixel_wise
+from kd.losses import channel_wise, decoupled, kl_logits, pixel_wise
 
 
 def slow_kl(student: Tensor, teacher: Tensor, temperature: float) -> float:
@@ -117,3 +119,39 @@ def test_pixel_wise_has_the_gradients_that_autograd_finds_in_its_formula() -> No
         (3.0 * loss).backward()
         found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_pixel_wise_of_two_pixels_by_hand() -> None:
+    student = torch.tensor([[0.25, 0.5], [0.75, 0.5]]).log().view(1, 2, 1, 2)
+    teacher = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log().view(1, 2, 1, 2)
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # the second pixel agrees
+    assert pixel_wise(student, teacher).item() == pytest.approx(first / 2, rel=1e-6)
+    only = torch.tensor([[[True, False]]])
+    assert pixel_wise(student, teacher, valid=only).item() == pytest.approx(first, rel=1e-6)
+
+
+def test_pixel_wise_is_zero_at_equality_and_blind_to_shifts_and_orders() -> None:
+    student, teacher = torch.randn(2, 2, 5, 3, 4).unbind()
+    value = pixel_wise(student, teacher)
+    assert pixel_wise(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(pixel_wise(student + torch.randn(2, 1, 3, 4), teacher), value)
+    torch.testing.assert_close(pixel_wise(student.flip(3), teacher.flip(3)), value)
+    torch.testing.assert_close(pixel_wise(student.flip(1), teacher.flip(1)), value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (kl_logits, (2, 3)),
+        (pixel_wise, (1, 2, 3, 3)),
+        (channel_wise, (1, 2, 3, 3)),
+        (functools.partial(decoupled, labels=torch.tensor([0, 1])), (2, 3)),
+    ],
+)
+def test_a_temperature_that_is_none_is_refused(
+    loss: Callable[..., Tensor], shape: tuple[int, ...], temperature: float
+) -> None:
+    message = f"temperature must be above 0 and finite, got {temperature}"
+    with pytest.raises(UserError, match=message):
+        loss(torch.zeros(shape), torch.zeros(shape), temperature=temperature)

@@ -50,6 +50,13 @@ def test_hint_by_hand() -> None:
     assert hint(student, teacher).item() == pytest.approx((4 + 9) / 2)
 
 
+def test_hint_agrees_with_a_loop_over_numbers() -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, dtype=torch.float64).unbind()
+    pairs = zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+    expected = sum((ours - theirs) ** 2 for ours, theirs in pairs) / 24
+    assert hint(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_hint_agrees_with_torch_and_keeps_with_a_common_shift() -> None:
     student, teacher, shift = torch.randn(3, 2, 3, 4, 4).unbind()
     expected = torch.nn.functional.mse_loss(student, teacher)

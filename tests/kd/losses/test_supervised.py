@@ -158,3 +158,10 @@ def test_cross_entropy_without_labels_is_zero_with_zero_gradient(count: int) -> 
     loss.backward()
     assert loss.item() == 0.0
     assert logits.grad is not None and not logits.grad.any()
+
+
+def test_cross_entropy_labelled_is_blind_to_shifts_and_to_the_order_of_objects() -> None:
+    logits, labels = torch.randn(6, 5), torch.tensor([0, -1, 4, 2, -1, 3])
+    value = cross_entropy_labelled(logits, labels)
+    torch.testing.assert_close(cross_entropy_labelled(logits + torch.randn(6, 1), labels), value)
+    torch.testing.assert_close(cross_entropy_labelled(logits.flip(0), labels.flip(0)), value)
