@@ -66,7 +66,7 @@ class _Distances(torch.autograd.Function):
         """The sum over channels of the squares."""
         ctx.save_for_backward(student, teacher, outside)
         ctx.wide = wide
-        gap = student.to(wide) - teacher.to(wide)
+        gap = student.to(wide) - teacher
         return gap.square_().sum(dim=1).masked_fill_(outside, 0.0)
 
     @staticmethod
@@ -74,7 +74,7 @@ class _Distances(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Twice the difference, and its opposite."""
         student, teacher, outside = ctx.saved_tensors
-        gap = student.to(ctx.wide) - teacher.to(ctx.wide)
+        gap = student.to(ctx.wide) - teacher
         gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)
         wants_student, wants_teacher = ctx.needs_input_grad[:2]
         for_student = gap.to(student.dtype) if wants_student else None
@@ -83,7 +83,7 @@ class _Distances(torch.autograd.Function):
 
 
 def _distances(student: Tensor, teacher: Tensor, outside: Tensor, wide: torch.dtype) -> Tensor:
-    gap = student.to(wide) - teacher.to(wide)
+    gap = student.to(wide) - teacher
     return gap.masked_fill(outside[:, None], 0.0).square().sum(dim=1)
 
 
