@@ -245,6 +245,7 @@ def test_the_critics_loss_has_the_right_gradient() -> None:
     assert torch.autograd.gradcheck(loss, tuple(critic.parameters()))
 
 
+@pytest.mark.slow
 # torch's compiler looks at .grad of what a function outside of it returned.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_within_compiled_code_the_critics_loss_is_what_it_is_elsewhere() -> None:
