@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd.checkpoint import load_state
-from kd.losses.holistic import Adversary
+from kd.losses.adversary import Adversary
 from kd.tasks.base import Mean
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from kd.config import Critic, Train
 from kd.critic import CriticTraining
 from kd.errors import UserError
-from kd.losses.holistic import Adversary
+from kd.losses.adversary import Adversary
 from kd.nn.freeze import FrozenBatchNorm
 from kd.optim import make_optimizer, make_schedule
 from kd.run_folder import RunFolder

@@ -15,10 +15,10 @@ from kd.catalog import check_options, look_up
 from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, borrow
+from kd.losses.adversary import Adversary
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
-from kd.losses.holistic import Adversary
 from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise

@@ -23,7 +23,7 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from kd.catalog import look_up
 from kd.errors import UserError
-from kd.losses._checks import wide_type
+from kd.losses._checks import floating, one_device, wide_type
 
 PREFIX = "torchdistill."
 LAYER = "layer"
@@ -63,7 +63,9 @@ def borrow(name: str) -> Callable[..., Tensor]:
             raise UserError(f"losses: {PREFIX}{name}: has weights of its own, which no term trains")
         if name in SOFTENED and student.ndim > 2:
             student, teacher = _rows(student), _rows(teacher)
-        wide = wide_type(student)
+        floating(f"{PREFIX}{name}", student=student, teacher=teacher)
+        one_device(f"{PREFIX}{name}", student=student, teacher=teacher)
+        wide = wide_type(student, teacher)
         kept = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
         # Half precision would drown the small differences.
         with torch.autocast(student.device.type, enabled=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd.losses._checks import positive, same_shape
+from kd.losses._checks import comparable, positive
 from kd.losses.logits import kl_logits
 
 
@@ -23,9 +23,9 @@ def channel_wise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) 
         Scalar, the mean over N and C; 0 with a zero gradient where N is 0.
 
     Raises:
-        UserError: Shapes that differ, or a temperature that is not above 0.
+        UserError: Shapes or devices that differ, integers, or a temperature that is not above 0.
     """
-    same_shape("channel_wise", student, teacher, dimensions=4)
+    comparable("channel_wise", student, teacher, dimensions=4)
     positive("channel_wise", "temperature", temperature)
     rows = (maps.flatten(2).flatten(0, 1) for maps in (student, teacher))  # (N * C, H * W)
     return kl_logits(*rows, temperature=temperature)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.errors import UserError
-from kd.losses._checks import positive, same_shape, wide_type
+from kd.losses._checks import comparable, labels_fit, positive, wide_type
 
 
 def decoupled(
@@ -39,18 +38,22 @@ def decoupled(
         fewer than two classes.
 
     Raises:
-        UserError: Shapes that do not fit, or a temperature that is not above 0.
+        UserError: Shapes or devices that do not fit, integers for logits, labels that are not
+            int64, or a temperature that is not above 0.
     """
-    same_shape("decoupled", student, teacher, dimensions=2)
+    comparable("decoupled", student, teacher, dimensions=2)
     positive("decoupled", "temperature", temperature)
-    if labels.shape != student.shape[:1]:
-        raise UserError(f"decoupled: labels must be ({len(student)},), got {tuple(labels.shape)}")
-    wide = wide_type(student)
+    labels_fit("decoupled", labels, student, beside="student")
+    wide = wide_type(student, teacher)
     known = labels >= 0
+    # What has no label must not count, nor have a gradient, even where it is not finite.
+    student, teacher = (
+        one.to(wide).masked_fill(~known[:, None], 0.0) for one in (student, teacher)
+    )
     if student.numel() == 0 or student.shape[1] < 2:
-        return student.sum(dtype=wide) * 0.0
+        return (student.sum() + teacher.sum()) * 0.0
     log_p, log_q = (
-        _parts(logits.to(wide) / temperature, labels.clamp(min=0)) for logits in (student, teacher)
+        _parts(logits / temperature, labels.clamp(min=0)) for logits in (student, teacher)
     )
     target, others = (_kl(q, p) for q, p in zip(log_q, log_p, strict=True))
     rows = (alpha * target + beta * others).masked_fill(~known, 0.0)

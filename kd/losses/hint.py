@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd.losses._checks import same_shape, wide_type
+from kd.losses._checks import comparable, wide_type
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar; 0 with a zero gradient where N is 0.
 
     Raises:
-        UserError: Shapes that differ.
+        UserError: Shapes or devices that differ, or integers.
     """
-    same_shape("hint", student, teacher, dimensions=student.ndim)
-    wide = wide_type(student)
+    comparable("hint", student, teacher, dimensions=student.ndim)
+    wide = wide_type(student, teacher)
     return (student.to(wide) - teacher.to(wide)).square().sum() / max(student.numel(), 1)

@@ -8,8 +8,7 @@ to score high with it. The critic owns its optimiser; its loss takes detached ma
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from kd.errors import UserError
-from kd.losses._checks import not_negative, same_shape
+from kd.losses._checks import (
+    comparable,
+    floating,
+    not_negative,
+    one_device,
+    wide_type,
+)
 
 KERNEL = 4
 
@@ -55,8 +60,9 @@ class Critic(nn.Module):
     """How real a score map is, given its image.
 
     Convolutions of 4 x 4 and stride 2 under spectral normalisation, self-attention on the last two,
-    a 4 x 4 convolution to one value, averaged over the places that it fits. It computes in float32
-    whatever autocast says: half precision is where such critics break.
+    a 4 x 4 convolution to one value, averaged over the places that it fits. It computes in the
+    type of its weights, float32, whatever autocast says: half precision is where such critics
+    break.
 
     Args:
         num_classes: Channels of the score maps.
@@ -101,13 +107,15 @@ class Critic(nn.Module):
             (N,): the higher, the more like a teacher's.
 
         Raises:
-            UserError: Shapes that do not fit, or maps too small for the convolutions.
+            UserError: Shapes or devices that do not fit, integers, or maps too small for the
+                convolutions.
         """
         self._check(scores, images)
+        own = self.last.weight.dtype
         with torch.autocast(scores.device.type, enabled=False):
             grid = (scores.shape[2], scores.shape[3])
-            seen = F.interpolate(images.float(), grid, mode="bilinear", align_corners=False)
-            features = self.layers(torch.cat([scores.float(), seen], dim=1))
+            seen = F.interpolate(images.to(own), grid, mode="bilinear", align_corners=False)
+            features = self.layers(torch.cat([scores.to(own), seen], dim=1))
             # What is smaller than the last kernel is filled up with nothing.
             missing = [max(KERNEL - side, 0) for side in (features.shape[3], features.shape[2])]
             features = F.pad(features, (0, missing[0], 0, missing[1]))
@@ -123,6 +131,8 @@ class Critic(nn.Module):
             raise UserError(
                 f"critic: images must be ({len(scores)}, 3, H, W), got {tuple(images.shape)}"
             )
+        floating("critic", scores=scores, images=images)
+        one_device("critic", scores=scores, images=images, weights=self.last.weight)
         least = 2**self.halvings
         if min(scores.shape[2:]) < least:
             raise UserError(
@@ -143,7 +153,7 @@ def critic_loss(
     """What the critic minimises: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
 
     The gradient is taken at a random point of the line between the two maps of each image. No
-    gradient reaches student or teacher.
+    gradient reaches student or teacher. Within what `torch.compile` compiles it runs as it is.
 
     Args:
         critic: Score maps and images to (N,).
@@ -154,21 +164,37 @@ def critic_loss(
         generator: Draws the points, on the maps' device; torch's own where not given.
 
     Returns:
-        Scalar, the mean over N.
+        Scalar, the mean over N; 0 where N is 0.
 
     Raises:
-        UserError: Shapes that differ.
+        UserError: Shapes or devices that differ, integers, or a negative penalty.
     """
-    same_shape("holistic", student, teacher, dimensions=4)
-    fake, real = (_probabilities(logits.detach()) for logits in (student, teacher))
+    comparable("critic_loss", student, teacher, dimensions=4)
+    not_negative("critic_loss", "penalty", penalty)
+    wide = wide_type(student, teacher)
+    fake, real = (_probabilities(logits.detach(), wide) for logits in (student, teacher))
+    loss: Tensor = _told_apart(critic, fake, real, images, penalty, generator)
+    return loss
+
+
+# What is compiled has no second derivative, which the penalty needs.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _told_apart(
+    critic: nn.Module,
+    fake: Tensor,
+    real: Tensor,
+    images: Tensor,
+    penalty: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     judged_fake, judged_real = critic(fake, images), critic(real, images)
     mix = torch.rand(len(fake), 1, 1, 1, device=fake.device, generator=generator)
-    between = torch.lerp(fake, real, mix).requires_grad_()
+    between = torch.lerp(fake, real, mix.to(fake.dtype)).requires_grad_()
     (slope,) = torch.autograd.grad(critic(between, images).sum(), between, create_graph=True)
     # A norm has no derivative at 0, where a critic that sees no difference begins.
     length = (slope.flatten(1).square().sum(dim=1) + 1e-12).sqrt()
-    loss: Tensor = (judged_fake - judged_real + penalty * (length - 1).square()).mean()
-    return loss
+    loss: Tensor = (judged_fake - judged_real + penalty * (length - 1).square()).sum()
+    return loss / max(len(fake), 1)
 
 
 def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
@@ -183,61 +209,19 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
         critic: Score maps and images to (N,).
 
     Returns:
-        Scalar, the mean over N.
+        Scalar, the mean over N; 0 with a zero gradient where N is 0.
+
+    Raises:
+        UserError: Logits that are no maps, integers, or what the critic refuses.
     """
-    loss: Tensor = -critic(_probabilities(student), images).mean()
-    return loss
+    if student.ndim != 4:
+        raise UserError(f"holistic: student must be (N, C, h, w), got {tuple(student.shape)}")
+    floating("holistic", student=student)
+    one_device("holistic", student=student, images=images)
+    loss: Tensor = -critic(_probabilities(student, wide_type(student)), images).sum()
+    return loss / max(len(student), 1)
 
 
-class Adversary(nn.Module):
-    """A critic and both sides' losses: what a holistic term consists of.
-
-    Args:
-        num_classes: Channels of the score maps.
-        penalty: Weight of the gradient penalty.
-        widths: Channels of the critic's convolutions.
-        slope: Of its leaky ReLUs below 0.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        penalty: float = 10.0,
-        widths: Sequence[int] = (64, 128, 256, 512),
-        slope: float = 0.1,
-    ) -> None:
-        super().__init__()
-        not_negative("holistic", "penalty", penalty)
-        self.critic = Critic(num_classes, widths=widths, slope=slope)
-        self.penalty = penalty
-
-    def forward(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """The student's loss; nothing about the critic changes, its gradient included."""
-        same_shape("holistic", student, teacher, dimensions=4)
-        with _frozen(self.critic):
-            return holistic(student, images, self.critic)
-
-    def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """The critic's loss."""
-        return critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
-
-
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for the weights, and no step of spectral norm's power iteration."""
-    training = module.training
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.eval()
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.train(training)
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=1, dtype=torch.float32)
+def _probabilities(logits: Tensor, wide: torch.dtype) -> Tensor:
+    # A softmax makes a clean 0 of -inf, which must show: the second term is 0, or NaN.
+    return logits.softmax(dim=1, dtype=wide) + 0.0 * logits.detach()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from kd.errors import UserError
-from kd.losses._checks import mask_shape, same_shape, wide_type
+from kd.losses._checks import comparable, mask_fits, name_of, wide_type
 
 CHUNK = 1 << 22  # overlaps held at a time: 16 MiB of float32
 # Anchors of twice the side around one box have a quarter of its IoU, whatever the place: IoUs equal
@@ -28,23 +30,61 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Args:
         student: Adapted features, (N, C, H, W).
         teacher: Features, (N, C, H, W).
-        mask: Places that count, bool (N, H, W); or their weights, float (N, H, W), 0 or above.
+        mask: Places that count, bool (N, H, W); or their weights, float (N, H, W), 0 or above. What
+            the features are elsewhere does not matter, were they not even finite.
 
     Returns:
         Scalar; 0 with a zero gradient where nothing is masked.
 
     Raises:
-        UserError: Shapes that differ.
+        UserError: Shapes or devices that differ, integers for features or mask.
     """
-    same_shape("imitation", student, teacher, dimensions=4)
-    mask_shape("imitation", "mask", mask, (student.shape[0], *student.shape[2:]))
-    distance = (teacher - student).square().sum(dim=1, dtype=wide_type(student))  # (N, H, W)
-    # Chosen, not multiplied: what lies outside the mask must not count even where it is not finite.
-    chosen = distance.where(mask > 0, 0.0)
+    comparable("imitation", student, teacher, dimensions=4)
+    mask_fits("imitation", "mask", mask, student, beside="student", weights=True)
+    wide = wide_type(student, teacher)
+    outside = ~(mask > 0)
+    # The compiler fuses the formula by itself.
+    distances = _distances if torch.compiler.is_compiling() else _Distances.apply
+    chosen: Tensor = distances(student, teacher, outside, wide)
     if mask.dtype != torch.bool:
-        chosen = chosen * mask.to(chosen.dtype)
-    places = mask.sum(dtype=torch.float32 if mask.dtype == torch.bool else None)
-    return chosen.sum() / (2 * places.where(places > 0, 1.0)).to(chosen.dtype)
+        chosen = chosen * mask.to(wide)
+    places = mask.sum(dtype=wide)
+    return chosen.sum() / (2 * places.where(places > 0, 1.0))
+
+
+class _Distances(torch.autograd.Function):
+    """Squared distance at each place, (N, H, W), 0 outside; the difference is taken twice.
+
+    Left to autograd, a place outside that is not finite has a gradient of 0 times NaN, or else a
+    pass over the maps must fill it, and the difference is held between the two passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, outside: Tensor, wide: torch.dtype
+    ) -> Tensor:
+        """The sum over channels of the squares."""
+        ctx.save_for_backward(student, teacher, outside)
+        ctx.wide = wide
+        gap = student.to(wide) - teacher
+        return gap.square_().sum(dim=1).masked_fill_(outside, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Twice the difference, and its opposite."""
+        student, teacher, outside = ctx.saved_tensors
+        gap = student.to(ctx.wide) - teacher
+        gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)
+        wants_student, wants_teacher = ctx.needs_input_grad[:2]
+        for_student = gap.to(student.dtype) if wants_student else None
+        for_teacher = (-gap).to(teacher.dtype) if wants_teacher else None
+        return for_student, for_teacher, None, None
+
+
+def _distances(student: Tensor, teacher: Tensor, outside: Tensor, wide: torch.dtype) -> Tensor:
+    gap = student.to(wide) - teacher
+    return gap.masked_fill(outside[:, None], 0.0).square().sum(dim=1)
 
 
 def anchor_grid(
@@ -92,7 +132,8 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
     comparison for each place, anchor and box.
 
     Args:
-        boxes: One (G, 4) for each image, xyxy pixels; G may be 0.
+        boxes: One (G, 4) for each image, xyxy pixels; G may be 0. They may reach over the picture
+            or lie outside. A box that no anchor overlaps, or without area, chooses nothing.
         anchors: (H, W, K, 4), xyxy pixels. A grid: x is a function of column and anchor, y of row
             and anchor, and an anchor has one size everywhere.
         psi: Share of the largest IoU, 0..1.
@@ -101,8 +142,10 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
         Bool, (N, H, W); all False for an image without boxes.
 
     Raises:
-        UserError: Shapes that do not fit, anchors that are no grid, psi out of range, or boxes that
-            are not finite or have their corners swapped.
+        UserError: Shapes that do not fit, psi out of range; and of tensors on the CPU, anchors that
+            are no grid, boxes that are not finite or have their corners swapped. On an accelerator
+            looking would make each step wait: there, and under `torch.compile`, such boxes choose
+            nothing, and such anchors are not noticed.
     """
     _check_mask(boxes, anchors, psi)
     wide = wide_type(anchors)
@@ -159,25 +202,41 @@ def _check_mask(boxes: Sequence[Tensor], anchors: Tensor, psi: float) -> None:
     if not 0 <= psi <= 1:
         raise UserError(f"imitation_mask: psi must be in 0..1, got {psi}")
     for image, own in enumerate(boxes):
+        what = f"imitation_mask: boxes of image {image}"
         if own.ndim != 2 or own.shape[1] != 4:
             raise UserError(
-                f"imitation_mask: boxes of image {image} must be (G, 4), got {tuple(own.shape)}"
+                f"{what} must be (G, 4), got {tuple(own.shape)}; an image without has (0, 4)"
             )
-    every = torch.cat([anchors.new_zeros(0, 4), *(own.to(anchors) for own in boxes)])
-    sizes = anchors[..., 2:] - anchors[..., :2]
-    regular = (
-        (anchors[..., 0::2] == anchors[:1, :, :, 0::2]).all()
-        & (anchors[..., 1::2] == anchors[:, :1, :, 1::2]).all()
-        # The last bits of a size depend on where it is.
-        & ((sizes - sizes[:1, :1]).abs() <= 1e-4 * (1 + sizes[:1, :1].abs())).all()
-        & (sizes >= 0).all()
-    )
-    sound = (every[:, 2:] >= every[:, :2]).all() & every.isfinite().all()
-    is_regular, is_sound = torch.stack([regular, sound]).tolist()  # one wait for the device
-    if not is_regular:
+        if own.dtype == torch.bool or own.is_complex():
+            raise UserError(f"{what} must be coordinates, got {name_of(own.dtype)}")
+    if torch.compiler.is_compiling():  # values are not there yet
+        return
+    if anchors.is_cpu and not _is_grid(anchors):
         raise UserError(
             "imitation_mask: anchors must be a grid: x the same in every row, y in every column, "
             "one size for each of the K anchors"
         )
-    if not is_sound:
-        raise UserError("imitation_mask: boxes must be finite, with x1 <= x2 and y1 <= y2")
+    for image, own in enumerate(boxes):
+        if own.is_cpu:
+            _check_corners(own, f"imitation_mask: boxes of image {image}")
+
+
+def _is_grid(anchors: Tensor) -> bool:
+    sizes = anchors[..., 2:] - anchors[..., :2]
+    return bool(
+        (anchors[..., 0::2] == anchors[:1, :, :, 0::2]).all()
+        and (anchors[..., 1::2] == anchors[:, :1, :, 1::2]).all()
+        # The last bits of a size depend on where it is.
+        and ((sizes - sizes[:1, :1]).abs() <= 1e-4 * (1 + sizes[:1, :1].abs())).all()
+        and (sizes >= 0).all()
+    )
+
+
+def _check_corners(boxes: Tensor, what: str) -> None:
+    sound = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+    if not sound.all():
+        number = int((~sound).nonzero()[0])
+        raise UserError(
+            f"{what} must be finite, with x1 <= x2 and y1 <= y2; box {number} is "
+            f"{boxes[number].tolist()}"
+        )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses._checks import mask_shape, positive, same_shape, wide_type
+from kd.losses._checks import comparable, mask_fits, positive, wide_type
 
 
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -27,9 +27,9 @@ def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> 
         Scalar, the mean over N; 0 with a zero gradient where N is 0.
 
     Raises:
-        UserError: Shapes that differ, or a temperature that is not above 0.
+        UserError: Shapes or devices that differ, integers, or a temperature that is not above 0.
     """
-    same_shape("kl_logits", student, teacher, dimensions=2)
+    comparable("kl_logits", student, teacher, dimensions=2)
     positive("kl_logits", "temperature", temperature)
     divergence = _divergence(student, teacher, temperature)
     return divergence.sum() / max(len(divergence), 1) * temperature**2
@@ -54,14 +54,15 @@ def pixel_wise(
         there are none.
 
     Raises:
-        UserError: Shapes that differ, or a temperature that is not above 0.
+        UserError: Shapes or devices that differ, integers, a mask that is not bool, or a
+            temperature that is not above 0.
     """
-    same_shape("pixel_wise", student, teacher, dimensions=4)
+    comparable("pixel_wise", student, teacher, dimensions=4)
     positive("pixel_wise", "temperature", temperature)
     if valid is not None:
-        mask_shape("pixel_wise", "valid", valid, (len(student), *student.shape[2:]))
-    compiled = torch.compiler.is_compiling()  # which fuses the formula by itself
-    summed = _summed if compiled else _PixelWise.apply
+        mask_fits("pixel_wise", "valid", valid, student, beside="student")
+    # The compiler fuses the formula by itself.
+    summed = _chosen if torch.compiler.is_compiling() else _PixelWise.apply
     total: Tensor = summed(student, teacher, temperature, valid)
     if valid is None:
         return total / max(student[:, 0].numel(), 1) * temperature**2
@@ -81,7 +82,7 @@ class _PixelWise(torch.autograd.Function):
         """Sum of the divergences of the valid pixels."""
         ctx.save_for_backward(student, teacher, valid)
         ctx.temperature = temperature
-        total = student.new_zeros((), dtype=wide_type(student))
+        total = student.new_zeros((), dtype=wide_type(student, teacher))
         for i in range(len(student)):
             part = slice(i, i + 1)
             mask = None if valid is None else valid[part]
@@ -97,9 +98,10 @@ class _PixelWise(torch.autograd.Function):
         for_student = torch.empty_like(student) if wants_student else None
         for_teacher = torch.empty_like(teacher) if wants_teacher else None
         scale = upstream / ctx.temperature
+        wide = wide_type(student, teacher)
         for i in range(len(student)):
-            log_p = _log_softmax(student[i], 0, ctx.temperature)
-            log_q = _log_softmax(teacher[i], 0, ctx.temperature)
+            log_p = _log_softmax(student[i], 0, ctx.temperature, wide)
+            log_q = _log_softmax(teacher[i], 0, ctx.temperature, wide)
             unseen = None if valid is None else ~valid[i]
             q = log_q.exp()
             if for_teacher is not None:
@@ -116,6 +118,13 @@ def _kept(gradient: Tensor, unseen: Tensor | None) -> Tensor:
     return gradient if unseen is None else gradient.masked_fill_(unseen, 0.0)
 
 
+def _chosen(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    """The sum as autograd may have it: what takes no part is gone before the softmax."""
+    if valid is not None:
+        student, teacher = (one.masked_fill(~valid[:, None], 0.0) for one in (student, teacher))
+    return _summed(student, teacher, temperature, None)
+
+
 def _summed(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
     divergence = _divergence(student, teacher, temperature)
     return (divergence if valid is None else divergence.masked_fill(~valid, 0.0)).sum()
@@ -123,12 +132,13 @@ def _summed(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) over dimension 1, which is gone from the result."""
-    log_p = _log_softmax(student, 1, temperature)
-    log_q = _log_softmax(teacher, 1, temperature)
+    wide = wide_type(student, teacher)
+    log_p = _log_softmax(student, 1, temperature, wide)
+    log_q = _log_softmax(teacher, 1, temperature, wide)
     return (log_q.exp() * (log_q - log_p)).sum(dim=1)
 
 
-def _log_softmax(logits: Tensor, dim: int, temperature: float) -> Tensor:
+def _log_softmax(logits: Tensor, dim: int, temperature: float, wide: torch.dtype) -> Tensor:
     if temperature != 1.0:
-        logits = logits / temperature
-    return F.log_softmax(logits, dim=dim, dtype=wide_type(logits))
+        logits = logits.to(wide) / temperature
+    return F.log_softmax(logits, dim=dim, dtype=wide)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses._checks import positive, wide_type
+from kd.losses._checks import floating, one_device, positive, wide_type
 
 
 def pair_wise(
@@ -33,13 +35,15 @@ def pair_wise(
         Scalar, the mean over N; 0 with a zero gradient where N is 0.
 
     Raises:
-        UserError: Grids or batches that differ, an unknown pooling, a kernel below 1.
+        UserError: Grids, batches or devices that differ, integers, an unknown pooling, a kernel
+            below 1.
     """
     _check(student, teacher, kernel, pool)
     # Half precision would drown the small differences, and the cancellation of the channel form.
+    wide = wide_type(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
-        nodes_student = _nodes(student, kernel, pool)  # (N, Cs, h*w)
-        nodes_teacher = _nodes(teacher, kernel, pool)  # (N, Ct, h*w)
+        nodes_student = _nodes(student.to(wide), kernel, pool)  # (N, Cs, h*w)
+        nodes_teacher = _nodes(teacher.to(wide), kernel, pool)  # (N, Ct, h*w)
         count = nodes_student.shape[2]
         channels = nodes_student.shape[1], nodes_teacher.shape[1]
         across = channels[0] ** 2 + channels[0] * channels[1] + channels[1] ** 2
@@ -53,13 +57,15 @@ def pair_wise(
 def _nodes(features: Tensor, kernel: int | tuple[int, int], pool: str) -> Tensor:
     """Pooled and normalised, one unit column per node: (N, C, h*w)."""
     window = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
-    wide = features.to(wide_type(features))
-    if window != (1, 1):
-        if pool == "max":
-            wide = F.max_pool2d(wide, window, window, ceil_mode=True)
-        else:
-            wide = F.avg_pool2d(wide, window, window, ceil_mode=True)
-    return F.normalize(wide.flatten(2), dim=1)
+    if window == (1, 1):
+        pooled = features
+    elif pool == "max":
+        # A maximum overlooks -inf, which must show: the second term is 0, or NaN.
+        pooled = F.max_pool2d(features, window, window, ceil_mode=True)
+        pooled = pooled + 0.0 * features.detach().sum()
+    else:
+        pooled = F.avg_pool2d(features, window, window, ceil_mode=True)
+    return F.normalize(pooled.flatten(2), dim=1)
 
 
 def _by_nodes(student: Tensor, teacher: Tensor) -> Tensor:
@@ -88,8 +94,12 @@ def _check(student: Tensor, teacher: Tensor, kernel: int | tuple[int, int], pool
             f"pair_wise: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ "
             "in batch or grid; a 'resize' adapter brings the student to the teacher's grid"
         )
+    floating("pair_wise", student=student, teacher=teacher)
+    one_device("pair_wise", student=student, teacher=teacher)
     if pool not in ("max", "average"):
         raise UserError(f"pair_wise: pool must be 'max' or 'average', got {pool!r}")
-    sides = (kernel,) if isinstance(kernel, int) else kernel
+    sides = tuple(kernel) if isinstance(kernel, Sequence) else (kernel, kernel)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise UserError(f"pair_wise: kernel must be a whole number or two, got {kernel}")
     for side in sides:
         positive("pair_wise", "kernel", side)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses._checks import mask_shape, same_shape, wide_type
+from kd.losses._checks import (
+    floating,
+    labels_fit,
+    mask_fits,
+    name_of,
+    not_negative,
+    one_device,
+    same_shape,
+    wide_type,
+)
 
 
 def masked_bce(
@@ -27,27 +38,33 @@ def masked_bce(
         logits: One per class and pixel, (K, C, H, W).
         targets: Whether the class covers the pixel, bool (K, C, H, W); classes may overlap.
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the picture rather than of its padding, bool (K, H, W).
+        valid: Pixels of the picture rather than of its padding, bool (K, H, W). What the logits are
+            elsewhere does not matter, were they not even finite.
         hidden_weight: The weight w of the hidden region.
 
     Returns:
         Scalar, the mean over K; 0 with a zero gradient where K is 0.
 
     Raises:
-        UserError: Shapes that differ, or a negative weight.
+        UserError: Shapes or devices that differ, targets or masks that are not bool, or a weight
+            that is negative or not finite.
     """
     same_shape("masked_bce", logits, targets, dimensions=4, names=("logits", "targets"))
-    places = (logits.shape[0], *logits.shape[2:])
-    mask_shape("masked_bce", "hidden", hidden, places)
-    if hidden_weight < 0:
-        raise UserError(f"masked_bce: hidden_weight must be 0 or above, got {hidden_weight}")
+    floating("masked_bce", logits=logits)
+    if targets.dtype != torch.bool:
+        raise UserError(f"masked_bce: targets must be bool, got {name_of(targets.dtype)}")
+    one_device("masked_bce", logits=logits, targets=targets)
+    mask_fits("masked_bce", "hidden", hidden, logits, beside="logits")
+    not_negative("masked_bce", "hidden_weight", hidden_weight)
+    if valid is not None:
+        mask_fits("masked_bce", "valid", valid, logits, beside="logits")
+        logits = _Seen.apply(logits, ~valid[:, None])
     # -log sigmoid(x) = softplus(x) - x; targets stay bool: as floats they would be the largest.
     wide = wide_type(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=wide)
     entropy = (F.softplus(logits).sum(dim=1, dtype=wide) - present) / logits.shape[1]  # (K, H, W)
     inside, outside = hidden, ~hidden
     if valid is not None:
-        mask_shape("masked_bce", "valid", valid, places)
         inside, outside = inside & valid, outside & valid
     means, weights = [], []
     for region, weight in ((inside, hidden_weight), (outside, 1.0)):
@@ -60,6 +77,22 @@ def masked_bce(
         weight_sum > 0, torch.ones_like(weight_sum)
     )
     return per_input.sum() / max(len(per_input), 1)
+
+
+class _Seen(torch.autograd.Function):
+    """The logits; the gradient of those unseen is 0, not 0 times what is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, unseen: Tensor) -> Tensor:
+        """The logits as they are."""
+        ctx.save_for_backward(unseen)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """The gradient, filled."""
+        (unseen,) = ctx.saved_tensors
+        return upstream.masked_fill(unseen, 0.0), None
 
 
 def cross_entropy_labelled(
@@ -76,15 +109,23 @@ def cross_entropy_labelled(
         Scalar, the mean over the labelled; 0 with a zero gradient where there are none.
 
     Raises:
-        UserError: Shapes that do not fit.
+        UserError: Shapes or devices that do not fit, labels that are not int64, or a smoothing out
+            of range.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise UserError(
             "cross_entropy_labelled: expected logits (M, C) and labels (M,), got "
             f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         )
+    floating("cross_entropy_labelled", logits=logits)
+    labels_fit("cross_entropy_labelled", labels, logits, beside="logits")
+    if not 0 <= label_smoothing <= 1:
+        raise UserError(
+            f"cross_entropy_labelled: label_smoothing must be in 0..1, got {label_smoothing}"
+        )
     total = F.cross_entropy(
-        logits.to(wide_type(logits)),
+        # What has no label must not have a gradient even where it is not finite.
+        logits.to(wide_type(logits)).masked_fill((labels < 0)[:, None], 0.0),
         labels,
         ignore_index=-1,
         reduction="sum",

@@ -16,7 +16,8 @@ from kd.config import Critic, Optimizer, Schedule, Train
 from kd.engine import fit, train_step
 from kd.errors import UserError
 from kd.launch import start_training
-from kd.losses.holistic import Adversary, critic_loss, holistic
+from kd.losses.adversary import Adversary
+from kd.losses.holistic import critic_loss, holistic
 from kd.objective import build_term, draw_modules, modules_of
 from kd.tasks.base import Batch, Mask, Mean, Output
 from kd.training import Hooks, Objective, Training, resume_training, save_training

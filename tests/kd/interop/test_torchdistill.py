@@ -106,6 +106,14 @@ def test_what_cannot_be_borrowed_says_why(
         build_term(name, weight=1.0, student="logits", teacher="logits", options=options)
 
 
+def test_a_borrowed_loss_refuses_whole_numbers_and_two_devices() -> None:
+    loss, rows = borrow("DISTLoss"), torch.zeros(2, 3)
+    with pytest.raises(UserError, match=r"torchdistill.DISTLoss: teacher must be floating point"):
+        loss(rows, rows.long())
+    with pytest.raises(UserError, match=r"torchdistill.DISTLoss: expected one device, got student"):
+        loss(rows, rows.to("meta"))
+
+
 def test_every_loss_of_theirs_is_borrowed_or_refused_with_a_reason() -> None:
     refused = set()
     for name in MIDDLE_LEVEL_LOSS_DICT:

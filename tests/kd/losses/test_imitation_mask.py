@@ -132,8 +132,21 @@ def test_no_boxes_no_images_and_boxes_of_no_area_choose_nothing() -> None:
     assert imitation_mask([], anchors).shape == (0, 4, 5)
     line = torch.tensor([[10.0, 10.0, 10.0, 30.0]])
     assert not imitation_mask([line], anchors).any()
-    outside = torch.tensor([[500.0, 500.0, 520.0, 520.0]])
-    assert not imitation_mask([outside], anchors, psi=0.0).any()
+    point = torch.tensor([[8.0, 8.0, 8.0, 8.0]])
+    assert not imitation_mask([point], anchors, psi=0.0).any()
+
+
+def test_a_box_reaching_over_the_picture_counts_whole_and_one_outside_not_at_all() -> None:
+    anchors = grid(4, 5)  # a picture of 80 x 64
+    for outside in ([500.0, 500.0, 520.0, 520.0], [-40.0, -40.0, -8.0, -8.0]):
+        assert not imitation_mask([torch.tensor([outside])], anchors, psi=0.0).any()
+    # A quarter inside: IoU 64 / (256 + 256 - 64) with the first anchor alone.
+    over = imitation_mask([torch.tensor([[-8.0, -8.0, 8.0, 8.0]])], anchors)
+    assert over.nonzero().tolist() == [[0, 0, 0]]
+    # Anchors outside the picture count as well, and may fit such a box better.
+    wider = anchors - 16.0
+    over = imitation_mask([torch.tensor([[-16.0, -16.0, 0.0, 0.0]])], wider)
+    assert over.nonzero().tolist() == [[0, 0, 0]]
 
 
 def test_boxes_in_half_precision_or_of_whole_numbers_are_boxes() -> None:
@@ -144,12 +157,37 @@ def test_boxes_in_half_precision_or_of_whole_numbers_are_boxes() -> None:
         assert torch.equal(imitation_mask([box.to(dtype)], anchors), expected)
 
 
+@pytest.mark.slow
 def test_the_mask_compiles_to_the_same() -> None:
     generator = torch.Generator().manual_seed(9)
     anchors = grid(7, 6, sides=FASTER_RCNN[:2])
     boxes = [random_boxes(3, generator, (96.0, 112.0))]
-    compiled = torch.compile(imitation_mask, backend="aot_eager")
+    compiled = torch.compile(imitation_mask, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(boxes, anchors), imitation_mask(boxes, anchors))
+
+
+@pytest.mark.slow
+def test_boxes_that_nobody_looked_at_choose_nothing_unless_they_are_sound() -> None:
+    # Compiled, as on an accelerator, the values are not looked at beforehand.
+    compiled = torch.compile(imitation_mask, backend="aot_eager", fullgraph=True)
+    anchors = grid(6, 6, sides=FASTER_RCNN[:2])
+    box = torch.tensor([[30.0, 40.0, 62.0, 77.0]])
+    left, top, right, bottom = box[0].tolist()
+    nan, inf = float("nan"), float("inf")
+    unsound = torch.tensor(
+        [
+            [right, top, left, bottom],
+            [left, bottom, right, top],
+            [right, bottom, left, top],
+            [nan, top, right, bottom],
+            [left, top, right, nan],
+            [left, top, inf, bottom],
+            [-inf, -inf, inf, inf],
+            [inf, inf, inf, inf],
+        ]
+    )
+    found = compiled([torch.cat([unsound, box])], anchors, psi=0.0)
+    assert torch.equal(found, imitation_mask([box], anchors, psi=0.0))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +196,18 @@ def test_the_mask_compiles_to_the_same() -> None:
         ([torch.zeros(3)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(3,\)"),
         ([torch.zeros(1, 4)], torch.zeros(8, 4), 0.5, r"anchors must be \(H, W, K, 4\)"),
         ([torch.zeros(1, 4)], grid(2, 2), 1.5, "psi must be in 0..1, got 1.5"),
-        ([torch.tensor([[9.0, 0, 1, 5]])], grid(2, 2), 0.5, "x1 <= x2"),
+        ([torch.tensor([])], grid(2, 2), 0.5, r"got \(0,\); an image without has \(0, 4\)"),
+        ([torch.zeros(0, 5)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(0, 5\)"),
+        ([torch.ones(1, 4) > 0], grid(2, 2), 0.5, "boxes of image 0 must be coordinates, got bool"),
+        ([torch.zeros(1, 4)], grid(2, 2), float("nan"), "psi must be in 0..1, got nan"),
+        (
+            [torch.zeros(2, 4), torch.tensor([[0.0, 0, 1, 5], [9, 0, 1, 5]])],
+            grid(2, 2),
+            0.5,
+            r"boxes of image 1 must be .* x1 <= x2 .*; box 1 is \[9.0, 0.0, 1.0, 5.0\]",
+        ),
         ([torch.tensor([[0.0, 0, float("nan"), 5]])], grid(2, 2), 0.5, "must be finite"),
+        ([torch.tensor([[0.0, 0, float("inf"), 5]])], grid(2, 2), 0.5, "must be finite"),
         ([torch.zeros(1, 4)], torch.rand(2, 2, 3, 4), 0.5, "anchors must be a grid"),
         ([torch.zeros(1, 4)], grid(2, 2).flip(-1), 0.5, "anchors must be a grid"),
     ],

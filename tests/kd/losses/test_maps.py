@@ -50,6 +50,13 @@ def test_hint_by_hand() -> None:
     assert hint(student, teacher).item() == pytest.approx((4 + 9) / 2)
 
 
+def test_hint_agrees_with_a_loop_over_numbers() -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, dtype=torch.float64).unbind()
+    pairs = zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+    expected = sum((ours - theirs) ** 2 for ours, theirs in pairs) / 24
+    assert hint(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_hint_agrees_with_torch_and_keeps_with_a_common_shift() -> None:
     student, teacher, shift = torch.randn(3, 2, 3, 4, 4).unbind()
     expected = torch.nn.functional.mse_loss(student, teacher)
@@ -58,47 +65,12 @@ def test_hint_agrees_with_torch_and_keeps_with_a_common_shift() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_equal_maps_cost_nothing_and_no_images_give_a_zero_gradient(loss: Loss) -> None:
+def test_equal_maps_cost_nothing(loss: Loss) -> None:
     maps = torch.randn(2, 3, 4, 4)
     assert loss(maps, maps).item() == pytest.approx(0.0, abs=1e-7)
-    student = torch.zeros(0, 3, 4, 4, requires_grad=True)
-    value = loss(student, torch.zeros(0, 3, 4, 4))
-    value.backward()
-    assert value.item() == 0.0 and student.grad is not None
-    single = torch.randn(2, 3, 1, 1)
-    assert loss(single, torch.randn(2, 3, 1, 1)).isfinite()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_maps_losses_have_the_right_gradient(loss: Loss) -> None:
-    student = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 2, 3, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher), (student,))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_maps_losses_keep_their_precision_in_bfloat16(loss: Loss) -> None:
-    student, teacher = torch.randn(2, 4, 8, 8, 8).unbind()
-    exact = loss(student, teacher).item()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = loss(student.bfloat16(), teacher.bfloat16())
-    assert low.dtype == torch.float32
-    assert low.item() == pytest.approx(exact, rel=0.02)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_maps_losses_compile_to_the_same(loss: Loss) -> None:
-    student, teacher = torch.randn(2, 2, 3, 4, 4).unbind()
-    compiled = torch.compile(loss, backend="aot_eager")
-    torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_maps_of_different_shape_are_refused(loss: Loss) -> None:
     with pytest.raises(UserError, match=r"\(1, 2, 3, 3\) and teacher \(1, 2, 3, 4\)"):
         loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4))
-
-
-def test_channel_wise_refuses_a_temperature_of_nought() -> None:
-    with pytest.raises(UserError, match="temperature must be above 0"):
-        channel_wise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), temperature=0.0)
