@@ -66,7 +66,7 @@ types: install ## mypy, strict, tests and benchmarks too
 	$(BIN)/mypy --strict --explicit-package-bases kd teachers students tests benchmarks
 
 bench: $(BENCH_STAMP) ## run each benchmark, one after the other
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; PYTHONPATH=. $(PY) $$script; done
 
 clean: ## remove caches and build products; keep the environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
