@@ -75,7 +75,9 @@ def start_training(
     ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
     if train.compile:
         model.compile()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    # The optimiser stays bare: accelerate's wrapper is for scaled gradients of fp16, not used here,
+    # and asks the file system at every step whether a package is installed.
+    wrapped = accelerator.prepare(model)
     return Training(
         accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
         train.channels_last, [

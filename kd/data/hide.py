@@ -7,6 +7,7 @@ A shape too small to hold any centre gets the pixel at its middle, so that somet
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -34,9 +35,16 @@ def normalise(images: Tensor) -> Tensor:
     Returns:
         (N, 3, H, W) float32.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return images.float().sub_(mean * 255).mul_(1 / (std * 255))
+    shift, scale = _shift_and_scale(images.device)
+    return images.float().sub_(shift).mul_(scale)
+
+
+@functools.cache
+def _shift_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept for good, for a copy to a GPU waits for all that it still has to do."""
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+    return mean * 255, 1 / (std * 255)
 
 
 def hide_share(progress: float, *, start: float, until: float) -> float:

@@ -116,7 +116,8 @@ def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
     device = batch["images"].device
     for unit in sorted(units):
         if unit == "hidden":
-            count = torch.tensor(float(len(batch["hidden"])), device=device)
+            # Filled there: a copy to a GPU would wait for all that it still has to do.
+            count = torch.full((), float(len(batch["hidden"])), device=device)
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
         elif unit == "ring":
