@@ -120,14 +120,40 @@ def test_compare_and_evaluate_say_what_distill_wrote(
 def test_posteriors_are_computed_once_and_cache_finds_them(
     distilled: Path, small_teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = sorted((small_teacher / "posteriors").iterdir())
-    before = [file.stat().st_mtime_ns for file in files]
-    assert cache.main([str(small_teacher), "--data", "scenes", *small_data]) == 0
-    assert "posteriors" in capsys.readouterr().out
-    assert sorted((small_teacher / "posteriors").iterdir()) == files
-    assert [file.stat().st_mtime_ns for file in files] == before
-    assert cache.main([str(small_teacher), "--data", "scenes", *small_data, "--in-fold"]) == 0
-    assert len(list((small_teacher / "posteriors").iterdir())) == 2  # by folds, and by itself
+    command = ["--teacher", str(small_teacher), "--data", "scenes", *small_data]
+    shards = sorted((small_teacher / "cache").rglob("*.safetensors"))
+    before = [file.stat().st_mtime_ns for file in shards]
+    assert cache.main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("posterior: 131 objects, ") and "bytes an image" in said
+    assert sorted((small_teacher / "cache").rglob("*.safetensors")) == shards
+    assert [file.stat().st_mtime_ns for file in shards] == before
+    assert cache.main([*command, "--in-fold", "--layers", "features.2"]) == 0
+    said = capsys.readouterr().out
+    assert "features.2: 131 objects, " in said
+    assert "moved with the picture: flip is off by " in said
+    kept = {folder.name.rpartition("-")[0] for folder in (small_teacher / "cache").iterdir()}
+    assert kept == {"scenes-train-posterior", "scenes-train-features.2"}
+    assert len(list((small_teacher / "cache").iterdir())) == 3  # by folds, and by itself
+
+
+def test_the_cache_command_says_what_is_wrong(
+    small_teacher: Path, small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--teacher", str(small_teacher), "--data", "scenes", *small_data]
+    for flags, message in (
+        (["--layers", "featurs.2"], "unknown layer 'featurs.2'; did you mean 'features.2'"),
+        (["--top-k", "22"], "top_k 22: posterior has 22 channels; keep fewer"),
+        (["--top-k", "-1"], "--top-k must be at least 0, got -1"),
+        (["--out", "nowhere://x"], "nowhere://x/scenes-train-posterior: Protocol not known"),
+    ):
+        assert run_command(cache.main, [*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    place = ["--out", str(tmp_path / "kept"), "--in-fold"]
+    assert cache.main([*command, *place, "--dtype", "float32"]) == 0
+    assert run_command(cache.main, [*command, *place]) == 2
+    error = capsys.readouterr().err
+    assert "a cache of something else: dtype is 'float32' there, 'float16' here" in error
 
 
 def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(

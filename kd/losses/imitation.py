@@ -127,9 +127,8 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
     "best" anchor on levels that do not fit it, which teaches background.
 
     An anchor's overlap with a box is a width, which the column says, times a height, which the row
-    says. For anchors of one size the IoU rises with that product, so that the largest IoU comes
-    from the largest width and height alone, and the rest of the work is one product and one
-    comparison for each place, anchor and box.
+    says. For anchors of one size the IoU rises with that product, so that the largest comes from
+    the largest width and height alone; the rest is a product and a comparison for each place.
 
     Args:
         boxes: One (G, 4) for each image, xyxy pixels; G may be 0. They may reach over the picture
@@ -150,21 +149,19 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
     _check_mask(boxes, anchors, psi)
     wide = wide_type(anchors)
     if anchors.numel() == 0 or not any(len(own) for own in boxes):
-        places = len(boxes), *anchors.shape[:2]
-        return torch.zeros(places, dtype=torch.bool, device=anchors.device)
+        return anchors.new_zeros(len(boxes), *anchors.shape[:2], dtype=torch.bool)
     # Padded boxes have no area, overlap nothing and so choose nothing.
     padded = pad_sequence([own.to(anchors.device, wide) for own in boxes], batch_first=True)
     columns, rows = anchors[0, :, :, 0::2].to(wide), anchors[:, 0, :, 1::2].to(wide)
     overlap_x = _overlaps(padded[..., 0], padded[..., 2], columns)  # (N, G, K, W)
     overlap_y = _overlaps(padded[..., 1], padded[..., 3], rows)  # (N, G, K, H)
     sizes = (columns[0, :, 1] - columns[0, :, 0]) * (rows[0, :, 1] - rows[0, :, 0])  # (K,)
-    sides = padded[..., 2:] - padded[..., :2]
-    areas = sides.prod(dim=-1, keepdim=True) + sizes  # (N, G, K): of box and anchor together
+    # (N, G, K): of box and anchor together.
+    areas = (padded[..., 2:] - padded[..., :2]).prod(dim=-1, keepdim=True) + sizes
     largest = overlap_x.amax(dim=-1) * overlap_y.amax(dim=-1)
     union = areas - largest
     best = (largest / union.where(union > 0, 1.0)).amax(dim=2, keepdim=True)  # (N, G, 1)
-    limit = psi * best * (1 + TIE)
-    # Solved for the overlap: where its IoU is the limit.
+    limit = psi * best * (1 + TIE)  # solved for the overlap: where its IoU is the limit
     return _any_above(overlap_x, overlap_y, limit * areas / (1 + limit))
 
 

@@ -49,15 +49,8 @@ def masked_bce(
         UserError: Shapes or devices that differ, targets or masks that are not bool, or a weight
             that is negative or not finite.
     """
-    same_shape("masked_bce", logits, targets, dimensions=4, names=("logits", "targets"))
-    floating("masked_bce", logits=logits)
-    if targets.dtype != torch.bool:
-        raise UserError(f"masked_bce: targets must be bool, got {name_of(targets.dtype)}")
-    one_device("masked_bce", logits=logits, targets=targets)
-    mask_fits("masked_bce", "hidden", hidden, logits, beside="logits")
-    not_negative("masked_bce", "hidden_weight", hidden_weight)
+    _check_bce(logits, targets, hidden, valid, hidden_weight)
     if valid is not None:
-        mask_fits("masked_bce", "valid", valid, logits, beside="logits")
         logits = _Seen.apply(logits, ~valid[:, None])
     # -log sigmoid(x) = softplus(x) - x; targets stay bool: as floats they would be the largest.
     wide = wide_type(logits)
@@ -77,6 +70,20 @@ def masked_bce(
         weight_sum > 0, torch.ones_like(weight_sum)
     )
     return per_input.sum() / max(len(per_input), 1)
+
+
+def _check_bce(
+    logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor | None, hidden_weight: float
+) -> None:
+    same_shape("masked_bce", logits, targets, dimensions=4, names=("logits", "targets"))
+    floating("masked_bce", logits=logits)
+    if targets.dtype != torch.bool:
+        raise UserError(f"masked_bce: targets must be bool, got {name_of(targets.dtype)}")
+    one_device("masked_bce", logits=logits, targets=targets)
+    mask_fits("masked_bce", "hidden", hidden, logits, beside="logits")
+    not_negative("masked_bce", "hidden_weight", hidden_weight)
+    if valid is not None:
+        mask_fits("masked_bce", "valid", valid, logits, beside="logits")
 
 
 class _Seen(torch.autograd.Function):

@@ -207,7 +207,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
     [
         (["soft_targets={kind: live}"], "shuffled needs soft_targets.kind=stored"),
         (["losses=[{name: pair_wise, weight: 1.0, student: trunk, teacher: features.2}]"],
-         "feature maps need soft_targets.kind=live"),
+         "shuffled is the control of posteriors, not of pair_wise"),
         ([*MAPS, "data.size=64"], "data.size 64: the teacher saw 32"),
         ([*MAPS], "unknown layer 'seen_map'"),
         (["task.weights={cross_entropy: 1.0, other: 1.0}"], "differ in: other"),

@@ -64,8 +64,8 @@ def handler_for(site: Site) -> type[BaseHTTPRequestHandler]:
                     self.send_response(416)
                     self.send_header("Content-Range", f"bytes */{total}")
                     self.send_header("Content-Length", "0")
+                    site.asked.append((asked, 0))  # before the answer, which the test waits for
                     self.end_headers()
-                    site.asked.append((asked, 0))
                     return
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
