@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd.catalog import check_options, look_up
 from kd.data.hide import normalise
 from kd.errors import UserError
-from kd.interop.torchdistill import PREFIX, borrow
+from kd.interop.torchdistill import PREFIX, Borrow
 from kd.losses.adversary import Adversary
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
@@ -121,12 +121,15 @@ def build_term(
     Raises:
         UserError: An unknown name or option, or a layer that must be named and is not.
     """
-    if name.startswith(PREFIX):
-        kind = Kind(borrow(name.removeprefix(PREFIX)), maps=student not in ROWS)
+    borrowed = Borrow(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if borrowed is not None:
+        kind = Kind(borrowed, maps=student not in ROWS)
     else:
         kind = look_up(TERMS, name, what="distillation term")
     options = dict(options or {})
     check_options(kind.function, options, what=f"losses: {name}")
+    if borrowed is not None and borrowed.has_weights(**options):
+        kind = replace(kind, function=borrowed.module, draws=True)
     student, teacher = student or kind.student, teacher or kind.teacher
     if student is None or teacher is None:
         raise UserError(f"losses: {name}: name the layers: student: ..., teacher: ...")

@@ -217,6 +217,61 @@ def test_terms_on_features_train_from_a_recipe_of_ones_own(
     assert evaluate.main([str(taught)]) == 0
 
 
+TWO_TEACHERS = """
+data: scenes
+task: {name: classification, weights: {cross_entropy: 1.0}}
+more_teachers:
+  second: {weight: 3.0}
+student: {name: shufflenet_v2_x0_5, options: {stride: 16}}
+adapters:
+  trunk.trunk.maxpool: {kind: resize, to: features.2}
+losses:
+  - {name: context_logits, weight: 1.0, teacher: mean.posterior}
+  - {name: hint, weight: 0.1, student: trunk.trunk.maxpool, teacher: features.2}
+  - name: hint
+    label: hint_second
+    weight: 0.1
+    student: trunk.trunk.maxpool
+    teacher: second.features.2
+    schedule: {name: off_after, until: 0.4}
+  - name: holistic
+    weight: 0.1
+    student: trunk.trunk.maxpool
+    teacher: features.2
+    options: {widths: [4, 8], penalty: 5.0}
+arms: [plain, distilled]
+train: {epochs: 1, batch_size: 8, log_every: 1, pictures: 0}
+"""
+
+
+@pytest.mark.parametrize("kind", ["stored", "live"])
+def test_two_teachers_and_a_critic_train_a_student(
+    kind: str, small_data: list[str], small_teacher: Path, tmp_path: Path
+) -> None:
+    """Stored maps come with the samples, live ones with each step."""
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
+    recipe.write_text(TWO_TEACHERS)
+    flags = ["--config", str(recipe), "--teacher", str(small_teacher), "--out", str(out)]
+    settings = sets(
+        f"more_teachers.second.run={small_teacher}",
+        f"soft_targets.kind={kind}",
+        f"soft_targets.cache={tmp_path / 'kept'}",
+        "data.augment=null",
+    )
+    assert distill.main([*flags, *small_data, *settings]) == 0
+    taught = read_scalars(out / "seed0" / "distilled")
+    names = ("context_logits", "hint", "hint_second", "holistic", "holistic_critic")
+    assert all(len(taught[f"loss/{name}"]) == 3 for name in names)
+    assert dict(taught["loss/hint_second"])[1] == pytest.approx(dict(taught["loss/hint"])[1])
+    plain = read_scalars(out / "seed0" / "plain")
+    assert ("loss/context_logits" in plain) is (kind == "stored")
+    assert "loss/holistic_critic" not in plain
+    kept = [folder.name for folder in (tmp_path / "kept").glob("*")]
+    assert ("second" in kept) is (kind == "stored")
+    _, _, parts = load_checkpoint(out / "seed0" / "distilled" / "last.pt")
+    assert set(parts["critics"]) == {"holistic"}
+
+
 def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(
     small_data: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ torchrun as a user does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -132,6 +133,18 @@ class NormFree(nn.Module):
         return {"logits": appearance + context, "appearance": appearance, "context": context}
 
 
+class Scaled(nn.Module):
+    """A loss with a weight that learns: outside of the forward pass that DDP knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """A mean over all places."""
+        return (student * self.weight.view(-1, 1, 1) - teacher).square().mean()
+
+
 def _steps(root: Path, out: Path, *, accumulate: int) -> None:
     """Two steps with all kinds of terms, on whole batches of 8; the weights go to a file."""
     accelerator = make_accelerator("fp32")
@@ -152,11 +165,14 @@ def _steps(root: Path, out: Path, *, accumulate: int) -> None:
                    options={"widths": [4, 8]}),
     ]  # fmt: skip
     terms = draw_modules(terms, {"features.3": torch.zeros(1, 32, 4, 4)})
+    scaled = build_term("hint", label="scaled", weight=1.0, student="trunk", teacher="features.3")
+    terms.append(dataclasses.replace(scaled, function=Scaled()))
     critics = modules_of(terms, images=True)
     model = AdaptedStudent(
         student,
         ["trunk"],
         {"trunk": nn.Conv2d(8, 32, 3, stride=2, padding=1)},
+        modules_of(terms, images=False),
     )
     # The points of the penalty are each rank's own; at a third of the way they are everybody's.
     torch.rand = lambda *size, **_: torch.full(size, 1 / 3)
@@ -194,6 +210,7 @@ def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(
     one = torch.load(tmp_path / "one.pt", weights_only=True)
     both = torch.load(tmp_path / "two.pt", weights_only=True)
     assert any(name.startswith("adapters.") for name in one)
+    assert not torch.equal(one["losses.scaled.weight"], torch.ones(32))
     for name in one:
         if accumulate > 1 and name.startswith("critic."):
             continue  # power iteration advances with each micro-batch

@@ -7,13 +7,13 @@ constructor wants to know of paths is filled in; the rest are the term's options
 
 Handled on the way: `KDLoss` and `LogitStdKDLoss` mix in the labels' loss by `alpha` (the task
 brings that one), leave out the temperature's square unless they do, and divide maps by the number
-of images rather than of pixels.
+of images rather than of pixels. A loss with weights of its own, which torchdistill's engine gives
+to no optimiser, becomes a part of the module that is trained.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,52 +34,78 @@ LABELS = {"alpha": 0.0, "beta": 1.0}
 PAIRED = ("FSPLoss", "HierarchicalContextLoss", "VIDLoss")
 
 
-def borrow(name: str) -> Callable[..., Tensor]:
-    """A mid-level loss of torchdistill's as a function of student and teacher.
+class Borrowed(nn.Module):
+    """A loss of torchdistill's between one tensor of each side.
 
     Args:
-        name: As in torchdistill's registry: "DISTLoss".
-
-    Returns:
-        A function `(student, teacher, *, options)`, whose signature lists the loss's options.
-
-    Raises:
-        UserError: An unknown name, or a loss that needs more than a tensor of each side.
+        name: As in torchdistill's registry.
+        module: The loss, told that its tensors are the output of `LAYER`.
+        factor: On its value.
     """
-    known = {key: key for key in MIDDLE_LEVEL_LOSS_DICT}
-    build = MIDDLE_LEVEL_LOSS_DICT[look_up(known, name, what="torchdistill loss")]
-    parameters = [
-        parameter
-        for parameter in inspect.signature(build).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    places = _places(name, [parameter.name for parameter in parameters])
-    if name in SOFTENED:
-        places |= LABELS
 
-    def loss(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-        module: nn.Module = build(**places, **options)
-        if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
-            raise UserError(f"losses: {PREFIX}{name}: has weights of its own, which no term trains")
-        if name in SOFTENED and student.ndim > 2:
+    def __init__(self, name: str, module: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.name, self.module, self.factor = name, module, factor
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Two tensors to a scalar."""
+        floating(f"{PREFIX}{self.name}", student=student, teacher=teacher)
+        one_device(f"{PREFIX}{self.name}", student=student, teacher=teacher)
+        if self.name in SOFTENED and student.ndim > 2:
             student, teacher = _rows(student), _rows(teacher)
-        floating(f"{PREFIX}{name}", student=student, teacher=teacher)
-        one_device(f"{PREFIX}{name}", student=student, teacher=teacher)
         wide = wide_type(student, teacher)
         kept = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
         # Half precision would drown the small differences.
         with torch.autocast(student.device.type, enabled=False):
-            value: Tensor = module(*kept)
-        return value * options["temperature"] ** 2 if name in SOFTENED else value
+            value: Tensor = self.module(*kept)
+        return value * self.factor
 
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in places]
-    sides = [
-        inspect.Parameter(side, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for side in ("student", "teacher")
-    ]
-    loss.__signature__ = inspect.Signature([*sides, *own])  # type: ignore[attr-defined]
-    loss.__name__ = loss.__qualname__ = f"{PREFIX}{name}"
-    return loss
+
+class Borrow:
+    """A mid-level loss of torchdistill's as a function `(student, teacher, *, options)`.
+
+    Its signature lists the loss's options.
+
+    Args:
+        name: As in torchdistill's registry: "DISTLoss".
+
+    Raises:
+        UserError: An unknown name, or a loss that needs more than a tensor of each side.
+    """
+
+    def __init__(self, name: str) -> None:
+        known = {key: key for key in MIDDLE_LEVEL_LOSS_DICT}
+        self.name = name
+        self._build = MIDDLE_LEVEL_LOSS_DICT[look_up(known, name, what="torchdistill loss")]
+        parameters = [
+            parameter
+            for parameter in inspect.signature(self._build).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        self._places = _places(name, [parameter.name for parameter in parameters])
+        if name in SOFTENED:
+            self._places |= LABELS
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in self._places]
+        sides = [
+            inspect.Parameter(side, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for side in ("student", "teacher")
+        ]
+        self.__signature__ = inspect.Signature([*sides, *own])
+        self.__name__ = f"{PREFIX}{name}"
+
+    def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        """The loss, for one without weights."""
+        value: Tensor = self.module(**options)(student, teacher)
+        return value
+
+    def module(self, channels: int = 0, /, **options: Any) -> Borrowed:
+        """The loss as a module, for one with weights; its options say how many channels it has."""
+        factor = options["temperature"] ** 2 if self.name in SOFTENED else 1.0
+        return Borrowed(self.name, self._build(**self._places, **options), factor)
+
+    def has_weights(self, **options: Any) -> bool:
+        """Whether something of it is to be trained, saved and resumed."""
+        return bool(self.module(**options).state_dict())
 
 
 def _places(name: str, parameters: list[str]) -> dict[str, Any]:
