@@ -1,0 +1,141 @@
+"""A distilled step from a cache beside a plain step, loading included, and what the cache takes.
+
+Student resnet18 on scenes of 128 pixels with every object hidden, batches of 32, two workers. The
+distilled side learns from stored posteriors (context_logits) and from a stored layer of a CNN
+teacher (hint, through a resizing adapter), whose maps the workers read, move with the picture's
+flips and collate. Both sides run whole epochs through `fit`'s step, in turns; the median of the
+paired ratios counts.
+
+    python benchmarks/cached_step.py [--rounds 5] [--images 512] [--workers 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.config import Adapter, Data, Generate, Model, Split, TaskSection, TeacherRecipe, Term, Train
+from kd.data.loader import SceneLoader
+from kd.data.stored import StoredField
+from kd.engine import to_device, train_step
+from kd.launch import start_training
+from kd.soft_targets import StoredPosteriors, StoredTeacher
+from kd.tasks.classification import Classification
+from kd.tasks.context import Context
+from kd.teacher_cache import POSTERIOR, Wanted, open_cache
+from kd.teacher_runs import TrainedTeacher
+from kd.training import Objective
+from kd.wiring import adapt_student, build_terms
+from students.classifiers import build_student
+from teachers.cnn import cnn
+
+GOAL, BATCH, LAYER, SEEN = 1.10, 32, "features.3", "trunk.trunk.layer3"
+
+
+def section(folder: Path, images: int, workers: int) -> Data:
+    """Scenes, flipped at random."""
+    still = dict.fromkeys(("shift", "rotate"), 0.0)
+    return Data(
+        name="bench",
+        root=str(folder / "scenes"),
+        train=Split(annotations="annotations/instances_train.json", images="train"),
+        val=Split(annotations="annotations/instances_val.json", images="val"),
+        generate=Generate(train=images, val=8, size=128),
+        size=128,
+        augment=still,
+        workers=workers,
+    )
+
+
+def cached(data: OpenData, folder: Path) -> dict[str, StoredField]:
+    """A teacher of random weights, asked once."""
+    torch.manual_seed(0)
+    recipe = TeacherRecipe(
+        data=data.section,
+        task=TaskSection(name="context", weights={"cross_entropy": 1.0}),
+        teacher=Model(name="cnn"),
+    )
+    model = cnn(data.num_classes, width=32).eval().requires_grad_(False)
+    teacher = TrainedTeacher(folder, recipe, model, Context(num_classes=data.num_classes))
+    accelerator = make_accelerator("fp32")
+    return open_cache(teacher, data, accelerator, Wanted(outputs=(POSTERIOR, LAYER)))
+
+
+def epochs(data: OpenData, kept: dict[str, StoredField] | None) -> Callable[[int], float]:
+    """A training; called with an epoch it runs that and gives the seconds a step."""
+    accelerator, task = make_accelerator("fp32"), Classification(num_classes=data.num_classes)
+    fields = [kept[LAYER]] if kept else []
+    dataset = make_dataset(data, "train", train=True, epochs=100, stored=fields)
+    loader: SceneLoader = make_loader(
+        dataset, accelerator, batch_size=BATCH, workers=data.section.workers, train=True
+    )
+    torch.manual_seed(1)
+    student = build_student("resnet18", num_classes=data.num_classes, stride=16)
+    terms, source = [], None
+    if kept:
+        source = StoredTeacher(StoredPosteriors.read(kept[POSTERIOR]), [LAYER])
+        terms = build_terms(
+            [
+                Term(name="context_logits", weight=1.0),
+                Term(name="hint", weight=0.1, student=SEEN, teacher=LAYER),
+            ]
+        )
+    loader.set_epoch(0)
+    adapters = {SEEN: Adapter(kind="resize", to=LAYER)} if kept else {}
+    model, terms = adapt_student(student, terms, adapters, source, task, next(iter(loader)))
+    training = start_training(accelerator, model, Train(precision="fp32"), 100_000)
+    objective = Objective(task, {"cross_entropy": 1.0}, terms, source)
+    training.model.train()
+
+    def run(epoch: int) -> float:
+        loader.set_epoch(epoch)
+        started, steps = time.perf_counter(), 0
+        for batch in loader:
+            moved = to_device(batch, accelerator.device, channels_last=True)
+            train_step(training, [moved], objective, objective.weights_at(0.5))
+            steps += 1
+        return (time.perf_counter() - started) / steps
+
+    return run
+
+
+def main() -> int:
+    """Print the ratio and the sizes; 1 where the goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = open_data(section(Path(folder), options.images, options.workers))
+        kept = cached(data, Path(folder))
+        for name, output in kept.items():
+            shape = "x".join(map(str, output.shape))
+            size = output.store.bytes / options.images
+            sys.stdout.write(f"{name:<12} {shape:>12} float16   {size:>10.0f} bytes an image\n")
+        plain, distilled = epochs(data, None), epochs(data, kept)
+        pairs = []
+        for number in range(1, options.rounds + 1):
+            order = (plain, distilled) if number % 2 else (distilled, plain)
+            first, second = (side(number) for side in order)
+            pairs.append((first, second) if number % 2 else (second, first))
+    ratio = statistics.median(b / a for a, b in pairs)
+    a, b = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
+    low, high = (extreme(b / a for a, b in pairs) for extreme in (min, max))
+    sys.stdout.write(
+        f"plain {a:.0f} ms, distilled from the cache {b:.0f} ms a step, ratio {ratio:.3f} "
+        f"({low:.3f} to {high:.3f}; goal {GOAL})\n"
+    )
+    return int(ratio > GOAL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
