@@ -81,8 +81,8 @@ STRESS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 
 
 def begin(
-    answers: Answers, optimizer: Mapping[str, Any] | None = None, *, critic: bool = True,
-    **options: float,
+    answers: Answers, optimizer: Mapping[str, float], options: Mapping[str, float], *,
+    critic: bool = True,
 ) -> tuple[Training, Objective]:  # fmt: skip
     """A student, its critic and the recipe, always from the same random numbers."""
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def begin(
     small = Small()
     student = AdaptedStudent(Segmenter(small, small.channels, num_classes))
     terms = draw_modules(terms, answers.said)
-    learning = Critic(optimizer=Optimizer(**{**ADAM, **(optimizer or {})}))
+    learning = Critic(optimizer=Optimizer(**{**ADAM, **optimizer}))
     training = start_training(
         make_accelerator("fp32"), student, RECIPE.model_copy(update={"critic": learning}),
         PLANNED, modules_of(terms, images=True),
@@ -210,16 +210,15 @@ def write_judged(
             student.load_state_dict(state)
             maps[name] = torch.cat([student(p)["logits"].softmax(1) for p in images.split(32)])
         scores = {f"D_{name}": adversary.critic(own, images).numpy() for name, own in maps.items()}
-    np.savez_compressed(
-        folder / "judged.npz", ids=np.array(val.ids), names=np.array(val.names),
-        images=val.images.numpy(), truth=val.maps.numpy(),
-        **{name: own.half().numpy() for name, own in maps.items()}, **scores,
-    )  # fmt: skip
+    arrays: dict[str, Any] = {"ids": val.ids, "names": val.names, **scores}
+    arrays |= {"images": val.images.numpy(), "truth": val.maps.numpy()}
+    arrays |= {name: own.half().numpy() for name, own in maps.items()}
+    np.savez_compressed(folder / "judged.npz", **arrays)
 
 
 def time_steps(answers: Answers, train: Photos, pairs: int = 15) -> str:
     """Median seconds of a step with and without the critic, in turns."""
-    sides = [begin(answers, critic=critic) for critic in (True, False)]
+    sides = [begin(answers, {}, {}, critic=critic) for critic in (True, False)]
     batches = list(Order(train))[: pairs + 2]
     times: list[tuple[float, ...]] = []
     for batch in batches:
@@ -260,12 +259,12 @@ def main() -> int:
     if args.time:
         say(time_steps(answers, train))
         return 0
-    chosen = {"recipe": ({}, {})} if args.stress is None else STRESS
+    chosen = STRESS if args.stress is not None else {"recipe": ({}, {})}
     for name in args.stress or chosen:
         optimizer, options = chosen[name]
         folder = args.out / name.replace(" ", "_").replace(",", "")
         folder.mkdir(exist_ok=True)
-        training, objective = begin(answers, optimizer, **options)
+        training, objective = begin(answers, optimizer, options)
         watch = Watch(training, val, seen, folder / "metrics.jsonl")
         steps = args.steps or (PLANNED if args.stress is None else 300)
         say(f"{name}: {run(folder, training, objective, train, watch, steps)}")

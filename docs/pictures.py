@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,119 +20,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from torchvision.ops import box_iou
 
-from kd.data.coco import CocoIndex, load_coco
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
+
+from docs._drawing import TEXT, Photo, Photos, bare, new_figure, outline, save, show, tint
 from kd.data.hide import normalise
-from kd.data.images import read_image
 from kd.losses import anchor_grid, imitation_mask, pair_wise
-from kd.nn.trunk import build_trunk
-from kd.report.figures import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY, figure_image
+from kd.nn.trunk import Trunk, build_trunk
+from kd.report.figures import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
 
 HERE = Path(__file__).resolve().parent / "pictures"
 Array = NDArray[Any]
-DPI = 122
-LICENCE = "http://creativecommons.org/licenses/by/2.0/"
 MASKED, AFFINITY, JUDGED = 196393, 565778, (565778, 261888, 1993)
 COLOURS = ("#F0E442", SKY, PURPLE, GREEN)
-TEXT = {"fontsize": 8.5, "color": "#222222"}
-
-
-@dataclass
-class Photo:
-    """A picture, its objects, and whom to thank."""
-
-    pixels: Tensor
-    boxes: Tensor
-    names: list[str]
-    credit: str
-
-
-class Photos:
-    """Both splits of coco_mini."""
-
-    def __init__(self, root: Path) -> None:
-        self.where: dict[int, tuple[CocoIndex, int, dict[str, Any]]] = {}
-        for split in ("train", "val"):
-            file = root / "annotations" / f"instances_{split}2017.json"
-            index = load_coco(file, root / f"{split}2017")
-            content = json.loads(file.read_text("utf-8"))
-            free = {entry["id"] for entry in content["licenses"] if entry["url"] == LICENCE}
-            entries = {entry["id"]: entry for entry in content["images"]}
-            for place, number in enumerate(index.image_ids.tolist()):
-                if entries[number].get("license") in free:
-                    self.where[number] = index, place, entries[number]
-
-    def __call__(self, number: int, side: int | None = None) -> Photo:
-        """A picture by its COCO id, its long side scaled to `side`."""
-        index, place, _ = self.where[number]
-        pixels = read_image(index.path(place), side)
-        rows = slice(int(index.first[place]), int(index.first[place + 1]))
-        scale = pixels.shape[2] / int(index.widths[place])
-        names = [index.class_names[label] for label in index.labels[rows]]
-        boxes = torch.from_numpy(index.boxes[rows].copy()) * scale
-        return Photo(pixels, boxes, names, self.credit(number))
-
-    def credit(self, number: int) -> str:
-        """What its licence asks for."""
-        return f"COCO image {number}, CC BY 2.0, {self.where[number][2]['flickr_url']}"
-
-
-def new_figure(width: float, height: float, credits: Sequence[str]) -> Figure:
-    """A figure that names its photographs at its foot."""
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", h_pad=0.04, w_pad=0.04, hspace=0.0, wspace=0.0)
-    figure.supxlabel("Photographs: " + ";  ".join(credits), fontsize=5.5, color=GREY)
-    return figure
-
-
-def save(figure: Figure, name: str) -> None:
-    """Write a PNG of 256 colours: a third of the size."""
-    pixels = figure_image(figure, dpi=DPI).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels).quantize(256, kmeans=3, dither=Image.Dither.NONE)
-    HERE.mkdir(exist_ok=True)
-    picture.save(HERE / name, optimize=True)
-
-
-def show(axes: Axes, pixels: Tensor, title: str, *, dim: float = 0.0) -> None:
-    """A photograph, made paler by `dim`, with what it is above."""
-    shown = pixels.permute(1, 2, 0).float() / 255
-    axes.imshow((shown + dim * (1 - shown)).numpy())
-    bare(axes, title)
-
-
-def bare(axes: Axes, title: str) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color(PALE)
-    axes.set_title(title, **TEXT)
-
-
-def tint(axes: Axes, mask: Tensor, stride: int, size: tuple[int, int], colour: str = RED) -> None:
-    """Colour the masked places of a grid, and draw the grid."""
-    height, width = mask.shape
-    layer = np.zeros((height, width, 4))
-    layer[..., :3] = to_rgb(colour)
-    layer[..., 3] = 0.62 * mask.numpy()
-    area = (0, width * stride, height * stride, 0)
-    axes.imshow(layer, extent=area, interpolation="nearest", zorder=2)
-    lines = {"color": "white", "linewidth": 0.35, "alpha": 0.6, "zorder": 3}
-    axes.vlines(np.arange(stride, size[1], stride), 0, size[0], **lines)
-    axes.hlines(np.arange(stride, size[0], stride), 0, size[1], **lines)
-    axes.set(xlim=(0, size[1]), ylim=(size[0], 0))
-
-
-def outline(axes: Axes, boxes: Tensor, colours: Sequence[str]) -> None:
-    for (x1, y1, x2, y2), colour in zip(boxes.tolist(), colours, strict=True):
-        axes.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=1.8, zorder=4)
-        )
+EXPLAINED = (
+    "Above: how much the marked node resembles every other one, the cosine of their features. The "
+    "teacher tells trees from train and rails; to an untrained student all places look alike.",
+    "Right: the same of every node, a row each. The white line is the row of the marked node: the "
+    "picture above, read as text is.",
+    "The loss asks for equal affinities, not for equal features: the two sides may differ in their "
+    "number of channels.",
+)
 
 
 def draw_mask(photos: Photos) -> Figure:
@@ -139,15 +53,16 @@ def draw_mask(photos: Photos) -> Figure:
     photo = photos(MASKED)
     size = photo.pixels.shape[1], photo.pixels.shape[2]
     figure = new_figure(11.5, 5.0, [photo.credit])
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     above.suptitle("One map of stride 16, nine anchors a place", fontsize=10, weight="bold")
     below.suptitle(
         "A feature pyramid, $\\psi$ = 0.5: each object on the level whose anchors fit it best",
         fontsize=10, weight="bold",
     )  # fmt: skip
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(photo.boxes))]
-    sides = [(s / r**0.5, s * r**0.5) for s in (32, 64, 128) for r in (0.5, 1.0, 2.0)]
-    anchors = anchor_grid(-(-size[0] // 16), -(-size[1] // 16), stride=16, sides=sides)
+    anchors = anchor_grid(
+        -(-size[0] // 16), -(-size[1] // 16), stride=16, sides=shapes(32, 64, 128)
+    )
     panels = above.subplots(1, 5)
     show(panels[0], photo.pixels, "the objects' boxes (solid)\nand one place's anchors (dashed)")
     outline(panels[0], photo.boxes, colours)
@@ -173,14 +88,10 @@ def pyramid(
     """The mask of each level, from the boxes that fit its anchors best."""
     levels = []
     for stride in (4, 8, 16, 32, 64):
-        sides = [
-            (4 * stride * s / r**0.5, 4 * stride * s * r**0.5)
-            for s in (1, 1.26, 1.59)
-            for r in (0.5, 1.0, 2.0)
-        ]
+        sides = shapes(4 * stride, 4 * 2 ** (1 / 3) * stride, 4 * 2 ** (2 / 3) * stride)
         grid = -(-size[0] // stride), -(-size[1] // stride)
         levels.append(anchor_grid(*grid, stride=stride, sides=sides))
-    fits = torch.stack([best_overlap(photo.boxes, level) for level in levels])
+    fits = torch.stack([box_iou(photo.boxes, one.flatten(0, 2)).amax(1) for one in levels])
     level_of = fits.argmax(dim=0)
     for number, (axes, anchors) in enumerate(zip(panels, levels, strict=True)):
         own = (level_of == number).nonzero().flatten().tolist()
@@ -192,32 +103,33 @@ def pyramid(
         outline(axes, photo.boxes[own], [colours[one] for one in own])
 
 
-def best_overlap(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """The largest IoU of each box with any anchor."""
-    flat = anchors.flatten(0, 2)
-    low = torch.maximum(boxes[:, None, :2], flat[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], flat[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=2)
-    areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, flat)]
-    return (shared / (areas[0][:, None] + areas[1] - shared)).amax(dim=1)
+def shapes(*sizes: float) -> list[tuple[float, float]]:
+    """Anchors of some sizes: upright, square and lying."""
+    return [(size / r**0.5, size * r**0.5) for size in sizes for r in (0.5, 1.0, 2.0)]
+
+
+def compare(
+    nets: Sequence[Trunk], photo: Photo, kernel: int
+) -> tuple[list[Array], tuple[int, int], float]:
+    """Affinities of teacher and student at stride 16, the nodes' grid, and the loss itself."""
+    with torch.no_grad():
+        images = normalise(photo.pixels[None])
+        maps = [net.eval().forward_levels(images)[3] for net in nets]
+    pooled = [F.max_pool2d(one, kernel, ceil_mode=True)[0] for one in maps]
+    nodes = [F.normalize(one.flatten(1), dim=0) for one in pooled]
+    loss = float(pair_wise(maps[1], maps[0], kernel=kernel))
+    return [(one.T @ one).numpy() for one in nodes], (pooled[0].shape[1], pooled[0].shape[2]), loss
 
 
 def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
     """Cosines between the nodes of a teacher's map and of an untrained student's."""
-    photo = photos(AFFINITY, 608)
     torch.manual_seed(0)
+    photo = photos(AFFINITY, 608)
     nets = {
         "teacher: MobileNetV2 of ImageNet": build_trunk("mobilenet_v2", weights=str(weights)),
         "student: the same net, untrained": build_trunk("mobilenet_v2"),
     }
-    with torch.no_grad():
-        images = normalise(photo.pixels[None])
-        maps = [net.eval().forward_levels(images)[3] for net in nets.values()]  # stride 16
-    loss = float(pair_wise(maps[1], maps[0], kernel=kernel))
-    pooled = [F.max_pool2d(one, kernel, ceil_mode=True)[0] for one in maps]
-    grid = pooled[0].shape[1], pooled[0].shape[2]
-    nodes = [F.normalize(one.flatten(1), dim=0) for one in pooled]
-    affinities = [(one.T @ one).numpy() for one in nodes]
+    affinities, grid, loss = compare(list(nets.values()), photo, kernel)
     squared = (affinities[1] - affinities[0]) ** 2
     assert abs(squared.mean() - loss) < 1e-5
     figure = new_figure(11.5, 5.6, [photo.credit])
@@ -229,7 +141,7 @@ def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
     tint(panels[0, 0], torch.zeros(grid, dtype=torch.bool), cell, size)
     columns = [*zip(nets, affinities, strict=True), ("squared difference", squared)]
     for place, (title, values) in enumerate(columns, start=1):
-        style = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
+        style: dict[str, Any] = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
         above, below = panels[0, place], panels[1, place]
         row = values[marked].reshape(grid)
         shown = above.imshow(row, extent=(0, grid[1] * cell, grid[0] * cell, 0), **style)
@@ -245,30 +157,11 @@ def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
         )
     panels[1, 3].set_title(f"its mean is the loss: pair_wise = {loss:.3f}", **TEXT)
     figure.colorbar(shown, ax=panels[:, 3], shrink=0.75, pad=0.02)
-    explain(panels[1, 0])
+    panels[1, 0].axis("off")
+    words = "\n\n".join(textwrap.fill(part, 40) for part in EXPLAINED)
+    place = panels[1, 0].transAxes
+    panels[1, 0].text(0.0, 1.0, words, va="top", transform=place, linespacing=1.4, **TEXT)
     return figure
-
-
-def explain(axes: Axes) -> None:
-    """What is to be seen in the two rows."""
-    axes.axis("off")
-    lines = (
-        "Above: how much the marked node",
-        "resembles every other one: the cosine of",
-        "their features. The teacher tells trees from",
-        "train and rails; to an untrained student",
-        "all places look alike.",
-        "",
-        "Right: the same of every node, a row each.",
-        "The white line is the row of the marked",
-        "node: the picture above, read as text is.",
-        "",
-        "The loss asks for equal affinities, not for",
-        "equal features: the two sides may differ in",
-        "their number of channels.",
-    )
-    text = "\n".join(lines)
-    axes.text(0.0, 1.0, text, va="top", transform=axes.transAxes, linespacing=1.4, **TEXT)
 
 
 def draw_critic(photos: Photos, run: Path) -> Figure:
@@ -282,13 +175,13 @@ def draw_critic(photos: Photos, run: Path) -> Figure:
     sides["student"] = "student, step 2,000"
     chosen = [number for number in JUDGED if number in photos.where]
     figure = new_figure(11.5, 2.15 * len(chosen) + 3.1, [photos.credit(n) for n in chosen])
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.15 * len(chosen), 2.6])
+    ratios = [2.15 * len(chosen), 2.6]
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
     panels = top.subplots(len(chosen), len(sides) + 2, squeeze=False)
     colours = class_colours(len(judged["names"]))
     seen: set[int] = set()
-    for line, number in zip(panels, chosen, strict=True):
-        row = ids.index(number)
-        heads = line is panels[0]
+    for place, (line, number) in enumerate(zip(panels, chosen, strict=True)):
+        row, heads = ids.index(number), place == 0
         show(line[0], torch.from_numpy(judged["images"][row]), "photograph" if heads else "")
         truth = judged["truth"][row]
         line[1].imshow(colours[truth])
@@ -344,10 +237,10 @@ def main() -> int:
     args = parser.parse_args()
     photos = Photos(args.data)
     weights = args.weights or args.data.parent / "weights" / "mobilenet_v2_features.pth"
-    save(draw_mask(photos), "imitation_mask.png")
-    save(draw_affinity(photos, weights), "affinity.png")
+    save(draw_mask(photos), HERE / "imitation_mask.png")
+    save(draw_affinity(photos, weights), HERE / "affinity.png")
     if args.run is not None:
-        save(draw_critic(photos, args.run), "critic.png")
+        save(draw_critic(photos, args.run), HERE / "critic.png")
     return 0
 
 
