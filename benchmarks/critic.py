@@ -19,6 +19,7 @@ take turns.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -76,7 +77,8 @@ STRESS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "rate x 10": ({"lr": 4e-3}, {}),
     "no penalty": ({}, {"penalty": 0.0}),
     "first beta 0.9": ({"momentum": 0.9}, {}),
-    "rate x 100, no penalty": ({"lr": 4e-2}, {"penalty": 0.0}),
+    "rate x 10000": ({"lr": 4.0}, {}),
+    "rate x 10000, no penalty": ({"lr": 4.0}, {"penalty": 0.0}),
 }
 
 
@@ -197,7 +199,7 @@ def write_judged(
     """Score maps of both sides, early and late, and what the trained critic thinks of each."""
     rows = torch.arange(len(val.ids))
     student = training.exported
-    states = {"student": student.state_dict()}
+    states = {"student": copy.deepcopy(student.state_dict())}
     for step in SNAPSHOTS:
         fresh = Segmenter(small := Small(), small.channels, len(val.names))
         load_model(folder / f"student_{step}.safetensors", fresh)

@@ -73,7 +73,8 @@ def new_figure(width: float, height: float, credits: Sequence[str]) -> Figure:
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", h_pad=0.04, w_pad=0.04, hspace=0.0, wspace=0.0)
     what = "Photograph" if len(credits) == 1 else "Photographs"
-    figure.supxlabel(f"{what}: {';  '.join(credits)}", fontsize=5.5, color=GREY)
+    joint = ";  " if len(credits) < 3 else "\n"
+    figure.supxlabel(f"{what}: {joint.join(credits)}", fontsize=5.5, color=GREY)
     return figure
 
 

@@ -36,7 +36,7 @@ from kd.report.figures import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
 
 HERE = Path(__file__).resolve().parent / "pictures"
 Array = NDArray[Any]
-MASKED, AFFINITY, JUDGED = 196393, 565778, (565778, 261888, 1993)
+MASKED, AFFINITY, JUDGED = 196393, 565778, (785, 377575, 261888)
 COLOURS = ("#F0E442", SKY, PURPLE, GREEN)
 EXPLAINED = (
     "Above: how much the marked node resembles every other one, the cosine of their features. The "
@@ -174,7 +174,7 @@ def draw_critic(photos: Photos, run: Path) -> Figure:
     sides |= {f"student_{step}": f"student, step {step}" for step in early}
     sides["student"] = "student, step 2,000"
     chosen = [number for number in JUDGED if number in photos.where]
-    figure = new_figure(11.5, 2.15 * len(chosen) + 3.1, [photos.credit(n) for n in chosen])
+    figure = new_figure(11.5, 2.15 * len(chosen) + 3.2, [photos.credit(n) for n in chosen])
     ratios = [2.15 * len(chosen), 2.6]
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
     panels = top.subplots(len(chosen), len(sides) + 2, squeeze=False)
