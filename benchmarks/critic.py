@@ -162,7 +162,7 @@ def run(
     try:
         fit(
             training, objective, Order(train), epochs=steps // EPOCH, hooks=hooks, log_every=10,
-            checkpoint_every=50,
+            checkpoint_every=50 if steps == PLANNED else 5,
         )  # fmt: skip
     except UserError as error:
         kept = load_checkpoint(last)[0].step if last.is_file() else "none"
