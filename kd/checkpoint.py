@@ -19,6 +19,10 @@ from kd.errors import UserError
 from kd.files import write_whole
 
 FORMAT = 1
+REMEDIES = (
+    "Lower train.optimizer.lr (with a critic train.critic.optimizer.lr), raise "
+    "train.schedule.warmup or set train.precision=fp32, and train again"
+)
 
 
 @dataclass
@@ -90,10 +94,10 @@ def save_checkpoint(
         weights |= {f"{name}.{key}": tensor for key, tensor in critic["model"].items()}
     broken = _not_finite(weights)
     if broken is not None:
+        kept = "the last good checkpoint is kept" if path.is_file() else "there is none before it"
         raise UserError(
-            f"{path}: not written: {broken} is not finite after step {progress.step}; the last "
-            "good checkpoint is kept. Lower train.optimizer.lr, raise train.schedule.warmup or "
-            "set train.precision=fp32, and train again"
+            f"{path}: not written: {broken} is not finite after step {progress.step}; {kept}. "
+            f"{REMEDIES}"
         )
     content = {
         "format": FORMAT,

@@ -121,7 +121,7 @@ class Critic(Section):
 
     optimizer: Optimizer = Optimizer(name="adam", lr=4e-4, momentum=0.0, weight_decay=0.0)
     schedule: Schedule = Schedule(name="poly", warmup=0.0)
-    clip_norm: NotNegative = Field(0.0, description="largest gradient norm; 0 = no clipping")
+    clip_norm: NotNegative = Field(100.0, description="largest gradient norm; 0 = no clipping")
 
 
 class Train(Section):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd.checkpoint import (
+    REMEDIES,
     Progress,
     load_checkpoint,
     load_state,
@@ -209,9 +210,8 @@ def add(sums: Sums, name: str, value: Tensor) -> None:
 def not_finite(what: str, step: int) -> UserError:
     """The error for a number that is none."""
     return UserError(
-        f"{what} not finite at step {step}; training stopped, the last good checkpoint is kept. "
-        "Lower train.optimizer.lr, raise train.schedule.warmup or set train.precision=fp32, and "
-        "train again"
+        f"{what} not finite at step {step}; training stopped, the last good checkpoint, if one was "
+        f"written by then, is kept. {REMEDIES}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses._checks import comparable, wide_type
@@ -25,4 +26,5 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     """
     comparable("hint", student, teacher, dimensions=student.ndim)
     wide = wide_type(student, teacher)
-    return (student.to(wide) - teacher.to(wide)).square().sum() / max(student.numel(), 1)
+    total = F.mse_loss(student.to(wide), teacher.to(wide), reduction="sum")
+    return total / max(student.numel(), 1)

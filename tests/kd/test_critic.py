@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kd.errors import UserError
 from kd.launch import start_training
 from kd.losses.adversary import Adversary
 from kd.losses.holistic import critic_loss, holistic
-from kd.objective import build_term, draw_modules, modules_of
+from kd.objective import Term, build_term, draw_modules, modules_of
 from kd.tasks.base import Batch, Mask, Mean, Output
 from kd.training import Hooks, Objective, Training, resume_training, save_training
 
@@ -85,14 +86,16 @@ class Loader:
         self.start = start_batch
 
 
-def start(train: Train = RECIPE, **options: Any) -> tuple[Training, Objective]:
+def start(
+    train: Train = RECIPE, steps: int = 10, more: Sequence[Term] = (), **options: Any
+) -> tuple[Training, Objective]:
     torch.manual_seed(1)
     options = {"widths": [4, 8], **options}
     term = build_term("holistic", weight=0.5, student="scores", options=options)
     model = AdaptedStudent(Painter())
-    terms = draw_modules([term], bright(make_batch()))
+    terms = draw_modules([term, *more], bright(make_batch()))
     critics = modules_of(terms, images=True)
-    training = start_training(make_accelerator("fp32"), model, train, 10, critics)
+    training = start_training(make_accelerator("fp32"), model, train, steps, critics)
     return training, Objective(Painting(), {"size": 1.0}, terms, bright)
 
 
@@ -237,3 +240,32 @@ def test_a_checkpoint_with_a_broken_critic_is_not_written(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"holistic\.critic\.last\.bias is not finite"):
         save_training(training, tmp_path / "last.pt", {})
     assert not (tmp_path / "last.pt").exists()
+
+
+class SmallPictures(Loader):
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            yield {**batch, "images": batch["images"][:, :, :8, :8].clone()}
+
+
+@pytest.mark.slow
+def test_a_critic_at_the_rates_of_the_segmentation_recipe_stays_finite(tmp_path: Path) -> None:
+    steps = 500  # 2,000 with a critic of full width: benchmarks/critic.py
+    poly = Schedule(name="poly", warmup=0.0)
+    descent = Optimizer(name="sgd", lr=1e-2, momentum=0.9, weight_decay=5e-4)
+    train = Train(
+        optimizer=descent, schedule=poly, clip_norm=0.0, channels_last=False, precision="fp32"
+    )
+    pixels = build_term("pixel_wise", weight=10.0, student="scores")
+    training, objective = start(train, steps, [pixels])
+    logged: list[dict[str, float]] = []
+    hooks = Hooks(
+        log=lambda values, step: logged.append(values),
+        checkpoint=lambda: save_training(training, tmp_path / "last.pt", {}),
+    )
+    epochs = steps // 100
+    fit(training, objective, SmallPictures(100), epochs=epochs, hooks=hooks, log_every=10)
+    assert training.progress.step == steps
+    critic_losses = [line["loss/holistic_critic"] for line in logged if line]
+    assert len(critic_losses) == steps // 10
+    assert max(map(abs, critic_losses)) < 20.0  # begins near the penalty of a slope of 0: 10

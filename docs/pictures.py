@@ -1,0 +1,248 @@
+"""Draw the pictures of `losses.md`: an imitation mask, an affinity matrix, a critic's scores.
+
+    python docs/pictures.py --data DATA/coco_mini [--weights FILE] [--run DIR]
+
+DIR is a finished run of `benchmarks/critic.py`; without it that picture is left as it is. Only
+photographs under CC BY 2.0 are used, and each picture says where they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
+from torchvision.ops import box_iou
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
+
+from docs._drawing import TEXT, Photo, Photos, bare, new_figure, outline, save, show, tint
+from kd.data.hide import normalise
+from kd.losses import anchor_grid, imitation_mask, pair_wise
+from kd.nn.trunk import Trunk, build_trunk
+from kd.report.figures import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
+
+HERE = Path(__file__).resolve().parent / "pictures"
+Array = NDArray[Any]
+MASKED, AFFINITY, JUDGED = 196393, 565778, (785, 377575, 261888)
+COLOURS = ("#F0E442", SKY, PURPLE, GREEN)
+EXPLAINED = (
+    "Above: how much the marked node resembles every other one, the cosine of their features. The "
+    "teacher tells trees from train and rails; to an untrained student all places look alike.",
+    "Right: the same of every node, a row each. The white line is the row of the marked node: the "
+    "picture above, read as text is.",
+    "The loss asks for equal affinities, not for equal features: the two sides may differ in their "
+    "number of channels.",
+)
+
+
+def draw_mask(photos: Photos) -> Figure:
+    """One map at several psi, then the five levels of a pyramid."""
+    photo = photos(MASKED)
+    size = photo.pixels.shape[1], photo.pixels.shape[2]
+    figure = new_figure(11.5, 5.0, [photo.credit])
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    above.suptitle("One map of stride 16, nine anchors a place", fontsize=10, weight="bold")
+    below.suptitle(
+        "A feature pyramid, $\\psi$ = 0.5: each object on the level whose anchors fit it best",
+        fontsize=10, weight="bold",
+    )  # fmt: skip
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(photo.boxes))]
+    anchors = anchor_grid(
+        -(-size[0] // 16), -(-size[1] // 16), stride=16, sides=shapes(32, 64, 128)
+    )
+    panels = above.subplots(1, 5)
+    show(panels[0], photo.pixels, "the objects' boxes (solid)\nand one place's anchors (dashed)")
+    outline(panels[0], photo.boxes, colours)
+    outline(panels[0], anchors[9, 14], ["white"] * 9)
+    for patch in panels[0].patches[len(colours) :]:
+        patch.set(linewidth=0.7, linestyle=(0, (3, 2)))
+    panels[0].plot(14.5 * 16, 9.5 * 16, "o", color="white", markersize=3, zorder=5)
+    panels[0].set(xlim=(0, size[1]), ylim=(size[0], 0))
+    words = {0.0: "whatever overlaps", 0.5: "the paper's", 0.7: "stricter", 1.0: "none is above"}
+    for axes, (psi, word) in zip(panels[1:], words.items(), strict=True):
+        mask = imitation_mask([photo.boxes], anchors, psi=psi)[0]
+        count = f"{int(mask.sum())} of {mask.numel()} places"
+        show(axes, photo.pixels, f"$\\psi$ = {psi:g}: {word}\n{count}", dim=0.25)
+        tint(axes, mask, 16, size)
+        outline(axes, photo.boxes, colours)
+    pyramid(below.subplots(1, 5), photo, size, colours)
+    return figure
+
+
+def pyramid(
+    panels: Sequence[Axes], photo: Photo, size: tuple[int, int], colours: Sequence[str]
+) -> None:
+    """The mask of each level, from the boxes that fit its anchors best."""
+    levels = []
+    for stride in (4, 8, 16, 32, 64):
+        sides = shapes(4 * stride, 4 * 2 ** (1 / 3) * stride, 4 * 2 ** (2 / 3) * stride)
+        grid = -(-size[0] // stride), -(-size[1] // stride)
+        levels.append(anchor_grid(*grid, stride=stride, sides=sides))
+    fits = torch.stack([box_iou(photo.boxes, one.flatten(0, 2)).amax(1) for one in levels])
+    level_of = fits.argmax(dim=0)
+    for number, (axes, anchors) in enumerate(zip(panels, levels, strict=True)):
+        own = (level_of == number).nonzero().flatten().tolist()
+        mask = imitation_mask([photo.boxes[own]], anchors, psi=0.5)[0]
+        stride = 4 << number
+        what = ", ".join(photo.names[one] for one in own) or "no object"
+        show(axes, photo.pixels, f"stride {stride}: {what}", dim=0.25)
+        tint(axes, mask, stride, size)
+        outline(axes, photo.boxes[own], [colours[one] for one in own])
+
+
+def shapes(*sizes: float) -> list[tuple[float, float]]:
+    """Anchors of some sizes: upright, square and lying."""
+    return [(size / r**0.5, size * r**0.5) for size in sizes for r in (0.5, 1.0, 2.0)]
+
+
+def compare(
+    nets: Sequence[Trunk], photo: Photo, kernel: int
+) -> tuple[list[Array], tuple[int, int], float]:
+    """Affinities of teacher and student at stride 16, the nodes' grid, and the loss itself."""
+    with torch.no_grad():
+        images = normalise(photo.pixels[None])
+        maps = [net.eval().forward_levels(images)[3] for net in nets]
+    pooled = [F.max_pool2d(one, kernel, ceil_mode=True)[0] for one in maps]
+    nodes = [F.normalize(one.flatten(1), dim=0) for one in pooled]
+    loss = float(pair_wise(maps[1], maps[0], kernel=kernel))
+    return [(one.T @ one).numpy() for one in nodes], (pooled[0].shape[1], pooled[0].shape[2]), loss
+
+
+def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
+    """Cosines between the nodes of a teacher's map and of an untrained student's."""
+    torch.manual_seed(0)
+    photo = photos(AFFINITY, 608)
+    nets = {
+        "teacher: MobileNetV2 of ImageNet": build_trunk("mobilenet_v2", weights=str(weights)),
+        "student: the same net, untrained": build_trunk("mobilenet_v2"),
+    }
+    affinities, grid, loss = compare(list(nets.values()), photo, kernel)
+    squared = (affinities[1] - affinities[0]) ** 2
+    assert abs(squared.mean() - loss) < 1e-5
+    figure = new_figure(11.5, 5.6, [photo.credit])
+    panels = figure.subplots(2, 4, height_ratios=[0.66, 1])
+    marked = 2 * grid[1] + 14  # among the trees
+    cell = 16 * kernel
+    show(panels[0, 0], photo.pixels, f"{grid[0]} x {grid[1]} nodes after pooling; one is marked")
+    size = photo.pixels.shape[1], photo.pixels.shape[2]
+    tint(panels[0, 0], torch.zeros(grid, dtype=torch.bool), cell, size)
+    columns = [*zip(nets, affinities, strict=True), ("squared difference", squared)]
+    for place, (title, values) in enumerate(columns, start=1):
+        style: dict[str, Any] = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
+        above, below = panels[0, place], panels[1, place]
+        row = values[marked].reshape(grid)
+        shown = above.imshow(row, extent=(0, grid[1] * cell, grid[0] * cell, 0), **style)
+        bare(above, title)
+        above.set(xlim=(0, size[1]), ylim=(size[0], 0))
+        below.imshow(values, **style, interpolation="nearest")
+        bare(below, f"all pairs of nodes: {len(values)} x {len(values)}")
+        below.axhline(marked, color="white", linewidth=0.8)
+    for axes in panels[0]:
+        corner = marked % grid[1] * cell, marked // grid[1] * cell
+        axes.add_patch(
+            Rectangle(corner, cell, cell, fill=False, edgecolor="#00E5FF", lw=2.0, zorder=5)
+        )
+    panels[1, 3].set_title(f"its mean is the loss: pair_wise = {loss:.3f}", **TEXT)
+    figure.colorbar(shown, ax=panels[:, 3], shrink=0.75, pad=0.02)
+    panels[1, 0].axis("off")
+    words = "\n\n".join(textwrap.fill(part, 40) for part in EXPLAINED)
+    place = panels[1, 0].transAxes
+    panels[1, 0].text(0.0, 1.0, words, va="top", transform=place, linespacing=1.4, **TEXT)
+    return figure
+
+
+def draw_critic(photos: Photos, run: Path) -> Figure:
+    """What the trained critic thinks of the teacher's maps and the student's on its way."""
+    with np.load(run / "judged.npz") as stored:
+        judged = dict(stored)
+    ids = judged["ids"].tolist()
+    sides = {"teacher": "the teacher's map"}
+    early = sorted(int(n.split("_")[1]) for n in judged if n.startswith("student_"))
+    sides |= {f"student_{step}": f"student, step {step}" for step in early}
+    sides["student"] = "student, step 2,000"
+    chosen = [number for number in JUDGED if number in photos.where]
+    figure = new_figure(11.5, 2.15 * len(chosen) + 3.2, [photos.credit(n) for n in chosen])
+    ratios = [2.15 * len(chosen), 2.6]
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
+    panels = top.subplots(len(chosen), len(sides) + 2, squeeze=False)
+    colours = class_colours(len(judged["names"]))
+    seen: set[int] = set()
+    for place, (line, number) in enumerate(zip(panels, chosen, strict=True)):
+        row, heads = ids.index(number), place == 0
+        show(line[0], torch.from_numpy(judged["images"][row]), "photograph" if heads else "")
+        truth = judged["truth"][row]
+        line[1].imshow(colours[truth])
+        bare(line[1], "annotation" if heads else "")
+        for axes, (name, title) in zip(line[2:], sides.items(), strict=True):
+            scores = judged[name][row].astype(np.float32)
+            seen |= set(np.flatnonzero(scores.max(axis=(1, 2)) > 0.4).tolist())
+            axes.imshow(np.clip(np.einsum("chw,ck->hwk", scores, colours), 0, 1))
+            bare(axes, title if heads else "")
+            behind = float(judged[f"D_{name}"][row] - judged["D_teacher"][row])
+            says = "D(teacher)" if name == "teacher" else f"D(teacher) {behind:+.2f}"
+            axes.set_xlabel(says, fontsize=9, weight="bold", color=RED if behind < 0 else GREEN)
+        seen |= set(np.unique(truth).tolist())
+    patches = [Patch(color=tuple(colours[c]), label=str(judged["names"][c])) for c in sorted(seen)]
+    top.legend(handles=patches, loc="outside lower center", ncols=9, fontsize=8, frameon=False)
+    curve(bottom.subplots(), run / "metrics.jsonl")
+    return figure
+
+
+def class_colours(count: int) -> Array:
+    """Pale for the background, far apart for the rest."""
+    names = ["#e9e9e9", ORANGE, BLUE, "#8c6d31", GREEN, PURPLE, "#637939", RED, "#e7cb94"]
+    names += [SKY, "#7b4173", "#393b79", "#ad494a"]
+    return np.array([to_rgb(name) for name in names[:count]])
+
+
+def curve(axes: Axes, file: Path) -> None:
+    """The critic's lead over the steps: D(teacher) - D(student), on pictures it has not seen."""
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    steps = np.array([line["step"] for line in lines])
+    lead = np.array([line["val/D_teacher"] - line["val/D_student"] for line in lines])
+    axes.plot(steps, lead, color=PALE, linewidth=0.8)
+    width = 11
+    smooth = np.convolve(lead, np.ones(width) / width, "valid")
+    axes.plot(steps[width // 2 : -(width // 2)], smooth, color=BLUE, linewidth=2)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.set(xlim=(0, steps[-1]))
+    axes.set_xlabel("step of training (pale: each measurement; blue: running mean)", fontsize=9)
+    axes.set_ylabel("D(teacher) - D(student)", fontsize=9)
+    axes.set_title(
+        "how far apart the critic of each moment holds the two, on 16 pictures of val", **TEXT
+    )
+
+
+def main() -> int:
+    """Draw what there is material for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder coco_mini")
+    parser.add_argument("--weights", type=Path, help="ImageNet's MobileNetV2, torchvision's names")
+    parser.add_argument("--run", type=Path, help="a finished run of benchmarks/critic.py")
+    args = parser.parse_args()
+    photos = Photos(args.data)
+    weights = args.weights or args.data.parent / "weights" / "mobilenet_v2_features.pth"
+    save(draw_mask(photos), HERE / "imitation_mask.png")
+    save(draw_affinity(photos, weights), HERE / "affinity.png")
+    if args.run is not None:
+        save(draw_critic(photos, args.run), HERE / "critic.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
