@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and args.split == "train",
         dtype=args.dtype,
         top_k=args.top_k,
+        mirrored=args.mirrored,
         location=args.out,
     )
     kept = open_cache(teacher, data, accelerator, wanted)
@@ -70,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--top-k", type=int, default=0, metavar="K",
                         help="keep the K likeliest classes of posteriors and logits")  # fmt: skip
+    parser.add_argument("--mirrored", action="store_true",
+                        help="also of mirrored pictures: flips are then exact")  # fmt: skip
     parser.add_argument(
         "--in-fold", action="store_true", help="posteriors by the teacher itself, not by its folds"
     )

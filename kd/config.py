@@ -198,6 +198,9 @@ class SoftTargets(Section):
     cache: str | None = Field(
         None, description="folder or URL of stored outputs; null: in the teacher's run folder"
     )
+    mirrored: bool = Field(
+        False, description="also store layers and logits of mirrored pictures, for flips"
+    )
     moved_error: NotNegative = Field(
         0.1, description="largest relative error of stored maps that are moved with the picture"
     )

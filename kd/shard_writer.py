@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.data.store import Store
-from kd.data.stored import keep_largest
+from kd.data.stored import MIRRORED, keep_largest
 from kd.errors import UserError
 from kd.tasks.base import Batch, image_rows
 
@@ -63,8 +63,13 @@ class ShardWriter:
         """
         return sum(part[0].nbytes for part in self._compact(self._output(given)).values())
 
-    def take(self, batch: Batch, given: Mapping[str, Tensor]) -> None:
-        """Take the rows of a batch.
+    def take(
+        self,
+        batch: Batch,
+        given: Mapping[str, Tensor],
+        mirrored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take the rows of a batch, and those of the mirrored one where these are to be kept.
 
         Raises:
             UserError: A number that is not finite, or cannot be written.
@@ -75,8 +80,13 @@ class ShardWriter:
         if (owners < 0).all():
             return
         compact = self._compact(self._output(given))
+        if mirrored is not None:
+            again = self._compact(self._output(mirrored))
+            compact |= {f"{MIRRORED}{name}": part for name, part in again.items()}
         rows = {name: part.cpu().numpy() for name, part in compact.items()}
-        self._check(rows["values"], ids)
+        for name in rows:
+            if name.endswith("values"):
+                self._check(rows[name], ids)
         for number in np.unique(owners[owners >= 0]).tolist():
             here = owners == number
             part = {"ids": ids[here], **{name: value[here] for name, value in rows.items()}}

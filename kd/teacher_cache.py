@@ -24,6 +24,7 @@ from kd.checkpoint import Progress
 from kd.data.collate import collate
 from kd.data.dataset import SceneDataset
 from kd.data.loader import build_loader
+from kd.data.mirror import mirror
 from kd.data.splits import fold_of
 from kd.data.store import Store
 from kd.data.stored import StoredField
@@ -54,6 +55,8 @@ class Wanted:
             the rest are always the teacher's own.
         dtype: Of the numbers.
         top_k: Keep only so many of the most likely classes of posteriors and logits; 0 = all.
+        mirrored: Also show the mirrored picture, and keep what is said of it but for posteriors:
+            a flipped sample then gets that, where else its map would only be mirrored.
         location: Folder or URL of the stores; the teacher's run folder where not given.
     """
 
@@ -62,6 +65,7 @@ class Wanted:
     out_of_fold: bool = False
     dtype: Literal["float16", "float32"] = "float16"
     top_k: int = 0
+    mirrored: bool = False
     location: str | None = None
 
 
@@ -133,7 +137,12 @@ class _Cache:
             "out_of_fold": len(self.models) > 1,
             "dtype": self.wanted.dtype,
             "top_k": top_k,
+            "mirrored": self.mirrored(output),
         }
+
+    def mirrored(self, output: str) -> bool:
+        """Whether the mirrored picture's is kept too."""
+        return self.wanted.mirrored and output != POSTERIOR
 
     def _place(self, output: str) -> str:
         """Where it is kept: told apart by its key where nobody named the place."""
@@ -158,7 +167,8 @@ class _Cache:
             with torch.no_grad():
                 given = live(to_device(batch, device, channels_last=False))
         writer = ShardWriter(output, store, self.wanted.dtype, self.about(output)["top_k"])
-        bytes_each = writer.record_bytes(given) * len(self.index.labels) / len(self.index)
+        sides = 2 if self.mirrored(output) else 1
+        bytes_each = sides * writer.record_bytes(given) * len(self.index.labels) / len(self.index)
         each = max(1, min(MOST_IMAGES, int(SHARD_BYTES / bytes_each)))
         shards = sum(math.ceil(len(part) / each) for part in self.images)
         store.create(self.about(output), shards, images_per_shard=each)
@@ -204,12 +214,15 @@ class _Cache:
         loader.set_epoch(0)
         autocast = self.accelerator.mixed_precision == "bf16"
         layers = layers_among([writer.name for writer in writers])
+        both = any(self.mirrored(writer.name) for writer in writers)
         with LiveTeacher(model.to(device), self.teacher.task, layers, autocast=autocast) as live:
             for batch in loader:
+                moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
-                    given = live(to_device(batch, device, channels_last=True))
+                    given = live(moved)
+                    again = live(mirror(moved)) if both else None
                 for writer in writers:
-                    writer.take(batch, given)
+                    writer.take(batch, given, again if self.mirrored(writer.name) else None)
                 done += len(batch["images"])
                 advance(Progress(step=done), 0)
         return done

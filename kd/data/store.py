@@ -210,8 +210,14 @@ class Store:
         whole: NDArray[Any] = np.concatenate(parts)[self._order]
         return whole
 
-    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def read(
+        self, ids: Sequence[int] | NDArray[np.int64], names: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Records by id.
+
+        Args:
+            ids: (K,).
+            names: The fields that are wanted; all of them where not given.
 
         Returns:
             Each field, in the order of `ids`: (K, *shape).
@@ -233,6 +239,7 @@ class Store:
         found = {
             name: np.empty((len(wanted), *field.shape), field.dtype)
             for name, field in self.fields.items()
+            if names is None or name in names
         }
         for owner in np.unique(owners):
             here = np.flatnonzero(owners == owner)

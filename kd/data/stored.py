@@ -18,6 +18,7 @@ from kd.data.store import Store
 from kd.data.transforms import Plan
 
 PREFIX = "stored."
+MIRRORED = "mirrored_"
 
 
 class StoredField:
@@ -25,7 +26,7 @@ class StoredField:
 
     Args:
         store: Where it lies, in the field `values`; with `indices` where only the largest were
-            kept.
+            kept; and both again after `mirrored_` where the mirrored picture was shown too.
         name: What the sample calls it, after `stored.`.
         channels: Of the output where only the largest of them are stored.
     """
@@ -57,10 +58,14 @@ class StoredField:
             size: Height and width of the picture before.
             frame: Side of the square frame, pixels.
         """
-        records = self.store.read(object_ids)
-        values = torch.from_numpy(records["values"])
-        if "indices" in records:
-            values = expand(values, torch.from_numpy(records["indices"]), self.channels)
+        side = ""
+        if plan.flip and f"{MIRRORED}values" in self.store.fields:
+            side, plan = MIRRORED, plan.of_mirrored(size)
+        names = [name for name in self.store.fields if name.startswith(MIRRORED) is bool(side)]
+        records = self.store.read(object_ids, names)
+        values = torch.from_numpy(records[f"{side}values"])
+        if f"{side}indices" in records:
+            values = expand(values, torch.from_numpy(records[f"{side}indices"]), self.channels)
         if values.ndim == 4 and not plan.still:
             values = move_maps(values, plan, size, frame)
         return values

@@ -7,7 +7,7 @@ its input, so that images, boxes and masks follow together; colours are `kd.data
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -78,6 +78,18 @@ class Plan:
     def still(self) -> bool:
         """Whether the geometry stays as it is."""
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
+
+    def of_mirrored(self, size: tuple[int, int]) -> Plan:
+        """What leads to the same result from the mirrored picture, for a plan that flips.
+
+        Args:
+            size: Height and width of the picture before.
+        """
+        crop = self.crop
+        if crop is not None:
+            top, left, height, width = crop
+            crop = (top, size[1] - left - width, height, width)
+        return replace(self, flip=False, crop=crop)
 
     def sources(self, size: tuple[int, int]) -> Matrix:
         """Where a place of the result comes from, the inverse of `boxes`.

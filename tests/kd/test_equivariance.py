@@ -49,7 +49,12 @@ def opened(small_data: list[str], small_teacher: Path, tmp_path: Path) -> tuple[
 
 
 def errors_of(
-    opened: tuple[Path, OpenData], tmp_path: Path, placed: float, limit: float = 1.0, **moves: float
+    opened: tuple[Path, OpenData],
+    tmp_path: Path,
+    placed: float,
+    limit: float = 1.0,
+    mirrored: bool = False,
+    **moves: float,
 ) -> dict[str, float]:
     """Errors by move of a teacher that knows places so well."""
     folder, data = opened
@@ -60,7 +65,8 @@ def errors_of(
     loaded = load_teacher(folder, 22)
     teacher = TrainedTeacher(tmp_path, loaded.recipe, Mapped(placed=placed).eval(), loaded.task)
     accelerator = make_accelerator("fp32")
-    kept = open_cache(teacher, data, accelerator, Wanted(outputs=("posterior", "map")))
+    wanted = Wanted(outputs=("posterior", "map"), mirrored=mirrored)
+    kept = open_cache(teacher, data, accelerator, wanted)
     check_moved_maps(teacher, data, kept, accelerator, limit=limit)
     found = moved_map_errors(teacher, data, kept, accelerator)
     assert set(found) == {"map"}  # posteriors have no places
@@ -92,3 +98,11 @@ def test_a_map_that_says_where_it_is_is_refused_with_its_error(
     with pytest.raises(UserError, match=message):
         errors_of(opened, tmp_path, 2.0, limit=0.1, flip=0.5)
     assert errors_of(opened, tmp_path, 2.0, limit=9.0, flip=0.5)["flip"] > 0.1
+
+
+def test_what_was_said_of_the_mirrored_picture_is_exact(
+    opened: tuple[Path, OpenData], tmp_path: Path
+) -> None:
+    errors = errors_of(opened, tmp_path, 2.0, mirrored=True, flip=0.5, shift=0.5)
+    assert errors["flip"] < 1e-3  # of float16
+    assert errors["shift"] > 0.05

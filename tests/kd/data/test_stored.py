@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,19 @@ def test_sources_undo_what_happens_to_boxes(plan: Plan, x: float, y: float) -> N
     back = plan.sources(SIZE) @ np.array([*((moved[:2] + moved[2:]) / 2).tolist(), 1.0])
     # torchvision turns about the middle and rounds corners of turned boxes to float32.
     assert back == pytest.approx([x, y], abs=0.02)
+
+
+@given(plans(), st.floats(0, 64), st.floats(0, 48))
+@settings(max_examples=40, deadline=None)
+def test_a_plan_of_the_mirrored_picture_leads_to_the_same_place(
+    plan: Plan, x: float, y: float
+) -> None:
+    flipped = dataclasses.replace(plan, flip=True)
+    from_plain = flipped.sources(SIZE) @ np.array([x, y, 1.0])
+    mirrored = flipped.of_mirrored(SIZE)
+    assert not mirrored.flip
+    from_mirrored = mirrored.sources(SIZE) @ np.array([x, y, 1.0])
+    assert [SIZE[1] - from_plain[0], from_plain[1]] == pytest.approx(from_mirrored.tolist())
 
 
 def smooth(size: tuple[int, int]) -> Tensor:
