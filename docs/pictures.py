@@ -34,7 +34,7 @@ from kd.losses import anchor_grid, imitation_mask, pair_wise
 from kd.nn.trunk import Trunk, build_trunk
 from kd.report.figures import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
 
-HERE = Path(__file__).resolve().parent / "pictures"
+HERE = Path(__file__).resolve().parent / "images"
 Array = NDArray[Any]
 MASKED, AFFINITY, JUDGED = 196393, 565778, (785, 377575, 261888)
 COLOURS = ("#F0E442", SKY, PURPLE, GREEN)
