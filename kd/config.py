@@ -160,7 +160,14 @@ class Weighted(Section):
 
     name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
     until: Share = Field(1.0, description="share of training at which the ramp or the term ends")
+    until_step: Count | None = Field(None, description="the same as a number of steps")
     start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Weighted:
+        if self.until_step is not None and "until" in self.model_fields_set and self.until != 1.0:
+            raise ValueError("until and until_step: give one of them")
+        return self
 
 
 class Term(Section):

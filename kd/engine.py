@@ -189,7 +189,7 @@ def _advance(
     """Take one of all the steps; the place in training moves on."""
     place, device = training.progress, training.accelerator.device
     batches = [to_device(b, device, channels_last=training.channels_last) for b in group]
-    weights = objective.weights_at(place.step / max(steps - 1, 1))
+    weights = objective.weights_at(place.step / max(steps - 1, 1), place.step)
     result = train_step(training, batches, objective, weights)
     place.step += 1
     place.batch += len(group)

@@ -89,14 +89,15 @@ class Term:
     ramp: Ramp = "constant"
     until: float = 1.0
     start: float = 0.0
+    until_step: int | None = None
 
-    def weight_at(self, progress: float) -> float:
-        """The weight at a share 0..1 of training."""
+    def weight_at(self, progress: float, step: int = 0) -> float:
+        """The weight at a share 0..1 of training, the number of steps taken so far."""
+        way = progress / self.until if self.until_step is None else step / self.until_step
         if self.ramp == "off_after":
-            return self.weight if progress < self.until else 0.0
-        if self.ramp == "constant" or progress >= self.until:
+            return self.weight if way < 1.0 else 0.0
+        if self.ramp == "constant" or way >= 1.0:
             return self.weight
-        way = progress / self.until
         if self.ramp == "cosine":
             way = 0.5 - 0.5 * math.cos(math.pi * way)
         return self.weight * (self.start + (1.0 - self.start) * way)
@@ -113,6 +114,7 @@ def build_term(
     ramp: Ramp = "constant",
     until: float = 1.0,
     start: float = 0.0,
+    until_step: int | None = None,
 ) -> Term:
     """A term by name; its options are the loss's keyword-only parameters, `label` names its curve.
 
@@ -134,7 +136,8 @@ def build_term(
     if student is None or teacher is None:
         raise UserError(f"losses: {name}: name the layers: student: ..., teacher: ...")
     function = functools.partial(kind.function, **options)
-    return Term(label or name, kind, function, student, teacher, weight, ramp, until, start)
+    return Term(label or name, kind, function, student, teacher, weight, ramp, until, start,
+                until_step)  # fmt: skip
 
 
 def distillation_losses(

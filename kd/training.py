@@ -84,9 +84,9 @@ class Objective:
     soft_targets: SoftTargetSource | None = None
     watched: bool = False
 
-    def weights_at(self, progress: float) -> dict[str, float]:
-        """Weights of all losses at a share 0..1 of training."""
-        own = {t.name: 0.0 if self.watched else t.weight_at(progress) for t in self.terms}
+    def weights_at(self, progress: float, step: int = 0) -> dict[str, float]:
+        """Weights of all losses at a share 0..1 of training, the number of steps taken so far."""
+        own = {t.name: 0.0 if self.watched else t.weight_at(progress, step) for t in self.terms}
         return {**self.weights, **own}
 
     @property

@@ -27,6 +27,7 @@ def build_terms(terms: Sequence[Term]) -> list[BuiltTerm]:
             term.name, weight=term.weight, label=term.label, student=term.student,
             teacher=term.teacher, options=term.options, ramp=term.schedule.name,
             until=term.schedule.until, start=term.schedule.start,
+            until_step=term.schedule.until_step,
         )
         for term in terms
     ]  # fmt: skip

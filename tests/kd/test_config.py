@@ -16,6 +16,7 @@ from kd.config import (
     Schedule,
     TeacherRecipe,
     Train,
+    Weighted,
 )
 from kd.config_schema import file_schema
 
@@ -124,6 +125,12 @@ def test_the_schema_in_configs_is_current(name: str, model: type[BaseModel]) -> 
     assert written == file_schema(model), (
         f"write it anew: python -m kd.{command} --schema > configs/schema/{name}.json"
     )
+
+
+def test_a_weights_end_is_a_share_or_a_step_not_both() -> None:
+    assert Weighted(name="off_after", until_step=500).until_step == 500
+    with pytest.raises(ValidationError, match="until and until_step: give one of them"):
+        Weighted(name="off_after", until=0.5, until_step=500)
 
 
 def test_the_file_schema_lets_a_file_say_less_and_still_knows_every_key() -> None:

@@ -131,6 +131,13 @@ def test_a_weight_runs_over_training(
     assert weights == pytest.approx(expected)
 
 
+def test_a_weight_may_run_over_a_number_of_steps() -> None:
+    off = build_term("direct", weight=2.0, ramp="off_after", until_step=3)
+    assert [off.weight_at(step / 9, step) for step in range(5)] == [2.0, 2.0, 2.0, 0.0, 0.0]
+    rise = build_term("direct", weight=2.0, ramp="linear", until_step=4)
+    assert [rise.weight_at(0.9, step) for step in (0, 1, 4, 9)] == [0.0, 0.5, 2.0, 2.0]
+
+
 def test_the_total_is_each_loss_by_its_weight_and_its_units_scale() -> None:
     first, second = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
     losses = {"a": Mean(first, "labelled"), "b": Mean(second, "hidden")}
