@@ -24,10 +24,21 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from kd import distill
+from kd import distill, teacher_cache
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_dataset, make_loader, open_data
-from kd.config import Critic, Data, Generate, Optimizer, Schedule, Split, Train
+from kd.config import (
+    Critic,
+    Data,
+    Generate,
+    Model,
+    Optimizer,
+    Schedule,
+    Split,
+    TaskSection,
+    TeacherRecipe,
+    Train,
+)
 from kd.engine import evaluate, to_device, train_step
 from kd.launch import open_run, start_training
 from kd.metrics.top_n import TopN
@@ -37,6 +48,7 @@ from kd.report.runs import read_distill, read_scalars
 from kd.soft_targets import LiveTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
+from kd.teacher_runs import TrainedTeacher
 from kd.training import Objective, Training
 from teachers.cnn import cnn
 
@@ -215,6 +227,41 @@ def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(
         if accumulate > 1 and name.startswith("critic."):
             continue  # power iteration advances with each micro-batch
         torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def _keep(root: Path, out: Path) -> None:
+    """A cache of small shards, each made by one of the ranks."""
+    teacher_cache.MOST_IMAGES = 5
+    accelerator, data = make_accelerator("fp32"), open_data(_section(root))
+    torch.manual_seed(4)
+    recipe = TeacherRecipe(
+        data=data.section,
+        task=TaskSection(name="context", weights={"cross_entropy": 1.0}),
+        teacher=Model(name="cnn"),
+    )
+    model = cnn(data.num_classes, width=4, downs=3, hidden=8).eval()
+    teacher = TrainedTeacher(out, recipe, model, Context(num_classes=data.num_classes))
+    kept = teacher_cache.open_cache(
+        teacher, data, accelerator, teacher_cache.Wanted(outputs=("posterior", "features.3"))
+    )
+    for output in kept.values():  # every rank reads what both have written
+        assert output.store.ids().tolist() == sorted(data.train.object_ids.tolist())
+
+
+def test_two_ranks_keep_what_one_does(small_scenes: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_cache, "MOST_IMAGES", 5)
+        _keep(small_scenes, tmp_path / "one")
+    assert in_two_processes(functools.partial(_keep, small_scenes, tmp_path / "two"), tmp_path) == [
+        0,
+        0,
+    ]
+    shards = [
+        sorted(str(file.relative_to(side)) for file in side.rglob("*.safetensors"))
+        for side in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert len(shards[0]) == 2 * 5
+    assert shards[0] == shards[1]  # their names have the checksums of their contents
 
 
 class Counted(nn.Module):
