@@ -27,10 +27,11 @@ from kd.data.loader import SceneLoader
 from kd.data.stored import StoredField
 from kd.engine import to_device, train_step
 from kd.launch import start_training
+from kd.objective import POSTERIOR
 from kd.soft_targets import StoredPosteriors, StoredTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
-from kd.teacher_cache import POSTERIOR, Wanted, open_cache
+from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher
 from kd.training import Objective
 from kd.wiring import adapt_student, build_terms

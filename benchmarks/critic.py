@@ -2,8 +2,8 @@
 
 A small student at random weights learns from a teacher on ImageNet's MobileNetV2: cross-entropy +
 10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay, the critic as kd.config
-has it; the student's gradient is not clipped. Pictures are squares of 128 pixels of coco_mini, score maps have
-32 x 32 places and 13 classes: COCO's twelve groups and the background.
+has it; the student's gradient is not clipped. Pictures are squares of 128 pixels of coco_mini,
+score maps have 32 x 32 places and 13 classes: COCO's twelve groups and the background.
 
     KD_DATA=DATA python benchmarks/critic.py --out DIR [--steps 2000]
     KD_DATA=DATA python benchmarks/critic.py --out DIR --stress [--steps 300]

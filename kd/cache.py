@@ -17,7 +17,8 @@ from kd.cli import run_command, set_up_logging
 from kd.config_reader import data_config
 from kd.equivariance import moved_map_errors
 from kd.errors import at_least
-from kd.teacher_cache import POSTERIOR, Wanted, open_cache
+from kd.objective import POSTERIOR
+from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import load_teacher
 
 

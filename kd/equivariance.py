@@ -21,7 +21,7 @@ from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import build_augment
 from kd.engine import to_device
 from kd.errors import UserError
-from kd.objective import TEACHER_OUTPUTS
+from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.soft_targets import LiveTeacher
 from kd.teacher_runs import TrainedTeacher
 
@@ -41,10 +41,11 @@ def moved_map_errors(
 
     Returns:
         By output and move: the norm of the difference over the norm of the live maps, on a few
-        train pictures that are all moved. Outputs without places are left out.
+        train pictures that are all moved. What has no places of its own is compared as it is;
+        posteriors, which belong to the object, are left out.
     """
     augment = build_augment(data.section.augment)
-    maps = {name: one for name, one in kept.items() if _has_places(one)}
+    maps = {name: one for name, one in kept.items() if name != POSTERIOR}
     errors: dict[str, dict[str, float]] = {name: {} for name in maps}
     if augment is None or not maps:
         return errors
@@ -58,6 +59,8 @@ def moved_map_errors(
                 given = live(to_device(batch, accelerator.device, channels_last=False))
             for name, one in maps.items():
                 there = given[name].cpu()
+                if "indices" in one.store.fields:  # kept as log-probabilities
+                    there = there.log_softmax(dim=1)
                 away = batch[f"{PREFIX}{one.name}"].float() - there
                 errors[name][move] = float(away.norm() / there.norm().clamp(min=1e-12))
     return errors
@@ -90,16 +93,12 @@ def check_moved_maps(
             _log.info("stored maps of %s, moved with the picture, are off by %s", name, said)
 
 
-def _has_places(output: StoredField) -> bool:
-    return len(output.shape) == 3
-
-
 def _moved(
     teacher: TrainedTeacher, data: OpenData, maps: list[StoredField], augment: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """A batch of train pictures after one move, the stored maps with them."""
     shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
-    section = data.section.model_copy(update={**shown, "augment": augment})
+    section = data.section.model_copy(update={**shown, "augment": augment, "partial": None})
     dataset = make_dataset(
         replace(data, section=section), "train", train=True, mode="one", stored=maps
     )

@@ -73,7 +73,8 @@ TERMS = {
 # Outputs with a row for each hidden object; any other name is that of a layer.
 ROWS = ("logits", "context", "appearance")
 # What a teacher gives beside its layers.
-TEACHER_OUTPUTS = ("posterior", "logits", "dense")
+POSTERIOR = "posterior"
+TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense")
 
 
 @dataclass(frozen=True)

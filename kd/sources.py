@@ -14,7 +14,7 @@ from kd.config import DistillRecipe, TeacherReference
 from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
-from kd.objective import Term
+from kd.objective import POSTERIOR, Term
 from kd.soft_targets import (
     LiveTeacher,
     SoftTargetSource,
@@ -22,7 +22,7 @@ from kd.soft_targets import (
     StoredTeacher,
     Teachers,
 )
-from kd.teacher_cache import POSTERIOR, Wanted, open_cache
+from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher
 from kd.wiring import layers_among, outputs_by_teacher
 

@@ -30,7 +30,7 @@ from kd.data.store import Store
 from kd.data.stored import StoredField
 from kd.engine import to_device
 from kd.nn.weights import weights_hash
-from kd.objective import TEACHER_OUTPUTS
+from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher
@@ -38,7 +38,6 @@ from kd.teacher_runs import TrainedTeacher, fold_models
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
-POSTERIOR = "posterior"
 IMAGES_A_BATCH = 16
 SHARD_BYTES = 64 << 20
 MOST_IMAGES = 4096

@@ -1,11 +1,10 @@
-"""One safetensors file read row by row, by its offsets: mapped where local, in ranges elsewhere."""
+"""One safetensors file read row by row, by its offsets; nothing of it stays open between reads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -48,7 +47,6 @@ class Shard:
 
     def __init__(self, url: str, path: str, *, local: bool) -> None:
         self._url, self._path, self._local = url, path, local
-        self._map: NDArray[np.uint8] | None = None
         head = self._bytes(0, _FIRST_READ)
         length = int.from_bytes(head[:8], "little")
         if length > 100_000_000:
@@ -89,20 +87,20 @@ class Shard:
             out[name][place] = np.frombuffer(raw, field.dtype).reshape(field.shape)
 
     def _ranges(self, starts: list[int], ends: list[int]) -> list[Any]:
-        if self._local:
-            return [self._bytes(start, end) for start, end in zip(starts, ends, strict=True)]
-        files = fsspec.url_to_fs(self._url)[0]
-        found: list[Any] = files.cat_ranges([self._path] * len(starts), starts, ends)
-        return found
+        if not self._local:
+            files = fsspec.url_to_fs(self._url)[0]
+            paths = [self._path] * len(starts)
+            found: list[Any] = files.cat_ranges(paths, starts, ends, on_error="raise")
+            return found
+        parts = []
+        with open(self._path, "rb", buffering=0) as file:
+            for start, end in zip(starts, ends, strict=True):
+                file.seek(start)
+                parts.append(file.read(end - start))
+        return parts
 
     def _bytes(self, start: int, end: int) -> Any:
-        if not self._local:
-            return fsspec.url_to_fs(self._url)[0].cat_file(self._path, start=start, end=end)
-        if self._map is None:
-            if not Path(self._path).stat().st_size:
-                raise ValueError(f"{self._path}: empty")
-            self._map = np.memmap(self._path, np.uint8, "r")
-        return self._map[start:end].data
+        return self._ranges([start], [end])[0]
 
 
 def _field(entry: Mapping[str, Any], start: int) -> Field:

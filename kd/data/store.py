@@ -9,6 +9,7 @@ measurements by which the format was chosen.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -29,8 +30,9 @@ from kd.files import write_whole
 
 FORMAT = "kd-cache-1"
 IDS = "ids"
+_MARKS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "created")
 _MANIFEST, _VERIFIED = "manifest.json", "verified.json"
-_NAME = re.compile(r"(\d{5})-([0-9a-f]{16})\.safetensors")
+_NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class Store:
@@ -75,18 +77,24 @@ class Store:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.url}/{_MANIFEST}: cannot be read: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != FORMAT
+            or "about" not in content
+        ):
             raise UserError(f"{self.url}: not a cache of this version of kd ({FORMAT})")
         return content
 
     def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
-        """Start a store.
+        """Start a store; shards that a deleted one left behind are no part of it.
 
         Args:
             about: What the records follow from; another is refused later.
             shards: How many there will be.
             notes: Anything else to keep.
         """
+        for name in self._names():
+            self._remove(name)
         content = {"format": FORMAT, "about": dict(about), "shards": shards, **notes}
         self._write(_MANIFEST, json.dumps(content, indent=1).encode())
 
@@ -111,12 +119,17 @@ class Store:
 
     def present(self) -> dict[int, str]:
         """The shards that are there: number to file name."""
+        return {int(name.partition("-")[0]): name for name in self._names()}
+
+    def _names(self) -> list[str]:
+        """All shard files, more than one of a number where two runs made it at once."""
+        files = self._files
+        files.invalidate_cache(self._root)  # other processes write here too
         try:
-            names = [str(name).rsplit("/", 1)[-1] for name in self._files.ls(self._root, False)]
+            names = [str(name).rsplit("/", 1)[-1] for name in files.ls(self._root, False)]
         except FileNotFoundError:
-            return {}
-        matches = [match for name in sorted(names) if (match := _NAME.fullmatch(name))]
-        return {int(match[1]): match[0] for match in matches}
+            return []
+        return sorted(name for name in names if _NAME.fullmatch(name))
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are still to be made."""
@@ -139,41 +152,51 @@ class Store:
     def remove_damaged(self) -> list[str]:
         """Check every shard's content against its name and remove those that do not agree.
 
-        Shards of a local folder that were checked once and have not changed since (size, time) are
-        not read again.
+        Shards that were checked once and have not changed since (size and time, or what else the
+        file system tells them apart by) are not read again.
 
         Returns:
             Names of the removed shards.
         """
         known, seen, damaged = self._verified(), {}, []
-        for name in self.present().values():
+        for name in self._names():
             stamp = self._stamp(name)
             if stamp is None or known.get(name) != stamp:
                 content = self._files.cat_file(self._path(name))
                 if _checksum(content) not in name:
                     damaged.append(name)
-                    self._files.rm_file(self._path(name))
+                    self._remove(name)
                     continue
             seen[name] = stamp
-        if self._local and (damaged or seen != known):
-            self._write(_VERIFIED, json.dumps(seen).encode())
+        if damaged or seen != known:
+            with contextlib.suppress(UserError):  # a place that is only read needs no notes
+                self._write(_VERIFIED, json.dumps(seen).encode())
         self._shards = None if damaged else self._shards
         return damaged
 
+    def _remove(self, name: str) -> None:
+        try:
+            self._files.rm_file(self._path(name))
+        except OSError as error:
+            raise UserError(
+                f"{self.url}/{name}: damaged, and cannot be removed: {error}"
+            ) from error
+
     def _verified(self) -> dict[str, Any]:
-        if not self._local:
-            return {}
         try:
             content = json.loads(self._files.cat_file(self._path(_VERIFIED)))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _stamp(self, name: str) -> list[int] | None:
-        if not self._local:
-            return None
-        status = Path(self._path(name)).stat()
-        return [status.st_size, status.st_mtime_ns]
+    def _stamp(self, name: str) -> list[int | str] | None:
+        """What changes with the file, None where the file system says nothing of the kind."""
+        if self._local:
+            status = Path(self._path(name)).stat()
+            return [status.st_size, status.st_mtime_ns]
+        about = self._files.info(self._path(name))
+        marks = [str(about[key]) for key in _MARKS if about.get(key)]
+        return [int(about["size"]), *marks] if marks else None
 
     def _write(self, name: str, content: bytes) -> None:
         if self._local:
@@ -243,7 +266,10 @@ class Store:
         }
         for owner in np.unique(owners):
             here = np.flatnonzero(owners == owner)
-            shards[owner].read_into(found, here, rows[here] - self._first[owner])
+            try:
+                shards[owner].read_into(found, here, rows[here] - self._first[owner])
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"{self.url}: a shard that cannot be read: {error}") from error
         return found
 
     def _open(self) -> list[Shard]:
