@@ -38,7 +38,7 @@ from kd.wiring import adapt_student, build_terms
 from students.classifiers import build_student
 from teachers.cnn import cnn
 
-GOAL, BATCH, LAYER, SEEN = 1.10, 32, "features.3", "trunk.trunk.layer3"
+GOAL, BATCH, LAYER, SEEN = 1.10, 32, "features.4", "trunk.trunk.layer3"
 
 
 def section(folder: Path, images: int, workers: int) -> Data:

@@ -30,8 +30,9 @@ from kd.data.dataset import SceneDataset
 from kd.data.splits import labelled_images
 from kd.engine import evaluating, forward_losses, to_device
 from kd.errors import UserError
+from kd.features import FeatureTaps
 from kd.launch import open_run
-from kd.objective import Term, check_weights
+from kd.objective import ROWS, SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
@@ -75,6 +76,7 @@ class Distillation:
         self.sources: Sources | None = None
         self._check_terms()
         if any(arm in TAUGHT for arm in self.recipe.arms):
+            self._check_layers()
             self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
 
     def _check_terms(self) -> None:
@@ -86,6 +88,22 @@ class Distillation:
         if maps and "shuffled" in recipe.arms:
             named = ", ".join(maps)
             raise UserError(f"arms: shuffled is the control of posteriors, not of {named}")
+
+        if recipe.soft_targets.top_k and stored:  # kept as log-probabilities
+            for term in self.terms:
+                output = term.teacher.rpartition(".")[2]
+                if output in TEACHER_OUTPUTS and term.kind.function not in SOFTMAXED:
+                    raise UserError(
+                        f"losses: {term.name}: soft_targets.top_k keeps {output} as probabilities, "
+                        "which this loss does not compare; 0 keeps all as they are"
+                    )
+
+    def _check_layers(self) -> None:
+        """A mistyped layer of the student, before a teacher works for hours."""
+        layers = [t.student for t in self.terms if t.kind.maps and t.student not in ROWS]
+        if layers and "distilled" in self.recipe.arms:
+            student = build_student(self.recipe.student, self.data.prior())
+            FeatureTaps(student, layers).remove()
 
     def check(self) -> None:
         """Build every arm and compute its losses on two images, so that no arm fails after others.

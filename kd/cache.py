@@ -1,13 +1,13 @@
 """Compute a teacher's outputs ahead of training: `python -m kd.cache --teacher RUN --data coco`.
 
 `kd.distill` does this by itself where they are missing; this command does it on another day, or on
-the machine that has the GPU. Interrupted, it goes on where it stopped; a damaged shard is found by
-its checksum and made anew.
+the machine that has the GPU. Interrupted, it goes on; a damaged shard is found and made anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from kd.build import make_accelerator, open_data
 from kd.cli import run_command, set_up_logging
 from kd.config_reader import data_config
 from kd.equivariance import moved_map_errors
-from kd.errors import at_least
+from kd.errors import UserError, at_least
 from kd.objective import POSTERIOR
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import load_teacher
@@ -25,12 +25,15 @@ from kd.teacher_runs import load_teacher
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute and store outputs for every object of a split."""
     args = _parser().parse_args(argv)
+    if args.only_layers and not args.layers:
+        raise UserError("--only-layers: name them with --layers")
     at_least("kd.cache", **{"--top-k": (args.top_k, 0)})
     accelerator = make_accelerator(args.precision)
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
         data = open_data(data_config(args.data, args.settings))
     teacher = load_teacher(args.teacher, data.num_classes)
+    teacher.model.to(accelerator.device)
     wanted = Wanted(
         outputs=tuple(dict.fromkeys([*([] if args.only_layers else [POSTERIOR]), *args.layers])),
         split=args.split,
@@ -41,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         location=args.out,
     )
     kept = open_cache(teacher, data, accelerator, wanted)
-    errors = {}
-    if args.split == "train":
-        errors = moved_map_errors(teacher, data, kept, accelerator)
+    train = args.split == "train"
+    errors = moved_map_errors(teacher, data, kept, accelerator) if train else {}
     if accelerator.is_main_process:
         images = len(getattr(data, args.split))
         for name, output in kept.items():
@@ -54,8 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for move, error in errors.get(name, {}).items():
                 sys.stdout.write(f"  moved with the picture: {move} is off by {error:.1%}\n")
+        sys.stdout.write(f"kd.distill reads it with: {_settings(wanted)}\n")
     accelerator.end_training()
     return 0
+
+
+def _settings(wanted: Wanted) -> str:
+    """What a recipe must say to mean this cache."""
+    names = ("out_of_fold", "dtype", "top_k", "mirrored")
+    said = {**{name: getattr(wanted, name) for name in names}, "cache": wanted.location}
+    return " ".join(f"--set soft_targets.{name}={json.dumps(said[name])}" for name in said)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], dest="settings",
                         metavar="data.a=value", help="change a value of the data set")  # fmt: skip
     parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--layers", nargs="+", default=[], metavar="LAYER",
+    parser.add_argument("--layers", nargs="+", default=[], metavar="LAYER", action="extend",
                         help="also these layers' features, or logits")  # fmt: skip
     parser.add_argument("--only-layers", action="store_true", help="no posteriors")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")

@@ -30,7 +30,7 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: {line}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; go on with --resume\n")
+        sys.stderr.write("interrupted; started again it goes on, training with --resume\n")
         return 130
     except BrokenPipeError:  # `| head` has seen enough; Python must not complain when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -165,8 +165,10 @@ class Weighted(Section):
 
     @model_validator(mode="after")
     def _one_end(self) -> Weighted:
-        if self.until_step is not None and "until" in self.model_fields_set and self.until != 1.0:
+        if self.until_step is not None and self.until != 1.0:
             raise ValueError("until and until_step: give one of them")
+        if self.name == "off_after" and self.until_step is None and self.until == 1.0:
+            raise ValueError("off_after: say when, by until (a share) or until_step")
         return self
 
 
@@ -221,7 +223,7 @@ class TaskSection(Section):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
-    weights: dict[str, NotNegative]
+    weights: dict[str, Positive]
 
 
 class TeacherReference(Section):

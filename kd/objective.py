@@ -70,6 +70,8 @@ TERMS = {
 }
 
 
+# What takes a softmax of what it compares, so that logits and log-probabilities are one to it.
+SOFTMAXED = (kl_logits, decoupled, pixel_wise, Adversary)
 # Outputs with a row for each hidden object; any other name is that of a layer.
 ROWS = ("logits", "context", "appearance")
 # What a teacher gives beside its layers.

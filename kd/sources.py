@@ -14,6 +14,7 @@ from kd.config import DistillRecipe, TeacherReference
 from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
+from kd.features import FeatureTaps
 from kd.objective import POSTERIOR, Term
 from kd.soft_targets import (
     LiveTeacher,
@@ -85,22 +86,25 @@ def open_sources(
     """
     references: dict[str, TeacherReference] = {"": recipe.teacher, **recipe.more_teachers}
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
-    sources: Sources | None = None
-    for name, reference in references.items():
-        teacher = load_teacher(find_teacher(reference, recipe.data.name), data.num_classes)
+    teachers = {
+        name: load_teacher(find_teacher(reference, recipe.data.name), data.num_classes)
+        for name, reference in references.items()
+    }
+    for name, teacher in teachers.items():  # all of them, before one of them works for hours
+        FeatureTaps(teacher.model, layers_among(outputs[name])).remove()
         teacher.model.to(accelerator.device)
-        sources = sources or Sources(teacher)
-        sources.weights.append(reference.weight)
+    sources = Sources(teachers[""], [reference.weight for reference in references.values()])
+    for name, teacher in teachers.items():
         if recipe.soft_targets.kind == "live":
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
             continue
         kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
-        sources.posteriors[name] = StoredPosteriors.read(kept.pop(POSTERIOR)).balanced(
-            recipe.soft_targets.balance
-        )
+        posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
+        # On a GPU a look-up does not check: here is the place, before anything trains.
+        posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
+        sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
         sources.maps[name] = kept
         check_moved_maps(teacher, data, kept, accelerator, limit=recipe.soft_targets.moved_error)
-    assert sources is not None
     return sources
 
 
@@ -128,10 +132,6 @@ def _kept(
         location=location,
     )  # fmt: skip
     found = open_cache(teacher, data, accelerator, wanted)
-    # On a GPU a look-up does not check: here is the place, before anything trains.
-    StoredPosteriors.read(found[POSTERIOR]).check_covers(
-        torch.from_numpy(data.train.object_ids.astype(np.int64))
-    )
     return {
         output: StoredField(kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX),
                             channels=kept.channels)

@@ -10,13 +10,17 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from kd.build import OpenData, make_dataset
@@ -29,6 +33,7 @@ from kd.data.splits import fold_of
 from kd.data.store import Store
 from kd.data.stored import StoredField
 from kd.engine import to_device
+from kd.errors import UserError
 from kd.nn.weights import weights_hash
 from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.progress import ProgressBar
@@ -41,6 +46,7 @@ _log = logging.getLogger("kd")
 IMAGES_A_BATCH = 16
 SHARD_BYTES = 64 << 20
 MOST_IMAGES = 4096
+PICTURES_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +117,11 @@ class _Cache:
     def open(self, outputs: Sequence[str]) -> dict[str, StoredField]:
         """The outputs, complete."""
         stores = {name: Store(self._place(name)) for name in outputs}
-        if self.accelerator.is_main_process:
-            for name, store in stores.items():
-                self._prepare(name, store)
-        self.accelerator.wait_for_everyone()
-        self._fill(stores)
-        self.accelerator.wait_for_everyone()
+        with _together():
+            if self.accelerator.is_main_process:
+                self._prepare(stores)
+        with _together():
+            self._fill(stores)
         return {
             name: StoredField(store, name, channels=self.data.num_classes)
             for name, store in stores.items()
@@ -128,16 +133,31 @@ class _Cache:
         hashes = "".join(weights_hash(model, str(model)) for model in self.models)
         top_k = self.wanted.top_k if output in TEACHER_OUTPUTS else 0
         return {
+            "out_of_fold": len(self.models) > 1,
             "teacher": hashlib.sha256(hashes.encode()).hexdigest()[:16],
             "output": output,
             "data": self.index.fingerprint,
             "split": self.wanted.split,
+            "pictures": self._pictures,
             "transform": f"size {section.size}, {section.shape}, rescaled and padded",
-            "out_of_fold": len(self.models) > 1,
+            "precision": "bf16" if self._autocast else "fp32",
             "dtype": self.wanted.dtype,
             "top_k": top_k,
             "mirrored": self.mirrored(output),
         }
+
+    @property
+    def _autocast(self) -> bool:
+        return bool(self.accelerator.mixed_precision == "bf16")
+
+    @cached_property
+    def _pictures(self) -> str:
+        """A hash of the names and sizes of the picture files: of some of very many."""
+        images = self.dataset.images
+        some = images[:: max(1, len(images) // PICTURES_LOOKED_AT)]
+        paths = [self.dataset.picture(int(image))[0] for image in some]
+        text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def mirrored(self, output: str) -> bool:
         """Whether the mirrored picture's is kept too."""
@@ -145,41 +165,55 @@ class _Cache:
 
     def _place(self, output: str) -> str:
         """Where it is kept: told apart by its key where nobody named the place."""
-        name = f"{self.data.section.name}-{self.wanted.split}-{output.replace('/', '_')}"
+        name = f"{self.data.section.name}-{self.wanted.split}-{output}"
+        name = re.sub(r"[^\w.-]+", "_", name).lstrip(".")
         if self.wanted.location is not None:
             return f"{self.wanted.location.rstrip('/')}/{name}"
         text = json.dumps(self.about(output), sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         return str(self.teacher.folder / "cache" / f"{name}-{key}")
 
-    def _prepare(self, output: str, store: Store) -> None:
+    def _prepare(self, stores: Mapping[str, Store]) -> None:
         """Refuse what does not belong here, remove what is damaged, start what is new."""
-        if store.manifest() is not None:
+        new = []
+        for output, store in stores.items():
+            if store.manifest() is None:
+                new.append(output)
+                continue
             store.check_about(self.about(output))
             for name in store.remove_damaged():
                 _log.warning("%s/%s: damaged; it is made anew", store.url, name)
+        if not new:
             return
-        with LiveTeacher(self.models[0], self.teacher.task, layers_among([output])) as live:
-            batch = collate([self.dataset[0, 0]])
-            device = self.accelerator.device
+        # Outputs of one pass have the same images in a shard, so that processes can share them out.
+        each = min(MOST_IMAGES, max(1, int(SHARD_BYTES / max(self._image_bytes(stores, new)))))
+        shards = sum(math.ceil(len(part) / each) for part in self.images)
+        for output in new:
+            stores[output].create(self.about(output), shards, images_per_shard=each)
+            _log.info("%s of %s is computed once, then kept in %s", output, self.teacher.folder,
+                      stores[output].url)  # fmt: skip
+
+    def _image_bytes(self, stores: Mapping[str, Store], outputs: Sequence[str]) -> list[float]:
+        """Bytes that an image takes on average, of each output; found on one image."""
+        device = self.accelerator.device
+        with LiveTeacher(self.models[0], self.teacher.task, layers_among(outputs)) as live:
             self.models[0].to(device)
             with torch.no_grad():
-                given = live(to_device(batch, device, channels_last=False))
-        writer = ShardWriter(output, store, self.wanted.dtype, self.about(output)["top_k"])
-        sides = 2 if self.mirrored(output) else 1
-        bytes_each = sides * writer.record_bytes(given) * len(self.index.labels) / len(self.index)
-        each = max(1, min(MOST_IMAGES, int(SHARD_BYTES / bytes_each)))
-        shards = sum(math.ceil(len(part) / each) for part in self.images)
-        store.create(self.about(output), shards, images_per_shard=each)
-        _log.info("%s of %s is computed once, then kept in %s", output, self.teacher.folder,
-                  store.url)  # fmt: skip
+                given = live(to_device(collate([self.dataset[0, 0]]), device, channels_last=False))
+        objects = len(self.index.labels) / len(self.index)
+        each = [self._writer(name, stores[name]).record_bytes(given) for name in outputs]
+        sides = [2 if self.mirrored(name) else 1 for name in outputs]
+        return [objects * count * size for count, size in zip(sides, each, strict=True)]
+
+    def _writer(self, output: str, store: Store) -> ShardWriter:
+        return ShardWriter(output, store, self.wanted.dtype, self.about(output)["top_k"])
 
     def _fill(self, stores: dict[str, Store]) -> None:
         """Compute this process's part of the shards that lack."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         writers = []
         for name, store in stores.items():
-            writer = ShardWriter(name, store, self.wanted.dtype, self.about(name)["top_k"])
+            writer = self._writer(name, store)
             lacking = [number for number in store.missing() if number % world == rank]
             writer.expect(self.images, lacking)
             writers.append(writer)
@@ -211,10 +245,11 @@ class _Cache:
             workers=self.data.section.workers,
         )
         loader.set_epoch(0)
-        autocast = self.accelerator.mixed_precision == "bf16"
         layers = layers_among([writer.name for writer in writers])
         both = any(self.mirrored(writer.name) for writer in writers)
-        with LiveTeacher(model.to(device), self.teacher.task, layers, autocast=autocast) as live:
+        with LiveTeacher(
+            model.to(device), self.teacher.task, layers, autocast=self._autocast
+        ) as live:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
@@ -228,3 +263,20 @@ class _Cache:
 
     def _dataset(self, only: NDArray[np.int64] | None) -> SceneDataset:
         return make_dataset(self.data, self.wanted.split, train=False, only=only)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """All processes wait for each other at the end; what one of them says, all raise.
+
+    Raises:
+        UserError: On all processes, the first one's.
+    """
+    said: list[str] = []
+    try:
+        yield
+    except UserError as error:
+        said = [str(error)]
+    every = gather_object(said)
+    if every:
+        raise UserError(every[0])

@@ -45,6 +45,11 @@ def outputs_by_teacher(
     outputs: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
     for term in terms:
         first, _, rest = term.teacher.partition(".")
+        if first == MEAN and rest not in ("posterior", "logits"):
+            raise UserError(
+                f"losses: {term.name}: teachers are averaged in {MEAN}.posterior and {MEAN}.logits "
+                f"alone, not in {term.teacher!r}"
+            )
         whose, output = (first, rest) if first in teachers else ("", term.teacher)
         readers = outputs if first == MEAN else [whose]
         for reader in readers:

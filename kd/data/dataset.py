@@ -189,12 +189,16 @@ class SceneDataset(Dataset[Sample]):
             )
         return images
 
-    def _read(self, image: int) -> Tensor:
+    def picture(self, image: int) -> tuple[Path, tuple[int, int]]:
+        """The file of an image of the index, prepared or not, and its height and width."""
         stored = (int(self.index.heights[image]), int(self.index.widths[image]))
-        path, expected = self.index.path(image), stored
-        if self.prepared is not None:
-            path = self.prepared.path(self.index.file_name(image))
-            expected = self.prepared.image_size(*stored)
+        if self.prepared is None:
+            return self.index.path(image), stored
+        path = self.prepared.path(self.index.file_name(image))
+        return path, self.prepared.image_size(*stored)
+
+    def _read(self, image: int) -> Tensor:
+        path, expected = self.picture(image)
         return read_image(path, self.size, expected=expected)
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:

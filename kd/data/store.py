@@ -77,13 +77,10 @@ class Store:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.url}/{_MANIFEST}: cannot be read: {error}") from error
-        if (
-            not isinstance(content, dict)
-            or content.get("format") != FORMAT
-            or "about" not in content
-        ):
+        sound = isinstance(content, dict) and {"about", "shards"} <= content.keys()
+        if not sound or content.get("format") != FORMAT:
             raise UserError(f"{self.url}: not a cache of this version of kd ({FORMAT})")
-        return content
+        return dict(content)
 
     def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
         """Start a store; shards that a deleted one left behind are no part of it.
@@ -113,8 +110,8 @@ class Store:
         ]
         if odd:
             raise UserError(
-                f"{self.url}: a cache of something else: {'; '.join(odd)}. Delete the folder and "
-                "it is made anew, or name another one"
+                f"{self.url}: a cache of something else: {'; '.join(odd)}. Ask for what is there, "
+                "delete the folder and it is made anew, or name another one"
             )
 
     def present(self) -> dict[int, str]:
@@ -178,9 +175,7 @@ class Store:
         try:
             self._files.rm_file(self._path(name))
         except OSError as error:
-            raise UserError(
-                f"{self.url}/{name}: damaged, and cannot be removed: {error}"
-            ) from error
+            raise UserError(f"{self.url}/{name}: cannot be removed: {error}") from error
 
     def _verified(self) -> dict[str, Any]:
         try:

@@ -56,8 +56,14 @@ class Borrowed(nn.Module):
         wide = wide_type(student, teacher)
         kept = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
         # Half precision would drown the small differences.
-        with torch.autocast(student.device.type, enabled=False):
-            value: Tensor = self.module(*kept)
+        try:
+            with torch.autocast(student.device.type, enabled=False):
+                value: Tensor = self.module(*kept)
+        except (RuntimeError, IndexError) as error:
+            raise UserError(
+                f"{PREFIX}{self.name}: cannot compare student {tuple(student.shape)} with teacher "
+                f"{tuple(teacher.shape)}: {str(error).splitlines()[0]}"
+            ) from error
         return value * self.factor
 
 

@@ -171,6 +171,9 @@ MAPS = (
 )
 
 
+MAPS_OF_A_LAYER = [text.replace("seen_map", "trunk.trunk.maxpool") for text in MAPS]
+
+
 def live(small_data: list[str], teacher: Path, layer: str, *settings: str) -> Distillation:
     changed = [text.replace("seen_map", layer) for text in MAPS]
     return distillation(small_data, teacher, *changed, *settings)
@@ -208,11 +211,15 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
         (["soft_targets={kind: live}"], "shuffled needs soft_targets.kind=stored"),
         (["losses=[{name: pair_wise, weight: 1.0, student: trunk, teacher: features.2}]"],
          "shuffled is the control of posteriors, not of pair_wise"),
-        ([*MAPS, "data.size=64"], "data.size 64: the teacher saw 32"),
+        ([*MAPS_OF_A_LAYER, "data.size=64"], "data.size 64: the teacher saw 32"),
+        ([*MAPS_OF_A_LAYER[:2], MAPS_OF_A_LAYER[2].replace("features.2", "mean.neck")],
+         r"averaged in mean.posterior and mean.logits alone, not in 'mean\.neck'"),
         ([*MAPS], "unknown layer 'seen_map'"),
         (["task.weights={cross_entropy: 1.0, other: 1.0}"], "differ in: other"),
         (["losses=[{name: context_logits, weight: 1.0, student: kontext}]"],
          "the student gives no 'kontext'"),
+        (["losses=[{name: hint, weight: 1.0, student: logits, teacher: logits}]", "arms=[distilled]",
+          "soft_targets.top_k=5"], "top_k keeps logits as probabilities, which this loss does not"),
         (["soft_targets={out_of_fold: false}", "teacher={run: nowhere}"], "no such run"),
     ],
 )  # fmt: skip

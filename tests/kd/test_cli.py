@@ -64,7 +64,9 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
         raise KeyboardInterrupt
 
     assert run_command(interrupted, []) == 130
-    assert capsys.readouterr().err == "interrupted; go on with --resume\n"
+    assert (
+        capsys.readouterr().err == "interrupted; started again it goes on, training with --resume\n"
+    )
 
 
 def test_the_status_of_a_command_is_passed_on() -> None:

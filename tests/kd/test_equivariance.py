@@ -24,10 +24,11 @@ class Mapped(nn.Module):
     def __init__(self, *, placed: float) -> None:
         super().__init__()
         self.map = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(4, 6, 1), Placed(placed))
+        self.flat = nn.Flatten()
         self.head = nn.Linear(6, 22)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.map(images).mean(dim=(2, 3)))
+        logits: Tensor = self.head(self.flat(self.map(images)).unflatten(1, (6, -1)).mean(dim=2))
         return logits
 
 
@@ -54,6 +55,8 @@ def errors_of(
     placed: float,
     limit: float = 1.0,
     mirrored: bool = False,
+    outputs: tuple[str, ...] = ("map",),
+    top_k: int = 0,
     **moves: float,
 ) -> dict[str, float]:
     """Errors by move of a teacher that knows places so well."""
@@ -65,12 +68,12 @@ def errors_of(
     loaded = load_teacher(folder, 22)
     teacher = TrainedTeacher(tmp_path, loaded.recipe, Mapped(placed=placed).eval(), loaded.task)
     accelerator = make_accelerator("fp32")
-    wanted = Wanted(outputs=("posterior", "map"), mirrored=mirrored)
+    wanted = Wanted(outputs=("posterior", *outputs), mirrored=mirrored, top_k=top_k)
     kept = open_cache(teacher, data, accelerator, wanted)
     check_moved_maps(teacher, data, kept, accelerator, limit=limit)
     found = moved_map_errors(teacher, data, kept, accelerator)
-    assert set(found) == {"map"}  # posteriors have no places
-    return found["map"]
+    assert set(found) == set(outputs)  # posteriors belong to the object
+    return found[outputs[-1]]
 
 
 def test_a_map_that_says_what_is_there_follows_a_mirror(
@@ -106,3 +109,19 @@ def test_what_was_said_of_the_mirrored_picture_is_exact(
     errors = errors_of(opened, tmp_path, 2.0, mirrored=True, flip=0.5, shift=0.5)
     assert errors["flip"] < 1e-3  # of float16
     assert errors["shift"] > 0.05
+
+
+def test_what_has_no_places_is_compared_as_it_is(
+    opened: tuple[Path, OpenData], tmp_path: Path
+) -> None:
+    flat = errors_of(opened, tmp_path, 0.0, outputs=("flat",), flip=0.5)
+    assert flat["flip"] > 0.1  # the same map, laid flat: nothing moves it
+    mirrored = errors_of(opened, tmp_path, 0.0, mirrored=True, outputs=("flat",), flip=0.5)
+    assert mirrored["flip"] < 1e-3
+
+
+def test_the_likeliest_classes_are_compared_with_log_probabilities(
+    opened: tuple[Path, OpenData], tmp_path: Path
+) -> None:
+    errors = errors_of(opened, tmp_path, 0.0, outputs=("logits",), top_k=21, flip=0.5)
+    assert errors["flip"] < 0.05

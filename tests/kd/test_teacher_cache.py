@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from kd import teacher_cache
@@ -212,6 +214,10 @@ def test_another_teacher_transform_or_data_set_is_refused(
     other = TrainedTeacher(teacher.folder, recipe, teacher.model, teacher.task)
     with pytest.raises(UserError, match=r"transform is 'size 32, box.*' there, 'size 48, box"):
         open_cache(other, data, accelerator, wanted)
+    half = make_accelerator("bf16")
+    with pytest.raises(UserError, match=r"precision is 'fp32' there, 'bf16' here"):
+        open_cache(teacher, data, half, wanted)
+    make_accelerator("fp32")
     swapped = OpenData(data.section, data.val, data.train)
     with pytest.raises(UserError, match=r"data is '.*' there, '.*' here"):
         open_cache(teacher, swapped, accelerator, wanted)
@@ -296,3 +302,18 @@ def curve(data: OpenData, source: Any, loader: Any) -> list[float]:
         sums, _ = train_step(training, [moved], objective, objective.weights_at(0.0))
         losses.append(float(sums["total"]))
     return losses
+
+
+def test_other_pictures_under_the_same_names_are_refused(
+    teacher: TrainedTeacher, data: OpenData, tmp_path: Path
+) -> None:
+    accelerator, wanted = make_accelerator("fp32"), Wanted(location=str(tmp_path / "kept"))
+    open_cache(teacher, data, accelerator, wanted)
+    moved = shutil.copytree(data.train.image_folder, tmp_path / "pictures")
+    index = dataclasses.replace(data.train, image_folder=moved)
+    open_cache(teacher, OpenData(data.section, index, data.val), accelerator, wanted)
+    picture = min(moved.iterdir())
+    with Image.open(picture) as image:
+        Image.eval(image, lambda value: value // 3).save(picture)
+    with pytest.raises(UserError, match="pictures is '"):
+        open_cache(teacher, OpenData(data.section, index, data.val), accelerator, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_a_store_of_something_else_is_refused_with_the_reasons(tmp_path: Path) -
     store = fill(tmp_path / "one")
     store.check_about({"teacher": "abc", "top_k": 0})
     with pytest.raises(
-        UserError, match=r"teacher is 'abc' there, 'xyz' here; data is None there, 'd' here. Delete"
+        UserError, match=r"teacher is 'abc' there, 'xyz' here; data is None there, 'd' here. Ask"
     ):
         store.check_about({"teacher": "xyz", "top_k": 0, "data": "d"})
     (tmp_path / "one" / "manifest.json").write_text('{"format": "other"}')
@@ -197,3 +198,52 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(UserError, match="a shard that cannot be read"):
             Store(tmp_path).ids()
+
+
+def test_nothing_stays_open_between_reads(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    store.read(store.ids())
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(pickle.dumps(store)) < 10_000  # what a worker that is spawned is sent
+
+
+def test_both_of_two_runs_shards_are_checked(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    (first,) = tmp_path.glob("00001-*")
+    twin = tmp_path / f"00001-{'0' * 16}.safetensors"
+    twin.write_bytes(first.read_bytes())
+    flip(first)
+    assert set(store.remove_damaged()) == {first.name, twin.name}
+    assert store.missing() == [1]
+
+
+def test_shards_without_their_manifest_are_no_part_of_a_new_store(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    store = Store(tmp_path)
+    store.create({"teacher": "another"}, 3)
+    assert store.missing() == [0, 1, 2]
+
+
+def test_a_shard_that_vanishes_is_an_error_of_one_line(tmp_path: Path, memory: str) -> None:
+    for url in (str(tmp_path), memory):
+        store = fill(url)
+        store.ids()
+        for name in store.present().values():
+            store._files.rm_file(store._path(name))
+        with pytest.raises(UserError, match="a shard that cannot be read"):
+            store.read([100])
+
+
+def test_notes_that_cannot_be_written_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path)
+
+    def refuse(name: str, content: bytes) -> None:
+        raise UserError("Read-only file system")
+
+    monkeypatch.setattr(store, "_write", refuse)
+    assert store.remove_damaged() == []
+    assert not (tmp_path / "verified.json").exists()
