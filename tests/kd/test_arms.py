@@ -218,8 +218,9 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
         (["task.weights={cross_entropy: 1.0, other: 1.0}"], "differ in: other"),
         (["losses=[{name: context_logits, weight: 1.0, student: kontext}]"],
          "the student gives no 'kontext'"),
-        (["losses=[{name: hint, weight: 1.0, student: logits, teacher: logits}]", "arms=[distilled]",
-          "soft_targets.top_k=5"], "top_k keeps logits as probabilities, which this loss does not"),
+        (["losses=[{name: hint, weight: 1.0, student: logits, teacher: logits}]",
+          "arms=[distilled]", "soft_targets.top_k=5"],
+         "top_k keeps logits as probabilities, which this loss does not"),
         (["soft_targets={out_of_fold: false}", "teacher={run: nowhere}"], "no such run"),
     ],
 )  # fmt: skip
