@@ -16,6 +16,8 @@ from safetensors.numpy import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from kd.data.store import Store
+
 SHARD, BATCH, BUFFER = 256, 32, 1000
 SHAPES = {"posterior": (80,), "map": (320, 12, 12)}
 DTYPES = {"F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
@@ -159,6 +161,23 @@ def open_slices(folder: Path) -> Read:
     return read
 
 
+def write_store(records: Records, folder: Path) -> None:
+    store = Store(folder)
+    store.create({}, -(-len(records["id"]) // SHARD))
+    for number, shard in enumerate(shards(records)):
+        store.write_shard(number, {"ids": shard["id"], **{name: shard[name] for name in SHAPES}})
+
+
+def open_store(folder: Path) -> Read:
+    store = Store(folder)
+    store.ids()
+
+    def read(key: int) -> Records:
+        return {name: rows[0] for name, rows in store.read([key]).items()}
+
+    return read
+
+
 def write_webdataset(records: Records, folder: Path) -> None:
     import webdataset
 
@@ -220,6 +239,7 @@ FORMATS = [
     Format("zarr, no codec", "zarr", partial(write_zarr, "none"), open_zarr),
     Format("zarr, zstd", "zarr", partial(write_zarr, "zstd"), open_zarr),
     Format("zarr, crc32c", "zarr", partial(write_zarr, "crc32c"), open_zarr),
+    Format("kd's store", "safetensors", write_store, open_store),
     Format("safetensors, memory map", "safetensors", write_safetensors, open_mapped),
     Format("safetensors, get_slice", "safetensors", write_safetensors, open_slices),
     Format("webdataset, stream", "webdataset", write_webdataset, stream=stream_webdataset),

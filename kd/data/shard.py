@@ -1,8 +1,11 @@
-"""One safetensors file read row by row, by its offsets; nothing of it stays open between reads."""
+"""One safetensors file read row by row, by its offsets: mapped where local, in ranges elsewhere."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +33,7 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Shard:
@@ -75,16 +78,17 @@ class Shard:
         self, out: Mapping[str, NDArray[Any]], places: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> None:
         """Put rows of the fields of `out` at its `places`."""
-        jobs = [
-            (name, place, self.fields[name].offset + row * self.fields[name].row_bytes)
-            for name in out
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
-        ]
-        starts = [start for _, _, start in jobs]
-        ends = [start + self.fields[name].row_bytes for name, _, start in jobs]
-        for (name, place, _), raw in zip(jobs, self._ranges(starts, ends), strict=True):
+        starts: list[int] = []
+        ends: list[int] = []
+        for name in out:
+            field, size = self.fields[name], self.fields[name].row_bytes
+            starts += [field.offset + row * size for row in rows.tolist()]
+            ends += [start + size for start in starts[len(ends) :]]
+        parts = iter(self._ranges(starts, ends))
+        for name, array in out.items():
             field = self.fields[name]
-            out[name][place] = np.frombuffer(raw, field.dtype).reshape(field.shape)
+            for place in places.tolist():
+                array[place] = np.frombuffer(next(parts), field.dtype).reshape(field.shape)
 
     def _ranges(self, starts: list[int], ends: list[int]) -> list[Any]:
         if not self._local:
@@ -92,15 +96,22 @@ class Shard:
             paths = [self._path] * len(starts)
             found: list[Any] = files.cat_ranges(paths, starts, ends, on_error="raise")
             return found
-        parts = []
-        with open(self._path, "rb", buffering=0) as file:
-            for start, end in zip(starts, ends, strict=True):
-                file.seek(start)
-                parts.append(file.read(end - start))
-        return parts
+        status = os.stat(self._path)
+        whole = _mapped(self._path, status.st_size, status.st_mtime_ns)
+        return [whole[start:end].data for start, end in zip(starts, ends, strict=True)]
 
     def _bytes(self, start: int, end: int) -> Any:
         return self._ranges([start], [end])[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped(path: str, size: int, changed: int) -> NDArray[np.uint8]:
+    """A file in memory; few at once, since each holds a descriptor.
+
+    Outside of the shards, which are copied to workers; by size and time, since reading where a file
+    was cut off would end the process.
+    """
+    return np.memmap(path, np.uint8, "r")
 
 
 def _field(entry: Mapping[str, Any], start: int) -> Field:

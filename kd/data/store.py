@@ -48,7 +48,9 @@ class Store:
             _, self._root = fsspec.url_to_fs(self.url)
         except (ImportError, ValueError) as error:  # a protocol without its package, or unknown
             raise UserError(f"{self.url}: {error}") from error
+        self._local = isinstance(self._files, LocalFileSystem)
         self._shards: list[Shard] | None = None
+        self._fields: dict[str, Field] = {}
         self._sorted: NDArray[np.int64] = np.zeros(0, np.int64)
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
         self._first: NDArray[np.int64] = np.zeros(1, np.int64)
@@ -57,10 +59,6 @@ class Store:
     def _files(self) -> Any:
         """The file system; fsspec keeps one for each process, which a fork must not share."""
         return fsspec.url_to_fs(self.url)[0]
-
-    @property
-    def _local(self) -> bool:
-        return isinstance(self._files, LocalFileSystem)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -211,7 +209,8 @@ class Store:
     @property
     def fields(self) -> dict[str, Field]:
         """What a record consists of, its id apart."""
-        return {name: one for name, one in self._open()[0].fields.items() if name != IDS}
+        self._open()
+        return self._fields
 
     @property
     def bytes(self) -> int:
@@ -259,7 +258,7 @@ class Store:
             for name, field in self.fields.items()
             if names is None or name in names
         }
-        for owner in np.unique(owners):
+        for owner in np.unique(owners).tolist():
             here = np.flatnonzero(owners == owner)
             try:
                 shards[owner].read_into(found, here, rows[here] - self._first[owner])
@@ -282,6 +281,7 @@ class Store:
             self._order = np.argsort(every, kind="stable")
             self._sorted = every[self._order]
             self._first = np.cumsum([0, *(len(part) for part in ids)])
+            self._fields = {name: f for name, f in shards[0].fields.items() if name != IDS}
             self._shards = shards
         return self._shards
 
