@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +75,19 @@ class Shard:
         return np.frombuffer(raw, field.dtype).reshape(field.count, *field.shape)
 
     def read_into(
-        self, out: Mapping[str, NDArray[Any]], places: NDArray[np.int64], rows: NDArray[np.int64]
+        self, out: Mapping[str, NDArray[Any]], places: Sequence[int], rows: Sequence[int]
     ) -> None:
         """Put rows of the fields of `out` at its `places`."""
         starts: list[int] = []
         ends: list[int] = []
         for name in out:
             field, size = self.fields[name], self.fields[name].row_bytes
-            starts += [field.offset + row * size for row in rows.tolist()]
+            starts += [field.offset + row * size for row in rows]
             ends += [start + size for start in starts[len(ends) :]]
         parts = iter(self._ranges(starts, ends))
         for name, array in out.items():
             field = self.fields[name]
-            for place in places.tolist():
+            for place in places:
                 array[place] = np.frombuffer(next(parts), field.dtype).reshape(field.shape)
 
     def _ranges(self, starts: list[int], ends: list[int]) -> list[Any]:

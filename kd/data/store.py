@@ -244,7 +244,7 @@ class Store:
         """
         shards = self._open()
         wanted = np.asarray(ids, dtype=np.int64)
-        places = np.searchsorted(self._sorted, wanted).clip(max=max(len(self._sorted) - 1, 0))
+        places = np.minimum(np.searchsorted(self._sorted, wanted), max(len(self._sorted) - 1, 0))
         if not len(self._sorted) or (self._sorted[places] != wanted).any():
             lacking = wanted[~np.isin(wanted, self._sorted)]
             raise UserError(
@@ -258,10 +258,12 @@ class Store:
             for name, field in self.fields.items()
             if names is None or name in names
         }
-        for owner in np.unique(owners).tolist():
-            here = np.flatnonzero(owners == owner)
+        groups: dict[int, list[int]] = {}
+        for place, owner in enumerate(owners.tolist()):
+            groups.setdefault(owner, []).append(place)
+        for owner, here in groups.items():
             try:
-                shards[owner].read_into(found, here, rows[here] - self._first[owner])
+                shards[owner].read_into(found, here, (rows[here] - self._first[owner]).tolist())
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{self.url}: a shard that cannot be read: {error}") from error
         return found
