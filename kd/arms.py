@@ -32,7 +32,7 @@ from kd.engine import evaluating, forward_losses, to_device
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.launch import open_run
-from kd.objective import ROWS, SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
+from kd.objective import SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
@@ -42,7 +42,7 @@ from kd.tasks.base import Task
 from kd.teacher_runs import expectation
 from kd.tracking import Tracker
 from kd.training import Objective, Training
-from kd.wiring import adapt_student, build_terms
+from kd.wiring import adapt_student, build_terms, tapped_layers
 
 TAUGHT = ("distilled", "shuffled", "direct")
 BARE = ("bare", "direct")
@@ -88,7 +88,6 @@ class Distillation:
         if maps and "shuffled" in recipe.arms:
             named = ", ".join(maps)
             raise UserError(f"arms: shuffled is the control of posteriors, not of {named}")
-
         if recipe.soft_targets.top_k and stored:  # kept as log-probabilities
             for term in self.terms:
                 output = term.teacher.rpartition(".")[2]
@@ -100,7 +99,7 @@ class Distillation:
 
     def _check_layers(self) -> None:
         """A mistyped layer of the student, before a teacher works for hours."""
-        layers = [t.student for t in self.terms if t.kind.maps and t.student not in ROWS]
+        layers = tapped_layers(self.terms)
         if layers and "distilled" in self.recipe.arms:
             student = build_student(self.recipe.student, self.data.prior())
             FeatureTaps(student, layers).remove()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import build_augment
 from kd.engine import to_device
 from kd.errors import UserError
-from kd.objective import POSTERIOR, TEACHER_OUTPUTS
+from kd.objective import POSTERIOR
 from kd.soft_targets import LiveTeacher
-from kd.teacher_runs import TrainedTeacher
+from kd.teacher_runs import TrainedTeacher, as_shown
+from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
 MOVES = ("flip", "shift", "rotate", "crop")
@@ -51,8 +52,7 @@ def moved_map_errors(
         return errors
     moves = [move for move in MOVES if getattr(augment, move) > 0]
     still = {**asdict(augment), **dict.fromkeys((*MOVES, *_COLOURS), 0.0)}
-    layers = [name for name in maps if name not in TEACHER_OUTPUTS]
-    with LiveTeacher(teacher.model, teacher.task, layers) as live:
+    with LiveTeacher(teacher.model, teacher.task, layers_among(list(maps))) as live:
         for move in moves:
             batch = _moved(teacher, data, list(maps.values()), {**still, move: 1.0})
             with torch.no_grad():
@@ -97,9 +97,6 @@ def _moved(
     teacher: TrainedTeacher, data: OpenData, maps: list[StoredField], augment: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """A batch of train pictures after one move, the stored maps with them."""
-    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
-    section = data.section.model_copy(update={**shown, "augment": augment, "partial": None})
-    dataset = make_dataset(
-        replace(data, section=section), "train", train=True, mode="one", stored=maps
-    )
+    data = as_shown(teacher, data, augment=augment, partial=None)
+    dataset = make_dataset(data, "train", train=True, mode="one", stored=maps)
     return collate([dataset[0, place] for place in range(min(_PICTURES, len(dataset)))])

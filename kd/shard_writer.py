@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.store import Store
+from kd.data.store import IDS, Store
 from kd.data.stored import MIRRORED, keep_largest
 from kd.errors import UserError
 from kd.tasks.base import Batch, image_rows
@@ -89,7 +89,7 @@ class ShardWriter:
                 self._check(rows[name], ids)
         for number in np.unique(owners[owners >= 0]).tolist():
             here = owners == number
-            part = {"ids": ids[here], **{name: value[here] for name, value in rows.items()}}
+            part = {IDS: ids[here], **{name: value[here] for name, value in rows.items()}}
             self._rows.setdefault(number, []).append(part)
         for number in wanted:
             if number >= 0:

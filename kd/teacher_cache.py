@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher
-from kd.teacher_runs import TrainedTeacher, fold_models
+from kd.teacher_runs import TrainedTeacher, as_shown, fold_models
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
@@ -84,9 +84,7 @@ def open_cache(
             layer that it has not; an output that is not finite.
     """
     # The teacher sees pictures as it did in training; which objects count is the student's choice.
-    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
-    shown |= {"min_share": 0.0, "max_share": 1.0}
-    data = replace(data, section=data.section.model_copy(update=shown))
+    data = as_shown(teacher, data, min_share=0.0, max_share=1.0)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
     found: dict[str, StoredField] = {}
     if len(alone) < len(wanted.outputs):
@@ -130,11 +128,9 @@ class _Cache:
     def about(self, output: str) -> dict[str, Any]:
         """All that the stored numbers follow from."""
         section = self.data.section
-        hashes = "".join(weights_hash(model, str(model)) for model in self.models)
-        top_k = self.wanted.top_k if output in TEACHER_OUTPUTS else 0
         return {
             "out_of_fold": len(self.models) > 1,
-            "teacher": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+            "teacher": self._weights,
             "output": output,
             "data": self.index.fingerprint,
             "split": self.wanted.split,
@@ -142,9 +138,19 @@ class _Cache:
             "transform": f"size {section.size}, {section.shape}, rescaled and padded",
             "precision": "bf16" if self._autocast else "fp32",
             "dtype": self.wanted.dtype,
-            "top_k": top_k,
+            "top_k": self._top_k(output),
             "mirrored": self.mirrored(output),
         }
+
+    @cached_property
+    def _weights(self) -> str:
+        """A hash of all models; large ones take a while."""
+        hashes = "".join(weights_hash(model, str(model)) for model in self.models)
+        return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+    def _top_k(self, output: str) -> int:
+        """How many classes are kept; layers are kept whole."""
+        return self.wanted.top_k if output in TEACHER_OUTPUTS else 0
 
     @property
     def _autocast(self) -> bool:
@@ -206,7 +212,7 @@ class _Cache:
         return [objects * count * size for count, size in zip(sides, each, strict=True)]
 
     def _writer(self, output: str, store: Store) -> ShardWriter:
-        return ShardWriter(output, store, self.wanted.dtype, self.about(output)["top_k"])
+        return ShardWriter(output, store, self.wanted.dtype, self._top_k(output))
 
     def _fill(self, stores: dict[str, Store]) -> None:
         """Compute this process's part of the shards that lack."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import (
-    build_task,
-    build_teacher,
-)
+from kd.build import OpenData, build_task, build_teacher
 from kd.checkpoint import load_checkpoint, load_model, load_state
 from kd.config import Model, TeacherRecipe, TeacherReference
 from kd.config_reader import from_plain, read_yaml
@@ -106,6 +104,18 @@ def _to_be_loaded(recipe: TeacherRecipe) -> Model:
     replaced = {"weights": None, "remember": False}
     options = {k: replaced.get(k, value) for k, value in recipe.teacher.options.items()}
     return recipe.teacher.model_copy(update={"options": options})
+
+
+def as_shown(teacher: TrainedTeacher, data: OpenData, **changes: Any) -> OpenData:
+    """A data set with pictures as the teacher saw them in training.
+
+    Args:
+        teacher: Its picture size and its shape of hidden regions are taken.
+        data: The rest is this one's.
+        changes: Of the data set's section.
+    """
+    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
+    return replace(data, section=data.section.model_copy(update={**shown, **changes}))
 
 
 def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:

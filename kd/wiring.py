@@ -64,6 +64,11 @@ def layers_among(outputs: Sequence[str]) -> list[str]:
     return [output for output in outputs if output not in TEACHER_OUTPUTS]
 
 
+def tapped_layers(terms: Sequence[BuiltTerm]) -> list[str]:
+    """The student's layers that terms read."""
+    return [term.student for term in terms if term.kind.maps and term.student not in ROWS]
+
+
 def adapt_student(
     student: nn.Module,
     terms: Sequence[BuiltTerm],
@@ -80,7 +85,7 @@ def adapt_student(
         The student with taps, adapters and the losses that have weights; the terms with new
         weights where they have some.
     """
-    layers = [term.student for term in terms if term.kind.maps and term.student not in ROWS]
+    layers = tapped_layers(terms)
     if source is None or not (layers or any(term.kind.draws for term in terms)):
         return AdaptedStudent(student), list(terms)
     ours, theirs = _features(student, layers, source, task, batch)

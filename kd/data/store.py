@@ -21,7 +21,6 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from kd.data.shard import Field, Shard
@@ -277,7 +276,7 @@ class Store:
             try:
                 shards = [Shard(self.url, self._path(name), local=self._local) for name in names]
                 ids = [shard.all(IDS) for shard in shards]
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{self.url}: a shard that cannot be read: {error}") from error
             every = np.concatenate(ids)
             self._order = np.argsort(every, kind="stable")
