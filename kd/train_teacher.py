@@ -25,6 +25,7 @@ from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
 from kd.data.splits import fold_of
 from kd.launch import open_run
+from kd.nn.cooccurrence import Fitted
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
@@ -88,7 +89,7 @@ def train_one(
     )  # fmt: skip
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    if hasattr(model, "fit"):  # what is counted rather than trained
+    if isinstance(model, Fitted):  # what is counted rather than trained
         model.fit(index_objects(data.train, only)[0])
     prior = data.prior(only)
     task = build_task(recipe.task, recipe.data, data.num_classes, prior, model=model)

@@ -132,7 +132,7 @@ class SceneTransformer(nn.Module):
         return logits if dense is None else {"logits": logits, "dense": dense}
 
     def _company(self, objects: Objects, boxes: Tensor, hidden: Tensor) -> _Tokens:
-        """The objects of each image side by side, (N, T); a query sees all visible ones but itself."""
+        """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""
         assert self.names is not None and self.object_norm is not None
         rows = objects.image_of
         counts = torch.bincount(rows)
@@ -228,8 +228,6 @@ def scene_transformer(
     """
     if not annotations and pixels is None:
         raise UserError("scene_transformer: annotations, pixels or both; there is nothing to read")
-    if pixels not in (None, "patches", "trunk"):
-        raise UserError(f"scene_transformer: pixels must be patches, trunk or null, got {pixels!r}")
     if dense and pixels != "patches":
         raise UserError("scene_transformer: dense needs pixels: patches")
     at_least("scene_transformer", width=(width, 1), depth=(depth, 1))

@@ -126,7 +126,9 @@ def picture_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
     """
     height, width = batch["images"].shape[-2:]
     pixels = valid_pixels(batch["sizes"], (height, width))
-    return pixels if grid is None else F.adaptive_max_pool2d(pixels.float()[:, None], grid)[:, 0] > 0
+    return (
+        pixels if grid is None else F.adaptive_max_pool2d(pixels.float()[:, None], grid)[:, 0] > 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
