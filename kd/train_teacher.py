@@ -27,6 +27,7 @@ from kd.launch import open_run
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
+from kd.tasks.context_map import ContextMap
 from kd.teacher_runs import default_folder
 from kd.training import Objective
 
@@ -77,9 +78,12 @@ def train_one(
     if folder.finished:
         return
     train = recipe.train
+    task = build_task(
+        recipe.task, recipe.data, data.num_classes, data.prior(only), data.shares(only)
+    )
     dataset = make_dataset(
         data, "train", train=True, mode=recipe.hide, only=only, seed=recipe.seed,
-        epochs=train.epochs,
+        epochs=train.epochs, class_maps=isinstance(task, ContextMap),
     )  # fmt: skip
     loader = make_loader(
         dataset, accelerator, batch_size=train.batch_size // train.accumulate,
@@ -87,7 +91,6 @@ def train_one(
     )  # fmt: skip
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    task = build_task(recipe.task, recipe.data, data.num_classes, data.prior(only))
     session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 

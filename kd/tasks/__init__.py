@@ -2,9 +2,13 @@
 
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context, ContextPixels
+from kd.tasks.context_map import ContextMap
+from kd.tasks.context_scene import ContextScene
 
 TASKS = {
     "context": Context,
     "context_pixels": ContextPixels,
+    "context_map": ContextMap,
+    "context_scene": ContextScene,
     "classification": Classification,
 }

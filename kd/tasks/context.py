@@ -22,8 +22,8 @@ from kd.tasks.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Context:
-    """What both context tasks share: the input with one object hidden in each.
+class ContextInputs:
+    """What the context tasks share: the input with one object hidden in each.
 
     Args:
         num_classes: C.
@@ -48,7 +48,7 @@ class _Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context(_Context):
+class Context(ContextInputs):
     """One answer for the hidden object: logits (K, C), cross-entropy.
 
     For BlindNet's CNN and any trunk. A model that also gives `dense` pixel logits learns from the
@@ -85,7 +85,7 @@ class Context(_Context):
         """Pixel logits (K, C, h, w) against the boxes that are not hidden, on their own grid."""
         grid = (logits.shape[2], logits.shape[3])
         hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
-        valid = F.adaptive_max_pool2d(_valid(batch).float()[:, None], grid)[:, 0] > 0
+        valid = F.adaptive_max_pool2d(valid_of(batch).float()[:, None], grid)[:, 0] > 0
         told = hidden_labels(batch) >= 0
         rows = image_rows(batch)
         loss = masked_bce(
@@ -117,14 +117,14 @@ def _maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
     )
 
 
-def _valid(batch: Batch) -> Tensor:
+def valid_of(batch: Batch) -> Tensor:
     """Pixels of the picture rather than of its padding, bool (N, H, W)."""
     height, width = batch["images"].shape[-2:]
     return valid_pixels(batch["sizes"], (height, width))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextPixels(_Context):
+class ContextPixels(ContextInputs):
     """An answer for each pixel: logits (K, C, H, W), all boxes are targets, hidden or not.
 
     The score of a class is the sum of its sigmoids over the hidden region (BlindNet); scores
@@ -146,7 +146,7 @@ class ContextPixels(_Context):
             output["logits"],
             maps[rows],
             self.regions(batch),
-            valid=_valid(batch)[rows] & told[:, None, None],
+            valid=valid_of(batch)[rows] & told[:, None, None],
             hidden_weight=self.hidden_weight,
         )
         # An input without labels added 0 to the mean over all; the mean over the others is wanted.
