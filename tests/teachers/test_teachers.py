@@ -18,8 +18,11 @@ from teachers import TEACHERS
 # Small ones: options, a layer to tap and its channels.
 SMALL: dict[str, tuple[dict[str, object], str, int]] = {
     "unet": ({"width": 4, "depth": 2}, "bottleneck", 16),
+    "unet_ffc": ({"width": 4, "depth": 2}, "bottleneck", 8),
     "cnn": ({"width": 4, "downs": 3, "hidden": 8}, "features.3", 32),
     "trunk": ({"name": "shufflenet_v2_x0_5", "margins": [0.5, 1.5]}, "trunk.trunk", 1024),
+    "resnet_pixel": ({"name": "shufflenet_v2_x0_5", "width": 8}, "feature", 8),
+    "resnet_multilabel": ({"name": "shufflenet_v2_x0_5"}, "trunk", 1024),
 }
 # Their inputs are scenes as tokens: tests/teachers/test_token_teachers.py.
 TOKEN_TEACHERS = {"scene_transformer", "cooccurrence", "prior"}
@@ -49,7 +52,12 @@ def test_every_teacher_is_in_the_contract() -> None:
 @pytest.mark.parametrize("size", [(37, 51), (64, 64)])
 def test_logits_have_the_tasks_shape_at_any_size(name: str, size: tuple[int, int]) -> None:
     model = make(name).eval()
-    shape = {"context": (2, CLASSES), "context_pixels": (2, CLASSES, *size)}[str(model.task)]
+    shape = {
+        "context": (2, CLASSES),
+        "context_pixels": (2, CLASSES, *size),
+        "context_map": (2, 1 + CLASSES, *size),
+        "context_scene": (2, CLASSES),
+    }[str(model.task)]
     with torch.no_grad():
         logits = model(hidden_scene(2, *size))
     assert logits.shape == shape and logits.isfinite().all()
