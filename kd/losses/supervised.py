@@ -72,6 +72,48 @@ def masked_bce(
     return per_input.sum() / max(len(per_input), 1)
 
 
+def multilabel_bce(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    known: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of which classes are there; the sigmoid is in here, once.
+
+    Args:
+        logits: One per class, (N, C).
+        targets: Which classes are there, bool (N, C).
+        known: Rows whose targets are known, bool (N,); None = all.
+        pos_weight: Weight of a class where it is there against 1 where it is not, (C,).
+
+    Returns:
+        Scalar, the mean over known rows and classes; 0 with a zero gradient where none is known.
+
+    Raises:
+        UserError: Shapes, types or devices that do not fit.
+    """
+    name = "multilabel_bce"
+    same_shape(name, logits, targets, dimensions=2, names=("logits", "targets"))
+    floating(name, logits=logits)
+    one_device(name, logits=logits, targets=targets)
+    if targets.dtype != torch.bool:
+        raise UserError(f"{name}: targets must be bool, got {name_of(targets.dtype)}")
+    if pos_weight is not None and pos_weight.shape != logits.shape[1:]:
+        raise UserError(f"{name}: {logits.shape[1]} classes have {len(pos_weight)} pos_weight")
+    if known is None:
+        known = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    elif known.shape != logits.shape[:1] or known.dtype != torch.bool:
+        raise UserError(f"{name}: known must be bool ({len(logits)},), got {tuple(known.shape)}")
+    wide = logits.to(wide_type(logits)).masked_fill(~known[:, None], 0.0)
+    weight = None if pos_weight is None else pos_weight.to(wide)
+    entropy = F.binary_cross_entropy_with_logits(
+        wide, targets.to(wide), pos_weight=weight, reduction="none"
+    )
+    total = entropy.masked_fill(~known[:, None], 0.0).sum()
+    return total / (known.sum() * logits.shape[1]).clamp(min=1)
+
+
 def _check_bce(
     logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor | None, hidden_weight: float
 ) -> None:
