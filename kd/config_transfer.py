@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from kd.config import (
-    Count,
-    Data,
-    Model,
-    Positive,
-    Section,
-    TaskSection,
-    TeacherReference,
-    Train,
-    Whole,
-)
+from kd.config import Model, TaskSection, TeacherReference, Train
+from kd.config_data import Count, Data, Positive, Section, Whole
 
 
 class Probe(Section):

@@ -78,7 +78,7 @@ class Objective:
     def units(self) -> set[str]:
         """What its losses are means of, see `kd.tasks.base.count_units`."""
         masks = {term.kind.mask for term in self.terms if term.kind.mask}
-        return {"hidden", "labelled", "pictures"} | masks
+        return {"hidden", "labelled", "images", "labelled_images"} | masks
 
 
 @dataclass

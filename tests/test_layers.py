@@ -29,6 +29,7 @@ PLACES = {
     "kd.cache": COMMANDS,
     "kd.demo": COMMANDS,
     "kd.build": COMMANDS,
+    "kd.baselines": COMMANDS,
     # What several commands share above the engine.
     "kd.launch": COMMANDS,
     "kd.session": COMMANDS,
@@ -70,6 +71,7 @@ PLACES = {
     "kd.catalog": FOUNDATION,
     "kd.config": FOUNDATION,
     "kd.config_transfer": FOUNDATION,
+    "kd.config_data": FOUNDATION,
     "kd.config_reader": FOUNDATION,
     "kd.config_schema": FOUNDATION,
     "kd.errors": FOUNDATION,

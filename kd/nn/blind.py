@@ -64,4 +64,9 @@ class BlindTrunk(nn.Module):
         return [kept[stride] for stride in self.level_strides]
 
 
+def picture_alone(images: Tensor) -> Tensor:
+    """RGB of (N, 4, H, W): for `see`, where a teacher has no use for the fourth channel."""
+    return images[:, :3]
+
+
 AnyTrunk = Trunk | BlindTrunk

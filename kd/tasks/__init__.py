@@ -3,10 +3,12 @@
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context, ContextPixels
 from kd.tasks.scene_labels import SceneLabels
+from kd.tasks.tokens import SceneTokens
 
 TASKS = {
     "context": Context,
     "context_pixels": ContextPixels,
+    "scene_tokens": SceneTokens,
     "classification": Classification,
     "scene_labels": SceneLabels,
 }

@@ -159,21 +159,23 @@ def stride_of(pixels: int, places: int) -> int:
 def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
     """How much of each unit a batch holds; from the batch alone, before any model runs.
 
-    `pictures` are those with labels. `ring` is the area of all rings in pixels; its scale cancels
-    in the engine, which only compares counts of one unit.
+    `ring` is the area of all rings in pixels; its scale cancels in the engine, which only compares
+    counts of one unit.
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
     for unit in sorted(units):
-        if unit == "hidden":
+        if unit == "images":
+            count = torch.full((), float(len(batch["images"])), device=device)
+        elif unit == "hidden":
             # Filled there: a copy to a GPU would wait for all that it still has to do.
             count = torch.full((), float(len(batch["hidden"])), device=device)
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
-        elif unit == "pictures":
+        elif unit == "labelled_images":
             told = (batch["labels"] >= 0).float()
-            pictures = told.new_zeros(len(batch["images"]))
-            count = (pictures.index_add(0, batch["image_of"], told) > 0).sum().float()
+            images = told.new_zeros(len(batch["images"]))
+            count = (images.index_add(0, batch["image_of"], told) > 0).sum().float()
         elif unit == "ring":
             count = _areas(_outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         else:

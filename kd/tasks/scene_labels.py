@@ -41,7 +41,7 @@ class SceneLabels:
         if self.pos_weight != 1.0:
             weight = logits.new_full((self.num_classes,), self.pos_weight)
         loss = multilabel_bce(logits, present, known=told, pos_weight=weight)
-        return {"binary": Mean(loss, "pictures")}
+        return {"binary": Mean(loss, "labelled_images")}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """None: no object is asked about."""

@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import nn
 
+from kd.errors import UserError
 from kd.nn.blind import BlindTrunk
 from kd.nn.levels import RememberedTrunk, levelled
 from teachers import TEACHERS
 from teachers.cnn import cnn
+from teachers.scene_transformer import scene_transformer
 from teachers.unet import unet
 
 SMALL: dict[str, dict[str, object]] = {
     "unet": {"width": 4, "depth": 2},
     "cnn": {"width": 4, "downs": 2, "patch": 2, "hidden": 8},
     "trunk": {"name": "shufflenet_v2_x0_5"},
+    "patches": {"pixels": "patches", "width": 16, "depth": 1},
+    "tokens": {"pixels": "trunk", "trunk": "shufflenet_v2_x0_5", "width": 16, "depth": 1},
 }
+TOKENS = ("patches", "tokens")
 
 
 def test_the_maps_are_the_teachers_where_nothing_is_hidden() -> None:
@@ -47,7 +52,7 @@ def test_the_falling_half_of_a_unet_ends_in_its_bottleneck(up: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None:
-    teacher = TEACHERS[name](3, **SMALL[name])
+    teacher = TEACHERS["scene_transformer" if name in TOKENS else name](3, **SMALL[name])
     trunk = teacher.scene_trunk().eval()  # type: ignore[operator]
     with torch.no_grad():
         levels = trunk.forward_levels(torch.randn(2, 3, 64, 96))
@@ -55,6 +60,11 @@ def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None
     expected = [(64 // stride, 96 // stride) for stride in trunk.level_strides]
     assert [tuple(one.shape[2:]) for one in levels] == expected
     assert (trunk.channels, trunk.stride) == (trunk.level_channels[-1], trunk.level_strides[-1])
+
+
+def test_a_teacher_of_annotations_alone_has_none() -> None:
+    with pytest.raises(UserError, match="without pixels there is no trunk"):
+        scene_transformer(3, width=16, depth=1).scene_trunk()
 
 
 def test_steps_of_one_stride_are_one_level_and_what_is_seen_can_be_changed() -> None:

@@ -38,7 +38,7 @@ def test_the_loss_by_hand(batch: dict[str, Tensor]) -> None:
     logits = torch.tensor([[0.0, math.log(3), 0], [0, 0, 0], [9, -9, 5]], requires_grad=True)
     loss = SceneLabels(num_classes=3).losses({"appearance": logits}, batch)["binary"]
     assert loss.value.item() == pytest.approx((5 * math.log(2) + math.log(4 / 3)) / 6)
-    assert loss.unit == "pictures"
+    assert loss.unit == "labelled_images"
     loss.value.backward()
     assert logits.grad is not None
     assert (logits.grad[2] == 0).all() and (logits.grad[:2] != 0).all()
@@ -48,7 +48,7 @@ def test_the_loss_by_hand(batch: dict[str, Tensor]) -> None:
 
 
 def test_pictures_with_labels_are_its_unit(batch: dict[str, Tensor]) -> None:
-    assert count_units(batch, {"pictures"})["pictures"] == 2
+    assert count_units(batch, {"labelled_images"})["labelled_images"] == 2
 
 
 def test_answers_are_probabilities_class_by_class(batch: dict[str, Tensor]) -> None:
