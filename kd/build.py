@@ -28,6 +28,7 @@ from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.tasks import TASKS
 from kd.tasks.base import Task
+from kd.transferred import TRANSFERRED, take_trunk
 from students import STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
@@ -245,12 +246,20 @@ def build_teacher(model: Model, num_classes: int) -> nn.Module:
 
 
 def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
-    """A student classifier; `options` as `students.classifiers.build_student` lists them."""
+    """A student classifier; `options` as `students.classifiers.build_student` lists them.
+
+    A student `transferred` has the trunk of a teacher's run, see `kd.transferred`.
+    """
     options = {**model.options, **({} if context else {"context": False})}
-    given = {"num_classes": len(prior), "prior": prior.tolist()}
+    given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
+    given |= {"trunk": None}
     if model.name in STUDENTS:
         return build(STUDENTS, model.name, options, what="student", **given)
-    check_options(any_student, options, what=f"student {model.name!r}", given={"name": "", **given})
+    filled = {"name", *given}
+    if model.name == TRANSFERRED:
+        given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
+        filled |= {"weights", "stride"}
+    check_options(any_student, options, what=f"student {model.name!r}", given=filled)
     return any_student(model.name, **given, **options)
 
 

@@ -16,7 +16,8 @@ from kd.errors import UserError
 from kd.files import PARTIAL, write_whole
 
 # These may change between a start and its resumption: they do not change the result.
-_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "train.log_every")
+_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "starts",
+         "train.log_every")  # fmt: skip
 
 
 class RunFolder:

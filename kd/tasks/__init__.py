@@ -4,6 +4,7 @@ from kd.tasks.classification import Classification
 from kd.tasks.context import Context, ContextPixels
 from kd.tasks.context_map import ContextMap
 from kd.tasks.context_scene import ContextScene
+from kd.tasks.scene_labels import SceneLabels
 from kd.tasks.tokens import SceneTokens
 
 TASKS = {
@@ -13,4 +14,5 @@ TASKS = {
     "context_map": ContextMap,
     "context_scene": ContextScene,
     "classification": Classification,
+    "scene_labels": SceneLabels,
 }

@@ -12,12 +12,15 @@ from kd.data.hide import Shape, class_maps, hide, normalise, regions_of, valid_p
 from kd.losses.supervised import cross_entropy_labelled, masked_bce
 from kd.tasks.base import (
     Batch,
+    Classes,
     Mask,
     Mean,
+    Metric,
     Output,
     hidden_labels,
     image_rows,
     ring_mask,
+    top_n,
 )
 
 
@@ -45,6 +48,10 @@ class ContextInputs:
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """`ring`: the surroundings of the hidden object."""
         return {"ring": ring_mask(batch)}
+
+    def metric(self, classes: Classes) -> Metric:
+        """Top-n accuracy and its company."""
+        return top_n(classes)
 
 
 @dataclass(frozen=True, kw_only=True)
