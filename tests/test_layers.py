@@ -38,6 +38,7 @@ PLACES = {
     "kd.shard_writer": COMMANDS,
     "kd.equivariance": COMMANDS,
     "kd.teacher_runs": COMMANDS,
+    "kd.ask": COMMANDS,
     "kd.student_runs": COMMANDS,
     "kd.pictures": COMMANDS,
     "kd.report": COMMANDS,
