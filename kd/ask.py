@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.data.collate import Sample, collate
-from kd.data.hide import hidden_regions
+from kd.data.hide import hidden_regions, regions_of
 from kd.data.images import resize, scaled_size
 from kd.data.transforms import pad
 from kd.engine import to_device
@@ -151,11 +151,30 @@ def _segments(masks: Tensor | None, boxes: Tensor, scaled: tuple[int, int], size
     drawn = hidden_regions(boxes, (size, size))
     if masks is None:
         return drawn
-    # A pixel takes what lies at its centre, the rule that boxes are drawn by.
-    small = F.interpolate(masks[None].to(torch.uint8), size=scaled, mode="nearest-exact")[0]
-    exact = pad(small.bool(), size)
+    exact = pad(scale_masks(masks, scaled), size)
     some = exact.flatten(1).any(dim=1)[:, None, None]
     return torch.where(some, exact, drawn)
+
+
+def scale_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, H, W) bool at another size: a pixel takes what lies at its centre, as boxes are drawn."""
+    if tuple(masks.shape[1:]) == size:
+        return masks
+    return F.interpolate(masks[None].to(torch.uint8), size=size, mode="nearest-exact")[0].bool()
+
+
+def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor]:
+    """What the teacher is shown, without the padding.
+
+    Returns:
+        The picture (3, h, w) uint8 with nothing hidden, and the pixels that each region hides,
+        (K, h, w) bool, by the teacher's shape of regions.
+    """
+    shape = getattr(teacher.task, "shape", "box")
+    (sample,) = _samples(question, teacher.recipe.data.size, teacher.task, len(question.hidden))
+    regions = regions_of(sample, shape="segment" if "segments" in sample else shape)
+    height, width = sample["sizes"].tolist()
+    return sample["images"][:, :height, :width], regions[:, :height, :width]
 
 
 class _Asked:

@@ -27,6 +27,7 @@ PLACES = {
     "kd.compare": COMMANDS,
     "kd.cache": COMMANDS,
     "kd.demo": COMMANDS,
+    "kd.imagine": COMMANDS,
     "kd.build": COMMANDS,
     # What several commands share above the engine.
     "kd.launch": COMMANDS,
@@ -39,6 +40,8 @@ PLACES = {
     "kd.equivariance": COMMANDS,
     "kd.teacher_runs": COMMANDS,
     "kd.ask": COMMANDS,
+    "kd.expected": COMMANDS,
+    "kd.imagination": COMMANDS,
     "kd.student_runs": COMMANDS,
     "kd.pictures": COMMANDS,
     "kd.report": COMMANDS,
