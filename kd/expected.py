@@ -21,6 +21,8 @@ _COVERED = 0.5
 _FINE = 512
 # Inputs in one pass: the activations of more do not fit into a CPU's cache.
 _CPU_INPUTS = 16
+# Peaks below this share of the highest are noise.
+_PEAK = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +234,9 @@ def _best_places(
     tops = F.max_pool2d(values[None], 2 * reach + 1, 1, reach)[0]
     across = (x - size[1] / 2).abs() <= (size[1] - narrow) / 2 + step
     down = (y - size[0] / 2).abs() <= (size[0] - low) / 2 + step
-    left = values.where((values == tops) & across & down[:, None], -1.0)
+    tops = tops.where(across & down[:, None], -1.0)
+    found = (values == tops) & (values >= _PEAK * tops.max())
+    left = values.where(found, -1.0)
     places: list[Place] = []
     while len(places) < count and bool((left >= 0).any()):
         row, column = divmod(int(left.argmax()), width)

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do one picture after the other; 2 where some could not be done."""
     args = _parser().parse_args(argv)
     set_up_logging()
-    at_least("kd.imagine", **{"--top": (args.top, 1), "--random": (args.random or 1, 1)})
+    random = 1 if args.random is None else args.random
+    at_least("kd.imagine", **{"--top": (args.top, 1), "--random": (random, 1)})
     asked = Imagination.open(args.teacher, read_wanted(args), args.out, top=args.top)
     known = None
     if args.annotations is not None:
@@ -71,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--class", action="append", default=[], dest="classes", metavar="NAME",
                        help="draw a heat map for this class; may be repeated")  # fmt: skip
     where.add_argument("--region", nargs="+", default=["0.2x0.2", "0.4x0.4"], metavar="WxH",
-                       help="sizes of the region that slides, shares of width and "
-                       "height; the mean over them is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
+                       help="sizes of the region that slides, shares of width and height; "
+                       "the mean over them is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
     where.add_argument("--stride", type=float, default=0.5,
                        help="how far it moves, a share of its sides (default: 0.5)")  # fmt: skip
     return parser
