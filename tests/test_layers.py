@@ -29,6 +29,7 @@ PLACES = {
     "kd.demo": COMMANDS,
     "kd.imagine": COMMANDS,
     "kd.build": COMMANDS,
+    "kd.baselines": COMMANDS,
     # What several commands share above the engine.
     "kd.launch": COMMANDS,
     "kd.session": COMMANDS,
@@ -70,6 +71,7 @@ PLACES = {
     "kd.cli": FOUNDATION,
     "kd.catalog": FOUNDATION,
     "kd.config": FOUNDATION,
+    "kd.config_data": FOUNDATION,
     "kd.config_reader": FOUNDATION,
     "kd.config_schema": FOUNDATION,
     "kd.errors": FOUNDATION,
