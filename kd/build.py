@@ -23,7 +23,7 @@ from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex, check_images_decode, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
-from kd.data.scenes import generate_scenes
+from kd.data.scenes import categories, generate_scenes
 from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.tasks import TASKS
@@ -123,6 +123,19 @@ def open_data(section: Data) -> OpenData:
         for index in (train, val):
             _check_decode(index)
     return OpenData(section, train, val)
+
+
+def class_names(section: Data) -> tuple[str, ...]:
+    """The class names of a data set, without its images.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if section.generate is not None:
+        return tuple(entry["name"] for entry in categories())
+    root = _root(section)
+    annotations, images = root / section.train.annotations, root / section.train.images
+    return load_coco(annotations, images, check_images=False).class_names
 
 
 def _check_decode(index: CocoIndex) -> None:

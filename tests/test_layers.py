@@ -28,6 +28,7 @@ PLACES = {
     "kd.compare": COMMANDS,
     "kd.cache": COMMANDS,
     "kd.demo": COMMANDS,
+    "kd.imagine": COMMANDS,
     "kd.build": COMMANDS,
     "kd.baselines": COMMANDS,
     # What several commands share above the engine.
@@ -42,6 +43,9 @@ PLACES = {
     "kd.shard_writer": COMMANDS,
     "kd.equivariance": COMMANDS,
     "kd.teacher_runs": COMMANDS,
+    "kd.ask": COMMANDS,
+    "kd.expected": COMMANDS,
+    "kd.imagination": COMMANDS,
     "kd.student_runs": COMMANDS,
     "kd.pictures": COMMANDS,
     "kd.report": COMMANDS,
