@@ -178,12 +178,22 @@ def make_loader(
 
 
 def build_task(
-    section: TaskSection, data: Data, num_classes: int, prior: NDArray[np.float64] | None = None
+    section: TaskSection,
+    data: Data,
+    num_classes: int,
+    prior: NDArray[np.float64] | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> Task:
-    """The task of a recipe, told the data's number of classes, hidden shape and class prior."""
+    """The task of a recipe, told the data's number of classes, hidden shape and class prior.
+
+    A teacher that reads scenes as tokens says itself what it wants of the pictures.
+    """
     builder = look_up(TASKS, section.name, what="task")
     shares = None if prior is None else tuple(prior.tolist())
     known: dict[str, Any] = {"num_classes": num_classes, "shape": data.shape, "prior": shares}
+    if model is not None and hasattr(model, "pictures"):
+        known["pictures"] = model.pictures
     fields = {field.name for field in dataclasses.fields(builder)}
     given = {name: value for name, value in known.items() if name in fields}
     check_options(builder, section.options, what=f"task {section.name!r}", given=given)

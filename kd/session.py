@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,9 @@ def run_training(
     Raises:
         UserError: A loss that is not finite, a checkpoint that does not fit, a full disk.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        # A baseline that only counts: it has been fitted, and is evaluated and written as others.
+        session = replace(session, train=session.train.model_copy(update={"epochs": 0}))
     train, accelerator = session.train, session.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
     critics = modules_of(objective.terms, images=True)

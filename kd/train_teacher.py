@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 
 from kd.adapted import AdaptedStudent
+from kd.baselines import index_objects
 from kd.build import (
     OpenData,
     build_task,
@@ -87,7 +88,10 @@ def train_one(
     )  # fmt: skip
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    task = build_task(recipe.task, recipe.data, data.num_classes, data.prior(only))
+    if hasattr(model, "fit"):  # what is counted rather than trained
+        model.fit(index_objects(data.train, only)[0])
+    prior = data.prior(only)
+    task = build_task(recipe.task, recipe.data, data.num_classes, prior, model=model)
     session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 
