@@ -38,7 +38,7 @@ from kd.data.paste_plan import (
     turns,
 )
 from kd.data.paste_set import SETS, Paster, write_sets
-from kd.data.seams import Verdict, features_of, told_apart
+from kd.data.seams import RING, Verdict, features_of, told_apart
 from kd.errors import UserError
 from kd.files import PARTIAL
 from kd.nn.cooccurrence import NaiveBayes, Objects
@@ -100,8 +100,8 @@ def make_sets(data: OpenData, out: Path, wanted: Wanted) -> dict[str, Any]:
     pairs = matched_pairs(choices, wanted.count, wanted.margin, random)
     if len(pairs) < FEWEST:
         raise UserError(
-            f"{index.annotation_file}: {len(pairs)} of {len(rows)} objects have both a probable and "
-            f"an improbable scene, {FEWEST} are needed; lower --margin ({wanted.margin}) or raise "
+            f"{index.annotation_file}: {len(pairs)} of {len(rows)} objects have both a probable "
+            f"and an improbable scene, {FEWEST} are needed; lower --margin ({wanted.margin}) or raise "
             "--scenes"
         )
     if len(pairs) < wanted.count:
@@ -189,7 +189,9 @@ def _bar(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     return lambda items: track(items, what, console=console, disable=not sys.stderr.isatty())
 
 
-def _describe(data: OpenData, index: CocoIndex, pairs: list[Pair], wanted: Wanted) -> dict[str, Any]:
+def _describe(
+    data: OpenData, index: CocoIndex, pairs: list[Pair], wanted: Wanted
+) -> dict[str, Any]:
     lifts = {
         "in": [pair.inside.lift for pair in pairs],
         "out": [pair.outside.lift for pair in pairs],
@@ -227,15 +229,17 @@ def source_images(folder: Path) -> dict[int, int]:
     return {a["id"]: a["paste"]["source_image"] for a in content["annotations"] if a["asked"]}
 
 
-def check_seams(folder: Path) -> dict[tuple[str, str], Verdict]:
-    """How well seams alone tell the sets apart, two by two."""
+def check_seams(folder: Path) -> list[tuple[str, str, Verdict, Verdict]]:
+    """How well seams alone tell sets apart, two by two: from the ring, and given the outline."""
     found = {name: features_of(open_set(folder, name)) for name in SETS}
     sources = source_images(folder)
     groups = np.array([sources[int(key)] for key in found["in"][0]], np.int64)
-    return {
-        (one, other): told_apart(found[one][1], found[other][1], groups)
-        for one, other in (("in", "out"), ("original", "in"), ("original", "out"))
-    }
+    verdicts = []
+    for one, other in (("in", "out"), ("original", "in"), ("original", "out")):
+        first, second = found[one][1], found[other][1]
+        ring = told_apart(first[:, :RING], second[:, :RING], groups)
+        verdicts.append((one, other, ring, told_apart(first, second, groups)))
+    return verdicts
 
 
 def pairs_figure(folder: Path) -> Figure:
@@ -247,7 +251,9 @@ def pairs_figure(folder: Path) -> Figure:
     content, _ = read_json(folder / "annotations" / "instances_in.json")
     lifts = {("in", a["id"]): a["paste"]["log_lift"] for a in content["annotations"] if a["asked"]}
     content, _ = read_json(folder / "annotations" / "instances_out.json")
-    lifts |= {("out", a["id"]): a["paste"]["log_lift"] for a in content["annotations"] if a["asked"]}
+    lifts |= {
+        ("out", a["id"]): a["paste"]["log_lift"] for a in content["annotations"] if a["asked"]
+    }
     every = figure.subplots(count, 3, squeeze=False)
     for image, line in enumerate(every):
         for axes, (name, index) in zip(line, sets.items(), strict=True):

@@ -27,6 +27,10 @@ PLACES = {
     "kd.compare": COMMANDS,
     "kd.cache": COMMANDS,
     "kd.demo": COMMANDS,
+    # A command by its folder, where the issue of the data lies; no other module imports it.
+    "kd.data.out_of_context": COMMANDS,
+    "kd.context_pastes": COMMANDS,
+    "kd.context_report": COMMANDS,
     "kd.build": COMMANDS,
     # What several commands share above the engine.
     "kd.launch": COMMANDS,

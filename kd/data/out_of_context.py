@@ -4,12 +4,12 @@
     python -m kd.data.out_of_context check datasets/coco_context
     python -m kd.data.out_of_context report datasets/coco_context --runs RUN [RUN ...]
 
-`make` cuts whole objects of a split out along their outlines and pastes each into a scene where the
-co-occurrence of objects in the train images (no teacher has a say) makes it improbable, and into one
-where it is probable: same object, same size, same height in the picture, and the same scenes in both
-sets. Each of `in/`, `out/` and `original/` (the same objects unpasted) is a data set in COCO's layout;
-only the object with `"asked": true` is scored. `check` measures whether the seams give the pastes
-away, `report` asks students, teachers and detectors.
+`make` cuts whole objects of a split out along their outlines and pastes each into a scene where
+the co-occurrence of objects in the train images (no teacher has a say) makes it improbable, and
+into one where it is probable: same object, same size, same height in the picture, and the same
+scenes in both sets. Each of `in/`, `out/` and `original/` (the same objects unpasted) is a data set
+in COCO's layout; only the object with `"asked": true` is scored. `check` measures whether the seams
+give the pastes away, `report` asks students, teachers and detectors.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def _make(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for (one, other), verdict in check_seams(args.folder).items():
+    for one, other, ring, outline in check_seams(args.folder):
         sys.stdout.write(
-            f"{one} against {other}, by the seam alone: AUC {verdict.auc:.3f} "
-            f"(standard error {verdict.error:.3f}; .5 = cannot be told)\n"
+            f"{one} against {other}: AUC {ring.auc:.3f} (standard error {ring.error:.3f}) from the "
+            f"ring around the outline, {outline.auc:.3f} ({outline.error:.3f}) given the outline\n"
         )
+    sys.stdout.write(".5: cannot be told apart by the seam\n")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -104,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--arms", nargs="+", metavar="ARM",
                         help="of distillations, only these (default: all)")  # fmt: skip
     report.add_argument("--set", action="append", default=[], dest="settings",
-                        metavar="data.a=value", help="change a value of the runs' data set")  # fmt: skip
+                        metavar="data.a=value",
+                        help="change a value of the runs' data set")  # fmt: skip
     report.add_argument("--detections", nargs=2, type=Path, metavar=("IN", "OUT"),
                         help="a detector's results on both sets, in COCO's format")  # fmt: skip
     return parser

@@ -1,8 +1,8 @@
 """Which objects are pasted where: the same objects and scenes twice, only paired differently.
 
-Each object goes into one scene where it is probable and one where it is not. Every scene that takes
-an object in which belongs there takes another in which does not: both sets have the same cut-outs and
-the same scenes, each as often, and differ in nothing but who goes where.
+Each object goes into one scene where it is probable and one where it is not. Every scene that
+takes an object in which belongs there takes another in which does not: both sets have the same
+cut-outs and the same scenes, each as often, and differ in nothing but who goes where.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BORDER = 3  # pixels that an object keeps from the picture's edge: it is whole, 
 COVERED = 0.25  # most of an annotated object's box that a paste may cover
 _WHOLE = 0.9  # of an object's pixels in one piece; less, and something stands before it
 _OVERLAP = 0.05  # of its pixels that may belong to another object as well
+_NEAR, _MET = 2, 0.2  # pixels that count as touching, and most of its outline that may be touched
 _SAME_SHAPE = np.log(1.1)  # of a picture's width over height
 _SHIFTS = np.array([0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6])  # of the width
 _EXTREME = 2.0  # nats beyond the margin; more counts no more, so that scenes are not all extremes
@@ -82,9 +83,15 @@ def can_be_cut(index: CocoIndex, row: int) -> bool:
     pieces, _ = ndimage.label(mask, np.ones((3, 3)))
     if np.bincount(pieces[mask]).max() < _WHOLE * mask.sum():
         return False
-    others = neighbours(index, row)
-    shared = [(mask & index.mask_of(other, size)).sum() for other in others]
-    return sum(shared) <= _OVERLAP * mask.sum()
+    others = np.zeros(size, np.bool_)
+    for other in neighbours(index, row):
+        others |= index.mask_of(other, size)
+    if (mask & others).sum() > _OVERLAP * mask.sum():
+        return False
+    # Where another object meets the outline, it may stand before this one and cut it off.
+    outline = mask & ~ndimage.binary_erosion(mask)
+    met = ndimage.binary_dilation(others, np.ones((3, 3)), iterations=_NEAR)
+    return (outline & met).sum() <= _MET * outline.sum()
 
 
 def has_outline(index: CocoIndex, row: int) -> bool:

@@ -115,7 +115,9 @@ class Paster:
             },
         }
         others = [
-            seen for other in self._company(place.image) if (seen := behind(other, mask)) is not None
+            seen
+            for other in self._company(place.image)
+            if (seen := behind(other, mask)) is not None
         ]
         return self._finished(number, place.image, picture, asked, others)
 

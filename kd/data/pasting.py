@@ -1,11 +1,11 @@
 """Objects cut out of one picture and set into another, so that the seam does not tell.
 
 Four things give a paste away, and each is seen to: a fringe of the old background (the rim takes
-its colours from the object's inside), an edge harder than the picture's own (the outline is
-softened as much as the edges of the scene it comes to, and so is the object where that scene is less
-sharp), light (mean and spread of each channel move part of the way), and grain (noise is added where
-the scene has more). Nothing is blended *into* the object, as Poisson editing (Perez et al., 2003)
-does: it would carry the new scene's colours there.
+its colours from the object's inside), an edge harder than the picture's own (the outline is softened
+as much as the edges of the scene it comes to, and so is the object where that scene is less sharp),
+light (mean and spread of each channel move part of the way), and grain (noise is added where the
+scene has more). Nothing is blended *into* the object, as Poisson editing (Perez et al., 2003) does:
+it would carry the new scene's colours there.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def cut_out(picture: Bytes, cover: Floats, look: Look) -> Cutout:
     part = np.s_[top : rows[-1] + 1 + REACH, left : columns[-1] + 1 + REACH]
     piece, pixels = cover[part], picture[part].astype(np.float32)
     inside = inside_of(piece, round(max(picture.shape) * _RIM_PER_PIXEL))
-    nearest = ndimage.distance_transform_edt(
-        ~inside, return_distances=False, return_indices=True
-    )
+    nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
     return Cutout(pixels[nearest[0], nearest[1]], piece, (int(left), int(top)), look)
 
 
