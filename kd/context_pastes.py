@@ -101,8 +101,8 @@ def make_sets(data: OpenData, out: Path, wanted: Wanted) -> dict[str, Any]:
     if len(pairs) < FEWEST:
         raise UserError(
             f"{index.annotation_file}: {len(pairs)} of {len(rows)} objects have both a probable "
-            f"and an improbable scene, {FEWEST} are needed; lower --margin ({wanted.margin}) or raise "
-            "--scenes"
+            f"and an improbable scene, {FEWEST} are needed; lower --margin ({wanted.margin}) or "
+            "raise --scenes"
         )
     if len(pairs) < wanted.count:
         _log.warning("%d pairs, not the %d asked for", len(pairs), wanted.count)

@@ -26,7 +26,7 @@ BORDER = 3  # pixels that an object keeps from the picture's edge: it is whole, 
 COVERED = 0.25  # most of an annotated object's box that a paste may cover
 _WHOLE = 0.9  # of an object's pixels in one piece; less, and something stands before it
 _OVERLAP = 0.05  # of its pixels that may belong to another object as well
-_NEAR, _MET = 2, 0.2  # pixels that count as touching, and most of its outline that may be touched
+_NEAR, _MET = 2, 0.3  # pixels that count as touching, and most of its outline that may be touched
 _SAME_SHAPE = np.log(1.1)  # of a picture's width over height
 _SHIFTS = np.array([0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6])  # of the width
 _EXTREME = 2.0  # nats beyond the margin; more counts no more, so that scenes are not all extremes
@@ -74,7 +74,7 @@ def can_be_cut(index: CocoIndex, row: int) -> bool:
     image = index.image_of(row)
     size = (int(index.heights[image]), int(index.widths[image]))
     box = index.boxes[row]
-    inside = box[:2].min() >= BORDER and (size[::-1] - box[2:]).min() >= BORDER
+    inside = box[:2].min() >= BORDER and (np.array(size[::-1]) - box[2:]).min() >= BORDER
     if not inside or not has_outline(index, row):
         return False
     mask = index.mask_of(row, size)
@@ -91,7 +91,7 @@ def can_be_cut(index: CocoIndex, row: int) -> bool:
     # Where another object meets the outline, it may stand before this one and cut it off.
     outline = mask & ~ndimage.binary_erosion(mask)
     met = ndimage.binary_dilation(others, np.ones((3, 3)), iterations=_NEAR)
-    return (outline & met).sum() <= _MET * outline.sum()
+    return bool((outline & met).sum() <= _MET * outline.sum())
 
 
 def has_outline(index: CocoIndex, row: int) -> bool:
@@ -101,10 +101,11 @@ def has_outline(index: CocoIndex, row: int) -> bool:
 
 
 def neighbours(index: CocoIndex, row: int) -> list[int]:
-    """Other objects of the image whose boxes meet this one's, and which have an outline."""
+    """Other objects of the image that have an outline and whose boxes come near this one's."""
     image = index.image_of(row)
     rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
-    meets = intersections(index.boxes[[row]].astype(float), index.boxes[rows].astype(float))[0] > 0
+    around = index.boxes[[row]] + np.array([-_NEAR, -_NEAR, _NEAR, _NEAR], np.float64)
+    meets = intersections(around, index.boxes[rows].astype(np.float64))[0] > 0
     return [int(r) for r in rows[meets & (rows != row)] if has_outline(index, int(r))]
 
 

@@ -1,11 +1,11 @@
 """Objects cut out of one picture and set into another, so that the seam does not tell.
 
 Four things give a paste away, and each is seen to: a fringe of the old background (the rim takes
-its colours from the object's inside), an edge harder than the picture's own (the outline is softened
-as much as the edges of the scene it comes to, and so is the object where that scene is less sharp),
-light (mean and spread of each channel move part of the way), and grain (noise is added where the
-scene has more). Nothing is blended *into* the object, as Poisson editing (Perez et al., 2003) does:
-it would carry the new scene's colours there.
+its colours from the object's inside), an edge harder than the picture's own (the outline is
+softened as much as the edges of the scene it comes to, and so is the object where that scene is
+less sharp), light (mean and spread of each channel move part of the way), and grain (noise is added
+where the scene has more). Nothing is blended *into* the object, as Poisson editing (Perez et al.,
+2003) does: it would carry the new scene's colours there.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def paste(
     if blur := missing(cutout.look.edge, look.edge, _SOFTEST):
         colours = ndimage.gaussian_filter(colours, (blur, blur, 0))
     if random is not None and (grain := missing(cutout.look.grain, look.grain, _GRAIN)):
-        colours = colours + random.normal(0.0, grain, colours.shape)
+        colours = colours + random.normal(0.0, grain, colours.shape).astype(np.float32)
     alpha = softened(cutout.cover, look.edge)[:, :, None]
     x, y = cutout.corner[0] + shift[0], cutout.corner[1] + shift[1]
     result = picture.copy()
