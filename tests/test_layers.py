@@ -29,6 +29,10 @@ PLACES = {
     "kd.cache": COMMANDS,
     "kd.demo": COMMANDS,
     "kd.imagine": COMMANDS,
+    # A command by its folder, where the issue of the data lies; no other module imports it.
+    "kd.data.out_of_context": COMMANDS,
+    "kd.context_pastes": COMMANDS,
+    "kd.context_report": COMMANDS,
     "kd.build": COMMANDS,
     "kd.baselines": COMMANDS,
     # What several commands share above the engine.

@@ -188,6 +188,8 @@ class SceneDataset(Dataset[Sample]):
         counts = np.diff(index.first)
         pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
         usable = self._usable(shares_of(index.boxes, pictures))
+        if index.asked is not None:
+            usable &= index.asked
         return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
 
     def _images_with_usable_objects(
@@ -247,8 +249,11 @@ class SceneDataset(Dataset[Sample]):
             boxes, kept = visible(plan.boxes(boxes, size), plan.size, self.augment.min_visible)
             boxes, rows = boxes[kept], rows[kept.numpy()]
             shares = shares_of(boxes.numpy(), plan.size[0] * plan.size[1])
-        usable = torch.from_numpy(self._usable(shares))
-        return _Scene(plan, rows, boxes, torch.from_numpy(shares).float(), usable)
+        usable = self._usable(shares)
+        if index.asked is not None:
+            usable &= index.asked[rows]
+        shown = torch.from_numpy(shares).float()
+        return _Scene(plan, rows, boxes, shown, torch.from_numpy(usable))
 
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         return (shares >= self.min_share) & (shares <= self.max_share)
