@@ -182,6 +182,7 @@ def test_a_kept_stride_gives_a_finer_grid_from_the_same_weights(name: str, strid
         assert trunk(torch.randn(1, 3, 64, 64)).shape[2:] == (64 // stride, 64 // stride)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stride"), [("densenet121", 16), ("vgg11", 8)])
 def test_pooling_of_windows_side_by_side_is_left_out(name: str, stride: int) -> None:
     plain, fine = build_trunk(name), build_trunk(name, stride=stride)
