@@ -284,7 +284,7 @@ def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:
     value = np.where(allowed, overlaps[:, None, None], -1.0)
     best = value.shape[3] - 1 - np.argmax(value[..., ::-1], axis=3)
     taken = np.where(allowed.any(axis=3), best, -1)
-    return taken, ~counted.any(axis=3)
+    return np.asarray(taken), np.asarray(~counted.any(axis=3))
 
 
 def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:

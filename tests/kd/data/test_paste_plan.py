@@ -37,7 +37,9 @@ def write(folder: Path, images: list[tuple[int, int]], objects: list[dict[str, A
         Image.new("RGB", (width, height)).save(folder / f"{number}.png")
     annotations = []
     for number, entry in enumerate(objects, start=1):
-        points = np.array(entry["box"] if "box" in entry else sum(entry["rings"], [])).reshape(-1, 2)
+        points = np.array(entry["box"] if "box" in entry else sum(entry["rings"], [])).reshape(
+            -1, 2
+        )
         low, high = points.min(axis=0), points.max(axis=0)
         annotations.append(
             {
@@ -75,7 +77,10 @@ def test_areas_shared_by_boxes_by_hand() -> None:
         ([{"box": [20, 20, 40, 40]}], False),  # no outline
         ([{"rings": [square(10, 10, 15), square(40, 40, 15)]}], False),  # in two pieces
         ([{"rings": [square(10, 10, 40), square(60, 60, 5)]}], True),  # a crumb beside it
-        ([{"rings": [square(20, 20, 20)]}, {"rings": [square(30, 20, 20)]}], False),  # shared pixels
+        (
+            [{"rings": [square(20, 20, 20)]}, {"rings": [square(30, 20, 20)]}],
+            False,
+        ),  # shared pixels
         ([{"rings": [square(20, 20, 20)]}, {"rings": [square(41, 20, 20)]}], True),  # one side met
         (
             [
