@@ -172,6 +172,7 @@ def _write_result(
     step = training.progress.step
     metadata = {"config": str(session.folder.path / "config.yaml"), "format": "kd-model-1"}
     save_model(session.folder.model, training.exported, metadata)
+    session.folder.name_classes(session.data.train.class_names)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
     if isinstance(metric, TopN):  # what is drawn is about objects

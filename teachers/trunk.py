@@ -33,9 +33,12 @@ class ContextTrunk(nn.Module):
         *,
         hidden: int,
         dropout: float,
+        dense: bool,
     ) -> None:
         super().__init__()
         self.trunk, self.around = trunk, around
+        # What a place shows, asked at the finest map: to know the company, first see who is there.
+        self.dense = nn.Conv2d(around.channels[0], num_classes, 1) if dense else None
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         if hidden:
             layers += [nn.Linear(around.width, hidden), nn.ReLU(), nn.Dropout(dropout)]
@@ -43,13 +46,18 @@ class ContextTrunk(nn.Module):
         nn.init.normal_(last.weight, std=1e-3)
         self.head = nn.Sequential(*layers, last)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
+
+        Returns:
+            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), at the finest
+            map's grid.
+        """
         picture, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
         maps = self.trunk(picture)
         rows = torch.arange(len(images), device=images.device)
         logits: Tensor = self.head(self.around(maps, boxes, rows, picture_extents(picture)))
-        return logits
+        return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
 
     def scene_trunk(self) -> AnyTrunk:
         """The torchvision trunk itself, which is a student's as it is."""
@@ -69,6 +77,7 @@ def trunk(
     geometry: bool = True,
     hidden: int = 0,
     dropout: float = 0.5,
+    dense: bool = False,
     frozen: str | None = None,
     batch_norm_frozen: bool = False,
     remember: bool = False,
@@ -88,6 +97,8 @@ def trunk(
         geometry: Whether the region's place and size are read too.
         hidden: Width of a hidden layer in the head; 0 for a linear head.
         dropout: Before each layer of the head.
+        dense: Whether there are pixel logits too, for the classes of visible objects; the task
+            `context` then has a loss `visible`.
         frozen: "all", or the path of the last step of the trunk that does not learn.
         batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
         remember: Keep a frozen trunk's outputs in memory, for pictures that come unchanged.
@@ -121,4 +132,4 @@ def trunk(
         inside=inside,
         geometry=geometry,
     )
-    return ContextTrunk(features, around, num_classes, hidden=hidden, dropout=dropout)
+    return ContextTrunk(features, around, num_classes, hidden=hidden, dropout=dropout, dense=dense)

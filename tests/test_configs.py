@@ -73,6 +73,7 @@ def batch_of(size: int) -> dict[str, torch.Tensor]:
         "usable": torch.tensor([True, True]),
         "hidden": torch.tensor([0, 1]),
         "hide_share": torch.ones(2),
+        "class_maps": torch.zeros(1, size, size, dtype=torch.uint8),
     }
 
 

@@ -96,11 +96,14 @@ def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, s
     trunk.load_state_dict(state, strict=False)
 
 
-def widen_first_convolution(trunk: nn.Module, in_channels: int, *, pretrained: bool) -> None:
+def widen_first_convolution(
+    trunk: nn.Module, in_channels: int, *, pretrained: bool, grey: bool = False
+) -> None:
     """Replace the first convolution by one for another number of input channels.
 
-    With pretrained weights, one channel gets the sum over RGB, and channels beyond the third get
-    zeros, so that the trunk starts out as it was.
+    With pretrained weights, the trunk starts out as it was: of grey pictures (`grey`, or one
+    channel) the first channel gets the sum over RGB, else the first three get RGB; the others get
+    zeros.
     """
     path, old = next(
         (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
@@ -114,8 +117,9 @@ def widen_first_convolution(trunk: nn.Module, in_channels: int, *, pretrained: b
         bias=old.bias is not None,
     )
     with torch.no_grad():
-        if pretrained and in_channels == 1:
-            new.weight.copy_(old.weight.sum(dim=1, keepdim=True))
+        if pretrained and (grey or in_channels == 1):
+            new.weight.zero_()
+            new.weight[:, :1] = old.weight.sum(dim=1, keepdim=True)
         elif pretrained:
             shared = min(in_channels, old.in_channels)
             new.weight.zero_()

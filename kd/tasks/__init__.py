@@ -2,6 +2,8 @@
 
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context, ContextPixels
+from kd.tasks.context_map import ContextMap
+from kd.tasks.context_scene import ContextScene
 from kd.tasks.scene_labels import SceneLabels
 from kd.tasks.tokens import SceneTokens
 
@@ -9,6 +11,8 @@ TASKS = {
     "context": Context,
     "context_pixels": ContextPixels,
     "scene_tokens": SceneTokens,
+    "context_map": ContextMap,
+    "context_scene": ContextScene,
     "classification": Classification,
     "scene_labels": SceneLabels,
 }

@@ -25,8 +25,8 @@ from kd.tasks.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Context:
-    """What both context tasks share: the input with one object hidden in each.
+class ContextInputs:
+    """What the context tasks share: the input with one object hidden in each.
 
     Args:
         num_classes: C.
@@ -55,7 +55,7 @@ class _Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context(_Context):
+class Context(ContextInputs):
     """One answer for the hidden object: logits (K, C), cross-entropy.
 
     For BlindNet's CNN and any trunk. A model that also gives `dense` pixel logits learns from the
@@ -139,7 +139,7 @@ def picture_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextPixels(_Context):
+class ContextPixels(ContextInputs):
     """An answer for each pixel: logits (K, C, H, W), all boxes are targets, hidden or not.
 
     The score of a class is the sum of its sigmoids over the hidden region (BlindNet); scores
