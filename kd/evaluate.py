@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_classes(metric, data)
     if args.figures:
         if not isinstance(metric, TopN):
-            raise UserError(f"{run}: --figures draws answers about objects, not {task}")
+            raise UserError(f"{run}: --figures draws answers about objects, not about pictures")
         args.figures.mkdir(parents=True, exist_ok=True)
         save_figure(curve_figure(data, metric), args.figures / "top_n.png")
         save_figure(share_hidden_figure({run.name: metric.records()}), args.figures / "share.png")

@@ -129,16 +129,6 @@ def hidden_labels(batch: Batch) -> Tensor:
     return batch["labels"][batch["hidden"]]
 
 
-def classes_shown(batch: Batch, num_classes: int) -> Tensor:
-    """Which classes each image's objects have, hidden or not, bool (N, C)."""
-    known = batch["labels"] >= 0
-    shown = torch.zeros(
-        len(batch["images"]), num_classes, dtype=torch.bool, device=batch["labels"].device
-    )
-    shown[batch["image_of"][known], batch["labels"][known]] = True
-    return shown
-
-
 def ring_mask(batch: Batch) -> Mask:
     """The surroundings of each hidden object: a ring of half its size, where there is picture."""
 
