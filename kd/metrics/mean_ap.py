@@ -166,9 +166,7 @@ class MeanAP:
         if not self.support[label].any():
             return result
         last = np.flatnonzero(matches.hit[:, :, rows].any(axis=(0, 1)))
-        rows = rows[
-            : last[-1] + 1 if len(last) else 0
-        ]  # what is wrong after all right ones is free
+        rows = rows[: last[-1] + 1 if len(last) else 0]  # errors after the last hit are free
         drawn = weights[:, self.found.image[rows]]  # (R, D)
         for area in range(areas):
             objects = weights @ self.support[label, area]  # (R,)
@@ -284,7 +282,8 @@ def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:
     value = np.where(allowed, overlaps[:, None, None], -1.0)
     best = value.shape[3] - 1 - np.argmax(value[..., ::-1], axis=3)
     taken = np.where(allowed.any(axis=3), best, -1)
-    return taken, ~counted.any(axis=3)
+    only_left_out: Bools = ~np.any(counted, axis=3)
+    return taken, only_left_out
 
 
 def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
