@@ -38,7 +38,8 @@ def test_end_to_end(
     flags = flags_of(small_scenes, "val", tmp_path)
     out = tmp_path / "new" / "rescored.json"
     flags += ["--teacher", str(small_teacher), "--out", str(out), "--folds", "2",
-              "--resamples", "20", "--rule", "plain", "--figures", str(tmp_path / "figures")]  # fmt: skip
+              "--resamples", "20", "--rule", "plain",
+              "--figures", str(tmp_path / "figures")]  # fmt: skip
     assert rescore.main(flags) == 0
     printed = capsys.readouterr().out
     assert "after - before" in printed
