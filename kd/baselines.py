@@ -14,7 +14,9 @@ from kd.data.coco import CocoIndex
 from kd.nn.cooccurrence import NaiveBayes, Objects
 
 
-def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> tuple[Objects, Tensor]:
+def index_objects(
+    index: CocoIndex, images: Collection[int] | None = None
+) -> tuple[Objects, Tensor]:
     """The objects of an index, and the rows that they are.
 
     Args:

@@ -1,4 +1,4 @@
-"""Baselines as teachers: what the class shares say, and what co-occurrence says. They only count."""
+"""Baselines as teachers, which only count: class shares, and co-occurrence."""
 
 from __future__ import annotations
 
@@ -60,8 +60,5 @@ def cooccurrence(
         evidence: Any of `company`, `place`, `size`.
         fitted: Whether the weight of each kind of evidence is fitted on the train images, each
             left out of the counts for its own objects; otherwise plain naive Bayes.
-
-    Raises:
-        UserError: Evidence of an unknown kind.
     """
     return Counted(NaiveBayes(num_classes, evidence=evidence, fitted=fitted))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from kd.errors import UserError
 
 Evidence = Literal["company", "place", "size"]
 ROWS, COLUMNS = 6, 3  # cells of the picture that a box's centre may fall into
@@ -35,10 +33,20 @@ class Objects(NamedTuple):
         return taken._replace(image_of=taken.image_of - start)
 
 
-class NaiveBayes(nn.Module):
-    """`log p(c | rest) = log p(c) + a n^-k sum_j lift(c_j | c) + b lift(place | c) + d lift(size | c)`.
+@runtime_checkable
+class Fitted(Protocol):
+    """A teacher that counts before it is trained, or in place of it."""
 
-    `lift(x | c) = log p(x | c) - log p(x)`, from counts of the train objects smoothed towards
+    def fit(self, objects: Objects) -> None:
+        """Learn from all objects of the train images."""
+        ...
+
+
+class NaiveBayes(nn.Module):
+    """Naive Bayes with fitted exponents.
+
+    `log p(c | rest) = log p(c) + a n^-k sum_j lift(c_j|c) + b lift(place|c) + d lift(size|c)`,
+    where `lift(x|c) = log p(x|c) - log p(x)`, from counts of the train objects smoothed towards
     `p(x)`. The n other objects are not independent given c, which plain naive Bayes takes for
     granted: the exponents a, k, b, d and the smoothing are fitted to the likelihood of the train
     objects, each under counts without its own image (Hand and Yu, 2001, "Idiot's Bayes", on why
@@ -60,8 +68,6 @@ class NaiveBayes(nn.Module):
         self, num_classes: int, *, evidence: Sequence[Evidence], fitted: bool = True
     ) -> None:
         super().__init__()
-        if unknown := sorted(set(evidence) - set(get_args(Evidence))):
-            raise UserError(f"evidence: {unknown[0]!r} is none of {', '.join(get_args(Evidence))}")
         self.num_classes, self.evidence, self.fitted = num_classes, frozenset(evidence), fitted
         counts = {
             "seen": (num_classes,),
@@ -116,16 +122,16 @@ class NaiveBayes(nn.Module):
             free = self.exponents.clone().requires_grad_()
             solver = torch.optim.LBFGS([free], max_iter=60, line_search_fn="strong_wolfe")
 
-            def loss() -> Tensor:
+            def loss() -> float:
                 solver.zero_grad()
                 scores = self._scores(objects, free, without_own=True)
                 # A weak pull towards plain naive Bayes keeps an exponent without evidence in place.
                 pull = 1e-4 * (free - self.exponents).square().sum()
                 value = F.cross_entropy(scores, objects.classes) + pull
-                value.backward()  # type: ignore[no-untyped-call]
-                return value
+                value.backward()
+                return float(value.detach())
 
-            solver.step(loss)  # type: ignore[no-untyped-call]
+            solver.step(loss)
         self.exponents.copy_(free.detach())
 
     def _scores(self, objects: Objects, exponents: Tensor, *, without_own: bool) -> Tensor:

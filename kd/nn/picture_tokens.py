@@ -94,5 +94,5 @@ def check_patches(patch: int, reach: int) -> None:
     """
     if patch < 1 or reach < 0:
         raise UserError(
-            f"scene_transformer: patch must be 1 or above and reach 0 or above, got {patch}, {reach}"
+            f"scene_transformer: patch {patch} must be 1 or more, reach {reach} 0 or more"
         )

@@ -21,7 +21,7 @@ Pictures = Literal["none", "whole", "each"]
 class SceneTokens(Context):
     """What class is each hidden object, given the others' classes and boxes, pixels, or both?
 
-    Each object is hidden by itself: the others' answers know it, unless the batch has it `withheld`.
+    Each is hidden by itself: the others' answers know it, unless the batch has it `withheld`.
 
     Args:
         pictures: What the model is shown; it says so itself.
@@ -47,7 +47,7 @@ class SceneTokens(Context):
         return objects, batch["hidden"], pictures, regions
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` over the hidden objects with a label; `visible` where there is `dense`."""
+        """`cross_entropy` over the hidden objects with a label; `visible` of `dense` logits."""
         losses = super().losses({"logits": output["logits"]}, batch)
         if "dense" in output:
             losses["visible"] = self._seen(output["dense"], batch)
