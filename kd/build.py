@@ -23,11 +23,12 @@ from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex, check_images_decode, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
-from kd.data.scenes import generate_scenes
+from kd.data.scenes import categories, generate_scenes
 from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.tasks import TASKS
 from kd.tasks.base import Task
+from kd.transferred import TRANSFERRED, take_trunk
 from students import STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
@@ -111,14 +112,30 @@ def open_data(section: Data) -> OpenData:
             root, train=made.train, val=made.val, size=made.size, seed=made.seed,
             workers=os.cpu_count() or 1, progress=True,
         )  # fmt: skip
-    train = load_coco(root / section.train.annotations, root / section.train.images)
-    val = load_coco(
-        root / section.val.annotations, root / section.val.images, categories_from=train
+    train = load_coco(
+        root / section.train.annotations, root / section.train.images, check_images=section.pictures
     )
-    if section.generate is None:  # what was made here is whole
+    val = load_coco(
+        root / section.val.annotations, root / section.val.images,
+        check_images=section.pictures, categories_from=train,
+    )  # fmt: skip
+    if section.generate is None and section.pictures:  # what was made here is whole
         for index in (train, val):
             _check_decode(index)
     return OpenData(section, train, val)
+
+
+def class_names(section: Data) -> tuple[str, ...]:
+    """The class names of a data set, without its images.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if section.generate is not None:
+        return tuple(entry["name"] for entry in categories())
+    root = _root(section)
+    annotations, images = root / section.train.annotations, root / section.train.images
+    return load_coco(annotations, images, check_images=False).class_names
 
 
 def _check_decode(index: CocoIndex) -> None:
@@ -173,6 +190,8 @@ def make_dataset(
         min_share=section.min_share,
         max_share=section.max_share,
         shape=section.shape,
+        withhold=(section.withhold.start, section.withhold.end) if section.withhold else None,
+        pictures=section.pictures,
         partial=(partial.start, partial.until) if partial and train else None,
         labelled=labelled,
         repeat_labelled=section.repeat_labelled if labelled is not None else 1,
@@ -213,10 +232,17 @@ def build_task(
     num_classes: int,
     prior: NDArray[np.float64] | None = None,
     shares: Mapping[str, NDArray[np.float64]] | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> Task:
-    """The task of a recipe, told the data's number of classes, hidden shape and class shares."""
+    """The task of a recipe, told the data's number of classes, hidden shape and class shares.
+
+    A teacher that reads scenes as tokens says itself what it wants of the pictures.
+    """
     builder = look_up(TASKS, section.name, what="task")
     known: dict[str, Any] = {"num_classes": num_classes, "shape": data.shape}
+    if model is not None and hasattr(model, "pictures"):
+        known["pictures"] = model.pictures
     known |= dict.fromkeys(("prior", "pixel_shares", "image_shares"))
     counted = {**(shares or {}), **({} if prior is None else {"prior": prior})}
     known |= {name: tuple(values.tolist()) for name, values in counted.items()}
@@ -233,12 +259,20 @@ def build_teacher(model: Model, num_classes: int) -> nn.Module:
 
 
 def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
-    """A student classifier; `options` as `students.classifiers.build_student` lists them."""
+    """A student classifier; `options` as `students.classifiers.build_student` lists them.
+
+    A student `transferred` has the trunk of a teacher's run, see `kd.transferred`.
+    """
     options = {**model.options, **({} if context else {"context": False})}
-    given = {"num_classes": len(prior), "prior": prior.tolist()}
+    given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
+    given |= {"trunk": None}
     if model.name in STUDENTS:
         return build(STUDENTS, model.name, options, what="student", **given)
-    check_options(any_student, options, what=f"student {model.name!r}", given={"name": "", **given})
+    filled = {"name", *given}
+    if model.name == TRANSFERRED:
+        given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
+        filled |= {"weights", "stride"}
+    check_options(any_student, options, what=f"student {model.name!r}", given=filled)
     return any_student(model.name, **given, **options)
 
 

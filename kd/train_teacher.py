@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 
 from kd.adapted import AdaptedStudent
+from kd.baselines import index_objects
 from kd.build import (
     OpenData,
     build_task,
@@ -24,6 +25,7 @@ from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
 from kd.data.splits import fold_of
 from kd.launch import open_run
+from kd.nn.cooccurrence import Fitted
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
@@ -78,9 +80,14 @@ def train_one(
     if folder.finished:
         return
     train = recipe.train
+    set_seed(recipe.seed)
+    model = build_teacher(recipe.teacher, data.num_classes)
+    if isinstance(model, Fitted):  # what is counted rather than trained
+        model.fit(index_objects(data.train, only)[0])
     task = build_task(
-        recipe.task, recipe.data, data.num_classes, data.prior(only), data.shares(only)
-    )
+        recipe.task, recipe.data, data.num_classes, data.prior(only), data.shares(only),
+        model=model,
+    )  # fmt: skip
     dataset = make_dataset(
         data, "train", train=True, mode=recipe.hide, only=only, seed=recipe.seed,
         epochs=train.epochs, class_maps=isinstance(task, ContextMap),
@@ -89,8 +96,6 @@ def train_one(
         dataset, accelerator, batch_size=train.batch_size // train.accumulate,
         workers=recipe.data.workers, seed=recipe.seed, train=True,
     )  # fmt: skip
-    set_seed(recipe.seed)
-    model = build_teacher(recipe.teacher, data.num_classes)
     session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 

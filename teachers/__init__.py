@@ -1,4 +1,4 @@
-"""Context teachers by name; each maps (K, 4, H, W) to logits and says in `task` which task fits."""
+"""Context teachers by name; each says in `task` which task fits its input and output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from torch import nn
 
 from teachers.cnn import cnn
+from teachers.cooccurrence import cooccurrence, prior
 from teachers.resnet_multilabel import resnet_multilabel
 from teachers.resnet_pixel import resnet_pixel
+from teachers.scene_transformer import scene_transformer
 from teachers.trunk import trunk
 from teachers.unet import unet
 from teachers.unet_ffc import unet_ffc
@@ -18,6 +20,9 @@ TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "unet_ffc": unet_ffc,
     "cnn": cnn,
     "trunk": trunk,
+    "scene_transformer": scene_transformer,
+    "cooccurrence": cooccurrence,
+    "prior": prior,
     "resnet_pixel": resnet_pixel,
     "resnet_multilabel": resnet_multilabel,
 }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.levels import build_levels
+from kd.nn.blind import AnyTrunk
+from kd.nn.levels import LevelledTrunk, build_levels
 from kd.nn.regions import mask_boxes
 from kd.nn.surroundings import Surroundings, picture_extents
 
@@ -26,7 +27,7 @@ class ContextTrunk(nn.Module):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: LevelledTrunk,
         around: Surroundings,
         num_classes: int,
         *,
@@ -57,6 +58,10 @@ class ContextTrunk(nn.Module):
         rows = torch.arange(len(images), device=images.device)
         logits: Tensor = self.head(self.around(maps, boxes, rows, picture_extents(picture)))
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
+
+    def scene_trunk(self) -> AnyTrunk:
+        """The torchvision trunk itself, which is a student's as it is."""
+        return self.trunk.trunk
 
 
 def trunk(

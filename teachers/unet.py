@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.blind import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):
@@ -106,6 +107,7 @@ class UNet(nn.Module):
         if not transposed:
             widths[-1] //= 2  # bilinear up-sampling keeps the channels, so the bottom has half
         self.stem = kit.stem(width)
+        self._widths = widths
         self.downs = nn.ModuleList(
             nn.Sequential(nn.MaxPool2d(2), kit.convolve(fine, coarse))
             for fine, coarse in pairwise(widths)
@@ -135,6 +137,13 @@ class UNet(nn.Module):
             features = up(features, skip)
         logits: Tensor = self.head(features)
         return logits[:, :, :height, :width]
+
+    def scene_trunk(self) -> BlindTrunk:
+        """The falling half, as the trunk of a student."""
+        levels = zip([self.stem, *self.downs], self._widths, strict=True)
+        return BlindTrunk(
+            "unet", [(step, wide, 2**level) for level, (step, wide) in enumerate(levels)]
+        )
 
 
 def unet(

@@ -12,12 +12,15 @@ from kd.data.hide import Shape, class_maps, hide, normalise, regions_of, valid_p
 from kd.losses.supervised import cross_entropy_labelled, masked_bce
 from kd.tasks.base import (
     Batch,
+    Classes,
     Mask,
     Mean,
+    Metric,
     Output,
     hidden_labels,
     image_rows,
     ring_mask,
+    top_n,
 )
 
 
@@ -45,6 +48,10 @@ class ContextInputs:
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """`ring`: the surroundings of the hidden object."""
         return {"ring": ring_mask(batch)}
+
+    def metric(self, classes: Classes) -> Metric:
+        """Top-n accuracy and its company."""
+        return top_n(classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +92,12 @@ class Context(ContextInputs):
         """Pixel logits (K, C, h, w) against the boxes that are not hidden, on their own grid."""
         grid = (logits.shape[2], logits.shape[3])
         hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
-        valid = F.adaptive_max_pool2d(valid_of(batch).float()[:, None], grid)[:, 0] > 0
+        valid = picture_pixels(batch, grid)
         told = hidden_labels(batch) >= 0
         rows = image_rows(batch)
         loss = masked_bce(
             logits,
-            _maps(batch, self.num_classes, grid)[rows],
+            label_maps(batch, self.num_classes, grid)[rows],
             hidden,
             valid=valid[rows] & told[:, None, None],
             hidden_weight=0.0,
@@ -102,7 +109,7 @@ class Context(ContextInputs):
         return output["logits"].float().log_softmax(dim=1)
 
 
-def _maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
+def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
     """The classes of all boxes with labels on a grid over the picture, bool (N, C, h, w)."""
     known = batch["labels"] >= 0
     height, width = batch["images"].shape[-2:]
@@ -117,10 +124,18 @@ def _maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
     )
 
 
-def valid_of(batch: Batch) -> Tensor:
-    """Pixels of the picture rather than of its padding, bool (N, H, W)."""
+def picture_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
+    """Pixels of the picture rather than of its padding, bool (N, H, W), or places with any of them.
+
+    Args:
+        batch: As in docs/design.md.
+        grid: Places in place of pixels, (N, h, w).
+    """
     height, width = batch["images"].shape[-2:]
-    return valid_pixels(batch["sizes"], (height, width))
+    pixels = valid_pixels(batch["sizes"], (height, width))
+    return (
+        pixels if grid is None else F.adaptive_max_pool2d(pixels.float()[:, None], grid)[:, 0] > 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +156,12 @@ class ContextPixels(ContextInputs):
         rows = image_rows(batch)
         told = hidden_labels(batch) >= 0
         height, width = batch["images"].shape[-2:]
-        maps = _maps(batch, self.num_classes, (height, width))
+        maps = label_maps(batch, self.num_classes, (height, width))
         loss = masked_bce(
             output["logits"],
             maps[rows],
             self.regions(batch),
-            valid=valid_of(batch)[rows] & told[:, None, None],
+            valid=picture_pixels(batch)[rows] & told[:, None, None],
             hidden_weight=self.hidden_weight,
         )
         # An input without labels added 0 to the mean over all; the mean over the others is wanted.

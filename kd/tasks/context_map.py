@@ -11,7 +11,7 @@ from kd.errors import UserError
 from kd.losses.class_weights import median_frequency
 from kd.losses.supervised import masked_cross_entropy
 from kd.tasks.base import Batch, Mean, Output, hidden_labels, image_rows
-from kd.tasks.context import ContextInputs, valid_of
+from kd.tasks.context import ContextInputs, picture_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ContextMap(ContextInputs):
             logits,
             batch["class_maps"][rows].long(),
             self.regions(batch),
-            valid=valid_of(batch)[rows] & told[:, None, None],
+            valid=picture_pixels(batch)[rows] & told[:, None, None],
             class_weights=weights,
             hidden_weight=self.hidden_weight,
         )
