@@ -116,8 +116,8 @@ def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
     if told and labelled < 1 and recipe.soft_targets.kind == "stored":
         raise UserError(
             f"{teacher.folder}: this teacher is told the other objects' classes, which "
-            f"data.labelled {labelled} keeps from the student on the other images; take a teacher on pixels "
-            "alone, or --set data.labelled=1.0"
+            f"data.labelled {labelled} keeps from the student on the other images; take a teacher "
+            "on pixels alone, or --set data.labelled=1.0"
         )
 
 

@@ -21,7 +21,9 @@ from kd.errors import UserError
 ENGINE = "onednn"
 
 
-def in_int8(model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()) -> nn.Module:
+def in_int8(
+    model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()
+) -> nn.Module:
     """A copy whose convolutions and linear layers compute in int8, on the CPU.
 
     Transposed convolutions stay in float32, for which there are no scales by channel.
