@@ -57,9 +57,19 @@ class OpenData:
         Args:
             images: Only those with these ids: a student's labelled share.
         """
-        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
-        counts = np.bincount(self.train.labels[rows], minlength=self.num_classes) + 1.0
+        counts = self.train_counts(images) + 1.0
         return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+    def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
+        """Usable train objects of each class, (C,); `images` as in `prior`."""
+        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
+        return np.bincount(self.train.labels[rows], minlength=self.num_classes)
+
+    def visible(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many objects beside the hidden one val images hold, (K,) for (K,) image ids."""
+        order = np.argsort(self.val.image_ids, kind="stable")
+        images = order[np.searchsorted(self.val.image_ids, image_ids, sorter=order)]
+        return np.asarray(np.diff(self.val.first)[images] - 1, dtype=np.int64)
 
     def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
         """Exact posteriors of the embedded scenes, None for other data."""

@@ -1,4 +1,12 @@
-"""Evaluate a finished run on its val split: `python -m kd.evaluate RUN`."""
+"""Evaluate a finished run on its val split, or set several side by side.
+
+    python -m kd.evaluate runs/teacher/cnn/scenes
+    python -m kd.evaluate runs/teacher/cnn/scenes --data coco      # into evaluation/coco/
+    python -m kd.evaluate --all runs/teacher --data scenes --out teachers
+
+Of one run the model is asked again, and tables, figures and numbers go into RUN/evaluation.
+With --all what runs have answered is read: each RUN, or every finished run below a folder.
+"""
 
 from __future__ import annotations
 
@@ -6,90 +14,93 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.answers import ask_run, data_section, stored_answers
+from kd.build import open_data
 from kd.cli import run_command, set_up_logging
-from kd.config import Data
-from kd.config_reader import data_config, from_plain, read_yaml
-from kd.engine import evaluate
 from kd.errors import UserError
-from kd.metrics.top_n import TopN
-from kd.pictures import hidden_scenes
-from kd.report.figures import save_figure, share_hidden_figure
-from kd.session import ceiling_metrics, curve_figure, new_metric, say_summary
-from kd.student_runs import load_student
-from kd.teacher_runs import load_teacher
+from kd.evaluation import Evaluation, about, write_evaluation
+from kd.references import on_data, references
+from kd.report.runs import check_same_objects, find_runs, named_runs
+from kd.report.table import print_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the metrics, the per-class table where asked, and draw the curves."""
-    parser = argparse.ArgumentParser(prog="python -m kd.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a teacher's or one arm's run folder")
-    parser.add_argument("--data", metavar="NAME", help="another data set with the same classes")
-    parser.add_argument("--set", action="append", default=[], dest="settings",
-                        metavar="data.a=value", help="change a value of the data set")  # fmt: skip
-    parser.add_argument("--per-class", action="store_true", help="list every class with support")
-    parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="write PNGs of curves and hidden scenes here"
-    )
-    args = parser.parse_args(argv)
+    """Print the tables, and write them with figures and numbers."""
+    args = _parser().parse_args(argv)
     set_up_logging()
-    run: Path = args.run
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: not a run folder, it has no config.yaml")
-    config = read_yaml(run / "config.yaml")
-    if not {"data", "train", "task"} <= config.keys():
-        raise UserError(f"{run / 'config.yaml'}: not the config of a run")
-    data, model, task = _open(run, config, args)
-    accelerator = make_accelerator(config["train"]["precision"])
-    metric = new_metric(data)
-    loader = make_loader(
-        make_dataset(data, "val", train=False),
-        accelerator,
-        batch_size=int(config["train"]["batch_size"]),
-        workers=data.section.workers,
-    )
-    model = AdaptedStudent(model).to(accelerator.device)
-    evaluate(model, task, loader, metric, accelerator)
-    say_summary(
-        f"{run} on {data.section.name} val", {**metric.compute(), **ceiling_metrics(data, metric)}
-    )
+    if args.all:
+        return _side_by_side(args)
+    if len(args.runs) > 1:
+        raise UserError(f"{len(args.runs)} runs: evaluate them one by one, or set them side by "
+                        "side with --all")  # fmt: skip
+    asked = ask_run(args.runs[0], args.data, args.settings)
+    if asked is None:  # another process writes
+        return 0
+    known = references(asked.data, asked.records)
+    title = f"{args.runs[0]} on {about(asked.data, asked.records)}"
+    evaluation = Evaluation(title, asked.data, {asked.name: asked.records}, known)
+    for table in evaluation.summary_tables():
+        print_table(table)
     if args.per_class:
-        _say_classes(metric, data)
-    if args.figures:
-        args.figures.mkdir(parents=True, exist_ok=True)
-        save_figure(curve_figure(data, metric), args.figures / "top_n.png")
-        save_figure(share_hidden_figure({run.name: metric.records()}), args.figures / "share.png")
-        scenes = hidden_scenes(model, task, data, count=8, device=accelerator.device)
-        for number, figure in enumerate(scenes):
-            save_figure(figure, args.figures / f"hidden_scene_{number}.png")
+        print_table(evaluation.class_table())
+    folder = args.out or asked.folder
+    write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
+    if args.data:  # what a run answers about its own data is in its folder already
+        asked.save_predictions(asked.folder)
+    sys.stdout.write(f"tables, figures and numbers: {folder}\n")
     return 0
 
 
-def _open(run: Path, config: dict[str, Any], args: argparse.Namespace) -> tuple[OpenData, Any, Any]:
-    section = _section(run, config, args)
-    if "teacher" in config and "name" in config["teacher"] and "options" in config["teacher"]:
-        data = open_data(section)
-        teacher = load_teacher(run, data.num_classes)
-        return data, teacher.model, teacher.task
-    student = load_student(run, config, section)
-    return student.data, student.model, student.task
+def _side_by_side(args: argparse.Namespace) -> int:
+    runs = stored_answers(find_runs(args.runs), args.data)
+    check_same_objects(runs)
+    first_run = runs[0]
+    own = args.data in (None, first_run.config["data"]["name"])
+    data = open_data(
+        data_section(first_run.folder, first_run.config, None if own else args.data, args.settings)
+    )
+    records = {
+        name: on_data(data, run.records, str(run.folder)) for name, run in named_runs(runs).items()
+    }
+    first = next(iter(records.values()))
+    evaluation = Evaluation(about(data, first), data, records, references(data, first))
+    for table in evaluation.summary_tables():
+        print_table(table)
+    if args.out:
+        write_evaluation(args.out, evaluation)
+        sys.stdout.write(f"tables, figures and numbers: {args.out}\n")
+    return 0
 
 
-def _section(run: Path, config: dict[str, Any], args: argparse.Namespace) -> Data:
-    """The data set to evaluate on, shown as the run's was: the run's own or `--data`."""
-    if not args.data:
-        return from_plain(Data, config["data"], str(run / "config.yaml"), args.settings)
-    kept = {name: config["data"][name] for name in ("size", "shape", "min_share", "max_share")}
-    shown = [f"{name}={value}" for name, value in kept.items()]
-    return data_config(args.data, [*shown, *args.settings])
-
-
-def _say_classes(metric: TopN, data: OpenData) -> None:
-    for row in metric.per_class(data.val.class_names):
-        sys.stdout.write(f"  {row.name:<24}{row.support:>7}{100 * row.top1:>8.1f} %\n")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kd.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a teacher's or one arm's run folder; with --all also folders that hold some",
+    )
+    add("--all", action="store_true", help="finished runs of one data set side by side")
+    add("--data", metavar="NAME", help="another data set with the same classes")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="data.a=value",
+        help="change a value of the data set",
+    )
+    add("--per-class", action="store_true", help="print every class, too")
+    add("--out", "--figures", type=Path, metavar="DIR", dest="out",
+        help="where files go (default: RUN/evaluation; with --all: none)")  # fmt: skip
+    return parser
 
 
 if __name__ == "__main__":

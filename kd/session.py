@@ -19,9 +19,12 @@ from kd.config import Train
 from kd.data.loader import SceneLoader
 from kd.engine import evaluate, fit
 from kd.launch import parameters, start_training
+from kd.metrics import scores
+from kd.metrics.records import prior_records
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
 from kd.progress import CleanStop, ProgressBar
+from kd.references import EXACT, PRIOR, exact_records
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
@@ -170,7 +173,7 @@ def _write_result(
     save_model(session.folder.model, training.exported, metadata)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    tracker.figure("eval/top_n", curve_figure(session.data, metric), step)
+    tracker.figure("eval/top_n", _curve_figure(session.data, metric), step)
     tracker.figure(
         "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
     )
@@ -187,38 +190,31 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
 
 def new_metric(data: OpenData) -> TopN:
     """The metric of a data set's val split."""
-    return TopN(data.num_classes, prior=data.prior(), looks=data.val.looks, where=data.section.name)
+    return TopN(
+        data.num_classes,
+        prior=data.prior(),
+        looks=data.val.looks,
+        visible=data.visible,
+        where=data.section.name,
+    )
 
 
 def ceiling_metrics(data: OpenData, metric: TopN) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
-    ceiling = _ceiling(data, metric)
-    if ceiling is None:
+    exact = exact_records(data, metric.records())
+    if exact is None:
         return {}
-    values = ceiling.compute()
+    values = scores.evaluate(exact)
     return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
 
 
-def _ceiling(data: OpenData, metric: TopN) -> TopN | None:
-    stored = data.ceiling("val")
-    if stored is None:
-        return None
-    scored = metric.records()
-    order = stored["object_ids"].argsort()
-    places = order[stored["object_ids"][order].searchsorted(scored["object_ids"])]
-    exact = new_metric(data)
-    exact.update(
-        torch.from_numpy(stored["log_probs_pixels"][places]),
-        *(torch.from_numpy(scored[k]) for k in ("labels", "shares", "object_ids", "image_ids")),
-    )
-    return exact
-
-
-def curve_figure(data: OpenData, metric: TopN) -> Any:
+def _curve_figure(data: OpenData, metric: TopN) -> Any:
     """Top-n against random, prior and, on the scenes, the exact posterior."""
-    exact = _ceiling(data, metric)
+    records = metric.records()
+    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records)}
     return top_n_figure(
-        {"model": metric.curve()}, metric.prior_curve(), None if exact is None else exact.curve()
+        {"model": scores.curve(records)},
+        {name: scores.curve(one) for name, one in known.items() if one is not None},
     )
 
 

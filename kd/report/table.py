@@ -15,9 +15,15 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.interval import Interval
-from kd.metrics.scores import Records
-from kd.report.comparison import Comparison, compare, label_of, scale_of, value_of
+from kd.metrics.records import Records, prior_records
+from kd.report.comparison import (
+    Comparison,
+    compare,
+    difference_text,
+    label_of,
+    number_text,
+    value_of,
+)
 
 METRICS = (
     "top1",
@@ -167,7 +173,7 @@ def runs_table(
         raise UserError("no run to show")
     first, *others = runs
     names = _chosen(metrics, runs[first])
-    prior = scores.prior_records(runs[first])
+    prior = prior_records(runs[first])
     ceilings = ceilings or {}
     found, rows = [], []
     for name in names:
@@ -177,9 +183,9 @@ def runs_table(
         cells = list(_row(label_of(name), line, seed=None))
         if prior is not None:
             number = None if name == "ece" else scores.value(prior, name)
-            cells.append(_number(name, number))
+            cells.append(number_text(name, number))
         if ceilings:
-            cells.append(_number(name, ceilings.get(name)))
+            cells.append(number_text(name, ceilings.get(name)))
         rows.append(tuple(cells))
         found += line
     header = ["metric", first]
@@ -205,26 +211,11 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
     """Cells of a metric: of the mean over seeds, or of the seed at one place."""
     cells = [label]
     for entry in line:
-        cells.append(_number(entry.metric, entry.mean if seed is None else entry.values[seed]))
+        cells.append(number_text(entry.metric, entry.mean if seed is None else entry.values[seed]))
         if entry.difference is not None:
             interval = entry.difference if seed is None else entry.by_seed[seed]
-            cells.append(_difference(entry.metric, interval))
+            cells.append(difference_text(entry.metric, interval))
     return tuple(cells)
-
-
-def _number(name: str, number: float | None) -> str:
-    if number is None:
-        return ""
-    return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
-
-
-def _difference(name: str, interval: Interval) -> str:
-    scale = scale_of(name)
-    digits = 1 if scale == 100 else 3
-    mean, low, high = (f"{scale * bound:+z.{digits}f}" for bound in interval)
-    if interval.low != interval.low:  # NaN: nothing is known about the bounds
-        return f"{mean} "
-    return f"{mean} [{low}, {high}]{'*' if interval.clear_of_zero else ' '}"
 
 
 def _seed_note(seeds: int) -> str:
@@ -234,10 +225,11 @@ def _seed_note(seeds: int) -> str:
 
 
 def _prior_note(names: Sequence[str], records: Records) -> list[str]:
-    prior = scores.prior_records(records)
+    prior = prior_records(records)
     if prior is None:
         return []
     known = [(name, scores.value(prior, name)) for name in names if name != "ece"]
     return [
-        "class prior: " + ", ".join(f"{label_of(n)} {_number(n, number)}" for n, number in known)
+        "class prior: "
+        + ", ".join(f"{label_of(n)} {number_text(n, number)}" for n, number in known)
     ]

@@ -12,9 +12,11 @@ from PIL import Image
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.scores import Records
+from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
 from kd.report import figures
+from kd.report.class_figures import class_share_figure
+from kd.report.drawing import figure_image, save_figure
 from kd.report.pictures import hidden_scene_figure
 from kd.report.table import distill_table
 
@@ -34,7 +36,7 @@ def records_of(strength: float, seed: int) -> Records:
 
 def drawn(figure: Figure) -> torch.Tensor:
     """The picture, which must hold more than white."""
-    image = figures.figure_image(figure)
+    image = figure_image(figure)
     assert image.dtype == torch.uint8
     assert image.shape[0] == 3
     assert (image != 255).any()
@@ -43,7 +45,9 @@ def drawn(figure: Figure) -> torch.Tensor:
 
 def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceiling() -> None:
     curve = scores.curve(records_of(1.0, 0))
-    figure = figures.top_n_figure({"unet": curve}, curve * 0.5, np.ones(6))
+    figure = figures.top_n_figure(
+        {"unet": curve}, {"class prior": curve * 0.5, "exact posterior": np.ones(6)}
+    )
     labels = [str(line.get_label()).split(" (")[0] for line in figure.axes[0].lines]
     assert labels == ["random", "ideal", "class prior", "exact posterior", "unet"]
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), np.arange(1, 7) / 6)
@@ -53,15 +57,13 @@ def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceili
 
 
 def test_class_shares_fall_and_keep_their_names() -> None:
-    figure = figures.class_share_figure(
-        np.array([1, 8, 1]), np.array([0, 1, 1]), ["cat", "dog", "cow"]
-    )
+    figure = class_share_figure(np.array([1, 8, 1]), np.array([0, 1, 1]), ["cat", "dog", "cow"])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "cat", "cow"]
     heights = [bar.get_height() for bar in axes.patches]  # type: ignore[attr-defined]
     assert heights == pytest.approx([80, 10, 10])
     drawn(figure)
-    drawn(figures.class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)]))
+    drawn(class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)]))
 
 
 def test_shares_hidden_and_reliability_are_drawn_for_every_run() -> None:
@@ -108,8 +110,8 @@ def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:
 
 def test_a_figure_is_saved_and_a_bad_name_refused(tmp_path: Path) -> None:
     figure = figures.top_n_figure({"unet": np.linspace(0.5, 1, 6)})
-    figures.save_figure(figure, tmp_path / "new" / "curve.png")
+    save_figure(figure, tmp_path / "new" / "curve.png")
     with Image.open(tmp_path / "new" / "curve.png") as saved:
         assert saved.size[0] > 400
     with pytest.raises(UserError, match=r"curve.xyz: the figure cannot be written"):
-        figures.save_figure(figure, tmp_path / "curve.xyz")
+        save_figure(figure, tmp_path / "curve.xyz")
