@@ -31,7 +31,7 @@ FOLDER = "evaluation"  # in a run's folder
 _PREDICTIONS = "predictions.npz"
 _PICTURES = 8
 # How pictures were shown to a run goes with it to another data set.
-_SHOWN = ("size", "shape", "min_share", "max_share")
+_SHOWN = ("size", "shape", "min_share", "max_share", "pictures")
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,15 @@ def data_section(
     """The data set to evaluate on, shown as the run's was: the run's own, or another by name."""
     if name is None:
         return from_plain(Data, config["data"], str(run / "config.yaml"), settings)
-    shown = [f"{key}={config['data'][key]}" for key in _SHOWN]
+    own = config["data"]
+    shown = [f"{key}={json.dumps(own[key])}" for key in _SHOWN if key in own]
     return data_config(name, [*shown, *settings])
+
+
+def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> OpenData:
+    """Open the data set that `stored_answers` of this run are about."""
+    own = name in (None, run.config["data"]["name"])
+    return open_data(data_section(run.folder, run.config, None if own else name, settings))
 
 
 def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
@@ -121,7 +128,7 @@ def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
     Raises:
         UserError: Runs of different data sets and no name, or no run was asked about it.
     """
-    own = [str(run.config["data"]["name"]) for run in runs]
+    own = [_data_name(run) for run in runs]
     if data_name is None:
         for run, name in zip(runs, own, strict=True):
             if name != own[0]:
@@ -145,6 +152,13 @@ def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
     if not found:
         raise UserError(f"no run has answers about {data_name}")
     return found
+
+
+def _data_name(run: Run) -> str:
+    try:
+        return str(run.config["data"]["name"])
+    except (KeyError, TypeError):
+        raise UserError(f"{run.folder / 'config.yaml'}: not the config of a run") from None
 
 
 def _run_config(run: Path) -> dict[str, Any]:

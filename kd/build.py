@@ -94,11 +94,14 @@ def open_data(section: Data) -> OpenData:
             root, train=made.train, val=made.val, size=made.size, seed=made.seed,
             workers=os.cpu_count() or 1, progress=True,
         )  # fmt: skip
-    train = load_coco(root / section.train.annotations, root / section.train.images)
-    val = load_coco(
-        root / section.val.annotations, root / section.val.images, categories_from=train
+    train = load_coco(
+        root / section.train.annotations, root / section.train.images, check_images=section.pictures
     )
-    if section.generate is None:  # what was made here is whole
+    val = load_coco(
+        root / section.val.annotations, root / section.val.images,
+        check_images=section.pictures, categories_from=train,
+    )  # fmt: skip
+    if section.generate is None and section.pictures:  # what was made here is whole
         for index in (train, val):
             _check_decode(index)
     return OpenData(section, train, val)
@@ -154,6 +157,8 @@ def make_dataset(
         min_share=section.min_share,
         max_share=section.max_share,
         shape=section.shape,
+        withhold=(section.withhold.start, section.withhold.end) if section.withhold else None,
+        pictures=section.pictures,
         partial=(partial.start, partial.until) if partial and train else None,
         labelled=labelled,
         repeat_labelled=section.repeat_labelled if labelled is not None else 1,
@@ -188,12 +193,22 @@ def make_loader(
 
 
 def build_task(
-    section: TaskSection, data: Data, num_classes: int, prior: NDArray[np.float64] | None = None
+    section: TaskSection,
+    data: Data,
+    num_classes: int,
+    prior: NDArray[np.float64] | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> Task:
-    """The task of a recipe, told the data's number of classes, hidden shape and class prior."""
+    """The task of a recipe, told the data's number of classes, hidden shape and class prior.
+
+    A teacher that reads scenes as tokens says itself what it wants of the pictures.
+    """
     builder = look_up(TASKS, section.name, what="task")
     shares = None if prior is None else tuple(prior.tolist())
     known: dict[str, Any] = {"num_classes": num_classes, "shape": data.shape, "prior": shares}
+    if model is not None and hasattr(model, "pictures"):
+        known["pictures"] = model.pictures
     fields = {field.name for field in dataclasses.fields(builder)}
     given = {name: value for name, value in known.items() if name in fields}
     check_options(builder, section.options, what=f"task {section.name!r}", given=given)

@@ -8,78 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+from kd.config_data import Count, NotNegative, Positive, Probability, Section, Share, Whole
+from kd.config_data import Data as Data
+from kd.config_data import Generate as Generate
+from kd.config_data import Split as Split
+
 Arm = Literal["plain", "distilled", "bare", "shuffled", "direct"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strict, closed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Split(Section):
-    """One split of a data set, as paths below the data set's root."""
-
-    annotations: str = Field(description="COCO instances JSON")
-    images: str = Field(description="folder of its images")
-
-
-class Partial(Section):
-    """Partial masking: hide a share of the object first, all of it later."""
-
-    start: Share = Field(0.3, description="share of the region hidden at the first step")
-    until: Share = Field(0.5, description="share of training after which all of it is hidden")
-
-
-class Generate(Section):
-    """Settings of the embedded scenes; the folder is made when it is not there."""
-
-    train: Count = 4000
-    val: Count = 1000
-    size: Annotated[int, Field(ge=32)] = 64
-    seed: Whole = 0
-
-
-class Data(Section):
-    """Where a data set lies, and how its objects are hidden."""
-
-    name: str = Field("unnamed", description="used in run folders")
-    root: str | None = Field(None, description="folder that the splits' paths start from")
-    train: Split
-    val: Split
-    generate: Generate | None = Field(None, description="only for the embedded scenes")
-    size: Annotated[int, Field(ge=16)] = Field(384, description="pixels of the long side")
-    min_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0015, description="smallest box, as a share of the picture, that is hidden and scored"
-    )
-    max_share: Share = Field(0.30, description="largest such box")
-    shape: Literal["box", "square", "ellipse", "segment"] = "box"
-    partial: Partial | None = None
-    augment: dict[str, Any] | None = Field(
-        default_factory=dict, description="options of kd.data.transforms.Augment; null = none"
-    )
-    labelled: Share = Field(1.0, description="share of train images whose labels a student sees")
-    repeat_labelled: Count = Field(
-        1, description="times that a labelled image comes in a student's epoch; unlabelled: once"
-    )
-    prepared: str | None = Field(
-        None, description="folder with train/ and val/, each made by kd.data.prepare"
-    )
-    workers: Whole = 1
-
-    @model_validator(mode="after")
-    def _shares_in_order(self) -> Data:
-        if self.min_share >= self.max_share:
-            raise ValueError(f"min_share {self.min_share} is not below max_share {self.max_share}")
-        return self
 
 
 class Model(Section):

@@ -15,8 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.answers import ask_run, data_section, stored_answers
-from kd.build import open_data
+from kd.answers import ask_run, data_of, stored_answers
 from kd.cli import run_command, set_up_logging
 from kd.errors import UserError
 from kd.evaluation import Evaluation, about, write_evaluation
@@ -32,18 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.all:
         return _side_by_side(args)
     if len(args.runs) > 1:
-        raise UserError(f"{len(args.runs)} runs: evaluate them one by one, or set them side by "
-                        "side with --all")  # fmt: skip
+        raise UserError(f"{len(args.runs)} runs: --all sets several side by side")
     asked = ask_run(args.runs[0], args.data, args.settings)
     if asked is None:  # another process writes
         return 0
-    known = references(asked.data, asked.records)
     title = f"{args.runs[0]} on {about(asked.data, asked.records)}"
+    known = references(asked.data, asked.records)
     evaluation = Evaluation(title, asked.data, {asked.name: asked.records}, known)
-    for table in evaluation.summary_tables():
-        print_table(table)
-    if args.per_class:
-        print_table(evaluation.class_table())
+    _print(evaluation, per_class=args.per_class)
     folder = args.out or asked.folder
     write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
     if args.data:  # what a run answers about its own data is in its folder already
@@ -55,22 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _side_by_side(args: argparse.Namespace) -> int:
     runs = stored_answers(find_runs(args.runs), args.data)
     check_same_objects(runs)
-    first_run = runs[0]
-    own = args.data in (None, first_run.config["data"]["name"])
-    data = open_data(
-        data_section(first_run.folder, first_run.config, None if own else args.data, args.settings)
-    )
+    data = data_of(runs[0], args.data, args.settings)
     records = {
-        name: on_data(data, run.records, str(run.folder)) for name, run in named_runs(runs).items()
+        n: on_data(data, run.records, str(run.folder)) for n, run in named_runs(runs).items()
     }
     first = next(iter(records.values()))
     evaluation = Evaluation(about(data, first), data, records, references(data, first))
-    for table in evaluation.summary_tables():
-        print_table(table)
+    _print(evaluation, per_class=args.per_class)
     if args.out:
         write_evaluation(args.out, evaluation)
         sys.stdout.write(f"tables, figures and numbers: {args.out}\n")
     return 0
+
+
+def _print(evaluation: Evaluation, *, per_class: bool) -> None:
+    for table in evaluation.summary_tables():
+        print_table(table)
+    if per_class:
+        print_table(evaluation.class_table())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -65,7 +65,9 @@ def start_training(
         steps: All steps of training.
         critics: The `Adversary` of each holistic term, by the term's name.
     """
-    optimizer = make_optimizer(model, **train.optimizer.model_dump())
+    # A model that only counts has nothing to optimise, and nothing for DDP to add up.
+    weights = model if learns(model) else nn.Linear(1, 1)
+    optimizer = make_optimizer(weights, **train.optimizer.model_dump())
     schedule = make_schedule(optimizer, steps, **train.schedule.model_dump())
     model = model.to(accelerator.device)
     if train.channels_last:
@@ -77,7 +79,7 @@ def start_training(
         model.compile()
     # The optimiser stays bare: accelerate's wrapper is for scaled gradients of fp16, not used here,
     # and asks the file system at every step whether a package is installed.
-    wrapped = accelerator.prepare(model)
+    wrapped = accelerator.prepare(model) if learns(model) else model
     return Training(
         accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
         train.channels_last, [
@@ -111,6 +113,11 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, share_batch_norm(child))
     return module
+
+
+def learns(model: nn.Module) -> bool:
+    """Whether there is anything to train by gradient."""
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def parameters(model: nn.Module) -> int:

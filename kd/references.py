@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.baselines import cooccurrence_log_probs
 from kd.build import OpenData
 from kd.errors import UserError
 from kd.metrics.records import Records, answered, prior_records
 
-PRIOR, EXACT = "class prior", "exact posterior"
+PRIOR, COMPANY, EXACT = "class prior", "co-occurrence", "exact posterior"
 
 
 def references(data: OpenData, records: Records) -> dict[str, Records]:
@@ -22,7 +23,11 @@ def references(data: OpenData, records: Records) -> dict[str, Records]:
     Raises:
         UserError: The objects are not those of the data set.
     """
-    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records)}
+    known = {
+        PRIOR: prior_records(records),
+        COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
+        EXACT: exact_records(data, records),
+    }
     return {name: one for name, one in known.items() if one is not None}
 
 
@@ -51,4 +56,4 @@ def exact_records(data: OpenData, records: Records) -> Records | None:
     if stored is None:
         return None
     answers: NDArray[np.float32] = stored["log_probs_pixels"].astype(np.float32)
-    return answered(records, stored["object_ids"], answers, "exact posterior")
+    return answered(records, stored["object_ids"], answers, EXACT)

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from kd.checkpoint import save_model
 from kd.config import Train
 from kd.data.loader import SceneLoader
 from kd.engine import evaluate, fit
-from kd.launch import parameters, start_training
+from kd.launch import learns, parameters, start_training
 from kd.metrics import scores
 from kd.metrics.records import prior_records
 from kd.metrics.top_n import TopN
@@ -71,6 +71,9 @@ def run_training(
     Raises:
         UserError: A loss that is not finite, a checkpoint that does not fit, a full disk.
     """
+    if not learns(model):
+        # A baseline that only counts: it has been fitted, and is evaluated and written as others.
+        session = replace(session, train=session.train.model_copy(update={"epochs": 0}))
     train, accelerator = session.train, session.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
     critics = modules_of(objective.terms, images=True)

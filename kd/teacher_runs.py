@@ -90,7 +90,7 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
             load_model(file, model)
     except UserError as error:
         raise UserError(f"{error} (the data set has {num_classes} classes)") from error
-    task = build_task(recipe.task, recipe.data, num_classes)
+    task = build_task(recipe.task, recipe.data, num_classes, model=model)
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
 

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 
 from kd.adapted import AdaptedStudent
+from kd.baselines import index_objects
 from kd.build import (
     OpenData,
     build_task,
@@ -24,6 +25,7 @@ from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
 from kd.data.splits import fold_of
 from kd.launch import open_run
+from kd.nn.cooccurrence import Fitted
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
@@ -87,7 +89,10 @@ def train_one(
     )  # fmt: skip
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    task = build_task(recipe.task, recipe.data, data.num_classes, data.prior(only))
+    if isinstance(model, Fitted):  # what is counted rather than trained
+        model.fit(index_objects(data.train, only)[0])
+    prior = data.prior(only)
+    task = build_task(recipe.task, recipe.data, data.num_classes, prior, model=model)
     session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 

@@ -92,7 +92,9 @@ class Objective:
     @property
     def units(self) -> set[str]:
         """What its losses are means of, see `kd.tasks.base.count_units`."""
-        return {"hidden", "labelled"} | {term.kind.mask for term in self.terms if term.kind.mask}
+        return {"hidden", "labelled", "images"} | {
+            term.kind.mask for term in self.terms if term.kind.mask
+        }
 
 
 @dataclass

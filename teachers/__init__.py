@@ -1,4 +1,4 @@
-"""Context teachers by name; each maps (K, 4, H, W) to logits and says in `task` which task fits."""
+"""Context teachers by name; each says in `task` which task fits its input and output."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 from teachers.cnn import cnn
+from teachers.cooccurrence import cooccurrence, prior
+from teachers.scene_transformer import scene_transformer
 from teachers.trunk import trunk
 from teachers.unet import unet
 
@@ -14,4 +16,7 @@ TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "unet": unet,
     "cnn": cnn,
     "trunk": trunk,
+    "scene_transformer": scene_transformer,
+    "cooccurrence": cooccurrence,
+    "prior": prior,
 }

@@ -23,6 +23,7 @@ from kd.config_reader import (
     read_yaml,
 )
 from kd.data.transforms import build_augment
+from kd.launch import learns
 from kd.optim import make_optimizer, make_schedule
 from kd.tasks.base import Task
 from kd.wiring import build_terms
@@ -91,8 +92,10 @@ def test_every_teacher_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
     classes = CLASSES.get(data, 80)
     model = build_teacher(offline(recipe.teacher), classes)
-    task = build_task(recipe.task, recipe.data, classes, np.full(classes, 1 / classes))
-    check_training(recipe.train, recipe.data, model)
+    prior = np.full(classes, 1 / classes)
+    task = build_task(recipe.task, recipe.data, classes, prior, model=model)
+    if learns(model):
+        check_training(recipe.train, recipe.data, model)
     check_one_batch(task, model, recipe.task.weights, recipe.data.size)
 
 

@@ -28,6 +28,7 @@ PLACES = {
     "kd.cache": COMMANDS,
     "kd.demo": COMMANDS,
     "kd.build": COMMANDS,
+    "kd.baselines": COMMANDS,
     # What several commands share above the engine.
     "kd.launch": COMMANDS,
     "kd.session": COMMANDS,
@@ -69,6 +70,7 @@ PLACES = {
     "kd.cli": FOUNDATION,
     "kd.catalog": FOUNDATION,
     "kd.config": FOUNDATION,
+    "kd.config_data": FOUNDATION,
     "kd.config_reader": FOUNDATION,
     "kd.config_schema": FOUNDATION,
     "kd.errors": FOUNDATION,

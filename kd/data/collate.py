@@ -11,7 +11,8 @@ from kd.data.stored import PREFIX
 
 Sample = dict[str, Tensor]
 _STACKED = ("images", "sizes", "image_ids")
-_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments")
+_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
+           "withheld")  # fmt: skip
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kd.data.choices import check_options, known_labels, shares_of
 from kd.data.coco import CocoIndex
 from kd.data.collate import Sample
-from kd.data.hide import SHAPES, hidden_regions, hide_share
-from kd.data.images import read_image
+from kd.data.hide import hidden_regions, hide_share
+from kd.data.images import read_image, scaled_size
 from kd.data.prepare import PreparedCopy
 from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import Augment, Plan, build_augment, pad, visible
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["one", "all"]
 
+_GREY = 128
+_COMPANY_STREAM = 2
 _SAMPLE_STREAM = 1  # keeps the samples' random numbers apart from the loader's order
 
 
@@ -58,6 +61,9 @@ class SceneDataset(Dataset[Sample]):
         shape: What will be hidden; `segment` adds exact masks to the samples.
         partial: Share hidden at the start of training, and the progress (0..1) at which all
             is hidden; None hides all from the start.
+        withhold: Share of the objects, at the start and at the end of training, that are withheld
+            from the answers to others as well: several are hidden at once. None withholds none.
+        pictures: Whether pictures are read; otherwise they are all grey.
         labelled: Ids of the images whose labels are known; the others' become -1. None: all.
         repeat_labelled: How often a labelled image comes in an epoch; others come once.
         only: Ids of the images to keep; None keeps all.
@@ -83,6 +89,8 @@ class SceneDataset(Dataset[Sample]):
         max_share: float = 0.30,
         shape: str = "box",
         partial: tuple[float, float] | None = None,
+        withhold: tuple[float, float] | None = None,
+        pictures: bool = True,
         labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
         repeat_labelled: int = 1,
         only: Collection[int] | npt.NDArray[np.int64] | None = None,
@@ -92,11 +100,13 @@ class SceneDataset(Dataset[Sample]):
         stored: Sequence[StoredField] = (),
     ) -> None:
         """Choose the images; the arguments are explained above."""
-        _check_options(size, mode, shape, (min_share, max_share), partial, seed)
+        check_options(size, mode, shape, (min_share, max_share), partial, seed)
         self.index, self.size, self.mode, self.train = index, size, mode, train
         self.augment: Augment | None = build_augment(augment) if train else None
         self.min_share, self.max_share, self.shape = min_share, max_share, shape
         self.partial = partial if train else None
+        self.withhold = withhold if train else None
+        self.pictures = pictures
         self.seed, self.epochs, self.stored = seed, epochs, tuple(stored)
         self.prepared: PreparedCopy | None = None
         if prepared is not None:
@@ -104,7 +114,7 @@ class SceneDataset(Dataset[Sample]):
                 prepared, at_least=size, fingerprint=index.fingerprint
             )
         self.images = self._images_with_usable_objects(only)
-        self.known = _known_labels(index, self.images, labelled)
+        self.known = known_labels(index, self.images, labelled)
         again = np.tile(np.flatnonzero(self.known), repeat_labelled - 1)
         self.images = np.concatenate([self.images, self.images[again]])
         self.known = np.concatenate([self.known, self.known[again]])
@@ -128,6 +138,7 @@ class SceneDataset(Dataset[Sample]):
             (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
         )
         image = int(self.images[position])
+        random_company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
         picture = self._read(image)
         scene = self._draw_scene(image, (picture.shape[1], picture.shape[2]), random)
         candidates = scene.usable.nonzero()[:, 0]
@@ -148,6 +159,10 @@ class SceneDataset(Dataset[Sample]):
             "hidden": candidates,
             "hide_share": torch.full((len(candidates),), self._hide_share(epoch)),
         }
+        if self.withhold is not None:
+            start, end = self.withhold
+            share = start + (end - start) * epoch / max(1, self.epochs - 1)
+            sample["withheld"] = torch.from_numpy(random_company.random(len(labels)) < share)
         original = (picture.shape[1], picture.shape[2])
         if self.shape == "segment":
             sample["segments"] = self._segments(scene, candidates, original)
@@ -166,7 +181,7 @@ class SceneDataset(Dataset[Sample]):
         index = self.index
         counts = np.diff(index.first)
         pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
-        usable = self._usable(_shares(index.boxes, pictures))
+        usable = self._usable(shares_of(index.boxes, pictures))
         return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
 
     def _images_with_usable_objects(
@@ -199,6 +214,8 @@ class SceneDataset(Dataset[Sample]):
 
     def _read(self, image: int) -> Tensor:
         path, expected = self.picture(image)
+        if not self.pictures:
+            return torch.full((3, *scaled_size(*expected, self.size)), _GREY, dtype=torch.uint8)
         return read_image(path, self.size, expected=expected)
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
@@ -217,13 +234,13 @@ class SceneDataset(Dataset[Sample]):
         stored = np.array(index.boxes[rows])
         boxes = torch.from_numpy(stored) * scale
         if plan is None:  # exactly the shares that the image was chosen by
-            shares = _shares(stored, original[0] * original[1])
+            shares = shares_of(stored, original[0] * original[1])
             plan = Plan(size=size)
         else:
             assert self.augment is not None
             boxes, kept = visible(plan.boxes(boxes, size), plan.size, self.augment.min_visible)
             boxes, rows = boxes[kept], rows[kept.numpy()]
-            shares = _shares(boxes.numpy(), plan.size[0] * plan.size[1])
+            shares = shares_of(boxes.numpy(), plan.size[0] * plan.size[1])
         usable = torch.from_numpy(self._usable(shares))
         return _Scene(plan, rows, boxes, torch.from_numpy(shares).float(), usable)
 
@@ -245,50 +262,3 @@ class SceneDataset(Dataset[Sample]):
             frame = (self.size, self.size)
             masks[empty] = hidden_regions(scene.boxes[hidden[empty]], frame)
         return masks
-
-
-def _shares(
-    boxes: npt.NDArray[np.float32], pictures: npt.NDArray[np.int64] | int
-) -> npt.NDArray[np.float64]:
-    sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-    shares: npt.NDArray[np.float64] = sides.prod(axis=1) / pictures
-    return shares
-
-
-def _check_options(
-    size: int,
-    mode: str,
-    shape: str,
-    shares: tuple[float, float],
-    partial: tuple[float, float] | None,
-    seed: int,
-) -> None:
-    if size < 1:
-        raise UserError(f"size: {size} is not a number of pixels")
-    if mode not in ("one", "all"):
-        raise UserError(f"mode: {mode!r} is unknown; use 'one' or 'all'")
-    if shape not in SHAPES:
-        raise UserError(f"shape: {shape!r} is unknown; use one of {', '.join(SHAPES)}")
-    if not 0 <= shares[0] <= shares[1] <= 1:
-        raise UserError(f"min_share {shares[0]}, max_share {shares[1]}: expected 0 <= min <= max")
-    if partial is not None and not (0 <= partial[0] <= 1 and 0 <= partial[1] <= 1):
-        raise UserError(f"partial: {partial}: expected a share and a progress, both in 0..1")
-    if seed < 0:
-        raise UserError(f"seed: {seed} is below 0")
-
-
-def _known_labels(
-    index: CocoIndex,
-    images: npt.NDArray[np.int64],
-    labelled: Collection[int] | npt.NDArray[np.int64] | None,
-) -> npt.NDArray[np.bool_]:
-    if labelled is None:
-        return np.ones(len(images), np.bool_)
-    ids = np.fromiter(labelled, np.int64, len(labelled))
-    strangers = ids[~np.isin(ids, index.image_ids)]
-    if len(strangers):
-        raise UserError(
-            f"labelled: {index.annotation_file} has no image {strangers[0]} "
-            f"({len(strangers)} unknown ids)"
-        )
-    return np.isin(index.image_ids[images], ids)

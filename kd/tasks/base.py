@@ -115,7 +115,9 @@ def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
     for unit in sorted(units):
-        if unit == "hidden":
+        if unit == "images":
+            count = torch.full((), float(len(batch["images"])), device=device)
+        elif unit == "hidden":
             # Filled there: a copy to a GPU would wait for all that it still has to do.
             count = torch.full((), float(len(batch["hidden"])), device=device)
         elif unit == "labelled":

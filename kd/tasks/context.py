@@ -85,12 +85,12 @@ class Context(_Context):
         """Pixel logits (K, C, h, w) against the boxes that are not hidden, on their own grid."""
         grid = (logits.shape[2], logits.shape[3])
         hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
-        valid = F.adaptive_max_pool2d(_valid(batch).float()[:, None], grid)[:, 0] > 0
+        valid = picture_pixels(batch, grid)
         told = hidden_labels(batch) >= 0
         rows = image_rows(batch)
         loss = masked_bce(
             logits,
-            _maps(batch, self.num_classes, grid)[rows],
+            label_maps(batch, self.num_classes, grid)[rows],
             hidden,
             valid=valid[rows] & told[:, None, None],
             hidden_weight=0.0,
@@ -102,7 +102,7 @@ class Context(_Context):
         return output["logits"].float().log_softmax(dim=1)
 
 
-def _maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
+def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
     """The classes of all boxes with labels on a grid over the picture, bool (N, C, h, w)."""
     known = batch["labels"] >= 0
     height, width = batch["images"].shape[-2:]
@@ -117,10 +117,18 @@ def _maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
     )
 
 
-def _valid(batch: Batch) -> Tensor:
-    """Pixels of the picture rather than of its padding, bool (N, H, W)."""
+def picture_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
+    """Pixels of the picture rather than of its padding, bool (N, H, W), or places with any of them.
+
+    Args:
+        batch: As in docs/design.md.
+        grid: Places in place of pixels, (N, h, w).
+    """
     height, width = batch["images"].shape[-2:]
-    return valid_pixels(batch["sizes"], (height, width))
+    pixels = valid_pixels(batch["sizes"], (height, width))
+    return (
+        pixels if grid is None else F.adaptive_max_pool2d(pixels.float()[:, None], grid)[:, 0] > 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +149,12 @@ class ContextPixels(_Context):
         rows = image_rows(batch)
         told = hidden_labels(batch) >= 0
         height, width = batch["images"].shape[-2:]
-        maps = _maps(batch, self.num_classes, (height, width))
+        maps = label_maps(batch, self.num_classes, (height, width))
         loss = masked_bce(
             output["logits"],
             maps[rows],
             self.regions(batch),
-            valid=_valid(batch)[rows] & told[:, None, None],
+            valid=picture_pixels(batch)[rows] & told[:, None, None],
             hidden_weight=self.hidden_weight,
         )
         # An input without labels added 0 to the mean over all; the mean over the others is wanted.

@@ -1,0 +1,264 @@
+"""A masked-token transformer over a scene: the other objects, the picture, and what is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError, at_least
+from kd.nn.cooccurrence import NaiveBayes, Objects
+from kd.nn.levels import LevelledTrunk, build_levels
+from kd.nn.picture_tokens import Patches, check_patches, place_boxes
+from kd.nn.surroundings import Surroundings
+from kd.nn.transformer import PLACE_FEATURES, Reader, place_features, relations
+
+Pixels = Literal["patches", "trunk"]
+
+
+class _Tokens(NamedTuple):
+    """What queries may read."""
+
+    tokens: Tensor  # (N, T, D)
+    rows: Tensor  # (K,) whose tokens a query reads
+    seen: Tensor  # (K, T) bool
+    lie: Tensor  # (K, T, 10)
+
+
+class SceneTransformer(nn.Module):
+    """A mask token for each hidden object, with its box, reads the rest of its scene.
+
+    The rest are the other objects as (class, box) tokens, the picture as tokens of patches or of a
+    trunk's map, or both. A token is never changed by others (`kd.nn.transformer.Reader`), so one
+    pass over a scene gives the posterior of each of its objects with only that one hidden.
+
+    Attributes:
+        task: The kind of task that fits input and output.
+        pictures: What it is shown: `none`, `whole` pictures of which it leaves out what is hidden,
+            or a picture for `each` hidden object without it, where a trunk sees all at once.
+        reads_labels: Whether it is told the other objects' classes.
+    """
+
+    task = "scene_tokens"
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        width: int,
+        readers: Sequence[Reader],
+        annotations: bool,
+        patches: Patches | None,
+        trunk: LevelledTrunk | None,
+        around: Surroundings | None,
+        counts: NaiveBayes | None,
+        dense: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.reads_labels = num_classes, annotations
+        self.pictures = "whole" if patches else "each" if trunk else "none"
+        self.mask = nn.Parameter(torch.randn(width) * 0.02)
+        self.place = nn.Sequential(
+            nn.Linear(PLACE_FEATURES, width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.readers = nn.ModuleList(readers)
+        self.names = nn.Embedding(num_classes, width) if annotations else None
+        self.object_norm = nn.LayerNorm(width) if annotations else None
+        self.patches, self.trunk, self.around, self.counts = patches, trunk, around, counts
+        if patches or trunk:
+            self.patch_place = nn.Linear(PLACE_FEATURES, width)
+        if trunk and around:
+            self.project = nn.Conv2d(trunk.level_channels[-1], width, 1)
+            self.look_around = nn.Sequential(nn.Dropout(dropout), nn.Linear(around.width, width))
+            self.direct = nn.Linear(around.width, num_classes)
+            nn.init.normal_(self.direct.weight, std=1e-3)
+        self.dense = nn.Conv2d(width, num_classes, 1) if dense else None
+        self.end = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
+        self.head = nn.Linear(width, num_classes)
+        nn.init.normal_(self.head.weight, std=1e-3)
+
+    def fit(self, objects: Objects) -> None:
+        """Count what occurs together in the train images, where that is a part of the answer."""
+        if self.counts is not None:
+            self.counts.fit(objects)
+
+    def forward(
+        self, objects: Objects, hidden: Tensor, pictures: Tensor, regions: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """Posteriors of all hidden objects, each with only itself hidden.
+
+        Args:
+            objects: Of N images; a hidden one's class reaches the others' answers only.
+            hidden: (K,) indices into the objects.
+            pictures: Normalised; `whole`: (N, 3, H, W), `each`: (K, 3, H, W) with 0 in the region.
+            regions: (K, H, W) bool, what is hidden.
+
+        Returns:
+            Logits (K, C); with pixel logits a dict of `logits` and `dense` (N, C, h, w).
+        """
+        frames = _frames(objects)
+        boxes = objects.boxes * frames
+        asked = boxes[hidden]
+        place = self.place(place_features(asked))
+        queries, sources, extra = self.mask + place, [], []
+        dense: Tensor | None = None
+        if self.names is not None:
+            sources.append(self._company(objects, boxes, hidden))
+        if self.patches is not None:
+            maps = self.patches(pictures)
+            dense = None if self.dense is None else self.dense(maps)
+            rows, blind = objects.image_of[hidden], self.patches.touched(regions)
+            sources.append(self._picture(maps, pictures, asked, frames[hidden], rows, blind))
+        elif self.trunk is not None:
+            assert self.around is not None
+            levels = self.trunk(pictures)
+            rows = torch.arange(len(hidden), device=hidden.device)
+            size = max(pictures.shape[2:])
+            around = self.around(levels, asked * size, rows, frames[hidden, :2] * size)
+            queries = queries + self.look_around(around)
+            extra.append(self.direct(around))
+            maps = self.project(levels[-1])
+            sources.append(self._picture(maps, pictures, asked, frames[hidden], rows, None))
+        for reader in self.readers:
+            for source in sources:
+                queries = reader(queries, source.tokens, source.lie, source.rows, source.seen)
+        extra.append(self.head(self.end(queries)))
+        if self.counts is not None:
+            extra.append(self.counts(objects, hidden))
+        logits = torch.stack([part.float() for part in extra]).sum(dim=0)
+        return logits if dense is None else {"logits": logits, "dense": dense}
+
+    def _company(self, objects: Objects, boxes: Tensor, hidden: Tensor) -> _Tokens:
+        """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""
+        assert self.names is not None and self.object_norm is not None
+        rows = objects.image_of
+        counts = torch.bincount(rows)
+        slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        most = int(counts.max()) if len(counts) else 0
+        named = self.names(objects.classes.clamp(min=0)) + self.place(place_features(boxes))
+        # Of a hidden object only the mask token is left for itself.
+        tokens = named.new_zeros(len(counts), most, named.shape[1])
+        tokens = tokens.index_put((rows, slot), self.object_norm(named))
+        there = torch.zeros(len(counts), most, dtype=torch.bool, device=rows.device)
+        there = there.index_put((rows, slot), objects.visible & (objects.classes >= 0))
+        lying = boxes.new_zeros(len(counts), most, 4).index_put((rows, slot), boxes)
+        mine = rows[hidden]
+        itself = slot[hidden][:, None] == torch.arange(most, device=rows.device)
+        lie = relations(boxes[hidden], lying[mine])
+        return _Tokens(tokens, mine, there[mine] & ~itself, lie)
+
+    def _picture(
+        self, maps: Tensor, pictures: Tensor, asked: Tensor, frames: Tensor, rows: Tensor,
+        blind: Tensor | None,
+    ) -> _Tokens:  # fmt: skip
+        """A map's places as tokens, those of the padding and those that are hidden left out."""
+        grid = (maps.shape[2], maps.shape[3])
+        step = max(-(-pictures.shape[2] // grid[0]), -(-pictures.shape[3] // grid[1]))
+        size = max(pictures.shape[2:])
+        covered = (grid[0] * step / size, grid[1] * step / size)
+        boxes = place_boxes(grid, covered, asked)  # (h * w, 4)
+        tokens = maps.flatten(2).transpose(1, 2) + self.patch_place(place_features(boxes))
+        seen = (boxes[:, :2] < frames[:, None, 2:] - 1e-6).all(dim=2)  # (K, h * w)
+        if blind is not None:
+            seen = seen & ~blind.flatten(1)
+        lie = relations(asked, boxes.expand(len(asked), -1, -1))
+        return _Tokens(tokens, rows, seen, lie)
+
+
+def _frames(objects: Objects) -> Tensor:
+    """(M, 4) width, height, width, height of each object's picture, its long side being 1."""
+    wide = objects.aspects.clamp(max=1.0)
+    high = objects.aspects.reciprocal().clamp(max=1.0)
+    return torch.stack([wide, high, wide, high], dim=1)
+
+
+def scene_transformer(
+    num_classes: int,
+    *,
+    annotations: bool = True,
+    pixels: Pixels | None = None,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    attention: Literal["softmax", "sigmoid"] = "sigmoid",
+    dropout: float = 0.1,
+    patch: int = 4,
+    reach: int = 1,
+    dense: bool = False,
+    trunk: str = "mobilenet_v2",
+    weights: str | None = None,
+    levels: int = 2,
+    margins: Sequence[float] = (0.5,),
+    min_ring: float = 16.0,
+    frozen: str | None = "all",
+    remember: bool = False,
+    counts: bool = False,
+) -> SceneTransformer:
+    """A transformer over tokens of the other objects, of the picture, or of both.
+
+    Args:
+        num_classes: C.
+        annotations: Whether the other objects' classes and boxes are told.
+        pixels: Whether the picture is seen, and how: `patches` learns from the start and answers
+            for all objects of a picture in one pass, `trunk` takes a torchvision trunk's features
+            of the picture without the object, a picture for each. Null: annotations alone.
+        width: Length of tokens.
+        depth: How many times the queries read.
+        heads: Of the attention.
+        attention: Weights that compete (`softmax`) or add up (`sigmoid`).
+        dropout: In the readers and before the head.
+        patch: Side of a patch, pixels.
+        reach: How many patches far a patch sees.
+        dense: Whether patches learn to name what they show; the task then has a loss `visible`.
+        trunk: Name of the torchvision classifier.
+        weights: Of the trunk: "imagenet", a file, or random ones.
+        levels: How many strides of the trunk are pooled around the object.
+        margins: Thickness of each pooled ring, as a share of the box.
+        min_ring: Smallest thickness of a ring, pixels.
+        frozen: "all", the last step of the trunk that does not learn, or null.
+        remember: Keep a frozen trunk's outputs in memory.
+        counts: Whether the answer starts from co-occurrence (`kd.nn.cooccurrence`), counted on the
+            train images; without annotations from the box's place and size.
+
+    Raises:
+        UserError: An option out of range, or nothing to look at.
+    """
+    if not annotations and pixels is None:
+        raise UserError("scene_transformer: annotations, pixels or both; there is nothing to read")
+    if dense and pixels != "patches":
+        raise UserError("scene_transformer: dense needs pixels: patches")
+    at_least("scene_transformer", width=(width, 1), depth=(depth, 1))
+    check_patches(patch, reach)
+    if not 0 <= dropout < 1:
+        raise UserError(f"scene_transformer: dropout must be in [0, 1), got {dropout}")
+    seen = None
+    if pixels == "trunk":
+        seen = build_levels(
+            trunk, levels=levels, weights=weights, frozen=frozen,
+            batch_norm_frozen=frozen is not None, remember=remember,
+        )  # fmt: skip
+    around = None
+    if seen is not None:
+        around = Surroundings(
+            seen.level_channels, seen.level_strides, margins=margins, min_ring=min_ring, inside=True
+        )
+    evidence: Sequence[Literal["company", "place", "size"]] = ("place", "size")
+    return SceneTransformer(
+        num_classes,
+        width=width,
+        readers=[
+            Reader(width, heads=heads, dropout=dropout, attention=attention) for _ in range(depth)
+        ],
+        annotations=annotations,
+        patches=Patches(width, patch=patch, reach=reach) if pixels == "patches" else None,
+        trunk=seen,
+        around=around,
+        counts=NaiveBayes(num_classes, evidence=("company", *evidence) if annotations else evidence)
+        if counts
+        else None,
+        dense=dense,
+        dropout=dropout,
+    )
