@@ -18,7 +18,7 @@ from kd.files import write_whole
 from kd.metrics import scores
 from kd.metrics.classes import ClassRow, beyond_prior, confusions, per_class
 from kd.metrics.records import Records
-from kd.references import PRIOR
+from kd.references import ABOUT, PRIOR
 from kd.report import evaluation as tables
 from kd.report.class_figures import (
     beyond_prior_figure,
@@ -77,17 +77,20 @@ class Evaluation:
 
     def summary_tables(self) -> list[Table]:
         """Metrics, and top-1 by share hidden and by number of visible objects."""
+        notes = [ABOUT[name] for name in self.references if name in ABOUT]
         if len(self.runs) > 1:
-            main = tables.side_by_side_table(self.scored, self.title)
+            main = tables.side_by_side_table(self.scored, self.title, notes)
         else:
-            notes = tables.difference_notes(self._first, self.references)
+            notes += tables.difference_notes(self._first, self.references)
             main = tables.run_table(self.scored, self.title, notes)
         bins = [tables.bins_table(kind, self.runs, self.references) for kind in scores.BINS]
         return [main, *(table for table in bins if table is not None)]
 
     def class_table(self) -> Table:
-        """One run class by class."""
+        """Class by class: one run in full, of several the top-1."""
         names = self.data.val.class_names
+        if len(self.runs) > 1:
+            return tables.classes_side_by_side(self.runs, names)
         return tables.class_table(self.classes, names, self.train_counts)
 
     def confusion_tables(self) -> list[Table]:
@@ -179,8 +182,9 @@ def write_evaluation(
         UserError: The folder cannot be written.
     """
     parts = evaluation.summary_tables()
+    parts.append(evaluation.class_table())
     if len(evaluation.runs) == 1:
-        parts += [evaluation.class_table(), *evaluation.confusion_tables()]
+        parts += evaluation.confusion_tables()
     markdown = "\n".join(table.to_markdown() for table in parts)
     numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
     write_whole(folder / "table.md", lambda file: file.write_text(markdown, encoding="utf-8"))

@@ -12,6 +12,14 @@ from kd.metrics.records import Records, answered, prior_records
 
 PRIOR, COMPANY, EXACT = "class prior", "co-occurrence", "exact posterior"
 
+# What each of them knows, for the notes below a table.
+ABOUT = {
+    PRIOR: "class prior: the classes' shares of the training objects",
+    COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
+    "around the hidden one; no pixels",
+    EXACT: "exact posterior: of the scenes' own generative model; nobody is better on average",
+}
+
 
 def references(data: OpenData, records: Records) -> dict[str, Records]:
     """Everything that is known for these val objects, the weakest first.

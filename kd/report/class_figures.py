@@ -83,7 +83,7 @@ def per_class_figure(
         above.hlines(heights, place - 0.4, place + 0.4, colors=colour, linewidth=1.6,
                      label=f"top-1 of the {name}")  # fmt: skip
     above.set(ylabel="right (%)", ylim=(0, 100), xlim=(-0.7, len(shown) - 0.3))
-    legend_above(above, 4)
+    legend_above(above)
     below.bar(place, [row.support for row in shown], width=0.8, color=GREY)
     if shown[0].support > 20 * shown[-1].support:
         below.set_yscale("log")
@@ -168,7 +168,7 @@ def beyond_prior_figure(
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     if shown:
-        legend_above(axes, 2)
+        legend_above(axes)
     else:
         axes.text(0.5, 0.5, "no mistake is more frequent than the prior would make it",
                   transform=axes.transAxes, ha="center", color=GREY)  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -32,7 +33,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 # Colour and dashes of what is no run; others get `_OTHER`.
 REFERENCES: dict[str, tuple[str, Any]] = {
     "class prior": (GREY, "--"),
-    "co-occurrence": ("#8a6d1d", (0, (5, 1, 1, 1))),
+    "co-occurrence": ("#7a5c00", (0, (1, 0.8))),
     "exact posterior": ("black", "-."),
 }
 _OTHER = (GREY, ":")
@@ -79,12 +80,19 @@ def reference_style(name: str) -> dict[str, Any]:
     return {"color": colour, "linestyle": dashes}
 
 
-def legend_above(axes: Axes, columns: int) -> None:
-    """A legend outside of the data, bars before the lines across them."""
+def letters_on(colour: str) -> str:
+    """White or black, whichever is read more easily on a colour (ITU-R BT.709 luminance)."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.55 else "black"
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend outside of the data, bars before the lines across them; two lines where it must."""
     found = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(
         *sorted(found, key=lambda f: not isinstance(f[0], BarContainer)), strict=True
     )
+    columns = len(labels) if len(labels) <= 4 else -(-len(labels) // 2)
     axes.legend(
         handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns,
         frameon=False, fontsize=8.5,

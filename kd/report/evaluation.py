@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd.metrics import scores
-from kd.metrics.classes import ClassRow, Confusion
+from kd.metrics.classes import ClassRow, Confusion, per_class
 from kd.metrics.interval import Interval
 from kd.metrics.records import Array, Records
 from kd.report.comparison import (
@@ -89,7 +89,7 @@ def run_table(rows: Sequence[Scored], title: str, notes: Sequence[str] = ()) -> 
     return Table(title, header, (tuple(lines),), (over, *notes))
 
 
-def side_by_side_table(rows: Sequence[Scored], title: str) -> Table:
+def side_by_side_table(rows: Sequence[Scored], title: str, notes: Sequence[str] = ()) -> Table:
     """Several runs: a line for each, and below them a line for each reference."""
     names = list(rows[0].values)
     lines = []
@@ -101,7 +101,8 @@ def side_by_side_table(rows: Sequence[Scored], title: str) -> Table:
         lines.append(tuple(cells))
     runs = sum(bool(one.intervals) for one in rows)
     groups = (tuple(lines[:runs]), tuple(lines[runs:]))
-    return Table(title, ("run", *map(label_of, names)), groups, (_OVER_IMAGES,))
+    units = "accuracies in percent, nll in nats"
+    return Table(title, ("run", *names), groups, (units, _OVER_IMAGES, *notes))
 
 
 def difference_notes(records: Records, references: Runs) -> list[str]:
@@ -142,6 +143,21 @@ def bins_table(kind: str, runs: Runs, references: Runs) -> Table | None:
     what = {"share": "share of the picture hidden", "visible": "other objects in the picture"}[kind]
     header = (what, "objects", *runs, *references)
     return Table(f"top1 (%) by {what}", header, (tuple(lines),), (_OVER_IMAGES,))
+
+
+def classes_side_by_side(runs: Runs, names: Sequence[str]) -> Table:
+    """Top-1 of every class that occurs, a column for each run.
+
+    Args:
+        runs: Name -> predictions of the same objects.
+        names: C names.
+    """
+    columns = [{row.label: row for row in per_class(records)} for records in runs.values()]
+    lines = [
+        (names[c], str(row.support), *(f"{100 * column[c].top1:.1f}" for column in columns))
+        for c, row in columns[0].items()
+    ]
+    return Table("top1 (%) by class", ("class", "val objects", *runs), (tuple(lines),))
 
 
 def class_table(rows: Sequence[ClassRow], names: Sequence[str], train_counts: Array) -> Table:

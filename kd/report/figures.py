@@ -25,6 +25,7 @@ from kd.report.drawing import (
     clean,
     colours,
     legend_above,
+    letters_on,
     new_figure,
     reference_style,
 )
@@ -96,11 +97,12 @@ def _binned_figure(
             place + offset, heights, width * 0.92, color=colour, alpha=0.85, label=name,
             yerr=np.nan_to_num(reach), error_kw={"elinewidth": 0.8, "ecolor": INK},
         )  # fmt: skip
-        for bar, height in zip(bars, heights, strict=True):  # above it are its interval and lines
-            low = height < 10
+        for bar, height, above in zip(bars, heights, reach[1], strict=True):
+            middle, inside = bar.get_x() + bar.get_width() / 2, height >= 10
             axes.text(
-                bar.get_x() + bar.get_width() / 2, 12 if low else height / 2, f"{height:.0f}",
-                ha="center", va="center", fontsize=7.5, color=INK if low else "white",
+                middle, height / 2 if inside else height + np.nan_to_num(above) + 1.5,
+                f"{height:.0f}", ha="center", va="center" if inside else "bottom", fontsize=7.5,
+                color=letters_on(colour) if inside else INK,
             )  # fmt: skip
     for name, run in references.items():
         heights = [100 * (scores.value(run, f"{kind}/{b}_top1") or 0.0) for b in bins]
@@ -112,7 +114,7 @@ def _binned_figure(
     axes.set_xticks(place, [_bin_label(first, kind, name) for name in bins])
     axes.set(ylabel="top-1 (%)")
     axes.set_ylim(bottom=0)
-    legend_above(axes, min(len(runs) + len(references), 4))
+    legend_above(axes)
     return figure
 
 
