@@ -29,7 +29,7 @@ from kd.teacher_runs import load_teacher
 _log = logging.getLogger("kd")
 FOLDER = "evaluation"  # in a run's folder
 _PREDICTIONS = "predictions.npz"
-_PICTURES = 8
+PICTURES = 8  # hidden scenes that are drawn
 # How pictures were shown to a run goes with it to another data set.
 _SHOWN = ("size", "shape", "min_share", "max_share", "pictures")
 
@@ -92,7 +92,7 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
         return None
 
     def pictures() -> Iterator[Figure]:
-        return hidden_scenes(asked, task, data, count=_PICTURES, device=accelerator.device)
+        return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
 
     folder = run / FOLDER
     if section.name != config["data"]["name"]:
@@ -113,7 +113,7 @@ def data_section(
 
 def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> OpenData:
     """Open the data set that `stored_answers` of this run are about."""
-    own = name in (None, run.config["data"]["name"])
+    own = name is None or data_config(name).name == _data_name(run)
     return open_data(data_section(run.folder, run.config, None if own else name, settings))
 
 
@@ -137,10 +137,10 @@ def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
                     f"answer about one data set; name it, such as --data {own[0]}"
                 )
         return list(runs)
-    found = []
+    wanted, found = data_config(data_name).name, []
     for run, name in zip(runs, own, strict=True):
-        file = run.folder / FOLDER / Path(data_name).stem / _PREDICTIONS
-        if name == data_name:
+        file = run.folder / FOLDER / wanted / _PREDICTIONS
+        if name == wanted:
             found.append(run)
         elif file.is_file():
             found.append(replace(run, records=read_predictions(file)))

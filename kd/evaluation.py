@@ -26,7 +26,7 @@ from kd.report.class_figures import (
     confusion_figure,
     per_class_figure,
 )
-from kd.report.drawing import save_figure
+from kd.report.drawing import figure_image, save_image
 from kd.report.evaluation import Scored
 from kd.report.figures import (
     reliability_figure,
@@ -37,6 +37,7 @@ from kd.report.figures import (
 from kd.report.table import Table
 from kd.tracking import Tracker
 
+_DPI = 160
 _EVENTS = "events.out.tfevents.*"  # of an earlier evaluation
 
 
@@ -194,13 +195,19 @@ def write_evaluation(
     tracker = Tracker(folder)
     tracker.text("evaluation/table", markdown)
     for name, figure in evaluation.figures():
-        save_figure(figure, folder / f"{name}.png")
-        tracker.figure(f"evaluation/{name}", figure, step)
+        _write_figure(figure, folder / f"{name}.png", tracker, f"evaluation/{name}", step)
     for number, figure in enumerate(pictures):
-        save_figure(figure, folder / f"hidden_scene_{number}.png")
-        tracker.figure(f"pictures/{number}", figure, step)
+        file = folder / f"hidden_scene_{number}.png"
+        _write_figure(figure, file, tracker, f"pictures/{number}", step)
     tracker.scalars(_scalars(evaluation), step)
     tracker.close()
+
+
+def _write_figure(figure: Figure, file: Path, tracker: Tracker, tag: str, step: int) -> None:
+    """Draw once, which takes a second for many labels, and write to both places."""
+    image = figure_image(figure, dpi=_DPI)
+    save_image(image, file)
+    tracker.image(tag, image, step)
 
 
 def _scalars(evaluation: Evaluation) -> dict[str, float]:

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from kd.errors import UserError
@@ -111,6 +112,19 @@ def save_figure(figure: Figure, file: str | Path) -> None:
         figure.savefig(path, dpi=160)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the figure cannot be written: {error}") from error
+
+
+def save_image(image: Tensor, file: Path) -> None:
+    """Write a picture, uint8 (3, H, W), as PNG.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
+    except OSError as error:
+        raise UserError(f"{file}: the figure cannot be written: {error}") from error
 
 
 def figure_image(figure: Figure, *, dpi: int = 110) -> Tensor:
