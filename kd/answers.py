@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import nn
 
 from kd.adapted import AdaptedStudent
 from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
@@ -23,7 +24,7 @@ from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
 from kd.session import new_metric
 from kd.student_runs import load_student
-from kd.tasks.base import Task
+from kd.tasks.base import Metric, Task
 from kd.teacher_runs import load_teacher
 
 _log = logging.getLogger("kd")
@@ -36,7 +37,7 @@ _SHOWN = ("size", "shape", "min_share", "max_share", "pictures")
 
 @dataclass(frozen=True)
 class Answers:
-    """A run's answers about every usable val object of a data set.
+    """A run's answers on the val split of a data set.
 
     Args:
         name: What the model is.
@@ -49,23 +50,23 @@ class Answers:
 
     name: str
     data: OpenData
-    metric: TopN
+    metric: Metric
     folder: Path
     step: int
     pictures: Callable[[], Iterator[Figure]]
 
     @property
-    def records(self) -> Records:
-        """The answers as `predictions.npz` holds them."""
-        return self.metric.records()
+    def records(self) -> Records | None:
+        """Answers about objects as `predictions.npz` holds them; None where others were asked."""
+        return self.metric.records() if isinstance(self.metric, TopN) else None
 
-    def save_predictions(self, folder: Path) -> None:
+    def save_predictions(self) -> None:
         """Write `predictions.npz`, for setting runs side by side."""
-        self.metric.save_predictions(folder / _PREDICTIONS)
+        self.metric.save_predictions(self.folder / _PREDICTIONS)
 
 
 def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> Answers | None:
-    """Load a run's model and ask it about every usable val object; None on ranks other than 0.
+    """Load a run's model and ask it about the val split; None on ranks other than 0.
 
     Args:
         run: A teacher's folder or that of one arm.
@@ -75,11 +76,9 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
     Raises:
         UserError: It is no run, unfinished, or knows another number of classes than the data set.
     """
-    config = _run_config(run)
-    section = data_section(run, config, data_name, settings)
-    name, data, model, task = _open(run, config, section)
+    config, data, model, task = open_run(run, settings, data_name)
     accelerator = make_accelerator(config["train"]["precision"])
-    metric = new_metric(data)
+    metric = new_metric(task, data)
     loader = make_loader(
         make_dataset(data, "val", train=False),
         accelerator,
@@ -95,9 +94,27 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
         return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
 
     folder = run / FOLDER
-    if section.name != config["data"]["name"]:
-        folder = folder / section.name
-    return Answers(name, data, metric, folder, _steps(run), pictures)
+    if data.section.name != config["data"]["name"]:
+        folder = folder / data.section.name
+    return Answers(_model_name(config), data, metric, folder, _steps(run), pictures)
+
+
+def open_run(
+    run: Path, settings: Sequence[str], data_name: str | None = None
+) -> tuple[dict[str, Any], OpenData, nn.Module, Task]:
+    """A finished run's config, data set, model and task, be it a teacher or a student.
+
+    Raises:
+        UserError: It is no run, or unfinished.
+    """
+    config = _run_config(run)
+    section = data_section(run, config, data_name, settings)
+    if _is_teacher(config):
+        data = open_data(section)
+        teacher = load_teacher(run, data.num_classes)
+        return config, data, teacher.model, teacher.task
+    student = load_student(run, config, section)
+    return config, student.data, student.model, student.task
 
 
 def data_section(
@@ -171,15 +188,15 @@ def _run_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def _open(run: Path, config: Mapping[str, Any], section: Data) -> tuple[str, OpenData, Any, Task]:
-    """The model's name, the data set, the model and its task."""
-    if "teacher" in config and {"name", "options"} <= config["teacher"].keys():
-        data = open_data(section)
-        teacher = load_teacher(run, data.num_classes)
-        return teacher.recipe.teacher.name, data, teacher.model, teacher.task
-    student = load_student(run, config, section)
-    name = f"{config['student']['name']}, {config['arm']}"
-    return name, student.data, student.model, student.task
+def _is_teacher(config: Mapping[str, Any]) -> bool:
+    """A distillation's config names its teacher's run, a teacher's the options of the model."""
+    return {"name", "options"} <= set(config.get("teacher", ()))
+
+
+def _model_name(config: Mapping[str, Any]) -> str:
+    if _is_teacher(config):
+        return str(config["teacher"]["name"])
+    return f"{config['student']['name']}, {config['arm']}"
 
 
 def _steps(run: Path) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from kd.answers import ask_run, data_of, stored_answers
 from kd.cli import run_command, set_up_logging
 from kd.errors import UserError
-from kd.evaluation import Evaluation, about, write_evaluation
+from kd.evaluation import Evaluation, Scores, about, write_evaluation, write_tables
 from kd.references import on_data, references
 from kd.report.runs import check_same_objects, find_runs, named_runs
 from kd.report.table import print_table
@@ -35,14 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = ask_run(args.runs[0], args.data, args.settings)
     if asked is None:  # another process writes
         return 0
-    title = f"{args.runs[0]} on {about(asked.data, asked.records)}"
-    known = references(asked.data, asked.records)
-    evaluation = Evaluation(title, asked.data, {asked.name: asked.records}, known)
-    _print(evaluation, per_class=args.per_class)
     folder = args.out or asked.folder
-    write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
     if args.data:  # what a run answers about its own data is in its folder already
-        asked.save_predictions(asked.folder)
+        asked.save_predictions()
+    evaluation: Evaluation | Scores
+    if asked.records is None:
+        title = f"{args.runs[0]} on {asked.data.section.name} val"
+        evaluation = Scores(title, asked.data, asked.metric)
+        _print(evaluation, per_class=args.per_class)
+        write_tables(folder, evaluation)
+    else:
+        title = f"{args.runs[0]} on {about(asked.data, asked.records)}"
+        known = references(asked.data, asked.records)
+        evaluation = Evaluation(title, asked.data, {asked.name: asked.records}, known)
+        _print(evaluation, per_class=args.per_class)
+        write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
     sys.stdout.write(f"tables, figures and numbers: {folder}\n")
     return 0
 
@@ -63,7 +70,7 @@ def _side_by_side(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(evaluation: Evaluation, *, per_class: bool) -> None:
+def _print(evaluation: Evaluation | Scores, *, per_class: bool) -> None:
     for table in evaluation.summary_tables():
         print_table(table)
     if per_class:
@@ -77,26 +84,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a teacher's or one arm's run folder; with --all also folders that hold some",
-    )
+    runs = "a teacher's or one arm's run folder; with --all also folders that hold some"
+    add("runs", nargs="+", type=Path, metavar="RUN", help=runs)
     add("--all", action="store_true", help="finished runs of one data set side by side")
     add("--data", metavar="NAME", help="another data set with the same classes")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        dest="settings",
-        metavar="data.a=value",
-        help="change a value of the data set",
-    )
+    add("--set", action="append", default=[], dest="settings", metavar="data.a=value",
+        help="change a value of the data set")  # fmt: skip
     add("--per-class", action="store_true", help="print every class, too")
-    add("--out", "--figures", type=Path, metavar="DIR", dest="out",
-        help="where files go (default: RUN/evaluation; with --all: none)")  # fmt: skip
+    out = "where files go (default: RUN/evaluation; with --all: none)"
+    add("--out", "--figures", type=Path, metavar="DIR", dest="out", help=out)
     return parser
 
 

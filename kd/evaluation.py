@@ -35,6 +35,7 @@ from kd.report.figures import (
     visible_figure,
 )
 from kd.report.table import Table
+from kd.tasks.base import Metric
 from kd.tracking import Tracker
 
 _DPI = 160
@@ -102,6 +103,11 @@ class Evaluation:
             tables.confusion_table(beyond_prior(first), names, "Beyond what the prior would say"),
         ]
 
+    def all_tables(self) -> list[Table]:
+        """What `table.md` holds."""
+        parts = [*self.summary_tables(), self.class_table()]
+        return parts if len(self.runs) > 1 else [*parts, *self.confusion_tables()]
+
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Every figure with its name; those of classes for a single run only."""
         runs, known = self.runs, self.references
@@ -158,6 +164,37 @@ class Evaluation:
         return {name: number for name, number in found.items() if number is not None}
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a task scores that does not ask about objects; it has tables, no figures."""
+
+    title: str
+    data: OpenData
+    metric: Metric
+
+    def summary_tables(self) -> list[Table]:
+        """Every number."""
+        return [tables.numbers_table(self.metric.compute(), self.title)]
+
+    def class_table(self) -> Table:
+        """Every class that occurs."""
+        return tables.scores_table(self.metric.per_class(self.data.val.class_names))
+
+    def all_tables(self) -> list[Table]:
+        """What `table.md` holds."""
+        return [*self.summary_tables(), self.class_table()]
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of the tables, in full precision."""
+        rows = self.metric.per_class(self.data.val.class_names)
+        return {
+            "title": self.title,
+            "data": self.data.section.model_dump(mode="json"),
+            **self.metric.compute(),
+            "by_class": [{"name": row[0], "support": row[1], "score": row[2]} for row in rows],
+        }
+
+
 def about(data: OpenData, records: Records) -> str:
     """What the answers are about, for a title."""
     objects, images = len(records["labels"]), len(set(records["image_ids"].tolist()))
@@ -182,14 +219,7 @@ def write_evaluation(
     Raises:
         UserError: The folder cannot be written.
     """
-    parts = evaluation.summary_tables()
-    parts.append(evaluation.class_table())
-    if len(evaluation.runs) == 1:
-        parts += evaluation.confusion_tables()
-    markdown = "\n".join(table.to_markdown() for table in parts)
-    numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
-    write_whole(folder / "table.md", lambda file: file.write_text(markdown, encoding="utf-8"))
-    write_whole(folder / "metrics.json", lambda file: file.write_text(numbers, encoding="utf-8"))
+    markdown = write_tables(folder, evaluation)
     for events in folder.glob(_EVENTS):
         events.unlink()
     tracker = Tracker(folder)
@@ -201,6 +231,19 @@ def write_evaluation(
         _write_figure(figure, file, tracker, f"pictures/{number}", step)
     tracker.scalars(_scalars(evaluation), step)
     tracker.close()
+
+
+def write_tables(folder: Path, evaluation: Evaluation | Scores) -> str:
+    """Write `table.md` and `metrics.json`; returns the former's text.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    markdown = "\n".join(table.to_markdown() for table in evaluation.all_tables())
+    numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
+    write_whole(folder / "table.md", lambda file: file.write_text(markdown, encoding="utf-8"))
+    write_whole(folder / "metrics.json", lambda file: file.write_text(numbers, encoding="utf-8"))
+    return markdown
 
 
 def _write_figure(figure: Figure, file: Path, tracker: Tracker, tag: str, step: int) -> None:

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from kd.baselines import cooccurrence_log_probs
 from kd.build import OpenData
+from kd.data.coco import CocoIndex
 from kd.errors import UserError
-from kd.metrics.records import Records, answered, prior_records
+from kd.metrics.records import Array, Records, answered, prior_records
 
 PRIOR, COMPANY, EXACT = "class prior", "co-occurrence", "exact posterior"
 
@@ -55,7 +56,14 @@ def on_data(data: OpenData, records: Records, where: str) -> Records:
             f"{where}: {wrong} of its objects are not in {val.annotation_file}, or have another "
             "label there; name the run's own data set with --set data.root=DIR"
         )
-    return {**records, "visible": data.visible(records["image_ids"])}
+    return {**records, "visible": visible_objects(val, records["image_ids"])}
+
+
+def visible_objects(index: CocoIndex, image_ids: Array) -> Array:
+    """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
+    order = np.argsort(index.image_ids, kind="stable")
+    images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
+    return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)
 
 
 def exact_records(data: OpenData, records: Records) -> Records | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from kd.config_reader import read_yaml
 from kd.errors import UserError
 from kd.files import PARTIAL, write_whole
 
+_CLASSES = "classes.json"
 # These may change between a start and its resumption: they do not change the result.
-_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "train.log_every")
+_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "starts",
+         "train.log_every")  # fmt: skip
 
 
 class RunFolder:
@@ -85,10 +87,33 @@ class RunFolder:
             self.path / "summary.json", lambda file: file.write_text(text, encoding="utf-8")
         )
 
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Write the class names, which a model can then be used with where its data are not."""
+        text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.path / _CLASSES, lambda file: file.write_text(text, encoding="utf-8"))
+
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
         loaded: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
         return loaded
+
+
+def class_names(folder: Path) -> tuple[str, ...] | None:
+    """The class names of a run, in the order of its outputs; None if it did not write them.
+
+    Raises:
+        UserError: The file is not what `name_classes` writes.
+    """
+    file = folder / _CLASSES
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))["names"]
+        if not (names and isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise ValueError("names must be a list of texts")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a run's class names: {error}") from error
+    return tuple(names)
 
 
 def check_same_config(written: Path, config: Mapping[str, Any]) -> None:

@@ -13,11 +13,14 @@ from torch import nn
 
 from kd.adapted import AdaptedStudent
 from kd.build import OpenData, build_task, build_teacher
+from kd.build import class_names as data_class_names
 from kd.checkpoint import load_checkpoint, load_model, load_state
-from kd.config import Model, TeacherRecipe, TeacherReference
+from kd.config import Data, Model, TeacherRecipe, TeacherReference
 from kd.config_reader import from_plain, read_yaml
 from kd.errors import UserError
+from kd.run_folder import class_names
 from kd.tasks.base import Task, named
+from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
 RUNS = Path("runs")
@@ -79,9 +82,7 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
         config = read_yaml(source)
     else:
         raise UserError(f"{folder}: not a run folder, it has no config.yaml")
-    if "student" in config:
-        raise UserError(f"{source}: a student's run; a teacher's run is needed")
-    recipe = from_plain(TeacherRecipe, config, str(source))
+    recipe = teacher_recipe(config, source)
     model = build_teacher(_to_be_loaded(recipe), num_classes)
     try:
         if checkpoint is not None:
@@ -92,6 +93,33 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
         raise UserError(f"{error} (the data set has {num_classes} classes)") from error
     task = build_task(recipe.task, recipe.data, num_classes, model=model)
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
+
+
+def class_names_of(path: Path) -> tuple[str, ...]:
+    """The class names of a teacher, in the order of its answers.
+
+    Args:
+        path: As for `load_teacher`.
+
+    Raises:
+        UserError: Not a teacher's run; or a run without its `classes.json`, and its data set is
+            not there either.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (names := class_names(folder)) is not None:
+        return names
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder, it has no config.yaml")
+    config = read_yaml(folder / "config.yaml")
+    if "data" not in config:
+        raise UserError(f"{folder / 'config.yaml'}: not the config of a run")
+    section = from_plain(Data, config["data"], str(folder / "config.yaml"))
+    try:
+        return data_class_names(section)
+    except UserError as error:
+        raise UserError(
+            f"{folder}: no classes.json there to name the classes, nor the data set: {error}"
+        ) from error
 
 
 def _to_be_loaded(recipe: TeacherRecipe) -> Model:

@@ -20,7 +20,15 @@ from kd.errors import UserError
 
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises for a file that it cannot read.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -36,16 +44,23 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
-def read_image(path: Path, size: int | None, *, expected: tuple[int, int] | None = None) -> Tensor:
+def read_image(
+    path: Path,
+    size: int | None,
+    *,
+    expected: tuple[int, int] | None = None,
+    upright: bool = False,
+) -> Tensor:
     """Decode an image file to 8-bit RGB and scale its long side to `size`.
 
     Grey, palette, CMYK and 16-bit files are converted, transparency is dropped. Pixels are taken
-    as they are stored: like COCO's annotations, this ignores an EXIF orientation.
+    as they are stored: like COCO's annotations, this ignores an EXIF orientation, unless `upright`.
 
     Args:
         path: JPEG, PNG, or another format that Pillow reads.
         size: Long side in pixels; None leaves the stored size.
         expected: Height and width that the annotations give for this file.
+        upright: Turn and mirror the picture as its EXIF orientation says.
 
     Returns:
         (3, h, w) uint8, contiguous.
@@ -61,6 +76,7 @@ def read_image(path: Path, size: int | None, *, expected: tuple[int, int] | None
                 raise UserError(_wrong_size(path, picture, expected))
             wanted = (height, width) if size is None else scaled_size(height, width, size)
             picture.draft(None, (wanted[1], wanted[0]))  # never below what is wanted
+            turn = picture.getexif().get(_EXIF_ORIENTATION, 1) if upright else 1
             pixels = torch.from_numpy(_rgb_array(picture))
     except UserError:
         raise
@@ -68,10 +84,18 @@ def read_image(path: Path, size: int | None, *, expected: tuple[int, int] | None
         raise UserError(
             f"{path}: image not found; check the image folder of the data set"
         ) from None
-    except _BROKEN as error:
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read this image: {reason}") from None
-    return resize(pixels.permute(2, 0, 1), wanted).contiguous()
+    return _turned(resize(pixels.permute(2, 0, 1), wanted), turn).contiguous()
+
+
+def _turned(image: Tensor, orientation: int) -> Tensor:
+    """Undo an EXIF orientation, 1..8: which edges of the scene the first row and column are."""
+    if orientation in (5, 6, 7, 8):  # the first row is the left or the right edge
+        image = image.transpose(1, 2)
+    across, down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    return image.flip([dim for dim, mirrored in ((2, across), (1, down)) if mirrored])
 
 
 def _rgb_array(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

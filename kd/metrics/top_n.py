@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics import scores
+from kd.metrics.classes import per_class
 from kd.metrics.records import REQUIRED, Array, check_records
 
 # Device tensors are kept until this many objects are there: one wait for the device for all.
@@ -103,6 +104,17 @@ class TopN:
         if sum(len(part["labels"]) for part in self._pending) >= _FLUSH_AT:
             self._flush()
 
+    def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Add the hidden objects of a batch (docs/design.md) by their log-probabilities (K, C)."""
+        hidden = batch["hidden"]
+        self.update(
+            decoded,
+            batch["labels"][hidden],
+            batch["shares"][hidden],
+            batch["object_ids"][hidden],
+            batch["image_ids"][batch["image_of"][hidden]],
+        )
+
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected, so that each holds the union; alone, does nothing.
 
@@ -137,6 +149,10 @@ class TopN:
     def prior_curve(self) -> NDArray[np.float64] | None:
         """(C,) the same for the class prior, None where it was not given."""
         return scores.prior_curve(self.records())
+
+    def per_class(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
+        """Name, support and top-1 of each class that occurs, the most frequent first."""
+        return [(names[row.label], row.support, row.top1) for row in per_class(self.records())]
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file: whole, or not at all.

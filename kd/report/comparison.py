@@ -96,21 +96,21 @@ def scale_of(name: str) -> int:
     return 1 if name in _UNITS else 100
 
 
-def number_text(name: str, number: float | None) -> str:
+def number_cell(name: str, number: float | None) -> str:
     """A metric's number as tables show it, nothing where there is none."""
     if number is None:
         return ""
     return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
 
 
-def bounds_text(name: str, interval: Interval | None) -> str:
+def bounds_cell(name: str, interval: Interval | None) -> str:
     """[low, high] of a metric, nothing where nothing is known about them."""
     if interval is None or interval.low != interval.low:  # NaN
         return ""
-    return f"[{number_text(name, interval.low)}, {number_text(name, interval.high)}]"
+    return f"[{number_cell(name, interval.low)}, {number_cell(name, interval.high)}]"
 
 
-def difference_text(name: str, interval: Interval) -> str:
+def difference_cell(name: str, interval: Interval) -> str:
     """A difference with its sign and bounds, and a star where it is clear of zero."""
     scale = scale_of(name)
     digits = 1 if scale == 100 else 3

@@ -17,12 +17,12 @@ from kd.metrics.classes import ClassRow, Confusion, per_class
 from kd.metrics.interval import Interval
 from kd.metrics.records import Array, Records
 from kd.report.comparison import (
-    bounds_text,
+    bounds_cell,
     compare,
-    difference_text,
+    difference_cell,
     interval_of,
     label_of,
-    number_text,
+    number_cell,
 )
 from kd.report.table import CLEAR, Table
 
@@ -37,6 +37,7 @@ COLUMNS = (
 RANDOM = "random"
 # Side by side there is room for the bounds of these.
 _BOUNDED = ("top1", "top5", "nll")
+_COUNTS = ("count", "classes")
 _OVER_IMAGES = "[low, high]: 95 % interval, images drawn again"
 
 Runs = Mapping[str, Records]
@@ -79,10 +80,10 @@ def run_table(rows: Sequence[Scored], title: str, notes: Sequence[str] = ()) -> 
     for name, number in run.values.items():
         cells = [
             label_of(name),
-            number_text(name, number),
-            bounds_text(name, run.intervals.get(name)),
+            number_cell(name, number),
+            bounds_cell(name, run.intervals.get(name)),
         ]
-        cells += [number_text(name, one.values.get(name)) for one in references]
+        cells += [number_cell(name, one.values.get(name)) for one in references]
         lines.append(tuple(cells))
     header = ("metric", run.name, "95 % interval", *(one.name for one in references))
     over = "95 % interval: images drawn again"
@@ -96,8 +97,8 @@ def side_by_side_table(rows: Sequence[Scored], title: str, notes: Sequence[str] 
     for one in rows:
         cells = [one.name]
         for name in names:
-            bounds = bounds_text(name, one.intervals.get(name)) if name in _BOUNDED else ""
-            cells.append(" ".join(filter(None, [number_text(name, one.values.get(name)), bounds])))
+            bounds = bounds_cell(name, one.intervals.get(name)) if name in _BOUNDED else ""
+            cells.append(" ".join(filter(None, [number_cell(name, one.values.get(name)), bounds])))
         lines.append(tuple(cells))
     runs = sum(bool(one.intervals) for one in rows)
     groups = (tuple(lines[:runs]), tuple(lines[runs:]))
@@ -113,7 +114,7 @@ def difference_notes(records: Records, references: Runs) -> list[str]:
         for metric in ("top1", "nll"):
             found = compare(metric, "run", [records], [reference]).difference
             assert found is not None
-            parts.append(f"{label_of(metric)} {difference_text(metric, found).strip()}")
+            parts.append(f"{label_of(metric)} {difference_cell(metric, found).strip()}")
         notes.append(f"less the {name}: {', '.join(parts)}")
     return [*notes, CLEAR] if notes else []
 
@@ -134,9 +135,9 @@ def bins_table(kind: str, runs: Runs, references: Runs) -> Table | None:
             continue
         cells = [scores.bin_title(kind, name).replace("\n", ", "), str(len(found.values))]
         for records in runs.values():
-            bounds = bounds_text(metric, interval_of(metric, records))
-            cells.append(f"{number_text(metric, scores.value(records, metric))} {bounds}".rstrip())
-        cells += [number_text(metric, scores.value(one, metric)) for one in references.values()]
+            bounds = bounds_cell(metric, interval_of(metric, records))
+            cells.append(f"{number_cell(metric, scores.value(records, metric))} {bounds}".rstrip())
+        cells += [number_cell(metric, scores.value(one, metric)) for one in references.values()]
         lines.append(tuple(cells))
     if not lines:
         return None
@@ -211,3 +212,24 @@ def confusion_table(
     header = ("hidden", "said", "objects", "share of the class (%)", "prior (%)", "lift")
     note = "lift: how many times more often than answers drawn from the class prior"
     return Table(title, header, (tuple(lines),), (note,))
+
+
+def numbers_table(numbers: Mapping[str, float], title: str) -> Table:
+    """A metric's numbers as they are, `chance_<name>` in a column of its own."""
+    lines = [
+        (
+            label_of(name),
+            number_cell(name, number),
+            number_cell(name, numbers.get(f"chance_{name}")),
+        )
+        for name, number in numbers.items()
+        if not name.startswith("chance_") and name not in _COUNTS
+    ]
+    counts = [f"{name}: {numbers[name]:.0f}" for name in _COUNTS if name in numbers]
+    return Table(title, ("metric", "model", "chance"), (tuple(lines),), tuple(counts))
+
+
+def scores_table(rows: Sequence[tuple[str, int, float]]) -> Table:
+    """Name, support and score of each class."""
+    lines = [(name, str(support), f"{100 * score:.1f}") for name, support, score in rows]
+    return Table("By class", ("class", "support", "score (%)"), (tuple(lines),))

@@ -57,7 +57,8 @@ def hidden_scene_figure(
     # One scale for all: a model that hardly knows must not look as sure as one that does.
     reach = max([0.05, *(float(belief.max()) for belief in shown.values())])
     for axes, (model, belief) in zip(panels[2:], shown.items(), strict=True):
-        _bars(axes, model, belief, names, truth, top)
+        bars(axes, belief, names, top, truth=truth)
+        axes.set_title(f"the {model} says", fontsize=9)
         axes.set_xlim(0, 122 * reach)
     return figure
 
@@ -94,19 +95,44 @@ def _object(axes: Axes, pixels: NDArray[Any], corners: Sequence[float], truth: s
     axes.set_axis_off()
 
 
-def _bars(
-    axes: Axes, model: str, belief: NDArray[Any], names: Sequence[str], truth: str, top: int
+def bars(
+    axes: Axes,
+    belief: NDArray[Any],
+    names: Sequence[str],
+    top: int,
+    *,
+    truth: str | None = None,
+    usual: NDArray[Any] | None = None,
+    digits: int = 0,
 ) -> None:
-    """The model's first classes, the true one in colour."""
+    """The likeliest classes, the true one in colour.
+
+    Args:
+        axes: Where to draw.
+        belief: (C,) probabilities.
+        names: C names.
+        top: How many bars.
+        truth: The true class, where it is known; all bars have its colour where it is not.
+        usual: (C,) shares of the classes wherever they are, a mark in each bar.
+        digits: Behind the point of a percentage.
+    """
     order = np.argsort(-belief, kind="stable")[:top]
     place = np.arange(len(order))
-    colours = [BLUE if names[c] == truth else PALE for c in order]
-    bars = axes.barh(place, 100 * belief[order], height=0.68, color=colours)
-    axes.bar_label(bars, fmt="%.0f %%", fontsize=8, padding=2, color=GREY)
+    colours = [BLUE if truth in (None, names[c]) else PALE for c in order]
+    axes.barh(place, 100 * belief[order], height=0.68, color=colours)
+    ends = 100 * belief[order]
+    if usual is not None:
+        marks = 100 * usual[order]
+        axes.vlines(marks, place - 0.42, place + 0.42, color=ORANGE, linewidth=1.6)
+        room = 0.25 * max(ends.max(), 1e-9)  # a number's width: it goes behind a mark in its way
+        ends = np.where((marks > ends) & (marks < ends + room), marks, ends)
+    for end, row in zip(ends, place, strict=True):
+        text = f"{100 * belief[order[row]]:.{digits}f} %"
+        axes.annotate(text, (end, row), (2, 0), textcoords="offset points", va="center",
+                      fontsize=8, color=GREY)  # fmt: skip
     axes.set_yticks(place, [names[c] for c in order], fontsize=8)
     axes.set(ylim=(len(order) + 0.1, -0.6), xticks=[])
-    true = names.index(truth)
-    if true not in order:
+    if truth is not None and (true := names.index(truth)) not in order:
         rank = 1 + int((belief > belief[true]).sum())
         text = f"{truth}: place {rank}, {100 * belief[true]:.1f} %"
         axes.text(0.02, 0.0, text, transform=axes.transAxes, fontsize=8, color=BLUE)
@@ -114,4 +140,3 @@ def _bars(
     axes.spines["left"].set_color(GREY)
     axes.spines["left"].set_bounds(-0.5, len(order) - 0.5)
     axes.tick_params(length=0)
-    axes.set_title(f"the {model} says", fontsize=9)

@@ -19,9 +19,9 @@ from kd.metrics.records import Records, prior_records
 from kd.report.comparison import (
     Comparison,
     compare,
-    difference_text,
+    difference_cell,
     label_of,
-    number_text,
+    number_cell,
     value_of,
 )
 
@@ -183,9 +183,9 @@ def runs_table(
         cells = list(_row(label_of(name), line, seed=None))
         if prior is not None:
             number = None if name == "ece" else scores.value(prior, name)
-            cells.append(number_text(name, number))
+            cells.append(number_cell(name, number))
         if ceilings:
-            cells.append(number_text(name, ceilings.get(name)))
+            cells.append(number_cell(name, ceilings.get(name)))
         rows.append(tuple(cells))
         found += line
     header = ["metric", first]
@@ -211,10 +211,10 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
     """Cells of a metric: of the mean over seeds, or of the seed at one place."""
     cells = [label]
     for entry in line:
-        cells.append(number_text(entry.metric, entry.mean if seed is None else entry.values[seed]))
+        cells.append(number_cell(entry.metric, entry.mean if seed is None else entry.values[seed]))
         if entry.difference is not None:
             interval = entry.difference if seed is None else entry.by_seed[seed]
-            cells.append(difference_text(entry.metric, interval))
+            cells.append(difference_cell(entry.metric, interval))
     return tuple(cells)
 
 
@@ -231,5 +231,5 @@ def _prior_note(names: Sequence[str], records: Records) -> list[str]:
     known = [(name, scores.value(prior, name)) for name in names if name != "ece"]
     return [
         "class prior: "
-        + ", ".join(f"{label_of(n)} {number_text(n, number)}" for n, number in known)
+        + ", ".join(f"{label_of(n)} {number_cell(n, number)}" for n, number in known)
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
@@ -18,7 +19,9 @@ from kd.build import open_data
 from kd.cli import run_command
 from kd.config import Data, Generate, Split
 from kd.errors import UserError
+from kd.evaluation import Scores, write_tables
 from kd.metrics import scores
+from kd.metrics.average_precision import MultiLabelAP
 from kd.references import COMPANY, EXACT, PRIOR, exact_records, on_data, references
 from kd.report.runs import read_run
 
@@ -204,3 +207,25 @@ def test_mistakes_are_one_line(
     (tmp_path / "file").write_text("")
     wrong = said_and_wrong(capsys, "--all", str(run), "--out", str(tmp_path / "file" / "x"))
     assert "cannot be written" in wrong
+
+
+def test_a_task_that_asks_about_pictures_has_tables_of_its_own_metric(
+    run: Path, tmp_path: Path
+) -> None:
+    data = open_data(Data.model_validate(read_run(run).config["data"]))
+    classes = data.num_classes
+    metric = MultiLabelAP(classes)
+    present = torch.zeros(2, classes, dtype=torch.bool)
+    present[0, 0] = present[1, 1] = True
+    sure = torch.where(present, -0.1, -3.0)
+    sure[:, 1] = torch.tensor([-0.1, -3.0])  # the second class is ranked the wrong way round
+    metric.update(sure, present, torch.tensor([4, 7]))
+    write_tables(tmp_path, Scores("labels on scenes val", data, metric))
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert numbers["mAP"] == pytest.approx(0.75)
+    first = data.val.class_names[0]
+    assert numbers["by_class"][0] == {"name": first, "support": 1, "score": 1.0}
+    table = (tmp_path / "table.md").read_text()
+    assert "| mAP (%) | 75.0 | 50.0 |" in table
+    assert f"| {first} | 1 | 100.0 |" in table
+    assert "- count: 2" in table

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kd.data.images import read_image, resize, scaled_size
 from kd.errors import UserError
@@ -137,3 +137,16 @@ def test_a_turned_photograph_is_explained(tmp_path: Path) -> None:
     Image.fromarray(smooth(60, 80)).save(tmp_path / "turned.jpg", exif=exif)
     with pytest.raises(UserError, match="EXIF orientation is 6"):
         read_image(tmp_path / "turned.jpg", 48, expected=(80, 60))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_turns_as_the_exif_orientation_says(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    Image.fromarray(smooth(60, 80)).save(path, exif=exif)
+    reference = np.asarray(ImageOps.exif_transpose(Image.open(path))).transpose(2, 0, 1)
+    assert np.array_equal(read_image(path, None, upright=True).numpy(), reference)
+    small = read_image(path, 40, upright=True)
+    assert small.shape == ((3, 40, 30) if orientation > 4 else (3, 30, 40))
+    assert np.array_equal(read_image(path, None).numpy(), smooth(60, 80).transpose(2, 0, 1))

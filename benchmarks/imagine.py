@@ -1,0 +1,110 @@
+"""Seconds for a heat map of a 384 x 384 picture, beside asking about one window at a time.
+
+Teachers as their recipes build them, at random weights, 80 classes, pictures of 384 pixels; windows
+as `python -m kd.imagine --class` slides them by default. The other way, which is what a loop over
+single regions comes to, is measured on some of the windows, in turns with ours; ratios are paired.
+
+    python benchmarks/imagine.py [--rounds 3] [--windows 12] [--threads 2] [--teachers cnn trunk]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kd.ask import Question, expectations
+from kd.build import build_task, build_teacher
+from kd.config import Data, Model, Split, TaskSection, TeacherRecipe
+from kd.data.photographs import Photograph
+from kd.data.regions import windows
+from kd.expected import ask, heat_maps
+from kd.imagination import Wanted
+from kd.teacher_runs import TrainedTeacher
+
+GOAL, SIZE, CLASSES = 10.0, 384, 80
+CPU = torch.device("cpu")
+CNN = {"width": 32, "downs": 2, "patch": 4, "grid": 4, "region": True, "dense": True, "hidden": 256}
+TEACHERS = {
+    "cnn": (Model(name="cnn", options=CNN), "context"),
+    "trunk": (
+        Model(name="trunk", options={"name": "mobilenet_v2", "levels": 2, "dropout": 0.0}),
+        "context",
+    ),
+    "unet": (Model(name="unet", options={"width": 16, "up": "bilinear"}), "context_pixels"),
+}
+
+
+def untrained(name: str) -> TrainedTeacher:
+    """A teacher of the catalogue, never trained."""
+    torch.manual_seed(0)
+    split = Split(annotations="none", images="none")
+    data = Data(name="none", train=split, val=split, size=SIZE)
+    model, kind = TEACHERS[name]
+    task = TaskSection(name=kind, weights={})
+    recipe = TeacherRecipe(data=data, task=task, teacher=model)
+    net = build_teacher(model, CLASSES).eval().requires_grad_(False)
+    return TrainedTeacher(Path("."), recipe, net, build_task(task, data, CLASSES))
+
+
+def one_at_a_time(teacher: TrainedTeacher, photo: Photograph, boxes: Tensor) -> None:
+    """A question and a pass for each window."""
+    unknown, first = torch.tensor([-1]), torch.tensor([0])
+    for box in boxes:
+        question = Question(photo.scaled, box[None], unknown, first)
+        next(expectations(teacher, [question], device=CPU))
+
+
+def measure(name: str, rounds: int, some: int) -> tuple[float, float, int]:
+    """Median seconds of a heat map, median ratio of ours to the other way, number of windows."""
+    teacher, wanted = untrained(name), Wanted()
+    pixels = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
+    nothing = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
+    photo = Photograph(Path("none"), pixels, pixels, *nothing)
+    slid = [windows(photo.size, scale, wanted.stride).boxes for scale in wanted.scales]
+    boxes = torch.cat(slid)
+    part = boxes[:: max(1, len(boxes) // some)][:some]
+    one_at_a_time(teacher, photo, part[:1])
+    wholes, ratios = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        heat_maps(teacher, photo, [0], scales=wanted.scales, stride=wanted.stride, device=CPU)
+        wholes.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        ask(teacher, photo, part, device=CPU)
+        ours = time.perf_counter() - started
+        started = time.perf_counter()
+        one_at_a_time(teacher, photo, part)
+        ratios.append(ours / (time.perf_counter() - started))
+    return statistics.median(wholes), statistics.median(ratios), len(boxes)
+
+
+def main() -> int:
+    """Print a line for each teacher; 1 where the fastest misses the goal."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=12, help="of the other way")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    fastest = float("inf")
+    for name in options.teachers:
+        seconds, ratio, count = measure(name, options.rounds, options.windows)
+        fastest = min(fastest, seconds)
+        sys.stdout.write(
+            f"{name:<6} {count} windows in {seconds:6.1f} s, {1e3 * seconds / count:6.0f} ms each; "
+            f"time of one at a time x {ratio:.2f}\n"
+        )
+        sys.stdout.flush()
+    sys.stdout.write(f"fastest {fastest:.1f} s on {options.threads} threads (goal {GOAL:g} s)\n")
+    return int(fastest > GOAL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

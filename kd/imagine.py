@@ -1,0 +1,83 @@
+"""What a teacher expects behind a part of a picture: `python -m kd.imagine IMAGE --teacher RUN`.
+
+Each region is hidden by itself, and the likeliest classes there are printed and drawn. With --class
+a hidden region slides over the picture instead, and a heat map shows where the class is expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd.cli import run_command, set_up_logging
+from kd.data.photographs import KnownObjects, open_photograph
+from kd.errors import UserError, at_least
+from kd.imagination import Imagination, Wanted, names_of_outputs, read_wanted
+
+_log = logging.getLogger("kd")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do one picture after the other; 2 where some could not be done."""
+    args = _parser().parse_args(argv)
+    set_up_logging()
+    random = 1 if args.random is None else args.random
+    at_least("kd.imagine", **{"--top": (args.top, 1), "--random": (random, 1)})
+    asked = Imagination.open(args.teacher, read_wanted(args), args.out, top=args.top)
+    known = None
+    if args.annotations is not None:
+        known = KnownObjects(args.annotations, asked.names)
+    asked.warn_of_blindness(known is not None)
+    failed = 0
+    for path, output in zip(args.images, names_of_outputs(args.images), strict=True):
+        try:
+            photo = open_photograph(path, asked.size, known)
+            sys.stdout.write(asked(photo, output))
+        except UserError as error:
+            failed += 1
+            for line in str(error).splitlines():
+                _log.error("error: %s", line)
+    if failed and len(args.images) > 1:
+        _log.error("%d of %d pictures could not be done", failed, len(args.images))
+    return 2 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kd.imagine",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, ...")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="RUN",
+                        help="a context teacher's run folder or checkpoint")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/imagine"), metavar="DIR",
+                        help="where pictures go (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--annotations", type=Path, metavar="COCO.json",
+                        help="tell the teacher what else is there; pictures are found by name, "
+                        "objects that a region covers stay untold")  # fmt: skip
+    what = parser.add_argument_group("regions to hide, each by itself; all may be repeated")
+    what.add_argument("--box", action="append", default=[], metavar="x1,y1,x2,y2", help="pixels")
+    what.add_argument("--polygon", action="append", default=[], metavar="x1,y1,x2,y2,x3,y3,...",
+                      help="corners in pixels")  # fmt: skip
+    what.add_argument("--mask", action="append", default=[], type=Path, metavar="FILE",
+                      help="picture of the same size, other than 0 where hidden")  # fmt: skip
+    what.add_argument("--random", type=int, metavar="N", help=Wanted.RANDOM)
+    what.add_argument("--seed", type=int, default=0, help="of the random ones (default: 0)")
+    what.add_argument("--top", type=int, default=10, help="classes to list (default: 10)")
+    where = parser.add_argument_group("where a class is expected")
+    where.add_argument("--class", action="append", default=[], dest="classes", metavar="NAME",
+                       help="draw a heat map for this class; may be repeated")  # fmt: skip
+    where.add_argument("--region", nargs="+", default=["0.2x0.2", "0.4x0.4"], metavar="WxH",
+                       help="sizes of the region that slides, shares of width and height; "
+                       "the mean over them is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
+    where.add_argument("--stride", type=float, default=0.5,
+                       help="how far it moves, a share of its sides (default: 0.5)")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
