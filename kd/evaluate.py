@@ -57,10 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _side_by_side(args: argparse.Namespace) -> int:
     runs = stored_answers(find_runs(args.runs), args.data)
     check_same_objects(runs)
-    data = data_of(runs[0], args.data, args.settings)
-    records = {
-        n: on_data(data, run.records, str(run.folder)) for n, run in named_runs(runs).items()
-    }
+    data, named = data_of(runs[0], args.data, args.settings), named_runs(runs)
+    records = {name: on_data(data, run.records, str(run.folder)) for name, run in named.items()}
     first = next(iter(records.values()))
     evaluation = Evaluation(about(data, first), data, records, references(data, first))
     _print(evaluation, per_class=args.per_class)
