@@ -17,7 +17,7 @@ from torch import Tensor
 from kd.data.hide import IMAGENET_MEAN
 from kd.data.images import resize, scaled_size
 from kd.data.regions import Region
-from kd.report.figures import GREY, ORANGE, SKY
+from kd.report.drawing import GREY, ORANGE, SKY
 from kd.report.pictures import bars
 
 # Long side of a photograph in a figure, pixels: more could not be seen.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kd.metrics.interval import Interval
 from kd.metrics.mean_ap import Floats, MeanAP, summary
-from kd.report.figures import COLOURS, GREY
+from kd.report.drawing import COLOURS, GREY
 from kd.report.table import CLEAR, Row, Table
 from kd.rescoring import Evidence, Setting, combine
 
