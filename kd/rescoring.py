@@ -19,9 +19,7 @@ from kd.metrics.mean_ap import Floats, Ints, MeanAP, summary
 STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 ALONES = (0.0, 0.25, 0.5, 1.0)
 _LEAST = 1e-6  # scores are kept so far from 0 and 1, where a logit would be infinite
-_CLASS_SUPPORT = (
-    20  # objects on the images fitted on, below which a class has no setting of its own
-)
+_CLASS_SUPPORT = 20  # objects fitted on, from which a class may have a setting of its own
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,7 @@ class MeanAP:
         if not self.support[label].any():
             return result
         last = np.flatnonzero(matches.hit[:, :, rows].any(axis=(0, 1)))
-        rows = rows[
-            : last[-1] + 1 if len(last) else 0
-        ]  # what is wrong after all right ones is free
+        rows = rows[: last[-1] + 1 if len(last) else 0]  # errors after the last hit are free
         drawn = weights[:, self.found.image[rows]]  # (R, D)
         for area in range(areas):
             objects = weights @ self.support[label, area]  # (R,)
