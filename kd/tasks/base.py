@@ -58,8 +58,8 @@ class Classes(NamedTuple):
     where: str = "evaluation"
 
 
-class Metric(Protocol):
-    """Collects what a task decodes; adds up over ranks before it computes."""
+class Collector(Protocol):
+    """Takes in what a task decodes, of all ranks in the end."""
 
     def take(self, decoded: Tensor, batch: Batch) -> None:
         """Take in a batch's answers, as the task decoded them."""
@@ -68,6 +68,10 @@ class Metric(Protocol):
     def gather(self) -> None:
         """Exchange with the other ranks."""
         ...
+
+
+class Metric(Collector, Protocol):
+    """Says how good the collected answers are."""
 
     def compute(self) -> dict[str, float]:
         """Every number by name, shares in 0..1."""
