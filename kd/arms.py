@@ -68,6 +68,8 @@ class Distillation:
     data: OpenData
     accelerator: Accelerator
     out: Path
+    label: str = ""  # what progress lines call a student and its arm; empty: their names
+    labelled_alone: bool = False  # leave out pictures without labels: no term reads them
 
     def __post_init__(self) -> None:
         """Find out what can be wrong before the first step."""
@@ -140,7 +142,7 @@ class Distillation:
             train=True,
         )
         model, objective = self._assemble(arm, seed, labelled, dataset)
-        label = f"{recipe.student.name} {arm} seed {seed}"
+        label = f"{self.label or f'{recipe.student.name} {arm}'} seed {seed}"
         train = train_section(recipe.train, arm)
         session = Session(folder, accelerator, self.data, train, seed, label, self._pictures)
         run_training(session, model, objective, loader)
@@ -178,6 +180,7 @@ class Distillation:
             train=True,
             mode="all" if recipe.soft_targets.kind == "stored" else "one",
             labelled=labelled,
+            only=labelled if self.labelled_alone else None,
             seed=seed,
             epochs=recipe.train.epochs,
             stored=sources.fields if sources is not None and arm == "distilled" else (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import nn
 
 from kd.catalog import build, check_options, look_up
 from kd.config import Data, Model, TaskSection
+from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex, check_images_decode, load_coco
 from kd.data.dataset import SceneDataset
 from kd.data.loader import SceneLoader, build_loader
@@ -27,6 +28,7 @@ from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.tasks import TASKS
 from kd.tasks.base import Task
+from kd.transferred import TRANSFERRED, take_trunk
 from students import STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
@@ -60,6 +62,32 @@ class OpenData:
         rows = make_dataset(self, "train", train=False, only=images).usable_rows()
         counts = np.bincount(self.train.labels[rows], minlength=self.num_classes) + 1.0
         return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+    def shares(self, images: Collection[int] | None = None) -> dict[str, NDArray[np.float64]]:
+        """How common each class is among the train pictures, for the weights of classes.
+
+        Args:
+            images: Only those with these ids.
+
+        Returns:
+            `pixel_shares` (1 + C,): of the pictures' area, background first, which has what the
+            segments leave and at least 1 %; where they overlap both count. `image_shares` (C,): of
+            the pictures, those with the class.
+        """
+        index, classes = self.train, self.num_classes
+        owners = np.repeat(np.arange(len(index)), np.diff(index.first))
+        taken = np.arange(len(index))
+        if images is not None:
+            taken = np.flatnonzero(np.isin(index.image_ids, np.asarray(list(images))))
+        kept = np.isin(owners, taken)
+        owners, labels = owners[kept], index.labels[kept].astype(np.int64)
+        pictures = index.heights.astype(np.float64) * index.widths
+        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / len(taken)
+        shown = np.unique(np.stack([owners, labels]), axis=1)[1]
+        return {
+            "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
+            "image_shares": np.bincount(shown, minlength=classes) / len(taken),
+        }
 
     def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
         """Exact posteriors of the embedded scenes, None for other data."""
@@ -147,12 +175,14 @@ def make_dataset(
     seed: int = 0,
     epochs: int = 1,
     stored: Sequence[StoredField] = (),
+    class_maps: bool = False,
 ) -> SceneDataset:
     """A split as samples."""
     section = data.section
     partial = section.partial
+    index = data.train if split == "train" else data.val
     return SceneDataset(
-        data.train if split == "train" else data.val,
+        index,
         size=section.size,
         mode=mode,
         train=train,
@@ -170,6 +200,7 @@ def make_dataset(
         epochs=epochs,
         prepared=Path(section.prepared) / split if section.prepared else None,
         stored=stored,
+        class_maps=ClassMaps(index, section.size) if class_maps else None,
     )
 
 
@@ -200,18 +231,21 @@ def build_task(
     data: Data,
     num_classes: int,
     prior: NDArray[np.float64] | None = None,
+    shares: Mapping[str, NDArray[np.float64]] | None = None,
     *,
     model: nn.Module | None = None,
 ) -> Task:
-    """The task of a recipe, told the data's number of classes, hidden shape and class prior.
+    """The task of a recipe, told the data's number of classes, hidden shape and class shares.
 
     A teacher that reads scenes as tokens says itself what it wants of the pictures.
     """
     builder = look_up(TASKS, section.name, what="task")
-    shares = None if prior is None else tuple(prior.tolist())
-    known: dict[str, Any] = {"num_classes": num_classes, "shape": data.shape, "prior": shares}
+    known: dict[str, Any] = {"num_classes": num_classes, "shape": data.shape}
     if model is not None and hasattr(model, "pictures"):
         known["pictures"] = model.pictures
+    known |= dict.fromkeys(("prior", "pixel_shares", "image_shares"))
+    counted = {**(shares or {}), **({} if prior is None else {"prior": prior})}
+    known |= {name: tuple(values.tolist()) for name, values in counted.items()}
     fields = {field.name for field in dataclasses.fields(builder)}
     given = {name: value for name, value in known.items() if name in fields}
     check_options(builder, section.options, what=f"task {section.name!r}", given=given)
@@ -225,12 +259,20 @@ def build_teacher(model: Model, num_classes: int) -> nn.Module:
 
 
 def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
-    """A student classifier; `options` as `students.classifiers.build_student` lists them."""
+    """A student classifier; `options` as `students.classifiers.build_student` lists them.
+
+    A student `transferred` has the trunk of a teacher's run, see `kd.transferred`.
+    """
     options = {**model.options, **({} if context else {"context": False})}
-    given = {"num_classes": len(prior), "prior": prior.tolist()}
+    given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
+    given |= {"trunk": None}
     if model.name in STUDENTS:
         return build(STUDENTS, model.name, options, what="student", **given)
-    check_options(any_student, options, what=f"student {model.name!r}", given={"name": "", **given})
+    filled = {"name", *given}
+    if model.name == TRANSFERRED:
+        given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
+        filled |= {"weights", "stride"}
+    check_options(any_student, options, what=f"student {model.name!r}", given=filled)
     return any_student(model.name, **given, **options)
 
 

@@ -46,7 +46,7 @@ def set_up_logging(*, verbose: bool = False, rank: int = 0) -> None:
 
 def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags of a command that runs a recipe of configs/KIND."""
-    model = "student" if kind == "distill" else "teacher"
+    model = {"distill": "student", "transfer": "task"}.get(kind, "teacher")
     parser = argparse.ArgumentParser(prog=prog, description=description)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(

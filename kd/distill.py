@@ -18,6 +18,7 @@ from kd.launch import open_run
 from kd.report.runs import read_distill
 from kd.report.table import distill_table, print_table
 from kd.teacher_runs import RUNS
+from kd.transferred import resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = read_recipe(args, DistillRecipe, "distill", extra)
     if recipe is None:
         return 0
+    recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

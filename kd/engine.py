@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.tasks.base import Batch, Mean, Task, count_units, image_rows
+from kd.tasks.base import Batch, Mean, Metric, Task, count_units
 from kd.training import (
     EpochLoader,
     Hooks,
-    Metric,
     Objective,
     Sums,
     Training,
@@ -255,7 +254,7 @@ def evaluate(
     *,
     channels_last: bool = False,
 ) -> None:
-    """Put the predictions of every hidden object of `loader` into `metric`, over all ranks.
+    """Put what a task decodes of every batch of `loader` into `metric`, over all ranks.
 
     Args:
         model: An `AdaptedStudent`, not wrapped; rank 0's statistics of batch norm count.
@@ -274,12 +273,5 @@ def evaluate(
             batch = to_device(cpu_batch, accelerator.device, channels_last=channels_last)
             with accelerator.autocast():
                 output, _ = model(*task.inputs(batch))
-            hidden = batch["hidden"]
-            metric.update(
-                task.decode(output, batch),
-                batch["labels"][hidden],
-                batch["shares"][hidden],
-                batch["object_ids"][hidden],
-                batch["image_ids"][image_rows(batch)],
-            )
+            metric.take(task.decode(output, batch), batch)
     metric.gather()

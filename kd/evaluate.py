@@ -20,6 +20,7 @@ from kd.pictures import hidden_scenes
 from kd.report.figures import save_figure, share_hidden_figure
 from kd.session import ceiling_metrics, curve_figure, new_metric, say_summary
 from kd.student_runs import load_student
+from kd.tasks.base import Metric
 from kd.teacher_runs import load_teacher
 
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run / 'config.yaml'}: not the config of a run")
     data, model, task = _open(run, config, args)
     accelerator = make_accelerator(config["train"]["precision"])
-    metric = new_metric(data)
+    metric = new_metric(task, data)
     loader = make_loader(
         make_dataset(data, "val", train=False),
         accelerator,
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.per_class:
         _say_classes(metric, data)
     if args.figures:
+        if not isinstance(metric, TopN):
+            raise UserError(f"{run}: --figures draws answers about objects, not about pictures")
         args.figures.mkdir(parents=True, exist_ok=True)
         save_figure(curve_figure(data, metric), args.figures / "top_n.png")
         save_figure(share_hidden_figure({run.name: metric.records()}), args.figures / "share.png")
@@ -87,9 +90,9 @@ def _section(run: Path, config: dict[str, Any], args: argparse.Namespace) -> Dat
     return data_config(args.data, [*shown, *args.settings])
 
 
-def _say_classes(metric: TopN, data: OpenData) -> None:
-    for row in metric.per_class(data.val.class_names):
-        sys.stdout.write(f"  {row.name:<24}{row.support:>7}{100 * row.top1:>8.1f} %\n")
+def _say_classes(metric: Metric, data: OpenData) -> None:
+    for name, support, score in metric.per_class(data.val.class_names):
+        sys.stdout.write(f"  {name:<24}{support:>7}{100 * score:>8.1f} %\n")
 
 
 if __name__ == "__main__":

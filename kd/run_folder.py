@@ -17,7 +17,8 @@ from kd.files import PARTIAL, write_whole
 
 _CLASSES = "classes.json"
 # These may change between a start and its resumption: they do not change the result.
-_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "train.log_every")
+_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "starts",
+         "train.log_every")  # fmt: skip
 
 
 class RunFolder:

@@ -25,7 +25,7 @@ from kd.progress import CleanStop, ProgressBar
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
-from kd.tasks.base import Task
+from kd.tasks.base import Classes, Metric, Task, top_n
 from kd.tracking import Tracker, flatten
 from kd.training import Hooks, Objective, Training, resume_training, save_training
 
@@ -153,8 +153,9 @@ def _evaluation_missing(session: Session, training: Training) -> bool:
     place = training.progress
     missing = [place.batch == 0 and place.epoch > 0]
     if missing[0] and session.accelerator.is_main_process:
-        curve = read_scalars(session.folder.path).get("eval/top1", [])
-        missing = [all(step != place.step for step, _ in curve)]
+        curves = read_scalars(session.folder.path)
+        scored = [curve for tag, curve in curves.items() if tag.startswith("eval/")]
+        missing = [all(step != place.step for curve in scored for step, _ in curve)]
     broadcast_object_list(missing)
     return missing[0]
 
@@ -164,7 +165,7 @@ def _write_result(
     training: Training,
     task: Task,
     tracker: Tracker,
-    metric: TopN,
+    metric: Metric,
     summary: dict[str, Any],
 ) -> None:
     """Weights without adapters, predictions, curves and pictures; the summary last."""
@@ -174,12 +175,13 @@ def _write_result(
     session.folder.name_classes(session.data.train.class_names)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    tracker.figure("eval/top_n", curve_figure(session.data, metric), step)
-    tracker.figure(
-        "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
-    )
-    if session.pictures is not None:
-        session.pictures(session, training, task, tracker)
+    if isinstance(metric, TopN):  # what is drawn is about objects
+        tracker.figure("eval/top_n", curve_figure(session.data, metric), step)
+        tracker.figure(
+            "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
+        )
+        if session.pictures is not None:
+            session.pictures(session, training, task, tracker)
     finals = {f"eval/{name}": float(value) for name, value in summary.items()}
     tracker.hparams(flatten(session.folder.config), finals)
     session.folder.finish(summary)
@@ -189,12 +191,16 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
-def new_metric(data: OpenData) -> TopN:
-    """The metric of a data set's val split."""
-    return TopN(data.num_classes, prior=data.prior(), looks=data.val.looks, where=data.section.name)
+def new_metric(task: Task, data: OpenData) -> Metric:
+    """What a task's answers on a data set's val split are scored by."""
+    return task.metric(_classes(data))
 
 
-def ceiling_metrics(data: OpenData, metric: TopN) -> dict[str, float]:
+def _classes(data: OpenData) -> Classes:
+    return Classes(data.val.class_names, data.prior(), data.val.looks, data.section.name)
+
+
+def ceiling_metrics(data: OpenData, metric: Metric) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
     ceiling = _ceiling(data, metric)
     if ceiling is None:
@@ -203,14 +209,14 @@ def ceiling_metrics(data: OpenData, metric: TopN) -> dict[str, float]:
     return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
 
 
-def _ceiling(data: OpenData, metric: TopN) -> TopN | None:
+def _ceiling(data: OpenData, metric: Metric) -> TopN | None:
     stored = data.ceiling("val")
-    if stored is None:
+    if stored is None or not isinstance(metric, TopN):
         return None
     scored = metric.records()
     order = stored["object_ids"].argsort()
     places = order[stored["object_ids"][order].searchsorted(scored["object_ids"])]
-    exact = new_metric(data)
+    exact = top_n(_classes(data))
     exact.update(
         torch.from_numpy(stored["log_probs_pixels"][places]),
         *(torch.from_numpy(scored[k]) for k in ("labels", "shares", "object_ids", "image_ids")),
@@ -237,8 +243,8 @@ def _val_loader(session: Session) -> SceneLoader:
 
 def _evaluate(
     session: Session, training: Training, objective: Objective, loader: SceneLoader
-) -> TopN:
-    metric = new_metric(session.data)
+) -> Metric:
+    metric = new_metric(objective.task, session.data)
     evaluate(
         training.result,
         objective.task,
@@ -253,7 +259,7 @@ def _evaluate(
 def say_summary(title: str, summary: Mapping[str, Any]) -> None:
     """A run's figures on stdout, the class prior's and the ceiling's beside them."""
     shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "area", "nll", "ece",
-             "lookalike_top1", "lookalike_pair_top1")  # fmt: skip
+             "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP")  # fmt: skip
     columns = ["", "prior_", "ceiling_"] if "ceiling_top1" in summary else ["", "prior_"]
     titles = ["model", "prior", "exact posterior"][: len(columns)]
     names = [name for name in shown if name in summary]

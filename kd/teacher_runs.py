@@ -20,6 +20,7 @@ from kd.config_reader import from_plain, read_yaml
 from kd.errors import UserError
 from kd.run_folder import class_names
 from kd.tasks.base import Task, named
+from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
 RUNS = Path("runs")
@@ -81,9 +82,7 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
         config = read_yaml(source)
     else:
         raise UserError(f"{folder}: not a run folder, it has no config.yaml")
-    if "student" in config:
-        raise UserError(f"{source}: a student's run; a teacher's run is needed")
-    recipe = from_plain(TeacherRecipe, config, str(source))
+    recipe = teacher_recipe(config, source)
     model = build_teacher(_to_be_loaded(recipe), num_classes)
     try:
         if checkpoint is not None:

@@ -29,6 +29,7 @@ from kd.nn.cooccurrence import Fitted
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
+from kd.tasks.context_map import ContextMap
 from kd.teacher_runs import default_folder
 from kd.training import Objective
 
@@ -79,20 +80,22 @@ def train_one(
     if folder.finished:
         return
     train = recipe.train
+    set_seed(recipe.seed)
+    model = build_teacher(recipe.teacher, data.num_classes)
+    if isinstance(model, Fitted):  # what is counted rather than trained
+        model.fit(index_objects(data.train, only)[0])
+    task = build_task(
+        recipe.task, recipe.data, data.num_classes, data.prior(only), data.shares(only),
+        model=model,
+    )  # fmt: skip
     dataset = make_dataset(
         data, "train", train=True, mode=recipe.hide, only=only, seed=recipe.seed,
-        epochs=train.epochs,
+        epochs=train.epochs, class_maps=isinstance(task, ContextMap),
     )  # fmt: skip
     loader = make_loader(
         dataset, accelerator, batch_size=train.batch_size // train.accumulate,
         workers=recipe.data.workers, seed=recipe.seed, train=True,
     )  # fmt: skip
-    set_seed(recipe.seed)
-    model = build_teacher(recipe.teacher, data.num_classes)
-    if isinstance(model, Fitted):  # what is counted rather than trained
-        model.fit(index_objects(data.train, only)[0])
-    prior = data.prior(only)
-    task = build_task(recipe.task, recipe.data, data.num_classes, prior, model=model)
     session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 

@@ -50,21 +50,6 @@ class EpochLoader(Protocol):
         ...
 
 
-class Metric(Protocol):
-    """Collects predictions; adds up over ranks before it computes."""
-
-    def update(
-        self, log_probs: Tensor, labels: Tensor, shares: Tensor, object_ids: Tensor,
-        image_ids: Tensor,
-    ) -> None:  # fmt: skip
-        """Take rows in."""
-        ...
-
-    def gather(self) -> None:
-        """Exchange with the other ranks."""
-        ...
-
-
 @dataclass
 class Objective:
     """What is minimised: the task's losses and the distillation terms with their weights.
@@ -92,9 +77,8 @@ class Objective:
     @property
     def units(self) -> set[str]:
         """What its losses are means of, see `kd.tasks.base.count_units`."""
-        return {"hidden", "labelled", "images"} | {
-            term.kind.mask for term in self.terms if term.kind.mask
-        }
+        masks = {term.kind.mask for term in self.terms if term.kind.mask}
+        return {"hidden", "labelled", "images", "labelled_images"} | masks
 
 
 @dataclass

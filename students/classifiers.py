@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.levels import LevelledTrunk, build_levels
+from kd.nn.blind import AnyTrunk
+from kd.nn.levels import LevelledTrunk, levelled
 from kd.nn.regions import crop_regions, roi_features
 from kd.nn.surroundings import Surroundings, picture_extents, standardised
+from kd.nn.trunk import build_trunk
 
 # One catalogue entry each; `build_student` takes any other name that torchvision knows.
 NAMES = (
@@ -145,6 +147,7 @@ def build_student(
     *,
     num_classes: int,
     prior: Sequence[float] | Tensor | None = None,
+    trunk: AnyTrunk | None = None,
     weights: str | None = None,
     context: bool = True,
     strength: float = 1.0,
@@ -170,7 +173,9 @@ def build_student(
         name: Of the torchvision classifier.
         num_classes: Length of the outputs.
         prior: Probability of each class, for the product of experts; uniform where not given.
-        weights: "imagenet", a file of torchvision weights, or random ones where not given.
+        trunk: One that is there already, a teacher's; `name`, weights and stride are not read.
+        weights: "imagenet", a file of torchvision weights, the folder of a run with this trunk in
+            its model, or random ones where not given.
         context: Whether there is a context head; without one the student is the bare classifier.
         strength: Weight of the context's evidence.
         learn_strength: Whether that weight is learned, from this value on.
@@ -210,20 +215,18 @@ def build_student(
             f"and {ring_margin}"
         )
     log_prior = _log_prior(name, prior, num_classes)
-    trunk = build_levels(
-        name,
+    features = levelled(
+        build_trunk(name, weights=weights, stride=stride) if trunk is None else trunk,
         levels=levels,
-        weights=weights,
-        stride=stride,
         frozen=frozen,
         batch_norm_frozen=batch_norm_frozen,
         remember=remember,
     )
     around = Surroundings(
-        trunk.level_channels, trunk.level_strides, margins=(ring_margin,), min_ring=min_ring
+        features.level_channels, features.level_strides, margins=(ring_margin,), min_ring=min_ring
     )
     return SceneClassifier(
-        trunk,
+        features,
         log_prior,
         around if context else None,
         strength=strength,

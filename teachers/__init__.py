@@ -8,15 +8,21 @@ from torch import nn
 
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
+from teachers.resnet_multilabel import resnet_multilabel
+from teachers.resnet_pixel import resnet_pixel
 from teachers.scene_transformer import scene_transformer
 from teachers.trunk import trunk
 from teachers.unet import unet
+from teachers.unet_ffc import unet_ffc
 
 TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "unet": unet,
+    "unet_ffc": unet_ffc,
     "cnn": cnn,
     "trunk": trunk,
     "scene_transformer": scene_transformer,
     "cooccurrence": cooccurrence,
     "prior": prior,
+    "resnet_pixel": resnet_pixel,
+    "resnet_multilabel": resnet_multilabel,
 }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
+from kd.nn.blind import BlindTrunk
 
 
 class ContextCNN(nn.Module):
@@ -47,6 +48,7 @@ class ContextCNN(nn.Module):
         for fine, coarse in pairwise(channels):
             levels.append(nn.Sequential(_Halve(), _double_conv(fine, coarse)))
         self.features = nn.Sequential(*levels)  # (K, C, H/2^downs, W/2^downs)
+        self._grids = [(wide, patch * 2**level) for level, wide in enumerate(channels)]
         # A grid rather than one mean: where things are says as much as that they are there.
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.region = region
@@ -76,6 +78,11 @@ class ContextCNN(nn.Module):
         read.append(self.pool(maps).flatten(1))
         logits: Tensor = self.head(torch.cat(read, dim=1))
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(levels[0])}
+
+    def scene_trunk(self) -> BlindTrunk:
+        """All levels, as the trunk of a student."""
+        levels = zip(self.features, self._grids, strict=True)
+        return BlindTrunk("cnn", [(level, *grid) for level, grid in levels])
 
 
 def _mean_inside(maps: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
+from kd.nn.blind import AnyTrunk, BlindTrunk, picture_alone
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.nn.levels import LevelledTrunk, build_levels
 from kd.nn.picture_tokens import Patches, check_patches, place_boxes
@@ -130,6 +131,19 @@ class SceneTransformer(nn.Module):
             extra.append(self.counts(objects, hidden))
         logits = torch.stack([part.float() for part in extra]).sum(dim=0)
         return logits if dense is None else {"logits": logits, "dense": dense}
+
+    def scene_trunk(self) -> AnyTrunk:
+        """What sees the picture, as the trunk of a student: the patches or the torchvision trunk.
+
+        Raises:
+            UserError: It is told annotations alone.
+        """
+        if self.trunk is not None:
+            return self.trunk.trunk
+        if self.patches is None:
+            raise UserError("scene_transformer: without pixels there is no trunk to begin with")
+        step = (self.patches, len(self.mask), self.patches.patch)
+        return BlindTrunk("scene_transformer", [step], see=picture_alone)
 
     def _company(self, objects: Objects, boxes: Tensor, hidden: Tensor) -> _Tokens:
         """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""

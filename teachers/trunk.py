@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.levels import build_levels
+from kd.nn.blind import AnyTrunk
+from kd.nn.levels import LevelledTrunk, build_levels
 from kd.nn.regions import mask_boxes
 from kd.nn.surroundings import Surroundings, picture_extents
 
@@ -26,15 +27,18 @@ class ContextTrunk(nn.Module):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: LevelledTrunk,
         around: Surroundings,
         num_classes: int,
         *,
         hidden: int,
         dropout: float,
+        dense: bool,
     ) -> None:
         super().__init__()
         self.trunk, self.around = trunk, around
+        # What a place shows, asked at the finest map: to know the company, first see who is there.
+        self.dense = nn.Conv2d(around.channels[0], num_classes, 1) if dense else None
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         if hidden:
             layers += [nn.Linear(around.width, hidden), nn.ReLU(), nn.Dropout(dropout)]
@@ -42,13 +46,22 @@ class ContextTrunk(nn.Module):
         nn.init.normal_(last.weight, std=1e-3)
         self.head = nn.Sequential(*layers, last)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
+
+        Returns:
+            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), at the finest
+            map's grid.
+        """
         picture, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
         maps = self.trunk(picture)
         rows = torch.arange(len(images), device=images.device)
         logits: Tensor = self.head(self.around(maps, boxes, rows, picture_extents(picture)))
-        return logits
+        return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
+
+    def scene_trunk(self) -> AnyTrunk:
+        """The torchvision trunk itself, which is a student's as it is."""
+        return self.trunk.trunk
 
 
 def trunk(
@@ -64,6 +77,7 @@ def trunk(
     geometry: bool = True,
     hidden: int = 0,
     dropout: float = 0.5,
+    dense: bool = False,
     frozen: str | None = None,
     batch_norm_frozen: bool = False,
     remember: bool = False,
@@ -83,6 +97,8 @@ def trunk(
         geometry: Whether the region's place and size are read too.
         hidden: Width of a hidden layer in the head; 0 for a linear head.
         dropout: Before each layer of the head.
+        dense: Whether there are pixel logits too, for the classes of visible objects; the task
+            `context` then has a loss `visible`.
         frozen: "all", or the path of the last step of the trunk that does not learn.
         batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
         remember: Keep a frozen trunk's outputs in memory, for pictures that come unchanged.
@@ -116,4 +132,4 @@ def trunk(
         inside=inside,
         geometry=geometry,
     )
-    return ContextTrunk(features, around, num_classes, hidden=hidden, dropout=dropout)
+    return ContextTrunk(features, around, num_classes, hidden=hidden, dropout=dropout, dense=dense)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.blind import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):
@@ -28,22 +29,55 @@ class DoubleConv(nn.Sequential):
         )
 
 
+class Kit(Protocol):
+    """What a U-Net is built of."""
+
+    def stem(self, channels: int) -> nn.Module:
+        """From the picture's 4 channels."""
+        ...
+
+    def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
+        """Two convolutions that keep the grid."""
+        ...
+
+    def join(self, skip: Tensor, upper: Tensor) -> Tensor:
+        """Two maps side by side."""
+        ...
+
+
+class PlainKit:
+    """Plain convolutions."""
+
+    def stem(self, channels: int) -> nn.Module:
+        """From the picture's 4 channels."""
+        return DoubleConv(4, channels)
+
+    def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
+        """Two convolutions that keep the grid."""
+        return DoubleConv(in_channels, out_channels, middle)
+
+    def join(self, skip: Tensor, upper: Tensor) -> Tensor:
+        """Two maps side by side."""
+        return torch.cat([skip, upper], dim=1)
+
+
 class Up(nn.Module):
     """Double the grid, join the skip connection, convolve."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, transposed: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, transposed: bool, kit: Kit) -> None:
         super().__init__()
+        self.join = kit.join
         self.up: nn.Module
         if transposed:
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
-            self.convolve = DoubleConv(in_channels, out_channels)
+            self.convolve = kit.convolve(in_channels, out_channels)
         else:  # both inputs have half of in_channels
             self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-            self.convolve = DoubleConv(in_channels, out_channels, in_channels // 2)
+            self.convolve = kit.convolve(in_channels, out_channels, in_channels // 2)
 
     def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
         """(K, C, h, w) and the skip connection of twice that grid."""
-        convolved: Tensor = self.convolve(torch.cat([skip, self.up(coarse)], dim=1))
+        convolved: Tensor = self.convolve(self.join(skip, self.up(coarse)))
         return convolved
 
 
@@ -57,16 +91,25 @@ class UNet(nn.Module):
     task = "context_pixels"
 
     def __init__(
-        self, num_classes: int, *, width: int, depth: int, transposed: bool, prior: float
+        self,
+        num_classes: int,
+        *,
+        width: int,
+        depth: int,
+        transposed: bool,
+        prior: float,
+        kit: Kit | None = None,
     ) -> None:
         super().__init__()
+        kit = kit or PlainKit()
         self.multiple = 2**depth
         widths = [width * 2**level for level in range(depth + 1)]
         if not transposed:
             widths[-1] //= 2  # bilinear up-sampling keeps the channels, so the bottom has half
-        self.stem = DoubleConv(4, width)
+        self.stem = kit.stem(width)
+        self._widths = widths
         self.downs = nn.ModuleList(
-            nn.Sequential(nn.MaxPool2d(2), DoubleConv(fine, coarse))
+            nn.Sequential(nn.MaxPool2d(2), kit.convolve(fine, coarse))
             for fine, coarse in pairwise(widths)
         )
         self.bottleneck = nn.Identity()  # a name for taps, whatever the depth
@@ -74,7 +117,8 @@ class UNet(nn.Module):
         for level in reversed(range(depth)):
             halved = not transposed and level > 0
             out_channels = width * 2**level // (2 if halved else 1)
-            self.ups.append(Up(width * 2 ** (level + 1), out_channels, transposed=transposed))
+            in_channels = width * 2 ** (level + 1)
+            self.ups.append(Up(in_channels, out_channels, transposed=transposed, kit=kit))
         self.head = nn.Conv2d(width, num_classes, 1)
         # At each pixel most classes are absent: start there rather than learn it.
         nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
@@ -93,6 +137,13 @@ class UNet(nn.Module):
             features = up(features, skip)
         logits: Tensor = self.head(features)
         return logits[:, :, :height, :width]
+
+    def scene_trunk(self) -> BlindTrunk:
+        """The falling half, as the trunk of a student."""
+        levels = zip([self.stem, *self.downs], self._widths, strict=True)
+        return BlindTrunk(
+            "unet", [(step, wide, 2**level) for level, (step, wide) in enumerate(levels)]
+        )
 
 
 def unet(
@@ -115,16 +166,7 @@ def unet(
     Raises:
         UserError: An option out of range.
     """
-    if up not in ("transposed", "bilinear"):
-        raise UserError(f"unet: up must be 'transposed' or 'bilinear', got {up!r}")
-    if width < 2 or width % 2 or depth < 1:
-        raise UserError(
-            f"unet: width must be even and depth at least 1, got width {width} and depth {depth}"
-        )
-    if not 0 < prior_probability < 1:
-        raise UserError(
-            f"unet: prior_probability must lie between 0 and 1, got {prior_probability}"
-        )
+    check_options("unet", width=width, depth=depth, up=up, prior_probability=prior_probability)
     return UNet(
         num_classes,
         width=width,
@@ -132,3 +174,17 @@ def unet(
         transposed=up == "transposed",
         prior=prior_probability,
     )
+
+
+def check_options(name: str, *, width: int, depth: int, up: str, prior_probability: float) -> None:
+    """Refuse what no U-Net can be built of; `name` says whose options they are."""
+    if up not in ("transposed", "bilinear"):
+        raise UserError(f"{name}: up must be 'transposed' or 'bilinear', got {up!r}")
+    if width < 2 or width % 2 or depth < 1:
+        raise UserError(
+            f"{name}: width must be even and depth at least 1, got width {width} and depth {depth}"
+        )
+    if not 0 < prior_probability < 1:
+        raise UserError(
+            f"{name}: prior_probability must lie between 0 and 1, got {prior_probability}"
+        )

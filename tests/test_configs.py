@@ -21,10 +21,13 @@ from kd.config_reader import (
     known_configs,
     load_recipe,
     read_yaml,
+    to_yaml,
 )
+from kd.config_transfer import TransferRecipe
 from kd.data.transforms import build_augment
 from kd.launch import learns
 from kd.optim import make_optimizer, make_schedule
+from kd.starts import starts
 from kd.tasks.base import Task
 from kd.wiring import build_terms
 
@@ -70,6 +73,7 @@ def batch_of(size: int) -> dict[str, torch.Tensor]:
         "usable": torch.tensor([True, True]),
         "hidden": torch.tensor([0, 1]),
         "hide_share": torch.ones(2),
+        "class_maps": torch.zeros(1, size, size, dtype=torch.uint8),
     }
 
 
@@ -114,7 +118,25 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     assert {term.name for term in build_terms(recipe.losses)} == {t.name for t in recipe.losses}
 
 
-@pytest.mark.parametrize("kind", ["teacher", "distill"])
+@pytest.mark.parametrize(("name", "data"), pairs("transfer"))
+def test_every_transfer_recipe_builds(name: str, data: str, tmp_path: Path) -> None:
+    path = find_config("transfer", name)
+    recipe = load_recipe(TransferRecipe, path, data=data, settings=[f"teacher.run={tmp_path}"])
+    teacher = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
+    (tmp_path / "config.yaml").write_text(to_yaml(teacher))
+    classes = CLASSES.get(data, 80)
+    task = build_task(recipe.task, recipe.data, classes)
+    rows = list(starts(recipe))
+    assert len(rows) == 2 * len(recipe.starts)
+    for row in rows:
+        model = build_student(
+            offline(row.recipe.student), np.full(classes, 1 / classes), context=False
+        )
+        check_one_batch(task, model, recipe.task.weights, recipe.data.size)
+        check_training(train_section(row.recipe.train, "bare"), recipe.data, model)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "distill", "transfer"])
 def test_every_recipe_tells_editors_its_schema(kind: str) -> None:
     for name in known_configs(kind):
         path = find_config(kind, name)
@@ -125,7 +147,7 @@ def test_every_recipe_tells_editors_its_schema(kind: str) -> None:
 
 
 def test_there_is_nothing_else_in_configs() -> None:
-    known = {"data", "distill", "schema", "teacher"}
+    known = {"data", "distill", "schema", "teacher", "transfer"}
     assert {path.name for path in CONFIGS.iterdir()} <= known
     for path in Path(CONFIGS).rglob("*.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict)

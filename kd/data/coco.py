@@ -59,6 +59,8 @@ class CocoIndex:
         notes: What was mended or is remarkable: clipped, bad_ring, bad_run_lengths,
             without_segment, images_without_object.
         fingerprint: Of the JSON's content and the reader's version.
+        asked: (M,) bool, False for objects that are company only, never hidden and never scored
+            (`"asked": false` in the JSON); None where all may be.
     """
 
     annotation_file: Path
@@ -85,6 +87,7 @@ class CocoIndex:
     skipped: dict[str, int]
     notes: dict[str, int]
     fingerprint: str
+    asked: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_classes(self) -> int:

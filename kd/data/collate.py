@@ -10,7 +10,7 @@ from torch import Tensor
 from kd.data.stored import PREFIX
 
 Sample = dict[str, Tensor]
-_STACKED = ("images", "sizes", "image_ids")
+_STACKED = ("images", "sizes", "image_ids", "class_maps")
 _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
            "withheld")  # fmt: skip
 
@@ -18,7 +18,8 @@ _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "s
 def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
     counts = torch.tensor([len(sample["labels"]) for sample in samples])
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in _STACKED}
+    stacked = [key for key in _STACKED if key in samples[0]]
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in stacked}
     for key in samples[0]:
         if key in _JOINED or key.startswith(PREFIX):
             batch[key] = torch.cat([sample[key] for sample in samples])

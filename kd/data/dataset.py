@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd.data.choices import check_options, known_labels, shares_of
+from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex
 from kd.data.collate import Sample
 from kd.data.hide import hidden_regions, hide_share
@@ -70,6 +71,7 @@ class SceneDataset(Dataset[Sample]):
         epochs: Length of the training, for the schedule.
         prepared: Folder made by `python -m kd.data.prepare` from this data set.
         stored: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
+        class_maps: Stored class ids that go with the pictures, as `class_maps`.
 
     Raises:
         UserError: An option is out of range, no image has a usable object, or the prepared
@@ -97,6 +99,7 @@ class SceneDataset(Dataset[Sample]):
         epochs: int = 1,
         prepared: Path | None = None,
         stored: Sequence[StoredField] = (),
+        class_maps: ClassMaps | None = None,
     ) -> None:
         """Choose the images; the arguments are explained above."""
         check_options(size, mode, shape, (min_share, max_share), partial, seed)
@@ -107,6 +110,7 @@ class SceneDataset(Dataset[Sample]):
         self.withhold = withhold if train else None
         self.pictures = pictures
         self.seed, self.epochs, self.stored = seed, epochs, tuple(stored)
+        self.class_maps = class_maps
         self.prepared: PreparedCopy | None = None
         if prepared is not None:
             self.prepared = PreparedCopy.open(
@@ -163,6 +167,8 @@ class SceneDataset(Dataset[Sample]):
             share = start + (end - start) * epoch / max(1, self.epochs - 1)
             sample["withheld"] = torch.from_numpy(random_company.random(len(labels)) < share)
         original = (picture.shape[1], picture.shape[2])
+        if self.class_maps is not None:
+            sample["class_maps"] = self.class_maps(image, scene.plan, original)
         if self.shape == "segment":
             sample["segments"] = self._segments(scene, candidates, original)
         hidden = sample["object_ids"][candidates].numpy()
@@ -181,6 +187,8 @@ class SceneDataset(Dataset[Sample]):
         counts = np.diff(index.first)
         pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
         usable = self._usable(shares_of(index.boxes, pictures))
+        if index.asked is not None:
+            usable &= index.asked
         return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
 
     def _images_with_usable_objects(
@@ -240,8 +248,11 @@ class SceneDataset(Dataset[Sample]):
             boxes, kept = visible(plan.boxes(boxes, size), plan.size, self.augment.min_visible)
             boxes, rows = boxes[kept], rows[kept.numpy()]
             shares = shares_of(boxes.numpy(), plan.size[0] * plan.size[1])
-        usable = torch.from_numpy(self._usable(shares))
-        return _Scene(plan, rows, boxes, torch.from_numpy(shares).float(), usable)
+        usable = self._usable(shares)
+        if index.asked is not None:
+            usable &= index.asked[rows]
+        shown = torch.from_numpy(shares).float()
+        return _Scene(plan, rows, boxes, shown, torch.from_numpy(usable))
 
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         return (shares >= self.min_share) & (shares <= self.max_share)

@@ -56,20 +56,123 @@ def masked_bce(
     wide = wide_type(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=wide)
     entropy = (F.softplus(logits).sum(dim=1, dtype=wide) - present) / logits.shape[1]  # (K, H, W)
+    return _in_and_out(entropy, torch.ones_like(entropy), hidden, valid, hidden_weight)
+
+
+def _in_and_out(
+    values: Tensor, weights: Tensor, hidden: Tensor, valid: Tensor | None, hidden_weight: float
+) -> Tensor:
+    """Weighted means of values (K, H, W) apart in and out of a region, put together, over K."""
     inside, outside = hidden, ~hidden
     if valid is not None:
         inside, outside = inside & valid, outside & valid
-    means, weights = [], []
-    for region, weight in ((inside, hidden_weight), (outside, 1.0)):
-        pixels = region.sum(dim=(1, 2))
-        total = entropy.masked_fill(~region, 0.0).sum(dim=(1, 2))
-        means.append(total / pixels.clamp(min=1))
-        weights.append((pixels > 0).to(entropy.dtype) * weight)
-    weight_sum = weights[0] + weights[1]
-    per_input = (weights[0] * means[0] + weights[1] * means[1]) / weight_sum.where(
-        weight_sum > 0, torch.ones_like(weight_sum)
+    means, shares = [], []
+    for region, share in ((inside, hidden_weight), (outside, 1.0)):
+        own = weights.masked_fill(~region, 0.0)
+        mass = own.sum(dim=(1, 2))
+        total = (values.masked_fill(~region, 0.0) * own).sum(dim=(1, 2))
+        means.append(total / mass.where(mass > 0, torch.ones_like(mass)))
+        shares.append((mass > 0).to(values.dtype) * share)
+    whole = shares[0] + shares[1]
+    per_input = (shares[0] * means[0] + shares[1] * means[1]) / whole.where(
+        whole > 0, torch.ones_like(whole)
     )
     return per_input.sum() / max(len(per_input), 1)
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    hidden: Tensor,
+    *,
+    valid: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    hidden_weight: float = 5.0,
+) -> Tensor:
+    """Cross-entropy of one class a pixel, averaged apart inside and outside the hidden region.
+
+    Put together as `masked_bce` does it. With class weights each average is a weighted one, the
+    weights of its pixels in the denominator, as torch's own cross-entropy has it.
+
+    Args:
+        logits: One per class and pixel, (K, C, H, W).
+        targets: The class of each pixel, int64 (K, H, W).
+        hidden: The hidden region, bool (K, H, W).
+        valid: Pixels of the picture rather than of its padding, bool (K, H, W).
+        class_weights: Above 0, (C,).
+        hidden_weight: The weight of the hidden region against 1 for the rest.
+
+    Returns:
+        Scalar, the mean over K; 0 with a zero gradient where K is 0.
+
+    Raises:
+        UserError: Shapes, types or devices that do not fit, or a weight that is negative.
+    """
+    name = "masked_cross_entropy"
+    floating(name, logits=logits)
+    mask_fits(name, "hidden", hidden, logits, beside="logits")
+    not_negative(name, "hidden_weight", hidden_weight)
+    if targets.shape != hidden.shape or targets.dtype != torch.int64:
+        raise UserError(
+            f"{name}: targets must be int64 {tuple(hidden.shape)}, got "
+            f"{name_of(targets.dtype)} {tuple(targets.shape)}"
+        )
+    if class_weights is not None and class_weights.shape != logits.shape[1:2]:
+        raise UserError(
+            f"{name}: {logits.shape[1]} classes have {len(class_weights)} class_weights"
+        )
+    if valid is not None:
+        mask_fits(name, "valid", valid, logits, beside="logits")
+        logits = _Seen.apply(logits, ~valid[:, None])
+        logits = logits.masked_fill(~valid[:, None], 0.0)
+    wide = logits.to(wide_type(logits))
+    entropy = F.cross_entropy(wide, targets, reduction="none")  # (K, H, W)
+    weights = torch.ones_like(entropy)
+    if class_weights is not None:
+        weights = class_weights.to(entropy)[targets]
+    return _in_and_out(entropy, weights, hidden, valid, hidden_weight)
+
+
+def multilabel_bce(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    known: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of which classes are there; the sigmoid is in here, once.
+
+    Args:
+        logits: One per class, (N, C).
+        targets: Which classes are there, bool (N, C).
+        known: Rows whose targets are known, bool (N,); None = all.
+        pos_weight: Weight of a class where it is there against 1 where it is not, (C,).
+
+    Returns:
+        Scalar, the mean over known rows and classes; 0 with a zero gradient where none is known.
+
+    Raises:
+        UserError: Shapes, types or devices that do not fit.
+    """
+    name = "multilabel_bce"
+    same_shape(name, logits, targets, dimensions=2, names=("logits", "targets"))
+    floating(name, logits=logits)
+    one_device(name, logits=logits, targets=targets)
+    if targets.dtype != torch.bool:
+        raise UserError(f"{name}: targets must be bool, got {name_of(targets.dtype)}")
+    if pos_weight is not None and pos_weight.shape != logits.shape[1:]:
+        raise UserError(f"{name}: {logits.shape[1]} classes have {len(pos_weight)} pos_weight")
+    if known is None:
+        known = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    elif known.shape != logits.shape[:1] or known.dtype != torch.bool:
+        raise UserError(f"{name}: known must be bool ({len(logits)},), got {tuple(known.shape)}")
+    wide = logits.to(wide_type(logits)).masked_fill(~known[:, None], 0.0)
+    weight = None if pos_weight is None else pos_weight.to(wide)
+    entropy = F.binary_cross_entropy_with_logits(
+        wide, targets.to(wide), pos_weight=weight, reduction="none"
+    )
+    total = entropy.masked_fill(~known[:, None], 0.0).sum()
+    return total / (known.sum() * logits.shape[1]).clamp(min=1)
 
 
 def _check_bce(

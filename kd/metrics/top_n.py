@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +108,17 @@ class TopN:
         self._pending.append(batch)
         if sum(len(part["labels"]) for part in self._pending) >= _FLUSH_AT:
             self._flush()
+
+    def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Add the hidden objects of a batch (docs/design.md) by their log-probabilities (K, C)."""
+        hidden = batch["hidden"]
+        self.update(
+            decoded,
+            batch["labels"][hidden],
+            batch["shares"][hidden],
+            batch["object_ids"][hidden],
+            batch["image_ids"][batch["image_of"][hidden]],
+        )
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected, so that each holds the union; alone, does nothing.

@@ -6,7 +6,7 @@ from torch import nn
 
 from kd.catalog import suggestion
 from kd.errors import UserError
-from kd.nn.trunk import Trunk
+from kd.nn.blind import AnyTrunk
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -46,7 +46,7 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def freeze(trunk: Trunk, until: str | None = None) -> None:
+def freeze(trunk: AnyTrunk, until: str | None = None) -> None:
     """Stop the learning of a trunk's first steps, batch norms included.
 
     Args:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.blind import AnyTrunk
 from kd.nn.freeze import freeze, freeze_batch_norm
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
 from kd.nn.weights import weights_hash
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class LevelledTrunk(nn.Module):
         level_strides: Pixels per place of each map.
     """
 
-    def __init__(self, trunk: Trunk, levels: int = 1) -> None:
+    def __init__(self, trunk: AnyTrunk, levels: int = 1) -> None:
         super().__init__()
         if not 1 <= levels <= len(trunk.level_strides):
             raise UserError(
@@ -84,7 +85,7 @@ class RememberedTrunk(LevelledTrunk):
         UserError: The trunk learns.
     """
 
-    def __init__(self, trunk: Trunk, levels: int = 1) -> None:
+    def __init__(self, trunk: AnyTrunk, levels: int = 1) -> None:
         super().__init__(trunk.eval(), levels)
         if any(parameter.requires_grad for parameter in trunk.parameters()):
             raise UserError(f"trunk {trunk.name}: remember needs frozen: all, but the trunk learns")
@@ -165,7 +166,24 @@ def build_levels(
     Raises:
         UserError: A trunk that cannot be built, or `remember` for one that learns.
     """
-    trunk = build_trunk(name, weights=weights, stride=stride)
+    return levelled(
+        build_trunk(name, weights=weights, stride=stride),
+        levels=levels,
+        frozen=frozen,
+        batch_norm_frozen=batch_norm_frozen,
+        remember=remember,
+    )
+
+
+def levelled(
+    trunk: AnyTrunk,
+    *,
+    levels: int = 1,
+    frozen: str | None = None,
+    batch_norm_frozen: bool = False,
+    remember: bool = False,
+) -> LevelledTrunk:
+    """A trunk that is there already with its last maps; the other arguments are `build_levels`'."""
     if frozen is not None:
         freeze(trunk, None if frozen == "all" else frozen)
     if batch_norm_frozen:

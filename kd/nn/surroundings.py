@@ -44,6 +44,7 @@ class Surroundings(nn.Module):
         geometry: bool = True,
     ) -> None:
         super().__init__()
+        self.channels = tuple(channels)
         self.strides, self.margins, self.min_ring = tuple(strides), tuple(margins), min_ring
         self.scene, self.inside, self.geometry = scene, inside, geometry
         pooled = sum(channels) * (len(self.margins) + scene + inside)

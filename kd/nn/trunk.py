@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from kd.catalog import look_up
+from kd.catalog import look_up, suggestion
 from kd.errors import UserError
 from kd.nn.weights import load_trunk_weights, widen_first_convolution
 
@@ -104,6 +104,22 @@ class Trunk(nn.Module):
         self.level_strides = tuple(sorted(stride for stride in last_of if stride > 1))
         self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
 
+    def cut(self, until: str) -> None:
+        """Drop all steps after the one of this path: for a finer grid and less work.
+
+        Raises:
+            UserError: The trunk has no such step.
+        """
+        paths = [path for path, _ in self.steps()]
+        if until not in paths or self.tokens:
+            raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")
+        for path in paths[paths.index(until) + 1 :]:
+            parent, _, child = path.rpartition(".")
+            delattr(self.get_submodule(parent), child)
+        self.order = tuple(child for child in self.order if child in self._modules)
+        self.final_relu = self.final_relu and until == paths[-1]
+        self.measure()
+
     def _shapes(self) -> list[tuple[int, int]]:
         """(channels, side) after each step for a square image of side `PROBE`."""
         in_channels = next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
@@ -165,7 +181,13 @@ class _EveryStep(nn.Module):
 
 
 def build_trunk(
-    name: str, *, weights: str | None = None, in_channels: int = 3, stride: int | None = None
+    name: str,
+    *,
+    weights: str | None = None,
+    in_channels: int = 3,
+    grey: bool = False,
+    stride: int | None = None,
+    until: str | None = None,
 ) -> Trunk:
     """A torchvision classifier by name, as a feature trunk.
 
@@ -174,8 +196,10 @@ def build_trunk(
         weights: None for random ones; "imagenet" for torchvision's own, downloaded into torch's hub
             cache; or a file of torchvision weights (.pth, .pt or .safetensors).
         in_channels: Of the images; where it is not 3, weights are summed or padded with zeros.
+        grey: Whether the first channel is a grey picture rather than the red of one.
         stride: Keep the output at this stride at most, by giving later steps stride 1. The
             receptive field shrinks with it: for small images and training from scratch.
+        until: Path of the last step that is kept, as "layer2"; all without it.
 
     Raises:
         UserError: Unknown name, a file that does not fit, a stride that the family cannot keep.
@@ -194,9 +218,11 @@ def build_trunk(
     elif weights is not None:
         load_trunk_weights(trunk, Path(weights), source=weights)
     if in_channels != 3:
-        widen_first_convolution(trunk, in_channels, pretrained=weights is not None)
+        widen_first_convolution(trunk, in_channels, pretrained=weights is not None, grey=grey)
     if stride is not None:
         _keep_stride(trunk, stride)
+    if until is not None:
+        trunk.cut(until)
     return trunk
 
 
@@ -205,8 +231,10 @@ def _keep_stride(trunk: Trunk, stride: int) -> None:
     if stride not in trunk.level_strides:
         known = ", ".join(map(str, trunk.level_strides))
         raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
-    for (path, step), own in list(zip(trunk.steps(), trunk._step_strides, strict=True)):
-        for module in step.modules() if own > stride else ():
+    for (path, _), own in list(zip(trunk.steps(), trunk._step_strides, strict=True)):
+        if own > stride:
+            _drop_pooling(trunk, path)
+        for module in trunk.get_submodule(path).modules() if own > stride else ():
             shrinks = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
             if not shrinks or module.stride in (1, (1, 1)):
                 continue
@@ -224,6 +252,15 @@ def _keep_stride(trunk: Trunk, stride: int) -> None:
     trunk.measure()
     if trunk.stride != stride:
         raise UserError(f"{trunk.name}: cannot keep stride {stride}; up-sample the input instead")
+
+
+def _drop_pooling(trunk: Trunk, path: str) -> None:
+    """Leave out a step's pooling of windows side by side: only the grid is finer without it."""
+    for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
+        pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
+        if pools and module.kernel_size == module.stride and module.padding in (0, (0, 0)):
+            parent, _, child = inner.rpartition(".")
+            setattr(trunk.get_submodule(parent), child, nn.Identity())
 
 
 def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,11 +22,19 @@ OLD_DENSE = ("norm.1.", "norm.2.", "relu.1.", "relu.2.", "conv.1.", "conv.2.")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file or a torch file, read as data only.
+    """A state dict from a .safetensors file, a torch file or a run's folder, read as data only.
 
     Raises:
         UserError: The file is missing, damaged, or holds something other than named tensors.
     """
+    if path.is_dir():
+        folder, path = path, path / "model.safetensors"
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: a run that is not finished, it has no {path.name}; go on with --resume"
+                if (folder / "config.yaml").is_file()
+                else f"{folder}: not a run folder, it has neither config.yaml nor {path.name}"
+            )
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     try:
@@ -48,9 +56,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, source: str) -> None:
     """Load torchvision weights; strict, but for the classifier's keys.
 
+    Of a bigger model, a context teacher say, the part with the trunk's names is taken.
+
     Args:
         trunk: What to load into.
-        weights: A file, or a state dict.
+        weights: A file, a run's folder, or a state dict.
         source: What to call the weights in a message.
 
     Raises:
@@ -58,7 +68,7 @@ def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, s
     """
     state = read_weights(weights) if isinstance(weights, Path) else dict(weights)
     expected = trunk.state_dict()
-    state = {_modern(key): value for key, value in state.items()}
+    state = _part({_modern(key): value for key, value in state.items()}, set(expected))
     state = {key: v for key, v in state.items() if not key.startswith(HEAD_PREFIXES)}
     # Batch norm's counters came after some of the files did, and change nothing in use.
     missing = [
@@ -86,11 +96,14 @@ def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, s
     trunk.load_state_dict(state, strict=False)
 
 
-def widen_first_convolution(trunk: nn.Module, in_channels: int, *, pretrained: bool) -> None:
+def widen_first_convolution(
+    trunk: nn.Module, in_channels: int, *, pretrained: bool, grey: bool = False
+) -> None:
     """Replace the first convolution by one for another number of input channels.
 
-    With pretrained weights, one channel gets the sum over RGB, and channels beyond the third get
-    zeros, so that the trunk starts out as it was.
+    With pretrained weights, the trunk starts out as it was: of grey pictures (`grey`, or one
+    channel) the first channel gets the sum over RGB, else the first three get RGB; the others get
+    zeros.
     """
     path, old = next(
         (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
@@ -104,8 +117,9 @@ def widen_first_convolution(trunk: nn.Module, in_channels: int, *, pretrained: b
         bias=old.bias is not None,
     )
     with torch.no_grad():
-        if pretrained and in_channels == 1:
-            new.weight.copy_(old.weight.sum(dim=1, keepdim=True))
+        if pretrained and (grey or in_channels == 1):
+            new.weight.zero_()
+            new.weight[:, :1] = old.weight.sum(dim=1, keepdim=True)
         elif pretrained:
             shared = min(in_channels, old.in_channels)
             new.weight.zero_()
@@ -114,6 +128,18 @@ def widen_first_convolution(trunk: nn.Module, in_channels: int, *, pretrained: b
             new.bias.copy_(old.bias)
     parent, _, child = path.rpartition(".")
     setattr(trunk.get_submodule(parent), child, new)
+
+
+def _part(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """The tensors below the one prefix that has all that is expected; all where none is such."""
+    first = min(expected)
+    wanted = [key for key in expected if not key.endswith("num_batches_tracked")]
+    ends = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
+    fitting = [prefix for prefix in ends if all(prefix + key in state for key in wanted)]
+    if first in state or len(fitting) != 1:
+        return state
+    prefix = fitting[0]
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _modern(key: str) -> str:

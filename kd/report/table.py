@@ -177,9 +177,9 @@ def runs_table(
         cells = list(_row(label_of(name), line, seed=None))
         if prior is not None:
             number = None if name == "ece" else scores.value(prior, name)
-            cells.append(_number(name, number))
+            cells.append(number_cell(name, number))
         if ceilings:
-            cells.append(_number(name, ceilings.get(name)))
+            cells.append(number_cell(name, ceilings.get(name)))
         rows.append(tuple(cells))
         found += line
     header = ["metric", first]
@@ -205,20 +205,22 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
     """Cells of a metric: of the mean over seeds, or of the seed at one place."""
     cells = [label]
     for entry in line:
-        cells.append(_number(entry.metric, entry.mean if seed is None else entry.values[seed]))
+        cells.append(number_cell(entry.metric, entry.mean if seed is None else entry.values[seed]))
         if entry.difference is not None:
             interval = entry.difference if seed is None else entry.by_seed[seed]
-            cells.append(_difference(entry.metric, interval))
+            cells.append(difference_cell(entry.metric, interval))
     return tuple(cells)
 
 
-def _number(name: str, number: float | None) -> str:
+def number_cell(name: str, number: float | None) -> str:
+    """A metric's number in its unit; nothing where there is none."""
     if number is None:
         return ""
     return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
 
 
-def _difference(name: str, interval: Interval) -> str:
+def difference_cell(name: str, interval: Interval) -> str:
+    """A difference in its metric's unit with its bounds, and a star where zero lies outside."""
     scale = scale_of(name)
     digits = 1 if scale == 100 else 3
     mean, low, high = (f"{scale * bound:+z.{digits}f}" for bound in interval)
@@ -239,5 +241,6 @@ def _prior_note(names: Sequence[str], records: Records) -> list[str]:
         return []
     known = [(name, scores.value(prior, name)) for name in names if name != "ece"]
     return [
-        "class prior: " + ", ".join(f"{label_of(n)} {_number(n, number)}" for n, number in known)
+        "class prior: "
+        + ", ".join(f"{label_of(n)} {number_cell(n, number)}" for n, number in known)
     ]

@@ -6,12 +6,16 @@ ones that are asked about, one row of output each. Label -1 means withheld.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
 
 Batch = Mapping[str, Tensor]
@@ -39,6 +43,43 @@ class Mean(NamedTuple):
         return self._replace(value=self.value.detach())
 
 
+class Classes(NamedTuple):
+    """What a metric is told of a data set: the class names, C each of the rest.
+
+    `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
+    none) look alike; `where` is what messages begin with.
+    """
+
+    names: Sequence[str]
+    prior: NDArray[np.float64] | None = None
+    looks: Sequence[str | None] | None = None
+    where: str = "evaluation"
+
+
+class Metric(Protocol):
+    """Collects what a task decodes; adds up over ranks before it computes."""
+
+    def take(self, decoded: Tensor, batch: Batch) -> None:
+        """Take in a batch's answers, as the task decoded them."""
+        ...
+
+    def gather(self) -> None:
+        """Exchange with the other ranks."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """Every number by name, shares in 0..1."""
+        ...
+
+    def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
+        """Name, support and score of each class that occurs, the most frequent first."""
+        ...
+
+    def save_predictions(self, path: Path) -> None:
+        """Write the answers and what is true as an .npz file."""
+        ...
+
+
 class Task(Protocol):
     """One kind of problem. A task is frozen and holds no model."""
 
@@ -55,8 +96,17 @@ class Task(Protocol):
         ...
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities of the K hidden objects, (K, C)."""
+        """Log-probabilities for `metric`: of most tasks of the K hidden objects, (K, C)."""
         ...
+
+    def metric(self, classes: Classes) -> Metric:
+        """What its answers are scored by."""
+        ...
+
+
+def top_n(classes: Classes) -> TopN:
+    """The metric of tasks that name the hidden objects."""
+    return TopN(len(classes.names), prior=classes.prior, looks=classes.looks, where=classes.where)
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:
@@ -122,6 +172,10 @@ def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
             count = torch.full((), float(len(batch["hidden"])), device=device)
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
+        elif unit == "labelled_images":
+            told = (batch["labels"] >= 0).float()
+            images = told.new_zeros(len(batch["images"]))
+            count = (images.index_add(0, batch["image_of"], told) > 0).sum().float()
         elif unit == "ring":
             count = _areas(_outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         else:

@@ -11,13 +11,16 @@ from kd.data.hide import normalise
 from kd.losses.supervised import cross_entropy_labelled
 from kd.tasks.base import (
     Batch,
+    Classes,
     Mask,
     Mean,
+    Metric,
     Output,
     hidden_boxes,
     hidden_labels,
     image_rows,
     ring_mask,
+    top_n,
 )
 
 
@@ -61,3 +64,7 @@ class Classification:
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities (K, C)."""
         return output["logits"].float().log_softmax(dim=1)
+
+    def metric(self, classes: Classes) -> Metric:
+        """Top-n accuracy and its company."""
+        return top_n(classes)

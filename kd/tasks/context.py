@@ -12,18 +12,21 @@ from kd.data.hide import Shape, class_maps, hide, normalise, regions_of, valid_p
 from kd.losses.supervised import cross_entropy_labelled, masked_bce
 from kd.tasks.base import (
     Batch,
+    Classes,
     Mask,
     Mean,
+    Metric,
     Output,
     hidden_labels,
     image_rows,
     ring_mask,
+    top_n,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Context:
-    """What both context tasks share: the input with one object hidden in each.
+class ContextInputs:
+    """What the context tasks share: the input with one object hidden in each.
 
     Args:
         num_classes: C.
@@ -46,9 +49,13 @@ class _Context:
         """`ring`: the surroundings of the hidden object."""
         return {"ring": ring_mask(batch)}
 
+    def metric(self, classes: Classes) -> Metric:
+        """Top-n accuracy and its company."""
+        return top_n(classes)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Context(_Context):
+class Context(ContextInputs):
     """One answer for the hidden object: logits (K, C), cross-entropy.
 
     For BlindNet's CNN and any trunk. A model that also gives `dense` pixel logits learns from the
@@ -132,7 +139,7 @@ def picture_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextPixels(_Context):
+class ContextPixels(ContextInputs):
     """An answer for each pixel: logits (K, C, H, W), all boxes are targets, hidden or not.
 
     The score of a class is the sum of its sigmoids over the hidden region (BlindNet); scores

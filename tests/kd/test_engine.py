@@ -389,12 +389,9 @@ class Rows:
         self.log_probs: list[Tensor] = []
         self.gathered = False
 
-    def update(
-        self, log_probs: Tensor, labels: Tensor, shares: Tensor, object_ids: Tensor,
-        image_ids: Tensor,
-    ) -> None:  # fmt: skip
-        assert len(log_probs) == len(labels) == len(shares) == len(object_ids) == len(image_ids)
-        self.log_probs.append(log_probs)
+    def take(self, decoded: Tensor, batch: Batch) -> None:
+        assert len(decoded) == len(batch["hidden"])
+        self.log_probs.append(decoded)
 
     def gather(self) -> None:
         self.gathered = True

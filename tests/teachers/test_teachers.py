@@ -18,8 +18,11 @@ from teachers import TEACHERS
 # Small ones: options, a layer to tap and its channels.
 SMALL: dict[str, tuple[dict[str, object], str, int]] = {
     "unet": ({"width": 4, "depth": 2}, "bottleneck", 16),
+    "unet_ffc": ({"width": 4, "depth": 2}, "bottleneck", 8),
     "cnn": ({"width": 4, "downs": 3, "hidden": 8}, "features.3", 32),
     "trunk": ({"name": "shufflenet_v2_x0_5", "margins": [0.5, 1.5]}, "trunk.trunk", 1024),
+    "resnet_pixel": ({"name": "shufflenet_v2_x0_5", "until": "stage2", "width": 8}, "feature", 8),
+    "resnet_multilabel": ({"name": "shufflenet_v2_x0_5"}, "trunk", 1024),
 }
 # Their inputs are scenes as tokens: tests/teachers/test_token_teachers.py.
 TOKEN_TEACHERS = {"scene_transformer", "cooccurrence", "prior"}
@@ -49,7 +52,12 @@ def test_every_teacher_is_in_the_contract() -> None:
 @pytest.mark.parametrize("size", [(37, 51), (64, 64)])
 def test_logits_have_the_tasks_shape_at_any_size(name: str, size: tuple[int, int]) -> None:
     model = make(name).eval()
-    shape = {"context": (2, CLASSES), "context_pixels": (2, CLASSES, *size)}[str(model.task)]
+    shape = {
+        "context": (2, CLASSES),
+        "context_pixels": (2, CLASSES, *size),
+        "context_map": (2, 1 + CLASSES, *size),
+        "context_scene": (2, CLASSES),
+    }[str(model.task)]
     with torch.no_grad():
         logits = model(hidden_scene(2, *size))
     assert logits.shape == shape and logits.isfinite().all()
@@ -131,6 +139,66 @@ def test_the_unet_starts_at_the_log_odds_of_its_prior() -> None:
     model = make("unet", prior_probability=0.02)
     bias = next(p for path, p in model.named_parameters() if path == "head.bias")
     torch.testing.assert_close(bias.data, torch.full((CLASSES,), math.log(0.02 / 0.98)))
+
+
+@pytest.mark.parametrize("up", ["transposed", "bilinear"])
+@pytest.mark.parametrize("local_unit", [True, False])
+def test_a_fourier_unet_works_with_each_option(up: str, local_unit: bool) -> None:
+    model = make("unet_ffc", up=up, ratio=0.75, local_unit=local_unit).eval()
+    scene = hidden_scene(1, 32, 48)
+    moved = scene.clone()
+    moved[:, :3, -1, -1] += 5
+    with torch.no_grad():
+        change = (model(scene) - model(moved)).abs()
+    assert change[:, :, 0, 0].max() > 0  # at depth 2 a plain U-Net sees but 44 pixels
+    names = {path for path, _ in model.named_modules() if path.endswith("local_unit")}
+    assert bool(names) is local_unit
+
+
+def test_a_fourier_unet_of_ratio_zero_is_a_plain_one() -> None:
+    with torch.device("meta"):
+        fourier, plain = make("unet_ffc", ratio=0.0, up="transposed"), make("unet")
+    assert [p.shape for p in fourier.parameters()] == [p.shape for p in plain.parameters()]
+
+
+def test_the_pixel_resnet_reads_layer_two() -> None:
+    model = TEACHERS["resnet_pixel"](CLASSES).eval()
+    taps = FeatureTaps(model, ["feature"])
+    with torch.no_grad():
+        assert model(hidden_scene(1, 64, 64)).shape == (1, 1 + CLASSES, 64, 64)
+    assert taps.collect()["feature"].shape == (1, 128, 8, 8)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(0.72, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["resnet_pixel", "resnet_multilabel"])
+def test_the_grey_teachers_see_no_colour(name: str) -> None:
+    model = make(name).eval()
+    scene = hidden_scene(1, 64, 64)
+    other = scene.clone()
+    other[:, 0] += 0.587
+    other[:, 1] -= 0.299
+    with torch.no_grad():
+        torch.testing.assert_close(model(scene), model(other), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("resnet18", {"stride": 16}),
+        ("efficientnet_b0", {}),
+        ("mobilenet_v3_small", {"levels": 2}),
+        pytest.param("vgg11", {"stride": 16}, marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", {}, marks=pytest.mark.slow),
+        pytest.param("densenet121", {"stride": 16, "levels": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_any_family_of_torchvision_is_a_teacher(family: str, options: dict[str, object]) -> None:
+    model = make("trunk", name=family, dense=True, hidden=8, **options).train()
+    output = model(hidden_scene(2, 64, 64))
+    assert output["logits"].shape == (2, CLASSES) and output["dense"].shape[1] == CLASSES
+    (output["logits"].square().mean() + output["dense"].square().mean()).backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients)
 
 
 def test_the_cnn_has_a_relu_between_its_dense_layers() -> None:
@@ -228,6 +296,13 @@ def test_a_remembering_trunk_teacher_agrees_with_one_that_computes() -> None:
         ("unet", {"width": 3}, "width must be even"),
         ("unet", {"depth": 0}, "depth at least 1"),
         ("unet", {"prior_probability": 1.0}, "between 0 and 1, got 1.0"),
+        ("unet_ffc", {"ratio": 0.3}, "ratio times width whole, got 0.3 and 4"),
+        ("unet_ffc", {"ratio": 1.0}, r"ratio must be in \[0, 1\)"),
+        ("unet_ffc", {"width": 3}, "unet_ffc: width must be even"),
+        ("resnet_pixel", {"grid": 0}, "grid must be at least 1, got 0"),
+        ("resnet_pixel", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ("resnet_pixel", {"until": "layer2"}, "has no step 'layer2'"),
+        ("resnet_multilabel", {"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
         ("cnn", {"grid": 0}, "grid must be at least 1, got 0"),
         ("cnn", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ("trunk", {"margins": [-1.0]}, "margins must be above 0"),

@@ -1,4 +1,4 @@
-"""masked_bce and cross_entropy_labelled."""
+"""masked_bce, masked_cross_entropy, multilabel_bce and cross_entropy_labelled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses.supervised import cross_entropy_labelled, masked_bce
+from kd.losses.supervised import (
+    cross_entropy_labelled,
+    masked_bce,
+    masked_cross_entropy,
+    multilabel_bce,
+)
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,3 +170,111 @@ def test_cross_entropy_labelled_is_blind_to_shifts_and_to_the_order_of_objects()
     value = cross_entropy_labelled(logits, labels)
     torch.testing.assert_close(cross_entropy_labelled(logits + torch.randn(6, 1), labels), value)
     torch.testing.assert_close(cross_entropy_labelled(logits.flip(0), labels.flip(0)), value)
+
+
+def test_masked_cross_entropy_by_hand() -> None:
+    # Two classes, two pixels: hidden with p(target) = 1/2, visible with p(target) = 4/5.
+    logits = torch.tensor([[[[0.0, math.log(4)]], [[0.0, 0.0]]]])
+    targets, hidden = torch.tensor([[[1, 0]]]), torch.tensor([[[True, False]]])
+    expected = (5 * math.log(2) + math.log(5 / 4)) / 6
+    value = masked_cross_entropy(logits, targets, hidden, hidden_weight=5.0)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def slow_masked_cross_entropy(
+    logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor, weights: Tensor, share: float
+) -> float:
+    per_input = []
+    for k in range(len(logits)):
+        sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+        for y in range(logits.shape[2]):
+            for x in range(logits.shape[3]):
+                if valid[k, y, x]:
+                    scores = [math.exp(value) for value in logits[k, :, y, x].tolist()]
+                    target = int(targets[k, y, x])
+                    own = sums[bool(hidden[k, y, x])]
+                    own[0] -= weights[target].item() * math.log(scores[target] / sum(scores))
+                    own[1] += weights[target].item()
+        means = {side: total / mass for side, (total, mass) in sums.items()}
+        per_input.append((share * means[True] + means[False]) / (share + 1))
+    return sum(per_input) / len(per_input)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_masked_cross_entropy_agrees_with_a_slow_loop(share: float, weighted: bool) -> None:
+    logits, _, hidden = case()
+    targets = torch.randint(4, (3, 5, 6))
+    valid = (torch.rand(3, 5, 6) > 0.2) | hidden
+    weights = torch.rand(4, dtype=torch.float64) + 0.1 if weighted else None
+    value = masked_cross_entropy(
+        logits, targets, hidden, valid=valid, class_weights=weights, hidden_weight=share
+    )
+    ones = torch.ones(4) if weights is None else weights
+    expected = slow_masked_cross_entropy(logits, targets, hidden, valid, ones, share)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_class_weights_change_nothing() -> None:
+    logits, _, hidden = case()
+    targets = torch.randint(4, (3, 5, 6))
+    plain = masked_cross_entropy(logits, targets, hidden)
+    same = masked_cross_entropy(logits, targets, hidden, class_weights=torch.full((4,), 3.0))
+    torch.testing.assert_close(same, plain)
+
+
+def test_masked_cross_entropy_does_not_read_what_is_not_valid() -> None:
+    logits, _, hidden = case()
+    targets = torch.randint(4, (3, 5, 6))
+    valid = torch.ones_like(hidden)
+    valid[:, 3:] = hidden[:, 3:]
+    spoilt = torch.where(valid[:, None], logits, torch.inf).requires_grad_()
+    value = masked_cross_entropy(spoilt, targets, hidden, valid=valid)
+    torch.testing.assert_close(value, masked_cross_entropy(logits, targets, hidden, valid=valid))
+    value.backward()
+    assert spoilt.grad is not None and spoilt.grad.isfinite().all()
+    empty = masked_cross_entropy(logits[:0], targets[:0], hidden[:0])
+    assert empty.item() == 0
+
+
+def test_multilabel_bce_by_hand() -> None:
+    # p = 1/2 and present, p = 4/5 and absent; the second row is not known.
+    logits = torch.tensor([[0.0, math.log(4)], [math.inf, 3.0]], requires_grad=True)
+    targets = torch.tensor([[True, False], [False, False]])
+    known = torch.tensor([True, False])
+    value = multilabel_bce(logits, targets, known=known)
+    assert value.item() == pytest.approx((math.log(2) + math.log(5)) / 2)
+    value.backward()
+    assert logits.grad is not None
+    assert logits.grad[1].tolist() == [0.0, 0.0]
+    # One sigmoid: the gradient is p - y, over the two numbers of the mean.
+    assert logits.grad[0].tolist() == pytest.approx([-0.25, 0.4])
+    weighted = multilabel_bce(logits, targets, known=known, pos_weight=torch.tensor([3.0, 9.0]))
+    assert weighted.item() == pytest.approx((3 * math.log(2) + math.log(5)) / 2)
+
+
+def test_multilabel_bce_of_nothing_is_zero() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    value = multilabel_bce(
+        logits, torch.zeros(2, 3, dtype=torch.bool), known=torch.zeros(2, dtype=torch.bool)
+    )
+    value.backward()
+    assert value.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_pixel_and_scene_losses_name_what_does_not_fit() -> None:
+    logits, _, hidden = case()
+    ids = torch.zeros(3, 5, 6, dtype=torch.int64)
+    with pytest.raises(UserError, match="targets must be int64"):
+        masked_cross_entropy(logits, ids.int(), hidden)
+    with pytest.raises(UserError, match="4 classes have 3 class_weights"):
+        masked_cross_entropy(logits, ids, hidden, class_weights=torch.ones(3))
+    with pytest.raises(UserError, match="hidden_weight must be 0 or above"):
+        masked_cross_entropy(logits, ids, hidden, hidden_weight=-1.0)
+    rows = torch.zeros(2, 3)
+    with pytest.raises(UserError, match="targets must be bool"):
+        multilabel_bce(rows, rows)
+    with pytest.raises(UserError, match="3 classes have 2 pos_weight"):
+        multilabel_bce(rows, rows > 0, pos_weight=torch.ones(2))
+    with pytest.raises(UserError, match=r"known must be bool \(2,\), got \(3,\)"):
+        multilabel_bce(rows, rows > 0, known=torch.ones(3, dtype=torch.bool))

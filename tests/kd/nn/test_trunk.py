@@ -182,6 +182,40 @@ def test_a_kept_stride_gives_a_finer_grid_from_the_same_weights(name: str, strid
         assert trunk(torch.randn(1, 3, 64, 64)).shape[2:] == (64 // stride, 64 // stride)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stride"), [("densenet121", 16), ("vgg11", 8)])
+def test_pooling_of_windows_side_by_side_is_left_out(name: str, stride: int) -> None:
+    plain, fine = build_trunk(name), build_trunk(name, stride=stride)
+    assert fine.stride == stride and fine.channels == plain.channels
+    fine.load_state_dict(plain.state_dict())  # no weight is lost
+    with torch.no_grad():
+        assert fine.eval()(torch.randn(1, 3, 64, 64)).shape[2:] == (64 // stride, 64 // stride)
+
+
+@pytest.mark.parametrize(
+    ("name", "until", "shape"),
+    [("resnet18", "layer2", (128, 8)), ("mobilenet_v3_small", "features.3", (24, 8))],
+)
+def test_a_cut_trunk_ends_in_what_its_last_step_gives(
+    name: str, until: str, shape: tuple[int, int]
+) -> None:
+    whole = build_trunk(name).eval()
+    short = build_trunk(name, until=until).eval()
+    assert (short.channels, short.stride) == shape
+    short.load_state_dict({key: whole.state_dict()[key] for key in short.state_dict()})
+    kept: list[torch.Tensor] = []
+    whole.get_submodule(until).register_forward_hook(lambda *args: kept.append(args[2]))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        whole(images)
+        torch.testing.assert_close(short(images), kept[0])
+
+
+def test_an_unknown_last_step_is_named() -> None:
+    with pytest.raises(UserError, match="resnet18 has no step 'layer5'; did you mean 'layer4'"):
+        build_trunk("resnet18", until="layer5")
+
+
 def test_a_stride_that_cannot_be_kept_is_refused() -> None:
     with pytest.raises(UserError, match="resnet18: stride must be one of 2, 4, 8, 16, 32, got 12"):
         build_trunk("resnet18", stride=12)

@@ -1,0 +1,304 @@
+"""COCO's average precision of boxes, matched once for given scores, averaged over any images.
+
+The numbers are those of `pycocotools.cocoeval.COCOeval` (Lin et al., 2014,
+https://arxiv.org/abs/1405.0312; a test compares them). What it lacks is speed where the same boxes
+are evaluated again and again: overlaps are computed once, and images have weights, so that folds
+and resamples of images are rows of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_masks
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0.0, 1.0, 101)
+AREAS = {
+    "all": (0.0, 1e10),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+MOST_PER_CLASS = 100  # of an image's detections of a class, the best so many are evaluated
+# What tables call a number, and where it is found: area range and overlap, None = all ten.
+SUMMARY: dict[str, tuple[str, float | None]] = {
+    "AP": ("all", None),
+    "AP50": ("all", 0.5),
+    "AP75": ("all", 0.75),
+    "small": ("small", None),
+    "medium": ("medium", None),
+    "large": ("large", None),
+}
+_CELLS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of a data set's images: true objects or detections.
+
+    Attributes:
+        image: (K,) int64, position of the image in ascending order of ids.
+        label: (K,) int64, 0..C-1 by ascending category id.
+        xywh: (K, 4) float64, pixels.
+        areas: (K,) float64, square pixels: of the segment where there is one.
+        crowd: (K,) bool, a region of many objects: what is found there counts neither way.
+    """
+
+    image: Ints
+    label: Ints
+    xywh: Floats
+    areas: Floats
+    crowd: Bools
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.image)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which detections are right, at each area range (A) and overlap (T), for one set of scores.
+
+    Attributes:
+        order: (D,) detections in falling order of score, ties by image, then as in the file.
+        hit: (A, T, D) bool, in the detections' own order.
+        ignored: (A, T, D) bool, counts neither way.
+    """
+
+    order: Ints
+    hit: Bools
+    ignored: Bools
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Groups (one image, one class) of about as many objects: B of them, G objects at most."""
+
+    overlaps: list[Floats]  # of each group (candidates, objects)
+    rows: list[Ints]  # detections that overlap an object enough to be right
+    objects: list[Ints]
+
+
+class MeanAP:
+    """Evaluates one set of boxes under any scores.
+
+    Args:
+        truth: All objects, crowds included.
+        found: The detections.
+        images: I, the number of images.
+        classes: C.
+    """
+
+    def __init__(self, truth: Boxes, found: Boxes, images: int, classes: int) -> None:
+        self.truth, self.found, self.images, self.classes = truth, found, images, classes
+        limits = np.array(list(AREAS.values()))[:, :, None]
+        self._left_out = truth.crowd | (truth.areas < limits[:, 0]) | (truth.areas > limits[:, 1])
+        self._outside = (found.areas < limits[:, 0]) | (found.areas > limits[:, 1])  # (A, D)
+        self._group = found.image * classes + found.label
+        self._chunks = list(self._chunked())
+        # (C, A, I) objects that can be found
+        self.support = np.zeros((classes, len(AREAS), images))
+        for area, left_out in enumerate(self._left_out):
+            np.add.at(self.support[:, area], (truth.label[~left_out], truth.image[~left_out]), 1)
+
+    def match(self, scores: Floats) -> Matches:
+        """Give objects to detections, the best scored first, as COCO does.
+
+        Args:
+            scores: (D,).
+        """
+        order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
+        place = np.empty(len(scores), np.int64)
+        place[order] = np.arange(len(scores))
+        shape = (len(AREAS), len(THRESHOLDS), len(scores))
+        hit, ignored = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+        for chunk in self._chunks:
+            self._match_chunk(chunk, place, hit, ignored)
+        ignored |= ~hit & self._outside[:, None]
+        cut = self._beyond_most(order)
+        hit[:, :, cut], ignored[:, :, cut] = False, True
+        return Matches(order, hit, ignored)
+
+    def average(
+        self, matches: Matches, weights: Array | None = None, *, areas: int = len(AREAS)
+    ) -> Floats:
+        """Average precision by resample, area range, overlap and class.
+
+        Args:
+            matches: Of some scores.
+            weights: (R, I) how often each image counts: a fold's images 1, a bootstrap's drawn so
+                often. None counts each once.
+            areas: How many of `AREAS`, `all` being the first.
+
+        Returns:
+            (R, A, T, C), NaN where a class has no object.
+        """
+        weights = np.ones((1, self.images)) if weights is None else np.asarray(weights, np.float64)
+        result = np.full((len(weights), areas, len(THRESHOLDS), self.classes), np.nan)
+        labels = self.found.label[matches.order]
+        by_class = np.argsort(labels, kind="stable")
+        bounds = np.searchsorted(labels[by_class], np.arange(self.classes + 1))
+        for label in range(self.classes):
+            rows = matches.order[by_class[bounds[label] : bounds[label + 1]]]
+            step = max(1, _CELLS_AT_ONCE // max(1, len(rows)))
+            for start in range(0, len(weights), step):
+                part = slice(start, start + step)
+                result[part, :, :, label] = self._class_average(
+                    matches, rows, label, weights[part], areas
+                )
+        return result
+
+    def _class_average(
+        self, matches: Matches, rows: Ints, label: int, weights: Floats, areas: int
+    ) -> Floats:
+        """(R, A, T) of one class; `rows` are its detections in falling order of score."""
+        result = np.full((len(weights), areas, len(THRESHOLDS)), np.nan)
+        if not self.support[label].any():
+            return result
+        last = np.flatnonzero(matches.hit[:, :, rows].any(axis=(0, 1)))
+        rows = rows[: last[-1] + 1 if len(last) else 0]  # errors after the last hit are free
+        drawn = weights[:, self.found.image[rows]]  # (R, D)
+        for area in range(areas):
+            objects = weights @ self.support[label, area]  # (R,)
+            some = objects > 0
+            hit, out = matches.hit[area][:, rows], matches.ignored[area][:, rows]
+            before, sums = np.empty(0, np.bool_), drawn[:, :0]  # kept while the next one's is equal
+            for threshold in range(len(THRESHOLDS)):
+                right = np.flatnonzero(hit[threshold] & ~out[threshold])
+                counted = ~out[threshold]
+                if not np.array_equal(before, counted):
+                    before, sums = counted, np.cumsum(drawn * counted, axis=1)
+                result[some, area, threshold] = _area_below(
+                    np.cumsum(drawn[:, right], axis=1)[some],
+                    sums[:, right][some],
+                    objects[some, None],
+                )
+        return result
+
+    def _chunked(self) -> Iterator[_Chunk]:
+        """Groups with candidates, those of few objects first."""
+        true_group = self.truth.image * self.classes + self.truth.label
+        order, true_order = (np.argsort(g, kind="stable") for g in (self._group, true_group))
+        groups = np.intersect1d(self._group, true_group)
+        starts, ends = (np.searchsorted(self._group[order], groups, s) for s in ("left", "right"))
+        true_starts, true_ends = (
+            np.searchsorted(true_group[true_order], groups, s) for s in ("left", "right")
+        )
+        sizes = true_ends - true_starts
+        chunk, cells = _Chunk([], [], []), 0
+        for place in np.argsort(sizes, kind="stable"):
+            rows = order[starts[place] : ends[place]]
+            objects = true_order[true_starts[place] : true_ends[place]]
+            crowd = self.truth.crowd[objects].astype(np.uint8)
+            overlaps = coco_masks.iou(self.found.xywh[rows], self.truth.xywh[objects], crowd)
+            near = (overlaps >= THRESHOLDS[0]).any(axis=1)
+            if not near.any():
+                continue
+            chunk.overlaps.append(overlaps[near])
+            chunk.rows.append(rows[near])
+            chunk.objects.append(objects)
+            cells += self._left_out.shape[0] * len(THRESHOLDS) * int(sizes[place])
+            if cells > _CELLS_AT_ONCE:
+                yield chunk
+                chunk, cells = _Chunk([], [], []), 0
+        if chunk.rows:
+            yield chunk
+
+    def _match_chunk(self, chunk: _Chunk, place: Ints, hit: Bools, ignored: Bools) -> None:
+        """Round k gives the k-th best candidate of every group its object."""
+        sorted_rows = [np.argsort(place[rows]) for rows in chunk.rows]
+        most = max(map(len, chunk.objects))
+        left_out = np.ones((len(chunk.rows), len(AREAS), most), np.bool_)
+        crowd = np.zeros((len(chunk.rows), most), np.bool_)
+        for group, objects in enumerate(chunk.objects):
+            left_out[group, :, : len(objects)] = self._left_out[:, objects]
+            crowd[group, : len(objects)] = self.truth.crowd[objects]
+        free = np.ones((len(chunk.rows), len(AREAS), len(THRESHOLDS), most), np.bool_)
+        for number in range(max(map(len, chunk.rows))):
+            groups = np.array([g for g, rows in enumerate(chunk.rows) if len(rows) > number])
+            rows = np.array([chunk.rows[g][sorted_rows[g][number]] for g in groups])
+            overlaps = np.full((len(groups), most), -1.0)
+            for line, group in zip(overlaps, groups, strict=True):
+                line[: len(chunk.objects[group])] = chunk.overlaps[group][
+                    sorted_rows[group][number]
+                ]
+            taken, kept_out = _take(overlaps, free[groups], left_out[groups])  # (B, A, T) both
+            has = taken >= 0
+            hit[:, :, rows] = has.transpose(1, 2, 0)
+            ignored[:, :, rows] = (has & kept_out).transpose(1, 2, 0)
+            b, a, t = np.nonzero(has & ~crowd[groups[:, None, None], taken])
+            free[groups[b], a, t, taken[b, a, t]] = False
+
+    def _beyond_most(self, order: Ints) -> Ints:
+        """Detections that are not among the best of their image and class."""
+        groups = self._group[order]
+        by_group = np.argsort(groups, kind="stable")
+        ordered = groups[by_group]
+        first = np.searchsorted(ordered, ordered)
+        return order[by_group[np.arange(len(order)) - first >= MOST_PER_CLASS]]
+
+
+def summary(averages: Floats) -> dict[str, Floats]:
+    """COCO's numbers by name, each (R,), from (R, A, T, C) of `MeanAP.average`; NaN where none."""
+    ranges = list(AREAS)[: averages.shape[1]]
+    found = {}
+    for name, (area, threshold) in SUMMARY.items():
+        if area not in ranges:
+            continue
+        part = averages[:, ranges.index(area)]
+        if threshold is not None:
+            part = part[:, [int(np.argmin(abs(THRESHOLDS - threshold)))]]
+        known = ~np.isnan(part)
+        total, count = np.where(known, part, 0.0).sum(axis=(1, 2)), known.sum(axis=(1, 2))
+        found[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return found
+
+
+def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:
+    """For one detection a group: the object it gets, -1 = none, and whether that one is left out.
+
+    The best overlap among free objects wins, the later one where two are equal; one that is left
+    out (a crowd, another size) only where no other is to be had.
+
+    Args:
+        overlaps: (B, G), -1 where there is no object.
+        free: (B, A, T, G).
+        left_out: (B, A, G).
+    """
+    enough = np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
+    possible = free & (overlaps[:, None, None] >= enough)
+    counted = possible & ~left_out[:, :, None]
+    allowed = np.where(counted.any(axis=3, keepdims=True), counted, possible)
+    value = np.where(allowed, overlaps[:, None, None], -1.0)
+    best = value.shape[3] - 1 - np.argmax(value[..., ::-1], axis=3)
+    taken = np.where(allowed.any(axis=3), best, -1)
+    return np.asarray(taken), np.asarray(~counted.any(axis=3))
+
+
+def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
+    """COCO's 101-point average of precision, (R,).
+
+    Args:
+        hits: (R, n) right detections up to each right one.
+        detections: (R, n) all detections up to there.
+        objects: (R, 1) how many there are to find.
+    """
+    if not hits.shape[1]:
+        return np.zeros(len(hits))
+    precision = hits / (detections + np.spacing(1))
+    best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    # How many of the 101 recalls have been reached at each right detection.
+    reached = np.searchsorted(RECALLS, hits / objects, side="right")
+    newly = np.diff(reached, axis=1, prepend=0)
+    area: Floats = (best_after * newly).sum(axis=1) / len(RECALLS)
+    return area

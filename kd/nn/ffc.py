@@ -1,0 +1,222 @@
+"""Fast Fourier convolution: a part of the channels sees the whole picture in each layer.
+
+Chi et al., 2020, https://proceedings.neurips.cc/paper/2020/hash/2fd5d41ec6cfab47e32164d5624269b1,
+with the ratios and the order of layers of LaMa (Suvorov et al., 2021,
+https://arxiv.org/abs/2109.07161). A map's first channels are local, the rest global.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.errors import UserError
+
+
+class FourierUnit(nn.Module):
+    """A 1x1 convolution of the spectrum, whose real and imaginary parts are channels.
+
+    Args:
+        in_channels: Of the map.
+        out_channels: Of the result.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.convolve = nn.Sequential(
+            nn.Conv2d(2 * in_channels, 2 * out_channels, 1, bias=False),
+            nn.BatchNorm2d(2 * out_channels),
+            nn.ReLU(),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, in, H, W) of any size to (N, out, H, W), in their type."""
+        if not len(maps):  # a transform of nothing is an error
+            return maps.new_zeros(0, self.out_channels, *maps.shape[2:])
+        # Transforms of half precision are rough, and on a CPU there are none.
+        wide = maps if maps.dtype == torch.float64 else maps.float()
+        spectrum = torch.fft.rfft2(wide.contiguous(), norm="ortho")  # (N, in, H, W/2 + 1)
+        mixed = self.convolve(torch.cat([spectrum.real, spectrum.imag], dim=1))
+        real, imaginary = mixed.to(wide.dtype).chunk(2, dim=1)
+        spectrum = torch.complex(real.contiguous(), imaginary.contiguous())
+        size = (maps.shape[2], maps.shape[3])
+        back: Tensor = torch.fft.irfft2(spectrum, s=size, norm="ortho")
+        return back.to(maps.dtype)
+
+
+class LocalFourierUnit(nn.Module):
+    """A Fourier unit over the quarters of a map: patterns that half the map repeats.
+
+    A fourth of the channels is cut into four quarters, which lie as channels one behind the other;
+    what comes out is laid out four times. Rows or columns of an odd number get one of zeros, which
+    is cut off again.
+
+    Args:
+        channels: Of map and result, at least 4.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.taken = channels // 4
+        self.unit = FourierUnit(4 * self.taken, channels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, C, H, W) of any size to the same shape."""
+        height, width = maps.shape[2:]
+        part = F.pad(maps[:, : self.taken], (0, width % 2, 0, height % 2))
+        upper, lower = part.chunk(2, dim=2)
+        quarters = [piece for half in (upper, lower) for piece in half.chunk(2, dim=3)]
+        tiled: Tensor = self.unit(torch.cat(quarters, dim=1)).repeat(1, 1, 2, 2)
+        return tiled[:, :, :height, :width]
+
+
+class SpectralTransform(nn.Module):
+    """From global channels to global channels: `project(x + unit(x) + local_unit(x))`.
+
+    Args:
+        in_channels: Of the map.
+        out_channels: Of the result; half as many, and at least 4, inside.
+        stride: 1, or 2 for means over 2 x 2.
+        local_unit: Whether there is a local Fourier unit.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int = 1, local_unit: bool = True
+    ) -> None:
+        super().__init__()
+        inside = max(out_channels // 2, 4)
+        self.reduce = nn.Sequential(
+            nn.Identity() if stride == 1 else nn.AvgPool2d(2, ceil_mode=True),
+            nn.Conv2d(in_channels, inside, 1, bias=False),
+            nn.BatchNorm2d(inside),
+            nn.ReLU(),
+        )
+        self.unit = FourierUnit(inside, inside)
+        self.local_unit = LocalFourierUnit(inside) if local_unit else None
+        self.project = nn.Conv2d(inside, out_channels, 1, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, in, H, W) to (N, out, H/stride, W/stride), rounded up."""
+        reduced = self.reduce(maps)
+        total = reduced + self.unit(reduced)
+        if self.local_unit is not None:
+            total = total + self.local_unit(reduced)
+        projected: Tensor = self.project(total)
+        return projected
+
+
+class FFC(nn.Module):
+    """Fast Fourier convolution of a map whose last channels are global.
+
+    `local' = conv(local) + conv(global)`, `global' = conv(local) + spectral(global)`: three
+    ordinary convolutions and a spectral transform. With both ratios 0 it is a convolution.
+
+    Args:
+        in_channels: Of the map.
+        out_channels: Of the result.
+        kernel_size: Of the convolutions, odd; they keep the grid but for the stride.
+        ratio_in: Share of the input's channels that is global.
+        ratio_out: Share of the output's.
+        stride: 1 or 2.
+        local_unit: Whether the spectral transform has a local Fourier unit.
+
+    Raises:
+        UserError: An option out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        ratio_in: float,
+        ratio_out: float,
+        stride: int = 1,
+        local_unit: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, ratio in (("ratio_in", ratio_in), ("ratio_out", ratio_out)):
+            if not 0 <= ratio <= 1:
+                raise UserError(f"FFC: {name} must be in 0..1, got {ratio}")
+        if stride not in (1, 2) or kernel_size % 2 == 0:
+            raise UserError(
+                f"FFC: stride must be 1 or 2 and kernel_size odd, got {stride} and {kernel_size}"
+            )
+        self.split_in = split_channels(in_channels, ratio_in)
+        self.split_out = split_channels(out_channels, ratio_out)
+
+        def convolution(source: int, target: int) -> nn.Module | None:
+            if not source or not target:
+                return None
+            return nn.Conv2d(source, target, kernel_size, stride, kernel_size // 2, bias=False)
+
+        (local_in, global_in), (local_out, global_out) = self.split_in, self.split_out
+        self.local_to_local = convolution(local_in, local_out)
+        self.local_to_global = convolution(local_in, global_out)
+        self.global_to_local = convolution(global_in, local_out)
+        self.global_to_global = None
+        if global_in and global_out:
+            self.global_to_global = SpectralTransform(
+                global_in, global_out, stride=stride, local_unit=local_unit
+            )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, in, H, W) to (N, out, H/stride, W/stride), rounded up; local channels first."""
+        own, whole = maps.split(self.split_in, dim=1)
+        parts = [
+            _sum(self.local_to_local, own, self.global_to_local, whole),
+            _sum(self.local_to_global, own, self.global_to_global, whole),
+        ]
+        return torch.cat([part for part in parts if part is not None], dim=1)
+
+
+class FFCBlock(nn.Sequential):
+    """`FFC`, batch norm, ReLU; arguments as for `FFC`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        ratio_in: float,
+        ratio_out: float,
+        stride: int = 1,
+        local_unit: bool = True,
+    ) -> None:
+        super().__init__(
+            FFC(
+                in_channels,
+                out_channels,
+                kernel_size,
+                ratio_in=ratio_in,
+                ratio_out=ratio_out,
+                stride=stride,
+                local_unit=local_unit,
+            ),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+def split_channels(channels: int, ratio: float) -> tuple[int, int]:
+    """How many channels are local and how many global."""
+    count = round(channels * ratio)
+    return channels - count, count
+
+
+def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
+    """Maps side by side, (N, C1, H, W) and (N, C2, H, W), so that local channels come first."""
+    halves = [maps.split(split_channels(maps.shape[1], ratio), dim=1) for maps in (first, second)]
+    return torch.cat([half[part] for part in (0, 1) for half in halves], dim=1)
+
+
+def _sum(
+    first: nn.Module | None, one: Tensor, second: nn.Module | None, other: Tensor
+) -> Tensor | None:
+    """The sum of what the paths that exist make of their maps."""
+    outputs = [path(maps) for path, maps in ((first, one), (second, other)) if path is not None]
+    return sum(outputs[1:], outputs[0]) if outputs else None

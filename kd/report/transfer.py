@@ -1,0 +1,77 @@
+"""The table of a transfer: starts of a student against the first of them, mode by mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kd.metrics.interval import Interval, paired_interval
+from kd.report.comparison import Comparison, label_of
+from kd.report.table import CLEAR, Table, difference_cell, number_cell
+
+METRICS = ("mAP", "micro_AP", "top1", "mean_class_top1", "nll")
+
+
+def transfer_table(
+    numbers: Mapping[tuple[str, str], Sequence[Mapping[str, float]]],
+    seeds: Sequence[int],
+    *,
+    title: str = "Transfer",
+) -> Table:
+    """Means over seeds, and the difference to the first start with its t interval over seeds.
+
+    Args:
+        numbers: Mode and start -> summaries, one a seed; modes one after the other.
+        seeds: One number for each of them.
+        title: Above the table.
+    """
+    first = next(iter(numbers))
+    baseline, chance = first[1], numbers[first][0]
+    metrics = [name for name in METRICS if name in chance]
+    found = {
+        (key, name): _compare(name, key, numbers, baseline) for key in numbers for name in metrics
+    }
+    modes = list(dict.fromkeys(mode for mode, _ in numbers))
+    groups = tuple(
+        tuple(
+            _row(key, [found[key, name] for name in metrics]) for key in numbers if key[0] == mode
+        )
+        for mode in modes
+    )
+    header = ["mode: start"]
+    for name in metrics:
+        header += [label_of(name), f"- {baseline}"]
+    spread = f"means over {len(seeds)} seeds, t interval" if len(seeds) > 1 else "one seed only"
+    notes = [CLEAR, spread] if len(seeds) > 1 else [spread]
+    known = [(name, prefix + name) for name in metrics for prefix in ("chance_", "prior_")]
+    constant = [
+        f"{label_of(name)} {number_cell(name, chance[key])}" for name, key in known if key in chance
+    ]
+    if constant:
+        notes.append(f"one answer for all, the class shares: {', '.join(constant)}")
+    return Table(title, tuple(header), groups, tuple(notes), tuple(found.values()))
+
+
+def _compare(
+    metric: str,
+    key: tuple[str, str],
+    numbers: Mapping[tuple[str, str], Sequence[Mapping[str, float]]],
+    baseline: str,
+) -> Comparison:
+    mode, start = key
+    values = tuple(summary[metric] for summary in numbers[key])
+    if start == baseline:
+        return Comparison(metric, f"{mode}: {start}", values)
+    twins = [summary[metric] for summary in numbers[mode, baseline]]
+    gaps = [own - twin for own, twin in zip(values, twins, strict=True)]
+    unknown = float("nan")
+    interval = paired_interval(gaps) if len(gaps) > 1 else Interval(gaps[0], unknown, unknown)
+    return Comparison(metric, f"{mode}: {start}", values, interval)
+
+
+def _row(key: tuple[str, str], line: Sequence[Comparison]) -> tuple[str, ...]:
+    cells = [f"{key[0]}: {key[1]}"]
+    for entry in line:
+        cells.append(number_cell(entry.metric, entry.mean))
+        interval = entry.difference
+        cells.append("" if interval is None else difference_cell(entry.metric, interval))
+    return tuple(cells)

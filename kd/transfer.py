@@ -1,0 +1,70 @@
+"""Start a student from a context teacher's trunk, at random and at ImageNet's, and compare.
+
+`python -m kd.transfer --task scene_labels`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd.arms import Distillation
+from kd.build import make_accelerator, open_data
+from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
+from kd.config_transfer import TransferRecipe
+from kd.launch import open_run
+from kd.report.table import print_table
+from kd.report.transfer import transfer_table
+from kd.starts import starts
+from kd.teacher_runs import RUNS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Probe and fine-tune from every start for every seed, then print the table."""
+    parser = recipe_parser(
+        "python -m kd.transfer",
+        "transfer",
+        "Give a student a context teacher's trunk to start from, on another task: linear probe "
+        "and fine-tuning, beside random and ImageNet starts, in one table.",
+    )
+    parser.add_argument("--teacher", metavar="RUN", help="the teacher's run folder or checkpoint")
+    args = parser.parse_args(argv)
+    extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
+    recipe = read_recipe(args, TransferRecipe, "transfer", extra)
+    if recipe is None:
+        return 0
+    accelerator = make_accelerator(recipe.train.precision)
+    set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
+    name = args.recipe or Path(args.config).stem
+    out = args.out or RUNS / "transfer" / name / recipe.data.name
+    rows = list(starts(recipe))
+    with accelerator.main_process_first():
+        data = open_data(recipe.data)
+    runs = [
+        Distillation(row.recipe, data, accelerator, out / row.path, f"{row.mode} {row.name}", True)
+        for row in rows
+    ]
+    for run in runs:
+        run.check()
+    open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
+    for seed in recipe.seeds:
+        for run in runs:
+            run.run("bare", seed)
+    if accelerator.is_main_process:
+        numbers = {
+            (row.mode, row.name): [
+                json.loads(row.summary(out, seed).read_text()) for seed in recipe.seeds
+            ]
+            for row in rows
+        }
+        table = transfer_table(numbers, recipe.seeds, title=f"{name} on {recipe.data.name}")
+        print_table(table, sys.stdout)
+        (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

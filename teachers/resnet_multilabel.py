@@ -1,0 +1,64 @@
+"""A ResNet-18 on small grey pictures as a scene-context teacher: which classes are in the scene."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.nn.blind import BlindTrunk
+from kd.nn.grey import grey_and_region
+from kd.nn.trunk import Trunk, build_trunk
+
+
+class SceneTrunk(nn.Module):
+    """A trunk, the mean over its grid, one linear layer.
+
+    Attributes:
+        task: The kind of task that fits the output.
+    """
+
+    task = "context_scene"
+
+    def __init__(self, trunk: Trunk, num_classes: int, *, dropout: float) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(trunk.channels, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
+        logits: Tensor = self.head(self.trunk(grey_and_region(images)).mean(dim=(2, 3)))
+        return logits
+
+    def scene_trunk(self) -> BlindTrunk:
+        """The trunk on the luma of pictures, as that of a student."""
+        step = (self.trunk, self.trunk.channels, self.trunk.stride)
+        return BlindTrunk("resnet_multilabel", [step], see=grey_and_region)
+
+
+def resnet_multilabel(
+    num_classes: int,
+    *,
+    name: str = "resnet18",
+    weights: str | None = None,
+    stride: int | None = None,
+    dropout: float = 0.2,
+) -> SceneTrunk:
+    """BlindNet's multi-label ResNet-18: C logits, one for each class that the scene may hold.
+
+    It sees luma and the hidden region, and is meant for pictures of 64 pixels (`data.size: 64`).
+
+    Args:
+        num_classes: Length of the output.
+        name: Of the torchvision classifier.
+        weights: "imagenet", a file of torchvision weights, or random ones where not given. The
+            first convolution is summed over RGB, so that a grey picture keeps its response.
+        stride: Keep the trunk's output at this stride at most.
+        dropout: Before the linear layer.
+
+    Raises:
+        UserError: An option out of range, or a trunk that cannot be built.
+    """
+    if not 0 <= dropout < 1:
+        raise UserError(f"resnet_multilabel: dropout must be in [0, 1), got {dropout}")
+    trunk = build_trunk(name, weights=weights, in_channels=2, grey=True, stride=stride)
+    return SceneTrunk(trunk, num_classes, dropout=dropout)
