@@ -127,7 +127,7 @@ def _colour_bar(
     scale.ax.tick_params(labelsize=7, length=2)
     if usual is None:
         return
-    if 100 * usual <= scale.mappable.get_clim()[1]:
+    if 100 * usual <= scale.ax.get_ylim()[1]:
         scale.ax.axhline(100 * usual, color=SKY, linewidth=2.5)
     text = f"{name}: {100 * usual:.1f} % of all objects (blue on the scale)"
     figure.supxlabel(text, fontsize=7, color=GREY)
