@@ -1,8 +1,8 @@
 """A frozen network in 8-bit integers, for processors that multiply those several times as fast.
 
-Post-training static quantisation (Jacob et al., 2018, https://arxiv.org/abs/1712.05877) by torch's own
-graph mode: weights by channel, activations by the ranges that some samples show. It changes
-the answers a little, so what it is used for must be measured: `benchmarks/unet_speed.py` does.
+Post-training static quantisation (Jacob et al., 2018, https://arxiv.org/abs/1712.05877) by torch's
+own graph mode: weights by channel, activations by the ranges that some samples show. It changes the
+answers a little, so what it is used for must be measured: `benchmarks/int8_teacher.py` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from kd.errors import UserError
 ENGINE = "onednn"
 
 
-def in_int8(model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()) -> nn.Module:
+def in_int8(
+    model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()
+) -> nn.Module:
     """A copy whose convolutions and linear layers compute in int8, on the CPU.
 
     Transposed convolutions stay in float32, for which there are no scales by channel.
