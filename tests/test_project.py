@@ -21,7 +21,7 @@ PACKAGES = ("kd", "teachers", "students")
 FILE_LINES = 300
 FUNCTION_LINES = 50
 COMMAND_LINES = 100
-COMMANDS = ("train_teacher", "distill", "evaluate", "compare", "cache")
+COMMANDS = ("train_teacher", "distill", "transfer", "evaluate", "compare", "cache")
 
 # path -> why the file is longer; "path::function" -> why the function is.
 LONGER: dict[str, str] = {

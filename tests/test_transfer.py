@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from kd import evaluate, transfer
+from kd import distill, evaluate, transfer
 from kd.cli import run_command
 
 pytestmark = pytest.mark.slow
@@ -99,6 +99,22 @@ def test_objects_are_a_task_as_well(
     assert transfer.main([*command, *small_data, *SETTINGS, "--set", "finetune=null"]) == 0
     said = capsys.readouterr().out
     assert "top1 (%)" in said and "probe: context" in said and "finetune" not in said
+
+
+def test_one_line_of_a_distillation_starts_from_a_teachers_trunk(
+    small_data: list[str], small_teacher: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = f"{{weights: {small_teacher}, frozen: all, stride: null}}"
+    student = f"student={{name: transferred, options: {options}}}"
+    command = ["--student", "resnet18", "--teacher", str(small_teacher), "--set", student]
+    flags = ["--set", "arms=[plain, distilled]", "--set", "seeds=[0]", "--out", str(run)]
+    assert distill.main([*command, *small_data, *SETTINGS[:2], *flags]) == 0
+    teacher = load_file(small_teacher / "model.safetensors")
+    state = load_file(run / "seed0" / "distilled" / "model.safetensors")
+    assert (state["trunk.trunk.path.0.0.weight"] == teacher["features.0.0.weight"]).all()
+    assert "context.layers.1.weight" in state
+    assert evaluate.main([str(run / "seed0" / "distilled")]) == 0
 
 
 def test_a_mistake_ends_before_anything_is_trained(

@@ -47,12 +47,14 @@ class Classes(NamedTuple):
     """What a metric is told of a data set: the class names, C each of the rest.
 
     `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
-    none) look alike; `where` is what messages begin with.
+    none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
+    holds; `where` is what messages begin with.
     """
 
     names: Sequence[str]
     prior: NDArray[np.float64] | None = None
     looks: Sequence[str | None] | None = None
+    visible: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
     where: str = "evaluation"
 
 
@@ -106,7 +108,13 @@ class Task(Protocol):
 
 def top_n(classes: Classes) -> TopN:
     """The metric of tasks that name the hidden objects."""
-    return TopN(len(classes.names), prior=classes.prior, looks=classes.looks, where=classes.where)
+    return TopN(
+        len(classes.names),
+        prior=classes.prior,
+        looks=classes.looks,
+        visible=classes.visible,
+        where=classes.where,
+    )
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:
@@ -127,16 +135,6 @@ def hidden_boxes(batch: Batch) -> Tensor:
 def hidden_labels(batch: Batch) -> Tensor:
     """Labels of the hidden objects, (K,); -1 where withheld."""
     return batch["labels"][batch["hidden"]]
-
-
-def classes_shown(batch: Batch, num_classes: int) -> Tensor:
-    """Which classes each image's objects have, hidden or not, bool (N, C)."""
-    known = batch["labels"] >= 0
-    shown = torch.zeros(
-        len(batch["images"]), num_classes, dtype=torch.bool, device=batch["labels"].device
-    )
-    shown[batch["image_of"][known], batch["labels"][known]] = True
-    return shown
 
 
 def ring_mask(batch: Batch) -> Mask:
