@@ -34,6 +34,8 @@ from kd.data.store import Store
 from kd.data.stored import StoredField
 from kd.engine import to_device
 from kd.errors import UserError
+from kd.nn.fuse import for_answers
+from kd.nn.int8 import in_int8
 from kd.nn.weights import weights_hash
 from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.progress import ProgressBar
@@ -47,6 +49,7 @@ IMAGES_A_BATCH = 16
 SHARD_BYTES = 64 << 20
 MOST_IMAGES = 4096
 PICTURES_LOOKED_AT = 4096
+SAMPLES = 32  # pictures by which int8 learns its ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class Wanted:
         mirrored: Also show the mirrored picture, and keep what is said of it but for posteriors:
             a flipped sample then gets that, where else its map would only be mirrored.
         location: Folder or URL of the stores; the teacher's run folder where not given.
+        int8: Compute posteriors in 8-bit integers, on a CPU; layers cannot be had then.
     """
 
     outputs: Sequence[str] = (POSTERIOR,)
@@ -72,6 +76,7 @@ class Wanted:
     top_k: int = 0
     mirrored: bool = False
     location: str | None = None
+    int8: bool = False
 
 
 def open_cache(
@@ -136,7 +141,7 @@ class _Cache:
             "split": self.wanted.split,
             "pictures": self._pictures,
             "transform": f"size {section.size}, {section.shape}, rescaled and padded",
-            "precision": "bf16" if self._autocast else "fp32",
+            "precision": "int8" if self.wanted.int8 else "bf16" if self._autocast else "fp32",
             "dtype": self.wanted.dtype,
             "top_k": self._top_k(output),
             "mirrored": self.mirrored(output),
@@ -254,7 +259,10 @@ class _Cache:
         layers = layers_among([writer.name for writer in writers])
         both = any(self.mirrored(writer.name) for writer in writers)
         with LiveTeacher(
-            model.to(device), self.teacher.task, layers, autocast=self._autocast
+            self._answering(model.to(device), layers),
+            self.teacher.task,
+            layers,
+            autocast=self._autocast,
         ) as live:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
@@ -266,6 +274,18 @@ class _Cache:
                 done += len(batch["images"])
                 advance(Progress(step=done), 0)
         return done
+
+    def _answering(self, model: torch.nn.Module, layers: Sequence[str]) -> torch.nn.Module:
+        """A model as fast as it answers; what is tapped stays as it is."""
+        if not self.wanted.int8:
+            return model if layers else for_answers(model)
+        if layers:
+            raise UserError(
+                "int8: posteriors only; keep layers in float32, in a cache of their own"
+            )
+        few = range(0, len(self.dataset), max(1, len(self.dataset) // SAMPLES))
+        samples = [self.teacher.task.inputs(collate([self.dataset[0, i]]))[0] for i in few]
+        return in_int8(model.cpu(), samples, spared=["head"] if hasattr(model, "head") else [])
 
     def _dataset(self, only: NDArray[np.int64] | None) -> SceneDataset:
         return make_dataset(self.data, self.wanted.split, train=False, only=only)
