@@ -43,10 +43,11 @@ def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[s
     train, val = (np.asarray(c)[order] / max(np.sum(c), 1) for c in (train_counts, val_counts))
     axes.bar(place, 100 * train, width=0.8, color=SKY, label="train")
     axes.plot(place, 100 * val, "o", color=RED, markersize=3.5, label="val")
-    axes.set_yscale("symlog", linthresh=1.0)  # the first class may have 30 %, the last 0.1 %
-    axes.set_yticks(ticks := [0, 0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
-    axes.set(ylabel="share of objects (%)", xlim=(-0.7, num_classes - 0.3))
-    axes.set_ylim(0, 130 * max(train.max(), val.max(), 0.01))
+    peak = max(train.max(), val.max(), 0.01)
+    if train.min() < 0.01:  # the first class may have 30 %, the last 0.1 %
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_yticks(ticks := [0, 0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
+    axes.set(ylabel="share of objects (%)", xlim=(-0.7, num_classes - 0.3), ylim=(0, 130 * peak))
     if num_classes <= _NAMES_AT_MOST:
         axes.set_xticks(place, [names[c] for c in order], rotation=90, fontsize=7)
     else:
@@ -81,7 +82,7 @@ def per_class_figure(
         heights = [top1[row.label] for row in shown]
         colour = reference_style(name)["color"]
         above.hlines(heights, place - 0.4, place + 0.4, colors=colour, linewidth=1.6,
-                     label=f"top-1 of the {name}")  # fmt: skip
+                     label=f"{name}, top-1")  # fmt: skip
     above.set(ylabel="right (%)", ylim=(0, 100), xlim=(-0.7, len(shown) - 0.3))
     legend_above(above)
     below.bar(place, [row.support for row in shown], width=0.8, color=GREY)

@@ -38,6 +38,7 @@ REFERENCES: dict[str, tuple[str, Any]] = {
     "exact posterior": ("black", "-."),
 }
 _OTHER = (GREY, ":")
+_LETTERS_AN_INCH = 13  # of a legend
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -88,12 +89,15 @@ def letters_on(colour: str) -> str:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend outside of the data, bars before the lines across them; two lines where it must."""
+    """A legend outside of the data, bars before lines across them; in as many rows as it needs."""
     found = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(
         *sorted(found, key=lambda f: not isinstance(f[0], BarContainer)), strict=True
     )
-    columns = len(labels) if len(labels) <= 4 else -(-len(labels) // 2)
+    inches = axes.figure.bbox.width / axes.figure.dpi
+    width = sum(map(len, labels)) + 6 * len(labels)  # in letters, handles too
+    rows = -(-width // int(_LETTERS_AN_INCH * inches))
+    columns = -(-len(labels) // rows)
     axes.legend(
         handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns,
         frameon=False, fontsize=8.5,

@@ -113,7 +113,7 @@ def _binned_figure(
         )  # fmt: skip
     axes.set_xticks(place, [_bin_label(first, kind, name) for name in bins])
     axes.set(ylabel="top-1 (%)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(10.0, axes.get_ylim()[1]))  # numbers above low bars are inside
     legend_above(axes)
     return figure
 

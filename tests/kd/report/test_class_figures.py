@@ -51,8 +51,11 @@ def test_class_shares_fall_and_keep_their_names() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "cat", "cow"]
     heights = [bar.get_height() for bar in axes.patches]  # type: ignore[attr-defined]
     assert heights == pytest.approx([80, 10, 10])
+    assert axes.get_yscale() == "linear"
     drawn(figure)
-    drawn(class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)]))
+    many = class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)])
+    assert many.axes[0].get_yscale() == "symlog"  # below one percent
+    drawn(many)
 
 
 def test_a_class_has_a_bar_of_top5_behind_top1_above_its_objects() -> None:

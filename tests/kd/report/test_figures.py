@@ -82,6 +82,22 @@ def test_bars_have_their_runs_top1_and_lines_their_references() -> None:
     drawn(figure)
 
 
+def test_a_run_that_is_never_right_is_drawn_with_its_zeros_inside() -> None:
+    records = {**records_of(0.0, 0)}
+    records["log_probs"] = np.log(np.where(np.eye(6)[(records["labels"] + 1) % 6] > 0, 0.95, 0.01))
+    figure = figures.visible_figure({"a run of a rather long name, plain, seed 0": records})
+    drawn(figure)  # text far outside of the axes would leave no room for them, and warn
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0", "0"]
+    assert all(text.get_position()[1] < axes.get_ylim()[1] for text in axes.texts)
+
+
+def test_a_long_legend_has_as_many_rows_as_it_needs() -> None:
+    few, many = ({f"run{n}": records_of(1.0, n) for n in range(count)} for count in (3, 9))
+    found = [figures.visible_figure(runs).axes[0].get_legend() for runs in (few, many)]
+    assert [legend._ncols for legend in found] == [3, 5]  # type: ignore[union-attr]
+
+
 def test_letters_are_read_on_every_colour() -> None:
     assert [letters_on(colour) for colour in (BLUE, ORANGE, "#000000", "#ffffff")] == [
         "white", "black", "white", "black",
