@@ -34,14 +34,12 @@ from kd.data.store import Store
 from kd.data.stored import StoredField
 from kd.engine import to_device
 from kd.errors import UserError
-from kd.nn.fuse import for_answers
-from kd.nn.int8 import in_int8
 from kd.nn.weights import weights_hash
 from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher
-from kd.teacher_runs import TrainedTeacher, as_shown, fold_models
+from kd.teacher_runs import TrainedTeacher, answering, as_shown, fold_models
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
@@ -49,7 +47,6 @@ IMAGES_A_BATCH = 16
 SHARD_BYTES = 64 << 20
 MOST_IMAGES = 4096
 PICTURES_LOOKED_AT = 4096
-SAMPLES = 32  # pictures by which int8 learns its ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +85,8 @@ def open_cache(
         UserError: A cache of another teacher, data set or transform; a teacher without folds; a
             layer that it has not; an output that is not finite.
     """
+    if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
+        raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
     # The teacher sees pictures as it did in training; which objects count is the student's choice.
     data = as_shown(teacher, data, min_share=0.0, max_share=1.0)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
@@ -258,12 +257,10 @@ class _Cache:
         loader.set_epoch(0)
         layers = layers_among([writer.name for writer in writers])
         both = any(self.mirrored(writer.name) for writer in writers)
-        with LiveTeacher(
-            self._answering(model.to(device), layers),
-            self.teacher.task,
-            layers,
-            autocast=self._autocast,
-        ) as live:
+        task = self.teacher.task
+        if not layers:
+            model = answering(model, task, self.dataset, int8=self.wanted.int8)
+        with LiveTeacher(model.to(device), task, layers, autocast=self._autocast) as live:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
@@ -274,18 +271,6 @@ class _Cache:
                 done += len(batch["images"])
                 advance(Progress(step=done), 0)
         return done
-
-    def _answering(self, model: torch.nn.Module, layers: Sequence[str]) -> torch.nn.Module:
-        """A model as fast as it answers; what is tapped stays as it is."""
-        if not self.wanted.int8:
-            return model if layers else for_answers(model)
-        if layers:
-            raise UserError(
-                "int8: posteriors only; keep layers in float32, in a cache of their own"
-            )
-        few = range(0, len(self.dataset), max(1, len(self.dataset) // SAMPLES))
-        samples = [self.teacher.task.inputs(collate([self.dataset[0, i]]))[0] for i in few]
-        return in_int8(model.cpu(), samples, spared=["head"] if hasattr(model, "head") else [])
 
     def _dataset(self, only: NDArray[np.int64] | None) -> SceneDataset:
         return make_dataset(self.data, self.wanted.split, train=False, only=only)
