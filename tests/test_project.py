@@ -27,6 +27,7 @@ COMMANDS = ("train_teacher", "distill", "transfer", "evaluate", "compare", "cach
 LONGER: dict[str, str] = {
     "kd/data/loader.py::build_loader": "eleven parameters, each with its words",
     "students/classifiers.py::build_student": "a parameter and a line of words for each option",
+    "teachers/scene_transformer.py::scene_transformer": "a parameter and its words for each option",
     "teachers/trunk.py::trunk": "a parameter and a line of words for each option",
 }
 
