@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,16 @@ from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.nn.levels import LevelledTrunk, build_levels
 from kd.nn.picture_tokens import Patches, check_patches, place_boxes
 from kd.nn.surroundings import Surroundings
-from kd.nn.transformer import PLACE_FEATURES, Reader, place_features, relations
+from kd.nn.transformer import (
+    PLACE_FEATURES,
+    Reader,
+    Tokens,
+    make_tokens,
+    place_features,
+    relations,
+)
 
 Pixels = Literal["patches", "trunk"]
-
-
-class _Tokens(NamedTuple):
-    """What queries may read."""
-
-    tokens: Tensor  # (N, T, D)
-    rows: Tensor  # (K,) whose tokens a query reads
-    seen: Tensor  # (K, T) bool
-    lie: Tensor  # (K, T, 10)
 
 
 class SceneTransformer(nn.Module):
@@ -125,7 +123,7 @@ class SceneTransformer(nn.Module):
             sources.append(self._picture(maps, pictures, asked, frames[hidden], rows, None))
         for reader in self.readers:
             for source in sources:
-                queries = reader(queries, source.tokens, source.lie, source.rows, source.seen)
+                queries = reader(queries, source)
         extra.append(self.head(self.end(queries)))
         if self.counts is not None:
             extra.append(self.counts(objects, hidden))
@@ -145,7 +143,7 @@ class SceneTransformer(nn.Module):
         step = (self.patches, len(self.mask), self.patches.patch)
         return BlindTrunk("scene_transformer", [step], see=picture_alone)
 
-    def _company(self, objects: Objects, boxes: Tensor, hidden: Tensor) -> _Tokens:
+    def _company(self, objects: Objects, boxes: Tensor, hidden: Tensor) -> Tokens:
         """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""
         assert self.names is not None and self.object_norm is not None
         rows = objects.image_of
@@ -162,12 +160,12 @@ class SceneTransformer(nn.Module):
         mine = rows[hidden]
         itself = slot[hidden][:, None] == torch.arange(most, device=rows.device)
         lie = relations(boxes[hidden], lying[mine])
-        return _Tokens(tokens, mine, there[mine] & ~itself, lie)
+        return make_tokens(tokens, mine, lie, there[mine] & ~itself)
 
     def _picture(
         self, maps: Tensor, pictures: Tensor, asked: Tensor, frames: Tensor, rows: Tensor,
         blind: Tensor | None,
-    ) -> _Tokens:  # fmt: skip
+    ) -> Tokens:  # fmt: skip
         """A map's places as tokens, those of the padding and those that are hidden left out."""
         grid = (maps.shape[2], maps.shape[3])
         step = max(-(-pictures.shape[2] // grid[0]), -(-pictures.shape[3] // grid[1]))
@@ -179,7 +177,7 @@ class SceneTransformer(nn.Module):
         if blind is not None:
             seen = seen & ~blind.flatten(1)
         lie = relations(asked, boxes.expand(len(asked), -1, -1))
-        return _Tokens(tokens, rows, seen, lie)
+        return make_tokens(tokens, rows, lie, seen)
 
 
 def _frames(objects: Objects) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,42 @@ def relations(queries: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([offset, ratio, squared.sqrt(), covered, near], dim=-1)
 
 
+class Tokens(NamedTuple):
+    """What queries may read, N scenes of T tokens; K queries."""
+
+    tokens: Tensor  # (N, T, D)
+    lie: Tensor  # (K, T, 10), `relations` to each token of its scene
+    seen: Tensor  # (K, T) bool, what a query may see; possibly nothing
+    slots: Tensor  # (K,) its place among all scenes' queries side by side
+    most: int  # queries of one scene
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """Rows of the queries (K, ...) side by side for each scene, (N, most, ...)."""
+        places = rows.new_zeros(len(self.tokens) * self.most, *rows.shape[1:])
+        return places.index_copy(0, self.slots, rows).unflatten(0, (-1, self.most))
+
+    def each(self, groups: Tensor) -> Tensor:
+        """The reverse: (N, most, ...) to (K, ...)."""
+        return groups.flatten(0, 1)[self.slots]
+
+
+def make_tokens(tokens: Tensor, rows: Tensor, lie: Tensor, seen: Tensor) -> Tokens:
+    """Put together what queries read.
+
+    Args:
+        tokens: (N, T, D).
+        rows: The scene of each query, (K,).
+        lie: (K, T, 10).
+        seen: (K, T) bool.
+    """
+    counts = torch.bincount(rows, minlength=len(tokens))
+    most = max(1, int(counts.max())) if len(counts) else 1
+    order = torch.argsort(rows, stable=True)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+    slots = torch.empty_like(rows).index_copy(0, order, rows[order] * most + place)
+    return Tokens(tokens, lie, seen, slots, most)
+
+
 class Reader(nn.Module):
     """A query reads tokens (attention whose keys and values know how a token lies to it), thinks.
 
@@ -82,34 +118,39 @@ class Reader(nn.Module):
         if attention == "sigmoid":  # about one token's worth in all, to begin with
             nn.init.constant_(self.bias.bias, -2.0)
 
-    def forward(
-        self, queries: Tensor, tokens: Tensor, lie: Tensor, rows: Tensor, seen: Tensor
-    ) -> Tensor:
-        """One layer.
-
-        Args:
-            queries: (K, D).
-            tokens: (N, T, D).
-            lie: `relations` of each query's tokens, (K, T, 10).
-            rows: (K,) the row of `tokens` that each query reads.
-            seen: (K, T) bool, what it may see of it; possibly nothing.
-
-        Returns:
-            (K, D).
-        """
-        split = (self.heads, -1)
-        asked = self.query(self.before(queries)).unflatten(1, split)  # (K, h, D/h)
-        keys = (self.key(tokens)[rows] + self.lie_key(lie)).unflatten(2, split)
-        values = (self.value(tokens)[rows] + self.lie_value(lie)).unflatten(2, split)
-        scores = torch.einsum("khd,kthd->kth", asked, keys) * asked.shape[2] ** -0.5
-        scores = (scores + self.bias(lie)).float()
-        if self.attention == "sigmoid":
-            weights = scores.sigmoid() * seen[:, :, None]
-        else:  # beside the tokens there is nothing, which a query may read as well
-            scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-            nothing = scores.new_zeros(len(scores), 1, self.heads)
-            weights = torch.cat([scores, nothing], dim=1).softmax(dim=1)[:, :-1]
-        read = torch.einsum("kth,kthd->khd", weights.to(values.dtype), values).flatten(1)
-        queries = queries + self.drop(self.join(read))
+    def forward(self, queries: Tensor, source: Tokens) -> Tensor:
+        """One layer: queries (K, D) and what they may read to queries (K, D)."""
+        heads, width = self.heads, queries.shape[1] // self.heads
+        asked = self.query(self.before(queries)).unflatten(1, (heads, width))
+        keys = self.key(source.tokens).unflatten(2, (heads, width))
+        values = self.value(source.tokens).unflatten(2, (heads, width))
+        # q (k + A lie) = q k + (q A) lie: how a token lies is never made as long as a token.
+        turned, shift = _per_head(self.lie_key, heads)
+        scores = source.each(torch.einsum("nqhd,nthd->nqth", source.grouped(asked), keys))
+        lying = torch.einsum("khd,hdr->khr", asked, turned)
+        scores = scores + torch.einsum("khr,ktr->kth", lying, source.lie)
+        scores = scores + torch.einsum("khd,hd->kh", asked, shift)[:, None]
+        weights = self._weights((scores * width**-0.5 + self.bias(source.lie)).float(), source.seen)
+        weights = weights.to(values.dtype)
+        read = source.each(torch.einsum("nqth,nthd->nqhd", source.grouped(weights), values))
+        turned, shift = _per_head(self.lie_value, heads)
+        lain = torch.einsum("kth,ktr->khr", weights, source.lie.to(weights.dtype))
+        read = read + torch.einsum("khr,hdr->khd", lain, turned)
+        read = read + weights.sum(dim=1)[:, :, None] * shift
+        queries = queries + self.drop(self.join(read.flatten(1)))
         thought: Tensor = queries + self.drop(self.think(self.after(queries)))
         return thought
+
+    def _weights(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """(K, T, h) of scores (K, T, h); 0 for what is not seen."""
+        if self.attention == "sigmoid":
+            return scores.sigmoid() * seen[:, :, None]
+        # Beside the tokens there is nothing, which a query may read as well.
+        scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
+        nothing = scores.new_zeros(len(scores), 1, self.heads)
+        return torch.cat([scores, nothing], dim=1).softmax(dim=1)[:, :-1]
+
+
+def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
+    """Weight (h, D/h, inputs) and bias (h, D/h) of each head's part of a layer."""
+    return linear.weight.unflatten(0, (heads, -1)), linear.bias.unflatten(0, (heads, -1))
