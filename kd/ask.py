@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.config import Data
 from kd.data.collate import Sample, collate
 from kd.data.hide import hidden_regions, regions_of
-from kd.data.images import resize, scaled_size
+from kd.data.images import no_picture, resize, scaled_size
 from kd.data.transforms import pad
 from kd.engine import to_device
 from kd.tasks.base import Task, named
 from kd.tasks.context import ContextPixels
+from kd.tasks.context_map import ContextMap
 from kd.teacher_runs import TrainedTeacher
 
 # Pixel logits that one pass may give, K * C * S * S: half a gigabyte as float32, and decoding takes
@@ -84,18 +86,18 @@ def expectations(
     Yields:
         Log-probabilities (K, C), float32 on the CPU, for each question, in order.
     """
-    size, task = teacher.recipe.data.size, teacher.task
+    data, task = teacher.recipe.data, teacher.task
     # Not every task names its classes in the protocol; all of the catalogue have them.
     num_classes = int(getattr(task, "num_classes"))  # noqa: B009
-    if isinstance(task, ContextPixels):
-        most_inputs = min(most_inputs, MOST_PIXEL_LOGITS // (num_classes * size**2))
+    if isinstance(task, ContextPixels | ContextMap):
+        most_inputs = min(most_inputs, MOST_PIXEL_LOGITS // (num_classes * data.size**2))
     asked = _Asked(teacher, teacher.model if model is None else model, device)
     waiting: list[Sample] = []  # of the next pass
     answers: list[Tensor] = []  # of passes done, not handed out yet
     counts: list[int] = []  # regions of each question not answered yet
     for question in questions:
         counts.append(len(question.hidden))
-        for sample in _samples(question, size, task, max(1, most_inputs)):
+        for sample in _samples(question, data, task, max(1, most_inputs)):
             inputs = sum(len(other["hidden"]) for other in waiting) + len(sample["hidden"])
             if waiting and (inputs > most_inputs or waiting[0].keys() != sample.keys()):
                 answers.append(asked(waiting))
@@ -117,17 +119,19 @@ def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Ite
     answers[:] = [rows]
 
 
-def _samples(question: Question, size: int, task: Task, most: int) -> Iterator[Sample]:
+def _samples(question: Question, data: Data, task: Task, most: int) -> Iterator[Sample]:
     """A question as samples of docs/design.md, of at most `most` hidden regions each."""
+    size = data.size
     height, width = question.picture.shape[1:]
     scaled = scaled_size(height, width, size)
+    picture = resize(question.picture, scaled) if data.pictures else no_picture(scaled)
     scale = torch.tensor([scaled[1] / width, scaled[0] / height]).repeat(2)
     stored = question.boxes.float()
     boxes = stored * scale
     usable = torch.zeros(len(boxes), dtype=torch.bool)
     usable[question.hidden] = True
     sample = {
-        "images": pad(resize(question.picture, scaled), size),
+        "images": pad(picture, size),
         "sizes": torch.tensor(scaled),
         "image_ids": torch.tensor(0),
         "boxes": boxes,
@@ -167,14 +171,17 @@ def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor
     """What the teacher is shown, without the padding.
 
     Returns:
-        The picture (3, h, w) uint8 with nothing hidden, and the pixels that each region hides,
-        (K, h, w) bool, by the teacher's shape of regions.
+        The picture (3, h, w) uint8 with nothing hidden, grey where none is shown, and the pixels
+        that each region hides, (K, h, w) bool, by the teacher's shape of regions.
     """
     shape = getattr(teacher.task, "shape", "box")
-    (sample,) = _samples(question, teacher.recipe.data.size, teacher.task, len(question.hidden))
+    (sample,) = _samples(question, teacher.recipe.data, teacher.task, len(question.hidden))
     regions = regions_of(sample, shape="segment" if "segments" in sample else shape)
     height, width = sample["sizes"].tolist()
-    return sample["images"][:, :height, :width], regions[:, :height, :width]
+    picture = sample["images"][:, :height, :width]
+    if getattr(teacher.task, "pictures", "whole") == "none":
+        picture = no_picture((height, width))
+    return picture, regions[:, :height, :width]
 
 
 class _Asked:

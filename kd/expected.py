@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +34,15 @@ class Answer:
         probabilities: (C,).
         picture: (3, h, w) uint8 as the teacher sees it, nothing hidden yet.
         hidden: (h, w) bool, what of it is hidden.
+        told: (M,) int64 classes of the photograph's known objects as the teacher is told them, -1
+            for one that it is not told of; None for a teacher that reads pixels only.
     """
 
     region: Region
     probabilities: Tensor
     picture: Tensor
     hidden: Tensor
+    told: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,12 @@ def answer_regions(
         masks = None
         if exact:
             masks = torch.stack([torch.from_numpy(regions[row].mask) for row in rows])
+        told = _told(photo, boxes) if _reads(teacher) else None
         probabilities = ask(teacher, photo, boxes, masks=masks, device=device)
         picture, hidden = as_seen(teacher, _question(photo, boxes, masks, photo.labels))
         for number, row in enumerate(rows):
             seen = (probabilities[number], picture, hidden[number])
-            answers[row] = Answer(regions[row], *seen)
+            answers[row] = Answer(regions[row], *seen, None if told is None else told[number])
     return [answers[row] for row in range(len(regions))]
 
 
@@ -105,8 +109,9 @@ def ask(
         masks: (K, H, W) bool, exact regions.
     """
     groups = [(torch.arange(len(boxes)), photo.labels)]
-    if getattr(teacher.model, "reads_labels", False):
-        groups = list(_by_company(photo, boxes))
+    if _reads(teacher) and len(photo.boxes):
+        told, kind_of = _told(photo, boxes).unique(dim=0, return_inverse=True)
+        groups = [((kind_of == kind).nonzero()[:, 0], labels) for kind, labels in enumerate(told)]
     questions = [
         _question(photo, boxes[rows], None if masks is None else masks[rows], labels)
         for rows, labels in groups
@@ -118,19 +123,17 @@ def ask(
     return answers[order.argsort()]
 
 
-def _by_company(photo: Photograph, boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Regions that leave the same objects visible: their rows, and the labels to tell, (M,)."""
+def _reads(teacher: TrainedTeacher) -> bool:
+    return bool(getattr(teacher.model, "reads_labels", False))
+
+
+def _told(photo: Photograph, boxes: Tensor) -> Tensor:
+    """Labels of the known objects for each region, (K, M): -1 where it covers one."""
     low = torch.maximum(boxes[:, None, :2], photo.boxes[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], photo.boxes[None, :, 2:])
     shared = (high - low).clamp(min=0.0).prod(dim=2)  # (K, M)
     areas = (photo.boxes[:, 2:] - photo.boxes[:, :2]).prod(dim=1)
-    covered = (shared >= _COVERED * areas) & (photo.labels >= 0)
-    if not covered.any():
-        yield torch.arange(len(boxes)), photo.labels
-        return
-    kinds, kind_of = covered.unique(dim=0, return_inverse=True)
-    for number, gone in enumerate(kinds):
-        yield (kind_of == number).nonzero()[:, 0], photo.labels.where(~gone, -1)
+    return photo.labels.expand(len(boxes), -1).masked_fill(shared >= _COVERED * areas, -1)
 
 
 def _question(photo: Photograph, boxes: Tensor, masks: Tensor | None, labels: Tensor) -> Question:

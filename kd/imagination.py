@@ -28,7 +28,7 @@ from kd.data.regions import (
     read_mask,
 )
 from kd.errors import UserError
-from kd.expected import answer_regions, heat_maps
+from kd.expected import Answer, answer_regions, heat_maps
 from kd.report.drawing import save_figure
 from kd.report.imagined import heat_figure, regions_figure
 from kd.teacher_runs import TrainedTeacher, class_names_of, load_teacher
@@ -194,6 +194,7 @@ class Imagination:
             [(answer.picture, answer.hidden) for answer in answers],
             [answer.probabilities for answer in answers],
             self.names,
+            told=[self._told(photo, answer) for answer in answers],
             usual=self.usual,
             top=self.top,
         )
@@ -205,6 +206,13 @@ class Imagination:
             for probability, label in zip(*(one.tolist() for one in best), strict=True):
                 lines.append(f"    {self.names[label]:<20}{100 * probability:>6.1f} %")
         return [*lines, f"  drawn: {file}"]
+
+    def _told(self, photo: Photograph, answer: Answer) -> list[tuple[str, list[float]]]:
+        """Class and box of each object that the teacher was told of."""
+        if answer.told is None:
+            return []
+        pairs = zip(answer.told.tolist(), photo.boxes.tolist(), strict=True)
+        return [(self.names[label], box) for label, box in pairs if label >= 0]
 
     def _draw_heat(self, photo: Photograph, output: str) -> list[str]:
         wanted, lines = self.wanted, []

@@ -23,7 +23,7 @@ from kd.report.drawing import save_figure
 from kd.report.rescoring import change_of, change_table, curve_figure, curve_of
 from kd.report.table import print_table
 from kd.rescore_run import Split, cross_fitted, fitted_elsewhere
-from kd.rescoring import ALONES, STRENGTHS, settings_of
+from kd.rescoring import STRENGTHS, settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"{args.detections.name}: {len(names)} classes, context from {args.teacher}"
     print_table(change_table(change, title, result.notes(names)))
     strengths = (0.0, *STRENGTHS)
-    curves = curve_of(here.meter, here.known, strengths, (None, *ALONES))
+    rules = dict.fromkeys([None, 0.0, *(fit.setting.alone for fit in result.fits)])
+    curves = curve_of(here.meter, here.known, strengths, list(rules))
     report = {**change.to_json(), **result.to_json(names), "a": strengths, "curves": curves}
     text = json.dumps(report, indent=2) + "\n"
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")

@@ -92,6 +92,7 @@ def open_sources(
     }
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
         FeatureTaps(teacher.model, layers_among(outputs[name])).remove()
+        _check_labels_known(teacher, recipe)
         teacher.model.to(accelerator.device)
     sources = Sources(teachers[""], [reference.weight for reference in references.values()])
     for name, teacher in teachers.items():
@@ -106,6 +107,18 @@ def open_sources(
         sources.maps[name] = kept
         check_moved_maps(teacher, data, kept, accelerator, limit=recipe.soft_targets.moved_error)
     return sources
+
+
+def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
+    """Stored posteriors must not carry labels that the student is not to know."""
+    labelled = recipe.data.labelled
+    told = bool(getattr(teacher.model, "reads_labels", False))
+    if told and labelled < 1 and recipe.soft_targets.kind == "stored":
+        raise UserError(
+            f"{teacher.folder}: this teacher is told the other objects' classes, which "
+            f"data.labelled {labelled} keeps from the student on the other images; take a teacher "
+            "on pixels alone, or --set data.labelled=1.0"
+        )
 
 
 def _prefix(teacher: str) -> str:
@@ -128,7 +141,7 @@ def _kept(
     wanted = Wanted(
         outputs=[POSTERIOR, *(output for output in outputs if output != POSTERIOR)],
         out_of_fold=targets.out_of_fold, dtype=targets.dtype, top_k=targets.top_k,
-        mirrored=targets.mirrored,
+        mirrored=targets.mirrored, int8=targets.int8,
         location=location,
     )  # fmt: skip
     found = open_cache(teacher, data, accelerator, wanted)

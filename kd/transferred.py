@@ -66,6 +66,10 @@ def take_trunk(student: Model) -> tuple[AnyTrunk, dict[str, Any]]:
         UserError: Weights that are missing or of another trunk, or a teacher without a trunk.
     """
     options = dict(resolved(student).options)
+    if options.pop("stride", None) is not None:
+        raise UserError(
+            "student transferred: the stride is that of its teacher; student.options.stride=null"
+        )
     like, weights = Model(**options.pop("like")), options.pop("weights", None)
     return teachers_trunk(like, weights), options
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.blind import BlindTrunk
 from kd.nn.grey import grey_and_region
 from kd.nn.trunk import Trunk, build_trunk
 
@@ -27,6 +28,11 @@ class SceneTrunk(nn.Module):
         """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
         logits: Tensor = self.head(self.trunk(grey_and_region(images)).mean(dim=(2, 3)))
         return logits
+
+    def scene_trunk(self) -> BlindTrunk:
+        """The trunk on the luma of pictures, as that of a student."""
+        step = (self.trunk, self.trunk.channels, self.trunk.stride)
+        return BlindTrunk("resnet_multilabel", [step], see=grey_and_region)
 
 
 def resnet_multilabel(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
+from kd.nn.blind import BlindTrunk
 from kd.nn.grey import grey_and_region
 from kd.nn.trunk import Trunk, build_trunk
 
@@ -42,6 +43,11 @@ class PixelTrunk(nn.Module):
             _resized(feature, -(-height // self.grid), -(-width // self.grid))
         )
         return _resized(logits, height, width)
+
+    def scene_trunk(self) -> BlindTrunk:
+        """The trunk on the luma of pictures, as that of a student."""
+        step = (self.trunk, self.trunk.channels, self.trunk.stride)
+        return BlindTrunk("resnet_pixel", [step], see=grey_and_region)
 
 
 def _resized(maps: Tensor, height: int, width: int) -> Tensor:

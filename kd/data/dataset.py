@@ -19,7 +19,7 @@ from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex
 from kd.data.collate import Sample
 from kd.data.hide import hidden_regions, hide_share
-from kd.data.images import read_image, scaled_size
+from kd.data.images import no_picture, read_image, scaled_size
 from kd.data.prepare import PreparedCopy
 from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import Augment, Plan, build_augment, pad, visible
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["one", "all"]
 
-_GREY = 128
 _COMPANY_STREAM = 2
 _SAMPLE_STREAM = 1  # keeps the samples' random numbers apart from the loader's order
 
@@ -223,7 +222,7 @@ class SceneDataset(Dataset[Sample]):
     def _read(self, image: int) -> Tensor:
         path, expected = self.picture(image)
         if not self.pictures:
-            return torch.full((3, *scaled_size(*expected, self.size)), _GREY, dtype=torch.uint8)
+            return no_picture(scaled_size(*expected, self.size))
         return read_image(path, self.size, expected=expected)
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 
+_GREY = 128
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What Pillow raises for a file that it cannot read.
@@ -35,6 +36,11 @@ def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width after scaling the long side to `size`; neither falls below 1."""
     scale = size / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def no_picture(size: tuple[int, int]) -> Tensor:
+    """What stands for a picture that nobody shall see: (3, height, width) uint8, all grey."""
+    return torch.full((3, *size), _GREY, dtype=torch.uint8)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

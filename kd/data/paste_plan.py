@@ -104,7 +104,8 @@ def neighbours(index: CocoIndex, row: int) -> list[int]:
     """Other objects of the image that have an outline and whose boxes come near this one's."""
     image = index.image_of(row)
     rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
-    around = index.boxes[[row]] + np.array([-_NEAR, -_NEAR, _NEAR, _NEAR], np.float64)
+    grow = np.array([-_NEAR, -_NEAR, _NEAR, _NEAR], np.float64)
+    around = grow + index.boxes[[row]]
     meets = intersections(around, index.boxes[rows].astype(np.float64))[0] > 0
     return [int(r) for r in rows[meets & (rows != row)] if has_outline(index, int(r))]
 

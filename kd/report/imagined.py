@@ -33,6 +33,7 @@ def regions_figure(
     beliefs: Sequence[Tensor],
     names: Sequence[str],
     *,
+    told: Sequence[Sequence[tuple[str, Sequence[float]]]] | None = None,
     usual: NDArray[Any] | None = None,
     top: int = 10,
 ) -> Figure:
@@ -44,6 +45,7 @@ def regions_figure(
         seen: What the teacher saw of each: its picture (3, h, w) and what of it was hidden (h, w).
         beliefs: (C,) probabilities each.
         names: C class names.
+        told: For each region the classes and boxes of other objects that the teacher was told of.
         usual: (C,) shares of the classes among all objects, marked in the bars.
         top: How many bars.
     """
@@ -55,15 +57,12 @@ def regions_figure(
     reach = max([0.05, *(float(belief.max()) for belief in beliefs)])
     shares = None if usual is None else np.asarray(usual, dtype=np.float64)
     pixels = _array(_shown(photo))
-    for line, region, (picture, hidden), belief in zip(panels, regions, seen, beliefs, strict=True):
+    rows = zip(panels, regions, seen, beliefs, told or [()] * len(regions), strict=True)
+    for line, region, (picture, hidden), belief, company in rows:
         _photograph(line[0], pixels, (height, width))
         _outline(line[0], region)
         line[0].set_title(region.name, fontsize=8)
-        covered = _array(picture).copy()
-        covered[hidden.cpu().numpy()] = [round(255 * mean) for mean in IMAGENET_MEAN]
-        _photograph(line[1], covered, (height, width))
-        line[1].set_title(f"as the teacher sees it, {covered.shape[1]} x {covered.shape[0]}",
-                          fontsize=8)  # fmt: skip
+        _seen(line[1], picture, hidden, (height, width), company)
         expected = belief.detach().double().cpu().numpy()
         bars(line[2], expected, names, top, usual=shares, digits=1)
         line[2].set_xlim(0, 122 * reach)
@@ -115,18 +114,23 @@ def heat_figure(
     hot.plot(x, y, "+", color="white", markersize=11, markeredgewidth=2)
     hot.set(xlim=(0, width), ylim=(height, 0))
     hot.set_title(f"{name}: {heat.max():.1f} % at its likeliest place", fontsize=9)
-    # Drawn without the map's own transparency, beside the picture and as high as it.
-    scale = figure.colorbar(
-        ScalarMappable(overlay.norm, overlay.cmap), cax=hot.inset_axes((1.02, 0.0, 0.03, 1.0)),
-        format="%.3g %%",
-    )  # fmt: skip
-    scale.ax.tick_params(labelsize=7, length=2)
-    if usual is not None:
-        if 100 * usual <= most:
-            scale.ax.axhline(100 * usual, color=SKY, linewidth=2.5)
-        text = f"{name}: {100 * usual:.1f} % of all objects (blue on the scale)"
-        figure.supxlabel(text, fontsize=7, color=GREY)
+    _colour_bar(figure, hot, ScalarMappable(overlay.norm, overlay.cmap), name, usual)
     return figure
+
+
+def _colour_bar(
+    figure: Figure, beside: Axes, colours: ScalarMappable, name: str, usual: float | None
+) -> None:
+    """The scale of a map without the map's transparency, as high as the picture beside it."""
+    place = beside.inset_axes((1.02, 0.0, 0.03, 1.0))
+    scale = figure.colorbar(colours, cax=place, format="%.3g %%")
+    scale.ax.tick_params(labelsize=7, length=2)
+    if usual is None:
+        return
+    if 100 * usual <= scale.ax.get_ylim()[1]:
+        scale.ax.axhline(100 * usual, color=SKY, linewidth=2.5)
+    text = f"{name}: {100 * usual:.1f} % of all objects (blue on the scale)"
+    figure.supxlabel(text, fontsize=7, color=GREY)
 
 
 def _photograph(axes: Axes, pixels: NDArray[Any], size: tuple[int, int]) -> None:
@@ -149,6 +153,24 @@ def _outline(axes: Axes, region: Region) -> None:
             places = np.arange(-1, width + 1) + 0.5, np.arange(-1, height + 1) + 0.5
             axes.contour(*places, padded, levels=[0.5], colors=[colour], linewidths=thickness)
             axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def _seen(
+    axes: Axes,
+    picture: Tensor,
+    hidden: Tensor,
+    size: tuple[int, int],
+    objects: Sequence[tuple[str, Sequence[float]]],
+) -> None:
+    """The picture without what is hidden, and the objects that the teacher was told of."""
+    covered = _array(picture).copy()
+    covered[hidden.cpu().numpy()] = [round(255 * mean) for mean in IMAGENET_MEAN]
+    _photograph(axes, covered, size)
+    axes.set_title(f"as the teacher sees it, {covered.shape[1]} x {covered.shape[0]}", fontsize=8)
+    for name, (x1, y1, x2, y2) in objects:
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=SKY, lw=1.0))
+        axes.text(x1, y1, name, fontsize=6, color="white", va="top", clip_on=True,
+                  bbox={"facecolor": "black", "alpha": 0.6, "pad": 0.8, "lw": 0})  # fmt: skip
 
 
 def _shown(photo: Tensor) -> Tensor:

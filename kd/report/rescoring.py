@@ -136,7 +136,7 @@ def curve_of(
     """AP over `a` on all images, one line a rule."""
     return {
         rule_name(alone): [
-            float(summary(meter.average(meter.match(scores), areas=1))["AP"][0])
+            float(summary(meter.average(meter.match(scores, areas=1)))["AP"][0])
             for scores in (combine(known, Setting(a, alone)) for a in strengths)
         ]
         for alone in alones

@@ -58,8 +58,8 @@ class Classes(NamedTuple):
     where: str = "evaluation"
 
 
-class Metric(Protocol):
-    """Collects what a task decodes; adds up over ranks before it computes."""
+class Collector(Protocol):
+    """Takes in what a task decodes, of all ranks in the end."""
 
     def take(self, decoded: Tensor, batch: Batch) -> None:
         """Take in a batch's answers, as the task decoded them."""
@@ -68,6 +68,10 @@ class Metric(Protocol):
     def gather(self) -> None:
         """Exchange with the other ranks."""
         ...
+
+
+class Metric(Collector, Protocol):
+    """Says how good the collected answers are."""
 
     def compute(self) -> dict[str, float]:
         """Every number by name, shares in 0..1."""
@@ -135,16 +139,6 @@ def hidden_boxes(batch: Batch) -> Tensor:
 def hidden_labels(batch: Batch) -> Tensor:
     """Labels of the hidden objects, (K,); -1 where withheld."""
     return batch["labels"][batch["hidden"]]
-
-
-def classes_shown(batch: Batch, num_classes: int) -> Tensor:
-    """Which classes each image's objects have, hidden or not, bool (N, C)."""
-    known = batch["labels"] >= 0
-    shown = torch.zeros(
-        len(batch["images"]), num_classes, dtype=torch.bool, device=batch["labels"].device
-    )
-    shown[batch["image_of"][known], batch["labels"][known]] = True
-    return shown
 
 
 def ring_mask(batch: Batch) -> Mask:

@@ -10,7 +10,8 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses.class_weights import positive_weights
 from kd.losses.supervised import multilabel_bce
-from kd.tasks.base import Batch, Mean, Output, classes_shown, hidden_labels, image_rows
+from kd.metrics.average_precision import present_classes
+from kd.tasks.base import Batch, Mean, Output, hidden_labels, image_rows
 from kd.tasks.context import ContextInputs
 
 
@@ -48,7 +49,8 @@ class ContextScene(ContextInputs):
             assert self.image_shares is not None
             numbers = positive_weights(self.image_shares, power=self.class_weights)
             weights = logits.new_tensor(numbers, dtype=torch.float32)
-        targets = classes_shown(batch, self.num_classes)[image_rows(batch)]
+        shown, _ = present_classes(batch, self.num_classes)
+        targets = shown[image_rows(batch)]
         known = hidden_labels(batch) >= 0
         loss = multilabel_bce(logits, targets, known=known, pos_weight=weights)
         return {"multilabel_bce": Mean(loss, "labelled")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.ask import Question, expectations
+from kd.ask import Question, as_seen, expectations
 from kd.build import OpenData, build_task, build_teacher, make_dataset, open_data
 from kd.config import Data, Model, Split, TaskSection, TeacherRecipe
 from kd.config_reader import data_config
@@ -26,6 +26,13 @@ TINY: dict[str, Model] = {
     "cnn": Model(name="cnn", options={"width": 4, "downs": 2, "hidden": 8, "region": True}),
     "unet": Model(name="unet", options={"width": 4, "depth": 2}),
     "trunk": Model(name="trunk", options={"name": "shufflenet_v2_x0_5", "levels": 2}),
+    "map": Model(name="resnet_pixel"),
+    "labels": Model(name="resnet_multilabel"),
+    "tokens": Model(name="scene_transformer", options={"width": 8, "depth": 1, "heads": 2}),
+    "patches": Model(
+        name="scene_transformer",
+        options={"width": 8, "depth": 1, "heads": 2, "pixels": "patches", "dense": True},
+    ),
 }
 
 
@@ -43,12 +50,15 @@ def photographs(tiny_coco: Callable[..., Path]) -> Data:
 
 def untrained(section: Data, name: str = "cnn", shape: str = "box") -> TrainedTeacher:
     section = section.model_copy(update={"shape": shape})
-    task = "context_pixels" if name == "unet" else "context"
-    recipe = TeacherRecipe(
-        data=section, task=TaskSection(name=task, weights={}), teacher=TINY[name]
-    )
     model = build_teacher(TINY[name], 4).eval().requires_grad_(False)
-    return TrainedTeacher(Path("."), recipe, model, build_task(recipe.task, section, 4))
+    for part, parameter in model.named_parameters():
+        # Many heads begin near 0, and would answer the same to all; a deep trunk would not bear it.
+        if "head" in part or "resnet" not in TINY[name].name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    task = TaskSection(name=str(model.task), weights={})
+    recipe = TeacherRecipe(data=section, task=task, teacher=TINY[name])
+    built = build_task(task, section, 4, model=model)
+    return TrainedTeacher(Path("."), recipe, model, built)
 
 
 def questions_of(data: OpenData) -> tuple[list[Question], list[Sample]]:
@@ -117,8 +127,34 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
         output = named(teacher.model(*teacher.task.inputs(batch)))
     wanted = teacher.task.decode(output, batch)
     asked = torch.cat(answers(teacher, questions))
+    assert wanted.std(dim=0).max() > 1e-3
     torch.testing.assert_close(asked, wanted, atol=1e-5, rtol=0)
     assert asked.exp().sum(dim=1).allclose(torch.ones(len(asked)))
+
+
+def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: Data) -> None:
+    section = photographs.model_copy(update={"pictures": False})
+    teacher = untrained(section)
+    questions, samples = questions_of(open_data(section))
+    batch = collate(samples)
+    with torch.no_grad():
+        output = named(teacher.model(*teacher.task.inputs(batch)))
+    asked = torch.cat(answers(teacher, questions))
+    wanted = teacher.task.decode(output, batch)
+    torch.testing.assert_close(asked, wanted, atol=1e-5, rtol=0)
+    seen, _ = as_seen(untrained(photographs, "tokens"), questions[0])
+    assert (seen == 128).all()
+
+
+def test_the_others_names_count_for_a_teacher_that_reads_them(photographs: Data) -> None:
+    boxes = torch.tensor([[0.0, 0.0, 20.0, 20.0], [30.0, 10.0, 50.0, 40.0]])
+    picture = torch.zeros(3, 50, 70, dtype=torch.uint8)
+    labels = [torch.tensor(one) for one in ([0, -1], [0, 3], [1, 3], [-1, 3])]
+    questions = [Question(picture, boxes, one, torch.tensor([1])) for one in labels]
+    first, itself, other, none = answers(untrained(photographs, "tokens"), questions)
+    torch.testing.assert_close(first, itself)  # its own class is not for it to know
+    assert not torch.allclose(first, other, atol=1e-4)
+    assert not torch.allclose(first, none, atol=1e-4)
 
 
 def test_the_batch_is_the_data_sets(photographs: Data) -> None:

@@ -120,6 +120,11 @@ def test_objects_that_a_region_covers_are_not_told() -> None:
         ]
     )
     assert ask(told, photo, asked, device=CPU).argmax(dim=1).tolist() == [1, 2, 1, 0]
+    regions = [Region("", tuple(box)) for box in asked.tolist()]
+    answers = answer_regions(told, photo, regions, CPU)
+    assert [one.told.tolist() for one in answers if one.told is not None] == [
+        [1, 1, 2], [-1, -1, 2], [1, 1, 2], [-1, -1, -1],
+    ]  # fmt: skip
 
 
 def test_a_teacher_of_pixels_is_asked_in_one_pass_whatever_is_known() -> None:

@@ -104,8 +104,10 @@ def test_mistakes_name_the_place_and_the_remedy(small_teacher: Path, tmp_path: P
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)):
             transferred(**options)
-    with pytest.raises(ConfigError, match="unknown option 'stride'"):
+    with pytest.raises(UserError, match=r"is that of its teacher; student\.options\.stride=null"):
         transferred(weights=run, stride=16)
+    with pytest.raises(ConfigError, match="unknown option 'levls'; did you mean 'levels'"):
+        transferred(weights=run, levls=2)
 
 
 def test_a_teacher_that_sees_no_picture_has_no_trunk(monkeypatch: pytest.MonkeyPatch) -> None:

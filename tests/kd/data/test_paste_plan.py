@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def write(folder: Path, images: list[tuple[int, int]], objects: list[dict[str, A
         Image.new("RGB", (width, height)).save(folder / f"{number}.png")
     annotations = []
     for number, entry in enumerate(objects, start=1):
-        points = np.array(entry["box"] if "box" in entry else sum(entry["rings"], [])).reshape(-1, 2)
+        points = np.array(entry["box"] if "box" in entry else list(chain(*entry["rings"]))).reshape(
+            -1, 2
+        )
         low, high = points.min(axis=0), points.max(axis=0)
         annotations.append(
             {
@@ -75,7 +78,10 @@ def test_areas_shared_by_boxes_by_hand() -> None:
         ([{"box": [20, 20, 40, 40]}], False),  # no outline
         ([{"rings": [square(10, 10, 15), square(40, 40, 15)]}], False),  # in two pieces
         ([{"rings": [square(10, 10, 40), square(60, 60, 5)]}], True),  # a crumb beside it
-        ([{"rings": [square(20, 20, 20)]}, {"rings": [square(30, 20, 20)]}], False),  # shared pixels
+        (
+            [{"rings": [square(20, 20, 20)]}, {"rings": [square(30, 20, 20)]}],
+            False,
+        ),  # shared pixels
         ([{"rings": [square(20, 20, 20)]}, {"rings": [square(41, 20, 20)]}], True),  # one side met
         (
             [
@@ -116,7 +122,7 @@ def test_a_place_keeps_height_and_scale_and_what_is_there(tmp_path: Path) -> Non
     shifts, room = place_in(index, rows, 2)  # sideways, past the object that stands there
     assert room.tolist() == [True] and shifts[0, 1] == 0 and shifts[0, 0] != 0
     moved = index.boxes[0] + np.tile(shifts[0], 2)
-    assert intersections(moved[None], index.boxes[[1]])[0, 0] <= COVERED * 400
+    assert intersections(moved[None], index.boxes[[1]].astype(np.float64))[0, 0] <= COVERED * 400
     assert moved[0] >= BORDER and moved[2] <= 100 - BORDER
     assert place_in(index, rows, 0)[1].tolist() == [False]  # its own scene
     assert place_in(index, rows, 3)[1].tolist() == [False]  # a picture of another shape

@@ -10,15 +10,20 @@ from torch import nn
 
 from kd.errors import UserError
 from kd.nn.blind import BlindTrunk
+from kd.nn.grey import LUMA
 from kd.nn.levels import RememberedTrunk, levelled
 from teachers import TEACHERS
 from teachers.cnn import cnn
+from teachers.resnet_multilabel import resnet_multilabel
 from teachers.scene_transformer import scene_transformer
 from teachers.unet import unet
 
 SMALL: dict[str, dict[str, object]] = {
     "unet": {"width": 4, "depth": 2},
     "cnn": {"width": 4, "downs": 2, "patch": 2, "hidden": 8},
+    "unet_ffc": {"width": 8, "depth": 2},
+    "resnet_pixel": {"name": "shufflenet_v2_x0_5", "until": None},
+    "resnet_multilabel": {"name": "shufflenet_v2_x0_5"},
     "trunk": {"name": "shufflenet_v2_x0_5"},
     "patches": {"pixels": "patches", "width": 16, "depth": 1},
     "tokens": {"pixels": "trunk", "trunk": "shufflenet_v2_x0_5", "width": 16, "depth": 1},
@@ -60,6 +65,19 @@ def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None
     expected = [(64 // stride, 96 // stride) for stride in trunk.level_strides]
     assert [tuple(one.shape[2:]) for one in levels] == expected
     assert (trunk.channels, trunk.stride) == (trunk.level_channels[-1], trunk.level_strides[-1])
+
+
+def test_every_teacher_that_sees_pictures_has_a_trunk() -> None:
+    assert TEACHERS.keys() - SMALL.keys() == {"scene_transformer", "cooccurrence", "prior"}
+
+
+def test_a_grey_teachers_trunk_sees_luma() -> None:
+    teacher = resnet_multilabel(3, name="shufflenet_v2_x0_5").eval()
+    images = torch.randn(1, 3, 64, 64)
+    grey = (images * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    with torch.no_grad():
+        expected = teacher.trunk(torch.cat([grey, torch.zeros_like(grey)], dim=1))
+        torch.testing.assert_close(teacher.scene_trunk()(images), expected)
 
 
 def test_a_teacher_of_annotations_alone_has_none() -> None:

@@ -27,13 +27,18 @@ def test_each_region_has_a_row_with_what_the_teacher_saw() -> None:
     hidden[:15, 5:25] = True
     seen = [(torch.zeros(3, 30, 40, dtype=torch.uint8), hidden)] * 2
     usual = np.array([0.4, 0.3, 0.2, 0.1])
-    figure = regions_figure(PHOTO, regions, seen, [BELIEF, BELIEF], NAMES, usual=usual, top=3)
+    told = [[("fork", [40.0, 40.0, 60.0, 50.0])], []]
+    figure = regions_figure(
+        PHOTO, regions, seen, [BELIEF, BELIEF], NAMES, told=told, usual=usual, top=3
+    )
     assert len(figure.axes) == 6
     where, covered, bars = figure.axes[:3]
     assert where.get_title() == "box 10,0,50,30"
     shown = np.asarray(covered.images[0].get_array())
     assert shown[hidden.numpy()].tolist() == [[round(255 * m) for m in IMAGENET_MEAN]] * 300
     assert not shown[~hidden.numpy()].any()
+    assert [text.get_text() for text in covered.texts] == ["fork"]
+    assert not figure.axes[4].texts
     labels = [label.get_text() for label in bars.get_yticklabels()]
     assert labels == ["ball", "cup", "spoon"]  # equal ones in the order of the classes
     assert [text.get_text() for text in bars.texts] == ["50.0 %", "20.0 %", "20.0 %"]
