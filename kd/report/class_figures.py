@@ -97,36 +97,43 @@ def per_class_figure(
     return figure
 
 
-def confusion_figure(records: Records, names: Sequence[str], *, most: int = 20) -> Figure:
+def confusion_figure(
+    records: Records, names: Sequence[str], *, most: int = 20, more: int = 6
+) -> Figure:
     """What is said of the objects of the most frequent classes, in percent of each row.
 
     Args:
         records: Predictions.
         names: C names.
-        most: How many classes; answers outside of them share the last column.
+        most: How many classes have a row and a column.
+        more: Columns for the most frequent answers outside of them; the rest share the last one.
     """
     matrix = confusion_matrix(records)
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
-    inside = matrix[np.ix_(order, order)]
+    said = matrix[order].sum(axis=0)
+    said[order] = 0
+    further = np.argsort(-said, kind="stable")[: min(more, int((said > 0).sum()))]
+    columns = np.concatenate([order, further])
+    inside = matrix[np.ix_(order, columns)]
     others = support[order] - inside.sum(axis=1)
     table = np.column_stack([inside, others]) if others.any() else inside
     shares = table / support[order][:, None]
     side = 0.36 * len(order)
-    figure = Figure(figsize=(side + 2.6, side + 1.6))
+    figure = Figure(figsize=(side + 0.36 * len(further) + 2.6, side + 1.6))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    if others.any():
+    if table.shape[1] > len(order):
         axes.axvline(len(order) - 0.5, color="white", linewidth=4)
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
         share = shares[row, column]
         axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
                   color="white" if share > _DARK else INK)  # fmt: skip
     labels = [names[c] for c in order]
-    columns = [*labels, "any other"][: table.shape[1]]
-    axes.set_xticks(np.arange(len(columns)), columns, rotation=90, fontsize=7.5)
+    answers = [*(names[c] for c in columns), "any other"][: table.shape[1]]
+    axes.set_xticks(np.arange(len(answers)), answers, rotation=90, fontsize=7.5)
     axes.set_yticks(
         np.arange(len(labels)),
         [f"{name} ({n})" for name, n in zip(labels, support[order], strict=True)],

@@ -85,7 +85,7 @@ def test_supports_far_apart_are_drawn_by_their_logarithm_and_too_many_classes_le
 
 def test_the_confusion_figure_has_shares_of_each_row_and_a_column_for_the_rest() -> None:
     records = said([0, 0, 0, 0, 1, 1, 2], [0, 0, 1, 2, 1, 0, 2])
-    figure = confusion_figure(records, NAMES, most=2)
+    figure = confusion_figure(records, NAMES, most=2, more=0)
     axes = figure.axes[0]
     image = axes.images[0].get_array()
     np.testing.assert_allclose(np.asarray(image), [[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]])
@@ -93,6 +93,8 @@ def test_the_confusion_figure_has_shares_of_each_row_and_a_column_for_the_rest()
     assert [t.get_text() for t in axes.get_yticklabels()] == ["cup (4)", "fork (2)"]
     assert [t.get_text() for t in axes.texts] == ["50", "25", "25", "50", "50"]
     drawn(figure)
+    further = confusion_figure(records, NAMES, most=2).axes[0]
+    assert [t.get_text() for t in further.get_xticklabels()] == NAMES
     whole = confusion_figure(records, NAMES).axes[0]
     assert np.asarray(whole.images[0].get_array()).shape == (3, 3)
 
