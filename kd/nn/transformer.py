@@ -58,7 +58,8 @@ class Tokens(NamedTuple):
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows of the queries (K, ...) side by side for each scene, (N, most, ...)."""
         places = rows.new_zeros(len(self.tokens) * self.most, *rows.shape[1:])
-        return places.index_copy(0, self.slots, rows).unflatten(0, (-1, self.most))
+        filled: Tensor = places.index_copy(0, self.slots, rows).unflatten(0, (-1, self.most))
+        return filled
 
     def each(self, groups: Tensor) -> Tensor:
         """The reverse: (N, most, ...) to (K, ...)."""
