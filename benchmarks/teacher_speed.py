@@ -62,7 +62,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     options = {k: given.get(k, v) for k, v in recipe.teacher.options.items()}
     model = build_teacher(recipe.teacher.model_copy(update={"options": options}), classes)
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    task = build_task(recipe.task, recipe.data, classes)
+    task = build_task(recipe.task, recipe.data, classes, model=model)
 
     def ask(count: int) -> tuple[float, float]:
         batch = picture(recipe.data.size, objects)

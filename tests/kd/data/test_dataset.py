@@ -263,3 +263,25 @@ def test_bad_images_are_named(index: CocoIndex) -> None:
     for position, message in enumerate(["cannot read", "is 40 x 40 pixels", "not found"]):
         with pytest.raises(UserError, match=rf"{index.path(position).name}.*{message}"):
             dataset[0, position]
+
+
+def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -> None:
+    options: dict[str, Any] = {"size": 32, "withhold": (0.0, 0.6), "epochs": 11}
+    dataset = SceneDataset(index, train=True, **options)
+    shares = []
+    for epoch in (0, 5, 10):
+        withheld = [dataset[epoch, place]["withheld"] for place in range(len(dataset))]
+        again = [dataset[epoch, place]["withheld"] for place in range(len(dataset))]
+        assert all(torch.equal(a, b) for a, b in zip(withheld, again, strict=True))
+        shares.append(float(torch.cat(withheld).float().mean()))
+    assert shares[0] == 0 and shares[2] > 0.3
+    assert "withheld" not in SceneDataset(index, train=False, **options)[0, 0]
+
+
+def test_without_pictures_only_the_pixels_change(index: CocoIndex) -> None:
+    seen = SceneDataset(index, size=32, train=False)
+    blind = SceneDataset(index, size=32, train=False, pictures=False)
+    for place in range(len(seen)):
+        first, second = seen[0, place], blind[0, place]
+        assert set(second["images"].unique().tolist()) <= {0, 128}
+        assert all(torch.equal(first[key], second[key]) for key in first if key != "images")
