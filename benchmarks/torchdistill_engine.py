@@ -43,7 +43,7 @@ from kd.losses.supervised import cross_entropy_labelled
 from kd.objective import build_term
 from kd.optim import make_schedule
 from kd.soft_targets import LiveTeacher
-from kd.tasks.base import Batch, Mask, Mean, Output, hidden_labels
+from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
 from kd.training import Hooks, Objective, Training
 
 CLASSES, TEMPERATURE, SHARE = 10, 4.0, 0.5  # the share of cross-entropy in the loss
@@ -78,6 +78,10 @@ class Pictures:
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities (N, C); softened they are what softened logits are."""
         return output["logits"].log_softmax(dim=1)
+
+    def metric(self, classes: Classes) -> Metric:
+        """Nothing is evaluated here."""
+        raise NotImplementedError
 
 
 @dataclass

@@ -8,6 +8,8 @@ channels_last   channels innermost, which the convolutions of oneDNN and cuDNN p
 folded          batch norms folded into convolutions (kd.nn.fuse)
 compiled        torch.compile of that, weights frozen into the graph (--compile: takes minutes)
 bf16            bfloat16 autocast, where the hardware multiplies it natively
+int8            8-bit integers (kd.nn.int8), on a CPU; it changes the answers a little, and what
+                that does to a trained teacher's posteriors benchmarks/int8_teacher.py measures
 
 The ways take turns; the best round of each counts, in wall time and in the process's own CPU time
 (which other work on the machine disturbs less), and so does the peak of memory that each adds.
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from kd.build import native_bf16
 from kd.nn.fuse import for_answers
+from kd.nn.int8 import in_int8
 from teachers.unet import unet
 
 GOAL = 3.0
@@ -146,6 +149,10 @@ def ways_to_answer(
     ]
     if options.compile:
         found.append(Way("folded, compiled", compiled(for_answers(ours))))
+    if device.type == "cpu":
+        sides = 4, 4, options.size // 2, options.size // 2
+        samples = [torch.randn(sides)]
+        found.append(Way("int8", with_inference(in_int8(ours, samples, spared=["head"]))))
     if native_bf16(device):
         found.append(Way("folded, channels_last, bf16", with_inference(folded, bf16=True)))
     return found

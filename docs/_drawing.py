@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kd.data.coco import CocoIndex, load_coco
 from kd.data.images import read_image
-from kd.report.figures import GREY, PALE, RED, figure_image
+from kd.report.drawing import GREY, PALE, RED, figure_image
 
 DPI = 122
 LICENCE = "http://creativecommons.org/licenses/by/2.0/"

@@ -32,7 +32,7 @@ from docs._drawing import TEXT, Photo, Photos, bare, new_figure, outline, save, 
 from kd.data.hide import normalise
 from kd.losses import anchor_grid, imitation_mask, pair_wise
 from kd.nn.trunk import Trunk, build_trunk
-from kd.report.figures import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
+from kd.report.drawing import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
 
 HERE = Path(__file__).resolve().parent / "images"
 Array = NDArray[Any]

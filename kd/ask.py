@@ -18,6 +18,7 @@ from kd.data.transforms import pad
 from kd.engine import to_device
 from kd.tasks.base import Task, named
 from kd.tasks.context import ContextPixels
+from kd.tasks.context_map import ContextMap
 from kd.teacher_runs import TrainedTeacher
 
 # Pixel logits that one pass may give, K * C * S * S: half a gigabyte as float32, and decoding takes
@@ -88,7 +89,7 @@ def expectations(
     data, task = teacher.recipe.data, teacher.task
     # Not every task names its classes in the protocol; all of the catalogue have them.
     num_classes = int(getattr(task, "num_classes"))  # noqa: B009
-    if isinstance(task, ContextPixels):
+    if isinstance(task, ContextPixels | ContextMap):
         most_inputs = min(most_inputs, MOST_PIXEL_LOGITS // (num_classes * data.size**2))
     asked = _Asked(teacher, teacher.model if model is None else model, device)
     waiting: list[Sample] = []  # of the next pass

@@ -54,14 +54,14 @@ class OpenData:
         return self.train.num_classes
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class shares of the usable train objects, (C,); one is added to each count.
-
-        Args:
-            images: Only those with these ids: a student's labelled share.
-        """
-        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
-        counts = np.bincount(self.train.labels[rows], minlength=self.num_classes) + 1.0
+        """Class shares, (C,), from `train_counts` with one added to each."""
+        counts = self.train_counts(images) + 1.0
         return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+    def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
+        """Usable train objects of each class, (C,), on the images with these ids or on all."""
+        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
+        return np.bincount(self.train.labels[rows], minlength=self.num_classes)
 
     def shares(self, images: Collection[int] | None = None) -> dict[str, NDArray[np.float64]]:
         """How common each class is among the train pictures, for the weights of classes.

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only_layers and not args.layers:
         raise UserError("--only-layers: name them with --layers")
     at_least("kd.cache", **{"--top-k": (args.top_k, 0)})
-    accelerator = make_accelerator(args.precision)
+    accelerator = make_accelerator("fp32" if args.precision == "int8" else args.precision)
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
         data = open_data(data_config(args.data, args.settings))
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         top_k=args.top_k,
         mirrored=args.mirrored,
         location=args.out,
+        int8=args.precision == "int8",
     )
     kept = open_cache(teacher, data, accelerator, wanted)
     train = args.split == "train"
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settings(wanted: Wanted) -> str:
     """What a recipe must say to mean this cache."""
-    names = ("out_of_fold", "dtype", "top_k", "mirrored")
+    names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8")
     said = {**{name: getattr(wanted, name) for name in names}, "cache": wanted.location}
     return " ".join(f"--set soft_targets.{name}={json.dumps(said[name])}" for name in said)
 
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--in-fold", action="store_true", help="posteriors by the teacher itself, not by its folds"
     )
     parser.add_argument("--out", metavar="URL", help="folder or fsspec URL; default: in the run")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto")
     return parser
 
 

@@ -14,14 +14,22 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from kd.cli import run_command
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.report.figures import comparison_figure, save_figure, top_n_figure
-from kd.report.runs import Run, ceilings, check_same_objects, is_distill, read_distill, read_run
+from kd.report.drawing import save_figure
+from kd.report.figures import comparison_figure, top_n_figure
+from kd.report.runs import (
+    Run,
+    ceilings,
+    check_same_objects,
+    is_distill,
+    named_runs,
+    read_distill,
+    read_run,
+)
 from kd.report.table import Table, distill_table, print_table, runs_table
 
 
@@ -64,21 +72,14 @@ def _distillation(folder: Path, metrics: Sequence[str] | None) -> Table:
 def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
     known = {key: number for run in reversed(runs) for key, number in ceilings(run.summary).items()}
     count = len(runs[0].records["labels"])
-    records = {name: run.records for name, run in _named(runs).items()}
+    records = {name: run.records for name, run in named_runs(runs).items()}
     return runs_table(records, ceilings=known, metrics=metrics, title=f"{count} objects")
 
 
-def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the last part of their path, or by all of it where two would have the same name."""
-    short = {run.name: run for run in runs}
-    return short if len(short) == len(runs) else {str(run.folder): run for run in runs}
-
-
 def _curves(runs: Sequence[Run]) -> Figure:
-    curves = {name: scores.curve(run.records) for name, run in _named(runs).items()}
-    found = [run.summary["ceiling_curve"] for run in runs if "ceiling_curve" in run.summary]
-    ceiling = np.asarray(found[0], dtype=np.float64) if found else None
-    return top_n_figure(curves, scores.prior_curve(runs[0].records), ceiling)
+    curves = {name: scores.curve(run.records) for name, run in named_runs(runs).items()}
+    prior = scores.prior_curve(runs[0].records)
+    return top_n_figure(curves, {} if prior is None else {"class prior": prior})
 
 
 def _write(path: Path, text: str) -> None:

@@ -139,6 +139,9 @@ class SoftTargets(Section):
         True, description="posteriors of train images from folds that did not train on them"
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="of stored numbers")
+    int8: bool = Field(
+        False, description="compute posteriors in 8-bit integers, on a CPU: several times as fast"
+    )
     top_k: Whole = Field(0, description="likeliest classes stored of posteriors; 0 = all")
     cache: str | None = Field(
         None, description="folder or URL of stored outputs; null: in the teacher's run folder"

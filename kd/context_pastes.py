@@ -42,7 +42,7 @@ from kd.data.seams import RING, Verdict, features_of, told_apart
 from kd.errors import UserError
 from kd.files import PARTIAL
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.report.figures import save_figure
+from kd.report.drawing import save_figure
 
 _log = logging.getLogger("kd")
 ABOUT = "out_of_context.json"

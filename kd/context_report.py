@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
-from kd.config import Data
-from kd.config_reader import from_plain, read_yaml
+from kd.answers import open_run
+from kd.build import make_accelerator, make_dataset, make_loader
 from kd.context_pastes import open_set, source_images
 from kd.data.coco import CocoIndex
 from kd.data.coco_check import is_number, read_json
@@ -24,13 +22,10 @@ from kd.data.paste_set import SETS
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.interval import paired_bootstrap
-from kd.metrics.scores import Records
+from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
 from kd.report.runs import is_distill
 from kd.report.table import Table, distill_table
-from kd.student_runs import load_student
-from kd.tasks.base import Task
-from kd.teacher_runs import load_teacher
 
 _log = logging.getLogger("kd")
 METRICS = ("top1", "mean_class_top1", "top5", "nll")
@@ -123,28 +118,6 @@ def _ask(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Records]
         answers[name] = {**records, "image_ids": photographs}
     _log.info("%s: asked", run)
     return answers
-
-
-def open_run(
-    run: Path, settings: Sequence[str]
-) -> tuple[dict[str, Any], OpenData, nn.Module, Task]:
-    """A finished run's config, data set, model and task, be it a teacher or a student.
-
-    Raises:
-        UserError: It is no run, or unfinished.
-    """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: not a run folder, it has no config.yaml")
-    config = read_yaml(run / "config.yaml")
-    if not {"data", "train", "task"} <= config.keys():
-        raise UserError(f"{run / 'config.yaml'}: not the config of a run")
-    section = from_plain(Data, config["data"], str(run / "config.yaml"), settings)
-    if "student" in config:
-        student = load_student(run, config, section)
-        return config, student.data, student.model, student.task
-    data = open_data(section)
-    teacher = load_teacher(run, data.num_classes)
-    return config, data, teacher.model, teacher.task
 
 
 def report_detections(folder: Path, inside: Path, outside: Path) -> Table:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.tasks.base import Batch, Mean, Metric, Task, count_units
+from kd.tasks.base import Batch, Collector, Mean, Task, count_units
 from kd.training import (
     EpochLoader,
     Hooks,
@@ -249,7 +249,7 @@ def evaluate(
     model: nn.Module,
     task: Task,
     loader: EpochLoader,
-    metric: Metric,
+    metric: Collector,
     accelerator: Accelerator,
     *,
     channels_last: bool = False,

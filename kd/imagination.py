@@ -29,7 +29,7 @@ from kd.data.regions import (
 )
 from kd.errors import UserError
 from kd.expected import Answer, answer_regions, heat_maps
-from kd.report.figures import save_figure
+from kd.report.drawing import save_figure
 from kd.report.imagined import heat_figure, regions_figure
 from kd.teacher_runs import TrainedTeacher, class_names_of, load_teacher
 

@@ -19,7 +19,7 @@ from kd.data.detections import write_detections
 from kd.detection_context import Asking
 from kd.errors import UserError, at_least
 from kd.files import write_whole
-from kd.report.figures import save_figure
+from kd.report.drawing import save_figure
 from kd.report.rescoring import change_of, change_table, curve_figure, curve_of
 from kd.report.table import print_table
 from kd.rescore_run import Split, cross_fitted, fitted_elsewhere

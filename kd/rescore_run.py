@@ -120,8 +120,10 @@ class Rescored:
 
     def notes(self, names: Sequence[str]) -> list[str]:
         """What a table says below."""
-        chosen = " | ".join(_say(fit, names) for fit in self.fits)
-        lines = [f"fitted: {chosen}"]
+        said = [_say(fit, names) for fit in self.fits]
+        lines = [f"fitted, fold {number}: {text}" for number, text in enumerate(said)]
+        if len(set(said)) == 1:
+            lines = [f"fitted{f', all {len(said)} folds' if len(said) > 1 else ''}: {said[0]}"]
         if len(self.gains):
             gains = ", ".join(f"{100 * gain:+z.2f}" for gain in self.gains)
             lines.append(f"AP gained on each fold by the others' parameters: {gains}")
@@ -196,6 +198,8 @@ def fitted_elsewhere(
 def _say(fit: Fit, names: Sequence[str]) -> str:
     classes = "".join(f"; {names[c]}: {setting}" for c, setting in fit.classes.items())
     unclear = "" if fit.clear else f" ({fit.best} gained {100 * fit.gain:.2f}, not clearly)"
+    if not fit.best.strength:
+        unclear = " (nothing tried gained AP)"
     return f"{fit.setting}{unclear}{classes}"
 
 

@@ -18,6 +18,7 @@ from kd.metrics.mean_ap import Floats, Ints, MeanAP, summary
 
 STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 ALONES = (0.0, 0.25, 0.5, 1.0)
+_LEAST_LOG = -30.0  # a teacher that holds a class impossible must not make a score NaN
 _LEAST = 1e-6  # scores are kept so far from 0 and 1, where a logit would be infinite
 _CLASS_SUPPORT = 20  # objects fitted on, from which a class may have a setting of its own
 
@@ -82,8 +83,8 @@ def evidence_of(
     """
     asked = question >= 0
     own = np.zeros(len(scores))
-    own[asked] = log_probs[question[asked], label[asked]].astype(np.float64)
-    own[asked] -= log_prior[label[asked]]
+    said = log_probs[question[asked], label[asked]].astype(np.float64)
+    own[asked] = np.maximum(said, _LEAST_LOG) - log_prior[label[asked]]
     return Evidence(scores, own, label, question)
 
 
@@ -173,7 +174,7 @@ class Fitter:
         # (S, rows, C), means over overlaps: each fold alone, all but it, all
         self._class_ap = np.stack(
             [
-                meter.average(meter.match(combine(known, setting)), rows, areas=1)[:, 0].mean(1)
+                meter.average(meter.match(combine(known, setting), areas=1), rows)[:, 0].mean(1)
                 for setting in self.settings
             ]
         )
@@ -242,7 +243,7 @@ def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
 def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Floats:
     """AP gained on each fold's images alone."""
     rows = np.array([folds == number for number in range(int(folds.max()) + 1)])
-    both = [meter.average(meter.match(scores), rows, areas=1) for scores in (before, after)]
+    both = [meter.average(meter.match(scores, areas=1), rows) for scores in (before, after)]
     aps = [summary(average)["AP"] for average in both]
     return np.asarray(aps[1] - aps[0])
 

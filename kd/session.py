@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from kd.config import Train
 from kd.data.loader import SceneLoader
 from kd.engine import evaluate, fit
 from kd.launch import learns, parameters, start_training
+from kd.metrics import scores
+from kd.metrics.records import prior_records
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
 from kd.progress import CleanStop, ProgressBar
+from kd.references import EXACT, PRIOR, exact_records, visible_objects
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
-from kd.tasks.base import Classes, Metric, Task, top_n
+from kd.tasks.base import Classes, Metric, Task
 from kd.tracking import Tracker, flatten
 from kd.training import Hooks, Objective, Training, resume_training, save_training
 
@@ -176,7 +180,7 @@ def _write_result(
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
     if isinstance(metric, TopN):  # what is drawn is about objects
-        tracker.figure("eval/top_n", curve_figure(session.data, metric), step)
+        tracker.figure("eval/top_n", _curve_figure(session.data, metric), step)
         tracker.figure(
             "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
         )
@@ -197,38 +201,31 @@ def new_metric(task: Task, data: OpenData) -> Metric:
 
 
 def _classes(data: OpenData) -> Classes:
-    return Classes(data.val.class_names, data.prior(), data.val.looks, data.section.name)
+    return Classes(
+        data.val.class_names,
+        data.prior(),
+        data.val.looks,
+        partial(visible_objects, data.val),
+        data.section.name,
+    )
 
 
 def ceiling_metrics(data: OpenData, metric: Metric) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
-    ceiling = _ceiling(data, metric)
-    if ceiling is None:
+    exact = exact_records(data, metric.records()) if isinstance(metric, TopN) else None
+    if exact is None:
         return {}
-    values = ceiling.compute()
+    values = scores.evaluate(exact)
     return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
 
 
-def _ceiling(data: OpenData, metric: Metric) -> TopN | None:
-    stored = data.ceiling("val")
-    if stored is None or not isinstance(metric, TopN):
-        return None
-    scored = metric.records()
-    order = stored["object_ids"].argsort()
-    places = order[stored["object_ids"][order].searchsorted(scored["object_ids"])]
-    exact = top_n(_classes(data))
-    exact.update(
-        torch.from_numpy(stored["log_probs_pixels"][places]),
-        *(torch.from_numpy(scored[k]) for k in ("labels", "shares", "object_ids", "image_ids")),
-    )
-    return exact
-
-
-def curve_figure(data: OpenData, metric: TopN) -> Any:
+def _curve_figure(data: OpenData, metric: TopN) -> Any:
     """Top-n against random, prior and, on the scenes, the exact posterior."""
-    exact = _ceiling(data, metric)
+    records = metric.records()
+    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records)}
     return top_n_figure(
-        {"model": metric.curve()}, metric.prior_curve(), None if exact is None else exact.curve()
+        {"model": scores.curve(records)},
+        {name: scores.curve(one) for name, one in known.items() if one is not None},
     )
 
 

@@ -141,7 +141,7 @@ def _kept(
     wanted = Wanted(
         outputs=[POSTERIOR, *(output for output in outputs if output != POSTERIOR)],
         out_of_fold=targets.out_of_fold, dtype=targets.dtype, top_k=targets.top_k,
-        mirrored=targets.mirrored,
+        mirrored=targets.mirrored, int8=targets.int8,
         location=location,
     )  # fmt: skip
     found = open_cache(teacher, data, accelerator, wanted)

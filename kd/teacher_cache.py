@@ -39,7 +39,7 @@ from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher
-from kd.teacher_runs import TrainedTeacher, as_shown, fold_models
+from kd.teacher_runs import TrainedTeacher, answering, as_shown, fold_models
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
@@ -63,6 +63,7 @@ class Wanted:
         mirrored: Also show the mirrored picture, and keep what is said of it but for posteriors:
             a flipped sample then gets that, where else its map would only be mirrored.
         location: Folder or URL of the stores; the teacher's run folder where not given.
+        int8: Compute posteriors in 8-bit integers, on a CPU; layers cannot be had then.
     """
 
     outputs: Sequence[str] = (POSTERIOR,)
@@ -72,6 +73,7 @@ class Wanted:
     top_k: int = 0
     mirrored: bool = False
     location: str | None = None
+    int8: bool = False
 
 
 def open_cache(
@@ -83,6 +85,8 @@ def open_cache(
         UserError: A cache of another teacher, data set or transform; a teacher without folds; a
             layer that it has not; an output that is not finite.
     """
+    if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
+        raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
     # The teacher sees pictures as it did in training; which objects count is the student's choice.
     data = as_shown(teacher, data, min_share=0.0, max_share=1.0)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
@@ -136,7 +140,7 @@ class _Cache:
             "split": self.wanted.split,
             "pictures": self._pictures,
             "transform": f"size {section.size}, {section.shape}, rescaled and padded",
-            "precision": "bf16" if self._autocast else "fp32",
+            "precision": "int8" if self.wanted.int8 else "bf16" if self._autocast else "fp32",
             "dtype": self.wanted.dtype,
             "top_k": self._top_k(output),
             "mirrored": self.mirrored(output),
@@ -253,9 +257,10 @@ class _Cache:
         loader.set_epoch(0)
         layers = layers_among([writer.name for writer in writers])
         both = any(self.mirrored(writer.name) for writer in writers)
-        with LiveTeacher(
-            model.to(device), self.teacher.task, layers, autocast=self._autocast
-        ) as live:
+        task = self.teacher.task
+        if not layers:
+            model = answering(model, task, self.dataset, int8=self.wanted.int8)
+        with LiveTeacher(model.to(device), task, layers, autocast=self._autocast) as live:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():

@@ -17,13 +17,18 @@ from kd.build import class_names as data_class_names
 from kd.checkpoint import load_checkpoint, load_model, load_state
 from kd.config import Data, Model, TeacherRecipe, TeacherReference
 from kd.config_reader import from_plain, read_yaml
+from kd.data.collate import collate
+from kd.data.dataset import SceneDataset
 from kd.errors import UserError
+from kd.nn.fuse import for_answers
+from kd.nn.int8 import in_int8
 from kd.run_folder import class_names
 from kd.tasks.base import Task, named
 from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
 RUNS = Path("runs")
+SAMPLES = 32  # pictures by which int8 learns its ranges
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,24 @@ def class_names_of(path: Path) -> tuple[str, ...]:
         raise UserError(
             f"{folder}: no classes.json there to name the classes, nor the data set: {error}"
         ) from error
+
+
+def answering(
+    model: nn.Module, task: Task, dataset: SceneDataset, *, int8: bool = False
+) -> nn.Module:
+    """A copy of a frozen teacher that answers as fast as it can; none of its layers can be tapped.
+
+    Args:
+        model: Stays as it is.
+        task: How it is asked.
+        dataset: What it will be asked about: a few pictures show int8 its ranges.
+        int8: In 8-bit integers, on the CPU, but for its head; else batch norms are folded.
+    """
+    if not int8:
+        return for_answers(model)
+    few = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
+    samples = [task.inputs(collate([dataset[0, place]]))[0] for place in few]
+    return in_int8(model.cpu(), samples, spared=["head"] if hasattr(model, "head") else [])
 
 
 def _to_be_loaded(recipe: TeacherRecipe) -> Model:

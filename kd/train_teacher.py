@@ -36,11 +36,8 @@ from kd.training import Objective
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the teacher, and its fold models where the recipe has folds."""
-    parser = recipe_parser(
-        "python -m kd.train_teacher",
-        "teacher",
-        "Train a context teacher: it predicts the class of a hidden object from its surroundings.",
-    )
+    about = "Train a context teacher: it predicts what is hidden from what surrounds it."
+    parser = recipe_parser("python -m kd.train_teacher", "teacher", about)
     args = parser.parse_args(argv)
     recipe = read_recipe(args, TeacherRecipe, "teacher")
     if recipe is None:
@@ -49,18 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
     out = args.out or default_folder(name, recipe.data.name)
+    config = recipe.model_dump(mode="json")
     with accelerator.main_process_first():
         data = open_data(recipe.data)
-    whole = open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
+    whole = open_run(accelerator, out, config, resume=args.resume)
     if not whole.finished:
         if recipe.folds:
             folds = fold_of(data.train.image_ids, recipe.folds)
             for number in range(recipe.folds):
                 only = data.train.image_ids[folds != number]
-                path = out / f"fold{number}"
-                folder = open_run(accelerator, path, recipe.model_dump(mode="json"), resume=True)
-                label = f"{name} fold {number + 1} of {recipe.folds}"
-                train_one(recipe, data, accelerator, folder, label, only)
+                folder = open_run(accelerator, out / f"fold{number}", config, resume=True)
+                train_one(recipe, data, accelerator, folder, f"{name} fold {number + 1}", only)
         train_one(recipe, data, accelerator, whole, name, None)
     if accelerator.is_main_process:
         say_summary(f"teacher {name} on {recipe.data.name}: {out}", whole.summary())
@@ -79,24 +75,21 @@ def train_one(
     """Train one model on some of the train images, all where `only` is None."""
     if folder.finished:
         return
-    train = recipe.train
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    if isinstance(model, Fitted):  # what is counted rather than trained
+    if isinstance(model, Fitted):  # counted rather than trained
         model.fit(index_objects(data.train, only)[0])
-    task = build_task(
-        recipe.task, recipe.data, data.num_classes, data.prior(only), data.shares(only),
-        model=model,
-    )  # fmt: skip
+    shares = data.prior(only), data.shares(only)
+    task = build_task(recipe.task, recipe.data, data.num_classes, *shares, model=model)
     dataset = make_dataset(
         data, "train", train=True, mode=recipe.hide, only=only, seed=recipe.seed,
-        epochs=train.epochs, class_maps=isinstance(task, ContextMap),
+        epochs=recipe.train.epochs, class_maps=isinstance(task, ContextMap),
     )  # fmt: skip
     loader = make_loader(
-        dataset, accelerator, batch_size=train.batch_size // train.accumulate,
+        dataset, accelerator, batch_size=recipe.train.batch_size // recipe.train.accumulate,
         workers=recipe.data.workers, seed=recipe.seed, train=True,
     )  # fmt: skip
-    session = Session(folder, accelerator, data, train, recipe.seed, label, write_pictures)
+    session = Session(folder, accelerator, data, recipe.train, recipe.seed, label, write_pictures)
     run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
 
 

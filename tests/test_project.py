@@ -21,12 +21,13 @@ PACKAGES = ("kd", "teachers", "students")
 FILE_LINES = 300
 FUNCTION_LINES = 50
 COMMAND_LINES = 100
-COMMANDS = ("train_teacher", "distill", "transfer", "evaluate", "compare", "cache")
+COMMANDS = ("train_teacher", "distill", "transfer", "evaluate", "compare", "cache", "imagine")
 
 # path -> why the file is longer; "path::function" -> why the function is.
 LONGER: dict[str, str] = {
     "kd/data/loader.py::build_loader": "eleven parameters, each with its words",
     "students/classifiers.py::build_student": "a parameter and a line of words for each option",
+    "teachers/scene_transformer.py::scene_transformer": "a parameter and its words for each option",
     "teachers/trunk.py::trunk": "a parameter and a line of words for each option",
 }
 

@@ -103,7 +103,7 @@ def masked_cross_entropy(
         hidden_weight: The weight of the hidden region against 1 for the rest.
 
     Returns:
-        Scalar, the mean over K; 0 with a zero gradient where K is 0.
+        Scalar, the mean over K; 0 where K is 0.
 
     Raises:
         UserError: Shapes, types or devices that do not fit, or a weight that is negative.
@@ -118,9 +118,8 @@ def masked_cross_entropy(
             f"{name_of(targets.dtype)} {tuple(targets.shape)}"
         )
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
-        raise UserError(
-            f"{name}: {logits.shape[1]} classes have {len(class_weights)} class_weights"
-        )
+        count = len(class_weights)
+        raise UserError(f"{name}: {logits.shape[1]} classes have {count} class_weights")
     if valid is not None:
         mask_fits(name, "valid", valid, logits, beside="logits")
         logits = _Seen.apply(logits, ~valid[:, None])

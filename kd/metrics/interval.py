@@ -106,6 +106,16 @@ def paired_bootstrap(
     return Interval(mean, float(low), float(high))
 
 
+def bootstrap(
+    values: Array, groups: Array, *, classes: Array | None = None, level: float = 0.95
+) -> Interval:
+    """Percentile interval of one run's mean, images drawn with replacement.
+
+    Arguments as `paired_bootstrap`: the difference from a run of which every value is zero.
+    """
+    return paired_bootstrap(np.zeros(len(values)), values, groups, classes=classes, level=level)
+
+
 def _per_image(
     groups: Array, classes: Array | None, runs: Sequence[Array]
 ) -> tuple[Array, list[Array]]:

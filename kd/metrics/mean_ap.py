@@ -1,9 +1,8 @@
 """COCO's average precision of boxes, matched once for given scores, averaged over any images.
 
-The numbers are those of `pycocotools.cocoeval.COCOeval` (Lin et al., 2014,
-https://arxiv.org/abs/1405.0312; a test compares them). What it lacks is speed where the same boxes
-are evaluated again and again: overlaps are computed once, and images have weights, so that folds
-and resamples of images are rows of one matrix.
+The numbers are those of pycocotools' `COCOeval` (Lin et al., 2014, https://arxiv.org/abs/1405.0312;
+a test compares them). It adds speed where the same boxes are evaluated again and again: overlaps
+are computed once, and images have weights: folds and resamples are rows of one matrix.
 """
 
 from __future__ import annotations
@@ -111,38 +110,37 @@ class MeanAP:
         for area, left_out in enumerate(self._left_out):
             np.add.at(self.support[:, area], (truth.label[~left_out], truth.image[~left_out]), 1)
 
-    def match(self, scores: Floats) -> Matches:
+    def match(self, scores: Floats, *, areas: int = len(AREAS)) -> Matches:
         """Give objects to detections, the best scored first, as COCO does.
 
         Args:
             scores: (D,).
+            areas: How many of `AREAS`, `all` being the first.
         """
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
         place = np.empty(len(scores), np.int64)
         place[order] = np.arange(len(scores))
-        shape = (len(AREAS), len(THRESHOLDS), len(scores))
+        shape = (areas, len(THRESHOLDS), len(scores))
         hit, ignored = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
         for chunk in self._chunks:
             self._match_chunk(chunk, place, hit, ignored)
-        ignored |= ~hit & self._outside[:, None]
+        ignored |= ~hit & self._outside[:areas, None]
         cut = self._beyond_most(order)
         hit[:, :, cut], ignored[:, :, cut] = False, True
         return Matches(order, hit, ignored)
 
-    def average(
-        self, matches: Matches, weights: Array | None = None, *, areas: int = len(AREAS)
-    ) -> Floats:
+    def average(self, matches: Matches, weights: Array | None = None) -> Floats:
         """Average precision by resample, area range, overlap and class.
 
         Args:
             matches: Of some scores.
             weights: (R, I) how often each image counts: a fold's images 1, a bootstrap's drawn so
                 often. None counts each once.
-            areas: How many of `AREAS`, `all` being the first.
 
         Returns:
-            (R, A, T, C), NaN where a class has no object.
+            (R, A, T, C), NaN where a class has no object; A as many as were matched.
         """
+        areas = len(matches.hit)
         weights = np.ones((1, self.images)) if weights is None else np.asarray(weights, np.float64)
         result = np.full((len(weights), areas, len(THRESHOLDS), self.classes), np.nan)
         labels = self.found.label[matches.order]
@@ -153,22 +151,18 @@ class MeanAP:
             step = max(1, _CELLS_AT_ONCE // max(1, len(rows)))
             for start in range(0, len(weights), step):
                 part = slice(start, start + step)
-                result[part, :, :, label] = self._class_average(
-                    matches, rows, label, weights[part], areas
-                )
+                result[part, :, :, label] = self._class_average(matches, rows, label, weights[part])
         return result
 
-    def _class_average(
-        self, matches: Matches, rows: Ints, label: int, weights: Floats, areas: int
-    ) -> Floats:
+    def _class_average(self, matches: Matches, rows: Ints, label: int, weights: Floats) -> Floats:
         """(R, A, T) of one class; `rows` are its detections in falling order of score."""
-        result = np.full((len(weights), areas, len(THRESHOLDS)), np.nan)
+        result = np.full((len(weights), *matches.hit.shape[:2]), np.nan)
         if not self.support[label].any():
             return result
         last = np.flatnonzero(matches.hit[:, :, rows].any(axis=(0, 1)))
         rows = rows[: last[-1] + 1 if len(last) else 0]  # errors after the last hit are free
         drawn = weights[:, self.found.image[rows]]  # (R, D)
-        for area in range(areas):
+        for area in range(len(matches.hit)):
             objects = weights @ self.support[label, area]  # (R,)
             some = objects > 0
             hit, out = matches.hit[area][:, rows], matches.ignored[area][:, rows]
@@ -218,12 +212,13 @@ class MeanAP:
         """Round k gives the k-th best candidate of every group its object."""
         sorted_rows = [np.argsort(place[rows]) for rows in chunk.rows]
         most = max(map(len, chunk.objects))
-        left_out = np.ones((len(chunk.rows), len(AREAS), most), np.bool_)
+        areas = len(hit)
+        left_out = np.ones((len(chunk.rows), areas, most), np.bool_)
         crowd = np.zeros((len(chunk.rows), most), np.bool_)
         for group, objects in enumerate(chunk.objects):
-            left_out[group, :, : len(objects)] = self._left_out[:, objects]
+            left_out[group, :, : len(objects)] = self._left_out[:areas, objects]
             crowd[group, : len(objects)] = self.truth.crowd[objects]
-        free = np.ones((len(chunk.rows), len(AREAS), len(THRESHOLDS), most), np.bool_)
+        free = np.ones((len(chunk.rows), areas, len(THRESHOLDS), most), np.bool_)
         for number in range(max(map(len, chunk.rows))):
             groups = np.array([g for g, rows in enumerate(chunk.rows) if len(rows) > number])
             rows = np.array([chunk.rows[g][sorted_rows[g][number]] for g in groups])

@@ -1,9 +1,6 @@
 """Numbers of a set of predictions: ranks, top-n, per class, look-alikes, by share, calibration.
 
-Everything here is a function of *records*, the arrays of a `predictions.npz`: `object_ids` (K,),
-`image_ids` (K,), `labels` (K,), `shares` (K,), `log_probs` (K, C), and, where they are known,
-`prior` (C,), the class shares of the training labels, and `looks` (C,), the number of the group of
-look-alikes a class belongs to, -1 for none.
+Everything here is a function of *records* (`kd.metrics.records`): arrays of a `predictions.npz`.
 
 A metric is either a mean over objects or a mean over classes of such means, so that one `Measure`
 (what each object contributes) serves the number, its interval and the comparison of two runs.
@@ -12,16 +9,14 @@ A metric is either a mean over objects or a mean over classes of such means, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd.errors import UserError
-
-Array = NDArray[Any]
-Records = Mapping[str, Array]
+from kd.metrics.records import Array, Records, prior_records
 
 TOPS = (1, 3, 5, 10, 20)
 CALIBRATION_BINS = 15
@@ -33,9 +28,16 @@ SHARE_BINS = {
     "medium": (0.02, 0.08),
     "large": (0.08, np.inf),
 }
-REQUIRED = ("object_ids", "image_ids", "labels", "shares", "log_probs")
-# How far a row of probabilities may be from summing to one: bfloat16 has three digits.
-_NORMALISED_WITHIN = 0.05
+# Bounds of the number of other objects in the picture, both included.
+VISIBLE_BINS = {
+    "0": (0.0, 0.0),
+    "1-2": (1.0, 2.0),
+    "3-4": (3.0, 4.0),
+    "5-6": (5.0, 6.0),
+    "7-10": (7.0, 10.0),
+    "over10": (11.0, np.inf),
+}
+BINS = {"share": SHARE_BINS, "visible": VISIBLE_BINS}
 
 
 class Measure(NamedTuple):
@@ -174,6 +176,13 @@ def _of_share(records: Records, name: str) -> NDArray[np.bool_]:
     return np.asarray((records["shares"] >= low) & (records["shares"] < high))
 
 
+def _of_visible(records: Records, name: str) -> NDArray[np.bool_]:
+    if "visible" not in records:
+        return np.zeros(len(records["labels"]), dtype=bool)
+    low, high = VISIBLE_BINS[name]
+    return np.asarray((records["visible"] >= low) & (records["visible"] <= high))
+
+
 MEASURES: dict[str, Callable[[Records], Measure]] = {
     "mean_class_top1": lambda records: _all(records, _top(records, 1), by_class=True),
     "area": lambda records: _all(records, _area(records)),
@@ -186,7 +195,22 @@ MEASURES: dict[str, Callable[[Records], Measure]] = {
         )
         for name in SHARE_BINS
     },
+    **{
+        f"visible/{name}_top1": lambda records, name=name: _some(  # type: ignore[misc]
+            _top(records, 1), _of_visible(records, name)
+        )
+        for name in VISIBLE_BINS
+    },
 }
+
+
+def bin_title(kind: str, name: str) -> str:
+    """A bin of `BINS` as axes and tables call it, a line for its bounds where those add to it."""
+    if kind == "visible":
+        return name.replace("over", "over ").replace("-", " to ")
+    low, high = (100 * bound for bound in SHARE_BINS[name])
+    bounds = f"over {low:g} %" if np.isinf(high) else f"{low:g} to {high:g} %"
+    return f"{name}\n{bounds}"
 
 
 def measure(records: Records, name: str) -> Measure | None:
@@ -212,13 +236,22 @@ def value(records: Records, name: str) -> float | None:
     return None if found is None else found.mean()
 
 
-def prior_records(records: Records) -> Records | None:
-    """The same objects as the class prior alone would answer them; None where it is not known."""
-    if "prior" not in records:
+def chance(records: Records, name: str) -> float | None:
+    """The metric `name` of uniform guesses at these objects; None where it means nothing.
+
+    Exact, not drawn: all classes tie, and `ranks` would put the true one in their middle each time.
+    """
+    if value(records, name) is None or name == "ece":
         return None
-    log_prior = np.log(records["prior"].astype(np.float64))
-    answers = np.broadcast_to(log_prior, (len(records["labels"]), len(log_prior)))
-    return {**records, "log_probs": answers}
+    num_classes = int(records["log_probs"].shape[1])
+    if matched := re.fullmatch(r"top(\d+)", name):
+        return int(matched[1]) / num_classes
+    if name == "lookalike_pair_top1":
+        looks = records["looks"]
+        size = np.bincount(looks[looks >= 0])[looks[records["labels"][_has_look_alike(records)]]]
+        return float((1.0 / size).mean())
+    special = {"area": (num_classes + 1) / (2 * num_classes), "nll": float(np.log(num_classes))}
+    return special.get(name, 1 / num_classes)
 
 
 def curve(records: Records) -> NDArray[np.float64]:
@@ -239,53 +272,12 @@ def evaluate(records: Records) -> dict[str, float]:
     `top1` .. `top20` (up to C), `mean_class_top1` over the classes that occur, `area` (mean of the
     top-n curve: 1 = perfect, about a half = chance), `nll` (nats), `ece` (15 bins of equal width),
     `lookalike_top1`, `lookalike_pair_top1` (the choice within the group only),
-    `share/<bin>_top1`, `count`.
+    `share/<bin>_top1`, `visible/<bin>_top1`, `count`.
     """
     names = [f"top{n}" for n in TOPS] + list(MEASURES)
     found = {name: value(records, name) for name in [*names, "ece"]}
     if (prior := prior_records(records)) is not None:
-        plain = [name for name in names if not name.startswith("share/")]
+        plain = [name for name in names if "/" not in name]
         found |= {f"prior_{name}": value(prior, name) for name in plain}
     numbers = {name: number for name, number in found.items() if number is not None}
     return {**numbers, "count": float(len(records["labels"]))}
-
-
-def check_records(records: Records, where: str) -> None:
-    """Say what is wrong with records before a number is taken from them.
-
-    Args:
-        records: As this module describes.
-        where: What the message begins with: a file, or what was evaluated.
-
-    Raises:
-        UserError: No object, a missing array or wrong length, a label out of range, a NaN, or rows
-            that are no log-probabilities.
-    """
-    if missing := [name for name in REQUIRED if name not in records]:
-        raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions")
-    scores, labels = records["log_probs"], records["labels"]
-    lengths = {name: records[name].shape[:1] for name in REQUIRED}
-    if scores.ndim != 2 or len(set(lengths.values())) > 1:
-        raise UserError(f"{where}: arrays of different lengths: {lengths}")
-    if not len(labels):
-        raise UserError(f"{where}: no object was scored; is any of them labelled and large enough?")
-    num_classes = scores.shape[1]
-    for name in ("prior", "looks"):
-        if name in records and records[name].shape != (num_classes,):
-            raise UserError(
-                f"{where}: {name} is {records[name].shape}, there are {num_classes} classes"
-            )
-    if (wrong := (labels < 0) | (labels >= num_classes)).any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise UserError(
-            f"{where}: object {records['object_ids'][row]} has label {labels[row]}, "
-            f"there are {num_classes} classes"
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = np.exp(scores.astype(np.float64)).sum(axis=1)
-    if (wrong := ~(np.abs(total - 1) <= _NORMALISED_WITHIN)).any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise UserError(
-            f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
-            "not 1 (NaN, or scores that were not normalised)"
-        )

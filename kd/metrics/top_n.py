@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +15,13 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.scores import Array
+from kd.metrics.classes import per_class
+from kd.metrics.records import REQUIRED, Array, check_records
 
 # Device tensors are kept until this many objects are there: one wait for the device for all.
 _FLUSH_AT = 4096
 # A class that the training labels lack is not impossible; without a floor its NLL is infinite.
 _PRIOR_FLOOR = 1e-8
-
-
-class ClassRow(NamedTuple):
-    """One line of the per-class table."""
-
-    name: str
-    support: int
-    top1: float
 
 
 class TopN:
@@ -43,6 +35,7 @@ class TopN:
         num_classes: C.
         prior: (C,) class shares of the training labels; adds the `prior_` metrics.
         looks: C names; classes with the same one (None: none) look alike.
+        visible: Image ids (K,) -> how many other objects the image of each holds, (K,).
         where: What messages begin with: a run, a data set.
 
     Raises:
@@ -55,10 +48,12 @@ class TopN:
         *,
         prior: Tensor | Array | Sequence[float] | None = None,
         looks: Sequence[str | None] | None = None,
+        visible: Callable[[Array], Array] | None = None,
         where: str = "evaluation",
     ) -> None:
         self.num_classes = num_classes
         self._where = where
+        self._visible = visible
         self._extra: dict[str, Array] = {}
         if prior is not None:
             self._extra["prior"] = _checked_prior(prior, num_classes, where)
@@ -138,7 +133,9 @@ class TopN:
             UserError: Nothing was scored, or something is wrong with it; the message says what.
         """
         records = {**self._merged(), **self._extra}
-        scores.check_records(records, self._where)
+        if self._visible is not None:
+            records["visible"] = self._visible(records["image_ids"])
+        check_records(records, self._where)
         return records
 
     def compute(self) -> dict[str, float]:
@@ -153,18 +150,9 @@ class TopN:
         """(C,) the same for the class prior, None where it was not given."""
         return scores.prior_curve(self.records())
 
-    def per_class(self, names: Sequence[str] | None = None) -> list[ClassRow]:
-        """Support and top-1 of each class that occurs, the most frequent first."""
-        records = self.records()
-        labels = records["labels"]
-        correct = scores.ranks(records["log_probs"], labels) == 0
-        support = np.bincount(labels, minlength=self.num_classes)
-        hits = np.bincount(labels, weights=correct, minlength=self.num_classes)
-        order = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
-        return [
-            ClassRow(names[c] if names else str(c), int(support[c]), float(hits[c] / support[c]))
-            for c in order
-        ]
+    def per_class(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
+        """Name, support and top-1 of each class that occurs, the most frequent first."""
+        return [(names[row.label], row.support, row.top1) for row in per_class(self.records())]
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file: whole, or not at all.
@@ -200,13 +188,12 @@ class TopN:
         self._flush()
         if not self._chunks:
             empty = np.zeros(0, dtype=np.int64)
-            chunk: dict[str, Array] = dict.fromkeys(scores.REQUIRED, empty)
+            chunk: dict[str, Array] = dict.fromkeys(REQUIRED, empty)
             chunk["log_probs"] = np.zeros((0, self.num_classes), dtype=np.float32)
             chunk["shares"] = np.zeros(0, dtype=np.float32)
             return chunk
         joined = {
-            name: np.concatenate([chunk[name] for chunk in self._chunks])
-            for name in scores.REQUIRED
+            name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in REQUIRED
         }
         labelled = np.flatnonzero(joined["labels"] != -1)
         _, first = np.unique(joined["object_ids"][labelled], return_index=True)

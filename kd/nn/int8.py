@@ -1,8 +1,8 @@
 """A frozen network in 8-bit integers, for processors that multiply those several times as fast.
 
-Post-training static quantisation (Jacob et al., 2018, https://arxiv.org/abs/1712.05877) by torch's own
-graph mode: weights by channel, activations by the ranges that some samples show. It changes
-the answers a little, so what it is used for must be measured: `benchmarks/unet_speed.py` does.
+Post-training static quantisation (Jacob et al., 2018, https://arxiv.org/abs/1712.05877) by torch's
+own graph mode: weights by channel, activations by the ranges that some samples show. It changes the
+answers a little, so what it is used for must be measured: `benchmarks/int8_teacher.py` does.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.interval import Interval, paired_bootstrap, paired_interval
-from kd.metrics.scores import Records
+from kd.metrics.interval import Interval, bootstrap, paired_bootstrap, paired_interval
+from kd.metrics.records import Records
 
 # Everything that is not listed here is an accuracy, shown in percent.
 _UNITS = {"nll": " (nats)", "ece": "", "area": ""}
@@ -74,6 +74,18 @@ def value_of(name: str, records: Records) -> float:
     return number
 
 
+def interval_of(name: str, records: Records) -> Interval | None:
+    """A metric of one run with its 95 % interval over images; None where none can be had.
+
+    `ece` is no mean over objects: its bounds would need the bins drawn again.
+    """
+    found = None if name == "ece" else scores.measure(records, name)
+    if found is None:
+        return None
+    images = records["image_ids"][found.selected]
+    return bootstrap(found.values, images, classes=found.classes)
+
+
 def label_of(name: str) -> str:
     """A metric with its unit."""
     return name + _UNITS.get(name, " (%)")
@@ -82,3 +94,27 @@ def label_of(name: str) -> str:
 def scale_of(name: str) -> int:
     """What a metric is multiplied by to be shown: 100 for those in percent."""
     return 1 if name in _UNITS else 100
+
+
+def number_cell(name: str, number: float | None) -> str:
+    """A metric's number as tables show it, nothing where there is none."""
+    if number is None:
+        return ""
+    return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
+
+
+def bounds_cell(name: str, interval: Interval | None) -> str:
+    """[low, high] of a metric, nothing where nothing is known about them."""
+    if interval is None or interval.low != interval.low:  # NaN
+        return ""
+    return f"[{number_cell(name, interval.low)}, {number_cell(name, interval.high)}]"
+
+
+def difference_cell(name: str, interval: Interval) -> str:
+    """A difference with its sign and bounds, and a star where it is clear of zero."""
+    scale = scale_of(name)
+    digits = 1 if scale == 100 else 3
+    mean, low, high = (f"{scale * bound:+z.{digits}f}" for bound in interval)
+    if interval.low != interval.low:  # NaN: nothing is known about the bounds
+        return f"{mean} "
+    return f"{mean} [{low}, {high}]{'*' if interval.clear_of_zero else ' '}"

@@ -1,122 +1,120 @@
-"""Figures of a run, for files and for TensorBoard; drawn without a display or global state.
+"""Figures of runs beside each other: curves, accuracy by bins, calibration, paired differences.
 
-Every function returns a new `Figure`; `save_figure` writes it, `figure_image` makes a tensor of it.
-Colours are those of Okabe and Ito, which the colour-blind can tell apart.
+Every function returns a new `Figure`; `kd.report.drawing` writes it or makes a tensor of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.scores import Array, Records
-from kd.report.comparison import Comparison, label_of, scale_of
-from kd.report.table import Table
-
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
+from kd.metrics.interval import Interval
+from kd.metrics.records import Array, Records
+from kd.report.comparison import Comparison, interval_of, label_of, scale_of
+from kd.report.drawing import (
+    GREY,
+    INK,
+    PALE,
+    clean,
+    colours,
+    legend_above,
+    letters_on,
+    new_figure,
+    reference_style,
 )
-GREY, PALE = "#6b6b6b", "#c9c9c9"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-# More class names than this below an axis cannot be read.
-_NAMES_AT_MOST = 90
+from kd.report.table import Table
 
 
 def top_n_figure(
-    curves: Mapping[str, Array],
-    prior_curve: Array | None = None,
-    ceiling_curve: Array | None = None,
+    curves: Mapping[str, Array], references: Mapping[str, Array] | None = None
 ) -> Figure:
-    """Top-n accuracy for n = 1..C against random, the ideal, the class prior and the posterior.
+    """Top-n accuracy for n = 1..C against random, the ideal and what else is known.
 
     Args:
         curves: Name -> (C,) accuracy in 0..1.
-        prior_curve: (C,) of the class prior.
-        ceiling_curve: (C,) of the exact posterior, known on generated scenes only.
+        references: The same of what is no run: the class prior, the exact posterior.
     """
-    figure, axes = _new(5.6, 4.0)
+    figure, axes = new_figure(5.6, 4.0)
     num_classes = len(next(iter(curves.values())))
     n = np.arange(1, num_classes + 1)
     axes.plot(n, n / num_classes, color=PALE, label="random")
     axes.plot(n, np.ones(num_classes), color=PALE, linestyle=":", label="ideal")
-    if prior_curve is not None:
-        axes.plot(n, prior_curve, color=GREY, linestyle="--", label="class prior")
-    if ceiling_curve is not None:
-        axes.plot(n, ceiling_curve, color="black", linestyle="-.", label="exact posterior")
-    for (name, curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        top1 = f"{name} (top-1 {100 * float(curve[0]):.1f} %)"
-        axes.plot(n, curve, color=colour, linewidth=2, label=top1)
+    for name, curve in (references or {}).items():
+        axes.plot(n, curve, **reference_style(name), label=_with_top1(name, curve))
+    for (name, curve), colour in zip(curves.items(), colours(len(curves)), strict=True):
+        axes.plot(n, curve, color=colour, linewidth=2, label=_with_top1(name, curve))
     axes.set(xlim=(1, max(num_classes, 2)), ylim=(0, 1.02))
     axes.set(xlabel="n", ylabel="true class among the first n")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
     return figure
 
 
-def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
-    """Share of each class among the training and validation objects, in falling order of training.
-
-    Args:
-        train_counts: (C,) objects of each class.
-        val_counts: (C,).
-        names: C names.
-    """
-    num_classes = len(names)
-    figure, axes = _new(max(5.6, 0.14 * num_classes + 1.5), 3.8)
-    order = np.argsort(-np.asarray(train_counts), kind="stable")
-    place = np.arange(num_classes)
-    train, val = (np.asarray(c)[order] / max(np.sum(c), 1) for c in (train_counts, val_counts))
-    axes.bar(place, 100 * train, width=0.8, color=SKY, label="train")
-    axes.plot(place, 100 * val, "o", color=RED, markersize=3.5, label="val")
-    axes.set_yscale("symlog", linthresh=1.0)  # the first class may have 30 %, the last 0.1 %
-    axes.set_yticks(ticks := [0, 0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
-    axes.set(ylabel="share of objects (%)", xlim=(-0.7, num_classes - 0.3))
-    axes.set_ylim(0, 130 * max(train.max(), val.max(), 0.01))
-    if num_classes <= _NAMES_AT_MOST:
-        axes.set_xticks(place, [names[c] for c in order], rotation=90, fontsize=7)
-    else:
-        axes.set_xlabel("classes in falling order")
-    axes.legend(loc="upper right", frameon=False)
-    return figure
-
-
-def share_hidden_figure(runs: Mapping[str, Records]) -> Figure:
+def share_hidden_figure(
+    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
+) -> Figure:
     """Top-1 by how much of the picture is hidden, with the number of objects below.
 
     Args:
         runs: Name -> predictions.
+        references: The same of what runs are held against.
     """
-    figure, axes = _new(5.6, 3.8)
+    figure = _binned_figure("share", runs, references or {})
+    figure.axes[0].set_xlabel("share of the picture that is hidden")
+    return figure
+
+
+def visible_figure(
+    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
+) -> Figure:
+    """Top-1 by how many other objects the picture holds; arguments as `share_hidden_figure`."""
+    figure = _binned_figure("visible", runs, references or {})
+    figure.axes[0].set_xlabel("other objects in the picture")
+    return figure
+
+
+def _binned_figure(
+    kind: str, runs: Mapping[str, Records], references: Mapping[str, Records]
+) -> Figure:
+    """Bars of runs with their 95 % intervals, a line across each bin for each reference."""
+    figure, axes = new_figure(5.6, 3.8)
     first = next(iter(runs.values()))
-    bins = [b for b in scores.SHARE_BINS if scores.measure(first, f"share/{b}_top1") is not None]
-    place = np.arange(len(bins))
-    width = 0.8 / len(runs)
-    for row, ((name, run), colour) in enumerate(
-        zip(runs.items(), _colours(len(runs)), strict=True)
-    ):
-        heights = [100 * (scores.value(run, f"share/{b}_top1") or 0.0) for b in bins]
+    bins = [b for b in scores.BINS[kind] if scores.value(first, f"{kind}/{b}_top1") is not None]
+    place, width = np.arange(len(bins)), 0.8 / len(runs)
+    for row, ((name, run), colour) in enumerate(zip(runs.items(), colours(len(runs)), strict=True)):
+        found = [_top1(run, f"{kind}/{b}_top1") for b in bins]
+        heights = [100 * one.mean for one in found]
+        reach = [[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]]
         offset = (row - (len(runs) - 1) / 2) * width
-        bars = axes.bar(place + offset, heights, width * 0.92, color=colour, label=name)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1, color=GREY)
-    axes.set_xticks(place, [_bin_label(first, name) for name in bins])
-    axes.set(ylabel="top-1 (%)", xlabel="share of the picture that is hidden")
-    axes.margins(y=0.12)
-    _legend_above(axes, len(runs))
+        bars = axes.bar(
+            place + offset, heights, width * 0.92, color=colour, alpha=0.85, label=name,
+            yerr=np.nan_to_num(reach), error_kw={"elinewidth": 0.8, "ecolor": INK},
+        )  # fmt: skip
+        for bar, height, above in zip(bars, heights, reach[1], strict=True):
+            middle, inside = bar.get_x() + bar.get_width() / 2, height >= 10
+            axes.text(
+                middle, height / 2 if inside else height + np.nan_to_num(above) + 1.5,
+                f"{height:.0f}", ha="center", va="center" if inside else "bottom", fontsize=7.5,
+                color=letters_on(colour) if inside else INK,
+            )  # fmt: skip
+    for name, run in references.items():
+        heights = [100 * (scores.value(run, f"{kind}/{b}_top1") or 0.0) for b in bins]
+        style = reference_style(name)
+        axes.hlines(
+            heights, place - 0.46, place + 0.46, colors=style["color"],
+            linestyles=style["linestyle"], label=name, zorder=3,
+        )  # fmt: skip
+    axes.set_xticks(place, [_bin_label(first, kind, name) for name in bins])
+    axes.set(ylabel="top-1 (%)")
+    axes.set_ylim(0, max(10.0, axes.get_ylim()[1]))  # numbers above low bars are inside
+    legend_above(axes)
     return figure
 
 
@@ -126,9 +124,9 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
     Args:
         runs: Name -> predictions.
     """
-    figure, axes = _new(4.4, 4.2)
+    figure, axes = new_figure(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color=PALE, zorder=0)
-    for (name, run), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+    for (name, run), colour in zip(runs.items(), colours(len(runs)), strict=True):
         points = scores.reliability(run["log_probs"], run["labels"])
         error = scores.calibration_error(run["log_probs"], run["labels"])
         label = f"{name} (error {error:.3f})"
@@ -161,21 +159,21 @@ def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> 
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, len(chosen), squeeze=False)[0]
-    colours = [GREY, *_colours(len(arms) - 1)]
+    shades = [GREY, *colours(len(arms) - 1)]
     for axes, metric in zip(panels, chosen, strict=True):
-        _comparison_panel(axes, [found[metric, arm] for arm in arms], colours)
+        _comparison_panel(axes, [found[metric, arm] for arm in arms], shades)
     handles = [panels[0].patches[place] for place in range(len(arms))]
     figure.legend(handles, arms, loc="outside upper center", ncols=len(arms), frameon=False)
     return figure
 
 
-def _comparison_panel(axes: Axes, line: Sequence[Comparison], colours: Sequence[str]) -> None:
+def _comparison_panel(axes: Axes, line: Sequence[Comparison], shades: Sequence[str]) -> None:
     """Bars of one metric from zero, so that their lengths can be compared."""
-    _clean(axes)
+    clean(axes)
     metric = line[0].metric
     scale = scale_of(metric)
     peak = max(max(entry.values) for entry in line) * scale
-    for place, (entry, colour) in enumerate(zip(line, colours, strict=True)):
+    for place, (entry, colour) in enumerate(zip(line, shades, strict=True)):
         axes.bar(place, scale * entry.mean, width=0.72, color=colour, alpha=0.85)
         if len(entry.values) > 1:
             dots = np.linspace(-0.18, 0.18, len(entry.values)) + place
@@ -195,57 +193,15 @@ def _comparison_panel(axes: Axes, line: Sequence[Comparison], colours: Sequence[
     axes.set_xlabel(label_of(metric))
 
 
-def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write a figure; the name's ending chooses the format.
-
-    Raises:
-        UserError: The ending is unknown or the file cannot be written.
-    """
-    path = Path(file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the figure cannot be written: {error}") from error
+def _with_top1(name: str, curve: Array) -> str:
+    return f"{name} (top-1 {100 * float(curve[0]):.1f} %)"
 
 
-def figure_image(figure: Figure, *, dpi: int = 110) -> Tensor:
-    """(3, H, W) uint8 of a figure, as TensorBoard's `add_image` takes it."""
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+def _top1(records: Records, name: str) -> Interval:
+    return interval_of(name, records) or Interval(0.0, np.nan, np.nan)
 
 
-def _new(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots()
-    _clean(axes)
-    return figure, axes
-
-
-def _clean(axes: Axes) -> None:
-    """No frame above and right, and pale lines to read heights by."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors="#333333", labelsize=8)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[place % len(COLOURS)] for place in range(count)]
-
-
-def _legend_above(axes: Axes, columns: int) -> None:
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
-
-
-def _bin_label(records: Records, name: str) -> str:
-    low, high = (100 * bound for bound in scores.SHARE_BINS[name])
-    found = scores.measure(records, f"share/{name}_top1")
-    bounds = f"over {low:g} %" if np.isinf(high) else f"{low:g} to {high:g} %"
-    return f"{name}\n{bounds}\n{0 if found is None else len(found.values)} objects"
+def _bin_label(records: Records, kind: str, name: str) -> str:
+    found = scores.measure(records, f"{kind}/{name}_top1")
+    objects = f"{0 if found is None else len(found.values)} objects"
+    return f"{scores.bin_title(kind, name)}\n{objects}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from kd.data.hide import IMAGENET_MEAN
 from kd.data.images import resize, scaled_size
 from kd.data.regions import Region
-from kd.report.figures import GREY, ORANGE, SKY
+from kd.report.drawing import GREY, ORANGE, SKY
 from kd.report.pictures import bars
 
 # Long side of a photograph in a figure, pixels: more could not be seen.
@@ -127,7 +127,7 @@ def _colour_bar(
     scale.ax.tick_params(labelsize=7, length=2)
     if usual is None:
         return
-    if 100 * usual <= scale.vmax:
+    if 100 * usual <= scale.ax.get_ylim()[1]:
         scale.ax.axhline(100 * usual, color=SKY, linewidth=2.5)
     text = f"{name}: {100 * usual:.1f} % of all objects (blue on the scale)"
     figure.supxlabel(text, fontsize=7, color=GREY)

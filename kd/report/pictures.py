@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.report.figures import BLUE, GREY, ORANGE, PALE
+from kd.report.drawing import BLUE, GREY, ORANGE, PALE
 
 # The object itself is shown with a little of what is around it.
 _CROP_MARGIN = 0.15

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kd.metrics.interval import Interval
 from kd.metrics.mean_ap import Floats, MeanAP, summary
-from kd.report.figures import COLOURS, GREY
+from kd.report.drawing import COLOURS, GREY
 from kd.report.table import CLEAR, Row, Table
 from kd.rescoring import Evidence, Setting, combine
 
@@ -136,7 +136,7 @@ def curve_of(
     """AP over `a` on all images, one line a rule."""
     return {
         rule_name(alone): [
-            float(summary(meter.average(meter.match(scores), areas=1))["AP"][0])
+            float(summary(meter.average(meter.match(scores, areas=1)))["AP"][0])
             for scores in (combine(known, Setting(a, alone)) for a in strengths)
         ]
         for alone in alones

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from kd.errors import UserError
-from kd.metrics.scores import Records, check_records
+from kd.metrics.records import BY_CLASS, Records, check_records
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,60 @@ def read_run(folder: str | Path) -> Run:
         summary=_read_mapping(path / "summary.json"),
         records=read_predictions(path / "predictions.npz"),
     )
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read runs, and the finished ones below folders that are none.
+
+    Not looked for inside of runs: a teacher's fold models are no results. A run below a folder that
+    is not finished is left out with a warning.
+
+    Raises:
+        UserError: As `read_run`, or there is no finished run in or below a folder.
+    """
+    found: dict[Path, Run] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir() or _is_run(folder):
+            found.setdefault(folder.resolve(), read_run(folder))
+            continue
+        places = _runs_in(folder)
+        if not (whole := [place for place in places if (place / "summary.json").is_file()]):
+            raise UserError(f"{folder}: no finished run in it or below it")
+        for place in places:
+            if place in whole:
+                found.setdefault(place.resolve(), read_run(place))
+            else:
+                log.warning("%s: left out, it is not finished", place)
+    return list(found.values())
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and not is_distill(folder)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Runs below a folder, in the order of their paths."""
+    if _is_run(folder):
+        return [folder]
+    below = sorted(place for place in folder.iterdir() if place.is_dir())
+    return [run for place in below for run in _runs_in(place)]
+
+
+def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by the shortest part of their paths that tells them apart, such as `seed0/plain`."""
+    parts = [run.folder.parts for run in runs]
+    if len(runs) == 1:
+        return {runs[0].name: runs[0]}
+    first, shortest = parts[0], min(map(len, parts))
+    ahead = behind = 0
+    while ahead < shortest - 1 and all(path[ahead] == first[ahead] for path in parts):
+        ahead += 1
+    while behind < shortest - ahead - 1 and all(
+        path[-1 - behind] == first[-1 - behind] for path in parts
+    ):
+        behind += 1
+    names = [path[ahead : len(path) - behind] for path in parts]
+    return {str(Path(*name)): run for name, run in zip(names, runs, strict=True)}
 
 
 def is_distill(folder: str | Path) -> bool:
@@ -158,8 +212,7 @@ def read_predictions(path: str | Path) -> Records:
     ids, order = np.unique(records["object_ids"], return_index=True)
     if len(ids) != len(records["object_ids"]):
         raise UserError(f"{path}: {len(records['object_ids']) - len(ids)} objects occur twice")
-    by_class = ("prior", "looks")
-    return {name: part if name in by_class else part[order] for name, part in records.items()}
+    return {name: part if name in BY_CLASS else part[order] for name, part in records.items()}
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:

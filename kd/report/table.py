@@ -15,9 +15,15 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.interval import Interval
-from kd.metrics.scores import Records
-from kd.report.comparison import Comparison, compare, label_of, scale_of, value_of
+from kd.metrics.records import Records, prior_records
+from kd.report.comparison import (
+    Comparison,
+    compare,
+    difference_cell,
+    label_of,
+    number_cell,
+    value_of,
+)
 
 METRICS = (
     "top1",
@@ -167,7 +173,7 @@ def runs_table(
         raise UserError("no run to show")
     first, *others = runs
     names = _chosen(metrics, runs[first])
-    prior = scores.prior_records(runs[first])
+    prior = prior_records(runs[first])
     ceilings = ceilings or {}
     found, rows = [], []
     for name in names:
@@ -212,23 +218,6 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
     return tuple(cells)
 
 
-def number_cell(name: str, number: float | None) -> str:
-    """A metric's number in its unit; nothing where there is none."""
-    if number is None:
-        return ""
-    return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
-
-
-def difference_cell(name: str, interval: Interval) -> str:
-    """A difference in its metric's unit with its bounds, and a star where zero lies outside."""
-    scale = scale_of(name)
-    digits = 1 if scale == 100 else 3
-    mean, low, high = (f"{scale * bound:+z.{digits}f}" for bound in interval)
-    if interval.low != interval.low:  # NaN: nothing is known about the bounds
-        return f"{mean} "
-    return f"{mean} [{low}, {high}]{'*' if interval.clear_of_zero else ' '}"
-
-
 def _seed_note(seeds: int) -> str:
     if seeds == 1:
         return f"one seed only: {_OVER_IMAGES}; nothing is known about other seeds"
@@ -236,7 +225,7 @@ def _seed_note(seeds: int) -> str:
 
 
 def _prior_note(names: Sequence[str], records: Records) -> list[str]:
-    prior = scores.prior_records(records)
+    prior = prior_records(records)
     if prior is None:
         return []
     known = [(name, scores.value(prior, name)) for name in names if name != "ece"]

@@ -47,17 +47,19 @@ class Classes(NamedTuple):
     """What a metric is told of a data set: the class names, C each of the rest.
 
     `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
-    none) look alike; `where` is what messages begin with.
+    none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
+    holds; `where` is what messages begin with.
     """
 
     names: Sequence[str]
     prior: NDArray[np.float64] | None = None
     looks: Sequence[str | None] | None = None
+    visible: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
     where: str = "evaluation"
 
 
-class Metric(Protocol):
-    """Collects what a task decodes; adds up over ranks before it computes."""
+class Collector(Protocol):
+    """Takes in what a task decodes, of all ranks in the end."""
 
     def take(self, decoded: Tensor, batch: Batch) -> None:
         """Take in a batch's answers, as the task decoded them."""
@@ -66,6 +68,10 @@ class Metric(Protocol):
     def gather(self) -> None:
         """Exchange with the other ranks."""
         ...
+
+
+class Metric(Collector, Protocol):
+    """Says how good the collected answers are."""
 
     def compute(self) -> dict[str, float]:
         """Every number by name, shares in 0..1."""
@@ -106,7 +112,13 @@ class Task(Protocol):
 
 def top_n(classes: Classes) -> TopN:
     """The metric of tasks that name the hidden objects."""
-    return TopN(len(classes.names), prior=classes.prior, looks=classes.looks, where=classes.where)
+    return TopN(
+        len(classes.names),
+        prior=classes.prior,
+        looks=classes.looks,
+        visible=classes.visible,
+        where=classes.where,
+    )
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:

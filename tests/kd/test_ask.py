@@ -26,6 +26,8 @@ TINY: dict[str, Model] = {
     "cnn": Model(name="cnn", options={"width": 4, "downs": 2, "hidden": 8, "region": True}),
     "unet": Model(name="unet", options={"width": 4, "depth": 2}),
     "trunk": Model(name="trunk", options={"name": "shufflenet_v2_x0_5", "levels": 2}),
+    "map": Model(name="resnet_pixel"),
+    "labels": Model(name="resnet_multilabel"),
     "tokens": Model(name="scene_transformer", options={"width": 8, "depth": 1, "heads": 2}),
     "patches": Model(
         name="scene_transformer",
@@ -49,8 +51,10 @@ def photographs(tiny_coco: Callable[..., Path]) -> Data:
 def untrained(section: Data, name: str = "cnn", shape: str = "box") -> TrainedTeacher:
     section = section.model_copy(update={"shape": shape})
     model = build_teacher(TINY[name], 4).eval().requires_grad_(False)
-    for parameter in model.parameters():  # heads begin at 0, and would answer the same to all
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    for part, parameter in model.named_parameters():
+        # Many heads begin near 0, and would answer the same to all; a deep trunk would not bear it.
+        if "head" in part or "resnet" not in TINY[name].name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     task = TaskSection(name=str(model.task), weights={})
     recipe = TeacherRecipe(data=section, task=task, teacher=TINY[name])
     built = build_task(task, section, 4, model=model)

@@ -54,6 +54,17 @@ def test_evidence_is_the_posterior_over_the_prior() -> None:
     assert found.evidence == pytest.approx(expected, abs=1e-6)
 
 
+def test_an_impossible_class_keeps_a_finite_score() -> None:
+    log_probs = np.array([[-np.inf, 0.0]], dtype=np.float32)
+    found = evidence_of(
+        np.array([0.5, 0.5]), np.array([0, 1]), np.array([0, 0]), log_probs, np.log([0.5, 0.5])
+    )
+    for alone in (None, 0.0, 1.0):
+        new = combine(found, Setting(3.0, alone))
+        assert np.isfinite(new).all()
+        assert new[0] < new[1]
+
+
 def test_a_context_that_knows_nothing_changes_nothing() -> None:
     prior = np.log([0.4, 0.6])
     found = evidence_of(

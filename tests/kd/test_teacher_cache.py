@@ -317,3 +317,23 @@ def test_other_pictures_under_the_same_names_are_refused(
         Image.eval(image, lambda value: value // 3).save(picture)
     with pytest.raises(UserError, match="pictures is '"):
         open_cache(teacher, OpenData(data.section, index, data.val), accelerator, wanted)
+
+
+def test_posteriors_in_int8_come_near_and_are_kept_apart(
+    teacher: TrainedTeacher, data: OpenData, tmp_path: Path
+) -> None:
+    accelerator = make_accelerator("fp32")
+    places = {int8: str(tmp_path / str(int8)) for int8 in (False, True)}
+    exact, rough = (
+        open_cache(teacher, data, accelerator, Wanted(int8=int8, dtype="float32", location=place))[
+            "posterior"
+        ].whole()
+        for int8, place in places.items()
+    )
+    divergence = (exact.exp() * (exact - rough)).sum(dim=1)
+    assert not torch.equal(exact, rough) and divergence.mean().abs() < 0.05
+    with pytest.raises(UserError, match=r"precision is 'fp32' there, 'int8' here"):
+        open_cache(teacher, data, accelerator, Wanted(int8=True, dtype="float32",
+                                                      location=places[False]))  # fmt: skip
+    with pytest.raises(UserError, match="int8: posteriors only"):
+        open_cache(teacher, data, accelerator, Wanted(outputs=BOTH, int8=True))

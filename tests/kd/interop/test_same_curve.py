@@ -21,7 +21,7 @@ from kd.losses.supervised import cross_entropy_labelled
 from kd.objective import build_term
 from kd.optim import make_schedule
 from kd.soft_targets import LiveTeacher
-from kd.tasks.base import Batch, Mask, Mean, Output, hidden_labels
+from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
 from kd.training import Hooks, Objective, Training
 
 CLASSES, SIDE, SIZE, STEPS, EPOCHS = 5, 12, 6, 4, 3
@@ -49,6 +49,10 @@ class Pictures:
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities."""
         return output["logits"].log_softmax(dim=1)
+
+    def metric(self, classes: Classes) -> Metric:
+        """Nothing is evaluated here."""
+        raise NotImplementedError
 
 
 class Whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -61,7 +62,10 @@ def test_all_numbers_agree_with_torchmetrics() -> None:
     present = torch.rand(60, 5) < torch.tensor([0.5, 0.3, 0.2, 0.1, 0.05])
     present[0] = True
     numbers = metric_of(scores, present).compute()
-    for name, average in (("mAP", "macro"), ("weighted_AP", "weighted"), ("micro_AP", "micro")):
+    ways: dict[str, Literal["macro", "weighted", "micro"]] = {
+        "mAP": "macro", "weighted_AP": "weighted", "micro_AP": "micro",
+    }  # fmt: skip
+    for name, average in ways.items():
         theirs = MultilabelAveragePrecision(5, average=average)(scores, present.long())
         assert numbers[name] == pytest.approx(float(theirs), abs=1e-6), name
 

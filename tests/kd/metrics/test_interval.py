@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from kd.errors import UserError
-from kd.metrics.interval import Interval, paired_bootstrap, paired_interval
+from kd.metrics.interval import Interval, bootstrap, paired_bootstrap, paired_interval
 
 
 def test_the_interval_over_seeds_is_worked_by_hand() -> None:
@@ -112,3 +112,15 @@ def test_unequal_lengths_and_no_objects_are_refused() -> None:
 def test_an_interval_that_touches_zero_is_not_clear_of_it() -> None:
     assert not Interval(1.0, 0.0, 2.0).clear_of_zero
     assert Interval(-1.0, -2.0, -0.5).clear_of_zero
+
+
+def test_one_runs_interval_holds_its_mean_and_narrows_with_more_images() -> None:
+    values = np.array([0.0, 1.0, 1.0, 1.0] * 25)
+    few, many = (bootstrap(np.tile(values, n), np.arange(100 * n)) for n in (1, 16))
+    assert few.mean == many.mean == pytest.approx(0.75)
+    # The standard error of a share is sqrt(p (1 - p) / n).
+    reach = 1.96 * math.sqrt(0.75 * 0.25 / 100)
+    assert (few.low, few.high) == pytest.approx((0.75 - reach, 0.75 + reach), abs=0.02)
+    assert (many.high - many.low) == pytest.approx((few.high - few.low) / 4, rel=0.1)
+    alone = bootstrap(np.array([1.0, 0.0]), np.zeros(2))
+    assert alone.mean == 0.5 and math.isnan(alone.low)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torchmetrics.functional.classification import (
 
 from kd.errors import UserError
 from kd.metrics import scores
+from kd.metrics.records import REQUIRED
 from kd.metrics.top_n import TopN
 
 ROOT = Path(__file__).parents[3]
@@ -139,6 +141,48 @@ def test_look_alikes_are_counted_among_all_classes_and_within_their_group() -> N
     assert metric.compute()["lookalike_pair_top1"] == pytest.approx(2 / 3)
 
 
+def test_objects_are_binned_by_how_many_others_their_picture_holds() -> None:
+    others = np.array([0, 2, 2, 3, 11])
+    metric = TopN(2, visible=lambda images: others[images])
+    ids = torch.arange(5)
+    probs = [[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9], [0.9, 0.1]]
+    labels = torch.zeros(5, dtype=torch.int64)
+    metric.update(log_probs_of(probs), labels, torch.full((5,), 0.01), ids, ids)
+    assert metric.records()["visible"].tolist() == others.tolist()
+    found = {k: v for k, v in metric.compute().items() if k.startswith("visible/")}
+    assert found == {
+        "visible/0_top1": 1.0, "visible/1-2_top1": 0.5, "visible/3-4_top1": 0.0,
+        "visible/over10_top1": 1.0,
+    }  # fmt: skip
+
+
+def test_bins_leave_no_object_out() -> None:
+    for bins in scores.BINS.values():
+        bounds = list(bins.values())
+        assert bounds[0][0] == 0 and bounds[-1][1] == np.inf
+    assert all(low == high for (_, high), (low, _) in pairwise(scores.SHARE_BINS.values()))
+    assert all(low == high + 1 for (_, high), (low, _) in pairwise(scores.VISIBLE_BINS.values()))
+    assert scores.bin_title("visible", "over10") == "over 10"
+    assert scores.bin_title("share", "tiny") == "tiny\n0 to 0.5 %"
+
+
+def test_uniform_guesses_are_worked_by_hand() -> None:
+    metric = TopN(4, looks=("a", "a", "a", None))
+    filled(log_probs_of([[0.25] * 4] * 4), torch.tensor([0, 1, 2, 3]), metric)
+    records = metric.records()
+    chances = {name: scores.chance(records, name) for name in (
+        "top1", "top3", "mean_class_top1", "area", "nll", "lookalike_top1", "lookalike_pair_top1",
+        "share/tiny_top1", "top20", "ece", "visible/0_top1",
+    )}  # fmt: skip
+    assert chances == {
+        "top1": 0.25, "top3": 0.75, "mean_class_top1": 0.25, "area": 0.625,
+        "nll": pytest.approx(math.log(4)), "lookalike_top1": 0.25,
+        "lookalike_pair_top1": pytest.approx(1 / 3), "share/tiny_top1": 0.25,
+        "top20": None, "ece": None, "visible/0_top1": None,
+    }  # fmt: skip
+    assert scores.value(records, "nll") == pytest.approx(chances["nll"])
+
+
 def test_metrics_that_no_object_counts_for_are_left_out() -> None:
     metric = TopN(2, looks=("a", "b"))
     ids = torch.tensor([1])
@@ -178,12 +222,6 @@ def test_objects_are_copied_before_a_model_writes_over_its_output() -> None:
     assert metric.compute()["nll"] > 0
 
 
-def test_the_per_class_table_has_the_most_frequent_class_first() -> None:
-    probs = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0]]
-    rows = filled(log_probs_of(probs), torch.tensor([1, 0, 1])).per_class(("cat", "dog", "cow"))
-    assert rows == [("dog", 2, 0.0), ("cat", 1, 1.0)]
-
-
 def test_predictions_are_written_whole_and_read_back(tmp_path: Path) -> None:
     looks = ["x"] * 2 + [None] * 10
     metric = filled(*random_case(), TopN(12, prior=[1.0] * 12, looks=looks))
@@ -193,7 +231,7 @@ def test_predictions_are_written_whole_and_read_back(tmp_path: Path) -> None:
     with np.load(file, allow_pickle=False) as stored:
         assert stored["log_probs"].dtype == np.float32
         assert stored["log_probs"].shape == (300, 12)
-        assert set(stored.files) == {*scores.REQUIRED, "prior", "looks"}
+        assert set(stored.files) == {*REQUIRED, "prior", "looks"}
         assert scores.evaluate(dict(stored)) == metric.compute()
     assert [path.name for path in file.parent.iterdir()] == ["predictions.npz"]
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from kd.errors import UserError
 from kd.metrics import scores
-from kd.metrics.scores import Records
+from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
 from kd.report import figures
+from kd.report.drawing import BLUE, ORANGE, figure_image, letters_on, save_figure
 from kd.report.pictures import hidden_scene_figure
 from kd.report.table import distill_table
 
@@ -25,7 +26,7 @@ def records_of(strength: float, seed: int) -> Records:
     labels = torch.arange(90) % 6
     logits = torch.randn(90, 6, generator=generator)
     logits[torch.arange(90), labels] += strength
-    metric = TopN(6, prior=[1.0] * 6)
+    metric = TopN(6, prior=[1.0] * 6, visible=lambda images: images % 3)
     ids = torch.arange(90)
     shares = torch.logspace(-3, -0.5, 90)
     metric.update(torch.log_softmax(logits, 1), labels, shares, ids, ids // 3)
@@ -34,7 +35,7 @@ def records_of(strength: float, seed: int) -> Records:
 
 def drawn(figure: Figure) -> torch.Tensor:
     """The picture, which must hold more than white."""
-    image = figures.figure_image(figure)
+    image = figure_image(figure)
     assert image.dtype == torch.uint8
     assert image.shape[0] == 3
     assert (image != 255).any()
@@ -43,7 +44,9 @@ def drawn(figure: Figure) -> torch.Tensor:
 
 def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceiling() -> None:
     curve = scores.curve(records_of(1.0, 0))
-    figure = figures.top_n_figure({"unet": curve}, curve * 0.5, np.ones(6))
+    figure = figures.top_n_figure(
+        {"unet": curve}, {"class prior": curve * 0.5, "exact posterior": np.ones(6)}
+    )
     labels = [str(line.get_label()).split(" (")[0] for line in figure.axes[0].lines]
     assert labels == ["random", "ideal", "class prior", "exact posterior", "unet"]
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), np.arange(1, 7) / 6)
@@ -52,24 +55,53 @@ def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceili
     drawn(figures.top_n_figure({"one class": np.ones(1)}))
 
 
-def test_class_shares_fall_and_keep_their_names() -> None:
-    figure = figures.class_share_figure(
-        np.array([1, 8, 1]), np.array([0, 1, 1]), ["cat", "dog", "cow"]
-    )
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "cat", "cow"]
-    heights = [bar.get_height() for bar in axes.patches]  # type: ignore[attr-defined]
-    assert heights == pytest.approx([80, 10, 10])
-    drawn(figure)
-    drawn(figures.class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)]))
-
-
 def test_shares_hidden_and_reliability_are_drawn_for_every_run() -> None:
     runs = {"unet": records_of(2.0, 0), "cnn": records_of(0.5, 1)}
     hidden = figures.share_hidden_figure(runs)
     assert len(hidden.axes[0].patches) == 2 * len(scores.SHARE_BINS)
     drawn(hidden)
     drawn(figures.reliability_figure(runs))
+
+
+def test_bars_have_their_runs_top1_and_lines_their_references() -> None:
+    runs, known = {"cnn": records_of(2.0, 0)}, {"class prior": records_of(0.0, 1)}
+    figure = figures.visible_figure(runs, known)
+    axes = figure.axes[0]
+    bins = ["0", "1-2"]
+    expected = [100 * (scores.value(runs["cnn"], f"visible/{b}_top1") or 0.0) for b in bins]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected)  # type: ignore[attr-defined]
+    lines = next(c for c in axes.collections if c.get_label() == "class prior")
+    heights = [segment[0][1] for segment in lines.get_segments()]  # type: ignore[attr-defined]
+    assert heights == pytest.approx(
+        [100 * (scores.value(known["class prior"], f"visible/{b}_top1") or 0.0) for b in bins]
+    )
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["0\n30 objects", "1 to 2\n60 objects"]
+    assert axes.get_ylim()[0] == 0
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["cnn", "class prior"]  # type: ignore[union-attr]
+    drawn(figure)
+
+
+def test_a_run_that_is_never_right_is_drawn_with_its_zeros_inside() -> None:
+    records = {**records_of(0.0, 0)}
+    records["log_probs"] = np.log(np.where(np.eye(6)[(records["labels"] + 1) % 6] > 0, 0.95, 0.01))
+    figure = figures.visible_figure({"a run of a rather long name, plain, seed 0": records})
+    drawn(figure)  # text far outside of the axes would leave no room for them, and warn
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0", "0"]
+    assert all(text.get_position()[1] < axes.get_ylim()[1] for text in axes.texts)
+
+
+def test_a_long_legend_has_as_many_rows_as_it_needs() -> None:
+    few, many = ({f"run{n}": records_of(1.0, n) for n in range(count)} for count in (3, 9))
+    found = [figures.visible_figure(runs).axes[0].get_legend() for runs in (few, many)]
+    assert [legend._ncols for legend in found] == [3, 5]  # type: ignore[union-attr]
+
+
+def test_letters_are_read_on_every_colour() -> None:
+    assert [letters_on(colour) for colour in (BLUE, ORANGE, "#000000", "#ffffff")] == [
+        "white", "black", "white", "black",
+    ]  # fmt: skip
 
 
 def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_arm() -> None:
@@ -108,8 +140,8 @@ def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:
 
 def test_a_figure_is_saved_and_a_bad_name_refused(tmp_path: Path) -> None:
     figure = figures.top_n_figure({"unet": np.linspace(0.5, 1, 6)})
-    figures.save_figure(figure, tmp_path / "new" / "curve.png")
+    save_figure(figure, tmp_path / "new" / "curve.png")
     with Image.open(tmp_path / "new" / "curve.png") as saved:
         assert saved.size[0] > 400
     with pytest.raises(UserError, match=r"curve.xyz: the figure cannot be written"):
-        figures.save_figure(figure, tmp_path / "curve.xyz")
+        save_figure(figure, tmp_path / "curve.xyz")

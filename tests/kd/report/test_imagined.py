@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from kd.data.hide import IMAGENET_MEAN
 from kd.data.regions import BoxShape, PolygonShape
-from kd.report.figures import figure_image
+from kd.report.drawing import figure_image
 from kd.report.imagined import heat_figure, regions_figure
 
 NAMES = ["cup", "ball", "fork", "spoon"]

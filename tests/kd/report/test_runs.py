@@ -16,7 +16,9 @@ from kd.metrics.top_n import TopN
 from kd.report.runs import (
     ceilings,
     check_same_objects,
+    find_runs,
     is_distill,
+    named_runs,
     read_distill,
     read_predictions,
     read_run,
@@ -171,3 +173,43 @@ def test_scalars_are_read_up_to_the_line_being_written(tmp_path: Path) -> None:
         read_scalars(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         read_scalars(tmp_path / "none")
+
+
+def test_runs_are_found_below_folders_but_not_inside_of_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = make_run(tmp_path / "teacher" / "unet" / "scenes")
+    cnn = make_run(tmp_path / "teacher" / "cnn" / "scenes")
+    make_run(unet / "fold0")
+    arm = make_run(tmp_path / "distill" / "seed0" / "plain")
+    (tmp_path / "distill" / "config.yaml").write_text("data: {name: scenes}\n")
+    (make_run(tmp_path / "teacher" / "new") / "summary.json").unlink()
+    found = find_runs([tmp_path / "teacher", tmp_path / "distill", unet])
+    assert [run.folder for run in found] == [cnn, unet, arm]
+    assert f"{tmp_path / 'teacher' / 'new'}: left out, it is not finished" in caplog.text
+    with pytest.raises(UserError, match=r"new: not finished, it has no summary.json"):
+        find_runs([tmp_path / "teacher" / "new"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no finished run in it or below it"):
+        find_runs([tmp_path / "empty"])
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        find_runs([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["t/cnn/scenes", "t/unet/scenes"], ["cnn", "unet"]),
+        (["d/seed0/plain", "d/seed1/plain", "d/seed1/bare"],
+         ["seed0/plain", "seed1/plain", "seed1/bare"]),
+        (["t/unet", "t/unet/fold0"], ["unet", "unet/fold0"]),
+        (["t/unet"], ["unet"]),
+    ],
+)  # fmt: skip
+def test_runs_are_called_by_what_tells_them_apart(
+    tmp_path: Path, folders: list[str], names: list[str]
+) -> None:
+    runs = [read_run(make_run(tmp_path / folder)) for folder in folders]
+    named = named_runs(runs)
+    assert list(named) == names
+    assert list(named.values()) == runs

@@ -13,7 +13,7 @@ import torch
 from kd.errors import UserError
 from kd.metrics import scores
 from kd.metrics.interval import paired_interval
-from kd.metrics.scores import Records
+from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
 from kd.report.table import distill_table, print_table, runs_table
 

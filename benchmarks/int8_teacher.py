@@ -1,0 +1,109 @@
+"""What int8 does to a trained teacher's posteriors, and what it saves.
+
+The run's teacher answers for all objects of some val pictures as it is, with batch norms folded
+(kd.nn.fuse) and in int8 (kd.nn.int8, ranges from 32 train pictures): top-1, NLL, the KL from its
+own float32 posteriors, and the CPU's time an object.
+
+    python benchmarks/int8_teacher.py --teacher runs/teacher/unet/scenes [--images 200]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kd.build import make_dataset, open_data
+from kd.config import TeacherRecipe
+from kd.config_reader import from_plain, read_yaml
+from kd.data.collate import collate
+from kd.data.dataset import SceneDataset
+from kd.nn.fuse import for_answers
+from kd.nn.int8 import in_int8
+from kd.tasks.base import Task, hidden_labels, named
+from kd.teacher_runs import load_teacher
+
+BATCH = 8
+
+
+@dataclass
+class Tally:
+    """Sums over the objects so far."""
+
+    seconds: float = 0.0
+    right: int = 0
+    surprise: float = 0.0
+    divergence: float = 0.0
+
+
+def batches(dataset: SceneDataset, images: int) -> Iterator[dict[str, Tensor]]:
+    """The first pictures, each with all its objects hidden in turn."""
+    for start in range(0, min(images, len(dataset)), BATCH):
+        places = range(start, min(start + BATCH, images, len(dataset)))
+        yield collate([dataset[0, place] for place in places])
+
+
+@torch.inference_mode()
+def answer(model: nn.Module, task: Task, batch: dict[str, Tensor], tally: Tally) -> Tensor:
+    """Log-probabilities of a batch's objects, (K, C), timed."""
+    inputs = task.inputs(batch)
+    began = time.process_time()
+    output = model(*inputs)
+    tally.seconds += time.process_time() - began
+    log_probs, labels = task.decode(named(output), batch), hidden_labels(batch)
+    tally.right += int((log_probs.argmax(dim=1) == labels).sum())
+    tally.surprise -= float(log_probs[torch.arange(len(labels)), labels].sum())
+    return log_probs
+
+
+def main() -> int:
+    """Print a row for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", type=Path, help="a run folder, or a checkpoint in one")
+    parser.add_argument("--images", type=int, default=200)
+    options = parser.parse_args()
+    if options.teacher is None:
+        sys.stdout.write("left out: name a trained teacher with --teacher RUN\n")
+        return 0
+    folder = options.teacher if options.teacher.is_dir() else options.teacher.parent
+    recipe = from_plain(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
+    data = open_data(recipe.data)
+    teacher = load_teacher(options.teacher, data.num_classes)
+    train, val = (make_dataset(data, split, train=False) for split in ("train", "val"))
+    samples = [teacher.task.inputs(batch)[0] for batch in batches(train, 32)]
+    spared = ["head"] if hasattr(teacher.model, "head") else []
+    models = {
+        "float32": teacher.model,
+        "folded": for_answers(teacher.model),
+        "int8": in_int8(teacher.model, samples, spared=spared),
+    }
+    tallies = {name: Tally() for name in models}
+    objects = 0
+    for batch in batches(val, options.images):
+        objects += len(batch["hidden"])
+        found = {
+            name: answer(model, teacher.task, batch, tallies[name])
+            for name, model in models.items()
+        }
+        own = found["float32"]
+        for name, log_probs in found.items():
+            tallies[name].divergence += float((own.exp() * (own - log_probs)).sum())
+    sys.stdout.write(f"{options.teacher}: {objects} objects of {options.images} val pictures\n")
+    sys.stdout.write(f"{'':<10}{'ms/object':>11}{'ratio':>8}{'top-1':>8}{'NLL':>9}{'KL':>10}\n")
+    for name, tally in tallies.items():
+        sys.stdout.write(
+            f"{name:<10}{1e3 * tally.seconds / objects:>11.2f}"
+            f"{tallies['float32'].seconds / tally.seconds:>8.2f}{100 * tally.right / objects:>8.2f}"
+            f"{tally.surprise / objects:>9.4f}{tally.divergence / objects:>10.5f}\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,207 @@
+"""What runs answer about a val split: the model asked again, or read from where it was stored."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import nn
+
+from kd.adapted import AdaptedStudent
+from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.config import Data
+from kd.config_reader import data_config, from_plain, read_yaml
+from kd.engine import evaluate
+from kd.errors import UserError
+from kd.metrics.records import Records
+from kd.metrics.top_n import TopN
+from kd.pictures import hidden_scenes
+from kd.report.runs import Run, read_predictions
+from kd.session import new_metric
+from kd.student_runs import load_student
+from kd.tasks.base import Metric, Task
+from kd.teacher_runs import load_teacher
+
+_log = logging.getLogger("kd")
+FOLDER = "evaluation"  # in a run's folder
+_PREDICTIONS = "predictions.npz"
+PICTURES = 8  # hidden scenes that are drawn
+# How pictures were shown to a run goes with it to another data set.
+_SHOWN = ("size", "shape", "min_share", "max_share", "pictures")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A run's answers on the val split of a data set.
+
+    Args:
+        name: What the model is.
+        data: The data set.
+        metric: Holds the answers.
+        folder: Where an evaluation of this run on this data set goes.
+        step: Of training.
+        pictures: Draws hidden scenes with what the model says.
+    """
+
+    name: str
+    data: OpenData
+    metric: Metric
+    folder: Path
+    step: int
+    pictures: Callable[[], Iterator[Figure]]
+
+    @property
+    def records(self) -> Records | None:
+        """Answers about objects as `predictions.npz` holds them; None where others were asked."""
+        return self.metric.records() if isinstance(self.metric, TopN) else None
+
+    def save_predictions(self) -> None:
+        """Write `predictions.npz`, for setting runs side by side."""
+        self.metric.save_predictions(self.folder / _PREDICTIONS)
+
+
+def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> Answers | None:
+    """Load a run's model and ask it about the val split; None on ranks other than 0.
+
+    Args:
+        run: A teacher's folder or that of one arm.
+        data_name: Another data set than its own.
+        settings: `data.a=value`.
+
+    Raises:
+        UserError: It is no run, unfinished, or knows another number of classes than the data set.
+    """
+    config, data, model, task = open_run(run, settings, data_name)
+    accelerator = make_accelerator(config["train"]["precision"])
+    metric = new_metric(task, data)
+    loader = make_loader(
+        make_dataset(data, "val", train=False),
+        accelerator,
+        batch_size=int(config["train"]["batch_size"]),
+        workers=data.section.workers,
+    )
+    asked = AdaptedStudent(model).to(accelerator.device)
+    evaluate(asked, task, loader, metric, accelerator)
+    if not accelerator.is_main_process:
+        return None
+
+    def pictures() -> Iterator[Figure]:
+        return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
+
+    folder = run / FOLDER
+    if data.section.name != config["data"]["name"]:
+        folder = folder / data.section.name
+    return Answers(_model_name(config), data, metric, folder, _steps(run), pictures)
+
+
+def open_run(
+    run: Path, settings: Sequence[str], data_name: str | None = None
+) -> tuple[dict[str, Any], OpenData, nn.Module, Task]:
+    """A finished run's config, data set, model and task, be it a teacher or a student.
+
+    Raises:
+        UserError: It is no run, or unfinished.
+    """
+    config = _run_config(run)
+    section = data_section(run, config, data_name, settings)
+    if _is_teacher(config):
+        data = open_data(section)
+        teacher = load_teacher(run, data.num_classes)
+        return config, data, teacher.model, teacher.task
+    student = load_student(run, config, section)
+    return config, student.data, student.model, student.task
+
+
+def data_section(
+    run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
+) -> Data:
+    """The data set to evaluate on, shown as the run's was: the run's own, or another by name."""
+    if name is None:
+        return from_plain(Data, config["data"], str(run / "config.yaml"), settings)
+    own = config["data"]
+    shown = [f"{key}={json.dumps(own[key])}" for key in _SHOWN if key in own]
+    return data_config(name, [*shown, *settings])
+
+
+def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> OpenData:
+    """Open the data set that `stored_answers` of this run are about."""
+    own = name is None or data_config(name).name == _data_name(run)
+    return open_data(data_section(run.folder, run.config, None if own else name, settings))
+
+
+def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
+    """Runs with their answers about one data set: their own, or what `kd.evaluate --data` wrote.
+
+    Args:
+        runs: Finished runs.
+        data_name: The data set; None where it is the own one of all runs. Runs that were never
+            asked about it are left out with a warning.
+
+    Raises:
+        UserError: Runs of different data sets and no name, or no run was asked about it.
+    """
+    own = [_data_name(run) for run in runs]
+    if data_name is None:
+        for run, name in zip(runs, own, strict=True):
+            if name != own[0]:
+                raise UserError(
+                    f"{runs[0].folder} is of {own[0]}, {run.folder} of {name}: runs side by side "
+                    f"answer about one data set; name it, such as --data {own[0]}"
+                )
+        return list(runs)
+    wanted, found = data_config(data_name).name, []
+    for run, name in zip(runs, own, strict=True):
+        file = run.folder / FOLDER / wanted / _PREDICTIONS
+        if name == wanted:
+            found.append(run)
+        elif file.is_file():
+            found.append(replace(run, records=read_predictions(file)))
+        else:
+            _log.warning(
+                "%s: left out, it is of %s; ask it with: python -m kd.evaluate %s --data %s",
+                *(run.folder, name, run.folder, data_name),
+            )
+    if not found:
+        raise UserError(f"no run has answers about {data_name}")
+    return found
+
+
+def _data_name(run: Run) -> str:
+    try:
+        return str(run.config["data"]["name"])
+    except (KeyError, TypeError):
+        raise UserError(f"{run.folder / 'config.yaml'}: not the config of a run") from None
+
+
+def _run_config(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run}: not a run folder, it has no config.yaml")
+    config = read_yaml(file)
+    if not {"data", "train", "task"} <= config.keys():
+        raise UserError(f"{file}: not the config of a run")
+    return config
+
+
+def _is_teacher(config: Mapping[str, Any]) -> bool:
+    """A distillation's config names its teacher's run, a teacher's the options of the model."""
+    return {"name", "options"} <= set(config.get("teacher", ()))
+
+
+def _model_name(config: Mapping[str, Any]) -> str:
+    if _is_teacher(config):
+        return str(config["teacher"]["name"])
+    return f"{config['student']['name']}, {config['arm']}"
+
+
+def _steps(run: Path) -> int:
+    """Steps of training, 0 where the run's summary does not say."""
+    try:
+        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError):
+        return 0

@@ -1,0 +1,75 @@
+"""What a model is held against: the same objects as somebody answers who sees less, or all."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.baselines import cooccurrence_log_probs
+from kd.build import OpenData
+from kd.data.coco import CocoIndex
+from kd.errors import UserError
+from kd.metrics.records import Array, Records, answered, prior_records
+
+PRIOR, COMPANY, EXACT = "class prior", "co-occurrence", "exact posterior"
+
+# What each of them knows, for the notes below a table.
+ABOUT = {
+    PRIOR: "class prior: the classes' shares of the training objects",
+    COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
+    "around the hidden one; no pixels",
+    EXACT: "exact posterior: of the scenes' own generative model; nobody is better on average",
+}
+
+
+def references(data: OpenData, records: Records) -> dict[str, Records]:
+    """Everything that is known for these val objects, the weakest first.
+
+    Args:
+        data: Their data set.
+        records: A run's predictions.
+
+    Raises:
+        UserError: The objects are not those of the data set.
+    """
+    known = {
+        PRIOR: prior_records(records),
+        COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
+        EXACT: exact_records(data, records),
+    }
+    return {name: one for name, one in known.items() if one is not None}
+
+
+def on_data(data: OpenData, records: Records, where: str) -> Records:
+    """Stored predictions with the number of visible objects, which older ones lack.
+
+    Raises:
+        UserError: The objects or their labels are not those of the data set's val split.
+    """
+    val = data.val
+    order = np.argsort(val.object_ids, kind="stable")
+    place = np.searchsorted(val.object_ids, records["object_ids"], sorter=order)
+    rows = order[np.minimum(place, len(order) - 1)]
+    same = val.object_ids[rows] == records["object_ids"]
+    if wrong := int((~same | (val.labels[rows] != records["labels"])).sum()):
+        raise UserError(
+            f"{where}: {wrong} of its objects are not in {val.annotation_file}, or have another "
+            "label there; name the run's own data set with --set data.root=DIR"
+        )
+    return {**records, "visible": visible_objects(val, records["image_ids"])}
+
+
+def visible_objects(index: CocoIndex, image_ids: Array) -> Array:
+    """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
+    order = np.argsort(index.image_ids, kind="stable")
+    images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
+    return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)
+
+
+def exact_records(data: OpenData, records: Records) -> Records | None:
+    """The objects as the exact posterior answers them; None for other data than the scenes."""
+    stored = data.ceiling("val")
+    if stored is None:
+        return None
+    answers: NDArray[np.float32] = stored["log_probs_pixels"].astype(np.float32)
+    return answered(records, stored["object_ids"], answers, EXACT)

@@ -1,0 +1,140 @@
+"""What figures share: colours, axes without clutter, and a figure as a file or as a tensor.
+
+Figures are drawn without a display or global state. Colours are those of Okabe and Ito, which the
+colour-blind can tell apart; what runs are held against is grey or black, told apart by its dashes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from kd.errors import UserError
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)
+GREY, PALE, INK = "#6b6b6b", "#c9c9c9", "#333333"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+# Colour and dashes of what is no run; others get `_OTHER`.
+REFERENCES: dict[str, tuple[str, Any]] = {
+    "class prior": (GREY, "--"),
+    "co-occurrence": ("#7a5c00", (0, (1, 0.8))),
+    "exact posterior": ("black", "-."),
+}
+_OTHER = (GREY, ":")
+_LETTERS_AN_INCH = 13  # of a legend
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of that many inches and its clean axes."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    clean(axes)
+    return figure, axes
+
+
+def new_stack(width: float, height: float, ratios: tuple[float, ...]) -> tuple[Figure, list[Axes]]:
+    """A figure whose clean axes stand above each other and share x, as high as `ratios` say."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    stack = list(figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios))
+    for axes in stack:
+        clean(axes)
+    return figure, stack
+
+
+def clean(axes: Axes) -> None:
+    """No frame above and right, and pale lines to read heights by."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8)
+
+
+def colours(count: int) -> list[str]:
+    """One a run."""
+    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+
+
+def reference_style(name: str) -> dict[str, Any]:
+    """Colour and dashes of the line of what runs are held against."""
+    colour, dashes = REFERENCES.get(name, _OTHER)
+    return {"color": colour, "linestyle": dashes}
+
+
+def letters_on(colour: str) -> str:
+    """White or black, whichever is read more easily on a colour (ITU-R BT.709 luminance)."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.55 else "black"
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend outside of the data, bars before lines across them; in as many rows as it needs."""
+    found = zip(*axes.get_legend_handles_labels(), strict=True)
+    handles, labels = zip(
+        *sorted(found, key=lambda f: not isinstance(f[0], BarContainer)), strict=True
+    )
+    inches = axes.figure.bbox.width / axes.figure.dpi
+    width = sum(map(len, labels)) + 6 * len(labels)  # in letters, handles too
+    rows = -(-width // int(_LETTERS_AN_INCH * inches))
+    columns = -(-len(labels) // rows)
+    axes.legend(
+        handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns,
+        frameon=False, fontsize=8.5,
+    )  # fmt: skip
+
+
+def save_figure(figure: Figure, file: str | Path) -> None:
+    """Write a figure; the name's ending chooses the format.
+
+    Raises:
+        UserError: The ending is unknown or the file cannot be written.
+    """
+    path = Path(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the figure cannot be written: {error}") from error
+
+
+def save_image(image: Tensor, file: Path) -> None:
+    """Write a picture, uint8 (3, H, W), as PNG.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
+    except OSError as error:
+        raise UserError(f"{file}: the figure cannot be written: {error}") from error
+
+
+def figure_image(figure: Figure, *, dpi: int = 110) -> Tensor:
+    """(3, H, W) uint8 of a figure, as TensorBoard's `add_image` takes it."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()

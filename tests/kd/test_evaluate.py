@@ -1,0 +1,231 @@
+"""The command that evaluates a run, and sets runs side by side, on tiny scenes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+
+from kd import answers, evaluate
+from kd.baselines import cooccurrence_log_probs
+from kd.build import open_data
+from kd.cli import run_command
+from kd.config import Data, Generate, Split
+from kd.errors import UserError
+from kd.evaluation import Scores, write_tables
+from kd.metrics import scores
+from kd.metrics.average_precision import MultiLabelAP
+from kd.references import COMPANY, EXACT, PRIOR, exact_records, on_data, references
+from kd.report.runs import read_run
+
+pytestmark = pytest.mark.slow
+
+OF_CLASSES = {"per_class", "confusions", "beyond_prior"}
+FIGURES = {"top_n", "share_hidden", "visible_objects", "calibration", "class_shares", *OF_CLASSES}
+
+
+@pytest.fixture(scope="module")
+def run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny teacher without its fold models, evaluated."""
+    folder = tmp_path_factory.mktemp("evaluate") / "cnn"
+    shutil.copytree(small_teacher, folder, ignore=shutil.ignore_patterns("fold*", "cache"))
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "events.out.tfevents.1.earlier").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "PICTURES", 2)
+        assert evaluate.main([str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def another(small_scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same scenes as a data set of another name, whose exact posterior is not known."""
+    file = tmp_path_factory.mktemp("data") / "photos.yaml"
+    file.write_text(
+        f"name: photographs\nroot: {small_scenes}\nworkers: 0\n"
+        "train: {annotations: annotations/instances_train.json, images: train}\n"
+        "val: {annotations: annotations/instances_val.json, images: val}\n"
+    )
+    return file
+
+
+def said_and_wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a mistake; its single line."""
+    assert run_command(evaluate.main, list(arguments)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_an_evaluation_leaves_tables_numbers_and_figures(run: Path) -> None:
+    folder = run / "evaluation"
+    names = {path.name for path in folder.iterdir()}
+    assert {f"{name}.png" for name in FIGURES} | {"table.md", "metrics.json"} <= names
+    assert {f"hidden_scene_{number}.png" for number in range(2)} <= names
+    assert "predictions.npz" not in names  # they are in the run's folder
+    table = (folder / "table.md").read_text()
+    assert table.count("### ") == 6
+    assert "| metric | cnn | 95 % interval | random | class prior | co-occurrence |" in table
+
+
+def test_its_numbers_are_those_of_training_beside_the_references(run: Path) -> None:
+    numbers = json.loads((run / "evaluation" / "metrics.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    found = numbers["runs"]["cnn"]
+    for name in ("top1", "top5", "nll", "ece", "lookalike_pair_top1", "visible/3-4_top1"):
+        assert found[name] == pytest.approx(summary[name])
+    low, high = found["intervals"]["top1"]
+    assert low <= found["top1"] <= high
+    assert list(numbers["references"]) == ["random", PRIOR, COMPANY, EXACT]
+    assert numbers["references"][EXACT]["nll"] == pytest.approx(summary["ceiling_nll"])
+    assert numbers["references"][PRIOR]["top1"] == pytest.approx(summary["prior_top1"])
+    assert sum(row["support"] for row in numbers["classes"]) == numbers["objects"]
+    wrong = sum(pair["objects"] for pair in numbers["confusions"])
+    assert wrong == pytest.approx((1 - found["top1"]) * numbers["objects"])
+
+
+def test_tensorboard_has_the_figures_of_the_last_evaluation_only(run: Path) -> None:
+    assert len(list((run / "evaluation").glob("events.*"))) == 1
+    events = EventAccumulator(str(run / "evaluation"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {f"evaluation/{name}" for name in FIGURES} <= set(tags["images"])
+    assert {"eval/top1", "eval/nll"} <= set(tags["scalars"])
+    assert events.Images("evaluation/top_n")[0].step == 3  # steps of training
+
+
+def test_another_data_set_has_a_folder_of_its_own_and_no_exact_posterior(
+    run: Path,
+    another: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers, "PICTURES", 0)
+    assert evaluate.main([str(run), "--data", str(another), "--per-class"]) == 0
+    said = capsys.readouterr().out
+    assert "on photographs val: " in said
+    assert EXACT not in said
+    assert "says instead" in said
+    folder = run / "evaluation" / "photographs"
+    assert (folder / "table.md").is_file() and (folder / "predictions.npz").is_file()
+    assert evaluate.main(["--all", str(run), "--data", str(another)]) == 0
+    assert "photographs val: " in capsys.readouterr().out
+
+
+def test_runs_side_by_side_share_a_table_and_figures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = tmp_path / "runs" / "other"
+    shutil.copytree(run, twin, ignore=shutil.ignore_patterns("evaluation"))
+    with np.load(twin / "predictions.npz") as stored:  # as an older version wrote them
+        old = {name: stored[name] for name in stored.files if name != "visible"}
+    np.savez(twin / "predictions.npz", **old)
+    out = tmp_path / "side"
+    flags = ["--all", str(run), str(tmp_path / "runs"), "--out", str(out), "--per-class"]
+    assert evaluate.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if line.startswith("run "))
+    columns = ["top1", "top3", "top5", "top10", "top20", "mean_class_top1", "nll", "ece",
+               "lookalike_top1", "lookalike_pair_top1"]  # fmt: skip
+    assert header.split() == ["run", *columns]
+    names = [line.split("  ")[0] for line in lines[lines.index(header) :]]
+    for name in ("random", PRIOR, COMPANY, EXACT):
+        assert name in names
+    assert "other objects in the picture" in "\n".join(lines)
+    drawn = {path.stem for path in out.glob("*.png")}
+    assert drawn == FIGURES - OF_CLASSES
+    numbers = json.loads((out / "metrics.json").read_text())
+    first, second = numbers["runs"].values()
+    assert first == second
+
+
+def test_references_answer_the_same_objects(run: Path) -> None:
+    records = read_run(run).records
+    data = open_data(Data.model_validate(read_run(run).config["data"]))
+    known = references(data, records)
+    assert list(known) == [PRIOR, COMPANY, EXACT]
+    ids, log_probs = cooccurrence_log_probs(data)
+    np.testing.assert_array_equal(
+        known[COMPANY]["log_probs"][3], log_probs[ids == records["object_ids"][3]][0]
+    )
+    stored = data.ceiling("val")
+    assert stored is not None
+    own = stored["log_probs_pixels"][stored["object_ids"] == records["object_ids"][3]]
+    np.testing.assert_allclose(known[EXACT]["log_probs"][3], own[0], rtol=1e-6)
+    exact, model = (scores.value(one, "nll") for one in (known[EXACT], records))
+    assert exact is not None and model is not None and exact < model
+    place = data.val.object_ids.tolist().index(int(records["object_ids"][3]))
+    image = data.val.image_of(place)
+    others = int(data.val.first[image + 1] - data.val.first[image]) - 1
+    assert records["visible"][3] == others
+
+
+def test_objects_of_another_data_set_are_refused(run: Path, small_scenes: Path) -> None:
+    section = Data(
+        name="scenes",
+        root=str(small_scenes),
+        train=Split(annotations="annotations/instances_train.json", images="train"),
+        val=Split(annotations="annotations/instances_train.json", images="train"),
+        generate=Generate(train=24, val=8),
+    )
+    records = dict(read_run(run).records)
+    data = open_data(section)
+    records["object_ids"] = records["object_ids"] + 10**6
+    with pytest.raises(UserError, match=r"a run: .* of its objects are not in .*instances_train"):
+        on_data(data, records, "a run")
+    with pytest.raises(UserError, match="exact posterior: no answer for object"):
+        exact_records(data, records)
+
+
+def test_mistakes_are_one_line(
+    run: Path, tmp_path: Path, another: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished, foreign, never = (tmp_path / name for name in ("unfinished", "foreign", "never"))
+    for folder in (unfinished, foreign, never):
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("evaluation"))
+    (unfinished / "summary.json").unlink()
+    config = (foreign / "config.yaml").read_text()
+    (foreign / "config.yaml").write_text(config.replace("name: scenes", "name: photographs"))
+    (tmp_path / "empty").mkdir()
+
+    wrong = said_and_wrong(capsys, "--all", str(run), str(unfinished))
+    assert "unfinished: not finished, it has no summary.json" in wrong
+    wrong = said_and_wrong(capsys, "--all", str(run), str(foreign))
+    assert "is of scenes" in wrong and "of photographs" in wrong and "--data scenes" in wrong
+    wrong = said_and_wrong(capsys, "--all", str(tmp_path / "empty"))
+    assert "no finished run in it or below it" in wrong
+    wrong = said_and_wrong(capsys, "--all", str(never), "--data", str(another))
+    assert f"no run has answers about {another}" in wrong
+    assert "2 runs: --all sets several side by side" in said_and_wrong(capsys, str(run), str(run))
+    (tmp_path / "file").write_text("")
+    wrong = said_and_wrong(capsys, "--all", str(run), "--out", str(tmp_path / "file" / "x"))
+    assert "cannot be written" in wrong
+
+
+def test_a_task_that_asks_about_pictures_has_tables_of_its_own_metric(
+    run: Path, tmp_path: Path
+) -> None:
+    data = open_data(Data.model_validate(read_run(run).config["data"]))
+    classes = data.num_classes
+    metric = MultiLabelAP(classes)
+    present = torch.zeros(2, classes, dtype=torch.bool)
+    present[0, 0] = present[1, 1] = True
+    sure = torch.where(present, -0.1, -3.0)
+    sure[:, 1] = torch.tensor([-0.1, -3.0])  # the second class is ranked the wrong way round
+    metric.update(sure, present, torch.tensor([4, 7]))
+    write_tables(tmp_path, Scores("labels on scenes val", data, metric))
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert numbers["mAP"] == pytest.approx(0.75)
+    first = data.val.class_names[0]
+    assert numbers["by_class"][0] == {"name": first, "support": 1, "score": 1.0}
+    table = (tmp_path / "table.md").read_text()
+    assert "| mAP (%) | 75.0 | 50.0 |" in table
+    assert f"| {first} | 1 | 100.0 |" in table
+    assert "- count: 2" in table
