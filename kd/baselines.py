@@ -7,24 +7,18 @@ from collections.abc import Collection
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kd.build import OpenData, make_dataset
 from kd.data.coco import CocoIndex
 from kd.nn.cooccurrence import NaiveBayes, Objects
 
 
-def index_objects(
-    index: CocoIndex, images: Collection[int] | None = None
-) -> tuple[Objects, Tensor]:
-    """The objects of an index, and the rows that they are.
+def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
+    """The objects of an index end to end, images counted on from 0.
 
     Args:
         index: The data set.
         images: Only those of images with these ids; all where not given.
-
-    Returns:
-        Objects end to end, images counted on from 0, and their rows of the index (M,).
     """
     counts = np.diff(index.first)
     owners = np.repeat(np.arange(len(index)), counts)
@@ -34,25 +28,23 @@ def index_objects(
         rows, owners = rows[kept], owners[kept]
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
     boxes = index.boxes[rows] / np.tile(sides, 2)
-    objects = Objects(
+    return Objects(
         torch.from_numpy(index.labels[rows].astype(np.int64)),
         torch.ones(len(rows), dtype=torch.bool),
         torch.from_numpy(boxes).clamp(0.0, 1.0),
         torch.from_numpy(sides[:, 0] / sides[:, 1]),
         torch.from_numpy(np.unique(owners, return_inverse=True)[1].astype(np.int64)),
     )
-    return objects, torch.from_numpy(rows)
 
 
-def fit_cooccurrence(index: CocoIndex, images: Collection[int] | None = None) -> NaiveBayes:
+def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
     """Naive Bayes over the other objects, place and size, of all objects of the train images.
 
     Args:
         index: The train split.
-        images: Only images with these ids; all where not given.
     """
     model = NaiveBayes(index.num_classes, evidence=("company", "place", "size"))
-    model.fit(index_objects(index, images)[0])
+    model.fit(index_objects(index))
     return model.eval()
 
 
@@ -63,7 +55,7 @@ def cooccurrence_log_probs(data: OpenData) -> tuple[NDArray[np.int64], NDArray[n
         Annotation ids (K,) ascending, and log-probabilities (K, C).
     """
     model = fit_cooccurrence(data.train)
-    objects, _ = index_objects(data.val)  # all of them, so that an object's place is its row
+    objects = index_objects(data.val)  # all of them, so that an object's place is its row
     rows = make_dataset(data, "val", train=False).usable_rows()
     log_probs = model(objects, torch.from_numpy(rows)).numpy()
     ids = data.val.object_ids[rows]

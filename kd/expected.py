@@ -82,7 +82,7 @@ def answer_regions(
         masks = None
         if exact:
             masks = torch.stack([torch.from_numpy(regions[row].mask) for row in rows])
-        told = _told(photo, boxes) if _reads(teacher) else None
+        told = _told(photo, boxes) if teacher.reads_labels else None
         probabilities = ask(teacher, photo, boxes, masks=masks, device=device)
         picture, hidden = as_seen(teacher, _question(photo, boxes, masks, photo.labels))
         for number, row in enumerate(rows):
@@ -109,7 +109,7 @@ def ask(
         masks: (K, H, W) bool, exact regions.
     """
     groups = [(torch.arange(len(boxes)), photo.labels)]
-    if _reads(teacher) and len(photo.boxes):
+    if teacher.reads_labels and len(photo.boxes):
         told, kind_of = _told(photo, boxes).unique(dim=0, return_inverse=True)
         groups = [((kind_of == kind).nonzero()[:, 0], labels) for kind, labels in enumerate(told)]
     questions = [
@@ -121,10 +121,6 @@ def ask(
     answers = torch.cat([rows.exp() for rows in told])
     order = torch.cat([rows for rows, _ in groups])
     return answers[order.argsort()]
-
-
-def _reads(teacher: TrainedTeacher) -> bool:
-    return bool(getattr(teacher.model, "reads_labels", False))
 
 
 def _told(photo: Photograph, boxes: Tensor) -> Tensor:

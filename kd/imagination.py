@@ -147,7 +147,7 @@ class Imagination:
 
     def warn_of_blindness(self, annotated: bool) -> None:
         """Say so where the teacher lives on what it is not told, or is told in vain."""
-        reads = bool(getattr(self.teacher.model, "reads_labels", False))
+        reads = self.teacher.reads_labels
         if reads and not annotated:
             _log.warning(
                 "%s: this teacher reads the classes and boxes of the other objects; without "

@@ -112,8 +112,7 @@ def open_sources(
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
     """Stored posteriors must not carry labels that the student is not to know."""
     labelled = recipe.data.labelled
-    told = bool(getattr(teacher.model, "reads_labels", False))
-    if told and labelled < 1 and recipe.soft_targets.kind == "stored":
+    if teacher.reads_labels and labelled < 1 and recipe.soft_targets.kind == "stored":
         raise UserError(
             f"{teacher.folder}: this teacher is told the other objects' classes, which "
             f"data.labelled {labelled} keeps from the student on the other images; take a teacher "

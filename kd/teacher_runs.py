@@ -40,6 +40,11 @@ class TrainedTeacher:
     model: nn.Module
     task: Task
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it is told the classes of the other objects."""
+        return bool(getattr(self.model, "reads_labels", False))
+
 
 def find_teacher(reference: TeacherReference, data: str) -> Path:
     """The run folder or file that a recipe means.

@@ -77,8 +77,8 @@ def train_one(
         return
     set_seed(recipe.seed)
     model = build_teacher(recipe.teacher, data.num_classes)
-    if isinstance(model, Fitted):  # counted rather than trained
-        model.fit(index_objects(data.train, only)[0])
+    if isinstance(model, Fitted) and not folder.checkpoint.is_file():  # which has the counts
+        model.fit(index_objects(data.train, only))
     shares = data.prior(only), data.shares(only)
     task = build_task(recipe.task, recipe.data, data.num_classes, *shares, model=model)
     dataset = make_dataset(

@@ -141,7 +141,6 @@ class SceneDataset(Dataset[Sample]):
             (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
         )
         image = int(self.images[position])
-        random_company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
         picture = self._read(image)
         scene = self._draw_scene(image, (picture.shape[1], picture.shape[2]), random)
         candidates = scene.usable.nonzero()[:, 0]
@@ -164,8 +163,9 @@ class SceneDataset(Dataset[Sample]):
         }
         if self.withhold is not None:
             start, end = self.withhold
+            company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
             share = start + (end - start) * epoch / max(1, self.epochs - 1)
-            sample["withheld"] = torch.from_numpy(random_company.random(len(labels)) < share)
+            sample["withheld"] = torch.from_numpy(company.random(len(labels)) < share)
         original = (picture.shape[1], picture.shape[2])
         if self.class_maps is not None:
             sample["class_maps"] = self.class_maps(image, scene.plan, original)
