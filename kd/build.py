@@ -26,6 +26,7 @@ from kd.data.loader import SceneLoader, build_loader
 from kd.data.scenes import categories, generate_scenes
 from kd.data.stored import StoredField
 from kd.errors import UserError
+from kd.memory import keep_freed_memory
 from kd.tasks import TASKS
 from kd.tasks.base import Task
 from kd.transferred import TRANSFERRED, take_trunk
@@ -287,6 +288,8 @@ def native_bf16(device: torch.device) -> bool:
 def make_accelerator(precision: str) -> Accelerator:
     """Devices, processes and precision."""
     cpu = not torch.cuda.is_available()
+    if cpu:
+        keep_freed_memory()
     device = torch.device("cpu" if cpu else "cuda")
     bf16 = precision == "bf16" or (precision == "auto" and native_bf16(device))
     mixed = "bf16" if bf16 else "no"

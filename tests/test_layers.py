@@ -91,6 +91,7 @@ PLACES = {
     "kd.config_schema": FOUNDATION,
     "kd.errors": FOUNDATION,
     "kd.files": FOUNDATION,
+    "kd.memory": FOUNDATION,
     "kd": FOUNDATION,  # the package's own __init__: a version, nothing else
 }
 

@@ -1,0 +1,33 @@
+"""How the C library gives out memory for tensors on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# glibc's names for what `mallopt` sets (malloc.h).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT = 2**31 - 1  # bytes of free memory that a process keeps for itself; the most an int says
+_FROM_HEAP = 2**30  # bytes below which a block comes from memory once used
+# A user who tuned glibc has decided already.
+_TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Use freed blocks again, large ones too, instead of handing them back to the system.
+
+    glibc asks the system anew for each block above 32 MiB, and the system fills it with zeros page
+    by page at its first use. The feature maps of a few photographs are such blocks, at each layer
+    of each step. A network's blocks have the same sizes at every step, so that keeping them costs
+    no memory worth speaking of. What it gains: `benchmarks/allocator.py`.
+
+    Returns:
+        Whether it was done: not with another C library than glibc, nor against a user's settings.
+    """
+    if any(name in os.environ for name in _TUNED):
+        return False
+    mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_MMAP_THRESHOLD, _FROM_HEAP), (_TRIM_THRESHOLD, _KEPT))
+    return all(mallopt(name, value) == 1 for name, value in settings)
