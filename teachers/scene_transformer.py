@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd.errors import UserError, at_least
 from kd.nn.blind import AnyTrunk, BlindTrunk, picture_alone
 from kd.nn.cooccurrence import NaiveBayes, Objects
+from kd.nn.kinds import SceneKinds
 from kd.nn.levels import LevelledTrunk, build_levels
 from kd.nn.picture_tokens import Patches, check_patches, place_boxes
 from kd.nn.surroundings import Surroundings
@@ -53,6 +54,7 @@ class SceneTransformer(nn.Module):
         trunk: LevelledTrunk | None,
         around: Surroundings | None,
         counts: NaiveBayes | None,
+        kinds: SceneKinds | None,
         dense: bool,
         dropout: float,
     ) -> None:
@@ -66,7 +68,8 @@ class SceneTransformer(nn.Module):
         self.readers = nn.ModuleList(readers)
         self.names = nn.Embedding(num_classes, width) if annotations else None
         self.object_norm = nn.LayerNorm(width) if annotations else None
-        self.patches, self.trunk, self.around, self.counts = patches, trunk, around, counts
+        self.patches, self.trunk, self.around = patches, trunk, around
+        self.counts, self.kinds = counts, kinds
         if patches or trunk:
             self.patch_place = nn.Linear(PLACE_FEATURES, width)
         if trunk and around:
@@ -128,6 +131,9 @@ class SceneTransformer(nn.Module):
         if self.counts is not None:
             extra.append(self.counts(objects, hidden))
         logits = torch.stack([part.float() for part in extra]).sum(dim=0)
+        if self.kinds is not None:
+            said = self.kinds.evidence(objects.classes.clamp(min=0), boxes)
+            logits = self.kinds(asked, sources[0]._replace(tokens=_by_scene(said, objects)), logits)
         return logits if dense is None else {"logits": logits, "dense": dense}
 
     def scene_trunk(self) -> AnyTrunk:
@@ -147,18 +153,15 @@ class SceneTransformer(nn.Module):
         """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""
         assert self.names is not None and self.object_norm is not None
         rows = objects.image_of
-        counts = torch.bincount(rows)
-        slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        most = int(counts.max()) if len(counts) else 0
         named = self.names(objects.classes.clamp(min=0)) + self.place(place_features(boxes))
         # Of a hidden object only the mask token is left for itself.
-        tokens = named.new_zeros(len(counts), most, named.shape[1])
-        tokens = tokens.index_put((rows, slot), self.object_norm(named))
-        there = torch.zeros(len(counts), most, dtype=torch.bool, device=rows.device)
-        there = there.index_put((rows, slot), objects.visible & (objects.classes >= 0))
-        lying = boxes.new_zeros(len(counts), most, 4).index_put((rows, slot), boxes)
+        tokens = _by_scene(self.object_norm(named), objects)
+        there = _by_scene(objects.visible & (objects.classes >= 0), objects)
+        lying = _by_scene(boxes, objects)
         mine = rows[hidden]
-        itself = slot[hidden][:, None] == torch.arange(most, device=rows.device)
+        itself = _places_in_scene(rows)[hidden][:, None] == torch.arange(
+            tokens.shape[1], device=rows.device
+        )
         lie = relations(boxes[hidden], lying[mine])
         return make_tokens(tokens, mine, lie, there[mine] & ~itself)
 
@@ -178,6 +181,21 @@ class SceneTransformer(nn.Module):
             seen = seen & ~blind.flatten(1)
         lie = relations(asked, boxes.expand(len(asked), -1, -1))
         return make_tokens(tokens, rows, lie, seen)
+
+
+def _places_in_scene(rows: Tensor) -> Tensor:
+    """(M,) which object of its scene each is."""
+    counts = torch.bincount(rows)
+    return torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+
+
+def _by_scene(values: Tensor, objects: Objects) -> Tensor:
+    """One row for each object (M, ...), those of a scene side by side: (N, T, ...), 0 beyond."""
+    rows = objects.image_of
+    counts = torch.bincount(rows)
+    most = int(counts.max()) if len(counts) else 0
+    grouped = values.new_zeros(len(counts), most, *values.shape[1:])
+    return grouped.index_put((rows, _places_in_scene(rows)), values)
 
 
 def _frames(objects: Objects) -> Tensor:
@@ -208,6 +226,7 @@ def scene_transformer(
     frozen: str | None = "all",
     remember: bool = False,
     counts: bool = False,
+    kinds: int = 0,
 ) -> SceneTransformer:
     """A transformer over tokens of the other objects, of the picture, or of both.
 
@@ -234,6 +253,8 @@ def scene_transformer(
         remember: Keep a frozen trunk's outputs in memory.
         counts: Whether the answer starts from co-occurrence (`kd.nn.cooccurrence`), counted on the
             train images; without annotations from the box's place and size.
+        kinds: Kinds of scene over which the answer is a mixture (`kd.nn.kinds`), found from the
+            annotations; 0 for none.
 
     Raises:
         UserError: An option out of range, or nothing to look at.
@@ -242,7 +263,9 @@ def scene_transformer(
         raise UserError("scene_transformer: annotations, pixels or both; there is nothing to read")
     if dense and pixels != "patches":
         raise UserError("scene_transformer: dense needs pixels: patches")
-    at_least("scene_transformer", width=(width, 1), depth=(depth, 1))
+    if kinds and not annotations:
+        raise UserError("scene_transformer: kinds are found from annotations; set annotations true")
+    at_least("scene_transformer", width=(width, 1), depth=(depth, 1), kinds=(kinds, 0))
     check_patches(patch, reach)
     if not 0 <= dropout < 1:
         raise UserError(f"scene_transformer: dropout must be in [0, 1), got {dropout}")
@@ -271,6 +294,7 @@ def scene_transformer(
         counts=NaiveBayes(num_classes, evidence=("company", *evidence) if annotations else evidence)
         if counts
         else None,
+        kinds=SceneKinds(num_classes, width=width, kinds=kinds) if kinds else None,
         dense=dense,
         dropout=dropout,
     )

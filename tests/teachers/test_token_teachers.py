@@ -27,6 +27,7 @@ SMALL: dict[str, tuple[str, dict[str, object]]] = {
     "both": ("scene_transformer", {"width": 16, "depth": 2, "pixels": "patches", "counts": True,
                                    "dense": True, "reach": 2}),
     "trunk": ("scene_transformer", {"width": 16, "depth": 1, **TRUNK}),
+    "kinds": ("scene_transformer", {"width": 16, "depth": 1, "kinds": 6}),
     "cooccurrence": ("cooccurrence", {}),
     "prior": ("prior", {}),
 }  # fmt: skip
@@ -112,7 +113,7 @@ def test_a_posterior_knows_neither_its_own_pixels_nor_its_own_label(name: str) -
     assert torch.equal(before[1], after[1]) != told  # its neighbour sees or is told of it
 
 
-@pytest.mark.parametrize("name", ["annotations", "both", "cooccurrence"])
+@pytest.mark.parametrize("name", ["annotations", "both", "kinds", "cooccurrence"])
 def test_one_pass_gives_the_same_as_hiding_one_by_one(name: str) -> None:
     model = awake(fitted(make(name)))
     batch = scene()
@@ -123,7 +124,7 @@ def test_one_pass_gives_the_same_as_hiding_one_by_one(name: str) -> None:
             torch.testing.assert_close(ask(model, alone)[0], together[row], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["annotations", "trunk", "cooccurrence"])
+@pytest.mark.parametrize("name", ["annotations", "trunk", "kinds", "cooccurrence"])
 def test_objects_without_a_name_are_left_out(name: str) -> None:
     model = awake(fitted(make(name)))
     batch = scene()
@@ -199,6 +200,10 @@ def test_the_readers_can_be_tapped_for_each_hidden_object() -> None:
         ({"pixels": "voxels"}, "option 'pixels' must be one of"),
         ({"dense": True}, "dense needs pixels: patches"),
         ({"heads": 3}, "heads 3 must divide width 16"),
+        (
+            {"annotations": False, "pixels": "patches", "kinds": 4},
+            "kinds are found from annotations",
+        ),
         ({"patch": 0}, "patch 0 must be 1 or more"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ],
