@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,14 +13,18 @@ from kd.data.coco import CocoIndex
 from kd.errors import UserError
 from kd.metrics.records import Array, Records, answered, prior_records
 
-PRIOR, COMPANY, EXACT = "class prior", "co-occurrence", "exact posterior"
+PRIOR, COMPANY = "class prior", "co-occurrence"
+EXACT, TOLD = "exact posterior", "exact, annotations"
 
 # What each of them knows, for the notes below a table.
 ABOUT = {
     PRIOR: "class prior: the classes' shares of the training objects",
     COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
     "around the hidden one; no pixels",
-    EXACT: "exact posterior: of the scenes' own generative model; nobody is better on average",
+    EXACT: "exact posterior: of the scenes' own generative model, given what can be seen; who sees "
+    "pixels alone is not better on average",
+    TOLD: "exact, annotations: the same model's given the boxes and classes of the other objects "
+    "and no pixel; who reads annotations alone is not better on average, who has both may be",
 }
 
 
@@ -36,6 +42,7 @@ def references(data: OpenData, records: Records) -> dict[str, Records]:
         PRIOR: prior_records(records),
         COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
         EXACT: exact_records(data, records),
+        TOLD: exact_records(data, records, "annotations"),
     }
     return {name: one for name, one in known.items() if one is not None}
 
@@ -66,10 +73,12 @@ def visible_objects(index: CocoIndex, image_ids: Array) -> Array:
     return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)
 
 
-def exact_records(data: OpenData, records: Records) -> Records | None:
+def exact_records(
+    data: OpenData, records: Records, given: Literal["pixels", "annotations"] = "pixels"
+) -> Records | None:
     """The objects as the exact posterior answers them; None for other data than the scenes."""
     stored = data.ceiling("val")
     if stored is None:
         return None
-    answers: NDArray[np.float32] = stored["log_probs_pixels"].astype(np.float32)
-    return answered(records, stored["object_ids"], answers, EXACT)
+    answers: NDArray[np.float32] = stored[f"log_probs_{given}"].astype(np.float32)
+    return answered(records, stored["object_ids"], answers, EXACT if given == "pixels" else TOLD)

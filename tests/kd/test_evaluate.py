@@ -22,7 +22,7 @@ from kd.errors import UserError
 from kd.evaluation import Scores, write_tables
 from kd.metrics import scores
 from kd.metrics.average_precision import MultiLabelAP
-from kd.references import COMPANY, EXACT, PRIOR, exact_records, on_data, references
+from kd.references import COMPANY, EXACT, PRIOR, TOLD, exact_records, on_data, references
 from kd.report.runs import read_run
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def test_its_numbers_are_those_of_training_beside_the_references(run: Path) -> N
         assert found[name] == pytest.approx(summary[name])
     low, high = found["intervals"]["top1"]
     assert low <= found["top1"] <= high
-    assert list(numbers["references"]) == ["random", PRIOR, COMPANY, EXACT]
+    assert list(numbers["references"]) == ["random", PRIOR, COMPANY, EXACT, TOLD]
     assert numbers["references"][EXACT]["nll"] == pytest.approx(summary["ceiling_nll"])
     assert numbers["references"][PRIOR]["top1"] == pytest.approx(summary["prior_top1"])
     assert sum(row["support"] for row in numbers["classes"]) == numbers["objects"]
@@ -136,7 +136,7 @@ def test_runs_side_by_side_share_a_table_and_figures(
                "lookalike_top1", "lookalike_pair_top1"]  # fmt: skip
     assert header.split() == ["run", *columns]
     names = [line.split("  ")[0] for line in lines[lines.index(header) :]]
-    for name in ("random", PRIOR, COMPANY, EXACT):
+    for name in ("random", PRIOR, COMPANY, EXACT, TOLD):
         assert name in names
     assert "other objects in the picture" in "\n".join(lines)
     drawn = {path.stem for path in out.glob("*.png")}
@@ -150,15 +150,17 @@ def test_references_answer_the_same_objects(run: Path) -> None:
     records = read_run(run).records
     data = open_data(Data.model_validate(read_run(run).config["data"]))
     known = references(data, records)
-    assert list(known) == [PRIOR, COMPANY, EXACT]
+    assert list(known) == [PRIOR, COMPANY, EXACT, TOLD]
     ids, log_probs = cooccurrence_log_probs(data)
     np.testing.assert_array_equal(
         known[COMPANY]["log_probs"][3], log_probs[ids == records["object_ids"][3]][0]
     )
     stored = data.ceiling("val")
     assert stored is not None
-    own = stored["log_probs_pixels"][stored["object_ids"] == records["object_ids"][3]]
-    np.testing.assert_allclose(known[EXACT]["log_probs"][3], own[0], rtol=1e-6)
+    this = stored["object_ids"] == records["object_ids"][3]
+    for name, given in ((EXACT, "pixels"), (TOLD, "annotations")):
+        own = stored[f"log_probs_{given}"][this]
+        np.testing.assert_allclose(known[name]["log_probs"][3], own[0], rtol=1e-6)
     exact, model = (scores.value(one, "nll") for one in (known[EXACT], records))
     assert exact is not None and model is not None and exact < model
     place = data.val.object_ids.tolist().index(int(records["object_ids"][3]))
