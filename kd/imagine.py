@@ -1,4 +1,4 @@
-"""What a teacher expects behind a part of a picture: `python -m kd.imagine IMAGE --teacher RUN`.
+"""What a teacher expects behind a part of a picture: `python -m kd.imagine IMAGE`.
 
 Each region is hidden by itself, and the likeliest classes there are printed and drawn. With --class
 a hidden region slides over the picture instead, and a heat map shows where the class is expected.
@@ -16,6 +16,7 @@ from kd.cli import run_command, set_up_logging
 from kd.data.photographs import KnownObjects, open_photograph
 from kd.errors import UserError, at_least
 from kd.imagination import Imagination, Wanted, names_of_outputs, read_wanted
+from kd.teacher_runs import latest_teacher
 
 _log = logging.getLogger("kd")
 
@@ -26,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     random = 1 if args.random is None else args.random
     at_least("kd.imagine", **{"--top": (args.top, 1), "--random": (random, 1)})
-    asked = Imagination.open(args.teacher, read_wanted(args), args.out, top=args.top)
+    teacher = args.teacher or latest_teacher()
+    if args.teacher is None:
+        _log.info("%s: asking this teacher", teacher)
+    asked = Imagination.open(teacher, read_wanted(args), args.out, top=args.top)
     known = None
     if args.annotations is not None:
         known = KnownObjects(args.annotations, asked.names)
@@ -52,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, ...")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="RUN",
-                        help="a context teacher's run folder or checkpoint")  # fmt: skip
+    parser.add_argument("--teacher", type=Path, metavar="RUN",
+                        help="a context teacher's run folder or checkpoint (default: the one that "
+                        "was trained last, of those in runs/teacher)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/imagine"), metavar="DIR",
                         help="where pictures go (default: %(default)s)")  # fmt: skip
     parser.add_argument("--annotations", type=Path, metavar="COCO.json",

@@ -72,6 +72,22 @@ def default_folder(teacher: str, data: str) -> Path:
     return RUNS / "teacher" / teacher / data
 
 
+def latest_teacher() -> Path:
+    """The teacher that was trained last, of those where the teacher command puts them.
+
+    Raises:
+        UserError: There is none.
+    """
+    finished = (RUNS / "teacher").glob("*/*/summary.json")
+    runs = sorted(finished, key=lambda summary: summary.stat().st_mtime)
+    if not runs:
+        raise UserError(
+            f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
+            "train one: python -m kd.train_teacher --teacher cnn"
+        )
+    return runs[-1].parent
+
+
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     """Load a teacher from its run folder, its `model.safetensors` or a checkpoint `last.pt`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -228,3 +229,20 @@ def test_annotations_reach_the_teacher(
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert torch.tensor(percentages(said[0])).sum() <= 100.5
+
+
+def test_without_a_name_the_teacher_trained_last_is_asked(
+    scene: Path, small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run_command(imagine.main, [str(scene)]) == 2
+    assert "no trained teacher is there" in capsys.readouterr().err
+    for age, name in enumerate(("cnn/scenes", "unet/scenes", "unet/unfinished")):
+        run = tmp_path / "runs" / "teacher" / name
+        shutil.copytree(small_teacher, run)
+        os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
+    (run / "summary.json").unlink()
+    assert run_command(imagine.main, [str(scene)]) == 0
+    assert "runs/teacher/cnn/scenes: asking this teacher" in capsys.readouterr().err
+    assert drawn(tmp_path / "runs" / "imagine" / f"{scene.stem}.png")[0] > 500
