@@ -233,7 +233,7 @@ def test_annotations_reach_the_teacher(
 
 def test_without_a_name_the_teacher_trained_last_is_asked(
     scene: Path, small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert run_command(imagine.main, [str(scene)]) == 2
@@ -244,5 +244,5 @@ def test_without_a_name_the_teacher_trained_last_is_asked(
         os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
     (run / "summary.json").unlink()
     assert run_command(imagine.main, [str(scene)]) == 0
-    assert "runs/teacher/cnn/scenes: asking this teacher" in capsys.readouterr().err
+    assert "runs/teacher/cnn/scenes: asking this teacher" in caplog.text
     assert drawn(tmp_path / "runs" / "imagine" / f"{scene.stem}.png")[0] > 500
