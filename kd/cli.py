@@ -37,10 +37,27 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+class _Once(logging.Filter):
+    """What was said is not said again: several runs of a command may open the same data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is a warning, or new."""
+        text = record.getMessage()
+        new = record.levelno > logging.INFO or text not in self._said
+        self._said.add(text)
+        return new
+
+
 def set_up_logging(*, verbose: bool = False, rank: int = 0) -> None:
     """Log lines of `kd` to stderr; ranks other than 0 stay silent below errors."""
     level = logging.ERROR if rank else logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_Once())
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     logging.getLogger("kd").setLevel(level)
 
 

@@ -139,6 +139,16 @@ def test_mistakes_in_settings_are_lines_too(capsys: pytest.CaptureFixture[str]) 
     ]
 
 
+def test_what_was_said_is_not_said_again(loggers: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger().handlers.clear()
+    set_up_logging()
+    for name in ("train.json", "val.json", "train.json"):
+        logging.getLogger("kd.data").info("%s: 3 images", name)
+        logging.getLogger("kd.data").warning("beware")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["train.json: 3 images", "beware", "val.json: 3 images", "beware", "beware"]
+
+
 @pytest.mark.parametrize(
     ("rank", "verbose", "level"),
     [(0, False, logging.INFO), (0, True, logging.DEBUG), (1, True, logging.ERROR)],
