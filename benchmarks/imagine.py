@@ -27,6 +27,7 @@ from kd.data.photographs import Photograph
 from kd.data.regions import windows
 from kd.expected import ask, heat_maps
 from kd.imagination import Wanted
+from kd.memory import keep_freed_memory
 from kd.teacher_runs import TrainedTeacher
 
 GOAL, SIZE, CLASSES = 10.0, 384, 80
@@ -119,6 +120,7 @@ def main() -> int:
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the command does
     fastest = float("inf")
     for name in options.teachers:
         one = measure(name, options.rounds, options.windows)

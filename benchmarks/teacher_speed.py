@@ -26,6 +26,7 @@ from torch import Tensor
 from kd.build import build_task, build_teacher
 from kd.config import TeacherRecipe
 from kd.config_reader import find_config, known_configs, load_recipe
+from kd.memory import keep_freed_memory
 from kd.tasks.base import named
 
 CLASSES = {"scenes": 22}  # 80 elsewhere
@@ -56,6 +57,7 @@ def picture(size: int, objects: int) -> dict[str, Tensor]:
 
 def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     """Build a recipe's teacher and ask it; runs in a process of its own."""
+    keep_freed_memory()  # as every command does
     recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
     classes = CLASSES.get(data, 80)
     given = {"weights": None, "remember": False}
