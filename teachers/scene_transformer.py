@@ -18,6 +18,7 @@ from kd.nn.surroundings import Surroundings
 from kd.nn.transformer import (
     PLACE_FEATURES,
     Reader,
+    Rows,
     Tokens,
     make_tokens,
     place_features,
@@ -107,8 +108,9 @@ class SceneTransformer(nn.Module):
         place = self.place(place_features(asked))
         queries, sources, extra = self.mask + place, [], []
         dense: Tensor | None = None
-        if self.names is not None:
-            sources.append(self._company(objects, boxes, hidden))
+        company = Rows.of(objects.image_of) if self.names is not None else None
+        if company is not None:
+            sources.append(self._company(objects, company, boxes, hidden))
         if self.patches is not None:
             maps = self.patches(pictures)
             dense = None if self.dense is None else self.dense(maps)
@@ -132,8 +134,9 @@ class SceneTransformer(nn.Module):
             extra.append(self.counts(objects, hidden))
         logits = torch.stack([part.float() for part in extra]).sum(dim=0)
         if self.kinds is not None:
-            said = self.kinds.evidence(objects.classes.clamp(min=0), boxes)
-            logits = self.kinds(asked, sources[0]._replace(tokens=_by_scene(said, objects)), logits)
+            assert company is not None
+            said = company.put(self.kinds.evidence(objects.classes.clamp(min=0), boxes))
+            logits = self.kinds(asked, sources[0]._replace(tokens=said), logits)
         return logits if dense is None else {"logits": logits, "dense": dense}
 
     def scene_trunk(self) -> AnyTrunk:
@@ -149,20 +152,17 @@ class SceneTransformer(nn.Module):
         step = (self.patches, len(self.mask), self.patches.patch)
         return BlindTrunk("scene_transformer", [step], see=picture_alone)
 
-    def _company(self, objects: Objects, boxes: Tensor, hidden: Tensor) -> Tokens:
+    def _company(self, objects: Objects, rows: Rows, boxes: Tensor, hidden: Tensor) -> Tokens:
         """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""
         assert self.names is not None and self.object_norm is not None
-        rows = objects.image_of
         named = self.names(objects.classes.clamp(min=0)) + self.place(place_features(boxes))
         # Of a hidden object only the mask token is left for itself.
-        tokens = _by_scene(self.object_norm(named), objects)
-        there = _by_scene(objects.visible & (objects.classes >= 0), objects)
-        lying = _by_scene(boxes, objects)
-        mine = rows[hidden]
-        itself = _places_in_scene(rows)[hidden][:, None] == torch.arange(
-            tokens.shape[1], device=rows.device
-        )
-        lie = relations(boxes[hidden], lying[mine])
+        tokens = rows.put(self.object_norm(named))
+        there = rows.put(objects.visible & (objects.classes >= 0))
+        mine = rows.scenes[hidden]
+        every = torch.arange(rows.shape[1], device=mine.device)
+        itself = rows.slots[hidden][:, None] == every
+        lie = relations(boxes[hidden], rows.put(boxes)[mine])
         return make_tokens(tokens, mine, lie, there[mine] & ~itself)
 
     def _picture(
@@ -181,21 +181,6 @@ class SceneTransformer(nn.Module):
             seen = seen & ~blind.flatten(1)
         lie = relations(asked, boxes.expand(len(asked), -1, -1))
         return make_tokens(tokens, rows, lie, seen)
-
-
-def _places_in_scene(rows: Tensor) -> Tensor:
-    """(M,) which object of its scene each is."""
-    counts = torch.bincount(rows)
-    return torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-
-
-def _by_scene(values: Tensor, objects: Objects) -> Tensor:
-    """One row for each object (M, ...), those of a scene side by side: (N, T, ...), 0 beyond."""
-    rows = objects.image_of
-    counts = torch.bincount(rows)
-    most = int(counts.max()) if len(counts) else 0
-    grouped = values.new_zeros(len(counts), most, *values.shape[1:])
-    return grouped.index_put((rows, _places_in_scene(rows)), values)
 
 
 def _frames(objects: Objects) -> Tensor:

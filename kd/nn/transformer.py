@@ -46,6 +46,27 @@ def relations(queries: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([offset, ratio, squared.sqrt(), covered, near], dim=-1)
 
 
+class Rows(NamedTuple):
+    """Where each of M objects stands among those of its scene, side by side in (N, T) places."""
+
+    scenes: Tensor  # (M,)
+    slots: Tensor  # (M,)
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, scenes: Tensor) -> Rows:
+        """Count the objects of each scene, given the scene of each, (M,)."""
+        counts = torch.bincount(scenes)
+        slots = torch.arange(len(scenes), device=scenes.device)
+        most = int(counts.max()) if len(counts) else 0
+        return cls(scenes, slots - (counts.cumsum(0) - counts)[scenes], (len(counts), most))
+
+    def put(self, values: Tensor) -> Tensor:
+        """Values of objects (M, ...) to (N, T, ...), 0 beyond."""
+        places = values.new_zeros(*self.shape, *values.shape[1:])
+        return places.index_put((self.scenes, self.slots), values)
+
+
 class Tokens(NamedTuple):
     """What queries may read, N scenes of T tokens; K queries."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.nn.transformer import Reader, make_tokens, place_features, relations
+from kd.nn.transformer import Reader, Rows, make_tokens, place_features, relations
 
 SCENES, TOKENS, WIDTH, HEADS = 3, 5, 8, 2
 
@@ -96,3 +96,10 @@ def test_place_features_tell_near_places_apart() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(UserError, match="heads 3 must divide width 8"):
         Reader(WIDTH, heads=3, dropout=0.0, attention="softmax")
+
+
+def test_rows_put_each_scenes_objects_side_by_side() -> None:
+    rows = Rows.of(torch.tensor([0, 2, 2, 2]))  # the second scene holds nothing
+    assert rows.put(torch.tensor([1, 2, 3, 4])).tolist() == [[1, 0, 0], [0, 0, 0], [2, 3, 4]]
+    assert rows.put(torch.ones(4, 5)).shape == (3, 3, 5)
+    assert Rows.of(torch.zeros(0, dtype=torch.int64)).put(torch.zeros(0, 2)).shape == (0, 0, 2)
