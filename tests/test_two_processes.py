@@ -350,8 +350,9 @@ def test_torchrun_gives_the_table_of_one_process(
                "--master_port", str(free_port()), "-m", "kd.distill",
                *flags, "--out", str(out)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # No limit on how long it may take; only a hang ends it.
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1_200
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distilled - plain") == 1
