@@ -10,7 +10,6 @@ included, is what counts: the time that is lost is the system's, filling pages w
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import statistics
 import subprocess
@@ -73,7 +72,7 @@ def measure(options: argparse.Namespace, work: str, kept: bool) -> tuple[float, 
     names = ("size", "batch_size", "steps", "threads")
     flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
     command = [sys.executable, __file__, "--work", work, *flags, *(["--kept"] if kept else [])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     busy, peak = map(float, done.stdout.split())
     return busy, peak
 

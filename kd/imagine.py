@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     random = 1 if args.random is None else args.random
     at_least("kd.imagine", **{"--top": (args.top, 1), "--random": (random, 1)})
-    teacher = args.teacher or latest_teacher()
-    if args.teacher is None:
+    teacher = args.teacher
+    if teacher is None:
+        teacher = latest_teacher()
         _log.info("%s: asking this teacher", teacher)
     asked = Imagination.open(teacher, read_wanted(args), args.out, top=args.top)
     known = None

@@ -18,16 +18,14 @@ def keep_freed_memory() -> bool:
 
     glibc asks the system anew for each block above 32 MiB, and the system fills it with zeros page
     by page at its first use. The feature maps of a few photographs are such blocks, at each layer
-    of each step. A network's blocks have the same sizes at every step, so that keeping them costs
-    no memory worth speaking of. What it gains: `benchmarks/allocator.py`.
+    of each step. A network's blocks have the same sizes at every step, so that few more are held
+    than are in use. What that costs and what it gains: `benchmarks/allocator.py`.
 
     Returns:
         Whether it was done: not with another C library than glibc, nor against a user's settings.
     """
-    if any(name in os.environ for name in _TUNED):
+    if os.name != "posix" or any(name in os.environ for name in _TUNED):
         return False
-    mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
-    if mallopt is None:
-        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = ((_MMAP_THRESHOLD, _FROM_HEAP), (_TRIM_THRESHOLD, _KEPT))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings)

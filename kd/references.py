@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-from numpy.typing import NDArray
 
 from kd.baselines import cooccurrence_log_probs
 from kd.build import OpenData
@@ -41,8 +38,7 @@ def references(data: OpenData, records: Records) -> dict[str, Records]:
     known = {
         PRIOR: prior_records(records),
         COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
-        EXACT: exact_records(data, records),
-        TOLD: exact_records(data, records, "annotations"),
+        **exact_records(data, records),
     }
     return {name: one for name, one in known.items() if one is not None}
 
@@ -73,12 +69,13 @@ def visible_objects(index: CocoIndex, image_ids: Array) -> Array:
     return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)
 
 
-def exact_records(
-    data: OpenData, records: Records, given: Literal["pixels", "annotations"] = "pixels"
-) -> Records | None:
-    """The objects as the exact posterior answers them; None for other data than the scenes."""
+def exact_records(data: OpenData, records: Records) -> dict[str, Records]:
+    """The objects as the exact posteriors answer them; empty for other data than the scenes."""
     stored = data.ceiling("val")
     if stored is None:
-        return None
-    answers: NDArray[np.float32] = stored[f"log_probs_{given}"].astype(np.float32)
-    return answered(records, stored["object_ids"], answers, EXACT if given == "pixels" else TOLD)
+        return {}
+    ids, given = stored["object_ids"], {EXACT: "pixels", TOLD: "annotations"}
+    return {
+        name: answered(records, ids, stored[f"log_probs_{what}"].astype(np.float32), name)
+        for name, what in given.items()
+    }

@@ -212,17 +212,17 @@ def _classes(data: OpenData) -> Classes:
 
 def ceiling_metrics(data: OpenData, metric: Metric) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
-    exact = exact_records(data, metric.records()) if isinstance(metric, TopN) else None
-    if exact is None:
+    exact = exact_records(data, metric.records()) if isinstance(metric, TopN) else {}
+    if EXACT not in exact:
         return {}
-    values = scores.evaluate(exact)
+    values = scores.evaluate(exact[EXACT])
     return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
 
 
 def _curve_figure(data: OpenData, metric: TopN) -> Any:
     """Top-n against random, prior and, on the scenes, the exact posterior."""
     records = metric.records()
-    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records)}
+    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records).get(EXACT)}
     return top_n_figure(
         {"model": scores.curve(records)},
         {name: scores.curve(one) for name, one in known.items() if one is not None},

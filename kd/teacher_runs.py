@@ -79,13 +79,13 @@ def latest_teacher() -> Path:
         UserError: There is none.
     """
     finished = (RUNS / "teacher").glob("*/*/summary.json")
-    runs = sorted(finished, key=lambda summary: summary.stat().st_mtime)
-    if not runs:
+    latest = max(finished, key=lambda summary: summary.stat().st_mtime, default=None)
+    if latest is None:
         raise UserError(
             f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
             "train one: python -m kd.train_teacher --teacher cnn"
         )
-    return runs[-1].parent
+    return latest.parent
 
 
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:

@@ -159,9 +159,9 @@ class SceneTransformer(nn.Module):
         # Of a hidden object only the mask token is left for itself.
         tokens = rows.put(self.object_norm(named))
         there = rows.put(objects.visible & (objects.classes >= 0))
-        mine = rows.scenes[hidden]
-        every = torch.arange(rows.shape[1], device=mine.device)
-        itself = rows.slots[hidden][:, None] == every
+        mine = objects.image_of[hidden]
+        slots = torch.arange(rows.shape[1], device=mine.device) + mine[:, None] * rows.shape[1]
+        itself = rows.slots[hidden][:, None] == slots
         lie = relations(boxes[hidden], rows.put(boxes)[mine])
         return make_tokens(tokens, mine, lie, there[mine] & ~itself)
 

@@ -67,8 +67,9 @@ class SceneKinds(nn.Module):
             logits: (K, C) what is said for each class whatever the kind of scene.
         """
         # A sum over what is seen, and nothing taken away again: exact, to the last bit.
-        seen = company.grouped(company.seen.to(company.tokens.dtype))
-        kind = company.each(torch.einsum("nqt,ntk->nqk", seen, company.tokens)) + self.often
+        seen = company.queries.put(company.seen.to(company.tokens.dtype))
+        votes = company.queries.take(torch.einsum("nqt,ntk->nqk", seen, company.tokens))
+        kind = votes + self.often
         if self.training and self.dropout:
             kind = kind.masked_fill(torch.rand_like(kind) < self.dropout, _NEVER)
         belongs = self.belongs(place_features(asked)).unflatten(1, (-1, self.num_classes))

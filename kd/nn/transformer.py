@@ -47,24 +47,37 @@ def relations(queries: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Where each of M objects stands among those of its scene, side by side in (N, T) places."""
+    """Where each of M objects or queries stands among those of its scene, side by side."""
 
-    scenes: Tensor  # (M,)
-    slots: Tensor  # (M,)
-    shape: tuple[int, int]
+    slots: Tensor  # (M,) its place among all N x T
+    shape: tuple[int, int]  # N, T
 
     @classmethod
-    def of(cls, scenes: Tensor) -> Rows:
-        """Count the objects of each scene, given the scene of each, (M,)."""
-        counts = torch.bincount(scenes)
-        slots = torch.arange(len(scenes), device=scenes.device)
+    def of(cls, scenes: Tensor, count: int = 0) -> Rows:
+        """Count those of each scene.
+
+        Args:
+            scenes: The scene of each, (M,), in any order.
+            count: N, where the last scenes may have none.
+        """
+        counts = torch.bincount(scenes, minlength=count)
         most = int(counts.max()) if len(counts) else 0
-        return cls(scenes, slots - (counts.cumsum(0) - counts)[scenes], (len(counts), most))
+        order = torch.argsort(scenes, stable=True)
+        sorted_scenes = scenes[order]
+        place = torch.arange(len(scenes), device=scenes.device)
+        place = place - (counts.cumsum(0) - counts)[sorted_scenes]
+        slots = torch.empty_like(scenes).index_copy(0, order, sorted_scenes * most + place)
+        return cls(slots, (len(counts), most))
 
     def put(self, values: Tensor) -> Tensor:
-        """Values of objects (M, ...) to (N, T, ...), 0 beyond."""
-        places = values.new_zeros(*self.shape, *values.shape[1:])
-        return places.index_put((self.scenes, self.slots), values)
+        """Values (M, ...) to (N, T, ...), 0 beyond."""
+        places = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        filled: Tensor = places.index_copy(0, self.slots, values).unflatten(0, self.shape)
+        return filled
+
+    def take(self, groups: Tensor) -> Tensor:
+        """The reverse: (N, T, ...) to (M, ...)."""
+        return groups.flatten(0, 1)[self.slots]
 
 
 class Tokens(NamedTuple):
@@ -73,18 +86,7 @@ class Tokens(NamedTuple):
     tokens: Tensor  # (N, T, D)
     lie: Tensor  # (K, T, 10), `relations` to each token of its scene
     seen: Tensor  # (K, T) bool, what a query may see; possibly nothing
-    slots: Tensor  # (K,) its place among all scenes' queries side by side
-    most: int  # queries of one scene
-
-    def grouped(self, rows: Tensor) -> Tensor:
-        """Rows of the queries (K, ...) side by side for each scene, (N, most, ...)."""
-        places = rows.new_zeros(len(self.tokens) * self.most, *rows.shape[1:])
-        filled: Tensor = places.index_copy(0, self.slots, rows).unflatten(0, (-1, self.most))
-        return filled
-
-    def each(self, groups: Tensor) -> Tensor:
-        """The reverse: (N, most, ...) to (K, ...)."""
-        return groups.flatten(0, 1)[self.slots]
+    queries: Rows  # which scene's tokens each query reads
 
 
 def make_tokens(tokens: Tensor, rows: Tensor, lie: Tensor, seen: Tensor) -> Tokens:
@@ -96,12 +98,7 @@ def make_tokens(tokens: Tensor, rows: Tensor, lie: Tensor, seen: Tensor) -> Toke
         lie: (K, T, 10).
         seen: (K, T) bool.
     """
-    counts = torch.bincount(rows, minlength=len(tokens))
-    most = max(1, int(counts.max())) if len(counts) else 1
-    order = torch.argsort(rows, stable=True)
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
-    slots = torch.empty_like(rows).index_copy(0, order, rows[order] * most + place)
-    return Tokens(tokens, lie, seen, slots, most)
+    return Tokens(tokens, lie, seen, Rows.of(rows, len(tokens)))
 
 
 class Reader(nn.Module):
@@ -142,19 +139,19 @@ class Reader(nn.Module):
 
     def forward(self, queries: Tensor, source: Tokens) -> Tensor:
         """One layer: queries (K, D) and what they may read to queries (K, D)."""
-        heads, width = self.heads, queries.shape[1] // self.heads
+        heads, width, rows = self.heads, queries.shape[1] // self.heads, source.queries
         asked = self.query(self.before(queries)).unflatten(1, (heads, width))
         keys = self.key(source.tokens).unflatten(2, (heads, width))
         values = self.value(source.tokens).unflatten(2, (heads, width))
         # q (k + A lie) = q k + (q A) lie: how a token lies is never made as long as a token.
         turned, shift = _per_head(self.lie_key, heads)
-        scores = source.each(torch.einsum("nqhd,nthd->nqth", source.grouped(asked), keys))
+        scores = rows.take(torch.einsum("nqhd,nthd->nqth", rows.put(asked), keys))
         lying = torch.einsum("khd,hdr->khr", asked, turned)
         scores = scores + torch.einsum("khr,ktr->kth", lying, source.lie)
         scores = scores + torch.einsum("khd,hd->kh", asked, shift)[:, None]
         weights = self._weights((scores * width**-0.5 + self.bias(source.lie)).float(), source.seen)
         weights = weights.to(values.dtype)
-        read = source.each(torch.einsum("nqth,nthd->nqhd", source.grouped(weights), values))
+        read = rows.take(torch.einsum("nqth,nthd->nqhd", rows.put(weights), values))
         turned, shift = _per_head(self.lie_value, heads)
         lain = torch.einsum("kth,ktr->khr", weights, source.lie.to(weights.dtype))
         read = read + torch.einsum("khr,hdr->khd", lain, turned)

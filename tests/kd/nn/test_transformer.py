@@ -68,12 +68,12 @@ def test_a_reader_is_its_definition(kind: Literal["softmax", "sigmoid"]) -> None
 
 def test_tokens_bring_queries_to_their_scenes_and_back() -> None:
     _, tokens, rows, lie, seen = given()
-    source = make_tokens(tokens, rows, lie, seen)
+    source = make_tokens(tokens, rows, lie, seen).queries
     values = torch.arange(4.0)[:, None]
-    groups = source.grouped(values)
+    groups = source.put(values)
     assert groups.shape == (SCENES, 3, 1)
     assert groups[0, :, 0].tolist() == [1, 0, 0] and groups[2, :, 0].tolist() == [0, 2, 3]
-    assert torch.equal(source.each(groups), values)
+    assert torch.equal(source.take(groups), values)
 
 
 def test_relations_say_where_a_token_lies() -> None:
