@@ -14,6 +14,7 @@ from torchvision import models
 
 from kd.catalog import look_up, suggestion
 from kd.errors import UserError
+from kd.nn.slim import slim
 from kd.nn.weights import load_trunk_weights, widen_first_convolution
 
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
@@ -55,6 +56,9 @@ class Trunk(nn.Module):
         self.level_strides: tuple[int, ...] = ()
         self.level_channels: tuple[int, ...] = ()
         self.measure()
+        self._published_strides = dict(
+            zip((path for path, _ in self.steps()), self._step_strides, strict=True)
+        )
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that run one after the other, with their paths."""
@@ -90,6 +94,18 @@ class Trunk(nn.Module):
             maps[:-1] = [one.permute(0, 3, 1, 2) for one in maps[:-1]]
         return maps
 
+    def middle(self) -> tuple[str, int]:
+        """Path and channels of the last step before the published trunk's coarsest grid.
+
+        Where a coarser grid was kept from coming about, the step is the same.
+        """
+        paths = [path for path, _ in self.steps()]
+        coarsest = max(self._published_strides[path] for path in paths)
+        finer = [path for path in paths if self._published_strides[path] < coarsest]
+        if not finer:
+            raise UserError(f"{self.name} has one grid only, and nothing before it")
+        return finer[-1], self._step_channels[paths.index(finer[-1])]
+
     def measure(self) -> None:
         """Find channels and strides by running shapes, without data, through the trunk."""
         shapes = self._shapes()
@@ -99,6 +115,7 @@ class Trunk(nn.Module):
             for _, side in shapes
         ]
         self._step_strides = tuple(strides)
+        self._step_channels = tuple(channels for channels, _ in shapes)
         self.channels, self.stride = shapes[-1][0], strides[-1]
         last_of = {stride: channels for stride, (channels, _) in zip(strides, shapes, strict=True)}
         self.level_strides = tuple(sorted(stride for stride in last_of if stride > 1))
@@ -187,6 +204,8 @@ def build_trunk(
     in_channels: int = 3,
     grey: bool = False,
     stride: int | None = None,
+    dilate: bool = False,
+    width: float = 1.0,
     until: str | None = None,
 ) -> Trunk:
     """A torchvision classifier by name, as a feature trunk.
@@ -199,6 +218,9 @@ def build_trunk(
         grey: Whether the first channel is a grey picture rather than the red of one.
         stride: Keep the output at this stride at most, by giving later steps stride 1. The
             receptive field shrinks with it: for small images and training from scratch.
+        dilate: Keep the receptive field instead: convolutions after a stride that was taken away
+            are dilated by it, and pretrained weights see what they have learned to see.
+        width: Share of the channels of every convolution; weights of files do not fit then.
         until: Path of the last step that is kept, as "layer2"; all without it.
 
     Raises:
@@ -211,7 +233,12 @@ def build_trunk(
     options: dict[str, object] = {"weights": None}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    trunk = Trunk(name, models.get_model(name, **options))
+    classifier = models.get_model(name, **options)
+    if width != 1.0:
+        if weights is not None:
+            raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
+        slim(classifier, width, what=name)
+    trunk = Trunk(name, classifier)
     if weights == "imagenet":
         state = models.get_model_weights(name)["DEFAULT"].get_state_dict(progress=False)
         load_trunk_weights(trunk, state, source=f"torchvision's weights of {name}")
@@ -220,27 +247,32 @@ def build_trunk(
     if in_channels != 3:
         widen_first_convolution(trunk, in_channels, pretrained=weights is not None, grey=grey)
     if stride is not None:
-        _keep_stride(trunk, stride)
+        _keep_stride(trunk, stride, dilate=dilate)
     if until is not None:
         trunk.cut(until)
     return trunk
 
 
-def _keep_stride(trunk: Trunk, stride: int) -> None:
+def _keep_stride(trunk: Trunk, stride: int, *, dilate: bool) -> None:
     """Give stride 1 to the steps that would bring the output beyond `stride` pixels a place."""
     if stride not in trunk.level_strides:
         known = ", ".join(map(str, trunk.level_strides))
         raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
+    dilation = 1
     for (path, _), own in list(zip(trunk.steps(), trunk._step_strides, strict=True)):
         if own > stride:
             _drop_pooling(trunk, path)
+            if dilate:
+                dilation = _dilate(trunk.get_submodule(path), dilation)
         for module in trunk.get_submodule(path).modules() if own > stride else ():
             shrinks = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
             if not shrinks or module.stride in (1, (1, 1)):
                 continue
             padded = isinstance(module, nn.Conv2d) and all(
-                2 * pad == side - 1
-                for pad, side in zip(module.padding, module.kernel_size, strict=True)
+                2 * pad == spread * (side - 1)
+                for pad, spread, side in zip(
+                    module.padding, module.dilation, module.kernel_size, strict=True
+                )
                 if isinstance(pad, int)
             )
             if not padded:
@@ -252,6 +284,18 @@ def _keep_stride(trunk: Trunk, stride: int) -> None:
     trunk.measure()
     if trunk.stride != stride:
         raise UserError(f"{trunk.name}: cannot keep stride {stride}; up-sample the input instead")
+
+
+def _dilate(step: nn.Module, dilation: int) -> int:
+    """Spread a step's convolutions; from each of its strides on twice as far. Returns how far."""
+    for module in step.modules():
+        if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
+            continue
+        sides = module.kernel_size
+        module.dilation = (dilation, dilation)
+        module.padding = (dilation * (sides[0] - 1) // 2, dilation * (sides[1] - 1) // 2)
+        dilation *= max(module.stride)
+    return dilation
 
 
 def _drop_pooling(trunk: Trunk, path: str) -> None:

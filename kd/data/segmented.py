@@ -1,0 +1,166 @@
+"""Data sets with a label map for each image, in the layouts that they are published in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.catalog import look_up
+from kd.data.label_maps import Table, id_table
+from kd.errors import UserError
+
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "cyclist")  # fmt: skip
+CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+    33: "bicycle",
+}  # fmt: skip
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
+_PICTURES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class SegmentedSplit:
+    """One split: images, their label maps, what the numbers in these mean.
+
+    Attributes:
+        where: What messages begin with.
+        names: Of the images, without ending.
+        images: Files.
+        maps: Files, in the same order.
+        class_names: C of them.
+        table: What a number in a label map means (`kd.data.label_maps`).
+    """
+
+    where: str
+    names: tuple[str, ...]
+    images: tuple[Path, ...]
+    maps: tuple[Path, ...]
+    class_names: tuple[str, ...]
+    table: Table
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+
+def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
+    """A split of a published data set.
+
+    Args:
+        layout: `camvid`, `cityscapes`, `ade20k` or `voc2012`.
+        root: The folder that the data set was unpacked to.
+        split: `train`, `val` or `test`.
+
+    Raises:
+        UserError: An unknown layout, no such split, no image in it, or images without label maps.
+    """
+    return look_up(LAYOUTS, layout, what="layout of label maps")(root, split)
+
+
+def _camvid(root: Path, split: str) -> SegmentedSplit:
+    """`train/*.png`, `trainannot/*.png`; `train.txt` names the images where it is there."""
+    images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
+    found = _by_stem(images)
+    if listing.is_file():
+        # Some copies list paths of images and maps, others bare names.
+        wanted = [Path(line.split()[0]).stem for line in listing.read_text().splitlines() if line]
+        found = _chosen(found, wanted, listing, images)
+    pairs = [(name, path, maps / f"{name}.png") for name, path in found.items()]
+    return _split(images, pairs, CAMVID, id_table(len(CAMVID), void=(11, 255)))
+
+
+def _cityscapes(root: Path, split: str) -> SegmentedSplit:
+    """`leftImg8bit/train/CITY/*_leftImg8bit.png`, `gtFine/train/CITY/*_gtFine_labelIds.png`."""
+    images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
+    pairs = []
+    for path in sorted(images.glob(f"*/*{end}")):
+        name = path.name.removesuffix(end)
+        labels = root / "gtFine" / split / path.parent.name / f"{name}_gtFine_labelIds.png"
+        pairs.append((name, path, labels))
+    classes = {number: label for label, number in enumerate(CITYSCAPES)}
+    others = tuple(number for number in range(34) if number not in classes)
+    return _split(
+        images, pairs, tuple(CITYSCAPES.values()), id_table(classes, void=(*others, 255))
+    )
+
+
+def _ade20k(root: Path, split: str) -> SegmentedSplit:
+    """`images/training/*.jpg`, `annotations/training/*.png`: 0 is void, 1..150 are the classes."""
+    folder = {"train": "training", "val": "validation"}.get(split, split)
+    images = root / "images" / folder
+    pairs = [
+        (name, path, root / "annotations" / folder / f"{name}.png")
+        for name, path in _by_stem(images).items()
+    ]
+    classes = {number: number - 1 for number in range(1, 151)}
+    return _split(images, pairs, _ade_names(root), id_table(classes, void=0))
+
+
+def _voc2012(root: Path, split: str) -> SegmentedSplit:
+    """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
+    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not listing.is_file():
+        raise UserError(f"{listing}: not there; root is the folder VOCdevkit/VOC2012")
+    names = listing.read_text().split()
+    pairs = [
+        (name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
+        for name in names
+    ]
+    return _split(listing, pairs, VOC, id_table(len(VOC), void=255))
+
+
+LAYOUTS: dict[str, Callable[[Path, str], SegmentedSplit]] = {
+    "camvid": _camvid,
+    "cityscapes": _cityscapes,
+    "ade20k": _ade20k,
+    "voc2012": _voc2012,
+}
+
+
+def _ade_names(root: Path) -> tuple[str, ...]:
+    """From `objectInfo150.txt`, first name of each class; numbers where the file is not there."""
+    listing = root / "objectInfo150.txt"
+    if not listing.is_file():
+        return tuple(f"class {number}" for number in range(1, 151))
+    rows = [line.split("\t") for line in listing.read_text("utf-8").splitlines()[1:] if line]
+    names = tuple(row[-1].split(",")[0].strip() for row in rows)
+    if len(names) != 150:
+        raise UserError(f"{listing}: {len(names)} classes, expected 150")
+    return names
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; root is the one that holds it")
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _PICTURES}
+
+
+def _chosen(
+    found: dict[str, Path], wanted: Iterable[str], listing: Path, folder: Path
+) -> dict[str, Path]:
+    chosen = {name: found.get(name) for name in wanted}
+    if missing := [name for name, path in chosen.items() if path is None]:
+        raise UserError(
+            f"{listing}: {len(missing)} of its images are not in {folder}, {missing[0]} the first"
+        )
+    return {name: path for name, path in chosen.items() if path is not None}
+
+
+def _split(
+    where: Path, pairs: list[tuple[str, Path, Path]], names: tuple[str, ...], table: Table
+) -> SegmentedSplit:
+    if not pairs:
+        raise UserError(f"{where}: an empty split, there is no image in it")
+    for what, place in (("image", 1), ("label map", 2)):
+        if missing := [pair[place] for pair in pairs if not pair[place].is_file()]:
+            raise UserError(
+                f"{missing[0]}: this {what} is missing ({len(missing)} of {len(pairs)} are)"
+            )
+    stems, images, maps = zip(*pairs, strict=True)
+    return SegmentedSplit(str(where), stems, images, maps, names, table)
