@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
+from kd.opened import make_dataset, open_objects
 from kd.config import Data, Generate, Split, Train
 from kd.data.hide import hidden_regions, hide, normalise
 from kd.engine import to_device, train_step
@@ -55,7 +56,7 @@ def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
         min_share=0.0,
         max_share=1.0,
     )
-    data = open_data(section)
+    data = open_objects(section)
     accelerator = make_accelerator("fp32")
     dataset = make_dataset(data, "train", train=True, mode="one")
     loader = make_loader(dataset, accelerator, batch_size=batch_size, workers=0, train=True)

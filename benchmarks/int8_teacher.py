@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd.build import make_dataset, open_data
+from kd.opened import make_dataset, open_objects
 from kd.config import TeacherRecipe
 from kd.config_reader import from_plain, read_yaml
 from kd.data.collate import collate
@@ -73,7 +73,7 @@ def main() -> int:
         return 0
     folder = options.teacher if options.teacher.is_dir() else options.teacher.parent
     recipe = from_plain(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
-    data = open_data(recipe.data)
+    data = open_objects(recipe.data)
     teacher = load_teacher(options.teacher, data.num_classes)
     train, val = (make_dataset(data, split, train=False) for split in ("train", "val"))
     samples = [teacher.task.inputs(batch)[0] for batch in batches(train, 32)]

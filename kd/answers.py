@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.config import Data
-from kd.config_reader import data_config, from_plain, read_yaml
+from kd.config_reader import read_yaml
+from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
@@ -110,7 +112,7 @@ def open_run(
     config = _run_config(run)
     section = data_section(run, config, data_name, settings)
     if _is_teacher(config):
-        data = open_data(section)
+        data = open_objects(section)
         teacher = load_teacher(run, data.num_classes)
         return config, data, teacher.model, teacher.task
     student = load_student(run, config, section)
@@ -122,7 +124,7 @@ def data_section(
 ) -> Data:
     """The data set to evaluate on, shown as the run's was: the run's own, or another by name."""
     if name is None:
-        return from_plain(Data, config["data"], str(run / "config.yaml"), settings)
+        return plain_data(config["data"], str(run / "config.yaml"), settings)
     own = config["data"]
     shown = [f"{key}={json.dumps(own[key])}" for key in _SHOWN if key in own]
     return data_config(name, [*shown, *settings])
@@ -131,7 +133,7 @@ def data_section(
 def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> OpenData:
     """Open the data set that `stored_answers` of this run are about."""
     own = name is None or data_config(name).name == _data_name(run)
-    return open_data(data_section(run.folder, run.config, None if own else name, settings))
+    return open_objects(data_section(run.folder, run.config, None if own else name, settings))
 
 
 def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd.build import OpenData, make_dataset
+from kd.opened import OpenData, make_dataset
 from kd.data.coco import CocoIndex
 from kd.nn.cooccurrence import NaiveBayes, Objects
 

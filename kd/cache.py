@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.build import make_accelerator, open_data
+from kd.build import make_accelerator
+from kd.opened import open_objects
 from kd.cli import run_command, set_up_logging
-from kd.config_reader import data_config
+from kd.data_config import objects_config
 from kd.equivariance import moved_map_errors
 from kd.errors import UserError, at_least
 from kd.objective import POSTERIOR
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = make_accelerator("fp32" if args.precision == "int8" else args.precision)
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
-        data = open_data(data_config(args.data, args.settings))
+        data = open_objects(objects_config(args.data, args.settings))
     teacher = load_teacher(args.teacher, data.num_classes)
     teacher.model.to(accelerator.device)
     wanted = Wanted(

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kd.config_data import AnyData as AnyData
 from kd.config_data import Count, NotNegative, Positive, Probability, Section, Share, Whole
 from kd.config_data import Data as Data
 from kd.config_data import Generate as Generate
+from kd.config_data import LabelMaps as LabelMaps
 from kd.config_data import Split as Split
 
-Arm = Literal["plain", "distilled", "bare", "shuffled", "direct"]
+ARMS = ("plain", "distilled", "bare", "shuffled", "direct")
 
 
 class Model(Section):
@@ -63,7 +65,7 @@ class Critic(Section):
 class Train(Section):
     """The training loop."""
 
-    epochs: Count = 20
+    epochs: Whole = Field(20, description="0 = the model is evaluated as it is")
     batch_size: Count = Field(32, description="images a step, over all processes")
     accumulate: Count = Field(1, description="micro-batches a step; batch_size is the whole step")
     optimizer: Optimizer = Optimizer()
@@ -176,7 +178,7 @@ class TeacherReference(Section):
 class TeacherRecipe(Section):
     """`python -m kd.train_teacher`: a context teacher."""
 
-    data: Data
+    data: AnyData
     task: TaskSection
     teacher: Model
     train: Train = Train()
@@ -199,7 +201,7 @@ class TeacherRecipe(Section):
 class DistillRecipe(Section):
     """`python -m kd.distill`: a student, its plain twin, and the comparison."""
 
-    data: Data
+    data: AnyData
     task: TaskSection
     teacher: TeacherReference = TeacherReference()
     more_teachers: dict[str, TeacherReference] = Field(
@@ -209,8 +211,15 @@ class DistillRecipe(Section):
     soft_targets: SoftTargets = SoftTargets()
     student: Model
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    losses: tuple[Term, ...] = ()
-    arms: tuple[Arm, ...] = ("plain", "distilled", "bare")
+    losses: tuple[Term, ...] = Field((), description="terms of the distilled arm")
+    more_losses: tuple[Term, ...] = Field((), description="terms that only ablations have")
+    ablations: dict[str, dict[str, tuple[str, ...]]] = Field(
+        default_factory=dict,
+        description="for --ablation NAME: arms beside plain, each with its terms' labels",
+    )
+    arms: tuple[str, ...] = Field(
+        ("plain", "distilled", "bare"), description=f"of {', '.join(ARMS)}, or an ablation's"
+    )
     seeds: tuple[Whole, ...] = (0,)
     train: Train = Train()
 
@@ -218,18 +227,42 @@ class DistillRecipe(Section):
     def _sections_agree(self) -> DistillRecipe:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} must be one or more different numbers")
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms {list(self.arms)} must be one or more different names")
-        if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
-            raise ValueError("losses: a distilled student needs at least one term")
-        names = [term.label or term.name for term in self.losses]
+        self._check_arms()
+        names = [term.label or term.name for term in self.all_losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"losses: {', '.join(twice)}: given twice; tell them apart by `label`")
+        for ablation, arms in self.ablations.items():
+            for arm, terms in arms.items():
+                if wrong := sorted(set(terms) - set(names)):
+                    raise ValueError(
+                        f"ablations.{ablation}.{arm}: no term {', '.join(wrong)} in losses or "
+                        f"more_losses; there are: {', '.join(names) or 'none'}"
+                    )
         for name in self.more_teachers:
             if name == "mean" or not name.isidentifier():
                 raise ValueError(f"more_teachers.{name}: a name is letters, digits and _, not mean")
-        tapped = {term.student for term in self.losses}
+        tapped = {term.student for term in self.all_losses}
         for layer in self.adapters:
             if layer not in tapped:
                 raise ValueError(f"adapters.{layer}: no term of losses reads student layer {layer}")
         return self
+
+    def _check_arms(self) -> None:
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"arms {list(self.arms)} must be one or more different names")
+        own = [arm for arms in self.ablations.values() for arm in arms]
+        if wrong := sorted(set(own) & set(ARMS)):
+            raise ValueError(f"ablations: {', '.join(wrong)}: these arms are there already")
+        if wrong := sorted(set(self.arms) - {*ARMS, *own}):
+            raise ValueError(f"arms: unknown {', '.join(wrong)}; known: {', '.join([*ARMS, *own])}")
+        if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
+            raise ValueError("losses: a distilled student needs at least one term")
+
+    @property
+    def all_losses(self) -> tuple[Term, ...]:
+        """Every term of any arm."""
+        return (*self.losses, *self.more_losses)
+
+    def terms_of(self, arm: str) -> tuple[str, ...] | None:
+        """Labels of the terms of an ablation's arm, None for the other arms."""
+        return next((arms[arm] for arms in self.ablations.values() if arm in arms), None)

@@ -11,17 +11,20 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from kd.config import Data
+from kd.config import Data, LabelMaps
+from kd.config_data import LABEL_MAPS, OBJECTS
 from kd.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Recipe = TypeVar("Recipe", bound=BaseModel)
+# The kinds of data as the schema's places name them, which a file does not.
+KINDS: dict[str, type[BaseModel]] = {OBJECTS: Data, LABEL_MAPS: LabelMaps}
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,15 +87,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except ConfigError as error:
-        raise ConfigError(f"{_shown(path)}: {error}") from None
+        raise ConfigError(f"{shown_name(path)}: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{_shown(path)}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{shown_name(path)}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{_shown(path)}: expected a mapping at the top, got {content!r:.60}")
+        raise ConfigError(f"{shown_name(path)}: expected a mapping at the top, got {content!r:.60}")
     return content
 
 
-def _shown(path: Path) -> str:
+def shown_name(path: Path) -> str:
     """A file of ours by its name, anybody else's by the path that was given."""
     return path.name if path.is_relative_to(CONFIGS) else str(path)
 
@@ -148,7 +151,7 @@ def load_recipe(
     Raises:
         ConfigError: One line per mistake, all mistakes at once.
     """
-    content, shown = read_yaml(path), _shown(path)
+    content, shown = read_yaml(path), shown_name(path)
     variants = content.pop("per_data", None) or {}
     own = content.pop("data", "scenes")
     own = {"name": own} if isinstance(own, str) else own
@@ -161,12 +164,12 @@ def load_recipe(
     if data is not None or "train" not in own:
         data_path = find_config("data", name)
         name = own["name"] = data_path.stem
-        merged.merge({"data": read_yaml(data_path)}, _shown(data_path))
+        merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
     merged.merge(content, shown)
     merged.merge({"data": own}, shown if data is None else f"--data {data}")
     variant = _variant(variants, name, shown)
     merged.merge(variant, f"{shown} (per_data.{name})")
-    _apply(merged, settings)
+    apply_settings(merged, settings)
     return validate(model, merged)
 
 
@@ -185,7 +188,7 @@ def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str,
     return variants.get(name) or {}
 
 
-def _apply(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
+def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
     """Lay `--set` texts over what was read, every mistake in one error.
 
     Where only one section was read, its name may stand before the places in it.
@@ -218,7 +221,7 @@ def from_plain(
     """Read back the resolved config of a run folder or checkpoint, perhaps with changes."""
     merged = Merged()
     merged.merge(values, source)
-    _apply(merged, settings, section="data" if model is Data else "")
+    apply_settings(merged, settings, section="data" if model in KINDS.values() else "")
     return validate(model, merged)
 
 
@@ -237,13 +240,14 @@ def _tuples(value: Any) -> Any:
 
 
 def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
-    place = tuple(str(part) for part in mistake["loc"])
+    full = tuple(str(part) for part in mistake["loc"])
+    place = tuple(part for part in full if part not in KINDS)
     message = mistake["msg"].removeprefix("Value error, ")
     if not place:  # a rule across sections: its message begins with the section it is about
         return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
     where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":
-        known = _keys_at(model, place[:-1])
+        known = _keys_at(model, full[:-1])
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -252,7 +256,7 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     got = mistake["input"]
     if mistake["type"] == "model_type":
         return (
-            f"{where}: expected a mapping with {', '.join(_keys_at(model, place))}, got {got!r:.60}"
+            f"{where}: expected a mapping with {', '.join(_keys_at(model, full))}, got {got!r:.60}"
         )
     if mistake["type"] == "value_error" and isinstance(got, dict):
         return f"{where}: {message}"
@@ -263,6 +267,9 @@ def _keys_at(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:
     """The keys that the schema knows at a place."""
     current: Any = model
     for part in place:
+        if part in KINDS:
+            current = KINDS[part]
+            continue
         for candidate in _alternatives(current):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 field = candidate.model_fields.get(part)
@@ -277,20 +284,8 @@ def _keys_at(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (typing.Union, types.UnionType):
-        return list(get_args(annotation))
+        return [one for part in get_args(annotation) for one in _alternatives(part)]
     return [annotation]
-
-
-def data_config(name: str, settings: Iterable[str] = ()) -> Data:
-    """A data set's section alone, for commands that take no recipe.
-
-    Args:
-        name: Of configs/data, or the path of a YAML file.
-        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
-    """
-    path = find_config("data", name)
-    merged = Merged()
-    merged.merge({"name": path.stem, **read_yaml(path)}, _shown(path))
-    _apply(merged, settings, section="data")
-    return validate(Data, merged)

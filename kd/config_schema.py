@@ -17,7 +17,8 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     definitions = schema.get("$defs", {})
     definitions |= {f"Part{name}": _part(one) for name, one in definitions.items()}
     schema["required"] = [name for name in schema["required"] if name != "data"]
-    part = {"$ref": "#/$defs/PartData"}
+    kinds = [name for name in ("Data", "LabelMaps") if name in definitions]
+    part = {"anyOf": [{"$ref": f"#/$defs/Part{name}"} for name in kinds]}
     variant = _part({**schema, "properties": {**schema["properties"], "data": part}})
     variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}
     schema["properties"]["data"] = {"anyOf": [{"type": "string"}, part]}

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from kd.baselines import fit_cooccurrence
-from kd.build import OpenData
+from kd.opened import OpenData
 from kd.data.coco import CocoIndex, load_coco
 from kd.data.coco_check import read_json
 from kd.data.images import read_image

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from kd.adapted import AdaptedStudent
 from kd.answers import open_run
-from kd.build import make_accelerator, make_dataset, make_loader
+from kd.build import make_accelerator, make_loader
+from kd.opened import make_dataset
 from kd.context_pastes import open_set, source_images
 from kd.data.coco import CocoIndex
 from kd.data.coco_check import is_number, read_json

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.arms import Distillation
-from kd.build import make_accelerator, open_data
+from kd.build import make_accelerator
+from kd.opened import open_objects
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import DistillRecipe
 from kd.launch import open_run
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.recipe or Path(args.config).stem
     out = args.out or RUNS / "distill" / name / recipe.data.name
     with accelerator.main_process_first():
-        data = open_data(recipe.data)
+        data = open_objects(recipe.data)
     distillation = Distillation(recipe, data, accelerator, out)
     distillation.check()
     open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kd.build import OpenData, make_dataset
+from kd.opened import OpenData, make_dataset
 from kd.data.collate import collate
 from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import build_augment

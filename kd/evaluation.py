@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kd.build import OpenData
+from kd.opened import OpenData
 from kd.files import write_whole
 from kd.metrics import scores
 from kd.metrics.classes import ClassRow, beyond_prior, confusions, per_class

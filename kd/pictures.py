@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kd.build import OpenData, make_dataset
+from kd.opened import OpenData, make_dataset
 from kd.data.collate import collate
 from kd.engine import evaluating, to_device
 from kd.report.pictures import hidden_scene_figure

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from kd.build import OpenData
+from kd.opened import OpenData
 from kd.config import DistillRecipe, TeacherReference
 from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from kd.build import OpenData, build_student, build_task, open_data
+from kd.build import build_student, build_task
+from kd.opened import OpenData, open_objects
 from kd.checkpoint import load_model
 from kd.config import Data, DistillRecipe
 from kd.config_reader import from_plain
@@ -46,7 +47,7 @@ def load_student(run: Path, config: Mapping[str, Any], section: Data) -> Trained
     plain = {key: value for key, value in config.items() if key not in ("arm", "seed")}
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
-    data = open_data(recipe.data)
+    data = open_objects(recipe.data)
     labelled = labelled_images(data.train, recipe.data.labelled, config["seed"])
     # The run's weights replace whatever it started from, which need not be here any more.
     options = {**recipe.student.options, "weights": None}

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
-from kd.build import OpenData, make_dataset
+from kd.opened import OpenData, make_dataset
 from kd.checkpoint import Progress
 from kd.data.collate import collate
 from kd.data.dataset import SceneDataset

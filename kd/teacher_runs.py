@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, build_task, build_teacher
-from kd.build import class_names as data_class_names
+from kd.build import build_task, build_teacher
+from kd.opened import OpenData
+from kd.opened import class_names as data_class_names
 from kd.checkpoint import load_checkpoint, load_model, load_state
 from kd.config import Data, Model, TeacherRecipe, TeacherReference
-from kd.config_reader import from_plain, read_yaml
+from kd.config_reader import read_yaml
+from kd.data_config import plain_data
 from kd.data.collate import collate
 from kd.data.dataset import SceneDataset
 from kd.errors import UserError
@@ -139,7 +141,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
     config = read_yaml(folder / "config.yaml")
     if "data" not in config:
         raise UserError(f"{folder / 'config.yaml'}: not the config of a run")
-    section = from_plain(Data, config["data"], str(folder / "config.yaml"))
+    section = plain_data(config["data"], str(folder / "config.yaml"))
     try:
         return data_class_names(section)
     except UserError as error:

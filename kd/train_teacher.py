@@ -12,15 +12,8 @@ from numpy.typing import NDArray
 
 from kd.adapted import AdaptedStudent
 from kd.baselines import index_objects
-from kd.build import (
-    OpenData,
-    build_task,
-    build_teacher,
-    make_accelerator,
-    make_dataset,
-    make_loader,
-    open_data,
-)
+from kd.build import build_task, build_teacher, make_accelerator, make_loader
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import TeacherRecipe
 from kd.data.splits import fold_of
@@ -48,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or default_folder(name, recipe.data.name)
     config = recipe.model_dump(mode="json")
     with accelerator.main_process_first():
-        data = open_data(recipe.data)
+        data = open_objects(recipe.data)
     whole = open_run(accelerator, out, config, resume=args.resume)
     if not whole.finished:
         if recipe.folds:

@@ -78,6 +78,8 @@ class SceneDataset(Dataset[Sample]):
             copy does not fit.
     """
 
+    batched = True  # all of one square frame
+
     def __init__(
         self,
         index: CocoIndex,

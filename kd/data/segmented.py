@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from kd.catalog import look_up
-from kd.data.label_maps import Table, id_table
+from kd.data.class_maps import draw_class_map
+from kd.data.coco import CocoIndex
+from kd.data.label_maps import Table, id_table, read_label_map
 from kd.errors import UserError
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
@@ -22,6 +29,33 @@ VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "c
        "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
        "train", "tvmonitor")  # fmt: skip
 _PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class MappedSplit(Protocol):
+    """One split of images with a label map each; whoever reads samples needs no more of it."""
+
+    @property
+    def where(self) -> str:
+        """What messages begin with."""
+        ...
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        ...
+
+    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
+        """The map of an image of `size` (height, width): (H, W) uint8, classes and `VOID`.
+
+        Raises:
+            UserError: It is missing, broken or of another size; see `read_label_map`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,9 +78,41 @@ class SegmentedSplit:
     class_names: tuple[str, ...]
     table: Table
 
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.images)
+    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
+        """Read the map of an image."""
+        return read_label_map(self.maps[number], self.table, expected=size)
+
+
+@dataclass(frozen=True)
+class DrawnSplit:
+    """One split of a COCO-format data set: background is class 0, smaller objects lie on top."""
+
+    index: CocoIndex
+
+    @property
+    def where(self) -> str:
+        """The annotation file."""
+        return str(self.index.annotation_file)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """In the file's order."""
+        return tuple(self.index.path(number) for number in range(len(self.index)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Background and the classes of objects."""
+        return ("background", *self.index.class_names)
+
+    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
+        """Draw the map of an image."""
+        own = int(self.index.heights[number]), int(self.index.widths[number])
+        if own != size:
+            raise UserError(
+                f"{self.index.path(number)}: is {size[1]} x {size[0]} pixels, {self.where} says "
+                f"{own[1]} x {own[0]}"
+            )
+        return torch.from_numpy(draw_class_map(self.index, number, own).astype(np.uint8))
 
 
 def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
@@ -60,7 +126,15 @@ def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
     Raises:
         UserError: An unknown layout, no such split, no image in it, or images without label maps.
     """
-    return look_up(LAYOUTS, layout, what="layout of label maps")(root, split)
+    return look_up(LAYOUTS, layout, what="layout of label maps").open(root, split)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a published data set lies in its folder, and a path by which the folder is known."""
+
+    open: Callable[[Path, str], SegmentedSplit]
+    holds: str
 
 
 def _camvid(root: Path, split: str) -> SegmentedSplit:
@@ -115,11 +189,11 @@ def _voc2012(root: Path, split: str) -> SegmentedSplit:
     return _split(listing, pairs, VOC, id_table(len(VOC), void=255))
 
 
-LAYOUTS: dict[str, Callable[[Path, str], SegmentedSplit]] = {
-    "camvid": _camvid,
-    "cityscapes": _cityscapes,
-    "ade20k": _ade20k,
-    "voc2012": _voc2012,
+LAYOUTS = {
+    "camvid": Layout(_camvid, "trainannot"),
+    "cityscapes": Layout(_cityscapes, "leftImg8bit"),
+    "ade20k": Layout(_ade20k, "annotations/training"),
+    "voc2012": Layout(_voc2012, "ImageSets/Segmentation"),
 }
 
 

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd.data.label_maps import VOID
 from kd.errors import UserError
 from kd.files import write_whole
-
-VOID = 255  # in label maps: not one of the classes, counted nowhere
 
 Counts = NDArray[np.int64]
 
@@ -53,9 +52,9 @@ class MeanIoU:
         self._pictures: dict[int, Counts] = {}
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch: class ids (N, H, W) beside its `class_maps` and `image_ids`."""
+        """Add a batch: class ids (N, H, W) beside its `label_maps` and `image_ids`."""
         for own, truth, number in zip(
-            decoded, batch["class_maps"], batch["image_ids"].tolist(), strict=True
+            decoded, batch["label_maps"], batch["image_ids"].tolist(), strict=True
         ):
             self._pictures[number] = confusion(own, truth, self.num_classes).cpu().numpy()
 

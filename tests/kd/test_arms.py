@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.arms import Distillation
-from kd.build import make_accelerator, make_loader, open_data
+from kd.build import make_accelerator, make_loader
+from kd.opened import open_objects
 from kd.config import Arm, DistillRecipe
 from kd.config_reader import find_config, load_recipe
 from kd.data.splits import labelled_images
@@ -43,7 +44,7 @@ def recipe(small_data: list[str], teacher: Path, *settings: str) -> DistillRecip
 
 def distillation(small_data: list[str], teacher: Path, *settings: str) -> Distillation:
     asked = recipe(small_data, teacher, *settings)
-    return Distillation(asked, open_data(asked.data), make_accelerator("fp32"), teacher.parent)
+    return Distillation(asked, open_objects(asked.data), make_accelerator("fp32"), teacher.parent)
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kd.build import (
-    OpenData,
-    build_student,
-    build_task,
-    build_teacher,
-    make_accelerator,
-    make_dataset,
-    make_loader,
-    open_data,
-)
+from kd.build import (build_student, build_task, build_teacher, make_accelerator, make_loader)
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.config import Data, Model, TaskSection
 from kd.config_reader import data_config
 from kd.errors import UserError
@@ -26,7 +18,7 @@ def data(small_data: list[str]) -> OpenData:
     section: Data = data_config(
         "scenes", [text.removeprefix("data.") for text in small_data if text != "--set"]
     )
-    return open_data(section)
+    return open_objects(section)
 
 
 def test_the_prior_counts_the_objects_that_may_be_hidden(data: OpenData) -> None:
@@ -51,7 +43,7 @@ def test_data_that_is_nowhere_says_where_it_was_looked_for(
     monkeypatch.setenv("KD_DATA", str(tmp_path))
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(UserError, match=r"data set coco_mini: not found in .*data\.root=DIR"):
-        open_data(data_config("coco_mini"))
+        open_objects(data_config("coco_mini"))
 
 
 def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(data: OpenData) -> None:

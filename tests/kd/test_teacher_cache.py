@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kd import teacher_cache
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.config import Adapter, Term, Train
 from kd.config_reader import data_config
 from kd.data.splits import fold_of
@@ -38,7 +39,7 @@ BOTH = ("posterior", "logits", LAYER)
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> OpenData:
-    return open_data(data_config("scenes", [text for text in small_data if text != "--set"]))
+    return open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""Random crops of a picture and its label map at random scales, for training on pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from kd.data.colour import ColourChange
+from kd.data.label_maps import VOID
+from kd.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """What was drawn for one picture.
+
+    Attributes:
+        window: Top, left, height and width of what is cut out, pixels of the file.
+        size: Height and width it is scaled to; the frame is filled up below and right.
+        flip: Mirror left and right.
+        colour: Colour changes, or None.
+    """
+
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flip: bool = False
+    colour: ColourChange | None = None
+
+    def image(self, picture: Tensor, frame: tuple[int, int]) -> Tensor:
+        """(3, H, W) uint8 to (3, *frame), 0 where nothing is left."""
+        part = F.resized_crop(picture, *self.window, size=list(self.size), antialias=True)
+        part = F.horizontal_flip(part) if self.flip else part
+        part = part if self.colour is None else self.colour(part)
+        return _filled(part, frame, 0)
+
+    def label_map(self, labels: Tensor, frame: tuple[int, int]) -> Tensor:
+        """(H, W) uint8 to `frame`, by nearest neighbours, `VOID` where nothing is left."""
+        nearest = InterpolationMode.NEAREST_EXACT
+        part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
+        part = F.horizontal_flip(part) if self.flip else part
+        return _filled(part, frame, VOID)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """How training pictures are cut; the defaults are those of structured distillation.
+
+    Attributes:
+        scale: Smallest and largest factor on the working size.
+        flip: Probability to mirror.
+        jitter: Probability to change brightness, contrast and saturation by factors of 1 +-
+            `max_jitter`.
+        max_jitter: See there.
+    """
+
+    scale: tuple[float, float] = (0.5, 2.1)
+    flip: float = 0.5
+    jitter: float = 0.5
+    max_jitter: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: One is out of range.
+        """
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"augment.scale: {self.scale}: expected 0 < smallest <= largest")
+        for name in ("flip", "jitter", "max_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augment.{name}: {getattr(self, name)} is not in 0..1")
+
+    def draw(
+        self,
+        random: np.random.Generator,
+        size: tuple[int, int],
+        frame: tuple[int, int],
+        *,
+        factor: float = 1.0,
+    ) -> Crop:
+        """Decide what to do with one picture.
+
+        Args:
+            random: Drawn from.
+            size: Height and width of the file.
+            frame: Of the result.
+            factor: Working size over the file's size, by which every scale is multiplied.
+        """
+        scale = factor * random.uniform(*self.scale)
+        places = random.random(2).tolist()
+        flip, jitter = (random.random(2) < (self.flip, self.jitter)).tolist()
+        changes = random.uniform(1 - self.max_jitter, 1 + self.max_jitter, 3).tolist()
+        names = ("brightness", "contrast", "saturation")
+        sides = [min(side, max(1, round(to / scale))) for side, to in zip(size, frame, strict=True)]
+        starts = [
+            round(place * (side - part))
+            for place, side, part in zip(places, size, sides, strict=True)
+        ]
+        scaled = [
+            min(to, max(1, round(part * scale))) for part, to in zip(sides, frame, strict=True)
+        ]
+        return Crop(
+            window=(starts[0], starts[1], sides[0], sides[1]),
+            size=(scaled[0], scaled[1]),
+            flip=flip,
+            colour=ColourChange(**dict(zip(names, changes, strict=True))) if jitter else None,
+        )
+
+
+def build_crops(options: dict[str, Any] | None) -> Crops:
+    """How pictures are cut, from the options; None: at one scale, nothing else changed.
+
+    Raises:
+        UserError: An option is unknown or out of range.
+    """
+    if options is None:
+        return Crops(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
+    known = [field.name for field in fields(Crops)]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"augment: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return Crops(**options)
+
+
+def _filled(part: Tensor, frame: tuple[int, int], value: int) -> Tensor:
+    if part.shape[-2:] == torch.Size(frame):
+        return part
+    filled = part.new_full((part.shape[0], *frame), value)
+    filled[:, : part.shape[-2], : part.shape[-1]] = part
+    return filled

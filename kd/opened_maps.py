@@ -1,0 +1,78 @@
+"""A data set of label maps, opened: both splits, checked, and the samples made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kd.config import LabelMaps
+from kd.config_data import Split
+from kd.data.map_dataset import MapDataset
+from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
+from kd.errors import UserError
+from kd.opened import DECODED_FIRST, open_annotated, root_of
+from kd.tasks.base import Classes
+
+
+@dataclass(frozen=True)
+class OpenMaps:
+    """Both splits of a data set of label maps."""
+
+    section: LabelMaps
+    train: MappedSplit
+    val: MappedSplit
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self.train.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def classes(self) -> Classes:
+        """Their names."""
+        return Classes(self.class_names, where=self.section.name)
+
+    def crops(self, seed: int) -> MapDataset:
+        """Random crops of the train split."""
+        return self._samples(self.train, train=True, seed=seed)
+
+    def evaluated(self) -> MapDataset:
+        """Whole pictures of the val split."""
+        return self._samples(self.val, train=False)
+
+    def _samples(self, split: MappedSplit, *, train: bool, seed: int = 0) -> MapDataset:
+        section = self.section
+        return MapDataset(
+            split, size=section.size, crop=section.crop, train=train, augment=section.augment,
+            seed=seed,
+        )  # fmt: skip
+
+
+def open_maps(section: LabelMaps) -> OpenMaps:
+    """Open a data set of label maps; small ones are read once, before anything is trained.
+
+    Raises:
+        UserError: What `open_segmented` and `open_annotated` raise, an image or a map that cannot
+            be read or does not fit the other.
+    """
+    opened = OpenMaps(section, *_splits(section))
+    for samples in (opened.crops(0), opened.evaluated()):
+        if len(samples) <= DECODED_FIRST and section.generate is None:
+            samples.check()
+    return opened
+
+
+def _splits(section: LabelMaps) -> tuple[MappedSplit, MappedSplit]:
+    if isinstance(section.train, Split) and isinstance(section.val, Split):
+        train, val = open_annotated(section, section.train, section.val)
+        if train.num_classes >= 255:
+            raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
+        return DrawnSplit(train), DrawnSplit(val)
+    root = root_of(section, holds=LAYOUTS[section.layout].holds)
+    return (
+        open_segmented(section.layout, root, str(section.train)),
+        open_segmented(section.layout, root, str(section.val)),
+    )
