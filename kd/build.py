@@ -30,7 +30,7 @@ from kd.memory import keep_freed_memory
 from kd.tasks import TASKS
 from kd.tasks.base import Task
 from kd.transferred import TRANSFERRED, take_trunk
-from students import STUDENTS
+from students import CLASSIFIERS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
 
@@ -267,8 +267,8 @@ def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = T
     options = {**model.options, **({} if context else {"context": False})}
     given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
     given |= {"trunk": None}
-    if model.name in STUDENTS:
-        return build(STUDENTS, model.name, options, what="student", **given)
+    if model.name in CLASSIFIERS:
+        return build(CLASSIFIERS, model.name, options, what="student", **given)
     filled = {"name", *given}
     if model.name == TRANSFERRED:
         given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))

@@ -1,11 +1,17 @@
-"""Context teachers by name; each says in `task` which task fits its input and output."""
+"""Teachers by name: of the context of objects, and for segmentation.
+
+A context teacher says in `task` which task fits its input and output.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
+from kd.nn.pspnet import pspnet
+from kd.nn.published import torchvision_net
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
 from teachers.resnet_multilabel import resnet_multilabel
@@ -15,7 +21,7 @@ from teachers.trunk import trunk
 from teachers.unet import unet
 from teachers.unet_ffc import unet_ffc
 
-TEACHERS: dict[str, Callable[..., nn.Module]] = {
+CONTEXT_TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "unet": unet,
     "unet_ffc": unet_ffc,
     "cnn": cnn,
@@ -26,3 +32,13 @@ TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "resnet_pixel": resnet_pixel,
     "resnet_multilabel": resnet_multilabel,
 }
+SEGMENTERS: dict[str, Callable[..., nn.Module]] = {
+    "pspnet": pspnet,
+    "deeplabv3_mobilenet_v3_large": partial(torchvision_net, name="deeplabv3_mobilenet_v3_large"),
+    "deeplabv3_resnet50": partial(torchvision_net, name="deeplabv3_resnet50"),
+    "deeplabv3_resnet101": partial(torchvision_net, name="deeplabv3_resnet101"),
+    "fcn_resnet50": partial(torchvision_net, name="fcn_resnet50"),
+    "fcn_resnet101": partial(torchvision_net, name="fcn_resnet101"),
+    "lraspp_mobilenet_v3_large": partial(torchvision_net, name="lraspp_mobilenet_v3_large"),
+}
+TEACHERS: dict[str, Callable[..., nn.Module]] = CONTEXT_TEACHERS | SEGMENTERS
