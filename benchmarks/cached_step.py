@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 from kd.build import make_accelerator, make_loader
-from kd.opened import OpenData, make_dataset, open_objects
 from kd.config import Adapter, Data, Generate, Model, Split, TaskSection, TeacherRecipe, Term, Train
 from kd.data.loader import SampleLoader
 from kd.data.stored import StoredField
 from kd.engine import to_device, train_step
 from kd.launch import start_training
 from kd.objective import POSTERIOR
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.soft_targets import StoredPosteriors, StoredTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context

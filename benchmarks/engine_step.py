@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_loader
-from kd.opened import make_dataset, open_objects
 from kd.config import Data, Generate, Split, Train
 from kd.data.hide import hidden_regions, hide, normalise
 from kd.engine import to_device, train_step
 from kd.launch import start_training
 from kd.objective import build_term
+from kd.opened import make_dataset, open_objects
 from kd.soft_targets import LiveTeacher, StoredPosteriors
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd.opened import make_dataset, open_objects
 from kd.config import TeacherRecipe
 from kd.config_reader import from_plain, read_yaml
 from kd.data.collate import collate
 from kd.data.dataset import SceneDataset
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
+from kd.opened import make_dataset, open_objects
 from kd.tasks.base import Task, hidden_labels, named
 from kd.teacher_runs import load_teacher
 

@@ -13,18 +13,18 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator, make_loader
-from kd.opened import OpenData, make_dataset, open_objects
-from kd.config import Data
+from kd.build import make_accelerator, open_data
+from kd.config import AnyData
 from kd.config_reader import read_yaml
 from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
+from kd.opened import OpenData, Opened
 from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
-from kd.session import new_metric
+from kd.session import new_metric, val_loader
 from kd.student_runs import load_student
 from kd.tasks.base import Metric, Task
 from kd.teacher_runs import load_teacher
@@ -51,7 +51,7 @@ class Answers:
     """
 
     name: str
-    data: OpenData
+    data: Opened
     metric: Metric
     folder: Path
     step: int
@@ -81,18 +81,15 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
     config, data, model, task = open_run(run, settings, data_name)
     accelerator = make_accelerator(config["train"]["precision"])
     metric = new_metric(task, data)
-    loader = make_loader(
-        make_dataset(data, "val", train=False),
-        accelerator,
-        batch_size=int(config["train"]["batch_size"]),
-        workers=data.section.workers,
-    )
+    loader = val_loader(data, int(config["train"]["batch_size"]), accelerator)
     asked = AdaptedStudent(model).to(accelerator.device)
     evaluate(asked, task, loader, metric, accelerator)
     if not accelerator.is_main_process:
         return None
 
     def pictures() -> Iterator[Figure]:
+        if not isinstance(data, OpenData):
+            return iter(())
         return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
 
     folder = run / FOLDER
@@ -103,7 +100,7 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
 
 def open_run(
     run: Path, settings: Sequence[str], data_name: str | None = None
-) -> tuple[dict[str, Any], OpenData, nn.Module, Task]:
+) -> tuple[dict[str, Any], Opened, nn.Module, Task]:
     """A finished run's config, data set, model and task, be it a teacher or a student.
 
     Raises:
@@ -112,7 +109,7 @@ def open_run(
     config = _run_config(run)
     section = data_section(run, config, data_name, settings)
     if _is_teacher(config):
-        data = open_objects(section)
+        data = open_data(section)
         teacher = load_teacher(run, data.num_classes)
         return config, data, teacher.model, teacher.task
     student = load_student(run, config, section)
@@ -121,7 +118,7 @@ def open_run(
 
 def data_section(
     run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
-) -> Data:
+) -> AnyData:
     """The data set to evaluate on, shown as the run's was: the run's own, or another by name."""
     if name is None:
         return plain_data(config["data"], str(run / "config.yaml"), settings)
@@ -130,10 +127,10 @@ def data_section(
     return data_config(name, [*shown, *settings])
 
 
-def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> OpenData:
+def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Opened:
     """Open the data set that `stored_answers` of this run are about."""
     own = name is None or data_config(name).name == _data_name(run)
-    return open_objects(data_section(run.folder, run.config, None if own else name, settings))
+    return open_data(data_section(run.folder, run.config, None if own else name, settings))
 
 
 def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:

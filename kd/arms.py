@@ -25,17 +25,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kd.build import build_segmenter, build_student, build_task, make_loader
-from kd.opened import OpenData, Opened, make_dataset
-from kd.opened_maps import OpenMaps
 from kd.config import ARMS, DistillRecipe, Train
 from kd.config import Term as TermSection
 from kd.data.collate import collate
 from kd.data.loader import Samples
-from kd.engine import evaluating, forward_losses, to_device
+from kd.engine import forward_losses, to_device
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.launch import open_run
 from kd.objective import SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
+from kd.opened import OpenData, Opened, make_dataset
+from kd.opened_maps import OpenMaps
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
@@ -77,18 +77,20 @@ class Distillation:
     def __post_init__(self) -> None:
         """Find out what can be wrong before the first step."""
         self.task = build_task(self.recipe.task, self.recipe.data, self.data.num_classes)
-        used = {name for arm in self.recipe.arms for name in self.recipe.terms_of(arm) or ()}
-        wanted = [
-            term
-            for term in self.recipe.all_losses
-            if term in self.recipe.losses or (term.label or term.name) in used
-        ]
-        self.terms = build_terms(wanted)
+        self.terms = build_terms(self._wanted())
         self.sources: Sources | None = None
         self._check_terms()
         if any(self._taught(arm) for arm in self.recipe.arms):
             self._check_layers()
             self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
+
+    def _wanted(self) -> list[TermSection]:
+        """The terms that any of the arms has."""
+        recipe = self.recipe
+        wanted = {name for arm in recipe.arms for name in recipe.terms_of(arm) or ()}
+        if any(arm in ARMS for arm in recipe.arms if arm not in BARE):
+            wanted |= {term.curve for term in recipe.losses}
+        return [term for term in recipe.all_losses if term.curve in wanted]
 
     def _taught(self, arm: str) -> bool:
         """Whether a teacher teaches it."""
@@ -180,7 +182,8 @@ class Distillation:
         set_seed(seed)
         student = self._student(arm, labelled).to(self.accelerator.device)
         batch = self._sample(dataset)
-        adapters = self.recipe.adapters
+        tapped = tapped_layers(terms)
+        adapters = {name: a for name, a in self.recipe.adapters.items() if name in tapped}
         model, terms = adapt_student(student, terms, adapters, source, self.task, batch)
         objective = Objective(
             self.task, self.recipe.task.weights, terms, source, watched=not self._taught(arm)
@@ -238,7 +241,7 @@ class Distillation:
             return [term for term in self.terms if not term.kind.maps]
         names = self.recipe.terms_of(arm)
         if names is None:
-            names = tuple(term.label or term.name for term in self.recipe.losses)
+            names = tuple(term.curve for term in self.recipe.losses)
         return [term for term in self.terms if term.name in names]
 
     def _source(self, arm: str, seed: int) -> SoftTargetSource | None:

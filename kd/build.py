@@ -22,7 +22,7 @@ from kd.opened_maps import open_maps
 from kd.tasks import TASKS
 from kd.tasks.base import Task
 from kd.transferred import TRANSFERRED, take_trunk
-from students import SEGMENTERS, STUDENTS
+from students import CLASSIFIERS, SEGMENTERS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
 
@@ -91,8 +91,8 @@ def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = T
     options = {**model.options, **({} if context else {"context": False})}
     given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
     given |= {"trunk": None}
-    if model.name in STUDENTS:
-        return build(STUDENTS, model.name, options, what="student", **given)
+    if model.name in CLASSIFIERS:
+        return build(CLASSIFIERS, model.name, options, what="student", **given)
     filled = {"name", *given}
     if model.name == TRANSFERRED:
         given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.build import make_accelerator
-from kd.opened import open_objects
 from kd.cli import run_command, set_up_logging
 from kd.data_config import objects_config
 from kd.equivariance import moved_map_errors
 from kd.errors import UserError, at_least
 from kd.objective import POSTERIOR
+from kd.opened import open_objects
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import load_teacher
 

@@ -123,6 +123,11 @@ class Term(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: Weighted = Weighted()
 
+    @property
+    def curve(self) -> str:
+        """What tells it from the recipe's other terms."""
+        return self.label or self.name
+
 
 class Adapter(Section):
     """Brings a student's layer to the shape of a teacher's."""
@@ -197,6 +202,12 @@ class TeacherRecipe(Section):
             raise ValueError("one fold leaves no image to train on; 0 (none) or 2 and more")
         return folds
 
+    @model_validator(mode="after")
+    def _folds_are_of_objects(self) -> TeacherRecipe:
+        if self.folds and isinstance(self.data, LabelMaps):
+            raise ValueError("folds: are for teachers of objects' context")
+        return self
+
 
 class DistillRecipe(Section):
     """`python -m kd.distill`: a student, its plain twin, and the comparison."""
@@ -228,7 +239,7 @@ class DistillRecipe(Section):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} must be one or more different numbers")
         self._check_arms()
-        names = [term.label or term.name for term in self.all_losses]
+        names = [term.curve for term in self.all_losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"losses: {', '.join(twice)}: given twice; tell them apart by `label`")
         for ablation, arms in self.ablations.items():

@@ -89,7 +89,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{shown_name(path)}: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{shown_name(path)}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{shown_name(path)}: not YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{shown_name(path)}: expected a mapping at the top, got {content!r:.60}")
     return content

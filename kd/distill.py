@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.arms import Distillation
-from kd.build import make_accelerator
-from kd.opened import open_objects
+from kd.build import make_accelerator, open_data
+from kd.catalog import look_up
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import DistillRecipe
 from kd.launch import open_run
@@ -30,18 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Train a student with a teacher's knowledge and its plain twin without, and compare them.",
     )
     parser.add_argument("--teacher", metavar="RUN", help="a teacher's run folder or checkpoint")
+    parser.add_argument(
+        "--ablation", metavar="NAME", help="the recipe's arms of that name beside plain"
+    )
     args = parser.parse_args(argv)
     extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
     recipe = read_recipe(args, DistillRecipe, "distill", extra)
     if recipe is None:
         return 0
     recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
+    if args.ablation:
+        arms = look_up(recipe.ablations, args.ablation, what="ablation of this recipe")
+        recipe = recipe.model_copy(update={"arms": ("plain", *arms)})
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
     out = args.out or RUNS / "distill" / name / recipe.data.name
     with accelerator.main_process_first():
-        data = open_objects(recipe.data)
+        data = open_data(recipe.data)
     distillation = Distillation(recipe, data, accelerator, out)
     distillation.check()
     open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)

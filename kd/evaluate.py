@@ -19,6 +19,7 @@ from kd.answers import ask_run, data_of, stored_answers
 from kd.cli import run_command, set_up_logging
 from kd.errors import UserError
 from kd.evaluation import Evaluation, Scores, about, write_evaluation, write_tables
+from kd.opened import of_objects
 from kd.references import on_data, references
 from kd.report.runs import check_same_objects, find_runs, named_runs
 from kd.report.table import print_table
@@ -45,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print(evaluation, per_class=args.per_class)
         write_tables(folder, evaluation)
     else:
-        title = f"{args.runs[0]} on {about(asked.data, asked.records)}"
-        known = references(asked.data, asked.records)
-        evaluation = Evaluation(title, asked.data, {asked.name: asked.records}, known)
+        data = of_objects(asked.data)
+        title = f"{args.runs[0]} on {about(data, asked.records)}"
+        known = references(data, asked.records)
+        evaluation = Evaluation(title, data, {asked.name: asked.records}, known)
         _print(evaluation, per_class=args.per_class)
         write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
     sys.stdout.write(f"tables, figures and numbers: {folder}\n")
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _side_by_side(args: argparse.Namespace) -> int:
     runs = stored_answers(find_runs(args.runs), args.data)
     check_same_objects(runs)
-    data, named = data_of(runs[0], args.data, args.settings), named_runs(runs)
+    data = of_objects(data_of(runs[0], args.data, args.settings))
+    named = named_runs(runs)
     records = {name: on_data(data, run.records, str(run.folder)) for name, run in named.items()}
     first = next(iter(records.values()))
     evaluation = Evaluation(about(data, first), data, records, references(data, first))

@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kd.opened import OpenData
 from kd.files import write_whole
 from kd.metrics import scores
 from kd.metrics.classes import ClassRow, beyond_prior, confusions, per_class
 from kd.metrics.records import Records
+from kd.opened import OpenData, Opened
 from kd.references import ABOUT, PRIOR
 from kd.report import evaluation as tables
 from kd.report.class_figures import (
@@ -169,7 +169,7 @@ class Scores:
     """What a task scores that does not ask about objects; it has tables, no figures."""
 
     title: str
-    data: OpenData
+    data: Opened
     metric: Metric
 
     def summary_tables(self) -> list[Table]:
@@ -178,7 +178,7 @@ class Scores:
 
     def class_table(self) -> Table:
         """Every class that occurs."""
-        return tables.scores_table(self.metric.per_class(self.data.val.class_names))
+        return tables.scores_table(self.metric.per_class(self.data.class_names))
 
     def all_tables(self) -> list[Table]:
         """What `table.md` holds."""
@@ -186,7 +186,7 @@ class Scores:
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of the tables, in full precision."""
-        rows = self.metric.per_class(self.data.val.class_names)
+        rows = self.metric.per_class(self.data.class_names)
         return {
             "title": self.title,
             "data": self.data.section.model_dump(mode="json"),

@@ -59,6 +59,17 @@ class Opened(Protocol):
         ...
 
 
+def of_objects(data: Opened) -> OpenData:
+    """The same, for commands that ask about objects.
+
+    Raises:
+        UserError: It has label maps.
+    """
+    if not isinstance(data, OpenData):
+        raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
+    return data
+
+
 @dataclass(frozen=True)
 class OpenData:
     """Both splits of a data set of objects, opened."""
@@ -143,9 +154,7 @@ def open_objects(section: Data) -> OpenData:
     Raises:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.
     """
-    train, val = open_annotated(
-        section, section.train, section.val, pictures=section.pictures
-    )
+    train, val = open_annotated(section, section.train, section.val, pictures=section.pictures)
     return OpenData(section, train, val)
 
 
@@ -178,128 +187,6 @@ def open_annotated(
         for index in (first, second):
             _check_decode(index)
     return first, second
-
-
-def class_names(self) -> tuple[str, ...]:
-        """C names."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        ...
-
-    def classes(self) -> Classes:
-        """What a metric is told."""
-        ...
-
-    def evaluated(self) -> Samples:
-        """The val split's samples."""
-        ...
-
-
-@dataclass(frozen=True)
-class OpenData:
-    """Both splits of a data set of objects, opened."""
-
-    section: Data
-    train: CocoIndex
-    val: CocoIndex
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
-        return self.val.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.train.num_classes
-
-    def classes(self) -> Classes:
-        """Names, prior and look-alikes."""
-        known = partial(visible_objects, self.val)
-        names, looks = self.class_names, self.val.looks
-        return Classes(names, self.prior(), looks, known, self.section.name)
-
-    def evaluated(self) -> SceneDataset:
-        """The val split, every usable object hidden in turn."""
-        return make_dataset(self, "val", train=False)
-
-    def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed sees; None: all."""
-        return labelled_images(self.train, self.section.labelled, seed)
-
-    def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class shares, (C,), from `train_counts` with one added to each."""
-        counts = self.train_counts(images) + 1.0
-        return np.asarray(counts / counts.sum(), dtype=np.float64)
-
-    def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
-        """Usable train objects of each class, (C,), on the images with these ids or on all."""
-        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
-        return np.bincount(self.train.labels[rows], minlength=self.num_classes)
-
-    def shares(self, images: Collection[int] | None = None) -> dict[str, NDArray[np.float64]]:
-        """How common each class is among the train pictures, for the weights of classes.
-
-        Args:
-            images: Only those with these ids.
-
-        Returns:
-            `pixel_shares` (1 + C,): of the pictures' area, background first, which has what the
-            segments leave and at least 1 %; where they overlap both count. `image_shares` (C,): of
-            the pictures, those with the class.
-        """
-        index, classes = self.train, self.num_classes
-        owners = np.repeat(np.arange(len(index)), np.diff(index.first))
-        taken = np.arange(len(index))
-        if images is not None:
-            taken = np.flatnonzero(np.isin(index.image_ids, np.asarray(list(images))))
-        kept = np.isin(owners, taken)
-        owners, labels = owners[kept], index.labels[kept].astype(np.int64)
-        pictures = index.heights.astype(np.float64) * index.widths
-        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / len(taken)
-        shown = np.unique(np.stack([owners, labels]), axis=1)[1]
-        return {
-            "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
-            "image_shares": np.bincount(shown, minlength=classes) / len(taken),
-        }
-
-    def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
-        """Exact posteriors of the embedded scenes, None for other data."""
-        index = self.train if split == "train" else self.val
-        file = index.annotation_file.with_name(f"posteriors_{split}.npz")
-        if self.section.generate is None or not file.is_file():
-            return None
-        with np.load(file) as stored:
-            return {name: stored[name] for name in stored.files}
-
-
-def open_objects(section: Data) -> OpenData:
-    """Open a data set; the embedded scenes are made where they are not there yet.
-
-    Raises:
-        UserError: What `load_coco` and `generate_scenes` raise, or no root.
-    """
-    root = root_of(section, holds=section.train.annotations)
-    if section.generate is not None:
-        made = section.generate
-        generate_scenes(
-            root, train=made.train, val=made.val, size=made.size, seed=made.seed,
-            workers=os.cpu_count() or 1, progress=True,
-        )  # fmt: skip
-    train = load_coco(
-        root / section.train.annotations, root / section.train.images, check_images=section.pictures
-    )
-    val = load_coco(
-        root / section.val.annotations, root / section.val.images,
-        check_images=section.pictures, categories_from=train,
-    )  # fmt: skip
-    if section.generate is None and section.pictures:  # what was made here is whole
-        for index in (train, val):
-            _check_decode(index)
-    return OpenData(section, train, val)
 
 
 def class_names(section: Data) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kd.opened import OpenData, make_dataset
 from kd.data.collate import collate
 from kd.engine import evaluating, to_device
+from kd.opened import OpenData, make_dataset, of_objects
 from kd.report.pictures import hidden_scene_figure
 from kd.session import Session
 from kd.tasks.base import Task
@@ -39,7 +39,12 @@ def write_pictures(
     """
     device, count = training.accelerator.device, session.train.pictures
     figures = hidden_scenes(
-        training.result, task, session.data, count=count, device=device, expectation=expectation
+        training.result,
+        task,
+        of_objects(session.data),
+        count=count,
+        device=device,
+        expectation=expectation,
     )
     for number, figure in enumerate(figures):
         tracker.figure(f"pictures/{number}", figure, training.progress.step)

@@ -6,9 +6,9 @@ import numpy as np
 
 from kd.baselines import cooccurrence_log_probs
 from kd.data.coco import visible_objects
-from kd.opened import OpenData
 from kd.errors import UserError
-from kd.metrics.records import Array, Records, answered, prior_records
+from kd.metrics.records import Records, answered, prior_records
+from kd.opened import OpenData
 
 PRIOR, COMPANY = "class prior", "co-occurrence"
 EXACT, TOLD = "exact posterior", "exact, annotations"

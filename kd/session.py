@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from kd.build import make_loader
-from kd.opened import OpenData, Opened
 from kd.checkpoint import save_model
 from kd.config import Train
 from kd.data.loader import SampleLoader
@@ -24,6 +23,7 @@ from kd.metrics import scores
 from kd.metrics.records import prior_records
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
+from kd.opened import OpenData, Opened
 from kd.progress import CleanStop, ProgressBar
 from kd.references import EXACT, PRIOR, exact_records
 from kd.report.figures import share_hidden_figure, top_n_figure
@@ -225,9 +225,7 @@ def val_loader(data: Opened, batch_size: int, accelerator: Accelerator) -> Sampl
     """The val split in batches; pictures of different sizes go one by one."""
     samples = data.evaluated()
     batch_size = batch_size if samples.batched else accelerator.num_processes
-    return make_loader(
-        samples, accelerator, batch_size=batch_size, workers=data.section.workers
-    )
+    return make_loader(samples, accelerator, batch_size=batch_size, workers=data.section.workers)
 
 
 def _evaluate(
@@ -254,7 +252,8 @@ def say_summary(title: str, summary: Mapping[str, Any]) -> None:
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
     names = [name for name in shown if name in summary]
     width = max(len(name) for name in names)
-    sys.stdout.write(f"{title}\n  {'':<{width}}" + "".join(f"{titles[c]:>17}" for c in columns) + "\n")
+    heads = "".join(f"{titles[column]:>17}" for column in columns)
+    sys.stdout.write(f"{title}\n  {'':<{width}}{heads}\n")
     for name in names:
         cells = [_number(name, summary.get(prefix + name)) for prefix in columns]
         sys.stdout.write(f"  {name:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + "\n")

@@ -72,7 +72,9 @@ class LiveTeacher:
         outputs = named(output)
         features = self._taps.collect() if self._taps else {}
         given = {name: tensor.float() for name, tensor in (outputs | features).items()}
-        return {**given, "posterior": self.task.decode(outputs, batch)} if self._posterior else given
+        if self._posterior:
+            given["posterior"] = self.task.decode(outputs, batch)
+        return given
 
 
 class Teachers:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from kd.opened import OpenData
-from kd.config import DistillRecipe, TeacherReference
+from kd.config import Data, DistillRecipe, TeacherReference
 from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.objective import POSTERIOR, Term
+from kd.opened import OpenData, Opened
+from kd.opened_maps import OpenMaps
 from kd.soft_targets import (
     LiveTeacher,
     SoftTargetSource,
@@ -24,7 +26,13 @@ from kd.soft_targets import (
     Teachers,
 )
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher
+from kd.teacher_runs import (
+    TrainedTeacher,
+    class_names_of,
+    find_teacher,
+    load_teacher,
+    teaches_objects,
+)
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -76,7 +84,7 @@ class Sources:
 
 
 def open_sources(
-    recipe: DistillRecipe, terms: Sequence[Term], data: OpenData, accelerator: Accelerator
+    recipe: DistillRecipe, terms: Sequence[Term], data: Opened, accelerator: Accelerator
 ) -> Sources:
     """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
 
@@ -87,7 +95,7 @@ def open_sources(
     references: dict[str, TeacherReference] = {"": recipe.teacher, **recipe.more_teachers}
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     teachers = {
-        name: load_teacher(find_teacher(reference, recipe.data.name), data.num_classes)
+        name: _load(find_teacher(reference, recipe.data.name), data)
         for name, reference in references.items()
     }
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
@@ -99,6 +107,7 @@ def open_sources(
         if recipe.soft_targets.kind == "live":
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
             continue
+        assert isinstance(data, OpenData)  # only of objects are outputs stored
         kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
         posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
         # On a GPU a look-up does not check: here is the place, before anything trains.
@@ -109,8 +118,16 @@ def open_sources(
     return sources
 
 
+def _load(path: Path, data: Opened) -> TrainedTeacher:
+    """A teacher of the data's classes; one of objects keeps its own where these are label maps."""
+    own = isinstance(data, OpenMaps) and teaches_objects(path)
+    return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
+
+
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
     """Stored posteriors must not carry labels that the student is not to know."""
+    if not isinstance(recipe.data, Data):
+        return
     labelled = recipe.data.labelled
     if teacher.reads_labels and labelled < 1 and recipe.soft_targets.kind == "stored":
         raise UserError(
@@ -160,5 +177,7 @@ def _live(
             f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "
             "a live teacher sees the student's pictures"
         )
-    autocast = accelerator.mixed_precision == "bf16"
-    return LiveTeacher(teacher.model, teacher.task, layers_among(outputs), autocast=autocast)
+    return LiveTeacher(
+        teacher.model, teacher.task, layers_among(outputs),
+        autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,
+    )  # fmt: skip

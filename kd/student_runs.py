@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from kd.build import build_student, build_task
-from kd.opened import OpenData, open_objects
+from kd.build import build_segmenter, build_student, build_task, open_data
 from kd.checkpoint import load_model
-from kd.config import Data, DistillRecipe
+from kd.config import AnyData, DistillRecipe
 from kd.config_reader import from_plain
-from kd.data.splits import labelled_images
 from kd.errors import UserError
+from kd.opened import OpenData, Opened
 from kd.tasks.base import Task
 
 
@@ -23,12 +22,12 @@ from kd.tasks.base import Task
 class TrainedStudent:
     """A student as its run left it, and the data set it is to be asked about."""
 
-    data: OpenData
+    data: Opened
     model: nn.Module
     task: Task
 
 
-def load_student(run: Path, config: Mapping[str, Any], section: Data) -> TrainedStudent:
+def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> TrainedStudent:
     """Load an arm's student.
 
     Args:
@@ -47,14 +46,15 @@ def load_student(run: Path, config: Mapping[str, Any], section: Data) -> Trained
     plain = {key: value for key, value in config.items() if key not in ("arm", "seed")}
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
-    data = open_objects(recipe.data)
-    labelled = labelled_images(data.train, recipe.data.labelled, config["seed"])
+    data = open_data(recipe.data)
     # The run's weights replace whatever it started from, which need not be here any more.
-    options = {**recipe.student.options, "weights": None}
-    student = build_student(
-        recipe.student.model_copy(update={"options": options}),
-        data.prior(labelled),
-        context=config["arm"] not in ("bare", "direct"),
-    )
+    replaced = {"weights": None, "file": None}
+    options = {k: replaced.get(k, value) for k, value in recipe.student.options.items()}
+    known = recipe.student.model_copy(update={"options": options})
+    if isinstance(data, OpenData):
+        prior = data.prior(data.labelled(config["seed"]))
+        student = build_student(known, prior, context=config["arm"] not in ("bare", "direct"))
+    else:
+        student = build_segmenter(known, data.num_classes)
     load_model(run / "model.safetensors", student)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
-from kd.opened import OpenData, make_dataset
 from kd.checkpoint import Progress
 from kd.data.collate import collate
 from kd.data.dataset import SceneDataset
@@ -36,6 +35,7 @@ from kd.engine import to_device
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
 from kd.objective import POSTERIOR, TEACHER_OUTPUTS
+from kd.opened import OpenData, make_dataset
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from kd.arms import Distillation
 from kd.build import make_accelerator
-from kd.opened import open_objects
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config_transfer import TransferRecipe
 from kd.launch import open_run
+from kd.opened import open_objects
 from kd.report.table import print_table
 from kd.report.transfer import transfer_table
 from kd.starts import starts

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kd.errors import at_least
+from kd.errors import UserError, at_least
+from kd.nn.weights import load_network
 
 BRANCHES = (1, 2, 4, 8, 16)  # dilations of a spatial pyramid
 _EPS = 1e-3  # of all batch norms, as published
@@ -18,10 +19,17 @@ class NormAct(nn.Sequential):
         super().__init__(nn.BatchNorm2d(channels, eps=_EPS), nn.PReLU(channels))
 
 
-def conv(inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the grid (of stride 1)."""
+def conv(
+    inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    """A convolution without bias; at stride 1 it keeps the grid."""
     padding = dilation * (side - 1) // 2
     return nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
+
+
+def fitted(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps without the row and column that an odd side got when it was halved and doubled."""
+    return maps[..., : like.shape[-2], : like.shape[-1]]
 
 
 class SpatialPyramid(nn.Module):
@@ -37,7 +45,9 @@ class SpatialPyramid(nn.Module):
         residual: Whether the input is added, where the channels agree.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, residual: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int = 1, residual: bool = True
+    ) -> None:
         super().__init__()
         narrow = outputs // len(BRANCHES)
         widths = [outputs - narrow * (len(BRANCHES) - 1), *[narrow] * (len(BRANCHES) - 1)]
@@ -58,7 +68,8 @@ class SpatialPyramid(nn.Module):
             sum_so_far = one if sum_so_far is None else sum_so_far + one
             joined.append(sum_so_far)
         result = torch.cat(joined, dim=1)
-        return self.end(result + maps if self.residual else result)
+        normed: Tensor = self.end(result + maps if self.residual else result)
+        return normed
 
 
 class ESPNetC(nn.Module):
@@ -78,6 +89,8 @@ class ESPNetC(nn.Module):
     ) -> None:
         super().__init__()
         at_least("espnet", shallow=(shallow, 1), deep=(deep, 1))
+        if not 0 <= dropout < 1:
+            raise UserError(f"espnet: dropout must be in [0, 1), got {dropout}")
         self.halve = nn.AvgPool2d(3, stride=2, padding=1)
         self.stem = nn.Sequential(conv(3, 16, 3, stride=2), NormAct(16))
         self.norm1 = NormAct(16 + 3)
@@ -132,20 +145,41 @@ class ESPNet(nn.Module):
         self.classifier = nn.ConvTranspose2d(count, count, 2, stride=2, bias=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W), sides multiples of 8, to `logits` (N, C, H, W)."""
+        """Normalised images (N, 3, H, W) to `logits` (N, C, H, W)."""
         first, second, third = self.encoder.levels(images)
-        deep = self.up3(self.norm(self.encoder.classifier(third)))
-        joined = self.join(torch.cat([self.second(second), deep], dim=1))
-        return {"logits": self.classifier(self.refine(torch.cat([joined, first], dim=1)))}
+        deep = fitted(self.up3(self.norm(self.encoder.classifier(third))), second)
+        joined = fitted(self.join(torch.cat([self.second(second), deep], dim=1)), first)
+        logits = self.classifier(self.refine(torch.cat([joined, first], dim=1)))
+        return {"logits": fitted(logits, images)}
 
 
 def espnet_c(
-    num_classes: int, *, shallow: int = 2, deep: int = 8, dropout: float = 0.0
+    num_classes: int,
+    *,
+    shallow: int = 2,
+    deep: int = 8,
+    dropout: float = 0.0,
+    file: str | None = None,
 ) -> ESPNetC:
-    """ESPNet-C, 0.35 M parameters for 20 classes."""
-    return ESPNetC(num_classes, shallow=shallow, deep=deep, dropout=dropout)
+    """ESPNet-C, 0.35 M parameters for 20 classes.
+
+    Args:
+        num_classes: C.
+        shallow: Spatial pyramids at a quarter of the sides.
+        deep: At an eighth.
+        dropout: Of whole channels before the classifier; none as published.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`.
+
+    Raises:
+        UserError: An option out of range, or a file that does not fit.
+    """
+    network = ESPNetC(num_classes, shallow=shallow, deep=deep, dropout=dropout)
+    load_network(network, file, what="espnet_c")
+    return network
 
 
-def espnet(num_classes: int, *, shallow: int = 2, deep: int = 8) -> ESPNet:
-    """ESPNet, 0.36 M parameters for 20 classes."""
-    return ESPNet(num_classes, shallow=shallow, deep=deep)
+def espnet(num_classes: int, *, shallow: int = 2, deep: int = 8, file: str | None = None) -> ESPNet:
+    """ESPNet, 0.36 M parameters for 20 classes; arguments and errors as `espnet_c`."""
+    network = ESPNet(num_classes, shallow=shallow, deep=deep)
+    load_network(network, file, what="espnet")
+    return network

@@ -27,7 +27,6 @@ from torch import nn
 from kd import distill, teacher_cache
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_loader
-from kd.opened import make_dataset, open_objects
 from kd.config import (
     Critic,
     Data,
@@ -45,6 +44,7 @@ from kd.launch import open_run, start_training
 from kd.metrics.top_n import TopN
 from kd.nn.regions import roi_features
 from kd.objective import build_term, draw_modules, modules_of
+from kd.opened import make_dataset, open_objects
 from kd.report.runs import read_distill, read_scalars
 from kd.soft_targets import LiveTeacher
 from kd.tasks.classification import Classification

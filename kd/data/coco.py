@@ -293,9 +293,7 @@ def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> 
     return mistakes
 
 
-def visible_objects(
-    index: CocoIndex, image_ids: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def visible_objects(index: CocoIndex, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
     order = np.argsort(index.image_ids, kind="stable")
     images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]

@@ -65,8 +65,8 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
     if expected is not None and numbers.shape != expected:
         height, width = numbers.shape
         raise UserError(
-            f"{path}: the label map is {width} x {height}, its image {expected[1]} x {expected[0]}; "
-            "scale it without interpolation (nearest), or find the right one"
+            f"{path}: the label map is {width} x {height}, its image {expected[1]} x {expected[0]}"
+            "; scale it without interpolation (nearest), or find the right one"
         )
     labels = table[numbers]
     if (wrong := labels == UNKNOWN).any():
@@ -83,6 +83,6 @@ def _wrong_kind(path: Path, mode: str) -> str:
     if mode.startswith("I"):
         return f"{path}: a label map of 16 bits; write it with 8 (ids of 0 to 255)"
     return (
-        f"{path}: a picture of colours ({mode}), not of class ids; write a grey or palette PNG whose "
-        "numbers are the ids"
+        f"{path}: a picture of colours ({mode}), not of class ids; write a grey or palette PNG "
+        "whose numbers are the ids"
     )

@@ -121,4 +121,3 @@ class MapDataset(Dataset[Sample]):
         if mistakes:
             more = f"\n... and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
             raise UserError("\n".join(mistakes[:5]) + more)
-

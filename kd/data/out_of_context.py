@@ -19,12 +19,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.opened import open_objects
 from kd.cli import run_command, set_up_logging
-from kd.data_config import objects_config
 from kd.context_pastes import Wanted, check_seams, make_sets
 from kd.context_report import report_detections, report_runs
+from kd.data_config import objects_config
 from kd.errors import UserError, at_least
+from kd.opened import open_objects
 from kd.report.table import print_table
 
 

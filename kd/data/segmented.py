@@ -159,9 +159,7 @@ def _cityscapes(root: Path, split: str) -> SegmentedSplit:
         pairs.append((name, path, labels))
     classes = {number: label for label, number in enumerate(CITYSCAPES)}
     others = tuple(number for number in range(34) if number not in classes)
-    return _split(
-        images, pairs, tuple(CITYSCAPES.values()), id_table(classes, void=(*others, 255))
-    )
+    return _split(images, pairs, tuple(CITYSCAPES.values()), id_table(classes, void=(*others, 255)))
 
 
 def _ade20k(root: Path, split: str) -> SegmentedSplit:

@@ -36,7 +36,10 @@ def iou_of(counts: Counts) -> NDArray[np.float64]:
     """Intersection over union of each class, (C,); NaN where it is neither there nor said."""
     hits = np.diag(counts).astype(np.float64)
     union = counts.sum(axis=0) + counts.sum(axis=1) - hits
-    return np.divide(hits, union, out=np.full(len(counts), np.nan), where=union > 0)
+    shares: NDArray[np.float64] = np.divide(
+        hits, union, out=np.full(len(counts), np.nan), where=union > 0
+    )
+    return shares
 
 
 class MeanIoU:

@@ -182,8 +182,8 @@ def stride_of(pixels: int, places: int) -> int:
 def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
     """How much of each unit a batch holds; from the batch alone, before any model runs.
 
-    `masks` are names of further units. `ring` is the area of all rings in pixels; its scale cancels in the engine, which only compares
-    counts of one unit.
+    `masks` are names of further units. `ring` is the area of all rings in pixels; its scale
+    cancels in the engine, which only compares counts of one unit.
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from kd.arms import Distillation
 from kd.build import make_accelerator, make_loader
-from kd.opened import open_objects
 from kd.config import Arm, DistillRecipe
 from kd.config_reader import find_config, load_recipe
 from kd.data.splits import labelled_images
 from kd.engine import forward_losses
 from kd.errors import UserError
 from kd.objective import weighted_sum
+from kd.opened import open_objects
 from kd.training import Objective
 
 ARMS: tuple[Arm, ...] = ("plain", "distilled", "bare", "shuffled", "direct")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kd.ask import Question, as_seen, expectations
 from kd.build import build_task, build_teacher
-from kd.opened import OpenData, make_dataset, open_objects
 from kd.config import Data, Model, Split, TaskSection, TeacherRecipe
 from kd.config_reader import data_config
 from kd.data.collate import Sample, collate
 from kd.data.images import read_image
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.tasks.base import Batch, named
 from kd.teacher_runs import TrainedTeacher, fold_models, load_teacher
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kd.build import (build_student, build_task, build_teacher, make_accelerator, make_loader)
-from kd.opened import OpenData, make_dataset, open_objects
+from kd.build import build_student, build_task, build_teacher, make_accelerator, make_loader
 from kd.config import Data, Model, TaskSection
 from kd.config_reader import data_config
 from kd.errors import UserError
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.tasks.context import Context
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kd.build import make_accelerator
-from kd.opened import OpenData, open_objects
 from kd.config_reader import data_config
 from kd.equivariance import check_moved_maps, moved_map_errors
 from kd.errors import UserError
+from kd.opened import OpenData, open_objects
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, load_teacher
 

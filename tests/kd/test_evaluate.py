@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from kd import answers, evaluate
 from kd.baselines import cooccurrence_log_probs
-from kd.opened import open_objects
 from kd.cli import run_command
 from kd.config import Data, Generate, Split
 from kd.errors import UserError
 from kd.evaluation import Scores, write_tables
 from kd.metrics import scores
 from kd.metrics.average_precision import MultiLabelAP
+from kd.opened import open_objects
 from kd.references import COMPANY, EXACT, PRIOR, TOLD, exact_records, on_data, references
 from kd.report.runs import read_run
 

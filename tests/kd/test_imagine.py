@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from kd import imagine
-from kd.opened import open_objects
 from kd.cli import run_command
 from kd.config_reader import data_config
 from kd.imagination import Imagination, Wanted, names_of_outputs
+from kd.opened import open_objects
 from kd.run_folder import class_names
 from kd.teacher_runs import class_names_of
 

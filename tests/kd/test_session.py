@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from kd import session as session_module
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_loader
-from kd.opened import OpenData, make_dataset, open_objects
 from kd.checkpoint import load_checkpoint
 from kd.config import Data, Generate, Optimizer, Split, Train
 from kd.data.loader import SampleLoader
 from kd.errors import UserError
 from kd.nn.regions import roi_features
 from kd.objective import build_term
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary

@@ -12,13 +12,13 @@ import torch
 
 from kd.adapted import AdaptedStudent
 from kd.build import build_student, build_task, make_accelerator
-from kd.opened import make_dataset, open_objects
 from kd.config_reader import load_recipe
 from kd.config_transfer import TransferRecipe
 from kd.data.collate import collate
 from kd.engine import train_step
 from kd.errors import ConfigError, UserError
 from kd.launch import start_training
+from kd.opened import make_dataset, open_objects
 from kd.starts import Start, starts
 from kd.training import Objective
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from kd import teacher_cache
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_loader
-from kd.opened import OpenData, make_dataset, open_objects
 from kd.config import Adapter, Term, Train
 from kd.config_reader import data_config
 from kd.data.splits import fold_of
 from kd.engine import to_device, train_step
 from kd.errors import UserError
 from kd.launch import start_training
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher, StoredPosteriors, StoredTeacher
 from kd.tasks.classification import Classification

@@ -1,4 +1,4 @@
-"""Segmentation networks on a torchvision trunk: pyramid pooling, and torchvision's own.
+"""Segmentation by pyramid pooling on any torchvision trunk.
 
 PSPNet (Zhao et al., 2017, https://arxiv.org/abs/1612.01105) as structured distillation has it
 (Liu et al., 2019, https://arxiv.org/abs/1903.04197): the width of the head is a quarter of the
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.weights import load_network
 
 
 def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
@@ -29,6 +30,9 @@ def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
 class PyramidPooling(nn.Module):
     """Means over grids of a few sizes beside the map itself, joined.
 
+    With a grid of one place, a batch of training needs two pictures: batch norm cannot learn from
+    one value.
+
     Args:
         channels: Of the map.
         width: Of the result.
@@ -38,7 +42,6 @@ class PyramidPooling(nn.Module):
 
     def __init__(self, channels: int, width: int, *, bins: Sequence[int], dropout: float) -> None:
         super().__init__()
-        # A batch norm cannot learn from single values: a grid of one place and a batch of one.
         self.stages = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(side), *block(channels, width)) for side in bins
         )
@@ -64,7 +67,13 @@ class PSPNet(nn.Module):
     """
 
     def __init__(
-        self, trunk: Trunk, num_classes: int, *, bins: Sequence[int], dropout: float, auxiliary: bool
+        self,
+        trunk: Trunk,
+        num_classes: int,
+        *,
+        bins: Sequence[int],
+        dropout: float,
+        auxiliary: bool,
     ) -> None:
         super().__init__()
         self.trunk, self.stride = trunk, trunk.stride
@@ -80,16 +89,16 @@ class PSPNet(nn.Module):
             )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) to `logits`, and `auxiliary`, (N, C, H/s, W/s)."""
-        maps, earlier = images, images
-        for path, step in self.trunk.steps():
-            maps = step(maps)
-            if path == self.tap:
-                earlier = maps
-        output = {"logits": self.classifier(self.pyramid(maps))}
-        if self.training and self.auxiliary is not None:
-            output["auxiliary"] = self.auxiliary(earlier)
-        return output
+        """Normalised images (N, 3, H, W) to logits.
+
+        Returns:
+            `logits` (N, C, H/stride, W/stride); in training `auxiliary` too, on its step's grid.
+        """
+        if not self.training or self.auxiliary is None:
+            return {"logits": self.classifier(self.pyramid(self.trunk(images)))}
+        maps, earlier = self.trunk.forward_with(images, self.tap)
+        logits = self.classifier(self.pyramid(maps))
+        return {"logits": logits, "auxiliary": self.auxiliary(earlier)}
 
 
 def pspnet(
@@ -102,6 +111,7 @@ def pspnet(
     bins: Sequence[int] = (1, 2, 3, 6),
     dropout: float = 0.1,
     auxiliary: bool = True,
+    file: str | None = None,
 ) -> PSPNet:
     """Pyramid pooling on any torchvision trunk.
 
@@ -115,13 +125,19 @@ def pspnet(
         bins: Sides of the pooled grids.
         dropout: Of whole channels, before both classifiers.
         auxiliary: Whether a second classifier learns on an earlier map.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`; those of the trunk
+            alone are then left aside.
 
     Raises:
-        UserError: An option out of range, or a trunk that cannot be built.
+        UserError: An option out of range, a trunk that cannot be built, or a file that does not
+            fit.
     """
     if not bins or min(bins) < 1:
         raise UserError(f"pspnet: bins must be 1 or more each, got {list(bins)}")
     if not 0 <= dropout < 1:
         raise UserError(f"pspnet: dropout must be in [0, 1), got {dropout}")
+    weights = weights if file is None else None
     seen = build_trunk(trunk, weights=weights, stride=stride, dilate=True, width=width)
-    return PSPNet(seen, num_classes, bins=bins, dropout=dropout, auxiliary=auxiliary)
+    network = PSPNet(seen, num_classes, bins=bins, dropout=dropout, auxiliary=auxiliary)
+    load_network(network, file, what=f"pspnet on {trunk}")
+    return network
