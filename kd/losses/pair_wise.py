@@ -87,7 +87,9 @@ def _pooled(
         return features
     if pool == "average":
         # Zeros shorten an average but do not turn it, and a node is a direction.
-        return F.avg_pool2d(features, window, window, ceil_mode=True)
+        # Nothing is padded; but told that it counts, torch.compile's backward pass divides windows
+        # over the edge by their full size: https://github.com/pytorch/pytorch/issues/198119.
+        return F.avg_pool2d(features, window, window, ceil_mode=True, count_include_pad=False)
     seen = features if void is None else features.masked_fill(void, -math.inf)
     # A maximum overlooks -inf, which must show: the second term is 0, or NaN.
     largest = F.max_pool2d(seen, window, window, ceil_mode=True)

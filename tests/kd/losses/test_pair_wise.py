@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -162,3 +164,21 @@ def test_pair_wise_names_what_is_wrong() -> None:
 def test_a_window_larger_than_the_map_leaves_one_node() -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 5).unbind()
     assert pair_wise(student, teacher, kernel=9).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize("pool", ["max", "average"])
+def test_generated_code_gives_the_gradient_of_windows_over_the_edge(pool: str) -> None:
+    torch.compiler.reset()
+    student, teacher = torch.randn(2, 2, 3, 5, 7).unbind()
+    valid = torch.rand(2, 5, 7) < 0.6
+    valid[0, :3, :3] = False  # a whole window
+    found = []
+    for loss in (pair_wise, torch.compile(pair_wise, fullgraph=True)):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, kernel=3, pool=pool, valid=valid)
+        found.append([value.detach(), *torch.autograd.grad(value, leaf)])
+    torch.testing.assert_close(found[0], found[1])
