@@ -38,13 +38,9 @@ def write_pictures(
         expectation: The teacher's probabilities for a batch's hidden objects, beside the model's.
     """
     device, count = training.accelerator.device, session.train.pictures
+    data = of_objects(session.data)
     figures = hidden_scenes(
-        training.result,
-        task,
-        of_objects(session.data),
-        count=count,
-        device=device,
-        expectation=expectation,
+        training.result, task, data, count=count, device=device, expectation=expectation
     )
     for number, figure in enumerate(figures):
         tracker.figure(f"pictures/{number}", figure, training.progress.step)

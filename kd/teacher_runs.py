@@ -14,7 +14,7 @@ from torch import nn
 from kd.adapted import AdaptedStudent
 from kd.build import build_task, build_teacher, open_data
 from kd.checkpoint import load_checkpoint, load_model, load_state
-from kd.config import Model, TeacherRecipe, TeacherReference
+from kd.config import Data, Model, TeacherRecipe, TeacherReference
 from kd.config_data import OBJECTS, kind_of_data
 from kd.config_reader import read_yaml
 from kd.data.collate import collate

@@ -229,10 +229,10 @@ def _split(
 ) -> SegmentedSplit:
     if not pairs:
         raise UserError(f"{where}: an empty split, there is no image in it")
-    for what, place in (("image", 1), ("label map", 2)):
-        if missing := [pair[place] for pair in pairs if not pair[place].is_file()]:
-            raise UserError(
-                f"{missing[0]}: this {what} is missing ({len(missing)} of {len(pairs)} are)"
-            )
     stems, images, maps = zip(*pairs, strict=True)
+    for what, files in (("image", images), ("label map", maps)):
+        if missing := [file for file in files if not file.is_file()]:
+            raise UserError(
+                f"{missing[0]}: this {what} is missing ({len(missing)} of {len(files)} are)"
+            )
     return SegmentedSplit(str(where), stems, images, maps, names, table)

@@ -36,9 +36,8 @@ def iou_of(counts: Counts) -> NDArray[np.float64]:
     """Intersection over union of each class, (C,); NaN where it is neither there nor said."""
     hits = np.diag(counts).astype(np.float64)
     union = counts.sum(axis=0) + counts.sum(axis=1) - hits
-    shares: NDArray[np.float64] = np.divide(
-        hits, union, out=np.full(len(counts), np.nan), where=union > 0
-    )
+    shares = np.full(len(counts), np.nan)
+    np.divide(hits, union, out=shares, where=union > 0)
     return shares
 
 
@@ -112,4 +111,9 @@ class MeanIoU:
             "image_ids": np.array(numbers, np.int64),
             "confusion": np.stack([self._pictures[number] for number in numbers]),
         }
-        write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:  # by name, numpy would put its own ending behind it
+                np.savez_compressed(file, **arrays)
+
+        write_whole(path, write)
