@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from kd.errors import UserError
+from kd.nn.cost import multiply_adds
 from students.espnet import BRANCHES, SpatialPyramid, espnet, espnet_c
+
+
+def convolutions(made: SpatialPyramid) -> list[nn.Conv2d]:
+    return [branch for branch in made.branches if isinstance(branch, nn.Conv2d)]
 
 
 def pyramid(*, residual: bool) -> SpatialPyramid:
@@ -16,8 +21,8 @@ def pyramid(*, residual: bool) -> SpatialPyramid:
     made.end = nn.Identity()  # type: ignore[assignment]
     with torch.no_grad():
         made.reduce.weight.copy_(torch.tensor([1.0, 0, 0, 0, 0]).view(1, 5, 1, 1))
-        for branch in made.branches:
-            branch.weight.zero_()  # type: ignore[operator, union-attr]
+        for branch in convolutions(made):
+            branch.weight.zero_()
     return made
 
 
@@ -29,11 +34,18 @@ def test_the_published_sizes() -> None:
     assert millions(espnet(20)) == pytest.approx(0.364, rel=0.03)
 
 
+def test_the_published_work_of_the_encoder() -> None:
+    """Liu et al., 2019, https://arxiv.org/abs/1903.04197: 3.468 G at 512 x 1024, 19 classes."""
+    with torch.device("meta"):
+        count = multiply_adds(espnet_c(19), torch.empty(1, 3, 512, 1024))
+    assert round(count / 1e9, 3) == 3.468
+
+
 def test_each_dilation_is_added_to_the_next_and_the_smallest_stands_alone() -> None:
     made = pyramid(residual=True)
     with torch.no_grad():
-        for factor, branch in enumerate(made.branches, start=1):
-            branch.weight[:, :, 1, 1] = factor  # type: ignore[operator, index]
+        for factor, branch in enumerate(convolutions(made), start=1):
+            branch.weight[:, :, 1, 1] = factor
         maps = torch.tensor([2.0, 10, 20, 30, 40]).view(1, 5, 1, 1)
         # The reduced map is 2, the branches' are 2, 4, 6, 8, 10; sums begin at the second one.
         expected = [2 + 2.0, 4 + 10, (4 + 6) + 20, (4 + 6 + 8) + 30, (4 + 6 + 8 + 10) + 40]
@@ -45,8 +57,8 @@ def test_each_dilation_is_added_to_the_next_and_the_smallest_stands_alone() -> N
 def test_each_branch_looks_as_far_as_its_dilation() -> None:
     made = pyramid(residual=False)
     with torch.no_grad():
-        for branch in made.branches:
-            branch.weight[:, :, 0, 0] = 1  # type: ignore[operator, index]: up and to the left
+        for branch in convolutions(made):
+            branch.weight[:, :, 0, 0] = 1  # up and to the left
         maps = torch.zeros(1, 5, 40, 40)
         maps[0, 0, 10, 10] = 1
         found = [channel.nonzero().tolist() for channel in made(maps)[0]]
@@ -59,13 +71,14 @@ def test_a_pyramid_that_halves_the_grid_has_no_residual() -> None:
     assert not SpatialPyramid(5, 10).residual
     made = SpatialPyramid(7, 13, stride=2)
     # What five branches do not share out evenly is the first one's.
-    assert [branch.out_channels for branch in made.branches] == [5, 2, 2, 2, 2]
+    assert [branch.out_channels for branch in convolutions(made)] == [5, 2, 2, 2, 2]
     assert made(torch.randn(2, 7, 9, 12)).shape == (2, 13, 5, 6)
 
 
 def test_wrong_options_are_refused() -> None:
-    for options in ({"shallow": 0}, {"deep": 0}):
-        with pytest.raises(UserError, match=r"espnet: .* must be at least 1, got 0"):
-            espnet(3, **options)
+    with pytest.raises(UserError, match="espnet: shallow must be at least 1, got 0"):
+        espnet(3, shallow=0)
+    with pytest.raises(UserError, match="espnet: deep must be at least 1, got 0"):
+        espnet_c(3, deep=0)
     with pytest.raises(UserError, match=r"espnet: dropout must be in \[0, 1\), got 1"):
         espnet_c(3, dropout=1.0)

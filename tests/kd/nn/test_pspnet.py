@@ -36,7 +36,7 @@ def test_half_the_width_has_a_quarter_of_the_weights_and_the_same_grid() -> None
 
 def test_a_pyramid_joins_the_map_with_means_of_its_parts() -> None:
     pyramid = PyramidPooling(1, 1, bins=(1, 2), dropout=0.0).eval()
-    pyramid.join = nn.Identity()
+    pyramid.join = nn.Sequential()
     for stage in pyramid.stages:
         for part in range(1, len(stage)):  # type: ignore[arg-type]
             stage[part] = nn.Identity()  # type: ignore[operator]

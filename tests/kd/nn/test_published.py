@@ -64,7 +64,7 @@ def test_a_backbone_starts_from_a_classifiers_file(name: str, tmp_path: Path) ->
 
 
 def test_imagenet_weights_are_those_of_the_backbones_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = models.mobilenet_v3_large(weights=None).state_dict()
+    state: dict[str, Tensor] = models.mobilenet_v3_large(weights=None).state_dict()
     asked: list[str] = []
 
     def weights_of(name: str) -> dict[str, object]:

@@ -210,6 +210,7 @@ def test_a_dilated_resnet_is_torchvisions() -> None:
     for path, module in known.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             own = ours.get_submodule(path)
+            assert isinstance(own, torch.nn.Conv2d)
             assert (own.stride, own.dilation) == (module.stride, module.dilation), path
 
 
