@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from kd.errors import UserError
 from kd.nn import cost
 from kd.nn.cost import latency, multiply_adds
+from kd.nn.published import NAMES, torchvision_net
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,24 @@ def test_attention_counts_in_evaluation_too(device: str) -> None:
     # Queries, keys, values and the way out; products with keys and with values; two linear layers.
     assert multiply_adds(layer, tokens) == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("resnet18", 224),
+        ("mobilenet_v2", 224),
+        ("vit_b_32", 224),
+        ("lraspp_mobilenet_v3_large", 520),
+    ],
+)
+def test_counts_are_torchvisions_own(name: str, side: int) -> None:
+    """Each of its weights says how many billions one picture takes."""
+    with torch.device("meta"):
+        model = torchvision_net(21, name=name) if name in NAMES else models.get_model(name)
+        count = multiply_adds(model, torch.empty(1, 3, side, side))
+    published = models.get_model_weights(name)["DEFAULT"].meta["_ops"]
+    assert count / 1e9 == pytest.approx(published, abs=6e-4)
 
 
 def test_layers_of_training_alone_do_not_count_and_modes_are_left_as_they_were() -> None:
