@@ -27,12 +27,15 @@ def keep_stride(trunk: Trunk, stride: int, *, dilate: bool) -> None:
     if stride not in trunk.level_strides:
         known = ", ".join(map(str, trunk.level_strides))
         raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
-    dilation = 1
+    dilation, before = 1, 1
     for (path, _), own in list(zip(trunk.steps(), trunk.step_strides, strict=True)):
         if own > stride:
             _drop_pooling(trunk, path)
             if dilate:
-                dilation = _dilate(trunk.get_submodule(path), dilation)
+                after = dilation * (own // max(before, stride))
+                _dilate(trunk.get_submodule(path), dilation, after)
+                dilation = after
+        before = own
         for module in trunk.get_submodule(path).modules() if own > stride else ():
             shrinks = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
             if not shrinks or module.stride in (1, (1, 1)):
@@ -55,16 +58,22 @@ def keep_stride(trunk: Trunk, stride: int, *, dilate: bool) -> None:
         raise UserError(f"{trunk.name}: cannot keep stride {stride}; up-sample the input instead")
 
 
-def _dilate(step: nn.Module, dilation: int) -> int:
-    """Spread a step's convolutions; from each of its strides on twice as far. Returns how far."""
+def _dilate(step: nn.Module, dilation: int, last: int) -> None:
+    """Spread a step's convolutions as far as the strides before them would have.
+
+    Args:
+        step: Of a trunk, its strides still there.
+        dilation: Of what comes into the step.
+        last: Of what leaves it. Strides side by side, in branches, count once therefore.
+    """
     for module in step.modules():
         if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
             continue
-        sides = module.kernel_size
-        module.dilation = (dilation, dilation)
-        module.padding = (dilation * (sides[0] - 1) // 2, dilation * (sides[1] - 1) // 2)
-        dilation *= max(module.stride)
-    return dilation
+        sides, stride = module.kernel_size, max(module.stride)
+        here = min(dilation, last // stride)
+        module.dilation = (here, here)
+        module.padding = (here * (sides[0] - 1) // 2, here * (sides[1] - 1) // 2)
+        dilation = max(dilation, here * stride)
 
 
 def _drop_pooling(trunk: Trunk, path: str) -> None:

@@ -61,6 +61,8 @@ def test_options_are_checked_against_the_builders(data: OpenData) -> None:
         build_teacher(Model(name="cnn", options={"widht": 4}), 5)
     with pytest.raises(UserError, match=r"dropuot.*dropout"):
         build_student(Model(name="resnet18", options={"dropuot": 0.1}), prior)
+    with pytest.raises(UserError, match="unknown torchvision classifier 'pspnet'"):
+        build_student(Model(name="pspnet", options={}), prior)
     with pytest.raises(UserError, match=r"classificaton.*classification"):
         build_task(TaskSection(name="classificaton", weights={}), data.section, 5)
     task = build_task(TaskSection(name="context", weights={}), data.section, 5, prior)
