@@ -45,7 +45,7 @@ from kd.tasks.base import Task
 from kd.teacher_runs import expectation
 from kd.tracking import Tracker
 from kd.training import Objective, Training
-from kd.wiring import adapt_student, build_terms, tapped_layers
+from kd.wiring import adapt_student, build_terms, outputs_by_teacher, tapped_layers
 
 TAUGHT = ("distilled", "shuffled", "direct")
 BARE = ("bare", "direct")
@@ -119,11 +119,6 @@ class Distillation:
     def _check_pixels(self) -> None:
         """What goes with label maps only in part."""
         recipe = self.recipe
-        if recipe.soft_targets.kind == "stored" and any(map(self._taught, recipe.arms)):
-            raise UserError(
-                "soft_targets.kind: stored outputs are those of objects; with label maps the "
-                "teacher is live: soft_targets.kind=live"
-            )
         if controls := sorted(set(recipe.arms) & {"bare", "shuffled", "direct"}):
             raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
 
@@ -209,9 +204,10 @@ class Distillation:
         self, seed: int, labelled: NDArray[np.int64] | None, arm: str = "plain"
     ) -> Samples:
         """The same samples for every arm; stored maps come with them where they are used."""
-        recipe, sources, data = self.recipe, self.sources, self.data
+        recipe, data = self.recipe, self.data
+        stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
         if isinstance(data, OpenMaps):
-            return data.crops(seed)
+            return data.crops(seed, stored, recipe.soft_targets.stride)
         assert isinstance(data, OpenData)
         return make_dataset(
             data,
@@ -222,7 +218,7 @@ class Distillation:
             only=labelled if self.labelled_alone else None,
             seed=seed,
             epochs=recipe.train.epochs,
-            stored=sources.fields if sources is not None and arm == "distilled" else (),
+            stored=stored,
         )
 
     def _has_terms(self, arm: str) -> bool:
@@ -248,7 +244,11 @@ class Distillation:
         if self.sources is None or not self._has_terms(arm):
             return None
         shuffled = seed if arm == "shuffled" else None
-        return self.sources.targets(maps=arm == "distilled", shuffled=shuffled)
+        return self.sources.targets(self._outputs(arm), shuffled=shuffled)
+
+    def _outputs(self, arm: str) -> dict[str, list[str]]:
+        """What an arm's terms read of each teacher."""
+        return outputs_by_teacher(self._terms(arm), self.recipe.more_teachers)
 
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
         expects = None if self.sources is None else partial(expectation, self.sources.teacher)

@@ -159,6 +159,9 @@ class SoftTargets(Section):
     moved_error: NotNegative = Field(
         0.1, description="largest relative error of stored maps that are moved with the picture"
     )
+    stride: Count = Field(
+        8, description="pixels a place of stored maps that crops of label-map data get"
+    )
     balance: Probability = Field(
         0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
     )

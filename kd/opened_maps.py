@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kd.config import LabelMaps
 from kd.config_data import Split
-from kd.data.map_dataset import MapDataset
+from kd.data.map_dataset import MULTIPLE, MapDataset
 from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
+from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.opened import DECODED_FIRST, open_annotated, root_of
 from kd.tasks.base import Classes
@@ -35,20 +41,30 @@ class OpenMaps:
         """Their names."""
         return Classes(self.class_names, where=self.section.name)
 
-    def crops(self, seed: int) -> MapDataset:
-        """Random crops of the train split."""
-        return self._samples(self.train, train=True, seed=seed)
+    def crops(
+        self, seed: int, stored: Sequence[StoredField] = (), stride: int = MULTIPLE
+    ) -> MapDataset:
+        """Random crops of the train split; a teacher's outputs come with them on a grid."""
+        section = self.section
+        return MapDataset(
+            self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
+            seed=seed, stored=stored, stride=stride,
+        )  # fmt: skip
 
     def evaluated(self) -> MapDataset:
         """Whole pictures of the val split."""
-        return self._samples(self.val, train=False)
+        return self.whole("val", size=self.section.size)
 
-    def _samples(self, split: MappedSplit, *, train: bool, seed: int = 0) -> MapDataset:
-        section = self.section
-        return MapDataset(
-            split, size=section.size, crop=section.crop, train=train, augment=section.augment,
-            seed=seed,
-        )  # fmt: skip
+    def whole(
+        self,
+        split: Literal["train", "val"],
+        *,
+        size: int | None,
+        only: NDArray[np.int64] | None = None,
+    ) -> MapDataset:
+        """Whole pictures of a split, all or those of some places, at a size (None: their own)."""
+        pictures = self.train if split == "train" else self.val
+        return MapDataset(pictures, size=size, crop=self.section.crop, train=False, only=only)
 
 
 def open_maps(section: LabelMaps) -> OpenMaps:

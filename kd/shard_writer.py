@@ -13,7 +13,7 @@ from torch import Tensor
 from kd.data.store import IDS, Store
 from kd.data.stored import MIRRORED, keep_largest
 from kd.errors import UserError
-from kd.tasks.base import Batch, image_rows
+from kd.tasks.base import Batch, about_objects, image_rows
 
 Rows = dict[str, NDArray[Any]]
 
@@ -75,8 +75,10 @@ class ShardWriter:
             UserError: A number that is not finite, or cannot be written.
         """
         wanted = [self._shard_of.get(image, -1) for image in batch["image_ids"].tolist()]
-        owners = np.asarray(wanted)[image_rows(batch).cpu().numpy()]
-        ids = batch["object_ids"][batch["hidden"]].cpu().numpy()
+        owners, ids = np.asarray(wanted), batch["image_ids"].cpu().numpy()
+        if about_objects(batch):
+            owners = owners[image_rows(batch).cpu().numpy()]
+            ids = batch["object_ids"][batch["hidden"]].cpu().numpy()
         if (owners < 0).all():
             return
         compact = self._compact(self._output(given))
@@ -125,6 +127,6 @@ class ShardWriter:
         finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not finite.all():
             raise UserError(
-                f"{self.name} of object {ids[~finite][0]} is not finite as {values.dtype}; keep it "
+                f"{self.name} of record {ids[~finite][0]} is not finite as {values.dtype}; keep it "
                 "as float32, or train the teacher again if that is not finite either"
             )

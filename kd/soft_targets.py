@@ -199,17 +199,21 @@ class StoredTeacher:
     """A teacher that was asked before: posteriors from memory, maps that came with the batch.
 
     Args:
-        posteriors: Of all objects.
+        posteriors: Of all objects; None where it was not asked about any.
         layers: What else it gives, by name.
         prefix: What the batch calls these, before their names.
     """
 
     def __init__(
-        self, posteriors: StoredPosteriors, layers: Sequence[str] = (), *, prefix: str = PREFIX
+        self,
+        posteriors: StoredPosteriors | None,
+        layers: Sequence[str] = (),
+        *,
+        prefix: str = PREFIX,
     ) -> None:
         self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`posterior` (K, C) and the layers (K, ...)."""
+        """`posterior` (K, C) and the layers (K, ...), whose rows are images without objects."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
-        return {**self.posteriors(batch), **maps}
+        return maps if self.posteriors is None else {**self.posteriors(batch), **maps}

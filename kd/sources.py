@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,24 +58,31 @@ class Sources:
     @property
     def stored(self) -> bool:
         """Whether everything was computed once."""
-        return bool(self.posteriors)
+        return not self.live
 
-    @property
-    def fields(self) -> list[StoredField]:
-        """What the samples must bring."""
-        return [output for outputs in self.maps.values() for output in outputs.values()]
+    def fields(self, outputs: Mapping[str, Sequence[str]]) -> list[StoredField]:
+        """What the samples must bring for these outputs by teacher."""
+        return [
+            kept
+            for name, maps in self.maps.items()
+            for output, kept in maps.items()
+            if output in outputs.get(name, ())
+        ]
 
-    def targets(self, *, maps: bool, shuffled: int | None = None) -> SoftTargetSource:
+    def targets(
+        self, outputs: Mapping[str, Sequence[str]], *, shuffled: int | None = None
+    ) -> SoftTargetSource:
         """Targets of a batch.
 
         Args:
-            maps: Whether the samples bring `fields`.
+            outputs: By teacher, what `fields` were asked for.
             shuffled: Seed by which each posterior is given to another object: the control.
         """
         found: dict[str, SoftTargetSource] = {**self.live}
-        for name, own in self.posteriors.items():
-            posteriors = own if shuffled is None else own.shuffled(shuffled)
-            layers = list(self.maps[name]) if maps else []
+        for name, maps in self.maps.items():
+            own = self.posteriors.get(name)
+            posteriors = own if own is None or shuffled is None else own.shuffled(shuffled)
+            layers = [output for output in maps if output in outputs.get(name, ())]
             found[name] = StoredTeacher(posteriors, layers, prefix=_prefix(name))
         first, *more = found
         if not more:
@@ -107,14 +114,15 @@ def open_sources(
         if recipe.soft_targets.kind == "live":
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
             continue
-        assert isinstance(data, OpenData)  # only of objects are outputs stored
         kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
-        posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
-        # On a GPU a look-up does not check: here is the place, before anything trains.
-        posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
-        sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
+        if isinstance(data, OpenData):
+            posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
+            # On a GPU a look-up does not check: here is the place, before anything trains.
+            posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
+            sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
+            limit = recipe.soft_targets.moved_error
+            check_moved_maps(teacher, data, kept, accelerator, limit=limit)
         sources.maps[name] = kept
-        check_moved_maps(teacher, data, kept, accelerator, limit=recipe.soft_targets.moved_error)
     return sources
 
 
@@ -146,17 +154,19 @@ def _kept(
     name: str,
     outputs: Sequence[str],
     recipe: DistillRecipe,
-    data: OpenData,
+    data: Opened,
     accelerator: Accelerator,
 ) -> dict[str, StoredField]:
     """A teacher's stored outputs; samples call them by teacher, posteriors stay in memory."""
     targets = recipe.soft_targets
+    always = [POSTERIOR] if isinstance(data, OpenData) else []
     location = targets.cache
     if location is not None and name:
         location = f"{location.rstrip('/')}/{name}"
     wanted = Wanted(
-        outputs=[POSTERIOR, *(output for output in outputs if output != POSTERIOR)],
-        out_of_fold=targets.out_of_fold, dtype=targets.dtype, top_k=targets.top_k,
+        outputs=[*always, *(output for output in outputs if output not in always)],
+        out_of_fold=targets.out_of_fold and isinstance(data, OpenData),
+        dtype=targets.dtype, top_k=targets.top_k,
         mirrored=targets.mirrored, int8=targets.int8,
         location=location,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from kd.config import Data, Model, TeacherRecipe, TeacherReference
 from kd.config_data import OBJECTS, kind_of_data
 from kd.config_reader import read_yaml
 from kd.data.collate import collate
-from kd.data.dataset import SceneDataset
+from kd.data.loader import Samples
 from kd.data_config import plain_data
 from kd.errors import UserError
 from kd.nn.fuse import for_answers
@@ -174,9 +174,7 @@ def teaches_objects(path: Path) -> bool:
     return kind_of_data(config.get("data", {})) == OBJECTS
 
 
-def answering(
-    model: nn.Module, task: Task, dataset: SceneDataset, *, int8: bool = False
-) -> nn.Module:
+def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False) -> nn.Module:
     """A copy of a frozen teacher that answers as fast as it can; none of its layers can be tapped.
 
     Args:

@@ -19,12 +19,12 @@ def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
     stacked = [key for key in _STACKED if key in samples[0]]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in stacked}
-    if "labels" not in samples[0]:  # pictures that are not asked about by objects
-        return batch
-    counts = torch.tensor([len(sample["labels"]) for sample in samples])
     for key in samples[0]:
         if key in _JOINED or key.startswith(PREFIX):
             batch[key] = torch.cat([sample[key] for sample in samples])
+    if "labels" not in samples[0]:  # pictures that are not asked about by objects
+        return batch
+    counts = torch.tensor([len(sample["labels"]) for sample in samples])
     batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
     before = (counts.cumsum(0) - counts).tolist()
     batch["hidden"] = torch.cat(

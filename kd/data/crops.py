@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -45,6 +46,27 @@ class Crop:
         part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
         part = F.horizontal_flip(part) if self.flip else part
         return _filled(part, frame, VOID)[0]
+
+    def sources(self) -> NDArray[np.float64]:
+        """Where a place of the crop's frame comes from.
+
+        Returns:
+            (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in pixels of the file.
+        """
+        top, left, height, width = self.window
+        across, down = width / self.size[1], height / self.size[0]
+        if self.flip:
+            return np.array([[-across, 0.0, left + width], [0.0, down, top]])
+        return np.array([[across, 0.0, left], [0.0, down, top]])
+
+    def of_mirrored(self, size: tuple[int, int]) -> Crop:
+        """What leads to the same result from the mirrored picture, for a crop that flips.
+
+        Args:
+            size: Height and width of the picture.
+        """
+        top, left, height, width = self.window
+        return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
 
 
 @dataclass(frozen=True, kw_only=True)

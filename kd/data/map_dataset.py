@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -13,6 +15,7 @@ from kd.data.collate import Sample
 from kd.data.crops import build_crops
 from kd.data.images import UNREADABLE, read_image, resize, scaled_size
 from kd.data.segmented import MappedSplit
+from kd.data.stored import PREFIX, StoredField
 from kd.errors import UserError
 
 MULTIPLE = 8  # sides of what models see: a network's halvings must meet again
@@ -32,6 +35,9 @@ class MapDataset(Dataset[Sample]):
         train: Random crops; otherwise whole pictures, whose label maps keep their own size.
         augment: Options of `Crops`; None cuts at one scale and changes nothing else.
         seed: Of everything random, 0 or more.
+        only: Positions of the images to keep; None keeps all.
+        stored: Outputs of teachers that go with training samples, as `stored.NAME`.
+        stride: Pixels a place of these.
 
     Raises:
         UserError: An option is out of range, or, for evaluation, a file cannot be read.
@@ -46,6 +52,9 @@ class MapDataset(Dataset[Sample]):
         train: bool = True,
         augment: dict[str, Any] | None = None,
         seed: int = 0,
+        only: NDArray[np.int64] | None = None,
+        stored: Sequence[StoredField] = (),
+        stride: int = MULTIPLE,
     ) -> None:
         """Check the options; the arguments are explained above."""
         if wrong := [side for side in crop if side < MULTIPLE or side % MULTIPLE]:
@@ -53,12 +62,14 @@ class MapDataset(Dataset[Sample]):
         self.split, self.size, self.crop = split, size, crop
         self.train, self.seed = train, seed
         self.crops = build_crops(augment)
+        self.places = np.arange(len(split.images)) if only is None else only
+        self.stored, self.stride = tuple(stored), stride
         # Whole pictures of different sizes have no common shape.
         self.batched = train or len(set(self.file_sizes())) <= 1
 
     def __len__(self) -> int:
         """The number of images."""
-        return len(self.split.images)
+        return len(self.places)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Make the sample of (epoch, position).
@@ -71,21 +82,28 @@ class MapDataset(Dataset[Sample]):
             UserError: The image or its map is missing, broken, or they do not fit.
         """
         epoch, position = place
-        picture = read_image(self.split.images[position], None)
+        image = int(self.places[position])
+        picture = read_image(self.split.images[image], None)
         own = (picture.shape[1], picture.shape[2])
-        labels = self.split.label_map(position, own)
+        labels = self.split.label_map(image, own)
+        targets: Sample = {}
         if self.train:
             random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
             factor = 1.0 if self.size is None else self.size / max(own)
             cut = self.crops.draw(random, own, self.crop, factor=factor)
             picture, labels = cut.image(picture, self.crop), cut.label_map(labels, self.crop)
+            targets = {
+                f"{PREFIX}{one.name}": one.cropped(image, cut, own, self.crop, self.stride)
+                for one in self.stored
+            }
         else:
             picture = resize(picture, self.seen(own))
         return {
             "images": picture.contiguous(),
             "sizes": torch.tensor(picture.shape[1:]),
-            "image_ids": torch.tensor(position),
+            "image_ids": torch.tensor(image),
             "label_maps": labels,
+            **targets,
         }
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
@@ -97,7 +115,7 @@ class MapDataset(Dataset[Sample]):
     def file_sizes(self) -> list[tuple[int, int]]:
         """Height and width of every file, from its header."""
         sizes = []
-        for path in self.split.images:
+        for path in (self.split.images[place] for place in self.places):
             try:
                 with Image.open(path) as picture:
                     sizes.append((picture.height, picture.width))

@@ -74,10 +74,11 @@ class PSPNet(nn.Module):
         bins: Sequence[int],
         dropout: float,
         auxiliary: bool,
+        head: int | None = None,
     ) -> None:
         super().__init__()
         self.trunk, self.stride = trunk, trunk.stride
-        width = max(1, trunk.channels // 4)
+        width = head or max(1, trunk.channels // 4)
         self.pyramid = PyramidPooling(trunk.channels, width, bins=bins, dropout=dropout)
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.auxiliary: nn.Module | None = None
@@ -108,6 +109,8 @@ def pspnet(
     weights: str | None = None,
     stride: int = 8,
     width: float = 1.0,
+    until: str | None = None,
+    head: int | None = None,
     bins: Sequence[int] = (1, 2, 3, 6),
     dropout: float = 0.1,
     auxiliary: bool = True,
@@ -122,6 +125,10 @@ def pspnet(
         weights: Of the trunk: "imagenet", a file, or random ones.
         stride: Pixels a place of the trunk's output; later steps are dilated.
         width: Share of the trunk's channels, for a smaller one from random weights.
+        until: Path of the trunk's last step that is kept; of mobilenet_v2 "features.17" leaves out
+            the widening to 1,280 channels, which is there for its classifier.
+        head: Channels of the pyramid's and the auxiliary head's maps; a quarter of the trunk's by
+            default.
         bins: Sides of the pooled grids.
         dropout: Of whole channels, before both classifiers.
         auxiliary: Whether a second classifier learns on an earlier map.
@@ -136,8 +143,12 @@ def pspnet(
         raise UserError(f"pspnet: bins must be 1 or more each, got {list(bins)}")
     if not 0 <= dropout < 1:
         raise UserError(f"pspnet: dropout must be in [0, 1), got {dropout}")
-    weights = weights if file is None else None
-    seen = build_trunk(trunk, weights=weights, stride=stride, dilate=True, width=width)
-    network = PSPNet(seen, num_classes, bins=bins, dropout=dropout, auxiliary=auxiliary)
+    if head is not None and head < 1:
+        raise UserError(f"pspnet: head must be 1 or more, got {head}")
+    seen = build_trunk(
+        trunk, weights=weights if file is None else None, stride=stride, dilate=True, width=width,
+        until=until,
+    )  # fmt: skip
+    network = PSPNet(seen, num_classes, bins=bins, dropout=dropout, auxiliary=auxiliary, head=head)
     load_network(network, file, what=f"pspnet on {trunk}")
     return network
