@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kd.build import build_task, build_teacher
-from kd.config import TeacherRecipe
+from kd.config import Data, TeacherRecipe
 from kd.config_reader import find_config, known_configs, load_recipe
 from kd.memory import keep_freed_memory
 from kd.tasks.base import named
@@ -65,6 +65,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     model = build_teacher(recipe.teacher.model_copy(update={"options": options}), classes)
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     task = build_task(recipe.task, recipe.data, classes, model=model)
+    assert isinstance(recipe.data, Data)
 
     def ask(count: int) -> tuple[float, float]:
         batch = picture(recipe.data.size, objects)

@@ -13,8 +13,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from kd.data.colour import ColourChange
-from kd.data.label_maps import VOID
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 
 
 @dataclass(frozen=True, kw_only=True)

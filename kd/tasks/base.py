@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.label_maps import VOID
+from kd.metrics.segmentation import VOID
 from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
 
