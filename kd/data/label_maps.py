@@ -58,6 +58,8 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
             if mode not in _IDS:
                 raise UserError(_wrong_kind(path, mode))
             numbers = np.asarray(picture).astype(np.uint8)
+    except UserError:  # a ValueError too
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: the label map is missing") from error
     except UNREADABLE as error:
