@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kd.data.colour import ColourChange
 from kd.data.crops import Crop, Crops, build_crops
-from kd.data.label_maps import VOID
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 
 SIZE, FRAME = (45, 62), (40, 48)
 COLOURS = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 250]])

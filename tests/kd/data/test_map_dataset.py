@@ -14,11 +14,11 @@ from PIL import Image
 from kd.build import make_accelerator
 from kd.config import LabelMaps
 from kd.data.collate import Sample, collate
-from kd.data.label_maps import VOID
 from kd.data.loader import build_loader
 from kd.data.map_dataset import MapDataset
 from kd.data.segmented import SegmentedSplit, open_segmented
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 from kd.opened_maps import open_maps
 from kd.session import val_loader
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from kd.config import LabelMaps
 from kd.data.coco import load_coco
-from kd.data.label_maps import VOID
 from kd.data.segmented import DrawnSplit, open_segmented
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 from kd.opened_maps import open_maps
 
 WIDTH = 8
