@@ -84,6 +84,38 @@ def names_of(records: Records) -> list[str]:
     return [str(name) for name in records["names"]] if "names" in records else []
 
 
+class ClassRow(NamedTuple):
+    """One class that is there or said."""
+
+    label: int
+    share: float  # of the pixels that are scored
+    iou: float
+    accuracy: float  # NaN where the class is not there
+    instead: tuple[tuple[int, float], ...]  # what is said in its place, and of what share of it
+
+
+def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
+    """Every class that is there or said, the most frequent first.
+
+    Args:
+        records: As this module describes.
+        instead: Wrong answers that each row names at most, the most frequent first.
+    """
+    confusion = records["confusion"].sum(axis=0)
+    true, said, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
+    iou, accuracy = _share(right, true + said - right), _share(right, true)
+    rows = []
+    for c in np.argsort(-true, kind="stable").tolist():
+        if np.isnan(iou[c]):
+            continue
+        wrong = np.where(np.arange(len(true)) == c, 0, confusion[c])
+        order = [n for n in np.argsort(-wrong, kind="stable").tolist() if wrong[n]][:instead]
+        found = tuple((n, float(wrong[n] / true[c])) for n in order)
+        share = float(true[c] / true.sum())
+        rows.append(ClassRow(c, share, float(iou[c]), float(accuracy[c]), found))
+    return rows
+
+
 def interval(records: Records, name: str) -> Interval:
     """A metric of one run with its 95 % interval, pictures drawn again."""
     found = pixels(records)
