@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -20,10 +21,15 @@ from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
+from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
+from kd.nn.multi_scale import MultiScale
 from kd.opened import OpenData, Opened
+from kd.opened_maps import OpenMaps
+from kd.overlays import Segmenter, overlays
 from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
+from kd.run_folder import class_names
 from kd.session import new_metric, val_loader
 from kd.student_runs import load_student
 from kd.tasks.base import Metric, Task
@@ -47,7 +53,8 @@ class Answers:
         metric: Holds the answers.
         folder: Where an evaluation of this run on this data set goes.
         step: Of training.
-        pictures: Draws hidden scenes with what the model says.
+        pictures: Draws hidden scenes, or label maps, with what the model says.
+        how: Pictures were shown, where not as they are.
     """
 
     name: str
@@ -56,10 +63,13 @@ class Answers:
     folder: Path
     step: int
     pictures: Callable[[], Iterator[Figure]]
+    how: str = ""
 
     @property
     def records(self) -> Records | None:
-        """Answers about objects as `predictions.npz` holds them; None where others were asked."""
+        """As `predictions.npz` holds them, of a kind that tables know; None for others."""
+        if isinstance(self.metric, MeanIoU):
+            return {**self.metric.records(), "names": np.array(self.data.class_names)}
         return self.metric.records() if isinstance(self.metric, TopN) else None
 
     def save_predictions(self) -> None:
@@ -67,18 +77,33 @@ class Answers:
         self.metric.save_predictions(self.folder / _PREDICTIONS)
 
 
-def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> Answers | None:
+def ask_run(
+    run: Path,
+    data_name: str | None,
+    settings: Sequence[str] = (),
+    *,
+    scales: Sequence[float] = (),
+    mirror: bool = False,
+) -> Answers | None:
     """Load a run's model and ask it about the val split; None on ranks other than 0.
 
     Args:
         run: A teacher's folder or that of one arm.
         data_name: Another data set than its own.
         settings: `data.a=value`.
+        scales: Of label maps: the mean over pictures at these scales answers; none: as they are.
+        mirror: Of label maps: and over mirrored ones.
 
     Raises:
-        UserError: It is no run, unfinished, or knows another number of classes than the data set.
+        UserError: It is no run, unfinished, or knows another number of classes than the data set;
+            scales or mirrored pictures of a run about objects.
     """
     config, data, model, task = open_run(run, settings, data_name)
+    several = bool(scales) or mirror
+    if several and not isinstance(data, OpenMaps):
+        raise UserError(f"{run}: answers about objects; --scales and --flip are for label maps")
+    if several:
+        model = MultiScale(model, scales or (1.0,), mirror=mirror)
     accelerator = make_accelerator(config["train"]["precision"])
     metric = new_metric(task, data)
     loader = val_loader(data, int(config["train"]["batch_size"]), accelerator)
@@ -87,7 +112,12 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
     if not accelerator.is_main_process:
         return None
 
+    name = _model_name(config)
+
     def pictures() -> Iterator[Figure]:
+        if isinstance(data, OpenMaps):
+            shown = {name: Segmenter(asked, task, data.section.size)}
+            return overlays(data, shown, count=PICTURES, accelerator=accelerator)
         if not isinstance(data, OpenData):
             return iter(())
         return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
@@ -95,7 +125,12 @@ def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> A
     folder = run / FOLDER
     if data.section.name != config["data"]["name"]:
         folder = folder / data.section.name
-    return Answers(_model_name(config), data, metric, folder, _steps(run), pictures)
+    how = ""
+    if several:
+        shown = [f"{scale:g}" for scale in scales or (1.0,)]
+        how = f"scales {', '.join(shown)}{', also mirrored' if mirror else ''}"
+        folder = folder / "_".join(["scales", *shown, *["flip"] * mirror])
+    return Answers(name, data, metric, folder, _steps(run), pictures, how)
 
 
 def open_run(
@@ -159,7 +194,8 @@ def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
         if name == wanted:
             found.append(run)
         elif file.is_file():
-            found.append(replace(run, records=read_predictions(file)))
+            records = read_predictions(file, class_names(run.folder))
+            found.append(replace(run, records=records))
         else:
             _log.warning(
                 "%s: left out, it is of %s; ask it with: python -m kd.evaluate %s --data %s",

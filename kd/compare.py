@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from kd.cli import run_command
 from kd.errors import UserError
 from kd.metrics import scores
+from kd.metrics.kinds import OBJECTS, kind_of
 from kd.report.drawing import save_figure
 from kd.report.figures import comparison_figure, top_n_figure
 from kd.report.runs import (
@@ -50,15 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.markdown:
         _write(options.markdown, "\n".join(table.to_markdown() for table in tables))
     if options.figure:
-        figure = _curves(singles) if singles else comparison_figure(tables[0])
-        save_figure(figure, options.figure)
+        save_figure(_drawn(singles, tables[0]), options.figure)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd.compare", description="Compare runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
-    parser.add_argument("--metrics", metavar="A,B", help="rows, such as top1,nll,share/tiny_top1")
+    parser.add_argument("--metrics", metavar="A,B", help="rows, such as top1,nll or mIoU,iou/car")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
     return parser
@@ -71,12 +71,16 @@ def _distillation(folder: Path, metrics: Sequence[str] | None) -> Table:
 
 def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
     known = {key: number for run in reversed(runs) for key, number in ceilings(run.summary).items()}
-    count = len(runs[0].records["labels"])
+    kind = kind_of(runs[0].records)
+    count = len(runs[0].records[kind.ids])
     records = {name: run.records for name, run in named_runs(runs).items()}
-    return runs_table(records, ceilings=known, metrics=metrics, title=f"{count} objects")
+    return runs_table(records, ceilings=known, metrics=metrics, title=f"{count} {kind.things}")
 
 
-def _curves(runs: Sequence[Run]) -> Figure:
+def _drawn(runs: Sequence[Run], table: Table) -> Figure:
+    """Top-n curves where single runs rank classes, bars of the table's accuracies elsewhere."""
+    if not runs or kind_of(runs[0].records) is not OBJECTS:
+        return comparison_figure(table)
     curves = {name: scores.curve(run.records) for name, run in named_runs(runs).items()}
     prior = scores.prior_curve(runs[0].records)
     return top_n_figure(curves, {} if prior is None else {"class prior": prior})

@@ -16,6 +16,7 @@ from kd.catalog import look_up
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import DistillRecipe
 from kd.launch import open_run
+from kd.overlays import write_overlays
 from kd.report.runs import read_distill
 from kd.report.table import distill_table, print_table
 from kd.teacher_runs import RUNS
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    if accelerator.is_main_process:
+        write_overlays(distillation)
     accelerator.end_training()
     return 0
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from kd.build import build_segmenter, build_student, build_task, open_data
 from kd.checkpoint import load_model
-from kd.config import AnyData, DistillRecipe
+from kd.config import AnyData, DistillRecipe, Model
 from kd.config_reader import from_plain
 from kd.errors import UserError
 from kd.opened import OpenData, Opened
@@ -47,14 +47,32 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
     data = open_data(recipe.data)
-    # The run's weights replace whatever it started from, which need not be here any more.
-    replaced = {"weights": None, "file": None}
-    options = {k: replaced.get(k, value) for k, value in recipe.student.options.items()}
-    known = recipe.student.model_copy(update={"options": options})
     if isinstance(data, OpenData):
         prior = data.prior(data.labelled(config["seed"]))
-        student = build_student(known, prior, context=config["arm"] not in ("bare", "direct"))
+        context = config["arm"] not in ("bare", "direct")
+        student = build_student(to_be_loaded(recipe.student), prior, context=context)
+        load_model(run / "model.safetensors", student)
     else:
-        student = build_segmenter(known, data.num_classes)
-    load_model(run / "model.safetensors", student)
+        student = load_segmenter(run, recipe.student, data.num_classes)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
+
+
+def load_segmenter(run: Path, section: Model, num_classes: int) -> nn.Module:
+    """Load an arm's segmentation network from its folder.
+
+    Raises:
+        UserError: The folder is unfinished, or of another model.
+    """
+    student = build_segmenter(to_be_loaded(section), num_classes)
+    load_model(run / "model.safetensors", student)
+    return student
+
+
+def to_be_loaded(section: Model) -> Model:
+    """A student's section without what it started from: a run's weights replace that.
+
+    The files need not be here any more.
+    """
+    replaced = {"weights": None, "file": None}
+    options = {k: replaced.get(k, value) for k, value in section.options.items()}
+    return section.model_copy(update={"options": options})

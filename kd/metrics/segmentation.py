@@ -105,13 +105,18 @@ class MeanIoU:
         order = [c for c in np.argsort(-there, kind="stable").tolist() if not np.isnan(iou[c])]
         return [(names[c], int(there[c]), float(iou[c])) for c in order]
 
-    def save_predictions(self, path: Path) -> None:
-        """Write the confusion of each picture: `image_ids` (N,) and `confusion` (N, C, C)."""
+    def records(self) -> dict[str, Counts]:
+        """The confusion of each picture: `image_ids` (N,), ascending, and `confusion` (N, C, C)."""
+        self.counts()  # says so where there is nothing
         numbers = sorted(self._pictures)
-        arrays: dict[str, Any] = {
+        return {
             "image_ids": np.array(numbers, np.int64),
             "confusion": np.stack([self._pictures[number] for number in numbers]),
         }
+
+    def save_predictions(self, path: Path) -> None:
+        """Write `records`."""
+        arrays: dict[str, Any] = self.records()
 
         def write(partial: Path) -> None:
             with partial.open("wb") as file:  # by name, numpy would put its own ending behind it

@@ -18,7 +18,8 @@ from kd.baselines import cooccurrence_log_probs
 from kd.cli import run_command
 from kd.config import Data, Generate, Split
 from kd.errors import UserError
-from kd.evaluation import Scores, write_tables
+from kd.evaluation import Scores
+from kd.evaluation_files import write_tables
 from kd.metrics import scores
 from kd.metrics.average_precision import MultiLabelAP
 from kd.opened import open_objects
