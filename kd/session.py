@@ -224,8 +224,11 @@ def _curve_figure(data: OpenData, metric: TopN) -> Any:
 def val_loader(data: Opened, batch_size: int, accelerator: Accelerator) -> SampleLoader:
     """The val split in batches; pictures of different sizes go one by one."""
     samples = data.evaluated()
-    batch_size = batch_size if samples.batched else accelerator.num_processes
-    return make_loader(samples, accelerator, batch_size=batch_size, workers=data.section.workers)
+    processes = accelerator.num_processes
+    each = samples.together(max(1, batch_size // processes))
+    return make_loader(
+        samples, accelerator, batch_size=each * processes, workers=data.section.workers
+    )
 
 
 def _evaluate(

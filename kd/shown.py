@@ -161,7 +161,7 @@ class ShownPictures:
             UserError: They are not of one size, so that their maps would not be.
         """
         pictures = self.data.whole(self.split, size=self.size, only=only)
-        if not pictures.batched:
+        if not pictures.alike:
             raise UserError(
                 f"{self.data.section.name}: pictures of different sizes have maps of different "
                 "sizes, which are not stored: soft_targets.kind=live"

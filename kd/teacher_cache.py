@@ -245,7 +245,7 @@ class _Cache:
         device = self.accelerator.device
         loader = build_loader(
             self.shown.samples(images),
-            batch_size=IMAGES_A_BATCH,
+            batch_size=self.samples.together(IMAGES_A_BATCH),
             seed=0,
             shuffle=False,
             workers=self.shown.section.workers,

@@ -78,8 +78,6 @@ class SceneDataset(Dataset[Sample]):
             copy does not fit.
     """
 
-    batched = True  # all of one square frame
-
     def __init__(
         self,
         index: CocoIndex,
@@ -127,6 +125,10 @@ class SceneDataset(Dataset[Sample]):
     def __len__(self) -> int:
         """The number of images with a usable object."""
         return len(self.images)
+
+    def together(self, batch_size: int) -> int:
+        """As many: all have one square frame."""
+        return batch_size
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Make the sample of (epoch, position).

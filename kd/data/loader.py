@@ -23,14 +23,16 @@ class Samples(Protocol):
 
     Attributes:
         train: Whether every epoch is another.
-        batched: Whether samples fit into batches; otherwise they go one by one.
     """
 
     train: bool
-    batched: bool
 
     def __len__(self) -> int:
         """How many."""
+        ...
+
+    def together(self, batch_size: int) -> int:
+        """How many make a batch where `batch_size` training samples do; 1: they do not fit."""
         ...
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:

@@ -64,12 +64,22 @@ class MapDataset(Dataset[Sample]):
         self.crops = build_crops(augment)
         self.places = np.arange(len(split.images)) if only is None else only
         self.stored, self.stride = tuple(stored), stride
+        sizes = set() if train else set(self.file_sizes())
         # Whole pictures of different sizes have no common shape.
-        self.batched = train or len(set(self.file_sizes())) <= 1
+        self.alike = len(sizes) <= 1
+        self._whole = next(iter(sizes), crop)
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.places)
+
+    def together(self, batch_size: int) -> int:
+        """Whole pictures are larger than crops: fewer of them take the same memory."""
+        if self.train:
+            return batch_size
+        height, width = self.seen(self._whole)
+        pixels = self.crop[0] * self.crop[1]
+        return max(1, batch_size * pixels // (height * width)) if self.alike else 1
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Make the sample of (epoch, position).

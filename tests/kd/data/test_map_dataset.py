@@ -135,7 +135,7 @@ def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
     written([(36, 48), (48, 36), (24, 40)], "val")
     section = LabelMaps(name="maps", root=str(root), layout="camvid", crop=(24, 32), workers=0)
     data = open_maps(section)
-    assert not data.evaluated().batched and data.crops(0).batched
+    assert not data.evaluated().alike and data.crops(0).alike
     batches = list(val_loader(data, 4, make_accelerator("fp32")))
     assert [tuple(batch["images"].shape) for batch in batches] == [
         (1, 3, 32, 48), (1, 3, 48, 32), (1, 3, 24, 40)
@@ -144,8 +144,8 @@ def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
         (36, 48), (48, 36), (24, 40)
     ]  # fmt: skip
     alike = data.whole("train", size=None)
-    assert alike.batched
-    assert data.whole("val", size=None, only=np.array([1])).batched
+    assert alike.alike
+    assert data.whole("val", size=None, only=np.array([1])).alike
 
 
 def test_an_opened_data_set_says_what_it_has(written: Written) -> None:
@@ -189,3 +189,15 @@ def test_a_file_that_broke_later_is_named_in_training_too(split: SegmentedSplit)
         dataset[0, 2]
     with pytest.raises(UserError, match=rf"^{split.images[1]}: cannot read this image"):
         MapDataset(split, size=None, crop=(24, 32), train=False)
+
+
+def test_as_many_whole_pictures_at_once_as_the_pixels_of_a_batch_of_crops(written: Written) -> None:
+    root = written([(32, 64)] * 3)
+    section = LabelMaps(
+        name="maps", root=str(root), layout="camvid", crop=(16, 32), val="train", workers=0
+    )
+    data = open_maps(section)
+    assert data.crops(0).together(8) == 8
+    assert data.evaluated().together(8) == 2
+    assert data.evaluated().together(1) == 1
+    assert data.whole("train", size=32).together(8) == 8
