@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import rich.box
@@ -88,6 +89,19 @@ def print_table(table: Table, stream: TextIO | None = None) -> None:
             drawn.add_row(*(Text(c, style="bold" if c.endswith("*") else "") for c in row))
         drawn.add_section()
     Console(file=stream).print(drawn)
+
+
+def write_markdown(tables: Sequence[Table], path: Path) -> None:
+    """Write tables one below the other.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def distill_table(
