@@ -267,6 +267,8 @@ class DistillRecipe(Section):
         own = [arm for arms in self.ablations.values() for arm in arms]
         if wrong := sorted(set(own) & set(ARMS)):
             raise ValueError(f"ablations: {', '.join(wrong)}: these arms are there already")
+        if twice := sorted({arm for arm in own if own.count(arm) > 1}):
+            raise ValueError(f"ablations: {', '.join(twice)}: an arm of two ablations")
         if wrong := sorted(set(self.arms) - {*ARMS, *own}):
             raise ValueError(f"arms: unknown {', '.join(wrong)}; known: {', '.join([*ARMS, *own])}")
         if {"distilled", "shuffled"} & set(self.arms) and not self.losses:

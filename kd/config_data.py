@@ -28,6 +28,18 @@ class Split(Section):
     images: str = Field(description="folder of its images")
 
 
+def _kind_of_split(value: Any) -> str:
+    return PATHS if isinstance(value, Mapping | Split) else NAME
+
+
+# Alternatives as the schema's places name them; no file has such keys.
+OBJECTS, LABEL_MAPS = "<objects>", "<label maps>"
+NAME, PATHS = "<name>", "<paths>"
+AnySplit = Annotated[
+    Annotated[str, Tag(NAME)] | Annotated[Split, Tag(PATHS)], Discriminator(_kind_of_split)
+]
+
+
 class Partial(Section):
     """Partial masking: hide a share of the object first, all of it later."""
 
@@ -102,8 +114,8 @@ class LabelMaps(DataSet):
     layout: Literal["camvid", "cityscapes", "ade20k", "voc2012", "coco"] = Field(
         description="coco: maps are drawn from the annotations, smaller objects on top"
     )
-    train: str | Split = Field("train", description="name of the split; of coco: its two paths")
-    val: str | Split = "val"
+    train: AnySplit = Field("train", description="name of the split; of coco: its two paths")
+    val: AnySplit = "val"
     generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: Annotated[int, Field(ge=16)] | None = Field(
         None, description="pixels of the long side that models see; null: as the files are"
@@ -129,7 +141,6 @@ def kind_of_data(values: Any) -> str:
     return LABEL_MAPS if has_layout else OBJECTS
 
 
-OBJECTS, LABEL_MAPS = "objects", "label_maps"
 AnyData = Annotated[
     Annotated[Data, Tag(OBJECTS)] | Annotated[LabelMaps, Tag(LABEL_MAPS)],
     Discriminator(kind_of_data),

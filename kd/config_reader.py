@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from kd.config import Data, LabelMaps
-from kd.config_data import LABEL_MAPS, OBJECTS
+from kd.config_schema import ALTERNATIVES, KINDS, keys_at, takes_layout
 from kd.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Recipe = TypeVar("Recipe", bound=BaseModel)
-# The kinds of data as the schema's places name them, which a file does not.
-KINDS: dict[str, type[BaseModel]] = {OBJECTS: Data, LABEL_MAPS: LabelMaps}
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,9 +157,10 @@ def load_recipe(
         raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
-    name = str(own.get("name", "unnamed" if "train" in own else "scenes"))
+    whole = "layout" in own or isinstance(own.get("train"), Mapping)
+    name = str(own.get("name", "unnamed" if whole else "scenes"))
     merged = Merged()
-    if data is not None or "train" not in own:
+    if data is not None or not whole:
         data_path = find_config("data", name)
         name = own["name"] = data_path.stem
         merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
@@ -243,13 +240,15 @@ def _tuples(value: Any) -> Any:
 
 def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     full = tuple(str(part) for part in mistake["loc"])
-    place = tuple(part for part in full if part not in KINDS)
+    place = tuple(part for part in full if part not in ALTERNATIVES)
     message = mistake["msg"].removeprefix("Value error, ")
     if not place:  # a rule across sections: its message begins with the section it is about
         return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
     where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":
-        known = _keys_at(model, full[:-1])
+        if takes_layout(full):
+            return f"{where}: unknown key; a data set with label maps has a 'layout' beside it"
+        known = keys_at(model, full[:-1])
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -258,36 +257,9 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     got = mistake["input"]
     if mistake["type"] == "model_type":
         return (
-            f"{where}: expected a mapping with {', '.join(_keys_at(model, full))}, got {got!r:.60}"
+            f"{where}: expected a mapping with {', '.join(keys_at(model, full))}, got {got!r:.60}"
         )
-    if mistake["type"] == "value_error" and isinstance(got, dict):
-        return f"{where}: {message}"
+    if mistake["type"] == "value_error" and isinstance(got, dict):  # a rule within a section
+        about = merged.source_of((*place, re.split("[ .:]", message)[0]))
+        return f"{about}: {'.'.join(place)}: {message}"
     return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.60}"
-
-
-def _keys_at(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:
-    """The keys that the schema knows at a place."""
-    current: Any = model
-    for part in place:
-        if part in KINDS:
-            current = KINDS[part]
-            continue
-        for candidate in _alternatives(current):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                field = candidate.model_fields.get(part)
-                if field is not None:
-                    current = field.annotation
-                    break
-            elif get_origin(candidate) in (dict, tuple):
-                current = get_args(candidate)[1 if get_origin(candidate) is dict else 0]
-                break
-    models = [c for c in _alternatives(current) if isinstance(c, type) and issubclass(c, BaseModel)]
-    return [name for found in models for name in found.model_fields]
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        return [one for part in get_args(annotation) for one in _alternatives(part)]
-    return [annotation]

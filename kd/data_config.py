@@ -8,7 +8,6 @@ from typing import Any
 from kd.config import Data
 from kd.config_data import AnyData, kind_of_data
 from kd.config_reader import (
-    KINDS,
     Merged,
     apply_settings,
     find_config,
@@ -17,6 +16,7 @@ from kd.config_reader import (
     shown_name,
     validate,
 )
+from kd.config_schema import KINDS
 from kd.errors import ConfigError
 
 

@@ -205,7 +205,7 @@ def _loss_of(
         judged = ours.detach(), theirs.detach(), images
         return Mean(term.function(ours, theirs, images), unit, judged)
     if kind.valid and valid is not None:
-        unit = "pixels" if kind.function is pixel_wise else unit
+        unit = "pixels" if kind.function is pixel_wise else "valid_images"
         return Mean(term.function(ours, theirs, valid=valid), unit)
     return Mean(term.function(ours, theirs), unit)
 

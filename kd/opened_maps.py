@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kd.config import LabelMaps
 from kd.config_data import Split
-from kd.data.map_dataset import MULTIPLE, MapDataset
+from kd.data.map_dataset import MULTIPLE, MapDataset, check_pairs
 from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.data.stored import StoredField
 from kd.errors import UserError
@@ -75,9 +75,11 @@ def open_maps(section: LabelMaps) -> OpenMaps:
             be read or does not fit the other.
     """
     opened = OpenMaps(section, *_splits(section))
-    for samples in (opened.crops(0), opened.evaluated()):
-        if len(samples) <= DECODED_FIRST and section.generate is None:
-            samples.check()
+    opened.crops(0)  # its options are looked at before all files are
+    if section.generate is None:
+        both = (opened.train, opened.val)
+        check_pairs(split for split in both if len(split.images) <= DECODED_FIRST)
+    opened.evaluated()
     return opened
 
 

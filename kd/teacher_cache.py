@@ -74,6 +74,13 @@ class Wanted:
     location: str | None = None
     int8: bool = False
 
+    @property
+    def settings(self) -> str:
+        """What a recipe must say to mean this cache."""
+        names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8")
+        said = {**{name: getattr(self, name) for name in names}, "cache": self.location}
+        return " ".join(f"--set soft_targets.{name}={json.dumps(said[name])}" for name in said)
+
 
 def open_cache(
     teacher: TrainedTeacher, data: Opened, accelerator: Accelerator, wanted: Wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from kd.catalog import check_options
 from kd.data.colour import ColourChange
-from kd.data.label_maps import VOID
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,10 @@ class Crops:
             round(place * (side - part))
             for place, side, part in zip(places, size, sides, strict=True)
         ]
+        # What is cut out fills the frame: rounding must not leave a line of void in it.
         scaled = [
-            min(to, max(1, round(part * scale))) for part, to in zip(sides, frame, strict=True)
+            to if part < side else min(to, max(1, round(part * scale)))
+            for side, part, to in zip(size, sides, frame, strict=True)
         ]
         return Crop(
             window=(starts[0], starts[1], sides[0], sides[1]),
@@ -139,13 +142,11 @@ def build_crops(options: dict[str, Any] | None) -> Crops:
     """How pictures are cut, from the options; None: at one scale, nothing else changed.
 
     Raises:
-        UserError: An option is unknown or out of range.
+        UserError: An option is unknown, of a wrong type or out of range.
     """
     if options is None:
         return Crops(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
-    known = [field.name for field in fields(Crops)]
-    if unknown := [name for name in options if name not in known]:
-        raise UserError(f"augment: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    check_options(Crops, options, what="augment")
     return Crops(**options)
 
 

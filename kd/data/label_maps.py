@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kd.data.images import UNREADABLE
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 
-VOID = 255  # a class that counts nowhere: not in losses, metrics or distillation
 _IDS = ("L", "P", "1")  # Pillow's kinds whose pixels are numbers of up to 8 bits
 UNKNOWN = -1  # in a table: a number that may not be in a file
 
@@ -58,6 +58,8 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
             if mode not in _IDS:
                 raise UserError(_wrong_kind(path, mode))
             numbers = np.asarray(picture).astype(np.uint8)
+    except UserError:  # a ValueError too
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: the label map is missing") from error
     except UNREADABLE as error:

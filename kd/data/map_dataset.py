@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,19 +123,21 @@ class MapDataset(Dataset[Sample]):
                 raise UserError(f"{path}: cannot read this image: {error}") from None
         return sizes
 
-    def check(self) -> None:
-        """Read everything once.
 
-        Raises:
-            UserError: As for a sample, of the first five that are wrong.
-        """
-        mistakes = []
-        for number, path in enumerate(self.split.images):
+def check_pairs(splits: Iterable[MappedSplit]) -> None:
+    """Read all images and label maps once.
+
+    Raises:
+        UserError: As for a sample, of the first five that are wrong.
+    """
+    mistakes = []
+    for split in splits:
+        for number, path in enumerate(split.images):
             try:
                 picture = read_image(path, None)
-                self.split.label_map(number, (picture.shape[1], picture.shape[2]))
+                split.label_map(number, (picture.shape[1], picture.shape[2]))
             except UserError as error:
                 mistakes.append(str(error))
-        if mistakes:
-            more = f"\n... and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-            raise UserError("\n".join(mistakes[:5]) + more)
+    if mistakes:
+        more = f"\n... and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
+        raise UserError("\n".join(mistakes[:5]) + more)

@@ -28,6 +28,7 @@ CITYSCAPES = {
 VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
        "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
        "train", "tvmonitor")  # fmt: skip
+_ADE_FOLDERS = {"train": "training", "val": "validation"}
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
@@ -126,15 +127,30 @@ def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
     Raises:
         UserError: An unknown layout, no such split, no image in it, or images without label maps.
     """
-    return look_up(LAYOUTS, layout, what="layout of label maps").open(root, split)
+    made = look_up(LAYOUTS, layout, what="layout of label maps")
+    if not (root / made.holds).is_dir():
+        raise UserError(
+            f"{root}: no {made.holds} in it, so it is not the folder of {layout}; name that with "
+            "--set data.root=DIR"
+        )
+    if split not in (known := sorted(made.splits(root))):
+        raise UserError(f"{root}: {layout} has no split {split!r} there; it has {', '.join(known)}")
+    return made.open(root, split)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published data set lies in its folder, and a path by which the folder is known."""
+    """How a published data set lies in its folder.
+
+    Attributes:
+        open: Of the folder and a split's name.
+        holds: A path in the folder by which it is known.
+        splits: Names of the splits that are there.
+    """
 
     open: Callable[[Path, str], SegmentedSplit]
     holds: str
+    splits: Callable[[Path], Iterable[str]]
 
 
 def _camvid(root: Path, split: str) -> SegmentedSplit:
@@ -143,7 +159,8 @@ def _camvid(root: Path, split: str) -> SegmentedSplit:
     found = _by_stem(images)
     if listing.is_file():
         # Some copies list paths of images and maps, others bare names.
-        wanted = [Path(line.split()[0]).stem for line in listing.read_text().splitlines() if line]
+        lines = [line.split() for line in listing.read_text().splitlines()]
+        wanted = [Path(words[0]).stem for words in lines if words]
         found = _chosen(found, wanted, listing, images)
     pairs = [(name, path, maps / f"{name}.png") for name, path in found.items()]
     return _split(images, pairs, CAMVID, id_table(len(CAMVID), void=(11, 255)))
@@ -164,7 +181,7 @@ def _cityscapes(root: Path, split: str) -> SegmentedSplit:
 
 def _ade20k(root: Path, split: str) -> SegmentedSplit:
     """`images/training/*.jpg`, `annotations/training/*.png`: 0 is void, 1..150 are the classes."""
-    folder = {"train": "training", "val": "validation"}.get(split, split)
+    folder = _ADE_FOLDERS[split]
     images = root / "images" / folder
     pairs = [
         (name, path, root / "annotations" / folder / f"{name}.png")
@@ -177,8 +194,6 @@ def _ade20k(root: Path, split: str) -> SegmentedSplit:
 def _voc2012(root: Path, split: str) -> SegmentedSplit:
     """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
     listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not listing.is_file():
-        raise UserError(f"{listing}: not there; root is the folder VOCdevkit/VOC2012")
     names = listing.read_text().split()
     pairs = [
         (name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
@@ -187,11 +202,32 @@ def _voc2012(root: Path, split: str) -> SegmentedSplit:
     return _split(listing, pairs, VOC, id_table(len(VOC), void=255))
 
 
+def _folders(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*") if path.is_dir()]
+
+
+def _camvid_splits(root: Path) -> list[str]:
+    return [name for name in _folders(root) if not name.endswith("annot")]
+
+
+def _cityscapes_splits(root: Path) -> list[str]:
+    return _folders(root / "leftImg8bit")
+
+
+def _ade_splits(root: Path) -> list[str]:
+    there = _folders(root / "images")
+    return [split for split, folder in _ADE_FOLDERS.items() if folder in there]
+
+
+def _voc_splits(root: Path) -> list[str]:
+    return [path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")]
+
+
 LAYOUTS = {
-    "camvid": Layout(_camvid, "trainannot"),
-    "cityscapes": Layout(_cityscapes, "leftImg8bit"),
-    "ade20k": Layout(_ade20k, "annotations/training"),
-    "voc2012": Layout(_voc2012, "ImageSets/Segmentation"),
+    "camvid": Layout(_camvid, "trainannot", _camvid_splits),
+    "cityscapes": Layout(_cityscapes, "leftImg8bit", _cityscapes_splits),
+    "ade20k": Layout(_ade20k, "annotations/training", _ade_splits),
+    "voc2012": Layout(_voc2012, "ImageSets/Segmentation", _voc_splits),
 }
 
 
@@ -208,8 +244,6 @@ def _ade_names(root: Path) -> tuple[str, ...]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; root is the one that holds it")
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _PICTURES}
 
 

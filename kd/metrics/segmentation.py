@@ -12,9 +12,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.label_maps import VOID
 from kd.errors import UserError
 from kd.files import write_whole
+
+VOID = 255  # in label maps: a class that counts nowhere, neither in losses nor in metrics
 
 Counts = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.label_maps import VOID
+from kd.metrics.segmentation import VOID
 from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
 
@@ -89,7 +89,7 @@ class Metric(Collector, Protocol):
 
 # What losses and terms are means of, see `count_units`: about hidden objects, about pixels.
 _OBJECT_UNITS = ("hidden", "images", "labelled", "labelled_images")
-_PIXEL_UNITS = ("images", "pixels")
+_PIXEL_UNITS = ("images", "valid_images", "pixels")
 
 
 class Task(Protocol):
@@ -195,6 +195,8 @@ def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
             count = torch.full((), float(len(batch["hidden"])), device=device)
         elif unit == "pixels":
             count = (batch["label_maps"] != VOID).sum().float()
+        elif unit == "valid_images":
+            count = (batch["label_maps"] != VOID).flatten(1).any(dim=1).sum().float()
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
         elif unit == "labelled_images":

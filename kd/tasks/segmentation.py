@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.hide import normalise
-from kd.data.label_maps import VOID
 from kd.errors import UserError
-from kd.metrics.segmentation import MeanIoU
+from kd.metrics.segmentation import VOID, MeanIoU
 from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
 
 

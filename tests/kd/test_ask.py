@@ -15,9 +15,9 @@ from torch import Tensor
 from kd.ask import Question, as_seen, expectations
 from kd.build import build_task, build_teacher
 from kd.config import Data, Model, Split, TaskSection, TeacherRecipe
-from kd.config_reader import data_config
 from kd.data.collate import Sample, collate
 from kd.data.images import read_image
+from kd.data_config import objects_config
 from kd.opened import OpenData, make_dataset, open_objects
 from kd.tasks.base import Batch, named
 from kd.teacher_runs import TrainedTeacher, fold_models, load_teacher
@@ -104,7 +104,7 @@ class Watched:
 
 
 def test_val_objects_get_the_answers_of_the_run(small_teacher: Path, small_data: list[str]) -> None:
-    data = open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     teacher = load_teacher(small_teacher, data.num_classes)
     questions, samples = questions_of(data)
     with np.load(small_teacher / "predictions.npz") as stored:
@@ -122,7 +122,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
     name: str, shape: str, photographs: Data
 ) -> None:
     teacher = untrained(photographs, name, shape)
-    questions, samples = questions_of(open_objects(teacher.recipe.data))
+    questions, samples = questions_of(open_objects(teacher.objects))
     batch = collate(samples)
     with torch.no_grad():
         output = named(teacher.model(*teacher.task.inputs(batch)))
@@ -237,7 +237,7 @@ def test_masks_are_scaled_by_their_pixels_centres(photographs: Data) -> None:
 
 
 def test_another_model_takes_the_teachers_place(small_teacher: Path, small_data: list[str]) -> None:
-    data = open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     teacher = load_teacher(small_teacher, data.num_classes)
     folds = fold_models(teacher, data.num_classes)
     question = questions_of(data)[0][0]

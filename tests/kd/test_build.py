@@ -7,7 +7,7 @@ import pytest
 
 from kd.build import build_student, build_task, build_teacher, make_accelerator, make_loader
 from kd.config import Data, Model, TaskSection
-from kd.config_reader import data_config
+from kd.data_config import objects_config
 from kd.errors import UserError
 from kd.opened import OpenData, make_dataset, open_objects
 from kd.tasks.context import Context
@@ -15,7 +15,7 @@ from kd.tasks.context import Context
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> OpenData:
-    section: Data = data_config(
+    section: Data = objects_config(
         "scenes", [text.removeprefix("data.") for text in small_data if text != "--set"]
     )
     return open_objects(section)
@@ -43,7 +43,7 @@ def test_data_that_is_nowhere_says_where_it_was_looked_for(
     monkeypatch.setenv("KD_DATA", str(tmp_path))
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(UserError, match=r"data set coco_mini: not found in .*data\.root=DIR"):
-        open_objects(data_config("coco_mini"))
+        open_objects(objects_config("coco_mini"))
 
 
 def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(data: OpenData) -> None:

@@ -233,12 +233,12 @@ def test_a_crash_while_evaluating_repeats_that_evaluation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "run"
-    loader = session_module._val_loader
+    loader = session_module.val_loader
     with monkeypatch.context() as patch:
         patch.setattr(
             session_module,
-            "_val_loader",
-            lambda session: Ending(loader(session), evaluation, crash),
+            "val_loader",
+            lambda *asked: Ending(loader(*asked), evaluation, crash),
         )
         with pytest.raises(Interrupted):
             run(data, folder)

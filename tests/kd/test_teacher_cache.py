@@ -18,8 +18,8 @@ from kd import teacher_cache
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_loader
 from kd.config import Adapter, Term, Train
-from kd.config_reader import data_config
 from kd.data.splits import fold_of
+from kd.data_config import objects_config
 from kd.engine import to_device, train_step
 from kd.errors import UserError
 from kd.launch import start_training
@@ -39,7 +39,7 @@ BOTH = ("posterior", "logits", LAYER)
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> OpenData:
-    return open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
+    return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
 
 
 @pytest.fixture

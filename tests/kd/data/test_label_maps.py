@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd.data.label_maps import VOID, id_table, read_label_map
+from kd.data.label_maps import id_table, read_label_map
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 
 NUMBERS = np.array([[0, 1, 2], [11, 2, 0]], np.uint8)
 TABLE = id_table(3, void=11)
