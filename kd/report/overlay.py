@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.label_maps import VOID
+from kd.metrics.segmentation import VOID
 from kd.report.drawing import GREY, INK
 
 # Each as far from those before it, and from greys, as can be (CIELAB), without glaring ones.

@@ -115,8 +115,7 @@ def distill_table(
     """Each arm against its plain twin: mean over seeds with a t interval, then each seed alone.
 
     Args:
-        arms: Arm -> predictions, one a seed; all of the same objects or pictures, in the columns'
-            order.
+        arms: Arm -> predictions, one a seed, in the columns' order; all answer the same.
         seeds: One number for each place of those lists.
         metrics: Rows; by default those of the answers' kind that can be had.
         title: Above the table.

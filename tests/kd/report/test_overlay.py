@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from kd.data.label_maps import VOID
+from kd.metrics.segmentation import VOID
 from kd.report.drawing import figure_image
 from kd.report.overlay import class_colour, overlay_figure, painted
 
