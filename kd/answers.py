@@ -54,7 +54,7 @@ class Answers:
         folder: Where an evaluation of this run on this data set goes.
         step: Of training.
         pictures: Draws hidden scenes, or label maps, with what the model says.
-        how: Pictures were shown, where not as they are.
+        how: Pictures were shown, where not as they are: `scales 0.75, 1, flip`.
     """
 
     name: str
@@ -99,11 +99,7 @@ def ask_run(
             scales or mirrored pictures of a run about objects.
     """
     config, data, model, task = open_run(run, settings, data_name)
-    several = bool(scales) or mirror
-    if several and not isinstance(data, OpenMaps):
-        raise UserError(f"{run}: answers about objects; --scales and --flip are for label maps")
-    if several:
-        model = MultiScale(model, scales or (1.0,), mirror=mirror)
+    model, how = _at_scales(run, data, model, scales, mirror)
     accelerator = make_accelerator(config["train"]["precision"])
     metric = new_metric(task, data)
     loader = val_loader(data, int(config["train"]["batch_size"]), accelerator)
@@ -125,12 +121,22 @@ def ask_run(
     folder = run / FOLDER
     if data.section.name != config["data"]["name"]:
         folder = folder / data.section.name
-    how = ""
-    if several:
-        shown = [f"{scale:g}" for scale in scales or (1.0,)]
-        how = f"scales {', '.join(shown)}{', also mirrored' if mirror else ''}"
-        folder = folder / "_".join(["scales", *shown, *["flip"] * mirror])
+    if how:
+        folder = folder / how.replace(", ", "_").replace(" ", "_")
     return Answers(name, data, metric, folder, _steps(run), pictures, how)
+
+
+def _at_scales(
+    run: Path, data: Opened, model: nn.Module, scales: Sequence[float], mirror: bool
+) -> tuple[nn.Module, str]:
+    """A model asked at several scales, and what that is called; itself where it is not wanted."""
+    if not scales and not mirror:
+        return model, ""
+    if not isinstance(data, OpenMaps):
+        raise UserError(f"{run}: answers about objects; --scales and --flip are for label maps")
+    scales = scales or (1.0,)
+    shown = [f"{scale:g}" for scale in scales] + ["flip"] * mirror
+    return MultiScale(model, scales, mirror=mirror), f"scales {', '.join(shown)}"
 
 
 def open_run(

@@ -18,10 +18,9 @@ from pathlib import Path
 from kd.answers import Answers, ask_run, stored_answers
 from kd.cli import run_command, set_up_logging
 from kd.errors import UserError
-from kd.evaluation import Evaluation, Scores
+from kd.evaluation import Scores
 from kd.evaluation_files import write_evaluation, write_tables
-from kd.evaluations import evaluation_of, side_by_side
-from kd.map_evaluation import MapEvaluation
+from kd.evaluations import AnyEvaluation, evaluation_of, side_by_side
 from kd.report.runs import find_runs
 from kd.report.table import print_table
 
@@ -34,12 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.all:
         if scales or args.flip:
             raise UserError("--scales, --flip: --all reads what runs have answered, asks none")
-        evaluation = side_by_side(stored_answers(find_runs(args.runs), args.data), args.data,
-                                  args.settings)  # fmt: skip
-        return _show(evaluation, args, args.out)
-    if len(args.runs) > 1:
+        runs = stored_answers(find_runs(args.runs), args.data)
+        return _show(side_by_side(runs, args.data, args.settings), args, args.out, None)
+    run, *more = args.runs
+    if more:
         raise UserError(f"{len(args.runs)} runs: --all sets several side by side")
-    run = args.runs[0]
     asked = ask_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
     if asked is None:  # another process writes
         return 0
@@ -49,24 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(
-    evaluation: Evaluation | MapEvaluation | Scores,
-    args: argparse.Namespace,
-    folder: Path | None,
-    asked: Answers | None = None,
+    shown: AnyEvaluation, args: argparse.Namespace, folder: Path | None, asked: Answers | None
 ) -> int:
     """Print, and write where a folder is named."""
-    for table in evaluation.summary_tables():
+    for table in shown.summary_tables():
         print_table(table)
     if args.per_class:
-        print_table(evaluation.class_table())
+        print_table(shown.class_table())
     if folder is None:
         return 0
-    if isinstance(evaluation, Scores):
-        write_tables(folder, evaluation)
+    if isinstance(shown, Scores):
+        write_tables(folder, shown)
     elif asked is None:
-        write_evaluation(folder, evaluation)
+        write_evaluation(folder, shown)
     else:
-        write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
+        write_evaluation(folder, shown, step=asked.step, pictures=asked.pictures())
     sys.stdout.write(f"tables, figures and numbers: {folder}\n")
     return 0
 

@@ -13,8 +13,10 @@ from kd.opened_maps import OpenMaps
 from kd.references import on_data, references
 from kd.report.runs import Run, check_same_objects, named_runs
 
+AnyEvaluation = Evaluation | MapEvaluation | Scores
 
-def evaluation_of(asked: Answers, run: Path) -> Evaluation | MapEvaluation | Scores:
+
+def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
     """What one run answered.
 
     Args:

@@ -64,6 +64,7 @@ PLACES = {
     "kd.evaluations": COMMANDS,
     "kd.map_evaluation": COMMANDS,
     "kd.overlays": COMMANDS,
+    "kd.costs": COMMANDS,
     "kd.report": COMMANDS,
     "kd.detection_context": COMMANDS,
     "kd.rescore_run": COMMANDS,

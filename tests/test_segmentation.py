@@ -134,7 +134,7 @@ def test_scales_and_mirror_are_averaged_into_a_folder_of_their_own(
         assert np.abs(again["confusion"] - stored["confusion"]).sum() <= 4  # ties of rounding
     assert evaluate.main([str(teacher), "--scales", "0.75,1.5", "--flip"]) == 0
     folder = teacher / "evaluation" / "scales_0.75_1.5_flip"
-    assert "scales 0.75, 1.5, also mirrored" in capsys.readouterr().out
+    assert "scales 0.75, 1.5, flip" in capsys.readouterr().out
     with np.load(folder / "predictions.npz") as several:
         assert (several["confusion"].sum(axis=2) == stored["confusion"].sum(axis=2)).all()
         assert (several["confusion"] != stored["confusion"]).any()

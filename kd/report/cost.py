@@ -17,6 +17,7 @@ from matplotlib.transforms import Bbox
 
 from kd.errors import UserError
 from kd.report.drawing import COLOURS, GREY, INK, clean, colours
+from kd.report.table import Table
 
 Kind = Literal["plain", "distilled", "teacher"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -62,6 +63,15 @@ class CostPoint:
     kind: Kind
 
 
+class Cost(NamedTuple):
+    """A network as it was measured."""
+
+    point: CostPoint
+    arm: str  # what its run is called
+    sides: tuple[int, int]  # height and width of the picture
+    device: str
+
+
 class Look(NamedTuple):
     """How the markers of one name are drawn."""
 
@@ -100,6 +110,29 @@ def cost_figure(points: Sequence[CostPoint]) -> Figure:
     for axes, (cost, _) in zip(panels, _PANELS, strict=True):
         _write_names(axes, points, cost, looks)
     return figure
+
+
+def cost_table(costs: Sequence[Cost]) -> Table:
+    """The numbers behind `cost_figure`, the cheapest network first."""
+    lines = []
+    for cost in sorted(costs, key=lambda cost: cost.point.multiply_adds):
+        point, (height, width) = cost.point, cost.sides
+        lines.append(
+            (
+                point.name,
+                cost.arm,
+                f"{width} x {height}",
+                f"{point.parameters / 1e6:.3g}",
+                f"{point.multiply_adds / 1e9:.3g}",
+                f"{point.latency:.3g}",
+                f"{100 * point.mean_iou:.1f}",
+            )
+        )
+    header = ("network", "run", "picture", "parameters (M)", "multiply-adds (G)", "latency (ms)",
+              "mIoU (%)")  # fmt: skip
+    devices = ", ".join(dict.fromkeys(cost.device for cost in costs))
+    note = f"latency: median of forwards of one picture at a time, on {devices}"
+    return Table("What networks cost", header, (tuple(lines),), (note,))
 
 
 def _check(points: Sequence[CostPoint]) -> None:

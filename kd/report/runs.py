@@ -116,9 +116,14 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
     """Runs by the shortest part of their paths that tells them apart, such as `seed0/plain`."""
-    parts = [run.folder.parts for run in runs]
-    if len(runs) == 1:
-        return {runs[0].name: runs[0]}
+    return dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest part of each path that tells different folders apart."""
+    parts = [folder.parts for folder in folders]
+    if len(folders) == 1:
+        return [folders[0].name]
     first, shortest = parts[0], min(map(len, parts))
     ahead = behind = 0
     while ahead < shortest - 1 and all(path[ahead] == first[ahead] for path in parts):
@@ -127,8 +132,7 @@ def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
         path[-1 - behind] == first[-1 - behind] for path in parts
     ):
         behind += 1
-    names = [path[ahead : len(path) - behind] for path in parts]
-    return {str(Path(*name)): run for name, run in zip(names, runs, strict=True)}
+    return [str(Path(*path[ahead : len(path) - behind])) for path in parts]
 
 
 def is_distill(folder: str | Path) -> bool:

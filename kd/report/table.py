@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import rich.box
@@ -90,6 +91,19 @@ def print_table(table: Table, stream: TextIO | None = None) -> None:
     Console(file=stream).print(drawn)
 
 
+def write_markdown(tables: Sequence[Table], path: Path) -> None:
+    """Write tables one below the other.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def distill_table(
     arms: Mapping[str, Sequence[Records]],
     seeds: Sequence[int],
@@ -101,8 +115,7 @@ def distill_table(
     """Each arm against its plain twin: mean over seeds with a t interval, then each seed alone.
 
     Args:
-        arms: Arm -> predictions, one a seed; all of the same objects or pictures, in the columns'
-            order.
+        arms: Arm -> predictions, one a seed, in the columns' order; all answer the same.
         seeds: One number for each place of those lists.
         metrics: Rows; by default those of the answers' kind that can be had.
         title: Above the table.
