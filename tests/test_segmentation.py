@@ -90,7 +90,7 @@ def test_a_distillation_draws_every_arm_beside_truth_and_teacher(distilled: Path
     assert names == ["0.png", "1.png"]
     with Image.open(distilled / "overlays" / "0.png") as picture:
         assert picture.width > 1.9 * picture.height / 2  # six panels in two rows
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 20
 
 
 @pytest.fixture(scope="module")

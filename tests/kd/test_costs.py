@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ STUDENT = {"name": "espnet_c", "options": {}}
 
 
 @pytest.fixture
-def data(small_scenes: Path) -> dict[str, object]:
+def data(small_scenes: Path) -> Mapping[str, object]:
     """The section of tiny scenes, seen at 48 pixels."""
     splits = {
         split: {"annotations": f"annotations/instances_{split}.json", "images": split}
@@ -36,7 +37,7 @@ def data(small_scenes: Path) -> dict[str, object]:
             "generate": made, "size": 48, "crop": [32, 32], "workers": 0}  # fmt: skip
 
 
-def make_run(folder: Path, config: dict[str, object], right: int) -> Path:
+def make_run(folder: Path, config: Mapping[str, object], right: int) -> Path:
     """A finished run on two pictures."""
     folder.mkdir(parents=True)
     confusion = np.zeros((2, 23, 23), np.int64)
@@ -47,7 +48,7 @@ def make_run(folder: Path, config: dict[str, object], right: int) -> Path:
     return folder
 
 
-def distillation(folder: Path, data: dict[str, object], student: dict[str, object]) -> Path:
+def distillation(folder: Path, data: Mapping[str, object], student: Mapping[str, object]) -> Path:
     """Two seeds of two arms."""
     for seed in (0, 1):
         for arm, right in (("plain", 50), ("all", 70)):
@@ -56,7 +57,9 @@ def distillation(folder: Path, data: dict[str, object], student: dict[str, objec
     return folder
 
 
-def test_every_arm_and_the_teacher_become_points(tmp_path: Path, data: dict[str, object]) -> None:
+def test_every_arm_and_the_teacher_become_points(
+    tmp_path: Path, data: Mapping[str, object]
+) -> None:
     student = distillation(tmp_path / "espnet", data, STUDENT)
     teacher = make_run(tmp_path / "teacher", {"data": data, "teacher": TEACHER}, 90)
     costs = measured([read_distill(student)], [read_run(teacher)])
@@ -79,7 +82,7 @@ def test_every_arm_and_the_teacher_become_points(tmp_path: Path, data: dict[str,
 
 
 def test_networks_of_one_name_are_called_by_their_folders(
-    tmp_path: Path, data: dict[str, object]
+    tmp_path: Path, data: Mapping[str, object]
 ) -> None:
     light = {"name": "pspnet", "options": {"trunk": "mobilenet_v2", "width": 0.25}}
     student = distillation(tmp_path / "small", data, light)
@@ -90,7 +93,7 @@ def test_networks_of_one_name_are_called_by_their_folders(
 
 
 def test_the_command_draws_and_prints_them(
-    tmp_path: Path, data: dict[str, object], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Mapping[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = distillation(tmp_path / "espnet", data, STUDENT)
     figure = tmp_path / "cost.png"
@@ -101,7 +104,7 @@ def test_the_command_draws_and_prints_them(
 
 
 def test_runs_about_objects_or_other_pictures_are_refused(
-    tmp_path: Path, data: dict[str, object], small_teacher: Path,
+    tmp_path: Path, data: Mapping[str, object], small_teacher: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert run_command(main, [str(small_teacher), "--cost", str(tmp_path / "x.png")]) == 2
