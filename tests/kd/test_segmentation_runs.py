@@ -162,7 +162,7 @@ def test_a_teacher_of_the_context_of_objects_teaches_by_its_layers(
         "ablations={}",
         "arms=[plain, distilled]",
         "seeds=[0]",
-        "soft_targets.stride=8",
+        f"soft_targets.cache={tmp_path / 'kept'}",  # the teacher is shared by other tests
     ]
     given = [*flags(settings), "--teacher", str(small_teacher), "--out", str(tmp_path / "run")]
     assert distill.main(["--student", "espnet_c", *given]) == 0
