@@ -128,6 +128,13 @@ def test_answers_are_on_the_label_maps_grid() -> None:
     assert metric.compute()["pixel_accuracy"] == pytest.approx((found == 0).float().mean().item())
 
 
+def test_answers_between_places_of_half_precision_are_no_ties() -> None:
+    logits = torch.tensor([[[[100.0, 100.0]], [[100.0, 100.5]]]]).bfloat16()  # one digit apart
+    batch = {"label_maps": torch.zeros(1, 8, 16, dtype=torch.uint8)}
+    answers = TASK.decode({"logits": logits}, batch)
+    assert (answers[..., :4] == 0).all() and (answers[..., 4:] == 1).all()
+
+
 def test_the_valid_mask_says_where_there_is_a_class_on_any_grid() -> None:
     batch = make_batch()
     valid = TASK.masks(batch)["valid"]
