@@ -185,6 +185,24 @@ def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher
         distillation(maps, mapped_teacher, "arms=[plain, bare, shuffled]")
 
 
+@pytest.mark.parametrize("name", ["direct", "decoupled", "context_features"])
+def test_terms_about_hidden_objects_are_refused(
+    maps: list[str], mapped_teacher: Path, name: str
+) -> None:
+    layers = "student: norm3, teacher: pyramid, " if name == "context_features" else ""
+    losses = f"losses=[{{name: {name}, {layers}weight: 1.0}}]"
+    with pytest.raises(UserError, match=f"losses: {name}: is about hidden objects, not label maps"):
+        distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
+
+
+def test_a_task_says_which_kind_of_data_it_is_for(maps: list[str], small_scenes: Path) -> None:
+    objects = flags([text for text in maps if not text.startswith(("data.crop", "train"))])
+    with pytest.raises(UserError, match=r"scenes: has objects with boxes; .* for label maps, such"):
+        distill.main(["--student", "espnet_c", "--data", "scenes", *objects])
+    with pytest.raises(UserError, match=r"scenes_maps: has label maps; .* for objects with boxes"):
+        distill.main(["--student", "resnet18", "--data", "scenes_maps", *objects])
+
+
 def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher: Path) -> None:
     with pytest.raises(UserError, match="unknown segmentation student 'resnet18'"):
         distillation(maps, mapped_teacher, "student={name: resnet18}").check()
