@@ -152,7 +152,7 @@ def test_units_are_pixels_with_a_class_and_images() -> None:
     assert "hidden" not in counts
 
 
-TERMS = ("pixel_wise", "pair_wise", "channel_wise", "holistic")
+TERMS = ("pixel_wise", "pair_wise", "channel_wise", "hint", "holistic")
 
 
 def term_of(name: str) -> Term:
@@ -244,7 +244,9 @@ def after_one_step(batches: Sequence[Batch], names: tuple[str, ...]) -> dict[str
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["", "one image all void"])
-@pytest.mark.parametrize("names", [(), ("pixel_wise",), ("pair_wise",), ("channel_wise",)])
+@pytest.mark.parametrize(
+    "names", [(), ("pixel_wise",), ("pair_wise",), ("channel_wise",), ("hint",)]
+)
 def test_unequal_micro_batches_give_the_whole_batchs_gradient(
     names: tuple[str, ...], empty: bool
 ) -> None:
