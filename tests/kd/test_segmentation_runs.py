@@ -180,6 +180,16 @@ def test_maps_of_pictures_are_kept_ahead_of_training(
     assert "logits: 24 pictures" in said and "pyramid: 24 pictures" in said
 
 
+def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
+    maps: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [text for text in maps if text.startswith("data.")]
+    command = ["--teacher", str(small_teacher), "--data", "scenes_maps", *flags(data)]
+    layers = ["--only-layers", "--layers", "features.2", "--in-fold", "--out", str(tmp_path)]
+    assert cache.main([*command, *layers]) == 0
+    assert "features.2: 24 pictures" in capsys.readouterr().out
+
+
 def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher: Path) -> None:
     with pytest.raises(UserError, match="arms: bare, shuffled: for students that name objects"):
         distillation(maps, mapped_teacher, "arms=[plain, bare, shuffled]")
