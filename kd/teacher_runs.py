@@ -91,19 +91,20 @@ def default_folder(teacher: str, data: str) -> Path:
 
 
 def latest_teacher() -> Path:
-    """The teacher that was trained last, of those where the teacher command puts them.
+    """The teacher of objects trained last, of those where the teacher command puts them.
 
     Raises:
         UserError: There is none.
     """
     finished = (RUNS / "teacher").glob("*/*/summary.json")
-    latest = max(finished, key=lambda summary: summary.stat().st_mtime, default=None)
-    if latest is None:
-        raise UserError(
-            f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
-            "train one: python -m kd.train_teacher --teacher cnn"
-        )
-    return latest.parent
+    latest = sorted(finished, key=lambda summary: summary.stat().st_mtime, reverse=True)
+    for summary in latest:
+        if _teaches_objects(summary.parent):
+            return summary.parent
+    raise UserError(
+        f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
+        "train one: python -m kd.train_teacher --teacher cnn"
+    )
 
 
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
