@@ -18,13 +18,14 @@ from kd.config import AnyData, Data, Model, TaskSection
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
 from kd.memory import keep_freed_memory
+from kd.nn.segmenters import SEGMENTERS
 from kd.opened import Opened, open_objects
 from kd.opened_maps import open_maps
 from kd.tasks import TASKS
 from kd.tasks.base import Task
 from kd.tasks.segmentation import Segmentation
 from kd.transferred import TRANSFERRED, take_trunk
-from students import CLASSIFIERS, SEGMENTERS
+from students import CLASSIFIERS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
 
