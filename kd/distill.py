@@ -1,4 +1,4 @@
-"""Distil a context teacher into a student, beside its plain twin.
+"""Distil a teacher into a student, beside its plain twin.
 
 `python -m kd.distill --student resnet18`
 """
