@@ -33,7 +33,7 @@ from kd.engine import forward_losses, to_device
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.launch import open_run
-from kd.objective import SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
+from kd.objective import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
 from kd.opened import OpenData, Opened, make_dataset
 from kd.opened_maps import OpenMaps
 from kd.optim import make_optimizer
@@ -117,10 +117,14 @@ class Distillation:
                     )
 
     def _check_pixels(self) -> None:
-        """What goes with label maps only in part."""
+        """What label maps do not go with."""
         recipe = self.recipe
         if controls := sorted(set(recipe.arms) & {"bare", "shuffled", "direct"}):
             raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
+        for term in self.terms:
+            kind, output = term.kind, term.teacher.rpartition(".")[2]
+            if output == POSTERIOR or kind.labels or kind.mask:
+                raise UserError(f"losses: {term.name}: is about hidden objects, not label maps")
 
     def _check_layers(self) -> None:
         """A mistyped layer of the student, before a teacher works for hours."""

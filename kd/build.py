@@ -16,13 +16,16 @@ from torch import nn
 from kd.catalog import build, check_options, look_up
 from kd.config import AnyData, Data, Model, TaskSection
 from kd.data.loader import SampleLoader, Samples, build_loader
+from kd.errors import UserError
 from kd.memory import keep_freed_memory
+from kd.nn.segmenters import SEGMENTERS
 from kd.opened import Opened, open_objects
 from kd.opened_maps import open_maps
 from kd.tasks import TASKS
 from kd.tasks.base import Task
+from kd.tasks.segmentation import Segmentation
 from kd.transferred import TRANSFERRED, take_trunk
-from students import CLASSIFIERS, SEGMENTERS
+from students import CLASSIFIERS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
 
@@ -61,8 +64,16 @@ def build_task(
     """The task of a recipe, told the data's number of classes, hidden shape and class shares.
 
     A teacher that reads scenes as tokens says itself what it wants of the pictures.
+
+    Raises:
+        UserError: An unknown task or option, or data of the other kind.
     """
     builder = look_up(TASKS, section.name, what="task")
+    if isinstance(data, Data) is (builder is Segmentation):
+        has, needs = ("objects with boxes", "label maps, such as --data scenes_maps")
+        if builder is not Segmentation:
+            has, needs = ("label maps", "objects with boxes, such as --data scenes")
+        raise UserError(f"data {data.name}: has {has}; task {section.name} is for {needs}")
     known: dict[str, Any] = {"num_classes": num_classes}
     if isinstance(data, Data):
         known["shape"] = data.shape

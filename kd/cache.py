@@ -20,7 +20,7 @@ from kd.objective import POSTERIOR
 from kd.opened import OpenData
 from kd.shown import shown_to
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import load_teacher
+from kd.teacher_runs import load_teacher_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with accelerator.main_process_first():
         data = open_data(data_config(args.data, args.settings))
     objects = isinstance(data, OpenData)
-    teacher = load_teacher(args.teacher, data.num_classes)
+    teacher = load_teacher_of(args.teacher, data)
     teacher.model.to(accelerator.device)
     own = [POSTERIOR if objects else "logits"]
     wanted = Wanted(

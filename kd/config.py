@@ -184,7 +184,7 @@ class TeacherReference(Section):
 
 
 class TeacherRecipe(Section):
-    """`python -m kd.train_teacher`: a context teacher."""
+    """`python -m kd.train_teacher`: a teacher of objects' context or of label maps."""
 
     data: AnyData
     task: TaskSection

@@ -69,7 +69,7 @@ TERMS = {
     "pair_wise": Kind(pair_wise, maps=True, valid=True),
     "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
     "channel_wise": Kind(channel_wise, "logits", "logits", maps=True, valid=True),
-    "hint": Kind(hint, maps=True),
+    "hint": Kind(hint, maps=True, valid=True),
 }
 
 
@@ -192,8 +192,9 @@ def _loss_of(
     term: Term, ours: Tensor, theirs: Tensor, masks: Mapping[str, Mask], batch: Batch
 ) -> Mean:
     kind, unit = term.kind, "hidden" if about_objects(batch) else "images"
-    grid = (ours.shape[2], ours.shape[3]) if kind.maps and ours.ndim == 4 else (1, 1)
-    valid = masks["valid"](grid) if kind.maps and "valid" in masks else None
+    maps = kind.maps and ours.ndim == 4
+    grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
+    valid = masks["valid"](grid) if maps and "valid" in masks else None
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
     if kind.mask is not None:
@@ -205,7 +206,7 @@ def _loss_of(
         judged = ours.detach(), theirs.detach(), images
         return Mean(term.function(ours, theirs, images), unit, judged)
     if kind.valid and valid is not None:
-        unit = "pixels" if kind.function is pixel_wise else "valid_images"
+        unit = "pixels" if kind.function in (pixel_wise, hint) else "valid_images"
         return Mean(term.function(ours, theirs, valid=valid), unit)
     return Mean(term.function(ours, theirs), unit)
 

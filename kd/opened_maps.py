@@ -76,7 +76,7 @@ def open_maps(section: LabelMaps) -> OpenMaps:
     """
     opened = OpenMaps(section, *_splits(section))
     opened.crops(0)  # its options are looked at before all files are
-    if section.generate is None:
+    if section.layout != "coco":  # whose images are looked at already, and maps are not files
         both = (opened.train, opened.val)
         check_pairs(split for split in both if len(split.images) <= DECODED_FIRST)
     opened.evaluated()

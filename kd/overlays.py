@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
@@ -97,7 +98,8 @@ def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 @torch.no_grad()
 def _answer(data: OpenMaps, one: Segmenter, place: int, accelerator: Accelerator) -> Tensor:
     """The likeliest class of each pixel of a val picture, (H, W) of its file."""
-    sample = collate([data.whole("val", size=one.size)[0, place]])
+    # This picture alone: a whole split reads the size of each of its files first.
+    sample = collate([data.whole("val", size=one.size, only=np.array([place]))[0, 0]])
     batch = to_device(sample, accelerator.device, channels_last=False)
     with evaluating(one.model), accelerator.autocast():
         output, _ = one.model(*one.task.inputs(batch))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.objective import POSTERIOR, Term
 from kd.opened import OpenData, Opened
-from kd.opened_maps import OpenMaps
 from kd.soft_targets import (
     LiveTeacher,
     SoftTargetSource,
@@ -26,13 +24,7 @@ from kd.soft_targets import (
     Teachers,
 )
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import (
-    TrainedTeacher,
-    class_names_of,
-    find_teacher,
-    load_teacher,
-    teaches_objects,
-)
+from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -102,7 +94,7 @@ def open_sources(
     references: dict[str, TeacherReference] = {"": recipe.teacher, **recipe.more_teachers}
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     teachers = {
-        name: _load(find_teacher(reference, recipe.data.name), data)
+        name: load_teacher_of(find_teacher(reference, recipe.data.name), data)
         for name, reference in references.items()
     }
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
@@ -124,12 +116,6 @@ def open_sources(
             check_moved_maps(teacher, data, kept, accelerator, limit=limit)
         sources.maps[name] = kept
     return sources
-
-
-def _load(path: Path, data: Opened) -> TrainedTeacher:
-    """A teacher of the data's classes; one of objects keeps its own where these are label maps."""
-    own = isinstance(data, OpenMaps) and teaches_objects(path)
-    return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
 
 
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:

@@ -23,7 +23,7 @@ from kd.data_config import plain_data
 from kd.errors import UserError
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
-from kd.opened import OpenData
+from kd.opened import OpenData, Opened
 from kd.opened import class_names as data_class_names
 from kd.run_folder import class_names
 from kd.tasks.base import Task, named
@@ -91,19 +91,20 @@ def default_folder(teacher: str, data: str) -> Path:
 
 
 def latest_teacher() -> Path:
-    """The teacher that was trained last, of those where the teacher command puts them.
+    """The teacher of objects trained last, of those where the teacher command puts them.
 
     Raises:
         UserError: There is none.
     """
     finished = (RUNS / "teacher").glob("*/*/summary.json")
-    latest = max(finished, key=lambda summary: summary.stat().st_mtime, default=None)
-    if latest is None:
-        raise UserError(
-            f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
-            "train one: python -m kd.train_teacher --teacher cnn"
-        )
-    return latest.parent
+    latest = sorted(finished, key=lambda summary: summary.stat().st_mtime, reverse=True)
+    for summary in latest:
+        if _teaches_objects(summary.parent):
+            return summary.parent
+    raise UserError(
+        f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
+        "train one: python -m kd.train_teacher --teacher cnn"
+    )
 
 
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
@@ -139,6 +140,16 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
 
+def load_teacher_of(path: Path, data: Opened) -> TrainedTeacher:
+    """A teacher of a data set's classes; one of objects has its own where these are label maps.
+
+    Raises:
+        UserError: As `load_teacher`.
+    """
+    own = not isinstance(data, OpenData) and _teaches_objects(path)
+    return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
+
+
 def class_names_of(path: Path) -> tuple[str, ...]:
     """The class names of a teacher, in the order of its answers.
 
@@ -168,7 +179,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
         ) from error
 
 
-def teaches_objects(path: Path) -> bool:
+def _teaches_objects(path: Path) -> bool:
     """Whether a teacher's run, or a file in one, is about objects rather than label maps."""
     config = read_yaml((path if path.is_dir() else path.parent) / "config.yaml")
     return kind_of_data(config.get("data", {})) == OBJECTS

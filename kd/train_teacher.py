@@ -1,4 +1,4 @@
-"""Train a context teacher: `python -m kd.train_teacher --teacher unet --data coco`."""
+"""Train a teacher: `python -m kd.train_teacher --teacher unet --data coco`."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from kd.nn.pspnet import pspnet
-from kd.nn.published import PUBLISHED
+from kd.nn.segmenters import SEGMENTERS
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
 from teachers.resnet_multilabel import resnet_multilabel
@@ -30,9 +29,5 @@ CONTEXT_TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "prior": prior,
     "resnet_pixel": resnet_pixel,
     "resnet_multilabel": resnet_multilabel,
-}
-SEGMENTERS: dict[str, Callable[..., nn.Module]] = {
-    "pspnet": pspnet,
-    **PUBLISHED,
 }
 TEACHERS: dict[str, Callable[..., nn.Module]] = CONTEXT_TEACHERS | SEGMENTERS

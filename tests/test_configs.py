@@ -166,8 +166,9 @@ def test_every_term_of_a_segmentation_recipe_computes(name: str, data: str) -> N
     teacher = build_teacher(offline(teaches.teacher), classes)
     batch = batch_of(recipe.data, classes)
     layers = layers_among([term.teacher for term in terms])
-    with LiveTeacher(teacher, task, layers, posterior=False) as live:
-        source = Kept(live, recipe.soft_targets.stride)
+    with torch.no_grad(), LiveTeacher(teacher, task, layers, posterior=False) as live:
+        runs = recipe.soft_targets.kind == "live"
+        source = live if runs else Kept(live, recipe.soft_targets.stride)
         model, terms = adapt_student(student, terms, recipe.adapters, source, task, batch)
         output, features = model.eval()(*task.inputs(batch))
         known = source(batch)

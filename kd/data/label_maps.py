@@ -16,6 +16,7 @@ from kd.errors import UserError
 from kd.metrics.segmentation import VOID
 
 _IDS = ("L", "P", "1")  # Pillow's kinds whose pixels are numbers of up to 8 bits
+_STRETCHED = ("L;2", "L;4")  # grey PNGs of 2 and 4 bits, whose numbers Pillow spreads over 0..255
 UNKNOWN = -1  # in a table: a number that may not be in a file
 
 Table = NDArray[np.int16]  # (256,): what a number in a file means
@@ -49,14 +50,18 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
         (H, W) uint8: classes, `VOID` where there is none.
 
     Raises:
-        UserError: The file is missing or broken, holds colours or 16 bits, is of another size than
-            its image, or has a number that the table does not know.
+        UserError: The file is missing or broken, holds colours, 16 bits or grey of 2 or 4, is of
+            another size than its image, or has a number that the table does not know.
     """
     try:
         with Image.open(path) as picture:
             mode = picture.mode
             if mode not in _IDS:
                 raise UserError(_wrong_kind(path, mode))
+            if picture.tile and picture.tile[0].args in _STRETCHED:
+                raise UserError(
+                    f"{path}: a grey label map of {picture.tile[0].args[-1]} bits; write it with 8"
+                )
             numbers = np.asarray(picture).astype(np.uint8)
     except UserError:  # a ValueError too
         raise

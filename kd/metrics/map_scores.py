@@ -36,9 +36,9 @@ class Pixels(NamedTuple):
 
 def pixels(records: Records) -> Pixels:
     """Of each picture, (N, C)."""
-    confusion = records["confusion"].astype(np.float64)
-    right = np.diagonal(confusion, axis1=1, axis2=2)
-    return Pixels(right, confusion.sum(axis=2), confusion.sum(axis=1))
+    confusion = records["confusion"]
+    parts = (np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1))
+    return Pixels(*(part.astype(np.float64) for part in parts))
 
 
 def number_of(name: str, found: Pixels, records: Records) -> Float:

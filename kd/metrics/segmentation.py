@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.files import write_whole
+from kd.metrics import map_scores
 
 VOID = 255  # in label maps: a class that counts nowhere, neither in losses nor in metrics
 
@@ -31,15 +32,6 @@ def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     known = truth != VOID
     pairs = truth[known].long() * num_classes + predicted[known].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def iou_of(counts: Counts) -> NDArray[np.float64]:
-    """Intersection over union of each class, (C,); NaN where it is neither there nor said."""
-    hits = np.diag(counts).astype(np.float64)
-    union = counts.sum(axis=0) + counts.sum(axis=1) - hits
-    shares = np.full(len(counts), np.nan)
-    np.divide(hits, union, out=shares, where=union > 0)
-    return shares
 
 
 class MeanIoU:
@@ -88,22 +80,17 @@ class MeanIoU:
         `mIoU`, the mean over the classes that are there or said; `pixel_accuracy`; `mean_accuracy`,
         over the classes that are there; `count` of pictures.
         """
-        counts = self.counts()
-        there = counts.sum(axis=1)
-        hits = np.diag(counts)
-        return {
-            "mIoU": float(np.nanmean(iou_of(counts))),
-            "pixel_accuracy": float(hits.sum() / counts.sum()),
-            "mean_accuracy": float((hits[there > 0] / there[there > 0]).mean()),
-            "count": float(len(self._pictures)),
-        }
+        whole = {"confusion": self.counts()[None]}
+        found = map_scores.pixels(whole)
+        values = {name: map_scores.number_of(name, found, whole)[0] for name in map_scores.ROWS}
+        return {**{name: float(value) for name, value in values.items()},
+                "count": float(len(self._pictures))}  # fmt: skip
 
     def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
         """Name, pixels and IoU of each class that is there or said, the most frequent first."""
         counts = self.counts()
-        iou, there = iou_of(counts), counts.sum(axis=1)
-        order = [c for c in np.argsort(-there, kind="stable").tolist() if not np.isnan(iou[c])]
-        return [(names[c], int(there[c]), float(iou[c])) for c in order]
+        there, rows = counts.sum(axis=1), map_scores.per_class({"confusion": counts[None]})
+        return [(names[row.label], int(there[row.label]), row.iou) for row in rows]
 
     def records(self) -> dict[str, Counts]:
         """The confusion of each picture: `image_ids` (N,), ascending, and `confusion` (N, C, C)."""

@@ -73,7 +73,9 @@ class Segmentation:
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """The likeliest class of each pixel, int64 of the label maps' shape."""
         truth = batch["label_maps"]
-        return on_grid(output["logits"], (truth.shape[1], truth.shape[2])).argmax(dim=1)
+        # In bfloat16 many places between two of the grid would be ties.
+        logits = output["logits"].float()
+        return on_grid(logits, (truth.shape[1], truth.shape[2])).argmax(dim=1)
 
     def metric(self, classes: Classes) -> Metric:
         """Mean intersection over union and its company."""

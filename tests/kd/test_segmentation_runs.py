@@ -180,9 +180,37 @@ def test_maps_of_pictures_are_kept_ahead_of_training(
     assert "logits: 24 pictures" in said and "pyramid: 24 pictures" in said
 
 
+def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
+    maps: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [text for text in maps if text.startswith("data.")]
+    command = ["--teacher", str(small_teacher), "--data", "scenes_maps", *flags(data)]
+    layers = ["--only-layers", "--layers", "features.2", "--in-fold", "--out", str(tmp_path)]
+    assert cache.main([*command, *layers]) == 0
+    assert "features.2: 24 pictures" in capsys.readouterr().out
+
+
 def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher: Path) -> None:
     with pytest.raises(UserError, match="arms: bare, shuffled: for students that name objects"):
         distillation(maps, mapped_teacher, "arms=[plain, bare, shuffled]")
+
+
+@pytest.mark.parametrize("name", ["direct", "decoupled", "context_features"])
+def test_terms_about_hidden_objects_are_refused(
+    maps: list[str], mapped_teacher: Path, name: str
+) -> None:
+    layers = "student: norm3, teacher: pyramid, " if name == "context_features" else ""
+    losses = f"losses=[{{name: {name}, {layers}weight: 1.0}}]"
+    with pytest.raises(UserError, match=f"losses: {name}: is about hidden objects, not label maps"):
+        distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
+
+
+def test_a_task_says_which_kind_of_data_it_is_for(maps: list[str], small_scenes: Path) -> None:
+    objects = flags([text for text in maps if not text.startswith(("data.crop", "train"))])
+    with pytest.raises(UserError, match=r"scenes: has objects with boxes; .* for label maps, such"):
+        distill.main(["--student", "espnet_c", "--data", "scenes", *objects])
+    with pytest.raises(UserError, match=r"scenes_maps: has label maps; .* for objects with boxes"):
+        distill.main(["--student", "resnet18", "--data", "scenes_maps", *objects])
 
 
 def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher: Path) -> None:

@@ -14,6 +14,7 @@ import students
 import teachers
 from kd.catalog import build
 from kd.errors import ConfigError, UserError
+from kd.nn.segmenters import SEGMENTERS
 
 CLASSES = 5
 # Name -> stride as the options leave it; slow ones apart.
@@ -38,7 +39,7 @@ NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 def make(name: str, /, **options: object) -> nn.Module:
     chosen = SMALL.get(name, {}) | options
-    return build(students.SEGMENTERS, name, chosen, what="student", num_classes=CLASSES)
+    return build(SEGMENTERS, name, chosen, what="student", num_classes=CLASSES)
 
 
 def pictures(height: int = 64, width: int = 96) -> Tensor:
@@ -46,12 +47,10 @@ def pictures(height: int = 64, width: int = 96) -> Tensor:
 
 
 def test_every_network_is_in_the_contract_and_in_both_catalogues() -> None:
-    assert students.SEGMENTERS.keys() == QUICK.keys() | SLOW.keys() | DEEP.keys()
-    shared = {name for name in students.SEGMENTERS if not name.startswith("espnet")}
-    assert teachers.SEGMENTERS.keys() == shared
-    assert students.SEGMENTERS.keys() <= students.STUDENTS.keys()
-    assert teachers.SEGMENTERS.keys() <= teachers.TEACHERS.keys()
-    assert not teachers.SEGMENTERS.keys() & teachers.CONTEXT_TEACHERS.keys()
+    assert SEGMENTERS.keys() == QUICK.keys() | SLOW.keys() | DEEP.keys()
+    assert SEGMENTERS.keys() <= students.STUDENTS.keys()
+    assert SEGMENTERS.keys() <= teachers.TEACHERS.keys()
+    assert not SEGMENTERS.keys() & (teachers.CONTEXT_TEACHERS.keys() | students.CLASSIFIERS.keys())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,7 +128,7 @@ def test_a_file_of_other_classes_is_refused(name: str, tmp_path: Path) -> None:
     torch.save(make(name).state_dict(), tmp_path / "five.pth")
     options = {**SMALL.get(name, {}), "file": str(tmp_path / "five.pth")}
     with pytest.raises(UserError) as caught:
-        build(students.SEGMENTERS, name, options, what="student", num_classes=7)
+        build(SEGMENTERS, name, options, what="student", num_classes=7)
     message = str(caught.value)
     assert f"five.pth does not fit {name}" in message
     assert "classifier" in message and "(5, " in message and "(7, " in message

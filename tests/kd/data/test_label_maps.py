@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,20 @@ def test_what_is_no_label_map_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(wide.read_bytes()[:45])
     with pytest.raises(UserError, match=r"cut.png: this label map cannot be read"):
         read_label_map(tmp_path / "cut.png", TABLE)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_grey_map_of_few_bits_is_refused_whose_numbers_pillow_would_change(
+    bits: int, tmp_path: Path
+) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        whole = kind + content
+        return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)  # 2 x 1 pixels, grey
+    row = bytes([0, (1 << (8 - bits)) | (2 << (8 - 2 * bits))])  # 1 and 2
+    path = tmp_path / "few.png"
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(UserError, match=rf"few.png: a grey label map of {bits} bits; write it"):
+        read_label_map(path, id_table(256))

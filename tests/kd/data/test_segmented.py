@@ -284,6 +284,26 @@ def test_coco_maps_are_drawn_with_the_smaller_on_top(tiny_coco: Callable[..., Pa
         split.label_map(0, (40, 64))
 
 
+def test_coco_maps_are_not_all_drawn_before_training(
+    tiny_coco: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(*_: object) -> None:
+        raise AssertionError
+
+    root = tiny_coco(images=2)
+    splits = {
+        name: {"annotations": f"annotations/instances_{name}2017.json", "images": f"{name}2017"}
+        for name in ("train", "val")
+    }
+    values = {"root": str(root), "layout": "coco", "crop": (32, 32), **splits}
+    monkeypatch.setattr(DrawnSplit, "label_map", drawn)
+    opened = open_maps(LabelMaps.model_validate(values))
+    assert opened.num_classes == 5
+    Image.new("RGB", (5, 6)).save(opened.val.images[1])
+    with pytest.raises(UserError, match=r"is 5 x 6 pixels, instances_val2017.json says 64 x 48"):
+        open_maps(LabelMaps.model_validate(values))
+
+
 @pytest.mark.slow
 def test_the_real_camvid_is_as_published(shared_data: Path) -> None:
     root = shared_data / "camvid"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses import channel_wise, pair_wise, pixel_wise
+from kd.losses import channel_wise, hint, pair_wise, pixel_wise
 
 Loss = Callable[..., Tensor]
 
@@ -22,6 +22,7 @@ LOSSES = {
     "pair_wise": functools.partial(pair_wise, kernel=1),
     "pair_wise, maxima": pair_wise,
     "pair_wise, averages": functools.partial(pair_wise, pool="average", kernel=(2, 3)),
+    "hint": hint,
 }
 WIDE = (3, 40, 5, 7)  # more channels than places: pair_wise goes by nodes
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

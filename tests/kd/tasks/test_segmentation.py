@@ -128,6 +128,13 @@ def test_answers_are_on_the_label_maps_grid() -> None:
     assert metric.compute()["pixel_accuracy"] == pytest.approx((found == 0).float().mean().item())
 
 
+def test_answers_between_places_of_half_precision_are_no_ties() -> None:
+    logits = torch.tensor([[[[100.0, 100.0]], [[100.0, 100.5]]]]).bfloat16()  # one digit apart
+    batch = {"label_maps": torch.zeros(1, 8, 16, dtype=torch.uint8)}
+    answers = TASK.decode({"logits": logits}, batch)
+    assert (answers[..., :4] == 0).all() and (answers[..., 4:] == 1).all()
+
+
 def test_the_valid_mask_says_where_there_is_a_class_on_any_grid() -> None:
     batch = make_batch()
     valid = TASK.masks(batch)["valid"]
@@ -145,7 +152,7 @@ def test_units_are_pixels_with_a_class_and_images() -> None:
     assert "hidden" not in counts
 
 
-TERMS = ("pixel_wise", "pair_wise", "channel_wise", "holistic")
+TERMS = ("pixel_wise", "pair_wise", "channel_wise", "hint", "holistic")
 
 
 def term_of(name: str) -> Term:
@@ -237,7 +244,9 @@ def after_one_step(batches: Sequence[Batch], names: tuple[str, ...]) -> dict[str
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["", "one image all void"])
-@pytest.mark.parametrize("names", [(), ("pixel_wise",), ("pair_wise",), ("channel_wise",)])
+@pytest.mark.parametrize(
+    "names", [(), ("pixel_wise",), ("pair_wise",), ("channel_wise",), ("hint",)]
+)
 def test_unequal_micro_batches_give_the_whole_batchs_gradient(
     names: tuple[str, ...], empty: bool
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kd.errors import UserError
-from students.espnet import BRANCHES, SpatialPyramid, espnet, espnet_c
+from kd.nn.espnet import BRANCHES, SpatialPyramid, espnet, espnet_c
 
 
 def convolutions(made: SpatialPyramid) -> list[nn.Conv2d]:
