@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
 from kd.config import Adapter, Data, Generate, Model, Split, TaskSection, TeacherRecipe, Term, Train
-from kd.data.loader import SceneLoader
+from kd.data.loader import SampleLoader
 from kd.data.stored import StoredField
 from kd.engine import to_device, train_step
 from kd.launch import start_training
 from kd.objective import POSTERIOR
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.soft_targets import StoredPosteriors, StoredTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
@@ -75,7 +76,7 @@ def epochs(data: OpenData, kept: dict[str, StoredField] | None) -> Callable[[int
     accelerator, task = make_accelerator("fp32"), Classification(num_classes=data.num_classes)
     fields = [kept[LAYER]] if kept else []
     dataset = make_dataset(data, "train", train=True, epochs=100, stored=fields)
-    loader: SceneLoader = make_loader(
+    loader: SampleLoader = make_loader(
         dataset, accelerator, batch_size=BATCH, workers=data.section.workers, train=True
     )
     torch.manual_seed(1)
@@ -116,7 +117,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = open_data(section(Path(folder), options.images, options.workers))
+        data = open_objects(section(Path(folder), options.images, options.workers))
         kept = cached(data, Path(folder))
         for name, output in kept.items():
             shape = "x".join(map(str, output.shape))

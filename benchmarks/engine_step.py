@@ -14,24 +14,25 @@ what else runs on the machine slows both.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+
+from benchmarks._measure import Batch, Step, compare
 from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
 from kd.config import Data, Generate, Split, Train
 from kd.data.hide import hidden_regions, hide, normalise
 from kd.engine import to_device, train_step
 from kd.launch import start_training
 from kd.objective import build_term
+from kd.opened import make_dataset, open_objects
 from kd.soft_targets import LiveTeacher, StoredPosteriors
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
@@ -40,8 +41,6 @@ from students.classifiers import build_student
 from teachers.cnn import cnn
 
 LIVE_GOAL, STORED_GOAL = 1.03, 1.10
-Batch = dict[str, Tensor]
-Step = Callable[[Batch], None]
 
 
 def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
@@ -55,7 +54,7 @@ def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
         min_share=0.0,
         max_share=1.0,
     )
-    data = open_data(section)
+    data = open_objects(section)
     accelerator = make_accelerator("fp32")
     dataset = make_dataset(data, "train", train=True, mode="one")
     loader = make_loader(dataset, accelerator, batch_size=batch_size, workers=0, train=True)
@@ -115,33 +114,6 @@ def by_hand(classes: int, teacher: nn.Module, device: torch.device) -> Step:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def seconds(step: Step, batch: Batch) -> float:
-    started = time.perf_counter()
-    step(batch)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: int) -> float:
-    """Time the two in turns; the median of first / second."""
-    for batch in batches[:2]:  # caches, allocators, first kernels
-        first(batch)
-        second(batch)
-    times: list[tuple[float, float]] = []
-    for number in range(pairs):
-        batch = batches[number % len(batches)]
-        if number % 2:
-            b, a = seconds(second, batch), seconds(first, batch)
-        else:
-            a, b = seconds(first, batch), seconds(second, batch)
-        times.append((a, b))
-    ratio = statistics.median(a / b for a, b in times)
-    a, b = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
-    sys.stdout.write(f"{name:<44}{a:>9.1f} ms {b:>9.1f} ms   ratio {ratio:.3f}\n")
-    return ratio
 
 
 def main() -> int:

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd.build import make_dataset, open_data
+from kd.build import open_data
 from kd.config import TeacherRecipe
 from kd.config_reader import from_plain, read_yaml
 from kd.data.collate import collate
 from kd.data.dataset import SceneDataset
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
+from kd.opened import make_dataset, of_objects
 from kd.tasks.base import Task, hidden_labels, named
 from kd.teacher_runs import load_teacher
 
@@ -73,7 +74,7 @@ def main() -> int:
         return 0
     folder = options.teacher if options.teacher.is_dir() else options.teacher.parent
     recipe = from_plain(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
-    data = open_data(recipe.data)
+    data = of_objects(open_data(recipe.data))
     teacher = load_teacher(options.teacher, data.num_classes)
     train, val = (make_dataset(data, split, train=False) for split in ("train", "val"))
     samples = [teacher.task.inputs(batch)[0] for batch in batches(train, 32)]

@@ -14,8 +14,6 @@ The two sides of a pair take turns; the median of the paired ratios counts.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
 import sys
 import time
@@ -27,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+
+from benchmarks._measure import Work, peak_memory
 from kd.losses import anchor_grid, imitation_mask, pair_wise, pixel_wise
 
 MIB = 2**20
-Work = Callable[[], object]
 
 
 def synchronise(device: torch.device) -> None:
@@ -52,30 +52,6 @@ def ratio(ours: Work, theirs: Work, device: torch.device, pairs: int) -> tuple[f
     theirs()
     times = [(seconds(ours, device), seconds(theirs, device)) for _ in range(pairs)]
     return statistics.median(a for a, _ in times), statistics.median(a / b for a, b in times)
-
-
-def resident(what: str) -> int:
-    """VmRSS or VmHWM of this process, bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {what}")
-
-
-def peak_memory(work: Work, device: torch.device) -> int:
-    """Bytes that the work needs beyond what is held before it."""
-    work()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the work is done in what was freed before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
 
 
 def plain_pair_wise(student: Tensor, teacher: Tensor) -> Tensor:

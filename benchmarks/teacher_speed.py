@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kd.build import build_task, build_teacher
-from kd.config import TeacherRecipe
+from kd.config import Data, TeacherRecipe
 from kd.config_reader import find_config, known_configs, load_recipe
 from kd.memory import keep_freed_memory
 from kd.tasks.base import named
@@ -65,9 +65,11 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     model = build_teacher(recipe.teacher.model_copy(update={"options": options}), classes)
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     task = build_task(recipe.task, recipe.data, classes, model=model)
+    section = recipe.data
+    assert isinstance(section, Data)
 
     def ask(count: int) -> tuple[float, float]:
-        batch = picture(recipe.data.size, objects)
+        batch = picture(section.size, objects)
         batch = {**batch, "hidden": batch["hidden"][:count], "hide_share": torch.ones(count)}
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():

@@ -9,20 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
-from kd.config import Data
-from kd.config_reader import data_config, from_plain, read_yaml
+from kd.build import make_accelerator, open_data
+from kd.config import AnyData
+from kd.config_reader import read_yaml
+from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
+from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
+from kd.nn.multi_scale import MultiScale
+from kd.opened import OpenData, Opened
+from kd.opened_maps import OpenMaps
+from kd.overlays import Segmenter, overlays
 from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
-from kd.session import new_metric
+from kd.run_folder import class_names
+from kd.session import new_metric, val_loader
 from kd.student_runs import load_student
 from kd.tasks.base import Metric, Task
 from kd.teacher_runs import load_teacher
@@ -45,19 +53,23 @@ class Answers:
         metric: Holds the answers.
         folder: Where an evaluation of this run on this data set goes.
         step: Of training.
-        pictures: Draws hidden scenes with what the model says.
+        pictures: Draws hidden scenes, or label maps, with what the model says.
+        how: Pictures were shown, where not as they are: `scales 0.75, 1, flip`.
     """
 
     name: str
-    data: OpenData
+    data: Opened
     metric: Metric
     folder: Path
     step: int
     pictures: Callable[[], Iterator[Figure]]
+    how: str = ""
 
     @property
     def records(self) -> Records | None:
-        """Answers about objects as `predictions.npz` holds them; None where others were asked."""
+        """As `predictions.npz` holds them, of a kind that tables know; None for others."""
+        if isinstance(self.metric, MeanIoU):
+            return {**self.metric.records(), "names": np.array(self.data.class_names)}
         return self.metric.records() if isinstance(self.metric, TopN) else None
 
     def save_predictions(self) -> None:
@@ -65,43 +77,71 @@ class Answers:
         self.metric.save_predictions(self.folder / _PREDICTIONS)
 
 
-def ask_run(run: Path, data_name: str | None, settings: Sequence[str] = ()) -> Answers | None:
+def ask_run(
+    run: Path,
+    data_name: str | None,
+    settings: Sequence[str] = (),
+    *,
+    scales: Sequence[float] = (),
+    mirror: bool = False,
+) -> Answers | None:
     """Load a run's model and ask it about the val split; None on ranks other than 0.
 
     Args:
         run: A teacher's folder or that of one arm.
         data_name: Another data set than its own.
         settings: `data.a=value`.
+        scales: Of label maps: the mean over pictures at these scales answers; none: as they are.
+        mirror: Of label maps: and over mirrored ones.
 
     Raises:
-        UserError: It is no run, unfinished, or knows another number of classes than the data set.
+        UserError: It is no run, unfinished, or knows another number of classes than the data set;
+            scales or mirrored pictures of a run about objects.
     """
     config, data, model, task = open_run(run, settings, data_name)
+    model, how = _at_scales(run, data, model, scales, mirror)
     accelerator = make_accelerator(config["train"]["precision"])
     metric = new_metric(task, data)
-    loader = make_loader(
-        make_dataset(data, "val", train=False),
-        accelerator,
-        batch_size=int(config["train"]["batch_size"]),
-        workers=data.section.workers,
-    )
+    loader = val_loader(data, int(config["train"]["batch_size"]), accelerator)
     asked = AdaptedStudent(model).to(accelerator.device)
     evaluate(asked, task, loader, metric, accelerator)
     if not accelerator.is_main_process:
         return None
 
+    name = _model_name(config)
+
     def pictures() -> Iterator[Figure]:
+        if isinstance(data, OpenMaps):
+            shown = {name: Segmenter(asked, task, data.section.size)}
+            return overlays(data, shown, count=PICTURES, accelerator=accelerator)
+        if not isinstance(data, OpenData):
+            return iter(())
         return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
 
     folder = run / FOLDER
     if data.section.name != config["data"]["name"]:
         folder = folder / data.section.name
-    return Answers(_model_name(config), data, metric, folder, _steps(run), pictures)
+    if how:
+        folder = folder / how.replace(", ", "_").replace(" ", "_")
+    return Answers(name, data, metric, folder, _steps(run), pictures, how)
+
+
+def _at_scales(
+    run: Path, data: Opened, model: nn.Module, scales: Sequence[float], mirror: bool
+) -> tuple[nn.Module, str]:
+    """A model asked at several scales, and what that is called; itself where it is not wanted."""
+    if not scales and not mirror:
+        return model, ""
+    if not isinstance(data, OpenMaps):
+        raise UserError(f"{run}: answers about objects; --scales and --flip are for label maps")
+    scales = scales or (1.0,)
+    shown = [f"{scale:g}" for scale in scales] + ["flip"] * mirror
+    return MultiScale(model, scales, mirror=mirror), f"scales {', '.join(shown)}"
 
 
 def open_run(
     run: Path, settings: Sequence[str], data_name: str | None = None
-) -> tuple[dict[str, Any], OpenData, nn.Module, Task]:
+) -> tuple[dict[str, Any], Opened, nn.Module, Task]:
     """A finished run's config, data set, model and task, be it a teacher or a student.
 
     Raises:
@@ -119,16 +159,16 @@ def open_run(
 
 def data_section(
     run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
-) -> Data:
+) -> AnyData:
     """The data set to evaluate on, shown as the run's was: the run's own, or another by name."""
     if name is None:
-        return from_plain(Data, config["data"], str(run / "config.yaml"), settings)
+        return plain_data(config["data"], str(run / "config.yaml"), settings)
     own = config["data"]
     shown = [f"{key}={json.dumps(own[key])}" for key in _SHOWN if key in own]
     return data_config(name, [*shown, *settings])
 
 
-def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> OpenData:
+def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Opened:
     """Open the data set that `stored_answers` of this run are about."""
     own = name is None or data_config(name).name == _data_name(run)
     return open_data(data_section(run.folder, run.config, None if own else name, settings))
@@ -160,7 +200,8 @@ def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
         if name == wanted:
             found.append(run)
         elif file.is_file():
-            found.append(replace(run, records=read_predictions(file)))
+            records = read_predictions(file, class_names(run.folder))
+            found.append(replace(run, records=records))
         else:
             _log.warning(
                 "%s: left out, it is of %s; ask it with: python -m kd.evaluate %s --data %s",

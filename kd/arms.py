@@ -7,6 +7,8 @@ distilled  with the recipe's terms
 bare       without the context head, no distillation
 shuffled   the recipe's terms, each posterior given to another object: the control
 direct     the bare student's output taught by the posterior: the ablation of METHODS 7
+
+An ablation's arms are named in the recipe, each with the labels of its terms.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.build import OpenData, build_student, build_task, make_dataset, make_loader
-from kd.config import Arm, DistillRecipe, Train
+from kd.build import build_segmenter, build_student, build_task, make_loader
+from kd.config import ARMS, DistillRecipe, Train
 from kd.config import Term as TermSection
 from kd.data.collate import collate
-from kd.data.dataset import SceneDataset
-from kd.data.splits import labelled_images
-from kd.engine import evaluating, forward_losses, to_device
+from kd.data.loader import Samples
+from kd.engine import forward_losses, to_device
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.launch import open_run
-from kd.objective import SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
+from kd.objective import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
+from kd.opened import OpenData, Opened, make_dataset
+from kd.opened_maps import OpenMaps
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
@@ -42,13 +45,13 @@ from kd.tasks.base import Task
 from kd.teacher_runs import expectation
 from kd.tracking import Tracker
 from kd.training import Objective, Training
-from kd.wiring import adapt_student, build_terms, tapped_layers
+from kd.wiring import adapt_student, build_terms, outputs_by_teacher, tapped_layers
 
 TAUGHT = ("distilled", "shuffled", "direct")
 BARE = ("bare", "direct")
 
 
-def train_section(train: Train, arm: Arm) -> Train:
+def train_section(train: Train, arm: str) -> Train:
     """The settings of an arm: those of the context head fall away where there is none."""
     if arm not in BARE:
         return train
@@ -65,7 +68,7 @@ class Distillation:
     """All that the arms of a recipe share; the teacher is opened once, before anything trains."""
 
     recipe: DistillRecipe
-    data: OpenData
+    data: Opened
     accelerator: Accelerator
     out: Path
     label: str = ""  # what progress lines call a student and its arm; empty: their names
@@ -74,16 +77,30 @@ class Distillation:
     def __post_init__(self) -> None:
         """Find out what can be wrong before the first step."""
         self.task = build_task(self.recipe.task, self.recipe.data, self.data.num_classes)
-        self.terms = build_terms(self.recipe.losses)
+        self.terms = build_terms(self._wanted())
         self.sources: Sources | None = None
         self._check_terms()
-        if any(arm in TAUGHT for arm in self.recipe.arms):
+        if any(self._taught(arm) for arm in self.recipe.arms):
             self._check_layers()
             self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
+
+    def _wanted(self) -> list[TermSection]:
+        """The terms that any of the arms has."""
+        recipe = self.recipe
+        wanted = {name for arm in recipe.arms for name in recipe.terms_of(arm) or ()}
+        if any(arm in ARMS for arm in recipe.arms if arm not in BARE):
+            wanted |= {term.curve for term in recipe.losses}
+        return [term for term in recipe.all_losses if term.curve in wanted]
+
+    def _taught(self, arm: str) -> bool:
+        """Whether a teacher teaches it."""
+        return arm in TAUGHT or bool(self.recipe.terms_of(arm))
 
     def _check_terms(self) -> None:
         recipe = self.recipe
         stored = recipe.soft_targets.kind == "stored"
+        if isinstance(self.data, OpenMaps):
+            self._check_pixels()
         if "shuffled" in recipe.arms and not stored:
             raise UserError("arms: shuffled needs soft_targets.kind=stored")
         maps = [term.name for term in self.terms if term.kind.maps]
@@ -99,12 +116,21 @@ class Distillation:
                         "which this loss does not compare; 0 keeps all as they are"
                     )
 
+    def _check_pixels(self) -> None:
+        """What label maps do not go with."""
+        recipe = self.recipe
+        if controls := sorted(set(recipe.arms) & {"bare", "shuffled", "direct"}):
+            raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
+        for term in self.terms:
+            kind, output = term.kind, term.teacher.rpartition(".")[2]
+            if output == POSTERIOR or kind.labels or kind.mask:
+                raise UserError(f"losses: {term.name}: is about hidden objects, not label maps")
+
     def _check_layers(self) -> None:
         """A mistyped layer of the student, before a teacher works for hours."""
         layers = tapped_layers(self.terms)
-        if layers and "distilled" in self.recipe.arms:
-            student = build_student(self.recipe.student, self.data.prior())
-            FeatureTaps(student, layers).remove()
+        if layers and any(arm not in ARMS or arm == "distilled" for arm in self.recipe.arms):
+            FeatureTaps(self._student("distilled", None), layers).remove()
 
     def check(self) -> None:
         """Build every arm and compute its losses on two images, so that no arm fails after others.
@@ -113,25 +139,25 @@ class Distillation:
             UserError: A layer, an output or a weight that does not fit, shapes that differ.
         """
         seed = self.recipe.seeds[0]
-        labelled = labelled_images(self.data.train, self.recipe.data.labelled, seed)
+        labelled = self._labelled(seed)
         for arm in self.recipe.arms:
             dataset = self._dataset(seed, labelled, arm)
             model, objective = self._assemble(arm, seed, labelled, dataset)
             batch = self._sample(dataset)
-            with torch.no_grad(), evaluating(model):
-                losses = forward_losses(model, batch, objective)
+            with torch.no_grad():  # in training, where some models give more
+                losses = forward_losses(model.train(), batch, objective)
             check_weights(losses, objective.weights_at(0.0))
             settings = train_section(self.recipe.train, arm).optimizer.model_dump()
             make_optimizer(model, **settings)
 
-    def run(self, arm: Arm, seed: int) -> None:
+    def run(self, arm: str, seed: int) -> None:
         """Train one arm of one seed, unless its folder has it already."""
         recipe, accelerator = self.recipe, self.accelerator
         config = {**recipe.model_dump(mode="json"), "arm": arm, "seed": seed}
         folder = open_run(accelerator, self.out / f"seed{seed}" / arm, config, resume=True)
         if folder.finished:
             return
-        labelled = labelled_images(self.data.train, recipe.data.labelled, seed)
+        labelled = self._labelled(seed)
         dataset = self._dataset(seed, labelled, arm)
         loader = make_loader(
             dataset,
@@ -148,34 +174,47 @@ class Distillation:
         run_training(session, model, objective, loader)
 
     def _assemble(
-        self, arm: Arm, seed: int, labelled: NDArray[np.int64] | None, dataset: SceneDataset
+        self, arm: str, seed: int, labelled: NDArray[np.int64] | None, dataset: Samples
     ) -> tuple[nn.Module, Objective]:
         """A student at its seed's initial weights, adapters drawn after it, and what it learns."""
         terms, source = self._terms(arm), self._source(arm, seed)
         set_seed(seed)
-        student = build_student(
-            self.recipe.student, self.data.prior(labelled), context=arm not in BARE
-        ).to(self.accelerator.device)
+        student = self._student(arm, labelled).to(self.accelerator.device)
         batch = self._sample(dataset)
-        adapters = self.recipe.adapters
+        tapped = tapped_layers(terms)
+        adapters = {name: a for name, a in self.recipe.adapters.items() if name in tapped}
         model, terms = adapt_student(student, terms, adapters, source, self.task, batch)
         objective = Objective(
-            self.task, self.recipe.task.weights, terms, source, watched=arm not in TAUGHT
+            self.task, self.recipe.task.weights, terms, source, watched=not self._taught(arm)
         )
         return model.to(self.accelerator.device), objective
 
-    def _sample(self, dataset: SceneDataset) -> dict[str, torch.Tensor]:
+    def _labelled(self, seed: int) -> NDArray[np.int64] | None:
+        return self.data.labelled(seed) if isinstance(self.data, OpenData) else None
+
+    def _student(self, arm: str, labelled: NDArray[np.int64] | None) -> nn.Module:
+        """A student of the data's kind at fresh weights."""
+        if isinstance(self.data, OpenData):
+            prior = self.data.prior(labelled)
+            return build_student(self.recipe.student, prior, context=arm not in BARE)
+        return build_segmenter(self.recipe.student, self.data.num_classes)
+
+    def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
         """Two samples as a batch, for finding shapes and mistakes without starting workers."""
         batch = collate([dataset[0, place] for place in range(min(2, len(dataset)))])
         return to_device(batch, self.accelerator.device, channels_last=False)
 
     def _dataset(
-        self, seed: int, labelled: NDArray[np.int64] | None, arm: Arm = "plain"
-    ) -> SceneDataset:
+        self, seed: int, labelled: NDArray[np.int64] | None, arm: str = "plain"
+    ) -> Samples:
         """The same samples for every arm; stored maps come with them where they are used."""
-        recipe, sources = self.recipe, self.sources
+        recipe, data = self.recipe, self.data
+        stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
+        if isinstance(data, OpenMaps):
+            return data.crops(seed, stored, recipe.soft_targets.stride)
+        assert isinstance(data, OpenData)
         return make_dataset(
-            self.data,
+            data,
             "train",
             train=True,
             mode="all" if recipe.soft_targets.kind == "stored" else "one",
@@ -183,16 +222,16 @@ class Distillation:
             only=labelled if self.labelled_alone else None,
             seed=seed,
             epochs=recipe.train.epochs,
-            stored=sources.fields if sources is not None and arm == "distilled" else (),
+            stored=stored,
         )
 
-    def _has_terms(self, arm: Arm) -> bool:
+    def _has_terms(self, arm: str) -> bool:
         """Whether it is taught, or shows stored terms without learning from them: at no cost."""
-        return arm in TAUGHT or (
+        return self._taught(arm) or (
             arm == "plain" and self.sources is not None and self.sources.stored
         )
 
-    def _terms(self, arm: Arm) -> list[Term]:
+    def _terms(self, arm: str) -> list[Term]:
         if not self._has_terms(arm):
             return []
         if arm == "direct":
@@ -200,13 +239,20 @@ class Distillation:
             return build_terms([TermSection(name="direct", weight=1.0, options=options)])
         if arm == "plain":  # maps would go through adapters that nobody trains
             return [term for term in self.terms if not term.kind.maps]
-        return self.terms
+        names = self.recipe.terms_of(arm)
+        if names is None:
+            names = tuple(term.curve for term in self.recipe.losses)
+        return [term for term in self.terms if term.name in names]
 
-    def _source(self, arm: Arm, seed: int) -> SoftTargetSource | None:
+    def _source(self, arm: str, seed: int) -> SoftTargetSource | None:
         if self.sources is None or not self._has_terms(arm):
             return None
         shuffled = seed if arm == "shuffled" else None
-        return self.sources.targets(maps=arm == "distilled", shuffled=shuffled)
+        return self.sources.targets(self._outputs(arm), shuffled=shuffled)
+
+    def _outputs(self, arm: str) -> dict[str, list[str]]:
+        """What an arm's terms read of each teacher."""
+        return outputs_by_teacher(self._terms(arm), self.recipe.more_teachers)
 
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
         expects = None if self.sources is None else partial(expectation, self.sources.teacher)

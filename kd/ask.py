@@ -86,7 +86,7 @@ def expectations(
     Yields:
         Log-probabilities (K, C), float32 on the CPU, for each question, in order.
     """
-    data, task = teacher.recipe.data, teacher.task
+    data, task = teacher.objects, teacher.task
     # Not every task names its classes in the protocol; all of the catalogue have them.
     num_classes = int(getattr(task, "num_classes"))  # noqa: B009
     if isinstance(task, ContextPixels | ContextMap):
@@ -175,7 +175,7 @@ def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor
         that each region hides, (K, h, w) bool, by the teacher's shape of regions.
     """
     shape = getattr(teacher.task, "shape", "box")
-    (sample,) = _samples(question, teacher.recipe.data, teacher.task, len(question.hidden))
+    (sample,) = _samples(question, teacher.objects, teacher.task, len(question.hidden))
     regions = regions_of(sample, shape="segment" if "segments" in sample else shape)
     height, width = sample["sizes"].tolist()
     picture = sample["images"][:, :height, :width]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd.build import OpenData, make_dataset
 from kd.data.coco import CocoIndex
 from kd.nn.cooccurrence import NaiveBayes, Objects
+from kd.opened import OpenData, make_dataset
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:

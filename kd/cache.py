@@ -7,23 +7,24 @@ the machine that has the GPU. Interrupted, it goes on; a damaged shard is found 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kd.build import make_accelerator, open_data
 from kd.cli import run_command, set_up_logging
-from kd.config_reader import data_config
+from kd.data_config import data_config
 from kd.equivariance import moved_map_errors
 from kd.errors import UserError, at_least
 from kd.objective import POSTERIOR
+from kd.opened import OpenData
+from kd.shown import shown_to
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import load_teacher
+from kd.teacher_runs import load_teacher_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compute and store outputs for every object of a split."""
+    """Compute and store outputs for every object of a split, or every picture with a label map."""
     args = _parser().parse_args(argv)
     if args.only_layers and not args.layers:
         raise UserError("--only-layers: name them with --layers")
@@ -32,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
         data = open_data(data_config(args.data, args.settings))
-    teacher = load_teacher(args.teacher, data.num_classes)
+    objects = isinstance(data, OpenData)
+    teacher = load_teacher_of(args.teacher, data)
     teacher.model.to(accelerator.device)
+    own = [POSTERIOR if objects else "logits"]
     wanted = Wanted(
-        outputs=tuple(dict.fromkeys([*([] if args.only_layers else [POSTERIOR]), *args.layers])),
+        outputs=tuple(dict.fromkeys([*([] if args.only_layers else own), *args.layers])),
         split=args.split,
         out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and args.split == "train",
         dtype=args.dtype,
@@ -45,28 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         int8=args.precision == "int8",
     )
     kept = open_cache(teacher, data, accelerator, wanted)
-    train = args.split == "train"
-    errors = moved_map_errors(teacher, data, kept, accelerator) if train else {}
+    errors: dict[str, dict[str, float]] = {}
+    if isinstance(data, OpenData) and args.split == "train":
+        errors = moved_map_errors(teacher, data, kept, accelerator)
     if accelerator.is_main_process:
-        images = len(getattr(data, args.split))
+        images = len(shown_to(teacher, data, args.split).image_ids)
+        what = "objects" if objects else "pictures"
         for name, output in kept.items():
             size = output.store.bytes
             sys.stdout.write(
-                f"{name}: {len(output.store.ids())} objects, {size / images:.0f} bytes an image, "
+                f"{name}: {len(output.store.ids())} {what}, {size / images:.0f} bytes an image, "
                 f"{size / 2**20:.1f} MiB in {output.store.url}\n"
             )
             for move, error in errors.get(name, {}).items():
                 sys.stdout.write(f"  moved with the picture: {move} is off by {error:.1%}\n")
-        sys.stdout.write(f"kd.distill reads it with: {_settings(wanted)}\n")
+        sys.stdout.write(f"kd.distill reads it with: {wanted.settings}\n")
     accelerator.end_training()
     return 0
-
-
-def _settings(wanted: Wanted) -> str:
-    """What a recipe must say to mean this cache."""
-    names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8")
-    said = {**{name: getattr(wanted, name) for name in names}, "cache": wanted.location}
-    return " ".join(f"--set soft_targets.{name}={json.dumps(said[name])}" for name in said)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--layers", nargs="+", default=[], metavar="LAYER", action="extend",
                         help="also these layers' features, or logits")  # fmt: skip
-    parser.add_argument("--only-layers", action="store_true", help="no posteriors")
+    parser.add_argument(
+        "--only-layers", action="store_true", help="no posteriors, of label maps no logits"
+    )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--top-k", type=int, default=0, metavar="K",
                         help="keep the K likeliest classes of posteriors and logits")  # fmt: skip

@@ -2,9 +2,9 @@
 
     python -m kd.compare runs/distill/resnet18
     python -m kd.compare runs/teacher/unet runs/teacher/cnn --figure curves.png
+    python -m kd.compare runs/distill/espnet_c runs/teacher/pspnet --cost cost.png
 
-A distillation's folder gives the table of its arms; single runs share one table, each compared
-with the first.
+A distillation's folder gives the table of its arms; single runs share one, after the first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from kd.cli import run_command
+from kd.costs import measured
 from kd.errors import UserError
 from kd.metrics import scores
+from kd.metrics.kinds import OBJECTS, kind_of
+from kd.report.cost import cost_figure, cost_table
 from kd.report.drawing import save_figure
 from kd.report.figures import comparison_figure, top_n_figure
 from kd.report.runs import (
+    DistillRuns,
     Run,
     ceilings,
     check_same_objects,
@@ -30,7 +34,7 @@ from kd.report.runs import (
     read_distill,
     read_run,
 )
-from kd.report.table import Table, distill_table, print_table, runs_table
+from kd.report.table import Table, distill_table, print_table, runs_table, write_markdown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,56 +42,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     metrics = options.metrics.split(",") if options.metrics else None
     folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in options.runs))
-    tables = [_distillation(folder, metrics) for folder in folders if is_distill(folder)]
+    distillations = [read_distill(folder) for folder in folders if is_distill(folder)]
+    tables = [_distillation(runs, metrics) for runs in distillations]
     singles = [read_run(folder) for folder in folders if not is_distill(folder)]
     if singles:
         check_same_objects(singles)
         tables.append(_side_by_side(singles, metrics))
     if options.figure and len(tables) > 1:
         raise UserError("--figure draws one table: name one distillation, or single runs only")
+    costs = measured(distillations, singles) if options.cost else []
+    tables += [cost_table(costs)] if costs else []
     for table in tables:
         print_table(table)
     if options.markdown:
-        _write(options.markdown, "\n".join(table.to_markdown() for table in tables))
+        write_markdown(tables, options.markdown)
     if options.figure:
-        figure = _curves(singles) if singles else comparison_figure(tables[0])
-        save_figure(figure, options.figure)
+        save_figure(_drawn(singles, tables[0]), options.figure)
+    if options.cost:
+        save_figure(cost_figure([cost.point for cost in costs]), options.cost)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd.compare", description="Compare runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
-    parser.add_argument("--metrics", metavar="A,B", help="rows, such as top1,nll,share/tiny_top1")
+    parser.add_argument("--metrics", metavar="A,B", help="rows, such as top1,nll or mIoU,iou/car")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
+    cost = "label maps: draw mIoU against parameters, multiply-adds and latency here"
+    parser.add_argument("--cost", type=Path, metavar="FILE", help=cost)
     return parser
 
 
-def _distillation(folder: Path, metrics: Sequence[str] | None) -> Table:
-    runs = read_distill(folder)
-    return distill_table(runs.records(), runs.seeds, metrics=metrics, title=str(folder))
+def _distillation(runs: DistillRuns, metrics: Sequence[str] | None) -> Table:
+    return distill_table(runs.records(), runs.seeds, metrics=metrics, title=str(runs.folder))
 
 
 def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
     known = {key: number for run in reversed(runs) for key, number in ceilings(run.summary).items()}
-    count = len(runs[0].records["labels"])
     records = {name: run.records for name, run in named_runs(runs).items()}
-    return runs_table(records, ceilings=known, metrics=metrics, title=f"{count} objects")
+    kind = kind_of(runs[0].records)
+    title = f"{len(runs[0].records[kind.ids])} {kind.things}"
+    return runs_table(records, ceilings=known, metrics=metrics, title=title)
 
 
-def _curves(runs: Sequence[Run]) -> Figure:
+def _drawn(runs: Sequence[Run], table: Table) -> Figure:
+    """Top-n curves where single runs rank classes, bars of the table's accuracies elsewhere."""
+    if not runs or kind_of(runs[0].records) is not OBJECTS:
+        return comparison_figure(table)
     curves = {name: scores.curve(run.records) for name, run in named_runs(runs).items()}
     prior = scores.prior_curve(runs[0].records)
     return top_n_figure(curves, {} if prior is None else {"class prior": prior})
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kd.config_data import AnyData as AnyData
 from kd.config_data import Count, NotNegative, Positive, Probability, Section, Share, Whole
 from kd.config_data import Data as Data
 from kd.config_data import Generate as Generate
+from kd.config_data import LabelMaps as LabelMaps
 from kd.config_data import Split as Split
 
-Arm = Literal["plain", "distilled", "bare", "shuffled", "direct"]
+ARMS = ("plain", "distilled", "bare", "shuffled", "direct")
 
 
 class Model(Section):
@@ -63,7 +65,7 @@ class Critic(Section):
 class Train(Section):
     """The training loop."""
 
-    epochs: Count = 20
+    epochs: Whole = Field(20, description="0 = the model is evaluated as it is")
     batch_size: Count = Field(32, description="images a step, over all processes")
     accumulate: Count = Field(1, description="micro-batches a step; batch_size is the whole step")
     optimizer: Optimizer = Optimizer()
@@ -121,6 +123,11 @@ class Term(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: Weighted = Weighted()
 
+    @property
+    def curve(self) -> str:
+        """What tells it from the recipe's other terms."""
+        return self.label or self.name
+
 
 class Adapter(Section):
     """Brings a student's layer to the shape of a teacher's."""
@@ -152,6 +159,9 @@ class SoftTargets(Section):
     moved_error: NotNegative = Field(
         0.1, description="largest relative error of stored maps that are moved with the picture"
     )
+    stride: Count = Field(
+        8, description="pixels a place of stored maps that crops of label-map data get"
+    )
     balance: Probability = Field(
         0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
     )
@@ -174,9 +184,9 @@ class TeacherReference(Section):
 
 
 class TeacherRecipe(Section):
-    """`python -m kd.train_teacher`: a context teacher."""
+    """`python -m kd.train_teacher`: a teacher of objects' context or of label maps."""
 
-    data: Data
+    data: AnyData
     task: TaskSection
     teacher: Model
     train: Train = Train()
@@ -195,11 +205,17 @@ class TeacherRecipe(Section):
             raise ValueError("one fold leaves no image to train on; 0 (none) or 2 and more")
         return folds
 
+    @model_validator(mode="after")
+    def _folds_are_of_objects(self) -> TeacherRecipe:
+        if self.folds and isinstance(self.data, LabelMaps):
+            raise ValueError("folds: are for teachers of objects' context")
+        return self
+
 
 class DistillRecipe(Section):
     """`python -m kd.distill`: a student, its plain twin, and the comparison."""
 
-    data: Data
+    data: AnyData
     task: TaskSection
     teacher: TeacherReference = TeacherReference()
     more_teachers: dict[str, TeacherReference] = Field(
@@ -209,8 +225,15 @@ class DistillRecipe(Section):
     soft_targets: SoftTargets = SoftTargets()
     student: Model
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    losses: tuple[Term, ...] = ()
-    arms: tuple[Arm, ...] = ("plain", "distilled", "bare")
+    losses: tuple[Term, ...] = Field((), description="terms of the distilled arm")
+    more_losses: tuple[Term, ...] = Field((), description="terms that only ablations have")
+    ablations: dict[str, dict[str, tuple[str, ...]]] = Field(
+        default_factory=dict,
+        description="for --ablation NAME: arms beside plain, each with its terms' labels",
+    )
+    arms: tuple[str, ...] = Field(
+        ("plain", "distilled", "bare"), description=f"of {', '.join(ARMS)}, or an ablation's"
+    )
     seeds: tuple[Whole, ...] = (0,)
     train: Train = Train()
 
@@ -218,18 +241,44 @@ class DistillRecipe(Section):
     def _sections_agree(self) -> DistillRecipe:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} must be one or more different numbers")
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms {list(self.arms)} must be one or more different names")
-        if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
-            raise ValueError("losses: a distilled student needs at least one term")
-        names = [term.label or term.name for term in self.losses]
+        self._check_arms()
+        names = [term.curve for term in self.all_losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"losses: {', '.join(twice)}: given twice; tell them apart by `label`")
+        for ablation, arms in self.ablations.items():
+            for arm, terms in arms.items():
+                if wrong := sorted(set(terms) - set(names)):
+                    raise ValueError(
+                        f"ablations.{ablation}.{arm}: no term {', '.join(wrong)} in losses or "
+                        f"more_losses; there are: {', '.join(names) or 'none'}"
+                    )
         for name in self.more_teachers:
             if name == "mean" or not name.isidentifier():
                 raise ValueError(f"more_teachers.{name}: a name is letters, digits and _, not mean")
-        tapped = {term.student for term in self.losses}
+        tapped = {term.student for term in self.all_losses}
         for layer in self.adapters:
             if layer not in tapped:
                 raise ValueError(f"adapters.{layer}: no term of losses reads student layer {layer}")
         return self
+
+    def _check_arms(self) -> None:
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"arms {list(self.arms)} must be one or more different names")
+        own = [arm for arms in self.ablations.values() for arm in arms]
+        if wrong := sorted(set(own) & set(ARMS)):
+            raise ValueError(f"ablations: {', '.join(wrong)}: these arms are there already")
+        if twice := sorted({arm for arm in own if own.count(arm) > 1}):
+            raise ValueError(f"ablations: {', '.join(twice)}: an arm of two ablations")
+        if wrong := sorted(set(self.arms) - {*ARMS, *own}):
+            raise ValueError(f"arms: unknown {', '.join(wrong)}; known: {', '.join([*ARMS, *own])}")
+        if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
+            raise ValueError("losses: a distilled student needs at least one term")
+
+    @property
+    def all_losses(self) -> tuple[Term, ...]:
+        """Every term of any arm."""
+        return (*self.losses, *self.more_losses)
+
+    def terms_of(self, arm: str) -> tuple[str, ...] | None:
+        """Labels of the terms of an ablation's arm, None for the other arms."""
+        return next((arms[arm] for arms in self.ablations.values() if arm in arms), None)

@@ -1,10 +1,11 @@
-"""The part of a recipe that says where a data set lies and how its objects are hidden."""
+"""The part of a recipe that says where a data set lies and how it is shown."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -25,6 +26,18 @@ class Split(Section):
 
     annotations: str = Field(description="COCO instances JSON")
     images: str = Field(description="folder of its images")
+
+
+def _kind_of_split(value: Any) -> str:
+    return PATHS if isinstance(value, Mapping | Split) else NAME
+
+
+# Alternatives as the schema's places name them; no file has such keys.
+OBJECTS, LABEL_MAPS = "<objects>", "<label maps>"
+NAME, PATHS = "<name>", "<paths>"
+AnySplit = Annotated[
+    Annotated[str, Tag(NAME)] | Annotated[Split, Tag(PATHS)], Discriminator(_kind_of_split)
+]
 
 
 class Partial(Section):
@@ -52,11 +65,17 @@ class Generate(Section):
     seed: Whole = 0
 
 
-class Data(Section):
-    """Where a data set lies, and how its objects are hidden."""
+class DataSet(Section):
+    """What every data set has."""
 
     name: str = Field("unnamed", description="used in run folders")
     root: str | None = Field(None, description="folder that the splits' paths start from")
+    workers: Whole = Field(1, description="processes that load samples; 0 = this one")
+
+
+class Data(DataSet):
+    """Annotated objects: where they lie, and how they are hidden."""
+
     train: Split
     val: Split
     generate: Generate | None = Field(None, description="only for the embedded scenes")
@@ -81,10 +100,48 @@ class Data(Section):
     prepared: str | None = Field(
         None, description="folder with train/ and val/, each made by kd.data.prepare"
     )
-    workers: Whole = 1
 
     @model_validator(mode="after")
     def _shares_in_order(self) -> Data:
         if self.min_share >= self.max_share:
             raise ValueError(f"min_share {self.min_share} is not below max_share {self.max_share}")
         return self
+
+
+class LabelMaps(DataSet):
+    """Pictures with the class of each pixel, in the layout that they are published in."""
+
+    layout: Literal["camvid", "cityscapes", "ade20k", "voc2012", "coco"] = Field(
+        description="coco: maps are drawn from the annotations, smaller objects on top"
+    )
+    train: AnySplit = Field("train", description="name of the split; of coco: its two paths")
+    val: AnySplit = "val"
+    generate: Generate | None = Field(None, description="only for the embedded scenes")
+    size: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="pixels of the long side that models see; null: as the files are"
+    )
+    crop: tuple[Count, Count] = Field(description="height and width of what is trained on, pixels")
+    augment: dict[str, Any] | None = Field(
+        default_factory=dict, description="options of kd.data.crops.Crops; null = crops alone"
+    )
+
+    @model_validator(mode="after")
+    def _splits_fit_layout(self) -> LabelMaps:
+        for name in ("train", "val"):
+            paths = isinstance(getattr(self, name), Split)
+            if paths is not (self.layout == "coco"):
+                wanted = "its annotations and images" if self.layout == "coco" else "a split's name"
+                raise ValueError(f"{name}: layout {self.layout} takes {wanted}")
+        return self
+
+
+def kind_of_data(values: Any) -> str:
+    """Which of the two sections values are for: whoever has a layout has label maps."""
+    has_layout = "layout" in values if isinstance(values, Mapping) else hasattr(values, "layout")
+    return LABEL_MAPS if has_layout else OBJECTS
+
+
+AnyData = Annotated[
+    Annotated[Data, Tag(OBJECTS)] | Annotated[LabelMaps, Tag(LABEL_MAPS)],
+    Discriminator(kind_of_data),
+]

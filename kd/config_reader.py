@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from kd.config import Data
+from kd.config_schema import ALTERNATIVES, KINDS, keys_at, takes_layout
 from kd.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -84,15 +83,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except ConfigError as error:
-        raise ConfigError(f"{_shown(path)}: {error}") from None
+        raise ConfigError(f"{shown_name(path)}: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{_shown(path)}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{shown_name(path)}: not YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{_shown(path)}: expected a mapping at the top, got {content!r:.60}")
+        raise ConfigError(f"{shown_name(path)}: expected a mapping at the top, got {content!r:.60}")
     return content
 
 
-def _shown(path: Path) -> str:
+def shown_name(path: Path) -> str:
     """A file of ours by its name, anybody else's by the path that was given."""
     return path.name if path.is_relative_to(CONFIGS) else str(path)
 
@@ -148,7 +149,7 @@ def load_recipe(
     Raises:
         ConfigError: One line per mistake, all mistakes at once.
     """
-    content, shown = read_yaml(path), _shown(path)
+    content, shown = read_yaml(path), shown_name(path)
     variants = content.pop("per_data", None) or {}
     own = content.pop("data", "scenes")
     own = {"name": own} if isinstance(own, str) else own
@@ -156,17 +157,18 @@ def load_recipe(
         raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
-    name = str(own.get("name", "unnamed" if "train" in own else "scenes"))
+    whole = "layout" in own or isinstance(own.get("train"), Mapping)
+    name = str(own.get("name", "unnamed" if whole else "scenes"))
     merged = Merged()
-    if data is not None or "train" not in own:
+    if data is not None or not whole:
         data_path = find_config("data", name)
         name = own["name"] = data_path.stem
-        merged.merge({"data": read_yaml(data_path)}, _shown(data_path))
+        merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
     merged.merge(content, shown)
     merged.merge({"data": own}, shown if data is None else f"--data {data}")
     variant = _variant(variants, name, shown)
     merged.merge(variant, f"{shown} (per_data.{name})")
-    _apply(merged, settings)
+    apply_settings(merged, settings)
     return validate(model, merged)
 
 
@@ -185,7 +187,7 @@ def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str,
     return variants.get(name) or {}
 
 
-def _apply(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
+def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
     """Lay `--set` texts over what was read, every mistake in one error.
 
     Where only one section was read, its name may stand before the places in it.
@@ -218,7 +220,7 @@ def from_plain(
     """Read back the resolved config of a run folder or checkpoint, perhaps with changes."""
     merged = Merged()
     merged.merge(values, source)
-    _apply(merged, settings, section="data" if model is Data else "")
+    apply_settings(merged, settings, section="data" if model in KINDS.values() else "")
     return validate(model, merged)
 
 
@@ -237,13 +239,16 @@ def _tuples(value: Any) -> Any:
 
 
 def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
-    place = tuple(str(part) for part in mistake["loc"])
+    full = tuple(str(part) for part in mistake["loc"])
+    place = tuple(part for part in full if part not in ALTERNATIVES)
     message = mistake["msg"].removeprefix("Value error, ")
     if not place:  # a rule across sections: its message begins with the section it is about
         return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
     where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":
-        known = _keys_at(model, place[:-1])
+        if takes_layout(full):
+            return f"{where}: unknown key; a data set with label maps has a 'layout' beside it"
+        known = keys_at(model, full[:-1])
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -252,45 +257,9 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     got = mistake["input"]
     if mistake["type"] == "model_type":
         return (
-            f"{where}: expected a mapping with {', '.join(_keys_at(model, place))}, got {got!r:.60}"
+            f"{where}: expected a mapping with {', '.join(keys_at(model, full))}, got {got!r:.60}"
         )
-    if mistake["type"] == "value_error" and isinstance(got, dict):
-        return f"{where}: {message}"
+    if mistake["type"] == "value_error" and isinstance(got, dict):  # a rule within a section
+        about = merged.source_of((*place, re.split("[ .:]", message)[0]))
+        return f"{about}: {'.'.join(place)}: {message}"
     return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.60}"
-
-
-def _keys_at(model: type[BaseModel], place: tuple[str, ...]) -> list[str]:
-    """The keys that the schema knows at a place."""
-    current: Any = model
-    for part in place:
-        for candidate in _alternatives(current):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                field = candidate.model_fields.get(part)
-                if field is not None:
-                    current = field.annotation
-                    break
-            elif get_origin(candidate) in (dict, tuple):
-                current = get_args(candidate)[1 if get_origin(candidate) is dict else 0]
-                break
-    models = [c for c in _alternatives(current) if isinstance(c, type) and issubclass(c, BaseModel)]
-    return [name for found in models for name in found.model_fields]
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        return list(get_args(annotation))
-    return [annotation]
-
-
-def data_config(name: str, settings: Iterable[str] = ()) -> Data:
-    """A data set's section alone, for commands that take no recipe.
-
-    Args:
-        name: Of configs/data, or the path of a YAML file.
-        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
-    """
-    path = find_config("data", name)
-    merged = Merged()
-    merged.merge({"name": path.stem, **read_yaml(path)}, _shown(path))
-    _apply(merged, settings, section="data")
-    return validate(Data, merged)

@@ -1,10 +1,20 @@
-"""The JSON schema of a recipe's file, by which editors complete and check it."""
+"""What a recipe's schema knows: the keys at a place, and all of it as JSON for editors."""
 
 from __future__ import annotations
 
-from typing import Any
+import types
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
+
+from kd.config import Data, LabelMaps
+from kd.config_data import LABEL_MAPS, NAME, OBJECTS, PATHS
+
+# The kinds of data as the schema's places name them, which a file does not.
+KINDS: dict[str, type[BaseModel]] = {OBJECTS: Data, LABEL_MAPS: LabelMaps}
+ALTERNATIVES = (*KINDS, NAME, PATHS)
 
 
 def file_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -17,7 +27,8 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     definitions = schema.get("$defs", {})
     definitions |= {f"Part{name}": _part(one) for name, one in definitions.items()}
     schema["required"] = [name for name in schema["required"] if name != "data"]
-    part = {"$ref": "#/$defs/PartData"}
+    kinds = [name for name in ("Data", "LabelMaps") if name in definitions]
+    part = {"anyOf": [{"$ref": f"#/$defs/Part{name}"} for name in kinds]}
     variant = _part({**schema, "properties": {**schema["properties"], "data": part}})
     variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}
     schema["properties"]["data"] = {"anyOf": [{"type": "string"}, part]}
@@ -40,3 +51,40 @@ def _part(schema: Any) -> Any:
     if isinstance(reference, str) and "/$defs/Part" not in reference:
         kept["$ref"] = reference.replace("/$defs/", "/$defs/Part")
     return {key: value if key == "items" else _part(value) for key, value in kept.items()}
+
+
+def keys_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
+    """The keys that the schema knows at a place."""
+    current: Any = model
+    for part in place:
+        if part in KINDS:
+            current = KINDS[part]
+        if part in ALTERNATIVES:
+            continue
+        for candidate in _alternatives(current):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                field = candidate.model_fields.get(part)
+                if field is not None:
+                    current = field.annotation
+                    break
+            elif get_origin(candidate) in (dict, tuple):
+                current = get_args(candidate)[1 if get_origin(candidate) is dict else 0]
+                break
+    models = [c for c in _alternatives(current) if isinstance(c, type) and issubclass(c, BaseModel)]
+    known = [name for found in models for name in found.model_fields]
+    # Who has mistyped the layout is taken to have objects.
+    return [*known, "layout"] if place and place[-1] == OBJECTS else known
+
+
+def takes_layout(place: Sequence[str]) -> bool:
+    """Whether a key among those of objects is one of label maps."""
+    objects = len(place) > 1 and place[-2] == OBJECTS
+    return objects and place[-1] in LabelMaps.model_fields.keys() - Data.model_fields.keys()
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return [one for part in get_args(annotation) for one in _alternatives(part)]
+    return [annotation]

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import track
 
 from kd.baselines import fit_cooccurrence
-from kd.build import OpenData
 from kd.data.coco import CocoIndex, load_coco
 from kd.data.coco_check import read_json
 from kd.data.images import read_image
@@ -42,6 +41,7 @@ from kd.data.seams import RING, Verdict, features_of, told_apart
 from kd.errors import UserError
 from kd.files import PARTIAL
 from kd.nn.cooccurrence import NaiveBayes, Objects
+from kd.opened import OpenData
 from kd.report.drawing import save_figure
 
 _log = logging.getLogger("kd")

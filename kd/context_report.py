@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd.adapted import AdaptedStudent
 from kd.answers import open_run
-from kd.build import make_accelerator, make_dataset, make_loader
+from kd.build import make_accelerator, make_loader
 from kd.context_pastes import open_set, source_images
 from kd.data.coco import CocoIndex
 from kd.data.coco_check import is_number, read_json
@@ -24,6 +24,7 @@ from kd.errors import UserError
 from kd.metrics.interval import paired_bootstrap
 from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
+from kd.opened import make_dataset, of_objects
 from kd.report.runs import is_distill
 from kd.report.table import Table, distill_table
 
@@ -96,7 +97,8 @@ def _by_set(title: str, runs: Sequence[Mapping[str, Records]], seeds: Sequence[i
 
 def _ask(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Records]:
     """A run's answers on the three sets; an object's image is the photograph it comes from."""
-    config, data, model, task = open_run(run, settings)
+    config, opened, model, task = open_run(run, settings)
+    data = of_objects(opened)
     accelerator = make_accelerator(config["train"]["precision"])
     prior = data.prior()
     # Every pasted object counts, whatever sizes the run itself was scored on.

@@ -120,7 +120,7 @@ def context_of(
         for number, model in enumerate(models):
             mine = [plan for plan in plans if folds is None or folds[plan.image] == number]
             rows = [int(question[row]) for plan in mine for row in plan.asked]
-            asked = _questions(mine, truth, found, images, teacher.recipe.data.size)
+            asked = _questions(mine, truth, found, images, teacher.objects.size)
             most = _AT_ONCE_ON_CPU if device.type == "cpu" else _AT_ONCE
             given = expectations(teacher, asked, device=device, model=model, most_inputs=most)
             start = 0
@@ -139,7 +139,7 @@ def _save(path: Path, answers: npt.NDArray[np.float32], question: Ints) -> None:
 
 def _models(teacher: TrainedTeacher, truth: Truth) -> list[torch.nn.Module]:
     """The teacher, or its fold models where these are the images it was trained on."""
-    data = teacher.recipe.data
+    data = teacher.objects
     train = Path(data.root or ".") / data.train.annotations
     same = train.is_file() and read_json(train)[1] == read_json(truth.path)[1]
     if not same:
@@ -167,7 +167,7 @@ def _key(
     files = [images / name for name in truth.file_names]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]}: image not found, {len(missing)} of {len(files)} are not")
-    data, task = teacher.recipe.data, teacher.recipe.task
+    data, task = teacher.objects, teacher.recipe.task
     about = [
         _VERSION,
         [weights_hash(model, str(model)) for model in models],

@@ -1,4 +1,4 @@
-"""Distil a context teacher into a student, beside its plain twin.
+"""Distil a teacher into a student, beside its plain twin.
 
 `python -m kd.distill --student resnet18`
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from kd.arms import Distillation
 from kd.build import make_accelerator, open_data
+from kd.catalog import look_up
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config import DistillRecipe
 from kd.launch import open_run
+from kd.overlays import write_overlays
 from kd.report.runs import read_distill
 from kd.report.table import distill_table, print_table
 from kd.teacher_runs import RUNS
@@ -29,12 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Train a student with a teacher's knowledge and its plain twin without, and compare them.",
     )
     parser.add_argument("--teacher", metavar="RUN", help="a teacher's run folder or checkpoint")
+    parser.add_argument(
+        "--ablation", metavar="NAME", help="the recipe's arms of that name beside plain"
+    )
     args = parser.parse_args(argv)
     extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
     recipe = read_recipe(args, DistillRecipe, "distill", extra)
     if recipe is None:
         return 0
     recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
+    if args.ablation:
+        arms = look_up(recipe.ablations, args.ablation, what="ablation of this recipe")
+        recipe = recipe.model_copy(update={"arms": ("plain", *arms)})
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
@@ -52,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    if accelerator.is_main_process:
+        write_overlays(distillation)
     accelerator.end_training()
     return 0
 

@@ -91,7 +91,7 @@ def train_step(
     accelerator = training.accelerator
     sums: Sums = {}
     counts: Sums = {}
-    held = [count_units(batch, objective.units) for batch in batches]
+    held = [count_units(batch, objective.masks) for batch in batches]
     scales = _scales(held, accelerator)
     taken: list[dict[str, Mean]] = []
     for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.answers import ask_run, data_of, stored_answers
+from kd.answers import Answers, ask_run, stored_answers
 from kd.cli import run_command, set_up_logging
 from kd.errors import UserError
-from kd.evaluation import Evaluation, Scores, about, write_evaluation, write_tables
-from kd.references import on_data, references
-from kd.report.runs import check_same_objects, find_runs, named_runs
+from kd.evaluation import Scores
+from kd.evaluation_files import write_evaluation, write_tables
+from kd.evaluations import AnyEvaluation, evaluation_of, side_by_side
+from kd.report.runs import find_runs
 from kd.report.table import print_table
 
 
@@ -28,51 +29,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, and write them with figures and numbers."""
     args = _parser().parse_args(argv)
     set_up_logging()
+    scales = _scales(args.scales)
     if args.all:
-        return _side_by_side(args)
-    if len(args.runs) > 1:
+        if scales or args.flip:
+            raise UserError("--scales, --flip: --all reads what runs have answered, asks none")
+        runs = stored_answers(find_runs(args.runs), args.data)
+        return _show(side_by_side(runs, args.data, args.settings), args, args.out, None)
+    run, *more = args.runs
+    if more:
         raise UserError(f"{len(args.runs)} runs: --all sets several side by side")
-    asked = ask_run(args.runs[0], args.data, args.settings)
+    asked = ask_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
     if asked is None:  # another process writes
         return 0
-    folder = args.out or asked.folder
-    if args.data:  # what a run answers about its own data is in its folder already
+    if args.data or asked.how:  # what a run answers about its own data is in its folder already
         asked.save_predictions()
-    evaluation: Evaluation | Scores
-    if asked.records is None:
-        title = f"{args.runs[0]} on {asked.data.section.name} val"
-        evaluation = Scores(title, asked.data, asked.metric)
-        _print(evaluation, per_class=args.per_class)
-        write_tables(folder, evaluation)
+    return _show(evaluation_of(asked, run), args, args.out or asked.folder, asked)
+
+
+def _show(
+    shown: AnyEvaluation, args: argparse.Namespace, folder: Path | None, asked: Answers | None
+) -> int:
+    """Print, and write where a folder is named."""
+    for table in shown.summary_tables():
+        print_table(table)
+    if args.per_class:
+        print_table(shown.class_table())
+    if folder is None:
+        return 0
+    if isinstance(shown, Scores):
+        write_tables(folder, shown)
+    elif asked is None:
+        write_evaluation(folder, shown)
     else:
-        title = f"{args.runs[0]} on {about(asked.data, asked.records)}"
-        known = references(asked.data, asked.records)
-        evaluation = Evaluation(title, asked.data, {asked.name: asked.records}, known)
-        _print(evaluation, per_class=args.per_class)
-        write_evaluation(folder, evaluation, step=asked.step, pictures=asked.pictures())
+        write_evaluation(folder, shown, step=asked.step, pictures=asked.pictures())
     sys.stdout.write(f"tables, figures and numbers: {folder}\n")
     return 0
 
 
-def _side_by_side(args: argparse.Namespace) -> int:
-    runs = stored_answers(find_runs(args.runs), args.data)
-    check_same_objects(runs)
-    data, named = data_of(runs[0], args.data, args.settings), named_runs(runs)
-    records = {name: on_data(data, run.records, str(run.folder)) for name, run in named.items()}
-    first = next(iter(records.values()))
-    evaluation = Evaluation(about(data, first), data, records, references(data, first))
-    _print(evaluation, per_class=args.per_class)
-    if args.out:
-        write_evaluation(args.out, evaluation)
-        sys.stdout.write(f"tables, figures and numbers: {args.out}\n")
-    return 0
-
-
-def _print(evaluation: Evaluation | Scores, *, per_class: bool) -> None:
-    for table in evaluation.summary_tables():
-        print_table(table)
-    if per_class:
-        print_table(evaluation.class_table())
+def _scales(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"--scales {text}: numbers are needed, such as 0.75,1,1.25") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], dest="settings", metavar="data.a=value",
         help="change a value of the data set")  # fmt: skip
     add("--per-class", action="store_true", help="print every class, too")
+    add("--scales", metavar="A,B", help="label maps: average over these scales: 0.75,1,1.25")
+    add("--flip", action="store_true", help="label maps: average over mirrored pictures, too")
     out = "where files go (default: RUN/evaluation; with --all: none)"
     add("--out", "--figures", type=Path, metavar="DIR", dest="out", help=out)
     return parser

@@ -1,23 +1,20 @@
-"""An evaluation's tables, figures and numbers, put together and written."""
+"""An evaluation's tables, figures and numbers, put together."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kd.build import OpenData
-from kd.files import write_whole
 from kd.metrics import scores
 from kd.metrics.classes import ClassRow, beyond_prior, confusions, per_class
 from kd.metrics.records import Records
+from kd.opened import OpenData, Opened
 from kd.references import ABOUT, PRIOR
 from kd.report import evaluation as tables
 from kd.report.class_figures import (
@@ -26,7 +23,6 @@ from kd.report.class_figures import (
     confusion_figure,
     per_class_figure,
 )
-from kd.report.drawing import figure_image, save_image
 from kd.report.evaluation import Scored
 from kd.report.figures import (
     reliability_figure,
@@ -36,10 +32,6 @@ from kd.report.figures import (
 )
 from kd.report.table import Table
 from kd.tasks.base import Metric
-from kd.tracking import Tracker
-
-_DPI = 160
-_EVENTS = "events.out.tfevents.*"  # of an earlier evaluation
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,7 @@ class Evaluation:
     data: OpenData
     runs: Mapping[str, Records]
     references: Mapping[str, Records]
+    picture = "hidden_scene"
 
     @cached_property
     def scored(self) -> list[Scored]:
@@ -169,7 +162,7 @@ class Scores:
     """What a task scores that does not ask about objects; it has tables, no figures."""
 
     title: str
-    data: OpenData
+    data: Opened
     metric: Metric
 
     def summary_tables(self) -> list[Table]:
@@ -178,7 +171,7 @@ class Scores:
 
     def class_table(self) -> Table:
         """Every class that occurs."""
-        return tables.scores_table(self.metric.per_class(self.data.val.class_names))
+        return tables.scores_table(self.metric.per_class(self.data.class_names))
 
     def all_tables(self) -> list[Table]:
         """What `table.md` holds."""
@@ -186,7 +179,7 @@ class Scores:
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of the tables, in full precision."""
-        rows = self.metric.per_class(self.data.val.class_names)
+        rows = self.metric.per_class(self.data.class_names)
         return {
             "title": self.title,
             "data": self.data.section.model_dump(mode="json"),
@@ -199,62 +192,3 @@ def about(data: OpenData, records: Records) -> str:
     """What the answers are about, for a title."""
     objects, images = len(records["labels"]), len(set(records["image_ids"].tolist()))
     return f"{data.section.name} val: {objects} objects in {images} images"
-
-
-def write_evaluation(
-    folder: Path,
-    evaluation: Evaluation,
-    *,
-    step: int = 0,
-    pictures: Iterator[Figure] | Sequence[Figure] = (),
-) -> None:
-    """Write `table.md`, `metrics.json`, a PNG for each figure, and the same for TensorBoard.
-
-    Args:
-        folder: Made where it is missing; an earlier evaluation in it is replaced.
-        evaluation: What is written.
-        step: Of training, TensorBoard's axis.
-        pictures: Hidden scenes, `hidden_scene_0.png` and so on.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    markdown = write_tables(folder, evaluation)
-    for events in folder.glob(_EVENTS):
-        events.unlink()
-    tracker = Tracker(folder)
-    tracker.text("evaluation/table", markdown)
-    for name, figure in evaluation.figures():
-        _write_figure(figure, folder / f"{name}.png", tracker, f"evaluation/{name}", step)
-    for number, figure in enumerate(pictures):
-        file = folder / f"hidden_scene_{number}.png"
-        _write_figure(figure, file, tracker, f"pictures/{number}", step)
-    tracker.scalars(_scalars(evaluation), step)
-    tracker.close()
-
-
-def write_tables(folder: Path, evaluation: Evaluation | Scores) -> str:
-    """Write `table.md` and `metrics.json`; returns the former's text.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    markdown = "\n".join(table.to_markdown() for table in evaluation.all_tables())
-    numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
-    write_whole(folder / "table.md", lambda file: file.write_text(markdown, encoding="utf-8"))
-    write_whole(folder / "metrics.json", lambda file: file.write_text(numbers, encoding="utf-8"))
-    return markdown
-
-
-def _write_figure(figure: Figure, file: Path, tracker: Tracker, tag: str, step: int) -> None:
-    """Draw once, which takes a second for many labels, and write to both places."""
-    image = figure_image(figure, dpi=_DPI)
-    save_image(image, file)
-    tracker.image(tag, image, step)
-
-
-def _scalars(evaluation: Evaluation) -> dict[str, float]:
-    """`eval/<metric>` as training writes them; with several runs, the run's name behind it."""
-    runs = [one for one in evaluation.scored if one.name in evaluation.runs]
-    tails = {one.name: f"/{one.name}" if len(runs) > 1 else "" for one in runs}
-    return {f"eval/{name}{tails[one.name]}": n for one in runs for name, n in one.values.items()}

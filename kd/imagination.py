@@ -143,7 +143,7 @@ class Imagination:
     @property
     def size(self) -> int:
         """Long side of the pictures that the teacher sees."""
-        return self.teacher.recipe.data.size
+        return self.teacher.objects.size
 
     def warn_of_blindness(self, annotated: bool) -> None:
         """Say so where the teacher lives on what it is not told, or is told in vain."""
@@ -180,7 +180,7 @@ class Imagination:
         return "\n".join(lines) + "\n"
 
     def _regions(self, photo: Photograph) -> list[Region]:
-        wanted, section = self.wanted, self.teacher.recipe.data
+        wanted, section = self.wanted, self.teacher.objects
         regions = [shape.on(str(photo.path), photo.size) for shape in wanted.shapes]
         shares = (max(section.min_share, _LEAST_SHARE), max(section.max_share, _LEAST_SHARE))
         random = np.random.default_rng(wanted.seed)

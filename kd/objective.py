@@ -9,20 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.catalog import check_options, look_up
 from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
-from kd.losses.adversary import Adversary
+from kd.losses.adversary import Adversary, without_void
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
 from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
-from kd.tasks.base import Batch, Mask, Mean, hidden_labels, image_rows
+from kd.tasks.base import Batch, Mask, Mean, about_objects, hidden_labels, image_rows
 
 # Gives a scalar; where a kind `draws`, the module that does.
 Loss = Callable[..., Any]
@@ -43,6 +44,7 @@ class Kind:
         images: Whether it asks for the rows' images: a critic does, which learns from its own loss.
         draws: Whether it has weights of its own: `function` then makes a module of the teacher's
             number of channels, see `draw_modules`.
+        valid: Whether it is told where there is a class, where the task knows.
     """
 
     function: Loss
@@ -53,6 +55,7 @@ class Kind:
     labels: bool = False
     images: bool = False
     draws: bool = False
+    valid: bool = False
 
 
 TERMS = {
@@ -62,11 +65,11 @@ TERMS = {
     "direct": Kind(kl_logits, "logits", "posterior"),
     "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
     "context_features": Kind(imitation, mask="ring", maps=True),
-    "pixel_wise": Kind(pixel_wise, teacher="logits", maps=True),
-    "pair_wise": Kind(pair_wise, maps=True),
-    "holistic": Kind(Adversary, teacher="logits", maps=True, images=True, draws=True),
-    "channel_wise": Kind(channel_wise, maps=True),
-    "hint": Kind(hint, maps=True),
+    "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
+    "pair_wise": Kind(pair_wise, maps=True, valid=True),
+    "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
+    "channel_wise": Kind(channel_wise, "logits", "logits", maps=True, valid=True),
+    "hint": Kind(hint, maps=True, valid=True),
 }
 
 
@@ -166,22 +169,46 @@ def distillation_losses(
     """
     losses: dict[str, Mean] = {}
     for term in terms:
-        kind, unit = term.kind, "hidden"
         ours = _take(student, term.student, term.name, "student")
         theirs = _take(teacher, term.teacher, term.name, "teacher")
-        ours = ours[image_rows(batch)] if kind.maps else ours
-        sides: tuple[Tensor, ...] = ours, theirs
-        if kind.labels:
-            unit = "labelled"
-            sides = *sides, hidden_labels(batch)
-        elif kind.mask is not None:
-            unit = kind.mask
-            sides = *sides, masks[unit]((ours.shape[2], ours.shape[3]))
-        elif kind.images:
-            sides = *sides, normalise(batch["images"])[image_rows(batch)]
-        judged = tuple(side.detach() for side in sides) if kind.images else ()
-        losses[term.name] = Mean(term.function(*sides), unit, judged)
+        ours = _stand_beside(term, ours, theirs, batch)
+        losses[term.name] = _loss_of(term, ours, theirs, masks, batch)
     return losses
+
+
+def _stand_beside(term: Term, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
+    """The student's side row by row as the teacher's, its score maps on the teacher's grid."""
+    if not term.kind.maps:
+        return ours
+    if about_objects(batch):  # a student has one map for each image, a teacher for each object
+        return ours[image_rows(batch)]
+    if term.student in ROWS and ours.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
+        grid = (theirs.shape[2], theirs.shape[3])
+        return F.interpolate(ours, grid, mode="bilinear", align_corners=False, antialias=True)
+    return ours
+
+
+def _loss_of(
+    term: Term, ours: Tensor, theirs: Tensor, masks: Mapping[str, Mask], batch: Batch
+) -> Mean:
+    kind, unit = term.kind, "hidden" if about_objects(batch) else "images"
+    maps = kind.maps and ours.ndim == 4
+    grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
+    valid = masks["valid"](grid) if maps and "valid" in masks else None
+    if kind.labels:
+        return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
+    if kind.mask is not None:
+        return Mean(term.function(ours, theirs, masks[kind.mask](grid)), kind.mask)
+    if kind.images:
+        images = normalise(batch["images"])
+        images = images[image_rows(batch)] if about_objects(batch) else images
+        ours = ours if valid is None else without_void(ours, theirs, valid)
+        judged = ours.detach(), theirs.detach(), images
+        return Mean(term.function(ours, theirs, images), unit, judged)
+    if kind.valid and valid is not None:
+        unit = "pixels" if kind.function in (pixel_wise, hint) else "valid_images"
+        return Mean(term.function(ours, theirs, valid=valid), unit)
+    return Mean(term.function(ours, theirs), unit)
 
 
 def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[Term]:

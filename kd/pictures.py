@@ -8,9 +8,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kd.build import OpenData, make_dataset
 from kd.data.collate import collate
 from kd.engine import evaluating, to_device
+from kd.opened import OpenData, make_dataset, of_objects
 from kd.report.pictures import hidden_scene_figure
 from kd.session import Session
 from kd.tasks.base import Task
@@ -38,8 +38,9 @@ def write_pictures(
         expectation: The teacher's probabilities for a batch's hidden objects, beside the model's.
     """
     device, count = training.accelerator.device, session.train.pictures
+    data = of_objects(session.data)
     figures = hidden_scenes(
-        training.result, task, session.data, count=count, device=device, expectation=expectation
+        training.result, task, data, count=count, device=device, expectation=expectation
     )
     for number, figure in enumerate(figures):
         tracker.figure(f"pictures/{number}", figure, training.progress.step)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from kd.baselines import cooccurrence_log_probs
-from kd.build import OpenData
-from kd.data.coco import CocoIndex
+from kd.data.coco import visible_objects
 from kd.errors import UserError
-from kd.metrics.records import Array, Records, answered, prior_records
+from kd.metrics.records import Records, answered, prior_records
+from kd.opened import OpenData
 
 PRIOR, COMPANY = "class prior", "co-occurrence"
 EXACT, TOLD = "exact posterior", "exact, annotations"
@@ -60,13 +60,6 @@ def on_data(data: OpenData, records: Records, where: str) -> Records:
             "label there; name the run's own data set with --set data.root=DIR"
         )
     return {**records, "visible": visible_objects(val, records["image_ids"])}
-
-
-def visible_objects(index: CocoIndex, image_ids: Array) -> Array:
-    """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
-    order = np.argsort(index.image_ids, kind="stable")
-    images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
-    return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)
 
 
 def exact_records(data: OpenData, records: Records) -> dict[str, Records]:

@@ -7,29 +7,29 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from kd.build import OpenData, make_dataset, make_loader
+from kd.build import make_loader
 from kd.checkpoint import save_model
 from kd.config import Train
-from kd.data.loader import SceneLoader
+from kd.data.loader import SampleLoader
 from kd.engine import evaluate, fit
 from kd.launch import learns, parameters, start_training
 from kd.metrics import scores
 from kd.metrics.records import prior_records
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
+from kd.opened import OpenData, Opened
 from kd.progress import CleanStop, ProgressBar
-from kd.references import EXACT, PRIOR, exact_records, visible_objects
+from kd.references import EXACT, PRIOR, exact_records
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
-from kd.tasks.base import Classes, Metric, Task
+from kd.tasks.base import Metric, Task
 from kd.tracking import Tracker, flatten
 from kd.training import Hooks, Objective, Training, resume_training, save_training
 
@@ -54,7 +54,7 @@ class Session:
 
     folder: RunFolder
     accelerator: Accelerator
-    data: OpenData
+    data: Opened
     train: Train
     seed: int
     label: str
@@ -62,7 +62,7 @@ class Session:
 
 
 def run_training(
-    session: Session, model: torch.nn.Module, objective: Objective, loader: SceneLoader
+    session: Session, model: torch.nn.Module, objective: Objective, loader: SampleLoader
 ) -> dict[str, Any]:
     """Train, or go on training, then evaluate and write the result.
 
@@ -85,7 +85,7 @@ def run_training(
         _log.info("%s: goes on at step %d of %d", session.label, training.progress.step, steps)
     first, main = training.progress.step, accelerator.is_main_process
     tracker = Tracker(session.folder.path, enabled=main, resume_step=first)
-    val = _val_loader(session)
+    val = val_loader(session.data, session.train.batch_size, accelerator)
     seconds = _train(session, training, objective, loader, val, tracker, steps)
     metric = _evaluate(session, training, objective, val)
     summary: dict[str, Any] = {
@@ -108,8 +108,8 @@ def _train(
     session: Session,
     training: Training,
     objective: Objective,
-    loader: SceneLoader,
-    val: SceneLoader,
+    loader: SampleLoader,
+    val: SampleLoader,
     tracker: Tracker,
     steps: int,
 ) -> float:
@@ -176,10 +176,10 @@ def _write_result(
     step = training.progress.step
     metadata = {"config": str(session.folder.path / "config.yaml"), "format": "kd-model-1"}
     save_model(session.folder.model, training.exported, metadata)
-    session.folder.name_classes(session.data.train.class_names)
+    session.folder.name_classes(session.data.class_names)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    if isinstance(metric, TopN):  # what is drawn is about objects
+    if isinstance(metric, TopN) and isinstance(session.data, OpenData):
         tracker.figure("eval/top_n", _curve_figure(session.data, metric), step)
         tracker.figure(
             "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
@@ -195,24 +195,16 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
-def new_metric(task: Task, data: OpenData) -> Metric:
+def new_metric(task: Task, data: Opened) -> Metric:
     """What a task's answers on a data set's val split are scored by."""
-    return task.metric(_classes(data))
+    return task.metric(data.classes())
 
 
-def _classes(data: OpenData) -> Classes:
-    return Classes(
-        data.val.class_names,
-        data.prior(),
-        data.val.looks,
-        partial(visible_objects, data.val),
-        data.section.name,
-    )
-
-
-def ceiling_metrics(data: OpenData, metric: Metric) -> dict[str, float]:
+def ceiling_metrics(data: Opened, metric: Metric) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
-    exact = exact_records(data, metric.records()) if isinstance(metric, TopN) else {}
+    if not (isinstance(metric, TopN) and isinstance(data, OpenData)):
+        return {}
+    exact = exact_records(data, metric.records())
     if EXACT not in exact:
         return {}
     values = scores.evaluate(exact[EXACT])
@@ -229,17 +221,18 @@ def _curve_figure(data: OpenData, metric: TopN) -> Any:
     )
 
 
-def _val_loader(session: Session) -> SceneLoader:
+def val_loader(data: Opened, batch_size: int, accelerator: Accelerator) -> SampleLoader:
+    """The val split in batches; pictures of different sizes go one by one."""
+    samples = data.evaluated()
+    processes = accelerator.num_processes
+    each = samples.together(max(1, batch_size // processes))
     return make_loader(
-        make_dataset(session.data, "val", train=False),
-        session.accelerator,
-        batch_size=session.train.batch_size,
-        workers=session.data.section.workers,
+        samples, accelerator, batch_size=each * processes, workers=data.section.workers
     )
 
 
 def _evaluate(
-    session: Session, training: Training, objective: Objective, loader: SceneLoader
+    session: Session, training: Training, objective: Objective, loader: SampleLoader
 ) -> Metric:
     metric = new_metric(objective.task, session.data)
     evaluate(
@@ -256,12 +249,14 @@ def _evaluate(
 def say_summary(title: str, summary: Mapping[str, Any]) -> None:
     """A run's figures on stdout, the class prior's and the ceiling's beside them."""
     shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "area", "nll", "ece",
-             "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP")  # fmt: skip
-    columns = ["", "prior_", "ceiling_"] if "ceiling_top1" in summary else ["", "prior_"]
-    titles = ["model", "prior", "exact posterior"][: len(columns)]
+             "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP",
+             "mIoU", "mean_accuracy", "pixel_accuracy")  # fmt: skip
+    titles = {"": "model", "prior_": "prior", "ceiling_": "exact posterior"}
+    columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
     names = [name for name in shown if name in summary]
     width = max(len(name) for name in names)
-    sys.stdout.write(f"{title}\n  {'':<{width}}" + "".join(f"{t:>17}" for t in titles) + "\n")
+    heads = "".join(f"{titles[column]:>17}" for column in columns)
+    sys.stdout.write(f"{title}\n  {'':<{width}}{heads}\n")
     for name in names:
         cells = [_number(name, summary.get(prefix + name)) for prefix in columns]
         sys.stdout.write(f"  {name:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + "\n")

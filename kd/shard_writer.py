@@ -13,7 +13,7 @@ from torch import Tensor
 from kd.data.store import IDS, Store
 from kd.data.stored import MIRRORED, keep_largest
 from kd.errors import UserError
-from kd.tasks.base import Batch, image_rows
+from kd.tasks.base import Batch, about_objects, image_rows
 
 Rows = dict[str, NDArray[Any]]
 
@@ -75,8 +75,11 @@ class ShardWriter:
             UserError: A number that is not finite, or cannot be written.
         """
         wanted = [self._shard_of.get(image, -1) for image in batch["image_ids"].tolist()]
-        owners = np.asarray(wanted)[image_rows(batch).cpu().numpy()]
-        ids = batch["object_ids"][batch["hidden"]].cpu().numpy()
+        owners, ids, what = np.asarray(wanted), batch["image_ids"].cpu().numpy(), "picture"
+        if about_objects(batch):
+            what = "object"
+            owners = owners[image_rows(batch).cpu().numpy()]
+            ids = batch["object_ids"][batch["hidden"]].cpu().numpy()
         if (owners < 0).all():
             return
         compact = self._compact(self._output(given))
@@ -86,7 +89,7 @@ class ShardWriter:
         rows = {name: part.cpu().numpy() for name, part in compact.items()}
         for name in rows:
             if name.endswith("values"):
-                self._check(rows[name], ids)
+                self._check(rows[name], ids, what)
         for number in np.unique(owners[owners >= 0]).tolist():
             here = owners == number
             part = {IDS: ids[here], **{name: value[here] for name, value in rows.items()}}
@@ -121,10 +124,10 @@ class ShardWriter:
         values, indices = keep_largest(output, self.top_k)
         return {"values": values.to(self.dtype), "indices": indices}
 
-    def _check(self, values: NDArray[Any], ids: NDArray[np.int64]) -> None:
+    def _check(self, values: NDArray[Any], ids: NDArray[np.int64], what: str) -> None:
         finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not finite.all():
             raise UserError(
-                f"{self.name} of object {ids[~finite][0]} is not finite as {values.dtype}; keep it "
+                f"{self.name} of {what} {ids[~finite][0]} is not finite as {values.dtype}; keep it "
                 "as float32, or train the teacher again if that is not finite either"
             )

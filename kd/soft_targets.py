@@ -36,15 +36,22 @@ class LiveTeacher:
         task: The teacher's task: how it is shown the batch, how its output reads.
         layers: Layers whose features are wanted.
         autocast: Whether it runs in bfloat16.
+        posterior: Whether its answers about hidden objects are wanted.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, layers: Sequence[str] = (), *, autocast: bool = False
+        self,
+        model: nn.Module,
+        task: Task,
+        layers: Sequence[str] = (),
+        *,
+        autocast: bool = False,
+        posterior: bool = True,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.task = task
         self._taps = FeatureTaps(model, layers) if layers else None
-        self._autocast = autocast
+        self._autocast, self._posterior = autocast, posterior
 
     def __enter__(self) -> LiveTeacher:
         return self
@@ -55,14 +62,19 @@ class LiveTeacher:
             self._taps.remove()
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """What the model gives by name, its `posterior` (K, C), the layers' features (K, ...)."""
+        """What the model gives by name, its `posterior` (K, C), the layers' features (K, ...).
+
+        Rows are the hidden objects, or the images where a batch is not about objects.
+        """
         device = batch["images"].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             output = self.model(*self.task.inputs(batch))
         outputs = named(output)
         features = self._taps.collect() if self._taps else {}
         given = {name: tensor.float() for name, tensor in (outputs | features).items()}
-        return {**given, "posterior": self.task.decode(outputs, batch)}
+        if self._posterior:
+            given["posterior"] = self.task.decode(outputs, batch)
+        return given
 
 
 class Teachers:
@@ -187,17 +199,21 @@ class StoredTeacher:
     """A teacher that was asked before: posteriors from memory, maps that came with the batch.
 
     Args:
-        posteriors: Of all objects.
+        posteriors: Of all objects; None where it was not asked about any.
         layers: What else it gives, by name.
         prefix: What the batch calls these, before their names.
     """
 
     def __init__(
-        self, posteriors: StoredPosteriors, layers: Sequence[str] = (), *, prefix: str = PREFIX
+        self,
+        posteriors: StoredPosteriors | None,
+        layers: Sequence[str] = (),
+        *,
+        prefix: str = PREFIX,
     ) -> None:
         self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`posterior` (K, C) and the layers (K, ...)."""
+        """`posterior` (K, C) and the layers (K, ...), whose rows are images without objects."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
-        return {**self.posteriors(batch), **maps}
+        return maps if self.posteriors is None else {**self.posteriors(batch), **maps}

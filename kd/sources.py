@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from kd.build import OpenData
-from kd.config import DistillRecipe, TeacherReference
+from kd.config import Data, DistillRecipe, TeacherReference
 from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.objective import POSTERIOR, Term
+from kd.opened import OpenData, Opened
 from kd.soft_targets import (
     LiveTeacher,
     SoftTargetSource,
@@ -24,7 +24,7 @@ from kd.soft_targets import (
     Teachers,
 )
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher
+from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -50,24 +50,31 @@ class Sources:
     @property
     def stored(self) -> bool:
         """Whether everything was computed once."""
-        return bool(self.posteriors)
+        return not self.live
 
-    @property
-    def fields(self) -> list[StoredField]:
-        """What the samples must bring."""
-        return [output for outputs in self.maps.values() for output in outputs.values()]
+    def fields(self, outputs: Mapping[str, Sequence[str]]) -> list[StoredField]:
+        """What the samples must bring for these outputs by teacher."""
+        return [
+            kept
+            for name, maps in self.maps.items()
+            for output, kept in maps.items()
+            if output in outputs.get(name, ())
+        ]
 
-    def targets(self, *, maps: bool, shuffled: int | None = None) -> SoftTargetSource:
+    def targets(
+        self, outputs: Mapping[str, Sequence[str]], *, shuffled: int | None = None
+    ) -> SoftTargetSource:
         """Targets of a batch.
 
         Args:
-            maps: Whether the samples bring `fields`.
+            outputs: By teacher, what `fields` were asked for.
             shuffled: Seed by which each posterior is given to another object: the control.
         """
         found: dict[str, SoftTargetSource] = {**self.live}
-        for name, own in self.posteriors.items():
-            posteriors = own if shuffled is None else own.shuffled(shuffled)
-            layers = list(self.maps[name]) if maps else []
+        for name, maps in self.maps.items():
+            own = self.posteriors.get(name)
+            posteriors = own if own is None or shuffled is None else own.shuffled(shuffled)
+            layers = [output for output in maps if output in outputs.get(name, ())]
             found[name] = StoredTeacher(posteriors, layers, prefix=_prefix(name))
         first, *more = found
         if not more:
@@ -76,7 +83,7 @@ class Sources:
 
 
 def open_sources(
-    recipe: DistillRecipe, terms: Sequence[Term], data: OpenData, accelerator: Accelerator
+    recipe: DistillRecipe, terms: Sequence[Term], data: Opened, accelerator: Accelerator
 ) -> Sources:
     """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
 
@@ -87,7 +94,7 @@ def open_sources(
     references: dict[str, TeacherReference] = {"": recipe.teacher, **recipe.more_teachers}
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     teachers = {
-        name: load_teacher(find_teacher(reference, recipe.data.name), data.num_classes)
+        name: load_teacher_of(find_teacher(reference, recipe.data.name), data)
         for name, reference in references.items()
     }
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
@@ -100,17 +107,21 @@ def open_sources(
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
             continue
         kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
-        posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
-        # On a GPU a look-up does not check: here is the place, before anything trains.
-        posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
-        sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
+        if isinstance(data, OpenData):
+            posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
+            # On a GPU a look-up does not check: here is the place, before anything trains.
+            posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
+            sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
+            limit = recipe.soft_targets.moved_error
+            check_moved_maps(teacher, data, kept, accelerator, limit=limit)
         sources.maps[name] = kept
-        check_moved_maps(teacher, data, kept, accelerator, limit=recipe.soft_targets.moved_error)
     return sources
 
 
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
     """Stored posteriors must not carry labels that the student is not to know."""
+    if not isinstance(recipe.data, Data):
+        return
     labelled = recipe.data.labelled
     if teacher.reads_labels and labelled < 1 and recipe.soft_targets.kind == "stored":
         raise UserError(
@@ -129,17 +140,19 @@ def _kept(
     name: str,
     outputs: Sequence[str],
     recipe: DistillRecipe,
-    data: OpenData,
+    data: Opened,
     accelerator: Accelerator,
 ) -> dict[str, StoredField]:
     """A teacher's stored outputs; samples call them by teacher, posteriors stay in memory."""
     targets = recipe.soft_targets
+    always = [POSTERIOR] if isinstance(data, OpenData) else []
     location = targets.cache
     if location is not None and name:
         location = f"{location.rstrip('/')}/{name}"
     wanted = Wanted(
-        outputs=[POSTERIOR, *(output for output in outputs if output != POSTERIOR)],
-        out_of_fold=targets.out_of_fold, dtype=targets.dtype, top_k=targets.top_k,
+        outputs=[*always, *(output for output in outputs if output not in always)],
+        out_of_fold=targets.out_of_fold and isinstance(data, OpenData),
+        dtype=targets.dtype, top_k=targets.top_k,
         mirrored=targets.mirrored, int8=targets.int8,
         location=location,
     )  # fmt: skip
@@ -160,5 +173,7 @@ def _live(
             f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "
             "a live teacher sees the student's pictures"
         )
-    autocast = accelerator.mixed_precision == "bf16"
-    return LiveTeacher(teacher.model, teacher.task, layers_among(outputs), autocast=autocast)
+    return LiveTeacher(
+        teacher.model, teacher.task, layers_among(outputs),
+        autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,
+    )  # fmt: skip

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from kd.build import OpenData, build_student, build_task, open_data
+from kd.build import build_segmenter, build_student, build_task, open_data
 from kd.checkpoint import load_model
-from kd.config import Data, DistillRecipe
+from kd.config import AnyData, DistillRecipe, Model
 from kd.config_reader import from_plain
-from kd.data.splits import labelled_images
 from kd.errors import UserError
+from kd.opened import OpenData, Opened
 from kd.tasks.base import Task
 
 
@@ -22,12 +22,12 @@ from kd.tasks.base import Task
 class TrainedStudent:
     """A student as its run left it, and the data set it is to be asked about."""
 
-    data: OpenData
+    data: Opened
     model: nn.Module
     task: Task
 
 
-def load_student(run: Path, config: Mapping[str, Any], section: Data) -> TrainedStudent:
+def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> TrainedStudent:
     """Load an arm's student.
 
     Args:
@@ -47,13 +47,32 @@ def load_student(run: Path, config: Mapping[str, Any], section: Data) -> Trained
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
     data = open_data(recipe.data)
-    labelled = labelled_images(data.train, recipe.data.labelled, config["seed"])
-    # The run's weights replace whatever it started from, which need not be here any more.
-    options = {**recipe.student.options, "weights": None}
-    student = build_student(
-        recipe.student.model_copy(update={"options": options}),
-        data.prior(labelled),
-        context=config["arm"] not in ("bare", "direct"),
-    )
-    load_model(run / "model.safetensors", student)
+    if isinstance(data, OpenData):
+        prior = data.prior(data.labelled(config["seed"]))
+        context = config["arm"] not in ("bare", "direct")
+        student = build_student(to_be_loaded(recipe.student), prior, context=context)
+        load_model(run / "model.safetensors", student)
+    else:
+        student = load_segmenter(run, recipe.student, data.num_classes)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
+
+
+def load_segmenter(run: Path, section: Model, num_classes: int) -> nn.Module:
+    """Load an arm's segmentation network from its folder.
+
+    Raises:
+        UserError: The folder is unfinished, or of another model.
+    """
+    student = build_segmenter(to_be_loaded(section), num_classes)
+    load_model(run / "model.safetensors", student)
+    return student
+
+
+def to_be_loaded(section: Model) -> Model:
+    """A student's section without what it started from: a run's weights replace that.
+
+    The files need not be here any more.
+    """
+    replaced = {"weights": None, "file": None}
+    options = {k: replaced.get(k, value) for k, value in section.options.items()}
+    return section.model_copy(update={"options": options})

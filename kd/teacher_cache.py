@@ -23,10 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
-from kd.build import OpenData, make_dataset
 from kd.checkpoint import Progress
 from kd.data.collate import collate
-from kd.data.dataset import SceneDataset
 from kd.data.loader import build_loader
 from kd.data.mirror import mirror
 from kd.data.splits import fold_of
@@ -36,17 +34,18 @@ from kd.engine import to_device
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
 from kd.objective import POSTERIOR, TEACHER_OUTPUTS
+from kd.opened import Opened
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
+from kd.shown import Shown, shown_to
 from kd.soft_targets import LiveTeacher
-from kd.teacher_runs import TrainedTeacher, answering, as_shown, fold_models
+from kd.teacher_runs import TrainedTeacher, answering, fold_models
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
 IMAGES_A_BATCH = 16
 SHARD_BYTES = 64 << 20
 MOST_IMAGES = 4096
-PICTURES_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +74,16 @@ class Wanted:
     location: str | None = None
     int8: bool = False
 
+    @property
+    def settings(self) -> str:
+        """What a recipe must say to mean this cache."""
+        names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8")
+        said = {**{name: getattr(self, name) for name in names}, "cache": self.location}
+        return " ".join(f"--set soft_targets.{name}={json.dumps(said[name])}" for name in said)
+
 
 def open_cache(
-    teacher: TrainedTeacher, data: OpenData, accelerator: Accelerator, wanted: Wanted
+    teacher: TrainedTeacher, data: Opened, accelerator: Accelerator, wanted: Wanted
 ) -> dict[str, StoredField]:
     """The outputs by name, read from where they are kept; what lacks is computed now.
 
@@ -87,15 +93,14 @@ def open_cache(
     """
     if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
-    # The teacher sees pictures as it did in training; which objects count is the student's choice.
-    data = as_shown(teacher, data, min_share=0.0, max_share=1.0)
+    shown = shown_to(teacher, data, wanted.split)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
     found: dict[str, StoredField] = {}
     if len(alone) < len(wanted.outputs):
         models = fold_models(teacher, data.num_classes)
-        found |= _Cache(teacher, models, data, accelerator, wanted).open([POSTERIOR])
+        found |= _Cache(teacher, models, shown, accelerator, wanted).open([POSTERIOR])
     if alone:
-        found |= _Cache(teacher, [teacher.model], data, accelerator, wanted).open(alone)
+        found |= _Cache(teacher, [teacher.model], shown, accelerator, wanted).open(alone)
     return found
 
 
@@ -105,14 +110,13 @@ class _Cache:
 
     teacher: TrainedTeacher
     models: Sequence[torch.nn.Module]
-    data: OpenData
+    shown: Shown
     accelerator: Accelerator
     wanted: Wanted
 
     def __post_init__(self) -> None:
-        self.index = getattr(self.data, self.wanted.split)
-        self.dataset = self._dataset(None)
-        ids = self.index.image_ids[self.dataset.images].astype(np.int64)
+        self.samples = self.shown.samples()
+        ids = self.shown.image_ids
         folds = fold_of(ids, len(self.models)) if len(self.models) > 1 else np.zeros(len(ids))
         self.images = [ids[folds == number] for number in range(len(self.models))]
 
@@ -125,21 +129,17 @@ class _Cache:
         with _together():
             self._fill(stores)
         return {
-            name: StoredField(store, name, channels=self.data.num_classes)
+            name: StoredField(store, name, channels=self.shown.num_classes)
             for name, store in stores.items()
         }
 
     def about(self, output: str) -> dict[str, Any]:
         """All that the stored numbers follow from."""
-        section = self.data.section
         return {
             "out_of_fold": len(self.models) > 1,
             "teacher": self._weights,
             "output": output,
-            "data": self.index.fingerprint,
-            "split": self.wanted.split,
-            "pictures": self._pictures,
-            "transform": f"size {section.size}, {section.shape}, rescaled and padded",
+            **self._shown_about,
             "precision": "int8" if self.wanted.int8 else "bf16" if self._autocast else "fp32",
             "dtype": self.wanted.dtype,
             "top_k": self._top_k(output),
@@ -161,13 +161,9 @@ class _Cache:
         return bool(self.accelerator.mixed_precision == "bf16")
 
     @cached_property
-    def _pictures(self) -> str:
-        """A hash of the names and sizes of the picture files: of some of very many."""
-        images = self.dataset.images
-        some = images[:: max(1, len(images) // PICTURES_LOOKED_AT)]
-        paths = [self.dataset.picture(int(image))[0] for image in some]
-        text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _shown_about(self) -> dict[str, str]:
+        """What the numbers follow from beside the teacher; its hash takes a while."""
+        return self.shown.about
 
     def mirrored(self, output: str) -> bool:
         """Whether the mirrored picture's is kept too."""
@@ -175,7 +171,7 @@ class _Cache:
 
     def _place(self, output: str) -> str:
         """Where it is kept: told apart by its key where nobody named the place."""
-        name = f"{self.data.section.name}-{self.wanted.split}-{output}"
+        name = f"{self.shown.section.name}-{self.wanted.split}-{output}"
         name = re.sub(r"[^\w.-]+", "_", name).lstrip(".")
         if self.wanted.location is not None:
             return f"{self.wanted.location.rstrip('/')}/{name}"
@@ -206,11 +202,11 @@ class _Cache:
     def _image_bytes(self, stores: Mapping[str, Store], outputs: Sequence[str]) -> list[float]:
         """Bytes that an image takes on average, of each output; found on one image."""
         device = self.accelerator.device
-        with LiveTeacher(self.models[0], self.teacher.task, layers_among(outputs)) as live:
+        with self._asked(self.models[0], layers_among(outputs), outputs) as live:
             self.models[0].to(device)
             with torch.no_grad():
-                given = live(to_device(collate([self.dataset[0, 0]]), device, channels_last=False))
-        objects = len(self.index.labels) / len(self.index)
+                given = live(to_device(collate([self.samples[0, 0]]), device, channels_last=False))
+        objects = self.shown.records_an_image
         each = [self._writer(name, stores[name]).record_bytes(given) for name in outputs]
         sides = [2 if self.mirrored(name) else 1 for name in outputs]
         return [objects * count * size for count, size in zip(sides, each, strict=True)]
@@ -248,19 +244,19 @@ class _Cache:
         """One model over its images; how many are done then."""
         device = self.accelerator.device
         loader = build_loader(
-            self._dataset(images),
-            batch_size=IMAGES_A_BATCH,
+            self.shown.samples(images),
+            batch_size=self.samples.together(IMAGES_A_BATCH),
             seed=0,
             shuffle=False,
-            workers=self.data.section.workers,
+            workers=self.shown.section.workers,
         )
         loader.set_epoch(0)
-        layers = layers_among([writer.name for writer in writers])
+        outputs = [writer.name for writer in writers]
+        layers = layers_among(outputs)
         both = any(self.mirrored(writer.name) for writer in writers)
-        task = self.teacher.task
         if not layers:
-            model = answering(model, task, self.dataset, int8=self.wanted.int8)
-        with LiveTeacher(model.to(device), task, layers, autocast=self._autocast) as live:
+            model = answering(model, self.teacher.task, self.samples, int8=self.wanted.int8)
+        with self._asked(model.to(device), layers, outputs) as live:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
@@ -272,8 +268,13 @@ class _Cache:
                 advance(Progress(step=done), 0)
         return done
 
-    def _dataset(self, only: NDArray[np.int64] | None) -> SceneDataset:
-        return make_dataset(self.data, self.wanted.split, train=False, only=only)
+    def _asked(
+        self, model: torch.nn.Module, layers: Sequence[str], outputs: Sequence[str]
+    ) -> LiveTeacher:
+        return LiveTeacher(
+            model, self.teacher.task, layers, autocast=self._autocast,
+            posterior=POSTERIOR in outputs,
+        )  # fmt: skip
 
 
 @contextmanager

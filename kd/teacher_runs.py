@@ -12,16 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, build_task, build_teacher
-from kd.build import class_names as data_class_names
+from kd.build import build_task, build_teacher, open_data
 from kd.checkpoint import load_checkpoint, load_model, load_state
 from kd.config import Data, Model, TeacherRecipe, TeacherReference
-from kd.config_reader import from_plain, read_yaml
+from kd.config_data import OBJECTS, kind_of_data
+from kd.config_reader import read_yaml
 from kd.data.collate import collate
-from kd.data.dataset import SceneDataset
+from kd.data.loader import Samples
+from kd.data_config import plain_data
 from kd.errors import UserError
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
+from kd.opened import OpenData, Opened
+from kd.opened import class_names as data_class_names
 from kd.run_folder import class_names
 from kd.tasks.base import Task, named
 from kd.transferred import teacher_recipe
@@ -39,6 +42,21 @@ class TrainedTeacher:
     recipe: TeacherRecipe
     model: nn.Module
     task: Task
+
+    @property
+    def objects(self) -> Data:
+        """How the objects that it learned from were shown.
+
+        Raises:
+            UserError: It learned from label maps, and answers no question about objects.
+        """
+        section = self.recipe.data
+        if not isinstance(section, Data):
+            raise UserError(
+                f"{self.folder}: trained on label maps; a teacher of the context of objects is "
+                "needed here"
+            )
+        return section
 
     @property
     def reads_labels(self) -> bool:
@@ -73,19 +91,20 @@ def default_folder(teacher: str, data: str) -> Path:
 
 
 def latest_teacher() -> Path:
-    """The teacher that was trained last, of those where the teacher command puts them.
+    """The teacher of objects trained last, of those where the teacher command puts them.
 
     Raises:
         UserError: There is none.
     """
     finished = (RUNS / "teacher").glob("*/*/summary.json")
-    latest = max(finished, key=lambda summary: summary.stat().st_mtime, default=None)
-    if latest is None:
-        raise UserError(
-            f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
-            "train one: python -m kd.train_teacher --teacher cnn"
-        )
-    return latest.parent
+    latest = sorted(finished, key=lambda summary: summary.stat().st_mtime, reverse=True)
+    for summary in latest:
+        if _teaches_objects(summary.parent):
+            return summary.parent
+    raise UserError(
+        f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
+        "train one: python -m kd.train_teacher --teacher cnn"
+    )
 
 
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
@@ -121,6 +140,16 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
 
+def load_teacher_of(path: Path, data: Opened) -> TrainedTeacher:
+    """A teacher of a data set's classes; one of objects has its own where these are label maps.
+
+    Raises:
+        UserError: As `load_teacher`.
+    """
+    own = not isinstance(data, OpenData) and _teaches_objects(path)
+    return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
+
+
 def class_names_of(path: Path) -> tuple[str, ...]:
     """The class names of a teacher, in the order of its answers.
 
@@ -139,18 +168,24 @@ def class_names_of(path: Path) -> tuple[str, ...]:
     config = read_yaml(folder / "config.yaml")
     if "data" not in config:
         raise UserError(f"{folder / 'config.yaml'}: not the config of a run")
-    section = from_plain(Data, config["data"], str(folder / "config.yaml"))
+    section = plain_data(config["data"], str(folder / "config.yaml"))
     try:
-        return data_class_names(section)
+        if isinstance(section, Data):
+            return data_class_names(section)
+        return open_data(section).class_names
     except UserError as error:
         raise UserError(
             f"{folder}: no classes.json there to name the classes, nor the data set: {error}"
         ) from error
 
 
-def answering(
-    model: nn.Module, task: Task, dataset: SceneDataset, *, int8: bool = False
-) -> nn.Module:
+def _teaches_objects(path: Path) -> bool:
+    """Whether a teacher's run, or a file in one, is about objects rather than label maps."""
+    config = read_yaml((path if path.is_dir() else path.parent) / "config.yaml")
+    return kind_of_data(config.get("data", {})) == OBJECTS
+
+
+def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False) -> nn.Module:
     """A copy of a frozen teacher that answers as fast as it can; none of its layers can be tapped.
 
     Args:
@@ -173,7 +208,7 @@ def _to_be_loaded(recipe: TeacherRecipe) -> Model:
     pictures computes instead: what a trained teacher is shown seldom comes twice, and only layers
     that run can be tapped.
     """
-    replaced = {"weights": None, "remember": False}
+    replaced = {"weights": None, "remember": False, "file": None}
     options = {k: replaced.get(k, value) for k, value in recipe.teacher.options.items()}
     return recipe.teacher.model_copy(update={"options": options})
 
@@ -186,7 +221,7 @@ def as_shown(teacher: TrainedTeacher, data: OpenData, **changes: Any) -> OpenDat
         data: The rest is this one's.
         changes: Of the data set's section.
     """
-    shown = {name: getattr(teacher.recipe.data, name) for name in ("size", "shape")}
+    shown = {name: getattr(teacher.objects, name) for name in ("size", "shape")}
     return replace(data, section=data.section.model_copy(update={**shown, **changes}))
 
 
@@ -209,7 +244,7 @@ def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
 
 def expectation(teacher: TrainedTeacher, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The teacher's probabilities for a batch's hidden objects, (K, C), in its own picture size."""
-    images, size = batch["images"], teacher.recipe.data.size
+    images, size = batch["images"], teacher.objects.size
     if images.shape[-1] != size:
         small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
         boxes = batch["boxes"] * (size / images.shape[-1])

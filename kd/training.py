@@ -75,10 +75,9 @@ class Objective:
         return {**self.weights, **own}
 
     @property
-    def units(self) -> set[str]:
-        """What its losses are means of, see `kd.tasks.base.count_units`."""
-        masks = {term.kind.mask for term in self.terms if term.kind.mask}
-        return {"hidden", "labelled", "images", "labelled_images"} | masks
+    def masks(self) -> set[str]:
+        """Masks that its terms need, which are units of their own; see `count_units`."""
+        return {term.kind.mask for term in self.terms if term.kind.mask}
 
 
 @dataclass

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.arms import Distillation
-from kd.build import make_accelerator, open_data
+from kd.build import make_accelerator
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config_transfer import TransferRecipe
 from kd.launch import open_run
+from kd.opened import open_objects
 from kd.report.table import print_table
 from kd.report.transfer import transfer_table
 from kd.starts import starts
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or RUNS / "transfer" / name / recipe.data.name
     rows = list(starts(recipe))
     with accelerator.main_process_first():
-        data = open_data(recipe.data)
+        data = open_objects(recipe.data)
     runs = [
         Distillation(row.recipe, data, accelerator, out / row.path, f"{row.mode} {row.name}", True)
         for row in rows

@@ -1,4 +1,4 @@
-"""Students by name."""
+"""Students by name: classifiers of an object in its scene, and networks for segmentation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from functools import partial
 
 from torch import nn
 
+from kd.nn.segmenters import SEGMENTERS
 from students.classifiers import NAMES, build_student
 
-STUDENTS: dict[str, Callable[..., nn.Module]] = {
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     name: partial(build_student, name) for name in NAMES
 }
+STUDENTS: dict[str, Callable[..., nn.Module]] = CLASSIFIERS | SEGMENTERS

@@ -1,4 +1,7 @@
-"""Context teachers by name; each says in `task` which task fits its input and output."""
+"""Teachers by name: of the context of objects, and for segmentation.
+
+A context teacher says in `task` which task fits its input and output.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from kd.nn.segmenters import SEGMENTERS
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
 from teachers.resnet_multilabel import resnet_multilabel
@@ -15,7 +19,7 @@ from teachers.trunk import trunk
 from teachers.unet import unet
 from teachers.unet_ffc import unet_ffc
 
-TEACHERS: dict[str, Callable[..., nn.Module]] = {
+CONTEXT_TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "unet": unet,
     "unet_ffc": unet_ffc,
     "cnn": cnn,
@@ -26,3 +30,4 @@ TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "resnet_pixel": resnet_pixel,
     "resnet_multilabel": resnet_multilabel,
 }
+TEACHERS: dict[str, Callable[..., nn.Module]] = CONTEXT_TEACHERS | SEGMENTERS

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import nn
 
 from kd.arms import train_section
-from kd.build import build_student, build_task, build_teacher
-from kd.config import Arm, Data, DistillRecipe, Model, TeacherRecipe, Train
+from kd.build import build_segmenter, build_student, build_task, build_teacher
+from kd.config import AnyData, Data, DistillRecipe, LabelMaps, Model, TeacherRecipe, Train
 from kd.config_reader import (
     CONFIGS,
-    data_config,
     find_config,
     known_configs,
     load_recipe,
@@ -24,14 +24,21 @@ from kd.config_reader import (
     to_yaml,
 )
 from kd.config_transfer import TransferRecipe
+from kd.data.crops import build_crops
 from kd.data.transforms import build_augment
+from kd.data_config import data_config
 from kd.launch import learns
+from kd.objective import distillation_losses
 from kd.optim import make_optimizer, make_schedule
+from kd.soft_targets import LiveTeacher
 from kd.starts import starts
-from kd.tasks.base import Task
-from kd.wiring import build_terms
+from kd.tasks.base import Batch, Task
+from kd.wiring import adapt_student, build_terms, layers_among
 
-CLASSES = {"scenes": 12}  # COCO's 80 elsewhere
+CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,
+           "voc2012": 21}  # fmt: skip
+COCO = 80  # elsewhere
+SEGMENTED = CLASSES.keys() - {"scenes"}
 
 
 def pairs(kind: str) -> list[tuple[str, str]]:
@@ -53,15 +60,26 @@ def offline(model: Model) -> Model:
     return model.model_copy(update={"options": options})
 
 
-def check_training(train: Train, data: Data, model: nn.Module) -> None:
+def check_training(train: Train, data: AnyData, model: nn.Module) -> None:
     optimizer = make_optimizer(model, **train.optimizer.model_dump())
     make_schedule(optimizer, 100, **train.schedule.model_dump())
-    if data.augment is not None:
+    if isinstance(data, LabelMaps):
+        build_crops(data.augment)
+    elif data.augment is not None:
         build_augment(data.augment)
 
 
-def batch_of(size: int) -> dict[str, torch.Tensor]:
-    size = min(size, 96)
+def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
+    if isinstance(data, LabelMaps):
+        assert not any(side % 8 for side in data.crop)
+        height, width = (min(side, 176) for side in data.crop)
+        return {
+            "images": torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8),
+            "sizes": torch.tensor([[height, width]] * 2),
+            "image_ids": torch.arange(2),
+            "label_maps": torch.randint(classes, (2, height, width), dtype=torch.uint8),
+        }
+    size = min(data.size, 96)
     return {
         "images": torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8),
         "sizes": torch.tensor([[size, size]]),
@@ -77,10 +95,13 @@ def batch_of(size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def check_one_batch(task: Task, model: nn.Module, weights: dict[str, float], size: int) -> None:
+def check_one_batch(
+    task: Task, model: nn.Module, weights: dict[str, float], data: AnyData, classes: int
+) -> None:
     """The model takes the task's inputs, and each of the task's losses has a weight."""
-    batch = batch_of(size)
-    output: Any = model.eval()(*task.inputs(batch))
+    batch = batch_of(data, classes)
+    # In training alone a segmentation network gives its auxiliary maps.
+    output: Any = model.train(isinstance(data, LabelMaps))(*task.inputs(batch))
     output = {"logits": output} if isinstance(output, torch.Tensor) else output
     assert task.losses(output, batch).keys() == weights.keys()
     assert task.decode(output, batch).isfinite().all()
@@ -94,28 +115,67 @@ def test_every_data_set_loads(name: str) -> None:
 @pytest.mark.parametrize(("name", "data"), pairs("teacher"))
 def test_every_teacher_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
-    classes = CLASSES.get(data, 80)
+    classes = CLASSES.get(data, COCO)
     model = build_teacher(offline(recipe.teacher), classes)
     prior = np.full(classes, 1 / classes)
     task = build_task(recipe.task, recipe.data, classes, prior, model=model)
     if learns(model):
         check_training(recipe.train, recipe.data, model)
-    check_one_batch(task, model, recipe.task.weights, recipe.data.size)
+    check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
 
 
 @pytest.mark.parametrize(("name", "data"), pairs("distill"))
 def test_every_distill_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
-    classes = CLASSES.get(data, 80)
+    classes = CLASSES.get(data, COCO)
     task = build_task(recipe.task, recipe.data, classes)
-    arms: tuple[tuple[Arm, bool], ...] = (("plain", True), ("bare", False))
-    for arm, context in arms:
-        model = build_student(
-            offline(recipe.student), np.full(classes, 1 / classes), context=context
-        )
-        check_one_batch(task, model, recipe.task.weights, recipe.data.size)
+    prior = np.full(classes, 1 / classes)
+    for arm in ("plain", "bare") if isinstance(recipe.data, Data) else ("plain",):
+        if isinstance(recipe.data, Data):
+            model = build_student(offline(recipe.student), prior, context=arm == "plain")
+        else:
+            model = build_segmenter(offline(recipe.student), classes)
+        check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
         check_training(train_section(recipe.train, arm), recipe.data, model)
-    assert {term.name for term in build_terms(recipe.losses)} == {t.name for t in recipe.losses}
+    built = build_terms(recipe.all_losses)
+    assert {term.name for term in built} == {term.curve for term in recipe.all_losses}
+
+
+class Kept:
+    """A teacher's outputs as they come with crops: on a grid of so many pixels a place."""
+
+    def __init__(self, live: LiveTeacher, stride: int) -> None:
+        self.live, self.stride = live, stride
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        grid = [-(-side // self.stride) for side in batch["images"].shape[2:]]
+        return {name: F.interpolate(maps, grid) for name, maps in self.live(batch).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "data"), [pair for pair in pairs("distill") if pair[1] in SEGMENTED]
+)
+def test_every_term_of_a_segmentation_recipe_computes(name: str, data: str) -> None:
+    """The layers that terms name are there, on grids that can be compared."""
+    recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
+    teaches = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
+    classes, terms = CLASSES[data], build_terms(recipe.all_losses)
+    task = build_task(recipe.task, recipe.data, classes)
+    student = build_segmenter(offline(recipe.student), classes)
+    teacher = build_teacher(offline(teaches.teacher), classes)
+    batch = batch_of(recipe.data, classes)
+    layers = layers_among([term.teacher for term in terms])
+    with torch.no_grad(), LiveTeacher(teacher, task, layers, posterior=False) as live:
+        runs = recipe.soft_targets.kind == "live"
+        source = live if runs else Kept(live, recipe.soft_targets.stride)
+        model, terms = adapt_student(student, terms, recipe.adapters, source, task, batch)
+        output, features = model.eval()(*task.inputs(batch))
+        known = source(batch)
+    every = {**output, **features}
+    losses = distillation_losses(terms, every, known, task.masks(batch), batch)
+    assert losses.keys() == {term.curve for term in recipe.all_losses}
+    assert all(loss.value.isfinite() for loss in losses.values())
 
 
 @pytest.mark.parametrize(("name", "data"), pairs("transfer"))
@@ -124,7 +184,7 @@ def test_every_transfer_recipe_builds(name: str, data: str, tmp_path: Path) -> N
     recipe = load_recipe(TransferRecipe, path, data=data, settings=[f"teacher.run={tmp_path}"])
     teacher = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
     (tmp_path / "config.yaml").write_text(to_yaml(teacher))
-    classes = CLASSES.get(data, 80)
+    classes = CLASSES.get(data, COCO)
     task = build_task(recipe.task, recipe.data, classes)
     rows = list(starts(recipe))
     assert len(rows) == 2 * len(recipe.starts)
@@ -132,7 +192,7 @@ def test_every_transfer_recipe_builds(name: str, data: str, tmp_path: Path) -> N
         model = build_student(
             offline(row.recipe.student), np.full(classes, 1 / classes), context=False
         )
-        check_one_batch(task, model, recipe.task.weights, recipe.data.size)
+        check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
         check_training(train_section(row.recipe.train, "bare"), recipe.data, model)
 
 

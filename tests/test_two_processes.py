@@ -26,7 +26,7 @@ from torch import nn
 
 from kd import distill, teacher_cache
 from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
 from kd.config import (
     Critic,
     Data,
@@ -44,6 +44,7 @@ from kd.launch import open_run, start_training
 from kd.metrics.top_n import TopN
 from kd.nn.regions import roi_features
 from kd.objective import build_term, draw_modules, modules_of
+from kd.opened import make_dataset, open_objects
 from kd.report.runs import read_distill, read_scalars
 from kd.soft_targets import LiveTeacher
 from kd.tasks.classification import Classification
@@ -160,7 +161,7 @@ class Scaled(nn.Module):
 def _steps(root: Path, out: Path, *, accumulate: int) -> None:
     """Two steps with all kinds of terms, on whole batches of 8; the weights go to a file."""
     accelerator = make_accelerator("fp32")
-    data = open_data(_section(root))
+    data = open_objects(_section(root))
     dataset = make_dataset(
         data, "train", train=True, labelled=data.train.image_ids[::3], seed=1, epochs=1
     )
@@ -232,7 +233,7 @@ def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(
 def _keep(root: Path, out: Path) -> None:
     """A cache of small shards, each made by one of the ranks."""
     teacher_cache.MOST_IMAGES = 5
-    accelerator, data = make_accelerator("fp32"), open_data(_section(root))
+    accelerator, data = make_accelerator("fp32"), open_objects(_section(root))
     torch.manual_seed(4)
     recipe = TeacherRecipe(
         data=data.section,
@@ -279,7 +280,7 @@ class Counted(nn.Module):
 
 def _evaluate(root: Path, out: Path) -> None:
     accelerator = make_accelerator("fp32")
-    data = open_data(_section(root))
+    data = open_objects(_section(root))
     torch.manual_seed(1)
     model = AdaptedStudent(Counted(data.num_classes))
     norm = model.get_submodule("student.norm")
@@ -385,7 +386,7 @@ def _stop(root: Path, out: Path) -> None:
     from kd.training import Hooks
 
     accelerator = make_accelerator("fp32")
-    data = open_data(_section(root))
+    data = open_objects(_section(root))
     loader = make_loader(
         make_dataset(data, "train", train=True), accelerator, batch_size=4, workers=0, train=True
     )

@@ -291,3 +291,10 @@ def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> 
                 f"{index.annotation_file.name} says {expected[0]} x {expected[1]}"
             )
     return mistakes
+
+
+def visible_objects(index: CocoIndex, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
+    order = np.argsort(index.image_ids, kind="stable")
+    images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
+    return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)

@@ -10,19 +10,21 @@ from torch import Tensor
 from kd.data.stored import PREFIX
 
 Sample = dict[str, Tensor]
-_STACKED = ("images", "sizes", "image_ids", "class_maps")
+_STACKED = ("images", "sizes", "image_ids", "class_maps", "label_maps")
 _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
            "withheld")  # fmt: skip
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
     """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
-    counts = torch.tensor([len(sample["labels"]) for sample in samples])
     stacked = [key for key in _STACKED if key in samples[0]]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in stacked}
     for key in samples[0]:
         if key in _JOINED or key.startswith(PREFIX):
             batch[key] = torch.cat([sample[key] for sample in samples])
+    if "labels" not in samples[0]:  # pictures that are not asked about by objects
+        return batch
+    counts = torch.tensor([len(sample["labels"]) for sample in samples])
     batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
     before = (counts.cumsum(0) - counts).tolist()
     batch["hidden"] = torch.cat(

@@ -126,6 +126,10 @@ class SceneDataset(Dataset[Sample]):
         """The number of images with a usable object."""
         return len(self.images)
 
+    def together(self, batch_size: int) -> int:
+        """As many: all have one square frame."""
+        return batch_size
+
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Make the sample of (epoch, position).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +12,36 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd.data.collate import Sample, collate
-from kd.data.dataset import SceneDataset
 from kd.errors import UserError
 
 _ORDER_STREAM = 2  # keeps the order's random numbers apart from the samples'
 _PREFETCH = 4
+
+
+class Samples(Protocol):
+    """What a loader loads: samples by (epoch, position).
+
+    Attributes:
+        train: Whether every epoch is another.
+    """
+
+    train: bool
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def together(self, batch_size: int) -> int:
+        """How many make a batch where `batch_size` training samples do; 1: they do not fit."""
+        ...
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """The sample of (epoch, position).
+
+        Raises:
+            UserError: A file is missing or broken.
+        """
+        ...
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -86,7 +112,7 @@ class _Failure:
 
 
 class _Guarded(Dataset[Sample]):
-    def __init__(self, dataset: SceneDataset) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample] | _Failure:
@@ -100,7 +126,7 @@ def _collate(samples: list[Sample] | _Failure) -> Sample | _Failure:
     return samples if isinstance(samples, _Failure) else collate(samples)
 
 
-class SceneLoader:
+class SampleLoader:
     """Iterates over one epoch's batches of one rank, as in docs/design.md.
 
     Attributes:
@@ -108,7 +134,7 @@ class SceneLoader:
         sampler: The order.
     """
 
-    def __init__(self, dataset: SceneDataset, sampler: EpochSampler, *, workers: int) -> None:
+    def __init__(self, dataset: Samples, sampler: EpochSampler, *, workers: int) -> None:
         """Start no workers yet; the first iteration does, and they stay."""
         self.dataset, self.sampler = dataset, sampler
         self._batches: DataLoader[Sample] = DataLoader(
@@ -150,7 +176,7 @@ class SceneLoader:
 
 
 def build_loader(
-    dataset: SceneDataset,
+    dataset: Samples,
     *,
     batch_size: int,
     seed: int,
@@ -160,7 +186,7 @@ def build_loader(
     world: int = 1,
     drop_last: bool = False,
     start: tuple[int, int] = (0, 0),
-) -> SceneLoader:
+) -> SampleLoader:
     """Make a loader.
 
     Args:
@@ -200,7 +226,7 @@ def build_loader(
         world=world,
         drop_last=drop_last,
     )
-    loader = SceneLoader(dataset, sampler, workers=workers)
+    loader = SampleLoader(dataset, sampler, workers=workers)
     loader.set_epoch(*start)
     return loader
 

@@ -15,7 +15,7 @@ def mirror(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch: As in docs/design.md.
 
     Returns:
-        The same batch with other `images`, `boxes` and, where there are some, `segments`.
+        The same batch with other `images` and, where there are some, `boxes` and `segments`.
     """
     images, widths = batch["images"], batch["sizes"][:, 1]
     columns = torch.arange(images.shape[-1], device=images.device)
@@ -23,6 +23,8 @@ def mirror(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     source = torch.where(columns < widths[:, None], widths[:, None] - 1 - columns, columns)
     seen = source[:, None, None].expand_as(images)
     mirrored = {**batch, "images": images.gather(3, seen)}
+    if "boxes" not in batch:
+        return mirrored
     edge = widths[batch["image_of"]].to(batch["boxes"].dtype)
     x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)
     mirrored["boxes"] = torch.stack([edge - x2, y1, edge - x1, y2], dim=1)

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.build import open_data
 from kd.cli import run_command, set_up_logging
-from kd.config_reader import data_config
 from kd.context_pastes import Wanted, check_seams, make_sets
 from kd.context_report import report_detections, report_runs
+from kd.data_config import objects_config
 from kd.errors import UserError, at_least
+from kd.opened import open_objects
 from kd.report.table import print_table
 
 
@@ -44,7 +44,7 @@ def _make(args: argparse.Namespace) -> None:
     if not 0 <= args.min_share < args.max_share <= 1:
         raise UserError(f"--min-share {args.min_share} is not below --max-share {args.max_share}")
     wanted = Wanted(**{name: getattr(args, name) for name in Wanted.__dataclass_fields__})
-    about = make_sets(open_data(data_config(args.data, args.settings)), args.out, wanted)
+    about = make_sets(open_objects(objects_config(args.data, args.settings)), args.out, wanted)
     lift = about["mean_log_lift"]
     sys.stdout.write(
         f"{args.out}: {about['pairs']} objects of {about['classes']} classes in {about['scenes']} "

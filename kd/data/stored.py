@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd.data.crops import Crop
 from kd.data.store import Store
 from kd.data.transforms import Plan
 
@@ -61,13 +62,38 @@ class StoredField:
         side = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
             side, plan = MIRRORED, plan.of_mirrored(size)
+        values = self._read(object_ids, side)
+        if values.ndim == 4 and not plan.still:
+            values = move_maps(values, plan, size, frame)
+        return values
+
+    def cropped(
+        self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int], stride: int
+    ) -> Tensor:
+        """The output for a crop of a picture, (1, C, h, w) on a grid of its frame.
+
+        Args:
+            image: Id of the picture.
+            crop: What was cut out of it.
+            size: Height and width of the picture.
+            frame: Those of the crop.
+            stride: Pixels a place of the result.
+        """
+        side = ""
+        if crop.flip and f"{MIRRORED}values" in self.store.fields:
+            side, crop = MIRRORED, crop.of_mirrored(size)
+        values = self._read(np.array([image]), side)
+        if values.ndim != 4:
+            return values
+        grid = (-(-frame[0] // stride), -(-frame[1] // stride))
+        return resampled(values, crop.sources(), size, frame, grid)
+
+    def _read(self, ids: NDArray[np.int64], side: str) -> Tensor:
         names = [name for name in self.store.fields if name.startswith(MIRRORED) is bool(side)]
-        records = self.store.read(object_ids, names)
+        records = self.store.read(ids, names)
         values = torch.from_numpy(records[f"{side}values"])
         if f"{side}indices" in records:
             values = expand(values, torch.from_numpy(records[f"{side}indices"]), self.channels)
-        if values.ndim == 4 and not plan.still:
-            values = move_maps(values, plan, size, frame)
         return values
 
 
@@ -83,15 +109,38 @@ def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Te
     Returns:
         (K, C, h, w), of the same type; what comes in from outside the frame repeats its edge.
     """
-    height, width = maps.shape[2:]
-    down = (torch.arange(height, dtype=torch.float64) + 0.5) * (frame / height)
-    right = (torch.arange(width, dtype=torch.float64) + 0.5) * (frame / width)
+    square = (frame, frame)
+    return resampled(maps, plan.sources(size), square, square, (maps.shape[2], maps.shape[3]))
+
+
+def resampled(
+    maps: Tensor,
+    sources: NDArray[np.float64],
+    size: tuple[int, int],
+    frame: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor:
+    """Read maps over a picture at the places that another frame's places come from.
+
+    Args:
+        maps: (K, C, h, w) over the picture.
+        sources: (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in those of the picture.
+        size: Height and width of the picture.
+        frame: Those of the frame.
+        grid: Places of the result over the frame.
+
+    Returns:
+        (K, C, *grid), of the same type; what comes from outside the picture repeats its edge.
+    """
+    down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
+    right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])
     y, x = torch.meshgrid(down, right, indexing="ij")
     places = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # (h, w, 3)
-    came_from = places @ torch.from_numpy(plan.sources(size)).T
-    grid = (came_from / frame * 2 - 1).float()[None].expand(len(maps), -1, -1, -1)
+    came_from = places @ torch.from_numpy(sources).T
+    whole = torch.tensor([size[1], size[0]], dtype=torch.float64)
+    shares = (came_from / whole * 2 - 1).float()[None].expand(len(maps), -1, -1, -1)
     moved = F.grid_sample(
-        maps.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+        maps.float(), shares, mode="bilinear", padding_mode="border", align_corners=False
     )
     return moved.to(maps.dtype)
 

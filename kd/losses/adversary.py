@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from kd.losses._checks import comparable, not_negative
+from kd.losses._checks import comparable, mask_fits, not_negative
 from kd.losses.holistic import Critic, critic_loss, holistic
 
 
@@ -43,6 +44,31 @@ class Adversary(nn.Module):
     def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
         """The critic's loss."""
         return critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
+
+
+def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """The student's maps with the teacher's at void places, where a critic finds no difference.
+
+    A critic judges whole maps, which have no holes: give both losses of `Adversary` this map for
+    the student's. The student learns nothing at void places; what it learns beside them depends
+    on what the critic sees there, which is the teacher's. Liu et al., 2019,
+    https://arxiv.org/abs/1903.04197, do not mention such places.
+
+    Args:
+        student: Logits, (N, C, h, w).
+        teacher: Logits, (N, C, h, w).
+        valid: Places that have a class, bool (N, h, w).
+
+    Returns:
+        Logits, (N, C, h, w), in the wider of the two types, so that the teacher's keep all their
+        digits. A gradient reaches the student's valid places alone, and never the teacher.
+
+    Raises:
+        UserError: Shapes or devices that differ, integers, or a mask that is not bool.
+    """
+    comparable("holistic", student, teacher, dimensions=4)
+    mask_fits("holistic", "valid", valid, student, beside="student")
+    return torch.where(valid[:, None], student, teacher.detach())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses._checks import floating, one_device, positive, wide_type
+from kd.losses._checks import floating, mask_fits, one_device, positive, wide_type
 
 
 def pair_wise(
-    student: Tensor, teacher: Tensor, *, kernel: int | tuple[int, int] = 2, pool: str = "max"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kernel: int | tuple[int, int] = 2,
+    pool: str = "max",
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Squared difference of the cosine affinities between all pairs of nodes.
 
@@ -30,42 +36,73 @@ def pair_wise(
         kernel: Pooling window and stride, in places, or (height, width); 1 pools nothing. The last
             window may hang over the edge.
         pool: "max" or "average".
+        valid: Places that take part, bool (N, H, W); all of them where not given. A node is pooled
+            from its valid places; one without any does not count, in `h*w` either.
 
     Returns:
-        Scalar, the mean over N; 0 with a zero gradient where N is 0.
+        Scalar, the mean over N, or over the images with a valid place; 0 with a zero gradient where
+        there are none.
 
     Raises:
         UserError: Grids, batches or devices that differ, integers, an unknown pooling, a kernel
-            below 1.
+            below 1, or a mask that is not bool.
     """
     _check(student, teacher, kernel, pool)
+    if valid is not None:
+        mask_fits("pair_wise", "valid", valid, student, beside="student")
     # Half precision would drown the small differences, and the cancellation of the channel form.
     wide = wide_type(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
-        nodes_student = _nodes(student.to(wide), kernel, pool)  # (N, Cs, h*w)
-        nodes_teacher = _nodes(teacher.to(wide), kernel, pool)  # (N, Ct, h*w)
-        count = nodes_student.shape[2]
-        channels = nodes_student.shape[1], nodes_teacher.shape[1]
-        across = channels[0] ** 2 + channels[0] * channels[1] + channels[1] ** 2
-        if across < count * sum(channels):
-            total = _by_channels(nodes_student, nodes_teacher)
-        else:
-            total = _by_nodes(nodes_student, nodes_teacher)
-        return total / (count**2 * max(len(student), 1))
+        nodes = [_nodes(side.to(wide), kernel, pool, valid) for side in (student, teacher)]
+        if valid is not None:
+            return _summed(*nodes) / valid.flatten(1).any(dim=1).sum().clamp(min=1)
+        return _summed(*nodes) / (nodes[0].shape[2] ** 2 * max(len(student), 1))
 
 
-def _nodes(features: Tensor, kernel: int | tuple[int, int], pool: str) -> Tensor:
-    """Pooled and normalised, one unit column per node: (N, C, h*w)."""
-    window = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+def _nodes(
+    features: Tensor, kernel: int | tuple[int, int], pool: str, valid: Tensor | None
+) -> Tensor:
+    """Pooled and normalised, one unit column per node: (N, C, h*w).
+
+    With a mask, nodes that do not count are columns of zeros, which have the affinity 0 on both
+    sides. The columns of an image with n others are divided by the root of n: that divides its sum
+    by n^2, in either form.
+    """
+    window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
+    if valid is None:
+        return F.normalize(_pooled(features, window, pool).flatten(2), dim=1)
+    void = ~valid[:, None]  # (N, 1, H, W)
+    pooled = _pooled(features.masked_fill(void, 0.0), window, pool, void)
+    counts = F.max_pool2d(valid[:, None].to(features), window, window, ceil_mode=True) > 0
+    columns = F.normalize(pooled.masked_fill(~counts, 0.0).flatten(2), dim=1)
+    number = counts.sum(dim=(2, 3)).clamp(min=1).to(features)  # (N, 1)
+    return columns * number.rsqrt()[..., None]
+
+
+def _pooled(
+    features: Tensor, window: tuple[int, int], pool: str, void: Tensor | None = None
+) -> Tensor:
+    """What each window holds: (N, C, h, w). Void places hold 0 already."""
     if window == (1, 1):
-        pooled = features
-    elif pool == "max":
-        # A maximum overlooks -inf, which must show: the second term is 0, or NaN.
-        pooled = F.max_pool2d(features, window, window, ceil_mode=True)
-        pooled = pooled + 0.0 * features.detach().sum()
-    else:
-        pooled = F.avg_pool2d(features, window, window, ceil_mode=True)
-    return F.normalize(pooled.flatten(2), dim=1)
+        return features
+    if pool == "average":
+        # Zeros shorten an average but do not turn it, and a node is a direction.
+        # Nothing is padded; but told that it counts, torch.compile's backward pass divides windows
+        # over the edge by their full size: https://github.com/pytorch/pytorch/issues/198119.
+        return F.avg_pool2d(features, window, window, ceil_mode=True, count_include_pad=False)
+    seen = features if void is None else features.masked_fill(void, -math.inf)
+    # A maximum overlooks -inf, which must show: the second term is 0, or NaN.
+    largest = F.max_pool2d(seen, window, window, ceil_mode=True)
+    return largest + 0.0 * features.detach().sum()
+
+
+def _summed(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of all images, by the form that takes fewer products."""
+    channels = student.shape[1], teacher.shape[1]
+    across = channels[0] ** 2 + channels[0] * channels[1] + channels[1] ** 2
+    if across < student.shape[2] * sum(channels):
+        return _by_channels(student, teacher)
+    return _by_nodes(student, teacher)
 
 
 def _by_nodes(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ would other pictures? Objects of one picture share their scene, so pictures are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,13 +96,39 @@ def paired_bootstrap(
         with np.errstate(invalid="ignore"):  # 0 / 0: the resample lacks the class
             return np.asarray(np.nanmean(gap / drawn, axis=1), dtype=np.float64)
 
-    images = len(support)
-    mean = float(difference(np.ones((1, images)))[0])
+    return drawn_again(difference, len(support), samples=samples, seed=seed, level=level)
+
+
+def drawn_again(
+    number: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    images: int,
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of any number that follows from how often each image counts.
+
+    Args:
+        number: Counts of the images, (R, images), to the number of each row, (R,); rows that are
+            NaN, as where a class is lacking, are left out.
+        images: How many there are.
+        samples: How many times all of them are drawn with replacement.
+        seed: The same seed draws the same images.
+        level: Coverage.
+
+    Returns:
+        The number as observed and its bounds, NaN where there is one image only.
+    """
+    mean = float(number(np.ones((1, images)))[0])
     if images < 2:
         return Interval(mean, np.nan, np.nan)
-    drawn = [difference(counts) for counts in _resamples(images, samples, seed)]
+    drawn = np.concatenate([number(counts) for counts in _resamples(images, samples, seed)])
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn):
+        return Interval(mean, np.nan, np.nan)
     tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(mean, float(low), float(high))
 
 

@@ -14,6 +14,8 @@ from torchvision import models
 
 from kd.catalog import look_up, suggestion
 from kd.errors import UserError
+from kd.nn.finer import keep_stride
+from kd.nn.slim import slim
 from kd.nn.weights import load_trunk_weights, widen_first_convolution
 
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
@@ -34,6 +36,7 @@ class Trunk(nn.Module):
         stride: Pixels per place of the output.
         level_strides: Strides of what `forward_levels` returns, finest first.
         level_channels: Channels of the same.
+        step_strides: Strides after each of `steps`.
     """
 
     def __init__(self, name: str, classifier: nn.Module) -> None:
@@ -55,6 +58,9 @@ class Trunk(nn.Module):
         self.level_strides: tuple[int, ...] = ()
         self.level_channels: tuple[int, ...] = ()
         self.measure()
+        self._published_strides = dict(
+            zip((path for path, _ in self.steps()), self.step_strides, strict=True)
+        )
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that run one after the other, with their paths."""
@@ -81,7 +87,7 @@ class Trunk(nn.Module):
             return [self._token_grid(images)]
         features = self._to_half_range(images)
         kept: dict[int, Tensor] = {}
-        for (_, step), stride in zip(self.steps(), self._step_strides, strict=True):
+        for (_, step), stride in zip(self.steps(), self.step_strides, strict=True):
             features = step(features)
             kept[stride] = features
         maps = [kept[stride] for stride in self.level_strides]
@@ -89,6 +95,28 @@ class Trunk(nn.Module):
         if self.channels_last:
             maps[:-1] = [one.permute(0, 3, 1, 2) for one in maps[:-1]]
         return maps
+
+    def forward_with(self, images: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """`forward`'s map, and the map after the step of this path; not of a transformer."""
+        features = self._to_half_range(images)
+        kept = features
+        for name, step in self.steps():
+            features = step(features)
+            kept = features if name == path else kept
+        kept = kept.permute(0, 3, 1, 2) if self.channels_last else kept
+        return self._finish(features), kept
+
+    def middle(self) -> tuple[str, int]:
+        """Path and channels of the last step before the published trunk's coarsest grid.
+
+        Where a coarser grid was kept from coming about, the step is the same.
+        """
+        paths = [path for path, _ in self.steps()]
+        coarsest = max(self._published_strides[path] for path in paths)
+        finer = [path for path in paths if self._published_strides[path] < coarsest]
+        if not finer:
+            raise UserError(f"{self.name} has one grid only, and nothing before it")
+        return finer[-1], self._step_channels[paths.index(finer[-1])]
 
     def measure(self) -> None:
         """Find channels and strides by running shapes, without data, through the trunk."""
@@ -98,7 +126,8 @@ class Trunk(nn.Module):
             PROBE // side if self.tokens else 2 ** round(math.log2(PROBE / side))
             for _, side in shapes
         ]
-        self._step_strides = tuple(strides)
+        self.step_strides = tuple(strides)
+        self._step_channels = tuple(channels for channels, _ in shapes)
         self.channels, self.stride = shapes[-1][0], strides[-1]
         last_of = {stride: channels for stride, (channels, _) in zip(strides, shapes, strict=True)}
         self.level_strides = tuple(sorted(stride for stride in last_of if stride > 1))
@@ -187,6 +216,8 @@ def build_trunk(
     in_channels: int = 3,
     grey: bool = False,
     stride: int | None = None,
+    dilate: bool = False,
+    width: float = 1.0,
     until: str | None = None,
 ) -> Trunk:
     """A torchvision classifier by name, as a feature trunk.
@@ -199,19 +230,20 @@ def build_trunk(
         grey: Whether the first channel is a grey picture rather than the red of one.
         stride: Keep the output at this stride at most, by giving later steps stride 1. The
             receptive field shrinks with it: for small images and training from scratch.
+        dilate: Keep the receptive field instead: convolutions after a stride that was taken away
+            are dilated by it, and pretrained weights see what they have learned to see.
+        width: Share of the channels of every convolution; weights of files do not fit then.
         until: Path of the last step that is kept, as "layer2"; all without it.
 
     Raises:
         UserError: Unknown name, a file that does not fit, a stride that the family cannot keep.
     """
-    known = {one: one for one in models.list_models(module=models)}
-    look_up(known, name, what="torchvision classifier")
-    if name.startswith("maxvit"):
-        raise UserError(f"{name} works at one input size only and cannot serve as a trunk")
-    options: dict[str, object] = {"weights": None}
-    if name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    trunk = Trunk(name, models.get_model(name, **options))
+    if width != 1.0 and weights is not None:
+        raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
+    classifier = _classifier(name)
+    if width != 1.0:
+        slim(classifier, width, what=name)
+    trunk = Trunk(name, classifier)
     if weights == "imagenet":
         state = models.get_model_weights(name)["DEFAULT"].get_state_dict(progress=False)
         load_trunk_weights(trunk, state, source=f"torchvision's weights of {name}")
@@ -220,47 +252,27 @@ def build_trunk(
     if in_channels != 3:
         widen_first_convolution(trunk, in_channels, pretrained=weights is not None, grey=grey)
     if stride is not None:
-        _keep_stride(trunk, stride)
+        keep_stride(trunk, stride, dilate=dilate)
     if until is not None:
         trunk.cut(until)
     return trunk
 
 
-def _keep_stride(trunk: Trunk, stride: int) -> None:
-    """Give stride 1 to the steps that would bring the output beyond `stride` pixels a place."""
-    if stride not in trunk.level_strides:
-        known = ", ".join(map(str, trunk.level_strides))
-        raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
-    for (path, _), own in list(zip(trunk.steps(), trunk._step_strides, strict=True)):
-        if own > stride:
-            _drop_pooling(trunk, path)
-        for module in trunk.get_submodule(path).modules() if own > stride else ():
-            shrinks = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
-            if not shrinks or module.stride in (1, (1, 1)):
-                continue
-            padded = isinstance(module, nn.Conv2d) and all(
-                2 * pad == side - 1
-                for pad, side in zip(module.padding, module.kernel_size, strict=True)
-                if isinstance(pad, int)
-            )
-            if not padded:
-                raise UserError(
-                    f"{trunk.name}: cannot keep stride {stride}, because {path} shrinks the map "
-                    f"by a {type(module).__name__}; up-sample the input instead"
-                )
-            module.stride = (1, 1)  # type: ignore[assignment]
-    trunk.measure()
-    if trunk.stride != stride:
-        raise UserError(f"{trunk.name}: cannot keep stride {stride}; up-sample the input instead")
+def _classifier(name: str) -> nn.Module:
+    """One of torchvision's classifiers at random weights.
 
-
-def _drop_pooling(trunk: Trunk, path: str) -> None:
-    """Leave out a step's pooling of windows side by side: only the grid is finer without it."""
-    for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
-        pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
-        if pools and module.kernel_size == module.stride and module.padding in (0, (0, 0)):
-            parent, _, child = inner.rpartition(".")
-            setattr(trunk.get_submodule(parent), child, nn.Identity())
+    Raises:
+        UserError: No such name, or one that cannot serve.
+    """
+    known = {one: one for one in models.list_models(module=models)}
+    look_up(known, name, what="torchvision classifier")
+    if name.startswith("maxvit"):
+        raise UserError(f"{name} works at one input size only and cannot serve as a trunk")
+    options: dict[str, object] = {"weights": None}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    classifier: nn.Module = models.get_model(name, **options)
+    return classifier
 
 
 def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Files of torchvision weights into a trunk; nothing here runs code from a file."""
+"""Files of weights into a trunk or a network; nothing here runs code from a file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from kd.errors import UserError
 HEAD_PREFIXES = ("classifier.", "fc.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
 # torchvision's densenet files are older than its module names: "norm.1" there is "norm1" here.
 OLD_DENSE = ("norm.1.", "norm.2.", "relu.1.", "relu.2.", "conv.1.", "conv.2.")
+
+_PARALLEL = "module."  # what torch's data-parallel wrappers put before every name
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -53,7 +55,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, source: str) -> None:
+def load_trunk_weights(
+    trunk: nn.Module,
+    weights: Path | Mapping[str, Any],
+    *,
+    source: str,
+    what: str | None = None,
+) -> None:
     """Load torchvision weights; strict, but for the classifier's keys.
 
     Of a bigger model, a context teacher say, the part with the trunk's names is taken.
@@ -62,6 +70,7 @@ def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, s
         trunk: What to load into.
         weights: A file, a run's folder, or a state dict.
         source: What to call the weights in a message.
+        what: What to call the trunk there, by default its `name` or its class.
 
     Raises:
         UserError: Keys are missing or unexpected, or shapes differ; names the first few.
@@ -70,6 +79,42 @@ def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, s
     expected = trunk.state_dict()
     state = _part({_modern(key): value for key, value in state.items()}, set(expected))
     state = {key: v for key, v in state.items() if not key.startswith(HEAD_PREFIXES)}
+    what = what or str(getattr(trunk, "name", type(trunk).__name__))
+    _same_names(state, expected, source=source, what=what)
+    _take_positions(trunk, state)
+    _same_shapes(state, trunk.state_dict(), source=source, what=what)
+    trunk.load_state_dict(state, strict=False)
+
+
+def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
+    """Load all weights of a network from a file; strict.
+
+    Args:
+        network: What to load into.
+        file: `model.safetensors` of a run, the run's folder, or a torch file of a state dict, which
+            may lie under "state_dict" or "model" and have "module." before its names. None leaves
+            the network as it is.
+        what: What to call the network in a message.
+
+    Raises:
+        UserError: The file cannot be read; tensors are missing or unexpected, or of other shapes,
+            those of a classifier of another number of classes say; names the first few.
+    """
+    if file is None:
+        return
+    state = read_weights(Path(file))
+    if state and all(key.startswith(_PARALLEL) for key in state):
+        state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
+    expected = network.state_dict()
+    _same_names(state, expected, source=file, what=what)
+    _same_shapes(state, expected, source=file, what=what)
+    network.load_state_dict(state, strict=False)  # a batch norm's counter may be missing
+
+
+def _same_names(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str
+) -> None:
+    """Refuse missing and unexpected tensors."""
     # Batch norm's counters came after some of the files did, and change nothing in use.
     missing = [
         key for key in expected if key not in state and not key.endswith("num_batches_tracked")
@@ -81,19 +126,27 @@ def load_trunk_weights(trunk: nn.Module, weights: Path | Mapping[str, Any], *, s
     if unexpected:
         mistakes.append(f"unexpected {_few(unexpected)}")
     if mistakes:
-        name = getattr(trunk, "name", type(trunk).__name__)
-        raise UserError(f"{source} does not fit {name}: {'; '.join(mistakes)}")
-    _take_positions(trunk, state)
-    expected = trunk.state_dict()
-    wrong = [
-        f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
-        for key, value in state.items()
-        if value.shape != expected[key].shape
-    ]
-    if wrong:
-        name = getattr(trunk, "name", type(trunk).__name__)
-        raise UserError(f"{source} does not fit {name}: shapes differ: {_few(wrong)}")
-    trunk.load_state_dict(state, strict=False)
+        raise UserError(f"{source} does not fit {what}: {'; '.join(mistakes)}")
+
+
+def _same_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str
+) -> None:
+    """Refuse tensors of other shapes; a classifier of other classes is called so."""
+    wrong = {key: (value.shape, expected[key].shape) for key, value in state.items()}
+    wrong = {key: (there, here) for key, (there, here) in wrong.items() if there != here}
+    if not wrong:
+        return
+    shapes = [f"{key} {tuple(there)} for {tuple(here)}" for key, (there, here) in wrong.items()]
+    classes = next(
+        (
+            f"; the file is of {there[0]} classes, the network of {here[0]}"
+            for key, (there, here) in wrong.items()
+            if "classifier" in key and len(there) > 1 and there[1:] == here[1:]
+        ),
+        "",
+    )
+    raise UserError(f"{source} does not fit {what}: shapes differ: {_few(shapes)}{classes}")
 
 
 def widen_first_convolution(

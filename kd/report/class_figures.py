@@ -109,6 +109,24 @@ def confusion_figure(
         more: Columns for the most frequent answers outside of them; the rest share the last one.
     """
     matrix = confusion_matrix(records)
+    rows = [f"{name} ({n})" for name, n in zip(names, matrix.sum(axis=1), strict=True)]
+    figure = matrix_figure(matrix, names, rows, most=most, more=more)
+    figure.axes[0].set_ylabel("hidden (val objects)")
+    return figure
+
+
+def matrix_figure(
+    matrix: Array, names: Sequence[str], rows: Sequence[str], *, most: int = 20, more: int = 6
+) -> Figure:
+    """Shares of each row of a confusion matrix; the y axis is for the caller to name.
+
+    Args:
+        matrix: (C, C) counts, by true class (rows) and answer (columns).
+        names: C names of the answers.
+        rows: C names of the true classes.
+        most: How many classes have a row and a column, the most frequent first.
+        more: Columns for the most frequent answers outside of them; the rest share the last one.
+    """
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
     said = matrix[order].sum(axis=0)
@@ -131,15 +149,10 @@ def confusion_figure(
         share = shares[row, column]
         axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
                   color="white" if share > _DARK else INK)  # fmt: skip
-    labels = [names[c] for c in order]
     answers = [*(names[c] for c in columns), "any other"][: table.shape[1]]
     axes.set_xticks(np.arange(len(answers)), answers, rotation=90, fontsize=7.5)
-    axes.set_yticks(
-        np.arange(len(labels)),
-        [f"{name} ({n})" for name, n in zip(labels, support[order], strict=True)],
-        fontsize=7.5,
-    )
-    axes.set(xlabel="the model says (% of the row)", ylabel="hidden (val objects)")
+    axes.set_yticks(np.arange(len(order)), [rows[c] for c in order], fontsize=7.5)
+    axes.set_xlabel("the model says (% of the row)")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=INK)
     return figure

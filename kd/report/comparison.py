@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kd.errors import UserError
-from kd.metrics import scores
-from kd.metrics.interval import Interval, bootstrap, paired_bootstrap, paired_interval
+from kd.metrics.interval import Interval, paired_interval
+from kd.metrics.kinds import kind_of
 from kd.metrics.records import Records
 
 # Everything that is not listed here is an accuracy, shown in percent.
@@ -47,43 +47,32 @@ def compare(
     values = tuple(value_of(name, run) for run in runs)
     if twins is None:
         return Comparison(name, arm, values)
-    by_seed = tuple(_over_images(name, twin, run) for twin, run in zip(twins, runs, strict=True))
+    for twin in twins:
+        value_of(name, twin)
+    by_seed = tuple(
+        kind_of(run).difference(run, twin, name) for twin, run in zip(twins, runs, strict=True)
+    )
     if len(by_seed) == 1:
         return Comparison(name, arm, values, by_seed[0], by_seed)
     return Comparison(name, arm, values, paired_interval([i.mean for i in by_seed]), by_seed)
-
-
-def _over_images(name: str, twin: Records, run: Records) -> Interval:
-    if name == "ece":  # No mean over objects: bounds would need the bins drawn again.
-        return Interval(value_of(name, run) - value_of(name, twin), float("nan"), float("nan"))
-    a, b = scores.measure(twin, name), scores.measure(run, name)
-    assert a is not None and b is not None  # _value has seen both
-    images = run["image_ids"][b.selected]
-    return paired_bootstrap(a.values, b.values, images, classes=b.classes)
 
 
 def value_of(name: str, records: Records) -> float:
     """A metric that must be there.
 
     Raises:
-        UserError: There is no such metric, or no object counts for it.
+        UserError: There is no such metric, or nothing counts for it.
     """
-    number = scores.value(records, name)
+    kind = kind_of(records)
+    number = kind.value(records, name)
     if number is None:
-        raise UserError(f"metric {name!r}: none of these objects counts for it")
+        raise UserError(f"metric {name!r}: none of these {kind.things} counts for it")
     return number
 
 
 def interval_of(name: str, records: Records) -> Interval | None:
-    """A metric of one run with its 95 % interval over images; None where none can be had.
-
-    `ece` is no mean over objects: its bounds would need the bins drawn again.
-    """
-    found = None if name == "ece" else scores.measure(records, name)
-    if found is None:
-        return None
-    images = records["image_ids"][found.selected]
-    return bootstrap(found.values, images, classes=found.classes)
+    """A metric of one run with its 95 % interval over images; None where none can be had."""
+    return kind_of(records).interval(records, name)
 
 
 def label_of(name: str) -> str:

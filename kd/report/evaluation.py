@@ -36,7 +36,7 @@ COLUMNS = (
 )
 RANDOM = "random"
 # Side by side there is room for the bounds of these.
-_BOUNDED = ("top1", "top5", "nll")
+_BOUNDED = ("top1", "top5", "nll", "mIoU")
 _COUNTS = ("count", "classes")
 _OVER_IMAGES = "[low, high]: 95 % interval, images drawn again"
 
@@ -101,8 +101,8 @@ def side_by_side_table(rows: Sequence[Scored], title: str, notes: Sequence[str] 
             cells.append(" ".join(filter(None, [number_cell(name, one.values.get(name)), bounds])))
         lines.append(tuple(cells))
     runs = sum(bool(one.intervals) for one in rows)
-    groups = (tuple(lines[:runs]), tuple(lines[runs:]))
-    units = "accuracies in percent, nll in nats"
+    groups = tuple(group for group in (tuple(lines[:runs]), tuple(lines[runs:])) if group)
+    units = "accuracies in percent, nll in nats" if "nll" in names else "in percent"
     return Table(title, ("run", *names), groups, (units, _OVER_IMAGES, *notes))
 
 

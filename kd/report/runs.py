@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import numpy as np
 import yaml
 
 from kd.errors import UserError
-from kd.metrics.records import BY_CLASS, Records, check_records
+from kd.metrics.kinds import check_same, kind_of
+from kd.metrics.records import Records
+from kd.run_folder import class_names
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def read_run(folder: str | Path) -> Run:
         folder=path,
         config=_read_mapping(path / "config.yaml"),
         summary=_read_mapping(path / "summary.json"),
-        records=read_predictions(path / "predictions.npz"),
+        records=read_predictions(path / "predictions.npz", class_names(path)),
     )
 
 
@@ -114,9 +116,14 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
     """Runs by the shortest part of their paths that tells them apart, such as `seed0/plain`."""
-    parts = [run.folder.parts for run in runs]
-    if len(runs) == 1:
-        return {runs[0].name: runs[0]}
+    return dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest part of each path that tells different folders apart."""
+    parts = [folder.parts for folder in folders]
+    if len(folders) == 1:
+        return [folders[0].name]
     first, shortest = parts[0], min(map(len, parts))
     ahead = behind = 0
     while ahead < shortest - 1 and all(path[ahead] == first[ahead] for path in parts):
@@ -125,8 +132,7 @@ def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
         path[-1 - behind] == first[-1 - behind] for path in parts
     ):
         behind += 1
-    names = [path[ahead : len(path) - behind] for path in parts]
-    return {str(Path(*name)): run for name, run in zip(names, runs, strict=True)}
+    return [str(Path(*path[ahead : len(path) - behind])) for path in parts]
 
 
 def is_distill(folder: str | Path) -> bool:
@@ -149,7 +155,7 @@ def read_distill(folder: str | Path) -> DistillRuns:
         raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
     runs_of = (place.glob("*/config.yaml") for place in found.values())
     names = {file.parent.name for files in runs_of for file in files}
-    arms = sorted({"plain", *names}, key=_arm_order)
+    arms = _in_order({"plain", *names}, path / "config.yaml")
     lacking = {seed: _unfinished(place, arms) for seed, place in found.items()}
     if all(lacking.values()):
         first = next(iter(found))
@@ -168,33 +174,22 @@ def _unfinished(place: Path, arms: Sequence[str]) -> str | None:
 
 
 def check_same_objects(runs: Sequence[Run]) -> None:
-    """Refuse to compare runs that did not score the same objects with the same labels.
+    """Refuse to compare runs that did not score the same objects or pictures by the same truth.
 
     Raises:
         UserError: Naming the first run that differs from the first of all, and how.
     """
     first = runs[0]
-    ids, labels = first.records["object_ids"], first.records["labels"]
     for run in runs[1:]:
-        other = run.records["object_ids"]
-        pair = f"{run.folder} and {first.folder}"
-        if not np.array_equal(ids, other):
-            common = len(np.intersect1d(ids, other))
-            raise UserError(
-                f"{pair} scored different objects ({len(other)} and {len(ids)}, {common} in both): "
-                "other data, another split or other limits of share; evaluate both on the same"
-            )
-        if run.records["log_probs"].shape != first.records["log_probs"].shape:
-            raise UserError(
-                f"{pair} know different numbers of classes: "
-                f"{run.records['log_probs'].shape[1]} and {first.records['log_probs'].shape[1]}"
-            )
-        if wrong := int((run.records["labels"] != labels).sum()):
-            raise UserError(f"{pair} disagree on the labels of {wrong} objects: other data")
+        check_same(run.records, first.records, f"{run.folder} and {first.folder}")
 
 
-def read_predictions(path: str | Path) -> Records:
-    """Read and check a `predictions.npz`; objects come back in order of their id.
+def read_predictions(path: str | Path, names: Sequence[str] | None = None) -> Records:
+    """Read and check a `predictions.npz` of any kind; its rows come back in order of their id.
+
+    Args:
+        path: The file.
+        names: Those of the classes; metrics of single classes are known by them.
 
     Raises:
         UserError: The file is missing, cut off, or holds no predictions.
@@ -208,11 +203,14 @@ def read_predictions(path: str | Path) -> Records:
         raise UserError(f"{path}: no such file") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged, or no predictions: {error}") from error
-    check_records(records, str(path))
-    ids, order = np.unique(records["object_ids"], return_index=True)
-    if len(ids) != len(records["object_ids"]):
-        raise UserError(f"{path}: {len(records['object_ids']) - len(ids)} objects occur twice")
-    return {name: part if name in BY_CLASS else part[order] for name, part in records.items()}
+    kind = kind_of(records)
+    if names is not None and "names" in kind.by_class:
+        records["names"] = np.array(names)
+    kind.check(records, str(path))
+    ids, order = np.unique(records[kind.ids], return_index=True)
+    if twice := len(records[kind.ids]) - len(ids):
+        raise UserError(f"{path}: {twice} {kind.things} occur twice")
+    return {name: part if name in kind.by_class else part[order] for name, part in records.items()}
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -268,10 +266,12 @@ def _seed_folders(path: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), place) for name, place in named if name))
 
 
-def _arm_order(arm: str) -> tuple[int, str]:
-    """Plain and distilled first, the controls behind them by name."""
-    first = ("plain", "distilled")
-    return (first.index(arm) if arm in first else len(first), arm)
+def _in_order(arms: Collection[str], config: Path) -> list[str]:
+    """As the recipe lists its arms, then those of its ablations; others behind them by name."""
+    recipe = _read_mapping(config) if config.is_file() else {}
+    known = ["plain", *recipe.get("arms", ("distilled",))]
+    known += [arm for ablation in recipe.get("ablations", {}).values() for arm in ablation]
+    return sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm))
 
 
 def _runs_below(path: Path, *, show: int = 4) -> str:

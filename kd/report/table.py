@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import rich.box
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kd.errors import UserError
-from kd.metrics import scores
+from kd.metrics.kinds import kind_of
 from kd.metrics.records import Records, prior_records
 from kd.report.comparison import (
     Comparison,
@@ -25,15 +26,6 @@ from kd.report.comparison import (
     value_of,
 )
 
-METRICS = (
-    "top1",
-    "mean_class_top1",
-    "top5",
-    "nll",
-    "ece",
-    "lookalike_top1",
-    "lookalike_pair_top1",
-)
 CLEAR = "*: the 95 % interval does not touch zero"
 _OVER_IMAGES = "the 95 % interval of images drawn again"
 
@@ -99,6 +91,19 @@ def print_table(table: Table, stream: TextIO | None = None) -> None:
     Console(file=stream).print(drawn)
 
 
+def write_markdown(tables: Sequence[Table], path: Path) -> None:
+    """Write tables one below the other.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def distill_table(
     arms: Mapping[str, Sequence[Records]],
     seeds: Sequence[int],
@@ -110,9 +115,9 @@ def distill_table(
     """Each arm against its plain twin: mean over seeds with a t interval, then each seed alone.
 
     Args:
-        arms: Arm -> predictions, one a seed; all of the same objects, in the columns' order.
+        arms: Arm -> predictions, one a seed, in the columns' order; all answer the same.
         seeds: One number for each place of those lists.
-        metrics: Rows; by default those of `METRICS` that these objects allow.
+        metrics: Rows; by default those of the answers' kind that can be had.
         title: Above the table.
         baseline: The arm that others are compared with.
 
@@ -161,9 +166,9 @@ def runs_table(
     """Single runs side by side, each compared with the first over the same images.
 
     Args:
-        runs: Name -> predictions, all of the same objects.
+        runs: Name -> predictions, all of the same objects or pictures.
         ceilings: Metric -> what the exact posterior reaches, where it is known.
-        metrics: Rows; by default those of `METRICS` that these objects allow.
+        metrics: Rows; by default those of the answers' kind that can be had.
         title: Above the table.
 
     Raises:
@@ -182,7 +187,7 @@ def runs_table(
         ]
         cells = list(_row(label_of(name), line, seed=None))
         if prior is not None:
-            number = None if name == "ece" else scores.value(prior, name)
+            number = None if name == "ece" else kind_of(prior).value(prior, name)
             cells.append(number_cell(name, number))
         if ceilings:
             cells.append(number_cell(name, ceilings.get(name)))
@@ -201,7 +206,8 @@ def runs_table(
 def _chosen(metrics: Sequence[str] | None, records: Records) -> list[str]:
     """The metrics asked for, checked; or those of the default that these records allow."""
     if metrics is None:
-        return [name for name in METRICS if scores.value(records, name) is not None]
+        kind = kind_of(records)
+        return [name for name in kind.rows if kind.value(records, name) is not None]
     for name in metrics:
         value_of(name, records)
     return list(dict.fromkeys(metrics))
@@ -228,7 +234,7 @@ def _prior_note(names: Sequence[str], records: Records) -> list[str]:
     prior = prior_records(records)
     if prior is None:
         return []
-    known = [(name, scores.value(prior, name)) for name in names if name != "ece"]
+    known = [(name, kind_of(prior).value(prior, name)) for name in names if name != "ece"]
     return [
         "class prior: "
         + ", ".join(f"{label_of(n)} {number_cell(n, number)}" for n, number in known)

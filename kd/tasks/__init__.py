@@ -5,6 +5,7 @@ from kd.tasks.context import Context, ContextPixels
 from kd.tasks.context_map import ContextMap
 from kd.tasks.context_scene import ContextScene
 from kd.tasks.scene_labels import SceneLabels
+from kd.tasks.segmentation import Segmentation
 from kd.tasks.tokens import SceneTokens
 
 TASKS = {
@@ -15,4 +16,5 @@ TASKS = {
     "context_scene": ContextScene,
     "classification": Classification,
     "scene_labels": SceneLabels,
+    "segmentation": Segmentation,
 }

@@ -6,7 +6,7 @@ ones that are asked about, one row of output each. Label -1 means withheld.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd.metrics.segmentation import VOID
 from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
 
@@ -86,6 +87,11 @@ class Metric(Collector, Protocol):
         ...
 
 
+# What losses and terms are means of, see `count_units`: about hidden objects, about pixels.
+_OBJECT_UNITS = ("hidden", "images", "labelled", "labelled_images")
+_PIXEL_UNITS = ("images", "valid_images", "pixels")
+
+
 class Task(Protocol):
     """One kind of problem. A task is frozen and holds no model."""
 
@@ -131,6 +137,11 @@ def image_rows(batch: Batch) -> Tensor:
     return batch["image_of"][batch["hidden"]]
 
 
+def about_objects(batch: Batch) -> bool:
+    """Whether a batch's rows are its hidden objects; otherwise they are its images."""
+    return "hidden" in batch
+
+
 def hidden_boxes(batch: Batch) -> Tensor:
     """Boxes of the hidden objects, (K, 4)."""
     return batch["boxes"][batch["hidden"]]
@@ -168,20 +179,24 @@ def stride_of(pixels: int, places: int) -> int:
     return -(-pixels // places)
 
 
-def count_units(batch: Batch, units: set[str]) -> dict[str, Tensor]:
+def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
     """How much of each unit a batch holds; from the batch alone, before any model runs.
 
-    `ring` is the area of all rings in pixels; its scale cancels in the engine, which only compares
-    counts of one unit.
+    `masks` are names of further units. `ring` is the area of all rings in pixels; its scale
+    cancels in the engine, which only compares counts of one unit.
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
-    for unit in sorted(units):
+    for unit in (*(_OBJECT_UNITS if about_objects(batch) else _PIXEL_UNITS), *sorted(masks)):
         if unit == "images":
             count = torch.full((), float(len(batch["images"])), device=device)
         elif unit == "hidden":
             # Filled there: a copy to a GPU would wait for all that it still has to do.
             count = torch.full((), float(len(batch["hidden"])), device=device)
+        elif unit == "pixels":
+            count = (batch["label_maps"] != VOID).sum().float()
+        elif unit == "valid_images":
+            count = (batch["label_maps"] != VOID).flatten(1).any(dim=1).sum().float()
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
         elif unit == "labelled_images":

@@ -17,6 +17,7 @@ from kd.tasks.base import (
     Mean,
     Metric,
     Output,
+    about_objects,
     hidden_labels,
     image_rows,
     ring_mask,
@@ -41,8 +42,13 @@ class ContextInputs:
         return regions_of(batch, shape=self.shape)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised RGB with the region at 0, and the region: (K, 4, H, W)."""
+        """Normalised RGB with the region at 0, and the region: (K, 4, H, W).
+
+        Where a batch is not about objects nothing is hidden: (N, 4, H, W).
+        """
         images = normalise(batch["images"])
+        if not about_objects(batch):
+            return (F.pad(images, (0, 0, 0, 0, 0, 1)),)
         return (hide(images, image_rows(batch), self.regions(batch)),)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from kd.arms import Distillation
 from kd.build import make_accelerator, make_loader, open_data
-from kd.config import Arm, DistillRecipe
+from kd.config import DistillRecipe
 from kd.config_reader import find_config, load_recipe
 from kd.data.splits import labelled_images
 from kd.engine import forward_losses
 from kd.errors import UserError
 from kd.objective import weighted_sum
+from kd.opened import of_objects
 from kd.training import Objective
 
-ARMS: tuple[Arm, ...] = ("plain", "distilled", "bare", "shuffled", "direct")
+ARMS: tuple[str, ...] = ("plain", "distilled", "bare", "shuffled", "direct")
 CONTEXT = ("context", "strength")
 
 
@@ -51,8 +52,8 @@ def arms(small_data: list[str], small_teacher: Path) -> Distillation:
     return distillation(small_data, small_teacher)
 
 
-def weights(arms: Distillation, arm: Arm, seed: int = 0) -> dict[str, Tensor]:
-    labelled = labelled_images(arms.data.train, 0.5, seed)
+def weights(arms: Distillation, arm: str, seed: int = 0) -> dict[str, Tensor]:
+    labelled = labelled_images(of_objects(arms.data).train, 0.5, seed)
     model, _ = arms._assemble(arm, seed, labelled, arms._dataset(seed, labelled))
     return model.state_dict()
 
@@ -60,12 +61,12 @@ def weights(arms: Distillation, arm: Arm, seed: int = 0) -> dict[str, Tensor]:
 def test_every_arm_starts_from_the_same_weights(arms: Distillation) -> None:
     plain = weights(arms, "plain")
     assert any("context" in name for name in plain)
-    taught: tuple[Arm, ...] = ("distilled", "shuffled")
+    taught: tuple[str, ...] = ("distilled", "shuffled")
     for arm in taught:
         other = weights(arms, arm)
         assert other.keys() == plain.keys()
         assert all(torch.equal(plain[name], other[name]) for name in plain)
-    bare: tuple[Arm, ...] = ("bare", "direct")
+    bare: tuple[str, ...] = ("bare", "direct")
     for arm in bare:
         other = weights(arms, arm)
         missing = {name.split(".")[1] for name in plain.keys() - other.keys()}
@@ -81,7 +82,7 @@ def test_every_arm_starts_from_the_same_weights(arms: Distillation) -> None:
 def test_every_arm_sees_the_same_pixels_in_the_same_order(arms: Distillation) -> None:
     batches = []
     for _ in range(2):
-        labelled = labelled_images(arms.data.train, 0.5, 0)
+        labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
         dataset = arms._dataset(0, labelled)
         loader = make_loader(dataset, arms.accelerator, batch_size=8, workers=0, seed=0, train=True)
         loader.set_epoch(3)
@@ -91,7 +92,7 @@ def test_every_arm_sees_the_same_pixels_in_the_same_order(arms: Distillation) ->
 
 
 def test_labels_are_withheld_but_posteriors_are_not(arms: Distillation) -> None:
-    labelled = labelled_images(arms.data.train, 0.5, 0)
+    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
     assert labelled is not None and len(labelled) == 12
     dataset = arms._dataset(0, labelled)
     model, objective = arms._assemble("distilled", 0, labelled, dataset)
@@ -125,7 +126,7 @@ def test_shuffled_posteriors_are_all_there_but_nobodys_own(arms: Distillation) -
 def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
     arms: Distillation,
 ) -> None:
-    labelled = labelled_images(arms.data.train, 0.5, 0)
+    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
     dataset = arms._dataset(0, labelled)
     batch = arms._sample(dataset)
     gradients, values = [], []
@@ -147,9 +148,9 @@ def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
 
 def test_twins_write_the_same_tags(arms: Distillation) -> None:
     names = []
-    labelled = labelled_images(arms.data.train, 0.5, 0)
+    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
     dataset = arms._dataset(0, labelled)
-    twins: tuple[Arm, ...] = ("plain", "distilled", "shuffled")
+    twins: tuple[str, ...] = ("plain", "distilled", "shuffled")
     for arm in twins:
         model, objective = arms._assemble(arm, 0, labelled, dataset)
         names.append(list(forward_losses(model, arms._sample(dataset), objective)))
@@ -189,7 +190,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
     teacher = arms.sources.teacher.model
     layer = teacher.get_submodule("features.2")
     assert len(layer._forward_hooks) == 1
-    labelled = labelled_images(arms.data.train, 0.5, 0)
+    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
     dataset = arms._dataset(0, labelled)
     model, objective = arms._assemble("distilled", 0, labelled, dataset)
     before = copy.deepcopy(teacher.state_dict())

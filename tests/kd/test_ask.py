@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kd.ask import Question, as_seen, expectations
-from kd.build import OpenData, build_task, build_teacher, make_dataset, open_data
+from kd.build import build_task, build_teacher
 from kd.config import Data, Model, Split, TaskSection, TeacherRecipe
-from kd.config_reader import data_config
 from kd.data.collate import Sample, collate
 from kd.data.images import read_image
+from kd.data_config import objects_config
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.tasks.base import Batch, named
 from kd.teacher_runs import TrainedTeacher, fold_models, load_teacher
 
@@ -103,7 +104,7 @@ class Watched:
 
 
 def test_val_objects_get_the_answers_of_the_run(small_teacher: Path, small_data: list[str]) -> None:
-    data = open_data(data_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     teacher = load_teacher(small_teacher, data.num_classes)
     questions, samples = questions_of(data)
     with np.load(small_teacher / "predictions.npz") as stored:
@@ -121,7 +122,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
     name: str, shape: str, photographs: Data
 ) -> None:
     teacher = untrained(photographs, name, shape)
-    questions, samples = questions_of(open_data(teacher.recipe.data))
+    questions, samples = questions_of(open_objects(teacher.objects))
     batch = collate(samples)
     with torch.no_grad():
         output = named(teacher.model(*teacher.task.inputs(batch)))
@@ -135,7 +136,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
 def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: Data) -> None:
     section = photographs.model_copy(update={"pictures": False})
     teacher = untrained(section)
-    questions, samples = questions_of(open_data(section))
+    questions, samples = questions_of(open_objects(section))
     batch = collate(samples)
     with torch.no_grad():
         output = named(teacher.model(*teacher.task.inputs(batch)))
@@ -161,7 +162,7 @@ def test_the_batch_is_the_data_sets(photographs: Data) -> None:
     seen: list[Batch] = []
     teacher = untrained(photographs)
     watched: Any = Watched(teacher.task, seen)
-    questions, samples = questions_of(open_data(photographs))
+    questions, samples = questions_of(open_objects(photographs))
     answers(dataclasses.replace(teacher, task=watched), questions)
     wanted = collate(samples)
     (batch,) = seen
@@ -175,7 +176,7 @@ def test_the_batch_is_the_data_sets(photographs: Data) -> None:
 def test_passes_hold_no_more_than_asked_and_change_nothing(most: int, photographs: Data) -> None:
     seen: list[Batch] = []
     teacher = untrained(photographs)
-    questions, _ = questions_of(open_data(photographs))
+    questions, _ = questions_of(open_objects(photographs))
     nothing = dataclasses.replace(questions[0], hidden=torch.empty(0, dtype=torch.int64))
     mixed = [nothing, questions[0], nothing, *questions[1:], nothing]
     watched: Any = Watched(teacher.task, seen)
@@ -188,7 +189,7 @@ def test_passes_hold_no_more_than_asked_and_change_nothing(most: int, photograph
 
 
 def test_answers_come_before_all_questions_are_there(photographs: Data) -> None:
-    questions, _ = questions_of(open_data(photographs))
+    questions, _ = questions_of(open_objects(photographs))
     taken = []
 
     def source() -> Any:
@@ -236,7 +237,7 @@ def test_masks_are_scaled_by_their_pixels_centres(photographs: Data) -> None:
 
 
 def test_another_model_takes_the_teachers_place(small_teacher: Path, small_data: list[str]) -> None:
-    data = open_data(data_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     teacher = load_teacher(small_teacher, data.num_classes)
     folds = fold_models(teacher, data.num_classes)
     question = questions_of(data)[0][0]

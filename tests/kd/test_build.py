@@ -5,28 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kd.build import (
-    OpenData,
-    build_student,
-    build_task,
-    build_teacher,
-    make_accelerator,
-    make_dataset,
-    make_loader,
-    open_data,
-)
+from kd.build import build_student, build_task, build_teacher, make_accelerator, make_loader
 from kd.config import Data, Model, TaskSection
-from kd.config_reader import data_config
+from kd.data_config import objects_config
 from kd.errors import UserError
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.tasks.context import Context
 
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> OpenData:
-    section: Data = data_config(
+    section: Data = objects_config(
         "scenes", [text.removeprefix("data.") for text in small_data if text != "--set"]
     )
-    return open_data(section)
+    return open_objects(section)
 
 
 def test_the_prior_counts_the_objects_that_may_be_hidden(data: OpenData) -> None:
@@ -51,7 +43,7 @@ def test_data_that_is_nowhere_says_where_it_was_looked_for(
     monkeypatch.setenv("KD_DATA", str(tmp_path))
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(UserError, match=r"data set coco_mini: not found in .*data\.root=DIR"):
-        open_data(data_config("coco_mini"))
+        open_objects(objects_config("coco_mini"))
 
 
 def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(data: OpenData) -> None:
@@ -69,6 +61,8 @@ def test_options_are_checked_against_the_builders(data: OpenData) -> None:
         build_teacher(Model(name="cnn", options={"widht": 4}), 5)
     with pytest.raises(UserError, match=r"dropuot.*dropout"):
         build_student(Model(name="resnet18", options={"dropuot": 0.1}), prior)
+    with pytest.raises(UserError, match="unknown torchvision classifier 'pspnet'"):
+        build_student(Model(name="pspnet", options={}), prior)
     with pytest.raises(UserError, match=r"classificaton.*classification"):
         build_task(TaskSection(name="classificaton", weights={}), data.section, 5)
     task = build_task(TaskSection(name="context", weights={}), data.section, 5, prior)

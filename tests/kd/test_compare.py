@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,43 @@ def test_tables_and_figures_are_written(distillation: Path, tmp_path: Path) -> N
     for runs in (distillation, single):
         assert main([str(runs), "--figure", str(tmp_path / f"{runs.name}.png")]) == 0
         assert (tmp_path / f"{runs.name}.png").stat().st_size > 5000
+
+
+def make_maps_run(folder: Path, right: int) -> Path:
+    """A finished run of eight pictures of two classes; the more are right the better."""
+    folder.mkdir(parents=True)
+    confusion = [[[right + n, 40 - right], [20 - right, 20 + right]] for n in range(8)]
+    np.savez(folder / "predictions.npz", image_ids=np.arange(8), confusion=np.array(confusion))
+    (folder / "classes.json").write_text('{"names": ["sky", "road"]}')
+    (folder / "config.yaml").write_text("data: {name: maps}\n")
+    (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def test_students_of_label_maps_are_compared_by_the_same_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(2):
+        for arm, right in (("plain", 5), ("all", 15), ("pixel", 10)):
+            make_maps_run(tmp_path / "espnet" / f"seed{seed}" / arm, right + seed)
+    (tmp_path / "espnet" / "config.yaml").write_text("arms: [plain, pixel, all]\n")
+    figure = str(tmp_path / "figure.png")
+    assert main([str(tmp_path / "espnet"), "--figure", figure]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [
+        "metric", "plain", "pixel", "pixel", "-", "plain", "all", "all", "-", "plain",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines[3:6]] == ["mIoU", "mean_accuracy", "pixel_accuracy"]
+    assert Path(figure).stat().st_size > 5000
+    single = [str(tmp_path / "espnet" / "seed0" / arm) for arm in ("plain", "pixel")]
+    flags = ["--metrics", "iou/road,mIoU", "--figure", figure]
+    assert main([*single, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("8 pictures")
+    assert "iou/road (%)" in printed and "prior" not in printed
+    unet = make_run(tmp_path / "unet", 2.0)
+    assert run_command(main, [*single, str(unet)]) == 2
+    assert "about objects and about pictures" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_exit_status_two(

@@ -19,6 +19,7 @@ from kd.config import (
     Weighted,
 )
 from kd.config_schema import file_schema
+from kd.config_transfer import TransferRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = {"annotations": "a.json", "images": "a"}
@@ -117,12 +118,13 @@ def test_one_fold_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("teacher", TeacherRecipe), ("distill", DistillRecipe)]
+    ("name", "model"),
+    [("teacher", TeacherRecipe), ("distill", DistillRecipe), ("transfer", TransferRecipe)],
 )
 def test_the_schema_in_configs_is_current(name: str, model: type[BaseModel]) -> None:
     command = {"teacher": "train_teacher"}.get(name, name)
-    written = json.loads((ROOT / "configs" / "schema" / f"{name}.json").read_text())
-    assert written == file_schema(model), (
+    written = (ROOT / "configs" / "schema" / f"{name}.json").read_text()
+    assert written == json.dumps(file_schema(model), indent=2) + "\n", (
         f"write it anew: python -m kd.{command} --schema > configs/schema/{name}.json"
     )
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.build import OpenData, make_accelerator, open_data
-from kd.config_reader import data_config
+from kd.build import make_accelerator
+from kd.data_config import objects_config
 from kd.equivariance import check_moved_maps, moved_map_errors
 from kd.errors import UserError
+from kd.opened import OpenData, open_objects
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, load_teacher
 
@@ -45,7 +46,7 @@ class Placed(nn.Module):
 
 @pytest.fixture
 def opened(small_data: list[str], small_teacher: Path, tmp_path: Path) -> tuple[Path, OpenData]:
-    data = open_data(data_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     return small_teacher, data
 
 

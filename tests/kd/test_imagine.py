@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from kd import imagine
-from kd.build import open_data
 from kd.cli import run_command
-from kd.config_reader import data_config
+from kd.data_config import objects_config
 from kd.imagination import Imagination, Wanted, names_of_outputs
+from kd.opened import open_objects
 from kd.run_folder import class_names
-from kd.teacher_runs import class_names_of
+from kd.teacher_runs import class_names_of, latest_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_a_box_gets_the_runs_own_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The probabilities printed are those of predictions.npz."""
-    data = open_data(data_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     with np.load(small_teacher / "predictions.npz") as stored:
         records = dict(stored)
     row = int(np.flatnonzero(data.val.object_ids == records["object_ids"][0])[0])
@@ -246,3 +246,16 @@ def test_without_a_name_the_teacher_trained_last_is_asked(
     assert run_command(imagine.main, [str(scene)]) == 0
     assert "runs/teacher/cnn/scenes: asking this teacher" in caplog.text
     assert drawn(tmp_path / "runs" / "imagine" / f"{scene.stem}.png")[0] > 500
+
+
+def test_the_latest_teacher_is_one_of_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, (name, data) in enumerate((("pspnet", "layout: coco"), ("cnn", ""), ("unet", ""))):
+        run = tmp_path / "runs" / "teacher" / name / "scenes"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(f"data: {{{data}}}\n")
+        (run / "summary.json").write_text("{}")
+        os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
+    assert latest_teacher() == Path("runs/teacher/cnn/scenes")

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from kd import session as session_module
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
 from kd.checkpoint import load_checkpoint
 from kd.config import Data, Generate, Optimizer, Split, Train
-from kd.data.loader import SceneLoader
+from kd.data.loader import SampleLoader
 from kd.errors import UserError
 from kd.nn.regions import roi_features
 from kd.objective import build_term
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
 from kd.session import Session, run_training, say_summary
@@ -83,13 +84,13 @@ def data(small_scenes: Path) -> OpenData:
         augment={"flip": 0.5, "shift": 0.1, "jitter": 0.2},
         workers=1,
     )
-    return open_data(section)
+    return open_objects(section)
 
 
 def run(
     data: OpenData,
     folder: Path,
-    wrap: Callable[[SceneLoader], Any] = lambda loader: loader,
+    wrap: Callable[[SampleLoader], Any] = lambda loader: loader,
     *,
     workers: int = 0,
     seed: int = 5,
@@ -127,7 +128,7 @@ class Interrupted(Exception):
 class Ending:
     """A loader that after some batches, over all epochs, interrupts whoever reads it."""
 
-    def __init__(self, loader: SceneLoader, batches: int, action: Callable[[], None]) -> None:
+    def __init__(self, loader: SampleLoader, batches: int, action: Callable[[], None]) -> None:
         self.loader, self.left, self.action = loader, batches, action
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -232,12 +233,12 @@ def test_a_crash_while_evaluating_repeats_that_evaluation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "run"
-    loader = session_module._val_loader
+    loader = session_module.val_loader
     with monkeypatch.context() as patch:
         patch.setattr(
             session_module,
-            "_val_loader",
-            lambda session: Ending(loader(session), evaluation, crash),
+            "val_loader",
+            lambda *asked: Ending(loader(*asked), evaluation, crash),
         )
         with pytest.raises(Interrupted):
             run(data, folder)

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from kd.adapted import AdaptedStudent
-from kd.build import build_student, build_task, make_accelerator, make_dataset, open_data
+from kd.build import build_student, build_task, make_accelerator, open_data
 from kd.config_reader import load_recipe
 from kd.config_transfer import TransferRecipe
 from kd.data.collate import collate
 from kd.engine import train_step
 from kd.errors import ConfigError, UserError
 from kd.launch import start_training
+from kd.opened import make_dataset, of_objects
 from kd.starts import Start, starts
 from kd.training import Objective
 
@@ -68,7 +69,7 @@ def test_a_mode_can_be_left_out(recipe_of: Any) -> None:
 
 def step(row: Start) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The student's state before and after one step of training."""
-    data = open_data(row.recipe.data)
+    data = of_objects(open_data(row.recipe.data))
     torch.manual_seed(0)
     student = build_student(row.recipe.student, data.prior(), context=False)
     dataset = make_dataset(data, "train", train=True)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from kd import teacher_cache
 from kd.adapted import AdaptedStudent
-from kd.build import OpenData, make_accelerator, make_dataset, make_loader, open_data
+from kd.build import make_accelerator, make_loader
 from kd.config import Adapter, Term, Train
-from kd.config_reader import data_config
 from kd.data.splits import fold_of
+from kd.data_config import objects_config
 from kd.engine import to_device, train_step
 from kd.errors import UserError
 from kd.launch import start_training
+from kd.opened import OpenData, make_dataset, open_objects
 from kd.shard_writer import ShardWriter
 from kd.soft_targets import LiveTeacher, StoredPosteriors, StoredTeacher
 from kd.tasks.classification import Classification
@@ -38,7 +39,7 @@ BOTH = ("posterior", "logits", LAYER)
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> OpenData:
-    return open_data(data_config("scenes", [text for text in small_data if text != "--set"]))
+    return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
 
 
 @pytest.fixture

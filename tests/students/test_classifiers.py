@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.features import FeatureTaps
-from students import STUDENTS
+from students import CLASSIFIERS, STUDENTS
 from students.classifiers import SceneClassifier, build_student
 
 SLOW = [
@@ -260,6 +260,6 @@ def test_options_are_checked_against_the_signature() -> None:
 def test_every_name_in_the_catalogue_is_torchvisions() -> None:
     from torchvision import models
 
-    assert set(STUDENTS) <= set(models.list_models(module=models))
+    assert set(CLASSIFIERS) <= set(models.list_models(module=models))
     with pytest.raises(UserError, match="unknown torchvision classifier 'resnet19'"):
         build_student("resnet19", num_classes=3)

@@ -1,4 +1,4 @@
-"""The contract of every teacher, and what each promises beyond it."""
+"""The contract of every context teacher, and what each promises beyond it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.features import FeatureTaps
 from kd.nn.surroundings import BLACK
-from teachers import TEACHERS
+from teachers import CONTEXT_TEACHERS, TEACHERS
 
 # Small ones: options, a layer to tap and its channels.
 SMALL: dict[str, tuple[dict[str, object], str, int]] = {
@@ -44,8 +44,8 @@ def hidden_scene(count: int, height: int, width: int) -> Tensor:
     )
 
 
-def test_every_teacher_is_in_the_contract() -> None:
-    assert SMALL.keys() | TOKEN_TEACHERS == TEACHERS.keys()
+def test_every_context_teacher_is_in_the_contract() -> None:
+    assert SMALL.keys() | TOKEN_TEACHERS == CONTEXT_TEACHERS.keys()
 
 
 @pytest.mark.parametrize("name", SMALL)

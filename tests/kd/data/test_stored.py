@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.stored import expand, keep_largest, move_maps
+from kd.data.crops import Crop, Crops
+from kd.data.store import Store
+from kd.data.stored import StoredField, expand, keep_largest, move_maps
 from kd.data.transforms import Augment, Plan, pad
 
 SIZE, FRAME = (48, 64), 64
@@ -120,3 +125,57 @@ def test_one_class_kept_of_two_says_all() -> None:
 def test_many_classes_have_wide_indices() -> None:
     _, indices = keep_largest(torch.randn(2, 300), 4)
     assert indices.dtype == torch.int16
+
+
+class Kept:
+    """A store of one record a picture, in memory."""
+
+    def __init__(self, **values: Tensor) -> None:
+        self.values = {name: tensor.numpy() for name, tensor in values.items()}
+        self.fields = self.values
+
+    def read(self, ids: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        return {name: self.values[name][ids] for name in names}
+
+
+def field_of(**values: Tensor) -> StoredField:
+    return StoredField(cast(Store, Kept(**values)), "logits")
+
+
+def places_of(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(1, 2, h, w): where the middle of each place of a grid over a picture is, x and y."""
+    down = (torch.arange(grid[0]) + 0.5) * (size[0] / grid[0])
+    right = (torch.arange(grid[1]) + 0.5) * (size[1] / grid[1])
+    return torch.stack(torch.meshgrid(right, down, indexing="xy"))[None].float()
+
+
+@given(st.integers(0, 10_000), st.sampled_from([4, 8]))
+@settings(max_examples=40, deadline=None)
+def test_a_crops_map_is_read_where_its_places_come_from(seed: int, stride: int) -> None:
+    size, frame = (45, 62), (40, 56)
+    crop = Crops().draw(np.random.default_rng(seed), size, frame)
+    # Bilinear reading is exact for a map that says where it is; the picture's sides are no
+    # multiples of a place's.
+    field = field_of(values=torch.cat([torch.zeros(1, 2, 15, 20), places_of((15, 20), size)]))
+    found = field.cropped(1, crop, size, frame, stride)
+    assert found.shape == (1, 2, 40 // stride, 56 // stride)
+    x, y = places_of((40 // stride, 56 // stride), frame)[0].flatten(1).double()
+    expected = crop.sources() @ torch.stack([x, y, torch.ones_like(x)]).numpy()
+    for row, side, places in ((0, 62, 20), (1, 45, 15)):
+        half = 0.5 * side / places  # beyond the middle of the last place its value is repeated
+        near = found[0, row].flatten().tolist()
+        assert near == pytest.approx(expected[row].clip(half, side - half).tolist(), abs=1e-3)
+
+
+def test_a_flipped_crop_reads_what_was_said_of_the_mirrored_picture() -> None:
+    size, frame = (32, 48), (16, 24)
+    plain, mirrored = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6)
+    crop = Crop(window=(8, 16, 16, 24), size=frame, flip=True)
+    both = field_of(values=plain, mirrored_values=mirrored)
+    found = both.cropped(1, crop, size, frame, 8)
+    # Columns 2..4 of the picture are its 1..3 in the mirror.
+    torch.testing.assert_close(found, mirrored[1:, :, 1:3, 1:4])
+    alone = field_of(values=plain).cropped(1, crop, size, frame, 8)
+    torch.testing.assert_close(alone, plain[1:, :, 1:3, 2:5].flip(3))
+    still = Crop(window=crop.window, size=frame)
+    torch.testing.assert_close(both.cropped(1, still, size, frame, 8), plain[1:, :, 1:3, 2:5])

@@ -45,6 +45,37 @@ def test_channel_wise_is_blind_to_a_channels_constant_and_to_the_order_of_places
     torch.testing.assert_close(channel_wise(student.flip(2), teacher.flip(2)), value)
 
 
+def test_channel_wise_of_valid_places_by_hand() -> None:
+    # As above, beside a void place; the second image, void throughout, does not count.
+    student, teacher = torch.zeros(2, 1, 1, 3), torch.full((2, 1, 1, 3), 9.0)
+    teacher[0, 0, 0] = torch.tensor([0.0, 9.0, 2 * math.log(3)])
+    valid = torch.tensor([[[True, False, True]], [[False, False, False]]])
+    expected = 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    value = channel_wise(student, teacher, temperature=2.0, valid=valid)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_channel_wise_of_valid_places_agrees_with_a_loop_over_them() -> None:
+    student, teacher = torch.randn(2, 4, 3, 5, 6, dtype=torch.float64).unbind()
+    valid = torch.rand(4, 5, 6) < 0.6
+    valid[2] = False
+    total, images = 0.0, 0
+    for image in range(4):
+        places = valid[image].nonzero().tolist()
+        images += bool(places)
+        for channel in range(3):
+            heights = [
+                [math.exp(maps[image, channel, y, x].item() / 4) for y, x in places]
+                for maps in (student, teacher)
+            ]
+            for one_s, one_t in zip(*heights, strict=True):
+                p, q = one_s / sum(heights[0]), one_t / sum(heights[1])
+                total += q * (math.log(q) - math.log(p))
+    assert images == 3
+    value = channel_wise(student, teacher, valid=valid).item()
+    assert value == pytest.approx(16 * total / (3 * images), rel=1e-9)
+
+
 def test_hint_by_hand() -> None:
     student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
     assert hint(student, teacher).item() == pytest.approx((4 + 9) / 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -14,17 +16,25 @@ from kd.losses import pair_wise
 module = sys.modules["kd.losses.pair_wise"]  # the package's attribute of that name is the function
 
 
-def slow_pair_wise(student: Tensor, teacher: Tensor, kernel: int, pool: str) -> float:
+def slow_pair_wise(
+    student: Tensor, teacher: Tensor, kernel: int, pool: str, valid: Tensor | None = None
+) -> float:
     """The paper's double sum over nodes, with windows that may hang over the edge."""
-    total = 0.0
-    for one_s, one_t in zip(student, teacher, strict=True):
+    if valid is None:
+        valid = torch.ones(len(student), *student.shape[2:], dtype=torch.bool)
+    total, images = 0.0, 0
+    for one_s, one_t, places in zip(student, teacher, valid, strict=True):
+        images += bool(places.any())
         nodes = []
         for features in (one_s, one_t):
             _, height, width = features.shape
             columns = []
             for top in range(0, height, kernel):
                 for left in range(0, width, kernel):
-                    window = features[:, top : top + kernel, left : left + kernel].flatten(1)
+                    part = (slice(top, top + kernel), slice(left, left + kernel))
+                    if not places[part].any():
+                        continue
+                    window = features[:, *part][:, places[part]]
                     column = window.amax(dim=1) if pool == "max" else window.mean(dim=1)
                     columns.append(column / column.norm())
             nodes.append(columns)
@@ -33,7 +43,7 @@ def slow_pair_wise(student: Tensor, teacher: Tensor, kernel: int, pool: str) -> 
             for j in range(count):
                 gap = nodes[0][i] @ nodes[0][j] - nodes[1][i] @ nodes[1][j]
                 total += gap.item() ** 2 / count**2
-    return total / len(student)
+    return total / images
 
 
 def test_pair_wise_of_two_nodes_by_hand() -> None:
@@ -56,6 +66,32 @@ def test_pair_wise_agrees_with_the_double_sum(
     assert value == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("pool", ["max", "average"])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("channels", [(2, 3), (40, 24)])
+def test_pair_wise_of_valid_places_agrees_with_the_double_sum(
+    channels: tuple[int, int], kernel: int, pool: str
+) -> None:
+    # All below 0, so that a void place that counted as 0 would be the maximum.
+    student, teacher = (-torch.rand(3, c, 5, 7, dtype=torch.float64) for c in channels)
+    valid = torch.rand(3, 5, 7) < 0.5
+    valid[0, :3, :4] = False  # whole windows
+    valid[1] = False
+    value = pair_wise(student, teacher, kernel=kernel, pool=pool, valid=valid).item()
+    expected = slow_pair_wise(student, teacher, kernel, pool, valid)
+    assert expected > 0
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_pair_wise_of_two_valid_nodes_of_three_by_hand() -> None:
+    # The two nodes above, with a void one between them: still two of four pairs.
+    student = torch.tensor([[1.0, 5.0, 0.0], [0.0, 6.0, 1.0]]).view(1, 2, 1, 3)
+    teacher = torch.tensor([[2.0, -7.0, 3.0], [0.0, 8.0, 3.0]]).view(1, 2, 1, 3)
+    valid = torch.tensor([[[True, False, True]]])
+    value = pair_wise(student, teacher, kernel=1, valid=valid)
+    assert value.item() == pytest.approx(0.25, rel=1e-6)
+
+
 def test_both_forms_of_pair_wise_give_one_number() -> None:
     student, teacher = (
         torch.nn.functional.normalize(torch.randn(2, c, 30), dim=1) for c in (8, 12)
@@ -63,6 +99,24 @@ def test_both_forms_of_pair_wise_give_one_number() -> None:
     torch.testing.assert_close(
         module._by_nodes(student, teacher), module._by_channels(student, teacher)
     )
+
+
+@pytest.mark.parametrize("pool", ["max", "average"])
+def test_both_forms_of_pair_wise_give_one_number_beside_void_places(
+    pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = (torch.randn(3, c, 6, 6, dtype=torch.float64) for c in (8, 12))
+    valid = torch.rand(3, 6, 6) < 0.5
+    valid[0, :2], valid[1] = False, False
+    found = []
+    for form in ("_by_nodes", "_by_channels"):
+        with monkeypatch.context() as patch:
+            for name in ("_by_nodes", "_by_channels"):
+                patch.setattr(module, name, getattr(module, form))
+            leaves = [side.clone().requires_grad_() for side in (student, teacher)]
+            value = pair_wise(*leaves, pool=pool, valid=valid)
+            found.append([value, *torch.autograd.grad(value, leaves)])
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_pair_wise_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +164,21 @@ def test_pair_wise_names_what_is_wrong() -> None:
 def test_a_window_larger_than_the_map_leaves_one_node() -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 5).unbind()
     assert pair_wise(student, teacher, kernel=9).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize("pool", ["max", "average"])
+def test_generated_code_gives_the_gradient_of_windows_over_the_edge(pool: str) -> None:
+    torch.compiler.reset()
+    student, teacher = torch.randn(2, 2, 3, 5, 7).unbind()
+    valid = torch.rand(2, 5, 7) < 0.6
+    valid[0, :3, :3] = False  # a whole window
+    found = []
+    for loss in (pair_wise, torch.compile(pair_wise, fullgraph=True)):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, kernel=3, pool=pool, valid=valid)
+        found.append([value.detach(), *torch.autograd.grad(value, leaf)])
+    torch.testing.assert_close(found[0], found[1])

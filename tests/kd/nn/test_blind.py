@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.nn.blind import BlindTrunk
 from kd.nn.grey import LUMA
 from kd.nn.levels import RememberedTrunk, levelled
-from teachers import TEACHERS
+from teachers import CONTEXT_TEACHERS, TEACHERS
 from teachers.cnn import cnn
 from teachers.resnet_multilabel import resnet_multilabel
 from teachers.scene_transformer import scene_transformer
@@ -67,8 +67,8 @@ def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None
     assert (trunk.channels, trunk.stride) == (trunk.level_channels[-1], trunk.level_strides[-1])
 
 
-def test_every_teacher_that_sees_pictures_has_a_trunk() -> None:
-    assert TEACHERS.keys() - SMALL.keys() == {"scene_transformer", "cooccurrence", "prior"}
+def test_every_context_teacher_that_sees_pictures_has_a_trunk() -> None:
+    assert CONTEXT_TEACHERS.keys() - SMALL.keys() == {"scene_transformer", "cooccurrence", "prior"}
 
 
 def test_a_grey_teachers_trunk_sees_luma() -> None:

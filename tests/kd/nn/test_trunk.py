@@ -182,6 +182,45 @@ def test_a_kept_stride_gives_a_finer_grid_from_the_same_weights(name: str, strid
         assert trunk(torch.randn(1, 3, 64, 64)).shape[2:] == (64 // stride, 64 // stride)
 
 
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("resnet50", "regnet_x_400mf")),
+    ],
+)
+def test_a_dilated_trunk_gives_the_published_map_at_the_published_places(
+    name: str, stride: int
+) -> None:
+    published = build_trunk(name).eval()
+    dilated = build_trunk(name, stride=stride, dilate=True).eval()
+    dilated.load_state_dict(published.state_dict())
+    images, every = torch.randn(1, 3, 64, 96), 32 // stride
+    with torch.no_grad():
+        expected, found = published(images), dilated(images)
+    assert found.shape[2:] == (64 // stride, 96 // stride)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found[..., ::every, ::every], expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_a_dilated_resnet_is_torchvisions() -> None:
+    ours = build_trunk("resnet50", stride=8, dilate=True)
+    known = models.resnet50(replace_stride_with_dilation=[False, True, True])
+    for path, module in known.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            own = ours.get_submodule(path)
+            assert isinstance(own, torch.nn.Conv2d)
+            assert (own.stride, own.dilation) == (module.stride, module.dilation), path
+
+
+@pytest.mark.slow
+def test_convolutions_after_a_dropped_pooling_are_dilated() -> None:
+    trunk = build_trunk("vgg11_bn", stride=8, dilate=True)
+    convs = [m for m in trunk.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [m.dilation[0] for m in convs] == [1, 1, 1, 1, 1, 1, 2, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stride"), [("densenet121", 16), ("vgg11", 8)])
 def test_pooling_of_windows_side_by_side_is_left_out(name: str, stride: int) -> None:

@@ -1,4 +1,4 @@
-"""A model's hash is that of its weights; a trunk's weights out of a whole model of a run."""
+"""Weights of trunks out of whole models, of whole networks, and their hash."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from kd.errors import UserError
 from kd.nn.trunk import build_trunk
-from kd.nn.weights import weights_hash
+from kd.nn.weights import load_network, weights_hash
 
 QUICK = "shufflenet_v2_x0_5"
 
@@ -76,3 +76,71 @@ def test_the_hash_follows_names_shapes_and_kind() -> None:
         turned.weight.copy_(model.weight.reshape(2, 3))
     hashes = {weights_hash(model), weights_hash(turned), weights_hash(nn.Sequential(model))}
     assert len(hashes | {weights_hash(model, "stride 16")}) == 4
+
+
+class Small(nn.Module):
+    """A batch norm and a classifier of so many classes."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.classifier = nn.Conv2d(4, classes, 1)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_network_is_read_as_other_programs_write_it(
+    wrapper: str | None, prefix: str, tmp_path: Path
+) -> None:
+    saved, network = Small(), Small()
+    state = {prefix + name: value for name, value in saved.state_dict().items()}
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "net.pth")
+    load_network(network, str(tmp_path / "net.pth"), what="small")
+    for name, value in saved.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+
+
+def test_no_file_leaves_a_network_as_it_is() -> None:
+    network = Small()
+    before = weights_hash(network)
+    load_network(network, None, what="small")
+    assert weights_hash(network) == before
+
+
+def test_a_batch_norms_counter_may_be_missing_from_a_file(tmp_path: Path) -> None:
+    saved, network = Small(), Small()
+    state = saved.state_dict()
+    del state["norm.num_batches_tracked"]
+    torch.save(state, tmp_path / "old.pth")
+    load_network(network, str(tmp_path / "old.pth"), what="small")
+    assert torch.equal(network.classifier.weight, saved.classifier.weight)
+
+
+def test_what_does_not_fit_a_network_is_listed(tmp_path: Path) -> None:
+    file = tmp_path / "net.pth"
+
+    def message(state: dict[str, torch.Tensor]) -> str:
+        torch.save(state, file)
+        with pytest.raises(UserError) as caught:
+            load_network(Small(), str(file), what="small")
+        return str(caught.value)
+
+    state, value = Small().state_dict(), torch.zeros(1)
+    surplus = {f"extra.{place}": value for place in range(6)}
+    assert message(state | surplus) == (
+        f"{file} does not fit small: unexpected extra.0, extra.1, extra.2, extra.3 and 2 more"
+    )
+    lacking = {name: tensor for name, tensor in state.items() if "weight" not in name}
+    assert message(lacking | {"head": value}) == (
+        f"{file} does not fit small: missing norm.weight, classifier.weight; unexpected head"
+    )
+    assert message(Small(7).state_dict()) == (
+        f"{file} does not fit small: shapes differ: classifier.weight (7, 4, 1, 1) for "
+        "(3, 4, 1, 1), classifier.bias (7,) for (3,); the file is of 7 classes, the network of 3"
+    )
+    wide = state | {"norm.weight": torch.zeros(8)}
+    assert message(wide) == (f"{file} does not fit small: shapes differ: norm.weight (8,) for (4,)")
+    assert "does not hold a state dict" in message({"weight": 3})  # type: ignore[dict-item]
+    file.write_bytes(b"PK no such thing")
+    with pytest.raises(UserError, match=r"net\.pth cannot be read"):
+        load_network(Small(), str(file), what="small")

@@ -120,6 +120,18 @@ def test_a_distillation_is_read_by_arm_and_seed(tmp_path: Path) -> None:
     assert len(found.records()["plain"]) == 2
 
 
+def test_arms_come_in_the_order_of_the_recipe(tmp_path: Path) -> None:
+    for arm in ("all", "pixel", "channel", "plain", "another", "distilled", "bare"):
+        make_run(tmp_path / "seed0" / arm)
+    (tmp_path / "config.yaml").write_text(
+        "arms: [bare, plain, distilled]\n"
+        "ablations: {structured: {pixel: [a], all: [a, b], channel: [c]}}\n"
+    )
+    assert list(read_distill(tmp_path).arms) == [
+        "plain", "bare", "distilled", "pixel", "all", "channel", "another",
+    ]  # fmt: skip
+
+
 def test_a_seed_that_is_not_finished_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,6 +170,28 @@ def test_runs_of_other_data_are_not_compared(tmp_path: Path) -> None:
         check_same_objects([first, read_run(make_run(tmp_path / "shifted", shift=1))])
     with pytest.raises(UserError, match="numbers of classes: 4 and 3"):
         check_same_objects([first, read_run(make_run(tmp_path / "wide", classes=4))])
+
+
+def make_maps_run(folder: Path, right: int) -> Path:
+    """A finished run that answered two pictures of two classes."""
+    make_run(folder)
+    confusion = np.array([[[right, 4], [2, 8]], [[5, 1], [right, 9]]])
+    ids = np.array([7, 3])  # written in any order
+    np.savez(folder / "predictions.npz", image_ids=ids, confusion=confusion)
+    (folder / "classes.json").write_text(json.dumps({"names": ["sky", "road"]}))
+    return folder
+
+
+def test_answers_about_pictures_are_read_with_their_class_names(tmp_path: Path) -> None:
+    run = read_run(make_maps_run(tmp_path / "run", 6))
+    assert run.records["image_ids"].tolist() == [3, 7]
+    assert run.records["confusion"][0, 1].tolist() == [6, 9]
+    assert run.records["names"].tolist() == ["sky", "road"]
+    with pytest.raises(UserError, match="about pictures and about objects"):
+        check_same_objects([read_run(make_run(tmp_path / "objects")), run])
+    np.savez(tmp_path / "twice.npz", image_ids=[3, 3], confusion=np.ones((2, 2, 2), np.int64))
+    with pytest.raises(UserError, match="1 pictures occur twice"):
+        read_predictions(tmp_path / "twice.npz")
 
 
 def test_scalars_are_read_up_to_the_line_being_written(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Time and memory of two ways of doing one thing: what several benchmarks measure by."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], object]
+Batch = dict[str, Tensor]
+Step = Callable[[Batch], None]
+
+
+def resident(what: str) -> int:
+    """VmRSS or VmHWM of this process, bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {what}")
+
+
+def peak_memory(work: Work, device: torch.device) -> int:
+    """Bytes that the work needs beyond what is held before it."""
+    work()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the work is done in what was freed before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def seconds(step: Step, batch: Batch) -> float:
+    started = time.perf_counter()
+    step(batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: int) -> float:
+    """Time the two in turns; the median of first / second."""
+    for batch in batches[:2]:  # caches, allocators, first kernels
+        first(batch)
+        second(batch)
+    times: list[tuple[float, float]] = []
+    for number in range(pairs):
+        batch = batches[number % len(batches)]
+        if number % 2:
+            b, a = seconds(second, batch), seconds(first, batch)
+        else:
+            a, b = seconds(first, batch), seconds(second, batch)
+        times.append((a, b))
+    ratio = statistics.median(a / b for a, b in times)
+    a, b = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+    sys.stdout.write(f"{name:<44}{a:>9.1f} ms {b:>9.1f} ms   ratio {ratio:.3f}\n")
+    return ratio

@@ -1,0 +1,65 @@
+"""Which evaluation fits what runs answered: about objects, about pixels, or numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd.answers import Answers, data_of
+from kd.evaluation import Evaluation, Scores, about
+from kd.map_evaluation import MapEvaluation
+from kd.opened import of_objects
+from kd.opened_maps import OpenMaps
+from kd.references import on_data, references
+from kd.report.runs import Run, check_same_objects, named_runs
+
+AnyEvaluation = Evaluation | MapEvaluation | Scores
+
+
+def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
+    """What one run answered.
+
+    Args:
+        asked: Its answers.
+        run: Its folder, for the title.
+    """
+    records, data = asked.records, asked.data
+    if records is None:
+        return Scores(f"{run} on {data.section.name} val", data, asked.metric)
+    if isinstance(data, OpenMaps):
+        how = f", {asked.how}" if asked.how else ""
+        title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
+        return MapEvaluation(title, data, {asked.name: records})
+    objects = of_objects(data)
+    title = f"{run} on {about(objects, records)}"
+    return Evaluation(title, objects, {asked.name: records}, references(objects, records))
+
+
+def side_by_side(
+    runs: Sequence[Run], data_name: str | None, settings: Sequence[str]
+) -> Evaluation | MapEvaluation:
+    """What several runs answered about the same objects or pictures.
+
+    Args:
+        runs: With their answers about one data set.
+        data_name: That data set, None where it is the runs' own.
+        settings: `data.a=value`.
+
+    Raises:
+        UserError: They were asked about different ones, or these are not those of the data set.
+    """
+    check_same_objects(runs)
+    opened = data_of(runs[0], data_name, settings)
+    named = named_runs(runs)
+    if isinstance(opened, OpenMaps):
+        maps = {name: run.records for name, run in named.items()}
+        title = _about_maps(opened, len(runs[0].records["image_ids"]))
+        return MapEvaluation(title, opened, maps)
+    data = of_objects(opened)
+    records = {name: on_data(data, run.records, str(run.folder)) for name, run in named.items()}
+    first = next(iter(records.values()))
+    return Evaluation(about(data, first), data, records, references(data, first))
+
+
+def _about_maps(data: OpenMaps, pictures: int) -> str:
+    return f"{data.section.name} val: {pictures} pictures"

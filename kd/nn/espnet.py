@@ -1,0 +1,185 @@
+"""ESPNet and its encoder alone, ESPNet-C (Mehta et al., 2018, https://arxiv.org/abs/1803.06815)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError, at_least
+from kd.nn.weights import load_network
+
+BRANCHES = (1, 2, 4, 8, 16)  # dilations of a spatial pyramid
+_EPS = 1e-3  # of all batch norms, as published
+
+
+class NormAct(nn.Sequential):
+    """Batch norm and PReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.BatchNorm2d(channels, eps=_EPS), nn.PReLU(channels))
+
+
+def conv(
+    inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    """A convolution without bias; at stride 1 it keeps the grid."""
+    padding = dilation * (side - 1) // 2
+    return nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
+
+
+def fitted(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps without the row and column that an odd side got when it was halved and doubled."""
+    return maps[..., : like.shape[-2], : like.shape[-1]]
+
+
+class SpatialPyramid(nn.Module):
+    """Reduce, look at five dilations at once, add them up one after the other, join.
+
+    Adding each dilation's map to the next larger one's takes the grid pattern out of the result
+    (hierarchical feature fusion).
+
+    Args:
+        inputs: Channels.
+        outputs: Channels.
+        stride: 2 for a block that halves the grid; it has no residual.
+        residual: Whether the input is added, where the channels agree.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int = 1, residual: bool = True
+    ) -> None:
+        super().__init__()
+        narrow = outputs // len(BRANCHES)
+        widths = [outputs - narrow * (len(BRANCHES) - 1), *[narrow] * (len(BRANCHES) - 1)]
+        self.reduce = conv(inputs, narrow, 3 if stride > 1 else 1, stride=stride)
+        self.branches = nn.ModuleList(
+            conv(narrow, width, 3, dilation=dilation)
+            for width, dilation in zip(widths, BRANCHES, strict=True)
+        )
+        self.residual = residual and stride == 1 and inputs == outputs
+        self.end = NormAct(outputs)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        reduced = self.reduce(maps)
+        first, *rest = (branch(reduced) for branch in self.branches)
+        joined, sum_so_far = [first], None
+        for one in rest:
+            sum_so_far = one if sum_so_far is None else sum_so_far + one
+            joined.append(sum_so_far)
+        result = torch.cat(joined, dim=1)
+        normed: Tensor = self.end(result + maps if self.residual else result)
+        return normed
+
+
+class ESPNetC(nn.Module):
+    """The encoder with a classifier: logits at an eighth of the picture's sides.
+
+    Args:
+        num_classes: C.
+        shallow: Spatial pyramids at a quarter of the sides.
+        deep: At an eighth.
+        dropout: Before the classifier; none as published.
+    """
+
+    stride = 8
+
+    def __init__(
+        self, num_classes: int, *, shallow: int = 2, deep: int = 8, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        at_least("espnet", shallow=(shallow, 1), deep=(deep, 1))
+        if not 0 <= dropout < 1:
+            raise UserError(f"espnet: dropout must be in [0, 1), got {dropout}")
+        self.halve = nn.AvgPool2d(3, stride=2, padding=1)
+        self.stem = nn.Sequential(conv(3, 16, 3, stride=2), NormAct(16))
+        self.norm1 = NormAct(16 + 3)
+        self.down2 = SpatialPyramid(16 + 3, 64, stride=2)
+        self.level2 = nn.Sequential(*(SpatialPyramid(64, 64) for _ in range(shallow)))
+        self.norm2 = NormAct(128 + 3)
+        self.down3 = SpatialPyramid(128 + 3, 128, stride=2)
+        self.level3 = nn.Sequential(*(SpatialPyramid(128, 128) for _ in range(deep)))
+        self.norm3 = NormAct(256)
+        self.classifier = nn.Sequential(nn.Dropout2d(dropout), conv(256, num_classes))
+
+    def levels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps of 19, 131 and 256 channels at a half, a quarter and an eighth of the sides."""
+        half = self.halve(images)
+        quarter = self.halve(half)
+        first = self.norm1(torch.cat([self.stem(images), half], dim=1))
+        down = self.down2(first)
+        second = self.norm2(torch.cat([self.level2(down), down, quarter], dim=1))
+        down = self.down3(second)
+        return first, second, self.norm3(torch.cat([down, self.level3(down)], dim=1))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (N, 3, H, W) to `logits` (N, C, H/8, W/8)."""
+        return {"logits": self.classifier(self.levels(images)[-1])}
+
+
+class ESPNet(nn.Module):
+    """The encoder with a light decoder: logits at the size of the picture.
+
+    Args:
+        num_classes: C.
+        shallow: Spatial pyramids at a quarter of the sides.
+        deep: At an eighth.
+    """
+
+    stride = 1
+
+    def __init__(self, num_classes: int, *, shallow: int = 2, deep: int = 8) -> None:
+        super().__init__()
+        count = num_classes
+        self.encoder = ESPNetC(count, shallow=shallow, deep=deep)
+        self.norm = nn.BatchNorm2d(count, eps=_EPS)
+        self.up3 = nn.ConvTranspose2d(count, count, 2, stride=2, bias=False)
+        self.second = conv(128 + 3, count)
+        self.join = nn.Sequential(
+            NormAct(2 * count),
+            SpatialPyramid(2 * count, count, residual=False),
+            nn.ConvTranspose2d(count, count, 2, stride=2, bias=False),
+            NormAct(count),
+        )
+        self.refine = nn.Sequential(conv(count + 16 + 3, count, 3), NormAct(count))
+        self.classifier = nn.ConvTranspose2d(count, count, 2, stride=2, bias=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (N, 3, H, W) to `logits` (N, C, H, W)."""
+        first, second, third = self.encoder.levels(images)
+        deep = fitted(self.up3(self.norm(self.encoder.classifier(third))), second)
+        joined = fitted(self.join(torch.cat([self.second(second), deep], dim=1)), first)
+        logits = self.classifier(self.refine(torch.cat([joined, first], dim=1)))
+        return {"logits": fitted(logits, images)}
+
+
+def espnet_c(
+    num_classes: int,
+    *,
+    shallow: int = 2,
+    deep: int = 8,
+    dropout: float = 0.0,
+    file: str | None = None,
+) -> ESPNetC:
+    """ESPNet-C, 0.35 M parameters for 20 classes.
+
+    Args:
+        num_classes: C.
+        shallow: Spatial pyramids at a quarter of the sides.
+        deep: At an eighth.
+        dropout: Of whole channels before the classifier; none as published.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`.
+
+    Raises:
+        UserError: An option out of range, or a file that does not fit.
+    """
+    network = ESPNetC(num_classes, shallow=shallow, deep=deep, dropout=dropout)
+    load_network(network, file, what="espnet_c")
+    return network
+
+
+def espnet(num_classes: int, *, shallow: int = 2, deep: int = 8, file: str | None = None) -> ESPNet:
+    """ESPNet, 0.36 M parameters for 20 classes; arguments and errors as `espnet_c`."""
+    network = ESPNet(num_classes, shallow=shallow, deep=deep)
+    load_network(network, file, what="espnet")
+    return network

@@ -1,0 +1,277 @@
+"""A data set of objects, opened: both splits of annotated images, and the samples made of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.config import Data, LabelMaps
+from kd.config_data import DataSet, Split
+from kd.data.class_maps import ClassMaps
+from kd.data.coco import CocoIndex, check_images_decode, load_coco, visible_objects
+from kd.data.dataset import SceneDataset
+from kd.data.loader import Samples
+from kd.data.scenes import categories, generate_scenes
+from kd.data.splits import labelled_images
+from kd.data.stored import StoredField
+from kd.errors import UserError
+from kd.tasks.base import Classes
+
+_log = logging.getLogger(__name__)
+# Where data sets made here, and the small real one, are looked for below the working folder.
+DATASETS = Path("datasets")
+# Images of a split that are all decoded before training starts: two seconds for so many.
+DECODED_FIRST = 2000
+
+
+class Opened(Protocol):
+    """A data set of any kind, opened: what every training and evaluation asks of it."""
+
+    @property
+    def section(self) -> DataSet:
+        """As the recipe has it."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    def classes(self) -> Classes:
+        """What a metric is told."""
+        ...
+
+    def evaluated(self) -> Samples:
+        """The val split's samples."""
+        ...
+
+
+def of_objects(data: Opened) -> OpenData:
+    """The same, for commands that ask about objects.
+
+    Raises:
+        UserError: It has label maps.
+    """
+    if not isinstance(data, OpenData):
+        raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
+    return data
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """Both splits of a data set of objects, opened."""
+
+    section: Data
+    train: CocoIndex
+    val: CocoIndex
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self.val.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.train.num_classes
+
+    def classes(self) -> Classes:
+        """Names, prior and look-alikes."""
+        known = partial(visible_objects, self.val)
+        names, looks = self.class_names, self.val.looks
+        return Classes(names, self.prior(), looks, known, self.section.name)
+
+    def evaluated(self) -> SceneDataset:
+        """The val split, every usable object hidden in turn."""
+        return make_dataset(self, "val", train=False)
+
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """Ids of the train images whose labels a student of this seed sees; None: all."""
+        return labelled_images(self.train, self.section.labelled, seed)
+
+    def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
+        """Class shares, (C,), from `train_counts` with one added to each."""
+        counts = self.train_counts(images) + 1.0
+        return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+    def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
+        """Usable train objects of each class, (C,), on the images with these ids or on all."""
+        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
+        return np.bincount(self.train.labels[rows], minlength=self.num_classes)
+
+    def shares(self, images: Collection[int] | None = None) -> dict[str, NDArray[np.float64]]:
+        """How common each class is among the train pictures, for the weights of classes.
+
+        Args:
+            images: Only those with these ids.
+
+        Returns:
+            `pixel_shares` (1 + C,): of the pictures' area, background first, which has what the
+            segments leave and at least 1 %; where they overlap both count. `image_shares` (C,): of
+            the pictures, those with the class.
+        """
+        index, classes = self.train, self.num_classes
+        owners = np.repeat(np.arange(len(index)), np.diff(index.first))
+        taken = np.arange(len(index))
+        if images is not None:
+            taken = np.flatnonzero(np.isin(index.image_ids, np.asarray(list(images))))
+        kept = np.isin(owners, taken)
+        owners, labels = owners[kept], index.labels[kept].astype(np.int64)
+        pictures = index.heights.astype(np.float64) * index.widths
+        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / len(taken)
+        shown = np.unique(np.stack([owners, labels]), axis=1)[1]
+        return {
+            "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
+            "image_shares": np.bincount(shown, minlength=classes) / len(taken),
+        }
+
+    def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
+        """Exact posteriors of the embedded scenes, None for other data."""
+        index = self.train if split == "train" else self.val
+        file = index.annotation_file.with_name(f"posteriors_{split}.npz")
+        if self.section.generate is None or not file.is_file():
+            return None
+        with np.load(file) as stored:
+            return {name: stored[name] for name in stored.files}
+
+
+def open_objects(section: Data) -> OpenData:
+    """Open a data set; the embedded scenes are made where they are not there yet.
+
+    Raises:
+        UserError: What `load_coco` and `generate_scenes` raise, or no root.
+    """
+    train, val = open_annotated(section, section.train, section.val, pictures=section.pictures)
+    return OpenData(section, train, val)
+
+
+def open_annotated(
+    section: Data | LabelMaps, train: Split, val: Split, *, pictures: bool = True
+) -> tuple[CocoIndex, CocoIndex]:
+    """Both splits of a COCO-format data set, checked; the scenes made where they are not there.
+
+    Args:
+        section: Its name, root and settings of the scenes.
+        train: Paths below the root.
+        val: The same.
+        pictures: Whether images are needed.
+
+    Raises:
+        UserError: As `open_objects`.
+    """
+    root = root_of(section, holds=train.annotations)
+    if section.generate is not None:
+        made = section.generate
+        generate_scenes(
+            root, train=made.train, val=made.val, size=made.size, seed=made.seed,
+            workers=os.cpu_count() or 1, progress=True,
+        )  # fmt: skip
+    first = load_coco(root / train.annotations, root / train.images, check_images=pictures)
+    second = load_coco(
+        root / val.annotations, root / val.images, check_images=pictures, categories_from=first
+    )
+    if section.generate is None and pictures:  # what was made here is whole
+        for index in (first, second):
+            _check_decode(index)
+    return first, second
+
+
+def class_names(section: Data) -> tuple[str, ...]:
+    """The class names of a data set, without its images.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if section.generate is not None:
+        return tuple(entry["name"] for entry in categories())
+    root = root_of(section, holds=section.train.annotations)
+    annotations, images = root / section.train.annotations, root / section.train.images
+    return load_coco(annotations, images, check_images=False).class_names
+
+
+def _check_decode(index: CocoIndex) -> None:
+    """Decode every image of a small data set now, rather than stop in the middle of training."""
+    if len(index) > DECODED_FIRST:
+        return
+    if broken := check_images_decode(index):
+        more = f"\n... and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError("\n".join(broken[:5]) + more)
+
+
+def root_of(section: Data | LabelMaps, *, holds: str) -> Path:
+    """The folder of a data set: the one that is named, or one that has something in it.
+
+    Args:
+        section: The data set.
+        holds: A path in the folder by which it is known.
+
+    Raises:
+        UserError: None is named, and there is none in the usual places.
+    """
+    if section.root is not None:
+        return Path(os.path.expandvars(section.root)).expanduser()
+    if section.generate is not None:
+        made = section.generate
+        return DATASETS / f"scenes-{made.size}px-{made.train}-{made.val}-seed{made.seed}"
+    tried = [Path(os.environ["KD_DATA"])] if "KD_DATA" in os.environ else []
+    tried += [DATASETS, Path("../shared/data")]
+    for folder in tried:
+        if (folder / section.name / holds).exists():
+            return folder / section.name
+    raise UserError(
+        f"data set {section.name}: not found in {', '.join(map(str, tried))}; name its folder with "
+        "--set data.root=DIR"
+    )
+
+
+def make_dataset(
+    data: OpenData,
+    split: Literal["train", "val"],
+    *,
+    train: bool,
+    mode: Literal["one", "all"] = "all",
+    labelled: Collection[int] | None = None,
+    only: Collection[int] | None = None,
+    seed: int = 0,
+    epochs: int = 1,
+    stored: Sequence[StoredField] = (),
+    class_maps: bool = False,
+) -> SceneDataset:
+    """A split as samples."""
+    section = data.section
+    partial = section.partial
+    index = data.train if split == "train" else data.val
+    return SceneDataset(
+        index,
+        size=section.size,
+        mode=mode,
+        train=train,
+        augment=section.augment,
+        min_share=section.min_share,
+        max_share=section.max_share,
+        shape=section.shape,
+        withhold=(section.withhold.start, section.withhold.end) if section.withhold else None,
+        pictures=section.pictures,
+        partial=(partial.start, partial.until) if partial and train else None,
+        labelled=labelled,
+        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
+        only=only,
+        seed=seed,
+        epochs=epochs,
+        prepared=Path(section.prepared) / split if section.prepared else None,
+        stored=stored,
+        class_maps=ClassMaps(index, section.size) if class_maps else None,
+    )

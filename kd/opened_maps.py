@@ -1,0 +1,96 @@
+"""A data set of label maps, opened: both splits, checked, and the samples made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.config import LabelMaps
+from kd.config_data import Split
+from kd.data.map_dataset import MULTIPLE, MapDataset, check_pairs
+from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
+from kd.data.stored import StoredField
+from kd.errors import UserError
+from kd.opened import DECODED_FIRST, open_annotated, root_of
+from kd.tasks.base import Classes
+
+
+@dataclass(frozen=True)
+class OpenMaps:
+    """Both splits of a data set of label maps."""
+
+    section: LabelMaps
+    train: MappedSplit
+    val: MappedSplit
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self.train.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def classes(self) -> Classes:
+        """Their names."""
+        return Classes(self.class_names, where=self.section.name)
+
+    def crops(
+        self, seed: int, stored: Sequence[StoredField] = (), stride: int = MULTIPLE
+    ) -> MapDataset:
+        """Random crops of the train split; a teacher's outputs come with them on a grid."""
+        section = self.section
+        return MapDataset(
+            self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
+            seed=seed, stored=stored, stride=stride,
+        )  # fmt: skip
+
+    def evaluated(self) -> MapDataset:
+        """Whole pictures of the val split."""
+        return self.whole("val", size=self.section.size)
+
+    def whole(
+        self,
+        split: Literal["train", "val"],
+        *,
+        size: int | None,
+        only: NDArray[np.int64] | None = None,
+    ) -> MapDataset:
+        """Whole pictures of a split, all or those of some places, at a size (None: their own)."""
+        pictures = self.train if split == "train" else self.val
+        return MapDataset(pictures, size=size, crop=self.section.crop, train=False, only=only)
+
+
+def open_maps(section: LabelMaps) -> OpenMaps:
+    """Open a data set of label maps; small ones are read once, before anything is trained.
+
+    Raises:
+        UserError: What `open_segmented` and `open_annotated` raise, an image or a map that cannot
+            be read or does not fit the other.
+    """
+    opened = OpenMaps(section, *_splits(section))
+    opened.crops(0)  # its options are looked at before all files are
+    if section.layout != "coco":  # whose images are looked at already, and maps are not files
+        both = (opened.train, opened.val)
+        check_pairs(split for split in both if len(split.images) <= DECODED_FIRST)
+    opened.evaluated()
+    return opened
+
+
+def _splits(section: LabelMaps) -> tuple[MappedSplit, MappedSplit]:
+    if isinstance(section.train, Split) and isinstance(section.val, Split):
+        train, val = open_annotated(section, section.train, section.val)
+        if train.num_classes >= 255:
+            raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
+        return DrawnSplit(train), DrawnSplit(val)
+    root = root_of(section, holds=LAYOUTS[section.layout].holds)
+    return (
+        open_segmented(section.layout, root, str(section.train)),
+        open_segmented(section.layout, root, str(section.val)),
+    )

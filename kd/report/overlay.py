@@ -1,0 +1,121 @@
+"""Label maps over their picture: the truth and what networks say, side by side in fixed colours."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.metrics.segmentation import VOID
+from kd.report.drawing import GREY, INK
+
+# Each as far from those before it, and from greys, as can be (CIELAB), without glaring ones.
+_COLOURS = (
+    *("#0067A5", "#F38400", "#008856", "#FF1E96", "#D2F03C", "#690F96", "#871E1E", "#FFB4FF"),
+    *("#00E1FF", "#00FF96", "#695A00", "#FFD296", "#2D78FF", "#692D5A", "#FF8796", "#3CA50F"),
+    *("#A5F0C3", "#FF4B3C", "#F069F0", "#C3A50F", "#A5C3FF", "#96B45A", "#008796", "#C3784B"),
+    *("#9669C3", "#D2004B", "#2D4B1E", "#A50F78", "#0F3C96", "#96FF69", "#00FFD2", "#2D6900"),
+)
+_TURN = 0.61803398875  # of the hue from one further class to the next: far from all before it
+_STRENGTH = 0.75  # of a colour over the picture
+_NO_CLASS = "#d0d0d0"
+BACKGROUND = "background"  # the class that is the rest: the picture shows, without a colour
+_LETTERS_AN_INCH = 16
+_AT_MOST = 5  # panels of a row
+
+
+def class_colour(number: int) -> str:
+    """The colour of a class, the same in every figure, as `#rrggbb`."""
+    if number < len(_COLOURS):
+        return _COLOURS[number]
+    further = number - len(_COLOURS)
+    levels = ((0.75, 0.9), (0.5, 0.95), (0.9, 0.6))
+    hue = (0.05 + _TURN * further) % 1.0
+    return str(to_hex(colorsys.hsv_to_rgb(hue, *levels[further % len(levels)])))
+
+
+def painted(picture: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.uint8]:
+    """A grey picture with the colours of classes over it; pale where no class is known.
+
+    Args:
+        picture: (3, H, W) uint8.
+        labels: (H, W), classes or `VOID`.
+        names: C names.
+
+    Returns:
+        (H, W, 3).
+    """
+    colours = np.zeros((256, 3))
+    strength = np.full(256, _STRENGTH)
+    for number, name in enumerate(names):
+        colours[number] = to_rgb(class_colour(number))
+        strength[number] = 0.0 if name == BACKGROUND else _STRENGTH
+    colours[VOID], strength[VOID] = to_rgb(_NO_CLASS), 0.85
+    grey = picture.float().mean(dim=0).numpy()[..., None] / 255
+    own = labels.long().numpy()
+    share = strength[own][..., None]
+    return np.asarray(np.round(255 * ((1 - share) * grey + share * colours[own])), np.uint8)
+
+
+def overlay_figure(picture: Tensor, maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """The picture, then each label map over it, with the names of the classes that occur.
+
+    Args:
+        picture: (3, H, W) uint8.
+        maps: Title -> (H, W), classes or `VOID`.
+        names: C names.
+    """
+    height, width = picture.shape[1:]
+    count = 1 + len(maps)
+    rows = -(-count // _AT_MOST)
+    columns = -(-count // rows)
+    across = 2.4
+    handles = _legend(torch.cat([labels.flatten() for labels in maps.values()]), names)
+    wide = columns * across
+    lines = _lines(handles, wide)
+    inches = rows * (across * height / width + 0.26) + 0.19 * lines + 0.1
+    figure = Figure(figsize=(wide, inches))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    shown = {"picture": picture.permute(1, 2, 0).numpy()}
+    shown |= {title: painted(picture, labels, names) for title, labels in maps.items()}
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (title, image) in zip(panels, shown.items(), strict=False):
+        axes.imshow(image, interpolation="nearest" if height * width < 40_000 else "antialiased")
+        axes.set_title(title, fontsize=8.5, color=INK, pad=3)
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines),
+            frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
+    return figure
+
+
+def _legend(labels: Tensor, names: Sequence[str]) -> list[Patch]:
+    """A patch for each class that occurs, in their order, but for the background."""
+    found = [int(number) for number in labels.unique().tolist()]
+    handles = [
+        Patch(color=class_colour(number), label=names[number])
+        for number in found
+        if number != VOID and names[number] != BACKGROUND
+    ]
+    if VOID in found:
+        handles.append(Patch(facecolor=_NO_CLASS, edgecolor=GREY, label="not scored"))
+    return handles
+
+
+def _lines(handles: Sequence[Patch], inches: float) -> int:
+    """Rows that a legend needs: each column is as wide as its longest name."""
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
+    columns = max(1, int(inches * _LETTERS_AN_INCH / longest))
+    return max(1, -(-len(handles) // columns))

@@ -1,0 +1,188 @@
+"""What a teacher is shown when its outputs are stored: objects hidden one by one, or pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.config_data import DataSet
+from kd.data.coco import CocoIndex
+from kd.data.dataset import SceneDataset
+from kd.data.loader import Samples
+from kd.errors import UserError
+from kd.opened import OpenData, Opened, make_dataset, of_objects
+from kd.opened_maps import OpenMaps
+from kd.teacher_runs import TrainedTeacher, as_shown
+
+PICTURES_LOOKED_AT = 4096
+Split = Literal["train", "val"]
+
+
+class Shown(Protocol):
+    """A split as a teacher sees it; records are its objects, or its pictures."""
+
+    @property
+    def section(self) -> DataSet:
+        """The data set."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """Of the images that are shown, (I,)."""
+        ...
+
+    @property
+    def records_an_image(self) -> float:
+        """On average."""
+        ...
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the stored numbers follow from beside the teacher."""
+        ...
+
+    def samples(self, only: NDArray[np.int64] | None = None) -> Samples:
+        """All images, or those with these ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShownObjects:
+    """Every usable object of a split, hidden in turn; a record for each."""
+
+    data: OpenData
+    split: Split
+
+    @property
+    def section(self) -> DataSet:
+        """The data set."""
+        return self.data.section
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.data.num_classes
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """Of the images with a usable object."""
+        index = self._index
+        return np.asarray(index.image_ids[self._dataset().images], dtype=np.int64)
+
+    @property
+    def records_an_image(self) -> float:
+        """Objects an image."""
+        return len(self._index.labels) / len(self._index)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Annotations, pictures, and how these are shown."""
+        section, dataset = self.data.section, self._dataset()
+        return {
+            "data": self._index.fingerprint,
+            "split": self.split,
+            "pictures": _pictures_hash(
+                len(dataset.images), lambda n: dataset.picture(int(dataset.images[n]))[0]
+            ),
+            "transform": f"size {section.size}, {section.shape}, rescaled and padded",
+        }
+
+    def samples(self, only: NDArray[np.int64] | None = None) -> Samples:
+        """Scenes with all their objects hidden in turn."""
+        return self._dataset(only)
+
+    @property
+    def _index(self) -> CocoIndex:
+        return self.data.train if self.split == "train" else self.data.val
+
+    def _dataset(self, only: NDArray[np.int64] | None = None) -> SceneDataset:
+        return make_dataset(self.data, self.split, train=False, only=only)
+
+
+@dataclass(frozen=True)
+class ShownPictures:
+    """Every picture of a split, whole; a record for each, by its place in the split.
+
+    Args:
+        data: The data set.
+        split: Which of it.
+        size: Long side that the teacher sees, pixels; None: that of the files.
+    """
+
+    data: OpenMaps
+    split: Split
+    size: int | None
+
+    @property
+    def section(self) -> DataSet:
+        """The data set."""
+        return self.data.section
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.data.num_classes
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """Places in the split."""
+        return np.arange(len(self._images), dtype=np.int64)
+
+    @property
+    def records_an_image(self) -> float:
+        """One."""
+        return 1.0
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Pictures, and how they are shown."""
+        return {
+            "data": self.data.section.name,
+            "split": self.split,
+            "pictures": _pictures_hash(len(self._images), self._images.__getitem__),
+            "transform": f"size {self.size}, whole, sides in multiples of 8",
+        }
+
+    def samples(self, only: NDArray[np.int64] | None = None) -> Samples:
+        """Whole pictures.
+
+        Raises:
+            UserError: They are not of one size, so that their maps would not be.
+        """
+        pictures = self.data.whole(self.split, size=self.size, only=only)
+        if not pictures.alike:
+            raise UserError(
+                f"{self.data.section.name}: pictures of different sizes have maps of different "
+                "sizes, which are not stored: soft_targets.kind=live"
+            )
+        return pictures
+
+    @property
+    def _images(self) -> tuple[Path, ...]:
+        return (self.data.train if self.split == "train" else self.data.val).images
+
+
+def shown_to(teacher: TrainedTeacher, data: Opened, split: Split) -> Shown:
+    """A split as a teacher saw its own data in training."""
+    if isinstance(data, OpenMaps):
+        return ShownPictures(data, split, teacher.recipe.data.size)
+    # Which objects count is the student's choice.
+    return ShownObjects(as_shown(teacher, of_objects(data), min_share=0.0, max_share=1.0), split)
+
+
+def _pictures_hash(count: int, path_of: Callable[[int], Path]) -> str:
+    """Of the names and sizes of the picture files: of some of very many."""
+    some = (path_of(number) for number in range(0, count, max(1, count // PICTURES_LOOKED_AT)))
+    text = "\n".join(f"{path.name} {path.stat().st_size}" for path in some)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

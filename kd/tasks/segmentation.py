@@ -1,0 +1,89 @@
+"""Semantic segmentation: the class of each pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.data.hide import normalise
+from kd.errors import UserError
+from kd.metrics.segmentation import VOID, MeanIoU
+from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """Cross-entropy of every pixel that has a class; void counts nowhere.
+
+    Logits are on a network's own grid, and brought to that of the label maps bilinearly.
+
+    Args:
+        num_classes: C.
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    num_classes: int
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the share.
+
+        Raises:
+            UserError: It is out of range.
+        """
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Normalised images, (N, 3, H, W)."""
+        return (normalise(batch["images"]),)
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`cross_entropy`, and `auxiliary`, the same of an earlier map where a model gives it."""
+        names = {"cross_entropy": "logits", "auxiliary": "auxiliary"}
+        return {
+            name: Mean(self._cross_entropy(output[key], batch["label_maps"]), "pixels")
+            for name, key in names.items()
+            if key in output
+        }
+
+    def _cross_entropy(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """The mean over the pixels with a class; 0 with a zero gradient where there is none."""
+        total = F.cross_entropy(
+            on_grid(logits, (truth.shape[1], truth.shape[2])).float(),
+            truth.long(),
+            ignore_index=VOID,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        return total / (truth != VOID).sum().clamp(min=1)
+
+    def masks(self, batch: Batch) -> dict[str, Mask]:
+        """`valid`: where there is a class, bool (N, h, w), for distillation."""
+
+        def valid(grid: tuple[int, int]) -> Tensor:
+            maps = batch["label_maps"][:, None].float()
+            return F.interpolate(maps, grid, mode="nearest-exact")[:, 0] != VOID
+
+        return {"valid": valid}
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """The likeliest class of each pixel, int64 of the label maps' shape."""
+        truth = batch["label_maps"]
+        # In bfloat16 many places between two of the grid would be ties.
+        logits = output["logits"].float()
+        return on_grid(logits, (truth.shape[1], truth.shape[2])).argmax(dim=1)
+
+    def metric(self, classes: Classes) -> Metric:
+        """Mean intersection over union and its company."""
+        return MeanIoU(len(classes.names), where=classes.where)
+
+
+def on_grid(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps (N, C, h, w) brought to a grid bilinearly, (N, C, *grid)."""
+    if logits.shape[2:] == torch.Size(grid):
+        return logits
+    return F.interpolate(logits, grid, mode="bilinear", align_corners=False)

@@ -1,0 +1,174 @@
+"""Data sections: who has a layout has label maps; mistakes are told at their places in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kd.config import Data, DistillRecipe, LabelMaps, Split, TeacherRecipe
+from kd.config_data import AnyData
+from kd.config_reader import find_config, load_recipe
+from kd.data_config import data_config, objects_config, plain_data
+from kd.errors import ConfigError
+
+ESPNET = find_config("distill", "espnet_c")
+PATHS = {"annotations": "a.json", "images": "a"}
+MAPS: dict[str, Any] = {"layout": "camvid", "crop": (64, 64)}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[str], Path]:
+    """A function that writes a data set of the user's own."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def mistakes_of(*settings: str, data: str | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(DistillRecipe, ESPNET, data=data, settings=settings)
+    return str(caught.value).splitlines()
+
+
+def section_of(*settings: str, data: str | None = None) -> AnyData:
+    return load_recipe(DistillRecipe, ESPNET, data=data, settings=settings).data
+
+
+def test_the_layout_chooses_the_section() -> None:
+    camvid, scenes = data_config("camvid"), data_config("scenes")
+    assert isinstance(camvid, LabelMaps) and isinstance(scenes, Data)
+    assert isinstance(section_of(), LabelMaps) and isinstance(section_of(data="coco"), Data)
+    for section in (camvid, scenes):
+        assert plain_data(section.model_dump(mode="json"), "run") == section
+    recipe = load_recipe(TeacherRecipe, find_config("teacher", "pspnet"), data="cityscapes")
+    assert isinstance(recipe.data, LabelMaps) and recipe.data.layout == "cityscapes"
+    with pytest.raises(ConfigError, match=r"^camvid: a data set of label maps; objects with boxes"):
+        objects_config("camvid")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.crp=8", "data.crp: unknown key; did you mean 'crop'?"),
+        ("data.min_share=0.1", "data.min_share: unknown key; known keys: name, root, workers, "
+         "layout, train, val, generate, size, crop, augment"),
+        ("data.label_maps=1", "data.label_maps: unknown key; known keys: name, root, workers, "
+         "layout, train, val, generate, size, crop, augment"),
+        ("data.size=x", "data.size: input should be a valid integer, got 'x'"),
+        ("data.crop=[64]", "data.crop.1: missing key"),
+        ("data.crop=64", "data.crop: input should be a valid tuple, got 64"),
+        ("data.layout=camvd", "data.layout: input should be 'camvid', 'cityscapes', 'ade20k', "
+         "'voc2012' or 'coco', got 'camvd'"),
+        ("data.train=3", "data.train: input should be a valid string, got 3"),
+        ("data.train=[a, b]", "data.train: input should be a valid string, got ('a', 'b')"),
+        ("data.val={annotations: a, images: b}",
+         "data: val: layout camvid takes a split's name"),
+        ("data.val={annotations: a, images: b, imags: c}",
+         "data.val.imags: unknown key; did you mean 'images'?"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_section_of_label_maps_is_told_at_its_place(
+    setting: str, message: str
+) -> None:
+    assert mistakes_of(setting, data="camvid") == [f"--set {setting}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.train.imags=b", "data.train.imags: unknown key; did you mean 'images'?"),
+        ("data.generate.trian=3", "data.generate.trian: unknown key; did you mean 'train'?"),
+        ("data.val=val", "data: val: layout coco takes its annotations and images"),
+    ],
+)
+def test_splits_of_coco_are_paths(setting: str, message: str) -> None:
+    assert mistakes_of(setting) == [f"--set {setting}: {message}"]
+
+
+def test_a_data_file_without_its_layout_hears_of_it(own: Callable[[str], Path]) -> None:
+    path = str(own("train: train\nval: val\ncrop: [64, 64]\n"))
+    assert (
+        f"{path}: data.crop: unknown key; a data set with label maps has a 'layout' beside it"
+        in (mistakes_of(data=path))
+    )
+    path = str(own("layotu: camvid\ntrain: train\nval: val\ncrop: [64, 64]\n"))
+    assert f"{path}: data.layotu: unknown key; did you mean 'layout'?" in mistakes_of(data=path)
+
+
+def test_a_data_set_of_label_maps_of_the_users_own(own: Callable[[str], Path]) -> None:
+    section = data_config(str(own("layout: voc2012\ntrain: trainval\ncrop: [64, 32]\n")))
+    assert isinstance(section, LabelMaps) and section.name == "mine"
+    assert (section.train, section.val, section.crop) == ("trainval", "val", (64, 32))
+
+
+def test_another_split_is_a_change_to_a_data_set_and_not_a_whole_one(tmp_path: Path) -> None:
+    path, named = tmp_path / "recipe.yaml", "data: {name: camvid, train: trainval}"
+    path.write_text(ESPNET.read_text().replace("data: scenes_maps", named))
+    data = load_recipe(DistillRecipe, path).data
+    assert isinstance(data, LabelMaps)
+    assert (data.layout, data.train, data.val) == ("camvid", "trainval", "test")
+    whole = "data: {name: mine, layout: camvid, crop: [64, 64]}"
+    path.write_text(ESPNET.read_text().replace("data: scenes_maps", whole))
+    assert load_recipe(DistillRecipe, path).data.name == "mine"
+
+
+def test_splits_fit_the_layout() -> None:
+    section = LabelMaps.model_validate(MAPS)
+    assert (section.train, section.val, section.size) == ("train", "val", None)
+    drawn = LabelMaps.model_validate({**MAPS, "layout": "coco", "train": PATHS, "val": PATHS})
+    assert drawn.train == Split(annotations="a.json", images="a")
+    for change, message in (
+        ({"layout": "coco"}, "train: layout coco takes its annotations and images"),
+        ({"layout": "coco", "train": PATHS}, "val: layout coco takes its annotations and images"),
+        ({"val": PATHS}, "val: layout camvid takes a split's name"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            LabelMaps.model_validate({**MAPS, **change})
+
+
+def test_folds_are_for_objects_alone() -> None:
+    path = find_config("teacher", "pspnet")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(TeacherRecipe, path, settings=["folds=3"])
+    assert str(caught.value) == "--set folds=3: folds: are for teachers of objects' context"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("ablations={structured: {pixel: [pixl]}}", "ablations.structured.pixel: no term pixl in "
+         "losses or more_losses; there are: pixel_wise, pair_wise, holistic, channel_wise"),
+        ("ablations={one: {plain: [pixel_wise]}}",
+         "ablations: plain: these arms are there already"),
+        ("ablations={objects: {pixel: 3}}",
+         "ablations.objects.pixel: input should be a valid tuple, got 3"),
+        ("ablations={one: {pixel: [pixel_wise]}, two: {pixel: [pair_wise]}}",
+         "ablations: pixel: an arm of two ablations"),
+        ("arms=[plain, pixl]", "arms: unknown pixl; known: plain, distilled, bare, shuffled, "
+         "direct, pixel, pixel_pair, all, channel"),
+        ("more_losses=[{name: channel_wise, wieght: 1.0, weight: 1.0}]",
+         "more_losses.0.wieght: unknown key; did you mean 'weight'?"),
+    ],
+)  # fmt: skip
+def test_ablations_that_do_not_fit_are_refused(setting: str, message: str) -> None:
+    assert mistakes_of(setting) == [f"--set {setting}: {message}"]
+
+
+def test_terms_of_ablations_are_told_apart_from_those_of_the_distilled_arm() -> None:
+    [line] = mistakes_of("more_losses=[{name: pixel_wise, weight: 1.0}]", "ablations={}")
+    assert line.endswith("losses: pixel_wise: given twice; tell them apart by `label`")
+    labelled = "more_losses=[{name: pixel_wise, label: soft, weight: 1.0}]"
+    ablations = "ablations={soft: {softer: [soft, pair_wise]}}"
+    settings = [labelled, "ablations={}", ablations, "arms=[plain, softer]"]
+    recipe = load_recipe(DistillRecipe, ESPNET, settings=settings)
+    assert [term.curve for term in recipe.all_losses][-1] == "soft"
+    assert recipe.terms_of("softer") == ("soft", "pair_wise")
+    assert recipe.terms_of("plain") is recipe.terms_of("distilled") is None
