@@ -15,8 +15,11 @@ from kd.data.map_dataset import MULTIPLE, MapDataset, check_pairs
 from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.data.stored import StoredField
 from kd.errors import UserError
-from kd.opened import DECODED_FIRST, open_annotated, root_of
+from kd.opened import open_annotated, root_of
 from kd.tasks.base import Classes
+
+# Bytes of a split's image files that are all read before training starts: about five seconds.
+READ_FIRST = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,14 @@ def open_maps(section: LabelMaps) -> OpenMaps:
     opened = OpenMaps(section, *_splits(section))
     opened.crops(0)  # its options are looked at before all files are
     if section.layout != "coco":  # whose images are looked at already, and maps are not files
-        both = (opened.train, opened.val)
-        check_pairs(split for split in both if len(split.images) <= DECODED_FIRST)
+        check_pairs(split for split in (opened.train, opened.val) if _soon_read(split))
     opened.evaluated()
     return opened
+
+
+def _soon_read(split: MappedSplit) -> bool:
+    """Whether all of a split is read in seconds: a large picture takes as long as many small."""
+    return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
 def _splits(section: LabelMaps) -> tuple[MappedSplit, MappedSplit]:
