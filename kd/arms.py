@@ -41,7 +41,7 @@ from kd.pictures import write_pictures
 from kd.session import Session, run_training
 from kd.soft_targets import SoftTargetSource
 from kd.sources import Sources, open_sources
-from kd.tasks.base import Task
+from kd.tasks.base import Mean, Task
 from kd.teacher_runs import expectation
 from kd.tracking import Tracker
 from kd.training import Objective, Training
@@ -144,8 +144,7 @@ class Distillation:
             dataset = self._dataset(seed, labelled, arm)
             model, objective = self._assemble(arm, seed, labelled, dataset)
             batch = self._sample(dataset)
-            with torch.no_grad():  # in training, where some models give more
-                losses = forward_losses(model.train(), batch, objective)
+            losses = _first_losses(model, batch, objective)
             check_weights(losses, objective.weights_at(0.0))
             settings = train_section(self.recipe.train, arm).optimizer.model_dump()
             make_optimizer(model, **settings)
@@ -200,8 +199,10 @@ class Distillation:
         return build_segmenter(self.recipe.student, self.data.num_classes)
 
     def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
-        """Two samples as a batch, for finding shapes and mistakes without starting workers."""
-        batch = collate([dataset[0, place] for place in range(min(2, len(dataset)))])
+        """A batch of two, or of what a process gets, to find shapes and mistakes before workers."""
+        train = self.recipe.train
+        own = train.batch_size // train.accumulate // self.accelerator.num_processes
+        batch = collate([dataset[0, place] for place in range(min(2, max(1, own), len(dataset)))])
         return to_device(batch, self.accelerator.device, channels_last=False)
 
     def _dataset(
@@ -257,3 +258,23 @@ class Distillation:
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
         expects = None if self.sources is None else partial(expectation, self.sources.teacher)
         write_pictures(session, training, task, tracker, expectation=expects)
+
+
+def _first_losses(
+    model: nn.Module, batch: dict[str, torch.Tensor], objective: Objective
+) -> dict[str, Mean]:
+    """Losses in training, where some models give more; the model's statistics move.
+
+    Raises:
+        UserError: Too few images for a batch norm that sees one place of each.
+    """
+    try:
+        with torch.no_grad():
+            return forward_losses(model.train(), batch, objective)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"train.batch_size: {len(batch['images'])} image for each process and micro-batch is "
+            "too few for the student, whose batch norms see one place of each; 2 are enough"
+        ) from error

@@ -221,3 +221,15 @@ def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher
 def test_folds_are_of_objects(maps: list[str]) -> None:
     with pytest.raises(ConfigError, match="folds: are for teachers of objects"):
         train_teacher.main(["--teacher", "pspnet", *flags([*maps, "folds=2"])])
+
+
+def test_one_image_at_a_time_is_too_few_for_a_pyramid(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    student = "student={name: pspnet, options: {width: 0.25, head: 8}}"
+    one = "train={epochs: 1, batch_size: 2, accumulate: 2, precision: fp32}"
+    arms = distillation(
+        maps, mapped_teacher, "arms=[plain]", student, one, "task.weights.auxiliary=0.4"
+    )
+    with pytest.raises(UserError, match=r"train\.batch_size: 1 image for each process"):
+        arms.check()
