@@ -24,7 +24,7 @@ from kd.metrics.records import Records
 from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
 from kd.nn.multi_scale import MultiScale
-from kd.opened import OpenData, Opened
+from kd.opened import Opened, of_objects
 from kd.opened_maps import OpenMaps
 from kd.overlays import Segmenter, overlays
 from kd.pictures import hidden_scenes
@@ -114,9 +114,9 @@ def ask_run(
         if isinstance(data, OpenMaps):
             shown = {name: Segmenter(asked, task, data.section.size)}
             return overlays(data, shown, count=PICTURES, accelerator=accelerator)
-        if not isinstance(data, OpenData):
-            return iter(())
-        return hidden_scenes(asked, task, data, count=PICTURES, device=accelerator.device)
+        return hidden_scenes(
+            asked, task, of_objects(data), count=PICTURES, device=accelerator.device
+        )
 
     folder = run / FOLDER
     if data.section.name != config["data"]["name"]:

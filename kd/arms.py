@@ -34,7 +34,7 @@ from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.launch import open_run
 from kd.objective import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
-from kd.opened import OpenData, Opened, make_dataset
+from kd.opened import OpenData, Opened, make_dataset, of_objects
 from kd.opened_maps import OpenMaps
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
@@ -213,9 +213,8 @@ class Distillation:
         stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
         if isinstance(data, OpenMaps):
             return data.crops(seed, stored, recipe.soft_targets.stride)
-        assert isinstance(data, OpenData)
         return make_dataset(
-            data,
+            of_objects(data),
             "train",
             train=True,
             mode="all" if recipe.soft_targets.kind == "stored" else "one",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.config_data import DataSet
 from kd.data.coco import CocoIndex
 from kd.data.dataset import SceneDataset
 from kd.data.loader import Samples
@@ -28,13 +28,8 @@ class Shown(Protocol):
     """A split as a teacher sees it; records are its objects, or its pictures."""
 
     @property
-    def section(self) -> DataSet:
+    def data(self) -> Opened:
         """The data set."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
         ...
 
     @property
@@ -65,20 +60,9 @@ class ShownObjects:
     split: Split
 
     @property
-    def section(self) -> DataSet:
-        """The data set."""
-        return self.data.section
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.data.num_classes
-
-    @property
     def image_ids(self) -> NDArray[np.int64]:
         """Of the images with a usable object."""
-        index = self._index
-        return np.asarray(index.image_ids[self._dataset().images], dtype=np.int64)
+        return np.asarray(self._index.image_ids[self._whole.images], dtype=np.int64)
 
     @property
     def records_an_image(self) -> float:
@@ -88,7 +72,7 @@ class ShownObjects:
     @property
     def about(self) -> dict[str, str]:
         """Annotations, pictures, and how these are shown."""
-        section, dataset = self.data.section, self._dataset()
+        section, dataset = self.data.section, self._whole
         return {
             "data": self._index.fingerprint,
             "split": self.split,
@@ -100,14 +84,18 @@ class ShownObjects:
 
     def samples(self, only: NDArray[np.int64] | None = None) -> Samples:
         """Scenes with all their objects hidden in turn."""
-        return self._dataset(only)
+        if only is None:
+            return self._whole
+        return make_dataset(self.data, self.split, train=False, only=only)
 
     @property
     def _index(self) -> CocoIndex:
         return self.data.train if self.split == "train" else self.data.val
 
-    def _dataset(self, only: NDArray[np.int64] | None = None) -> SceneDataset:
-        return make_dataset(self.data, self.split, train=False, only=only)
+    @cached_property
+    def _whole(self) -> SceneDataset:
+        """Which objects count is found once; of a large data set that takes a while."""
+        return make_dataset(self.data, self.split, train=False)
 
 
 @dataclass(frozen=True)
@@ -123,16 +111,6 @@ class ShownPictures:
     data: OpenMaps
     split: Split
     size: int | None
-
-    @property
-    def section(self) -> DataSet:
-        """The data set."""
-        return self.data.section
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.data.num_classes
 
     @property
     def image_ids(self) -> NDArray[np.int64]:

@@ -129,7 +129,7 @@ class _Cache:
         with _together():
             self._fill(stores)
         return {
-            name: StoredField(store, name, channels=self.shown.num_classes)
+            name: StoredField(store, name, channels=self.shown.data.num_classes)
             for name, store in stores.items()
         }
 
@@ -171,7 +171,7 @@ class _Cache:
 
     def _place(self, output: str) -> str:
         """Where it is kept: told apart by its key where nobody named the place."""
-        name = f"{self.shown.section.name}-{self.wanted.split}-{output}"
+        name = f"{self.shown.data.section.name}-{self.wanted.split}-{output}"
         name = re.sub(r"[^\w.-]+", "_", name).lstrip(".")
         if self.wanted.location is not None:
             return f"{self.wanted.location.rstrip('/')}/{name}"
@@ -248,7 +248,7 @@ class _Cache:
             batch_size=self.samples.together(IMAGES_A_BATCH),
             seed=0,
             shuffle=False,
-            workers=self.shown.section.workers,
+            workers=self.shown.data.section.workers,
         )
         loader.set_epoch(0)
         outputs = [writer.name for writer in writers]

@@ -14,7 +14,7 @@ from kd.build import build_task, build_teacher, make_loader
 from kd.config import TeacherRecipe
 from kd.data.loader import Samples
 from kd.nn.cooccurrence import Fitted
-from kd.opened import OpenData, Opened, make_dataset
+from kd.opened import Opened, make_dataset, of_objects
 from kd.opened_maps import OpenMaps
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
@@ -57,7 +57,7 @@ def _prepared(
     """The task and the samples; a model that counts has counted (`counted`: before)."""
     if isinstance(data, OpenMaps):
         return build_task(recipe.task, recipe.data, data.num_classes), data.crops(recipe.seed)
-    assert isinstance(data, OpenData)
+    data = of_objects(data)
     if isinstance(model, Fitted) and not counted:
         model.fit(index_objects(data.train, only))
     shares = data.prior(only), data.shares(only)
