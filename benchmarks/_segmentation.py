@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd.data.coco import CocoIndex, load_coco
 from kd.data.hide import normalise
 from kd.data.images import read_image, resize
-from kd.engine import evaluating
+from kd.nn.modes import evaluating
 from kd.nn.trunk import build_trunk
 from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
 

@@ -52,10 +52,11 @@ from kd.build import make_accelerator
 from kd.checkpoint import load_checkpoint, load_model, save_model
 from kd.config import Critic, Optimizer, Schedule, Train
 from kd.data.hide import normalise
-from kd.engine import evaluating, fit, train_step
+from kd.engine import fit, train_step
 from kd.errors import UserError
 from kd.launch import start_training
 from kd.losses.adversary import Adversary
+from kd.nn.modes import evaluating
 from kd.objective import build_term, draw_modules, modules_of
 from kd.training import Hooks, Objective, Training, resume_training, save_training
 

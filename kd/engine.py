@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.modes import evaluating
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
 from kd.tasks.base import Batch, Collector, Mean, Task, count_units
@@ -230,18 +231,6 @@ def _asked_to_stop(hooks: Hooks, accelerator: Accelerator, *, ask: bool) -> bool
     asked = torch.tensor(float(hooks.stop()), device=accelerator.device)
     dist.all_reduce(asked)
     return bool(asked.item())
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module's own mode comes back, for one part may be frozen in its."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from kd.arms import Distillation
 from kd.config import LabelMaps
 from kd.data.collate import collate
 from kd.data.images import read_image
-from kd.engine import evaluating, to_device
+from kd.engine import to_device
 from kd.evaluation_files import fresh_tracker, write_figure
 from kd.metrics.segmentation import VOID
+from kd.nn.modes import evaluating
 from kd.opened_maps import OpenMaps
 from kd.report.overlay import overlay_figure
 from kd.student_runs import load_segmenter

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kd.data.collate import collate
-from kd.engine import evaluating, to_device
+from kd.engine import to_device
+from kd.nn.modes import evaluating
 from kd.opened import OpenData, make_dataset, of_objects
 from kd.report.pictures import hidden_scene_figure
 from kd.session import Session

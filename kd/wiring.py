@@ -12,8 +12,8 @@ from kd.adapted import AdaptedStudent
 from kd.adapters import ADAPTERS
 from kd.catalog import look_up
 from kd.config import Adapter, Term
-from kd.engine import evaluating
 from kd.errors import UserError
+from kd.nn.modes import evaluating
 from kd.objective import ROWS, TEACHER_OUTPUTS, build_term, draw_modules, modules_of
 from kd.objective import Term as BuiltTerm
 from kd.soft_targets import MEAN, SoftTargetSource

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.errors import at_least
+from kd.nn.modes import evaluating
 
 WARM_UP = 3  # forwards before the clock runs: caches, memory, choice of algorithms
 
@@ -30,7 +31,12 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
     Returns:
         The number for all N images together.
     """
-    with _evaluating(model), _plain_attention(), FlopCounterMode(display=False) as counter:
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        _plain_attention(),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(images)
     return int(counter.get_total_flops()) // 2
 
@@ -48,7 +54,7 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
     """
     at_least("latency", repeats=(repeats, 1))
     seconds = []
-    with _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for turn in range(WARM_UP + repeats):
             _finish(images.device)
             start = time.perf_counter()
@@ -57,19 +63,6 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
             if turn >= WARM_UP:
                 seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator
 from kd.checkpoint import Progress
 from kd.config import Optimizer, Schedule, Train
-from kd.engine import evaluate, evaluating, fit, forward_losses, train_step
+from kd.engine import evaluate, fit, forward_losses, train_step
 from kd.errors import UserError
 from kd.launch import start_training
 from kd.nn.freeze import FrozenBatchNorm
+from kd.nn.modes import evaluating
 from kd.objective import build_term
 from kd.tasks.base import Batch, Task
 from kd.tasks.classification import Classification
