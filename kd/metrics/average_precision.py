@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.files import write_whole
+from kd.metrics.records import save_records
 
 Array = NDArray[Any]
 
@@ -147,13 +147,7 @@ class MultiLabelAP:
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file: whole, or not at all."""
-        records = self.records()
-
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:
-                np.savez(file, **records)  # type: ignore[arg-type]
-
-        write_whole(Path(path), write)
+        save_records(self.records(), Path(path))
 
 
 def present_classes(batch: Mapping[str, Tensor], num_classes: int) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,14 @@ group of look-alikes a class belongs to, -1 for none.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd.errors import UserError
+from kd.files import write_whole
 
 Array = NDArray[Any]
 Records = Mapping[str, Array]
@@ -103,3 +105,18 @@ def check_records(records: Records, where: str) -> None:
             f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
             "not 1 (NaN, or scores that were not normalised)"
         )
+
+
+def save_records(records: Records, path: Path, *, compressed: bool = False) -> None:
+    """Write records as an .npz file: whole, or not at all.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full.
+    """
+    save: Any = np.savez_compressed if compressed else np.savez
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # by name, numpy would put its own ending behind it
+            save(file, **records)
+
+    write_whole(path, write)

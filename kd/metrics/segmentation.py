@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.files import write_whole
 from kd.metrics import map_scores
+from kd.metrics.records import save_records
 
 VOID = 255  # in label maps: a class that counts nowhere, neither in losses nor in metrics
 
@@ -103,10 +102,5 @@ class MeanIoU:
 
     def save_predictions(self, path: Path) -> None:
         """Write `records`."""
-        arrays: dict[str, Any] = self.records()
-
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:  # by name, numpy would put its own ending behind it
-                np.savez_compressed(file, **arrays)
-
-        write_whole(path, write)
+        # A picture has few of all pairs of classes: most of its confusion are zeros.
+        save_records(self.records(), path, compressed=True)

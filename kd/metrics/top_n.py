@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.metrics import scores
 from kd.metrics.classes import per_class
-from kd.metrics.records import REQUIRED, Array, check_records
+from kd.metrics.records import REQUIRED, Array, check_records, save_records
 
 # Device tensors are kept until this many objects are there: one wait for the device for all.
 _FLUSH_AT = 4096
@@ -160,20 +158,7 @@ class TopN:
         Raises:
             UserError: Nothing to write, or the folder cannot be written.
         """
-        records = self.records()
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez(file, **records)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+        save_records(self.records(), Path(path))
 
     def _flush(self) -> None:
         if not self._pending:
