@@ -13,6 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kd.adapted import AdaptedStudent
+from kd.build import make_accelerator
+from kd.config import Train
+from kd.engine import to_device, train_step
+from kd.launch import start_training
+from kd.objective import modules_of
+from kd.training import Objective, Window
+
 Work = Callable[[], object]
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], None]
@@ -67,3 +75,19 @@ def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: i
     a, b = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     sys.stdout.write(f"{name:<44}{a:>9.1f} ms {b:>9.1f} ms   ratio {ratio:.3f}\n")
     return ratio
+
+
+def engine_step(model: AdaptedStudent, objective: Objective, train: Train) -> Step:
+    """The engine's step as `fit` takes it, log lines left out."""
+    accelerator = make_accelerator("fp32")
+    critics = modules_of(objective.terms, images=True)
+    training = start_training(accelerator, model, train, 100_000, critics)
+    training.model.train()
+    window = Window(accelerator)
+
+    def step(batch: Batch) -> None:
+        moved = to_device(batch, accelerator.device, channels_last=True)
+        window.rate = training.rate
+        window.take(*train_step(training, [moved], objective, objective.weights_at(0.5)))
+
+    return step

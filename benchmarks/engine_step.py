@@ -24,19 +24,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
-from benchmarks._measure import Batch, Step, compare
+from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator, make_loader
 from kd.config import Data, Generate, Split, Train
 from kd.data.hide import hidden_regions, hide, normalise
-from kd.engine import to_device, train_step
-from kd.launch import start_training
+from kd.engine import to_device
 from kd.objective import build_term
 from kd.opened import make_dataset, open_objects
 from kd.soft_targets import LiveTeacher, StoredPosteriors
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
-from kd.training import Objective, Training, Window
+from kd.training import Objective
 from students.classifiers import build_student
 from teachers.cnn import cnn
 
@@ -75,20 +74,7 @@ def make_teacher(classes: int, device: torch.device) -> nn.Module:
 
 def by_engine(classes: int, objective: Objective) -> Step:
     """The engine's step as `fit` takes it, log lines left out."""
-    train = Train(precision="fp32")
-    accelerator = make_accelerator("fp32")
-    training: Training = start_training(
-        accelerator, AdaptedStudent(make_student(classes)), train, 100_000
-    )
-    training.model.train()
-    window = Window(accelerator)
-
-    def step(batch: Batch) -> None:
-        moved = to_device(batch, accelerator.device, channels_last=True)
-        window.rate = training.rate
-        window.take(*train_step(training, [moved], objective, objective.weights_at(0.5)))
-
-    return step
+    return engine_step(AdaptedStudent(make_student(classes)), objective, Train(precision="fp32"))
 
 
 def by_hand(classes: int, teacher: nn.Module, device: torch.device) -> Step:

@@ -27,19 +27,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
-from benchmarks._measure import Batch, Step, compare, peak_memory
+from benchmarks._measure import Batch, Step, compare, engine_step, peak_memory
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator
 from kd.config import Optimizer, Schedule, Train
 from kd.data.hide import normalise
-from kd.engine import to_device, train_step
-from kd.launch import start_training
 from kd.losses.adversary import Adversary
 from kd.nn.pspnet import pspnet
-from kd.objective import Term, build_term, draw_modules, modules_of
+from kd.objective import Term, build_term, draw_modules
 from kd.soft_targets import LiveTeacher
 from kd.tasks.segmentation import Segmentation
-from kd.training import Objective, Window
+from kd.training import Objective
 
 CLASSES, STEP_GOAL = 19, 1.05
 TRAIN = Train(
@@ -88,20 +86,7 @@ def by_engine(options: argparse.Namespace, device: torch.device, chosen: Sequenc
     live = LiveTeacher(teacher, task, ["pyramid"], posterior=False)
     drawn = draw_modules(chosen, {"logits": torch.zeros(1, CLASSES, 1, 1)})
     objective = Objective(task, {"cross_entropy": 1.0}, drawn, live)
-    accelerator = make_accelerator("fp32")
-    training = start_training(
-        accelerator, AdaptedStudent(student, ["pyramid"]), TRAIN, 100_000,
-        modules_of(drawn, images=True),
-    )  # fmt: skip
-    training.model.train()
-    window = Window(accelerator)
-
-    def step(batch: Batch) -> None:
-        moved = to_device(batch, accelerator.device, channels_last=True)
-        window.rate = training.rate
-        window.take(*train_step(training, [moved], objective, objective.weights_at(0.5)))
-
-    return step
+    return engine_step(AdaptedStudent(student, ["pyramid"]), objective, TRAIN)
 
 
 def by_hand(options: argparse.Namespace, device: torch.device) -> Step:

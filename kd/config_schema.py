@@ -13,7 +13,7 @@ from kd.config import Data, LabelMaps
 from kd.config_data import LABEL_MAPS, NAME, OBJECTS, PATHS
 
 # The kinds of data as the schema's places name them, which a file does not.
-KINDS: dict[str, type[BaseModel]] = {OBJECTS: Data, LABEL_MAPS: LabelMaps}
+KINDS: dict[str, type[Data] | type[LabelMaps]] = {OBJECTS: Data, LABEL_MAPS: LabelMaps}
 ALTERNATIVES = (*KINDS, NAME, PATHS)
 
 

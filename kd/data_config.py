@@ -31,7 +31,7 @@ def data_config(name: str, settings: Iterable[str] = ()) -> AnyData:
     merged = Merged()
     merged.merge({"name": path.stem, **read_yaml(path)}, shown_name(path))
     apply_settings(merged, settings, section="data")
-    return validate(KINDS[kind_of_data(merged.values)], merged)  # type: ignore[return-value]
+    return validate(KINDS[kind_of_data(merged.values)], merged)
 
 
 def objects_config(name: str, settings: Iterable[str] = ()) -> Data:
@@ -48,4 +48,4 @@ def objects_config(name: str, settings: Iterable[str] = ()) -> Data:
 
 def plain_data(values: Mapping[str, Any], source: str, settings: Iterable[str] = ()) -> AnyData:
     """The data section of a run's config, perhaps with changes."""
-    return from_plain(KINDS[kind_of_data(values)], values, source, settings)  # type: ignore[return-value]
+    return from_plain(KINDS[kind_of_data(values)], values, source, settings)
