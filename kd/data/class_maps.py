@@ -109,19 +109,23 @@ class ClassMaps:
             store.write_shard(number, {IDS: ids, "values": values})
 
 
-def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int]) -> Map:
+def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd: int = 0) -> Map:
     """Draw an image's objects, the largest first.
 
     Args:
         index: The data set.
         image: Position in it.
         size: Height and width of the map.
+        crowd: The number of crowds' pixels, below all objects; that of background by default.
 
     Returns:
         (height, width), 0 for background, 1 + c for class c.
     """
-    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
     drawn = np.zeros(size, _type(index))
+    if crowd and index.crowds is not None:
+        for row in range(int(index.crowds.first[image]), int(index.crowds.first[image + 1])):
+            drawn[index.crowds.mask_of(row, size)] = crowd
+    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
     for row in rows[np.argsort(-index.areas[rows], kind="stable")]:
         drawn[index.mask_of(int(row), size)] = 1 + int(index.labels[row])
     return drawn

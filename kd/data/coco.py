@@ -7,9 +7,8 @@ into memory from then on: a start takes seconds, and workers hold no copies.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from PIL import Image
 from pycocotools import mask as rle_masks
 
 from kd.data.coco_files import check_images_exist, open_arrays, up_to_date_index
+from kd.data.coco_index import CROWD_PREFIX
+from kd.data.run_lengths import decode, resize_nearest
 from kd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class CocoIndex:
         fingerprint: Of the JSON's content and the reader's version.
         asked: (M,) bool, False for objects that are company only, never hidden and never scored
             (`"asked": false` in the JSON); None where all may be.
+        crowds: The same images with their crowds (`iscrowd`) for objects, regions of many that
+            nobody told apart; None where there are none.
     """
 
     annotation_file: Path
@@ -88,6 +91,7 @@ class CocoIndex:
     notes: dict[str, int]
     fingerprint: str
     asked: npt.NDArray[np.bool_] | None = None
+    crowds: CocoIndex | None = None
 
     @property
     def num_classes(self) -> int:
@@ -140,7 +144,7 @@ class CocoIndex:
         start, end = self.rle_first[row], self.rle_first[row + 1]
         if end > start:
             rle = {"size": list(whole), "counts": self.rle_bytes[start:end].tobytes()}
-            return _resize_nearest(_decode_rle(rle), size)
+            return resize_nearest(decode(rle), size)
         # Decimals as in the JSON: float32's own noise moves corners that lie between two pixels.
         exact = [ring.astype(np.float64).round(3) for ring in self.polygons_of(row)]
         rings = [(ring * scale).ravel().tolist() for ring in exact]
@@ -148,25 +152,7 @@ class CocoIndex:
             x1, y1, x2, y2 = (self.boxes[row] * np.tile(scale, 2)).tolist()
             rings = [[x1, y1, x2, y1, x2, y2, x1, y2]]
         parts = rle_masks.frPyObjects(rings, *size)
-        return _decode_rle(rle_masks.merge(parts))
-
-
-def _decode_rle(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
-    with warnings.catch_warnings():
-        # pycocotools 2.0 predates the copy keyword of NumPy 2; the result is right all the same.
-        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-        return np.asarray(rle_masks.decode(rle), dtype=np.bool_)
-
-
-def _resize_nearest(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    if mask.shape == size:
-        return mask
-    rows, columns = (
-        ((np.arange(wanted) + 0.5) * have / wanted).astype(np.int64)
-        for wanted, have in zip(size, mask.shape, strict=True)
-    )
-    resized: npt.NDArray[np.bool_] = mask[rows[:, None], columns]
-    return resized
+        return decode(rle_masks.merge(parts))
 
 
 def load_coco(
@@ -209,11 +195,16 @@ def load_coco(
 def _open(folder: Path, annotation_file: Path, image_folder: Path) -> CocoIndex:
     arrays, meta = open_arrays(folder)
     categories = meta["categories"]
-    return CocoIndex(
+    objects: dict[str, Any] = {}
+    crowds: dict[str, Any] = {}
+    for name, values in arrays.items():
+        which = crowds if name.startswith(CROWD_PREFIX) else objects
+        which[name.removeprefix(CROWD_PREFIX)] = values
+    index = CocoIndex(
         annotation_file=annotation_file,
         image_folder=image_folder,
         index_folder=folder,
-        **arrays,
+        **objects,
         class_names=tuple(entry["name"] for entry in categories),
         category_ids=tuple(entry["id"] for entry in categories),
         looks=tuple(entry["look"] for entry in categories),
@@ -221,6 +212,7 @@ def _open(folder: Path, annotation_file: Path, image_folder: Path) -> CocoIndex:
         notes=meta["notes"],
         fingerprint=f"{meta['sha256'][:32]}-v{meta['reader_version']}",
     )
+    return replace(index, crowds=replace(index, **({"asked": None} | crowds))) if crowds else index
 
 
 def _reopen(folder: Path, annotation_file: Path, images: Path, fingerprint: str) -> CocoIndex:

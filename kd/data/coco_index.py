@@ -23,10 +23,12 @@ import numpy.typing as npt
 from pycocotools.coco import COCO
 
 from kd.data.coco_check import Json, check_layout, check_references, is_number, read_json
+from kd.data.run_lengths import pixels_of
 from kd.errors import UserError
 
-READER_VERSION = 1
+READER_VERSION = 2
 ERROR_FILE = "error.txt"
+CROWD_PREFIX = "crowd_"  # of the arrays of regions of many objects
 USER_ERROR_EXIT = 3
 _BOX_TOLERANCE = 0.01  # pixels outside the image that are rounding, not worth a line
 _SMALLEST_SIDE = 1.0  # pixels; a thinner box shows nothing that could be hidden or recognised
@@ -52,10 +54,17 @@ def build_index(annotation_file: Path, folder: Path) -> None:
         coco.dataset = dataset
         coco.createIndex()
     check_references(coco, annotation_file)
-    reader = _ObjectReader(coco)
+    reader, crowds = _ObjectReader(coco), _ObjectReader(coco, crowds=True)
     for image_id in coco.imgs:
         reader.read_image(image_id)
+        crowds.read_image(image_id)
+    if not reader.ids:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
+        raise UserError(f"{annotation_file}: empty data set: no usable object (skipped: {reasons})")
     arrays = _image_arrays(list(coco.imgs.values())) | reader.arrays(annotation_file)
+    if crowds.ids:
+        found = crowds.arrays(annotation_file)
+        arrays |= {f"{CROWD_PREFIX}{name}": values for name, values in found.items()}
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
     meta = {
@@ -92,32 +101,14 @@ def _image_arrays(images: list[Json]) -> dict[str, Array]:
     }
 
 
-def _pixels_of_rle(packed: bytes) -> int:
-    """Count the pixels that compressed run lengths cover, -1 if they are malformed.
-
-    pycocotools does not look: where runs end early its decoder returns uninitialised memory.
-    A character carries 5 bits, bit 5 says that more follow; from the fourth run on a number is the
-    difference to the run two before (the COCO API's `rleToString`).
-    """
-    chunks = np.frombuffer(packed, np.uint8).astype(np.int64) - 48
-    if not len(chunks) or chunks.min() < 0 or chunks.max() > 63 or chunks[-1] & 32:
-        return -1
-    ends = np.flatnonzero(chunks & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if (ends - starts).max() > 6:
-        return -1
-    place = np.arange(len(chunks)) - np.repeat(starts, ends - starts + 1)
-    numbers = np.add.reduceat((chunks & 31) << (5 * place), starts)
-    numbers -= np.where(chunks[ends] & 16, 1 << (5 * (ends - starts + 1)), 0)
-    runs = np.concatenate([numbers[:1], np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])])
-    return int(runs.sum()) if runs.min() >= 0 else -1
-
-
 class _ObjectReader:
-    """Appends the usable objects of one image after another to growing typed arrays."""
+    """Appends the usable objects of one image after another to growing typed arrays.
 
-    def __init__(self, coco: COCO) -> None:
-        self.coco = coco
+    One reader takes the objects and counts what it leaves out; another takes the crowds.
+    """
+
+    def __init__(self, coco: COCO, *, crowds: bool = False) -> None:
+        self.coco, self.crowds = coco, crowds
         self.label_of = {key: label for label, key in enumerate(sorted(coco.cats))}
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -133,6 +124,9 @@ class _ObjectReader:
         before = len(self.ids)
         image = self.coco.imgs[image_id]
         for entry in self.coco.imgToAnns.get(image_id, ()):
+            if bool(entry.get("iscrowd")) != self.crowds:
+                self.skipped[_SKIP_CROWD] += 1
+                continue
             box = self._usable_box(entry, image["width"], image["height"])
             if box is None:
                 continue
@@ -154,9 +148,7 @@ class _ObjectReader:
         x, y, w, h = entry["bbox"]
         x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
         reason = None
-        if entry.get("iscrowd"):
-            reason = _SKIP_CROWD
-        elif w <= 0 or h <= 0:
+        if w <= 0 or h <= 0:
             reason = _SKIP_ZERO
         elif x1 >= x2 or y1 >= y2:
             reason = _SKIP_OUTSIDE
@@ -206,15 +198,12 @@ class _ObjectReader:
                 packed = counts.encode("ascii")
         except (TypeError, ValueError, OverflowError):
             pass  # pycocotools on counts that are no numbers; UnicodeEncodeError is a ValueError
-        if _pixels_of_rle(packed) == size[0] * size[1]:
+        if pixels_of(packed) == size[0] * size[1]:
             return packed
         self.notes["bad_run_lengths"] += 1
         return b""
 
     def arrays(self, path: Path) -> dict[str, Array]:
-        if not self.ids:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
-            raise UserError(f"{path}: empty data set: no usable object (skipped: {reasons})")
         points = np.frombuffer(self.coordinates, np.float32).reshape(-1, 2)
         if not np.isfinite(points).all():
             raise UserError(self._endless_polygon(path, points))

@@ -16,6 +16,7 @@ from kd.data.class_maps import draw_class_map
 from kd.data.coco import CocoIndex
 from kd.data.label_maps import Table, id_table, read_label_map
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
           "pedestrian", "cyclist")  # fmt: skip
@@ -106,14 +107,15 @@ class DrawnSplit:
         return ("background", *self.index.class_names)
 
     def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Draw the map of an image."""
+        """Draw the map of an image; crowds are void, nobody said which pixels are whose."""
         own = int(self.index.heights[number]), int(self.index.widths[number])
         if own != size:
             raise UserError(
                 f"{self.index.path(number)}: is {size[1]} x {size[0]} pixels, {self.where} says "
                 f"{own[1]} x {own[0]}"
             )
-        return torch.from_numpy(draw_class_map(self.index, number, own).astype(np.uint8))
+        drawn = draw_class_map(self.index, number, own, crowd=VOID)
+        return torch.from_numpy(drawn.astype(np.uint8))
 
 
 def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:

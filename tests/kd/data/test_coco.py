@@ -260,6 +260,28 @@ def test_unusable_objects_are_skipped_with_counts_and_one_line(
     assert "skipped: 1 crowd, 1 zero area, 2 outside image, 1 tiny; noted: 1 clipped" in line
 
 
+def test_crowds_are_kept_apart_from_the_objects(tmp_path: Path) -> None:
+    dataset = small()
+    crowds = [
+        annotation(100, 10, 1, [4, 2, 10, 10], iscrowd=1, asked=False, area=33),
+        annotation(101, 20, 1, [500, 5, 10, 10], iscrowd=1),  # outside
+    ]
+    plain = load(tmp_path, dataset)
+    assert plain.crowds is None
+    index = load(tmp_path, {**dataset, "annotations": [*crowds, *dataset["annotations"]]})
+    np.testing.assert_array_equal(index.object_ids, plain.object_ids)
+    np.testing.assert_array_equal(index.first, plain.first)
+    assert index.asked is None and index.skipped == {"crowd": 2}
+    again = pickle.loads(pickle.dumps(index))
+    for kept in (index.crowds, again.crowds):
+        assert kept is not None and kept.object_ids.tolist() == [100]
+        image = index.image_ids.tolist().index(10)
+        assert kept.image_of(0) == image and kept.boxes.tolist() == [[4, 2, 14, 12]]
+        assert kept.areas.tolist() == [33]
+        size = int(index.heights[image]), int(index.widths[image])
+        assert kept.mask_of(0, size)[2:12, 4:14].all() and kept.mask_of(0, size).sum() == 100
+
+
 def test_a_missing_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"absent.json: annotation file not found.*kd.data.download"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -282,6 +283,30 @@ def test_coco_maps_are_drawn_with_the_smaller_on_top(tiny_coco: Callable[..., Pa
         assert np.array_equal(split.label_map(image, (48, 64)).numpy(), expected)
     with pytest.raises(UserError, match=r"is 64 x 40 pixels, .*instances_train2017.json says 64 x"):
         split.label_map(0, (40, 64))
+
+
+def test_crowds_are_void_where_no_object_lies_on_them(tiny_coco: Callable[..., Path]) -> None:
+    root = tiny_coco(images=2, size=(48, 64))
+    file = root / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    first = content["images"][0]["id"]
+    before = DrawnSplit(load_coco(file, root / "train2017"))
+    maps = [before.label_map(image, (48, 64)) for image in range(2)]
+    content["annotations"].append(
+        {"id": 900, "image_id": first, "category_id": 3, "iscrowd": 1, "area": 480.0,
+         "bbox": [0, 0, 10, 48],  # its upper half, column by column, 48 pixels each
+         "segmentation": {"size": [48, 64], "counts": [0, *[24, 24] * 9, 24, 24 + 48 * 54]}}
+    )  # fmt: skip
+    file.write_text(json.dumps(content))
+    split = DrawnSplit(load_coco(file, root / "train2017"))
+    drawn = split.label_map(0, (48, 64))
+    crowd = torch.zeros(48, 64, dtype=torch.bool)
+    crowd[:24, :10] = True
+    void = crowd & (maps[0] == 0)
+    assert void.any()
+    assert torch.equal(drawn == VOID, void)
+    assert torch.equal(drawn[~void], maps[0][~void])
+    assert torch.equal(split.label_map(1, (48, 64)), maps[1])
 
 
 def test_coco_maps_are_not_all_drawn_before_training(
