@@ -1,4 +1,4 @@
-"""Students by name: classifiers of an object in its scene, and networks for segmentation."""
+"""Students by name: classifiers of an object in its scene, segmentation networks, detectors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from functools import partial
 
 from torch import nn
 
+from kd.nn.centernet import centernet
 from kd.nn.segmenters import SEGMENTERS
 from students.classifiers import NAMES, build_student
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     name: partial(build_student, name) for name in NAMES
 }
-STUDENTS: dict[str, Callable[..., nn.Module]] = CLASSIFIERS | SEGMENTERS
+DETECTORS: dict[str, Callable[..., nn.Module]] = {"centernet": centernet}
+STUDENTS: dict[str, Callable[..., nn.Module]] = CLASSIFIERS | SEGMENTERS | DETECTORS

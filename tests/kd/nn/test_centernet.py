@@ -1,0 +1,248 @@
+"""CenterNet: its maps, how it starts, its weights' gradients, and boxes read off planted peaks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import students
+from kd.catalog import build
+from kd.errors import ConfigError, UserError
+from kd.losses.center_targets import center_targets
+from kd.nn.centernet import CenterNet, bilinear_, centernet, decode_centers
+
+CLASSES = 3
+SMALL = {"trunk": "shufflenet_v2_x0_5", "widths": (8, 8, 8), "hidden": 8}
+LOW = -20.0
+
+
+def small(**options: object) -> nn.Module:
+    chosen = SMALL | options
+    return build(students.DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
+
+
+def blank(images: int = 1, height: int = 6, width: int = 8) -> dict[str, Tensor]:
+    """Maps without a peak above the rest: boxes of 2 x 1 cells around the corners of cells."""
+    size = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1).expand(images, 2, height, width)
+    return {
+        "heatmap": torch.full((images, CLASSES, height, width), LOW),
+        "size": size.clone(),
+        "offset": torch.zeros(images, 2, height, width),
+    }
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (37, 51), (32, 33)])
+def test_maps_have_a_cell_for_each_four_pixels(height: int, width: int, training: bool) -> None:
+    model = small().train(training)
+    with torch.no_grad():
+        output = model(torch.randn(2, 3, height, width))
+    grid = (-(-height // 4), -(-width // 4))
+    shapes = {name: tuple(one.shape) for name, one in output.items()}
+    assert shapes == {
+        "heatmap": (2, CLASSES, *grid),
+        "size": (2, 2, *grid),
+        "offset": (2, 2, *grid),
+        "features": (2, 8, *grid),
+    }
+
+
+@pytest.mark.parametrize(
+    ("trunk", "steps"),
+    [("resnet18", 3), ("mobilenet_v2", 3), ("squeezenet1_1", 2), ("vit_b_16", 2), ("vgg11_bn", 3)],
+)
+def test_any_trunk_will_do(trunk: str, steps: int) -> None:
+    with torch.device("meta"):
+        model = centernet(CLASSES, trunk=trunk)
+        output = model(torch.empty(2, 3, 64, 96))
+    assert output["heatmap"].shape == (2, CLASSES, 16, 24)
+    assert len(model.up) == steps and model.channels == 64
+
+
+def test_resnet18_has_its_parameters() -> None:
+    with torch.device("meta"):
+        model = centernet(80)
+    trunk = 11_176_512  # torchvision's 11,689,512 without the classifier's 513,000
+    ups = sum(9 * a * b + 16 * b * b + 4 * b for a, b in ((512, 256), (256, 128), (128, 64)))
+    heads = sum(64 * 64 * 9 + 64 + 64 * outputs + outputs for outputs in (80, 2, 2))
+    assert sum(one.numel() for one in model.parameters()) == trunk + ups + heads == 14_219_092
+
+
+def test_a_new_network_sees_an_object_at_one_place_in_ten() -> None:
+    model = small().eval()
+    assert isinstance(model, CenterNet)
+    nn.init.zeros_(model.heatmap.get_parameter("2.weight"))
+    with torch.no_grad():
+        output = model(torch.randn(1, 3, 32, 32))
+    probability = output["heatmap"].sigmoid()
+    torch.testing.assert_close(probability, torch.full_like(probability, 0.1), atol=1e-3, rtol=0)
+    assert output["size"].abs().max() < 0.1 and output["offset"].abs().max() < 0.1
+
+
+def test_a_step_up_starts_as_bilinear_interpolation() -> None:
+    maps = torch.randn(2, 5, 4, 6)
+    up = bilinear_(nn.ConvTranspose2d(5, 5, 4, 2, padding=1, bias=False))
+    expected = F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
+    inner = (..., slice(1, -1), slice(1, -1))  # the border is half of zeros
+    torch.testing.assert_close(up(maps)[inner], expected[inner])
+
+
+def test_every_parameter_learns() -> None:
+    model = small().train()
+    sum(one.square().mean() for one in model(torch.randn(2, 3, 64, 64)).values()).backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), path
+        assert parameter.grad.count_nonzero() > 0, path
+
+
+def test_a_saved_network_comes_back_from_its_file(tmp_path: Path) -> None:
+    first, images = small().eval(), torch.randn(1, 3, 32, 32)
+    torch.save(first.state_dict(), tmp_path / "model.pth")
+    second = small(file=str(tmp_path / "model.pth")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(second(images), first(images), rtol=0, atol=0)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for options, said in (
+        ({"widths": ()}, "widths must be 1 or more each"),
+        ({"widths": (8, 0, 8)}, "widths must be 1 or more each"),
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"widths": (8, 8)}, "has a stride of 32, and 2 steps up reach 4 from 8, 16 only"),
+        ({"trunk": "vit_h_14"}, "has a stride of 14"),
+    ):
+        with torch.device("meta"), pytest.raises(UserError, match=said):
+            small(**options)
+    with pytest.raises(ConfigError, match="student 'centernet': unknown option 'trnk'"):
+        small(trnk="resnet18")
+
+
+def test_a_planted_peak_is_the_box_worked_by_hand() -> None:
+    output = blank(images=2)
+    output["heatmap"][1, 2, 3, 5] = 0.0
+    output["size"][1, :, 3, 5] = torch.tensor([4.0, 3.0])
+    output["offset"][1, :, 3, 5] = torch.tensor([0.5, 0.25])
+    found = decode_centers(output, top=5)
+    assert found.boxes.shape == (2, 5, 4) and found.scores.shape == found.labels.shape == (2, 5)
+    # The middle is (22, 13) pixels, the box 16 x 12.
+    assert found.boxes[1, 0].tolist() == [14.0, 7.0, 30.0, 19.0]
+    assert found.scores[1, 0].item() == 0.5 and found.labels[1, 0].item() == 2
+    assert [len(one["boxes"]) for one in found.by_image(0.1)] == [0, 1]
+
+
+def test_a_neighbour_of_a_peak_is_none_however_high() -> None:
+    output = blank()
+    output["heatmap"][0, 0, 2, 2:6] = torch.tensor([3.0, 2.9, 2.8, 2.9])
+    found = decode_centers(output).by_image(0.5)[0]
+    assert found["scores"].tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (3.0, 2.9)])
+    assert found["boxes"][:, 0].tolist() == [4.0, 16.0]  # of the cells 2 and 5
+
+
+def test_peaks_of_other_classes_at_one_place_are_kept() -> None:
+    output = blank()
+    output["heatmap"][0, :, 1, 1] = torch.tensor([1.0, 3.0, 2.0])
+    assert decode_centers(output).by_image(0.5)[0]["labels"].tolist() == [1, 2, 0]
+
+
+def test_equal_peaks_come_in_order_of_class_and_place_and_plateaus_are_all_peaks() -> None:
+    output = blank()
+    output["heatmap"][0, 1, 4, 6] = 2.0
+    output["heatmap"][0, 0, 4, 1:3] = 2.0  # a plateau of two
+    output["heatmap"][0, 1, 0, 3] = 2.0
+    found = decode_centers(output).by_image(0.5)[0]
+    places = (found["boxes"][:, :2] / 4 + torch.tensor([1.0, 0.5])).tolist()
+    assert places == [[1.0, 4.0], [2.0, 4.0], [3.0, 0.0], [6.0, 4.0]]
+    assert found["labels"].tolist() == [0, 0, 1, 1]
+
+
+def test_rows_without_a_peak_have_no_score() -> None:
+    output = blank()
+    rising = torch.arange(CLASSES * 48.0).view(1, CLASSES, 6, 8)  # one peak a class
+    found = decode_centers({**output, "heatmap": rising})
+    assert (found.scores > 0).sum().item() == CLASSES
+    assert found.scores.shape == (1, 100) and found.labels[0, :3].tolist() == [2, 1, 0]
+    assert decode_centers(output, top=9999).scores.shape == (1, CLASSES * 48)
+
+
+def test_no_number_is_no_peak() -> None:
+    output = blank()
+    output["heatmap"][0, 0, 2, 2] = math.nan
+    output["heatmap"][0, 0, 5, 6] = 3.0
+    found = decode_centers(output)
+    assert found.scores.isfinite().all()
+    assert found.boxes[0, 0].tolist() == [20.0, 18.0, 28.0, 22.0]
+
+
+def test_boxes_end_where_the_picture_does_and_sides_are_not_negative() -> None:
+    output = blank()
+    output["heatmap"][0, 0, 5, 7] = output["heatmap"][0, 0, 0, 0] = 2.0
+    output["size"][0, :, 5, 7] = 20.0
+    output["size"][0, :, 0, 0] = torch.tensor([-3.0, 2.0])
+    found = decode_centers(output, sizes=torch.tensor([[22, 30]]))
+    assert found.boxes[0, :2].tolist() == [[0.0, 0.0, 0.0, 4.0], [0.0, 0.0, 30.0, 22.0]]
+    # Without an area it is nobody's box.
+    assert len(found.by_image(0.5)[0]["boxes"]) == 1
+
+
+def test_no_picture_gives_no_box() -> None:
+    found = decode_centers(blank(images=0))
+    assert found.boxes.shape == (0, 100, 4) and found.by_image() == []
+
+
+def test_maps_that_do_not_fit_are_named() -> None:
+    for changed, said in (
+        ({"heatmap": torch.zeros(3, 6, 8)}, r"heatmap must be \(N, C, h, w\), got \(3, 6, 8\)"),
+        ({"size": torch.zeros(1, 2, 6, 7)}, r"size must be \(1, 2, 6, 8\), got \(1, 2, 6, 7\)"),
+        ({"offset": torch.zeros(1, 1, 6, 8)}, r"offset must be \(1, 2, 6, 8\)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            decode_centers(blank() | changed)
+    with pytest.raises(UserError, match="top must be at least 1, got 0"):
+        decode_centers(blank(), top=0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 1),  # image
+            st.integers(0, CLASSES - 1),
+            st.floats(0, 95.9),
+            st.floats(0, 63.9),
+            st.floats(0.5, 80),
+            st.floats(0.5, 80),
+        ),
+        max_size=30,
+        # Of two of a class in one cell only one can be drawn.
+        unique_by=lambda one: (one[0], one[1], int(one[2] / 4), int(one[3] / 4)),
+    )
+)
+def test_perfect_maps_decode_to_the_boxes(objects: list[tuple[float, ...]]) -> None:
+    objects = sorted(objects)
+    table = torch.tensor(objects).view(-1, 6)
+    image_of, labels = table[:, 0].long(), table[:, 1].long()
+    boxes = torch.cat([table[:, 2:4] - table[:, 4:] / 2, table[:, 2:4] + table[:, 4:] / 2], dim=1)
+    targets = center_targets(boxes, labels, image_of, 2, CLASSES, (16, 24), 4)
+    assert targets.valid.all()
+    peaks = targets.heatmap.logit(eps=1e-4)
+    y, x = targets.cell // 24, targets.cell % 24
+    # Classes share the numbers of a cell, so that each class is decoded by itself.
+    for label in range(CLASSES):
+        own = labels == label
+        output = blank(2, 16, 24) | {"heatmap": torch.full_like(peaks, LOW)}
+        output["heatmap"][:, label] = peaks[:, label]
+        for name, numbers in (("size", targets.size), ("offset", targets.offset)):
+            output[name][image_of[own], :, y[own], x[own]] = numbers[own]
+        for image, found in enumerate(decode_centers(output, stride=4).by_image(0.999)):
+            true = boxes[own & (image_of == image)]
+            assert len(found["boxes"]) == len(true) and (found["labels"] == label).all()
+            if len(true):
+                gaps = (found["boxes"][:, None] - true).abs().amax(dim=2)
+                assert gaps.amin(dim=0).max() < 1e-3 and gaps.amin(dim=1).max() < 1e-3
