@@ -1,0 +1,169 @@
+"""Pascal VOC's average precision of boxes: at 11 recalls as in 2007, or the area as since 2010.
+
+Everingham et al., 2010, https://doi.org/10.1007/s11263-009-0275-4, sections 4.2 and 4.3 of the
+challenges' development kits. Other than COCO's: a detection goes for the object that it overlaps
+most, and is wrong if that one has been found before, even if it overlaps another well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pycocotools import mask as coco_masks
+
+from kd.errors import UserError
+from kd.metrics.mean_ap import Array, Bools, Boxes, Floats, Ints
+
+OVERLAP = 0.5
+Points = Literal["11", "area"]
+_RECALLS = 10  # steps between recalls 0 and 1
+_CELLS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class VocMatches:
+    """Which detections are right, for one set of scores.
+
+    Attributes:
+        order: (D,) detections in falling order of score, ties by image, then as in the file.
+        hit: (D,) bool, in the detections' own order.
+        ignored: (D,) bool, counts neither way: it found a difficult object.
+    """
+
+    order: Ints
+    hit: Bools
+    ignored: Bools
+
+
+class VocAP:
+    """Evaluates one set of boxes under any scores.
+
+    Args:
+        truth: All objects; difficult ones have `crowd`, as `kd.data.voc_boxes` writes them.
+        found: The detections. Boxes count from 0 and end where they end, as the truth's: no pixel
+            is added to any side.
+        images: I, the number of images.
+        classes: C.
+        overlap: IoU that a right detection has at least.
+
+    Raises:
+        UserError: `overlap` is out of range.
+    """
+
+    def __init__(
+        self, truth: Boxes, found: Boxes, images: int, classes: int, *, overlap: float = OVERLAP
+    ) -> None:
+        if not 0 < overlap <= 1:
+            raise UserError(f"VocAP: overlap must be in (0, 1], got {overlap}")
+        self.truth, self.found, self.images, self.classes = truth, found, images, classes
+        self._best = _best_objects(truth, found, classes, overlap)
+        self.support = np.zeros((classes, images))  # objects that can be found
+        counted = ~truth.crowd
+        np.add.at(self.support, (truth.label[counted], truth.image[counted]), 1)
+
+    def match(self, scores: Floats) -> VocMatches:
+        """Give each object to the best scored of the detections that overlap it most.
+
+        Args:
+            scores: (D,).
+        """
+        order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
+        going = order[self._best[order] >= 0]  # detections that overlap some object, the best first
+        _, first = np.unique(self._best[going], return_index=True)
+        hit, ignored = (np.zeros(len(scores), np.bool_) for _ in range(2))
+        hit[going[first]] = True
+        ignored[going] = self.truth.crowd[self._best[going]]
+        return VocMatches(order, hit & ~ignored, ignored)
+
+    def average(
+        self, matches: VocMatches, weights: Array | None = None, *, points: Points = "area"
+    ) -> Floats:
+        """Average precision by resample and class.
+
+        Args:
+            matches: Of some scores.
+            weights: (R, I) how often each image counts, as `MeanAP.average` has it. None counts
+                each once.
+            points: "11" for the mean of the best precisions at recalls 0, 0.1, ... 1 or above
+                (VOC 2007); "area" for the area below the best precisions (since VOC 2010).
+
+        Returns:
+            (R, C), NaN where a class has no object that is not difficult.
+
+        Raises:
+            UserError: Other `points`.
+        """
+        if points not in ("11", "area"):
+            raise UserError(f"VocAP: points must be '11' or 'area', got {points!r}")
+        weights = np.ones((1, self.images)) if weights is None else np.asarray(weights, np.float64)
+        result = np.full((len(weights), self.classes), np.nan)
+        ranked = matches.order[~matches.ignored[matches.order]]
+        for label in range(self.classes):
+            rows = ranked[self.found.label[ranked] == label]
+            step = max(1, _CELLS_AT_ONCE // max(1, len(rows)))
+            for start in range(0, len(weights), step):
+                drawn = weights[start : start + step]
+                objects = drawn @ self.support[label]
+                some = objects > 0
+                result[start : start + step][some, label] = _average(
+                    drawn[some][:, self.found.image[rows]],
+                    np.flatnonzero(matches.hit[rows]),
+                    objects[some, None],
+                    points,
+                )
+        return result
+
+
+def mean_over_classes(averages: Floats) -> Floats:
+    """MAP of each resample, (R,), from (R, C): over the classes with an object, NaN without any."""
+    known = ~np.isnan(averages)
+    total, count = np.where(known, averages, 0.0).sum(axis=1), known.sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> Ints:
+    """The object of its class that each detection overlaps most, -1 where not enough; (D,)."""
+    best = np.full(len(found), -1, np.int64)
+    groups = found.image * classes + found.label
+    true_groups = truth.image * classes + truth.label
+    order, true_order = (np.argsort(one, kind="stable") for one in (groups, true_groups))
+    shared = np.intersect1d(groups, true_groups)
+    bounds = [
+        np.searchsorted(one[sort], shared, side)
+        for one, sort in ((groups, order), (true_groups, true_order))
+        for side in ("left", "right")
+    ]
+    for start, end, true_start, true_end in zip(*bounds, strict=True):
+        rows, objects = order[start:end], true_order[true_start:true_end]
+        plain = np.zeros(len(objects), np.uint8)  # a difficult object overlaps as others do
+        overlaps = coco_masks.iou(found.xywh[rows], truth.xywh[objects], plain)
+        most = overlaps.argmax(axis=1)
+        enough = overlaps[np.arange(len(rows)), most] >= overlap
+        best[rows[enough]] = objects[most[enough]]
+    return best
+
+
+def _average(drawn: Floats, right: Ints, objects: Floats, points: Points) -> Floats:
+    """Average precision of one class, (R,).
+
+    Args:
+        drawn: (R, D) how often each detection counts, the best scored first.
+        right: (n,) places of the right ones.
+        objects: (R, 1) how many there are to find.
+        points: As in `VocAP.average`.
+    """
+    hits = np.cumsum(drawn[:, right], axis=1)
+    if not hits.shape[1]:
+        return np.zeros(len(drawn))
+    # Precision is at its best where something right has just come in.
+    precision = hits / np.maximum(np.cumsum(drawn, axis=1)[:, right], np.spacing(1))
+    best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    if points == "area":
+        return np.asarray((best_after * np.diff(hits, axis=1, prepend=0.0)).sum(axis=1)
+                          / objects[:, 0])  # fmt: skip
+    # Whole numbers: 3 of 10 objects do reach the recall of 0.3, which no float is equal to.
+    reached = np.floor(_RECALLS * hits / objects) + 1
+    newly = np.diff(reached, axis=1, prepend=0.0)
+    return np.asarray((best_after * newly).sum(axis=1) / (_RECALLS + 1))
