@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from kd.catalog import suggestion
@@ -21,9 +22,12 @@ from kd.data.boxed import (
     image_ids,
     instances_file,
     pictures_in,
+    read_marks,
     split_names,
 )
+from kd.data.detections import Truth
 from kd.errors import UserError
+from kd.metrics.kitti_ap import KittiTruth
 
 CLASSES = ("car", "pedestrian", "cyclist")
 EVERY = "all"  # the split of all images with labels
@@ -73,6 +77,25 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
 def kitti_file(root: str | Path, split: str) -> Path:
     """The JSON of `kitti_to_coco` as a file, see `instances_file`; errors as there."""
     return instances_file(kitti_to_coco(root, split), Path(root), f"kitti_{split}")
+
+
+def kitti_truth(truth: Truth) -> KittiTruth:
+    """What `kd.metrics.kitti_ap` needs of a JSON of `kitti_to_coco`, as `read_truth` has read it.
+
+    Raises:
+        UserError: The JSON is not of KITTI: an annotation has no type.
+    """
+    marks = read_marks(truth.path)
+    if unknown := {one for one in marks.types if one not in _TYPES}:
+        raise UserError(f"{truth.path}: not of KITTI: an annotation has the type {min(unknown)!r}")
+    types = np.array(marks.types)
+    return KittiTruth(
+        boxes=truth.boxes,
+        truncated=marks.truncated,
+        occluded=marks.occluded,
+        neighbour=np.isin(types, list(NEIGHBOURS)),
+        region=types == REGION,
+    )
 
 
 def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:

@@ -10,7 +10,7 @@ from PIL import Image
 from kd.data.boxed import read_marks
 from kd.data.coco import load_coco
 from kd.data.detections import read_truth
-from kd.data.kitti_boxes import CLASSES, kitti_file, kitti_to_coco
+from kd.data.kitti_boxes import CLASSES, kitti_file, kitti_to_coco, kitti_truth
 from kd.errors import UserError
 
 SPACE = "1.5 1.6 3.9 0.1 1.5 20.0 0.0"
@@ -73,6 +73,17 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     assert marks.types == ("DontCare", "DontCare", "DontCare", "Car")
     assert truth.boxes.crowd.tolist() == [True, True, True, False]
     assert marks.truncated.tolist() == [-1, -1, -1, 0.25] and marks.occluded.tolist()[3] == 2
+
+
+def test_evaluation_knows_neighbours_and_regions_apart(tmp_path: Path) -> None:
+    path = kitti_file(write_kitti(tmp_path, n1=CAR + VAN + REGION), "train")
+    truth = kitti_truth(read_truth(path))
+    assert truth.neighbour.tolist() == [False, True, False, False, False]
+    assert truth.region.tolist() == [False, False, True, True, True]
+    assert truth.occluded[:2].tolist() == [2, 0] and truth.truncated[0] == 0.25
+    path.write_text(path.read_text().replace('"Van"', '"Bus"'))
+    with pytest.raises(UserError, match="not of KITTI: an annotation has the type 'Bus'"):
+        kitti_truth(read_truth(path))
 
 
 def test_all_images_with_labels_are_a_split_of_their_own(tmp_path: Path) -> None:

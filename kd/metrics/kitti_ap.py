@@ -1,0 +1,230 @@
+"""KITTI's average precision of boxes at three difficulties, at 11 or 40 recalls.
+
+Geiger et al., 2012, https://doi.org/10.1109/CVPR.2012.6248074, as the benchmark's development kit
+counts; 40 recalls since Simonelli et al., 2019, https://arxiv.org/abs/1905.12365. Objects choose
+detections here, one after the other in the order of their file, and precision is taken at a few
+scores only: those at which the recall comes nearest to 0, 1/40, ... 1.
+
+One thing is left out: in the kit, a detection below the least height can take an object of another
+class from its own detections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from pycocotools import mask as coco_masks
+
+from kd.errors import UserError
+from kd.metrics.mean_ap import Bools, Boxes, Floats, Ints
+
+OVERLAPS = {"car": 0.7, "pedestrian": 0.5, "cyclist": 0.5}
+_STEPS = 40  # between recalls 0 and 1
+
+
+class Difficulty(NamedTuple):
+    """Which objects have to be found; the others may be."""
+
+    height: float  # pixels, at least; lower detections do not count either
+    occluded: int  # at most
+    truncated: float  # at most
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(40.0, 0, 0.15),
+    "moderate": Difficulty(25.0, 1, 0.30),
+    "hard": Difficulty(25.0, 2, 0.50),
+}
+
+
+@dataclass(frozen=True)
+class KittiTruth:
+    """What is on the images.
+
+    Attributes:
+        boxes: Objects, neighbours and regions, each with the class that it concerns.
+        truncated: (K,) float64, share outside the picture.
+        occluded: (K,) int64, 0 = all in sight to 2 = hardly, 3 = unknown.
+        neighbour: (K,) bool, of a class that may be found in place of this one: a van for a car.
+        region: (K,) bool, DontCare: a detection mostly inside is not wrong.
+    """
+
+    boxes: Boxes
+    truncated: Floats
+    occluded: Ints
+    neighbour: Bools
+    region: Bools
+
+
+class _Scene(NamedTuple):
+    """One class on one image: D detections and G objects, neighbours included."""
+
+    overlaps: Floats  # (D, G)
+    excused: Bools  # (D,) mostly in a region
+    scores: Floats  # (D,)
+    low: Bools  # (D,) below the least height
+    optional: Bools  # (G,) need not be found
+
+
+def kitti_ap(
+    truth: KittiTruth,
+    found: Boxes,
+    scores: Floats,
+    *,
+    overlaps: Sequence[float],
+    points: int = _STEPS,
+) -> Floats:
+    """Average precision by difficulty and class.
+
+    A recall that no score comes near to counts as a precision of 0, as in the kit: of fewer than 40
+    objects, not even perfect detections get 1.
+
+    Args:
+        truth: What is there.
+        found: The detections.
+        scores: (D,).
+        overlaps: C of them, the IoU that a right detection of each class must exceed; `OVERLAPS`
+            has them by name. The same share of a detection must be in a region to be excused.
+        points: 40 for the mean of the precisions at recalls 1/40, 2/40, ... 1; 11 for 0, 0.1, ...
+
+    Returns:
+        (3, C) in the order of `DIFFICULTIES`, 0..1; NaN where there is nothing to find.
+
+    Raises:
+        UserError: Other `points`, or an overlap that is out of range.
+    """
+    if points not in (11, 40):
+        raise UserError(f"kitti_ap: points must be 11 or 40, got {points}")
+    if not all(0 < one < 1 for one in overlaps):
+        raise UserError(f"kitti_ap: overlaps must be in (0, 1), got {list(overlaps)}")
+    kept = slice(1, None) if points == _STEPS else slice(0, None, _STEPS // 10)
+    result = np.full((len(DIFFICULTIES), len(overlaps)), np.nan)
+    for row, difficulty in enumerate(DIFFICULTIES.values()):
+        for label, overlap in enumerate(overlaps):
+            scenes = list(_scenes(truth, found, scores, label, overlap, difficulty))
+            objects = sum(int((~scene.optional).sum()) for scene in scenes)
+            if objects:
+                result[row, label] = _precisions(scenes, objects, overlap)[kept].mean()
+    return result
+
+
+def _scenes(
+    truth: KittiTruth,
+    found: Boxes,
+    scores: Floats,
+    label: int,
+    overlap: float,
+    difficulty: Difficulty,
+) -> Iterator[_Scene]:
+    """The images on which a class is, or is said to be."""
+    boxes = truth.boxes
+    optional = (
+        truth.neighbour
+        | (boxes.xywh[:, 3] < difficulty.height)
+        | (truth.occluded > difficulty.occluded)
+        | (truth.truncated > difficulty.truncated)
+    )
+    own, others = np.flatnonzero(found.label == label), np.flatnonzero(boxes.label == label)
+    own, others = (
+        rows[np.argsort(image[rows], kind="stable")]
+        for rows, image in ((own, found.image), (others, boxes.image))
+    )
+    for image in np.union1d(found.image[own], boxes.image[others]).tolist():
+        rows, there = _of_image(own, found.image, image), _of_image(others, boxes.image, image)
+        objects, regions = there[~truth.region[there]], there[truth.region[there]]
+        # COCO's crowds are what these regions are: the share of the detection counts.
+        inside = _overlaps(found, rows, boxes, regions, crowd=True)
+        yield _Scene(
+            overlaps=_overlaps(found, rows, boxes, objects, crowd=False),
+            excused=np.asarray((inside > overlap).any(axis=1)),
+            scores=scores[rows],
+            low=found.xywh[rows, 3] < difficulty.height,
+            optional=optional[objects],
+        )
+
+
+def _of_image(rows: Ints, images: Ints, image: int) -> Ints:
+    """Those of some rows, in order of their images, that are of one image."""
+    start, end = np.searchsorted(images[rows], [image, image + 1])
+    return rows[start:end]
+
+
+def _overlaps(found: Boxes, rows: Ints, truth: Boxes, objects: Ints, *, crowd: bool) -> Floats:
+    """(D, G), with no box on either side too."""
+    if not len(rows) or not len(objects):
+        return np.zeros((len(rows), len(objects)))
+    flags = np.full(len(objects), crowd, np.uint8)
+    return np.asarray(coco_masks.iou(found.xywh[rows], truth.xywh[objects], flags))
+
+
+def _precisions(scenes: Sequence[_Scene], objects: int, overlap: float) -> Floats:
+    """The best precision at each of the 41 recalls or above, (41,)."""
+    hits = [score for scene in scenes for score in _hit_scores(scene, overlap)]
+    limits = _limits(np.sort(np.array(hits))[::-1], objects)
+    right, wrong = np.zeros(len(limits)), np.zeros(len(limits))
+    for scene in scenes:
+        found, mistaken = _counts(scene, limits, overlap)
+        right += found
+        wrong += mistaken
+    precision = np.zeros(_STEPS + 1)
+    precision[: len(limits)] = right / np.maximum(right + wrong, 1)
+    return np.asarray(np.maximum.accumulate(precision[::-1])[::-1])
+
+
+def _hit_scores(scene: _Scene, overlap: float) -> list[float]:
+    """Scores of right detections where each object takes the best scored one."""
+    free = np.ones(len(scene.scores), np.bool_)
+    scores = []
+    for number, optional in enumerate(scene.optional):
+        possible = free & (scene.overlaps[:, number] > overlap)
+        if not possible.any():
+            continue
+        taken = int(np.where(possible, scene.scores, -np.inf).argmax())
+        free[taken] = False
+        if not optional and not scene.low[taken]:
+            scores.append(float(scene.scores[taken]))
+    return scores
+
+
+def _limits(hits: Floats, objects: int) -> Floats:
+    """Scores at which the recall comes nearest to 0, 1/40, ...: at most 41, falling.
+
+    A score is passed over if the next one's recall is nearer to the one looked for.
+    """
+    limits: list[float] = []
+    wanted = 0.0
+    for place, score in enumerate(hits.tolist()):
+        here, following = (place + 1) / objects, (place + 2) / objects
+        if place + 1 < len(hits) and following - wanted < wanted - here:
+            continue
+        limits.append(score)
+        wanted += 1 / _STEPS  # as the kit adds it up: its rounding decides between equals
+    return np.array(limits)
+
+
+def _counts(scene: _Scene, limits: Floats, overlap: float) -> tuple[Floats, Floats]:
+    """Right and wrong detections of one image above each limit, (T,) both.
+
+    Each object takes the detection that overlaps it most, one that is too low only if there is no
+    other.
+    """
+    counted = scene.scores >= limits[:, None]  # (T, D)
+    free = counted.copy()
+    right = np.zeros(len(limits))
+    lines = np.arange(len(limits))
+    for number, optional in enumerate(scene.optional):
+        own = scene.overlaps[:, number]
+        if not (own > overlap).any():
+            continue
+        possible = free & (own > overlap)
+        high = np.where(possible & ~scene.low, own, -1.0)
+        taken = np.where(high.max(axis=1) > 0, high.argmax(axis=1), possible.argmax(axis=1))
+        some = possible.any(axis=1)
+        free[lines[some], taken[some]] = False
+        if not optional:
+            right += some & ~scene.low[taken]
+    wrong = free & ~scene.low & ~scene.excused
+    return right, wrong.sum(axis=1).astype(np.float64)
