@@ -158,3 +158,19 @@ def test_maps_that_do_not_fit_are_named(name: str) -> None:
         centernet_losses({**maps, name: maps[name][..., 1:]}, some_targets())
     with pytest.raises(UserError, match=f"{name} must be floating point, got int64"):
         centernet_losses({**maps, name: maps[name].long()}, some_targets())
+
+
+@pytest.mark.slow
+def test_compiled_targets_and_losses_are_the_same() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 20.0, 18.0], [6.0, 6.0, 20.0, 14.0]])
+    labels, image_of = torch.tensor([0, 2]), torch.tensor([0, 1])
+    ignored = torch.tensor([False, True])
+
+    def losses(*maps: Tensor) -> list[Tensor]:
+        targets = center_targets(boxes, labels, image_of, IMAGES, CLASSES, GRID, 4, ignored=ignored)
+        names = ("heatmap", "size", "offset")
+        return list(centernet_losses(dict(zip(names, maps, strict=True)), targets).values())
+
+    maps = list(some_maps().values())
+    compiled = torch.compile(losses, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*maps), losses(*maps))
