@@ -20,7 +20,7 @@ from kd.errors import UserError
 from kd.nn.modes import evaluating
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.tasks.base import Batch, Collector, Mean, Task, count_units
+from kd.tasks.base import Batch, Collector, Mean, OnLevels, Task, count_units
 from kd.training import (
     EpochLoader,
     Hooks,
@@ -61,6 +61,13 @@ def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict
     return losses
 
 
+def _held(batch: Batch, objective: Objective) -> dict[str, Tensor]:
+    """How much of each unit a batch holds, of those that losses and terms are means over."""
+    if isinstance(objective.task, OnLevels):
+        return count_units(batch) | objective.task.counts(batch, objective.masks)
+    return count_units(batch, objective.masks)
+
+
 def _scales(
     counts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator
 ) -> list[dict[str, Tensor | float]]:
@@ -92,7 +99,7 @@ def train_step(
     accelerator = training.accelerator
     sums: Sums = {}
     counts: Sums = {}
-    held = [count_units(batch, objective.masks) for batch in batches]
+    held = [_held(batch, objective) for batch in batches]
     scales = _scales(held, accelerator)
     taken: list[dict[str, Mean]] = []
     for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):

@@ -17,13 +17,22 @@ from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
 from kd.losses.adversary import Adversary, without_void
+from kd.losses.boxes import box_distance
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
 from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
-from kd.tasks.base import Batch, Mask, Mean, about_objects, hidden_labels, image_rows
+from kd.tasks.base import (
+    Batch,
+    Mask,
+    Mean,
+    about_objects,
+    hidden_labels,
+    image_rows,
+    stride_of,
+)
 
 # Gives a scalar; where a kind `draws`, the module that does.
 Loss = Callable[..., Any]
@@ -65,6 +74,13 @@ TERMS = {
     "direct": Kind(kl_logits, "logits", "posterior"),
     "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
     "context_features": Kind(imitation, mask="ring", maps=True),
+    # Wang et al.'s ablation: near objects' anchors, inside the boxes, the whole map.
+    "imitation": Kind(imitation, mask="imitation", maps=True),
+    "imitation_inside": Kind(imitation, mask="inside", maps=True),
+    "imitation_whole": Kind(imitation, mask="whole", maps=True),
+    # What a detector's heads say at the true boxes, and at every place of a map.
+    "object_logits": Kind(kl_logits, "object_logits", "object_logits"),
+    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas"),
     "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
     "pair_wise": Kind(pair_wise, maps=True, valid=True),
     "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
@@ -75,11 +91,11 @@ TERMS = {
 
 # What takes a softmax of what it compares, so that logits and log-probabilities are one to it.
 SOFTMAXED = (kl_logits, decoupled, pixel_wise, Adversary)
-# Outputs with a row for each hidden object; any other name is that of a layer.
-ROWS = ("logits", "context", "appearance")
+# Outputs with a row for each hidden object, of detectors for each box; others are layers.
+ROWS = ("logits", "context", "appearance", "object_logits", "object_deltas")
 # What a teacher gives beside its layers.
 POSTERIOR = "posterior"
-TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense")
+TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense", "object_logits", "object_deltas")
 
 
 @dataclass(frozen=True)
@@ -192,13 +208,17 @@ def _loss_of(
     term: Term, ours: Tensor, theirs: Tensor, masks: Mapping[str, Mask], batch: Batch
 ) -> Mean:
     kind, unit = term.kind, "hidden" if about_objects(batch) else "images"
+    if not kind.maps and "boxes" in batch and not about_objects(batch):
+        unit = "boxes"
     maps = kind.maps and ours.ndim == 4
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
     valid = masks["valid"](grid) if maps and "valid" in masks else None
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
     if kind.mask is not None:
-        return Mean(term.function(ours, theirs, masks[kind.mask](grid)), kind.mask)
+        place = "" if about_objects(batch) else f"/{stride_of(batch['images'].shape[-2], grid[0])}"
+        value = term.function(ours, theirs, masks[kind.mask](grid))
+        return Mean(value, f"{kind.mask}{place}")
     if kind.images:
         images = normalise(batch["images"])
         images = images[image_rows(batch)] if about_objects(batch) else images

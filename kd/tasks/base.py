@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -95,8 +95,8 @@ _PIXEL_UNITS = ("images", "valid_images", "pixels")
 class Task(Protocol):
     """One kind of problem. A task is frozen and holds no model."""
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the model is called with."""
+    def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        """What the model is called with; None for what it is not told."""
         ...
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
@@ -113,6 +113,15 @@ class Task(Protocol):
 
     def metric(self, classes: Classes) -> Metric:
         """What its answers are scored by."""
+        ...
+
+
+@runtime_checkable
+class OnLevels(Protocol):
+    """A task whose masks are on the levels of a pyramid, each level's places a unit of its own."""
+
+    def counts(self, batch: Batch, masks: Collection[str]) -> dict[str, Tensor]:
+        """Places of each mask on each level, as `NAME/STRIDE`."""
         ...
 
 

@@ -1,0 +1,29 @@
+"""Distance between what two detectors say of the same boxes."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses._checks import comparable
+
+
+def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth L1 distance between box regressions, added up over each row's numbers.
+
+    Girshick, 2015, https://arxiv.org/abs/1504.08083, which measures a detector against the true
+    boxes by it; here against what a teacher says (Wang et al., 2019,
+    https://arxiv.org/abs/1906.03609, the ablation's distilled outputs).
+
+    Args:
+        student: (M, 4) or any other (M, D).
+        teacher: The same shape.
+
+    Returns:
+        Scalar, the mean over M; 0 with a zero gradient where M is 0.
+
+    Raises:
+        UserError: Shapes or devices that differ, integers.
+    """
+    comparable("box_distance", student, teacher, dimensions=2)
+    return F.smooth_l1_loss(student, teacher.to(student), reduction="sum") / max(len(student), 1)

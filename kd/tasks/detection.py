@@ -1,0 +1,194 @@
+"""Object detection: which objects are where, each in its box."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd.data.hide import normalise, valid_pixels
+from kd.errors import UserError
+from kd.losses.imitation import anchor_grid, imitation_mask
+from kd.metrics.found_boxes import FoundBoxes
+from kd.nn.detectors.contract import Level
+from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, stride_of
+
+LOSS = "loss."  # what a network's outputs that are losses begin with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """What a detector answers, and what it learns by: its own losses, computed inside it.
+
+    Args:
+        num_classes: C.
+        levels: Of the network that learns: its maps' strides and anchors, for the masks.
+        psi: Share of a box's largest IoU that the imitation mask asks for.
+        unit: What the network's losses are means of: `images` or `boxes`.
+        answers: Whether detections are wanted; a teacher of features is asked for its maps alone,
+            and at the true boxes for what it says of them.
+    """
+
+    num_classes: int
+    levels: tuple[Level, ...] = ()
+    psi: float = 0.5
+    unit: str = "images"
+    answers: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the share.
+
+        Raises:
+            UserError: It is out of range.
+        """
+        if not 0 <= self.psi <= 1:
+            raise UserError(f"psi must be in 0..1, got {self.psi}")
+
+    def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        """Images (N, 3, H, W), normalised, 0 in the padding; their sizes; the true boxes."""
+        images = batch["images"]
+        size = (images.shape[2], images.shape[3])
+        shown = normalise(images) * valid_pixels(batch["sizes"], size)[:, None]
+        sizes = batch["sizes"] if self.answers else None
+        return shown, sizes, batch["boxes"], batch["labels"], batch["image_of"]
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """The network's own, which it computes in training: `classes`, `boxes`, ..."""
+        return {
+            name.removeprefix(LOSS): Mean(value, self.unit)
+            for name, value in output.items()
+            if name.startswith(LOSS)
+        }
+
+    def masks(self, batch: Batch) -> dict[str, Mask]:
+        """Places of a level's map, bool (N, h, w), for imitation.
+
+        `imitation`: where an anchor overlaps a box nearly as well as the best (`imitation_mask`);
+        `inside`: whose middle is in a box, or that hold the middle of a box; `whole`: all within
+        the pictures. Boxes are those of the level, see `assigned`.
+        """
+        kinds: dict[str, Callable[[int, tuple[int, int], Batch], Tensor]] = {
+            "imitation": self._imitation,
+            "inside": self._inside,
+            "whole": self._whole,
+        }
+
+        def of(kind: str) -> Mask:
+            def on_grid(grid: tuple[int, int]) -> Tensor:
+                stride = stride_of(batch["images"].shape[-2], grid[0])
+                return kinds[kind](stride, grid, batch)
+
+            return on_grid
+
+        return {kind: of(kind) for kind in kinds}
+
+    def counts(self, batch: Batch, masks: Collection[str]) -> dict[str, Tensor]:
+        """Places of each mask on each level, as `NAME/STRIDE`: units of terms on maps."""
+        height, width = batch["images"].shape[-2:]
+        made = self.masks(batch)
+        return {
+            f"{name}/{level.stride}": made[name](
+                (-(-height // level.stride), -(-width // level.stride))
+            )
+            .sum()
+            .float()
+            for name in sorted(masks)
+            for level in self.levels
+        }
+
+    def _imitation(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
+        boxes, images = self._of_level(stride, batch)
+        level = self._level(stride)
+        anchors = anchor_grid(
+            *grid, stride=stride, sides=anchor_sides(level), offset=level.offset,
+            device=boxes.device,
+        )  # fmt: skip
+        each = [boxes[images == image] for image in range(len(batch["images"]))]
+        return imitation_mask(each, anchors, psi=self.psi)
+
+    def _inside(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
+        boxes, images = self._of_level(stride, batch)
+        inside = _within(boxes, grid, stride)
+        found = torch.zeros(len(batch["images"]), *grid, device=boxes.device)
+        return found.index_add(0, images, inside.float()) > 0
+
+    def _whole(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
+        return valid_pixels(-(-batch["sizes"] // stride), grid)
+
+    def _level(self, stride: int) -> Level:
+        for level in self.levels:
+            if level.stride == stride:
+                return level
+        known = ", ".join(str(level.stride) for level in self.levels) or "none"
+        raise UserError(
+            f"losses: a map of {stride} pixels a place is none of the student's levels, whose are "
+            f"{known}; name a layer of its pyramid"
+        )
+
+    def _of_level(self, stride: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The boxes of a level, and their images."""
+        level = self.levels.index(self._level(stride))
+        mine = assigned(batch["boxes"], self.levels) == level
+        return batch["boxes"][mine], batch["image_of"][mine]
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Detections (N, K, 6): x1, y1, x2, y2, score, class; the best first, then scores of 0."""
+        return output["detections"]
+
+    def metric(self, classes: Classes) -> Metric:
+        """COCO's average precision and its company."""
+        return FoundBoxes(classes)
+
+
+def anchor_sides(level: Level) -> tuple[tuple[float, float], ...]:
+    """Width and height of a level's anchors; of one without, four times its stride across.
+
+    That is the first side of torchvision's anchors at each stride, with ratios 1/2, 1 and 2.
+    """
+    if level.sides:
+        return level.sides
+    side = 4.0 * level.stride
+    return tuple((side / root, side * root) for root in (0.5**0.5, 1.0, 2.0**0.5))
+
+
+def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
+    """The level that each box belongs to: that with the anchor of the nearest shape.
+
+    Wang et al. imitate one map; on a pyramid a box must not choose places of levels that a detector
+    would not find it on. Here a box belongs to the one level with the anchor of the largest IoU
+    when both have the same middle, the finest of equal ones; so where a detector's anchors are
+    placed densely it is the level of its best anchor. (A region head's rule, by area alone,
+    is for crops of proposals, not for the maps' own places.)
+
+    Args:
+        boxes: (M, 4) xyxy pixels.
+        levels: Finest first.
+
+    Returns:
+        (M,) int64, positions in `levels`.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
+    best = []
+    for level in levels:
+        anchors = boxes.new_tensor(anchor_sides(level))
+        shared = torch.minimum(sides[:, None], anchors).prod(dim=-1)
+        union = sides.prod(dim=-1)[:, None] + anchors.prod(dim=-1) - shared
+        best.append((shared / union.clamp(min=1e-9)).amax(dim=1))
+    return torch.stack(best, dim=1).argmax(dim=1)
+
+
+def _within(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """Places whose middle is in a box, or that a box's middle is in: bool (M, h, w)."""
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    along = []
+    for axis, count in ((1, grid[0]), (0, grid[1])):
+        place = torch.arange(count, device=boxes.device)
+        centre = (place + 0.5) * stride
+        inside = (centre >= boxes[:, axis, None]) & (centre < boxes[:, 2 + axis, None])
+        holds = place == (middles[:, axis, None] / stride).floor().clamp(0, count - 1)
+        along.append((inside, holds))
+    (rows, row), (columns, column) = along
+    inside = rows[:, :, None] & columns[:, None, :]
+    return inside | (row[:, :, None] & column[:, None, :])
