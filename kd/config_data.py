@@ -13,6 +13,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
+Scale = Annotated[float, Field(gt=0, le=10)]
 
 
 class Section(BaseModel):
@@ -74,14 +75,21 @@ class DataSet(Section):
 
 
 class Data(DataSet):
-    """Annotated objects: where they lie, and how they are hidden."""
+    """Annotated objects: where they lie, and how they are hidden or, for detectors, shown."""
 
-    train: Split
-    val: Split
+    made_from: Literal["voc", "kitti"] | None = Field(
+        None, description="layout of boxes that COCO JSONs are made from once; null: they are there"
+    )
+    train: AnySplit = Field(
+        description="its two paths; with made_from a name: VOC2007/trainval of voc, train of kitti"
+    )
+    val: AnySplit
     generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: Annotated[int, Field(ge=16)] = Field(384, description="pixels of the long side")
     min_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0015, description="smallest box, as a share of the picture, that is hidden and scored"
+        0.0015,
+        description="smallest box, as a share of the picture, that is hidden and scored; detectors "
+        "take all",
     )
     max_share: Share = Field(0.30, description="largest such box")
     shape: Literal["box", "square", "ellipse", "segment"] = "box"
@@ -93,6 +101,11 @@ class Data(DataSet):
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.data.transforms.Augment; null = none"
     )
+    scales: tuple[Scale, Scale] = Field(
+        (1.0, 1.0),
+        description="detectors only: smallest and largest long side of train pictures, as factors "
+        "on size; what is larger than size is cut anywhere, what is smaller padded",
+    )
     labelled: Share = Field(1.0, description="share of train images whose labels a student sees")
     repeat_labelled: Count = Field(
         1, description="times that a labelled image comes in a student's epoch; unlabelled: once"
@@ -102,9 +115,26 @@ class Data(DataSet):
     )
 
     @model_validator(mode="after")
-    def _shares_in_order(self) -> Data:
+    def _limits_in_order(self) -> Data:
         if self.min_share >= self.max_share:
             raise ValueError(f"min_share {self.min_share} is not below max_share {self.max_share}")
+        if self.scales[0] > self.scales[1]:
+            raise ValueError(f"scales {list(self.scales)} are not in order, the smaller one first")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_fit_their_source(self) -> Data:
+        for name in ("train", "val"):
+            named = isinstance(getattr(self, name), str)
+            if named and self.made_from is None:
+                raise ValueError(
+                    f"{name}: expected a mapping with annotations, images; a name goes with "
+                    "made_from, a layout that is no COCO JSON"
+                )
+            if not named and self.made_from is not None:
+                raise ValueError(f"{name}: made_from {self.made_from} takes a split's name")
+        if self.made_from is not None and self.generate is not None:
+            raise ValueError("generate: is for the embedded scenes; made_from is not")
         return self
 
 

@@ -157,7 +157,7 @@ def load_recipe(
         raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
-    whole = "layout" in own or isinstance(own.get("train"), Mapping)
+    whole = bool(own.keys() & {"layout", "made_from"}) or isinstance(own.get("train"), Mapping)
     name = str(own.get("name", "unnamed" if whole else "scenes"))
     merged = Merged()
     if data is not None or not whole:

@@ -28,6 +28,7 @@ from kd.data.splits import fold_of
 from kd.errors import UserError
 from kd.files import write_whole
 from kd.nn.weights import weights_hash
+from kd.opened_files import train_annotations
 from kd.progress import ProgressBar
 from kd.teacher_runs import TrainedTeacher, fold_models
 
@@ -139,9 +140,8 @@ def _save(path: Path, answers: npt.NDArray[np.float32], question: Ints) -> None:
 
 def _models(teacher: TrainedTeacher, truth: Truth) -> list[torch.nn.Module]:
     """The teacher, or its fold models where these are the images it was trained on."""
-    data = teacher.objects
-    train = Path(data.root or ".") / data.train.annotations
-    same = train.is_file() and read_json(train)[1] == read_json(truth.path)[1]
+    train = train_annotations(teacher.objects)
+    same = train is not None and read_json(train)[1] == read_json(truth.path)[1]
     if not same:
         return [teacher.model]
     if teacher.recipe.folds < 2:

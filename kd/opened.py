@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,23 +11,18 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.config import Data, LabelMaps
-from kd.config_data import DataSet, Split
+from kd.config import Data
+from kd.config_data import DataSet
+from kd.data.box_dataset import BoxDataset
 from kd.data.class_maps import ClassMaps
-from kd.data.coco import CocoIndex, check_images_decode, load_coco, visible_objects
+from kd.data.coco import CocoIndex, visible_objects
 from kd.data.dataset import SceneDataset
 from kd.data.loader import Samples
-from kd.data.scenes import categories, generate_scenes
 from kd.data.splits import labelled_images
 from kd.data.stored import StoredField
 from kd.errors import UserError
+from kd.opened_files import open_annotated
 from kd.tasks.base import Classes
-
-_log = logging.getLogger(__name__)
-# Where data sets made here, and the small real one, are looked for below the working folder.
-DATASETS = Path("datasets")
-# Images of a split that are all decoded before training starts: two seconds for so many.
-DECODED_FIRST = 2000
 
 
 class Opened(Protocol):
@@ -98,6 +91,25 @@ class OpenData:
         """The val split, every usable object hidden in turn."""
         return make_dataset(self, "val", train=False)
 
+    def boxes(
+        self,
+        seed: int,
+        *,
+        labelled: Collection[int] | None = None,
+        only: Collection[int] | None = None,
+        stored: Sequence[StoredField] = (),
+    ) -> BoxDataset:
+        """The train split as detectors learn from it; arguments as of `BoxDataset`."""
+        return _make_boxes(
+            self, "train", train=True, seed=seed, labelled=labelled, only=only, stored=stored
+        )
+
+    def evaluated_boxes(
+        self, split: Literal["train", "val"] = "val", only: Collection[int] | None = None
+    ) -> BoxDataset:
+        """Whole pictures of a split with all their boxes."""
+        return _make_boxes(self, split, train=False, only=only)
+
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
         """Ids of the train images whose labels a student of this seed sees; None: all."""
         return labelled_images(self.train, self.section.labelled, seed)
@@ -154,87 +166,7 @@ def open_objects(section: Data) -> OpenData:
     Raises:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.
     """
-    train, val = open_annotated(section, section.train, section.val, pictures=section.pictures)
-    return OpenData(section, train, val)
-
-
-def open_annotated(
-    section: Data | LabelMaps, train: Split, val: Split, *, pictures: bool = True
-) -> tuple[CocoIndex, CocoIndex]:
-    """Both splits of a COCO-format data set, checked; the scenes made where they are not there.
-
-    Args:
-        section: Its name, root and settings of the scenes.
-        train: Paths below the root.
-        val: The same.
-        pictures: Whether images are needed.
-
-    Raises:
-        UserError: As `open_objects`.
-    """
-    root = root_of(section, holds=train.annotations)
-    if section.generate is not None:
-        made = section.generate
-        generate_scenes(
-            root, train=made.train, val=made.val, size=made.size, seed=made.seed,
-            workers=os.cpu_count() or 1, progress=True,
-        )  # fmt: skip
-    first = load_coco(root / train.annotations, root / train.images, check_images=pictures)
-    second = load_coco(
-        root / val.annotations, root / val.images, check_images=pictures, categories_from=first
-    )
-    if section.generate is None and pictures:  # what was made here is whole
-        for index in (first, second):
-            _check_decode(index)
-    return first, second
-
-
-def class_names(section: Data) -> tuple[str, ...]:
-    """The class names of a data set, without its images.
-
-    Raises:
-        UserError: It is not there.
-    """
-    if section.generate is not None:
-        return tuple(entry["name"] for entry in categories())
-    root = root_of(section, holds=section.train.annotations)
-    annotations, images = root / section.train.annotations, root / section.train.images
-    return load_coco(annotations, images, check_images=False).class_names
-
-
-def _check_decode(index: CocoIndex) -> None:
-    """Decode every image of a small data set now, rather than stop in the middle of training."""
-    if len(index) > DECODED_FIRST:
-        return
-    if broken := check_images_decode(index):
-        more = f"\n... and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError("\n".join(broken[:5]) + more)
-
-
-def root_of(section: Data | LabelMaps, *, holds: str) -> Path:
-    """The folder of a data set: the one that is named, or one that has something in it.
-
-    Args:
-        section: The data set.
-        holds: A path in the folder by which it is known.
-
-    Raises:
-        UserError: None is named, and there is none in the usual places.
-    """
-    if section.root is not None:
-        return Path(os.path.expandvars(section.root)).expanduser()
-    if section.generate is not None:
-        made = section.generate
-        return DATASETS / f"scenes-{made.size}px-{made.train}-{made.val}-seed{made.seed}"
-    tried = [Path(os.environ["KD_DATA"])] if "KD_DATA" in os.environ else []
-    tried += [DATASETS, Path("../shared/data")]
-    for folder in tried:
-        if (folder / section.name / holds).exists():
-            return folder / section.name
-    raise UserError(
-        f"data set {section.name}: not found in {', '.join(map(str, tried))}; name its folder with "
-        "--set data.root=DIR"
-    )
+    return OpenData(section, *open_annotated(section, pictures=section.pictures))
 
 
 def make_dataset(
@@ -274,4 +206,33 @@ def make_dataset(
         prepared=Path(section.prepared) / split if section.prepared else None,
         stored=stored,
         class_maps=ClassMaps(index, section.size) if class_maps else None,
+    )
+
+
+def _make_boxes(
+    data: OpenData,
+    split: Literal["train", "val"],
+    *,
+    train: bool,
+    labelled: Collection[int] | None = None,
+    only: Collection[int] | None = None,
+    seed: int = 0,
+    stored: Sequence[StoredField] = (),
+) -> BoxDataset:
+    """A split as samples for detectors."""
+    section = data.section
+    if not section.pictures:
+        raise UserError(f"{section.name}: data.pictures is false, but detectors need pictures")
+    return BoxDataset(
+        data.train if split == "train" else data.val,
+        size=section.size,
+        train=train,
+        augment=section.augment,
+        scales=section.scales,
+        labelled=labelled,
+        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
+        only=only,
+        seed=seed,
+        prepared=Path(section.prepared) / split if section.prepared else None,
+        stored=stored,
     )

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.config import LabelMaps
-from kd.config_data import Split
 from kd.data.map_dataset import MULTIPLE, MapDataset, check_pairs
 from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.data.stored import StoredField
 from kd.errors import UserError
-from kd.opened import open_annotated, root_of
+from kd.opened_files import open_annotated, root_of
 from kd.tasks.base import Classes
 
 # Bytes of a split's image files that are all read before training starts: about five seconds.
@@ -91,8 +90,8 @@ def _soon_read(split: MappedSplit) -> bool:
 
 
 def _splits(section: LabelMaps) -> tuple[MappedSplit, MappedSplit]:
-    if isinstance(section.train, Split) and isinstance(section.val, Split):
-        train, val = open_annotated(section, section.train, section.val)
+    if section.layout == "coco":
+        train, val = open_annotated(section)
         if train.num_classes >= 255:
             raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
         return DrawnSplit(train), DrawnSplit(val)

@@ -1,7 +1,7 @@
 """Where targets of distillation come from: live teachers, or what they said before.
 
-All are callables from a batch to named tensors, one row per hidden object; `posterior` holds
-log-probabilities (K, C). The engine cannot tell them apart.
+All are callables from a batch to named tensors, one row per hidden object (of a detector's batch:
+per object); `posterior` holds log-probabilities (K, C). The engine cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd.data.stored import PREFIX, StoredField
 from kd.errors import UserError
 from kd.features import FeatureTaps
-from kd.tasks.base import Batch, Task, named
+from kd.tasks.base import Batch, Task, asked, named
 
 MEAN = "mean"  # what stands for all teachers together in the name of an output
 
@@ -137,12 +137,12 @@ class StoredPosteriors:
         self.source = source
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`posterior` (K, C) of the hidden objects.
+        """`posterior` (K, C) of the hidden objects; of all where none is hidden.
 
         Raises:
             UserError: An object that was not there when the posteriors were made.
         """
-        wanted = batch["object_ids"][batch["hidden"]]
+        wanted = batch["object_ids"][asked(batch)]
         if self.object_ids.device != wanted.device:
             self.object_ids = self.object_ids.to(wanted.device)
             self.log_probs = self.log_probs.to(wanted.device)

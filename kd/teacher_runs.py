@@ -24,7 +24,7 @@ from kd.errors import UserError
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
 from kd.opened import OpenData, Opened
-from kd.opened import class_names as data_class_names
+from kd.opened_files import class_names as data_class_names
 from kd.run_folder import class_names
 from kd.tasks.base import Task, named
 from kd.transferred import teacher_recipe

@@ -48,6 +48,7 @@ PLACES = {
     "kd.teacher_training": COMMANDS,
     "kd.opened": COMMANDS,
     "kd.shown": COMMANDS,
+    "kd.opened_files": COMMANDS,
     "kd.opened_maps": COMMANDS,
     "kd.shard_writer": COMMANDS,
     "kd.equivariance": COMMANDS,

@@ -119,12 +119,7 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
         UserError: It cannot be written in either place.
     """
     data = json.dumps(content, separators=(",", ":")).encode()
-    cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
-    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
-    paths = (
-        root / "annotations" / f"instances_{name}.json",
-        cache / "boxed" / f"{place}-instances_{name}.json",
-    )
+    paths = instances_paths(root, name)
     for path in paths:
         if path.is_file() and path.read_bytes() == data:
             return path
@@ -135,6 +130,16 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
     raise UserError(
         f"{paths[0]}: cannot be written, and neither can {paths[1]}; set KD_CACHE to a folder with "
         "space that can be written"
+    )
+
+
+def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
+    """Where `instances_file` keeps a JSON: beside the data, or else in the cache."""
+    cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
+    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
+    return (
+        root / "annotations" / f"instances_{name}.json",
+        cache / "boxed" / f"{place}-instances_{name}.json",
     )
 
 

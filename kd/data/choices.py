@@ -1,4 +1,4 @@
-"""What a data set of scenes is told: checked, and which labels it may know."""
+"""What a data set of annotated pictures is told: checked, and which labels it may know."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def shares_of(
     return shares
 
 
+def check_frame(size: int, seed: int) -> None:
+    if size < 1:
+        raise UserError(f"size: {size} is not a number of pixels")
+    if seed < 0:
+        raise UserError(f"seed: {seed} is below 0")
+
+
 def check_options(
     size: int,
     mode: str,
@@ -28,8 +35,7 @@ def check_options(
     partial: tuple[float, float] | None,
     seed: int,
 ) -> None:
-    if size < 1:
-        raise UserError(f"size: {size} is not a number of pixels")
+    check_frame(size, seed)
     if mode not in ("one", "all"):
         raise UserError(f"mode: {mode!r} is unknown; use 'one' or 'all'")
     if shape not in SHAPES:
@@ -38,8 +44,6 @@ def check_options(
         raise UserError(f"min_share {shares[0]}, max_share {shares[1]}: expected 0 <= min <= max")
     if partial is not None and not (0 <= partial[0] <= 1 and 0 <= partial[1] <= 1):
         raise UserError(f"partial: {partial}: expected a share and a progress, both in 0..1")
-    if seed < 0:
-        raise UserError(f"seed: {seed} is below 0")
 
 
 def known_labels(
@@ -57,3 +61,11 @@ def known_labels(
             f"({len(strangers)} unknown ids)"
         )
     return np.isin(index.image_ids[images], ids)
+
+
+def repeated(
+    images: npt.NDArray[np.int64], known: npt.NDArray[np.bool_], times: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Images and whether their labels are known, those with labels so many times."""
+    again = np.tile(np.flatnonzero(known), times - 1)
+    return np.concatenate([images, images[again]]), np.concatenate([known, known[again]])

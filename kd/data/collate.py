@@ -10,9 +10,9 @@ from torch import Tensor
 from kd.data.stored import PREFIX
 
 Sample = dict[str, Tensor]
-_STACKED = ("images", "sizes", "image_ids", "class_maps", "label_maps")
+_STACKED = ("images", "sizes", "own_sizes", "image_ids", "labelled", "class_maps", "label_maps")
 _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
-           "withheld")  # fmt: skip
+           "withheld", "crowds")  # fmt: skip
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -24,10 +24,20 @@ def collate(samples: Sequence[Sample]) -> Sample:
             batch[key] = torch.cat([sample[key] for sample in samples])
     if "labels" not in samples[0]:  # pictures that are not asked about by objects
         return batch
-    counts = torch.tensor([len(sample["labels"]) for sample in samples])
+    counts = _counts(samples, "labels")
     batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
+    if "crowds" in samples[0]:
+        crowds = _counts(samples, "crowds")
+        batch["crowd_of"] = torch.arange(len(samples)).repeat_interleave(crowds)
+    if "hidden" not in samples[0]:  # all objects are asked about
+        return batch
     before = (counts.cumsum(0) - counts).tolist()
     batch["hidden"] = torch.cat(
         [sample["hidden"] + start for sample, start in zip(samples, before, strict=True)]
     )
     return batch
+
+
+def _counts(samples: Sequence[Sample], key: str) -> Tensor:
+    """How many rows of a key each sample has."""
+    return torch.tensor([len(sample[key]) for sample in samples])

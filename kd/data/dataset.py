@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd.data.choices import check_options, known_labels, shares_of
+from kd.data.annotated import Pictures, moved_objects, objects_of
+from kd.data.choices import check_options, known_labels, repeated, shares_of
 from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex
 from kd.data.collate import Sample
 from kd.data.hide import hidden_regions, hide_share
-from kd.data.images import no_picture, read_image, scaled_size
-from kd.data.prepare import PreparedCopy
 from kd.data.stored import PREFIX, StoredField
-from kd.data.transforms import Augment, Plan, build_augment, pad, visible
+from kd.data.transforms import Augment, Plan, build_augment, pad
 from kd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -108,19 +107,12 @@ class SceneDataset(Dataset[Sample]):
         self.min_share, self.max_share, self.shape = min_share, max_share, shape
         self.partial = partial if train else None
         self.withhold = withhold if train else None
-        self.pictures = pictures
         self.seed, self.epochs, self.stored = seed, epochs, tuple(stored)
         self.class_maps = class_maps
-        self.prepared: PreparedCopy | None = None
-        if prepared is not None:
-            self.prepared = PreparedCopy.open(
-                prepared, at_least=size, fingerprint=index.fingerprint
-            )
-        self.images = self._images_with_usable_objects(only)
-        self.known = known_labels(index, self.images, labelled)
-        again = np.tile(np.flatnonzero(self.known), repeat_labelled - 1)
-        self.images = np.concatenate([self.images, self.images[again]])
-        self.known = np.concatenate([self.known, self.known[again]])
+        self.pictures = Pictures.open(index, size, prepared, read_files=pictures)
+        images = self._images_with_usable_objects(only)
+        known = known_labels(index, images, labelled)
+        self.images, self.known = repeated(images, known, repeat_labelled)
 
     def __len__(self) -> int:
         """The number of images with a usable object."""
@@ -145,7 +137,7 @@ class SceneDataset(Dataset[Sample]):
             (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
         )
         image = int(self.images[position])
-        picture = self._read(image)
+        picture = self.pictures.read(image)
         scene = self._draw_scene(image, (picture.shape[1], picture.shape[2]), random)
         candidates = scene.usable.nonzero()[:, 0]
         if self.mode == "one":
@@ -217,17 +209,7 @@ class SceneDataset(Dataset[Sample]):
 
     def picture(self, image: int) -> tuple[Path, tuple[int, int]]:
         """The file of an image of the index, prepared or not, and its height and width."""
-        stored = (int(self.index.heights[image]), int(self.index.widths[image]))
-        if self.prepared is None:
-            return self.index.path(image), stored
-        path = self.prepared.path(self.index.file_name(image))
-        return path, self.prepared.image_size(*stored)
-
-    def _read(self, image: int) -> Tensor:
-        path, expected = self.picture(image)
-        if not self.pictures:
-            return no_picture(scaled_size(*expected, self.size))
-        return read_image(path, self.size, expected=expected)
+        return self.pictures.file(image)
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
         """Draw an augmentation; keep the plain picture where it loses every usable object."""
@@ -239,24 +221,17 @@ class SceneDataset(Dataset[Sample]):
 
     def _place(self, image: int, plan: Plan | None, size: tuple[int, int]) -> _Scene:
         index = self.index
-        rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
-        original = (int(index.heights[image]), int(index.widths[image]))
-        scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
-        stored = np.array(index.boxes[rows])
-        boxes = torch.from_numpy(stored) * scale
         if plan is None:  # exactly the shares that the image was chosen by
-            shares = shares_of(stored, original[0] * original[1])
-            plan = Plan(size=size)
+            plan, found = Plan(size=size), objects_of(index, image, size)
         else:
             assert self.augment is not None
-            boxes, kept = visible(plan.boxes(boxes, size), plan.size, self.augment.min_visible)
-            boxes, rows = boxes[kept], rows[kept.numpy()]
-            shares = shares_of(boxes.numpy(), plan.size[0] * plan.size[1])
-        usable = self._usable(shares)
+            least = self.augment.min_visible
+            found = moved_objects(index, image, size, plan, min_visible=least)
+        usable = self._usable(found.shares)
         if index.asked is not None:
-            usable &= index.asked[rows]
-        shown = torch.from_numpy(shares).float()
-        return _Scene(plan, rows, boxes, shown, torch.from_numpy(usable))
+            usable &= index.asked[found.rows]
+        shown = torch.from_numpy(found.shares).float()
+        return _Scene(plan, found.rows, found.boxes, shown, torch.from_numpy(usable))
 
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         return (shares >= self.min_share) & (shares <= self.max_share)

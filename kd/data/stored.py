@@ -1,9 +1,9 @@
 """Stored outputs of a teacher as part of a sample, moved as its picture was moved.
 
-A stored map belongs to the whole picture in its square frame. What an augmentation did to the
-picture is done to the map: each place of the new map is read, bilinearly, where the picture's place
-came from. Whether the teacher itself would give that for the moved picture is another matter:
-`kd.equivariance` measures it.
+A stored map belongs to the whole picture in its square frame, whatever scale the picture is read
+at. What an augmentation did to the picture is done to the map: each place of the new map is read,
+bilinearly, where the picture's place came from. Whether the teacher itself would give that for the
+moved picture is another matter: `kd.equivariance` measures it.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class StoredField:
         """The output for the hidden objects of a sample, (K, C, ...).
 
         Args:
-            object_ids: (K,).
+            object_ids: (K,); or the ids of whatever else was stored.
             plan: What was done to the picture.
-            size: Height and width of the picture before.
+            size: Height and width of the picture before, at any scale.
             frame: Side of the square frame, pixels.
         """
         side = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
             side, plan = MIRRORED, plan.of_mirrored(size)
         values = self._read(object_ids, side)
-        if values.ndim == 4 and not plan.still:
+        if values.ndim == 4 and not (plan.still and max(size) == frame):
             values = move_maps(values, plan, size, frame)
         return values
 
@@ -103,14 +103,14 @@ def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Te
     Args:
         maps: (K, C, h, w) over the frame of the whole picture.
         plan: What was done.
-        size: Height and width of the picture before, in pixels of `frame`.
-        frame: Side of the frame.
+        size: Height and width of the picture before; its long side is that of the maps' frame.
+        frame: Side of the result's frame, pixels.
 
     Returns:
         (K, C, h, w), of the same type; what comes in from outside the frame repeats its edge.
     """
-    square = (frame, frame)
-    return resampled(maps, plan.sources(size), square, square, (maps.shape[2], maps.shape[3]))
+    before, square = (max(size), max(size)), (frame, frame)
+    return resampled(maps, plan.sources(size), before, square, (maps.shape[2], maps.shape[3]))
 
 
 def resampled(

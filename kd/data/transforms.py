@@ -184,12 +184,24 @@ class Augment:
                 "0 < smallest <= largest <= 1"
             )
 
-    def draw(self, random: np.random.Generator, size: tuple[int, int]) -> Plan:
-        """Decide what to do with one picture of `size` = (height, width)."""
+    def draw(
+        self, random: np.random.Generator, size: tuple[int, int], *, frame: int | None = None
+    ) -> Plan:
+        """Decide what to do with one picture.
+
+        Args:
+            random: Drawn from.
+            size: Height and width of the picture.
+            frame: Side of a square that the result must fit in: of a larger picture a part as
+                large as the square is cut out anywhere, and no other `crop` then; None: as it is.
+        """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
         wanted = {name: value < getattr(self, name) for name, value in chosen.items()}
         crop = self._draw_crop(random, size) if wanted["crop"] else None
         after = scaled_size(crop[2], crop[3], max(size)) if crop else size
+        if frame is not None and max(size) > frame:
+            crop = _draw_window(random, size, (min(size[0], frame), min(size[1], frame)))
+            after = crop[2:]
         shift = (0, 0)
         if wanted["shift"]:
             across, down = random.uniform(-self.max_shift, self.max_shift, 2).tolist()
@@ -209,9 +221,7 @@ class Augment:
     ) -> tuple[int, int, int, int]:
         side = math.sqrt(random.uniform(*self.crop_scale))
         height, width = (max(1, round(length * side)) for length in size)
-        top = int(random.integers(size[0] - height + 1))
-        left = int(random.integers(size[1] - width + 1))
-        return top, left, height, width
+        return _draw_window(random, size, (height, width))
 
     def _draw_colour(
         self, random: np.random.Generator, wanted: dict[str, bool]
@@ -229,6 +239,11 @@ class Augment:
         if wanted["shuffle"]:
             options["order"] = tuple(random.permutation(3).tolist())
         return ColourChange(**options)
+
+
+NO_CHANGE = Augment(
+    flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
+)
 
 
 def build_augment(options: dict[str, Any] | None) -> Augment | None:
@@ -270,6 +285,15 @@ def pad(image: Tensor, size: int) -> Tensor:
     padded = image.new_zeros((image.shape[0], size, size))
     padded[:, : image.shape[1], : image.shape[2]] = image
     return padded
+
+
+def _draw_window(
+    random: np.random.Generator, size: tuple[int, int], part: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a part of a picture, anywhere in it."""
+    top = int(random.integers(size[0] - part[0] + 1))
+    left = int(random.integers(size[1] - part[1] + 1))
+    return top, left, *part
 
 
 def _translation(right: float, down: float) -> Matrix:

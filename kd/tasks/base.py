@@ -1,7 +1,8 @@
 """What a task is, and what travels: images (N, 3, H, W), boxes (M, 4) xyxy pixels, labels (M,).
 
 A batch is a dict of tensors; `docs/design.md` lists its keys. Of its M objects K are `hidden`: the
-ones that are asked about, one row of output each. Label -1 means withheld.
+ones that are asked about, one row of output each. A detector's batch hides none: its outputs' rows
+are the images, and all M objects are asked about. Label -1 means withheld.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ class Metric(Collector, Protocol):
         ...
 
 
-# What losses and terms are means of, see `count_units`: about hidden objects, about pixels.
+# What losses and terms are means of, see `count_units`: about hidden objects, boxes, pixels.
 _OBJECT_UNITS = ("hidden", "images", "labelled", "labelled_images")
+_BOX_UNITS = ("boxes", "images", "labelled", "labelled_images")
 _PIXEL_UNITS = ("images", "valid_images", "pixels")
 
 
@@ -141,24 +143,36 @@ def named(output: Tensor | Output) -> dict[str, Tensor]:
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
 
 
-def image_rows(batch: Batch) -> Tensor:
-    """The image that each hidden object is on, (K,)."""
-    return batch["image_of"][batch["hidden"]]
-
-
 def about_objects(batch: Batch) -> bool:
     """Whether a batch's rows are its hidden objects; otherwise they are its images."""
     return "hidden" in batch
 
 
+def about_boxes(batch: Batch) -> bool:
+    """Whether a batch is a detector's: its rows are images, with boxes on them and none hidden."""
+    return "boxes" in batch and not about_objects(batch)
+
+
+def asked(batch: Batch) -> Tensor:
+    """The objects asked about, (K,) indices into all M: the hidden ones, or every one."""
+    if about_objects(batch):
+        return batch["hidden"]
+    return torch.arange(len(batch["boxes"]), device=batch["boxes"].device)
+
+
+def image_rows(batch: Batch) -> Tensor:
+    """The image that each object asked about is on, (K,)."""
+    return batch["image_of"][asked(batch)]
+
+
 def hidden_boxes(batch: Batch) -> Tensor:
-    """Boxes of the hidden objects, (K, 4)."""
-    return batch["boxes"][batch["hidden"]]
+    """Boxes of the objects asked about, (K, 4)."""
+    return batch["boxes"][asked(batch)]
 
 
 def hidden_labels(batch: Batch) -> Tensor:
-    """Labels of the hidden objects, (K,); -1 where withheld."""
-    return batch["labels"][batch["hidden"]]
+    """Labels of the objects asked about, (K,); -1 where withheld."""
+    return batch["labels"][asked(batch)]
 
 
 def ring_mask(batch: Batch) -> Mask:
@@ -191,23 +205,25 @@ def stride_of(pixels: int, places: int) -> int:
 def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
     """How much of each unit a batch holds; from the batch alone, before any model runs.
 
-    `masks` are names of further units. `ring` is the area of all rings in pixels; its scale
-    cancels in the engine, which only compares counts of one unit.
+    `masks` are names of further units. Of a detector's batch `labelled` are the boxes with labels,
+    `labelled_images` the pictures whose labels are known, also those without a box. `ring` is the
+    area of all rings in pixels; its scale cancels in the engine, which only compares counts of one
+    unit.
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
-    for unit in (*(_OBJECT_UNITS if about_objects(batch) else _PIXEL_UNITS), *sorted(masks)):
-        if unit == "images":
-            count = torch.full((), float(len(batch["images"])), device=device)
-        elif unit == "hidden":
+    for unit in (*_units(batch), *sorted(masks)):
+        if unit in ("images", "hidden", "boxes"):
             # Filled there: a copy to a GPU would wait for all that it still has to do.
-            count = torch.full((), float(len(batch["hidden"])), device=device)
+            count = torch.full((), float(len(batch[unit])), device=device)
         elif unit == "pixels":
             count = (batch["label_maps"] != VOID).sum().float()
         elif unit == "valid_images":
             count = (batch["label_maps"] != VOID).flatten(1).any(dim=1).sum().float()
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
+        elif unit == "labelled_images" and about_boxes(batch):
+            count = batch["labelled"].sum().float()
         elif unit == "labelled_images":
             told = (batch["labels"] >= 0).float()
             images = told.new_zeros(len(batch["images"]))
@@ -218,6 +234,13 @@ def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
             raise KeyError(unit)
         counts[unit] = count
     return counts
+
+
+def _units(batch: Batch) -> tuple[str, ...]:
+    """What every batch of this kind has."""
+    if about_objects(batch):
+        return _OBJECT_UNITS
+    return _BOX_UNITS if about_boxes(batch) else _PIXEL_UNITS
 
 
 def _areas(boxes: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""What all samples of annotated pictures share: reading a picture, moving its objects with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kd.data.choices import shares_of
+from kd.data.coco import CocoIndex
+from kd.data.images import no_picture, read_image, scaled_size
+from kd.data.prepare import PreparedCopy
+from kd.data.transforms import Plan, visible
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a data set at a working size, from its folder or from a prepared copy.
+
+    Attributes:
+        index: The data set.
+        size: Long side in pixels.
+        prepared: The copy.
+        read_files: Whether files are read; otherwise all pictures are grey.
+    """
+
+    index: CocoIndex
+    size: int
+    prepared: PreparedCopy | None = None
+    read_files: bool = True
+
+    @staticmethod
+    def open(
+        index: CocoIndex,
+        size: int,
+        prepared: Path | None,
+        *,
+        largest: int | None = None,
+        read_files: bool = True,
+    ) -> Pictures:
+        """Find the prepared copy, if there is one.
+
+        Args:
+            index: The data set.
+            size: Long side in pixels.
+            prepared: Folder made by `python -m kd.data.prepare` from this data set.
+            largest: Long side that the copy must have where it is more than `size`.
+            read_files: As above.
+
+        Raises:
+            UserError: The copy does not fit.
+        """
+        copy = None
+        if prepared is not None:
+            at_least = size if largest is None else largest
+            copy = PreparedCopy.open(prepared, at_least=at_least, fingerprint=index.fingerprint)
+        return Pictures(index, size, copy, read_files)
+
+    def file(self, image: int) -> tuple[Path, tuple[int, int]]:
+        """The file of an image of the index, prepared or not, and its height and width."""
+        stored = self.own_size(image)
+        if self.prepared is None:
+            return self.index.path(image), stored
+        path = self.prepared.path(self.index.file_name(image))
+        return path, self.prepared.image_size(*stored)
+
+    def own_size(self, image: int) -> tuple[int, int]:
+        """Height and width of the data set's own file."""
+        return int(self.index.heights[image]), int(self.index.widths[image])
+
+    def read(self, image: int, size: int | None = None) -> Tensor:
+        """The picture (3, h, w) uint8, its long side `size` or the working size.
+
+        Raises:
+            UserError: The file is missing, broken, or not of the size the JSON says.
+        """
+        path, expected = self.file(image)
+        side = self.size if size is None else size
+        if not self.read_files:
+            return no_picture(scaled_size(*expected, side))
+        return read_image(path, side, expected=expected)
+
+
+class Objects(NamedTuple):
+    """Objects of one image in the frame of one sample.
+
+    `rows` (K,) are the index's, `boxes` (K, 4) xyxy pixels, `shares` (K,) of the picture's area.
+    """
+
+    rows: npt.NDArray[np.int64]
+    boxes: Tensor
+    shares: npt.NDArray[np.float64]
+
+
+def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
+    """All objects of an image that was scaled to `size`, height and width; none is left out.
+
+    Their shares are those of the file, whatever rounding the scale brings.
+    """
+    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
+    original = (int(index.heights[image]), int(index.widths[image]))
+    scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
+    stored = np.array(index.boxes[rows])
+    shares = shares_of(stored, original[0] * original[1])
+    return Objects(rows, torch.from_numpy(stored) * scale, shares)
+
+
+def moved_objects(
+    index: CocoIndex, image: int, size: tuple[int, int], plan: Plan, *, min_visible: float
+) -> Objects:
+    """Those of a scaled image that are still to be seen after a plan, cut at the border.
+
+    Args:
+        index: The data set, or its crowds.
+        image: Position in the index.
+        size: Height and width of the picture that the plan is for.
+        plan: What happens to it.
+        min_visible: Share of a box that must stay; of what stays no side may be below a pixel.
+    """
+    rows, boxes, _ = objects_of(index, image, size)
+    boxes, kept = visible(plan.boxes(boxes, size), plan.size, min_visible)
+    boxes, rows = boxes[kept], rows[kept.numpy()]
+    return Objects(rows, boxes, shares_of(boxes.numpy(), plan.size[0] * plan.size[1]))
