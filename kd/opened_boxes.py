@@ -1,0 +1,59 @@
+"""A data set of objects, opened for detectors: pictures with all their boxes, none hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kd.config import Data
+from kd.data.box_dataset import BoxDataset
+from kd.data.stored import StoredField
+from kd.errors import UserError
+from kd.opened import OpenData, Opened
+from kd.tasks.base import Classes
+
+
+@dataclass(frozen=True)
+class OpenBoxes:
+    """The same data set of objects, asked about as detectors are."""
+
+    objects: OpenData
+
+    @property
+    def section(self) -> Data:
+        """As the recipe has it."""
+        return self.objects.section
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self.objects.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.objects.num_classes
+
+    def classes(self) -> Classes:
+        """What a metric is told; the val split's file has the true boxes."""
+        return self.objects.classes()
+
+    def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
+        """Train pictures of a seed, those whose labels it may know."""
+        known = self.objects.labelled(seed)
+        return self.objects.boxes(seed, labelled=known, only=known, stored=stored)
+
+    def evaluated(self) -> BoxDataset:
+        """Whole val pictures."""
+        return self.objects.evaluated_boxes()
+
+
+def of_boxes(data: Opened) -> OpenBoxes:
+    """The same, for what asks detectors.
+
+    Raises:
+        UserError: It was opened for another task.
+    """
+    if not isinstance(data, OpenBoxes):
+        raise UserError(f"{data.section.name}: detectors need objects with boxes")
+    return data
