@@ -7,12 +7,11 @@ from functools import partial
 
 from torch import nn
 
-from kd.nn.centernet import centernet
+from kd.nn.detectors import DETECTORS
 from kd.nn.segmenters import SEGMENTERS
 from students.classifiers import NAMES, build_student
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     name: partial(build_student, name) for name in NAMES
 }
-DETECTORS: dict[str, Callable[..., nn.Module]] = {"centernet": centernet}
 STUDENTS: dict[str, Callable[..., nn.Module]] = CLASSIFIERS | SEGMENTERS | DETECTORS

@@ -1,4 +1,4 @@
-"""Teachers by name: of the context of objects, and for segmentation.
+"""Teachers by name: of the context of objects, for segmentation, and detectors.
 
 A context teacher says in `task` which task fits its input and output.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from kd.nn.detectors import DETECTORS
 from kd.nn.segmenters import SEGMENTERS
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
@@ -30,4 +31,4 @@ CONTEXT_TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "resnet_pixel": resnet_pixel,
     "resnet_multilabel": resnet_multilabel,
 }
-TEACHERS: dict[str, Callable[..., nn.Module]] = CONTEXT_TEACHERS | SEGMENTERS
+TEACHERS: dict[str, Callable[..., nn.Module]] = CONTEXT_TEACHERS | SEGMENTERS | DETECTORS

@@ -93,21 +93,24 @@ def anchor_grid(
     *,
     stride: float,
     sides: Sequence[tuple[float, float]],
+    offset: float = 0.5,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Anchors around the middle of each place of a grid.
+    """Anchors around the middle of each place of a grid, or around another point of it.
 
     Args:
         height: Places down.
         width: Places across.
         stride: Pixels between places.
         sides: Width and height of each of the K anchors, pixels.
+        offset: Where in a place the anchors' middle is, in strides; 0 for a detector of
+            torchvision's, whose own anchors lie around the places' upper left corners.
         device: Where the result lies.
 
     Returns:
         (H, W, K, 4), xyxy pixels.
     """
-    x, y = ((torch.arange(count, device=device) + 0.5) * stride for count in (width, height))
+    x, y = ((torch.arange(count, device=device) + offset) * stride for count in (width, height))
     middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
     half = torch.tensor(sides, device=device, dtype=middles.dtype).view(-1, 2) / 2
     return torch.cat([middles - half, middles + half], dim=-1)

@@ -7,18 +7,21 @@ is; two numbers there are its box's sides, two the middle's place within its cel
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
+from kd.losses.center_targets import center_targets
+from kd.losses.centernet import centernet_losses
+from kd.nn.detectors.center_boxes import STRIDE, decode_centers
+from kd.nn.detectors.contract import Level, check_call, logits_at
+from kd.nn.freeze import freeze, freeze_batch_norm
 from kd.nn.trunk import Trunk, build_trunk
 from kd.nn.weights import load_network
 
-STRIDE = 4  # pixels a cell of all maps
 HEAT_BIAS = -2.19  # a probability of 0.1 at every place to begin with
 _KERNEL = 4  # side of the transposed convolutions
 
@@ -77,14 +80,27 @@ class CenterNet(nn.Module):
 
     Attributes:
         stride: Pixels a cell of every output.
-        channels: Of `features`.
+        channels: Of the features.
+        levels: Its one map, without anchors.
+        loss_units: What each loss is a mean over, for `kd.tasks.base.Mean`.
     """
 
+    levels = (Level(STRIDE),)
+    # The heat map's is divided by the cells that are peaks: objects of a class in one cell share.
+    loss_units = dict.fromkeys(("heatmap", "size", "offset"), "objects")
+
     def __init__(
-        self, trunk: Trunk, num_classes: int, *, widths: Sequence[int], hidden: int
+        self,
+        trunk: Trunk,
+        num_classes: int,
+        *,
+        widths: Sequence[int],
+        hidden: int,
+        top: int = 100,
     ) -> None:
         super().__init__()
         self.trunk, self.stride, self.channels = trunk, STRIDE, widths[-1]
+        self.num_classes, self.top = num_classes, top
         self.up = nn.Sequential(
             *(
                 Finer(inputs, outputs)
@@ -95,22 +111,88 @@ class CenterNet(nn.Module):
         self.size = head(self.channels, hidden, 2)
         self.offset = head(self.channels, hidden, 2)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) to maps of ceil(H/4) x ceil(W/4) cells.
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor | None = None,
+        boxes: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_of: Tensor | None = None,
+        crowds: Tensor | None = None,
+        crowd_of: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Find objects; the maps have ceil(H/4) x ceil(W/4) cells.
+
+        Args:
+            images: Normalised, (N, 3, H, W), 0 in the padding below and right.
+            sizes: Height and width of the pictures in them, (N, 2) int64.
+            boxes: (M, 4), xyxy pixels.
+            labels: (M,) int64, 0..C-1.
+            image_of: (M,) int64.
+            crowds: Boxes of crowds of whatever class, (Q, 4): what is found there is not blamed.
+            crowd_of: The image of each, (Q,) int64.
 
         Returns:
-            `heatmap` (N, C, h, w), logits of an object's middle being in the cell; `size`
-            (N, 2, h, w), width and height of its box in cells; `offset` (N, 2, h, w), how far right
-            of and below the cell's corner the middle is, in cells; `features` (N, D, h, w), what
-            the heads read. The same in training and evaluation.
+            `features.0` (N, D, h, w), what the heads read; `class_maps.0` (N, C, h, w), logits of
+            an object's middle being in the cell; `box_maps.0` (N, 4, h, w), width and height of its
+            box, and how far right of and below the cell's corner the middle is, all in cells. With
+            boxes `object_logits` (M, C), the class logits of the cell that each one's middle is in.
+            In training the losses of `kd.losses.centernet`: `loss.heatmap`, divided by the cells
+            with an object's middle, `loss.size` and `loss.offset`, means over the objects. In
+            evaluation with sizes `detections` (N, K, 6).
         """
+        check_call(
+            "CenterNet", self.training, images, self.num_classes,
+            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of,
+        )  # fmt: skip
+        features, maps = self._maps(images)
+        output = {
+            "features.0": features,
+            "class_maps.0": maps["heatmap"],
+            "box_maps.0": torch.cat([maps["size"], maps["offset"]], dim=1),
+        }
+        if boxes is not None and image_of is not None:
+            chosen = torch.zeros_like(image_of)
+            output["object_logits"] = logits_at(
+                [maps["heatmap"]], self.levels, chosen, boxes, image_of, self.num_classes
+            )
+        if self.training:
+            assert boxes is not None and labels is not None and image_of is not None
+            ignored = None
+            if crowds is not None and crowd_of is not None and len(crowds):
+                ignored = torch.arange(len(boxes) + len(crowds), device=boxes.device) >= len(boxes)
+                boxes, image_of = torch.cat([boxes, crowds]), torch.cat([image_of, crowd_of])
+                labels = F.pad(labels, (0, len(crowds)), value=-1)  # whatever class
+            output |= self._losses(maps, boxes, labels, image_of, ignored)
+        elif sizes is not None:
+            found = decode_centers(maps, top=self.top, sizes=sizes)
+            output["detections"] = found.detections(self.top)
+        return output
+
+    def _losses(
+        self,
+        maps: dict[str, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        image_of: Tensor,
+        ignored: Tensor | None,
+    ) -> dict[str, Tensor]:
+        images, _, height, width = maps["heatmap"].shape
+        targets = center_targets(
+            boxes, labels, image_of, images, self.num_classes, (height, width), self.stride,
+            ignored=ignored,
+        )  # fmt: skip
+        losses = centernet_losses(maps, targets)
+        return {f"loss.{name}": value for name, value in losses.items()}
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features, and the three heads' maps by their names in the losses."""
         grid = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
         features = _fitted(self.up(self.trunk(images)), grid)
-        return {
+        return features, {
             "heatmap": self.heatmap(features),
             "size": self.size(features),
             "offset": self.offset(features),
-            "features": features,
         }
 
 
@@ -121,8 +203,11 @@ def centernet(
     weights: str | None = None,
     width: float = 1.0,
     until: str | None = None,
+    frozen: str | None = None,
+    batch_norm_frozen: bool = False,
     widths: Sequence[int] = (256, 128, 64),
     hidden: int = 64,
+    top: int = 100,
     file: str | None = None,
 ) -> CenterNet:
     """CenterNet on any torchvision trunk.
@@ -133,9 +218,12 @@ def centernet(
         weights: Of the trunk: "imagenet", a file, or random ones.
         width: Share of the trunk's channels, for a smaller one from random weights.
         until: Path of the trunk's last step that is kept.
+        frozen: "all", or the path of the last step of the trunk that does not learn.
+        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
         widths: Channels after each step up; a trunk of stride 32 takes three, one of stride 16 the
             last two of them, and so on.
         hidden: Channels within each head.
+        top: Detections of an image, K.
         file: Weights of the whole network, see `kd.nn.weights.load_network`; those of the trunk
             alone are then left aside.
 
@@ -143,7 +231,7 @@ def centernet(
         UserError: An option out of range, a trunk that cannot be built or whose stride is not 4
             times a power of two, or a file that does not fit.
     """
-    at_least("centernet", num_classes=(num_classes, 1), hidden=(hidden, 1))
+    at_least("centernet", num_classes=(num_classes, 1), hidden=(hidden, 1), top=(top, 1))
     if not widths or min(widths) < 1:
         raise UserError(f"centernet: widths must be 1 or more each, got {list(widths)}")
     seen = build_trunk(trunk, weights=weights if file is None else None, width=width, until=until)
@@ -154,101 +242,13 @@ def centernet(
             f"{STRIDE} from {', '.join(str(STRIDE << n) for n in range(1, len(widths) + 1))} only; "
             "name another trunk, or more widths"
         )
-    network = CenterNet(seen, num_classes, widths=tuple(widths)[-steps:], hidden=hidden)
+    if frozen is not None:
+        freeze(seen, None if frozen == "all" else frozen)
+    if batch_norm_frozen:
+        freeze_batch_norm(seen)
+    network = CenterNet(seen, num_classes, widths=tuple(widths)[-steps:], hidden=hidden, top=top)
     load_network(network, file, what=f"centernet on {trunk}")
     return network
-
-
-class Found(NamedTuple):
-    """The best places of each picture, the best first; K rows each, whatever they are worth.
-
-    Attributes:
-        boxes: (N, K, 4), xyxy pixels.
-        scores: (N, K), in 0..1; 0 where a picture has fewer peaks than K.
-        labels: (N, K) int64, 0..C-1.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-
-    def by_image(self, least: float = 0.0) -> list[dict[str, Tensor]]:
-        """`boxes` (k, 4), `scores` (k,), `labels` (k,) of each picture.
-
-        Only boxes with an area, of a score above `least`.
-        """
-        sides = self.boxes[..., 2:] - self.boxes[..., :2]
-        kept = (self.scores > least) & (sides > 0).all(dim=-1)
-        return [
-            {
-                "boxes": self.boxes[image][rows],
-                "scores": self.scores[image][rows],
-                "labels": self.labels[image][rows],
-            }
-            for image, rows in enumerate(kept)
-        ]
-
-
-@torch.no_grad()
-def decode_centers(
-    output: Mapping[str, Tensor],
-    *,
-    stride: int = STRIDE,
-    top: int = 100,
-    sizes: Tensor | None = None,
-) -> Found:
-    """Read boxes off the maps: a cell is a peak if it equals the largest of the 3x3 around it.
-
-    That takes the place of suppressing what overlaps. Every cell of a plateau is a peak, as
-    published. Of equal scores the lower class, then the upper, then the left cell comes first;
-    which ones are left out, where more are equal than fit, is not said. NaN is no peak, and neither
-    are its neighbours.
-
-    Args:
-        output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w), in cells.
-        stride: Pixels a cell.
-        top: Most places that are read of a picture, K.
-        sizes: Height and width of the pictures inside their padding, (N, 2); boxes are clipped to
-            them.
-
-    Raises:
-        UserError: `top` is below 1, or shapes that do not fit.
-    """
-    heat = output["heatmap"]
-    _check_maps(output, top)
-    classes, height, width = heat.shape[1:]
-    peaks = heat == F.max_pool2d(heat, 3, stride=1, padding=1)
-    logits = heat.float().masked_fill(~peaks, -math.inf).flatten(1)
-    best, place = logits.topk(min(top, classes * height * width), dim=1)  # (N, K) both
-    place, order = place.sort(dim=1)
-    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-    place = place.gather(1, order)
-    cell = place % (height * width)
-    # (N, K, 2) both, across first; float32, for half precision has no tenth of a pixel at 512.
-    sides, within = (
-        output[name].float().flatten(2).transpose(1, 2).gather(1, cell[..., None].expand(-1, -1, 2))
-        for name in ("size", "offset")
-    )
-    middles = torch.stack([cell % width, cell // width], dim=-1) + within
-    half = sides.clamp(min=0.0) / 2
-    boxes = torch.cat([middles - half, middles + half], dim=-1) * stride
-    if sizes is not None:
-        limits = sizes.to(boxes)[:, None, [1, 0, 1, 0]]
-        boxes = boxes.clamp(min=0.0).minimum(limits)
-    return Found(boxes, best.sigmoid(), place // (height * width))
-
-
-def _check_maps(output: Mapping[str, Tensor], top: int) -> None:
-    at_least("decode_centers", top=(top, 1))
-    heat = output["heatmap"]
-    if heat.ndim != 4:
-        raise UserError(f"decode_centers: heatmap must be (N, C, h, w), got {tuple(heat.shape)}")
-    expected = (len(heat), 2, *heat.shape[2:])
-    for name in ("size", "offset"):
-        if tuple(output[name].shape) != expected:
-            raise UserError(
-                f"decode_centers: {name} must be {expected}, got {tuple(output[name].shape)}"
-            )
 
 
 def _fitted(maps: Tensor, grid: tuple[int, int]) -> Tensor:

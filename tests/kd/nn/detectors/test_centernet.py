@@ -16,7 +16,8 @@ import students
 from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.losses.center_targets import center_targets
-from kd.nn.centernet import CenterNet, bilinear_, centernet, decode_centers
+from kd.nn.detectors.center_boxes import decode_centers
+from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet
 
 CLASSES = 3
 SMALL = {"trunk": "shufflenet_v2_x0_5", "widths": (8, 8, 8), "hidden": 8}
@@ -38,19 +39,17 @@ def blank(images: int = 1, height: int = 6, width: int = 8) -> dict[str, Tensor]
     }
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (37, 51), (32, 33)])
-def test_maps_have_a_cell_for_each_four_pixels(height: int, width: int, training: bool) -> None:
-    model = small().train(training)
+def test_maps_have_a_cell_for_each_four_pixels(height: int, width: int) -> None:
+    model = small().eval()
     with torch.no_grad():
         output = model(torch.randn(2, 3, height, width))
     grid = (-(-height // 4), -(-width // 4))
     shapes = {name: tuple(one.shape) for name, one in output.items()}
     assert shapes == {
-        "heatmap": (2, CLASSES, *grid),
-        "size": (2, 2, *grid),
-        "offset": (2, 2, *grid),
-        "features": (2, 8, *grid),
+        "features.0": (2, 8, *grid),
+        "class_maps.0": (2, CLASSES, *grid),
+        "box_maps.0": (2, 4, *grid),
     }
 
 
@@ -60,9 +59,9 @@ def test_maps_have_a_cell_for_each_four_pixels(height: int, width: int, training
 )
 def test_any_trunk_will_do(trunk: str, steps: int) -> None:
     with torch.device("meta"):
-        model = centernet(CLASSES, trunk=trunk)
+        model = centernet(CLASSES, trunk=trunk).eval()
         output = model(torch.empty(2, 3, 64, 96))
-    assert output["heatmap"].shape == (2, CLASSES, 16, 24)
+    assert output["class_maps.0"].shape == (2, CLASSES, 16, 24)
     assert len(model.up) == steps and model.channels == 64
 
 
@@ -81,9 +80,9 @@ def test_a_new_network_sees_an_object_at_one_place_in_ten() -> None:
     nn.init.zeros_(model.heatmap.get_parameter("2.weight"))
     with torch.no_grad():
         output = model(torch.randn(1, 3, 32, 32))
-    probability = output["heatmap"].sigmoid()
+    probability = output["class_maps.0"].sigmoid()
     torch.testing.assert_close(probability, torch.full_like(probability, 0.1), atol=1e-3, rtol=0)
-    assert output["size"].abs().max() < 0.1 and output["offset"].abs().max() < 0.1
+    assert output["box_maps.0"].abs().max() < 0.1
 
 
 def test_a_step_up_starts_as_bilinear_interpolation() -> None:
@@ -92,14 +91,6 @@ def test_a_step_up_starts_as_bilinear_interpolation() -> None:
     expected = F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
     inner = (..., slice(1, -1), slice(1, -1))  # the border is half of zeros
     torch.testing.assert_close(up(maps)[inner], expected[inner])
-
-
-def test_every_parameter_learns() -> None:
-    model = small().train()
-    sum(one.square().mean() for one in model(torch.randn(2, 3, 64, 64)).values()).backward()
-    for path, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), path
-        assert parameter.grad.count_nonzero() > 0, path
 
 
 def test_a_saved_network_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""What all detectors take and give: objects, levels, raw maps by name, detections in one tensor.
+
+A detector is called `forward(images, sizes, boxes, labels, image_of, crowds, crowd_of)`, all but
+the images optional, and returns tensors by name; `docs/design.md` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+
+
+class Level(NamedTuple):
+    """A map that heads read, and the anchors at each of its places.
+
+    `kd.losses.anchor_grid` with these gives the network's own anchors.
+
+    Attributes:
+        stride: Pixels between places.
+        sides: Width and height of the anchors, pixels; none where a network has no anchors.
+        offset: Where in a place the middle of its anchors is, in strides. torchvision's are at its
+            upper left corner, 0: that is where the middle of what a convolution reads is, give or
+            take half a pixel. CenterNet's cells are asked about their middles, 0.5.
+    """
+
+    stride: int
+    sides: tuple[tuple[float, float], ...] = ()
+    offset: float = 0.5
+
+
+class Objects(NamedTuple):
+    """Boxes and labels of each image; `order` are their rows in the batch, one after the other."""
+
+    boxes: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]
+    order: Tensor
+
+    def targets(self, first: int) -> list[dict[str, Tensor]]:
+        """As torchvision takes them, class 0 being label `first`."""
+        return [
+            {"boxes": boxes, "labels": labels + first}
+            for boxes, labels in zip(self.boxes, self.labels, strict=True)
+        ]
+
+    def in_batch_order(self, rows: Tensor) -> Tensor:
+        """Rows (M, ...) that belong to the boxes, image after image, in the batch's order."""
+        return rows[self.order.argsort()]
+
+
+def objects_of(boxes: Tensor, labels: Tensor | None, image_of: Tensor, n: int) -> Objects:
+    """Objects by image; images without any have (0, 4) boxes.
+
+    Args:
+        boxes: (M, 4).
+        labels: (M,); 0 all of them, where nobody reads them.
+        image_of: (M,) in any order.
+        n: Number of images.
+    """
+    order = image_of.argsort(stable=True)
+    counts = image_of.bincount(minlength=n).tolist()
+    known = torch.zeros_like(image_of) if labels is None else labels
+    return Objects(boxes[order].split(counts), known[order].split(counts), order)
+
+
+def check_call(
+    what: str,
+    training: bool,
+    images: Tensor,
+    num_classes: int,
+    *,
+    sizes: Tensor | None,
+    boxes: Tensor | None,
+    labels: Tensor | None,
+    image_of: Tensor | None,
+) -> None:
+    """Refuse a call that lacks something, and objects that no detector can learn.
+
+    Raises:
+        UserError: Training without sizes or objects, boxes without their images, shapes that do not
+            fit; of tensors on the CPU, boxes that are not finite or have no area, labels or images
+            out of range. On an accelerator looking would make each step wait.
+    """
+    given = {"sizes": sizes, "boxes": boxes, "labels": labels, "image_of": image_of}
+    missing = [name for name, tensor in given.items() if tensor is None]
+    if training and missing:
+        raise UserError(f"{what}: training needs {', '.join(missing)} too")
+    if sizes is not None and tuple(sizes.shape) != (len(images), 2):
+        raise UserError(f"{what}: sizes must be ({len(images)}, 2), got {tuple(sizes.shape)}")
+    if boxes is None:
+        return
+    if image_of is None:
+        raise UserError(f"{what}: boxes need image_of, the image that each is on")
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise UserError(f"{what}: boxes must be (M, 4), got {tuple(boxes.shape)}")
+    for name, rows in (("labels", labels), ("image_of", image_of)):
+        if rows is not None and (rows.shape != boxes.shape[:1] or rows.dtype != torch.int64):
+            raise UserError(
+                f"{what}: {name} must be int64 ({len(boxes)},), got "
+                f"{str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape)}"
+            )
+    if boxes.is_cpu and not torch.compiler.is_compiling():
+        _check_values(what, boxes, labels, image_of, len(images), num_classes)
+
+
+def _check_values(
+    what: str, boxes: Tensor, labels: Tensor | None, image_of: Tensor, n: int, num_classes: int
+) -> None:
+    sound = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+    known = torch.ones_like(sound)
+    if labels is not None:
+        known = (labels >= 0) & (labels < num_classes)
+    for good, said in (
+        ((image_of >= 0) & (image_of < n), f"image_of must be in 0..{n - 1}"),
+        (sound, "boxes must be finite, with x1 < x2 and y1 < y2"),
+        (known, f"labels must be in 0..{num_classes - 1}"),
+    ):
+        if not good.all():
+            row = int((~good).nonzero()[0])
+            image = int(image_of[row])
+            before = int((image_of[:row] == image).sum())
+            label = "" if labels is None else f", label {int(labels[row])}"
+            raise UserError(
+                f"{what}: {said}; box {before} of image {image} in the batch (row {row}) is "
+                f"{boxes[row].tolist()}{label}"
+            )
+
+
+def leveled(**maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Maps of all levels, finest first, by name and level: `features.0`."""
+    return {f"{name}.{level}": one for name, some in maps.items() for level, one in enumerate(some)}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 has no tenth of a pixel at 32, and no whole one at 512."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def logits_at(
+    maps: Sequence[Tensor],
+    levels: Sequence[Level],
+    chosen: Tensor,
+    boxes: Tensor,
+    image_of: Tensor,
+    num_classes: int,
+) -> Tensor:
+    """Class logits at the place that is responsible for each box, the mean over its anchors.
+
+    Args:
+        maps: (N, A*C, h, w) of each level.
+        levels: The same.
+        chosen: Level of each box, (M,) int64.
+        boxes: (M, 4); the place is the one whose anchors' middle is nearest to the box's.
+        image_of: (M,).
+        num_classes: C.
+
+    Returns:
+        (M, C).
+    """
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    found = []
+    for level, logits in zip(levels, maps, strict=True):
+        height, width = logits.shape[-2:]
+        x, y = (middles / level.stride - level.offset + 0.5).floor().long().unbind(dim=1)
+        found.append(logits[image_of, :, y.clamp(0, height - 1), x.clamp(0, width - 1)])
+    rows = torch.arange(len(boxes), device=boxes.device)
+    at_level = torch.stack(found, dim=1)[rows, chosen]  # (M, A*C)
+    kinds = at_level.shape[1] // num_classes
+    return at_level.view(len(boxes), kinds, num_classes).mean(dim=1)
+
+
+def padded(found: Sequence[Mapping[str, Tensor]], top: int, *, first: int = 0) -> Tensor:
+    """Detections of each image, the best first, as one tensor without a gradient.
+
+    Args:
+        found: torchvision's `boxes` (k, 4), `scores` (k,), `labels` (k,), sorted by score.
+        top: K; further ones are left out, rows of zeros stand for missing ones.
+        first: The label of class 0.
+
+    Returns:
+        (N, K, 6) float32: x1, y1, x2, y2, score, label.
+    """
+    rows = [
+        torch.cat(
+            [
+                one["boxes"].detach().float(),
+                one["scores"].detach().float()[:, None],
+                (one["labels"] - first).float()[:, None],
+            ],
+            dim=1,
+        )[:top]
+        for one in found
+    ]
+    whole = rows[0].new_zeros(len(rows), top, 6)
+    for image, row in enumerate(rows):
+        whole[image, : len(row)] = row
+    return whole
+
+
+def pairs(sizes: Tensor) -> list[tuple[int, int]]:
+    """Height and width of each image, (N, 2), as torchvision takes them."""
+    return [(height, width) for height, width in sizes.tolist()]

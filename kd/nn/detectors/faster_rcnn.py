@@ -1,0 +1,284 @@
+"""Faster R-CNN, torchvision's, on padded batches: two stages, of which the second can be asked.
+
+Ren et al., 2015, https://arxiv.org/abs/1506.01497; on a pyramid Lin et al., 2017,
+https://arxiv.org/abs/1612.03144. Proposals, heads, losses and suppression are torchvision's; its
+resizing of pictures is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+from kd.errors import UserError, at_least
+from kd.nn.detectors.contract import (
+    Level,
+    Objects,
+    check_call,
+    leveled,
+    objects_of,
+    padded,
+    pairs,
+    wide,
+)
+from kd.nn.detectors.pyramid import anchors_of, build_pyramid, load_detector
+from kd.nn.detectors.second_stage import WidePredictor, region_pool
+
+
+class _Dense(NamedTuple):
+    """What the proposal network says of a batch: torchvision's lists of levels, and its anchors."""
+
+    images: ImageList
+    logits: Tensor  # (N * P, 1)
+    deltas: Tensor  # (N * P, 4)
+    anchors: list[Tensor]
+    counts: list[int]  # anchors of each level
+
+
+class FasterRCNN(nn.Module):
+    """Faster R-CNN by the contract of `kd.nn.detectors.contract`.
+
+    Attributes:
+        network: torchvision's.
+        levels: Maps with their anchors.
+        loss_units: What each loss is a mean over, for `kd.tasks.base.Mean`.
+    """
+
+    # torchvision divides by the anchors and regions that it samples, of the batch together: as
+    # many an image as long as it has them, so that these are means over images.
+    loss_units = dict.fromkeys(("objectness", "proposal_boxes", "classes", "boxes"), "images")
+
+    def __init__(
+        self, network: nn.Module, levels: Sequence[Level], *, num_classes: int, top: int
+    ) -> None:
+        super().__init__()
+        self.network, self.levels = network, tuple(levels)
+        self.num_classes, self.top = num_classes, top
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor | None = None,
+        boxes: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_of: Tensor | None = None,
+        crowds: Tensor | None = None,
+        crowd_of: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Find objects.
+
+        Args:
+            images: Normalised, (N, 3, H, W), 0 in the padding below and right.
+            sizes: Height and width of the pictures in them, (N, 2) int64.
+            boxes: (M, 4), xyxy pixels.
+            labels: (M,) int64, 0..C-1.
+            image_of: (M,) int64.
+            crowds: Not read: what is found in a crowd is wrong, as torchvision has it.
+            crowd_of: The same.
+
+        Returns:
+            Of each level `features.L` (N, D, h, w); `class_maps.L` (N, A, h, w), logits of there
+            being any object, and `box_maps.L` (N, 4 A, h, w), deltas: the proposal network's.
+            With boxes, `object_logits` (M, C+1), background first, and `object_deltas`
+            (M, 4 (C+1)), what the second stage says of them. In training `loss.objectness`, a
+            cross-entropy, the mean over the sampled anchors; `loss.proposal_boxes`, smooth L1 of
+            those of them on objects, summed and divided by all that are sampled; `loss.classes` and
+            `loss.boxes`, the same over the sampled regions. In evaluation with sizes `detections`
+            (N, K, 6).
+        """
+        check_call(
+            "Faster R-CNN", self.training, images, self.num_classes,
+            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of,
+        )  # fmt: skip
+        maps: dict[str, Tensor] = self.network.get_submodule("backbone")(images)
+        features = list(maps.values())
+        logits, deltas = self._rpn.head(features)
+        output = leveled(features=features, class_maps=logits, box_maps=deltas)
+        objects = None
+        if boxes is not None and image_of is not None:
+            objects = objects_of(boxes, labels, image_of, len(images))
+            output |= self._at_objects(maps, objects)
+        if sizes is None:
+            return output
+        dense = self._dense(images, sizes, features, logits, deltas)
+        proposals = self._proposals(dense)
+        if not self.training:
+            found, _ = self._roi_heads(maps, proposals, dense.images.image_sizes)
+            return output | {"detections": padded(found, self.top, first=1)}
+        assert objects is not None
+        return output | self._losses(maps, dense, proposals, objects.targets(first=1))
+
+    @property
+    def _rpn(self) -> Any:
+        return self.network.rpn
+
+    @property
+    def _roi_heads(self) -> Any:
+        return self.network.roi_heads
+
+    def _at_objects(self, maps: dict[str, Tensor], objects: Objects) -> dict[str, Tensor]:
+        """The second stage's answers about given boxes, in the batch's order."""
+        heads = self._roi_heads
+        # The pool knows its scales; torchvision has use for sizes only to guess them.
+        regions = heads.box_roi_pool(maps, list(objects.boxes), [])
+        logits, deltas = heads.box_predictor(heads.box_head(regions))
+        return {
+            "object_logits": objects.in_batch_order(logits),
+            "object_deltas": objects.in_batch_order(deltas),
+        }
+
+    def _dense(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        features: list[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+    ) -> _Dense:
+        listed = ImageList(images, pairs(sizes))
+        flat_logits, flat_deltas = concat_box_prediction_layers(
+            [wide(one) for one in logits], [wide(one) for one in deltas]
+        )
+        return _Dense(
+            listed,
+            flat_logits,
+            flat_deltas,
+            self._rpn.anchor_generator(listed, features),
+            [one[0].numel() for one in logits],
+        )
+
+    def _proposals(self, dense: _Dense) -> list[Tensor]:
+        """Regions of each image, (R, 4); no gradient goes through them."""
+        decoded = self._rpn.box_coder.decode(dense.deltas.detach(), dense.anchors)
+        decoded = decoded.view(len(dense.anchors), -1, 4)
+        kept: list[Tensor] = self._rpn.filter_proposals(
+            decoded, dense.logits, dense.images.image_sizes, dense.counts
+        )[0]
+        return kept
+
+    def _losses(
+        self,
+        maps: dict[str, Tensor],
+        dense: _Dense,
+        proposals: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        rpn = self._rpn
+        labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
+        offsets = rpn.box_coder.encode(matched, dense.anchors)
+        objectness, boxes = rpn.compute_loss(dense.logits, dense.deltas, labels, offsets)
+        _, second = self._roi_heads(maps, proposals, dense.images.image_sizes, targets)
+        return {
+            "loss.objectness": objectness,
+            "loss.proposal_boxes": boxes,
+            "loss.classes": second["loss_classifier"],
+            "loss.boxes": second["loss_box_reg"],
+        }
+
+
+def fasterrcnn(
+    num_classes: int,
+    *,
+    trunk: str = "resnet50",
+    weights: str | None = None,
+    width: float = 1.0,
+    until: str | None = None,
+    frozen: str | None = None,
+    batch_norm_frozen: bool = False,
+    levels: Sequence[int] = (2, 3, 4, 5, 6),
+    channels: int = 256,
+    scales: Sequence[float] | None = None,
+    ratios: Sequence[float] = (0.5, 1.0, 2.0),
+    canonical: float = 224.0,
+    region_size: int = 7,
+    hidden: int = 1024,
+    candidates: Sequence[int] = (2000, 1000),
+    proposals: Sequence[int] = (2000, 1000),
+    min_side: float = 1e-3,
+    sampled_anchors: int = 256,
+    sampled_regions: int = 512,
+    least_score: float = 0.05,
+    overlap: float = 0.5,
+    top: int = 100,
+    file: str | None = None,
+) -> FasterRCNN:
+    """Faster R-CNN on any torchvision trunk; torchvision's `fasterrcnn_resnet50_fpn` by default.
+
+    Its numbers are for pictures of 800 pixels. For pictures of 64 to 128, a smaller `canonical`,
+    scales of 2 to 4, and a tenth of the proposals, sampled regions and hidden features do.
+
+    Args:
+        num_classes: C, without the background.
+        trunk: Name of the torchvision classifier: resnet18, resnet50, mobilenet_v2, ...
+        weights: Of the trunk: "imagenet", a file, or random ones.
+        width: Share of the trunk's channels, for a smaller one from random weights.
+        until: Path of the trunk's last step that is kept.
+        frozen: "all", or the path of the last step of the trunk that does not learn.
+        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
+        levels: Of the pyramid, 2 of stride 4; `[4]` is a single map of stride 16, the last of the
+            trunk at that stride through two convolutions, of which regions are pooled too.
+        channels: Of every map that the heads read.
+        scales: Sides of the anchors in strides; 8 by default, and on a single map 8, 16 and 32.
+        ratios: Height by width of the anchors.
+        canonical: Side of the regions that are pooled from level 4, pixels; those of half the side
+            from level 3, and so on.
+        region_size: Side of the grid that a region is pooled to.
+        hidden: Features of a region.
+        candidates: Best anchors of a level and image before suppression, in training and in
+            evaluation; small maps have fewer.
+        proposals: Most regions of an image after it, the same.
+        min_side: Proposals with a shorter side are left out, pixels.
+        sampled_anchors: Anchors of an image that the proposal network learns from.
+        sampled_regions: Regions of an image that the second stage learns from.
+        least_score: Detections below are left out.
+        overlap: IoU above which the worse of two detections of a class is suppressed.
+        top: Detections of an image, K.
+        file: Weights of the whole network, a run's or torchvision's; those of the trunk alone are
+            then left aside.
+
+    Raises:
+        UserError: An option out of range, a trunk that cannot be built or lacks a level, or a file
+            that does not fit.
+    """
+    what = "fasterrcnn"
+    at_least(
+        what, num_classes=(num_classes, 1), region_size=(region_size, 1), hidden=(hidden, 1),
+        canonical=(canonical, 1), sampled_anchors=(sampled_anchors, 2),
+        sampled_regions=(sampled_regions, 2), top=(top, 1), min_side=(min_side, 0),
+    )  # fmt: skip
+    for name, counts in (("candidates", candidates), ("proposals", proposals)):
+        if len(counts) != 2 or min(counts) < 1:
+            raise UserError(f"{what}: {name} must be two numbers above 0, got {list(counts)}")
+    pyramid = build_pyramid(
+        what, trunk=trunk, weights=weights if file is None else None, width=width, until=until,
+        frozen=frozen, batch_norm_frozen=batch_norm_frozen, levels=levels, channels=channels,
+    )  # fmt: skip
+    if scales is None:
+        scales = (8.0,) if len(levels) > 1 else (8.0, 16.0, 32.0)
+    anchors = anchors_of(what, pyramid.strides, scales=scales, ratios=ratios)
+    network = detection.FasterRCNN(
+        pyramid,
+        rpn_anchor_generator=anchors,
+        rpn_pre_nms_top_n_train=candidates[0],
+        rpn_pre_nms_top_n_test=candidates[1],
+        rpn_post_nms_top_n_train=proposals[0],
+        rpn_post_nms_top_n_test=proposals[1],
+        rpn_batch_size_per_image=sampled_anchors,
+        box_roi_pool=region_pool(pyramid, region_size, canonical),
+        box_head=TwoMLPHead(channels * region_size**2, hidden),
+        box_predictor=WidePredictor(hidden, num_classes + 1),
+        box_score_thresh=least_score,
+        box_nms_thresh=overlap,
+        box_detections_per_img=top,
+        box_batch_size_per_image=sampled_regions,
+    )
+    network.rpn.min_size = min_side
+    model = FasterRCNN(network, anchors.levels(), num_classes=num_classes, top=top)
+    load_detector(model, file, what=f"{what} on {trunk}")
+    return model
