@@ -150,7 +150,7 @@ def open_run(
     config = _run_config(run)
     section = data_section(run, config, data_name, settings)
     if _is_teacher(config):
-        data = open_data(section)
+        data = open_data(section, config["task"]["name"])
         teacher = load_teacher(run, data.num_classes)
         return config, data, teacher.model, teacher.task
     student = load_student(run, config, section)
@@ -171,7 +171,8 @@ def data_section(
 def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Opened:
     """Open the data set that `stored_answers` of this run are about."""
     own = name is None or data_config(name).name == _data_name(run)
-    return open_data(data_section(run.folder, run.config, None if own else name, settings))
+    section = data_section(run.folder, run.config, None if own else name, settings)
+    return open_data(section, run.config.get("task", {}).get("name"))
 
 
 def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kd.build import (
+    build_detector,
     build_segmenter,
     build_student,
     build_task,
@@ -39,8 +40,9 @@ from kd.engine import forward_losses, to_device
 from kd.errors import UserError
 from kd.features import FeatureTaps
 from kd.launch import open_run
-from kd.objective import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term, check_weights
+from kd.objective import Term, check_weights
 from kd.opened import OpenData, Opened, make_dataset, of_objects
+from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
@@ -49,6 +51,7 @@ from kd.soft_targets import SoftTargetSource
 from kd.sources import Sources, open_sources
 from kd.tasks.base import Mean, Task
 from kd.teacher_runs import expectation
+from kd.term_checks import check_terms
 from kd.tracking import Tracker
 from kd.training import Objective, Training
 from kd.wiring import adapt_student, build_terms, outputs_by_teacher, tapped_layers
@@ -85,7 +88,7 @@ class Distillation:
         self.task = self._task()
         self.terms = build_terms(self._wanted())
         self.sources: Sources | None = None
-        self._check_terms()
+        check_terms(self.recipe, self.terms, self.data)
         if any(self._taught(arm) for arm in self.recipe.arms):
             self._check_layers()
             self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
@@ -94,7 +97,8 @@ class Distillation:
         section, data = self.recipe.task, self.data
         if isinstance(data, OpenMaps):
             return segmentation_task(section, data)
-        return build_task(section, self.recipe.data, data.num_classes)
+        model = self._student("distilled", None) if isinstance(data, OpenBoxes) else None
+        return build_task(section, self.recipe.data, data.num_classes, model=model)
 
     def _wanted(self) -> list[TermSection]:
         """The terms that any of the arms has."""
@@ -107,36 +111,6 @@ class Distillation:
     def _taught(self, arm: str) -> bool:
         """Whether a teacher teaches it."""
         return arm in TAUGHT or bool(self.recipe.terms_of(arm))
-
-    def _check_terms(self) -> None:
-        recipe = self.recipe
-        stored = recipe.soft_targets.kind == "stored"
-        if isinstance(self.data, OpenMaps):
-            self._check_pixels()
-        if "shuffled" in recipe.arms and not stored:
-            raise UserError("arms: shuffled needs soft_targets.kind=stored")
-        maps = [term.name for term in self.terms if term.kind.maps]
-        if maps and "shuffled" in recipe.arms:
-            named = ", ".join(maps)
-            raise UserError(f"arms: shuffled is the control of posteriors, not of {named}")
-        if recipe.soft_targets.top_k and stored:  # kept as log-probabilities
-            for term in self.terms:
-                output = term.teacher.rpartition(".")[2]
-                if output in TEACHER_OUTPUTS and term.kind.function not in SOFTMAXED:
-                    raise UserError(
-                        f"losses: {term.name}: soft_targets.top_k keeps {output} as probabilities, "
-                        "which this loss does not compare; 0 keeps all as they are"
-                    )
-
-    def _check_pixels(self) -> None:
-        """What label maps do not go with."""
-        recipe = self.recipe
-        if controls := sorted(set(recipe.arms) & {"bare", "shuffled", "direct"}):
-            raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
-        for term in self.terms:
-            kind, output = term.kind, term.teacher.rpartition(".")[2]
-            if output == POSTERIOR or kind.labels or kind.mask:
-                raise UserError(f"losses: {term.name}: is about hidden objects, not label maps")
 
     def _check_layers(self) -> None:
         """A mistyped layer of the student, before a teacher works for hours."""
@@ -208,7 +182,8 @@ class Distillation:
         if isinstance(self.data, OpenData):
             prior = self.data.prior(labelled)
             return build_student(self.recipe.student, prior, context=arm not in BARE)
-        return build_segmenter(self.recipe.student, self.data.num_classes)
+        build = build_detector if isinstance(self.data, OpenBoxes) else build_segmenter
+        return build(self.recipe.student, self.data.num_classes)
 
     def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
         """A batch of two, or of what a process gets, to find shapes and mistakes before workers."""
@@ -225,6 +200,8 @@ class Distillation:
         stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
         if isinstance(data, OpenMaps):
             return data.crops(seed, stored, recipe.soft_targets.stride)
+        if isinstance(data, OpenBoxes):
+            return data.samples(seed, stored)
         return make_dataset(
             of_objects(data),
             "train",

@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kd.catalog import build, check_options, look_up
-from kd.config import AnyData, Data, Model, TaskSection
+from kd.config import AnyData, Data, LabelMaps, Model, TaskSection
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
 from kd.memory import keep_freed_memory
+from kd.nn.detectors import DETECTORS
 from kd.nn.segmenters import SEGMENTERS
 from kd.opened import Opened, open_objects
+from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps, open_maps
 from kd.tasks import TASKS
 from kd.tasks.base import Task
+from kd.tasks.detection import Detection
 from kd.tasks.segmentation import Segmentation
 from kd.transferred import TRANSFERRED, take_trunk
 from students import CLASSIFIERS
@@ -77,8 +80,9 @@ def build_task(
     known: dict[str, Any] = {"num_classes": num_classes}
     if isinstance(data, Data):
         known["shape"] = data.shape
-    if model is not None and hasattr(model, "pictures"):
-        known["pictures"] = model.pictures
+    for name in ("pictures", "levels", "loss_units"):  # what some models say of themselves
+        if model is not None and hasattr(model, name):
+            known[name] = getattr(model, name)
     known |= dict.fromkeys(("prior", "pixel_shares", "image_shares"))
     counted = {**(shares or {}), **({} if prior is None else {"prior": prior})}
     known |= {name: tuple(values.tolist()) for name, values in counted.items()}
@@ -129,13 +133,29 @@ def build_segmenter(model: Model, num_classes: int) -> nn.Module:
     )
 
 
-def open_data(section: AnyData) -> Opened:
+def build_detector(model: Model, num_classes: int) -> nn.Module:
+    """A detector of the catalogue.
+
+    Raises:
+        UserError: Another name, wrong options.
+    """
+    return build(DETECTORS, model.name, model.options, what="detector", num_classes=num_classes)
+
+
+def open_data(section: AnyData, task: str | None = None) -> Opened:
     """Open a data set of any kind.
+
+    Args:
+        section: Objects or label maps.
+        task: Name of what is asked; detectors see objects otherwise than those who hide them.
 
     Raises:
         UserError: What `open_objects` and `open_maps` raise.
     """
-    return open_objects(section) if isinstance(section, Data) else open_maps(section)
+    if isinstance(section, LabelMaps):
+        return open_maps(section)
+    objects = open_objects(section)
+    return OpenBoxes(objects) if TASKS.get(task or "") is Detection else objects
 
 
 def native_bf16(device: torch.device) -> bool:

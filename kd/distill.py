@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.recipe or Path(args.config).stem
     out = args.out or RUNS / "distill" / name / recipe.data.name
     with accelerator.main_process_first():
-        data = open_data(recipe.data)
+        data = open_data(recipe.data, recipe.task.name)
     distillation = Distillation(recipe, data, accelerator, out)
     distillation.check()
     open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)

@@ -54,6 +54,7 @@ class Kind:
         draws: Whether it has weights of its own: `function` then makes a module of the teacher's
             number of channels, see `draw_modules`.
         valid: Whether it is told where there is a class, where the task knows.
+        boxes: Whether it is about what detectors say at the true boxes.
     """
 
     function: Loss
@@ -65,6 +66,7 @@ class Kind:
     images: bool = False
     draws: bool = False
     valid: bool = False
+    boxes: bool = False
 
 
 TERMS = {
@@ -79,8 +81,8 @@ TERMS = {
     "imitation_inside": Kind(imitation, mask="inside", maps=True),
     "imitation_whole": Kind(imitation, mask="whole", maps=True),
     # What a detector's heads say at the true boxes, and at every place of a map.
-    "object_logits": Kind(kl_logits, "object_logits", "object_logits"),
-    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas"),
+    "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
+    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True),
     "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
     "pair_wise": Kind(pair_wise, maps=True, valid=True),
     "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),

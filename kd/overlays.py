@@ -22,7 +22,7 @@ from kd.metrics.segmentation import VOID
 from kd.nn.modes import evaluating
 from kd.opened_maps import OpenMaps
 from kd.report.overlay import overlay_figure
-from kd.student_runs import load_segmenter
+from kd.student_runs import load_network
 from kd.tasks.base import Task
 
 
@@ -77,7 +77,7 @@ def write_overlays(distillation: Distillation) -> None:
     accelerator, task = distillation.accelerator, distillation.task
     first, asked = out / f"seed{recipe.seeds[0]}", {}
     for arm in recipe.arms:
-        student = load_segmenter(first / arm, recipe.student, data.num_classes)
+        student = load_network(first / arm, recipe.student, data)
         asked[arm] = Segmenter(_placed(student, accelerator), task, data.section.size)
     teacher = None if distillation.sources is None else distillation.sources.teacher
     if teacher is not None and isinstance(teacher.recipe.data, LabelMaps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from kd.soft_targets import (
     StoredTeacher,
     Teachers,
 )
+from kd.tasks.detection import Detection
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
 from kd.wiring import layers_among, outputs_by_teacher
@@ -173,7 +174,10 @@ def _live(
             f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "
             "a live teacher sees the student's pictures"
         )
+    task = teacher.task
+    if isinstance(task, Detection):
+        task = replace(task, answers=False)
     return LiveTeacher(
-        teacher.model, teacher.task, layers_among(outputs),
+        teacher.model, task, layers_among(outputs),
         autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,
     )  # fmt: skip

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from kd.build import build_segmenter, build_student, build_task, open_data
+from kd.build import build_detector, build_segmenter, build_student, build_task, open_data
 from kd.checkpoint import load_model
 from kd.config import AnyData, DistillRecipe, Model
 from kd.config_reader import from_plain
 from kd.errors import UserError
 from kd.opened import OpenData, Opened
+from kd.opened_boxes import OpenBoxes
 from kd.tasks.base import Task
 
 
@@ -46,24 +47,25 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
     plain = {key: value for key, value in config.items() if key not in ("arm", "seed")}
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
-    data = open_data(recipe.data)
+    data = open_data(recipe.data, recipe.task.name)
     if isinstance(data, OpenData):
         prior = data.prior(data.labelled(config["seed"]))
         context = config["arm"] not in ("bare", "direct")
         student = build_student(to_be_loaded(recipe.student), prior, context=context)
         load_model(run / "model.safetensors", student)
     else:
-        student = load_segmenter(run, recipe.student, data.num_classes)
+        student = load_network(run, recipe.student, data)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
 
 
-def load_segmenter(run: Path, section: Model, num_classes: int) -> nn.Module:
-    """Load an arm's segmentation network from its folder.
+def load_network(run: Path, section: Model, data: Opened) -> nn.Module:
+    """Load an arm's segmentation network or detector from its folder.
 
     Raises:
         UserError: The folder is unfinished, or of another model.
     """
-    student = build_segmenter(to_be_loaded(section), num_classes)
+    build = build_detector if isinstance(data, OpenBoxes) else build_segmenter
+    student = build(to_be_loaded(section), data.num_classes)
     load_model(run / "model.safetensors", student)
     return student
 

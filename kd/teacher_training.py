@@ -15,6 +15,7 @@ from kd.config import TeacherRecipe
 from kd.data.loader import Samples
 from kd.nn.cooccurrence import Fitted
 from kd.opened import Opened, make_dataset, of_objects
+from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
@@ -57,6 +58,9 @@ def _prepared(
     """The task and the samples; a model that counts has counted (`counted`: before)."""
     if isinstance(data, OpenMaps):
         return segmentation_task(recipe.task, data), data.crops(recipe.seed)
+    if isinstance(data, OpenBoxes):
+        task = build_task(recipe.task, recipe.data, data.num_classes, model=model)
+        return task, data.samples(recipe.seed)
     data = of_objects(data)
     if isinstance(model, Fitted) and not counted:
         model.fit(index_objects(data.train, only))

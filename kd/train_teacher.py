@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or default_folder(name, recipe.data.name)
     config = recipe.model_dump(mode="json")
     with accelerator.main_process_first():
-        data = open_data(recipe.data)
+        data = open_data(recipe.data, recipe.task.name)
     whole = open_run(accelerator, out, config, resume=args.resume)
     if not whole.finished:
         if recipe.folds and isinstance(data, OpenData):

@@ -50,6 +50,8 @@ PLACES = {
     "kd.shown": COMMANDS,
     "kd.opened_files": COMMANDS,
     "kd.opened_maps": COMMANDS,
+    "kd.opened_boxes": COMMANDS,
+    "kd.term_checks": COMMANDS,
     "kd.shard_writer": COMMANDS,
     "kd.equivariance": COMMANDS,
     "kd.teacher_runs": COMMANDS,

@@ -4,6 +4,7 @@ from kd.tasks.classification import Classification
 from kd.tasks.context import Context, ContextPixels
 from kd.tasks.context_map import ContextMap
 from kd.tasks.context_scene import ContextScene
+from kd.tasks.detection import Detection
 from kd.tasks.scene_labels import SceneLabels
 from kd.tasks.segmentation import Segmentation
 from kd.tasks.tokens import SceneTokens
@@ -17,4 +18,5 @@ TASKS = {
     "classification": Classification,
     "scene_labels": SceneLabels,
     "segmentation": Segmentation,
+    "detection": Detection,
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Detection:
         num_classes: C.
         levels: Of the network that learns: its maps' strides and anchors, for the masks.
         psi: Share of a box's largest IoU that the imitation mask asks for.
-        unit: What the network's losses are means of: `images` or `boxes`.
+        loss_units: What each of its losses is a mean of.
         answers: Whether detections are wanted; a teacher of features is asked for its maps alone,
             and at the true boxes for what it says of them.
     """
@@ -34,7 +34,7 @@ class Detection:
     num_classes: int
     levels: tuple[Level, ...] = ()
     psi: float = 0.5
-    unit: str = "images"
+    loss_units: Mapping[str, str] = field(default_factory=dict)
     answers: bool = True
 
     def __post_init__(self) -> None:
@@ -56,11 +56,7 @@ class Detection:
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """The network's own, which it computes in training: `classes`, `boxes`, ..."""
-        return {
-            name.removeprefix(LOSS): Mean(value, self.unit)
-            for name, value in output.items()
-            if name.startswith(LOSS)
-        }
+        return {name: Mean(output[f"{LOSS}{name}"], unit) for name, unit in self.loss_units.items()}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """Places of a level's map, bool (N, h, w), for imitation.

@@ -87,7 +87,7 @@ class CenterNet(nn.Module):
 
     levels = (Level(STRIDE),)
     # The heat map's is divided by the cells that are peaks: objects of a class in one cell share.
-    loss_units = dict.fromkeys(("heatmap", "size", "offset"), "objects")
+    loss_units = dict.fromkeys(("heatmap", "size", "offset"), "boxes")
 
     def __init__(
         self,

@@ -87,7 +87,7 @@ FCOS = Family(
         "boxes": "bbox_regression",
         "centres": "bbox_ctrness",
     },
-    unit="objects",
+    unit="boxes",
     level_of=by_reach,
     tells_counts=True,
 )

@@ -1,0 +1,225 @@
+"""Detection: masks on the levels of a pyramid, what is counted, what a teacher is asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd.adapted import AdaptedStudent
+from kd.build import make_accelerator
+from kd.config import Optimizer, Schedule, Train
+from kd.data.hide import normalise
+from kd.engine import train_step
+from kd.errors import UserError
+from kd.launch import start_training
+from kd.losses.boxes import box_distance
+from kd.losses.imitation import anchor_grid, imitation_mask
+from kd.nn.detectors import DETECTORS
+from kd.nn.detectors.contract import Level
+from kd.objective import build_term, distillation_losses
+from kd.soft_targets import LiveTeacher
+from kd.tasks.detection import Detection, anchor_sides, assigned
+from kd.training import Objective
+from kd.wiring import adapt_student
+
+SIZE, CLASSES = 64, 3
+LEVELS = (Level(4, ((8.0, 8.0),), 0.0), Level(8, ((16.0, 16.0),), 0.0))
+SMALL = {"trunk": "resnet18", "width": 0.25, "levels": [2, 3], "channels": 16, "scales": [2.0],
+         "canonical": 32.0, "hidden": 32, "region_size": 3, "candidates": [50, 50],
+         "proposals": [40, 20], "sampled_anchors": 32, "sampled_regions": 32}  # fmt: skip
+LOSSES = ("objectness", "proposal_boxes", "classes", "boxes")
+
+
+def make_batch(boxes: list[list[list[float]]]) -> dict[str, Tensor]:
+    """Random pictures with these boxes, 48 pixels high inside the frame."""
+    flat = [box for image in boxes for box in image]
+    owners = [place for place, image in enumerate(boxes) for _ in image]
+    return {
+        "images": torch.randint(256, (len(boxes), 3, SIZE, SIZE), dtype=torch.uint8),
+        "sizes": torch.tensor([[48, SIZE]] * len(boxes)),
+        "image_ids": torch.arange(len(boxes)),
+        "boxes": torch.tensor(flat).view(-1, 4),
+        "labels": torch.arange(len(flat)) % CLASSES,
+        "image_of": torch.tensor(owners, dtype=torch.int64),
+        "object_ids": torch.arange(len(flat)),
+    }
+
+
+# A small object, a large one, none.
+BOXES = [[[8.0, 8.0, 16.0, 17.0]], [[10.0, 4.0, 30.0, 26.0], [40.0, 20.0, 47.0, 27.0]], []]
+
+
+def detector(**options: object) -> torch.nn.Module:
+    return DETECTORS["fasterrcnn"](num_classes=CLASSES, **{**SMALL, **options})
+
+
+def task_of(model: torch.nn.Module, **options: object) -> Detection:
+    return Detection(
+        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, **options
+    )  # type: ignore[arg-type]
+
+
+def test_a_box_belongs_to_the_level_with_an_anchor_of_its_shape() -> None:
+    boxes = torch.tensor([[0, 0, 8, 9], [0, 0, 20, 22], [5, 5, 5.5, 5.5], [0, 0, 64, 64]])
+    assert assigned(boxes, LEVELS).tolist() == [0, 1, 0, 1]
+    # 8 x 16 has an IoU of a half with both: the finer one.
+    assert assigned(torch.tensor([[0.0, 0.0, 8.0, 16.0]]), LEVELS).tolist() == [0]
+    assert assigned(torch.empty(0, 4), LEVELS).shape == (0,)
+
+
+def test_a_level_without_anchors_has_those_of_four_strides() -> None:
+    assert anchor_sides(LEVELS[0]) == ((8.0, 8.0),)
+    sides = torch.tensor(anchor_sides(Level(8)))
+    torch.testing.assert_close(sides.prod(dim=1), torch.full((3,), 32.0**2))
+    torch.testing.assert_close(sides[:, 1] / sides[:, 0], torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_the_imitation_mask_of_a_level_is_that_of_its_boxes_and_anchors() -> None:
+    batch, task = make_batch(BOXES), Detection(num_classes=CLASSES, levels=LEVELS)
+    found = task.masks(batch)["imitation"]
+    for level, (stride, own) in enumerate(((4, [[0], [1], []]), (8, [[], [0], []]))):
+        grid = (SIZE // stride, SIZE // stride)
+        anchors = anchor_grid(*grid, stride=stride, sides=LEVELS[level].sides, offset=0.0)
+        each = [torch.tensor([BOXES[n][b] for b in rows]).view(-1, 4) for n, rows in enumerate(own)]
+        assert torch.equal(found(grid), imitation_mask(each, anchors))
+        assert found(grid)[0].any().item() is (level == 0)
+        assert not found(grid)[2].any()
+    loose, strict = (
+        Detection(num_classes=CLASSES, levels=LEVELS, psi=psi).masks(batch)["imitation"]((16, 16))
+        for psi in (0.2, 0.9)
+    )
+    assert loose.sum() > found((16, 16)).sum() > strict.sum() > 0
+    assert (loose | strict).equal(loose)
+
+
+def test_inside_are_the_places_whose_middle_is_in_a_box_or_that_hold_its_middle() -> None:
+    batch = make_batch([[[8.0, 8.0, 16.0, 17.0]], [[41.0, 21.0, 42.5, 22.0]]])
+    inside = Detection(num_classes=CLASSES, levels=LEVELS).masks(batch)["inside"]((16, 16))
+    expected = torch.zeros(2, 16, 16, dtype=torch.bool)
+    expected[0, 2:4, 2:4] = True  # middles at 10 and 14; the next one down, 18, is outside
+    expected[1, 5, 10] = True  # no middle is in so small a box
+    assert torch.equal(inside, expected)
+
+
+def test_the_whole_map_ends_with_the_pictures() -> None:
+    whole = Detection(num_classes=CLASSES, levels=LEVELS).masks(make_batch(BOXES))["whole"]((8, 8))
+    assert whole[:, :6].all() and not whole[:, 6:].any()
+
+
+def test_places_of_each_level_are_counted() -> None:
+    batch, task = make_batch(BOXES), Detection(num_classes=CLASSES, levels=LEVELS)
+    counts = task.counts(batch, {"whole", "inside"})
+    masks = task.masks(batch)
+    assert counts.keys() == {"whole/4", "whole/8", "inside/4", "inside/8"}
+    for name, count in counts.items():
+        kind, stride = name.split("/")
+        grid = (SIZE // int(stride), SIZE // int(stride))
+        assert count == masks[kind](grid).sum()
+    assert task.counts(batch, ()) == {}
+
+
+def test_a_map_of_another_stride_is_refused() -> None:
+    task = Detection(num_classes=CLASSES, levels=LEVELS)
+    with pytest.raises(UserError, match=r"of 16 pixels a place .* levels, whose are 4, 8"):
+        task.masks(make_batch(BOXES))["imitation"]((4, 4))
+    with pytest.raises(UserError, match=r"psi must be in 0\.\.1, got 2"):
+        Detection(num_classes=CLASSES, psi=2.0)
+
+
+def test_padding_is_zero_after_normalising_and_a_teacher_is_asked_for_maps_alone() -> None:
+    batch = make_batch(BOXES)
+    images, sizes, *_ = Detection(num_classes=CLASSES).inputs(batch)
+    assert images is not None and not images[:, :, 48:].any()
+    assert torch.equal(images[:, :, :48], normalise(batch["images"])[:, :, :48])
+    assert sizes is batch["sizes"]
+    model = detector()
+    teacher = LiveTeacher(model, task_of(model, answers=False), posterior=False)
+    given = teacher(batch)
+    assert "detections" not in given and given["object_logits"].shape == (3, CLASSES + 1)
+
+
+def test_a_distance_of_boxes_is_the_mean_over_them() -> None:
+    student = torch.tensor([[0.0, 2.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    loss = box_distance(student, torch.zeros(2, 4))
+    assert loss.item() == pytest.approx((1.5 + 0.125) / 2)
+    none = box_distance(student[:0], torch.zeros(0, 4))
+    none.backward()
+    assert none.item() == 0 and student.grad is not None and not student.grad.any()
+
+
+TERMS = [
+    build_term("imitation", weight=0.3, label="near", student="network.backbone.0",
+               teacher="network.backbone.0"),
+    build_term("imitation_inside", weight=0.2, label="inside", student="network.backbone.1",
+               teacher="network.backbone.1"),
+    build_term("object_logits", weight=1.0),
+    build_term("object_boxes", weight=1.0),
+]  # fmt: skip
+
+
+def assembled() -> tuple[AdaptedStudent, Objective]:
+    """A student and a wider teacher at their initial weights, and what the one learns."""
+    torch.manual_seed(0)
+    student, teacher = detector(), detector(channels=24)
+    layers = ["network.backbone.0", "network.backbone.1"]
+    source = LiveTeacher(teacher, task_of(teacher, answers=False), layers, posterior=False)
+    task = task_of(student)
+    from kd.config import Adapter
+
+    adapters = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
+    model, terms = adapt_student(student, TERMS, adapters, source, task, make_batch(BOXES))
+    return model, Objective(task, dict.fromkeys(LOSSES, 1.0), terms, source)
+
+
+def test_a_step_with_every_term_moves_the_student_and_a_batch_without_boxes_is_harmless() -> None:
+    model, objective = assembled()
+    accelerator = make_accelerator("fp32")
+    train = Train(
+        optimizer=Optimizer(name="sgd", lr=1e-3), schedule=Schedule(name="constant", warmup=0.0)
+    )
+    training = start_training(accelerator, model, train, steps=3)
+    training.model.train()
+    weights = objective.weights_at(0.0)
+    sums, _ = train_step(training, [make_batch(BOXES)], objective, weights)
+    assert {"near", "inside", "object_logits", "object_boxes", *LOSSES} < sums.keys()
+    assert all(torch.isfinite(value) and value > 0 for value in sums.values())
+    sums, counts = train_step(training, [make_batch([[], []])], objective, weights)
+    assert sums["near"] == sums["object_logits"] == 0 and counts["near"] == 0
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_micro_batches_add_up_for_the_terms_on_maps() -> None:
+    # In evaluation mode nothing is random and batch norms see no neighbours.
+    model, objective = assembled()
+    whole = make_batch(BOXES)
+    parts = []
+    for image in range(3):
+        mine = whole["image_of"] == image
+        parts.append(
+            {key: value[image : image + 1] for key, value in whole.items() if len(value) == 3
+             and key in ("images", "sizes", "image_ids")}
+            | {key: whole[key][mine] for key in ("boxes", "labels", "object_ids")}
+            | {"image_of": torch.zeros(int(mine.sum()), dtype=torch.int64)}
+        )  # fmt: skip
+    model.eval()
+    values = []
+    for batches in ([whole], parts):
+        totals: dict[str, float] = {}
+        amounts: dict[str, float] = {}
+        for batch in batches:
+            task = objective.task
+            assert isinstance(task, Detection) and objective.soft_targets is not None
+            output, features = model(*task.inputs(batch))
+            losses = distillation_losses(
+                objective.terms, {**output, **features}, objective.soft_targets(batch),
+                task.masks(batch), batch,
+            )  # fmt: skip
+            counts = task.counts(batch, objective.masks)
+            counts["boxes"] = torch.tensor(float(len(batch["boxes"])))
+            for name, loss in losses.items():
+                amount = float(counts[loss.unit])
+                totals[name] = totals.get(name, 0.0) + float(loss.value) * amount
+                amounts[name] = amounts.get(name, 0.0) + amount
+        values.append({name: totals[name] / amounts[name] for name in totals})
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
