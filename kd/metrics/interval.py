@@ -16,6 +16,7 @@ from scipy import stats
 from kd.errors import UserError
 
 Array = NDArray[Any]
+SAMPLES = 2000  # how many times all images are drawn
 # Resamples worked on at once: bounds the memory to this many counts.
 _COUNTS_AT_ONCE = 4_000_000
 
@@ -61,7 +62,7 @@ def paired_bootstrap(
     groups: Array,
     *,
     classes: Array | None = None,
-    samples: int = 2000,
+    samples: int = SAMPLES,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
@@ -103,7 +104,7 @@ def drawn_again(
     number: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     images: int,
     *,
-    samples: int = 2000,
+    samples: int = SAMPLES,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
@@ -123,7 +124,18 @@ def drawn_again(
     mean = float(number(np.ones((1, images)))[0])
     if images < 2:
         return Interval(mean, np.nan, np.nan)
-    drawn = np.concatenate([number(counts) for counts in _resamples(images, samples, seed)])
+    drawn = np.concatenate([number(counts) for counts in resamples(images, samples, seed)])
+    return percentiles(mean, drawn, level=level)
+
+
+def percentiles(mean: float, drawn: NDArray[np.floating[Any]], *, level: float = 0.95) -> Interval:
+    """A number as observed and the bounds that its resamples give it.
+
+    Args:
+        mean: The number.
+        drawn: (R,) of images drawn again; those that are NaN are left out.
+        level: Coverage.
+    """
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):
         return Interval(mean, np.nan, np.nan)
@@ -158,8 +170,8 @@ def _per_image(
     return total(np.ones(len(groups))), [total(values) for values in runs]
 
 
-def _resamples(images: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Blocks (R, images) of how often each image was drawn."""
+def resamples(images: int, samples: int = SAMPLES, seed: int = 0) -> Iterator[NDArray[np.float64]]:
+    """How often each image is drawn, (R, images) at a time; the same for all runs on as many."""
     generator = np.random.default_rng(seed)
     block = max(1, _COUNTS_AT_ONCE // images)
     for start in range(0, samples, block):

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from kd.errors import UserError
-from kd.metrics import map_scores, scores
+from kd.metrics import box_records, box_scores, map_scores, scores
 from kd.metrics.interval import Interval, bootstrap, paired_bootstrap
 from kd.metrics.records import BY_CLASS, Records, check_records
 
@@ -29,8 +29,8 @@ class Kind(Protocol):
         ...
 
     @property
-    def by_class(self) -> tuple[str, ...]:
-        """Arrays that have a row for each class; all others have one for each id."""
+    def not_by_id(self) -> tuple[str, ...]:
+        """Arrays that have no row for each id; most of them have one for each class."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class Kind(Protocol):
 class Objects:
     """Classes of objects, as `kd.metrics.records` describes."""
 
-    things, ids, by_class = "objects", "object_ids", BY_CLASS
+    things, ids, not_by_id = "objects", "object_ids", BY_CLASS
     rows = ("top1", "mean_class_top1", "top5", "nll", "ece", "lookalike_top1",
             "lookalike_pair_top1")  # fmt: skip
 
@@ -105,7 +105,7 @@ class Objects:
 class Pictures:
     """Label maps of whole pictures, as `kd.metrics.map_scores` describes."""
 
-    things, ids, by_class = "pictures", "image_ids", ("names",)
+    things, ids, not_by_id = "pictures", "image_ids", ("names",)
     rows = map_scores.ROWS
 
     def check(self, records: Records, where: str) -> None:
@@ -137,10 +137,50 @@ class Pictures:
         return map_scores.difference(records, twin, name)
 
 
+class Detections:
+    """Boxes found on pictures, as `kd.metrics.box_records` describes."""
+
+    things, ids, not_by_id = "pictures with boxes", "image_ids", box_records.NOT_BY_ID
+    rows = box_scores.ROWS
+
+    def check(self, records: Records, where: str) -> None:
+        """As `box_records.check`."""
+        box_records.check(records, where)
+
+    def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
+        """Classes and true objects must be the same."""
+        own, others = (len(one["category_ids"]) for one in (records, other))
+        if own != others:
+            raise UserError(f"{pair} know different numbers of classes: {own} and {others}")
+        own, others = (len(one["truth_images"]) for one in (records, other))
+        if own != others:
+            raise UserError(f"{pair} have different numbers of objects: {own} and {others}")
+        for name in box_records.TRUTH:
+            if wrong := int((records[name] != other[name]).reshape(own, -1).any(axis=1).sum()):
+                raise UserError(f"{pair} disagree on {name} of {wrong} objects: other data")
+
+    def value(self, records: Records, name: str) -> float | None:
+        """As `box_scores.value`."""
+        return box_scores.value(records, name)
+
+    def interval(self, records: Records, name: str) -> Interval | None:
+        """KITTI's numbers have none."""
+        return box_scores.interval(records, name)
+
+    def difference(self, records: Records, twin: Records, name: str) -> Interval:
+        """Pictures are drawn, and precision averaged anew; KITTI's numbers have no bounds."""
+        return box_scores.difference(records, twin, name)
+
+
 OBJECTS: Kind = Objects()
 PICTURES: Kind = Pictures()
+DETECTIONS: Kind = Detections()
 # By the array that only answers of this kind have.
-KINDS: dict[str, Kind] = {"confusion": PICTURES, "log_probs": OBJECTS}
+KINDS: dict[str, Kind] = {
+    "confusion": PICTURES,
+    "found_boxes": DETECTIONS,
+    "log_probs": OBJECTS,
+}
 
 
 def kind_of(records: Records) -> Kind:

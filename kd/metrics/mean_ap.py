@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_masks
+
+from kd.metrics.drawn_ap import average_precision, recall
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -21,7 +24,6 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = {
     "all": (0.0, 1e10),
     "small": (0.0, 32.0**2),
@@ -141,43 +143,49 @@ class MeanAP:
             (R, A, T, C), NaN where a class has no object; A as many as were matched.
         """
         areas = len(matches.hit)
-        weights = np.ones((1, self.images)) if weights is None else np.asarray(weights, np.float64)
-        result = np.full((len(weights), areas, len(THRESHOLDS), self.classes), np.nan)
-        labels = self.found.label[matches.order]
-        by_class = np.argsort(labels, kind="stable")
-        bounds = np.searchsorted(labels[by_class], np.arange(self.classes + 1))
-        for label in range(self.classes):
-            rows = matches.order[by_class[bounds[label] : bounds[label + 1]]]
-            step = max(1, _CELLS_AT_ONCE // max(1, len(rows)))
-            for start in range(0, len(weights), step):
-                part = slice(start, start + step)
-                result[part, :, :, label] = self._class_average(matches, rows, label, weights[part])
-        return result
-
-    def _class_average(self, matches: Matches, rows: Ints, label: int, weights: Floats) -> Floats:
-        """(R, A, T) of one class; `rows` are its detections in falling order of score."""
-        result = np.full((len(weights), *matches.hit.shape[:2]), np.nan)
-        if not self.support[label].any():
-            return result
-        last = np.flatnonzero(matches.hit[:, :, rows].any(axis=(0, 1)))
-        rows = rows[: last[-1] + 1 if len(last) else 0]  # errors after the last hit are free
-        drawn = weights[:, self.found.image[rows]]  # (R, D)
-        for area in range(len(matches.hit)):
-            objects = weights @ self.support[label, area]  # (R,)
-            some = objects > 0
-            hit, out = matches.hit[area][:, rows], matches.ignored[area][:, rows]
-            before, sums = np.empty(0, np.bool_), drawn[:, :0]  # kept while the next one's is equal
-            for threshold in range(len(THRESHOLDS)):
-                right = np.flatnonzero(hit[threshold] & ~out[threshold])
-                counted = ~out[threshold]
-                if not np.array_equal(before, counted):
-                    before, sums = counted, np.cumsum(drawn * counted, axis=1)
-                result[some, area, threshold] = _area_below(
-                    np.cumsum(drawn[:, right], axis=1)[some],
-                    sums[:, right][some],
-                    objects[some, None],
+        columns = self._columns(weights)
+        result = np.full((columns.shape[1], areas, len(THRESHOLDS), self.classes), np.nan)
+        for label, rows in self._by_class(matches.order):
+            image, objects = self.found.image[rows], self.support[label] @ columns  # (A, R)
+            for area in np.flatnonzero(self.support[label, :areas].any(axis=1)).tolist():
+                hit, counted = matches.hit[area][:, rows], ~matches.ignored[area][:, rows]
+                result[:, area, :, label] = average_precision(
+                    hit, counted, image, columns, objects[area]
                 )
         return result
+
+    def recall(self, matches: Matches, weights: Array | None = None) -> Floats:
+        """The share of the objects of any size that is found at all, by resample and class.
+
+        The mean over overlaps and classes is COCO's AR of 100 detections.
+
+        Args:
+            matches: Of some scores.
+            weights: As in `average`.
+
+        Returns:
+            (R, T, C), NaN where a class has no object.
+        """
+        columns = self._columns(weights)
+        result = np.full((columns.shape[1], len(THRESHOLDS), self.classes), np.nan)
+        for label, rows in self._by_class(matches.order):
+            right = (matches.hit[0] & ~matches.ignored[0])[:, rows]
+            objects = self.support[label, 0] @ columns
+            result[:, :, label] = recall(right, self.found.image[rows], columns, objects)
+        return result
+
+    def _columns(self, weights: Array | None) -> Floats:
+        """(I, R)."""
+        weights = np.ones((1, self.images)) if weights is None else weights
+        return np.ascontiguousarray(np.asarray(weights, np.float64).T)
+
+    def _by_class(self, order: Ints) -> Iterator[tuple[int, Ints]]:
+        """Each class with its detections, the best scored first."""
+        labels = self.found.label[order]
+        by_class = np.argsort(labels, kind="stable")
+        bounds = np.searchsorted(labels[by_class], np.arange(self.classes + 1))
+        for label, (start, end) in enumerate(pairwise(bounds.tolist())):
+            yield label, order[by_class[start:end]]
 
     def _chunked(self) -> Iterator[_Chunk]:
         """Groups with candidates, those of few objects first."""
@@ -278,22 +286,3 @@ def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:
     best = value.shape[3] - 1 - np.argmax(value[..., ::-1], axis=3)
     taken = np.where(allowed.any(axis=3), best, -1)
     return np.asarray(taken), np.asarray(~counted.any(axis=3))
-
-
-def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
-    """COCO's 101-point average of precision, (R,).
-
-    Args:
-        hits: (R, n) right detections up to each right one.
-        detections: (R, n) all detections up to there.
-        objects: (R, 1) how many there are to find.
-    """
-    if not hits.shape[1]:
-        return np.zeros(len(hits))
-    precision = hits / (detections + np.spacing(1))
-    best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    # How many of the 101 recalls have been reached at each right detection.
-    reached = np.searchsorted(RECALLS, hits / objects, side="right")
-    newly = np.diff(reached, axis=1, prepend=0)
-    area: Floats = (best_after * newly).sum(axis=1) / len(RECALLS)
-    return area

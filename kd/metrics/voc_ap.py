@@ -14,12 +14,12 @@ import numpy as np
 from pycocotools import mask as coco_masks
 
 from kd.errors import UserError
+from kd.metrics.drawn_ap import blocks, sums_before
 from kd.metrics.mean_ap import Array, Bools, Boxes, Floats, Ints
 
 OVERLAP = 0.5
 Points = Literal["11", "area"]
 _RECALLS = 10  # steps between recalls 0 and 1
-_CELLS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,20 @@ class VocAP:
         """
         if points not in ("11", "area"):
             raise UserError(f"VocAP: points must be '11' or 'area', got {points!r}")
-        weights = np.ones((1, self.images)) if weights is None else np.asarray(weights, np.float64)
-        result = np.full((len(weights), self.classes), np.nan)
+        weights = np.ones((1, self.images)) if weights is None else weights
+        columns = np.ascontiguousarray(np.asarray(weights, np.float64).T)  # (I, R)
+        result = np.full((columns.shape[1], self.classes), np.nan)
         ranked = matches.order[~matches.ignored[matches.order]]
         for label in range(self.classes):
             rows = ranked[self.found.label[ranked] == label]
-            step = max(1, _CELLS_AT_ONCE // max(1, len(rows)))
-            for start in range(0, len(weights), step):
-                drawn = weights[start : start + step]
-                objects = drawn @ self.support[label]
-                some = objects > 0
-                result[start : start + step][some, label] = _average(
-                    drawn[some][:, self.found.image[rows]],
-                    np.flatnonzero(matches.hit[rows]),
-                    objects[some, None],
-                    points,
-                )
+            objects, image = self.support[label] @ columns, self.found.image[rows]
+            right = np.flatnonzero(matches.hit[rows])
+            for part in blocks(len(right), columns.shape[1]):
+                own, some = np.ascontiguousarray(columns[:, part]), objects[part] > 0
+                hits = np.cumsum(own[image[right]], axis=0)
+                detections = sums_before(np.ones(len(rows), np.bool_), right, image, own)
+                known = _average(hits[:, some], detections[:, some], objects[part][some], points)
+                result[part, label][some] = known
         return result
 
 
@@ -145,25 +143,24 @@ def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> I
     return best
 
 
-def _average(drawn: Floats, right: Ints, objects: Floats, points: Points) -> Floats:
+def _average(hits: Floats, detections: Floats, objects: Floats, points: Points) -> Floats:
     """Average precision of one class, (R,).
 
     Args:
-        drawn: (R, D) how often each detection counts, the best scored first.
-        right: (n,) places of the right ones.
-        objects: (R, 1) how many there are to find.
+        hits: (n, R) right detections up to each right one.
+        detections: (n, R) all detections up to there.
+        objects: (R,) how many there are to find.
         points: As in `VocAP.average`.
     """
-    hits = np.cumsum(drawn[:, right], axis=1)
-    if not hits.shape[1]:
-        return np.zeros(len(drawn))
+    if not len(hits):
+        return np.zeros(len(objects))
     # Precision is at its best where something right has just come in.
-    precision = hits / np.maximum(np.cumsum(drawn, axis=1)[:, right], np.spacing(1))
-    best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    precision = hits / np.maximum(detections, np.spacing(1))
+    best_after = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     if points == "area":
-        return np.asarray((best_after * np.diff(hits, axis=1, prepend=0.0)).sum(axis=1)
-                          / objects[:, 0])  # fmt: skip
+        newly = np.diff(hits, axis=0, prepend=0.0)
+        return np.asarray((best_after * newly).sum(axis=0) / objects)
     # Whole numbers: 3 of 10 objects do reach the recall of 0.3, which no float is equal to.
     reached = np.floor(_RECALLS * hits / objects) + 1
-    newly = np.diff(reached, axis=1, prepend=0.0)
-    return np.asarray((best_after * newly).sum(axis=1) / (_RECALLS + 1))
+    newly = np.diff(reached, axis=0, prepend=0.0)
+    return np.asarray((best_after * newly).sum(axis=0) / (_RECALLS + 1))

@@ -204,13 +204,13 @@ def read_predictions(path: str | Path, names: Sequence[str] | None = None) -> Re
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged, or no predictions: {error}") from error
     kind = kind_of(records)
-    if names is not None and "names" in kind.by_class:
+    if names is not None and "names" in kind.not_by_id:
         records["names"] = np.array(names)
     kind.check(records, str(path))
     ids, order = np.unique(records[kind.ids], return_index=True)
     if twice := len(records[kind.ids]) - len(ids):
         raise UserError(f"{path}: {twice} {kind.things} occur twice")
-    return {name: part if name in kind.by_class else part[order] for name, part in records.items()}
+    return {name: part if name in kind.not_by_id else part[order] for name, part in records.items()}
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -16,6 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd.errors import UserError
+from kd.metrics.found_boxes import BoxTruth, FoundBoxes
+from kd.metrics.kitti_ap import KittiTruth
 from kd.metrics.segmentation import VOID
 from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
@@ -50,7 +53,8 @@ class Classes(NamedTuple):
 
     `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
     none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
-    holds; `where` is what messages begin with.
+    holds; `where` is what messages begin with; `truth` are the boxes on the val images, as their
+    JSON has them, and `kitti` the same as KITTI's difficulties ask for them.
     """
 
     names: Sequence[str]
@@ -58,6 +62,8 @@ class Classes(NamedTuple):
     looks: Sequence[str | None] | None = None
     visible: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
     where: str = "evaluation"
+    truth: BoxTruth | None = None
+    kitti: KittiTruth | None = None
 
 
 class Collector(Protocol):
@@ -134,6 +140,23 @@ def top_n(classes: Classes) -> TopN:
         prior=classes.prior,
         looks=classes.looks,
         visible=classes.visible,
+        where=classes.where,
+    )
+
+
+def found_boxes(classes: Classes) -> FoundBoxes:
+    """The metric of tasks that find objects.
+
+    Raises:
+        UserError: The data set has no boxes.
+    """
+    if classes.truth is None:
+        raise UserError(f"{classes.where}: has no boxes of objects that could be found")
+    return FoundBoxes(
+        classes.truth,
+        classes.names,
+        looks=classes.looks,
+        kitti=classes.kitti,
         where=classes.where,
     )
 

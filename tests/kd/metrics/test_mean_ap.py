@@ -73,6 +73,24 @@ def test_equals_pycocotools_on_random_boxes(tmp_path: Path, seed: int) -> None:
     np.testing.assert_allclose(ours, published(annotations, detections), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_equals_pycocotools_average_recall(tmp_path: Path, seed: int) -> None:
+    annotations, detections = random_data_set(tmp_path, seed)
+    truth = read_truth(annotations)
+    found = read_detections(detections, truth)
+    meter = meter_of(truth, found)
+    ours = meter.recall(meter.match(found.scores))[0]  # (T, C)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(annotations))
+        evaluation = COCOeval(coco, coco.loadRes(str(detections)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    theirs = evaluation.eval["recall"][:, :, 0, -1]
+    np.testing.assert_allclose(ours, np.where(theirs > -1, theirs, np.nan), rtol=0, atol=1e-12)
+    assert np.nanmean(ours) == pytest.approx(evaluation.stats[8])
+
+
 def test_is_that_of_a_real_detector(coco_mini: Path) -> None:
     truth = read_truth(coco_mini / "annotations" / "instances_val2017.json")
     found = read_detections(coco_mini / "detections" / "nanodet_m_val2017.json", truth)
