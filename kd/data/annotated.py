@@ -111,7 +111,13 @@ def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
 
 
 def moved_objects(
-    index: CocoIndex, image: int, size: tuple[int, int], plan: Plan, *, min_visible: float
+    index: CocoIndex,
+    image: int,
+    size: tuple[int, int],
+    plan: Plan,
+    *,
+    min_visible: float,
+    cut_at_crop: bool = False,
 ) -> Objects:
     """Those of a scaled image that are still to be seen after a plan, cut at the border.
 
@@ -121,8 +127,19 @@ def moved_objects(
         size: Height and width of the picture that the plan is for.
         plan: What happens to it.
         min_visible: Share of a box that must stay; of what stays no side may be below a pixel.
+        cut_at_crop: Whether boxes are also cut where the plan's crop cuts the picture, so that they
+            never reach into the black that a shift or a turn then brings in.
     """
     rows, boxes, _ = objects_of(index, image, size)
-    boxes, kept = visible(plan.boxes(boxes, size), plan.size, min_visible)
+    whole = moved = plan.boxes(boxes, size)
+    there = torch.ones(len(rows), dtype=torch.bool)
+    if cut_at_crop and plan.crop is not None:
+        top, left, height, width = plan.crop
+        corners = boxes.new_tensor([[left, top], [left + width, top + height]]).repeat(1, 2)
+        boxes = boxes.clamp(corners[0], corners[1])
+        moved = plan.boxes(boxes, size)
+        there = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)  # a line has an area once it is turned
+    boxes, kept = visible(moved, plan.size, min_visible, whole=whole)
+    kept &= there
     boxes, rows = boxes[kept], rows[kept.numpy()]
     return Objects(rows, boxes, shares_of(boxes.numpy(), plan.size[0] * plan.size[1]))

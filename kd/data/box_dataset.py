@@ -17,10 +17,13 @@ from kd.data.choices import check_frame, known_labels, repeated
 from kd.data.coco import CocoIndex
 from kd.data.collate import Sample
 from kd.data.stored import PREFIX, StoredField
-from kd.data.transforms import NO_CHANGE, Augment, Plan, build_augment, pad
+from kd.data.transforms import Augment, Plan, build_augment, pad
 from kd.errors import UserError
 
 _SAMPLE_STREAM = 4  # keeps the samples' random numbers apart from the loader's order
+_NO_CHANGE = Augment(
+    flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
+)
 _SMALLEST_CROWD = 0.0  # share of a crowd that must stay: any part of one is as good as all of it
 
 
@@ -72,7 +75,7 @@ class BoxDataset(Dataset[Sample]):
         if not 0 < scales[0] <= scales[1]:
             raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
         self.index, self.size, self.train = index, size, train
-        self.augment: Augment = build_augment(augment) or NO_CHANGE
+        self.augment: Augment = build_augment(augment) or _NO_CHANGE
         self.scales, self.seed, self.stored = scales, seed, tuple(stored)
         largest = max(size, self._side(scales[1])) if train else size
         self.pictures = Pictures.open(index, size, prepared, largest=largest)
@@ -154,4 +157,4 @@ class BoxDataset(Dataset[Sample]):
     ) -> Objects:
         if not self.train:
             return objects_of(index, image, size)
-        return moved_objects(index, image, size, plan, min_visible=min_visible)
+        return moved_objects(index, image, size, plan, min_visible=min_visible, cut_at_crop=True)

@@ -241,11 +241,6 @@ class Augment:
         return ColourChange(**options)
 
 
-NO_CHANGE = Augment(
-    flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
-)
-
-
 def build_augment(options: dict[str, Any] | None) -> Augment | None:
     """Make the augmentations from their options; None stays None.
 
@@ -261,13 +256,16 @@ def build_augment(options: dict[str, Any] | None) -> Augment | None:
     return Augment(**options)
 
 
-def visible(boxes: Tensor, size: tuple[int, int], min_visible: float) -> tuple[Tensor, Tensor]:
+def visible(
+    boxes: Tensor, size: tuple[int, int], min_visible: float, *, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cut boxes at the picture's border and say which keep enough.
 
     Args:
         boxes: (M, 4) xyxy pixels.
         size: Height and width of the picture.
         min_visible: Smallest share of a box's area that must stay.
+        whole: The same boxes before something else cut them, (M, 4); None: nothing has.
 
     Returns:
         The cut boxes (M, 4), and (M,) bool: at least `min_visible` and one pixel stays.
@@ -275,7 +273,8 @@ def visible(boxes: Tensor, size: tuple[int, int], min_visible: float) -> tuple[T
     limit = boxes.new_tensor([size[1], size[0]]).repeat(2)
     cut = torch.minimum(boxes.clamp(min=0), limit)
     sides = cut[:, 2:] - cut[:, :2]
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    before = boxes if whole is None else whole
+    area = (before[:, 2:] - before[:, :2]).prod(dim=1)
     enough = sides.prod(dim=1) >= min_visible * area
     return cut, enough & (sides >= 1).all(dim=1)
 
