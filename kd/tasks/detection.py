@@ -11,9 +11,8 @@ from torch import Tensor
 from kd.data.hide import normalise, valid_pixels
 from kd.errors import UserError
 from kd.losses.imitation import anchor_grid, imitation_mask
-from kd.metrics.found_boxes import FoundBoxes
 from kd.nn.detectors.contract import Level
-from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, stride_of
+from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, found_boxes, stride_of
 
 LOSS = "loss."  # what a network's outputs that are losses begin with
 
@@ -135,7 +134,7 @@ class Detection:
 
     def metric(self, classes: Classes) -> Metric:
         """COCO's average precision and its company."""
-        return FoundBoxes(classes)
+        return found_boxes(classes)
 
 
 def anchor_sides(level: Level) -> tuple[tuple[float, float], ...]:
