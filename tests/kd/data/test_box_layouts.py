@@ -15,6 +15,7 @@ from kd.config import Data
 from kd.data import box_layouts, boxed
 from kd.data.box_layouts import LAYOUTS, made_split
 from kd.data.collate import collate
+from kd.data.voc_boxes import voc_to_coco
 from kd.errors import UserError
 from kd.opened import OpenData, open_objects
 from kd.opened_files import class_names, split_paths, train_annotations
@@ -140,7 +141,7 @@ def test_kitti_has_regions_as_crowds(tmp_path: Path) -> None:
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by each reading of VOC's annotations."""
     reads: list[str] = []
-    real = box_layouts.voc_to_coco
+    real = voc_to_coco
 
     def counted(root: Path, year: str, split: str) -> boxed.Json:
         reads.append(split)
