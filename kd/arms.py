@@ -24,7 +24,13 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.build import build_segmenter, build_student, build_task, make_loader
+from kd.build import (
+    build_segmenter,
+    build_student,
+    build_task,
+    make_loader,
+    segmentation_task,
+)
 from kd.config import ARMS, DistillRecipe, Train
 from kd.config import Term as TermSection
 from kd.data.collate import collate
@@ -76,13 +82,19 @@ class Distillation:
 
     def __post_init__(self) -> None:
         """Find out what can be wrong before the first step."""
-        self.task = build_task(self.recipe.task, self.recipe.data, self.data.num_classes)
+        self.task = self._task()
         self.terms = build_terms(self._wanted())
         self.sources: Sources | None = None
         self._check_terms()
         if any(self._taught(arm) for arm in self.recipe.arms):
             self._check_layers()
             self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
+
+    def _task(self) -> Task:
+        section, data = self.recipe.task, self.data
+        if isinstance(data, OpenMaps):
+            return segmentation_task(section, data)
+        return build_task(section, self.recipe.data, data.num_classes)
 
     def _wanted(self) -> list[TermSection]:
         """The terms that any of the arms has."""

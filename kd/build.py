@@ -20,7 +20,7 @@ from kd.errors import UserError
 from kd.memory import keep_freed_memory
 from kd.nn.segmenters import SEGMENTERS
 from kd.opened import Opened, open_objects
-from kd.opened_maps import open_maps
+from kd.opened_maps import OpenMaps, open_maps
 from kd.tasks import TASKS
 from kd.tasks.base import Task
 from kd.tasks.segmentation import Segmentation
@@ -87,6 +87,12 @@ def build_task(
     check_options(builder, section.options, what=f"task {section.name!r}", given=given)
     task: Task = builder(**given, **section.options)
     return task
+
+
+def segmentation_task(section: TaskSection, data: OpenMaps) -> Task:
+    """The task of a training on label maps; pixels are counted where classes have weights."""
+    shares = data.shares() if section.options.get("class_weights") else None
+    return build_task(section, data.section, data.num_classes, shares=shares)
 
 
 def build_teacher(model: Model, num_classes: int) -> nn.Module:

@@ -8,17 +8,20 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from kd.config import LabelMaps
 from kd.data.map_dataset import MULTIPLE, MapDataset, check_pairs
 from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.data.stored import StoredField
 from kd.errors import UserError
+from kd.metrics.segmentation import VOID
 from kd.opened_files import open_annotated, root_of
 from kd.tasks.base import Classes
 
 # Bytes of a split's image files that are all read before training starts: about five seconds.
 READ_FIRST = 128 << 20
+COUNTED = 1000  # train label maps that the classes' shares are counted on, or somewhat fewer
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,24 @@ class OpenMaps:
     def classes(self) -> Classes:
         """Their names."""
         return Classes(self.class_names, where=self.section.name)
+
+    def shares(self) -> dict[str, NDArray[np.float64]]:
+        """How common each class is, for the weights of classes.
+
+        Returns:
+            `pixel_shares` (C,): of the train pixels with a class; of a large split's, some maps
+            spread evenly over it speak for all.
+        """
+        counts = np.zeros(VOID + 1, np.int64)
+        images = self.train.images
+        for number in range(0, len(images), -(-len(images) // COUNTED)):
+            with Image.open(images[number]) as picture:
+                size = picture.height, picture.width
+            counts += np.bincount(self.train.label_map(number, size).flatten(), minlength=VOID + 1)
+        told = counts[: self.num_classes].astype(np.float64)
+        if not told.any():
+            raise UserError(f"{self.train.where}: no pixel has a class: all are void")
+        return {"pixel_shares": told / told.sum()}
 
     def crops(
         self, seed: int, stored: Sequence[StoredField] = (), stride: int = MULTIPLE

@@ -10,7 +10,7 @@ from torch import nn
 
 from kd.adapted import AdaptedStudent
 from kd.baselines import index_objects
-from kd.build import build_task, build_teacher, make_loader
+from kd.build import build_task, build_teacher, make_loader, segmentation_task
 from kd.config import TeacherRecipe
 from kd.data.loader import Samples
 from kd.nn.cooccurrence import Fitted
@@ -56,7 +56,7 @@ def _prepared(
 ) -> tuple[Task, Samples]:
     """The task and the samples; a model that counts has counted (`counted`: before)."""
     if isinstance(data, OpenMaps):
-        return build_task(recipe.task, recipe.data, data.num_classes), data.crops(recipe.seed)
+        return segmentation_task(recipe.task, data), data.crops(recipe.seed)
     data = of_objects(data)
     if isinstance(model, Fitted) and not counted:
         model.fit(index_objects(data.train, only))

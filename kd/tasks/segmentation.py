@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kd.data.hide import normalise
 from kd.errors import UserError
+from kd.losses.class_weights import median_frequency
 from kd.metrics.segmentation import VOID, MeanIoU
 from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
 
@@ -23,19 +24,26 @@ class Segmentation:
     Args:
         num_classes: C.
         label_smoothing: Share of the target spread over all classes.
+        class_weights: Power of the classes' weights, `median_frequency` of their shares of the
+            train pixels, scaled so that a pixel weighs 1 on average; 0 = none.
+        pixel_shares: Those shares, C of them; needed for the loss where there are weights.
     """
 
     num_classes: int
     label_smoothing: float = 0.0
+    class_weights: float = 0.0
+    pixel_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the share.
+        """Check the numbers.
 
         Raises:
-            UserError: It is out of range.
+            UserError: One is out of range.
         """
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0 <= self.class_weights <= 1:
+            raise UserError(f"class_weights must be in 0..1, got {self.class_weights}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Normalised images, (N, 3, H, W)."""
@@ -55,11 +63,21 @@ class Segmentation:
         total = F.cross_entropy(
             on_grid(logits, (truth.shape[1], truth.shape[2])).float(),
             truth.long(),
+            weight=self._weights(logits),
             ignore_index=VOID,
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
         return total / (truth != VOID).sum().clamp(min=1)
+
+    def _weights(self, like: Tensor) -> Tensor | None:
+        """Of the classes, (C,): the mean stays one over pixels, so that micro-batches add up."""
+        if not self.class_weights:
+            return None
+        assert self.pixel_shares is not None
+        shares = torch.tensor(self.pixel_shares)
+        weights = torch.tensor(median_frequency(self.pixel_shares, power=self.class_weights))
+        return (weights / (weights * shares).sum()).to(like.device)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """`valid`: where there is a class, bool (N, h, w), for distillation."""

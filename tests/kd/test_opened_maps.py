@@ -39,3 +39,25 @@ def test_a_large_split_is_read_as_it_is_needed(
     assert data.crops(0)[0, 0]["images"].shape == (3, 16, 24)
     with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
         data.crops(0)[0, 1]
+
+
+def test_classes_are_counted_on_train_pixels_without_void(
+    broken: LabelMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert broken.root is not None
+    root = Path(broken.root)
+    Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(root / "train" / "1.png")
+    pixels = np.zeros((16, 24), np.uint8)
+    pixels[:4], pixels[4:8] = 3, 11  # 11 is CamVid's void
+    Image.fromarray(pixels).save(root / "trainannot" / "0.png")
+    data = opened_maps.open_maps(broken)
+    expected = np.zeros(11)
+    expected[0], expected[3] = 8 * 24 + 16 * 24, 4 * 24
+    np.testing.assert_allclose(data.shares()["pixel_shares"], expected / expected.sum())
+    monkeypatch.setattr(opened_maps, "COUNTED", 1)  # of the two maps, the first
+    expected[0] = 8 * 24
+    np.testing.assert_allclose(data.shares()["pixel_shares"], expected / expected.sum())
+    for number in range(2):
+        Image.fromarray(np.full((16, 24), 11, np.uint8)).save(root / "trainannot" / f"{number}.png")
+    with pytest.raises(UserError, match="no pixel has a class"):
+        data.shares()

@@ -67,6 +67,25 @@ def test_the_loss_is_the_mean_over_the_pixels_with_a_class(smoothing: float) -> 
     assert task.losses({"logits": logits}, batch).keys() == {"cross_entropy"}
 
 
+def test_rare_classes_weigh_more_and_a_pixel_one_on_average() -> None:
+    shares = (0.7, 0.2, 0.08, 0.02)  # the median is 0.14
+    batch = make_batch(size=(16, 24))
+    logits = torch.randn(3, CLASSES, 16, 24)
+    task = Segmentation(num_classes=CLASSES, class_weights=1.0, pixel_shares=shares)
+    raw = [0.14 / 0.7, 0.14 / 0.2, 0.14 / 0.08, 0.14 / 0.02]
+    scale = sum(w * s for w, s in zip(raw, shares, strict=True))
+    found, truth = [], batch["label_maps"]
+    for image, row, column in (truth != VOID).nonzero().tolist():
+        own = int(truth[image, row, column])
+        log_prob = logits[image, :, row, column].log_softmax(dim=0)[own]
+        found.append(-float(log_prob) * raw[own] / scale)
+    loss = task.losses({"logits": logits}, batch)["cross_entropy"]
+    assert loss.unit == "pixels"
+    assert loss.value.item() == pytest.approx(sum(found) / len(found), rel=1e-5)
+    with pytest.raises(UserError, match=r"class_weights must be in 0\.\.1, got 2"):
+        Segmentation(num_classes=CLASSES, class_weights=2.0)
+
+
 def test_coarse_logits_are_brought_to_the_maps_grid() -> None:
     # Two places of one row: between their middles a pixel's logits are between theirs.
     logits = torch.tensor([[[[0.0, 4.0]], [[0.0, 0.0]]]])
