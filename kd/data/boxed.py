@@ -123,7 +123,7 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
     for path in paths:
         if path.is_file() and path.read_bytes() == data:
             return path
-    for path in paths:
+    for path in filter(_may_write, paths):
         with contextlib.suppress(UserError):
             write_whole(path, lambda partial: partial.write_bytes(data))
             return path
@@ -141,6 +141,12 @@ def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
         root / "annotations" / f"instances_{name}.json",
         cache / "boxed" / f"{place}-instances_{name}.json",
     )
+
+
+def _may_write(path: Path) -> bool:
+    """Whether the folder was not made read-only on purpose, which root would not notice."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    return bool(there.stat().st_mode & 0o222)
 
 
 def read_marks(path: Path) -> Marks:

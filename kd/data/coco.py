@@ -254,6 +254,14 @@ def _report(index: CocoIndex) -> None:
         if items
     )
     log.warning("%s: %s; %s", index.annotation_file, counts, text.replace("_", " "))
+    outside = index.skipped.get("outside_image", 0)
+    beyond = index.notes.get("clipped", 0) + outside
+    if 2 * beyond > len(index.object_ids) + outside:
+        log.warning(
+            "%s: most boxes reach beyond their images; is 'bbox' x, y, width, height as in COCO, "
+            "or the corners x1, y1, x2, y2?",
+            index.annotation_file,
+        )
 
 
 def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> list[str]:

@@ -120,6 +120,54 @@ def test_another_split_is_a_change_to_a_data_set_and_not_a_whole_one(tmp_path: P
     assert load_recipe(DistillRecipe, path).data.name == "mine"
 
 
+@pytest.mark.parametrize(
+    ("data", "setting", "message"),
+    [
+        ("coco", "data.scales=[1.5, 0.5]",
+         "data: scales [1.5, 0.5] are not in order, the smaller one first"),
+        ("coco", "data.scales=[0, 1]", "data.scales.0: input should be greater than 0, got 0"),
+        ("coco", "data.scales=[0.5, 11]",
+         "data.scales.1: input should be less than or equal to 10, got 11"),
+        ("coco", "data.scales=1", "data.scales: input should be a valid tuple, got 1"),
+        ("coco", "data.scale=[1, 2]", "data.scale: unknown key; did you mean 'scales'?"),
+        ("coco", "data.made_from=voc", "data: train: made_from voc takes a split's name"),
+        ("coco", "data.train=train2017", "data: train: expected a mapping with annotations, "
+         "images; a name goes with made_from, a layout that is no COCO JSON"),
+        ("voc", "data.made_from=vic",
+         "data.made_from: input should be 'voc' or 'kitti', got 'vic'"),
+        ("voc", "data.made_form=voc", "data.made_form: unknown key; did you mean 'made_from'?"),
+        ("voc", "data.val={annotations: a, images: b}",
+         "data: val: made_from voc takes a split's name"),
+        ("kitti", "data.val=3", "data.val: input should be a valid string, got 3"),
+        ("kitti", "data.generate={train: 3}",
+         "data: generate: is for the embedded scenes; made_from is not"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_section_of_boxes_is_told_at_its_place(
+    data: str, setting: str, message: str
+) -> None:
+    lines = mistakes_of(setting, data=data)
+    assert f"--set {setting}: {message}" in lines or f"{data}.yaml: {message}" in lines, lines
+
+
+def test_boxes_of_other_layouts_are_objects(own: Callable[[str], Path]) -> None:
+    voc = objects_config("voc")
+    assert (voc.made_from, voc.train, voc.scales) == ("voc", "VOC2007/trainval", (1.0, 1.0))
+    assert plain_data(voc.model_dump(mode="json"), "run") == voc
+    mine = objects_config(str(own("made_from: kitti\ntrain: mine\nval: all\nscales: [1, 2]\n")))
+    assert (mine.train, mine.val, mine.scales) == ("mine", "all", (1.0, 2.0))
+    other = section_of("data.train=VOC2012/train", data="voc")
+    assert isinstance(other, Data) and other.train == "VOC2012/train"
+
+
+def test_a_recipe_may_have_a_whole_section_of_boxes_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    whole = "data: {made_from: kitti, train: train, val: val}"
+    path.write_text(ESPNET.read_text().replace("data: scenes_maps", whole))
+    data = load_recipe(DistillRecipe, path).data
+    assert isinstance(data, Data) and (data.made_from, data.name) == ("kitti", "unnamed")
+
+
 def test_splits_fit_the_layout() -> None:
     section = LabelMaps.model_validate(MAPS)
     assert (section.train, section.val, section.size) == ("train", "val", None)

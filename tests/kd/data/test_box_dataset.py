@@ -367,6 +367,7 @@ def test_boxes_that_are_none_are_left_out_and_counted(tmp_path: Path) -> None:
     """Of five bad boxes none reaches a sample; one that sticks out is cut."""
 
     def spoil(content: dict[str, Any]) -> None:
+        bad: tuple[list[float], ...]
         bad = ([8, 10, 0, 5], [8, 10, -3, 5], [90, 10, 5, 5], [-9, -9, 5, 5], [3, 3, 0.5, 9])
         content["annotations"] += [annotation(90 + n, 6, box) for n, box in enumerate(bad)]
         content["annotations"].append(annotation(99, 6, [70, 50, 30, 30]))
@@ -376,6 +377,20 @@ def test_boxes_that_are_none_are_left_out_and_counted(tmp_path: Path) -> None:
     sample = BoxDataset(index, size=80, train=False)[0, 1]
     assert sample["object_ids"].tolist() == [99]
     assert sample["boxes"].tolist() == [[70, 50, 80, 60]]
+
+
+def test_corners_in_place_of_sides_are_suspected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def as_corners(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            x, y, w, h = entry["bbox"]
+            entry["bbox"] = [x + 30, y + 20, x + w + 30, y + h + 20]
+
+    painted(tmp_path)
+    assert "most boxes" not in caplog.text
+    painted(tmp_path, change=as_corners)
+    assert "most boxes reach beyond their images; is 'bbox' x, y, width, height" in caplog.text
 
 
 @pytest.mark.parametrize(
