@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import students
 from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.losses.center_targets import center_targets
+from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.center_boxes import decode_centers
 from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet
 
@@ -26,7 +26,7 @@ LOW = -20.0
 
 def small(**options: object) -> nn.Module:
     chosen = SMALL | options
-    return build(students.DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
+    return build(DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
 
 
 def blank(images: int = 1, height: int = 6, width: int = 8) -> dict[str, Tensor]:
