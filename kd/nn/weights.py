@@ -100,14 +100,27 @@ def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
         UserError: The file cannot be read; tensors are missing or unexpected, or of other shapes,
             those of a classifier of another number of classes say; names the first few.
     """
-    if file is None:
-        return
-    state = read_weights(Path(file))
+    if file is not None:
+        load_state(network, read_weights(Path(file)), source=file, what=what)
+
+
+def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str, what: str) -> None:
+    """Load all weights of a network from tensors by name; strict, as `load_network` says.
+
+    Args:
+        network: What to load into.
+        state: The tensors.
+        source: What to call them in a message.
+        what: What to call the network there.
+
+    Raises:
+        UserError: Tensors are missing or unexpected, or of other shapes; names the first few.
+    """
     if state and all(key.startswith(_PARALLEL) for key in state):
         state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
     expected = network.state_dict()
-    _same_names(state, expected, source=file, what=what)
-    _same_shapes(state, expected, source=file, what=what)
+    _same_names(state, expected, source=source, what=what)
+    _same_shapes(state, expected, source=source, what=what)
     network.load_state_dict(state, strict=False)  # a batch norm's counter may be missing
 
 

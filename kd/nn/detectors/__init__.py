@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
-
-from kd.nn.detectors.centernet import centernet
-from kd.nn.detectors.faster_rcnn import fasterrcnn
+from kd.nn.detectors.centernet import CenterNet, centernet
+from kd.nn.detectors.faster_rcnn import FasterRCNN, fasterrcnn
 from kd.nn.detectors.fcos import fcos
+from kd.nn.detectors.one_stage import OneStage
 from kd.nn.detectors.retinanet import retinanet
+
+Detector = FasterRCNN | OneStage | CenterNet
 
 # Of MobileNetV2 without the widening to 1,280 channels, which is there for its classifier.
 _MOBILE, _LAST = "mobilenet_v2", "features.17"
 
-DETECTORS: dict[str, Callable[..., nn.Module]] = {
+DETECTORS: dict[str, Callable[..., Detector]] = {
     "centernet": centernet,
     "centernet_resnet18": partial(centernet, trunk="resnet18"),
     "centernet_resnet50": partial(centernet, trunk="resnet50"),

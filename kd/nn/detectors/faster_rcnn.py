@@ -27,7 +27,8 @@ from kd.nn.detectors.contract import (
     pairs,
     wide,
 )
-from kd.nn.detectors.pyramid import anchors_of, build_pyramid, load_detector
+from kd.nn.detectors.files import load_detector
+from kd.nn.detectors.pyramid import anchors_of, build_pyramid
 from kd.nn.detectors.second_stage import WidePredictor, region_pool
 
 
@@ -280,5 +281,5 @@ def fasterrcnn(
     )
     network.rpn.min_size = min_side
     model = FasterRCNN(network, anchors.levels(), num_classes=num_classes, top=top)
-    load_detector(model, file, what=f"{what} on {trunk}")
+    load_detector(model, file, num_classes=num_classes, what=f"{what} on {trunk}")
     return model

@@ -11,8 +11,9 @@ from torchvision.models import detection
 
 from kd.errors import UserError, at_least
 from kd.nn.detectors.contract import Level
+from kd.nn.detectors.files import load_detector
 from kd.nn.detectors.one_stage import FCOS, OneStage
-from kd.nn.detectors.pyramid import anchors_of, build_pyramid, load_detector
+from kd.nn.detectors.pyramid import anchors_of, build_pyramid
 
 
 def fcos(
@@ -45,8 +46,9 @@ def fcos(
         batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
         levels: Of the pyramid, 3 of stride 8; pictures of 64 pixels want `[2, 3, 4, 5]`; `[4]` is a
             single map of stride 16.
-        channels: Of every map that the heads read, and of their four layers; a multiple of 32, for
-            these normalise 32 groups.
+        channels: Of every map that the heads read, and of their four layers; 64, 96 and so on, for
+            these normalise 32 groups, and a group needs more than one channel on a map of one
+            place.
         radius: Places so far from a box's middle learn it, in strides.
         candidates: Best boxes of a level and image before suppression.
         least_score: Detections below are left out; a score is the root of class times centre.
@@ -61,10 +63,10 @@ def fcos(
     """
     what = "fcos"
     at_least(what, num_classes=(num_classes, 1), candidates=(candidates, 1), top=(top, 1))
-    if channels % 32 or radius <= 0:
+    if channels < 64 or channels % 32 or radius <= 0:
         raise UserError(
-            f"{what}: channels must be a multiple of 32 and radius above 0, got {channels} and "
-            f"{radius:g}"
+            f"{what}: channels must be 64 or a higher multiple of 32 and radius above 0, got "
+            f"{channels} and {radius:g}"
         )
     pyramid = build_pyramid(
         what, trunk=trunk, weights=weights if file is None else None, width=width, until=until,
@@ -79,5 +81,5 @@ def fcos(
     )  # fmt: skip
     known = [Level(stride, (), 0.0) for stride in pyramid.strides]
     model = OneStage(network, FCOS, known, sides=pyramid.strides, num_classes=num_classes, top=top)
-    load_detector(model, file, what=f"{what} on {trunk}")
+    load_detector(model, file, num_classes=num_classes, what=f"{what} on {trunk}")
     return model

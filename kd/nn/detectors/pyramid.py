@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from kd.errors import UserError, at_least
 from kd.nn.detectors.contract import Level
 from kd.nn.freeze import freeze, freeze_batch_norm
 from kd.nn.trunk import Trunk, build_trunk
-from kd.nn.weights import load_network, read_weights
 
 
 class Pyramid(nn.Module):
@@ -167,22 +165,3 @@ def anchors_of(
             f"{list(ratios)} give anchors that round to no area; make the scales larger"
         )
     return anchors
-
-
-def load_detector(model: nn.Module, file: str | None, *, what: str) -> None:
-    """Load all weights of a detector whose torchvision network is `network`.
-
-    Args:
-        model: What to load into.
-        file: As `kd.nn.weights.load_network` takes it; torchvision's own detectors fit too, where
-            trunk, levels and classes are theirs.
-        what: What to call it in a message.
-
-    Raises:
-        UserError: What `load_network` raises.
-    """
-    if file is None:
-        return
-    names = [name.removeprefix("module.") for name in read_weights(Path(file))]
-    ours = any(name.startswith("network.") for name in names)
-    load_network(model if ours else model.get_submodule("network"), file, what=what)

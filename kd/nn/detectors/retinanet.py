@@ -5,14 +5,15 @@ Lin et al., 2017, https://arxiv.org/abs/1708.02002.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torchvision.models import detection
 
 from kd.errors import at_least
+from kd.nn.detectors.files import load_detector
 from kd.nn.detectors.one_stage import RETINANET, OneStage
-from kd.nn.detectors.pyramid import anchors_of, build_pyramid, load_detector
+from kd.nn.detectors.pyramid import anchors_of, build_pyramid
 
 OCTAVE = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # sides of the anchors, in strides
 
@@ -77,9 +78,10 @@ def retinanet(
         nms_thresh=overlap, detections_per_img=top, topk_candidates=candidates,
     )  # fmt: skip
     known = anchors.levels()
-    sides = [
-        float(torch.tensor(level.sides).log().mean().exp()) for level in known
-    ]  # of a square one
+    sides = [  # of a square one in the middle of them
+        math.prod(across * down for across, down in level.sides) ** (0.5 / len(level.sides))
+        for level in known
+    ]
     model = OneStage(network, RETINANET, known, sides=sides, num_classes=num_classes, top=top)
-    load_detector(model, file, what=f"{what} on {trunk}")
+    load_detector(model, file, num_classes=num_classes, what=f"{what} on {trunk}")
     return model

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import students
 from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.losses.center_targets import center_targets
+from kd.losses.centernet import centernet_losses
+from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.center_boxes import decode_centers
 from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet
 
@@ -26,7 +27,7 @@ LOW = -20.0
 
 def small(**options: object) -> nn.Module:
     chosen = SMALL | options
-    return build(students.DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
+    return build(DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
 
 
 def blank(images: int = 1, height: int = 6, width: int = 8) -> dict[str, Tensor]:
@@ -237,3 +238,60 @@ def test_perfect_maps_decode_to_the_boxes(objects: list[tuple[float, ...]]) -> N
             if len(true):
                 gaps = (found["boxes"][:, None] - true).abs().amax(dim=2)
                 assert gaps.amin(dim=0).max() < 1e-3 and gaps.amin(dim=1).max() < 1e-3
+
+
+def test_its_losses_are_those_of_its_maps_and_targets() -> None:
+    model, images = small().train(), torch.randn(2, 3, 64, 96)
+    sizes = torch.tensor([[64, 96], [40, 90]])
+    boxes = torch.tensor([[4.0, 6.0, 30.0, 33.0], [50.0, 10.0, 80.0, 20.0], [3.0, 3.0, 9.0, 9.0]])
+    labels, image_of = torch.tensor([0, 2, 1]), torch.tensor([0, 0, 1])
+    output = model(images, sizes, boxes, labels, image_of)
+    size, offset = output["box_maps.0"].split(2, dim=1)
+    maps = {"heatmap": output["class_maps.0"], "size": size, "offset": offset}
+    targets = center_targets(boxes, labels, image_of, 2, CLASSES, (16, 24), 4)
+    for name, value in centernet_losses(maps, targets).items():
+        torch.testing.assert_close(output[f"loss.{name}"], value)
+    # The cells of the middles: (17, 19.5), (65, 15) and (6, 6) pixels.
+    middles = torch.stack(
+        [
+            output["class_maps.0"][0, :, 4, 4],
+            output["class_maps.0"][0, :, 3, 16],
+            output["class_maps.0"][1, :, 1, 1],
+        ]
+    )
+    torch.testing.assert_close(output["object_logits"], middles)
+
+
+def test_what_is_found_in_a_crowd_is_not_blamed() -> None:
+    model, images = small().train(), torch.randn(1, 3, 64, 64)
+    boxes, labels = torch.tensor([[2.0, 2.0, 20.0, 20.0]]), torch.tensor([1])
+    objects = (torch.tensor([[64, 64]]), boxes, labels, torch.tensor([0]))
+    crowd = torch.tensor([[24.0, 24.0, 64.0, 64.0]])
+
+    def blame(*crowds: Tensor) -> Tensor:
+        output = model(images, *objects, *crowds)
+        maps = output["class_maps.0"]
+        maps.retain_grad()
+        output["loss.heatmap"].backward()
+        assert maps.grad is not None
+        blamed: Tensor = maps.grad
+        return blamed
+
+    assert blame()[..., 6:, 6:].count_nonzero() > 0
+    crowded = blame(crowd, torch.tensor([0]))
+    assert crowded[..., 6:, 6:].count_nonzero() == 0
+    assert crowded[..., :6, :6].count_nonzero() == CLASSES * 36
+    none = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    torch.testing.assert_close(blame(*none), blame())
+
+
+def test_detections_have_an_area_and_the_best_come_first() -> None:
+    output = blank()
+    output["heatmap"][0, 0, 0, 0] = 3.0
+    output["size"][0, :, 0, 0] = 0.0  # the surest has no area
+    output["heatmap"][0, 1, 3, 4] = 1.0
+    output["heatmap"][0, 2, 5, 1] = 2.0
+    found = decode_centers(output).detections(4)
+    assert found.shape == (1, 4, 6) and found[0, :2, 5].tolist() == [2.0, 1.0]
+    assert not found[0, found[0, :, 4] == 0].any()
+    assert decode_centers(output, top=2).detections(4).shape == (1, 4, 6)
