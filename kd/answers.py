@@ -20,6 +20,7 @@ from kd.config_reader import read_yaml
 from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
+from kd.metrics.found_boxes import FoundBoxes
 from kd.metrics.records import Records
 from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
@@ -70,7 +71,7 @@ class Answers:
         """As `predictions.npz` holds them, of a kind that tables know; None for others."""
         if isinstance(self.metric, MeanIoU):
             return {**self.metric.records(), "names": np.array(self.data.class_names)}
-        return self.metric.records() if isinstance(self.metric, TopN) else None
+        return self.metric.records() if isinstance(self.metric, TopN | FoundBoxes) else None
 
     def save_predictions(self) -> None:
         """Write `predictions.npz`, for setting runs side by side."""
@@ -170,9 +171,14 @@ def data_section(
 
 def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Opened:
     """Open the data set that `stored_answers` of this run are about."""
+    task = run.config.get("task", {}).get("name")
+    return open_data(section_of(run, name, settings), task)
+
+
+def section_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> AnyData:
+    """The data set that `stored_answers` of this run are about, not opened."""
     own = name is None or data_config(name).name == _data_name(run)
-    section = data_section(run.folder, run.config, None if own else name, settings)
-    return open_data(section, run.config.get("task", {}).get("name"))
+    return data_section(run.folder, run.config, None if own else name, settings)
 
 
 def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:

@@ -98,3 +98,11 @@ def read_recipe(
         sys.stdout.write(to_yaml(recipe))
         return None
     return recipe
+
+
+def numbers(flag: str, text: str | None) -> tuple[float, ...]:
+    """The numbers of a flag, such as 0.75,1,1.25; none where it is not given."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"{flag} {text}: numbers are needed, such as 0.75,1,1.25") from None

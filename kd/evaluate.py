@@ -3,6 +3,7 @@
     python -m kd.evaluate runs/teacher/cnn/scenes
     python -m kd.evaluate runs/teacher/cnn/scenes --data coco      # into evaluation/coco/
     python -m kd.evaluate --all runs/teacher --data scenes --out teachers
+    python -m kd.evaluate results.json --annotations instances_val2017.json    # of any detector
 
 Of one run the model is asked again, and tables, figures and numbers go into RUN/evaluation.
 With --all what runs have answered is read: each RUN, or every finished run below a folder.
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.answers import Answers, ask_run, stored_answers
-from kd.cli import run_command, set_up_logging
+from kd.box_evaluation import results_evaluation
+from kd.cli import numbers, run_command, set_up_logging
 from kd.errors import UserError
 from kd.evaluation import Scores
 from kd.evaluation_files import write_evaluation, write_tables
@@ -29,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, and write them with figures and numbers."""
     args = _parser().parse_args(argv)
     set_up_logging()
-    scales = _scales(args.scales)
+    scales = numbers("--scales", args.scales)
+    if args.annotations:
+        return _show(results_evaluation(args.annotations, args.runs), args, args.out, None)
     if args.all:
         if scales or args.flip:
             raise UserError("--scales, --flip: --all reads what runs have answered, asks none")
@@ -66,13 +70,6 @@ def _show(
     return 0
 
 
-def _scales(text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise UserError(f"--scales {text}: numbers are needed, such as 0.75,1,1.25") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kd.evaluate",
@@ -87,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], dest="settings", metavar="data.a=value",
         help="change a value of the data set")  # fmt: skip
     add("--per-class", action="store_true", help="print every class, too")
+    results = "RUN is a file of results in COCO's format, and this its truth"
+    add("--annotations", type=Path, metavar="JSON", help=results)
     add("--scales", metavar="A,B", help="label maps: average over these scales: 0.75,1,1.25")
     add("--flip", action="store_true", help="label maps: average over mirrored pictures, too")
     out = "where files go (default: RUN/evaluation; with --all: none)"

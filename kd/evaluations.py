@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.answers import Answers, data_of
+from kd.answers import Answers, data_of, section_of
+from kd.box_evaluation import BoxEvaluation, about_boxes
 from kd.evaluation import Evaluation, Scores, about
 from kd.map_evaluation import MapEvaluation
+from kd.metrics.kinds import DETECTIONS, kind_of
 from kd.opened import of_objects
 from kd.opened_maps import OpenMaps
 from kd.references import on_data, references
 from kd.report.runs import Run, check_same_objects, named_runs
 
-AnyEvaluation = Evaluation | MapEvaluation | Scores
+AnyEvaluation = Evaluation | MapEvaluation | BoxEvaluation | Scores
 
 
 def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
@@ -26,6 +28,9 @@ def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
     records, data = asked.records, asked.data
     if records is None:
         return Scores(f"{run} on {data.section.name} val", data, asked.metric)
+    if kind_of(records) is DETECTIONS:
+        title = f"{run} on {about_boxes(f'{data.section.name} val', records)}"
+        return BoxEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
     if isinstance(data, OpenMaps):
         how = f", {asked.how}" if asked.how else ""
         title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
@@ -37,7 +42,7 @@ def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
 
 def side_by_side(
     runs: Sequence[Run], data_name: str | None, settings: Sequence[str]
-) -> Evaluation | MapEvaluation:
+) -> Evaluation | MapEvaluation | BoxEvaluation:
     """What several runs answered about the same objects or pictures.
 
     Args:
@@ -49,11 +54,16 @@ def side_by_side(
         UserError: They were asked about different ones, or these are not those of the data set.
     """
     check_same_objects(runs)
+    named, first = named_runs(runs), runs[0].records
+    if kind_of(first) is DETECTIONS:  # their records hold the truth
+        section = section_of(runs[0], data_name, settings)
+        title = about_boxes(f"{section.name} val", first)
+        found = {name: run.records for name, run in named.items()}
+        return BoxEvaluation(title, section.model_dump(mode="json"), found)
     opened = data_of(runs[0], data_name, settings)
-    named = named_runs(runs)
     if isinstance(opened, OpenMaps):
         maps = {name: run.records for name, run in named.items()}
-        title = _about_maps(opened, len(runs[0].records["image_ids"]))
+        title = _about_maps(opened, len(first["image_ids"]))
         return MapEvaluation(title, opened, maps)
     data = of_objects(opened)
     records = {name: on_data(data, run.records, str(run.folder)) for name, run in named.items()}

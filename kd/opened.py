@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from kd.data.box_dataset import BoxDataset
 from kd.data.class_maps import ClassMaps
 from kd.data.coco import CocoIndex, visible_objects
 from kd.data.dataset import SceneDataset
+from kd.data.detections import Truth, read_truth
 from kd.data.loader import Samples
 from kd.data.splits import labelled_images
 from kd.data.stored import StoredField
@@ -85,7 +86,13 @@ class OpenData:
         """Names, prior and look-alikes."""
         known = partial(visible_objects, self.val)
         names, looks = self.class_names, self.val.looks
-        return Classes(names, self.prior(), looks, known, self.section.name)
+        where = self.section.name
+        return Classes(names, self.prior(), looks, known, where, truth=lambda: self.val_truth)
+
+    @cached_property
+    def val_truth(self) -> Truth:
+        """The val split's boxes as COCO's evaluation counts them: all of its JSON, crowds too."""
+        return read_truth(self.val.annotation_file)
 
     def evaluated(self) -> SceneDataset:
         """The val split, every usable object hidden in turn."""

@@ -20,6 +20,7 @@ from kd.data.loader import SampleLoader
 from kd.engine import evaluate, fit
 from kd.launch import learns, parameters, start_training
 from kd.metrics import scores
+from kd.metrics.kinds import DETECTIONS
 from kd.metrics.records import prior_records
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
@@ -250,8 +251,7 @@ def say_summary(title: str, summary: Mapping[str, Any]) -> None:
     """A run's figures on stdout, the class prior's and the ceiling's beside them."""
     shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "area", "nll", "ece",
              "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP",
-             "mIoU", "mean_accuracy", "pixel_accuracy", "AP", "AP50", "AP75",
-             "AP_small", "AP_medium", "AP_large")  # fmt: skip
+             "mIoU", "mean_accuracy", "pixel_accuracy", *DETECTIONS.rows)  # fmt: skip
     titles = {"": "model", "prior_": "prior", "ceiling_": "exact posterior"}
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
     names = [name for name in shown if name in summary]

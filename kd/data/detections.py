@@ -33,6 +33,7 @@ class Truth:
         sizes: (I, 2) int64, height and width in pixels.
         category_ids: (C,) int64, ascending.
         class_names: C names.
+        looks: C groups of look-alike classes, None for a class without one.
         boxes: All objects.
     """
 
@@ -42,6 +43,7 @@ class Truth:
     sizes: npt.NDArray[np.int64]
     category_ids: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
+    looks: tuple[str | None, ...]
     boxes: Boxes
 
 
@@ -92,6 +94,7 @@ def read_truth(path: Path) -> Truth:
         sizes=np.array([[entry["height"], entry["width"]] for entry in images], dtype=np.int64),
         category_ids=category_ids,
         class_names=tuple(str(entry["name"]) for entry in categories),
+        looks=tuple(entry.get("look") for entry in categories),
         boxes=Boxes(
             image=boxes.image,
             label=boxes.label,

@@ -192,7 +192,7 @@ def _check_shapes(records: Records, where: str, classes: int) -> None:
 
 
 def _check_numbers(records: Records, name: str, where: str) -> None:
-    values = records[name].reshape(len(records[name]), -1)
+    values = records[name] if records[name].ndim > 1 else records[name][:, None]
     wrong = ~np.isfinite(values).all(axis=1)
     problem = "is not finite"
     if name == "found_boxes" and not wrong.any():  # of true ones COCO itself has some

@@ -2,7 +2,8 @@
 
 A number of all classes is the mean over those with an object. Intervals draw images again and
 average the precision anew: every number of a run comes from one pass over all resamples, and those
-of runs on the same images, drawn alike, can be subtracted.
+of runs on the same images, drawn alike, can be subtracted. Where images repeat, AP is larger (by
+1.6 points on 228 of COCO's), so that bounds are moved by the mean of that.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def interval(records: Records, name: str) -> Interval | None:
         return None
     if len(records["image_ids"]) < 2:
         return Interval(mean, np.nan, np.nan)
-    return percentiles(mean, _number(known, name, drawn=True))
+    low, high = percentiles(mean, _number(known, name, drawn=True), centred=True)[1:]
+    return Interval(mean, max(low, 0.0), min(high, 1.0))
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
@@ -71,7 +73,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
     if len(records["image_ids"]) < 2 or _KITTI.match(name):
         return Interval(own - other, np.nan, np.nan)
     after, before = (_number(one, name, drawn=True) for one in both)
-    return percentiles(own - other, after - before)
+    return percentiles(own - other, after - before, centred=True)
 
 
 def evaluate(records: Records) -> dict[str, float]:

@@ -128,20 +128,29 @@ def drawn_again(
     return percentiles(mean, drawn, level=level)
 
 
-def percentiles(mean: float, drawn: NDArray[np.floating[Any]], *, level: float = 0.95) -> Interval:
+def percentiles(
+    mean: float,
+    drawn: NDArray[np.floating[Any]],
+    *,
+    level: float = 0.95,
+    centred: bool = False,
+) -> Interval:
     """A number as observed and the bounds that its resamples give it.
 
     Args:
         mean: The number.
         drawn: (R,) of images drawn again; those that are NaN are left out.
         level: Coverage.
+        centred: Move the bounds by what the resamples' mean is off: for numbers that are larger
+            where images repeat and rare classes lack, as average precision is.
     """
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):
         return Interval(mean, np.nan, np.nan)
     tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
+    bias = float(drawn.mean(dtype=np.float64)) - mean if centred else 0.0
+    return Interval(mean, float(low) - bias, float(high) - bias)
 
 
 def bootstrap(

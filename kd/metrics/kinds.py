@@ -156,7 +156,8 @@ class Detections:
         if own != others:
             raise UserError(f"{pair} have different numbers of objects: {own} and {others}")
         for name in box_records.TRUTH:
-            if wrong := int((records[name] != other[name]).reshape(own, -1).any(axis=1).sum()):
+            differing = (records[name] != other[name]).nonzero()[0]
+            if wrong := len(set(differing.tolist())):
                 raise UserError(f"{pair} disagree on {name} of {wrong} objects: other data")
 
     def value(self, records: Records, name: str) -> float | None:

@@ -36,7 +36,7 @@ COLUMNS = (
 )
 RANDOM = "random"
 # Side by side there is room for the bounds of these.
-_BOUNDED = ("top1", "top5", "nll", "mIoU")
+_BOUNDED = ("top1", "top5", "nll", "mIoU", "AP", "AP50")
 _COUNTS = ("count", "classes")
 _OVER_IMAGES = "[low, high]: 95 % interval, images drawn again"
 

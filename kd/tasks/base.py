@@ -53,8 +53,8 @@ class Classes(NamedTuple):
 
     `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
     none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
-    holds; `where` is what messages begin with; `truth` are the boxes on the val images, as their
-    JSON has them, and `kitti` the same as KITTI's difficulties ask for them.
+    holds; `where` is what messages begin with; `truth` reads the boxes on the val images, as
+    their JSON has them, and `kitti` the same as KITTI's difficulties ask for them.
     """
 
     names: Sequence[str]
@@ -62,8 +62,8 @@ class Classes(NamedTuple):
     looks: Sequence[str | None] | None = None
     visible: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
     where: str = "evaluation"
-    truth: BoxTruth | None = None
-    kitti: KittiTruth | None = None
+    truth: Callable[[], BoxTruth] | None = None
+    kitti: Callable[[], KittiTruth] | None = None
 
 
 class Collector(Protocol):
@@ -153,10 +153,10 @@ def found_boxes(classes: Classes) -> FoundBoxes:
     if classes.truth is None:
         raise UserError(f"{classes.where}: has no boxes of objects that could be found")
     return FoundBoxes(
-        classes.truth,
+        classes.truth(),
         classes.names,
         looks=classes.looks,
-        kitti=classes.kitti,
+        kitti=None if classes.kitti is None else classes.kitti(),
         where=classes.where,
     )
 

@@ -1,0 +1,76 @@
+"""Pictures of a val split with the boxes that runs found on them, from their predictions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd.data.coco import CocoIndex
+from kd.data.images import read_image
+from kd.errors import UserError
+from kd.evaluation_files import fresh_tracker, write_figure
+from kd.metrics.kinds import check_same
+from kd.metrics.records import Records
+from kd.report.boxes import found_figures
+from kd.report.runs import read_predictions
+
+_log = logging.getLogger("kd")
+
+
+def box_overlays(runs: Mapping[str, Records], index: CocoIndex, *, count: int) -> Iterator[Figure]:
+    """Draw val pictures, each with its true boxes and those of every run.
+
+    Args:
+        runs: Name -> predictions of the same pictures, in the order of the panels.
+        index: Where the pictures lie.
+        count: How many.
+    """
+    order = np.argsort(index.image_ids, kind="stable")
+
+    def picture(image_id: int) -> Tensor:
+        place = int(order[np.searchsorted(index.image_ids, image_id, sorter=order)])
+        return read_image(index.path(place), None)
+
+    return found_figures(runs, picture, count=count)
+
+
+def write_box_overlays(
+    out: Path, folders: Mapping[str, Path], index: CocoIndex, *, count: int
+) -> None:
+    """Write what finished runs found side by side: `overlays/<n>.png` and an event file.
+
+    A run that was asked about other pictures, as a teacher of another data set, is left out.
+
+    Args:
+        out: The folder, a distillation's say.
+        folders: Name -> run folder with a `predictions.npz`; the first one says which pictures.
+        index: Where the pictures lie.
+        count: How many; of 0 nothing is written.
+
+    Raises:
+        UserError: The first run's predictions cannot be read.
+    """
+    if not count:
+        return
+    runs: dict[str, Records] = {}
+    for name, folder in folders.items():
+        try:
+            records = read_predictions(folder / "predictions.npz")
+            for known in list(runs.values())[:1]:
+                check_same(records, known, f"{folder} and {next(iter(folders.values()))}")
+        except UserError as error:
+            if not runs:
+                raise
+            _log.warning("not in the pictures: %s", error)
+            continue
+        runs[name] = records
+    tracker = fresh_tracker(out)
+    for number, figure in enumerate(box_overlays(runs, index, count=count)):
+        file = out / "overlays" / f"{number}.png"
+        write_figure(figure, file, tracker, f"overlays/{number}", step=0)
+    tracker.close()

@@ -1,0 +1,223 @@
+"""Pictures with boxes: what is there, what each network finds, and where imitation looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from kd.losses.imitation import imitation_mask
+from kd.metrics.box_scores import right_at_half
+from kd.metrics.mean_ap import Array, Bools, Ints
+from kd.metrics.records import Records
+from kd.report.drawing import BLUE, GREY, INK, ORANGE, letters_on
+from kd.report.overlay import class_colour
+
+LEAST_SCORE = 0.3  # of a detection that is drawn
+_LETTERS_AN_INCH = 14
+_AT_MOST = 4  # panels of a row
+_ACROSS = 3.0  # inches of a panel
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Boxes to be drawn over a picture.
+
+    Attributes:
+        xywh: (n, 4), pixels of the picture.
+        labels: (n,), 0..C-1.
+        scores: (n,) of detections, None of true objects.
+        wrong: (n,) bool, drawn dashed; None where nobody says.
+        crowd: (n,) bool, regions of many objects, hatched; None where there are none.
+    """
+
+    xywh: Array
+    labels: Ints
+    scores: Array | None = None
+    wrong: Bools | None = None
+    crowd: Bools | None = None
+
+
+def boxes_figure(picture: Tensor, panels: Mapping[str, Marked], names: Sequence[str]) -> Figure:
+    """A picture several times, each with other boxes, in the colours of their classes.
+
+    Args:
+        picture: (3, H, W) uint8.
+        panels: Title -> boxes.
+        names: C names.
+    """
+    height, width = picture.shape[1:]
+    rows = -(-len(panels) // _AT_MOST)
+    columns = -(-len(panels) // rows)
+    handles = _legend(panels, names)
+    across = columns * _ACROSS
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
+    by_line = max(1, int(across * _LETTERS_AN_INCH / longest))
+    lines = -(-len(handles) // by_line)
+    inches = rows * (_ACROSS * height / width + 0.26) + 0.2 * lines + 0.1
+    figure = Figure(figsize=(across, inches))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    shown = figure.subplots(rows, columns, squeeze=False).ravel()
+    pixels = picture.permute(1, 2, 0).cpu().numpy()
+    for axes in shown:
+        axes.set_axis_off()
+    for axes, (title, marked) in zip(shown, panels.items(), strict=False):
+        axes.imshow(pixels, interpolation="nearest" if height * width < 40_000 else "antialiased")
+        axes.set_title(title, fontsize=8.5, color=INK, pad=3)
+        _draw(axes, marked, (height, width))
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=by_line, frameon=False, fontsize=8,
+            handlelength=1.4, columnspacing=1.2,
+        )  # fmt: skip
+    return figure
+
+
+def found_figures(
+    runs: Mapping[str, Records],
+    picture: Callable[[int], Tensor],
+    *,
+    count: int,
+    least: float = LEAST_SCORE,
+) -> Iterator[Figure]:
+    """Draw pictures spread over a split, each with its true boxes and those of every run.
+
+    Only records and pictures are needed, no network: boxes are in pixels of the files.
+
+    Args:
+        runs: Name -> predictions of the same pictures, in the order of the panels.
+        picture: Image id -> (3, H, W) uint8, as large as its file.
+        count: How many pictures, of those with an object.
+        least: Smallest score of a detection that is drawn.
+    """
+    first = next(iter(runs.values()))
+    names = [str(name) for name in first["names"]]
+    right = {name: right_at_half(records) for name, records in runs.items()}
+    places = np.unique(first["truth_images"])
+    count = min(count, len(places))
+    for number in range(count):
+        place = int(places[number * len(places) // count])
+        there = first["truth_images"] == place
+        crowd = first["truth_crowds"][there]
+        objects = int((~crowd).sum())
+        panels = {
+            f"truth, {objects} object{'s' * (objects != 1)}": Marked(
+                first["truth_boxes"][there], first["truth_labels"][there], crowd=crowd
+            )
+        }
+        for name, records in runs.items():
+            hit, ignored = right[name]
+            rows = np.flatnonzero(
+                (records["found_images"] == place) & (records["found_scores"] >= least)
+            )
+            rows = rows[np.argsort(records["found_scores"][rows], kind="stable")]  # best on top
+            wrong = (~hit & ~ignored)[rows]
+            good = int((hit & ~ignored)[rows].sum())
+            panels[f"{name}, {good} found, {int(wrong.sum())} wrong"] = Marked(
+                records["found_boxes"][rows],
+                records["found_labels"][rows],
+                records["found_scores"][rows],
+                wrong,
+            )
+        yield boxes_figure(picture(int(first["image_ids"][place])), panels, names)
+
+
+def imitation_figure(
+    picture: Tensor,
+    boxes: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    *,
+    psis: Sequence[float] = (0.2, 0.5, 0.8),
+    size: tuple[int, int] | None = None,
+) -> Figure:
+    """Where features are imitated, for each level of a network and several thresholds.
+
+    Args:
+        picture: (3, H, W) uint8, as the network sees it, padding included.
+        boxes: Of each level: the objects assigned to it, (G, 4), xyxy pixels.
+        anchors: Of each level: `anchor_grid`, (h, w, K, 4).
+        psis: Thresholds of `imitation_mask`, a column each.
+        size: Height and width of the picture inside the padding, (H, W) by default.
+    """
+    frame = (int(picture.shape[1]), int(picture.shape[2]))
+    height, width = size or frame
+    across = 2.4
+    inches = len(anchors) * (across * height / width + 0.24) + 0.05
+    figure = Figure(figsize=(across * len(psis), inches))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    panels = figure.subplots(len(anchors), len(psis), squeeze=False)
+    grey = picture.float().mean(dim=0, keepdim=True).permute(1, 2, 0).cpu().numpy() / 255
+    for level, (own, grid, line) in enumerate(zip(boxes, anchors, panels, strict=True)):
+        stride = frame[0] // grid.shape[0]
+        for psi, axes in zip(psis, line, strict=True):
+            mask = imitation_mask([own], grid, psi=psi)[0]
+            axes.imshow(_masked(grey, mask, frame)[:height, :width], interpolation="nearest")
+            for x1, y1, x2, y2 in own.tolist():
+                axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False,
+                                         edgecolor=ORANGE, linewidth=1.2))  # fmt: skip
+            axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+            places = int(mask.sum())
+            where = f"level {level}, stride {stride}: " if len(anchors) > 1 else ""
+            axes.set_title(f"{where}psi {psi:g}, {places} places", fontsize=7.5, color=INK, pad=3)
+            axes.set_axis_off()
+    return figure
+
+
+def _masked(grey: Array, mask: Tensor, frame: tuple[int, int]) -> Array:
+    """A grey picture, (H, W, 3) in 0..1, blue in the cells that a mask of its grid chooses."""
+    rows, columns = (
+        torch.arange(side) * places // side for side, places in zip(frame, mask.shape, strict=True)
+    )
+    chosen = mask.cpu()[rows][:, columns, None].numpy()
+    blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    return np.asarray(np.where(chosen, 0.45 * grey + 0.55 * blue, 0.35 + 0.65 * grey))
+
+
+def _draw(axes: Axes, marked: Marked, size: tuple[int, int]) -> None:
+    for row, (x, y, across, down) in enumerate(marked.xywh.tolist()):
+        colour = class_colour(int(marked.labels[row]))
+        if marked.crowd is not None and marked.crowd[row]:
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), across, down, fill=False, hatch="///",
+                                     edgecolor=GREY, linewidth=0.8))  # fmt: skip
+            continue
+        dashes = "--" if marked.wrong is not None and marked.wrong[row] else "-"
+        for edge, wide, style in (("white", 2.6, "-"), (colour, 1.5, dashes)):
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), across, down, fill=False, edgecolor=edge,
+                                     linewidth=wide, linestyle=style))  # fmt: skip
+        if marked.scores is not None:
+            above = y > 0.05 * size[0]
+            axes.text(
+                min(max(x, 0.0), 0.95 * size[1]), y if above else y + 1,
+                f"{100 * float(marked.scores[row]):.0f}", fontsize=5.5, color=letters_on(colour),
+                va="bottom" if above else "top", ha="left",
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )  # fmt: skip
+
+
+def _legend(panels: Mapping[str, Marked], names: Sequence[str]) -> list[Patch | Line2D]:
+    """A patch for each class that is drawn, in their order, and what lines mean."""
+    drawn, crowds, wrong = set(), False, False
+    for marked in panels.values():
+        kept = np.ones(len(marked.labels), bool) if marked.crowd is None else ~marked.crowd
+        drawn |= set(marked.labels[kept].tolist())
+        crowds |= not kept.all()
+        wrong |= marked.wrong is not None and bool(marked.wrong.any())
+    handles: list[Patch | Line2D] = [
+        Patch(color=class_colour(label), label=names[label]) for label in sorted(drawn)
+    ]
+    if wrong:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label="wrong"))
+    if crowds:
+        handles.append(Patch(facecolor="none", edgecolor=GREY, hatch="///", label="crowd"))
+    return handles

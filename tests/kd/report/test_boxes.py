@@ -1,0 +1,120 @@
+"""Pictures of boxes and of imitation masks show what they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+
+from kd.losses.imitation import anchor_grid, imitation_mask
+from kd.metrics.box_records import box_records
+from kd.metrics.mean_ap import Boxes
+from kd.metrics.records import Records
+from kd.report.boxes import Marked, boxes_figure, found_figures, imitation_figure
+from kd.report.drawing import figure_image
+from kd.report.overlay import class_colour
+
+NAMES = ("cup", "mug", "jar")
+
+
+def rectangles(axes: Axes) -> list[Rectangle]:
+    """Those in a class's colour, or hatched: each has a white one behind it."""
+    found = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    return [patch for patch in found if to_hex(patch.get_edgecolor()) != "#ffffff"]
+
+
+def boxes_of(image: list[int], label: list[int], xywh: Any, crowd: list[bool]) -> Boxes:
+    sides = np.array(xywh, np.float64)
+    return Boxes(np.array(image), np.array(label), sides, sides[:, 2] * sides[:, 3],
+                 np.array(crowd))  # fmt: skip
+
+
+def records_of(scores: list[float]) -> Records:
+    """Two pictures; on the second a cup, a crowd of mugs, and four detections."""
+    truth = boxes_of([1, 1, 0], [0, 1, 2], [[10, 10, 20, 20], [30, 30, 20, 20], [0, 0, 9, 9]],
+                     [False, True, False])  # fmt: skip
+    found = boxes_of([1, 1, 1, 1], [0, 2, 1, 0],
+                     [[11, 10, 20, 20], [10, 10, 20, 20], [31, 31, 9, 9], [40, 0, 9, 9]],
+                     [False] * 4)  # fmt: skip
+    return box_records(truth, found, np.array(scores), image_ids=np.array([3, 8]), names=NAMES,
+                       category_ids=np.arange(3))  # fmt: skip
+
+
+def test_a_box_is_where_it_is_in_the_colour_of_its_class() -> None:
+    picture = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    marked = Marked(
+        np.array([[5.0, 6.0, 20.0, 10.0], [30.0, 0.0, 9.0, 9.0], [1.0, 1.0, 5.0, 5.0]]),
+        np.array([1, 2, 0]),
+        scores=np.array([0.87, 0.31, 0.5]),
+        wrong=np.array([False, True, False]),
+        crowd=np.array([False, False, True]),
+    )
+    nothing = Marked(marked.xywh[:0], marked.labels[:0])
+    figure = boxes_figure(picture, {"plain": marked, "truth": nothing}, NAMES)
+    first, second = figure.axes
+    mug, jar, crowd = rectangles(first)
+    assert mug.get_bbox().bounds == (4.5, 5.5, 20.0, 10.0)
+    assert to_hex(mug.get_edgecolor()) == class_colour(1).lower()
+    assert (mug.get_linestyle(), jar.get_linestyle()) == ("-", "--")
+    assert crowd.get_hatch() and not mug.get_hatch()
+    assert [text.get_text() for text in first.texts] == ["87", "31"]
+    assert not second.patches and second.get_title() == "truth"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["mug", "jar", "wrong", "crowd"]
+    assert figure_image(figure, dpi=50).shape[0] == 3
+
+
+def test_found_pictures_say_what_is_right() -> None:
+    asked: list[int] = []
+
+    def picture(image_id: int) -> torch.Tensor:
+        asked.append(image_id)
+        return torch.zeros(3, 64, 64, dtype=torch.uint8)
+
+    runs = {"plain": records_of([0.9, 0.8, 0.7, 0.1]), "distilled": records_of([0.9, 0.1, 0.1, 0])}
+    _, figure = found_figures(runs, picture, count=5)
+    assert asked == [3, 8]
+    truth, plain, distilled = figure.axes
+    assert truth.get_title() == "truth, 1 object" and len(rectangles(truth)) == 2
+    # A jar is not a cup; the third is inside the crowd, neither right nor wrong; 0.1 is not drawn.
+    assert plain.get_title() == "plain, 1 found, 1 wrong"
+    assert [patch.get_linestyle() for patch in rectangles(plain)] == ["-", "--", "-"]
+    assert distilled.get_title() == "distilled, 1 found, 0 wrong"
+    assert len(rectangles(distilled)) == 1
+    (lowered,) = found_figures({"plain": records_of([0.9] * 4)}, picture, count=1, least=0.95)
+    assert asked[-1] == 3 and not rectangles(lowered.axes[1])
+
+
+def test_masks_are_those_of_imitation() -> None:
+    picture = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+    boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.tensor([[0.0, 0.0, 48.0, 40.0]])]
+    grids = [
+        anchor_grid(64 // stride, 64 // stride, stride=stride, sides=[(side, side)])
+        for stride, side in ((8, 16.0), (16, 40.0))
+    ]
+    figure = imitation_figure(picture, boxes, grids, psis=(0.2, 0.6), size=(64, 48))
+    assert len(figure.axes) == 4
+    for place, axes in enumerate(figure.axes):
+        level, psi = place // 2, (0.2, 0.6)[place % 2]
+        mask = imitation_mask([boxes[level]], grids[level], psi=psi)[0]
+        assert axes.get_title().endswith(f"psi {psi}, {int(mask.sum())} places")
+        shown = np.asarray(axes.images[0].get_array())
+        assert shown.shape == (64, 48, 3)
+        stride = (8, 16)[level]
+        whole = mask.repeat_interleave(stride, 0).repeat_interleave(stride, 1).numpy()[:, :48]
+        blue = shown[..., 2] > shown[..., 0] + 0.1
+        assert np.array_equal(blue, whole)
+        assert len(axes.patches) == 1
+    alone = imitation_figure(picture, boxes[:1], grids[:1], psis=(0.5,))
+    assert alone.axes[0].get_title().startswith("psi 0.5")
+
+
+def test_a_picture_without_objects_has_an_empty_mask() -> None:
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    grid = anchor_grid(4, 4, stride=8, sides=[(16.0, 16.0)])
+    figure = imitation_figure(picture, [torch.zeros(0, 4)], [grid])
+    assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["0 places"] * 3
