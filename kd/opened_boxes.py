@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from kd.config import Data
 from kd.data.box_dataset import BoxDataset
-from kd.data.detections import read_truth
 from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.opened import OpenData, Opened
@@ -37,8 +36,7 @@ class OpenBoxes:
 
     def classes(self) -> Classes:
         """What a metric is told; the true boxes are as the val split's file has them."""
-        truth = read_truth(self.objects.val.annotation_file)
-        return self.objects.classes()._replace(truth=truth)
+        return self.objects.classes()
 
     def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
         """Train pictures of a seed, those whose labels it may know."""

@@ -197,7 +197,8 @@ def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = Fa
     if not int8:
         return for_answers(model)
     few = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
-    samples = [task.inputs(collate([dataset[0, place]]))[0] for place in few]
+    shown = [task.inputs(collate([dataset[0, place]]))[0] for place in few]
+    samples = [images for images in shown if images is not None]
     return in_int8(model.cpu(), samples, spared=["head"] if hasattr(model, "head") else [])
 
 

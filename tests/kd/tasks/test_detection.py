@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator
-from kd.config import Optimizer, Schedule, Train
+from kd.config import Adapter, Optimizer, Schedule, Train
 from kd.data.hide import normalise
 from kd.engine import train_step
 from kd.errors import UserError
@@ -17,6 +17,7 @@ from kd.losses.boxes import box_distance
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
+from kd.nn.detectors.faster_rcnn import FasterRCNN
 from kd.objective import build_term, distillation_losses
 from kd.soft_targets import LiveTeacher
 from kd.tasks.detection import Detection, anchor_sides, assigned
@@ -25,7 +26,7 @@ from kd.wiring import adapt_student
 
 SIZE, CLASSES = 64, 3
 LEVELS = (Level(4, ((8.0, 8.0),), 0.0), Level(8, ((16.0, 16.0),), 0.0))
-SMALL = {"trunk": "resnet18", "width": 0.25, "levels": [2, 3], "channels": 16, "scales": [2.0],
+SMALL = {"trunk": "resnet18", "width": 0.25, "levels": [2, 3], "scales": [2.0],
          "canonical": 32.0, "hidden": 32, "region_size": 3, "candidates": [50, 50],
          "proposals": [40, 20], "sampled_anchors": 32, "sampled_regions": 32}  # fmt: skip
 LOSSES = ("objectness", "proposal_boxes", "classes", "boxes")
@@ -51,14 +52,16 @@ def make_batch(boxes: list[list[list[float]]]) -> dict[str, Tensor]:
 BOXES = [[[8.0, 8.0, 16.0, 17.0]], [[10.0, 4.0, 30.0, 26.0], [40.0, 20.0, 47.0, 27.0]], []]
 
 
-def detector(**options: object) -> torch.nn.Module:
-    return DETECTORS["fasterrcnn"](num_classes=CLASSES, **{**SMALL, **options})
+def detector(channels: int = 16) -> FasterRCNN:
+    network = DETECTORS["fasterrcnn"](num_classes=CLASSES, channels=channels, **SMALL)
+    assert isinstance(network, FasterRCNN)
+    return network
 
 
-def task_of(model: torch.nn.Module, **options: object) -> Detection:
+def task_of(model: FasterRCNN, *, answers: bool = True) -> Detection:
     return Detection(
-        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, **options
-    )  # type: ignore[arg-type]
+        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, answers=answers
+    )
 
 
 def test_a_box_belongs_to_the_level_with_an_anchor_of_its_shape() -> None:
@@ -166,8 +169,6 @@ def assembled() -> tuple[AdaptedStudent, Objective]:
     layers = ["network.backbone.0", "network.backbone.1"]
     source = LiveTeacher(teacher, task_of(teacher, answers=False), layers, posterior=False)
     task = task_of(student)
-    from kd.config import Adapter
-
     adapters = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
     model, terms = adapt_student(student, TERMS, adapters, source, task, make_batch(BOXES))
     return model, Objective(task, dict.fromkeys(LOSSES, 1.0), terms, source)
