@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from kd.adapted import AdaptedStudent
+from kd.box_overlays import box_overlays
 from kd.build import make_accelerator, open_data
 from kd.config import AnyData
 from kd.config_reader import read_yaml
@@ -26,6 +27,7 @@ from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
 from kd.nn.multi_scale import MultiScale
 from kd.opened import Opened, of_objects
+from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps
 from kd.overlays import Segmenter, overlays
 from kd.pictures import hidden_scenes
@@ -115,6 +117,9 @@ def ask_run(
         if isinstance(data, OpenMaps):
             shown = {name: Segmenter(asked, task, data.section.size)}
             return overlays(data, shown, count=PICTURES, accelerator=accelerator)
+        if isinstance(data, OpenBoxes):
+            records = metric.records() if isinstance(metric, FoundBoxes) else {}
+            return box_overlays({name: records}, data.objects.val, count=PICTURES)
         return hidden_scenes(
             asked, task, of_objects(data), count=PICTURES, device=accelerator.device
         )

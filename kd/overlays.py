@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
 from kd.arms import Distillation
+from kd.box_overlays import write_box_overlays
 from kd.config import LabelMaps
 from kd.data.collate import collate
 from kd.data.images import read_image
@@ -20,6 +21,7 @@ from kd.engine import to_device
 from kd.evaluation_files import fresh_tracker, write_figure
 from kd.metrics.segmentation import VOID
 from kd.nn.modes import evaluating
+from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps
 from kd.report.overlay import overlay_figure
 from kd.student_runs import load_network
@@ -72,6 +74,9 @@ def write_overlays(distillation: Distillation) -> None:
     """
     recipe, data, out = distillation.recipe, distillation.data, distillation.out
     count = recipe.train.pictures
+    if isinstance(data, OpenBoxes):
+        _write_boxes(distillation, data)
+        return
     if not isinstance(data, OpenMaps) or not count:
         return
     accelerator, task = distillation.accelerator, distillation.task
@@ -90,6 +95,15 @@ def write_overlays(distillation: Distillation) -> None:
             figure, out / "overlays" / f"{number}.png", tracker, f"overlays/{number}", step=0
         )
     tracker.close()
+
+
+def _write_boxes(distillation: Distillation, data: OpenBoxes) -> None:
+    """The same of detectors, from what their runs found."""
+    recipe, out = distillation.recipe, distillation.out
+    folders = {arm: out / f"seed{recipe.seeds[0]}" / arm for arm in recipe.arms}
+    if distillation.sources is not None:
+        folders["teacher"] = distillation.sources.teacher.folder
+    write_box_overlays(out, folders, data.objects.val, count=recipe.train.pictures)
 
 
 def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
