@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from kd.data.box_dataset import BoxDataset
 from kd.data.coco import CocoIndex
 from kd.data.images import read_image
 from kd.errors import UserError
 from kd.evaluation_files import fresh_tracker, write_figure
 from kd.metrics.kinds import check_same
 from kd.metrics.records import Records
-from kd.report.boxes import found_figures
+from kd.report.boxes import found_figures, imitation_figure
 from kd.report.runs import read_predictions
+from kd.tasks.detection import Detection, anchors_of, assigned
 
 _log = logging.getLogger("kd")
 
@@ -39,8 +41,37 @@ def box_overlays(runs: Mapping[str, Records], index: CocoIndex, *, count: int) -
     return found_figures(runs, picture, count=count)
 
 
+def mask_pictures(data: BoxDataset, task: Detection, *, count: int) -> Iterator[tuple[str, Figure]]:
+    """Draw where a task's imitation masks are on pictures with objects, by the figure's name.
+
+    Args:
+        data: Whole pictures.
+        task: Has the levels of the network that imitates.
+        count: How many pictures at most; they are spread over those with objects.
+    """
+    counted = np.diff(data.index.first)[data.images]
+    places = np.flatnonzero(counted)
+    for number, place in enumerate(places[:: max(1, -(-len(places) // max(1, count)))][:count]):
+        sample = data[0, int(place)]
+        picture, boxes = sample["images"], sample["boxes"]
+        mine = assigned(boxes, task.levels)
+        own = [boxes[mine == level] for level in range(len(task.levels))]
+        side = data.size
+        grids = [-(-side // level.stride) for level in task.levels]
+        anchors = [
+            anchors_of(level, (grid, grid)) for level, grid in zip(task.levels, grids, strict=True)
+        ]
+        size = (int(sample["sizes"][0]), int(sample["sizes"][1]))
+        yield f"masks/{number}", imitation_figure(picture, own, anchors, size=size)
+
+
 def write_box_overlays(
-    out: Path, folders: Mapping[str, Path], index: CocoIndex, *, count: int
+    out: Path,
+    folders: Mapping[str, Path],
+    index: CocoIndex,
+    *,
+    count: int,
+    more: Iterable[tuple[str, Figure]] = (),
 ) -> None:
     """Write what finished runs found side by side: `overlays/<n>.png` and an event file.
 
@@ -51,6 +82,7 @@ def write_box_overlays(
         folders: Name -> run folder with a `predictions.npz`; the first one says which pictures.
         index: Where the pictures lie.
         count: How many; of 0 nothing is written.
+        more: Further figures by name: `masks/0` becomes `masks/0.png`.
 
     Raises:
         UserError: The first run's predictions cannot be read.
@@ -73,4 +105,6 @@ def write_box_overlays(
     for number, figure in enumerate(box_overlays(runs, index, count=count)):
         file = out / "overlays" / f"{number}.png"
         write_figure(figure, file, tracker, f"overlays/{number}", step=0)
+    for name, figure in more:
+        write_figure(figure, out / f"{name}.png", tracker, name, step=0)
     tracker.close()

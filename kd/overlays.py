@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
 from kd.arms import Distillation
-from kd.box_overlays import write_box_overlays
+from kd.box_overlays import mask_pictures, write_box_overlays
 from kd.config import LabelMaps
 from kd.data.collate import collate
 from kd.data.images import read_image
@@ -26,6 +26,7 @@ from kd.opened_maps import OpenMaps
 from kd.report.overlay import overlay_figure
 from kd.student_runs import load_network
 from kd.tasks.base import Task
+from kd.tasks.detection import Detection
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ def _write_boxes(distillation: Distillation, data: OpenBoxes) -> None:
     folders = {arm: out / f"seed{recipe.seeds[0]}" / arm for arm in recipe.arms}
     if distillation.sources is not None:
         folders["teacher"] = distillation.sources.teacher.folder
-    write_box_overlays(out, folders, data.objects.val, count=recipe.train.pictures)
+    count, task = recipe.train.pictures, distillation.task
+    assert isinstance(task, Detection)
+    imitates = bool(task.levels and {term.kind.mask for term in distillation.terms} - {None})
+    masks = mask_pictures(data.evaluated(), task, count=count) if imitates else ()
+    write_box_overlays(out, folders, data.objects.val, count=count, more=masks)
 
 
 def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -95,11 +95,7 @@ class Detection:
 
     def _imitation(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         boxes, images = self._of_level(stride, batch)
-        level = self._level(stride)
-        anchors = anchor_grid(
-            *grid, stride=stride, sides=anchor_sides(level), offset=level.offset,
-            device=boxes.device,
-        )  # fmt: skip
+        anchors = anchors_of(self._level(stride), grid, device=boxes.device)
         each = [boxes[images == image] for image in range(len(batch["images"]))]
         return imitation_mask(each, anchors, psi=self.psi)
 
@@ -146,6 +142,15 @@ def anchor_sides(level: Level) -> tuple[tuple[float, float], ...]:
         return level.sides
     side = 4.0 * level.stride
     return tuple((side / root, side * root) for root in (0.5**0.5, 1.0, 2.0**0.5))
+
+
+def anchors_of(
+    level: Level, grid: tuple[int, int], *, device: torch.device | None = None
+) -> Tensor:
+    """A level's anchors on a map of so many rows and columns, (h, w, K, 4), xyxy pixels."""
+    return anchor_grid(
+        *grid, stride=level.stride, sides=anchor_sides(level), offset=level.offset, device=device
+    )
 
 
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
