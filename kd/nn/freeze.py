@@ -46,6 +46,23 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+def freeze_parts(trunk: AnyTrunk, frozen: str | None, batch_norm_frozen: bool) -> None:
+    """Freeze as much of a trunk as its options ask for.
+
+    Args:
+        trunk: Changed in place.
+        frozen: "all", the path of the last step that does not learn, or None.
+        batch_norm_frozen: Whether all batch norms keep their stored statistics.
+
+    Raises:
+        UserError: The trunk has no such step.
+    """
+    if frozen is not None:
+        freeze(trunk, None if frozen == "all" else frozen)
+    if batch_norm_frozen:
+        freeze_batch_norm(trunk)
+
+
 def freeze(trunk: AnyTrunk, until: str | None = None) -> None:
     """Stop the learning of a trunk's first steps, batch norms included.
 

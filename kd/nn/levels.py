@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.blind import AnyTrunk
-from kd.nn.freeze import freeze, freeze_batch_norm
+from kd.nn.freeze import freeze_parts
 from kd.nn.trunk import build_trunk
 from kd.nn.weights import weights_hash
 
@@ -184,8 +184,5 @@ def levelled(
     remember: bool = False,
 ) -> LevelledTrunk:
     """A trunk that is there already with its last maps; the other arguments are `build_levels`'."""
-    if frozen is not None:
-        freeze(trunk, None if frozen == "all" else frozen)
-    if batch_norm_frozen:
-        freeze_batch_norm(trunk)
+    freeze_parts(trunk, frozen, batch_norm_frozen)
     return RememberedTrunk(trunk, levels) if remember else LevelledTrunk(trunk, levels)

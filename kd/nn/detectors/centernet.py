@@ -18,7 +18,7 @@ from kd.losses.center_targets import center_targets
 from kd.losses.centernet import centernet_losses
 from kd.nn.detectors.center_boxes import STRIDE, decode_centers
 from kd.nn.detectors.contract import Level, check_call, logits_at
-from kd.nn.freeze import freeze, freeze_batch_norm
+from kd.nn.freeze import freeze_parts
 from kd.nn.trunk import Trunk, build_trunk
 from kd.nn.weights import load_network
 
@@ -121,16 +121,9 @@ class CenterNet(nn.Module):
         crowds: Tensor | None = None,
         crowd_of: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Find objects; the maps have ceil(H/4) x ceil(W/4) cells.
+        """Find objects, see `kd.nn.detectors.contract`; maps have ceil(H/4) x ceil(W/4) cells.
 
-        Args:
-            images: Normalised, (N, 3, H, W), 0 in the padding below and right.
-            sizes: Height and width of the pictures in them, (N, 2) int64.
-            boxes: (M, 4), xyxy pixels.
-            labels: (M,) int64, 0..C-1.
-            image_of: (M,) int64.
-            crowds: Boxes of crowds of whatever class, (Q, 4): what is found there is not blamed.
-            crowd_of: The image of each, (Q,) int64.
+        What is found in crowds, of whatever class, is not blamed.
 
         Returns:
             `features.0` (N, D, h, w), what the heads read; `class_maps.0` (N, C, h, w), logits of
@@ -242,10 +235,7 @@ def centernet(
             f"{STRIDE} from {', '.join(str(STRIDE << n) for n in range(1, len(widths) + 1))} only; "
             "name another trunk, or more widths"
         )
-    if frozen is not None:
-        freeze(seen, None if frozen == "all" else frozen)
-    if batch_norm_frozen:
-        freeze_batch_norm(seen)
+    freeze_parts(seen, frozen, batch_norm_frozen)
     network = CenterNet(seen, num_classes, widths=tuple(widths)[-steps:], hidden=hidden, top=top)
     load_network(network, file, what=f"centernet on {trunk}")
     return network

@@ -1,7 +1,17 @@
 """What all detectors take and give: objects, levels, raw maps by name, detections in one tensor.
 
-A detector is called `forward(images, sizes, boxes, labels, image_of, crowds, crowd_of)`, all but
-the images optional, and returns tensors by name; `docs/design.md` lists them.
+A detector is called with these, all but the images optional, and returns tensors by name.
+
+* `images`: normalised, (N, 3, H, W), 0 in the padding below and right.
+* `sizes`: height and width of the pictures in them, (N, 2) int64.
+* `boxes`: of objects, (M, 4), xyxy pixels.
+* `labels`: of the same, (M,) int64, 0..C-1.
+* `image_of`: the image that each is on, (M,) int64.
+* `crowds`: boxes of crowds, (Q, 4), xyxy pixels.
+* `crowd_of`: the image that each is on, (Q,) int64.
+
+In training it needs all of them but the crowds and gives losses, `loss.NAME`; in evaluation with
+sizes it gives `detections`; without sizes only what a teacher is asked for, its raw maps.
 """
 
 from __future__ import annotations

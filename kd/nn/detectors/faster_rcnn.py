@@ -72,16 +72,9 @@ class FasterRCNN(nn.Module):
         crowds: Tensor | None = None,
         crowd_of: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Find objects.
+        """Find objects, see `kd.nn.detectors.contract`.
 
-        Args:
-            images: Normalised, (N, 3, H, W), 0 in the padding below and right.
-            sizes: Height and width of the pictures in them, (N, 2) int64.
-            boxes: (M, 4), xyxy pixels.
-            labels: (M,) int64, 0..C-1.
-            image_of: (M,) int64.
-            crowds: Not read: what is found in a crowd is wrong, as torchvision has it.
-            crowd_of: The same.
+        Crowds are not read: what is found in one is wrong, as torchvision has it.
 
         Returns:
             Of each level `features.L` (N, D, h, w); `class_maps.L` (N, A, h, w), logits of there

@@ -96,6 +96,12 @@ FCOS = Family(
 class OneStage(nn.Module):
     """RetinaNet or FCOS by the contract of `kd.nn.detectors.contract`.
 
+    RetinaNet's losses are `loss.classes`, focal, and `loss.boxes`, absolute differences of deltas:
+    each summed over an image, divided by its anchors on objects, 1 at least; the mean over images.
+    FCOS's are `loss.classes`, focal, `loss.boxes`, 1 less the generalised IoU, and `loss.centres`,
+    cross-entropy: each summed and divided by the places on objects of the whole batch, 1 at least;
+    how many these are is known only with the boxes, so that their unit is the objects.
+
     Attributes:
         network: torchvision's.
         levels: Maps with their anchors; FCOS has none.
@@ -127,16 +133,9 @@ class OneStage(nn.Module):
         crowds: Tensor | None = None,
         crowd_of: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Find objects.
+        """Find objects, see `kd.nn.detectors.contract`.
 
-        Args:
-            images: Normalised, (N, 3, H, W), 0 in the padding below and right.
-            sizes: Height and width of the pictures in them, (N, 2) int64.
-            boxes: (M, 4), xyxy pixels.
-            labels: (M,) int64, 0..C-1.
-            image_of: (M,) int64.
-            crowds: Not read: what is found in a crowd is wrong, as torchvision has it.
-            crowd_of: The same.
+        Crowds are not read: what is found in one is wrong, as torchvision has it.
 
         Returns:
             Of each level `features.L` (N, D, h, w), `class_maps.L` (N, A*C, h, w), logits, and
@@ -144,11 +143,7 @@ class OneStage(nn.Module):
             FCOS also `centre_maps.L` (N, 1, h, w), logits. With boxes `object_logits` (M, C): the
             class logits at the place nearest to the box's middle, the mean over its anchors, of
             the level that `by_area` says, of FCOS `by_reach`. In evaluation with sizes `detections`
-            (N, K, 6). In training the losses. RetinaNet's are `loss.classes`, focal, and
-            `loss.boxes`, absolute differences of deltas: each summed over an image, divided by its
-            anchors on objects, 1 at least; the mean over images. FCOS's are `loss.classes`, focal,
-            `loss.boxes`, 1 less the generalised IoU, and `loss.centres`, cross-entropy: each summed
-            and divided by the places on objects of the whole batch, 1 at least.
+            (N, K, 6). In training the losses.
         """
         check_call(
             self.family.name, self.training, images, self.num_classes,
@@ -157,20 +152,12 @@ class OneStage(nn.Module):
         network: Any = self.network
         features = list(network.backbone(images).values())
         heads: dict[str, Tensor] = network.head(features)
-        output = leveled(
-            features=features,
-            **{
-                ours: _as_maps(heads[theirs], features) for ours, theirs in self.family.maps.items()
-            },
-        )
+        kinds = {ours: _as_maps(heads[name], features) for ours, name in self.family.maps.items()}
+        output = leveled(features=features, **kinds)
         if boxes is not None and image_of is not None:
+            chosen = self.family.level_of(boxes, self.sides)
             output["object_logits"] = logits_at(
-                [output[f"class_maps.{level}"] for level in range(len(self.levels))],
-                self.levels,
-                self.family.level_of(boxes, self.sides),
-                boxes,
-                image_of,
-                self.num_classes,
+                kinds["class_maps"], self.levels, chosen, boxes, image_of, self.num_classes
             )
         if sizes is None:
             return output
@@ -182,8 +169,7 @@ class OneStage(nn.Module):
         targets = objects_of(boxes, labels, image_of, len(images)).targets(first=0)
         told = ([one.shape[2:].numel() for one in features],) if self.family.tells_counts else ()
         losses = network.compute_loss(targets, heads, anchors, *told)
-        named = {f"loss.{ours}": losses[theirs] for ours, theirs in self.family.losses.items()}
-        return output | named
+        return output | {f"loss.{ours}": losses[name] for ours, name in self.family.losses.items()}
 
     def _detections(
         self,

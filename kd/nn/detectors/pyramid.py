@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import (
 
 from kd.errors import UserError, at_least
 from kd.nn.detectors.contract import Level
-from kd.nn.freeze import freeze, freeze_batch_norm
+from kd.nn.freeze import freeze_parts
 from kd.nn.trunk import Trunk, build_trunk
 
 
@@ -133,10 +133,7 @@ def build_pyramid(
     if seen.level_strides[-1] > own[-1]:
         paths = [path for path, _ in seen.steps()]
         seen.cut(paths[max(n for n, one in enumerate(seen.step_strides) if one == own[-1])])
-    if frozen is not None:
-        freeze(seen, None if frozen == "all" else frozen)
-    if batch_norm_frozen:
-        freeze_batch_norm(seen)
+    freeze_parts(seen, frozen, batch_norm_frozen)
     return Pyramid(seen, len(own), extra, channels)
 
 
