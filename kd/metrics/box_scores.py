@@ -213,7 +213,8 @@ def _observed(known: _Remembered) -> Numbers:
 def _resampled(known: _Remembered) -> Numbers:
     """In half the digits: bounds need no more, and there are many."""
     meter, matches = _matched(known.records)
-    parts = [_numbers(meter, matches, weights) for weights in resamples(meter.images)]
+    drawn = (weights.astype(np.float32) for weights in resamples(meter.images))
+    parts = [_numbers(meter, matches, weights) for weights in drawn]
     return {
         name: np.concatenate([part[name].astype(np.float32) for part in parts]) for name in parts[0]
     }

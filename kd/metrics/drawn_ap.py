@@ -2,7 +2,7 @@
 
 Sums over detections are products of a sparse matrix with the images' weights: each detection adds
 the weight of its image to the place of the next right one, and only at right ones does the best
-precision change.
+precision change. Weights in single precision make it twice as fast; counts stay exact.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def recall(hit: Bools, image: Ints, weights: Floats, objects: Floats) -> Floats:
         objects: (R,) how many there are to find.
     """
     threshold, place = np.nonzero(hit)
-    found = _matrix(threshold, image[place], (len(hit), len(weights))) @ weights  # (T, R)
+    found = _times(threshold, image[place], len(hit), weights)  # (T, R)
     shares = np.full(found.shape, np.nan)
     np.divide(found, objects, out=shares, where=objects > 0)
     return shares.T
@@ -89,8 +89,7 @@ def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> F
         return np.asarray(sums[np.searchsorted(rows, places, side="right") - 1])
     next_place = np.searchsorted(places, rows)
     rows, next_place = (part[next_place < len(places)] for part in (rows, next_place))
-    steps = _matrix(next_place, image[rows], (len(places), len(weights))) @ weights
-    return np.asarray(np.cumsum(steps, axis=0))
+    return np.asarray(np.cumsum(_times(next_place, image[rows], len(places), weights), axis=0))
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -100,9 +99,12 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _matrix(row: Ints, column: Ints, shape: tuple[int, int]) -> Any:
-    """How often each pair occurs."""
-    return sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=shape)
+def _times(row: Ints, column: Ints, rows: int, weights: Floats) -> Floats:
+    """How often each pair occurs, a matrix of so many rows, times the weights; rows ascend."""
+    starts = np.searchsorted(row, np.arange(rows + 1))
+    content = np.ones(len(row), weights.dtype), column, starts
+    matrix: Any = sparse.csr_matrix(content, shape=(rows, len(weights)))
+    return np.asarray(matrix @ weights)
 
 
 def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
@@ -115,11 +117,13 @@ def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
     """
     if not len(hits):
         return np.zeros(len(objects))
-    precision = hits / (detections + np.spacing(1))
+    precision = hits / (detections + np.spacing(hits.dtype.type(1)))
     best_after = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     # How many of the 101 recalls have been reached at each right detection.
-    share = 100 * hits / np.maximum(objects, 1e-9)
-    reached = np.minimum(share, 100).astype(np.int64)
-    reached += 1 - (_ROUNDED_UP[reached] & (share == reached))
-    newly = np.diff(reached, axis=0, prepend=0)
-    return np.asarray((best_after * newly).sum(axis=0) / len(RECALLS))
+    share = 100 * hits / np.maximum(objects, 1e-9).astype(hits.dtype)
+    reached = np.floor(np.minimum(share, 100))
+    exactly = np.nonzero(share == reached)
+    reached[exactly] -= _ROUNDED_UP[reached[exactly].astype(np.int64)]
+    best_after[1:] *= reached[1:] - reached[:-1]
+    best_after[0] *= reached[0] + 1
+    return np.asarray(best_after.sum(axis=0) / len(RECALLS))

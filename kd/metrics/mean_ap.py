@@ -137,16 +137,18 @@ class MeanAP:
         Args:
             matches: Of some scores.
             weights: (R, I) how often each image counts: a fold's images 1, a bootstrap's drawn so
-                often. None counts each once.
+                often; float32 takes half the time. None counts each once.
 
         Returns:
             (R, A, T, C), NaN where a class has no object; A as many as were matched.
         """
         areas = len(matches.hit)
         columns = self._columns(weights)
+        support = self.support[:, :areas].reshape(-1, self.images).astype(columns.dtype)
+        whole = (support @ columns).reshape(self.classes, areas, -1)  # objects, (C, A, R)
         result = np.full((columns.shape[1], areas, len(THRESHOLDS), self.classes), np.nan)
         for label, rows in self._by_class(matches.order):
-            image, objects = self.found.image[rows], self.support[label] @ columns  # (A, R)
+            image, objects = self.found.image[rows], whole[label]
             for area in np.flatnonzero(self.support[label, :areas].any(axis=1)).tolist():
                 hit, counted = matches.hit[area][:, rows], ~matches.ignored[area][:, rows]
                 result[:, area, :, label] = average_precision(
@@ -167,17 +169,18 @@ class MeanAP:
             (R, T, C), NaN where a class has no object.
         """
         columns = self._columns(weights)
+        whole = self.support[:, 0].astype(columns.dtype) @ columns  # objects, (C, R)
         result = np.full((columns.shape[1], len(THRESHOLDS), self.classes), np.nan)
         for label, rows in self._by_class(matches.order):
             right = (matches.hit[0] & ~matches.ignored[0])[:, rows]
-            objects = self.support[label, 0] @ columns
-            result[:, :, label] = recall(right, self.found.image[rows], columns, objects)
+            result[:, :, label] = recall(right, self.found.image[rows], columns, whole[label])
         return result
 
     def _columns(self, weights: Array | None) -> Floats:
         """(I, R)."""
-        weights = np.ones((1, self.images)) if weights is None else weights
-        return np.ascontiguousarray(np.asarray(weights, np.float64).T)
+        weights = np.ones((1, self.images)) if weights is None else np.asarray(weights)
+        kept = np.float32 if weights.dtype == np.float32 else np.float64
+        return np.ascontiguousarray(weights.T, dtype=kept)
 
     def _by_class(self, order: Ints) -> Iterator[tuple[int, Ints]]:
         """Each class with its detections, the best scored first."""
