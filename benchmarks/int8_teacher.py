@@ -27,7 +27,7 @@ from kd.data.dataset import SceneDataset
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
 from kd.opened import make_dataset, of_objects
-from kd.tasks.base import Task, hidden_labels, named
+from kd.tasks.base import Task, hidden_labels, images_of, named
 from kd.teacher_runs import load_teacher
 
 BATCH = 8
@@ -77,7 +77,7 @@ def main() -> int:
     data = of_objects(open_data(recipe.data))
     teacher = load_teacher(options.teacher, data.num_classes)
     train, val = (make_dataset(data, split, train=False) for split in ("train", "val"))
-    samples = [teacher.task.inputs(batch)[0] for batch in batches(train, 32)]
+    samples = [images_of(teacher.task, batch) for batch in batches(train, 32)]
     spared = ["head"] if hasattr(teacher.model, "head") else []
     models = {
         "float32": teacher.model,

@@ -26,7 +26,7 @@ from kd.nn.int8 import in_int8
 from kd.opened import OpenData, Opened
 from kd.opened_files import class_names as data_class_names
 from kd.run_folder import class_names
-from kd.tasks.base import Task, named
+from kd.tasks.base import Task, images_of, named
 from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
@@ -197,8 +197,7 @@ def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = Fa
     if not int8:
         return for_answers(model)
     few = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
-    shown = [task.inputs(collate([dataset[0, place]]))[0] for place in few]
-    samples = [images for images in shown if images is not None]
+    samples = [images_of(task, collate([dataset[0, place]])) for place in few]
     return in_int8(model.cpu(), samples, spared=["head"] if hasattr(model, "head") else [])
 
 

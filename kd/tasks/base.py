@@ -161,6 +161,13 @@ def found_boxes(classes: Classes) -> FoundBoxes:
     )
 
 
+def images_of(task: Task, batch: Batch) -> Tensor:
+    """The images that a model is called with first, as the task shows them."""
+    images = task.inputs(batch)[0]
+    assert images is not None
+    return images
+
+
 def named(output: Tensor | Output) -> dict[str, Tensor]:
     """A model's raw output by name; a lone tensor is its `logits`."""
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
