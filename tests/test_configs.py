@@ -13,8 +13,14 @@ import yaml
 from torch import nn
 
 from kd.arms import train_section
-from kd.build import build_segmenter, build_student, build_task, build_teacher
-from kd.config import AnyData, Data, DistillRecipe, LabelMaps, Model, TeacherRecipe, Train
+from kd.build import (
+    build_detector,
+    build_segmenter,
+    build_student,
+    build_task,
+    build_teacher,
+)
+from kd.config import AnyData, DistillRecipe, LabelMaps, Model, TaskSection, TeacherRecipe, Train
 from kd.config_reader import (
     CONFIGS,
     find_config,
@@ -28,11 +34,14 @@ from kd.data.crops import build_crops
 from kd.data.transforms import build_augment
 from kd.data_config import data_config
 from kd.launch import learns
+from kd.nn.detectors import DETECTORS
+from kd.nn.segmenters import SEGMENTERS
 from kd.objective import distillation_losses
 from kd.optim import make_optimizer, make_schedule
 from kd.soft_targets import LiveTeacher
 from kd.starts import starts
 from kd.tasks.base import Batch, Task
+from kd.tasks.detection import Detection
 from kd.wiring import adapt_student, build_terms, layers_among
 
 CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,
@@ -100,11 +109,25 @@ def check_one_batch(
 ) -> None:
     """The model takes the task's inputs, and each of the task's losses has a weight."""
     batch = batch_of(data, classes)
-    # In training alone a segmentation network gives its auxiliary maps.
-    output: Any = model.train(isinstance(data, LabelMaps))(*task.inputs(batch))
+    finds = isinstance(task, Detection)
+    if finds:
+        del batch["hidden"]
+    # In training alone a segmentation network gives its auxiliary maps, a detector its losses.
+    output: Any = model.train(finds or isinstance(data, LabelMaps))(*task.inputs(batch))
     output = {"logits": output} if isinstance(output, torch.Tensor) else output
     assert task.losses(output, batch).keys() == weights.keys()
+    if finds:
+        output = model.eval()(*task.inputs(batch))
     assert task.decode(output, batch).isfinite().all()
+
+
+def task_of(
+    section: TaskSection, data: AnyData, classes: int, model: nn.Module | None = None
+) -> Task:
+    """A recipe's task, where all classes are as common."""
+    equal = np.full(classes, 1 / classes)
+    shares = {"pixel_shares": equal} if isinstance(data, LabelMaps) else None
+    return build_task(section, data, classes, equal, shares, model=model)
 
 
 @pytest.mark.parametrize("name", known_configs("data"))
@@ -117,8 +140,7 @@ def test_every_teacher_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
     classes = CLASSES.get(data, COCO)
     model = build_teacher(offline(recipe.teacher), classes)
-    prior = np.full(classes, 1 / classes)
-    task = build_task(recipe.task, recipe.data, classes, prior, model=model)
+    task = task_of(recipe.task, recipe.data, classes, model)
     if learns(model):
         check_training(recipe.train, recipe.data, model)
     check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
@@ -128,13 +150,16 @@ def test_every_teacher_recipe_builds(name: str, data: str) -> None:
 def test_every_distill_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     classes = CLASSES.get(data, COCO)
-    task = build_task(recipe.task, recipe.data, classes)
     prior = np.full(classes, 1 / classes)
-    for arm in ("plain", "bare") if isinstance(recipe.data, Data) else ("plain",):
-        if isinstance(recipe.data, Data):
+    names_objects = recipe.student.name not in SEGMENTERS | DETECTORS
+    for arm in ("plain", "bare") if names_objects else ("plain",):
+        if names_objects:
             model = build_student(offline(recipe.student), prior, context=arm == "plain")
+        elif recipe.student.name in DETECTORS:
+            model = build_detector(offline(recipe.student), classes)
         else:
             model = build_segmenter(offline(recipe.student), classes)
+        task = task_of(recipe.task, recipe.data, classes, model)
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
         check_training(train_section(recipe.train, arm), recipe.data, model)
     built = build_terms(recipe.all_losses)
@@ -161,7 +186,7 @@ def test_every_term_of_a_segmentation_recipe_computes(name: str, data: str) -> N
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     teaches = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
     classes, terms = CLASSES[data], build_terms(recipe.all_losses)
-    task = build_task(recipe.task, recipe.data, classes)
+    task = task_of(recipe.task, recipe.data, classes)
     student = build_segmenter(offline(recipe.student), classes)
     teacher = build_teacher(offline(teaches.teacher), classes)
     batch = batch_of(recipe.data, classes)

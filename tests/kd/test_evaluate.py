@@ -15,14 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from kd import answers, evaluate
 from kd.baselines import cooccurrence_log_probs
+from kd.build import open_data
 from kd.cli import run_command
 from kd.config import Data, Generate, Split
+from kd.data_config import plain_data
 from kd.errors import UserError
 from kd.evaluation import Scores
 from kd.evaluation_files import write_tables
 from kd.metrics import scores
 from kd.metrics.average_precision import MultiLabelAP
-from kd.opened import open_objects
+from kd.opened import of_objects
 from kd.references import COMPANY, EXACT, PRIOR, TOLD, exact_records, on_data, references
 from kd.report.runs import read_run
 
@@ -149,7 +151,7 @@ def test_runs_side_by_side_share_a_table_and_figures(
 
 def test_references_answer_the_same_objects(run: Path) -> None:
     records = read_run(run).records
-    data = open_objects(Data.model_validate(read_run(run).config["data"]))
+    data = of_objects(open_data(plain_data(read_run(run).config["data"], str(run))))
     known = references(data, records)
     assert list(known) == [PRIOR, COMPANY, EXACT, TOLD]
     ids, log_probs = cooccurrence_log_probs(data)
@@ -179,7 +181,7 @@ def test_objects_of_another_data_set_are_refused(run: Path, small_scenes: Path) 
         generate=Generate(train=24, val=8),
     )
     records = dict(read_run(run).records)
-    data = open_objects(section)
+    data = of_objects(open_data(section))
     records["object_ids"] = records["object_ids"] + 10**6
     with pytest.raises(UserError, match=r"a run: .* of its objects are not in .*instances_train"):
         on_data(data, records, "a run")
@@ -215,7 +217,7 @@ def test_mistakes_are_one_line(
 def test_a_task_that_asks_about_pictures_has_tables_of_its_own_metric(
     run: Path, tmp_path: Path
 ) -> None:
-    data = open_objects(Data.model_validate(read_run(run).config["data"]))
+    data = of_objects(open_data(plain_data(read_run(run).config["data"], str(run))))
     classes = data.num_classes
     metric = MultiLabelAP(classes)
     present = torch.zeros(2, classes, dtype=torch.bool)

@@ -201,7 +201,9 @@ def test_terms_about_hidden_objects_are_refused(
 ) -> None:
     layers = "student: norm3, teacher: pyramid, " if name == "context_features" else ""
     losses = f"losses=[{{name: {name}, {layers}weight: 1.0}}]"
-    with pytest.raises(UserError, match=f"losses: {name}: is about hidden objects, not label maps"):
+    with pytest.raises(
+        UserError, match=f"losses: {name}: is about hidden objects, which are not here"
+    ):
         distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
 
 
