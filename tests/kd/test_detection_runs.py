@@ -15,7 +15,7 @@ from kd.errors import UserError
 pytestmark = pytest.mark.slow
 
 SMALL = (
-    "options={trunk: resnet18, width: 0.25, levels: [2, 3, 4], channels: 16, scales: [2.0], "
+    "options={trunk: resnet18, width: 0.25, levels: [2, 3], channels: 16, scales: [2.0], "
     "canonical: 32.0, hidden: 32, region_size: 3, candidates: [50, 50], proposals: [40, 20], "
     "sampled_anchors: 32, sampled_regions: 32, least_score: 0.0}"
 )
