@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kd.config import Data
 from kd.data.box_dataset import BoxDataset
+from kd.data.kitti_boxes import kitti_truth
 from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.opened import OpenData, Opened
@@ -35,8 +36,11 @@ class OpenBoxes:
         return self.objects.num_classes
 
     def classes(self) -> Classes:
-        """What a metric is told; the true boxes are as the val split's file has them."""
-        return self.objects.classes()
+        """What a metric is told; KITTI's files say how hard each object is to see, too."""
+        known = self.objects.classes()
+        if self.section.made_from != "kitti":
+            return known
+        return known._replace(kitti=lambda: kitti_truth(self.objects.val_truth))
 
     def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
         """Train pictures of a seed, those whose labels it may know."""

@@ -18,7 +18,9 @@ from kd.data.collate import collate
 from kd.data.voc_boxes import voc_to_coco
 from kd.errors import UserError
 from kd.opened import OpenData, open_objects
+from kd.opened_boxes import OpenBoxes
 from kd.opened_files import class_names, split_paths, train_annotations
+from kd.tasks.detection import Detection
 
 SIZE = (40, 60)
 SPACE = "1.5 1.6 3.9 0.1 1.5 20.0 0.0"
@@ -136,6 +138,20 @@ def test_kitti_has_regions_as_crowds(tmp_path: Path) -> None:
     assert data.evaluated_boxes()[0, 0]["labels"].tolist() == [2]
     everything = made_split("kitti", tmp_path, "all")[0]
     assert everything.name == "instances_kitti_all.json"
+
+
+def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
+    data = OpenBoxes(opened(write_kitti(tmp_path), "kitti"))
+    batch = collate([data.evaluated()[0, 0]])
+    found = torch.cat([batch["boxes"][0], torch.tensor([0.9, 2.0])])
+    metric = Detection(num_classes=3).metric(data.classes())
+    metric.take(found[None, None], batch)
+    numbers = metric.compute()
+    assert numbers["AP"] == pytest.approx(1.0)
+    # Of fewer than 40 objects KITTI's kit gives less than 1, here 0.
+    assert {"KITTI_moderate", "KITTI_hard"} <= numbers.keys()
+    voc = OpenBoxes(opened(write_voc(tmp_path / "voc"), "voc"))
+    assert voc.classes().kitti is None and voc.classes().truth is not None
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
