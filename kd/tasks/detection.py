@@ -46,12 +46,13 @@ class Detection:
             raise UserError(f"psi must be in 0..1, got {self.psi}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Images (N, 3, H, W), normalised, 0 in the padding; their sizes; the true boxes."""
+        """Images (N, 3, H, W), normalised, 0 in the padding; their sizes; true boxes; crowds."""
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
         shown = normalise(images) * valid_pixels(batch["sizes"], size)[:, None]
         sizes = batch["sizes"] if self.answers else None
-        return shown, sizes, batch["boxes"], batch["labels"], batch["image_of"]
+        crowds = batch.get("crowds"), batch.get("crowd_of")
+        return shown, sizes, batch["boxes"], batch["labels"], batch["image_of"], *crowds
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """The network's own, which it computes in training: `classes`, `boxes`, ..."""
