@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where they go if not where they belong."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,21 @@ from safetensors import SafetensorError
 from kd.errors import UserError
 
 PARTIAL = ".partial"  # how files end that are still being written; a kill leaves them behind
+
+
+def in_cache(kind: str, of: Path, name: str) -> Path:
+    """Where what was made from a path is kept that cannot lie beside it.
+
+    In `$KD_CACHE`, or in `~/.cache/kd` where that is not set.
+
+    Args:
+        kind: A folder of the cache.
+        of: The path; two of them never share a place.
+        name: What it would be called beside that.
+    """
+    cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
+    place = hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:12]
+    return cache / kind / f"{place}-{name}"
 
 
 def write_whole(path: Path, write: Any) -> None:

@@ -8,7 +8,6 @@ a layout wants left out of counting is a crowd there, and its reasons are fields
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from kd.data.coco_check import check_layout, is_number, read_json
 from kd.errors import UserError
-from kd.files import write_whole
+from kd.files import in_cache, write_whole
 
 _SHOWN = 5
 Json = dict[str, Any]
@@ -135,12 +134,8 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
 
 def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
     """Where `instances_file` keeps a JSON: beside the data, or else in the cache."""
-    cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
-    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
-    return (
-        root / "annotations" / f"instances_{name}.json",
-        cache / "boxed" / f"{place}-instances_{name}.json",
-    )
+    file = f"instances_{name}.json"
+    return root / "annotations" / file, in_cache("boxed", root, file)
 
 
 def _may_write(path: Path) -> bool:

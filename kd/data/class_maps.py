@@ -7,7 +7,6 @@ interpolated: it moves with its picture by nearest neighbours.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from kd.data.lock import folder_lock
 from kd.data.store import IDS, Store
 from kd.data.transforms import Plan, pad
 from kd.errors import UserError
+from kd.files import in_cache
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,6 @@ def _place(index: CocoIndex, size: int) -> Path:
 
 def _candidates(beside: Path) -> Iterator[Path]:
     yield beside
-    cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    place = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
-    yield cache / "class_maps" / f"{place}-{beside.name}"
+    elsewhere = in_cache("class_maps", beside, beside.name)
+    elsewhere.parent.parent.mkdir(parents=True, exist_ok=True)
+    yield elsewhere

@@ -22,6 +22,7 @@ import kd
 from kd.data.coco_index import ERROR_FILE, READER_VERSION, USER_ERROR_EXIT, build_index
 from kd.data.lock import folder_lock
 from kd.errors import UserError
+from kd.files import in_cache
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,7 @@ def _places(annotation_file: Path, index_dir: Path | None) -> Iterator[Path]:
         yield index_dir / name
         return
     yield annotation_file.parent / name
-    cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
-    place = hashlib.sha256(os.fsencode(annotation_file.resolve())).hexdigest()[:12]
-    yield cache / "coco" / f"{place}-{name}"
+    yield in_cache("coco", annotation_file, name)
 
 
 def _is_fresh(folder: Path, annotation_file: Path) -> bool:
