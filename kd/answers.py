@@ -117,9 +117,8 @@ def ask_run(
         if isinstance(data, OpenMaps):
             shown = {name: Segmenter(asked, task, data.section.size)}
             return overlays(data, shown, count=PICTURES, accelerator=accelerator)
-        if isinstance(data, OpenBoxes):
-            records = metric.records() if isinstance(metric, FoundBoxes) else {}
-            return box_overlays({name: records}, data.objects.val, count=PICTURES)
+        if isinstance(data, OpenBoxes) and isinstance(metric, FoundBoxes):
+            return box_overlays({name: metric.records()}, data.objects.val, count=PICTURES)
         return hidden_scenes(
             asked, task, of_objects(data), count=PICTURES, device=accelerator.device
         )

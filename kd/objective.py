@@ -28,6 +28,7 @@ from kd.tasks.base import (
     Batch,
     Mask,
     Mean,
+    about_boxes,
     about_objects,
     hidden_labels,
     image_rows,
@@ -80,7 +81,7 @@ TERMS = {
     "imitation": Kind(imitation, mask="imitation", maps=True),
     "imitation_inside": Kind(imitation, mask="inside", maps=True),
     "imitation_whole": Kind(imitation, mask="whole", maps=True),
-    # What a detector's heads say at the true boxes, and at every place of a map.
+    # What detectors say of the true boxes.
     "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
     "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True),
     "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
@@ -210,7 +211,7 @@ def _loss_of(
     term: Term, ours: Tensor, theirs: Tensor, masks: Mapping[str, Mask], batch: Batch
 ) -> Mean:
     kind, unit = term.kind, "hidden" if about_objects(batch) else "images"
-    if not kind.maps and "boxes" in batch and not about_objects(batch):
+    if not kind.maps and about_boxes(batch):
         unit = "boxes"
     maps = kind.maps and ours.ndim == 4
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
@@ -218,7 +219,7 @@ def _loss_of(
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
     if kind.mask is not None:
-        place = "" if about_objects(batch) else f"/{stride_of(batch['images'].shape[-2], grid[0])}"
+        place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""
         value = term.function(ours, theirs, masks[kind.mask](grid))
         return Mean(value, f"{kind.mask}{place}")
     if kind.images:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from kd.config import Data
 from kd.data.box_dataset import BoxDataset
 from kd.data.kitti_boxes import kitti_truth
 from kd.data.stored import StoredField
-from kd.errors import UserError
-from kd.opened import OpenData, Opened
+from kd.metrics.kitti_ap import KittiTruth
+from kd.opened import OpenData
 from kd.tasks.base import Classes
 
 
@@ -40,7 +41,12 @@ class OpenBoxes:
         known = self.objects.classes()
         if self.section.made_from != "kitti":
             return known
-        return known._replace(kitti=lambda: kitti_truth(self.objects.val_truth))
+        return known._replace(kitti=lambda: self._val_kitti)
+
+    @cached_property
+    def _val_kitti(self) -> KittiTruth:
+        """Read once: every evaluation of a training asks for it."""
+        return kitti_truth(self.objects.val_truth)
 
     def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
         """Train pictures of a seed, those whose labels it may know."""
@@ -50,14 +56,3 @@ class OpenBoxes:
     def evaluated(self) -> BoxDataset:
         """Whole val pictures."""
         return self.objects.evaluated_boxes()
-
-
-def of_boxes(data: Opened) -> OpenBoxes:
-    """The same, for what asks detectors.
-
-    Raises:
-        UserError: It was opened for another task.
-    """
-    if not isinstance(data, OpenBoxes):
-        raise UserError(f"{data.section.name}: detectors need objects with boxes")
-    return data

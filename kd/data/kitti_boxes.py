@@ -20,7 +20,6 @@ from kd.data.boxed import (
     Corners,
     Json,
     image_ids,
-    instances_file,
     pictures_in,
     read_marks,
     split_names,
@@ -72,11 +71,6 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
         content.add_image(image_id, files[name], height=height, width=width)
         _add(content, labels / f"{name}.txt", f"{where}:{line}")
     return content.done(where)
-
-
-def kitti_file(root: str | Path, split: str) -> Path:
-    """The JSON of `kitti_to_coco` as a file, see `instances_file`; errors as there."""
-    return instances_file(kitti_to_coco(root, split), Path(root), f"kitti_{split}")
 
 
 def kitti_truth(truth: Truth) -> KittiTruth:

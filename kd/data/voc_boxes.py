@@ -19,7 +19,6 @@ from kd.data.boxed import (
     Corners,
     Json,
     image_ids,
-    instances_file,
     pictures_in,
     split_names,
 )
@@ -80,12 +79,6 @@ def voc_to_coco(
             )
         _add(content, path, image_id, pictures[name], classes)
     return content.done(where)
-
-
-def voc_file(root: str | Path, year: str | int, split: str) -> Path:
-    """The JSON of `voc_to_coco` as a file, see `instances_file`; arguments and errors as there."""
-    content = voc_to_coco(root, year, split)
-    return instances_file(content, voc_folder(root, year), f"voc{year}_{split}")
 
 
 def voc_folder(root: str | Path, year: str | int) -> Path:

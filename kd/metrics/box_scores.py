@@ -22,7 +22,7 @@ from kd.metrics.interval import Interval, percentiles, resamples
 from kd.metrics.kitti_ap import DIFFICULTIES, OVERLAPS, kitti_ap
 from kd.metrics.mean_ap import AREAS, SUMMARY, THRESHOLDS, Array, Bools, Floats, Matches, MeanAP
 from kd.metrics.records import Records
-from kd.metrics.voc_ap import Points, VocAP
+from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
 
 # What tables call COCO's numbers, and what `mean_ap.SUMMARY` calls them.
 COCO = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium",
@@ -179,7 +179,7 @@ def _number(known: _Remembered, name: str, *, drawn: bool) -> Floats:
             f"metric {name!r}: unknown; there are {', '.join((*ROWS, *VOC))}, "
             f"KITTI11_<difficulty>, {LOOKALIKE}<one of COCO's>, and of a class: AP/<class>"
         )
-    return found[:, label] if label is not None else _mean(found[:, kept])
+    return found[:, label] if label is not None else mean_over_classes(found[:, kept])
 
 
 def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matches]:
@@ -243,10 +243,3 @@ def _kitti(known: _Remembered, points: int) -> Floats:
         sides = box_records.found_boxes(records), box_records.found_scores(records)
         result = kitti_ap(truth, *sides, overlaps=overlaps, points=points)
     return result
-
-
-def _mean(numbers: Floats) -> Floats:
-    """Over the classes with an object, (R,), NaN without any."""
-    there = ~np.isnan(numbers)
-    total, count = np.where(there, numbers, 0.0).sum(axis=1), there.sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

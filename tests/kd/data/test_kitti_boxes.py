@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kd.data.boxed import read_marks
+from kd.data.boxed import instances_file, read_marks
 from kd.data.coco import load_coco
 from kd.data.detections import read_truth
-from kd.data.kitti_boxes import CLASSES, kitti_file, kitti_to_coco, kitti_truth
+from kd.data.kitti_boxes import CLASSES, kitti_to_coco, kitti_truth
 from kd.errors import UserError
+
+
+def kitti_file(root: Path, split: str) -> Path:
+    return instances_file(kitti_to_coco(root, split), root, f"kitti_{split}")
+
 
 SPACE = "1.5 1.6 3.9 0.1 1.5 20.0 0.0"
 

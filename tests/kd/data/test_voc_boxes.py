@@ -12,8 +12,15 @@ from PIL import Image
 from kd.data.boxed import image_ids, instances_file, read_marks
 from kd.data.coco import load_coco
 from kd.data.detections import corners, read_truth
-from kd.data.voc_boxes import CLASSES, voc_file, voc_to_coco
+from kd.data.voc_boxes import CLASSES, voc_folder, voc_to_coco
 from kd.errors import UserError
+
+
+def voc_file(root: Path, year: str | int, split: str) -> Path:
+    return instances_file(
+        voc_to_coco(root, year, split), voc_folder(root, year), f"voc{year}_{split}"
+    )
+
 
 HEAD = "<annotation>\n<size><width>60</width><height>40</height><depth>3</depth></size>\n"
 DOG = (
