@@ -17,7 +17,7 @@ from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
 from kd.losses.adversary import Adversary, without_void
-from kd.losses.boxes import box_distance
+from kd.losses.boxes import box_distance, fill_unknown
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
@@ -25,6 +25,7 @@ from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
 from kd.tasks.base import (
+    KNOWN,
     Batch,
     Mask,
     Mean,
@@ -218,10 +219,13 @@ def _loss_of(
     valid = masks["valid"](grid) if maps and "valid" in masks else None
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
+    if unit == "boxes" and term.teacher.rpartition(".")[2] == POSTERIOR:
+        theirs, share = fill_unknown(ours, theirs)
+        owner = term.teacher.removesuffix(POSTERIOR)
+        return Mean(term.function(ours, theirs) * share, f"{owner}{KNOWN}")
+    place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""
     if kind.mask is not None:
-        place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""
-        value = term.function(ours, theirs, masks[kind.mask](grid))
-        return Mean(value, f"{kind.mask}{place}")
+        return Mean(term.function(ours, theirs, masks[kind.mask](grid)), f"{kind.mask}{place}")
     if kind.images:
         images = normalise(batch["images"])
         images = images[image_rows(batch)] if about_objects(batch) else images
@@ -229,8 +233,10 @@ def _loss_of(
         judged = ours.detach(), theirs.detach(), images
         return Mean(term.function(ours, theirs, images), unit, judged)
     if kind.valid and valid is not None:
-        unit = "pixels" if kind.function in (pixel_wise, hint) else "valid_images"
-        return Mean(term.function(ours, theirs, valid=valid), unit)
+        by_place = kind.function in (pixel_wise, hint)
+        units = ("pixels", "valid_images")  # or every picture has a place
+        units = (f"valid{place}", "images") if about_boxes(batch) else units
+        return Mean(term.function(ours, theirs, valid=valid), units[0 if by_place else 1])
     return Mean(term.function(ours, theirs), unit)
 
 
