@@ -17,7 +17,7 @@ from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
 from kd.losses.adversary import Adversary, without_void
-from kd.losses.boxes import box_distance, fill_unknown
+from kd.losses.boxes import box_distance, known_rows
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled import decoupled
 from kd.losses.hint import hint
@@ -220,7 +220,7 @@ def _loss_of(
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
     if unit == "boxes" and term.teacher.rpartition(".")[2] == POSTERIOR:
-        theirs, share = fill_unknown(ours, theirs)
+        ours, theirs, share = known_rows(ours, theirs)
         owner = term.teacher.removesuffix(POSTERIOR)
         return Mean(term.function(ours, theirs) * share, f"{owner}{KNOWN}")
     place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,20 +29,20 @@ def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(student, teacher.to(student), reduction="sum") / max(len(student), 1)
 
 
-def fill_unknown(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets for a mean over those rows alone that the teacher knows something about.
+def known_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides for a mean over those rows alone that the teacher knows something about.
 
-    To leave rows out would make an accelerator wait for their number. Compared with themselves they
-    cost nothing and have no gradient.
+    To leave rows out would make an accelerator wait for their number. They are 0 on both sides
+    instead, which costs nothing and has no gradient.
 
     Args:
         student: Logits, (M, C).
         teacher: Logits or log-probabilities, (M, C); NaN where it knows nothing.
 
     Returns:
-        The teacher's rows, those that it lacks the student's own, (M, C); and what a mean over all
-        M is to be multiplied by.
+        Student, teacher, (M, C) both; and what a mean over all M is to be multiplied by.
     """
-    known = ~teacher.isnan().any(dim=1)
-    filled = torch.where(known[:, None], teacher, student.detach().to(teacher.dtype))
-    return filled, len(known) / known.sum().clamp(min=1)
+    unknown = teacher.isnan().any(dim=1)
+    share = len(unknown) / (~unknown).sum().clamp(min=1)
+    lacking = unknown[:, None]
+    return student.masked_fill(lacking, 0.0), teacher.masked_fill(lacking, 0.0), share
