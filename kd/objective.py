@@ -56,6 +56,7 @@ class Kind:
             number of channels, see `draw_modules`.
         valid: Whether it is told where there is a class, where the task knows.
         boxes: Whether it is about what detectors say at the true boxes.
+        weights: Name of the task's mask that says what each pixel counts.
     """
 
     function: Loss
@@ -68,6 +69,7 @@ class Kind:
     draws: bool = False
     valid: bool = False
     boxes: bool = False
+    weights: str | None = None
 
 
 TERMS = {
@@ -85,6 +87,9 @@ TERMS = {
     "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
     "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True),
     "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
+    "pixel_wise_weighted": Kind(
+        pixel_wise, "logits", "logits", maps=True, valid=True, weights="class_weights"
+    ),
     "pair_wise": Kind(pair_wise, maps=True, valid=True),
     "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
     "channel_wise": Kind(channel_wise, "logits", "logits", maps=True, valid=True),
@@ -228,10 +233,11 @@ def _loss_of(
         ours = ours if valid is None else without_void(ours, theirs, valid)
         judged = ours.detach(), theirs.detach(), images
         return Mean(term.function(ours, theirs, images), unit, judged)
+    told = {"weights": masks[kind.weights](grid)} if kind.weights else {}
     if kind.valid and valid is not None:
         unit = "pixels" if kind.function in (pixel_wise, hint) else "valid_images"
-        return Mean(term.function(ours, theirs, valid=valid), unit)
-    return Mean(term.function(ours, theirs), unit)
+        told["valid"] = valid
+    return Mean(term.function(ours, theirs, **told), unit)
 
 
 def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[Term]:

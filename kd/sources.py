@@ -154,7 +154,7 @@ def _kept(
         outputs=[*always, *(output for output in outputs if output not in always)],
         out_of_fold=targets.out_of_fold and isinstance(data, OpenData),
         dtype=targets.dtype, top_k=targets.top_k,
-        mirrored=targets.mirrored, int8=targets.int8,
+        mirrored=targets.mirrored, int8=targets.int8, size=targets.size,
         location=location,
     )  # fmt: skip
     found = open_cache(teacher, data, accelerator, wanted)

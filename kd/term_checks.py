@@ -56,5 +56,10 @@ def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) 
         kind, output = term.kind, term.teacher.rpartition(".")[2]
         if output == POSTERIOR or kind.labels or kind.mask == "ring":
             raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
+        if kind.weights and not recipe.task.options.get("class_weights"):
+            raise UserError(
+                f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
+                "--set task.options.class_weights=0.5"
+            )
         if (kind.boxes or kind.mask) and isinstance(data, OpenMaps):
             raise UserError(f"losses: {term.name}: is about a detector's boxes, not label maps")
