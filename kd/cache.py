@@ -16,11 +16,11 @@ from kd.cli import run_command, set_up_logging
 from kd.data_config import data_config
 from kd.equivariance import moved_map_errors
 from kd.errors import UserError, at_least
-from kd.objective import POSTERIOR
 from kd.opened import OpenData
 from kd.shown import shown_to
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import load_teacher_of
+from kd.terms import POSTERIOR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.only_layers and not args.layers:
         raise UserError("--only-layers: name them with --layers")
-    at_least("kd.cache", **{"--top-k": (args.top_k, 0)})
+    at_least("kd.cache", **{"--top-k": (args.top_k, 0), "--size": (args.size, 0)})
     accelerator = make_accelerator("fp32" if args.precision == "int8" else args.precision)
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mirrored=args.mirrored,
         location=args.out,
         int8=args.precision == "int8",
+        size=args.size or None,
     )
     kept = open_cache(teacher, data, accelerator, wanted)
     errors: dict[str, dict[str, float]] = {}
@@ -83,11 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--top-k", type=int, default=0, metavar="K",
                         help="keep the K likeliest classes of posteriors and logits")  # fmt: skip
+    parser.add_argument("--size", type=int, default=0, metavar="PIXELS",
+                        help="label maps: long side shown; default: as in training")  # fmt: skip
     parser.add_argument("--mirrored", action="store_true",
                         help="also of mirrored pictures: flips are then exact")  # fmt: skip
-    parser.add_argument(
-        "--in-fold", action="store_true", help="posteriors by the teacher itself, not by its folds"
-    )
+    parser.add_argument("--in-fold", action="store_true",
+                        help="posteriors by the teacher itself, not its folds")  # fmt: skip
     parser.add_argument("--out", metavar="URL", help="folder or fsspec URL; default: in the run")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto")
     return parser

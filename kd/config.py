@@ -162,6 +162,11 @@ class SoftTargets(Section):
     stride: Count = Field(
         8, description="pixels a place of stored maps that crops of label-map data get"
     )
+    size: Count | None = Field(
+        None,
+        description="long side at which a teacher of label maps sees pictures whose outputs "
+        "are stored: larger ones are told in more detail; null: that of its training",
+    )
     balance: Probability = Field(
         0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
     )

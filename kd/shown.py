@@ -151,10 +151,21 @@ class ShownPictures:
         return (self.data.train if self.split == "train" else self.data.val).images
 
 
-def shown_to(teacher: TrainedTeacher, data: Opened, split: Split) -> Shown:
-    """A split as a teacher saw its own data in training."""
+def shown_to(
+    teacher: TrainedTeacher, data: Opened, split: Split, *, size: int | None = None
+) -> Shown:
+    """A split as a teacher saw its own data in training, or pictures at another size.
+
+    Raises:
+        UserError: Another size of pictures whose objects are hidden.
+    """
     if isinstance(data, OpenMaps):
-        return ShownPictures(data, split, teacher.recipe.data.size)
+        return ShownPictures(data, split, size or teacher.recipe.data.size)
+    if size is not None:
+        raise UserError(
+            f"a size of {size} pixels is for label maps; objects are hidden at the size that the "
+            "teacher was trained at: leave soft_targets.size out"
+        )
     # Which objects count is the student's choice.
     return ShownObjects(as_shown(teacher, of_objects(data), min_share=0.0, max_share=1.0), split)
 

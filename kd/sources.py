@@ -14,7 +14,7 @@ from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.features import FeatureTaps
-from kd.objective import POSTERIOR, Term
+from kd.objective import Term
 from kd.opened import OpenData, Opened
 from kd.opened_boxes import OpenBoxes
 from kd.soft_targets import (
@@ -27,6 +27,7 @@ from kd.soft_targets import (
 from kd.tasks.detection import Detection
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
+from kd.terms import POSTERIOR
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -188,7 +189,7 @@ def _kept(
         outputs=[*always, *(output for output in outputs if output not in always)],
         out_of_fold=targets.out_of_fold and about_objects,
         dtype=targets.dtype, top_k=targets.top_k,
-        mirrored=targets.mirrored, int8=targets.int8,
+        mirrored=targets.mirrored, int8=targets.int8, size=targets.size,
         location=location,
     )  # fmt: skip
     found = open_cache(teacher, objects, accelerator, wanted)

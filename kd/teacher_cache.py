@@ -33,13 +33,13 @@ from kd.data.stored import StoredField
 from kd.engine import to_device
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
-from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.opened import Opened
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.shown import Shown, shown_to
 from kd.soft_targets import LiveTeacher
 from kd.teacher_runs import TrainedTeacher, answering, fold_models
+from kd.terms import POSTERIOR, TEACHER_OUTPUTS
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")
@@ -63,6 +63,8 @@ class Wanted:
             a flipped sample then gets that, where else its map would only be mirrored.
         location: Folder or URL of the stores; the teacher's run folder where not given.
         int8: Compute posteriors in 8-bit integers, on a CPU; layers cannot be had then.
+        size: Long side at which the teacher sees pictures of label-map data; None: that of its
+            training.
     """
 
     outputs: Sequence[str] = (POSTERIOR,)
@@ -73,11 +75,12 @@ class Wanted:
     mirrored: bool = False
     location: str | None = None
     int8: bool = False
+    size: int | None = None
 
     @property
     def settings(self) -> str:
         """What a recipe must say to mean this cache."""
-        names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8")
+        names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8", "size")
         said = {**{name: getattr(self, name) for name in names}, "cache": self.location}
         return " ".join(f"--set soft_targets.{name}={json.dumps(said[name])}" for name in said)
 
@@ -93,7 +96,7 @@ def open_cache(
     """
     if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
-    shown = shown_to(teacher, data, wanted.split)
+    shown = shown_to(teacher, data, wanted.split, size=wanted.size)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
     found: dict[str, StoredField] = {}
     if len(alone) < len(wanted.outputs):

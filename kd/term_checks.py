@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from kd.config import DistillRecipe
 from kd.errors import UserError
-from kd.objective import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term
+from kd.objective import Term
 from kd.opened import OpenData, Opened
 from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps
+from kd.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS
 from kd.wiring import outputs_by_teacher
 
 _CONTROLS = {"bare", "shuffled", "direct"}  # arms
@@ -92,5 +93,10 @@ def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) 
         hidden = output == POSTERIOR or kind.mask == "ring"
         if kind.labels or (hidden and not finds):
             raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
+        if kind.weights and not recipe.task.options.get("class_weights"):
+            raise UserError(
+                f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
+                "--set task.options.class_weights=0.5"
+            )
         if (kind.boxes or kind.mask) and isinstance(data, OpenMaps):
             raise UserError(f"losses: {term.name}: is about a detector's boxes, not label maps")

@@ -36,7 +36,12 @@ def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> 
 
 
 def pixel_wise(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, valid: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """KL(teacher || student) of the class distributions at each pixel.
 
@@ -48,10 +53,11 @@ def pixel_wise(
         teacher: Logits, (N, C, H, W).
         temperature: Divides both sets of logits.
         valid: Pixels that take part, bool (N, H, W); all of them where not given.
+        weights: What each pixel counts, (N, H, W), 0 or more; 1 where not given.
 
     Returns:
-        Scalar, the mean over N, H and W, or over the valid pixels; 0 with a zero gradient where
-        there are none.
+        Scalar, the mean over N, H and W, or over the valid pixels, whatever their weights; 0 with
+        a zero gradient where there are none.
 
     Raises:
         UserError: Shapes or devices that differ, integers, a mask that is not bool, or a
@@ -61,9 +67,11 @@ def pixel_wise(
     positive("pixel_wise", "temperature", temperature)
     if valid is not None:
         mask_fits("pixel_wise", "valid", valid, student, beside="student")
+    if weights is not None:
+        mask_fits("pixel_wise", "weights", weights, student, beside="student", weights=True)
     # The compiler fuses the formula by itself.
     summed = _chosen if torch.compiler.is_compiling() else _PixelWise.apply
-    total: Tensor = summed(student, teacher, temperature, valid)
+    total: Tensor = summed(student, teacher, temperature, valid, weights)
     if valid is None:
         return total / max(student[:, 0].numel(), 1) * temperature**2
     return total / valid.sum().clamp(min=1) * temperature**2
@@ -77,23 +85,28 @@ class _PixelWise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        valid: Tensor | None,
+        weights: Tensor | None,
     ) -> Tensor:
         """Sum of the divergences of the valid pixels."""
-        ctx.save_for_backward(student, teacher, valid)
+        ctx.save_for_backward(student, teacher, valid, weights)
         ctx.temperature = temperature
         total = student.new_zeros((), dtype=wide_type(student, teacher))
         for i in range(len(student)):
             part = slice(i, i + 1)
-            mask = None if valid is None else valid[part]
-            total = total + _summed(student[part], teacher[part], temperature, mask)
+            mask, weight = (None if one is None else one[part] for one in (valid, weights))
+            total = total + _summed(student[part], teacher[part], temperature, mask, weight)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """For the student `(p - q) / T`, for the teacher `q (log q - log p - KL) / T`."""
-        student, teacher, valid = ctx.saved_tensors
+        student, teacher, valid, weights = ctx.saved_tensors
         wants_student, wants_teacher = ctx.needs_input_grad[:2]
         for_student = torch.empty_like(student) if wants_student else None
         for_teacher = torch.empty_like(teacher) if wants_teacher else None
@@ -104,13 +117,14 @@ class _PixelWise(torch.autograd.Function):
             log_q = _log_softmax(teacher[i], 0, ctx.temperature, wide)
             unseen = None if valid is None else ~valid[i]
             q = log_q.exp()
+            slope = scale if weights is None else scale * weights[i]
             if for_teacher is not None:
                 gap = log_q.sub_(log_p)
                 gap = gap - (q * gap).sum(dim=0)
-                for_teacher[i] = _kept(gap.mul_(q).mul_(scale), unseen)
+                for_teacher[i] = _kept(gap.mul_(q).mul_(slope), unseen)
             if for_student is not None:
-                for_student[i] = _kept(log_p.exp_().sub_(q).mul_(scale), unseen)
-        return for_student, for_teacher, None, None
+                for_student[i] = _kept(log_p.exp_().sub_(q).mul_(slope), unseen)
+        return for_student, for_teacher, None, None, None
 
 
 def _kept(gradient: Tensor, unseen: Tensor | None) -> Tensor:
@@ -118,15 +132,29 @@ def _kept(gradient: Tensor, unseen: Tensor | None) -> Tensor:
     return gradient if unseen is None else gradient.masked_fill_(unseen, 0.0)
 
 
-def _chosen(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+def _chosen(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
     """The sum as autograd may have it: what takes no part is gone before the softmax."""
     if valid is not None:
         student, teacher = (one.masked_fill(~valid[:, None], 0.0) for one in (student, teacher))
-    return _summed(student, teacher, temperature, None)
+    return _summed(student, teacher, temperature, valid, weights)
 
 
-def _summed(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+def _summed(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
     divergence = _divergence(student, teacher, temperature)
+    if weights is not None:
+        divergence = divergence * weights
     return (divergence if valid is None else divergence.masked_fill(~valid, 0.0)).sum()
 
 

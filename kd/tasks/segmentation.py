@@ -80,13 +80,21 @@ class Segmentation:
         return (weights / (weights * shares).sum()).to(like.device)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`valid`: where there is a class, bool (N, h, w), for distillation."""
+        """For distillation, (N, h, w): `valid`, bool, where there is a class.
 
-        def valid(grid: tuple[int, int]) -> Tensor:
+        With weights of classes also `class_weights`: what a pixel counts in cross-entropy.
+        """
+
+        def labels(grid: tuple[int, int]) -> Tensor:
             maps = batch["label_maps"][:, None].float()
-            return F.interpolate(maps, grid, mode="nearest-exact")[:, 0] != VOID
+            return F.interpolate(maps, grid, mode="nearest-exact")[:, 0].long()
 
-        return {"valid": valid}
+        found: dict[str, Mask] = {"valid": lambda grid: labels(grid) != VOID}
+        weights = self._weights(batch["label_maps"])
+        if weights is not None:
+            of_any = F.pad(weights, (0, VOID + 1 - len(weights)))
+            found["class_weights"] = lambda grid: of_any[labels(grid)]
+        return found
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """The likeliest class of each pixel, int64 of the label maps' shape."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses import channel_wise, decoupled, hint, imitation, kl_logits, pair_wise
 from kd.objective import (
-    TERMS,
     Ramp,
     build_term,
     check_weights,
@@ -21,6 +20,7 @@ from kd.objective import (
     weighted_sum,
 )
 from kd.tasks.base import Mean
+from kd.terms import TERMS
 
 
 def asked(image_of: list[int], labels: list[int] | None = None) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def test_every_term_builds_and_computes(name: str) -> None:
         ours, theirs = torch.rand(2, 4, 16, 16, requires_grad=True), torch.rand(3, 4, 16, 16)
     else:
         ours, theirs = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6).log_softmax(1)
-    names = ("ring", "imitation", "inside", "whole")
+    names = ("ring", "imitation", "inside", "whole", "class_weights")
     masks = dict.fromkeys(names, lambda size: torch.ones(3, *size))
     losses = distillation_losses(
         draw_modules([term], {"theirs": theirs}),

@@ -207,6 +207,14 @@ def test_terms_about_hidden_objects_are_refused(
         distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
 
 
+def test_a_weighted_divergence_needs_weights_of_classes(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    losses = "losses=[{name: pixel_wise_weighted, weight: 1.0}]"
+    with pytest.raises(UserError, match=r"pixel_wise_weighted: classes have no weights; pixel_"):
+        distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
+
+
 def test_a_task_says_which_kind_of_data_it_is_for(maps: list[str], small_scenes: Path) -> None:
     objects = flags([text for text in maps if not text.startswith(("data.crop", "train"))])
     with pytest.raises(UserError, match=r"scenes: has objects with boxes; .* for label maps, such"):

@@ -88,6 +88,20 @@ def test_every_picture_is_shown_whole_under_its_place(data: OpenMaps, tmp_path: 
     assert len(shown_to(teacher_of(data, tmp_path), data, "val").samples()) == 2
 
 
+def test_a_teacher_may_see_larger_pictures_than_in_training(data: OpenMaps, tmp_path: Path) -> None:
+    teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
+    large = Wanted(outputs=("logits",), dtype="float32", size=2 * max(SIZE))
+    kept = open_cache(teacher, data, accelerator, large)["logits"]
+    crop = Crop(window=(0, 0, *SIZE), size=SIZE)
+    picture = shown_to(teacher, data, "train", size=large.size).samples()[0, 1]["images"]
+    assert picture.shape == (3, 2 * SIZE[0], 2 * SIZE[1])
+    with LiveTeacher(teacher.model, teacher.task, posterior=False) as source:
+        live = source({"images": picture[None]})["logits"]
+    torch.testing.assert_close(kept.cropped(1, crop, SIZE, SIZE, STRIDE // 2), live)
+    own = open_cache(teacher, data, accelerator, Wanted(outputs=("logits",), dtype="float32"))
+    assert own["logits"].store.url != kept.store.url  # each is kept by itself
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("sided", [False, True])
 def test_a_crop_on_the_grid_gets_what_the_teacher_says_of_it(

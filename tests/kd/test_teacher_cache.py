@@ -225,6 +225,15 @@ def test_another_teacher_transform_or_data_set_is_refused(
     open_cache(teacher, data, accelerator, wanted)
 
 
+def test_objects_are_hidden_at_the_size_of_the_training(
+    teacher: TrainedTeacher, data: OpenData
+) -> None:
+    with pytest.raises(
+        UserError, match=r"a size of 64 pixels is for label maps; .* leave soft_targ"
+    ):
+        open_cache(teacher, data, make_accelerator("fp32"), Wanted(size=64))
+
+
 def test_numbers_that_cannot_be_kept_are_named(teacher: TrainedTeacher, data: OpenData) -> None:
     head = [p for p in teacher.model.parameters() if p.ndim == 1][-1]
     with torch.no_grad():

@@ -139,6 +139,31 @@ def test_pixel_wise_is_zero_at_equality_and_blind_to_shifts_and_orders() -> None
     torch.testing.assert_close(pixel_wise(student.flip(1), teacher.flip(1)), value)
 
 
+def test_a_pixel_counts_its_weight_and_its_gradient_too() -> None:
+    student, teacher = torch.randn(2, 2, 4, 2, 3, dtype=torch.float64).unbind()
+    valid = torch.tensor([True, True, False]).expand(2, 2, 3)
+    weights = 3 * torch.rand(2, 2, 3, dtype=torch.float64)
+    found = []
+    for own in (True, False):
+        leaves = [student.clone().requires_grad_(), teacher.clone().requires_grad_()]
+        if own:
+            loss = pixel_wise(*leaves, temperature=2.0, valid=valid, weights=weights)
+        else:
+            p, q = ((leaf / 2.0).log_softmax(dim=1) for leaf in leaves)
+            each = 4.0 * (q.exp() * (q - p)).sum(dim=1) * weights
+            loss = each[valid].sum() / 8  # the valid pixels, not their weights
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(found[0], found[1])
+    ones = torch.ones(2, 2, 3)
+    unweighted = pixel_wise(student, teacher, valid=valid)
+    torch.testing.assert_close(pixel_wise(student, teacher, valid=valid, weights=ones), unweighted)
+    with pytest.raises(
+        UserError, match=r"pixel_wise: weights must be \(2, 2, 3\), got \(2, 3, 2\)"
+    ):
+        pixel_wise(student, teacher, weights=ones.mT)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize(
     ("loss", "shape"),

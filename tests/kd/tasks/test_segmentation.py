@@ -86,6 +86,22 @@ def test_rare_classes_weigh_more_and_a_pixel_one_on_average() -> None:
         Segmentation(num_classes=CLASSES, class_weights=2.0)
 
 
+def test_a_divergence_may_weigh_pixels_as_cross_entropy_does() -> None:
+    shares, batch = (0.7, 0.2, 0.08, 0.02), make_batch()
+    task = Segmentation(num_classes=CLASSES, class_weights=0.5, pixel_shares=shares)
+    ours, theirs = torch.randn(2, 3, CLASSES, 24, 32).unbind()
+    term = build_term("pixel_wise_weighted", weight=1.0)
+    both = {"logits": ours}, {"logits": theirs}
+    found = distillation_losses([term], *both, task.masks(batch), batch)["pixel_wise_weighted"]
+    truth, p, q = batch["label_maps"], ours.log_softmax(1), theirs.log_softmax(1)
+    weights = F.one_hot(truth.long() % VOID, CLASSES).float() @ torch.tensor(shares) ** -0.5
+    weights = weights / sum(share**0.5 for share in shares)
+    expected = ((q.exp() * (q - p)).sum(1) * weights)[truth != VOID].mean()
+    assert found.unit == "pixels"
+    torch.testing.assert_close(found.value, expected)
+    assert "class_weights" not in TASK.masks(batch)
+
+
 def test_coarse_logits_are_brought_to_the_maps_grid() -> None:
     # Two places of one row: between their middles a pixel's logits are between theirs.
     logits = torch.tensor([[[[0.0, 4.0]], [[0.0, 0.0]]]])

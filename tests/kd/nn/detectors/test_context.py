@@ -165,8 +165,7 @@ def pair(strength: float) -> tuple[FasterRCNN, FasterRCNN]:
     assert {name.split(".")[0] for name in ours.keys() - theirs.keys()} == {"context"}
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert full.context is not None
-    with torch.no_grad():
-        full.context.layers[-1].weight.normal_(std=0.5)
+    torch.nn.init.normal_(full.context.get_parameter("layers.3.weight"), std=0.5)
     return bare, full
 
 
