@@ -14,7 +14,7 @@ from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.features import FeatureTaps
-from kd.objective import POSTERIOR, Term
+from kd.objective import POSTERIOR, TEACHER_OUTPUTS, Term
 from kd.opened import OpenData, Opened
 from kd.soft_targets import (
     LiveTeacher,
@@ -159,8 +159,10 @@ def _kept(
     )  # fmt: skip
     found = open_cache(teacher, data, accelerator, wanted)
     return {
-        output: StoredField(kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX),
-                            channels=kept.channels)
+        output: StoredField(
+            kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=kept.channels,
+            stride=targets.stride_of(layer=output not in TEACHER_OUTPUTS),
+        )
         for output, kept in found.items()
     }  # fmt: skip
 
