@@ -203,7 +203,7 @@ class Distillation:
         recipe, data = self.recipe, self.data
         stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
         if isinstance(data, OpenMaps):
-            return data.crops(seed, stored, recipe.soft_targets.stride)
+            return data.crops(seed, stored)
         if isinstance(data, OpenBoxes):
             return data.samples(seed, stored)
         return make_dataset(

@@ -162,6 +162,9 @@ class SoftTargets(Section):
     stride: Count = Field(
         8, description="pixels a place of stored maps that crops of label-map data get"
     )
+    score_stride: Count | None = Field(
+        None, description="the same of score maps, which may be finer than layers; null: stride"
+    )
     size: Count | None = Field(
         None,
         description="long side at which a teacher of label maps sees pictures whose outputs "
@@ -170,6 +173,10 @@ class SoftTargets(Section):
     balance: Probability = Field(
         0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
     )
+
+    def stride_of(self, *, layer: bool) -> int:
+        """Pixels a place that crops get of a layer, or of a score map."""
+        return self.stride if layer or self.score_stride is None else self.score_stride
 
 
 class TaskSection(Section):
@@ -186,9 +193,7 @@ class TeacherReference(Section):
     run: str | None = None
     name: str = Field("unet", description="looked for in runs/teacher/NAME/DATA when run is null")
     weight: Positive = Field(1.0, description="in mean.posterior, where there are several")
-    kind: Literal["stored", "live"] | None = Field(
-        None, description="of this teacher alone; null: soft_targets.kind"
-    )
+    kind: Literal["stored", "live"] | None = Field(None, description="null: soft_targets.kind")
 
 
 class TeacherRecipe(Section):

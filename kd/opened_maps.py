@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.config import LabelMaps
-from kd.data.map_dataset import MULTIPLE, MapDataset, check_pairs
+from kd.data.map_dataset import MapDataset, check_pairs
 from kd.data.segmented import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.data.stored import StoredField
 from kd.errors import UserError
@@ -63,14 +63,12 @@ class OpenMaps:
             raise UserError(f"{self.train.where}: no pixel has a class: all are void")
         return {"pixel_shares": told / told.sum()}
 
-    def crops(
-        self, seed: int, stored: Sequence[StoredField] = (), stride: int = MULTIPLE
-    ) -> MapDataset:
-        """Random crops of the train split; a teacher's outputs come with them on a grid."""
+    def crops(self, seed: int, stored: Sequence[StoredField] = ()) -> MapDataset:
+        """Random crops of the train split; a teacher's outputs come with them."""
         section = self.section
         return MapDataset(
             self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
-            seed=seed, stored=stored, stride=stride,
+            seed=seed, stored=stored,
         )  # fmt: skip
 
     def evaluated(self) -> MapDataset:

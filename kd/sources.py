@@ -27,7 +27,7 @@ from kd.soft_targets import (
 from kd.tasks.detection import Detection
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
-from kd.terms import POSTERIOR
+from kd.terms import POSTERIOR, TEACHER_OUTPUTS
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -194,8 +194,10 @@ def _kept(
     )  # fmt: skip
     found = open_cache(teacher, objects, accelerator, wanted)
     return {
-        output: StoredField(kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX),
-                            channels=kept.channels)
+        output: StoredField(
+            kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=kept.channels,
+            stride=targets.stride_of(layer=output not in TEACHER_OUTPUTS),
+        )
         for output, kept in found.items()
     }  # fmt: skip
 

@@ -37,7 +37,6 @@ class MapDataset(Dataset[Sample]):
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
         stored: Outputs of teachers that go with training samples, as `stored.NAME`.
-        stride: Pixels a place of these.
 
     Raises:
         UserError: An option is out of range, or, for evaluation, a file cannot be read.
@@ -54,7 +53,6 @@ class MapDataset(Dataset[Sample]):
         seed: int = 0,
         only: NDArray[np.int64] | None = None,
         stored: Sequence[StoredField] = (),
-        stride: int = MULTIPLE,
     ) -> None:
         """Check the options; the arguments are explained above."""
         if wrong := [side for side in crop if side < MULTIPLE or side % MULTIPLE]:
@@ -63,7 +61,7 @@ class MapDataset(Dataset[Sample]):
         self.train, self.seed = train, seed
         self.crops = build_crops(augment)
         self.places = np.arange(len(split.images)) if only is None else only
-        self.stored, self.stride = tuple(stored), stride
+        self.stored = tuple(stored)
         sizes = set() if train else set(self.file_sizes())
         # Whole pictures of different sizes have no common shape.
         self.alike = len(sizes) <= 1
@@ -103,7 +101,7 @@ class MapDataset(Dataset[Sample]):
             cut = self.crops.draw(random, own, self.crop, factor=factor)
             picture, labels = cut.image(picture, self.crop), cut.label_map(labels, self.crop)
             targets = {
-                f"{PREFIX}{one.name}": one.cropped(image, cut, own, self.crop, self.stride)
+                f"{PREFIX}{one.name}": one.cropped(image, cut, own, self.crop)
                 for one in self.stored
             }
         else:

@@ -19,6 +19,7 @@ from kd.data.store import Store
 from kd.data.transforms import Plan
 
 PREFIX = "stored."
+STRIDE = 8
 MIRRORED = "mirrored_"
 
 
@@ -30,10 +31,11 @@ class StoredField:
             kept; and both again after `mirrored_` where the mirrored picture was shown too.
         name: What the sample calls it, after `stored.`.
         channels: Of the output where only the largest of them are stored.
+        stride: Pixels of a crop to a place of the map that it gets.
     """
 
-    def __init__(self, store: Store, name: str, *, channels: int = 0) -> None:
-        self.store, self.name, self.channels = store, name, channels
+    def __init__(self, store: Store, name: str, *, channels: int = 0, stride: int = STRIDE) -> None:
+        self.store, self.name, self.channels, self.stride = store, name, channels, stride
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class StoredField:
         return values
 
     def cropped(
-        self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int], stride: int
+        self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int]
     ) -> Tensor:
         """The output for a crop of a picture, (1, C, h, w) on a grid of its frame.
 
@@ -77,7 +79,6 @@ class StoredField:
             crop: What was cut out of it.
             size: Height and width of the picture.
             frame: Those of the crop.
-            stride: Pixels a place of the result.
         """
         side = ""
         if crop.flip and f"{MIRRORED}values" in self.store.fields:
@@ -85,7 +86,7 @@ class StoredField:
         values = self._read(np.array([image]), side)
         if values.ndim != 4:
             return values
-        grid = (-(-frame[0] // stride), -(-frame[1] // stride))
+        grid = (-(-frame[0] // self.stride), -(-frame[1] // self.stride))
         return resampled(values, crop.sources(), size, frame, grid)
 
     def _read(self, ids: NDArray[np.int64], side: str) -> Tensor:

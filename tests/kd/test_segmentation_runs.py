@@ -136,6 +136,18 @@ def test_stored_and_live_teachers_teach_alike(
         torch.testing.assert_close(losses[name].value, expected[name].value, rtol=1e-4, atol=1e-5)
 
 
+def test_score_maps_may_be_finer_than_layers(maps: list[str], mapped_teacher: Path) -> None:
+    arms = distillation(maps, mapped_teacher, "arms=[distilled]", "soft_targets.score_stride=2")
+    dataset = arms._dataset(0, None, "distilled")
+    sample = dataset[0, 0]
+    height, width = sample["images"].shape[1:]
+    assert sample["stored.logits"].shape[2:] == (height // 2, width // 2)
+    assert sample["stored.pyramid"].shape[2:] == (height // 8, width // 8)
+    model, objective = arms._assemble("distilled", 0, None, dataset)
+    losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+    assert losses["pixel_wise"].value > 0 and losses["pair_wise"].value > 0
+
+
 def test_void_reaches_no_loss(maps: list[str], mapped_teacher: Path) -> None:
     arms = distillation(maps, mapped_teacher, "arms=[distilled]")
     dataset = arms._dataset(0, None, "distilled")

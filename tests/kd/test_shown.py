@@ -16,6 +16,7 @@ from kd.build import make_accelerator, make_loader
 from kd.config import LabelMaps, Model, TaskSection, TeacherRecipe
 from kd.data.crops import Crop
 from kd.data.images import read_image
+from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.opened_maps import OpenMaps, open_maps
 from kd.shard_writer import ShardWriter
@@ -97,7 +98,8 @@ def test_a_teacher_may_see_larger_pictures_than_in_training(data: OpenMaps, tmp_
     assert picture.shape == (3, 2 * SIZE[0], 2 * SIZE[1])
     with LiveTeacher(teacher.model, teacher.task, posterior=False) as source:
         live = source({"images": picture[None]})["logits"]
-    torch.testing.assert_close(kept.cropped(1, crop, SIZE, SIZE, STRIDE // 2), live)
+    finer = StoredField(kept.store, "logits", stride=STRIDE // 2)
+    torch.testing.assert_close(finer.cropped(1, crop, SIZE, SIZE), live)
     own = open_cache(teacher, data, accelerator, Wanted(outputs=("logits",), dtype="float32"))
     assert own["logits"].store.url != kept.store.url  # each is kept by itself
 
@@ -116,11 +118,11 @@ def test_a_crop_on_the_grid_gets_what_the_teacher_says_of_it(
         with LiveTeacher(teacher.model, teacher.task, ["features"], posterior=False) as source:
             live = source({"images": picture})
         for name in BOTH:
-            found = kept[name].cropped(image, crop, SIZE, FRAME, STRIDE)
+            found = kept[name].cropped(image, crop, SIZE, FRAME)
             torch.testing.assert_close(found, live[name], rtol=1e-4, atol=1e-4)
             if sided and flip:  # what was said of the picture itself does not do
                 plain = Crop(window=(top, left, *FRAME), size=FRAME)
-                moved = kept[name].cropped(image, plain, SIZE, FRAME, STRIDE).flip(3)
+                moved = kept[name].cropped(image, plain, SIZE, FRAME).flip(3)
                 assert (moved - live[name]).abs().max() > 0.05
 
 
@@ -142,7 +144,7 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
         live = source(batch)
     for name in BOTH:
         torch.testing.assert_close(stored[name], live[name], rtol=1e-4, atol=1e-4)
-    finer = data.crops(0, stored=[kept["logits"]], stride=4)[0, 0]
+    finer = data.crops(0, stored=[StoredField(kept["logits"].store, "logits", stride=4)])[0, 0]
     assert finer["stored.logits"].shape == (1, 11, 12, 16)
 
 
@@ -154,8 +156,8 @@ def test_only_the_likeliest_classes_are_kept_of_each_place(data: OpenMaps, tmp_p
         for top_k in (0, 3)
     )
     crop = Crop(window=(0, 0, *SIZE), size=SIZE)
-    first = exact.cropped(2, crop, SIZE, SIZE, STRIDE).float().log_softmax(dim=1)
-    second = kept.cropped(2, crop, SIZE, SIZE, STRIDE).float()
+    first = exact.cropped(2, crop, SIZE, SIZE).float().log_softmax(dim=1)
+    second = kept.cropped(2, crop, SIZE, SIZE).float()
     values, indices = first.topk(3, dim=1)
     torch.testing.assert_close(second.gather(1, indices), values, rtol=0.01, atol=0.01)
     assert kept.store.bytes < exact.store.bytes

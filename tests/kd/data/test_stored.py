@@ -138,8 +138,8 @@ class Kept:
         return {name: self.values[name][ids] for name in names}
 
 
-def field_of(**values: Tensor) -> StoredField:
-    return StoredField(cast(Store, Kept(**values)), "logits")
+def field_of(stride: int = 8, **values: Tensor) -> StoredField:
+    return StoredField(cast(Store, Kept(**values)), "logits", stride=stride)
 
 
 def places_of(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -156,8 +156,8 @@ def test_a_crops_map_is_read_where_its_places_come_from(seed: int, stride: int) 
     crop = Crops().draw(np.random.default_rng(seed), size, frame)
     # Bilinear reading is exact for a map that says where it is; the picture's sides are no
     # multiples of a place's.
-    field = field_of(values=torch.cat([torch.zeros(1, 2, 15, 20), places_of((15, 20), size)]))
-    found = field.cropped(1, crop, size, frame, stride)
+    maps = torch.cat([torch.zeros(1, 2, 15, 20), places_of((15, 20), size)])
+    found = field_of(stride, values=maps).cropped(1, crop, size, frame)
     assert found.shape == (1, 2, 40 // stride, 56 // stride)
     x, y = places_of((40 // stride, 56 // stride), frame)[0].flatten(1).double()
     expected = crop.sources() @ torch.stack([x, y, torch.ones_like(x)]).numpy()
@@ -172,10 +172,10 @@ def test_a_flipped_crop_reads_what_was_said_of_the_mirrored_picture() -> None:
     plain, mirrored = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6)
     crop = Crop(window=(8, 16, 16, 24), size=frame, flip=True)
     both = field_of(values=plain, mirrored_values=mirrored)
-    found = both.cropped(1, crop, size, frame, 8)
+    found = both.cropped(1, crop, size, frame)
     # Columns 2..4 of the picture are its 1..3 in the mirror.
     torch.testing.assert_close(found, mirrored[1:, :, 1:3, 1:4])
-    alone = field_of(values=plain).cropped(1, crop, size, frame, 8)
+    alone = field_of(values=plain).cropped(1, crop, size, frame)
     torch.testing.assert_close(alone, plain[1:, :, 1:3, 2:5].flip(3))
     still = Crop(window=crop.window, size=frame)
-    torch.testing.assert_close(both.cropped(1, still, size, frame, 8), plain[1:, :, 1:3, 2:5])
+    torch.testing.assert_close(both.cropped(1, still, size, frame), plain[1:, :, 1:3, 2:5])

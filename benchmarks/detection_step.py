@@ -1,0 +1,182 @@
+"""What a step of fine-grained feature imitation costs beside the two detectors, and its masks.
+
+Student and teacher are Faster R-CNNs on pyramids of five levels, with imitation on each level:
+
+step      the engine's step against the bare passes: the teacher's forward to its pyramid, the
+          student's both ways through its own losses, its optimiser; with adapters on both sides or
+          (`--without-adapters` for the bare one) only on the engine's
+masks     the masks of all levels, from the batch's boxes, against the same bare step
+
+The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
+
+    python benchmarks/detection_step.py [--size 256] [--batch-size 4] [--boxes 7] [--pairs 10]
+        [--student fasterrcnn_resnet18] [--teacher fasterrcnn_resnet50] [--without-adapters]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+
+from benchmarks._measure import Batch, Step, compare, engine_step
+from kd.adapted import AdaptedStudent
+from kd.adapters import conv3x3
+from kd.build import make_accelerator
+from kd.config import Optimizer, Schedule, Train
+from kd.features import FeatureTaps
+from kd.nn.detectors import DETECTORS
+from kd.objective import Term, build_term
+from kd.soft_targets import LiveTeacher
+from kd.tasks.detection import Detection
+from kd.training import Objective
+
+CLASSES, CHANNELS = 20, 256
+STEP_GOAL, MASK_GOAL = 1.05, 0.01
+TRAIN = Train(
+    precision="fp32",
+    clip_norm=0.0,
+    optimizer=Optimizer(name="sgd", lr=1e-4),
+    schedule=Schedule(name="constant", warmup=0.0),
+)
+LAYERS = [f"network.backbone.{name}" for name in ("0", "1", "2", "3", "pool")]
+
+
+def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Student and frozen teacher."""
+    torch.manual_seed(0)
+    student, teacher = (
+        DETECTORS[name](num_classes=CLASSES)
+        .to(device)
+        .to(memory_format=torch.channels_last)
+        for name in (options.student, options.teacher)
+    )  # fmt: skip
+    return student, teacher.eval().requires_grad_(False)
+
+
+def adapters(device: torch.device) -> dict[str, nn.Module]:
+    """Of each level."""
+    return {layer: conv3x3(CHANNELS, CHANNELS).to(device) for layer in LAYERS}
+
+
+def terms() -> list[Term]:
+    """Imitation on each level."""
+    return [
+        build_term("imitation", label=f"near_{number}", weight=1.0, student=layer, teacher=layer)
+        for number, layer in enumerate(LAYERS)
+    ]
+
+
+def task_of(student: nn.Module) -> Detection:
+    """The task of a detector."""
+    levels, units = student.levels, student.loss_units
+    assert isinstance(levels, tuple) and isinstance(units, Mapping)
+    return Detection(num_classes=CLASSES, levels=levels, loss_units=units)
+
+
+def by_engine(options: argparse.Namespace, device: torch.device) -> Step:
+    """The engine's step as `fit` takes it, log lines left out."""
+    student, teacher = networks(options, device)
+    task = task_of(student)
+    asked = Detection(num_classes=CLASSES, answers=False)
+    live = LiveTeacher(teacher, asked, LAYERS, posterior=False)
+    objective = Objective(task, dict.fromkeys(task.loss_units, 1.0), terms(), live)
+    return engine_step(AdaptedStudent(student, LAYERS, adapters(device)), objective, TRAIN)
+
+
+def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
+    """Forward and backward of the two detectors, and nothing that imitation adds to them."""
+    student, teacher = networks(options, device)
+    task, own = task_of(student), nn.ModuleList(adapters(device).values())
+    with_adapters = not options.without_adapters
+    taps = FeatureTaps(student, LAYERS)
+    optimizer = torch.optim.SGD([*student.parameters(), *own.parameters()], lr=1e-4, momentum=0.9)
+    student.train()
+
+    def step(batch: Batch) -> None:
+        inputs = task.inputs(batch)
+        assert inputs[0] is not None
+        images = inputs[0].contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            teacher.get_submodule("network.backbone")(images)
+        output = student(images, *inputs[1:])
+        loss = torch.stack([mean.value for mean in task.losses(output, batch).values()]).sum()
+        features = taps.collect()
+        if with_adapters:  # a gradient for each of them, at no cost of its own
+            maps = zip(own, (features[layer] for layer in LAYERS), strict=True)
+            loss = loss + torch.stack([adapter(one).sum() for adapter, one in maps]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def masks_of(options: argparse.Namespace, device: torch.device) -> Step:
+    """The masks of all levels."""
+    student, _ = networks(options, device)
+    task = task_of(student)
+
+    def step(batch: Batch) -> None:
+        height, width = batch["images"].shape[-2:]
+        made = task.masks(batch)["imitation"]
+        for level in task.levels:
+            made((-(-height // level.stride), -(-width // level.stride)))
+
+    return step
+
+
+def batch_of(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """Noise with boxes of all sizes on it."""
+    torch.manual_seed(2)
+    side, count, each = options.size, options.batch_size, options.boxes
+    corner = torch.rand(count * each, 2) * side * 0.6
+    extent = side * 0.02 * 20 ** torch.rand(count * each, 2)
+    batch = {
+        "images": torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8),
+        "sizes": torch.full((count, 2), side),
+        "image_ids": torch.arange(count),
+        "boxes": torch.cat([corner, corner + extent], dim=1),
+        "labels": torch.randint(0, CLASSES, (count * each,)),
+        "image_of": torch.arange(count).repeat_interleave(each),
+        "object_ids": torch.arange(count * each),
+        "labelled": torch.ones(count, dtype=torch.bool),
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def main() -> int:
+    """Print both comparisons; 1 where one misses its goal."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--boxes", type=int, default=7, help="of an image")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--student", default="fasterrcnn_resnet18")
+    parser.add_argument("--teacher", default="fasterrcnn_resnet50")
+    parser.add_argument("--without-adapters", action="store_true",
+                        help="leave the adapters out of the bare step")  # fmt: skip
+    options = parser.parse_args()
+    device = make_accelerator("fp32").device
+    sys.stdout.write(
+        f"{options.student} by {options.teacher}, {options.batch_size} pictures of {options.size} "
+        f"with {options.boxes} boxes, {device}, fp32, {torch.get_num_threads()} threads, "
+        f"{options.pairs} pairs, medians\n"
+    )
+    batch, bare = batch_of(options, device), by_hand(options, device)
+    step = compare("imitation, bare detectors", by_engine(options, device), bare, [batch],
+                   options.pairs)  # fmt: skip
+    mask = compare("masks, bare detectors", masks_of(options, device), bare, [batch],
+                   options.pairs)  # fmt: skip
+    sys.stdout.write(f"goals: step {STEP_GOAL}, masks {MASK_GOAL}\n")
+    return int(step > STEP_GOAL or mask > MASK_GOAL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
