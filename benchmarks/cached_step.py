@@ -27,13 +27,13 @@ from kd.data.loader import SampleLoader
 from kd.data.stored import StoredField
 from kd.engine import to_device, train_step
 from kd.launch import start_training
-from kd.objective import POSTERIOR
 from kd.opened import OpenData, make_dataset, open_objects
 from kd.soft_targets import StoredPosteriors, StoredTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher
+from kd.terms import POSTERIOR
 from kd.training import Objective
 from kd.wiring import adapt_student, build_terms
 from students.classifiers import build_student

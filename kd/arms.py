@@ -49,6 +49,7 @@ from kd.pictures import write_pictures
 from kd.session import Session, run_training
 from kd.soft_targets import SoftTargetSource
 from kd.sources import Sources, open_sources
+from kd.student_runs import BARE
 from kd.tasks.base import Mean, Task
 from kd.teacher_runs import expectation
 from kd.term_checks import check_terms
@@ -57,7 +58,6 @@ from kd.training import Objective, Training
 from kd.wiring import adapt_student, build_terms, outputs_by_teacher, tapped_layers
 
 TAUGHT = ("distilled", "shuffled", "direct")
-BARE = ("bare", "direct")
 
 
 def train_section(train: Train, arm: str) -> Train:
@@ -175,15 +175,19 @@ class Distillation:
         return model.to(self.accelerator.device), objective
 
     def _labelled(self, seed: int) -> NDArray[np.int64] | None:
-        return self.data.labelled(seed) if isinstance(self.data, OpenData) else None
+        return self.data.labelled(seed) if isinstance(self.data, OpenData | OpenBoxes) else None
 
     def _student(self, arm: str, labelled: NDArray[np.int64] | None) -> nn.Module:
         """A student of the data's kind at fresh weights."""
         if isinstance(self.data, OpenData):
-            prior = self.data.prior(labelled)
-            return build_student(self.recipe.student, prior, context=arm not in BARE)
-        build = build_detector if isinstance(self.data, OpenBoxes) else build_segmenter
-        return build(self.recipe.student, self.data.num_classes)
+            shares = self.data.prior(labelled)
+            return build_student(self.recipe.student, shares, context=arm not in BARE)
+        classes = self.data.num_classes
+        if isinstance(self.data, OpenBoxes):
+            reads = arm not in BARE and self.recipe.student.options.get("context", False)
+            prior = self.data.prior(labelled) if reads else None
+            return build_detector(self.recipe.student, classes, prior, context=arm not in BARE)
+        return build_segmenter(self.recipe.student, classes)
 
     def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
         """A batch of two, or of what a process gets, to find shapes and mistakes before workers."""
@@ -206,7 +210,7 @@ class Distillation:
             of_objects(data),
             "train",
             train=True,
-            mode="all" if recipe.soft_targets.kind == "stored" else "one",
+            mode="all" if all(map(recipe.keeps, recipe.teachers)) else "one",
             labelled=labelled,
             only=labelled if self.labelled_alone else None,
             seed=seed,

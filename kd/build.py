@@ -133,13 +133,29 @@ def build_segmenter(model: Model, num_classes: int) -> nn.Module:
     )
 
 
-def build_detector(model: Model, num_classes: int) -> nn.Module:
+def build_detector(
+    model: Model,
+    num_classes: int,
+    prior: NDArray[np.float64] | None = None,
+    *,
+    context: bool = True,
+) -> nn.Module:
     """A detector of the catalogue.
+
+    Args:
+        model: Name and options.
+        num_classes: C.
+        prior: Share of each class, for a context head, (C,).
+        context: Whether it may have one; without, whatever the options say, it is the bare network.
 
     Raises:
         UserError: Another name, wrong options.
     """
-    return build(DETECTORS, model.name, model.options, what="detector", num_classes=num_classes)
+    options = {**model.options, **({} if context else {"context": False})}
+    given: dict[str, Any] = {"num_classes": num_classes}
+    if prior is not None and options.get("context") and "prior" not in options:
+        given["prior"] = prior.tolist()
+    return build(DETECTORS, model.name, options, what="detector", **given)
 
 
 def open_data(section: AnyData, task: str | None = None) -> Opened:

@@ -16,11 +16,11 @@ from kd.cli import run_command, set_up_logging
 from kd.data_config import data_config
 from kd.equivariance import moved_map_errors
 from kd.errors import UserError, at_least
-from kd.objective import POSTERIOR
 from kd.opened import OpenData
 from kd.shown import shown_to
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import load_teacher_of
+from kd.terms import POSTERIOR
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -193,6 +193,9 @@ class TeacherReference(Section):
     run: str | None = None
     name: str = Field("unet", description="looked for in runs/teacher/NAME/DATA when run is null")
     weight: Positive = Field(1.0, description="in mean.posterior, where there are several")
+    kind: Literal["stored", "live"] | None = Field(
+        None, description="of this teacher alone; null: soft_targets.kind"
+    )
 
 
 class TeacherRecipe(Section):
@@ -285,6 +288,15 @@ class DistillRecipe(Section):
             raise ValueError(f"arms: unknown {', '.join(wrong)}; known: {', '.join([*ARMS, *own])}")
         if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
             raise ValueError("losses: a distilled student needs at least one term")
+
+    @property
+    def teachers(self) -> dict[str, TeacherReference]:
+        """All teachers by name; that of the recipe's `teacher` is empty."""
+        return {"": self.teacher, **self.more_teachers}
+
+    def keeps(self, teacher: str) -> bool:
+        """Whether what a teacher says is computed once rather than in each step."""
+        return (self.teachers[teacher].kind or self.soft_targets.kind) == "stored"
 
     @property
     def all_losses(self) -> tuple[Term, ...]:

@@ -20,7 +20,17 @@ from kd.errors import UserError
 from kd.nn.modes import evaluating
 from kd.objective import distillation_losses, weighted_sum
 from kd.optim import update_average
-from kd.tasks.base import Batch, Collector, Mean, OnLevels, Task, count_units
+from kd.soft_targets import known_counts
+from kd.tasks.base import (
+    Batch,
+    Collector,
+    Mask,
+    Mean,
+    OnLevels,
+    Task,
+    count_units,
+    remembered,
+)
 from kd.training import (
     EpochLoader,
     Hooks,
@@ -42,8 +52,16 @@ def to_device(
     return moved
 
 
-def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict[str, Mean]:
-    """Supervised losses and distillation terms of one batch, unweighted."""
+def forward_losses(
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    masks: Mapping[str, Mask] | None = None,
+) -> dict[str, Mean]:
+    """Supervised losses and distillation terms of one batch, unweighted.
+
+    `masks` are the batch's, where they were made already.
+    """
     task = objective.task
     output, features = model(*task.inputs(batch))
     losses = task.losses(output, batch)
@@ -55,17 +73,18 @@ def forward_losses(model: nn.Module, batch: Batch, objective: Objective) -> dict
                 objective.terms,
                 {**output, **features},
                 known,
-                task.masks(batch),
+                task.masks(batch) if masks is None else masks,
                 batch,
             )
     return losses
 
 
-def _held(batch: Batch, objective: Objective) -> dict[str, Tensor]:
+def _held(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
     """How much of each unit a batch holds, of those that losses and terms are means over."""
-    if isinstance(objective.task, OnLevels):
-        return count_units(batch) | objective.task.counts(batch, objective.masks)
-    return count_units(batch, objective.masks)
+    if not isinstance(objective.task, OnLevels):
+        return count_units(batch, objective.masks)
+    counts = count_units(batch) | objective.task.counts(batch, objective.map_units, masks)
+    return counts | known_counts(objective.soft_targets, batch)
 
 
 def _scales(
@@ -99,13 +118,14 @@ def train_step(
     accelerator = training.accelerator
     sums: Sums = {}
     counts: Sums = {}
-    held = [_held(batch, objective) for batch in batches]
+    masks = [remembered(objective.task.masks(batch)) for batch in batches]
+    held = [_held(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
     scales = _scales(held, accelerator)
     taken: list[dict[str, Mean]] = []
     for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
-            losses = forward_losses(training.model, batch, objective)
+            losses = forward_losses(training.model, batch, objective, masks[number])
             total = weighted_sum(losses, weights, scale)
             accelerator.backward(total)
         for name, loss in losses.items():

@@ -20,10 +20,10 @@ from kd.data.stored import PREFIX, StoredField
 from kd.data.transforms import build_augment
 from kd.engine import to_device
 from kd.errors import UserError
-from kd.objective import POSTERIOR
 from kd.opened import OpenData, make_dataset
 from kd.soft_targets import LiveTeacher
 from kd.teacher_runs import TrainedTeacher, as_shown
+from kd.terms import POSTERIOR
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")

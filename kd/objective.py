@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,12 @@ from kd.catalog import check_options, look_up
 from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
-from kd.losses.adversary import Adversary, without_void
-from kd.losses.boxes import box_distance
-from kd.losses.channel_wise import channel_wise
-from kd.losses.decoupled import decoupled
+from kd.losses.adversary import without_void
+from kd.losses.boxes import known_rows
 from kd.losses.hint import hint
-from kd.losses.imitation import imitation
-from kd.losses.logits import kl_logits, pixel_wise
-from kd.losses.pair_wise import pair_wise
+from kd.losses.logits import pixel_wise
 from kd.tasks.base import (
+    KNOWN,
     Batch,
     Mask,
     Mean,
@@ -34,76 +31,9 @@ from kd.tasks.base import (
     image_rows,
     stride_of,
 )
+from kd.terms import POSTERIOR, ROWS, TERMS, Kind, Loss
 
-# Gives a scalar; where a kind `draws`, the module that does.
-Loss = Callable[..., Any]
 Ramp = Literal["constant", "linear", "cosine", "off_after"]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of distillation term.
-
-    Args:
-        function: The loss: student, teacher[, mask].
-        student: Output of the student it reads unless told otherwise.
-        teacher: Output of the teacher likewise.
-        mask: Name of the task's mask that it needs.
-        maps: Whether it compares feature maps; else rows, one per hidden object.
-        labels: Whether it asks for the rows' labels, and so speaks for the labelled ones.
-        images: Whether it asks for the rows' images: a critic does, which learns from its own loss.
-        draws: Whether it has weights of its own: `function` then makes a module of the teacher's
-            number of channels, see `draw_modules`.
-        valid: Whether it is told where there is a class, where the task knows.
-        boxes: Whether it is about what detectors say at the true boxes.
-        weights: Name of the task's mask that says what each pixel counts.
-    """
-
-    function: Loss
-    student: str | None = None
-    teacher: str | None = None
-    mask: str | None = None
-    maps: bool = False
-    labels: bool = False
-    images: bool = False
-    draws: bool = False
-    valid: bool = False
-    boxes: bool = False
-    weights: str | None = None
-
-
-TERMS = {
-    # KL from the blind teacher's posterior to the context branch (METHODS 7).
-    "context_logits": Kind(kl_logits, "context", "posterior"),
-    # The ablation: the same target for the output of a student that sees the object.
-    "direct": Kind(kl_logits, "logits", "posterior"),
-    "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
-    "context_features": Kind(imitation, mask="ring", maps=True),
-    # Wang et al.'s ablation: near objects' anchors, inside the boxes, the whole map.
-    "imitation": Kind(imitation, mask="imitation", maps=True),
-    "imitation_inside": Kind(imitation, mask="inside", maps=True),
-    "imitation_whole": Kind(imitation, mask="whole", maps=True),
-    # What detectors say of the true boxes.
-    "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
-    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True),
-    "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
-    "pixel_wise_weighted": Kind(
-        pixel_wise, "logits", "logits", maps=True, valid=True, weights="class_weights"
-    ),
-    "pair_wise": Kind(pair_wise, maps=True, valid=True),
-    "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
-    "channel_wise": Kind(channel_wise, "logits", "logits", maps=True, valid=True),
-    "hint": Kind(hint, maps=True, valid=True),
-}
-
-
-# What takes a softmax of what it compares, so that logits and log-probabilities are one to it.
-SOFTMAXED = (kl_logits, decoupled, pixel_wise, Adversary)
-# Outputs with a row for each hidden object, of detectors for each box; others are layers.
-ROWS = ("logits", "context", "appearance", "object_logits", "object_deltas")
-# What a teacher gives beside its layers.
-POSTERIOR = "posterior"
-TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense", "object_logits", "object_deltas")
 
 
 @dataclass(frozen=True)
@@ -223,10 +153,13 @@ def _loss_of(
     valid = masks["valid"](grid) if maps and "valid" in masks else None
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
+    if unit == "boxes" and term.teacher.rpartition(".")[2] == POSTERIOR:
+        ours, theirs, share = known_rows(ours, theirs)
+        owner = term.teacher.removesuffix(POSTERIOR)
+        return Mean(term.function(ours, theirs) * share, f"{owner}{KNOWN}")
+    place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""
     if kind.mask is not None:
-        place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""
-        value = term.function(ours, theirs, masks[kind.mask](grid))
-        return Mean(value, f"{kind.mask}{place}")
+        return Mean(term.function(ours, theirs, masks[kind.mask](grid)), f"{kind.mask}{place}")
     if kind.images:
         images = normalise(batch["images"])
         images = images[image_rows(batch)] if about_objects(batch) else images
@@ -235,8 +168,11 @@ def _loss_of(
         return Mean(term.function(ours, theirs, images), unit, judged)
     told = {"weights": masks[kind.weights](grid)} if kind.weights else {}
     if kind.valid and valid is not None:
-        unit = "pixels" if kind.function in (pixel_wise, hint) else "valid_images"
-        told["valid"] = valid
+        by_place = kind.function in (pixel_wise, hint)
+        units = ("pixels", "valid_images")
+        if about_boxes(batch):  # every picture has a valid place
+            units = (f"valid{place}", "images")
+        unit, told["valid"] = units[0 if by_place else 1], valid
     return Mean(term.function(ours, theirs, **told), unit)
 
 

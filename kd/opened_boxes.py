@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kd.config import Data
 from kd.data.box_dataset import BoxDataset
@@ -48,9 +51,17 @@ class OpenBoxes:
         """Read once: every evaluation of a training asks for it."""
         return kitti_truth(self.objects.val_truth)
 
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """Ids of the train images whose labels a student of this seed sees; None: all."""
+        return self.objects.labelled(seed)
+
+    def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
+        """Class shares of the objects, (C,)."""
+        return self.objects.prior(images)
+
     def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
         """Train pictures of a seed, those whose labels it may know."""
-        known = self.objects.labelled(seed)
+        known = self.labelled(seed)
         return self.objects.boxes(seed, labelled=known, only=known, stored=stored)
 
     def evaluated(self) -> BoxDataset:

@@ -103,7 +103,9 @@ def _write_boxes(distillation: Distillation, data: OpenBoxes) -> None:
     recipe, out = distillation.recipe, distillation.out
     folders = {arm: out / f"seed{recipe.seeds[0]}" / arm for arm in recipe.arms}
     if distillation.sources is not None:
-        folders["teacher"] = distillation.sources.teacher.folder
+        for name, teacher in distillation.sources.teachers.items():
+            if isinstance(teacher.task, Detection):  # one of context finds nothing
+                folders[name or "teacher"] = teacher.folder
     count, task = recipe.train.pictures, distillation.task
     assert isinstance(task, Detection)
     imitates = bool(task.levels and {term.kind.mask for term in distillation.terms} - {None})

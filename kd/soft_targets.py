@@ -6,8 +6,9 @@ per object); `posterior` holds log-probabilities (K, C). The engine cannot tell 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from kd.data.stored import PREFIX, StoredField
 from kd.errors import UserError
 from kd.features import FeatureTaps
-from kd.tasks.base import Batch, Task, asked, named
+from kd.tasks.base import KNOWN, Batch, Task, about_boxes, about_objects, asked, named
 
 MEAN = "mean"  # what stands for all teachers together in the name of an output
 
@@ -26,6 +27,22 @@ class SoftTargetSource(Protocol):
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         """Targets of the batch's hidden objects."""
         ...
+
+
+@runtime_checkable
+class Partial(Protocol):
+    """A source that may have nothing to say about some boxes of a detector's batch."""
+
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """By unit, `known` or `NAME.known`, the objects that have a posterior: bool (M,)."""
+        ...
+
+
+def known_counts(source: object, batch: Batch) -> dict[str, Tensor]:
+    """How many boxes of a detector's batch have a posterior, by unit, where some may lack one."""
+    if not isinstance(source, Partial) or not about_boxes(batch):
+        return {}
+    return {unit: rows.sum().float() for unit, rows in source.known(batch).items()}
 
 
 class LiveTeacher:
@@ -84,28 +101,28 @@ class Teachers:
     logits; a posterior's is normalised again.
 
     Args:
-        first: The recipe's `teacher`.
+        first: The recipe's `teacher`; None where no term reads it.
         more: The further ones by name.
         weights: Of each in the mean, the first one's first; they need not add up to 1.
     """
 
     def __init__(
         self,
-        first: SoftTargetSource,
+        first: SoftTargetSource | None,
         more: Mapping[str, SoftTargetSource],
         weights: Sequence[float],
     ) -> None:
-        if len(weights) != 1 + len(more):
-            raise UserError(f"{1 + len(more)} teachers have {len(weights)} weights")
-        self.first, self.more = first, dict(more)
+        self.sources = ({} if first is None else {"": first}) | dict(more)
+        if len(weights) != len(self.sources):
+            raise UserError(f"{len(self.sources)} teachers have {len(weights)} weights")
         self.shares = [weight / sum(weights) for weight in weights]
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         """Everything that each of them gives, and the means."""
-        every = [self.first(batch), *(source(batch) for source in self.more.values())]
-        found = dict(every[0])
-        for name, given in zip(self.more, every[1:], strict=True):
-            found |= {f"{name}.{output}": tensor for output, tensor in given.items()}
+        every = [source(batch) for source in self.sources.values()]
+        found: dict[str, Tensor] = {}
+        for name, given in zip(self.sources, every, strict=True):
+            found |= {_called(name, output): tensor for output, tensor in given.items()}
         for output in ("posterior", "logits"):
             sides = [given[output] for given in every if output in given]
             if len({side.shape for side in sides}) == 1 and len(sides) == len(every):
@@ -113,6 +130,21 @@ class Teachers:
                 normal = mean.log_softmax(dim=1) if output == "posterior" else mean
                 found[f"{MEAN}.{output}"] = normal
         return found
+
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """Of each by its name, and of their mean what all of them know."""
+        found: dict[str, Tensor] = {}
+        for name, source in self.sources.items():
+            if isinstance(source, Partial):
+                found |= {_called(name, unit): rows for unit, rows in source.known(batch).items()}
+        if len(found) == len(self.sources):
+            found[_called(MEAN, KNOWN)] = torch.stack(list(found.values())).all(dim=0)
+        return found
+
+
+def _called(teacher: str, output: str) -> str:
+    """What is said of a teacher's output: its name, after the teacher's where that has one."""
+    return f"{teacher}.{output}" if teacher else output
 
 
 class StoredPosteriors:
@@ -139,18 +171,34 @@ class StoredPosteriors:
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
         """`posterior` (K, C) of the hidden objects; of all where none is hidden.
 
+        A detector's boxes may be of objects that nobody asked the teacher about (too small for it,
+        say): their rows are NaN.
+
         Raises:
-            UserError: An object that was not there when the posteriors were made.
+            UserError: A hidden object that was not there when the posteriors were made.
         """
+        wanted, places = self._places(batch)
+        rows = self.log_probs[places].float()
+        if not about_objects(batch):
+            unknown = self.object_ids[places] != wanted
+            return {"posterior": rows.masked_fill(unknown[:, None], math.nan)}
+        if wanted.device.type == "cpu":  # on a GPU the comparison would wait for the device
+            self._check(wanted, places)
+        return {"posterior": rows}
+
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """Which of a detector's boxes have a posterior."""
+        wanted, places = self._places(batch)
+        return {KNOWN: self.object_ids[places] == wanted}
+
+    def _places(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Ids of the objects asked about, and where they are or would be."""
         wanted = batch["object_ids"][asked(batch)]
         if self.object_ids.device != wanted.device:
             self.object_ids = self.object_ids.to(wanted.device)
             self.log_probs = self.log_probs.to(wanted.device)
         places = torch.searchsorted(self.object_ids, wanted)
-        places = places.clamp(max=len(self.object_ids) - 1)
-        if wanted.device.type == "cpu":  # on a GPU the comparison would wait for the device
-            self._check(wanted, places)
-        return {"posterior": self.log_probs[places].float()}
+        return wanted, places.clamp(max=len(self.object_ids) - 1)
 
     def _check(self, wanted: Tensor, places: Tensor) -> None:
         missing = wanted[self.object_ids[places] != wanted]
@@ -164,6 +212,14 @@ class StoredPosteriors:
         """Before training: all these objects must be known."""
         places = torch.searchsorted(self.object_ids, object_ids)
         self._check(object_ids, places.clamp(max=len(self.object_ids) - 1))
+
+    def check_knows(self, object_ids: Tensor) -> None:
+        """Before training of a detector: some of these objects must be known."""
+        if not torch.isin(object_ids, self.object_ids).any():
+            raise UserError(
+                f"{self.source}: no posterior for any object; the data set is another than the one "
+                "they were made for"
+            )
 
     def shuffled(self, seed: int) -> StoredPosteriors:
         """The control: each posterior given to another object, at random."""
@@ -217,3 +273,7 @@ class StoredTeacher:
         """`posterior` (K, C) and the layers (K, ...), whose rows are images without objects."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
         return maps if self.posteriors is None else {**self.posteriors(batch), **maps}
+
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """Which of a detector's boxes have a posterior."""
+        return {} if self.posteriors is None else self.posteriors.known(batch)

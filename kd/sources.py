@@ -14,8 +14,9 @@ from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.features import FeatureTaps
-from kd.objective import POSTERIOR, TEACHER_OUTPUTS, Term
+from kd.objective import Term
 from kd.opened import OpenData, Opened
+from kd.opened_boxes import OpenBoxes
 from kd.soft_targets import (
     LiveTeacher,
     SoftTargetSource,
@@ -26,6 +27,7 @@ from kd.soft_targets import (
 from kd.tasks.detection import Detection
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
+from kd.terms import POSTERIOR, TEACHER_OUTPUTS
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -34,19 +36,23 @@ class Sources:
     """Where the terms' targets come from.
 
     Args:
-        teacher: The recipe's `teacher`.
-        weights: Of the teachers in their mean.
-        posteriors: Stored ones by teacher, or none where the teachers are live; the first is the
-            recipe's `teacher`, whose name is empty.
+        teachers: By name, those that terms read; that of the recipe's `teacher` is empty.
+        weights: Of the same in their mean.
+        posteriors: Stored ones by teacher.
         maps: Other stored outputs by teacher, which come with the samples.
-        live: The teachers as they run in each step, or none.
+        live: The teachers that run in each step.
     """
 
-    teacher: TrainedTeacher
+    teachers: dict[str, TrainedTeacher]
     weights: list[float] = field(default_factory=list)
     posteriors: dict[str, StoredPosteriors] = field(default_factory=dict)
     maps: dict[str, dict[str, StoredField]] = field(default_factory=dict)
     live: dict[str, LiveTeacher] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> TrainedTeacher:
+        """The first one, the recipe's `teacher` as a rule."""
+        return next(iter(self.teachers.values()))
 
     @property
     def stored(self) -> bool:
@@ -77,10 +83,11 @@ class Sources:
             posteriors = own if own is None or shuffled is None else own.shuffled(shuffled)
             layers = [output for output in maps if output in outputs.get(name, ())]
             found[name] = StoredTeacher(posteriors, layers, prefix=_prefix(name))
-        first, *more = found
-        if not more:
-            return found[first]
-        return Teachers(found[first], {name: found[name] for name in more}, self.weights)
+        more = {name: found[name] for name in self.teachers if name}
+        first = found.get("")
+        if first is not None and not more:
+            return first
+        return Teachers(first, more, self.weights)
 
 
 def open_sources(
@@ -92,31 +99,57 @@ def open_sources(
         UserError: A teacher that is not there, or is of another data set or picture size; stored
             maps that cannot follow the picture.
     """
-    references: dict[str, TeacherReference] = {"": recipe.teacher, **recipe.more_teachers}
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    # Of objects the recipe's own says what pictures show, and what a bare student may be taught.
+    always = {""} if isinstance(data, OpenData) else set()
+    references = {
+        name: one for name, one in recipe.teachers.items() if outputs[name] or name in always
+    }
     teachers = {
-        name: load_teacher_of(find_teacher(reference, recipe.data.name), data)
+        name: _found(reference, recipe, data, stored=recipe.keeps(name))
         for name, reference in references.items()
     }
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
         FeatureTaps(teacher.model, layers_among(outputs[name])).remove()
-        _check_labels_known(teacher, recipe)
+        if recipe.keeps(name):
+            _check_labels_known(teacher, recipe)
         teacher.model.to(accelerator.device)
-    sources = Sources(teachers[""], [reference.weight for reference in references.values()])
+    sources = Sources(teachers, [reference.weight for reference in references.values()])
     for name, teacher in teachers.items():
-        if recipe.soft_targets.kind == "live":
+        if not recipe.keeps(name):
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
             continue
         kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
-        if isinstance(data, OpenData):
-            posteriors = StoredPosteriors.read(kept.pop(POSTERIOR))
-            # On a GPU a look-up does not check: here is the place, before anything trains.
-            posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
+        if POSTERIOR in kept:
+            posteriors = _posteriors(kept.pop(POSTERIOR), data)
             sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
+        if isinstance(data, OpenData):
             limit = recipe.soft_targets.moved_error
             check_moved_maps(teacher, data, kept, accelerator, limit=limit)
         sources.maps[name] = kept
     return sources
+
+
+def _found(
+    reference: TeacherReference, recipe: DistillRecipe, data: Opened, *, stored: bool
+) -> TrainedTeacher:
+    """A reference's teacher; stored ones answer about objects, and so have the data's classes."""
+    asked = data.objects if stored and isinstance(data, OpenBoxes) else data
+    return load_teacher_of(find_teacher(reference, recipe.data.name), asked)
+
+
+def _posteriors(kept: StoredField, data: Opened) -> StoredPosteriors:
+    """All of a cache; which objects they are of is looked at before anything trains.
+
+    On a GPU a look-up does not check. A detector may learn from boxes that nobody asked about.
+    """
+    posteriors = StoredPosteriors.read(kept)
+    if isinstance(data, OpenBoxes):
+        ids = data.objects.train.object_ids
+        posteriors.check_knows(torch.from_numpy(ids.astype(np.int64)))
+    elif isinstance(data, OpenData):
+        posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
+    return posteriors
 
 
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
@@ -124,7 +157,7 @@ def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
     if not isinstance(recipe.data, Data):
         return
     labelled = recipe.data.labelled
-    if teacher.reads_labels and labelled < 1 and recipe.soft_targets.kind == "stored":
+    if teacher.reads_labels and labelled < 1:
         raise UserError(
             f"{teacher.folder}: this teacher is told the other objects' classes, which "
             f"data.labelled {labelled} keeps from the student on the other images; take a teacher "
@@ -146,18 +179,20 @@ def _kept(
 ) -> dict[str, StoredField]:
     """A teacher's stored outputs; samples call them by teacher, posteriors stay in memory."""
     targets = recipe.soft_targets
-    always = [POSTERIOR] if isinstance(data, OpenData) else []
+    objects = data.objects if isinstance(data, OpenBoxes) else data
+    about_objects = isinstance(objects, OpenData)
+    always = [POSTERIOR] if about_objects else []
     location = targets.cache
     if location is not None and name:
         location = f"{location.rstrip('/')}/{name}"
     wanted = Wanted(
         outputs=[*always, *(output for output in outputs if output not in always)],
-        out_of_fold=targets.out_of_fold and isinstance(data, OpenData),
+        out_of_fold=targets.out_of_fold and about_objects,
         dtype=targets.dtype, top_k=targets.top_k,
         mirrored=targets.mirrored, int8=targets.int8, size=targets.size,
         location=location,
     )  # fmt: skip
-    found = open_cache(teacher, data, accelerator, wanted)
+    found = open_cache(teacher, objects, accelerator, wanted)
     return {
         output: StoredField(
             kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=kept.channels,

@@ -18,6 +18,8 @@ from kd.opened import OpenData, Opened
 from kd.opened_boxes import OpenBoxes
 from kd.tasks.base import Task
 
+BARE = ("bare", "direct")  # arms without a context head
+
 
 @dataclass(frozen=True)
 class TrainedStudent:
@@ -50,22 +52,31 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
     data = open_data(recipe.data, recipe.task.name)
     if isinstance(data, OpenData):
         prior = data.prior(data.labelled(config["seed"]))
-        context = config["arm"] not in ("bare", "direct")
-        student = build_student(to_be_loaded(recipe.student), prior, context=context)
+        bare = config["arm"] in BARE
+        student: nn.Module = build_student(to_be_loaded(recipe.student), prior, context=not bare)
         load_model(run / "model.safetensors", student)
     else:
-        student = load_network(run, recipe.student, data)
+        student = load_network(run, recipe.student, data, bare=config["arm"] in BARE)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
 
 
-def load_network(run: Path, section: Model, data: Opened) -> nn.Module:
+def load_network(run: Path, section: Model, data: Opened, *, bare: bool = False) -> nn.Module:
     """Load an arm's segmentation network or detector from its folder.
+
+    Args:
+        run: The folder.
+        section: The student's.
+        data: The data set.
+        bare: Whether a detector has no context head, whatever its options say.
 
     Raises:
         UserError: The folder is unfinished, or of another model.
     """
-    build = build_detector if isinstance(data, OpenBoxes) else build_segmenter
-    student = build(to_be_loaded(section), data.num_classes)
+    student: nn.Module
+    if isinstance(data, OpenBoxes):
+        student = build_detector(to_be_loaded(section), data.num_classes, context=not bare)
+    else:
+        student = build_segmenter(to_be_loaded(section), data.num_classes)
     load_model(run / "model.safetensors", student)
     return student
 

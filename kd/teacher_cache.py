@@ -33,13 +33,13 @@ from kd.data.stored import StoredField
 from kd.engine import to_device
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
-from kd.objective import POSTERIOR, TEACHER_OUTPUTS
 from kd.opened import Opened
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
 from kd.shown import Shown, shown_to
 from kd.soft_targets import LiveTeacher
 from kd.teacher_runs import TrainedTeacher, answering, fold_models
+from kd.terms import POSTERIOR, TEACHER_OUTPUTS
 from kd.wiring import layers_among
 
 _log = logging.getLogger("kd")

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from kd.config import DistillRecipe
 from kd.errors import UserError
-from kd.objective import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term
+from kd.objective import Term
 from kd.opened import OpenData, Opened
 from kd.opened_boxes import OpenBoxes
 from kd.opened_maps import OpenMaps
+from kd.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS
+from kd.wiring import outputs_by_teacher
 
-_OF_OBJECTS = {"bare", "shuffled", "direct"}  # arms
+_CONTROLS = {"bare", "shuffled", "direct"}  # arms
 
 
 def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
@@ -27,16 +29,13 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> N
     """
     if not isinstance(data, OpenData):
         _check_pictures(recipe, terms, data)
-    stored = recipe.soft_targets.kind == "stored"
-    if "shuffled" in recipe.arms and not stored:
-        raise UserError("arms: shuffled needs soft_targets.kind=stored")
-    maps = [term.name for term in terms if term.kind.maps]
-    if maps and "shuffled" in recipe.arms:
-        named = ", ".join(maps)
-        raise UserError(f"arms: shuffled is the control of posteriors, not of {named}")
-    if recipe.soft_targets.top_k and stored:  # kept as log-probabilities
+    if "shuffled" in recipe.arms:
+        _check_shuffled(recipe, terms)
+    if recipe.soft_targets.top_k:  # kept as log-probabilities
         for term in terms:
             output = term.teacher.rpartition(".")[2]
+            if not _all_kept(recipe, [term]):
+                continue
             if output in TEACHER_OUTPUTS and term.kind.function not in SOFTMAXED:
                 raise UserError(
                     f"losses: {term.name}: soft_targets.top_k keeps {output} as probabilities, "
@@ -44,17 +43,55 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> N
                 )
 
 
-def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
-    """What label maps and detectors do not go with."""
-    if controls := sorted(set(recipe.arms) & _OF_OBJECTS):
-        raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
-    if isinstance(data, OpenBoxes) and terms and recipe.soft_targets.kind == "stored":
+def _all_kept(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
+    """Whether all that terms read is stored."""
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    return all(recipe.keeps(teacher) for teacher, read in outputs.items() if read)
+
+
+def _check_shuffled(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
+    """The control has the distilled arm's terms, and can only exchange stored posteriors."""
+    own = {term.curve for term in recipe.losses}
+    terms = [term for term in terms if term.name in own]
+    if not _all_kept(recipe, terms):
+        raise UserError("arms: shuffled needs soft_targets.kind=stored")
+    if maps := [term.name for term in terms if term.kind.maps]:
+        raise UserError(f"arms: shuffled is the control of posteriors, not of {', '.join(maps)}")
+
+
+def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
+    """What detectors do not go with: they see boxes of all pictures in a step, and hide none."""
+    if "bare" in recipe.arms and not recipe.student.options.get("context", False):
         raise UserError(
-            "soft_targets.kind: detectors are taught in each step; --set soft_targets.kind=live"
+            "arms: bare: a student without its context head, but student.options.context is not "
+            "true, so that plain has none either"
         )
     for term in terms:
+        about = term.teacher.rpartition(".")[2] == POSTERIOR
+        if about and not _all_kept(recipe, [term]):
+            raise UserError(
+                f"losses: {term.name}: posteriors are asked for once, each object hidden in turn; "
+                "say kind: stored of that teacher, or --set soft_targets.kind=stored for all"
+            )
+        if not about and _all_kept(recipe, [term]):
+            raise UserError(
+                f"losses: {term.name}: but for posteriors detectors are taught in each step; say "
+                "kind: live of that teacher, or --set soft_targets.kind=live for all"
+            )
+
+
+def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+    """What label maps and detectors do not go with."""
+    finds = isinstance(data, OpenBoxes)
+    refused = {"direct"} if finds else _CONTROLS
+    if controls := sorted(set(recipe.arms) & refused):
+        raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
+    if finds:
+        _check_boxes(recipe, terms)
+    for term in terms:
         kind, output = term.kind, term.teacher.rpartition(".")[2]
-        if output == POSTERIOR or kind.labels or kind.mask == "ring":
+        hidden = output == POSTERIOR or kind.mask == "ring"
+        if kind.labels or (hidden and not finds):
             raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
         if kind.weights and not recipe.task.options.get("class_weights"):
             raise UserError(

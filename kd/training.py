@@ -79,6 +79,11 @@ class Objective:
         """Masks that its terms need, which are units of their own; see `count_units`."""
         return {term.kind.mask for term in self.terms if term.kind.mask}
 
+    @property
+    def map_units(self) -> set[str]:
+        """Those of a task on levels, whose terms on maps may also be means over valid places."""
+        return self.masks | ({"valid"} if any(term.kind.valid for term in self.terms) else set())
+
 
 @dataclass
 class Training:

@@ -14,10 +14,11 @@ from kd.catalog import look_up
 from kd.config import Adapter, Term
 from kd.errors import UserError
 from kd.nn.modes import evaluating
-from kd.objective import ROWS, TEACHER_OUTPUTS, build_term, draw_modules, modules_of
 from kd.objective import Term as BuiltTerm
+from kd.objective import build_term, draw_modules, modules_of
 from kd.soft_targets import MEAN, SoftTargetSource
 from kd.tasks.base import Batch, Task
+from kd.terms import ROWS, TEACHER_OUTPUTS
 
 
 def build_terms(terms: Sequence[Term]) -> list[BuiltTerm]:

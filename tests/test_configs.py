@@ -152,11 +152,12 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     classes = CLASSES.get(data, COCO)
     prior = np.full(classes, 1 / classes)
     names_objects = recipe.student.name not in SEGMENTERS | DETECTORS
-    for arm in ("plain", "bare") if names_objects else ("plain",):
+    reads = names_objects or recipe.student.options.get("context", False)
+    for arm in ("plain", "bare") if reads else ("plain",):
         if names_objects:
             model = build_student(offline(recipe.student), prior, context=arm == "plain")
         elif recipe.student.name in DETECTORS:
-            model = build_detector(offline(recipe.student), classes)
+            model = build_detector(offline(recipe.student), classes, prior, context=arm == "plain")
         else:
             model = build_segmenter(offline(recipe.student), classes)
         task = task_of(recipe.task, recipe.data, classes, model)

@@ -85,6 +85,7 @@ PLACES = {
     "kd.soft_targets": 3,
     "kd.adapted": 3,
     "kd.objective": 3,
+    "kd.terms": 3,
     "kd.rescoring": 3,
     "teachers": 3,
     "students": 3,

@@ -27,3 +27,22 @@ def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """
     comparable("box_distance", student, teacher, dimensions=2)
     return F.smooth_l1_loss(student, teacher.to(student), reduction="sum") / max(len(student), 1)
+
+
+def known_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides for a mean over those rows alone that the teacher knows something about.
+
+    To leave rows out would make an accelerator wait for their number. They are 0 on both sides
+    instead, which costs nothing and has no gradient.
+
+    Args:
+        student: Logits, (M, C).
+        teacher: Logits or log-probabilities, (M, C); NaN where it knows nothing.
+
+    Returns:
+        Student, teacher, (M, C) both; and what a mean over all M is to be multiplied by.
+    """
+    unknown = teacher.isnan().any(dim=1)
+    share = len(unknown) / (~unknown).sum().clamp(min=1)
+    lacking = unknown[:, None]
+    return student.masked_fill(lacking, 0.0), teacher.masked_fill(lacking, 0.0), share

@@ -105,16 +105,17 @@ class Surroundings(nn.Module):
         return box_geometry(scaled, (1, 1)) / 8**0.5
 
 
-def picture_extents(images: Tensor) -> Tensor:
-    """Width and height of each picture inside the black padding at its right and lower edge.
+def picture_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
+    """Width and height of each picture inside the padding at its right and lower edge.
 
     Args:
         images: Normalised, (N, 3, H, W).
+        padding: What its pixels are, black unless told otherwise.
 
     Returns:
         (N, 2), 1 or above.
     """
-    black = images.new_tensor(BLACK).view(1, 3, 1, 1)
+    black = images.new_tensor(padding).view(1, 3, 1, 1)
     drawn = ((images - black).abs() > 1e-3).any(dim=1)  # (N, H, W)
     columns, rows = drawn.any(dim=1), drawn.any(dim=2)
     last = [side.shape[1] - side.flip(1).to(torch.uint8).argmax(dim=1) for side in (columns, rows)]

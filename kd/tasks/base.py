@@ -7,6 +7,7 @@ are the images, and all M objects are asked about. Label -1 means withheld.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -29,6 +30,7 @@ Output = Mapping[str, Tensor]
 Mask = Callable[[tuple[int, int]], Tensor]
 
 RING_MARGIN = 0.5
+KNOWN = "known"  # a unit: boxes about which a teacher was asked
 
 
 class Mean(NamedTuple):
@@ -128,8 +130,10 @@ class Task(Protocol):
 class OnLevels(Protocol):
     """A task whose masks are on the levels of a pyramid, each level's places a unit of its own."""
 
-    def counts(self, batch: Batch, masks: Collection[str]) -> dict[str, Tensor]:
-        """Places of each mask on each level, as `NAME/STRIDE`."""
+    def counts(
+        self, batch: Batch, names: Collection[str], masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Places of each mask on each level, as `NAME/STRIDE`; `masks` are the batch's, if made."""
         ...
 
 
@@ -205,19 +209,24 @@ def hidden_labels(batch: Batch) -> Tensor:
     return batch["labels"][asked(batch)]
 
 
+def remembered(masks: Mapping[str, Mask]) -> dict[str, Mask]:
+    """Masks of a batch that are computed once for each grid, whoever asks for them how often."""
+    return {name: functools.cache(mask) for name, mask in masks.items()}
+
+
 def ring_mask(batch: Batch) -> Mask:
     """The surroundings of each hidden object: a ring of half its size, where there is picture."""
 
     def on_grid(grid: tuple[int, int]) -> Tensor:
         stride = stride_of(batch["images"].shape[-2], grid[0])
         boxes = hidden_boxes(batch)
-        ring = coverage(_outer_boxes(batch), grid, stride) - coverage(boxes, grid, stride)
+        ring = coverage(outer_boxes(batch), grid, stride) - coverage(boxes, grid, stride)
         return ring.clamp(min=0.0)
 
     return on_grid
 
 
-def _outer_boxes(batch: Batch) -> Tensor:
+def outer_boxes(batch: Batch) -> Tensor:
     """Outer edges of the rings, (K, 4), within the picture: padding is no surroundings."""
     outer = expand_boxes(hidden_boxes(batch), RING_MARGIN)
     sizes = batch["sizes"][image_rows(batch)].to(outer.dtype)
@@ -259,7 +268,7 @@ def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
             images = told.new_zeros(len(batch["images"]))
             count = (images.index_add(0, batch["image_of"], told) > 0).sum().float()
         elif unit == "ring":
-            count = _areas(_outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
+            count = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         else:
             raise KeyError(unit)
         counts[unit] = count

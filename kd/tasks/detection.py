@@ -12,7 +12,18 @@ from kd.data.hide import normalise, valid_pixels
 from kd.errors import UserError
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors.contract import Level
-from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, found_boxes, stride_of
+from kd.nn.regions import coverage
+from kd.tasks.base import (
+    Batch,
+    Classes,
+    Mask,
+    Mean,
+    Metric,
+    Output,
+    found_boxes,
+    outer_boxes,
+    stride_of,
+)
 
 LOSS = "loss."  # what a network's outputs that are losses begin with
 
@@ -62,13 +73,16 @@ class Detection:
         """Places of a level's map, bool (N, h, w), for imitation.
 
         `imitation`: where an anchor overlaps a box nearly as well as the best (`imitation_mask`);
-        `inside`: whose middle is in a box, or that hold the middle of a box; `whole`: all within
-        the pictures. Boxes are those of the level, see `assigned`.
+        `inside`: whose middle is in a box, or that hold the middle of a box; `whole`, `valid`: all
+        within the pictures. Boxes are those of the level, see `assigned`. `ring`: weights, the
+        share of a place that is near a box, but in none: of all boxes, on every level.
         """
         kinds: dict[str, Callable[[int, tuple[int, int], Batch], Tensor]] = {
             "imitation": self._imitation,
             "inside": self._inside,
             "whole": self._whole,
+            "valid": self._whole,
+            "ring": self._ring,
         }
 
         def of(kind: str) -> Mask:
@@ -80,19 +94,29 @@ class Detection:
 
         return {kind: of(kind) for kind in kinds}
 
-    def counts(self, batch: Batch, masks: Collection[str]) -> dict[str, Tensor]:
-        """Places of each mask on each level, as `NAME/STRIDE`: units of terms on maps."""
+    def counts(
+        self, batch: Batch, names: Collection[str], masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Places of each mask on each level, as `NAME/STRIDE`: units of terms on maps.
+
+        Of `valid`, which is no matter of levels, on every grid of a power of two.
+        """
         height, width = batch["images"].shape[-2:]
-        made = self.masks(batch)
-        return {
+        made = self.masks(batch) if masks is None else masks
+        found = {
             f"{name}/{level.stride}": made[name](
                 (-(-height // level.stride), -(-width // level.stride))
             )
             .sum()
             .float()
-            for name in sorted(masks)
+            for name in sorted(set(names) - {"valid"})
             for level in self.levels
         }
+        if "valid" in names:
+            for stride in (1 << power for power in range(max(height, width).bit_length() + 1)):
+                places = -(-batch["sizes"] // stride)
+                found[f"valid/{stride}"] = places.prod(dim=1).sum().float()
+        return found
 
     def _imitation(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         boxes, images = self._of_level(stride, batch)
@@ -108,6 +132,17 @@ class Detection:
 
     def _whole(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         return valid_pixels(-(-batch["sizes"] // stride), grid)
+
+    def _ring(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
+        self._level(stride)  # its places are counted on those alone
+
+        def united(boxes: Tensor) -> Tensor:
+            """Share of each place that an image's boxes cover; at most that, where they overlap."""
+            shares = coverage(boxes, grid, stride)
+            empty = shares.new_zeros(len(batch["images"]), *grid)
+            return empty.index_add(0, batch["image_of"], shares).clamp(max=1.0)
+
+        return (united(outer_boxes(batch)) - united(batch["boxes"])).clamp(min=0.0)
 
     def _level(self, stride: int) -> Level:
         for level in self.levels:

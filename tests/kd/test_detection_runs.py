@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
 
 from kd import distill, evaluate, train_teacher
+from kd.arms import Distillation
+from kd.build import make_accelerator, open_data
+from kd.cli import read_recipe, recipe_parser
+from kd.config import DistillRecipe
 from kd.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -19,6 +24,7 @@ SMALL = (
     "canonical: 32.0, hidden: 32, region_size: 3, candidates: [50, 50], proposals: [40, 20], "
     "sampled_anchors: 32, sampled_regions: 32, least_score: 0.0}"
 )
+HEAD = SMALL.replace("{trunk: resnet18, ", "{context: true, ")
 ARMS = {"plain", "F", "G", "I", "D", "ID"}
 TRAIN = "train={epochs: 1, batch_size: 8, pictures: 2, precision: fp32, evaluate_every: 0}"
 
@@ -85,8 +91,97 @@ def test_an_ablation_fills_one_table_and_draws_boxes_and_masks(
     assert (run / "evaluation" / "boxes_0.png").is_file()
 
 
+def curves(run: Path) -> str:
+    return (run / "metrics.jsonl").read_text()
+
+
+def test_a_context_teacher_teaches_the_head_and_a_bare_twin_has_none(
+    scenes: list[str], small_teacher: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "students"
+    given = flags([*scenes, f"student.{HEAD}", "seeds=[0]", "soft_targets.out_of_fold=true",
+                   "arms=[plain, distilled, bare, shuffled]"])  # fmt: skip
+    command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes"]
+    assert distill.main([*command, "--teacher", str(small_teacher), *given, "--out", str(out)]) == 0
+    runs = {path.parent.name: path.parent for path in out.glob("seed0/*/summary.json")}
+    assert runs.keys() == {"plain", "distilled", "bare", "shuffled"}
+    for arm in ("plain", "distilled", "shuffled"):  # a plain student shows the curve for nothing
+        assert '"loss/context_logits"' in curves(runs[arm])
+    assert '"loss/context_logits"' not in curves(runs["bare"])
+    weights = {arm: load_file(run / "model.safetensors") for arm, run in runs.items()}
+    heads = {name for name in weights["plain"] if name.startswith("context.")}
+    assert heads and weights["bare"].keys() == weights["plain"].keys() - heads
+    taught, alone = (weights[arm]["context.layers.3.weight"] for arm in ("distilled", "plain"))
+    assert not taught.equal(alone)
+    shares = weights["plain"]["context.log_prior"].exp()
+    assert shares.sum() == pytest.approx(1.0, abs=1e-4) and shares.std() > 1e-3
+    for arm in ("distilled", "bare"):  # asked again, each answers as it did
+        assert evaluate.main([str(runs[arm])]) == 0
+        again = json.loads((runs[arm] / "evaluation" / "metrics.json").read_text())["runs"]
+        summary = json.loads((runs[arm] / "summary.json").read_text())
+        assert next(iter(again.values()))["AP"] == pytest.approx(summary["AP"])
+
+
+def test_a_stored_context_teacher_stands_beside_a_live_detector(
+    scenes: list[str], finder: Path, small_teacher: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "students"
+    given = flags([*scenes, f"student.{HEAD}", "seeds=[0]", "train.accumulate=2",
+                   f"more_teachers.detector.run={finder}"])  # fmt: skip
+    command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes", *given]
+    command += ["--teacher", str(small_teacher), "--ablation", "context", "--out", str(out)]
+    assert distill.main(command) == 0
+    arms = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
+    assert arms.keys() == {"plain", "context", "I", "I_context"}
+    for arm, terms in (("plain", ""), ("context", "c"), ("I", "n"), ("I_context", "cn")):
+        assert ('"loss/context_logits"' in arms[arm]) is ("c" in terms)
+        assert ('"loss/near_1"' in arms[arm]) is ("n" in terms)
+    assert (out / "masks/0.png").is_file()
+
+
+def test_a_context_teacher_may_be_the_further_one(
+    scenes: list[str], finder: Path, small_teacher: Path, tmp_path: Path
+) -> None:
+    given = flags([*scenes, f"student.{HEAD}", "soft_targets={kind: live, out_of_fold: false}",
+                   f"teacher={{run: {finder}, kind: live}}", "arms=[distilled]", "adapters={}",
+                   f"more_teachers={{scene: {{run: {small_teacher}, kind: stored}}}}",
+                   "losses=[{name: context_logits, weight: 1.0, teacher: scene.posterior}]",
+                   "more_losses=[]", "ablations={}"])  # fmt: skip
+    command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes", *given]
+    args = recipe_parser("x", "distill", "y").parse_args(command)
+    recipe = read_recipe(args, DistillRecipe, "distill")
+    assert recipe is not None
+    data = open_data(recipe.data, recipe.task.name)
+    arms = Distillation(recipe, data, make_accelerator("fp32"), tmp_path)
+    arms.check()
+    assert arms.sources is not None and list(arms.sources.teachers) == ["scene"]  # none reads ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["student.options.context=false"], "bare: a student without its context head, but"),
+        (["student.options.context=false", "arms=[distilled]"], "the student gives no 'context'"),
+        (["teacher.kind=live"], "context_logits: posteriors are asked for once, each object"),
+        (["arms=[plain, direct]"], "direct: for students that name objects only"),
+        (["arms=[plain, I]", "more_teachers.detector.kind=stored"],
+         "near_0: but for posteriors detectors are taught in each step; say kind: live"),
+        (["arms=[shuffled]", "losses=[{name: object_logits, weight: 1.0}]", "teacher.kind=live",
+          "ablations={}", "more_losses=[]", "adapters={}"],
+         r"shuffled needs soft_targets\.kind=stored"),
+    ],
+)  # fmt: skip
+def test_what_context_and_detectors_do_not_go_with_is_refused(
+    settings: list[str], said: str, scenes: list[str], finder: Path, small_teacher: Path
+) -> None:
+    given = flags([*scenes, f"student.{HEAD}", f"more_teachers.detector.run={finder}", *settings])
+    command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes"]
+    with pytest.raises(UserError, match=said):
+        distill.main([*command, "--teacher", str(small_teacher), *given])
+
+
 def test_stored_answers_of_a_detector_are_refused(scenes: list[str], finder: Path) -> None:
     given = flags([*scenes, f"student.{SMALL}", "soft_targets.kind=stored"])
     command = ["--student", "fasterrcnn_resnet18", "--data", "scenes", "--teacher", str(finder)]
-    with pytest.raises(UserError, match=r"taught in each step; --set soft_targets\.kind=live"):
+    with pytest.raises(UserError, match=r"taught in each step; .*--set soft_targets\.kind=live"):
         distill.main([*command, *given])

@@ -12,7 +12,6 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses import channel_wise, decoupled, hint, imitation, kl_logits, pair_wise
 from kd.objective import (
-    TERMS,
     Ramp,
     build_term,
     check_weights,
@@ -21,6 +20,7 @@ from kd.objective import (
     weighted_sum,
 )
 from kd.tasks.base import Mean
+from kd.terms import TERMS
 
 
 def asked(image_of: list[int], labels: list[int] | None = None) -> dict[str, Tensor]:

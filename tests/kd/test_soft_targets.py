@@ -12,7 +12,13 @@ from kd.data.store import Store
 from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
-from kd.soft_targets import LiveTeacher, StoredPosteriors, StoredTeacher, Teachers
+from kd.soft_targets import (
+    LiveTeacher,
+    StoredPosteriors,
+    StoredTeacher,
+    Teachers,
+    known_counts,
+)
 from kd.tasks.base import Batch
 from kd.tasks.context import Context
 from teachers import TEACHERS
@@ -173,3 +179,44 @@ def test_a_live_teacher_answers_in_float32_from_bfloat16() -> None:
     rough = LiveTeacher(model, task, autocast=True)(batch)["posterior"]
     assert rough.dtype == torch.float32
     assert torch.allclose(rough, exact, atol=0.1)
+
+
+def boxes_of(*object_ids: int) -> dict[str, Tensor]:
+    """A detector's batch: every box is asked about, none is hidden."""
+    count = len(object_ids)
+    return {"object_ids": torch.tensor(object_ids, dtype=torch.int64),
+            "boxes": torch.zeros(count, 4)}  # fmt: skip
+
+
+def test_boxes_that_nobody_asked_about_have_no_posterior_and_are_not_counted() -> None:
+    source = stored()  # of 10**2 to 15**2
+    rows = source(boxes_of(121, 7, 100, 10_000))["posterior"]
+    assert rows[[1, 3]].isnan().all()
+    assert torch.equal(rows[[0, 2]], source(batch_of(121, 100))["posterior"])
+    teacher = StoredTeacher(source)
+    assert known_counts(teacher, boxes_of(121, 7, 100)) == {"known": 2.0}
+    assert known_counts(teacher, boxes_of()) == {"known": 0.0}
+    assert known_counts(teacher, batch_of(121)) == {}  # who is asked about hidden ones is complete
+    assert known_counts(StoredTeacher(None), boxes_of(1)) == known_counts(Says(), boxes_of(1)) == {}
+    source.check_knows(torch.tensor([5, 225]))
+    with pytest.raises(UserError, match="no posterior for any object; the data set is another"):
+        source.check_knows(torch.tensor([5, 6]))
+
+
+def test_each_stored_teacher_knows_its_own_boxes_and_their_mean_those_of_all() -> None:
+    one, two = stored(), StoredPosteriors(torch.tensor([100, 7]), torch.randn(2, CLASSES))
+    both = Teachers(StoredTeacher(one), {"more": StoredTeacher(two)}, [1.0, 1.0])
+    batch = boxes_of(100, 121, 7)
+    assert known_counts(both, batch) == {"known": 2.0, "more.known": 2.0, "mean.known": 1.0}
+    mean = both(batch)["mean.posterior"]
+    assert mean.isnan().any(dim=1).tolist() == [False, True, True]
+    # Beside a teacher that runs in each step, there is no mean to count.
+    mixed = Teachers(Says(neck=torch.ones(1)), {"more": StoredTeacher(two)}, [1.0, 1.0])
+    assert known_counts(mixed, batch) == {"more.known": 2.0}
+
+
+def test_without_the_first_teacher_the_others_keep_their_names() -> None:
+    alone = Teachers(None, {"more": Says(neck=torch.ones(1))}, [2.0])
+    assert set(alone({})) == {"more.neck"}
+    with pytest.raises(UserError, match="1 teachers have 2 weights"):
+        Teachers(None, {"more": Says()}, [1.0, 1.0])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.nn.surroundings import picture_extents
 
 
 class Level(NamedTuple):
@@ -138,6 +139,16 @@ def _check_values(
                 f"{what}: {said}; box {before} of image {image} in the batch (row {row}) is "
                 f"{boxes[row].tolist()}{label}"
             )
+
+
+def shown_extents(images: Tensor, sizes: Tensor | None) -> Tensor:
+    """Width and height of each picture inside the zeros around it, (N, 2).
+
+    Args:
+        images: (N, 3, H, W).
+        sizes: Height and width, (N, 2), where they are known: not of a teacher of maps.
+    """
+    return picture_extents(images, (0.0,) * 3) if sizes is None else sizes.flip(1)
 
 
 def leveled(**maps: Sequence[Tensor]) -> dict[str, Tensor]:

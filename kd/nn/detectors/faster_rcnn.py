@@ -7,7 +7,7 @@ resizing of pictures is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,19 +17,26 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from kd.errors import UserError, at_least
+from kd.nn.detectors.context import BoxContext, box_context
 from kd.nn.detectors.contract import (
     Level,
-    Objects,
     check_call,
     leveled,
     objects_of,
     padded,
     pairs,
+    shown_extents,
     wide,
 )
 from kd.nn.detectors.files import load_detector
 from kd.nn.detectors.pyramid import anchors_of, build_pyramid
-from kd.nn.detectors.second_stage import WidePredictor, region_pool
+from kd.nn.detectors.second_stage import (
+    WidePredictor,
+    region_losses,
+    region_pool,
+    regions_found,
+    said_of,
+)
 
 
 class _Dense(NamedTuple):
@@ -48,6 +55,7 @@ class FasterRCNN(nn.Module):
     Attributes:
         network: torchvision's.
         levels: Maps with their anchors.
+        context: What reads the surroundings of regions, or None.
         loss_units: What each loss is a mean over, for `kd.tasks.base.Mean`.
     """
 
@@ -56,11 +64,18 @@ class FasterRCNN(nn.Module):
     loss_units = dict.fromkeys(("objectness", "proposal_boxes", "classes", "boxes"), "images")
 
     def __init__(
-        self, network: nn.Module, levels: Sequence[Level], *, num_classes: int, top: int
+        self,
+        network: nn.Module,
+        levels: Sequence[Level],
+        *,
+        num_classes: int,
+        top: int,
+        context: BoxContext | None = None,
     ) -> None:
         super().__init__()
         self.network, self.levels = network, tuple(levels)
         self.num_classes, self.top = num_classes, top
+        self.context = context
 
     def forward(
         self,
@@ -80,7 +95,8 @@ class FasterRCNN(nn.Module):
             Of each level `features.L` (N, D, h, w); `class_maps.L` (N, A, h, w), logits of there
             being any object, and `box_maps.L` (N, 4 A, h, w), deltas: the proposal network's.
             With boxes, `object_logits` (M, C+1), background first, and `object_deltas`
-            (M, 4 (C+1)), what the second stage says of them. In training `loss.objectness`, a
+            (M, 4 (C+1)), what the second stage says of them, and of a network with a context head
+            `context` (M, C), what the surroundings alone say. In training `loss.objectness`, a
             cross-entropy, the mean over the sampled anchors; `loss.proposal_boxes`, smooth L1 of
             those of them on objects, summed and divided by all that are sampled; `loss.classes` and
             `loss.boxes`, the same over the sampled regions. In evaluation with sizes `detections`
@@ -94,19 +110,27 @@ class FasterRCNN(nn.Module):
         features = list(maps.values())
         logits, deltas = self._rpn.head(features)
         output = leveled(features=features, class_maps=logits, box_maps=deltas)
+        extents = None if self.context is None else shown_extents(images, sizes)
         objects = None
         if boxes is not None and image_of is not None:
             objects = objects_of(boxes, labels, image_of, len(images))
-            output |= self._at_objects(maps, objects)
+            said = self._second(maps, list(objects.boxes), extents)
+            output |= {name: objects.in_batch_order(rows) for name, rows in said.items()}
         if sizes is None:
             return output
         dense = self._dense(images, sizes, features, logits, deltas)
         proposals = self._proposals(dense)
-        if not self.training:
-            found, _ = self._roi_heads(maps, proposals, dense.images.image_sizes)
-            return output | {"detections": padded(found, self.top, first=1)}
-        assert objects is not None
-        return output | self._losses(maps, dense, proposals, objects.targets(first=1))
+        heads = self._roi_heads
+        if self.training:
+            assert objects is not None
+            targets = objects.targets(first=1)
+            output |= self._losses(dense, targets)  # first, in the order of torchvision's draws
+            regions, _, kinds, offsets = heads.select_training_samples(proposals, targets)
+            said = self._second(maps, regions, extents)
+            return output | region_losses(said, kinds, offsets)
+        said = self._second(maps, proposals, extents)
+        found = regions_found(heads, said, proposals, dense.images.image_sizes)
+        return output | {"detections": padded(found, self.top, first=1)}
 
     @property
     def _rpn(self) -> Any:
@@ -116,16 +140,10 @@ class FasterRCNN(nn.Module):
     def _roi_heads(self) -> Any:
         return self.network.roi_heads
 
-    def _at_objects(self, maps: dict[str, Tensor], objects: Objects) -> dict[str, Tensor]:
-        """The second stage's answers about given boxes, in the batch's order."""
-        heads = self._roi_heads
-        # The pool knows its scales; torchvision has use for sizes only to guess them.
-        regions = heads.box_roi_pool(maps, list(objects.boxes), [])
-        logits, deltas = heads.box_predictor(heads.box_head(regions))
-        return {
-            "object_logits": objects.in_batch_order(logits),
-            "object_deltas": objects.in_batch_order(deltas),
-        }
+    def _second(
+        self, maps: Mapping[str, Tensor], boxes: list[Tensor], extents: Tensor | None
+    ) -> dict[str, Tensor]:
+        return said_of(self._roi_heads, self.context, maps, boxes, extents)
 
     def _dense(
         self,
@@ -139,41 +157,26 @@ class FasterRCNN(nn.Module):
         flat_logits, flat_deltas = concat_box_prediction_layers(
             [wide(one) for one in logits], [wide(one) for one in deltas]
         )
-        return _Dense(
-            listed,
-            flat_logits,
-            flat_deltas,
-            self._rpn.anchor_generator(listed, features),
-            [one[0].numel() for one in logits],
-        )
+        anchors = self._rpn.anchor_generator(listed, features)
+        counts = [one[0].numel() for one in logits]
+        return _Dense(listed, flat_logits, flat_deltas, anchors, counts)
 
     def _proposals(self, dense: _Dense) -> list[Tensor]:
         """Regions of each image, (R, 4); no gradient goes through them."""
         decoded = self._rpn.box_coder.decode(dense.deltas.detach(), dense.anchors)
-        decoded = decoded.view(len(dense.anchors), -1, 4)
         kept: list[Tensor] = self._rpn.filter_proposals(
-            decoded, dense.logits, dense.images.image_sizes, dense.counts
-        )[0]
+            decoded.view(len(dense.anchors), -1, 4), dense.logits, dense.images.image_sizes,
+            dense.counts,
+        )[0]  # fmt: skip
         return kept
 
-    def _losses(
-        self,
-        maps: dict[str, Tensor],
-        dense: _Dense,
-        proposals: list[Tensor],
-        targets: list[dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
+    def _losses(self, dense: _Dense, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Of the proposal network."""
         rpn = self._rpn
         labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
         offsets = rpn.box_coder.encode(matched, dense.anchors)
         objectness, boxes = rpn.compute_loss(dense.logits, dense.deltas, labels, offsets)
-        _, second = self._roi_heads(maps, proposals, dense.images.image_sizes, targets)
-        return {
-            "loss.objectness": objectness,
-            "loss.proposal_boxes": boxes,
-            "loss.classes": second["loss_classifier"],
-            "loss.boxes": second["loss_box_reg"],
-        }
+        return {"loss.objectness": objectness, "loss.proposal_boxes": boxes}
 
 
 def fasterrcnn(
@@ -200,6 +203,11 @@ def fasterrcnn(
     least_score: float = 0.05,
     overlap: float = 0.5,
     top: int = 100,
+    context: bool = False,
+    context_hidden: int = 128,
+    context_margin: float = 1.0,
+    strength: float = 0.5,
+    prior: Sequence[float] | None = None,
     file: str | None = None,
 ) -> FasterRCNN:
     """Faster R-CNN on any torchvision trunk; torchvision's `fasterrcnn_resnet50_fpn` by default.
@@ -233,6 +241,11 @@ def fasterrcnn(
         least_score: Detections below are left out.
         overlap: IoU above which the worse of two detections of a class is suppressed.
         top: Detections of an image, K.
+        context: Whether there is a head for what is around a region, see `BoxContext`.
+        context_hidden: Width of its layer.
+        context_margin: Thickness of the ring that it reads, as a share of the region's sides.
+        strength: Weight of what it says to begin with; it is learned.
+        prior: Share of each class among the objects, for the context head.
         file: Weights of the whole network, a run's or torchvision's; those of the trunk alone are
             then left aside.
 
@@ -273,6 +286,13 @@ def fasterrcnn(
         box_batch_size_per_image=sampled_regions,
     )
     network.rpn.min_size = min_side
-    model = FasterRCNN(network, anchors.levels(), num_classes=num_classes, top=top)
+    around = None
+    if context:  # last, so that a network of one seed without it starts from the same weights
+        around = box_context(
+            what, channels=channels, strides=pyramid.strides[: pyramid.own],
+            num_classes=num_classes, prior=prior, hidden=context_hidden, margin=context_margin,
+            strength=strength,
+        )  # fmt: skip
+    model = FasterRCNN(network, anchors.levels(), num_classes=num_classes, top=top, context=around)
     load_detector(model, file, num_classes=num_classes, what=f"{what} on {trunk}")
     return model

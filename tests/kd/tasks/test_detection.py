@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
 from kd.nn.detectors.faster_rcnn import FasterRCNN
 from kd.objective import build_term, distillation_losses
-from kd.soft_targets import LiveTeacher
+from kd.soft_targets import LiveTeacher, StoredPosteriors, StoredTeacher, Teachers
+from kd.tasks.base import remembered
 from kd.tasks.detection import Detection, anchor_sides, assigned
-from kd.training import Objective
+from kd.training import Objective, Training
 from kd.wiring import adapt_student
 
 SIZE, CLASSES = 64, 3
@@ -52,8 +55,8 @@ def make_batch(boxes: list[list[list[float]]]) -> dict[str, Tensor]:
 BOXES = [[[8.0, 8.0, 16.0, 17.0]], [[10.0, 4.0, 30.0, 26.0], [40.0, 20.0, 47.0, 27.0]], []]
 
 
-def detector(channels: int = 16) -> FasterRCNN:
-    network = DETECTORS["fasterrcnn"](num_classes=CLASSES, channels=channels, **SMALL)
+def detector(channels: int = 16, **options: Any) -> FasterRCNN:
+    network = DETECTORS["fasterrcnn"](num_classes=CLASSES, channels=channels, **SMALL, **options)
     assert isinstance(network, FasterRCNN)
     return network
 
@@ -123,6 +126,51 @@ def test_places_of_each_level_are_counted() -> None:
     assert task.counts(batch, ()) == {}
 
 
+def test_a_ring_is_near_a_box_and_in_none() -> None:
+    # Two boxes of 8 pixels side by side, of which each is in the other's ring.
+    batch = make_batch(
+        [[[16.0, 16.0, 24.0, 24.0], [24.0, 16.0, 32.0, 24.0]], [[60.0, 0, 64, 6]], []]
+    )
+    task = Detection(num_classes=CLASSES, levels=LEVELS)
+    ring = task.masks(batch)["ring"]((16, 16))
+    expected = torch.zeros(16, 16)
+    expected[3:7, 3:9] = 1.0
+    expected[4:6, 4:8] = 0.0
+    assert torch.equal(ring[0], expected)
+    # Cut by the picture: 58 to 64 across, 0 to 9 down; places of 4 are covered in part.
+    rest = torch.zeros(16, 16)
+    rest[0, 14:], rest[1, 14:], rest[2, 14:] = (
+        torch.tensor(row) for row in ([0.5, 0.0], [0.5, 0.5], [0.125, 0.25])
+    )
+    assert torch.allclose(ring[1], rest) and not ring[2].any()
+    assert task.counts(batch, {"ring"})["ring/4"] == pytest.approx(float(ring.sum()))
+    with pytest.raises(UserError, match=r"of 16 pixels a place .* levels, whose are 4, 8"):
+        task.masks(batch)["ring"]((4, 4))
+
+
+def test_valid_places_are_counted_on_every_grid() -> None:
+    batch, task = make_batch(BOXES), Detection(num_classes=CLASSES, levels=LEVELS)
+    batch["sizes"] = torch.tensor([[48, 64], [33, 21], [64, 64]])
+    counts = task.counts(batch, {"valid"})
+    for stride in (1, 4, 8, 32):
+        grid = (SIZE // stride, SIZE // stride)
+        assert counts[f"valid/{stride}"] == task.masks(batch)["valid"](grid).sum()
+
+
+def test_masks_of_a_batch_are_computed_once() -> None:
+    batch, calls = make_batch(BOXES), []
+
+    def mask(grid: tuple[int, int]) -> Tensor:
+        calls.append(grid)
+        return torch.ones(3, *grid)
+
+    made = remembered({"inside": mask})
+    counts = Detection(num_classes=CLASSES, levels=LEVELS).counts(batch, {"inside"}, made)
+    assert counts == {"inside/4": 3 * 256, "inside/8": 3 * 64}
+    assert made["inside"]((8, 8)) is made["inside"]((8, 8))
+    assert calls == [(16, 16), (8, 8)]
+
+
 def test_a_map_of_another_stride_is_refused() -> None:
     task = Detection(num_classes=CLASSES, levels=LEVELS)
     with pytest.raises(UserError, match=r"of 16 pixels a place .* levels, whose are 4, 8"):
@@ -157,71 +205,101 @@ TERMS = [
                teacher="network.backbone.0"),
     build_term("imitation_inside", weight=0.2, label="inside", student="network.backbone.1",
                teacher="network.backbone.1"),
+    build_term("context_features", weight=0.2, label="around", student="network.backbone.1",
+               teacher="network.backbone.1"),
+    build_term("hint", weight=0.2, student="network.backbone.0", teacher="network.backbone.0"),
+    build_term("pair_wise", weight=0.2, student="network.backbone.1",
+               teacher="network.backbone.1"),
+    build_term("channel_wise", weight=0.2, student="network.backbone.0",
+               teacher="network.backbone.0"),
     build_term("object_logits", weight=1.0),
     build_term("object_boxes", weight=1.0),
+    build_term("context_logits", weight=1.0, teacher="scene.posterior",
+               options={"temperature": 1.0}),
 ]  # fmt: skip
+SAID = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()  # of objects 0 and 2, not of 1
 
 
 def assembled() -> tuple[AdaptedStudent, Objective]:
-    """A student and a wider teacher at their initial weights, and what the one learns."""
+    """A student with a context head, a wider teacher, one of context; what the one learns."""
     torch.manual_seed(0)
-    student, teacher = detector(), detector(channels=24)
+    student = detector(context=True, batch_norm_frozen=True)
+    teacher = detector(channels=24)
     layers = ["network.backbone.0", "network.backbone.1"]
-    source = LiveTeacher(teacher, task_of(teacher, answers=False), layers, posterior=False)
+    live = LiveTeacher(teacher, task_of(teacher, answers=False), layers, posterior=False)
+    scene = StoredTeacher(StoredPosteriors(torch.tensor([0, 2]), SAID))
+    source = Teachers(live, {"scene": scene}, [1.0, 1.0])
     task = task_of(student)
     adapters = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
     model, terms = adapt_student(student, TERMS, adapters, source, task, make_batch(BOXES))
     return model, Objective(task, dict.fromkeys(LOSSES, 1.0), terms, source)
 
 
-def test_a_step_with_every_term_moves_the_student_and_a_batch_without_boxes_is_harmless() -> None:
-    model, objective = assembled()
-    accelerator = make_accelerator("fp32")
+def training_of(model: AdaptedStudent) -> Training:
     train = Train(
         optimizer=Optimizer(name="sgd", lr=1e-3), schedule=Schedule(name="constant", warmup=0.0)
     )
-    training = start_training(accelerator, model, train, steps=3)
+    training = start_training(make_accelerator("fp32"), model, train, steps=3)
     training.model.train()
+    return training
+
+
+def test_a_step_with_every_term_moves_the_student_and_a_batch_without_boxes_is_harmless() -> None:
+    model, objective = assembled()
+    training = training_of(model)
     weights = objective.weights_at(0.0)
     sums, _ = train_step(training, [make_batch(BOXES)], objective, weights)
-    assert {"near", "inside", "object_logits", "object_boxes", *LOSSES} < sums.keys()
+    assert {term.name for term in TERMS} | {*LOSSES} < sums.keys()
     assert all(torch.isfinite(value) and value > 0 for value in sums.values())
     sums, counts = train_step(training, [make_batch([[], []])], objective, weights)
-    assert sums["near"] == sums["object_logits"] == 0 and counts["near"] == 0
+    assert sums["near"] == sums["object_logits"] == sums["context_logits"] == 0
+    assert counts["near"] == counts["around"] == counts["context_logits"] == 0
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_micro_batches_add_up_for_the_terms_on_maps() -> None:
-    # In evaluation mode nothing is random and batch norms see no neighbours.
-    model, objective = assembled()
-    whole = make_batch(BOXES)
+def parts_of(whole: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch's images one by one."""
     parts = []
-    for image in range(3):
+    for image in range(len(whole["images"])):
         mine = whole["image_of"] == image
         parts.append(
-            {key: value[image : image + 1] for key, value in whole.items() if len(value) == 3
-             and key in ("images", "sizes", "image_ids", "labelled")}
+            {key: whole[key][image : image + 1]
+             for key in ("images", "sizes", "image_ids", "labelled")}
             | {key: whole[key][mine] for key in ("boxes", "labels", "object_ids")}
             | {"image_of": torch.zeros(int(mine.sum()), dtype=torch.int64)}
         )  # fmt: skip
-    model.eval()
-    values = []
-    for batches in ([whole], parts):
-        totals: dict[str, float] = {}
-        amounts: dict[str, float] = {}
-        for batch in batches:
-            task = objective.task
-            assert isinstance(task, Detection) and objective.soft_targets is not None
-            output, features = model(*task.inputs(batch))
-            losses = distillation_losses(
-                objective.terms, {**output, **features}, objective.soft_targets(batch),
-                task.masks(batch), batch,
-            )  # fmt: skip
-            counts = task.counts(batch, objective.masks)
-            counts["boxes"] = torch.tensor(float(len(batch["boxes"])))
-            for name, loss in losses.items():
-                amount = float(counts[loss.unit])
-                totals[name] = totals.get(name, 0.0) + loss.value.item() * amount
-                amounts[name] = amounts.get(name, 0.0) + amount
-        values.append({name: totals[name] / amounts[name] for name in totals})
-    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    return parts
+
+
+def test_micro_batches_add_up_for_every_term() -> None:
+    # Losses of the network's own sample at random: only their weights are 0 here.
+    batch, found = make_batch(BOXES), []
+    batch["sizes"] = torch.tensor([[48, 64], [64, 64], [31, 64]])
+    for group in ([batch], parts_of(batch)):
+        model, objective = assembled()
+        training = training_of(model)
+        weights = {**objective.weights_at(0.0), **dict.fromkeys(LOSSES, 0.0)}
+        sums, counts = train_step(training, group, objective, weights)
+        means = {term.name: float(sums[term.name] / counts[term.name]) for term in TERMS}
+        found.append((means, {name: one.clone() for name, one in model.state_dict().items()}))
+    (whole, after), (parts, again) = found
+    assert whole == pytest.approx(parts, rel=1e-4)
+    assert all(value > 0 for value in whole.values())
+    for name, one in after.items():
+        torch.testing.assert_close(one, again[name], rtol=1e-4, atol=1e-6)
+
+
+def test_context_logits_are_of_the_boxes_that_have_a_posterior() -> None:
+    said = torch.randn(3, CLASSES, requires_grad=True)
+    term = build_term("context_logits", weight=1.0, options={"temperature": 1.0})
+    batch = make_batch(BOXES)
+    source = StoredPosteriors(torch.tensor([0, 2]), SAID)
+    losses = distillation_losses([term], {"context": said}, source(batch), {}, batch)
+    value, unit, _ = losses["context_logits"]
+    by_hand = (SAID.exp() * (SAID - said[[0, 2]].log_softmax(dim=1))).sum(dim=1).mean()
+    assert value.item() == pytest.approx(by_hand.item(), rel=1e-5) and unit == "known"
+    value.backward()
+    assert said.grad is not None and said.grad[[0, 2]].all() and not said.grad[1].any()
+    nobody = StoredPosteriors(torch.tensor([77]), SAID[:1])
+    none = distillation_losses([term], {"context": said}, nobody(batch), {}, batch)
+    assert none["context_logits"].value == 0
