@@ -84,7 +84,7 @@ def by_engine(options: argparse.Namespace, device: torch.device) -> Step:
     """The engine's step as `fit` takes it, log lines left out."""
     student, teacher = networks(options, device)
     task = task_of(student)
-    asked = Detection(num_classes=CLASSES, answers=False)
+    asked = Detection(num_classes=CLASSES, wanted="features")
     live = LiveTeacher(teacher, asked, LAYERS, posterior=False)
     objective = Objective(task, dict.fromkeys(task.loss_units, 1.0), terms(), live)
     return engine_step(AdaptedStudent(student, LAYERS, adapters(device)), objective, TRAIN)

@@ -202,6 +202,11 @@ def _kept(
     }  # fmt: skip
 
 
+def _of_pyramid(outputs: Sequence[str]) -> bool:
+    """Whether nothing else of a detector is wanted: its heads need not run then."""
+    return all(output.startswith("network.backbone") for output in outputs)
+
+
 def _live(
     teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
@@ -213,7 +218,7 @@ def _live(
         )
     task = teacher.task
     if isinstance(task, Detection):
-        task = replace(task, answers=False)
+        task = replace(task, wanted="features" if _of_pyramid(outputs) else "objects")
     return LiveTeacher(
         teacher.model, task, layers_among(outputs),
         autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,15 +38,15 @@ class Detection:
         levels: Of the network that learns: its maps' strides and anchors, for the masks.
         psi: Share of a box's largest IoU that the imitation mask asks for.
         loss_units: What each of its losses is a mean of.
-        answers: Whether detections are wanted; a teacher of features is asked for its maps alone,
-            and at the true boxes for what it says of them.
+        wanted: What is asked of a network in evaluation: detections; or, of a teacher in each step,
+            its raw maps and what it says of the true boxes; or the maps of its pyramid alone.
     """
 
     num_classes: int
     levels: tuple[Level, ...] = ()
     psi: float = 0.5
     loss_units: Mapping[str, str] = field(default_factory=dict)
-    answers: bool = True
+    wanted: Literal["detections", "objects", "features"] = "detections"
 
     def __post_init__(self) -> None:
         """Check the share.
@@ -61,7 +62,9 @@ class Detection:
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
         shown = normalise(images) * valid_pixels(batch["sizes"], size)[:, None]
-        sizes = batch["sizes"] if self.answers else None
+        if self.wanted == "features":
+            return (shown,)
+        sizes = batch["sizes"] if self.wanted == "detections" else None
         crowds = batch.get("crowds"), batch.get("crowd_of")
         return shown, sizes, batch["boxes"], batch["labels"], batch["image_of"], *crowds
 

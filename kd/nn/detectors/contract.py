@@ -11,7 +11,8 @@ A detector is called with these, all but the images optional, and returns tensor
 * `crowd_of`: the image that each is on, (Q,) int64.
 
 In training it needs all of them but the crowds and gives losses, `loss.NAME`; in evaluation with
-sizes it gives `detections`; without sizes only what a teacher is asked for, its raw maps.
+sizes it gives `detections`; without sizes only what a teacher is asked for, its raw maps; and of
+networks on a pyramid, without boxes as well, `features.L` alone.
 """
 
 from __future__ import annotations

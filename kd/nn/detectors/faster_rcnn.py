@@ -1,8 +1,7 @@
 """Faster R-CNN, torchvision's, on padded batches: two stages, of which the second can be asked.
 
 Ren et al., 2015, https://arxiv.org/abs/1506.01497; on a pyramid Lin et al., 2017,
-https://arxiv.org/abs/1612.03144. Proposals, heads, losses and suppression are torchvision's; its
-resizing of pictures is not used.
+https://arxiv.org/abs/1612.03144. Proposals, heads, losses, suppression are torchvision's.
 """
 
 from __future__ import annotations
@@ -97,10 +96,9 @@ class FasterRCNN(nn.Module):
             With boxes, `object_logits` (M, C+1), background first, and `object_deltas`
             (M, 4 (C+1)), what the second stage says of them, and of a network with a context head
             `context` (M, C), what the surroundings alone say. In training `loss.objectness`, a
-            cross-entropy, the mean over the sampled anchors; `loss.proposal_boxes`, smooth L1 of
-            those of them on objects, summed and divided by all that are sampled; `loss.classes` and
-            `loss.boxes`, the same over the sampled regions. In evaluation with sizes `detections`
-            (N, K, 6).
+            cross-entropy, the mean over the sampled anchors; `loss.proposal_boxes`, smooth L1 over
+            those on objects, divided by all that are sampled; `loss.classes` and `loss.boxes`, the
+            same of the sampled regions. In evaluation with sizes `detections` (N, K, 6).
         """
         check_call(
             "Faster R-CNN", self.training, images, self.num_classes,
@@ -108,6 +106,8 @@ class FasterRCNN(nn.Module):
         )  # fmt: skip
         maps: dict[str, Tensor] = self.network.get_submodule("backbone")(images)
         features = list(maps.values())
+        if sizes is None and boxes is None:
+            return leveled(features=features)
         logits, deltas = self._rpn.head(features)
         output = leveled(features=features, class_maps=logits, box_maps=deltas)
         extents = None if self.context is None else shown_extents(images, sizes)
@@ -119,17 +119,12 @@ class FasterRCNN(nn.Module):
         if sizes is None:
             return output
         dense = self._dense(images, sizes, features, logits, deltas)
-        proposals = self._proposals(dense)
-        heads = self._roi_heads
         if self.training:
             assert objects is not None
-            targets = objects.targets(first=1)
-            output |= self._losses(dense, targets)  # first, in the order of torchvision's draws
-            regions, _, kinds, offsets = heads.select_training_samples(proposals, targets)
-            said = self._second(maps, regions, extents)
-            return output | region_losses(said, kinds, offsets)
+            return output | self._losses(maps, dense, objects.targets(first=1), extents)
+        proposals = self._proposals(dense)
         said = self._second(maps, proposals, extents)
-        found = regions_found(heads, said, proposals, dense.images.image_sizes)
+        found = regions_found(self._roi_heads, said, proposals, dense.images.image_sizes)
         return output | {"detections": padded(found, self.top, first=1)}
 
     @property
@@ -158,25 +153,32 @@ class FasterRCNN(nn.Module):
             [wide(one) for one in logits], [wide(one) for one in deltas]
         )
         anchors = self._rpn.anchor_generator(listed, features)
-        counts = [one[0].numel() for one in logits]
-        return _Dense(listed, flat_logits, flat_deltas, anchors, counts)
+        each = [one[0].numel() for one in logits]
+        return _Dense(listed, flat_logits, flat_deltas, anchors, each)
 
     def _proposals(self, dense: _Dense) -> list[Tensor]:
         """Regions of each image, (R, 4); no gradient goes through them."""
         decoded = self._rpn.box_coder.decode(dense.deltas.detach(), dense.anchors)
-        kept: list[Tensor] = self._rpn.filter_proposals(
-            decoded.view(len(dense.anchors), -1, 4), dense.logits, dense.images.image_sizes,
-            dense.counts,
-        )[0]  # fmt: skip
+        decoded = decoded.view(len(dense.anchors), -1, 4)
+        sizes, counts = dense.images.image_sizes, dense.counts
+        kept: list[Tensor] = self._rpn.filter_proposals(decoded, dense.logits, sizes, counts)[0]
         return kept
 
-    def _losses(self, dense: _Dense, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Of the proposal network."""
-        rpn = self._rpn
+    def _losses(
+        self,
+        maps: Mapping[str, Tensor],
+        dense: _Dense,
+        targets: list[dict[str, Tensor]],
+        extents: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Of both stages; their samples are drawn in torchvision's order."""
+        rpn, proposals = self._rpn, self._proposals(dense)
         labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
         offsets = rpn.box_coder.encode(matched, dense.anchors)
         objectness, boxes = rpn.compute_loss(dense.logits, dense.deltas, labels, offsets)
-        return {"loss.objectness": objectness, "loss.proposal_boxes": boxes}
+        regions, _, kinds, offsets = self._roi_heads.select_training_samples(proposals, targets)
+        second = region_losses(self._second(maps, regions, extents), kinds, offsets)
+        return {"loss.objectness": objectness, "loss.proposal_boxes": boxes, **second}
 
 
 def fasterrcnn(

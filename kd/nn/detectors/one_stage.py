@@ -151,6 +151,8 @@ class OneStage(nn.Module):
         )  # fmt: skip
         network: Any = self.network
         features = list(network.backbone(images).values())
+        if sizes is None and boxes is None:
+            return leveled(features=features)
         heads: dict[str, Tensor] = network.head(features)
         kinds = {ours: _as_maps(heads[name], features) for ours, name in self.family.maps.items()}
         output = leveled(features=features, **kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -61,9 +61,11 @@ def detector(channels: int = 16, **options: Any) -> FasterRCNN:
     return network
 
 
-def task_of(model: FasterRCNN, *, answers: bool = True) -> Detection:
+def task_of(
+    model: FasterRCNN, *, wanted: Literal["detections", "objects", "features"] = "detections"
+) -> Detection:
     return Detection(
-        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, answers=answers
+        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, wanted=wanted
     )
 
 
@@ -186,9 +188,14 @@ def test_padding_is_zero_after_normalising_and_a_teacher_is_asked_for_maps_alone
     assert torch.equal(images[:, :, :48], normalise(batch["images"])[:, :, :48])
     assert sizes is batch["sizes"]
     model = detector()
-    teacher = LiveTeacher(model, task_of(model, answers=False), posterior=False)
+    teacher = LiveTeacher(model, task_of(model, wanted="objects"), posterior=False)
     given = teacher(batch)
     assert "detections" not in given and given["object_logits"].shape == (3, CLASSES + 1)
+    layer = "network.backbone.1"
+    with LiveTeacher(model, task_of(model, wanted="features"), [layer], posterior=False) as source:
+        alone = source(batch)
+    assert alone.keys() == {"features.0", "features.1", layer}
+    assert torch.equal(alone[layer], given["features.1"])
 
 
 def test_a_distance_of_boxes_is_the_mean_over_them() -> None:
@@ -226,7 +233,7 @@ def assembled() -> tuple[AdaptedStudent, Objective]:
     student = detector(context=True, batch_norm_frozen=True)
     teacher = detector(channels=24)
     layers = ["network.backbone.0", "network.backbone.1"]
-    live = LiveTeacher(teacher, task_of(teacher, answers=False), layers, posterior=False)
+    live = LiveTeacher(teacher, task_of(teacher, wanted="objects"), layers, posterior=False)
     scene = StoredTeacher(StoredPosteriors(torch.tensor([0, 2]), SAID))
     source = Teachers(live, {"scene": scene}, [1.0, 1.0])
     task = task_of(student)
