@@ -29,6 +29,7 @@ from kd.config_reader import (
     read_yaml,
     to_yaml,
 )
+from kd.config_targets import SoftTargets
 from kd.config_transfer import TransferRecipe
 from kd.data.crops import build_crops
 from kd.data.transforms import build_augment
@@ -168,14 +169,18 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
 
 
 class Kept:
-    """A teacher's outputs as they come with crops: on a grid of so many pixels a place."""
+    """A teacher's outputs as they come with crops: each on a grid of so many pixels a place."""
 
-    def __init__(self, live: LiveTeacher, stride: int) -> None:
-        self.live, self.stride = live, stride
+    def __init__(self, live: LiveTeacher, told: SoftTargets) -> None:
+        self.live, self.told = live, told
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
-        grid = [-(-side // self.stride) for side in batch["images"].shape[2:]]
-        return {name: F.interpolate(maps, grid) for name, maps in self.live(batch).items()}
+        found = {}
+        for name, maps in self.live(batch).items():
+            stride = self.told.stride_of(layer=name != "logits")
+            grid = [-(-side // stride) for side in batch["images"].shape[2:]]
+            found[name] = F.interpolate(maps, grid)
+        return found
 
 
 @pytest.mark.slow
@@ -194,7 +199,7 @@ def test_every_term_of_a_segmentation_recipe_computes(name: str, data: str) -> N
     layers = layers_among([term.teacher for term in terms])
     with torch.no_grad(), LiveTeacher(teacher, task, layers, posterior=False) as live:
         runs = recipe.soft_targets.kind == "live"
-        source = live if runs else Kept(live, recipe.soft_targets.stride)
+        source = live if runs else Kept(live, recipe.soft_targets)
         model, terms = adapt_student(student, terms, recipe.adapters, source, task, batch)
         output, features = model.eval()(*task.inputs(batch))
         known = source(batch)
