@@ -16,6 +16,7 @@ from kd.config_data import Data as Data
 from kd.config_data import Generate as Generate
 from kd.config_data import LabelMaps as LabelMaps
 from kd.config_data import Split as Split
+from kd.config_levels import on_levels
 from kd.config_targets import SoftTargets as SoftTargets
 from kd.config_targets import TeacherReference as TeacherReference
 
@@ -187,6 +188,10 @@ class DistillRecipe(Section):
     )
     soft_targets: SoftTargets = SoftTargets()
     student: Model
+    levels: tuple[str, ...] = Field(
+        (),
+        description="of pyramids: a term or adapter with {level} in its layers is there for each",
+    )
     adapters: dict[str, Adapter] = Field(default_factory=dict)
     losses: tuple[Term, ...] = Field((), description="terms of the distilled arm")
     more_losses: tuple[Term, ...] = Field((), description="terms that only ablations have")
@@ -199,6 +204,11 @@ class DistillRecipe(Section):
     )
     seeds: tuple[Whole, ...] = (0,)
     train: Train = Train()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_are_spelled_out(cls, values: Any) -> Any:
+        return on_levels(values)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> DistillRecipe:

@@ -103,6 +103,7 @@ PLACES = {
     "kd.config_transfer": FOUNDATION,
     "kd.config_data": FOUNDATION,
     "kd.config_targets": FOUNDATION,
+    "kd.config_levels": FOUNDATION,
     "kd.config_reader": FOUNDATION,
     "kd.data_config": FOUNDATION,
     "kd.config_schema": FOUNDATION,
