@@ -112,13 +112,11 @@ def test_every_name_builds_and_gives_its_maps_without_running_it(name: str) -> N
     with torch.device("meta"):
         model: Any = build(DETECTORS, name, {}, what="teacher", num_classes=CLASSES).eval()
         output = model(torch.empty(2, 3, 256, 384))
-    assert list(output) == maps_of(name, model)
     for number, level in enumerate(model.levels):
         grid = (256 // level.stride, 384 // level.stride)
-        classes = 1 if family(name) == "fasterrcnn" else CLASSES
-        kinds = max(1, len(level.sides))
-        assert output[f"class_maps.{number}"].shape == (2, kinds * classes, *grid)
-        assert output[f"box_maps.{number}"].shape == (2, kinds * 4, *grid)
+        assert output[f"features.{number}"].shape[2:] == grid
+    if family(name) != "centernet":  # of networks on a pyramid no head runs
+        assert len(output) == len(model.levels)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -128,13 +126,18 @@ def test_raw_maps_lie_on_the_levels_grids(name: str, height: int, width: int) ->
     assert tuple(level.stride for level in model.levels) == STRIDES[name]
     assert all(isinstance(level, Level) for level in model.levels)
     with torch.no_grad():
-        output = model(pictures(height, width))
-    assert list(output) == maps_of(name, model)
+        images = pictures(height, width)
+        output = model(images, boxes=BOXES[:0], image_of=IMAGE_OF[:0])
+        alone = model(images)
+    assert [kind for kind in output if not kind.startswith("object_")] == maps_of(name, model)
+    assert all(torch.equal(maps, output[kind]) for kind, maps in alone.items())
     for number, level in enumerate(model.levels):
         grid = (-(-height // level.stride), -(-width // level.stride))
         for kind in ("features", "class_maps", "box_maps"):
             assert output[f"{kind}.{number}"].shape[2:] == grid
-        assert output[f"box_maps.{number}"].shape[1] == 4 * max(1, len(level.sides))
+        kinds, classes = max(1, len(level.sides)), 1 if family(name) == "fasterrcnn" else CLASSES
+        assert output[f"class_maps.{number}"].shape[1] == kinds * classes
+        assert output[f"box_maps.{number}"].shape[1] == kinds * 4
 
 
 @pytest.mark.parametrize("name", SMALL)
