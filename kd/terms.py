@@ -34,7 +34,7 @@ class Kind:
         draws: Whether it has weights of its own: `function` then makes a module of the teacher's
             number of channels, see `draw_modules`.
         valid: Whether it is told where there is a class, where the task knows.
-        boxes: Whether it is about what detectors say at the true boxes.
+        boxes: Whether it is about what detectors say of objects.
         weights: Name of the task's mask that says what each pixel counts.
     """
 
@@ -62,7 +62,7 @@ TERMS = {
     "imitation": Kind(imitation, mask="imitation", maps=True),
     "imitation_inside": Kind(imitation, mask="inside", maps=True),
     "imitation_whole": Kind(imitation, mask="whole", maps=True),
-    # What detectors say of the true boxes.
+    # What detectors say of objects: a second stage of boxes near the true ones.
     "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
     "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True),
     "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
