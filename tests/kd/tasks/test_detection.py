@@ -16,7 +16,7 @@ from kd.data.hide import normalise
 from kd.engine import train_step
 from kd.errors import UserError
 from kd.launch import start_training
-from kd.losses.boxes import box_distance
+from kd.losses.boxes import box_distance, own_numbers
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
@@ -235,6 +235,22 @@ def test_a_distance_of_boxes_is_the_mean_over_them() -> None:
     none = box_distance(student[:0], torch.zeros(0, 4))
     none.backward()
     assert none.item() == 0 and student.grad is not None and not student.grad.any()
+
+
+def test_of_boxes_those_of_the_own_class_are_compared() -> None:
+    batch = make_batch(BOXES)  # labels 0, 1, 2
+    rows = torch.arange(3 * 4 * (CLASSES + 1)).view(3, -1).float()
+    own = own_numbers(rows, batch["labels"])
+    assert own.tolist() == [[4, 5, 6, 7], [24, 25, 26, 27], [44, 45, 46, 47]]
+    assert own_numbers(rows[:0], batch["labels"][:0]).shape == (0, 4)
+    other = rows + 7.0  # of all other classes; of the own one a number is 1 off
+    for row in range(3):
+        other[row, 4 * (row + 1) : 4 * (row + 2)] -= torch.tensor([7.0, 7.0, 6.0, 7.0])
+    term = build_term("object_boxes", weight=1.0)
+    given = {"object_deltas": rows.requires_grad_()}
+    losses = distillation_losses([term], given, {"object_deltas": other}, {}, batch)
+    assert losses["object_boxes"].value.item() == pytest.approx(0.5)
+    assert losses["object_boxes"].unit == "boxes"
 
 
 TERMS = [
