@@ -55,7 +55,7 @@ from kd.teacher_runs import expectation
 from kd.term_checks import check_terms
 from kd.tracking import Tracker
 from kd.training import Objective, Training
-from kd.wiring import adapt_student, build_terms, outputs_by_teacher, tapped_layers
+from kd.wiring import adapt_student, build_terms, outputs_by_teacher, tapped_layers, task_of
 
 TAUGHT = ("distilled", "shuffled", "direct")
 
@@ -163,14 +163,15 @@ class Distillation:
     ) -> tuple[nn.Module, Objective]:
         """A student at its seed's initial weights, adapters drawn after it, and what it learns."""
         terms, source = self._terms(arm), self._source(arm, seed)
+        task = task_of(self.task, terms)
         set_seed(seed)
         student = self._student(arm, labelled).to(self.accelerator.device)
         batch = self._sample(dataset)
         tapped = tapped_layers(terms)
         adapters = {name: a for name, a in self.recipe.adapters.items() if name in tapped}
-        model, terms = adapt_student(student, terms, adapters, source, self.task, batch)
+        model, terms = adapt_student(student, terms, adapters, source, task, batch)
         objective = Objective(
-            self.task, self.recipe.task.weights, terms, source, watched=not self._taught(arm)
+            task, self.recipe.task.weights, terms, source, watched=not self._taught(arm)
         )
         return model.to(self.accelerator.device), objective
 

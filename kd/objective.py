@@ -17,7 +17,7 @@ from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
 from kd.losses.adversary import without_void
-from kd.losses.boxes import known_rows
+from kd.losses.boxes import known_rows, own_numbers
 from kd.losses.hint import hint
 from kd.losses.logits import pixel_wise
 from kd.tasks.base import (
@@ -151,6 +151,8 @@ def _loss_of(
     maps = kind.maps and ours.ndim == 4
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
     valid = masks["valid"](grid) if maps and "valid" in masks else None
+    if kind.own:
+        ours, theirs = (own_numbers(rows, batch["labels"]) for rows in (ours, theirs))
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
     if unit == "boxes" and term.teacher.rpartition(".")[2] == POSTERIOR:

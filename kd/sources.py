@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -218,7 +219,8 @@ def _live(
         )
     task = teacher.task
     if isinstance(task, Detection):
-        task = replace(task, wanted="features" if _of_pyramid(outputs) else "objects")
+        wanted: Literal["features", "objects"] = "features" if _of_pyramid(outputs) else "objects"
+        task = replace(task, wanted=wanted).asking(outputs)
     return LiveTeacher(
         teacher.model, task, layers_among(outputs),
         autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,

@@ -34,8 +34,9 @@ class Kind:
         draws: Whether it has weights of its own: `function` then makes a module of the teacher's
             number of channels, see `draw_modules`.
         valid: Whether it is told where there is a class, where the task knows.
-        boxes: Whether it is about what detectors say at the true boxes.
+        boxes: Whether it is about what detectors say of objects.
         weights: Name of the task's mask that says what each pixel counts.
+        own: Whether of numbers for every class it compares those of the box's own.
     """
 
     function: Loss
@@ -49,6 +50,7 @@ class Kind:
     valid: bool = False
     boxes: bool = False
     weights: str | None = None
+    own: bool = False
 
 
 TERMS = {
@@ -62,9 +64,9 @@ TERMS = {
     "imitation": Kind(imitation, mask="imitation", maps=True),
     "imitation_inside": Kind(imitation, mask="inside", maps=True),
     "imitation_whole": Kind(imitation, mask="whole", maps=True),
-    # What detectors say of the true boxes.
+    # What detectors say of objects: a second stage of boxes near the true ones.
     "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
-    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True),
+    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True, own=True),
     "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
     "pixel_wise_weighted": Kind(
         pixel_wise, "logits", "logits", maps=True, valid=True, weights="class_weights"

@@ -18,6 +18,7 @@ from kd.objective import Term as BuiltTerm
 from kd.objective import build_term, draw_modules, modules_of
 from kd.soft_targets import MEAN, SoftTargetSource
 from kd.tasks.base import Batch, Task
+from kd.tasks.detection import Detection
 from kd.terms import ROWS, TEACHER_OUTPUTS
 
 
@@ -68,6 +69,13 @@ def layers_among(outputs: Sequence[str]) -> list[str]:
 def tapped_layers(terms: Sequence[BuiltTerm]) -> list[str]:
     """The student's layers that terms read."""
     return [term.student for term in terms if term.kind.maps and term.student not in ROWS]
+
+
+def task_of(task: Task, terms: Sequence[BuiltTerm]) -> Task:
+    """The task of a student with these terms: its second stage answers what one of them reads."""
+    if isinstance(task, Detection):
+        return task.asking(term.student for term in terms)
+    return task
 
 
 def adapt_student(

@@ -29,6 +29,23 @@ def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(student, teacher.to(student), reduction="sum") / max(len(student), 1)
 
 
+def own_numbers(rows: Tensor, labels: Tensor) -> Tensor:
+    """Of box regressions for every class those for a box's own.
+
+    A detector learns no others of a box: what they say is nobody's knowledge.
+
+    Args:
+        rows: (M, 4 (C + 1)), four numbers a class, the background's first.
+        labels: 0..C-1, (M,) int64.
+
+    Returns:
+        (M, 4).
+    """
+    place = (labels + 1)[:, None, None].expand(-1, 1, 4)
+    each: Tensor = rows.view(len(rows), rows.shape[1] // 4, 4)
+    return each.gather(1, place)[:, 0]
+
+
 def known_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both sides for a mean over those rows alone that the teacher knows something about.
 

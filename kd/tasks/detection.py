@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from kd.data.hide import normalise, valid_pixels
 from kd.errors import UserError
 from kd.losses.imitation import anchor_grid, imitation_mask
-from kd.nn.detectors.contract import Level
+from kd.nn.detectors.asked import moved_boxes
+from kd.nn.detectors.contract import ANSWERS, Level
 from kd.nn.regions import coverage
 from kd.tasks.base import (
     Batch,
@@ -39,7 +40,9 @@ class Detection:
         psi: Share of a box's largest IoU that the imitation mask asks for.
         loss_units: What each of its losses is a mean of.
         wanted: What is asked of a network in evaluation: detections; or, of a teacher in each step,
-            its raw maps and what it says of the true boxes; or the maps of its pyramid alone.
+            its raw maps and rows for objects; or the maps of its pyramid alone.
+        asked: Whether a second stage is asked about boxes near the true ones, in training as well:
+            nothing but terms needs its answers, see `asking`.
     """
 
     num_classes: int
@@ -47,6 +50,7 @@ class Detection:
     psi: float = 0.5
     loss_units: Mapping[str, str] = field(default_factory=dict)
     wanted: Literal["detections", "objects", "features"] = "detections"
+    asked: bool = False
 
     def __post_init__(self) -> None:
         """Check the share.
@@ -58,7 +62,11 @@ class Detection:
             raise UserError(f"psi must be in 0..1, got {self.psi}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Images (N, 3, H, W), normalised, 0 in the padding; their sizes; true boxes; crowds."""
+        """Images (N, 3, H, W), normalised, 0 in the padding; what `kd.nn.detectors.contract` says.
+
+        Boxes to ask about follow from the batch's own, so that whoever is asked in a step, student
+        or teacher, is asked about the same.
+        """
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
         shown = normalise(images) * valid_pixels(batch["sizes"], size)[:, None]
@@ -66,7 +74,13 @@ class Detection:
             return (shown,)
         sizes = batch["sizes"] if self.wanted == "detections" else None
         crowds = batch.get("crowds"), batch.get("crowd_of")
-        return shown, sizes, batch["boxes"], batch["labels"], batch["image_of"], *crowds
+        known = batch["boxes"], batch["labels"], batch["image_of"]
+        near = moved_boxes(batch["boxes"], size) if self.asked else None
+        return shown, sizes, *known, *crowds, near
+
+    def asking(self, outputs: Iterable[str]) -> Detection:
+        """This task, a second stage asked where these outputs or layers have one of its answers."""
+        return replace(self, asked=not set(ANSWERS).isdisjoint(outputs))
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """The network's own, which it computes in training: `classes`, `boxes`, ..."""

@@ -40,7 +40,9 @@ def test_every_term_builds_and_computes(name: str) -> None:
     if kind.maps:
         ours, theirs = torch.rand(2, 4, 16, 16, requires_grad=True), torch.rand(3, 4, 16, 16)
     else:
-        ours, theirs = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6).log_softmax(1)
+        count = 12 if kind.own else 6  # numbers of four for each class and the background
+        ours = torch.randn(3, count, requires_grad=True)
+        theirs = torch.randn(3, count).log_softmax(1)
     names = ("ring", "imitation", "inside", "whole", "class_weights")
     masks = dict.fromkeys(names, lambda size: torch.ones(3, *size))
     losses = distillation_losses(

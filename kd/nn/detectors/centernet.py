@@ -120,6 +120,7 @@ class CenterNet(nn.Module):
         image_of: Tensor | None = None,
         crowds: Tensor | None = None,
         crowd_of: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Find objects, see `kd.nn.detectors.contract`; maps have ceil(H/4) x ceil(W/4) cells.
 
@@ -129,14 +130,14 @@ class CenterNet(nn.Module):
             `features.0` (N, D, h, w), what the heads read; `class_maps.0` (N, C, h, w), logits of
             an object's middle being in the cell; `box_maps.0` (N, 4, h, w), width and height of its
             box, and how far right of and below the cell's corner the middle is, all in cells. With
-            boxes `object_logits` (M, C), the class logits of the cell that each one's middle is in.
-            In training the losses of `kd.losses.centernet`: `loss.heatmap`, divided by the cells
-            with an object's middle, `loss.size` and `loss.offset`, means over the objects. In
-            evaluation with sizes `detections` (N, K, 6).
+            boxes `object_logits` (M, C), those of the cell that each one's middle is in. In
+            training the losses of `kd.losses.centernet`: `loss.heatmap`, divided by the cells with
+            a middle, `loss.size` and `loss.offset`, means over the objects. In evaluation with
+            sizes `detections` (N, K, 6).
         """
         check_call(
             "CenterNet", self.training, images, self.num_classes,
-            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of,
+            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of, asked=asked,
         )  # fmt: skip
         features, maps = self._maps(images)
         output = {
@@ -145,10 +146,9 @@ class CenterNet(nn.Module):
             "box_maps.0": torch.cat([maps["size"], maps["offset"]], dim=1),
         }
         if boxes is not None and image_of is not None:
-            chosen = torch.zeros_like(image_of)
-            output["object_logits"] = logits_at(
-                [maps["heatmap"]], self.levels, chosen, boxes, image_of, self.num_classes
-            )
+            heat, only = [maps["heatmap"]], torch.zeros_like(image_of)
+            rows = logits_at(heat, self.levels, only, boxes, image_of, self.num_classes)
+            output["object_logits"] = rows
         if self.training:
             assert boxes is not None and labels is not None and image_of is not None
             ignored = None

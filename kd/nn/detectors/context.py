@@ -77,7 +77,7 @@ class Around(nn.Module):
         """Read what is around each box.
 
         Args:
-            maps: (N, D, h, w) each.
+            maps: (N, D, h, w) each; those beyond its strides are not read.
             boxes: (K, 4) xyxy pixels.
             image_of: The image of each box, (K,).
             extents: Width and height of each picture inside its padding, (N, 2).
@@ -93,7 +93,7 @@ class Around(nn.Module):
         scene = torch.cat([torch.zeros_like(by), ends[:, 2:]], dim=1)
         regions = torch.cat([boxes, ring, scene])
         read = []
-        for features, stride in zip(maps, self.strides, strict=True):
+        for features, stride in zip(maps[: len(self.strides)], self.strides, strict=True):
             sums = box_sums(features, regions / stride, image_of.repeat(3))
             areas = (regions[:, 2:] - regions[:, :2]).prod(dim=1, keepdim=True) / stride**2
             (inner, *outer), (hole, *whole) = sums.chunk(3), areas.chunk(3)

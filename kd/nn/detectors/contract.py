@@ -9,10 +9,12 @@ A detector is called with these, all but the images optional, and returns tensor
 * `image_of`: the image that each is on, (M,) int64.
 * `crowds`: boxes of crowds, (Q, 4), xyxy pixels.
 * `crowd_of`: the image that each is on, (Q,) int64.
+* `asked`: a box near each of the boxes, (M, 4), that a second stage is asked about: it says nothing
+  unasked. `kd.nn.detectors.asked` says which. Networks without a second stage do not read it.
 
-In training it needs all of them but the crowds and gives losses, `loss.NAME`; in evaluation with
-sizes it gives `detections`; without sizes only what a teacher is asked for, its raw maps; and of
-networks on a pyramid, without boxes as well, `features.L` alone.
+In training it needs the first five and gives losses, `loss.NAME`; in evaluation with sizes it gives
+`detections`; without sizes only what a teacher is asked for, its raw maps; and of networks on a
+pyramid, without boxes as well, `features.L` alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.nn.surroundings import picture_extents
+
+# What a second stage says of boxes, only where it is asked.
+ANSWERS = ("object_logits", "object_deltas")
 
 
 class Level(NamedTuple):
@@ -89,6 +94,7 @@ def check_call(
     boxes: Tensor | None,
     labels: Tensor | None,
     image_of: Tensor | None,
+    asked: Tensor | None = None,
 ) -> None:
     """Refuse a call that lacks something, and objects that no detector can learn.
 
@@ -103,6 +109,11 @@ def check_call(
         raise UserError(f"{what}: training needs {', '.join(missing)} too")
     if sizes is not None and tuple(sizes.shape) != (len(images), 2):
         raise UserError(f"{what}: sizes must be ({len(images)}, 2), got {tuple(sizes.shape)}")
+    if asked is not None and (boxes is None or asked.shape != boxes.shape):
+        beside = "no boxes" if boxes is None else f"boxes {tuple(boxes.shape)}"
+        raise UserError(
+            f"{what}: asked must be a box near each box, got {tuple(asked.shape)} and {beside}"
+        )
     if boxes is None:
         return
     if image_of is None:

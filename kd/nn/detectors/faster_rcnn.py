@@ -7,27 +7,25 @@ https://arxiv.org/abs/1612.03144. Proposals, heads, losses, suppression are torc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from kd.errors import UserError, at_least
 from kd.nn.detectors.context import BoxContext, box_context
 from kd.nn.detectors.contract import (
+    ANSWERS,
     Level,
     check_call,
     leveled,
     objects_of,
     padded,
-    pairs,
     shown_extents,
-    wide,
 )
 from kd.nn.detectors.files import load_detector
+from kd.nn.detectors.first_stage import Dense, dense_of, proposal_losses, proposals_of
 from kd.nn.detectors.pyramid import anchors_of, build_pyramid
 from kd.nn.detectors.second_stage import (
     WidePredictor,
@@ -36,16 +34,6 @@ from kd.nn.detectors.second_stage import (
     regions_found,
     said_of,
 )
-
-
-class _Dense(NamedTuple):
-    """What the proposal network says of a batch: torchvision's lists of levels, and its anchors."""
-
-    images: ImageList
-    logits: Tensor  # (N * P, 1)
-    deltas: Tensor  # (N * P, 4)
-    anchors: list[Tensor]
-    counts: list[int]  # anchors of each level
 
 
 class FasterRCNN(nn.Module):
@@ -85,6 +73,7 @@ class FasterRCNN(nn.Module):
         image_of: Tensor | None = None,
         crowds: Tensor | None = None,
         crowd_of: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Find objects, see `kd.nn.detectors.contract`.
 
@@ -93,16 +82,17 @@ class FasterRCNN(nn.Module):
         Returns:
             Of each level `features.L` (N, D, h, w); `class_maps.L` (N, A, h, w), logits of there
             being any object, and `box_maps.L` (N, 4 A, h, w), deltas: the proposal network's.
-            With boxes, `object_logits` (M, C+1), background first, and `object_deltas`
-            (M, 4 (C+1)), what the second stage says of them, and of a network with a context head
-            `context` (M, C), what the surroundings alone say. In training `loss.objectness`, a
-            cross-entropy, the mean over the sampled anchors; `loss.proposal_boxes`, smooth L1 over
-            those on objects, divided by all that are sampled; `loss.classes` and `loss.boxes`, the
-            same of the sampled regions. In evaluation with sizes `detections` (N, K, 6).
+            With asked boxes `object_logits` (M, C+1), background first, and `object_deltas`
+            (M, 4 (C+1)), what the second stage says of them. With boxes, of a network with a
+            context head, `context` (M, C), what the surroundings of those alone say. In training
+            `loss.objectness`, a cross-entropy, the mean over the sampled anchors;
+            `loss.proposal_boxes`, smooth L1 over those on objects, divided by all that are sampled;
+            `loss.classes` and `loss.boxes`, the same of the sampled regions. In evaluation with
+            sizes `detections` (N, K, 6).
         """
         check_call(
             "Faster R-CNN", self.training, images, self.num_classes,
-            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of,
+            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of, asked=asked,
         )  # fmt: skip
         maps: dict[str, Tensor] = self.network.get_submodule("backbone")(images)
         features = list(maps.values())
@@ -111,18 +101,16 @@ class FasterRCNN(nn.Module):
         logits, deltas = self._rpn.head(features)
         output = leveled(features=features, class_maps=logits, box_maps=deltas)
         extents = None if self.context is None else shown_extents(images, sizes)
-        objects = None
         if boxes is not None and image_of is not None:
-            objects = objects_of(boxes, labels, image_of, len(images))
-            said = self._second(maps, list(objects.boxes), extents)
-            output |= {name: objects.in_batch_order(rows) for name, rows in said.items()}
+            output |= self._said(maps, boxes, image_of, asked, extents)
         if sizes is None:
             return output
-        dense = self._dense(images, sizes, features, logits, deltas)
+        dense = dense_of(self._rpn, images, sizes, features, logits, deltas)
         if self.training:
-            assert objects is not None
-            return output | self._losses(maps, dense, objects.targets(first=1), extents)
-        proposals = self._proposals(dense)
+            assert boxes is not None and image_of is not None
+            targets = objects_of(boxes, labels, image_of, len(images)).targets(first=1)
+            return output | self._losses(maps, dense, targets, extents)
+        proposals = proposals_of(self._rpn, dense)
         said = self._second(maps, proposals, extents)
         found = regions_found(self._roi_heads, said, proposals, dense.images.image_sizes)
         return output | {"detections": padded(found, self.top, first=1)}
@@ -140,45 +128,36 @@ class FasterRCNN(nn.Module):
     ) -> dict[str, Tensor]:
         return said_of(self._roi_heads, self.context, maps, boxes, extents)
 
-    def _dense(
+    def _said(
         self,
-        images: Tensor,
-        sizes: Tensor,
-        features: list[Tensor],
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-    ) -> _Dense:
-        listed = ImageList(images, pairs(sizes))
-        flat_logits, flat_deltas = concat_box_prediction_layers(
-            [wide(one) for one in logits], [wide(one) for one in deltas]
-        )
-        anchors = self._rpn.anchor_generator(listed, features)
-        each = [one[0].numel() for one in logits]
-        return _Dense(listed, flat_logits, flat_deltas, anchors, each)
-
-    def _proposals(self, dense: _Dense) -> list[Tensor]:
-        """Regions of each image, (R, 4); no gradient goes through them."""
-        decoded = self._rpn.box_coder.decode(dense.deltas.detach(), dense.anchors)
-        decoded = decoded.view(len(dense.anchors), -1, 4)
-        sizes, counts = dense.images.image_sizes, dense.counts
-        kept: list[Tensor] = self._rpn.filter_proposals(decoded, dense.logits, sizes, counts)[0]
-        return kept
+        maps: Mapping[str, Tensor],
+        boxes: Tensor,
+        image_of: Tensor,
+        asked: Tensor | None,
+        extents: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Rows in the batch's order: of asked boxes the second stage's, of true ones context's."""
+        rows: dict[str, Tensor] = {}
+        if asked is not None:
+            objects = objects_of(asked, None, image_of, len(next(iter(maps.values()))))
+            said = self._second(maps, list(objects.boxes), extents)
+            rows = {name: objects.in_batch_order(said[name]) for name in ANSWERS}
+        if self.context is not None and extents is not None:
+            rows["context"] = self.context(list(maps.values()), boxes, image_of, extents)
+        return rows
 
     def _losses(
         self,
         maps: Mapping[str, Tensor],
-        dense: _Dense,
+        dense: Dense,
         targets: list[dict[str, Tensor]],
         extents: Tensor | None,
     ) -> dict[str, Tensor]:
         """Of both stages; their samples are drawn in torchvision's order."""
-        rpn, proposals = self._rpn, self._proposals(dense)
-        labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
-        offsets = rpn.box_coder.encode(matched, dense.anchors)
-        objectness, boxes = rpn.compute_loss(dense.logits, dense.deltas, labels, offsets)
+        proposals = proposals_of(self._rpn, dense)
+        first = proposal_losses(self._rpn, dense, targets)
         regions, _, kinds, offsets = self._roi_heads.select_training_samples(proposals, targets)
-        second = region_losses(self._second(maps, regions, extents), kinds, offsets)
-        return {"loss.objectness": objectness, "loss.proposal_boxes": boxes, **second}
+        return first | region_losses(self._second(maps, regions, extents), kinds, offsets)
 
 
 def fasterrcnn(

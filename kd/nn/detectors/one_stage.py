@@ -132,6 +132,7 @@ class OneStage(nn.Module):
         image_of: Tensor | None = None,
         crowds: Tensor | None = None,
         crowd_of: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Find objects, see `kd.nn.detectors.contract`.
 
@@ -147,7 +148,7 @@ class OneStage(nn.Module):
         """
         check_call(
             self.family.name, self.training, images, self.num_classes,
-            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of,
+            sizes=sizes, boxes=boxes, labels=labels, image_of=image_of, asked=asked,
         )  # fmt: skip
         network: Any = self.network
         features = list(network.backbone(images).values())

@@ -58,8 +58,8 @@ def said_of(
         extents: Width and height of each picture, (N, 2), for the context head.
 
     Returns:
-        `object_logits` (R, C+1), `object_deltas` (R, 4 (C+1)); with a context head both experts'
-        logits, and `context` (R, C).
+        `object_logits` (R, C+1), with a context head both experts', and `object_deltas`
+        (R, 4 (C+1)).
     """
     # The pool knows its scales; torchvision has use for sizes only to guess them.
     regions = heads.box_roi_pool(dict(maps), boxes, [])
@@ -70,9 +70,8 @@ def said_of(
     counts = [len(own) for own in boxes]
     image_of = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
     image_of = image_of.to(extents.device, non_blocking=True)
-    read = list(maps.values())[: len(context.around.strides)]
-    around = context(read, torch.cat(boxes), image_of, extents)
-    return {**said, "object_logits": context.joined(logits, around), "context": around}
+    around = context(list(maps.values()), torch.cat(boxes), image_of, extents)
+    return {**said, "object_logits": context.joined(logits, around)}
 
 
 def region_losses(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator
@@ -15,7 +16,7 @@ from kd.data.hide import normalise
 from kd.engine import train_step
 from kd.errors import UserError
 from kd.launch import start_training
-from kd.losses.boxes import box_distance
+from kd.losses.boxes import box_distance, own_numbers
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
@@ -62,11 +63,15 @@ def detector(channels: int = 16, **options: Any) -> FasterRCNN:
 
 
 def task_of(
-    model: FasterRCNN, *, wanted: Literal["detections", "objects", "features"] = "detections"
+    model: FasterRCNN,
+    *,
+    wanted: Literal["detections", "objects", "features"] = "detections",
+    asked: bool = False,
 ) -> Detection:
     return Detection(
-        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, wanted=wanted
-    )
+        num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, wanted=wanted,
+        asked=asked,
+    )  # fmt: skip
 
 
 def test_a_box_belongs_to_the_level_with_an_anchor_of_its_shape() -> None:
@@ -188,7 +193,8 @@ def test_padding_is_zero_after_normalising_and_a_teacher_is_asked_for_maps_alone
     assert torch.equal(images[:, :, :48], normalise(batch["images"])[:, :, :48])
     assert sizes is batch["sizes"]
     model = detector()
-    teacher = LiveTeacher(model, task_of(model, wanted="objects"), posterior=False)
+    task = task_of(model, wanted="objects", asked=True)
+    teacher = LiveTeacher(model, task, posterior=False)
     given = teacher(batch)
     assert "detections" not in given and given["object_logits"].shape == (3, CLASSES + 1)
     layer = "network.backbone.1"
@@ -198,6 +204,30 @@ def test_padding_is_zero_after_normalising_and_a_teacher_is_asked_for_maps_alone
     assert torch.equal(alone[layer], given["features.1"])
 
 
+def test_a_second_stage_answers_about_the_same_moved_boxes_on_both_sides() -> None:
+    student, teacher, batch = detector(context=True), detector(channels=24), make_batch(BOXES)
+    ours = task_of(student).asking(["network.backbone.0", "object_deltas"])
+    theirs = task_of(teacher, wanted="objects").asking(["object_logits"])
+    (*_, asked), (*_, again) = ours.inputs(batch), theirs.inputs(batch)
+    assert asked is not None and again is not None and torch.equal(asked, again)
+    assert asked.shape == (3, 4)
+    overlap = box_iou(asked, batch["boxes"]).diagonal()
+    assert (overlap > 0.5).all() and (overlap < 0.98).all()
+    # What a network that knew the truth would say of them: not to leave them as they are.
+    network: Any = teacher.network
+    (truth,) = network.roi_heads.box_coder.encode([batch["boxes"]], [asked])
+    assert (truth.abs().amax(dim=1) > 0.2).all()
+    known = {"boxes": batch["boxes"], "image_of": batch["image_of"], "asked": asked}
+    with torch.no_grad():
+        said = teacher.eval()(theirs.inputs(batch)[0], **known)
+    given = LiveTeacher(teacher, theirs, posterior=False)(batch)
+    assert torch.equal(given["object_deltas"], said["object_deltas"])
+    # Without such a term nobody is asked.
+    assert ours.asking(["context", "network.backbone.0"]).inputs(batch)[-1] is None
+    output = student.train()(*task_of(student).inputs(batch))
+    assert "context" in output and "object_logits" not in output
+
+
 def test_a_distance_of_boxes_is_the_mean_over_them() -> None:
     student = torch.tensor([[0.0, 2.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     loss = box_distance(student, torch.zeros(2, 4))
@@ -205,6 +235,22 @@ def test_a_distance_of_boxes_is_the_mean_over_them() -> None:
     none = box_distance(student[:0], torch.zeros(0, 4))
     none.backward()
     assert none.item() == 0 and student.grad is not None and not student.grad.any()
+
+
+def test_of_boxes_those_of_the_own_class_are_compared() -> None:
+    batch = make_batch(BOXES)  # labels 0, 1, 2
+    rows = torch.arange(3 * 4 * (CLASSES + 1)).view(3, -1).float()
+    own = own_numbers(rows, batch["labels"])
+    assert own.tolist() == [[4, 5, 6, 7], [24, 25, 26, 27], [44, 45, 46, 47]]
+    assert own_numbers(rows[:0], batch["labels"][:0]).shape == (0, 4)
+    other = rows + 7.0  # of all other classes; of the own one a number is 1 off
+    for row in range(3):
+        other[row, 4 * (row + 1) : 4 * (row + 2)] -= torch.tensor([7.0, 7.0, 6.0, 7.0])
+    term = build_term("object_boxes", weight=1.0)
+    given = {"object_deltas": rows.requires_grad_()}
+    losses = distillation_losses([term], given, {"object_deltas": other}, {}, batch)
+    assert losses["object_boxes"].value.item() == pytest.approx(0.5)
+    assert losses["object_boxes"].unit == "boxes"
 
 
 TERMS = [
@@ -233,10 +279,11 @@ def assembled() -> tuple[AdaptedStudent, Objective]:
     student = detector(context=True, batch_norm_frozen=True)
     teacher = detector(channels=24)
     layers = ["network.backbone.0", "network.backbone.1"]
-    live = LiveTeacher(teacher, task_of(teacher, wanted="objects"), layers, posterior=False)
+    asked = task_of(teacher, wanted="objects", asked=True)
+    live = LiveTeacher(teacher, asked, layers, posterior=False)
     scene = StoredTeacher(StoredPosteriors(torch.tensor([0, 2]), SAID))
     source = Teachers(live, {"scene": scene}, [1.0, 1.0])
-    task = task_of(student)
+    task = task_of(student, asked=True)
     adapters = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
     model, terms = adapt_student(student, TERMS, adapters, source, task, make_batch(BOXES))
     return model, Objective(task, dict.fromkeys(LOSSES, 1.0), terms, source)

@@ -188,8 +188,9 @@ def test_without_strength_detections_are_those_of_the_bare_network() -> None:
 def test_what_it_says_of_given_boxes_is_both_experts_opinion() -> None:
     (bare, full), images = pair(0.7), pictures()
     with torch.no_grad():
-        alone = bare.eval()(images, boxes=BOXES, image_of=IMAGE_OF)
-        both = full.eval()(images, boxes=BOXES, image_of=IMAGE_OF)
+        asked = {"boxes": BOXES, "image_of": IMAGE_OF, "asked": BOXES}
+        alone = bare.eval()(images, **asked)
+        both = full.eval()(images, **asked)
         told = full(images, SIZES, BOXES, LABELS, IMAGE_OF)
     assert "context" not in alone and both["context"].shape == (3, CLASSES)
     assert full.context is not None
@@ -197,6 +198,11 @@ def test_what_it_says_of_given_boxes_is_both_experts_opinion() -> None:
     torch.testing.assert_close(both["object_logits"], joined)
     assert torch.equal(both["object_logits"][:, 0], alone["object_logits"][:, 0])
     assert torch.equal(both["object_deltas"], alone["object_deltas"])
+    # Asked elsewhere, the head still speaks of what is around the boxes themselves.
+    with torch.no_grad():
+        moved = full(images, boxes=BOXES, image_of=IMAGE_OF, asked=BOXES + 2.0)
+    assert torch.equal(moved["context"], both["context"])
+    assert not torch.allclose(moved["object_logits"], both["object_logits"])
     # Where sizes are not given they are seen.
     torch.testing.assert_close(both["context"], told["context"])
     # Rows follow the batch's order, whatever it is.
@@ -223,6 +229,7 @@ def test_supervised_losses_reach_the_head_and_pictures_without_boxes_are_harmles
 def test_in_bfloat16_the_head_still_answers_in_float32() -> None:
     _, full = pair(0.5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        given = copy.deepcopy(full).eval()(pictures(), SIZES, BOXES, LABELS, IMAGE_OF)
+        objects = (SIZES, BOXES, LABELS, IMAGE_OF)
+        given = copy.deepcopy(full).eval()(pictures(), *objects, asked=BOXES)
     assert given["context"].dtype == given["object_logits"].dtype == torch.float32
     assert given["detections"].isfinite().all()

@@ -163,7 +163,8 @@ def test_what_the_second_stage_says_of_boxes_is_what_its_parts_say() -> None:
         regions = heads.box_roi_pool(theirs.backbone(images), lists, [(128, 128)] * 2)
         logits, deltas = heads.box_predictor(heads.box_head(regions))
         # Rows follow the batch's order, whatever it is.
-        found = model(images, boxes=boxes[shuffled], image_of=image_of[shuffled])
+        asked = boxes[shuffled]
+        found = model(images, boxes=asked + 3.0, image_of=image_of[shuffled], asked=asked)
     torch.testing.assert_close(found["object_logits"], logits[shuffled])
     torch.testing.assert_close(found["object_deltas"], deltas[shuffled])
 
@@ -172,10 +173,11 @@ def test_regions_of_wide_pictures_are_pooled_where_they_are() -> None:
     """Torchvision takes the scale from the first pictures without padding, and keeps it."""
     model: Any = DETECTORS["fasterrcnn_resnet18"](CLASSES, channels=16, hidden=8).eval()
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 30.0, 20.0]])
+    asked = {"boxes": boxes, "image_of": torch.tensor([0]), "asked": boxes}
     with torch.no_grad():
-        before = model(image, boxes=boxes, image_of=torch.tensor([0]))["object_logits"]
+        before = model(image, **asked)["object_logits"]
         model(image, torch.tensor([[20, 64]]))
-        after = model(image, boxes=boxes, image_of=torch.tensor([0]))["object_logits"]
+        after = model(image, **asked)["object_logits"]
     torch.testing.assert_close(after, before)
     assert model.network.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
@@ -282,7 +284,8 @@ def test_eighty_classes_are_taken_from_torchvision_s_ninety_one_of_coco(
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 50.0, 40.0]])
     with torch.no_grad():
         wide, narrow = (
-            model(image, boxes=boxes, image_of=torch.tensor([0])) for model in (whole, part)
+            model(image, boxes=boxes, image_of=torch.tensor([0]), asked=boxes)
+            for model in (whole, part)
         )
     ids = torch.tensor([0, *COCO_IDS] if name == "fasterrcnn" else COCO_IDS)
     assert len(COCO_IDS) == 80 and COCO_IDS[:12] == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13)
