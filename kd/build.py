@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.catalog import build, check_options, look_up
+from kd.catalog import accepted, build, check_options, look_up
 from kd.config import AnyData, Data, LabelMaps, Model, TaskSection
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
@@ -28,7 +28,7 @@ from kd.tasks.base import Task
 from kd.tasks.detection import Detection
 from kd.tasks.segmentation import Segmentation
 from kd.transferred import TRANSFERRED, take_trunk
-from students import CLASSIFIERS
+from students import CLASSIFIERS, SALIENCY_STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
 
@@ -100,8 +100,13 @@ def segmentation_task(section: TaskSection, data: OpenMaps) -> Task:
 
 
 def build_teacher(model: Model, num_classes: int) -> nn.Module:
-    """A teacher of the catalogue, at random weights or those its options name."""
-    return build(TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes)
+    """A teacher of the catalogue, at random weights or those its options name.
+
+    One for saliency has no classes, and is not told how many there are.
+    """
+    builder = look_up(TEACHERS, model.name, what="teacher")
+    given = accepted(builder, num_classes=num_classes)
+    return build(TEACHERS, model.name, model.options, what="teacher", **given)
 
 
 def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
@@ -131,6 +136,20 @@ def build_segmenter(model: Model, num_classes: int) -> nn.Module:
     return build(
         SEGMENTERS, model.name, model.options, what="segmentation student", num_classes=num_classes
     )
+
+
+def build_saliency(model: Model, *, branches: str | None = None) -> nn.Module:
+    """A saliency student of the catalogue.
+
+    Args:
+        model: Name and options.
+        branches: "a" or "b", whatever the options say: A is the plain arm beside B.
+
+    Raises:
+        UserError: Another name, wrong options.
+    """
+    options = {**model.options, **({} if branches is None else {"branches": branches})}
+    return build(SALIENCY_STUDENTS, model.name, options, what="saliency student")
 
 
 def build_detector(
