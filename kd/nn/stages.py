@@ -48,8 +48,11 @@ class JoinedStages(nn.Module):
         A stage on a finer grid, where the stride is 16, is brought to the last one's by means.
         """
         maps = self.trunk.forward_at(images, self.paths)
-        grid = maps[-1].shape[2:]
-        same = [one if one.shape[2:] == grid else F.adaptive_avg_pool2d(one, grid) for one in maps]
+        height, width = maps[-1].shape[2:]
+        same = [
+            one if one.shape[2:] == (height, width) else F.adaptive_avg_pool2d(one, (height, width))
+            for one in maps
+        ]
         return torch.cat(same, dim=1)
 
 

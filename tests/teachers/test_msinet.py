@@ -35,8 +35,8 @@ def test_it_has_the_published_number_of_parameters(published: MSINet) -> None:
 
 
 def test_its_parts_have_the_published_shape(published: MSINet) -> None:
-    dilations = [module.dilation[0] for module in published.pyramid.modules() if is_conv(module)]
-    assert dilations == [1, 4, 8, 12, 1, 1]
+    spreads = [module.dilation for module in published.pyramid.modules() if is_conv(module)]
+    assert spreads == [(side, side) for side in (1, 4, 8, 12, 1, 1)]
     convolutions = [m for m in published.trunk.modules() if is_conv(m)]
     assert [m.dilation for m in convolutions] == [(1, 1)] * 10 + [(2, 2)] * 3
     pools = [m for m in published.trunk.modules() if isinstance(m, nn.MaxPool2d | StepPool)]
