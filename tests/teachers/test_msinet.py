@@ -76,6 +76,7 @@ def test_it_joins_what_a_vgg_written_out_gives(published: MSINet) -> None:
         torch.testing.assert_close(published.trunk(images), torch.cat(kept, dim=1))
 
 
+@pytest.mark.slow
 def test_torchvisions_weights_of_a_vgg_load_by_name(published: MSINet, tmp_path: Path) -> None:
     state = published.trunk.trunk.state_dict()
     torch.save({**state, "classifier.6.bias": torch.zeros(1000)}, tmp_path / "vgg16.pth")

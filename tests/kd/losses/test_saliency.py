@@ -129,12 +129,10 @@ def test_nothing_is_lost_where_both_agree() -> None:
 def test_kld_is_blind_to_the_densitys_scale_and_to_the_order_of_places(published: bool) -> None:
     logits, density = pair()
     value = saliency_kld(logits, density, published=published)
-    close = {"rtol": 1e-5, "atol": 1e-8}
-    torch.testing.assert_close(
-        saliency_kld(logits, 255 * density, published=published), value, **close
-    )
+    scaled = saliency_kld(logits, 255 * density, published=published)
+    torch.testing.assert_close(scaled, value, rtol=1e-5, atol=1e-8)
     flipped = saliency_kld(logits.flip(3), density.flip(3), published=published)
-    torch.testing.assert_close(flipped, value, **close)
+    torch.testing.assert_close(flipped, value, rtol=1e-5, atol=1e-8)
 
 
 def test_a_constant_on_the_logits_changes_nothing_but_in_the_published_form() -> None:
