@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from kd.errors import UserError
-from kd.metrics import box_records, box_scores, map_scores, scores
+from kd.metrics import box_records, box_scores, map_scores, saliency_scores, scores
 from kd.metrics.interval import Interval, bootstrap, paired_bootstrap
 from kd.metrics.records import BY_CLASS, Records, check_records
 
@@ -173,13 +173,42 @@ class Detections:
         return box_scores.difference(records, twin, name)
 
 
+class Saliency:
+    """Where people look on pictures, as `kd.metrics.saliency_scores` describes."""
+
+    things, ids, not_by_id = "pictures with fixations", "image_ids", ()
+    rows = saliency_scores.ROWS
+
+    def check(self, records: Records, where: str) -> None:
+        """As `saliency_scores.check`."""
+        saliency_scores.check(records, where)
+
+    def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
+        """As `saliency_scores.check_same_truth`."""
+        saliency_scores.check_same_truth(records, other, pair)
+
+    def value(self, records: Records, name: str) -> float | None:
+        """The mean over pictures; None where no picture has the metric."""
+        return saliency_scores.value(records, name)
+
+    def interval(self, records: Records, name: str) -> Interval | None:
+        """As `saliency_scores.interval`."""
+        return saliency_scores.interval(records, name)
+
+    def difference(self, records: Records, twin: Records, name: str) -> Interval:
+        """As `saliency_scores.difference`."""
+        return saliency_scores.difference(records, twin, name)
+
+
 OBJECTS: Kind = Objects()
 PICTURES: Kind = Pictures()
 DETECTIONS: Kind = Detections()
+SALIENCY: Kind = Saliency()
 # By the array that only answers of this kind have.
 KINDS: dict[str, Kind] = {
     "confusion": PICTURES,
     "found_boxes": DETECTIONS,
+    "fixation_counts": SALIENCY,
     "log_probs": OBJECTS,
 }
 
