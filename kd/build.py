@@ -34,7 +34,6 @@ from students import CLASSIFIERS, SALIENCY_STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
 
-
 # The data that tasks are for; all others are about objects.
 _NEEDS: dict[Any, type[Data] | type[LabelMaps] | type[Gaze]] = {
     Segmentation: LabelMaps,

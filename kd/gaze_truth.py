@@ -1,4 +1,4 @@
-"""What saliency maps are held against: the centre prior, other observers, looks at other pictures."""
+"""What saliency maps are held against: centre prior, other observers, looks at other pictures."""
 
 from __future__ import annotations
 

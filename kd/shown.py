@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kd.data.coco import CocoIndex
 from kd.data.dataset import SceneDataset
@@ -21,6 +23,7 @@ from kd.opened import OpenData, Opened, make_dataset, of_objects
 from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
 from kd.teacher_runs import TrainedTeacher, as_shown
+from kd.terms import TEACHER_OUTPUTS
 
 PICTURES_LOOKED_AT = 4096
 Split = Literal["train", "val"]
@@ -196,11 +199,27 @@ def shown_to(
         return ShownPictures(data, split, size or teacher.recipe.data.size)
     if size is not None:
         raise UserError(
-            f"a size of {size} pixels is for label maps and gaze; objects are hidden at the size that the "
-            "teacher was trained at: leave soft_targets.size out"
+            f"a size of {size} pixels is for label maps and gaze; objects are hidden at the size "
+            "that the teacher was trained at: leave soft_targets.size out"
         )
     # Which objects count is the student's choice.
     return ShownObjects(as_shown(teacher, of_objects(data), min_share=0.0, max_share=1.0), split)
+
+
+def in_one_shape(given: Mapping[str, Tensor], grid: tuple[int, int] | None) -> Mapping[str, Tensor]:
+    """Score maps of pictures of different sizes on one grid, so that they can be stored.
+
+    Args:
+        given: What a teacher says; layers are left out where there is a grid.
+        grid: Of the result; None leaves all as it is.
+    """
+    if grid is None:
+        return given
+    return {
+        name: F.interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=True)
+        for name, maps in given.items()
+        if name in TEACHER_OUTPUTS
+    }
 
 
 def _pictures_hash(count: int, path_of: Callable[[int], Path]) -> str:
