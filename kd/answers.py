@@ -24,8 +24,8 @@ from kd.engine import evaluate
 from kd.errors import UserError
 from kd.gaze_overlays import gaze_overlays
 from kd.metrics.found_boxes import FoundBoxes
-from kd.metrics.gaze_scores import GazeScores
 from kd.metrics.records import Records
+from kd.metrics.saliency_maps import SaliencyMaps
 from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
 from kd.nn.multi_scale import MultiScale
@@ -77,7 +77,7 @@ class Answers:
         """As `predictions.npz` holds them, of a kind that tables know; None for others."""
         if isinstance(self.metric, MeanIoU):
             return {**self.metric.records(), "names": np.array(self.data.class_names)}
-        told = isinstance(self.metric, TopN | FoundBoxes | GazeScores)
+        told = isinstance(self.metric, TopN | FoundBoxes | SaliencyMaps)
         return self.metric.records() if told else None
 
     def save_predictions(self) -> None:

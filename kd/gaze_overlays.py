@@ -32,6 +32,6 @@ def gaze_overlays(
         truth = data.val.density(place, size, size)[0]
         maps = {"truth": truth}
         for name, one in asked.items():
-            said = answer(one, val_sample(data, one, place), accelerator)[0].exp()
+            said = answer(one, val_sample(data, one, place), accelerator)[0]
             maps[f"{name}, KLD {kld(said, truth):.2f}"] = said
         yield gaze_figure(picture, data.val.fixations(place, size).points, maps)

@@ -1,8 +1,8 @@
-"""What saliency maps are held against: centre prior, other observers, looks at other pictures."""
+"""What saliency maps are held against: a picture's fixations, the centre prior, other observers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,20 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.gaze import UNKNOWN, CentrePrior, Fixations, GazeSplit, drawn_density
+from kd.data.gaze import UNKNOWN, GazeSplit
 from kd.data.picture_dataset import file_size
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure
+from kd.metrics.saliency_priors import CentrePrior, inter_observer, relative
+from kd.metrics.saliency_references import CENTRE, OBSERVERS, Float
 
-CENTRE, OBSERVERS = "centre prior", "other observers"
-ABOUT = {
-    CENTRE: "centre prior: the mean density of the train pictures, whatever is shown",
-    OBSERVERS: "other observers: half of a picture's observers foretell the other half, by their "
-    "density and a tenth of the centre prior; the mean of both directions. Both sides are noisier "
-    "than the truth that models are held against",
-}
-UNTOLD = "whose fixation is whose is not known here: halves of the fixations instead"
-LOOKS = 20_000  # fixations on other pictures that a picture's own are told from, at most
-_PRIOR_SHARE = 0.1  # of what other observers foretell: they have not looked everywhere
+LOOKS = 20_000  # fixations on other pictures that a picture's own are told from, or a few more
+REFERRED = 300  # val pictures that the references are scored on, at most
+DEALT = 10  # people that fixations are dealt to at random where nobody knows whose they are
 _STREAM = 12  # keeps these random numbers apart from all others
 
 
@@ -40,9 +35,15 @@ class ValTruth:
     val: GazeSplit
     centre: Callable[[], CentrePrior]
 
-    def prior(self, size: tuple[int, int]) -> Tensor:
-        """The centre prior on a picture of a height and width, (H, W)."""
-        return self.centre().on(size)[0]
+    def __call__(self, number: int) -> SaliencyTruth:
+        """Of the picture at a place in the split, in pixels of its file."""
+        size = file_size(self.val.images[number])
+        return SaliencyTruth(
+            self.val.density(number, size, size)[0],
+            torch.from_numpy(self.val.fixations(number, size).points),
+            others=self.others(number, size),
+            prior=self.centre().density(size),
+        )
 
     def others(self, number: int, size: tuple[int, int]) -> Tensor:
         """Fixations on other val pictures, (J, 2) in pixels of a picture: at its relative places.
@@ -51,93 +52,59 @@ class ValTruth:
             number: The picture's place in the split.
             size: Its height and width.
         """
-        shares, pictures = self._looks
-        sides = np.array([size[1], size[0]], np.float64)
-        moved = shares[pictures != number] * sides
-        return torch.from_numpy(np.minimum(moved, np.nextafter(sides, 0)))
+        places, pictures = self._looks
+        sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
+        moved = places[pictures != number] * sides
+        return torch.minimum(moved, torch.nextafter(sides, torch.zeros_like(sides)))
 
     @cached_property
-    def _looks(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Of all pictures, or of some that are spread evenly: shares of the sides; the pictures."""
-        shares, pictures, count = [], [], 0
+    def _looks(self) -> tuple[Tensor, Tensor]:
+        """Relative places and pictures: of all, or of some where these are enough."""
+        places, pictures, count = [], [], 0
         random = np.random.default_rng(_STREAM)
         for number in random.permutation(len(self.val.images)).tolist():
             if count >= LOOKS:
                 break
-            size = file_size(self.val.images[number])
-            points = self.val.fixations(number, size).points
-            shares.append(points / (size[1], size[0]))
-            pictures.append(np.full(len(points), number))
-            count += len(points)
-        return np.concatenate(shares), np.concatenate(pictures)
+            own = relative_places(self.val, number)
+            places.append(own)
+            pictures.append(torch.full((len(own),), number))
+            count += len(own)
+        return torch.cat(places), torch.cat(pictures)
 
     @cached_property
-    def references(self) -> dict[str, NDArray[np.float64]]:
-        """Numbers of what models are held against: name -> (pictures, metrics of `METRICS`)."""
-        rows: dict[str, list[list[float]]] = {CENTRE: [], OBSERVERS: []}
-        for number, path in enumerate(self.val.images):
-            size = file_size(path)
-            prior = self.prior(size)
-            rows[CENTRE].append(_numbers(prior, self.truth(number, size)))
-            found = self.val.fixations(number, size)
-            halves = [
-                self._foretold(number, size, known, scored, prior)
-                for known, scored in in_halves(found, number)
-            ]
-            rows[OBSERVERS].append(np.mean(halves, axis=0).tolist() if halves else _NOTHING)
-        return {name: np.array(values) for name, values in rows.items()}
+    def references(self) -> dict[str, Float]:
+        """Numbers of the centre prior and of other observers, (pictures, M) each.
 
-    def truth(self, number: int, size: tuple[int, int]) -> SaliencyTruth:
-        """What a picture's map is held against."""
-        return SaliencyTruth(
-            self.val.density(number, size, size)[0],
-            torch.from_numpy(self.val.fixations(number, size).points),
-            others=self.others(number, size),
-            prior=self.prior(size),
-        )
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether the first picture's observers are known."""
-        size = file_size(self.val.images[0])
-        return bool((self.val.fixations(0, size).observers != UNKNOWN).all())
-
-    def _foretold(
-        self,
-        number: int,
-        size: tuple[int, int],
-        known: Fixations,
-        scored: Fixations,
-        prior: Tensor,
-    ) -> list[float]:
-        said, true = (
-            drawn_density(one.points, size, size, self.val.degree)[0] for one in (known, scored)
-        )
-        truth = SaliencyTruth(
-            true, torch.from_numpy(scored.points), others=self.others(number, size), prior=prior
-        )
-        return _numbers((1 - _PRIOR_SHARE) * said + _PRIOR_SHARE * prior, truth)
+        Of a large split on some pictures, spread evenly; the others are NaN.
+        """
+        images = len(self.val.images)
+        found = {name: np.full((images, len(METRICS)), np.nan) for name in (CENTRE, OBSERVERS)}
+        for number in range(0, images, -(-images // REFERRED)):
+            truth = self(number)
+            assert truth.prior is not None
+            found[CENTRE][number] = list(measure(truth.prior, truth).values())
+            height, width = truth.density.shape
+            whose = self.val.fixations(number, (height, width)).observers
+            told = torch.from_numpy(people(whose, number))
+            numbers = inter_observer(truth, told, sigma=self.val.degree)
+            found[OBSERVERS][number] = [numbers[name] for name in METRICS]
+        return found
 
 
-_NOTHING = [float("nan")] * len(METRICS)
+def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """Whose each fixation is, (F,); where nobody knows, each is dealt to one of a few at random.
 
-
-def in_halves(found: Fixations, seed: int) -> Iterator[tuple[Fixations, Fixations]]:
-    """A picture's observers, parted at random in two halves: what foretells, what is foretold.
-
-    Where nobody knows who looked, fixations are parted; of a single one there are no halves.
+    Args:
+        observers: As the data set says, `UNKNOWN` where it does not.
+        number: Of the picture, the seed of the deal.
     """
-    whose = found.observers
-    if (whose == UNKNOWN).all():
-        whose = np.arange(len(whose))
-    people = np.random.default_rng((_STREAM, seed)).permutation(np.unique(whose))
-    if len(people) < 2:
-        return
-    first = np.isin(whose, people[: len(people) // 2])
-    yield found.of(first), found.of(~first)
-    yield found.of(~first), found.of(first)
+    if not (observers == UNKNOWN).all():
+        return observers
+    random = np.random.default_rng((_STREAM, number))
+    return random.permutation(np.arange(len(observers)) % DEALT)
 
 
-def _numbers(said: Tensor, truth: SaliencyTruth) -> list[float]:
-    found = measure(said, truth)
-    return [found[name] for name in METRICS]
+def relative_places(split: GazeSplit, number: int) -> Tensor:
+    """Fixations on a picture as shares of its sides, (F, 2)."""
+    size = file_size(split.images[number])
+    return relative(torch.from_numpy(split.fixations(number, size).points), size)

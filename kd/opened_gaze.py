@@ -8,24 +8,27 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kd.config import Gaze
 from kd.config_data import Split
 from kd.data.coco import CocoIndex
-from kd.data.gaze import CentrePrior, GazeSplit, centre_prior
+from kd.data.gaze import GazeSplit
 from kd.data.gaze_dataset import GazeDataset, check_gaze
 from kd.data.gaze_layouts import LAYOUTS, Wanted, open_gaze
 from kd.data.images import scaled_size
-from kd.data.picture_dataset import file_size, in_eights
+from kd.data.picture_dataset import in_eights
 from kd.data.scene_gaze import SceneGaze
 from kd.data.stored import StoredField
+from kd.gaze_truth import ValTruth, relative_places
+from kd.metrics.saliency_priors import CentrePrior
 from kd.opened_files import open_annotated, root_of
 from kd.tasks.base import Classes
 
 # Bytes of a split's image files that are all read before training starts: about five seconds.
 READ_FIRST = 128 << 20
-COUNTED = 1000  # train pictures that the centre prior is the mean of, or somewhat fewer
+COUNTED = 1000  # train pictures whose fixations make the centre prior, or somewhat fewer
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,19 @@ class OpenGaze:
 
     def classes(self) -> Classes:
         """What a metric is told."""
-        return Classes(self.class_names, where=self.section.name)
+        return Classes(self.class_names, where=self.section.name, gaze=self.truth)
+
+    @cached_property
+    def truth(self) -> ValTruth:
+        """What maps of val pictures are held against; made once, every evaluation asks for it."""
+        return ValTruth(self.val, lambda: self.prior)
 
     @cached_property
     def prior(self) -> CentrePrior:
         """Where people look on train pictures; of a large split some, spread evenly, speak."""
         images = len(self.train.images)
-        some = np.arange(0, images, -(-images // COUNTED))
-        sizes = [file_size(self.train.images[number]) for number in some.tolist()]
-        return centre_prior(self.train, some, sizes)
+        some = range(0, images, -(-images // COUNTED))
+        return CentrePrior(torch.cat([relative_places(self.train, number) for number in some]))
 
     def pictures(self, seed: int, stored: Sequence[StoredField] = ()) -> GazeDataset:
         """Training samples of the train split; a teacher's outputs come with them."""

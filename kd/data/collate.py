@@ -13,7 +13,7 @@ Sample = dict[str, Tensor]
 _STACKED = ("images", "sizes", "own_sizes", "image_ids", "labelled", "class_maps", "label_maps",
             "density")  # fmt: skip
 _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
-           "withheld", "crowds", "points", "observers")  # fmt: skip
+           "withheld", "crowds")  # fmt: skip
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -23,9 +23,6 @@ def collate(samples: Sequence[Sample]) -> Sample:
     for key in samples[0]:
         if key in _JOINED or key.startswith(PREFIX):
             batch[key] = torch.cat([sample[key] for sample in samples])
-    if "points" in samples[0]:
-        looks = _counts(samples, "points")
-        batch["point_of"] = torch.arange(len(samples)).repeat_interleave(looks)
     if "labels" not in samples[0]:  # pictures that are not asked about by objects
         return batch
     counts = _counts(samples, "labels")

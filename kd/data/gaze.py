@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,9 +18,6 @@ from kd.errors import UserError
 
 UNKNOWN = -1  # an observer whom the data set does not tell apart from others
 INSIDE = 0.5  # share of a picture's fixations that lie on it; with fewer, sizes disagree
-_PRIOR_GRID = (96, 128)
-_UNIFORM = 0.01  # share of a centre prior that is the same everywhere: nothing is impossible
-_log = logging.getLogger("kd")
 
 
 class Fixations(NamedTuple):
@@ -172,36 +168,3 @@ def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
     if not values.any():
         raise UserError(f"{path}: this density map is all zeros, it says that nobody looked")
     return torch.from_numpy(values)[None]
-
-
-@dataclass(frozen=True, eq=False)
-class CentrePrior:
-    """Where people look whatever is shown: the mean of train densities, and a little everywhere.
-
-    Attributes:
-        mean: (1, h, w) over a picture of any size, its sum is 1.
-    """
-
-    mean: Tensor
-
-    def on(self, grid: tuple[int, int]) -> Tensor:
-        """Of a picture with a height and width, (1, *grid), its sum is 1."""
-        return normalised(F.resize(self.mean, list(grid), antialias=True).clamp(min=0))
-
-
-def centre_prior(
-    split: GazeSplit, places: NDArray[np.int64], sizes: list[tuple[int, int]]
-) -> CentrePrior:
-    """The mean density of some pictures, each stretched to the same sides.
-
-    Args:
-        split: The train split.
-        places: Of the pictures.
-        sizes: Their heights and widths.
-    """
-    total = torch.zeros(1, *_PRIOR_GRID, dtype=torch.float64)
-    for number, size in zip(places.tolist(), sizes, strict=True):
-        total += split.density(number, size, _PRIOR_GRID)
-    mean = total / len(places)
-    even = 1 / (_PRIOR_GRID[0] * _PRIOR_GRID[1])
-    return CentrePrior(((1 - _UNIFORM) * mean + _UNIFORM * even).float())

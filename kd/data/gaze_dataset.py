@@ -17,12 +17,12 @@ from kd.data.stored import StoredField
 
 
 class GazeDataset(PictureDataset):
-    """Samples with `density` (1, h, w) float32, whose sum is 1.
+    """Training samples with `density` (1, h, w) float32, whose sum is 1; whole pictures.
 
     Training pictures are scaled into a frame, their aspect kept, and padded below and right, where
     the density is 0; `sizes` is the picture within. Evaluation pictures fill what they are scaled
-    to, the density keeps the file's own size, and `points` (F, 2) float32 are the fixations, x and
-    y in pixels of the file, `observers` (F,) whose they are.
+    to and come without a density: what is said of them is scored in pixels of the files, whose
+    `own_sizes` (2,) come with them.
 
     Args:
         split: Pictures and fixations.
@@ -68,16 +68,11 @@ class GazeDataset(PictureDataset):
         return in_eights(own[0] * scale, own[1] * scale)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """The density, and in evaluation the fixations."""
-        if cut is not None:
-            density = self.split.density(image, own, cut.size)
-            return {"density": cut.placed(density, self.frame), "sizes": torch.tensor(cut.size)}
-        found = self.split.fixations(image, own)
-        return {
-            "density": self.split.density(image, own, own),
-            "points": torch.from_numpy(found.points.astype(np.float32)),
-            "observers": torch.from_numpy(found.observers.astype(np.int64)),
-        }
+        """The density, or in evaluation the size of the file."""
+        if cut is None:
+            return {"own_sizes": torch.tensor(own)}
+        density = self.split.density(image, own, cut.size)
+        return {"density": cut.placed(density, self.frame), "sizes": torch.tensor(cut.size)}
 
     def _scale(self, own: tuple[int, int]) -> float:
         return min(to / side for to, side in zip(self.frame, own, strict=True))

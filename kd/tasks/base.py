@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics.found_boxes import BoxTruth, FoundBoxes
-from kd.metrics.gaze_scores import GazeTruth
 from kd.metrics.kitti_ap import KittiTruth
+from kd.metrics.saliency_references import GazeTruth
 from kd.metrics.segmentation import VOID
 from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
@@ -57,8 +57,8 @@ class Classes(NamedTuple):
     `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
     none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
     holds; `where` is what messages begin with; `truth` reads the boxes on the val images, as
-    their JSON has them, and `kitti` the same as KITTI's difficulties ask for them; `gaze` is what
-    saliency maps are held against beside a picture's own fixations.
+    their JSON has them, and `kitti` the same as KITTI's difficulties ask for them; `gaze` is where
+    people looked on the val pictures, and what else saliency maps are held against.
     """
 
     names: Sequence[str]

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.hide import normalise
-from kd.losses.saliency import saliency_kld
-from kd.metrics.gaze_scores import GazeScores
+from kd.errors import UserError
+from kd.losses.saliency import EPS, saliency_kld
+from kd.metrics.saliency_maps import SaliencyMaps
 from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
 from kd.tasks.segmentation import on_grid
 
 SALIENCY = "saliency"  # what a network calls its map of logits
-_EPS = 1e-7  # of the published normalisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,22 @@ class Saliency:
         return {"valid": lambda grid: within(batch, grid)}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """The density's logarithm at the size of the truth, (N, 1, H, W) float32.
+        """Densities at the size of the files, (N, 1, H, W) float32.
 
-        Of whole pictures that fill what the network saw, as evaluation shows them.
+        Of whole pictures that fill what the network saw, as evaluation shows them; those of one
+        batch are of one size.
         """
-        height, width = batch["density"].shape[2:]
+        height, width = batch["own_sizes"][0].tolist()
         # Probabilities of large maps are too small for half precision.
-        return log_density(
+        return density_of(
             on_grid(output[SALIENCY].float(), (height, width)), published=self.published
         )
 
     def metric(self, classes: Classes) -> Metric:
         """KLD, CC, SIM, NSS, both areas under the curve, information gain."""
-        return GazeScores(classes.gaze, where=classes.where)
+        if classes.gaze is None:
+            raise UserError(f"{classes.where}: has no fixations that could be foretold")
+        return SaliencyMaps(classes.gaze, where=classes.where)
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
@@ -72,10 +75,10 @@ def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 
-def log_density(logits: Tensor, *, published: bool = False) -> Tensor:
-    """Logarithms of densities over maps (N, 1, H, W) of logits."""
+def density_of(logits: Tensor, *, published: bool = False) -> Tensor:
+    """Densities over maps (N, 1, H, W) of logits."""
     if published:
-        shares = logits.sigmoid() + _EPS
-        return (shares / shares.sum(dim=(2, 3), keepdim=True)).log()
-    flat: Tensor = F.log_softmax(logits.flatten(1), dim=1)
+        shares = logits.sigmoid()
+        return shares / (EPS + shares.sum(dim=(2, 3), keepdim=True))
+    flat: Tensor = F.softmax(logits.flatten(1), dim=1)
     return flat.view_as(logits)
