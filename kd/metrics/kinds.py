@@ -10,7 +10,14 @@ from typing import Protocol
 import numpy as np
 
 from kd.errors import UserError
-from kd.metrics import box_records, box_scores, map_scores, saliency_scores, scores
+from kd.metrics import (
+    box_records,
+    box_scores,
+    map_scores,
+    saliency_references,
+    saliency_scores,
+    scores,
+)
 from kd.metrics.interval import Interval, bootstrap, paired_bootstrap
 from kd.metrics.records import BY_CLASS, Records, check_records
 
@@ -36,6 +43,10 @@ class Kind(Protocol):
     @property
     def rows(self) -> tuple[str, ...]:
         """The metrics of a table, unless others are asked for."""
+        ...
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """What tables hold answers against beside each other, by name: the same things' records."""
         ...
 
     def check(self, records: Records, where: str) -> None:
@@ -65,6 +76,10 @@ class Objects:
     things, ids, not_by_id = "objects", "object_ids", BY_CLASS
     rows = ("top1", "mean_class_top1", "top5", "nll", "ece", "lookalike_top1",
             "lookalike_pair_top1")  # fmt: skip
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """Tables have their own words for the class prior."""
+        return {}
 
     def check(self, records: Records, where: str) -> None:
         """As `check_records`."""
@@ -108,6 +123,10 @@ class Pictures:
     things, ids, not_by_id = "pictures", "image_ids", ("names",)
     rows = map_scores.ROWS
 
+    def references(self, records: Records) -> dict[str, Records]:
+        """None."""
+        return {}
+
     def check(self, records: Records, where: str) -> None:
         """As `map_scores.check`."""
         map_scores.check(records, where)
@@ -142,6 +161,10 @@ class Detections:
 
     things, ids, not_by_id = "pictures with boxes", "image_ids", box_records.NOT_BY_ID
     rows = box_scores.ROWS
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """None."""
+        return {}
 
     def check(self, records: Records, where: str) -> None:
         """As `box_records.check`."""
@@ -178,6 +201,10 @@ class Saliency:
 
     things, ids, not_by_id = "pictures with fixations", "image_ids", ()
     rows = saliency_scores.ROWS
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """The centre prior and other observers, where the records hold them."""
+        return saliency_references.references(records)
 
     def check(self, records: Records, where: str) -> None:
         """As `saliency_scores.check`."""

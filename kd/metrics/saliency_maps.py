@@ -22,10 +22,18 @@ class SaliencyMaps:
     Args:
         truth: Image id -> where people looked on it, in the pixels in which it is scored.
         where: What messages begin with: a run, a data set.
+        references: Gives what maps are held against, `kd.metrics.saliency_references`: arrays with
+            a row for each image id 0, 1, ...; asked when records are.
     """
 
-    def __init__(self, truth: Callable[[int], SaliencyTruth], *, where: str = "evaluation") -> None:
-        self._truth, self._where = truth, where
+    def __init__(
+        self,
+        truth: Callable[[int], SaliencyTruth],
+        *,
+        where: str = "evaluation",
+        references: Callable[[], Mapping[str, Array]] = dict,
+    ) -> None:
+        self._truth, self._where, self._references = truth, where, references
         self._pictures: dict[int, _Row] = {}
 
     def take(self, decoded: Tensor | Sequence[Tensor], batch: Mapping[str, Tensor]) -> None:
@@ -61,7 +69,7 @@ class SaliencyMaps:
 
     def compute(self) -> dict[str, float]:
         """Every number that can be had by name, means over pictures, and the `count` of these."""
-        records = self.records()
+        records = self._own()
         found = {name: saliency_scores.value(records, name) for name in saliency_scores.ROWS}
         numbers = {name: number for name, number in found.items() if number is not None}
         return {**numbers, "count": float(len(self._pictures))}
@@ -71,11 +79,16 @@ class SaliencyMaps:
         return []
 
     def records(self) -> dict[str, Array]:
-        """As `kd.metrics.saliency_scores` describes.
+        """As `kd.metrics.saliency_scores` describes, and the references.
 
         Raises:
             UserError: Not one fixation was scored.
         """
+        own = self._own()
+        known = self._references()
+        return {**own, **{name: rows[own["image_ids"]] for name, rows in known.items()}}
+
+    def _own(self) -> dict[str, Array]:
         records = saliency_scores.records_of(self._pictures)
         saliency_scores.check(records, self._where)
         return records

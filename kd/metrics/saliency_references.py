@@ -1,7 +1,7 @@
 """What saliency maps are held against in every table: the centre prior and other observers.
 
 Their numbers stand in a `predictions.npz` beside a run's own: `centre_prior` and `other_observers`,
-(N, M) each, a column for each of `kd.metrics.saliency.METRICS`, NaN for pictures that were left out.
+(N, M) each, a column for each of `kd.metrics.saliency.METRICS`, NaN for pictures left out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CENTRE, OBSERVERS = "centre_prior", "other_observers"  # arrays of records
 NAMES = {CENTRE: "centre prior", OBSERVERS: "other observers"}
 ABOUT = {
     CENTRE: "centre prior: where people look on train pictures, whatever is shown",
-    OBSERVERS: "other observers: each person's fixations foretold by all others'; KLD, CC and SIM are "
-    "of halves of them, noisier than the truth of everybody: models may be above",
+    OBSERVERS: "other observers: each person's fixations foretold by all others'; KLD, CC and SIM "
+    "are of halves of them, noisier than the truth of everybody: models may be above",
 }
 
 

@@ -11,7 +11,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.report.drawing import INK
+from kd.metrics.records import Records
+from kd.metrics.saliency_references import NAMES
+from kd.metrics.saliency_scores import ROWS
+from kd.report.comparison import label_of, number_cell
+from kd.report.drawing import INK, colours, legend_above, new_figure, reference_style
+from kd.report.table import Table
 
 _AT_MOST = 6  # panels of a row
 _ACROSS = 2.3  # inches of a panel
@@ -69,4 +74,52 @@ def gaze_figure(picture: Tensor, points: NDArray[np.float64], maps: Mapping[str,
                 markeredgecolor="black", markeredgewidth=0.4,
             )  # fmt: skip
             axes.set(xlim=(0, width), ylim=(height, 0))
+    return figure
+
+
+def pictures_table(records: Records, *, most: int = 5) -> Table:
+    """The pictures with the largest and the smallest divergence.
+
+    Args:
+        records: As `kd.metrics.saliency_scores` describes.
+        most: How many of each.
+    """
+    order = [n for n in np.argsort(-records["KLD"]).tolist() if not np.isnan(records["KLD"][n])]
+    chosen = [order[:most], [n for n in order[-most:] if n not in order[:most]]]
+    groups = tuple(
+        tuple(
+            (
+                str(records["image_ids"][n]),
+                str(records["fixation_counts"][n]),
+                *(number_cell(name, float(records[name][n])) for name in ROWS),
+            )
+            for n in part
+        )
+        for part in chosen
+        if part
+    )
+    header = ("picture", "fixations", *ROWS)
+    note = "picture: its place in the split; least foretold ones first, then those foretold best"
+    return Table("By picture", header, groups, (note,))
+
+
+def picture_figure(runs: Mapping[str, Records], metric: str) -> Figure:
+    """A metric of every picture, in rising order: a line for each run and each reference.
+
+    Args:
+        runs: Name -> records of the same pictures.
+        metric: Its name.
+    """
+    figure, axes = new_figure(6.0, 3.6)
+    shades = iter(colours(len(runs)))
+    for name, records in runs.items():
+        numbers = np.sort(records[metric][~np.isnan(records[metric])])
+        if not len(numbers):
+            continue
+        style = reference_style(name) if name in NAMES.values() else {"color": next(shades)}
+        axes.plot(
+            100 * (np.arange(len(numbers)) + 0.5) / len(numbers), numbers, label=name, **style
+        )
+    axes.set(xlabel="share of the pictures (%)", ylabel=label_of(metric), xlim=(0, 100))
+    legend_above(axes)
     return figure

@@ -62,7 +62,8 @@ class Saliency:
         """KLD, CC, SIM, NSS, both areas under the curve, information gain."""
         if classes.gaze is None:
             raise UserError(f"{classes.where}: has no fixations that could be foretold")
-        return SaliencyMaps(classes.gaze, where=classes.where)
+        truth = classes.gaze
+        return SaliencyMaps(truth, where=classes.where, references=lambda: truth.references)
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
