@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from kd.adapted import AdaptedStudent
+from kd.asked_maps import Asked
 from kd.box_overlays import box_overlays
 from kd.build import make_accelerator, open_data
 from kd.config import AnyData
@@ -21,15 +22,18 @@ from kd.config_reader import read_yaml
 from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
+from kd.gaze_overlays import gaze_overlays
 from kd.metrics.found_boxes import FoundBoxes
 from kd.metrics.records import Records
+from kd.metrics.saliency_maps import SaliencyMaps
 from kd.metrics.segmentation import MeanIoU
 from kd.metrics.top_n import TopN
 from kd.nn.multi_scale import MultiScale
 from kd.opened import Opened, of_objects
 from kd.opened_boxes import OpenBoxes
+from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
-from kd.overlays import Segmenter, overlays
+from kd.overlays import overlays
 from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
 from kd.run_folder import class_names
@@ -73,7 +77,8 @@ class Answers:
         """As `predictions.npz` holds them, of a kind that tables know; None for others."""
         if isinstance(self.metric, MeanIoU):
             return {**self.metric.records(), "names": np.array(self.data.class_names)}
-        return self.metric.records() if isinstance(self.metric, TopN | FoundBoxes) else None
+        told = isinstance(self.metric, TopN | FoundBoxes | SaliencyMaps)
+        return self.metric.records() if told else None
 
     def save_predictions(self) -> None:
         """Write `predictions.npz`, for setting runs side by side."""
@@ -114,8 +119,11 @@ def ask_run(
     name = _model_name(config)
 
     def pictures() -> Iterator[Figure]:
+        if isinstance(data, OpenGaze):
+            seen = {name: Asked(asked, task, data.section.size)}
+            return gaze_overlays(data, seen, count=PICTURES, accelerator=accelerator)
         if isinstance(data, OpenMaps):
-            shown = {name: Segmenter(asked, task, data.section.size)}
+            shown = {name: Asked(asked, task, data.section.size)}
             return overlays(data, shown, count=PICTURES, accelerator=accelerator)
         if isinstance(data, OpenBoxes) and isinstance(metric, FoundBoxes):
             return box_overlays({name: metric.records()}, data.objects.val, count=PICTURES)

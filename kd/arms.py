@@ -1,6 +1,7 @@
 """The arms of a comparison: one student, with and without each thing that is compared.
 
-All arms of a seed share initial weights, data order, pixels, labels and steps.
+All arms of a seed share initial weights, data order, pixels, labels and steps. A saliency student
+has its second map, the last to be drawn, in those arms alone that teach it.
 
 plain      the student and its labels, no distillation
 distilled  with the recipe's terms
@@ -26,6 +27,7 @@ from torch import nn
 
 from kd.build import (
     build_detector,
+    build_saliency,
     build_segmenter,
     build_student,
     build_task,
@@ -43,13 +45,14 @@ from kd.launch import open_run
 from kd.objective import Term, check_weights
 from kd.opened import OpenData, Opened, make_dataset, of_objects
 from kd.opened_boxes import OpenBoxes
+from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
 from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
 from kd.soft_targets import SoftTargetSource
 from kd.sources import Sources, open_sources
-from kd.student_runs import BARE
+from kd.student_runs import BARE, imitates
 from kd.tasks.base import Mean, Task
 from kd.teacher_runs import expectation
 from kd.term_checks import check_terms
@@ -184,6 +187,9 @@ class Distillation:
             shares = self.data.prior(labelled)
             return build_student(self.recipe.student, shares, context=arm not in BARE)
         classes = self.data.num_classes
+        if isinstance(self.data, OpenGaze):
+            second = imitates(self.recipe, arm)
+            return build_saliency(self.recipe.student, branches="b" if second else "a")
         if isinstance(self.data, OpenBoxes):
             reads = arm not in BARE and self.recipe.student.options.get("context", False)
             prior = self.data.prior(labelled) if reads else None
@@ -205,6 +211,8 @@ class Distillation:
         stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
         if isinstance(data, OpenMaps):
             return data.crops(seed, stored)
+        if isinstance(data, OpenGaze):
+            return data.pictures(seed, stored)
         if isinstance(data, OpenBoxes):
             return data.samples(seed, stored)
         return make_dataset(

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.catalog import build, check_options, look_up
-from kd.config import AnyData, Data, LabelMaps, Model, TaskSection
+from kd.catalog import accepted, build, check_options, look_up
+from kd.config import AnyData, Data, Gaze, LabelMaps, Model, TaskSection
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
 from kd.memory import keep_freed_memory
@@ -22,15 +22,27 @@ from kd.nn.detectors import DETECTORS
 from kd.nn.segmenters import SEGMENTERS
 from kd.opened import Opened, open_objects
 from kd.opened_boxes import OpenBoxes
+from kd.opened_gaze import open_fixations
 from kd.opened_maps import OpenMaps, open_maps
 from kd.tasks import TASKS
 from kd.tasks.base import Task
 from kd.tasks.detection import Detection
+from kd.tasks.saliency import Saliency
 from kd.tasks.segmentation import Segmentation
 from kd.transferred import TRANSFERRED, take_trunk
-from students import CLASSIFIERS
+from students import CLASSIFIERS, SALIENCY_STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS
+
+# The data that tasks are for; all others are about objects.
+_NEEDS: dict[Any, type[Data] | type[LabelMaps] | type[Gaze]] = {
+    Segmentation: LabelMaps,
+    Saliency: Gaze,
+}
+_ABOUT: dict[type, str] = {
+    Data: "objects with boxes", LabelMaps: "label maps", Gaze: "fixations of people",
+}  # fmt: skip
+_SUCH: dict[type, str] = {Data: "scenes", LabelMaps: "scenes_maps", Gaze: "scenes_gaze"}
 
 
 def make_loader(
@@ -72,11 +84,12 @@ def build_task(
         UserError: An unknown task or option, or data of the other kind.
     """
     builder = look_up(TASKS, section.name, what="task")
-    if isinstance(data, Data) is (builder is Segmentation):
-        has, needs = ("objects with boxes", "label maps, such as --data scenes_maps")
-        if builder is not Segmentation:
-            has, needs = ("label maps", "objects with boxes, such as --data scenes")
-        raise UserError(f"data {data.name}: has {has}; task {section.name} is for {needs}")
+    needs = _NEEDS.get(builder, Data)
+    if not isinstance(data, needs):
+        raise UserError(
+            f"data {data.name}: has {_ABOUT[type(data)]}; task {section.name} is for "
+            f"{_ABOUT[needs]}, such as --data {_SUCH[needs]}"
+        )
     known: dict[str, Any] = {"num_classes": num_classes}
     if isinstance(data, Data):
         known["shape"] = data.shape
@@ -100,8 +113,13 @@ def segmentation_task(section: TaskSection, data: OpenMaps) -> Task:
 
 
 def build_teacher(model: Model, num_classes: int) -> nn.Module:
-    """A teacher of the catalogue, at random weights or those its options name."""
-    return build(TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes)
+    """A teacher of the catalogue, at random weights or those its options name.
+
+    One for saliency has no classes, and is not told how many there are.
+    """
+    builder = look_up(TEACHERS, model.name, what="teacher")
+    given = accepted(builder, num_classes=num_classes)
+    return build(TEACHERS, model.name, model.options, what="teacher", **given)
 
 
 def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
@@ -133,6 +151,20 @@ def build_segmenter(model: Model, num_classes: int) -> nn.Module:
     )
 
 
+def build_saliency(model: Model, *, branches: str | None = None) -> nn.Module:
+    """A saliency student of the catalogue.
+
+    Args:
+        model: Name and options.
+        branches: "a" or "b", whatever the options say: A is the plain arm beside B.
+
+    Raises:
+        UserError: Another name, wrong options.
+    """
+    options = {**model.options, **({} if branches is None else {"branches": branches})}
+    return build(SALIENCY_STUDENTS, model.name, options, what="saliency student")
+
+
 def build_detector(
     model: Model,
     num_classes: int,
@@ -162,14 +194,16 @@ def open_data(section: AnyData, task: str | None = None) -> Opened:
     """Open a data set of any kind.
 
     Args:
-        section: Objects or label maps.
+        section: Objects, label maps or gaze.
         task: Name of what is asked; detectors see objects otherwise than those who hide them.
 
     Raises:
-        UserError: What `open_objects` and `open_maps` raise.
+        UserError: What `open_objects`, `open_maps` and `open_fixations` raise.
     """
     if isinstance(section, LabelMaps):
         return open_maps(section)
+    if isinstance(section, Gaze):
+        return open_fixations(section)
     objects = open_objects(section)
     return OpenBoxes(objects) if TASKS.get(task or "") is Detection else objects
 

@@ -98,6 +98,15 @@ def check_options(
         raise ConfigError("\n".join(mistakes))
 
 
+def accepted(builder: Callable[..., object], **given: object) -> dict[str, object]:
+    """Those of some arguments that a builder has a parameter for.
+
+    A network that maps where people look has no classes, so `num_classes` does not go to it.
+    """
+    parameters = inspect.signature(builder).parameters
+    return {name: value for name, value in given.items() if name in parameters}
+
+
 def build(
     catalog: Mapping[str, Callable[..., T]],
     name: str,

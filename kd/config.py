@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from kd.config_data import AnyData as AnyData
 from kd.config_data import Count, NotNegative, Positive, Probability, Section, Share, Whole
 from kd.config_data import Data as Data
+from kd.config_data import Gaze as Gaze
 from kd.config_data import Generate as Generate
 from kd.config_data import LabelMaps as LabelMaps
 from kd.config_data import Split as Split
@@ -148,7 +149,7 @@ class TaskSection(Section):
 
 
 class TeacherRecipe(Section):
-    """`python -m kd.train_teacher`: a teacher of objects' context or of label maps."""
+    """`python -m kd.train_teacher`: a teacher of objects' context, label maps or gaze."""
 
     data: AnyData
     task: TaskSection
@@ -171,7 +172,7 @@ class TeacherRecipe(Section):
 
     @model_validator(mode="after")
     def _folds_are_of_objects(self) -> TeacherRecipe:
-        if self.folds and isinstance(self.data, LabelMaps):
+        if self.folds and not isinstance(self.data, Data):
             raise ValueError("folds: are for teachers of objects' context")
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -34,7 +34,7 @@ def _kind_of_split(value: Any) -> str:
 
 
 # Alternatives as the schema's places name them; no file has such keys.
-OBJECTS, LABEL_MAPS = "<objects>", "<label maps>"
+OBJECTS, LABEL_MAPS, GAZE = "<objects>", "<label maps>", "<gaze>"
 NAME, PATHS = "<name>", "<paths>"
 AnySplit = Annotated[
     Annotated[str, Tag(NAME)] | Annotated[Split, Tag(PATHS)], Discriminator(_kind_of_split)
@@ -157,21 +157,71 @@ class LabelMaps(DataSet):
 
     @model_validator(mode="after")
     def _splits_fit_layout(self) -> LabelMaps:
-        for name in ("train", "val"):
-            paths = isinstance(getattr(self, name), Split)
-            if paths is not (self.layout == "coco"):
-                wanted = "its annotations and images" if self.layout == "coco" else "a split's name"
-                raise ValueError(f"{name}: layout {self.layout} takes {wanted}")
+        _check_splits(self, drawn="coco")
         return self
 
 
+GazeLayout = Literal["osie", "salicon", "mit1003", "cat2000", "synthetic"]
+
+
+class Gaze(DataSet):
+    """Pictures with people's fixations, in the layout that they are published in."""
+
+    layout: GazeLayout = Field(
+        description="synthetic: a gaze model looks at the objects of COCO-format data"
+    )
+    train: AnySplit = Field("train", description="name of the split; of synthetic: its two paths")
+    val: AnySplit = "val"
+    generate: Generate | None = Field(None, description="only for the embedded scenes")
+    size: tuple[Count, Count] = Field(
+        description="height and width that pictures are scaled into, their aspect kept; training "
+        "pictures are padded to it"
+    )
+    degree: Positive = Field(
+        description="pixels of the files that a degree of visual angle has: the standard deviation "
+        "of the Gaussian around each fixation"
+    )
+    maps: Literal["fixations", "published"] = Field(
+        "fixations", description="densities: drawn around the fixations, or the published maps"
+    )
+    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="of the pictures, drawn by name where a layout has no val split"
+    )
+    split_seed: Whole = Field(0, description="of that draw")
+    augment: dict[str, Any] | None = Field(
+        default_factory=dict, description="options of kd.data.crops.Turns; null = none"
+    )
+
+    @model_validator(mode="after")
+    def _splits_fit_layout(self) -> Gaze:
+        _check_splits(self, drawn="synthetic")
+        if self.layout == "synthetic" and self.maps == "published":
+            raise ValueError("maps: layout synthetic has none that are published")
+        return self
+
+
+def _check_splits(section: LabelMaps | Gaze, *, drawn: str) -> None:
+    """Splits of a published layout are names; of a COCO-format data set they are paths."""
+    for name in ("train", "val"):
+        paths = isinstance(getattr(section, name), Split)
+        if paths is not (section.layout == drawn):
+            wanted = "its annotations and images" if section.layout == drawn else "a split's name"
+            raise ValueError(f"{name}: layout {section.layout} takes {wanted}")
+
+
 def kind_of_data(values: Any) -> str:
-    """Which of the two sections values are for: whoever has a layout has label maps."""
-    has_layout = "layout" in values if isinstance(values, Mapping) else hasattr(values, "layout")
-    return LABEL_MAPS if has_layout else OBJECTS
+    """Which of the sections values are for: a layout is one of fixations, or of label maps."""
+    known = vars(values) if isinstance(values, BaseModel) else values
+    if not isinstance(known, Mapping):
+        return OBJECTS
+    if known.get("layout") in get_args(GazeLayout) or "degree" in known:
+        return GAZE
+    return LABEL_MAPS if "layout" in known else OBJECTS
 
 
 AnyData = Annotated[
-    Annotated[Data, Tag(OBJECTS)] | Annotated[LabelMaps, Tag(LABEL_MAPS)],
+    Annotated[Data, Tag(OBJECTS)]
+    | Annotated[LabelMaps, Tag(LABEL_MAPS)]
+    | Annotated[Gaze, Tag(GAZE)],
     Discriminator(kind_of_data),
 ]

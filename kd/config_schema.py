@@ -9,11 +9,15 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from kd.config import Data, LabelMaps
-from kd.config_data import LABEL_MAPS, NAME, OBJECTS, PATHS
+from kd.config import Data, Gaze, LabelMaps
+from kd.config_data import GAZE, LABEL_MAPS, NAME, OBJECTS, PATHS
 
 # The kinds of data as the schema's places name them, which a file does not.
-KINDS: dict[str, type[Data] | type[LabelMaps]] = {OBJECTS: Data, LABEL_MAPS: LabelMaps}
+KINDS: dict[str, type[Data] | type[LabelMaps] | type[Gaze]] = {
+    OBJECTS: Data,
+    LABEL_MAPS: LabelMaps,
+    GAZE: Gaze,
+}
 ALTERNATIVES = (*KINDS, NAME, PATHS)
 
 
@@ -27,7 +31,7 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     definitions = schema.get("$defs", {})
     definitions |= {f"Part{name}": _part(one) for name, one in definitions.items()}
     schema["required"] = [name for name in schema["required"] if name != "data"]
-    kinds = [name for name in ("Data", "LabelMaps") if name in definitions]
+    kinds = [name for name in ("Data", "LabelMaps", "Gaze") if name in definitions]
     part = {"anyOf": [{"$ref": f"#/$defs/Part{name}"} for name in kinds]}
     variant = _part({**schema, "properties": {**schema["properties"], "data": part}})
     variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}

@@ -8,14 +8,16 @@ from pathlib import Path
 from kd.answers import Answers, data_of, section_of
 from kd.box_evaluation import BoxEvaluation, about_boxes
 from kd.evaluation import Evaluation, Scores, about
+from kd.gaze_evaluation import GazeEvaluation
 from kd.map_evaluation import MapEvaluation
-from kd.metrics.kinds import DETECTIONS, kind_of
+from kd.metrics.kinds import DETECTIONS, SALIENCY, kind_of
 from kd.opened import of_objects
+from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
 from kd.references import on_data, references
 from kd.report.runs import Run, check_same_objects, named_runs
 
-AnyEvaluation = Evaluation | MapEvaluation | BoxEvaluation | Scores
+AnyEvaluation = Evaluation | MapEvaluation | BoxEvaluation | GazeEvaluation | Scores
 
 
 def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
@@ -31,6 +33,9 @@ def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
     if kind_of(records) is DETECTIONS:
         title = f"{run} on {about_boxes(f'{data.section.name} val', records)}"
         return BoxEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
+    if isinstance(data, OpenGaze):
+        title = f"{run} on {_about_maps(data, len(records['image_ids']))}"
+        return GazeEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
     if isinstance(data, OpenMaps):
         how = f", {asked.how}" if asked.how else ""
         title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
@@ -42,7 +47,7 @@ def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
 
 def side_by_side(
     runs: Sequence[Run], data_name: str | None, settings: Sequence[str]
-) -> Evaluation | MapEvaluation | BoxEvaluation:
+) -> Evaluation | MapEvaluation | BoxEvaluation | GazeEvaluation:
     """What several runs answered about the same objects or pictures.
 
     Args:
@@ -60,6 +65,11 @@ def side_by_side(
         title = about_boxes(f"{section.name} val", first)
         found = {name: run.records for name, run in named.items()}
         return BoxEvaluation(title, section.model_dump(mode="json"), found)
+    if kind_of(first) is SALIENCY:
+        section = section_of(runs[0], data_name, settings)
+        title = f"{section.name} val: {len(first['image_ids'])} pictures"
+        found = {name: run.records for name, run in named.items()}
+        return GazeEvaluation(title, section.model_dump(mode="json"), found)
     opened = data_of(runs[0], data_name, settings)
     if isinstance(opened, OpenMaps):
         maps = {name: run.records for name, run in named.items()}
@@ -71,5 +81,5 @@ def side_by_side(
     return Evaluation(about(data, first), data, records, references(data, first))
 
 
-def _about_maps(data: OpenMaps, pictures: int) -> str:
+def _about_maps(data: OpenMaps | OpenGaze, pictures: int) -> str:
     return f"{data.section.name} val: {pictures} pictures"

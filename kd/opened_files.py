@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kd.config import Data, LabelMaps
+from kd.config import Data, Gaze, LabelMaps
 from kd.config_data import Split
 from kd.data.box_layouts import LAYOUTS, made_split
 from kd.data.coco import CocoIndex, check_images_decode, load_coco
@@ -19,14 +19,14 @@ DECODED_FIRST = 2000
 
 
 def open_annotated(
-    section: Data | LabelMaps, *, pictures: bool = True
+    section: Data | LabelMaps | Gaze, *, pictures: bool = True
 ) -> tuple[CocoIndex, CocoIndex]:
     """Both splits of a data set of annotated objects, checked.
 
     The scenes are made where they are not there, COCO JSONs where the layout is another.
 
     Args:
-        section: Of objects, or of label maps that are drawn from annotations.
+        section: Of objects, or of label maps or gaze that follow from annotations.
         pictures: Whether images are needed.
 
     Raises:
@@ -48,7 +48,7 @@ def open_annotated(
     return first, second
 
 
-def split_paths(section: Data | LabelMaps, split: str | Split) -> tuple[Path, Path]:
+def split_paths(section: Data | LabelMaps | Gaze, split: str | Split) -> tuple[Path, Path]:
     """A split's COCO JSON, made if its layout is another, and the folder of its images.
 
     Raises:
@@ -69,14 +69,14 @@ def train_annotations(section: Data) -> Path | None:
     return path if path.is_file() else None
 
 
-def _known_by(section: Data | LabelMaps) -> str:
+def _known_by(section: Data | LabelMaps | Gaze) -> str:
     """A path below its root that a data set has."""
     if isinstance(section.train, Split):
         return section.train.annotations
     return LAYOUTS[_layout_of(section)].holds(section.train)
 
 
-def _layout_of(section: Data | LabelMaps) -> str:
+def _layout_of(section: Data | LabelMaps | Gaze) -> str:
     """Of boxes that are no COCO JSON; the schema sees to it that only such splits are names."""
     assert isinstance(section, Data) and section.made_from is not None
     return section.made_from
@@ -102,7 +102,7 @@ def _check_decode(index: CocoIndex) -> None:
         raise UserError("\n".join(broken[:5]) + more)
 
 
-def root_of(section: Data | LabelMaps, *, holds: str) -> Path:
+def root_of(section: Data | LabelMaps | Gaze, *, holds: str) -> Path:
     """The folder of a data set: the one that is named, or one that has something in it.
 
     Args:

@@ -20,13 +20,16 @@ from kd.data.loader import SampleLoader
 from kd.engine import evaluate, fit
 from kd.launch import learns, parameters, start_training
 from kd.metrics import scores
-from kd.metrics.kinds import DETECTIONS
+from kd.metrics.kinds import DETECTIONS, SALIENCY
 from kd.metrics.records import prior_records
+from kd.metrics.saliency_maps import SaliencyMaps
+from kd.metrics.saliency_references import CENTRE, NAMES, OBSERVERS
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
 from kd.opened import OpenData, Opened
 from kd.progress import CleanStop, ProgressBar
 from kd.references import EXACT, PRIOR, exact_records
+from kd.report.comparison import number_cell, scale_of
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
@@ -92,6 +95,7 @@ def run_training(
     summary: dict[str, Any] = {
         **metric.compute(),
         **ceiling_metrics(session.data, metric),
+        **reference_metrics(metric),
         "parameters": parameters(training.exported),
         "steps": training.progress.step,
     }
@@ -212,6 +216,21 @@ def ceiling_metrics(data: Opened, metric: Metric) -> dict[str, float]:
     return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
 
 
+def reference_metrics(metric: Metric) -> dict[str, float]:
+    """What the centre prior and other observers reach on the same pictures, of saliency maps."""
+    if not isinstance(metric, SaliencyMaps):
+        return {}
+    found = SALIENCY.references(metric.records())
+    columns = {"prior": NAMES[CENTRE], "observers": NAMES[OBSERVERS]}
+    known = {
+        f"{column}_{name}": SALIENCY.value(found[reference], name)
+        for column, reference in columns.items()
+        if reference in found
+        for name in SALIENCY.rows
+    }
+    return {name: number for name, number in known.items() if number is not None}
+
+
 def _curve_figure(data: OpenData, metric: TopN) -> Any:
     """Top-n against random, prior and, on the scenes, the exact posterior."""
     records = metric.records()
@@ -251,8 +270,10 @@ def say_summary(title: str, summary: Mapping[str, Any]) -> None:
     """A run's figures on stdout, the class prior's and the ceiling's beside them."""
     shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "area", "nll", "ece",
              "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP",
-             "mIoU", "mean_accuracy", "pixel_accuracy", *DETECTIONS.rows)  # fmt: skip
-    titles = {"": "model", "prior_": "prior", "ceiling_": "exact posterior"}
+             "mIoU", "mean_accuracy", "pixel_accuracy", *DETECTIONS.rows,
+             *SALIENCY.rows)  # fmt: skip
+    titles = {"": "model", "prior_": "prior", "observers_": "other observers",
+              "ceiling_": "exact posterior"}  # fmt: skip
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
     names = [name for name in shown if name in summary]
     width = max(len(name) for name in names)
@@ -266,4 +287,5 @@ def say_summary(title: str, summary: Mapping[str, Any]) -> None:
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if name in ("nll", "ece", "area") else f"{100 * value:.1f} %"
+    told = number_cell(name, value)
+    return told if scale_of(name) == 1 else f"{told} %"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kd.data.coco import CocoIndex
 from kd.data.dataset import SceneDataset
 from kd.data.loader import Samples
+from kd.data.picture_dataset import PictureDataset
 from kd.errors import UserError
 from kd.opened import OpenData, Opened, make_dataset, of_objects
+from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
 from kd.teacher_runs import TrainedTeacher, as_shown
+from kd.terms import TEACHER_OUTPUTS
 
 PICTURES_LOOKED_AT = 4096
 Split = Literal["train", "val"]
@@ -45,6 +50,11 @@ class Shown(Protocol):
     @property
     def about(self) -> dict[str, str]:
         """What the stored numbers follow from beside the teacher."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """That score maps are brought to before they are stored; None: they have one shape."""
         ...
 
     def samples(self, only: NDArray[np.int64] | None = None) -> Samples:
@@ -82,6 +92,11 @@ class ShownObjects:
             "transform": f"size {section.size}, {section.shape}, rescaled and padded",
         }
 
+    @property
+    def grid(self) -> None:
+        """Frames are squares."""
+        return None
+
     def samples(self, only: NDArray[np.int64] | None = None) -> Samples:
         """Scenes with all their objects hidden in turn."""
         if only is None:
@@ -105,12 +120,13 @@ class ShownPictures:
     Args:
         data: The data set.
         split: Which of it.
-        size: Long side that the teacher sees, pixels; None: that of the files.
+        size: Long side that the teacher sees, pixels, or of gaze what pictures are scaled into;
+            None: that of the files.
     """
 
-    data: OpenMaps
+    data: OpenMaps | OpenGaze
     split: Split
-    size: int | None
+    size: int | tuple[int, int] | None
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
@@ -138,13 +154,30 @@ class ShownPictures:
         Raises:
             UserError: They are not of one size, so that their maps would not be.
         """
-        pictures = self.data.whole(self.split, size=self.size, only=only)
-        if not pictures.alike:
+        pictures = self._whole(only)
+        if not pictures.alike and self.grid is None:
             raise UserError(
                 f"{self.data.section.name}: pictures of different sizes have maps of different "
                 "sizes, which are not stored: soft_targets.kind=live"
             )
         return pictures
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Of gaze what pictures are scaled into, where these are of different sizes.
+
+        A stored map covers the whole of its picture, whatever the sides of either.
+        """
+        if isinstance(self.data, OpenMaps):
+            return None
+        whole = self._whole(None)
+        return None if whole.alike else whole.frame
+
+    def _whole(self, only: NDArray[np.int64] | None) -> PictureDataset:
+        if isinstance(self.data, OpenGaze):
+            return self.data.whole(self.split, size=self.size, only=only)
+        assert not isinstance(self.size, tuple)
+        return self.data.whole(self.split, size=self.size, only=only)
 
     @property
     def _images(self) -> tuple[Path, ...]:
@@ -160,14 +193,33 @@ def shown_to(
         UserError: Another size of pictures whose objects are hidden.
     """
     if isinstance(data, OpenMaps):
+        own = teacher.recipe.data.size
+        return ShownPictures(data, split, size or (max(own) if isinstance(own, tuple) else own))
+    if isinstance(data, OpenGaze):
         return ShownPictures(data, split, size or teacher.recipe.data.size)
     if size is not None:
         raise UserError(
-            f"a size of {size} pixels is for label maps; objects are hidden at the size that the "
-            "teacher was trained at: leave soft_targets.size out"
+            f"a size of {size} pixels is for label maps and gaze; objects are hidden at the size "
+            "that the teacher was trained at: leave soft_targets.size out"
         )
     # Which objects count is the student's choice.
     return ShownObjects(as_shown(teacher, of_objects(data), min_share=0.0, max_share=1.0), split)
+
+
+def in_one_shape(given: Mapping[str, Tensor], grid: tuple[int, int] | None) -> Mapping[str, Tensor]:
+    """Score maps of pictures of different sizes on one grid, so that they can be stored.
+
+    Args:
+        given: What a teacher says; layers are left out where there is a grid.
+        grid: Of the result; None leaves all as it is.
+    """
+    if grid is None:
+        return given
+    return {
+        name: F.interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=True)
+        for name, maps in given.items()
+        if name in TEACHER_OUTPUTS
+    }
 
 
 def _pictures_hash(count: int, path_of: Callable[[int], Path]) -> str:

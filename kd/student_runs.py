@@ -9,16 +9,26 @@ from typing import Any
 
 from torch import nn
 
-from kd.build import build_detector, build_segmenter, build_student, build_task, open_data
+from kd.build import (
+    build_detector,
+    build_saliency,
+    build_segmenter,
+    build_student,
+    build_task,
+    open_data,
+)
 from kd.checkpoint import load_model
 from kd.config import AnyData, DistillRecipe, Model
 from kd.config_reader import from_plain
 from kd.errors import UserError
 from kd.opened import OpenData, Opened
 from kd.opened_boxes import OpenBoxes
+from kd.opened_gaze import OpenGaze
 from kd.tasks.base import Task
+from kd.terms import TERMS
 
 BARE = ("bare", "direct")  # arms without a context head
+SECOND_MAP = "teacher_saliency"  # of a saliency student: what the teacher would say
 
 
 @dataclass(frozen=True)
@@ -56,27 +66,40 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
         student: nn.Module = build_student(to_be_loaded(recipe.student), prior, context=not bare)
         load_model(run / "model.safetensors", student)
     else:
-        student = load_network(run, recipe.student, data, bare=config["arm"] in BARE)
+        student = load_network(run, recipe, config["arm"], data)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
 
 
-def load_network(run: Path, section: Model, data: Opened, *, bare: bool = False) -> nn.Module:
-    """Load an arm's segmentation network or detector from its folder.
+def imitates(recipe: DistillRecipe, arm: str) -> bool:
+    """Whether an arm's saliency student has a second map: where one of its terms reads that."""
+    terms = recipe.terms_of(arm)
+    if terms is None:
+        terms = () if arm == "plain" else tuple(term.curve for term in recipe.losses)
+    read = {term.curve: term.student or TERMS[term.name].student for term in recipe.all_losses
+            if term.name in TERMS}  # fmt: skip
+    return any(read.get(term) == SECOND_MAP for term in terms)
+
+
+def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Opened) -> nn.Module:
+    """Load an arm's segmentation network, detector or saliency student from its folder.
 
     Args:
         run: The folder.
-        section: The student's.
+        recipe: Of the comparison.
+        arm: Which of it: some networks lack a head there.
         data: The data set.
-        bare: Whether a detector has no context head, whatever its options say.
 
     Raises:
         UserError: The folder is unfinished, or of another model.
     """
     student: nn.Module
+    section = to_be_loaded(recipe.student)
     if isinstance(data, OpenBoxes):
-        student = build_detector(to_be_loaded(section), data.num_classes, context=not bare)
+        student = build_detector(section, data.num_classes, context=arm not in BARE)
+    elif isinstance(data, OpenGaze):
+        student = build_saliency(section, branches="b" if imitates(recipe, arm) else "a")
     else:
-        student = build_segmenter(to_be_loaded(section), data.num_classes)
+        student = build_segmenter(section, data.num_classes)
     load_model(run / "model.safetensors", student)
     return student
 

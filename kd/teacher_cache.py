@@ -36,7 +36,7 @@ from kd.nn.weights import weights_hash
 from kd.opened import Opened
 from kd.progress import ProgressBar
 from kd.shard_writer import ShardWriter
-from kd.shown import Shown, shown_to
+from kd.shown import Shown, in_one_shape, shown_to
 from kd.soft_targets import LiveTeacher
 from kd.teacher_runs import TrainedTeacher, answering, fold_models
 from kd.terms import POSTERIOR, TEACHER_OUTPUTS
@@ -63,7 +63,7 @@ class Wanted:
             a flipped sample then gets that, where else its map would only be mirrored.
         location: Folder or URL of the stores; the teacher's run folder where not given.
         int8: Compute posteriors in 8-bit integers, on a CPU; layers cannot be had then.
-        size: Long side at which the teacher sees pictures of label-map data; None: that of its
+        size: Long side at which the teacher sees pictures of label maps or gaze; None: as in its
             training.
     """
 
@@ -118,7 +118,7 @@ class _Cache:
     wanted: Wanted
 
     def __post_init__(self) -> None:
-        self.samples = self.shown.samples()
+        self.samples, self.grid = self.shown.samples(), self.shown.grid
         ids = self.shown.image_ids
         folds = fold_of(ids, len(self.models)) if len(self.models) > 1 else np.zeros(len(ids))
         self.images = [ids[folds == number] for number in range(len(self.models))]
@@ -208,7 +208,8 @@ class _Cache:
         with self._asked(self.models[0], layers_among(outputs), outputs) as live:
             self.models[0].to(device)
             with torch.no_grad():
-                given = live(to_device(collate([self.samples[0, 0]]), device, channels_last=False))
+                batch = to_device(collate([self.samples[0, 0]]), device, channels_last=False)
+                given = in_one_shape(live(batch), self.grid)
         objects = self.shown.records_an_image
         each = [self._writer(name, stores[name]).record_bytes(given) for name in outputs]
         sides = [2 if self.mirrored(name) else 1 for name in outputs]
@@ -263,8 +264,8 @@ class _Cache:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
-                    given = live(moved)
-                    again = live(mirror(moved)) if both else None
+                    given = in_one_shape(live(moved), self.grid)
+                    again = in_one_shape(live(mirror(moved)), self.grid) if both else None
                 for writer in writers:
                     writer.take(batch, given, again if self.mirrored(writer.name) else None)
                 done += len(batch["images"])

@@ -16,6 +16,7 @@ from kd.data.loader import Samples
 from kd.nn.cooccurrence import Fitted
 from kd.opened import Opened, make_dataset, of_objects
 from kd.opened_boxes import OpenBoxes
+from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
 from kd.pictures import write_pictures
 from kd.run_folder import RunFolder
@@ -58,6 +59,9 @@ def _prepared(
     """The task and the samples; a model that counts has counted (`counted`: before)."""
     if isinstance(data, OpenMaps):
         return segmentation_task(recipe.task, data), data.crops(recipe.seed)
+    if isinstance(data, OpenGaze):
+        task = build_task(recipe.task, recipe.data, data.num_classes)
+        return task, data.pictures(recipe.seed)
     if isinstance(data, OpenBoxes):
         task = build_task(recipe.task, recipe.data, data.num_classes, model=model)
         return task, data.samples(recipe.seed)

@@ -14,6 +14,7 @@ from kd.losses.hint import hint
 from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
+from kd.losses.saliency import saliency_maps
 
 # Gives a scalar; where a kind `draws`, the module that does.
 Loss = Callable[..., Any]
@@ -75,13 +76,16 @@ TERMS = {
     "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
     "channel_wise": Kind(channel_wise, "logits", "logits", maps=True, valid=True),
     "hint": Kind(hint, maps=True, valid=True),
+    # The second map of a saliency student, which says what the teacher says (METHODS 4).
+    "saliency": Kind(saliency_maps, "teacher_saliency", "saliency", maps=True, valid=True),
 }
 
 
 # What takes a softmax of what it compares, so that logits and log-probabilities are one to it.
 SOFTMAXED = (kl_logits, decoupled, pixel_wise, Adversary)
-# Outputs with a row for each hidden object, of detectors for each box; others are layers.
-ROWS = ("logits", "context", "appearance", "object_logits", "object_deltas")
+# Outputs with a row for each hidden object, box or picture, as asked; others are layers.
+ROWS = ("logits", "context", "appearance", "object_logits", "object_deltas", "saliency",
+        "teacher_saliency")  # fmt: skip
 # What a teacher gives beside its layers.
 POSTERIOR = "posterior"
-TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense", "object_logits", "object_deltas")
+TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense", "object_logits", "object_deltas", "saliency")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from kd.catalog import build, look_up
+from kd.catalog import accepted, build, look_up
 from kd.config import Model, TeacherRecipe
 from kd.config_reader import from_plain, read_yaml
 from kd.errors import UserError
@@ -95,7 +95,8 @@ def teachers_trunk(like: Model, weights: str | None) -> AnyTrunk:
                 "torchvision's; it starts at random weights (null) or from a teacher's run"
             )
         options["weights"] = weights
-    teacher = build(TEACHERS, like.name, options, what="teacher", num_classes=2)
+    given = accepted(builder, num_classes=2)
+    teacher = build(TEACHERS, like.name, options, what="teacher", **given)
     scene_trunk: Any = getattr(teacher, "scene_trunk", None)
     if scene_trunk is None:
         raise UserError(f"student transferred: teacher {like.name!r} has no trunk to begin with")

@@ -1,4 +1,4 @@
-"""Teachers by name: of the context of objects, for segmentation, and detectors.
+"""Teachers by name: of the context of objects, for segmentation, detectors, and for saliency.
 
 A context teacher says in `task` which task fits its input and output.
 """
@@ -13,6 +13,7 @@ from kd.nn.detectors import DETECTORS
 from kd.nn.segmenters import SEGMENTERS
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
+from teachers.msinet import msinet
 from teachers.resnet_multilabel import resnet_multilabel
 from teachers.resnet_pixel import resnet_pixel
 from teachers.scene_transformer import scene_transformer
@@ -31,4 +32,8 @@ CONTEXT_TEACHERS: dict[str, Callable[..., nn.Module]] = {
     "resnet_pixel": resnet_pixel,
     "resnet_multilabel": resnet_multilabel,
 }
-TEACHERS: dict[str, Callable[..., nn.Module]] = CONTEXT_TEACHERS | SEGMENTERS | DETECTORS
+# These have no classes.
+SALIENCY_TEACHERS: dict[str, Callable[..., nn.Module]] = {"msinet": msinet}
+TEACHERS: dict[str, Callable[..., nn.Module]] = (
+    CONTEXT_TEACHERS | SEGMENTERS | DETECTORS | SALIENCY_TEACHERS
+)

@@ -10,7 +10,8 @@ from torch import Tensor
 from kd.data.stored import PREFIX
 
 Sample = dict[str, Tensor]
-_STACKED = ("images", "sizes", "own_sizes", "image_ids", "labelled", "class_maps", "label_maps")
+_STACKED = ("images", "sizes", "own_sizes", "image_ids", "labelled", "class_maps", "label_maps",
+            "density")  # fmt: skip
 _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
            "withheld", "crowds")  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,3 +32,19 @@ def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
 def _hash_to_unit(text: str) -> float:
     digest = hashlib.sha256(text.encode()).digest()
     return float(int.from_bytes(digest[:7], "big")) / float(1 << 56)
+
+
+def drawn_split(names: Sequence[str], share: float, seed: int) -> set[str]:
+    """The names that make up a val split where a data set comes without one.
+
+    Drawn by (seed, name): no other picture's presence moves a picture to the other side by more
+    than the limit's rounding.
+
+    Args:
+        names: Of all pictures.
+        share: Of the val split; at least one picture stays on either side where there are two.
+        seed: Another one draws others.
+    """
+    order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))
+    count = min(max(1, round(share * len(order))), max(1, len(order) - 1))
+    return set(order[:count])

@@ -6,6 +6,7 @@ from kd.losses.hint import hint
 from kd.losses.imitation import anchor_grid, imitation, imitation_mask
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
+from kd.losses.saliency import saliency_kld, saliency_maps
 from kd.losses.supervised import cross_entropy_labelled, masked_bce
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "masked_bce",
     "pair_wise",
     "pixel_wise",
+    "saliency_kld",
+    "saliency_maps",
 ]

@@ -43,13 +43,13 @@ def channel_wise(
     mask_fits("channel_wise", "valid", valid, student, beside="student")
     places = valid.flatten(1)[:, None]  # (N, 1, H * W)
     wide = wide_type(student, teacher)
-    log_p, log_q = (_log_softmax(maps, places, temperature, wide) for maps in (student, teacher))
+    log_p, log_q = (log_shares(maps, places, temperature, wide) for maps in (student, teacher))
     total = (log_q.exp() * (log_q - log_p)).sum()
     count = places.any(dim=2).sum() * student.shape[1]
     return total / count.clamp(min=1) * temperature**2
 
 
-def _log_softmax(maps: Tensor, places: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+def log_shares(maps: Tensor, places: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
     """Over the valid places: (N, C, H * W), with 0 on both sides at all others."""
     logits = maps.flatten(2).to(wide)
     # -inf is out of the softmax; but a softmax of nothing else has no value, nor a gradient.

@@ -10,7 +10,14 @@ from typing import Protocol
 import numpy as np
 
 from kd.errors import UserError
-from kd.metrics import box_records, box_scores, map_scores, scores
+from kd.metrics import (
+    box_records,
+    box_scores,
+    map_scores,
+    saliency_references,
+    saliency_scores,
+    scores,
+)
 from kd.metrics.interval import Interval, bootstrap, paired_bootstrap
 from kd.metrics.records import BY_CLASS, Records, check_records
 
@@ -36,6 +43,10 @@ class Kind(Protocol):
     @property
     def rows(self) -> tuple[str, ...]:
         """The metrics of a table, unless others are asked for."""
+        ...
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """What tables hold answers against beside each other, by name: the same things' records."""
         ...
 
     def check(self, records: Records, where: str) -> None:
@@ -65,6 +76,10 @@ class Objects:
     things, ids, not_by_id = "objects", "object_ids", BY_CLASS
     rows = ("top1", "mean_class_top1", "top5", "nll", "ece", "lookalike_top1",
             "lookalike_pair_top1")  # fmt: skip
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """Tables have their own words for the class prior."""
+        return {}
 
     def check(self, records: Records, where: str) -> None:
         """As `check_records`."""
@@ -108,6 +123,10 @@ class Pictures:
     things, ids, not_by_id = "pictures", "image_ids", ("names",)
     rows = map_scores.ROWS
 
+    def references(self, records: Records) -> dict[str, Records]:
+        """None."""
+        return {}
+
     def check(self, records: Records, where: str) -> None:
         """As `map_scores.check`."""
         map_scores.check(records, where)
@@ -143,6 +162,10 @@ class Detections:
     things, ids, not_by_id = "pictures with boxes", "image_ids", box_records.NOT_BY_ID
     rows = box_scores.ROWS
 
+    def references(self, records: Records) -> dict[str, Records]:
+        """None."""
+        return {}
+
     def check(self, records: Records, where: str) -> None:
         """As `box_records.check`."""
         box_records.check(records, where)
@@ -173,13 +196,46 @@ class Detections:
         return box_scores.difference(records, twin, name)
 
 
+class Saliency:
+    """Where people look on pictures, as `kd.metrics.saliency_scores` describes."""
+
+    things, ids, not_by_id = "pictures with fixations", "image_ids", ()
+    rows = saliency_scores.ROWS
+
+    def references(self, records: Records) -> dict[str, Records]:
+        """The centre prior and other observers, where the records hold them."""
+        return saliency_references.references(records)
+
+    def check(self, records: Records, where: str) -> None:
+        """As `saliency_scores.check`."""
+        saliency_scores.check(records, where)
+
+    def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
+        """As `saliency_scores.check_same_truth`."""
+        saliency_scores.check_same_truth(records, other, pair)
+
+    def value(self, records: Records, name: str) -> float | None:
+        """The mean over pictures; None where no picture has the metric."""
+        return saliency_scores.value(records, name)
+
+    def interval(self, records: Records, name: str) -> Interval | None:
+        """As `saliency_scores.interval`."""
+        return saliency_scores.interval(records, name)
+
+    def difference(self, records: Records, twin: Records, name: str) -> Interval:
+        """As `saliency_scores.difference`."""
+        return saliency_scores.difference(records, twin, name)
+
+
 OBJECTS: Kind = Objects()
 PICTURES: Kind = Pictures()
 DETECTIONS: Kind = Detections()
+SALIENCY: Kind = Saliency()
 # By the array that only answers of this kind have.
 KINDS: dict[str, Kind] = {
     "confusion": PICTURES,
     "found_boxes": DETECTIONS,
+    "fixation_counts": SALIENCY,
     "log_probs": OBJECTS,
 }
 

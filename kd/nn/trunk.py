@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +85,49 @@ class Trunk(nn.Module):
         """The last map at each of `level_strides`, finest first; the last one is `forward`'s."""
         if self.tokens:
             return [self._token_grid(images)]
-        features = self._to_half_range(images)
-        kept: dict[int, Tensor] = {}
-        for (_, step), stride in zip(self.steps(), self.step_strides, strict=True):
-            features = step(features)
-            kept[stride] = features
-        maps = [kept[stride] for stride in self.level_strides]
-        maps[-1] = self._finish(maps[-1])
-        if self.channels_last:
-            maps[:-1] = [one.permute(0, 3, 1, 2) for one in maps[:-1]]
-        return maps
+        last = dict(zip(self.step_strides, (path for path, _ in self.steps()), strict=True))
+        return self.forward_at(images, [last[stride] for stride in self.level_strides])
 
     def forward_with(self, images: Tensor, path: str) -> tuple[Tensor, Tensor]:
         """`forward`'s map, and the map after the step of this path; not of a transformer."""
+        kept, last = self.forward_at(images, (path, [name for name, _ in self.steps()][-1]))
+        return last, kept
+
+    def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
+        """The maps after the steps of these paths, (N, C, h, w); not of a transformer."""
         features = self._to_half_range(images)
-        kept = features
+        kept: dict[str, Tensor] = {}
         for name, step in self.steps():
             features = step(features)
-            kept = features if name == path else kept
-        kept = kept.permute(0, 3, 1, 2) if self.channels_last else kept
-        return self._finish(features), kept
+            if name in paths:
+                kept[name] = features.permute(0, 3, 1, 2) if self.channels_last else features
+        if name in kept:
+            kept[name] = self._finish(features)
+        return [kept[path] for path in paths]
 
     def middle(self) -> tuple[str, int]:
         """Path and channels of the last step before the published trunk's coarsest grid.
 
         Where a coarser grid was kept from coming about, the step is the same.
         """
-        paths = [path for path, _ in self.steps()]
-        coarsest = max(self._published_strides[path] for path in paths)
-        finer = [path for path in paths if self._published_strides[path] < coarsest]
-        if not finer:
+        found = self.stages()
+        if len(found) < 2:
             raise UserError(f"{self.name} has one grid only, and nothing before it")
-        return finer[-1], self._step_channels[paths.index(finer[-1])]
+        return found[-2]
+
+    def stages(self, *, first: bool = False) -> list[tuple[str, int]]:
+        """Path and channels of the last step on each of the published trunk's grids, finest first.
+
+        Args:
+            first: The first step on each instead.
+        """
+        paths = [path for path, _ in self.steps()]
+        found: dict[int, tuple[str, int]] = {}
+        for path, channels in zip(paths, self._step_channels, strict=True):
+            stride = self._published_strides[path]
+            if not (first and stride in found):
+                found[stride] = (path, channels)
+        return [found[stride] for stride in sorted(found)]
 
     def measure(self) -> None:
         """Find channels and strides by running shapes, without data, through the trunk."""

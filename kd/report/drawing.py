@@ -36,6 +36,8 @@ REFERENCES: dict[str, tuple[str, Any]] = {
     "class prior": (GREY, "--"),
     "co-occurrence": ("#7a5c00", (0, (1, 0.8))),
     "exact posterior": ("black", "-."),
+    "centre prior": (GREY, "--"),
+    "other observers": ("black", "-."),
 }
 _OTHER = (GREY, ":")
 _LETTERS_AN_INCH = 13  # of a legend

@@ -36,7 +36,7 @@ COLUMNS = (
 )
 RANDOM = "random"
 # Side by side there is room for the bounds of these.
-_BOUNDED = ("top1", "top5", "nll", "mIoU", "AP", "AP50")
+_BOUNDED = ("top1", "top5", "nll", "mIoU", "AP", "AP50", "KLD", "CC", "NSS", "sAUC")
 _COUNTS = ("count", "classes")
 _OVER_IMAGES = "[low, high]: 95 % interval, images drawn again"
 
@@ -103,6 +103,7 @@ def side_by_side_table(rows: Sequence[Scored], title: str, notes: Sequence[str] 
     runs = sum(bool(one.intervals) for one in rows)
     groups = tuple(group for group in (tuple(lines[:runs]), tuple(lines[runs:])) if group)
     units = "accuracies in percent, nll in nats" if "nll" in names else "in percent"
+    units = "KLD in nats, IG in bits" if "KLD" in names else units
     return Table(title, ("run", *names), groups, (units, _OVER_IMAGES, *notes))
 
 

@@ -144,16 +144,18 @@ def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> 
 
     Args:
         table: From `distill_table` or `runs_table`.
-        metrics: By default the accuracies of the table: bars of other units would need other axes.
+        metrics: By default the accuracies of the table, or all of one that has none.
 
     Raises:
         UserError: The table has none of these metrics.
     """
     known = list(dict.fromkeys(entry.metric for entry in table.comparisons))
-    chosen = [m for m in known if (scale_of(m) == 100 if metrics is None else m in metrics)]
+    chosen = [m for m in known if metrics is None or m in metrics]
+    if metrics is None:
+        chosen = [m for m in chosen if scale_of(m) == 100] or chosen
     arms = list(dict.fromkeys(entry.arm for entry in table.comparisons))
     if not chosen:
-        raise UserError(f"no accuracy to draw; the table has {', '.join(known) or 'nothing'}")
+        raise UserError(f"no metric to draw; the table has {', '.join(known) or 'nothing'}")
     found = {(entry.metric, entry.arm): entry for entry in table.comparisons}
     figure = Figure(figsize=(1.2 + max(1.6, 0.85 * len(arms)) * len(chosen), 3.6))
     FigureCanvasAgg(figure)
@@ -172,7 +174,9 @@ def _comparison_panel(axes: Axes, line: Sequence[Comparison], shades: Sequence[s
     clean(axes)
     metric = line[0].metric
     scale = scale_of(metric)
-    peak = max(max(entry.values) for entry in line) * scale
+    peak = max(0.0, *(max(entry.values) for entry in line)) * scale
+    # Below zero is what is worse than chance, as information gain can be.
+    depth = min(0.0, *(min(entry.values) for entry in line)) * scale
     for place, (entry, colour) in enumerate(zip(line, shades, strict=True)):
         axes.bar(place, scale * entry.mean, width=0.72, color=colour, alpha=0.85)
         if len(entry.values) > 1:
@@ -187,9 +191,10 @@ def _comparison_panel(axes: Axes, line: Sequence[Comparison], shades: Sequence[s
         if np.isfinite(low):
             text += f"\n[{low:+z.{digits}f}, {high:+z.{digits}f}]"
         weight = "bold" if entry.difference.clear_of_zero else "normal"
-        top = scale * max(entry.values) + 0.03 * peak
+        top = scale * max(0.0, *entry.values) + 0.03 * (peak - depth)
         axes.text(place, top, text, ha="center", va="bottom", fontsize=6.5, weight=weight)
-    axes.set(ylim=(0, 1.25 * peak or 1.0), xlim=(-0.6, len(line) - 0.4), xticks=[])
+    high = peak + 0.25 * (peak - depth) or 1.0
+    axes.set(ylim=(1.05 * depth, high), xlim=(-0.6, len(line) - 0.4), xticks=[])
     axes.set_xlabel(label_of(metric))
 
 

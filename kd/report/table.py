@@ -17,6 +17,7 @@ from rich.text import Text
 from kd.errors import UserError
 from kd.metrics.kinds import kind_of
 from kd.metrics.records import Records, prior_records
+from kd.metrics.saliency_references import notes
 from kd.report.comparison import (
     Comparison,
     compare,
@@ -137,21 +138,27 @@ def distill_table(
         for name in names
         for arm in columns
     }
+    first = arms[baseline][0]
+    references = kind_of(first).references(first)
+    known = {name: _reference_cells(name, references) for name in names}
     means = [
-        _row(label_of(name), [found[name, arm] for arm in columns], seed=None) for name in names
+        _row(label_of(name), [found[name, arm] for arm in columns], seed=None) + known[name]
+        for name in names
     ]
     by_seed = [
         _row(f"{label_of(name)}, seed {seed}", [found[name, arm] for arm in columns], seed=place)
+        + known[name]
         for name in names
         for place, seed in enumerate(seeds)
     ]
     header = ["metric", baseline]
     header += [cell for arm in columns[1:] for cell in (arm, f"{arm} - {baseline}")]
+    header += references
     return Table(
         title=title,
         header=tuple(header),
         groups=(tuple(means), tuple(by_seed)) if len(seeds) > 1 else (tuple(means),),
-        notes=(CLEAR, _seed_note(len(seeds)), *_prior_note(names, arms[baseline][0])),
+        notes=(CLEAR, _seed_note(len(seeds)), *_prior_note(names, first), *notes(first)),
         comparisons=tuple(found.values()),
     )
 
@@ -179,6 +186,7 @@ def runs_table(
     first, *others = runs
     names = _chosen(metrics, runs[first])
     prior = prior_records(runs[first])
+    references = kind_of(runs[first]).references(runs[first])
     ceilings = ceilings or {}
     found, rows = [], []
     for name in names:
@@ -189,6 +197,7 @@ def runs_table(
         if prior is not None:
             number = None if name == "ece" else kind_of(prior).value(prior, name)
             cells.append(number_cell(name, number))
+        cells += _reference_cells(name, references)
         if ceilings:
             cells.append(number_cell(name, ceilings.get(name)))
         rows.append(tuple(cells))
@@ -196,11 +205,12 @@ def runs_table(
     header = ["metric", first]
     for run in others:
         header += [run, f"{run} - {first}"]
-    header += ["prior"] * (prior is not None) + ["ceiling"] * bool(ceilings)
-    notes = [CLEAR, f"differences: {_OVER_IMAGES}"] if others else []
+    header += ["prior"] * (prior is not None) + [*references] + ["ceiling"] * bool(ceilings)
+    said = [CLEAR, f"differences: {_OVER_IMAGES}"] if others else []
     if ceilings:
-        notes.append("ceiling: the exact posterior of the scenes' own generative model")
-    return Table(title, tuple(header), (tuple(rows),), tuple(notes), tuple(found))
+        said.append("ceiling: the exact posterior of the scenes' own generative model")
+    said += notes(runs[first])
+    return Table(title, tuple(header), (tuple(rows),), tuple(said), tuple(found))
 
 
 def _chosen(metrics: Sequence[str] | None, records: Records) -> list[str]:
@@ -222,6 +232,11 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
             interval = entry.difference if seed is None else entry.by_seed[seed]
             cells.append(difference_cell(entry.metric, interval))
     return tuple(cells)
+
+
+def _reference_cells(name: str, references: Mapping[str, Records]) -> Row:
+    """A metric of what answers are held against."""
+    return tuple(number_cell(name, kind_of(one).value(one, name)) for one in references.values())
 
 
 def _seed_note(seeds: int) -> str:

@@ -5,6 +5,7 @@ from kd.tasks.context import Context, ContextPixels
 from kd.tasks.context_map import ContextMap
 from kd.tasks.context_scene import ContextScene
 from kd.tasks.detection import Detection
+from kd.tasks.saliency import Saliency
 from kd.tasks.scene_labels import SceneLabels
 from kd.tasks.segmentation import Segmentation
 from kd.tasks.tokens import SceneTokens
@@ -19,4 +20,5 @@ TASKS = {
     "scene_labels": SceneLabels,
     "segmentation": Segmentation,
     "detection": Detection,
+    "saliency": Saliency,
 }

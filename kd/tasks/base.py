@@ -20,6 +20,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.metrics.found_boxes import BoxTruth, FoundBoxes
 from kd.metrics.kitti_ap import KittiTruth
+from kd.metrics.saliency_references import GazeTruth
 from kd.metrics.segmentation import VOID
 from kd.metrics.top_n import TopN
 from kd.nn.regions import coverage, expand_boxes
@@ -56,7 +57,8 @@ class Classes(NamedTuple):
     `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
     none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
     holds; `where` is what messages begin with; `truth` reads the boxes on the val images, as
-    their JSON has them, and `kitti` the same as KITTI's difficulties ask for them.
+    their JSON has them, and `kitti` the same as KITTI's difficulties ask for them; `gaze` is where
+    people looked on the val pictures, and what else saliency maps are held against.
     """
 
     names: Sequence[str]
@@ -66,6 +68,7 @@ class Classes(NamedTuple):
     where: str = "evaluation"
     truth: Callable[[], BoxTruth] | None = None
     kitti: Callable[[], KittiTruth] | None = None
+    gaze: GazeTruth | None = None
 
 
 class Collector(Protocol):
@@ -255,6 +258,10 @@ def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
         if unit in ("images", "hidden", "boxes"):
             # Filled there: a copy to a GPU would wait for all that it still has to do.
             count = torch.full((), float(len(batch[unit])), device=device)
+        elif unit == "pixels" and "label_maps" not in batch:  # whole pictures, all but padding
+            count = batch["sizes"].prod(dim=1).sum().float()
+        elif unit == "valid_images" and "label_maps" not in batch:
+            count = torch.full((), float(len(batch["images"])), device=device)
         elif unit == "pixels":
             count = (batch["label_maps"] != VOID).sum().float()
         elif unit == "valid_images":

@@ -27,11 +27,13 @@ from kd.losses import (
     masked_bce,
     pair_wise,
     pixel_wise,
+    saliency_kld,
+    saliency_maps,
 )
 from kd.losses.holistic import Critic, critic_loss, holistic
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-ROWS, MAPS = (5, 4), (2, 3, 4, 4)
+ROWS, MAPS, LOOKS = (5, 4), (2, 3, 4, 4), (2, 1, 4, 4)
 BAD = (math.nan, math.inf, -math.inf)
 
 
@@ -112,6 +114,11 @@ def entropy(logits: Tensor, _: Tensor) -> Tensor:
     return masked_bce(logits, logits.detach() > 0, valid.roll(1, dims=-1), valid=valid)
 
 
+def looked_at(logits: Tensor, published: bool) -> Tensor:
+    density = torch.arange(logits.numel(), device=logits.device).view_as(logits) % 5
+    return saliency_kld(logits, density.to(logits.dtype), places(logits), published=published)
+
+
 CASES = [
     Case("kl_logits", kl_logits, ROWS, single=(5, 1)),
     Case(
@@ -130,6 +137,21 @@ CASES = [
     Case("pair_wise, maxima", pair_wise, MAPS, single=(2, 3, 2, 2)),
     Case("pair_wise, averages", functools.partial(pair_wise, pool="average", kernel=(1, 3)), MAPS),
     Case("channel_wise", channel_wise, MAPS, single=(2, 3, 1, 1)),
+    Case("saliency_maps", saliency_maps, LOOKS, single=(2, 1, 1, 1)),
+    Case(
+        "saliency_maps, valid",
+        lambda s, t: saliency_maps(s, t, places(s), temperature=3.0),
+        LOOKS,
+        left_out=outside,
+    ),
+    Case(
+        "saliency_maps, published",
+        lambda s, t: saliency_maps(s, t, places(s), published=True),
+        LOOKS,
+        left_out=outside,
+    ),
+    Case("saliency_kld", lambda s, _: looked_at(s, False), LOOKS, None, left_out=outside),
+    Case("saliency_kld, published", lambda s, _: looked_at(s, True), LOOKS, None, left_out=outside),
     Case("hint", hint, MAPS),
     Case("imitation", lambda s, t: imitation(s, t, places(s)), MAPS, left_out=outside),
     Case(
@@ -150,7 +172,9 @@ CASES = [
     # Its logarithms are those of half precision: a wide copy would be the largest map there is.
     Case("masked_bce", entropy, MAPS, None, left_out=outside, bfloat16=0.02),
 ]
-LABELLED = ("cross_entropy_labelled", "masked_bce")  # which call the student logits
+LABELLED = (  # which call the student logits
+    "cross_entropy_labelled", "masked_bce", "saliency_kld", "saliency_kld, published"
+)  # fmt: skip
 LEARNING = [case for case in CASES if case.learns]
 SIDES = [(case, side) for case in CASES for side in range(1 if case.teacher is None else 2)]
 

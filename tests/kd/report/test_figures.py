@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kd.errors import UserError
-from kd.metrics import scores
+from kd.metrics import saliency_scores, scores
 from kd.metrics.records import Records
 from kd.metrics.top_n import TopN
 from kd.report import figures
@@ -113,8 +113,30 @@ def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_arm() -
     assert [len(axes.patches) for axes in figure.axes] == [2, 2, 2]
     drawn(figure)
     drawn(figures.comparison_figure(table, metrics=["nll"]))
-    with pytest.raises(UserError, match="no accuracy to draw"):
-        figures.comparison_figure(distill_table(runs, [0, 1], metrics=["nll"]))
+    alone = figures.comparison_figure(distill_table(runs, [0, 1], metrics=["nll"]))
+    assert [axes.get_xlabel() for axes in alone.axes] == ["nll (nats)"]
+    with pytest.raises(UserError, match="no metric to draw; the table has top1"):
+        figures.comparison_figure(table, metrics=["AP"])
+
+
+def test_a_comparison_of_saliency_has_a_panel_for_each_number_also_below_zero() -> None:
+    def records(seed: int, mean: float) -> Records:
+        rows = {
+            picture: dict.fromkeys(saliency_scores.TRUTH, 3.0)
+            | {name: mean + 0.01 * ((picture + seed) % 5) for name in saliency_scores.ROWS}
+            for picture in range(12)
+        }
+        return saliency_scores.records_of(rows)
+
+    runs = {"plain": [records(s, -0.2) for s in (0, 1)], "B": [records(s, -0.1) for s in (2, 3)]}
+    table = distill_table(runs, [0, 1])
+    figure = figures.comparison_figure(table)
+    titles = [axes.get_xlabel() for axes in figure.axes]
+    assert titles == ["KLD (nats)", "CC", "SIM", "NSS", "AUC_Judd", "sAUC", "IG (bits)"]
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert low < -0.18 and high > 0
+    drawn(figure)
 
 
 def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:

@@ -1,0 +1,170 @@
+"""Where people looked: fixations of a picture, checked, and the density map drawn from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from kd.data.images import UNREADABLE
+from kd.errors import UserError
+
+UNKNOWN = -1  # an observer whom the data set does not tell apart from others
+INSIDE = 0.5  # share of a picture's fixations that lie on it; with fewer, sizes disagree
+
+
+class Fixations(NamedTuple):
+    """Of one picture.
+
+    `points` (F, 2) float64: x and y in pixels from the upper left corner of the file, so that
+    column c covers c..c+1. `observers` (F,) int64, who looked; `UNKNOWN` where nobody knows.
+    """
+
+    points: NDArray[np.float64]
+    observers: NDArray[np.int64]
+
+    def of(self, chosen: NDArray[np.bool_]) -> Fixations:
+        """Some of them."""
+        return Fixations(self.points[chosen], self.observers[chosen])
+
+
+class FixationReader(Protocol):
+    """Fixations of a data set's pictures, as its files have them."""
+
+    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
+        """Of the picture at a place in the split, of a height and width; perhaps outside of it.
+
+        Raises:
+            UserError: A file is missing, broken, or of another size than the picture.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GazeSplit:
+    """One split: pictures and who looked where.
+
+    Attributes:
+        where: What messages begin with.
+        names: Of the pictures, without ending.
+        images: Files.
+        read: Their fixations.
+        degree: Pixels of the files that a degree of visual angle has, the standard deviation of
+            the Gaussian around each fixation.
+        maps: Published density maps, in the same order; without any they are drawn.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    images: tuple[Path, ...]
+    read: FixationReader
+    degree: float
+    maps: tuple[Path, ...] = ()
+
+    def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
+        """Those on the picture: blinks and looks beside it, which lie outside, are left out.
+
+        Args:
+            number: Place in the split.
+            size: Height and width of the file.
+
+        Raises:
+            UserError: There is none, more than half are outside, or what the reader raises.
+        """
+        found, path = self.read(number, size), self.images[number]
+        if not len(found.points):
+            raise UserError(
+                f"{path}: nobody's fixation is known for this stimulus ({self.where}); take it out "
+                "of the data set"
+            )
+        inside = ((found.points >= 0) & (found.points < (size[1], size[0]))).all(axis=1)
+        if inside.mean() < INSIDE:
+            raise UserError(
+                f"{path}: {int((~inside).sum())} of {len(inside)} fixations lie outside of the "
+                f"frame of {size[1]} x {size[0]} pixels; are they of a picture of another size "
+                f"({self.where})?"
+            )
+        return found.of(inside)
+
+    def density(self, number: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """Where people look, on a grid over the picture: (1, *grid) float32, its sum is 1.
+
+        Args:
+            number: Place in the split.
+            size: Height and width of the file.
+            grid: Of the result.
+
+        Raises:
+            UserError: As `fixations`, or the published map is missing, broken, of another size
+                or all zeros.
+        """
+        if not self.maps:
+            return drawn_density(self.fixations(number, size).points, size, grid, self.degree)
+        published = read_density(self.maps[number], expected=size)
+        return normalised(F.resize(published, list(grid), antialias=True).clamp(min=0))
+
+
+def drawn_density(
+    points: NDArray[np.float64], size: tuple[int, int], grid: tuple[int, int], degree: float
+) -> Tensor:
+    """A Gaussian around each fixation, added up, of what lies on the picture.
+
+    Gaussians are separable: the map is one product of two narrow matrices, exact on any grid.
+
+    Args:
+        points: Fixations, (F, 2) x, y in pixels of the file.
+        size: Height and width of the file.
+        grid: Of the result.
+        degree: Standard deviation, pixels of the file.
+
+    Returns:
+        (1, *grid) float32, its sum is 1.
+    """
+    sides = []
+    for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):
+        middles = (torch.arange(places, dtype=torch.float64) + 0.5) * (pixels / places)
+        away = middles - torch.from_numpy(points[:, 1 - axis, None].astype(np.float64))
+        sides.append((-0.5 * (away / degree).square()).exp().float())  # (F, places)
+    rows, columns = sides
+    return normalised((rows.T @ columns)[None])
+
+
+def normalised(maps: Tensor) -> Tensor:
+    """Maps (..., h, w), none below 0 and none all zeros, each with a sum of 1."""
+    whole = maps.double().sum(dim=(-2, -1), keepdim=True)
+    return (maps / whole).float()
+
+
+def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
+    """Decode a published density map, grey, of 8 bits or more: (1, H, W) float32, not normalised.
+
+    Args:
+        path: An image file.
+        expected: Height and width of its picture.
+
+    Raises:
+        UserError: It is missing, broken, of another size, or all zeros: nobody looked anywhere.
+    """
+    try:
+        with Image.open(path) as picture:
+            grey = picture if picture.mode.startswith(("I", "F")) else picture.convert("L")
+            values = np.asarray(grey).astype(np.float32)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the density map is missing") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path}: this density map cannot be read: {error}") from error
+    if values.shape != expected:
+        raise UserError(
+            f"{path}: the density map is {values.shape[1]} x {values.shape[0]}, its picture "
+            f"{expected[1]} x {expected[0]}"
+        )
+    if not values.any():
+        raise UserError(f"{path}: this density map is all zeros, it says that nobody looked")
+    return torch.from_numpy(values)[None]

@@ -1,0 +1,88 @@
+"""An evaluation of saliency maps: tables, figures and numbers, put together from their records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from kd.metrics.kinds import SALIENCY
+from kd.metrics.records import Records
+from kd.metrics.saliency_references import notes
+from kd.report import evaluation as tables
+from kd.report.comparison import interval_of
+from kd.report.evaluation import Scored
+from kd.report.gaze_figures import picture_figure, pictures_table
+from kd.report.table import Table
+
+
+@dataclass(frozen=True)
+class GazeEvaluation:
+    """Where one or several runs say that people look on the same val pictures.
+
+    Args:
+        title: Above the first table.
+        data: What the pictures are, plain values for `metrics.json`.
+        runs: Name -> predictions.
+    """
+
+    title: str
+    data: Mapping[str, Any]
+    runs: Mapping[str, Records]
+    picture = "gaze"
+
+    @cached_property
+    def scored(self) -> list[Scored]:
+        """Metrics of every run with intervals, then of what they are held against."""
+        known = SALIENCY.references(self._first)
+        found = []
+        for name, records in {**self.runs, **known}.items():
+            values = {metric: SALIENCY.value(records, metric) for metric in SALIENCY.rows}
+            numbers = {metric: number for metric, number in values.items() if number is not None}
+            bounds = {metric: interval_of(metric, records) for metric in numbers}
+            own = {metric: one for metric, one in bounds.items() if one is not None}
+            found.append(Scored(name, numbers, own if name in self.runs else {}))
+        return found
+
+    @property
+    def _first(self) -> Records:
+        return next(iter(self.runs.values()))
+
+    def summary_tables(self) -> list[Table]:
+        """Metrics with their intervals, beside the references."""
+        said = notes(self._first)
+        if len(self.runs) > 1:
+            return [tables.side_by_side_table(self.scored, self.title, said)]
+        return [tables.run_table(self.scored, self.title, said)]
+
+    def class_table(self) -> Table:
+        """There are no classes: the pictures that the first run knows least and most about."""
+        return pictures_table(self._first)
+
+    def all_tables(self) -> list[Table]:
+        """What `table.md` holds."""
+        return [*self.summary_tables(), self.class_table()]
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """How a number is spread over the pictures, beside the references."""
+        every = {**self.runs, **SALIENCY.references(self._first)}
+        for metric in ("KLD", "NSS", "IG"):
+            yield f"pictures_{metric}", picture_figure(every, metric)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything in the tables, in full precision, for `metrics.json`."""
+        found: dict[str, Any] = {
+            "title": self.title,
+            "data": dict(self.data),
+            "pictures": len(self._first["image_ids"]),
+        }
+        for one in self.scored:
+            part = "runs" if one.name in self.runs else "references"
+            found.setdefault(part, {})[one.name] = {
+                **one.values,
+                "intervals": {n: [i.low, i.high] for n, i in one.intervals.items()},
+            }
+        return found

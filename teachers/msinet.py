@@ -1,0 +1,91 @@
+"""MSI-Net: where people look, from a VGG's last three stages and an atrous pyramid."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kd.errors import UserError, at_least
+from kd.nn.aspp import ContextPyramid
+from kd.nn.saliency import LogitMap, PlainDecoder, padded
+from kd.nn.stages import JoinedStages, joined_stages
+from kd.nn.weights import load_network
+
+STRIDES = (8, 16)
+
+
+class MSINet(nn.Module):
+    """Three stages of a trunk, a pyramid over them, a decoder, one logit a pixel.
+
+    Attributes:
+        task: The kind of task that fits the output.
+        stride: Pixels a place of the pyramid's map; pictures are padded to multiples of it.
+    """
+
+    task = "saliency"
+
+    def __init__(self, stages: JoinedStages, *, head: int) -> None:
+        super().__init__()
+        self.trunk, self.stride = stages, stages.stride
+        self.pyramid = ContextPyramid(stages.channels, head)
+        self.decoder = PlainDecoder(head)
+        self.saliency = LogitMap(self.decoder.channels)
+        for part in (self.pyramid, self.decoder, self.saliency):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d) and module.bias is not None:
+                    # As published. Without norms, smaller weights than these let a map fade.
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (N, 3, H, W) of any size to logits.
+
+        Returns:
+            `saliency` (N, 1, H, W); `kd.nn.saliency` says what becomes of sizes that the stride
+            does not divide.
+        """
+        whole = padded(images, self.stride)
+        maps = self.decoder(self.pyramid(self.trunk(whole)))  # (N, head / 8, 8 H/stride, ...)
+        logits = self.saliency(maps, whole=whole.shape[2:], size=images.shape[2:])
+        return {"saliency": logits}
+
+
+def msinet(
+    *,
+    trunk: str = "vgg16",
+    weights: str | None = None,
+    stride: int = 8,
+    until: str | None = None,
+    head: int = 256,
+    file: str | None = None,
+) -> MSINet:
+    """MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), 24.93 M parameters.
+
+    As left alone it is the published network: VGG-16 whose last two poolings take steps of one
+    place and whose last three convolutions are dilated by 2; their stages joined, 1,280 channels at
+    1/8; a pyramid of dilations 4, 8 and 12; three times twice the size and a convolution. The
+    authors scale its output to 0..1 by the map's extremes; here it is logits, without that.
+
+    Args:
+        trunk: Name of the torchvision classifier.
+        weights: Of the trunk: "imagenet", a file, or random ones.
+        stride: Pixels a place of the pyramid's map, 8 or 16. At 16 the decoder ends at half the
+            picture's size, and its map is enlarged: a quarter of the work.
+        until: Path of the trunk's last step that is kept; of mobilenet_v2 "features.17" leaves out
+            the widening to 1,280 channels, which is there for its classifier.
+        head: Channels of the pyramid's map; the decoder has a half, a quarter and an eighth.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`; those of the trunk
+            alone are then left aside.
+
+    Raises:
+        UserError: An option out of range, a trunk that cannot be built, or a file that does not
+            fit.
+    """
+    if stride not in STRIDES:
+        raise UserError(f"msinet: stride must be 8 or 16, got {stride}")
+    at_least("msinet", head=(head, 8))
+    stages = joined_stages(
+        trunk, weights=weights if file is None else None, stride=stride, until=until
+    )
+    network = MSINet(stages, head=head)
+    load_network(network, file, what=f"msinet on {trunk}")
+    return network
