@@ -81,7 +81,8 @@ class Data(DataSet):
         None, description="layout of boxes that COCO JSONs are made from once; null: they are there"
     )
     train: AnySplit = Field(
-        description="its two paths; with made_from a name: VOC2007/trainval of voc, train of kitti"
+        description="its two paths; with made_from a name: VOC2007/trainval of voc, "
+        "with + between several; train of kitti"
     )
     val: AnySplit
     generate: Generate | None = Field(None, description="only for the embedded scenes")

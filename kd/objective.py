@@ -31,7 +31,7 @@ from kd.tasks.base import (
     image_rows,
     stride_of,
 )
-from kd.terms import POSTERIOR, ROWS, TERMS, Kind, Loss
+from kd.terms import POSTERIOR, ROWS, TERMS, Kind, Loss, of_psi
 
 Ramp = Literal["constant", "linear", "cosine", "off_after"]
 
@@ -78,6 +78,7 @@ def build_term(
 ) -> Term:
     """A term by name; its options are the loss's keyword-only parameters, `label` names its curve.
 
+    `imitation` has the option `psi` as well, which says how near objects its mask is.
     `torchdistill.NAME` is a mid-level loss of torchdistill's.
 
     Raises:
@@ -89,6 +90,8 @@ def build_term(
     else:
         kind = look_up(TERMS, name, what="distillation term")
     options = dict(options or {})
+    if "psi" in options:
+        kind = of_psi(kind, options.pop("psi"), what=f"losses: {name}")
     check_options(kind.function, options, what=f"losses: {name}")
     if borrowed is not None and borrowed.has_weights(**options):
         kind = replace(kind, function=borrowed.module, draws=True)

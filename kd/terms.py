@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from kd.errors import UserError
 from kd.losses.adversary import Adversary
 from kd.losses.boxes import box_distance
 from kd.losses.channel_wise import channel_wise
@@ -15,6 +16,7 @@ from kd.losses.imitation import imitation
 from kd.losses.logits import kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
 from kd.losses.saliency import saliency_maps
+from kd.tasks.base import psi_mask
 
 # Gives a scalar; where a kind `draws`, the module that does.
 Loss = Callable[..., Any]
@@ -38,6 +40,8 @@ class Kind:
         boxes: Whether it is about what detectors say of objects.
         weights: Name of the task's mask that says what each pixel counts.
         own: Whether of numbers for every class it compares those of the box's own.
+        psi: Share of the largest IoU that its mask asks for, where a term has one of its own
+            (option `psi`) rather than the task's.
     """
 
     function: Loss
@@ -52,6 +56,7 @@ class Kind:
     boxes: bool = False
     weights: str | None = None
     own: bool = False
+    psi: float | None = None
 
 
 TERMS = {
@@ -79,6 +84,24 @@ TERMS = {
     # The second map of a saliency student, which says what the teacher says (METHODS 4).
     "saliency": Kind(saliency_maps, "teacher_saliency", "saliency", maps=True, valid=True),
 }
+
+
+def of_psi(kind: Kind, psi: object, *, what: str) -> Kind:
+    """The kind of a term whose imitation mask reaches as far as it says itself.
+
+    Args:
+        kind: One with an imitation mask.
+        psi: As a recipe has it.
+        what: Of the term, for messages.
+
+    Raises:
+        UserError: It has another mask, or psi is no share.
+    """
+    if kind.mask != "imitation":
+        raise UserError(f"{what}: psi is an option of imitation alone")
+    if isinstance(psi, bool) or not isinstance(psi, int | float) or not 0 <= psi <= 1:
+        raise UserError(f"{what}: psi must be a number in 0..1, got {psi!r}")
+    return replace(kind, mask=psi_mask(psi), psi=float(psi))
 
 
 # What takes a softmax of what it compares, so that logits and log-probabilities are one to it.

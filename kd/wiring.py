@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,10 +73,11 @@ def tapped_layers(terms: Sequence[BuiltTerm]) -> list[str]:
 
 
 def task_of(task: Task, terms: Sequence[BuiltTerm]) -> Task:
-    """The task of a student with these terms: its second stage answers what one of them reads."""
-    if isinstance(task, Detection):
-        return task.asking(term.student for term in terms)
-    return task
+    """The task of a student with these terms: with the answers and masks that they want."""
+    if not isinstance(task, Detection):
+        return task
+    psis = {term.kind.psi for term in terms if term.kind.psi is not None}
+    return replace(task.asking(term.student for term in terms), psis=tuple(sorted(psis)))
 
 
 def adapt_student(

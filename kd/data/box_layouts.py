@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd.catalog import look_up
-from kd.data.boxed import Json, instances_file, instances_paths
+from kd.data.boxed import Json, instances_file, instances_paths, joined
 from kd.data.kitti_boxes import EVERY, kitti_to_coco
 from kd.data.lock import folder_lock
 from kd.data.voc_boxes import voc_to_coco
@@ -69,7 +69,8 @@ def made_split(layout: str, root: Path, split: str) -> tuple[Path, Path]:
     Args:
         layout: `voc` or `kitti`.
         root: The folder that the data set was unpacked to: of VOC `VOCdevkit`.
-        split: Its name: of VOC with its folder, `VOC2007/trainval`.
+        split: Its name: of VOC with its folder, `VOC2007/trainval`; of several years together
+            `VOC2007/trainval+VOC2012/trainval`.
 
     Raises:
         UserError: An unknown layout, what the layout's reader finds wrong, or a JSON that cannot
@@ -145,6 +146,24 @@ def _names(folder: Path) -> list[str]:
 
 
 def _voc(root: Path, split: str) -> Boxed:
+    """A year's split, or several with `+` between them, whose images are then told by folder."""
+    parts = [_voc_year(root, one) for one in split.split("+")]
+    if len(parts) == 1:
+        return parts[0]
+    if twice := [one.name for one in parts if [each.name for each in parts].count(one.name) > 1]:
+        raise UserError(f"{root}: train or val {split!r} has {twice[0]} twice")
+    folders = [one.images.relative_to(root).as_posix() for one in parts]
+    return Boxed(
+        read=lambda: joined([part.read() for part in parts], folders),
+        folder=root,
+        name="+".join(part.name for part in parts),
+        images=root,
+        sources=tuple(dict.fromkeys(path for part in parts for path in part.sources)),
+        listed=tuple(dict.fromkeys(path for part in parts for path in part.listed)),
+    )
+
+
+def _voc_year(root: Path, split: str) -> Boxed:
     head, _, name = split.rpartition("/")
     folder = root / head
     if not (folder / "Annotations").is_dir():
@@ -181,7 +200,12 @@ def _kitti(root: Path, split: str) -> Boxed:
     )
 
 
+def _voc_holds(split: str) -> str:
+    head = split.partition("+")[0].rpartition("/")[0]
+    return f"{head or '.'}/Annotations"
+
+
 LAYOUTS = {
-    "voc": Layout(lambda split: f"{split.rpartition('/')[0] or '.'}/Annotations", _voc),
+    "voc": Layout(_voc_holds, _voc),
     "kitti": Layout(lambda split: "training/label_2", _kitti),
 }

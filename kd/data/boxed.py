@@ -104,6 +104,39 @@ class CocoContent:
         }
 
 
+def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
+    """Several JSONs of the same classes as one.
+
+    Images keep their ids where no two share one, and count from 1 on where some do; objects count
+    from 1 on.
+
+    Args:
+        contents: Of the JSONs.
+        folders: Where the images of each are, seen from the folder of all: it becomes a part of
+            their file names.
+    """
+    images = [(n, image) for n, content in enumerate(contents) for image in content["images"]]
+    kept = len({image["id"] for _, image in images}) == len(images)
+    ids = {
+        (n, image["id"]): image["id"] if kept else place
+        for place, (n, image) in enumerate(images, start=1)
+    }
+    objects = [(n, one) for n, content in enumerate(contents) for one in content["annotations"]]
+    said = " + ".join(content["info"]["description"] for content in contents)
+    return {
+        "info": {"description": said},
+        "images": [
+            {**image, "id": ids[n, image["id"]], "file_name": f"{folders[n]}/{image['file_name']}"}
+            for n, image in images
+        ],
+        "categories": contents[0]["categories"],
+        "annotations": [
+            {**one, "id": place, "image_id": ids[n, one["image_id"]]}
+            for place, (n, one) in enumerate(objects, start=1)
+        ],
+    }
+
+
 def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
     """Keep a JSON in `root/annotations`; where that is read-only, in `$KD_CACHE` or `~/.cache/kd`.
 

@@ -217,6 +217,11 @@ def remembered(masks: Mapping[str, Mask]) -> dict[str, Mask]:
     return {name: functools.cache(mask) for name, mask in masks.items()}
 
 
+def psi_mask(psi: float) -> str:
+    """What an imitation mask of a psi of its own is called."""
+    return f"imitation_{psi:g}"
+
+
 def ring_mask(batch: Batch) -> Mask:
     """The surroundings of each hidden object: a ring of half its size, where there is picture."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from kd.tasks.base import (
     Output,
     found_boxes,
     outer_boxes,
+    psi_mask,
     stride_of,
 )
 
@@ -38,6 +40,7 @@ class Detection:
         num_classes: C.
         levels: Of the network that learns: its maps' strides and anchors, for the masks.
         psi: Share of a box's largest IoU that the imitation mask asks for.
+        psis: Further ones that terms ask for; each has a mask of its own, `psi_mask`.
         loss_units: What each of its losses is a mean of.
         wanted: What is asked of a network in evaluation: detections; or, of a teacher in each step,
             its raw maps and rows for objects; or the maps of its pyramid alone.
@@ -48,6 +51,7 @@ class Detection:
     num_classes: int
     levels: tuple[Level, ...] = ()
     psi: float = 0.5
+    psis: tuple[float, ...] = ()
     loss_units: Mapping[str, str] = field(default_factory=dict)
     wanted: Literal["detections", "objects", "features"] = "detections"
     asked: bool = False
@@ -95,7 +99,8 @@ class Detection:
         share of a place that is near a box, but in none: of all boxes, on every level.
         """
         kinds: dict[str, Callable[[int, tuple[int, int], Batch], Tensor]] = {
-            "imitation": self._imitation,
+            "imitation": partial(self._imitation, self.psi),
+            **{psi_mask(psi): partial(self._imitation, psi) for psi in self.psis},
             "inside": self._inside,
             "whole": self._whole,
             "valid": self._whole,
@@ -135,11 +140,11 @@ class Detection:
                 found[f"valid/{stride}"] = places.prod(dim=1).sum().float()
         return found
 
-    def _imitation(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
+    def _imitation(self, psi: float, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         boxes, images = self._of_level(stride, batch)
         anchors = anchors_of(self._level(stride), grid, device=boxes.device)
         each = [boxes[images == image] for image in range(len(batch["images"]))]
-        return imitation_mask(each, anchors, psi=self.psi)
+        return imitation_mask(each, anchors, psi=psi)
 
     def _inside(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         boxes, images = self._of_level(stride, batch)

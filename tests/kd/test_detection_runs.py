@@ -185,3 +185,37 @@ def test_stored_answers_of_a_detector_are_refused(scenes: list[str], finder: Pat
     command = ["--student", "fasterrcnn_resnet18", "--data", "scenes", "--teacher", str(finder)]
     with pytest.raises(UserError, match=r"taught in each step; .*--set soft_targets\.kind=live"):
         distill.main([*command, *given])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "curve"),
+    [
+        ("retinanet_resnet18", "retinanet_resnet50", "near_1"),
+        ("fcos_resnet18", "fcos_resnet50", "near_0"),
+        ("fasterrcnn_resnet18_c4", "fasterrcnn_resnet50_c4", "near"),
+    ],
+)
+def test_each_recipe_s_ablations_run_from_its_own_teacher(
+    student: str, teacher: str, curve: str, scenes: list[str], tmp_path: Path
+) -> None:
+    small = ["trunk=resnet18", "width=0.25"]
+    given = flags([*scenes, *(f"teacher.options.{one}" for one in small)])
+    run, out = tmp_path / "teacher", tmp_path / "students"
+    assert train_teacher.main(["--teacher", teacher, *given, "--out", str(run)]) == 0
+    given = flags([*scenes, *(f"student.options.{one}" for one in small), "seeds=[0]"])
+    command = ["--student", student, "--teacher", str(run), *given, "--out", str(out)]
+    single = student.endswith("c4")
+    assert distill.main([*command, "--ablation", "imitation"]) == 0
+    arms = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
+    assert arms.keys() == ARMS
+    assert f'"loss/{curve}"' in arms["I"] and '"loss/object_logits"' not in arms["I"]
+    assert '"loss/object_logits"' in arms["D"] and f'"loss/{curve}"' not in arms["D"]
+    assert ('"loss/object_boxes"' in arms["ID"]) is single
+    if single:
+        more = tmp_path / "psi"
+        assert distill.main([*command, "--ablation", "psi", "--out", str(more)]) == 0
+        found = {
+            path.parent.name: curves(path.parent) for path in more.glob("seed0/*/summary.json")
+        }
+        assert found.keys() == {"plain", *(f"psi_{share}" for share in (20, 35, 50, 65, 80))}
+        assert '"loss/near_20"' in found["psi_20"] and '"loss/near"' in found["psi_50"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,43 @@ def test_read_only_data_have_their_json_in_the_cache(
         assert reads == ["test"] and not (folder / "annotations").exists()
     finally:
         folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_years_of_voc_are_trained_on_together(tmp_path: Path, own: bool) -> None:
+    root = write_voc(tmp_path)
+    second = write_voc(tmp_path / "more") / "VOC2007"
+    if own:  # names of its own, as published; else ids would meet
+        for path in [*second.glob("*/*.png"), *second.glob("*/*.xml")]:
+            path.rename(path.with_name(f"2008_{path.name}"))
+        for path in second.glob("ImageSets/Main/*.txt"):
+            lines = path.read_text().split()
+            path.write_text("".join(f"2008_{line}\n" for line in lines))
+    second.rename(root / "VOC2012")
+    both = section(root, "voc").model_copy(update={"train": "VOC2007/trainval+VOC2012/trainval"})
+    path, images = split_paths(both, both.train)
+    assert images == root and path == root / "annotations" / (
+        "instances_voc2007_trainval+voc2012_trainval.json"
+    )
+    data = open_objects(both)
+    dataset = data.evaluated_boxes("train")
+    assert len(dataset) == 4 and len(data.evaluated_boxes()) == 1
+    content = json.loads(path.read_text())
+    names = [image["file_name"] for image in content["images"]]
+    head = "2008_" if own else ""
+    assert names == [f"VOC2007/JPEGImages/00000{n}.png" for n in (1, 2)] + [
+        f"VOC2012/JPEGImages/{head}00000{n}.png" for n in (1, 2)
+    ]
+    ids = [image["id"] for image in content["images"]]
+    assert ids == ([1, 2, 2008000001, 2008000002] if own else [1, 2, 3, 4])
+    assert [one["image_id"] for one in content["annotations"]] == ids
+    assert [one["id"] for one in content["annotations"]] == [1, 2, 3, 4]
+    # Found again, and refused where a part is there twice or not at all.
+    assert train_annotations(both) == path
+    with pytest.raises(UserError, match="has voc2007_test twice"):
+        made_split("voc", root, "VOC2007/test+VOC2007/test")
+    with pytest.raises(UserError, match="VOC2010: no Annotations in it"):
+        made_split("voc", root, "VOC2007/test+VOC2010/trainval")
 
 
 def test_the_folder_of_a_year_is_a_root_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -27,6 +28,7 @@ from kd.tasks.base import remembered
 from kd.tasks.detection import Detection, anchor_sides, assigned
 from kd.training import Objective, Training
 from kd.wiring import adapt_student
+from kd.wiring import task_of as taught_task
 
 SIZE, CLASSES = 64, 3
 LEVELS = (Level(4, ((8.0, 8.0),), 0.0), Level(8, ((16.0, 16.0),), 0.0))
@@ -105,6 +107,37 @@ def test_the_imitation_mask_of_a_level_is_that_of_its_boxes_and_anchors() -> Non
     )
     assert loose.sum() > found((16, 16)).sum() >= strict.sum() > 0
     assert (loose | strict).equal(loose)
+
+
+def test_terms_of_a_psi_of_their_own_have_masks_of_their_own() -> None:
+    layer: dict[str, Any] = dict.fromkeys(("student", "teacher"), "network.backbone.0")
+    terms = [
+        build_term("imitation", weight=1.0, label=f"at {psi}", options={"psi": psi}, **layer)
+        for psi in (0.8, 0.2)
+    ] + [build_term("imitation", weight=1.0, **layer)]  # fmt: skip
+    batch, plain = make_batch(BOXES), Detection(num_classes=CLASSES, levels=LEVELS)
+    task = taught_task(plain, terms)
+    assert isinstance(task, Detection) and task.psis == (0.2, 0.8)
+    masks = task.masks(batch)
+    for term, psi in zip(terms, (0.8, 0.2, 0.5), strict=True):
+        assert term.kind.mask is not None
+        alone = replace(plain, psi=psi).masks(batch)["imitation"]((16, 16))
+        assert torch.equal(masks[term.kind.mask]((16, 16)), alone)
+    counts = task.counts(batch, {term.kind.mask or "" for term in terms})
+    assert counts["imitation_0.2/4"] > counts["imitation/4"] >= counts["imitation_0.8/4"] > 0
+    ours = torch.randn(3, 2, 16, 16)
+    losses = distillation_losses(
+        terms, {layer["student"]: ours}, {layer["teacher"]: 0 * ours}, masks, batch
+    )
+    for term in terms:
+        where = masks[term.kind.mask or ""]((16, 16))
+        by_hand = ours.square().sum(dim=1)[where].sum() / (2 * where.sum())
+        assert losses[term.name].value.item() == pytest.approx(by_hand.item(), rel=1e-5)
+        assert losses[term.name].unit == f"{term.kind.mask}/4"
+    with pytest.raises(UserError, match=r"imitation: psi must be a number in 0\.\.1, got 2"):
+        build_term("imitation", weight=1.0, options={"psi": 2}, **layer)
+    with pytest.raises(UserError, match="imitation_inside: psi is an option of imitation alone"):
+        build_term("imitation_inside", weight=1.0, options={"psi": 0.5}, **layer)
 
 
 def test_inside_are_the_places_whose_middle_is_in_a_box_or_that_hold_its_middle() -> None:
