@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -119,12 +120,9 @@ def ask_run(
     name = _model_name(config)
 
     def pictures() -> Iterator[Figure]:
-        if isinstance(data, OpenGaze):
+        if isinstance(data, OpenMaps | OpenGaze):
             seen = {name: Asked(asked, task, data.section.size)}
-            return gaze_overlays(data, seen, count=PICTURES, accelerator=accelerator)
-        if isinstance(data, OpenMaps):
-            shown = {name: Asked(asked, task, data.section.size)}
-            return overlays(data, shown, count=PICTURES, accelerator=accelerator)
+            return _drawn(data, seen, accelerator)
         if isinstance(data, OpenBoxes) and isinstance(metric, FoundBoxes):
             return box_overlays({name: metric.records()}, data.objects.val, count=PICTURES)
         return hidden_scenes(
@@ -137,6 +135,15 @@ def ask_run(
     if how:
         folder = folder / how.replace(", ", "_").replace(" ", "_")
     return Answers(name, data, metric, folder, _steps(run), pictures, how)
+
+
+def _drawn(
+    data: OpenMaps | OpenGaze, seen: Mapping[str, Asked], accelerator: Accelerator
+) -> Iterator[Figure]:
+    """Val pictures with what networks say of their pixels."""
+    if isinstance(data, OpenGaze):
+        return gaze_overlays(data, seen, count=PICTURES, accelerator=accelerator)
+    return overlays(data, seen, count=PICTURES, accelerator=accelerator)
 
 
 def _at_scales(

@@ -14,17 +14,14 @@ from pathlib import Path
 from kd.build import make_accelerator, open_data
 from kd.cli import run_command, set_up_logging
 from kd.data_config import data_config
-from kd.equivariance import moved_map_errors
 from kd.errors import UserError, at_least
-from kd.opened import OpenData
-from kd.shown import shown_to
+from kd.kept import own_output, said, splits_kept
 from kd.teacher_cache import Wanted, open_cache
 from kd.teacher_runs import load_teacher_of
-from kd.terms import POSTERIOR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compute and store outputs for every object of a split, or every picture with a label map."""
+    """Compute and store outputs for every object of a split, or for every whole picture."""
     args = _parser().parse_args(argv)
     if args.only_layers and not args.layers:
         raise UserError("--only-layers: name them with --layers")
@@ -33,36 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
         data = open_data(data_config(args.data, args.settings))
-    objects = isinstance(data, OpenData)
     teacher = load_teacher_of(args.teacher, data)
     teacher.model.to(accelerator.device)
-    own = [POSTERIOR if objects else "logits"]
-    wanted = Wanted(
-        outputs=tuple(dict.fromkeys([*([] if args.only_layers else own), *args.layers])),
-        split=args.split,
-        out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and args.split == "train",
-        dtype=args.dtype,
-        top_k=args.top_k,
-        mirrored=args.mirrored,
-        location=args.out,
-        int8=args.precision == "int8",
-        size=args.size or None,
-    )
-    kept = open_cache(teacher, data, accelerator, wanted)
-    errors: dict[str, dict[str, float]] = {}
-    if isinstance(data, OpenData) and args.split == "train":
-        errors = moved_map_errors(teacher, data, kept, accelerator)
+    own = [] if args.only_layers else [own_output(data)]
+    for split in splits_kept(data, args.split):
+        wanted = Wanted(
+            outputs=tuple(dict.fromkeys([*own, *args.layers])),
+            split=split,
+            out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and split == "train",
+            dtype=args.dtype,
+            top_k=args.top_k,
+            mirrored=args.mirrored,
+            location=args.out,
+            int8=args.precision == "int8",
+            size=args.size or None,
+        )
+        kept = open_cache(teacher, data, accelerator, wanted)
+        lines = list(said(teacher, data, split, kept, accelerator))
+        if accelerator.is_main_process:
+            sys.stdout.writelines(lines)
     if accelerator.is_main_process:
-        images = len(shown_to(teacher, data, args.split).image_ids)
-        what = "objects" if objects else "pictures"
-        for name, output in kept.items():
-            size = output.store.bytes
-            sys.stdout.write(
-                f"{name}: {len(output.store.ids())} {what}, {size / images:.0f} bytes an image, "
-                f"{size / 2**20:.1f} MiB in {output.store.url}\n"
-            )
-            for move, error in errors.get(name, {}).items():
-                sys.stdout.write(f"  moved with the picture: {move} is off by {error:.1%}\n")
         sys.stdout.write(f"kd.distill reads it with: {wanted.settings}\n")
     accelerator.end_training()
     return 0
@@ -75,17 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, metavar="NAME", help="configs/data/NAME.yaml")
     parser.add_argument("--set", action="append", default=[], dest="settings",
                         metavar="data.a=value", help="change a value of the data set")  # fmt: skip
-    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--split", choices=("train", "val"),
+                        help="default: train; of saliency both")  # fmt: skip
     parser.add_argument("--layers", nargs="+", default=[], metavar="LAYER", action="extend",
                         help="also these layers' features, or logits")  # fmt: skip
     parser.add_argument(
-        "--only-layers", action="store_true", help="no posteriors, of label maps no logits"
+        "--only-layers", action="store_true", help="no posteriors, of pixels no score maps"
     )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--top-k", type=int, default=0, metavar="K",
                         help="keep the K likeliest classes of posteriors and logits")  # fmt: skip
     parser.add_argument("--size", type=int, default=0, metavar="PIXELS",
-                        help="label maps: long side shown; default: as in training")  # fmt: skip
+                        help="of whole pictures: long side shown; default: as trained")  # fmt: skip
     parser.add_argument("--mirrored", action="store_true",
                         help="also of mirrored pictures: flips are then exact")  # fmt: skip
     parser.add_argument("--in-fold", action="store_true",

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.metrics.fixations import values_at
 
 # Added in KLD as the benchmark's code does; the least density that information gain counts with,
 # so that a fixation where a map is 0 costs it 52 bits, and not everything.
@@ -43,7 +44,7 @@ class SaliencyTruth:
     Args:
         density: (H, W) fixations smoothed, of any scale.
         fixations: (K, 2) x, y in pixels of the picture; a pixel is the floor of both.
-        others: (J, 2) fixations on other pictures, moved to this one's size (`moved`).
+        others: (J, 2) fixations on other pictures, moved to this one's size (`fixations.moved`).
         prior: (H, W) where people look on any picture, of any scale.
     """
 
@@ -210,53 +211,11 @@ def measure(prediction: Tensor, truth: SaliencyTruth) -> dict[str, float]:
     return {name: number(said, whole) for name, number in METRICS.items()}
 
 
-def moved(fixations: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Fixations of one picture at the same relative place of another.
-
-    Args:
-        fixations: (K, 2) x, y in pixels.
-        size: (height, width) of their picture.
-        to: (height, width) of the other.
-
-    Returns:
-        (K, 2) float64, inside the frame also where rounding would bring one to its very border.
-    """
-    scale = torch.tensor([to[1] / size[1], to[0] / size[0]], dtype=torch.float64)
-    last = torch.tensor([to[1], to[0]], dtype=torch.float64)
-    last = torch.nextafter(last, torch.zeros_like(last))
-    return torch.minimum(fixations.double() * scale, last)
-
-
 def density_of(saliency: Tensor) -> Tensor:
     """A map divided by its sum, float64; a uniform one of a map of zeros."""
     whole = saliency.double()
     total = whole.sum()
     return whole / total if total > 0 else torch.full_like(whole, 1 / whole.numel())
-
-
-def values_at(saliency: Tensor, fixations: Tensor, what: str = "fixation") -> Tensor:
-    """(K,) values of a map (H, W) at the pixels of fixations (K, 2).
-
-    Args:
-        saliency: (H, W).
-        fixations: (K, 2) x, y.
-        what: They are called in messages.
-
-    Raises:
-        UserError: They are not (K, 2), or one lies outside of the frame.
-    """
-    if fixations.ndim != 2 or fixations.shape[1] != 2:
-        raise UserError(f"{what}s are {tuple(fixations.shape)}, expected (K, 2): x, y")
-    height, width = saliency.shape
-    x, y = fixations.unbind(1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # false for NaN
-    if not inside.all():
-        wrong = int((~inside).nonzero()[0])
-        raise UserError(
-            f"{what} {wrong} at x {float(x[wrong]):g}, y {float(y[wrong]):g} lies outside of the "
-            f"picture of {width} x {height}; leave such ones out"
-        )
-    return saliency[y.long(), x.long()]
 
 
 def _area(how_many: Tensor, at_corner: Tensor, negatives: int) -> float:

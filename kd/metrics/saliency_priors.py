@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.metrics.saliency import METRICS, NAN, SaliencyTruth, density_of, values_at
-
-Size = tuple[int, int]  # height, width
+from kd.metrics.fixations import Size, fixation_density
+from kd.metrics.saliency import METRICS, NAN, SaliencyTruth, density_of
 
 # Of the prior, in sides of the picture. On OSIE 0.03 and 0.05 are worse by 0.001 and 0.003 bits.
 PRIOR_SIGMA = 0.04
@@ -30,30 +27,6 @@ PRIOR_UNIFORM = 0.01
 # (12 pictures) KLD is best at it, of 0.05, 0.1, 0.2, 0.3; IG at 0.05, by 0.02 bits.
 OTHERS_PRIOR = 0.1
 _BY_MAP = ("KLD", "CC", "SIM")
-
-
-def fixation_density(fixations: Tensor, size: Size, sigma: float | tuple[float, float]) -> Tensor:
-    """Fixations, each smoothed by a Gaussian of which nothing falls outside of the frame.
-
-    Args:
-        fixations: (K, 2) x, y in pixels; a pixel is the floor of both.
-        size: (height, width).
-        sigma: In pixels; down and across, where two are given.
-
-    Returns:
-        (H, W) float64 of sum 1, zeros without fixations.
-
-    Raises:
-        UserError: A fixation lies outside of the frame, or a sigma is not above 0.
-    """
-    sigmas = np.broadcast_to(np.asarray(sigma, dtype=np.float64), 2)
-    if not (sigmas > 0).all():
-        raise UserError(f"sigma is {sigma}; fixations are smoothed by more than 0 pixels")
-    places = torch.arange(size[0] * size[1]).view(size)
-    pixels = values_at(places, fixations)
-    counts = torch.bincount(pixels, minlength=places.numel()).view(size).double()
-    smooth = gaussian_filter(counts.numpy(), sigmas, mode="reflect")
-    return torch.from_numpy(smooth) / max(len(pixels), 1)
 
 
 def relative(fixations: Tensor, size: Size) -> Tensor:

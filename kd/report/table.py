@@ -125,12 +125,7 @@ def distill_table(
     Raises:
         UserError: No such arm, unequal numbers of seeds, or a metric that cannot be had.
     """
-    if baseline not in arms or not seeds:
-        raise UserError(
-            f"no run {baseline!r} to compare with; there are {', '.join(arms) or 'none'}"
-        )
-    if wrong := [arm for arm, runs in arms.items() if len(runs) != len(seeds)]:
-        raise UserError(f"arm {wrong[0]!r} has {len(arms[wrong[0]])} runs for {len(seeds)} seeds")
+    _check_arms(arms, seeds, baseline)
     names = _chosen(metrics, arms[baseline][0])
     columns = [baseline, *(arm for arm in arms if arm != baseline)]
     found = {
@@ -140,15 +135,15 @@ def distill_table(
     }
     first = arms[baseline][0]
     references = kind_of(first).references(first)
-    known = {name: _reference_cells(name, references) for name in names}
+    lines = {name: [found[name, arm] for arm in columns] for name in names}
     means = [
-        _row(label_of(name), [found[name, arm] for arm in columns], seed=None) + known[name]
-        for name in names
+        _row(label_of(name), line, seed=None) + _reference_cells(name, references)
+        for name, line in lines.items()
     ]
     by_seed = [
-        _row(f"{label_of(name)}, seed {seed}", [found[name, arm] for arm in columns], seed=place)
-        + known[name]
-        for name in names
+        _row(f"{label_of(name)}, seed {seed}", line, seed=place)
+        + _reference_cells(name, references)
+        for name, line in lines.items()
         for place, seed in enumerate(seeds)
     ]
     header = ["metric", baseline]
@@ -161,6 +156,15 @@ def distill_table(
         notes=(CLEAR, _seed_note(len(seeds)), *_prior_note(names, first), *notes(first)),
         comparisons=tuple(found.values()),
     )
+
+
+def _check_arms(arms: Mapping[str, Sequence[Records]], seeds: Sequence[int], baseline: str) -> None:
+    if baseline not in arms or not seeds:
+        raise UserError(
+            f"no run {baseline!r} to compare with; there are {', '.join(arms) or 'none'}"
+        )
+    if wrong := [arm for arm, runs in arms.items() if len(runs) != len(seeds)]:
+        raise UserError(f"arm {wrong[0]!r} has {len(arms[wrong[0]])} runs for {len(seeds)} seeds")
 
 
 def runs_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.metrics.fixations import fixation_density
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure, nss
 from kd.metrics.saliency_priors import (
     CentrePrior,
     each_left_out,
-    fixation_density,
     foretold,
     inter_observer,
     relative,
@@ -181,3 +182,38 @@ def wrong_subjects() -> object:
 def test_bad_input_is_refused_by_name(ask: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ask()
+
+
+@pytest.mark.slow
+def test_on_real_pictures_the_prior_beats_chance_and_people_beat_the_prior(
+    shared_data: Path,
+) -> None:
+    file = shared_data / "osie" / "fixations.npz"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    with np.load(file) as stored:
+        data = torch.from_numpy(stored["data"]).double()  # image, subject, x, y, duration
+    size, asked = (300, 400), [1001.0, 1100.0, 1234.0, 1500.0]
+    unseen = torch.isin(data[:, 0], torch.tensor(asked).double())
+    prior = CentrePrior(relative(data[~unseen, 2:4], size)).density(size)
+    elsewhere = data[~unseen, 2:4][::40]
+    found: dict[str, list[dict[str, float]]] = {"uniform": [], "prior": [], "people": []}
+    for image in asked:
+        rows = data[data[:, 0] == image]
+        density = fixation_density(rows[:, 2:4], size, 12.0)
+        truth = SaliencyTruth(density, rows[:, 2:4], elsewhere, prior)
+        found["uniform"].append(measure(torch.ones(size), truth))
+        found["prior"].append(measure(prior, truth))
+        found["people"].append(inter_observer(truth, rows[:, 1], sigma=12.0))
+    means = {
+        name: {metric: np.mean([one[metric] for one in several]) for metric in METRICS}
+        for name, several in found.items()
+    }
+    for metric in METRICS:
+        uniform, prior_, people = (means[name][metric] for name in found)
+        if metric == "sAUC":  # it is made so that the prior is worth nothing
+            assert 0.35 < prior_ < 0.65 and people > 0.75
+        elif metric == "KLD":
+            assert people < prior_ < uniform
+        else:
+            assert people > prior_ > uniform

@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from kd.errors import UserError
 from kd.metrics import saliency_scores
+from kd.metrics.fixations import fixation_density
 from kd.metrics.kinds import PICTURES, SALIENCY, check_same, kind_of
 from kd.metrics.records import Records, save_records
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure
 from kd.metrics.saliency_maps import SaliencyMaps
-from kd.metrics.saliency_priors import fixation_density, inter_observer
+from kd.metrics.saliency_priors import inter_observer
 from kd.report.runs import read_predictions
 from kd.report.table import distill_table
 
