@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +70,29 @@ def pixel_wise(
     if weights is not None:
         mask_fits("pixel_wise", "weights", weights, student, beside="student", weights=True)
     # The compiler fuses the formula by itself.
-    summed = _chosen if torch.compiler.is_compiling() else _PixelWise.apply
-    total: Tensor = summed(student, teacher, temperature, valid, weights)
+    if torch.compiler.is_compiling():
+        total = _chosen(_Maps(student, teacher, temperature, valid, weights))
+    else:
+        total = _PixelWise.apply(student, teacher, temperature, valid, weights)
     if valid is None:
         return total / max(student[:, 0].numel(), 1) * temperature**2
     return total / valid.sum().clamp(min=1) * temperature**2
+
+
+class _Maps(NamedTuple):
+    """What is compared; the types are those of `pixel_wise`."""
+
+    student: Tensor
+    teacher: Tensor
+    temperature: float
+    valid: Tensor | None
+    weights: Tensor | None
+
+    def image(self, number: int) -> _Maps:
+        """Those of one image, (1, ...)."""
+        part = slice(number, number + 1)
+        valid, weights = (None if one is None else one[part] for one in self[3:])
+        return _Maps(self.student[part], self.teacher[part], self.temperature, valid, weights)
 
 
 class _PixelWise(torch.autograd.Function):
@@ -84,22 +102,14 @@ class _PixelWise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        temperature: float,
-        valid: Tensor | None,
-        weights: Tensor | None,
-    ) -> Tensor:
-        """Sum of the divergences of the valid pixels."""
-        ctx.save_for_backward(student, teacher, valid, weights)
-        ctx.temperature = temperature
-        total = student.new_zeros((), dtype=wide_type(student, teacher))
-        for i in range(len(student)):
-            part = slice(i, i + 1)
-            mask, weight = (None if one is None else one[part] for one in (valid, weights))
-            total = total + _summed(student[part], teacher[part], temperature, mask, weight)
+    def forward(ctx: Any, *fields: Any) -> Tensor:
+        """Sum of the divergences of the valid pixels; autograd takes the fields of `_Maps`."""
+        maps = _Maps(*fields)
+        ctx.save_for_backward(maps.student, maps.teacher, maps.valid, maps.weights)
+        ctx.temperature = maps.temperature
+        total = maps.student.new_zeros((), dtype=wide_type(maps.student, maps.teacher))
+        for i in range(len(maps.student)):
+            total = total + _summed(maps.image(i))
         return total
 
     @staticmethod
@@ -132,30 +142,20 @@ def _kept(gradient: Tensor, unseen: Tensor | None) -> Tensor:
     return gradient if unseen is None else gradient.masked_fill_(unseen, 0.0)
 
 
-def _chosen(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    valid: Tensor | None,
-    weights: Tensor | None,
-) -> Tensor:
+def _chosen(maps: _Maps) -> Tensor:
     """The sum as autograd may have it: what takes no part is gone before the softmax."""
-    if valid is not None:
-        student, teacher = (one.masked_fill(~valid[:, None], 0.0) for one in (student, teacher))
-    return _summed(student, teacher, temperature, valid, weights)
+    if maps.valid is not None:
+        unseen = ~maps.valid[:, None]
+        student, teacher = (one.masked_fill(unseen, 0.0) for one in (maps.student, maps.teacher))
+        maps = maps._replace(student=student, teacher=teacher)
+    return _summed(maps)
 
 
-def _summed(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    valid: Tensor | None,
-    weights: Tensor | None,
-) -> Tensor:
-    divergence = _divergence(student, teacher, temperature)
-    if weights is not None:
-        divergence = divergence * weights
-    return (divergence if valid is None else divergence.masked_fill(~valid, 0.0)).sum()
+def _summed(maps: _Maps) -> Tensor:
+    divergence = _divergence(maps.student, maps.teacher, maps.temperature)
+    if maps.weights is not None:
+        divergence = divergence * maps.weights
+    return (divergence if maps.valid is None else divergence.masked_fill(~maps.valid, 0.0)).sum()
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+GEOMETRY = 8  # numbers of `box_geometry`
+
 
 def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: int = 1) -> Tensor:
     """Averages of a feature map over boxes, by bilinear sampling.
@@ -105,6 +107,27 @@ def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     grow_x, grow_y = (x2 - x1) * margin, (y2 - y1) * margin
     return torch.stack([x1 - grow_x, y1 - grow_y, x2 + grow_x, y2 + grow_y], dim=1)
+
+
+def rings_within(
+    boxes: Tensor, ends: Tensor, margin: float, *, least: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Boxes and the outer edges of rings around them, both cut to their pictures.
+
+    Args:
+        boxes: (K, 4) xyxy pixels.
+        ends: Width and height of each one's picture, (K, 2).
+        margin: Thickness of a ring, as a share of the width and height of the box in the picture.
+        least: Smallest thickness, pixels.
+
+    Returns:
+        (K, 4) both.
+    """
+    corner = ends.repeat(1, 2)
+    boxes = torch.minimum(boxes, corner).clamp(min=0.0)
+    by = ((boxes[:, 2:] - boxes[:, :2]) * margin).clamp(min=least)
+    rings = torch.cat([boxes[:, :2] - by, boxes[:, 2:] + by], dim=1)
+    return boxes, torch.minimum(rings, corner).clamp(min=0.0)
 
 
 def box_geometry(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kd.data.hide import IMAGENET_MEAN, IMAGENET_STD
-from kd.nn.regions import box_geometry, coverage, masked_pool
+from kd.nn.regions import GEOMETRY, box_geometry, coverage, masked_pool, rings_within
 
 # What a black pixel is after normalisation.
 BLACK = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
@@ -55,7 +56,7 @@ class Surroundings(nn.Module):
         # does not drown one of 96, and one rate and one decay suit any trunk.
         counts = [c for c in channels for _ in range(len(self.margins) + scene + inside)]
         self.register_buffer("scale", torch.tensor([c**-0.5 for c in counts for _ in range(c)]))
-        self.width = pooled + (8 if geometry else 0)
+        self.width = pooled + (GEOMETRY if geometry else 0)
 
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
@@ -73,8 +74,10 @@ class Surroundings(nn.Module):
         """
         ends = extents[image_of].to(boxes.dtype)  # (K, 2)
         picture = torch.cat([torch.zeros_like(ends), ends], dim=1)
-        boxes = torch.minimum(boxes, ends.repeat(1, 2)).clamp(min=0.0)
-        rings = [self._grown(boxes, margin, ends) for margin in self.margins]
+        rings = [
+            rings_within(boxes, ends, margin, least=self.min_ring)[1] for margin in self.margins
+        ]
+        boxes = rings_within(boxes, ends, 0.0)[0]
         pooled = []
         for features, stride in zip(maps, self.strides, strict=True):
             grid = (features.shape[2], features.shape[3])
@@ -94,15 +97,9 @@ class Surroundings(nn.Module):
             read = torch.cat([read, self._geometry(boxes, ends)], dim=1)
         return read
 
-    def _grown(self, boxes: Tensor, margin: float, ends: Tensor) -> Tensor:
-        sides = boxes[:, 2:] - boxes[:, :2]
-        by = (sides * margin).clamp(min=self.min_ring)
-        low, high = (boxes[:, :2] - by).clamp(min=0.0), torch.minimum(boxes[:, 2:] + by, ends)
-        return torch.cat([low, high], dim=1)
-
     def _geometry(self, boxes: Tensor, ends: Tensor) -> Tensor:
         scaled = boxes / ends.repeat(1, 2)
-        return box_geometry(scaled, (1, 1)) / 8**0.5
+        return box_geometry(scaled, (1, 1)) / math.sqrt(GEOMETRY)
 
 
 def picture_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +72,11 @@ class Segmentation:
         return total / (truth != VOID).sum().clamp(min=1)
 
     def _weights(self, like: Tensor) -> Tensor | None:
-        """Of the classes, (C,): the mean stays one over pixels, so that micro-batches add up."""
+        """Of the classes, (C,), on a device, made once: what they are never changes."""
         if not self.class_weights:
             return None
         assert self.pixel_shares is not None
-        shares = torch.tensor(self.pixel_shares)
-        weights = torch.tensor(median_frequency(self.pixel_shares, power=self.class_weights))
-        return (weights / (weights * shares).sum()).to(like.device)
+        return _class_weights(self.pixel_shares, self.class_weights, like.device)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """For distillation, (N, h, w): `valid`, bool, where there is a class.
@@ -89,11 +88,14 @@ class Segmentation:
             maps = batch["label_maps"][:, None].float()
             return F.interpolate(maps, grid, mode="nearest-exact")[:, 0].long()
 
+        def weights(grid: tuple[int, int]) -> Tensor:
+            known = self._weights(batch["label_maps"])
+            assert known is not None
+            return F.pad(known, (0, VOID + 1 - len(known)))[labels(grid)]
+
         found: dict[str, Mask] = {"valid": lambda grid: labels(grid) != VOID}
-        weights = self._weights(batch["label_maps"])
-        if weights is not None:
-            of_any = F.pad(weights, (0, VOID + 1 - len(weights)))
-            found["class_weights"] = lambda grid: of_any[labels(grid)]
+        if self.class_weights:
+            found["class_weights"] = weights
         return found
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
@@ -106,6 +108,13 @@ class Segmentation:
     def metric(self, classes: Classes) -> Metric:
         """Mean intersection over union and its company."""
         return MeanIoU(len(classes.names), where=classes.where)
+
+
+@functools.cache
+def _class_weights(shares: tuple[float, ...], power: float, device: torch.device) -> Tensor:
+    """The mean over pixels stays one over pixels, so that micro-batches add up."""
+    weights = torch.tensor(median_frequency(shares, power=power))
+    return (weights / (weights * torch.tensor(shares)).sum()).to(device)
 
 
 def on_grid(logits: Tensor, grid: tuple[int, int]) -> Tensor:

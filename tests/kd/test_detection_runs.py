@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
+from torch import Tensor
 
-from kd import distill, evaluate, train_teacher
+from kd import arms, distill, evaluate, train_teacher
 from kd.arms import Distillation
-from kd.build import make_accelerator, open_data
+from kd.build import make_accelerator, make_loader, open_data
+from kd.checkpoint import load_checkpoint
 from kd.cli import read_recipe, recipe_parser
 from kd.config import DistillRecipe
+from kd.data.loader import SampleLoader
 from kd.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -131,11 +137,11 @@ def test_a_stored_context_teacher_stands_beside_a_live_detector(
     command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes", *given]
     command += ["--teacher", str(small_teacher), "--ablation", "context", "--out", str(out)]
     assert distill.main(command) == 0
-    arms = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
-    assert arms.keys() == {"plain", "context", "I", "I_context"}
+    found = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
+    assert found.keys() == {"plain", "context", "I", "I_context"}
     for arm, terms in (("plain", ""), ("context", "c"), ("I", "n"), ("I_context", "cn")):
-        assert ('"loss/context_logits"' in arms[arm]) is ("c" in terms)
-        assert ('"loss/near_1"' in arms[arm]) is ("n" in terms)
+        assert ('"loss/context_logits"' in found[arm]) is ("c" in terms)
+        assert ('"loss/near_1"' in found[arm]) is ("n" in terms)
     assert (out / "masks/0.png").is_file()
 
 
@@ -152,9 +158,11 @@ def test_a_context_teacher_may_be_the_further_one(
     recipe = read_recipe(args, DistillRecipe, "distill")
     assert recipe is not None
     data = open_data(recipe.data, recipe.task.name)
-    arms = Distillation(recipe, data, make_accelerator("fp32"), tmp_path)
-    arms.check()
-    assert arms.sources is not None and list(arms.sources.teachers) == ["scene"]  # none reads ""
+    distillation = Distillation(recipe, data, make_accelerator("fp32"), tmp_path)
+    distillation.check()
+    assert distillation.sources is not None and list(distillation.sources.teachers) == [
+        "scene"
+    ]  # none reads ""
 
 
 @pytest.mark.parametrize(
@@ -206,11 +214,11 @@ def test_each_recipe_s_ablations_run_from_its_own_teacher(
     command = ["--student", student, "--teacher", str(run), *given, "--out", str(out)]
     single = student.endswith("c4")
     assert distill.main([*command, "--ablation", "imitation"]) == 0
-    arms = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
-    assert arms.keys() == ARMS
-    assert f'"loss/{curve}"' in arms["I"] and '"loss/object_logits"' not in arms["I"]
-    assert '"loss/object_logits"' in arms["D"] and f'"loss/{curve}"' not in arms["D"]
-    assert ('"loss/object_boxes"' in arms["ID"]) is single
+    found = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
+    assert found.keys() == ARMS
+    assert f'"loss/{curve}"' in found["I"] and '"loss/object_logits"' not in found["I"]
+    assert '"loss/object_logits"' in found["D"] and f'"loss/{curve}"' not in found["D"]
+    assert ('"loss/object_boxes"' in found["ID"]) is single
     if single:
         more = tmp_path / "psi"
         assert distill.main([*command, "--ablation", "psi", "--out", str(more)]) == 0
@@ -219,3 +227,54 @@ def test_each_recipe_s_ablations_run_from_its_own_teacher(
         }
         assert found.keys() == {"plain", *(f"psi_{share}" for share in (20, 35, 50, 65, 80))}
         assert '"loss/near_20"' in found["psi_20"] and '"loss/near"' in found["psi_50"]
+
+
+class Crash(Exception):
+    """Ends a run without a last checkpoint."""
+
+
+class Ending:
+    """A loader that crashes after some batches."""
+
+    def __init__(self, loader: SampleLoader, batches: int) -> None:
+        self.loader, self.left = loader, batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.loader:
+            if self.left == 0:
+                raise Crash
+            self.left -= 1
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.loader.set_epoch(epoch, start_batch)
+
+
+def test_a_student_with_a_context_head_goes_on_after_a_crash_bit_for_bit(
+    scenes: list[str], small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = flags([*scenes, f"student.{HEAD}", "seeds=[0]", "arms=[distilled]",
+                   "soft_targets.out_of_fold=true", "train.checkpoint_every=1"])  # fmt: skip
+    command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes", *given]
+    command += ["--teacher", str(small_teacher), "--out"]
+    assert distill.main([*command, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patched:
+
+        def ending(*args: Any, **kwargs: Any) -> Ending:
+            return Ending(make_loader(*args, **kwargs), 2)
+
+        patched.setattr(arms, "make_loader", ending)
+        with pytest.raises(Crash):
+            distill.main([*command, str(tmp_path / "parts")])
+    run = Path("seed0") / "distilled"
+    assert not (tmp_path / "parts" / run / "summary.json").exists()
+    assert load_checkpoint(tmp_path / "parts" / run / "last.pt")[0].step in (1, 2)
+    assert distill.main([*command, str(tmp_path / "parts"), "--resume"]) == 0
+    whole, again = (
+        load_file(tmp_path / name / run / "model.safetensors") for name in ("whole", "parts")
+    )
+    assert any(name.startswith("context.") for name in whole) and whole.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())

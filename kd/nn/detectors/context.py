@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.detectors.contract import wide
-from kd.nn.regions import box_geometry
+from kd.nn.regions import GEOMETRY, box_geometry, rings_within
 
-GEOMETRY = 8  # numbers of a box's place and size
 _LEAST = 1e-2  # places; of less than that there is nothing to read
 
 
@@ -86,11 +85,8 @@ class Around(nn.Module):
             (K, width), float32 at least; 0 where there is nothing around.
         """
         ends = extents[image_of].to(boxes.dtype).repeat(1, 2)  # (K, 4)
-        boxes = torch.minimum(boxes.detach(), ends).clamp(min=0.0)
-        by = (boxes[:, 2:] - boxes[:, :2]) * self.margin
-        ring = torch.cat([boxes[:, :2] - by, boxes[:, 2:] + by], dim=1)
-        ring = torch.minimum(ring, ends).clamp(min=0.0)
-        scene = torch.cat([torch.zeros_like(by), ends[:, 2:]], dim=1)
+        boxes, ring = rings_within(boxes.detach(), ends[:, 2:], self.margin)
+        scene = torch.cat([torch.zeros_like(ends[:, 2:]), ends[:, 2:]], dim=1)
         regions = torch.cat([boxes, ring, scene])
         read = []
         for features, stride in zip(maps[: len(self.strides)], self.strides, strict=True):

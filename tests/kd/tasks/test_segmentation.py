@@ -21,6 +21,7 @@ from kd.launch import start_training
 from kd.losses import pixel_wise
 from kd.metrics.segmentation import VOID
 from kd.objective import Term, build_term, distillation_losses, draw_modules
+from kd.tasks import segmentation
 from kd.tasks.base import Batch, Classes, count_units
 from kd.tasks.segmentation import Segmentation, on_grid
 from kd.training import Objective
@@ -100,6 +101,29 @@ def test_a_divergence_may_weigh_pixels_as_cross_entropy_does() -> None:
     assert found.unit == "pixels"
     torch.testing.assert_close(found.value, expected)
     assert "class_weights" not in TASK.masks(batch)
+
+
+def test_weights_of_classes_are_made_once_and_only_where_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def counted(shares: Sequence[float], *, power: float) -> list[float]:
+        made.append(power)
+        return [share**-power for share in shares]
+
+    monkeypatch.setattr(segmentation, "median_frequency", counted)
+    shares = (0.6, 0.25, 0.1, 0.05)  # of no other test: they are kept
+    task = Segmentation(num_classes=CLASSES, class_weights=0.25, pixel_shares=shares)
+    for _ in range(3):
+        masks = task.masks(make_batch())
+    assert not made
+    for _ in range(3):
+        masks["class_weights"]((24, 32))
+        batch = make_batch()
+        images = len(batch["label_maps"])
+        task.losses({"logits": torch.randn(images, CLASSES, 24, 32)}, batch)
+    assert made == [0.25]
 
 
 def test_coarse_logits_are_brought_to_the_maps_grid() -> None:
