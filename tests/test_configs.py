@@ -15,12 +15,22 @@ from torch import nn
 from kd.arms import train_section
 from kd.build import (
     build_detector,
+    build_saliency,
     build_segmenter,
     build_student,
     build_task,
     build_teacher,
 )
-from kd.config import AnyData, DistillRecipe, LabelMaps, Model, TaskSection, TeacherRecipe, Train
+from kd.config import (
+    AnyData,
+    DistillRecipe,
+    Gaze,
+    LabelMaps,
+    Model,
+    TaskSection,
+    TeacherRecipe,
+    Train,
+)
 from kd.config_reader import (
     CONFIGS,
     find_config,
@@ -31,7 +41,7 @@ from kd.config_reader import (
 )
 from kd.config_targets import SoftTargets
 from kd.config_transfer import TransferRecipe
-from kd.data.crops import build_crops
+from kd.data.crops import build_crops, build_turns
 from kd.data.transforms import build_augment
 from kd.data_config import data_config
 from kd.launch import learns
@@ -43,12 +53,16 @@ from kd.soft_targets import LiveTeacher
 from kd.starts import starts
 from kd.tasks.base import Batch, Task
 from kd.tasks.detection import Detection
+from kd.terms import TEACHER_OUTPUTS
 from kd.wiring import adapt_student, build_terms, layers_among
+from students import SALIENCY_STUDENTS
 
 CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,
-           "voc2012": 21}  # fmt: skip
+           "voc2012": 21, "scenes_gaze": 1, "osie": 1, "salicon": 1, "mit1003": 1,
+           "cat2000": 1}  # fmt: skip
 COCO = 80  # elsewhere
-SEGMENTED = CLASSES.keys() - {"scenes"}
+LOOKED_AT = {"scenes_gaze", "osie", "salicon", "mit1003", "cat2000"}
+ON_PIXELS = CLASSES.keys() - {"scenes"}
 
 
 def pairs(kind: str) -> list[tuple[str, str]]:
@@ -73,7 +87,9 @@ def offline(model: Model) -> Model:
 def check_training(train: Train, data: AnyData, model: nn.Module) -> None:
     optimizer = make_optimizer(model, **train.optimizer.model_dump())
     make_schedule(optimizer, 100, **train.schedule.model_dump())
-    if isinstance(data, LabelMaps):
+    if isinstance(data, Gaze):
+        build_turns(data.augment)
+    elif isinstance(data, LabelMaps):
         build_crops(data.augment)
     elif data.augment is not None:
         build_augment(data.augment)
@@ -88,6 +104,17 @@ def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
             "sizes": torch.tensor([[height, width]] * 2),
             "image_ids": torch.arange(2),
             "label_maps": torch.randint(classes, (2, height, width), dtype=torch.uint8),
+        }
+    if isinstance(data, Gaze):
+        assert not any(side % 8 for side in data.size)
+        height, width = (min(side, 96) for side in data.size)
+        density = torch.rand(2, 1, height, width)
+        return {
+            "images": torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8),
+            "sizes": torch.tensor([[height, width], [height - 9, width - 20]]),
+            "own_sizes": torch.tensor([[150, 200]] * 2),
+            "image_ids": torch.arange(2),
+            "density": density / density.sum(dim=(2, 3), keepdim=True),
         }
     size = min(data.size, 96)
     return {
@@ -114,7 +141,8 @@ def check_one_batch(
     if finds:
         del batch["hidden"]
     # In training alone a segmentation network gives its auxiliary maps, a detector its losses.
-    output: Any = model.train(finds or isinstance(data, LabelMaps))(*task.inputs(batch))
+    trains = finds or isinstance(data, LabelMaps | Gaze)
+    output: Any = model.train(trains)(*task.inputs(batch))
     output = {"logits": output} if isinstance(output, torch.Tensor) else output
     assert task.losses(output, batch).keys() == weights.keys()
     if finds:
@@ -152,13 +180,15 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     classes = CLASSES.get(data, COCO)
     prior = np.full(classes, 1 / classes)
-    names_objects = recipe.student.name not in SEGMENTERS | DETECTORS
+    names_objects = recipe.student.name not in SEGMENTERS | DETECTORS | SALIENCY_STUDENTS
     reads = names_objects or recipe.student.options.get("context", False)
     for arm in ("plain", "bare") if reads else ("plain",):
         if names_objects:
             model = build_student(offline(recipe.student), prior, context=arm == "plain")
         elif recipe.student.name in DETECTORS:
             model = build_detector(offline(recipe.student), classes, prior, context=arm == "plain")
+        elif recipe.student.name in SALIENCY_STUDENTS:
+            model = build_saliency(offline(recipe.student), branches="a")
         else:
             model = build_segmenter(offline(recipe.student), classes)
         task = task_of(recipe.task, recipe.data, classes, model)
@@ -177,7 +207,7 @@ class Kept:
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         found = {}
         for name, maps in self.live(batch).items():
-            stride = self.told.stride_of(layer=name != "logits")
+            stride = self.told.stride_of(layer=name not in TEACHER_OUTPUTS)
             grid = [-(-side // stride) for side in batch["images"].shape[2:]]
             found[name] = F.interpolate(maps, grid)
         return found
@@ -185,15 +215,18 @@ class Kept:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "data"), [pair for pair in pairs("distill") if pair[1] in SEGMENTED]
+    ("name", "data"), [pair for pair in pairs("distill") if pair[1] in ON_PIXELS]
 )
-def test_every_term_of_a_segmentation_recipe_computes(name: str, data: str) -> None:
+def test_every_term_of_a_recipe_on_pixels_computes(name: str, data: str) -> None:
     """The layers that terms name are there, on grids that can be compared."""
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     teaches = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
     classes, terms = CLASSES[data], build_terms(recipe.all_losses)
     task = task_of(recipe.task, recipe.data, classes)
-    student = build_segmenter(offline(recipe.student), classes)
+    if data in LOOKED_AT:
+        student = build_saliency(offline(recipe.student), branches="b")
+    else:
+        student = build_segmenter(offline(recipe.student), classes)
     teacher = build_teacher(offline(teaches.teacher), classes)
     batch = batch_of(recipe.data, classes)
     layers = layers_among([term.teacher for term in terms])

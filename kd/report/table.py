@@ -141,8 +141,7 @@ def distill_table(
         for name, line in lines.items()
     ]
     by_seed = [
-        _row(f"{label_of(name)}, seed {seed}", line, seed=place)
-        + _reference_cells(name, references)
+        _row(f"{label_of(name)}, seed {seed}", line, place) + _reference_cells(name, references)
         for name, line in lines.items()
         for place, seed in enumerate(seeds)
     ]

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
+from kd.asked_maps import Asked
 from kd.build import make_accelerator
 from kd.config import LabelMaps
 from kd.data.map_dataset import MapDataset
 from kd.opened_maps import OpenMaps, open_maps
-from kd.overlays import Segmenter, overlays
+from kd.overlays import overlays
 from kd.tasks.segmentation import Segmentation
 
 CLASSES, PICTURES = 11, 6
@@ -52,7 +53,7 @@ def test_each_picture_is_asked_about_alone(data: OpenMaps, monkeypatch: pytest.M
 
     monkeypatch.setattr(MapDataset, "file_sizes", counted)
     model = AdaptedStudent(Brightness())
-    asked = {"model": Segmenter(model, Segmentation(num_classes=CLASSES), None)}
+    asked = {"model": Asked(model, Segmentation(num_classes=CLASSES), None)}
     figures = list(overlays(data, asked, count=3, accelerator=make_accelerator("fp32")))
     titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
     assert titles == [["picture", "truth", "model, 100 % right"]] * 3
