@@ -153,7 +153,8 @@ def _at_scales(
     if not scales and not mirror:
         return model, ""
     if not isinstance(data, OpenMaps):
-        raise UserError(f"{run}: answers about objects; --scales and --flip are for label maps")
+        about = "gaze" if isinstance(data, OpenGaze) else "objects"
+        raise UserError(f"{run}: answers about {about}; --scales and --flip are for label maps")
     scales = scales or (1.0,)
     shown = [f"{scale:g}" for scale in scales] + ["flip"] * mirror
     return MultiScale(model, scales, mirror=mirror), f"scales {', '.join(shown)}"

@@ -70,7 +70,8 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
     runs = [run for one in trained for run in one.runs]
     for run in runs:
         if kind_of(run.records) is not PICTURES:
-            raise UserError(f"{run.folder}: answers about objects; --cost is for label maps")
+            things = kind_of(run.records).things
+            raise UserError(f"{run.folder}: answers about {things}; --cost is for label maps")
     check_same_objects(runs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known: dict[str, Cost] = {}  # arms of one student cost the same
