@@ -81,7 +81,7 @@ def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
 
 
 def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
-    """What label maps and detectors do not go with."""
+    """What label maps, gaze and detectors do not go with."""
     finds = isinstance(data, OpenBoxes)
     refused = {"direct"} if finds else _CONTROLS
     if controls := sorted(set(recipe.arms) & refused):
@@ -98,5 +98,6 @@ def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) 
                 f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
                 "--set task.options.class_weights=0.5"
             )
-        if (kind.boxes or kind.mask) and isinstance(data, OpenMaps):
-            raise UserError(f"losses: {term.name}: is about a detector's boxes, not label maps")
+        if (kind.boxes or kind.mask) and not finds:
+            what = "label maps" if isinstance(data, OpenMaps) else "gaze"
+            raise UserError(f"losses: {term.name}: is about a detector's boxes, not {what}")

@@ -99,7 +99,7 @@ def test_a_distillation_ends_with_its_table_and_pictures(distilled: Path) -> Non
     assert lines[2] == (
         "| metric | plain | distilled | distilled - plain | centre prior | other observers |"
     )
-    rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:]
+    rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")][2:]
     assert [row.removeprefix("| ").split(" ")[0] for row in rows] == list(METRICS)
     assert images_of(distilled) == {"overlays/0", "overlays/1"}
     with Image.open(distilled / "overlays" / "0.png") as picture:

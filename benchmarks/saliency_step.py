@@ -1,0 +1,139 @@
+"""What distillation adds to a step of a saliency student: a second map, a stored one beside it.
+
+step      student B on batches that bring a teacher's stored maps, beside student A on the same
+          pictures: forward, backward and optimiser, as `fit` takes them
+loading   a training sample with its stored map beside one without, as loaders make them
+
+The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
+
+    python benchmarks/saliency_step.py [--size 120,160] [--batch-size 8] [--pairs 12]
+        [--trunk resnet18]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+
+from benchmarks._measure import Batch, Step, compare, engine_step
+from kd.adapted import AdaptedStudent
+from kd.build import build_saliency, make_accelerator
+from kd.config import Model, Optimizer, Schedule, Train
+from kd.data.collate import collate
+from kd.data.gaze import Fixations, GazeSplit
+from kd.data.gaze_dataset import GazeDataset
+from kd.data.store import IDS, Store
+from kd.data.stored import StoredField
+from kd.objective import build_term
+from kd.soft_targets import StoredTeacher
+from kd.tasks.saliency import Saliency
+from kd.training import Objective
+
+GOAL = 1.10
+PICTURES, FILE = 16, (300, 400)  # as of OSIE
+TRAIN = Train(
+    precision="fp32",
+    clip_norm=0.0,
+    optimizer=Optimizer(name="adamw", lr=5e-4),
+    schedule=Schedule(name="poly", warmup=0.0),
+)
+
+
+class Anywhere:
+    """Fixations of 15 people who look ten times each."""
+
+    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
+        random = np.random.default_rng(number)
+        return Fixations(random.random((150, 2)) * (size[1], size[0]), np.arange(150) % 15)
+
+
+def data_set(folder: Path, size: tuple[int, int]) -> tuple[GazeDataset, GazeDataset]:
+    """The same pictures with and without a teacher's stored maps."""
+    random, paths = np.random.default_rng(0), []
+    for number in range(PICTURES):
+        pixels = random.integers(0, 256, (FILE[0] // 4, FILE[1] // 4, 3)).astype(np.uint8)
+        paths.append(folder / f"{number}.jpg")
+        Image.fromarray(pixels).resize((FILE[1], FILE[0])).save(paths[-1], quality=90)
+    names = tuple(path.stem for path in paths)
+    split = GazeSplit(str(folder), names, tuple(paths), Anywhere(), 12.0)
+    store = Store(folder / "kept")
+    store.create({"maps": "of nobody"}, 1)
+    values = random.normal(size=(PICTURES, 1, *size)).astype(np.float16)
+    store.write_shard(0, {IDS: np.arange(PICTURES), "values": values})
+    kept = StoredField(store, "saliency", channels=1, stride=2)
+    return (
+        GazeDataset(split, size=size, augment={}, stored=[kept]),
+        GazeDataset(split, size=size, augment={}),
+    )
+
+
+def step_of(trunk: str, branches: str) -> Step:
+    """The engine's step of A, or of B with its term."""
+    torch.manual_seed(0)
+    model = Model(name="saliency", options={"trunk": trunk})
+    student = AdaptedStudent(build_saliency(model, branches=branches))
+    if branches == "a":
+        return engine_step(student, Objective(Saliency(), {"kld": 1.0}), TRAIN)
+    terms = [build_term("saliency", weight=2.5)]
+    source = StoredTeacher(None, ["saliency"])
+    return engine_step(student, Objective(Saliency(), {"kld": 1.0}, terms, source), TRAIN)
+
+
+def sample_seconds(dataset: GazeDataset) -> float:
+    """Median seconds of making a sample."""
+    times = []
+    for place in range(2 * PICTURES):
+        started = time.perf_counter()
+        dataset[place // PICTURES, place % PICTURES]
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Print both comparisons; 1 where the step misses its goal."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="120,160", help="height and width of the pictures")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--trunk", default="resnet18")
+    options = parser.parse_args()
+    height, width = (int(side) for side in options.size.split(","))
+    device = make_accelerator("fp32").device
+    with tempfile.TemporaryDirectory() as folder:
+        stored, bare = data_set(Path(folder), (height, width))
+        batches: list[Batch] = [
+            collate([stored[epoch, place] for place in range(options.batch_size)])
+            for epoch in range(2)
+        ]
+        sys.stdout.write(
+            f"saliency student on {options.trunk}, {options.batch_size} pictures of {width} x "
+            f"{height}, {device}, fp32, {torch.get_num_threads()} threads, {options.pairs} pairs, "
+            "medians\n"
+        )
+        ratio = compare(
+            "distilled from stored maps, plain",
+            step_of(options.trunk, "b"),
+            step_of(options.trunk, "a"),
+            batches,
+            options.pairs,
+        )
+        with_map, without = sample_seconds(stored), sample_seconds(bare)
+    sys.stdout.write(
+        f"a sample with its stored map {1e3 * with_map:.1f} ms, without {1e3 * without:.1f} ms\n"
+        f"goal: step {GOAL}\n"
+    )
+    return int(ratio > GOAL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
