@@ -259,17 +259,18 @@ def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
+    pictures = "label_maps" not in batch and "labels" not in batch  # where people look: whole ones
     for unit in (*_units(batch), *sorted(masks)):
         if unit in ("images", "hidden", "boxes"):
             # Filled there: a copy to a GPU would wait for all that it still has to do.
             count = torch.full((), float(len(batch[unit])), device=device)
-        elif unit == "pixels" and "label_maps" not in batch:  # whole pictures, all but padding
+        elif unit == "pixels" and pictures:  # all but padding
             count = batch["sizes"].prod(dim=1).sum().float()
-        elif unit == "valid_images" and "label_maps" not in batch:
+        elif unit == "valid_images" and pictures:
             count = torch.full((), float(len(batch["images"])), device=device)
-        elif unit == "pixels":
+        elif unit == "pixels" and "label_maps" in batch:
             count = (batch["label_maps"] != VOID).sum().float()
-        elif unit == "valid_images":
+        elif unit == "valid_images" and "label_maps" in batch:
             count = (batch["label_maps"] != VOID).flatten(1).any(dim=1).sum().float()
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()
