@@ -27,8 +27,8 @@ from kd.data.dataset import SceneDataset
 from kd.nn.fuse import for_answers
 from kd.nn.int8 import in_int8
 from kd.opened import make_dataset, of_objects
-from kd.tasks.base import Task, hidden_labels, images_of, named
-from kd.teacher_runs import load_teacher
+from kd.tasks.base import Task, hidden_labels, named
+from kd.teacher_runs import images_of, load_teacher
 
 BATCH = 8
 

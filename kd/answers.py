@@ -78,8 +78,9 @@ class Answers:
         """As `predictions.npz` holds them, of a kind that tables know; None for others."""
         if isinstance(self.metric, MeanIoU):
             return {**self.metric.records(), "names": np.array(self.data.class_names)}
-        told = isinstance(self.metric, TopN | FoundBoxes | SaliencyMaps)
-        return self.metric.records() if told else None
+        if isinstance(self.metric, TopN | FoundBoxes | SaliencyMaps):
+            return self.metric.records()
+        return None
 
     def save_predictions(self) -> None:
         """Write `predictions.npz`, for setting runs side by side."""

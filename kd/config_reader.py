@@ -246,8 +246,8 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
         return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
     where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":
-        if takes_layout(full):
-            return f"{where}: unknown key; a data set with label maps has a 'layout' beside it"
+        if what := takes_layout(full):
+            return f"{where}: unknown key; a data set with {what} has a 'layout' beside it"
         known = keys_at(model, full[:-1])
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"

@@ -80,10 +80,12 @@ def keys_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
     return [*known, "layout"] if place and place[-1] == OBJECTS else known
 
 
-def takes_layout(place: Sequence[str]) -> bool:
-    """Whether a key among those of objects is one of label maps."""
-    objects = len(place) > 1 and place[-2] == OBJECTS
-    return objects and place[-1] in LabelMaps.model_fields.keys() - Data.model_fields.keys()
+def takes_layout(place: Sequence[str]) -> str | None:
+    """Of what data sets with a layout a key is that stands among those of objects, if of any."""
+    kinds: dict[str, type[BaseModel]] = {"label maps": LabelMaps, "fixations": Gaze}
+    if len(place) < 2 or place[-2] != OBJECTS or place[-1] in Data.model_fields:
+        return None
+    return next((name for name, kind in kinds.items() if place[-1] in kind.model_fields), None)
 
 
 def _alternatives(annotation: Any) -> list[Any]:

@@ -26,7 +26,7 @@ from kd.nn.int8 import in_int8
 from kd.opened import OpenData, Opened
 from kd.opened_files import class_names as data_class_names
 from kd.run_folder import class_names
-from kd.tasks.base import Task, images_of, named
+from kd.tasks.base import Batch, Task, named
 from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
@@ -199,6 +199,13 @@ def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = Fa
     few = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
     samples = [images_of(task, collate([dataset[0, place]])) for place in few]
     return in_int8(model.cpu(), samples, spared=["head"] if hasattr(model, "head") else [])
+
+
+def images_of(task: Task, batch: Batch) -> torch.Tensor:
+    """The images that a model is called with first, as the task shows them."""
+    images = task.inputs(batch)[0]
+    assert images is not None
+    return images
 
 
 def _to_be_loaded(recipe: TeacherRecipe) -> Model:

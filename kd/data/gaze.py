@@ -84,7 +84,8 @@ class GazeSplit:
                 f"{path}: nobody's fixation is known for this stimulus ({self.where}); take it out "
                 "of the data set"
             )
-        inside = ((found.points >= 0) & (found.points < (size[1], size[0]))).all(axis=1)
+        x, y = found.points.T
+        inside = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
         if inside.mean() < INSIDE:
             raise UserError(
                 f"{path}: {int((~inside).sum())} of {len(inside)} fixations lie outside of the "

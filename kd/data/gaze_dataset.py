@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,4 @@ def check_gaze(splits: Iterable[GazeSplit]) -> None:
         if split.maps:
             split.density(number, size, (8, 8))
 
-    check_targets(
-        (split.images, lambda number, size, split=split: read(split, number, size))
-        for split in splits
-    )
+    check_targets((split.images, partial(read, split)) for split in splits)

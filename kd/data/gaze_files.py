@@ -151,7 +151,7 @@ def read_table(path: Path, names: Sequence[str]) -> Table:
 def _points(path: Path, there: NDArray[np.bool_], size: tuple[int, int]) -> Fixations:
     _check_size(path, there.shape, size)
     rows, columns = np.nonzero(there)
-    points = np.stack([columns, rows], axis=1) + 0.5
+    points = np.stack([columns, rows], axis=1).astype(np.float64) + 0.5
     return Fixations(points, np.full(len(points), UNKNOWN))
 
 

@@ -45,7 +45,7 @@ def references(records: Records) -> dict[str, Records]:
     Those that the records do not hold are left out, as are other observers where nobody's
     fixations could be foretold.
     """
-    found = {}
+    found: dict[str, Records] = {}
     for array, name in NAMES.items():
         if array in records and not np.isnan(records[array]).all():
             columns = {m: records[array][:, place] for place, m in enumerate(METRICS)}

@@ -168,13 +168,6 @@ def found_boxes(classes: Classes) -> FoundBoxes:
     )
 
 
-def images_of(task: Task, batch: Batch) -> Tensor:
-    """The images that a model is called with first, as the task shows them."""
-    images = task.inputs(batch)[0]
-    assert images is not None
-    return images
-
-
 def named(output: Tensor | Output) -> dict[str, Tensor]:
     """A model's raw output by name; a lone tensor is its `logits`."""
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
@@ -188,6 +181,11 @@ def about_objects(batch: Batch) -> bool:
 def about_boxes(batch: Batch) -> bool:
     """Whether a batch is a detector's: its rows are images, with boxes on them and none hidden."""
     return "boxes" in batch and not about_objects(batch)
+
+
+def about_gaze(batch: Batch) -> bool:
+    """Whether a batch's rows are whole pictures that somebody looked at."""
+    return "label_maps" not in batch and "labels" not in batch
 
 
 def asked(batch: Batch) -> Tensor:
@@ -259,18 +257,15 @@ def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
     """
     counts: dict[str, Tensor] = {}
     device = batch["images"].device
-    pictures = "label_maps" not in batch and "labels" not in batch  # where people look: whole ones
     for unit in (*_units(batch), *sorted(masks)):
-        if unit in ("images", "hidden", "boxes"):
+        rows = "images" if unit == "valid_images" and about_gaze(batch) else unit
+        if rows in ("images", "hidden", "boxes"):
             # Filled there: a copy to a GPU would wait for all that it still has to do.
-            count = torch.full((), float(len(batch[unit])), device=device)
-        elif unit == "pixels" and pictures:  # all but padding
-            count = batch["sizes"].prod(dim=1).sum().float()
-        elif unit == "valid_images" and pictures:
-            count = torch.full((), float(len(batch["images"])), device=device)
-        elif unit == "pixels" and "label_maps" in batch:
-            count = (batch["label_maps"] != VOID).sum().float()
-        elif unit == "valid_images" and "label_maps" in batch:
+            count = torch.full((), float(len(batch[rows])), device=device)
+        elif unit == "pixels":  # of whole pictures all but padding
+            known = batch["sizes"].prod(1) if about_gaze(batch) else batch["label_maps"] != VOID
+            count = known.sum().float()
+        elif unit == "valid_images":
             count = (batch["label_maps"] != VOID).flatten(1).any(dim=1).sum().float()
         elif unit == "labelled":
             count = (hidden_labels(batch) >= 0).sum().float()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kd.config import Data, DistillRecipe, LabelMaps, Split, TeacherRecipe
+from kd.config import Data, DistillRecipe, Gaze, LabelMaps, Split, TeacherRecipe
 from kd.config_data import AnyData
 from kd.config_reader import find_config, load_recipe
 from kd.data_config import data_config, objects_config, plain_data
@@ -220,3 +220,58 @@ def test_terms_of_ablations_are_told_apart_from_those_of_the_distilled_arm() -> 
     assert [term.curve for term in recipe.all_losses][-1] == "soft"
     assert recipe.terms_of("softer") == ("soft", "pair_wise")
     assert recipe.terms_of("plain") is recipe.terms_of("distilled") is None
+
+
+def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path]) -> None:
+    osie, scenes = data_config("osie"), data_config("scenes_gaze")
+    assert isinstance(osie, Gaze) and isinstance(scenes, Gaze)
+    for section in (osie, scenes):
+        assert plain_data(section.model_dump(mode="json"), "run") == section
+    recipe = load_recipe(DistillRecipe, find_config("distill", "saliency_resnet18"), data="salicon")
+    assert isinstance(recipe.data, Gaze) and recipe.data.maps == "published"
+    mine = data_config(str(own("layout: mit1003\ndegree: 30.0\nsize: [64, 96]\n")))
+    assert isinstance(mine, Gaze) and (mine.train, mine.val, mine.val_share) == (
+        "train",
+        "val",
+        0.2,
+    )
+    with pytest.raises(ConfigError, match=r"objects with boxes are needed here"):
+        objects_config("osie")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.degre=8.0", "data.degre: unknown key; did you mean 'degree'?"),
+        ("data.degree=0.0", "data.degree: input should be greater than 0, got 0.0"),
+        ("data.crop=[8, 8]", "data.crop: unknown key; known keys: name, root, workers, layout, "
+         "train, val, generate, size, degree, maps, val_share, split_seed, augment"),
+        ("data.size=240", "data.size: input should be a valid tuple, got 240"),
+        ("data.layout=osi", "data.layout: input should be 'osie', 'salicon', 'mit1003', "
+         "'cat2000' or 'synthetic', got 'osi'"),
+        ("data.val_share=1.0", "data.val_share: input should be less than 1, got 1.0"),
+        ("data.maps=drawn", "data.maps: input should be 'fixations' or 'published', got 'drawn'"),
+        ("data.val={annotations: a, images: b}", "data: val: layout osie takes a split's name"),
+        ("data.layout=synthetic",
+         "data: train: layout synthetic takes its annotations and images"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_section_of_fixations_is_told_at_its_place(
+    setting: str, message: str
+) -> None:
+    path = find_config("distill", "saliency_resnet18")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(DistillRecipe, path, data="osie", settings=[setting])
+    assert str(error.value).splitlines() == [f"--set {setting}: {message}"]
+
+
+def test_a_file_of_fixations_without_its_layout_hears_of_it(own: Callable[[str], Path]) -> None:
+    path = str(own("train: train\nval: val\nmaps: published\n"))
+    assert (
+        f"{path}: data.maps: unknown key; a data set with fixations has a 'layout' beside it"
+        in mistakes_of(data=path)
+    )
+    path = str(own("degree: 8.0\nsize: [64, 64]\n"))
+    assert f"{path}: data.layout: missing key" in mistakes_of(data=path)
+    with pytest.raises(ConfigError, match="maps: layout synthetic has none that are published"):
+        data_config("scenes_gaze", ["data.maps=published"])

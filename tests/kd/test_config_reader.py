@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd.config import DistillRecipe, LabelMaps, Split, TeacherRecipe
+from kd.config import Data, DistillRecipe, Gaze, LabelMaps, Split, TeacherRecipe
 from kd.config_reader import (
     Merged,
     find_config,
@@ -254,9 +254,12 @@ def test_a_printed_teacher_recipe_reads_back_as_itself(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("data", known_configs("data"))
 def test_a_printed_distill_recipe_reads_back_as_itself(data: str, tmp_path: Path) -> None:
-    maps = isinstance(data_config(data), LabelMaps)
-    path = find_config("distill", "espnet_c" if maps else "resnet18")
-    own = "data.crop=[64, 32]" if maps else "data.partial={start: 0.5}"
+    recipe, own = {
+        LabelMaps: ("espnet_c", "data.crop=[64, 32]"),
+        Gaze: ("saliency_resnet18", "data.size=[64, 32]"),
+        Data: ("resnet18", "data.partial={start: 0.5}"),
+    }[type(data_config(data))]
+    path = find_config("distill", recipe)
     settings = ["data.augment=null", "seeds=[3, 1]", own]
     first = load_recipe(DistillRecipe, path, data=data, settings=settings)
     assert first.data.augment is None

@@ -38,7 +38,9 @@ def test_every_term_builds_and_computes(name: str) -> None:
     kind = TERMS[name]
     term = build_term(name, weight=1.0, student=kind.student or "ours", teacher="theirs")
     if kind.maps:
-        ours, theirs = torch.rand(2, 4, 16, 16, requires_grad=True), torch.rand(3, 4, 16, 16)
+        channels = 1 if name == "saliency" else 4
+        ours = torch.rand(2, channels, 16, 16, requires_grad=True)
+        theirs = torch.rand(3, channels, 16, 16)
     else:
         count = 12 if kind.own else 6  # numbers of four for each class and the background
         ours = torch.randn(3, count, requires_grad=True)
