@@ -244,16 +244,12 @@ def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path])
     [
         ("data.degre=8.0", "data.degre: unknown key; did you mean 'degree'?"),
         ("data.degree=0.0", "data.degree: input should be greater than 0, got 0.0"),
-        ("data.crop=[8, 8]", "data.crop: unknown key; known keys: name, root, workers, layout, "
-         "train, val, generate, size, degree, maps, val_share, split_seed, augment"),
         ("data.size=240", "data.size: input should be a valid tuple, got 240"),
         ("data.layout=osi", "data.layout: input should be 'osie', 'salicon', 'mit1003', "
          "'cat2000' or 'synthetic', got 'osi'"),
         ("data.val_share=1.0", "data.val_share: input should be less than 1, got 1.0"),
         ("data.maps=drawn", "data.maps: input should be 'fixations' or 'published', got 'drawn'"),
         ("data.val={annotations: a, images: b}", "data: val: layout osie takes a split's name"),
-        ("data.layout=synthetic",
-         "data: train: layout synthetic takes its annotations and images"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_section_of_fixations_is_told_at_its_place(
@@ -272,6 +268,8 @@ def test_a_file_of_fixations_without_its_layout_hears_of_it(own: Callable[[str],
         in mistakes_of(data=path)
     )
     path = str(own("degree: 8.0\nsize: [64, 64]\n"))
-    assert f"{path}: data.layout: missing key" in mistakes_of(data=path)
+    assert f"--data {path}: data.layout: missing key" in mistakes_of(data=path)
+    with pytest.raises(ConfigError, match="train: layout synthetic takes its annotations and"):
+        data_config("osie", ["data.layout=synthetic"])
     with pytest.raises(ConfigError, match="maps: layout synthetic has none that are published"):
         data_config("scenes_gaze", ["data.maps=published"])
