@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kd.data.colour import ColourChange
-from kd.data.crops import Crop, Crops, build_crops
+from kd.data.crops import Crop, Crops, Turns, build_crops, build_turns
 from kd.errors import UserError
 from kd.metrics.segmentation import VOID
 
@@ -119,13 +119,13 @@ def test_without_options_pictures_are_cut_alone() -> None:
     assert not crop.flip and crop.colour is None
 
 
-@given(st.integers(0, 10_000), st.integers(6, 38), st.integers(6, 55))
-@settings(max_examples=60, deadline=None)
-def test_sources_undo_what_happens_to_pixels(seed: int, y: int, x: int) -> None:
+@given(st.integers(0, 10_000), st.integers(6, 38), st.integers(6, 55), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_sources_undo_what_happens_to_pixels(seed: int, y: int, x: int, upside_down: bool) -> None:
     """A marked point is found at the place that comes from it."""
     picture = torch.zeros(3, *SIZE, dtype=torch.uint8)
     picture[:, y - 2 : y + 3, x - 2 : x + 3] = 255
-    crop = draw(seed)
+    crop = replace(draw(seed), upside_down=upside_down)
     top, left, height, width = crop.window
     inside = top + 4 <= y < top + height - 4 and left + 4 <= x < left + width - 4
     seen = crop.image(picture, FRAME)[0].double()
@@ -138,11 +138,11 @@ def test_sources_undo_what_happens_to_pixels(seed: int, y: int, x: int) -> None:
     assert back == pytest.approx([x + 0.5, y + 0.5], abs=0.1)
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
-def test_a_mirrored_picture_leads_to_the_same_result(seed: int) -> None:
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_mirrored_picture_leads_to_the_same_result(seed: int, upside_down: bool) -> None:
     picture, labels = scene()
-    crop = replace(draw(seed), flip=True)
+    crop = replace(draw(seed), flip=True, upside_down=upside_down)
     mirrored = crop.of_mirrored(SIZE)
     assert not mirrored.flip
     first = crop.image(picture, FRAME).int()
@@ -152,6 +152,18 @@ def test_a_mirrored_picture_leads_to_the_same_result(seed: int) -> None:
     place = np.array([7.0, 11.0, 1.0])
     x, y = crop.sources() @ place
     assert mirrored.sources() @ place == pytest.approx([SIZE[1] - x, y])
+
+
+def test_whole_pictures_are_turned_as_often_as_asked() -> None:
+    turns = Turns(flip=0.3, upside_down=0.6, jitter=0.2)
+    drawn = [turns.draw(np.random.default_rng(seed), SIZE, FRAME) for seed in range(400)]
+    assert all(crop.window == (0, 0, *SIZE) and crop.size == FRAME for crop in drawn)
+    shares = np.mean([(crop.flip, crop.upside_down, crop.colour is not None) for crop in drawn], 0)
+    assert shares == pytest.approx([0.3, 0.6, 0.2], abs=0.07)
+    assert not any(build_turns(None).draw(np.random.default_rng(s), SIZE, FRAME).flip
+                   for s in range(20))  # fmt: skip
+    with pytest.raises(UserError, match="augment: unknown option 'upsidedown'; did you mean"):
+        build_turns({"upsidedown": 1.0})
 
 
 @pytest.mark.parametrize(
