@@ -128,7 +128,8 @@ def test_posteriors_are_computed_once_and_cache_finds_them(
     assert said.startswith("posterior: 131 objects, ") and "bytes an image" in said
     assert sorted((small_teacher / "cache").rglob("*.safetensors")) == shards
     assert [file.stat().st_mtime_ns for file in shards] == before
-    assert cache.main([*command, "--in-fold", "--layers", "features.2", "--mirrored"]) == 0
+    exact = ["--precision", "fp32"]  # bfloat16, where a processor has it, is off by 0.3 %
+    assert cache.main([*command, *exact, "--in-fold", "--layers", "features.2", "--mirrored"]) == 0
     said = capsys.readouterr().out
     assert "features.2: 131 objects, " in said
     assert "moved with the picture: flip is off by 0.0%" in said

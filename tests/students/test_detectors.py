@@ -321,7 +321,7 @@ def test_a_few_steps_learn_two_pictures_by_heart(name: str) -> None:
     images = torch.zeros(3, 3, 64, 64)  # nothing is on the last
     for image, label, (x1, y1, x2, y2) in zip(image_of, labels, boxes.int().tolist(), strict=True):
         images[image, label, y1:y2, x1:x2] = 1.0
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # At a constant rate the last step is a good one or a bad one as a processor's rounding has it.
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=140)
     for _ in range(140):
