@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -23,7 +22,6 @@ from kd.config_reader import read_yaml
 from kd.data_config import data_config, plain_data
 from kd.engine import evaluate
 from kd.errors import UserError
-from kd.gaze_overlays import gaze_overlays
 from kd.metrics.found_boxes import FoundBoxes
 from kd.metrics.records import Records
 from kd.metrics.saliency_maps import SaliencyMaps
@@ -34,7 +32,7 @@ from kd.opened import Opened, of_objects
 from kd.opened_boxes import OpenBoxes
 from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
-from kd.overlays import overlays
+from kd.overlays import drawn
 from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
 from kd.run_folder import class_names
@@ -123,7 +121,7 @@ def ask_run(
     def pictures() -> Iterator[Figure]:
         if isinstance(data, OpenMaps | OpenGaze):
             seen = {name: Asked(asked, task, data.section.size)}
-            return _drawn(data, seen, accelerator)
+            return drawn(data, seen, count=PICTURES, accelerator=accelerator)
         if isinstance(data, OpenBoxes) and isinstance(metric, FoundBoxes):
             return box_overlays({name: metric.records()}, data.objects.val, count=PICTURES)
         return hidden_scenes(
@@ -136,15 +134,6 @@ def ask_run(
     if how:
         folder = folder / how.replace(", ", "_").replace(" ", "_")
     return Answers(name, data, metric, folder, _steps(run), pictures, how)
-
-
-def _drawn(
-    data: OpenMaps | OpenGaze, seen: Mapping[str, Asked], accelerator: Accelerator
-) -> Iterator[Figure]:
-    """Val pictures with what networks say of their pixels."""
-    if isinstance(data, OpenGaze):
-        return gaze_overlays(data, seen, count=PICTURES, accelerator=accelerator)
-    return overlays(data, seen, count=PICTURES, accelerator=accelerator)
 
 
 def _at_scales(

@@ -24,8 +24,7 @@ from kd.report.box_figures import (
     size_figure,
     size_table,
 )
-from kd.report.comparison import interval_of
-from kd.report.evaluation import Scored
+from kd.report.evaluation import Scored, scored_run
 from kd.report.runs import distinct_names
 from kd.report.table import Table
 
@@ -48,15 +47,8 @@ class BoxEvaluation:
     @cached_property
     def scored(self) -> list[Scored]:
         """Metrics of every run, Pascal VOC's too."""
-        found = []
-        for name, records in self.runs.items():
-            metrics = (*DETECTIONS.rows, *VOC)
-            values = {metric: DETECTIONS.value(records, metric) for metric in metrics}
-            known = {metric: number for metric, number in values.items() if number is not None}
-            bounds = {metric: interval_of(metric, records) for metric in known}
-            own = {metric: one for metric, one in bounds.items() if one is not None}
-            found.append(Scored(name, known, own))
-        return found
+        metrics = (*DETECTIONS.rows, *VOC)
+        return [scored_run(name, records, metrics) for name, records in self.runs.items()]
 
     @cached_property
     def classes(self) -> dict[str, list[BoxRow]]:
@@ -97,8 +89,7 @@ class BoxEvaluation:
         """Everything in the tables, in full precision, for `metrics.json`."""
         runs = {
             one.name: {
-                **one.values,
-                "intervals": {n: [i.low, i.high] for n, i in one.intervals.items()},
+                **one.plain,
                 "classes": [
                     {"name": self._names[row.label], "objects": row.objects, **row.numbers}
                     for row in self.classes[one.name]

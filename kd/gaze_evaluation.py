@@ -13,8 +13,7 @@ from kd.metrics.kinds import SALIENCY
 from kd.metrics.records import Records
 from kd.metrics.saliency_references import notes
 from kd.report import evaluation as tables
-from kd.report.comparison import interval_of
-from kd.report.evaluation import Scored
+from kd.report.evaluation import Scored, scored_run
 from kd.report.gaze_figures import picture_figure, pictures_table
 from kd.report.table import Table
 
@@ -38,14 +37,11 @@ class GazeEvaluation:
     def scored(self) -> list[Scored]:
         """Metrics of every run with intervals, then of what they are held against."""
         known = SALIENCY.references(self._first)
-        found = []
-        for name, records in {**self.runs, **known}.items():
-            values = {metric: SALIENCY.value(records, metric) for metric in SALIENCY.rows}
-            numbers = {metric: number for metric, number in values.items() if number is not None}
-            bounds = {metric: interval_of(metric, records) for metric in numbers}
-            own = {metric: one for metric, one in bounds.items() if one is not None}
-            found.append(Scored(name, numbers, own if name in self.runs else {}))
-        return found
+        runs = [scored_run(name, one, SALIENCY.rows) for name, one in self.runs.items()]
+        beside = [
+            scored_run(name, one, SALIENCY.rows, intervals=False) for name, one in known.items()
+        ]
+        return [*runs, *beside]
 
     @property
     def _first(self) -> Records:
@@ -81,8 +77,5 @@ class GazeEvaluation:
         }
         for one in self.scored:
             part = "runs" if one.name in self.runs else "references"
-            found.setdefault(part, {})[one.name] = {
-                **one.values,
-                "intervals": {n: [i.low, i.high] for n, i in one.intervals.items()},
-            }
+            found.setdefault(part, {})[one.name] = one.plain
         return found

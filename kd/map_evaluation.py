@@ -14,8 +14,7 @@ from kd.metrics.map_scores import ClassRow, per_class
 from kd.metrics.records import Records
 from kd.opened_maps import OpenMaps
 from kd.report import evaluation as tables
-from kd.report.comparison import interval_of
-from kd.report.evaluation import Scored
+from kd.report.evaluation import Scored, scored_run
 from kd.report.map_figures import (
     iou_figure,
     map_class_table,
@@ -43,18 +42,7 @@ class MapEvaluation:
     @cached_property
     def scored(self) -> list[Scored]:
         """Metrics of every run."""
-        found = []
-        for name, records in self.runs.items():
-            values = {metric: PICTURES.value(records, metric) for metric in PICTURES.rows}
-            bounds = {metric: interval_of(metric, records) for metric in PICTURES.rows}
-            found.append(
-                Scored(
-                    name,
-                    {metric: number for metric, number in values.items() if number is not None},
-                    {metric: one for metric, one in bounds.items() if one is not None},
-                )
-            )
-        return found
+        return [scored_run(name, one, PICTURES.rows) for name, one in self.runs.items()]
 
     @cached_property
     def classes(self) -> dict[str, list[ClassRow]]:
@@ -94,8 +82,7 @@ class MapEvaluation:
         names = self.data.class_names
         runs = {
             one.name: {
-                **one.values,
-                "intervals": {n: [i.low, i.high] for n, i in one.intervals.items()},
+                **one.plain,
                 "classes": [
                     {"name": names[row.label], "pixels": row.share, "IoU": row.iou,
                      "accuracy": None if row.accuracy != row.accuracy else row.accuracy,

@@ -46,6 +46,15 @@ def overlays(
         yield overlay_figure(picture, maps, data.class_names)
 
 
+def drawn(
+    data: OpenMaps | OpenGaze, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
+) -> Iterator[Figure]:
+    """Draw val pictures with what networks say of their pixels, of whatever kind that is."""
+    if isinstance(data, OpenGaze):
+        return gaze_overlays(data, asked, count=count, accelerator=accelerator)
+    return overlays(data, asked, count=count, accelerator=accelerator)
+
+
 def write_overlays(distillation: Distillation) -> None:
     """Draw what each arm's student of the first seed says, beside the teacher, where it can.
 
@@ -69,10 +78,7 @@ def write_overlays(distillation: Distillation) -> None:
         size = teacher.recipe.data.size
         asked["teacher"] = Asked(_placed(teacher.model, accelerator), teacher.task, size)
     tracker = fresh_tracker(out)
-    if isinstance(data, OpenGaze):
-        figures = gaze_overlays(data, asked, count=count, accelerator=accelerator)
-    else:
-        figures = overlays(data, asked, count=count, accelerator=accelerator)
+    figures = drawn(data, asked, count=count, accelerator=accelerator)
     for number, figure in enumerate(figures):
         write_figure(
             figure, out / "overlays" / f"{number}.png", tracker, f"overlays/{number}", step=0

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from kd.metrics import scores
 from kd.metrics.classes import ClassRow, Confusion, per_class
 from kd.metrics.interval import Interval
+from kd.metrics.kinds import kind_of
 from kd.metrics.records import Array, Records
 from kd.report.comparison import (
     bounds_cell,
@@ -51,25 +53,36 @@ class Scored:
     values: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        return {
+            **self.values,
+            "intervals": {name: [one.low, one.high] for name, one in self.intervals.items()},
+        }
+
+
+def scored_run(
+    name: str, records: Records, metrics: Sequence[str], *, intervals: bool = True
+) -> Scored:
+    """Those metrics of a run or reference that it has, of whatever kind its answers are."""
+    kind = kind_of(records)
+    found = {metric: kind.value(records, metric) for metric in metrics}
+    values = {metric: number for metric, number in found.items() if number is not None}
+    bounds = {metric: interval_of(metric, records) for metric in values} if intervals else {}
+    return Scored(name, values, {metric: one for metric, one in bounds.items() if one is not None})
+
 
 def scored(runs: Runs, references: Runs) -> list[Scored]:
     """Metrics of every run with intervals, then of uniform guesses and of every reference."""
     first = next(iter(runs.values()))
     names = [name for name in COLUMNS if scores.value(first, name) is not None]
 
-    def values(records: Records) -> dict[str, float]:
-        found = {name: scores.value(records, name) for name in names}
-        return {name: number for name, number in found.items() if number is not None}
-
-    def intervals(records: Records) -> dict[str, Interval]:
-        found = {name: interval_of(name, records) for name in names}
-        return {name: bounds for name, bounds in found.items() if bounds is not None}
-
     guesses = {name: scores.chance(first, name) for name in names}
     return [
-        *(Scored(name, values(run), intervals(run)) for name, run in runs.items()),
+        *(scored_run(name, run, names) for name, run in runs.items()),
         Scored(RANDOM, {name: n for name, n in guesses.items() if n is not None}),
-        *(Scored(name, values(records)) for name, records in references.items()),
+        *(scored_run(name, one, names, intervals=False) for name, one in references.items()),
     ]
 
 
