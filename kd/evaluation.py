@@ -131,9 +131,8 @@ class Evaluation:
         for one in self.scored:
             part = "runs" if one.name in self.runs else "references"
             found.setdefault(part, {})[one.name] = {
-                **one.values,
+                **one.plain,
                 **self._bins({**self.runs, **self.references}.get(one.name)),
-                "intervals": {n: [i.low, i.high] for n, i in one.intervals.items()},
             }
         if len(self.runs) == 1:
             names = self.data.val.class_names

@@ -162,7 +162,7 @@ class ShownPictures:
             )
         return pictures
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int] | None:
         """Of gaze what pictures are scaled into, where these are of different sizes.
 
