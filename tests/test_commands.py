@@ -35,14 +35,21 @@ STUDENT = sets(
 
 
 @pytest.fixture(scope="module")
+def teacher(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy with a cache of its own: other modules of the same process fill `small_teacher`'s."""
+    out = tmp_path_factory.mktemp("commands") / "teacher"
+    return shutil.copytree(small_teacher, out, ignore=shutil.ignore_patterns("cache"))
+
+
+@pytest.fixture(scope="module")
 def distilled(
-    small_data: list[str], small_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+    small_data: list[str], teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Two seeds of plain and distilled, out of fold."""
     out = tmp_path_factory.mktemp("distill") / "run"
     flags = [*small_data, *STUDENT, *sets("soft_targets.out_of_fold=true", "seeds=[0, 1]",
              "arms=[plain, distilled]")]  # fmt: skip
-    command = ["--student", "resnet18", "--teacher", str(small_teacher), "--out", str(out)]
+    command = ["--student", "resnet18", "--teacher", str(teacher), "--out", str(out)]
     assert distill.main([*command, *flags]) == 0
     return out
 
@@ -60,12 +67,12 @@ def tags(folder: Path) -> dict[str, set[str]]:
     }  # fmt: skip
 
 
-def test_a_teacher_and_its_folds_leave_all_their_files(small_teacher: Path) -> None:
+def test_a_teacher_and_its_folds_leave_all_their_files(teacher: Path) -> None:
     names = {"config.yaml", "last.pt", "model.safetensors", "metrics.jsonl", "summary.json",
              "predictions.npz"}  # fmt: skip
-    for folder in (small_teacher, small_teacher / "fold0", small_teacher / "fold1"):
+    for folder in (teacher, teacher / "fold0", teacher / "fold1"):
         assert names <= {path.name for path in folder.iterdir()}
-    whole, fold = (load_file(small_teacher / part / "model.safetensors") for part in ("", "fold0"))
+    whole, fold = (load_file(teacher / part / "model.safetensors") for part in ("", "fold0"))
     assert whole.keys() == fold.keys()
     assert not all(torch.equal(whole[name], fold[name]) for name in whole)
 
@@ -100,7 +107,7 @@ def test_the_arms_took_the_same_steps(distilled: Path) -> None:
 
 
 def test_compare_and_evaluate_say_what_distill_wrote(
-    distilled: Path, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilled: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = (distilled / "table.md").read_text()
     assert "distilled - plain" in table
@@ -108,40 +115,40 @@ def test_compare_and_evaluate_say_what_distill_wrote(
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert set(rows[1:]) <= set((tmp_path / "t.md").read_text().splitlines())
     capsys.readouterr()
-    for run in (small_teacher, distilled / "seed0" / "distilled"):
+    for run in (teacher, distilled / "seed0" / "distilled"):
         assert evaluate.main([str(run)]) == 0
         summary = json.loads((run / "summary.json").read_text())
         said = capsys.readouterr().out
         assert f"{summary['nll']:.3f}" in said
         assert f"{summary['ceiling_nll']:.3f}" in said
-    assert compare.main([str(small_teacher), str(distilled / "seed0" / "plain")]) == 0
+    assert compare.main([str(teacher), str(distilled / "seed0" / "plain")]) == 0
 
 
 def test_posteriors_are_computed_once_and_cache_finds_them(
-    distilled: Path, small_teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
+    distilled: Path, teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--teacher", str(small_teacher), "--data", "scenes", *small_data]
-    shards = sorted((small_teacher / "cache").rglob("*.safetensors"))
+    command = ["--teacher", str(teacher), "--data", "scenes", *small_data]
+    shards = sorted((teacher / "cache").rglob("*.safetensors"))
     before = [file.stat().st_mtime_ns for file in shards]
     assert cache.main(command) == 0
     said = capsys.readouterr().out
     assert said.startswith("posterior: 131 objects, ") and "bytes an image" in said
-    assert sorted((small_teacher / "cache").rglob("*.safetensors")) == shards
+    assert sorted((teacher / "cache").rglob("*.safetensors")) == shards
     assert [file.stat().st_mtime_ns for file in shards] == before
     exact = ["--precision", "fp32"]  # bfloat16, where a processor has it, is off by 0.3 %
     assert cache.main([*command, *exact, "--in-fold", "--layers", "features.2", "--mirrored"]) == 0
     said = capsys.readouterr().out
     assert "features.2: 131 objects, " in said
     assert "moved with the picture: flip is off by 0.0%" in said
-    kept = {folder.name.rpartition("-")[0] for folder in (small_teacher / "cache").iterdir()}
+    kept = {folder.name.rpartition("-")[0] for folder in (teacher / "cache").iterdir()}
     assert kept == {"scenes-train-posterior", "scenes-train-features.2"}
-    assert len(list((small_teacher / "cache").iterdir())) == 3  # by folds, and by itself
+    assert len(list((teacher / "cache").iterdir())) == 3  # by folds, and by itself
 
 
 def test_the_cache_command_says_what_is_wrong(
-    small_teacher: Path, small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: Path, small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--teacher", str(small_teacher), "--data", "scenes", *small_data]
+    command = ["--teacher", str(teacher), "--data", "scenes", *small_data]
     for flags, message in (
         (["--layers", "featurs.2"], "unknown layer 'featurs.2'; did you mean 'features.2'"),
         (["--top-k", "22"], "top_k 22: posterior has 22 channels; keep fewer"),
@@ -158,11 +165,11 @@ def test_the_cache_command_says_what_is_wrong(
 
 
 def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(
-    distilled: Path, small_teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
+    distilled: Path, teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*small_data, *STUDENT, *sets("soft_targets.out_of_fold=true", "seeds=[0, 1]",
              "arms=[plain, distilled]")]  # fmt: skip
-    command = ["--student", "resnet18", "--teacher", str(small_teacher), "--out", str(distilled)]
+    command = ["--student", "resnet18", "--teacher", str(teacher), "--out", str(distilled)]
     assert run_command(distill.main, [*command, *flags]) == 2
     assert "there is a run already; --resume goes on with it" in capsys.readouterr().err
     before = (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns
@@ -194,11 +201,11 @@ train: {epochs: 1, batch_size: 8, accumulate: 2, ema: 0.9, log_every: 1, picture
 
 
 def test_terms_on_features_train_from_a_recipe_of_ones_own(
-    small_data: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: list[str], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
     recipe.write_text(RECIPE)
-    flags = ["--config", str(recipe), "--teacher", str(small_teacher), "--out", str(out)]
+    flags = ["--config", str(recipe), "--teacher", str(teacher), "--out", str(out)]
     assert distill.main([*flags, *small_data]) == 0
     assert "mine on scenes" in capsys.readouterr().out
     taught = out / "seed0" / "distilled"
@@ -247,14 +254,14 @@ train: {epochs: 1, batch_size: 8, log_every: 1, pictures: 0}
 
 @pytest.mark.parametrize("kind", ["stored", "live"])
 def test_two_teachers_and_a_critic_train_a_student(
-    kind: str, small_data: list[str], small_teacher: Path, tmp_path: Path
+    kind: str, small_data: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     """Stored maps come with the samples, live ones with each step."""
     recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
     recipe.write_text(TWO_TEACHERS)
-    flags = ["--config", str(recipe), "--teacher", str(small_teacher), "--out", str(out)]
+    flags = ["--config", str(recipe), "--teacher", str(teacher), "--out", str(out)]
     settings = sets(
-        f"more_teachers.second.run={small_teacher}",
+        f"more_teachers.second.run={teacher}",
         f"soft_targets.kind={kind}",
         f"soft_targets.cache={tmp_path / 'kept'}",
         "data.augment=null",
@@ -274,7 +281,7 @@ def test_two_teachers_and_a_critic_train_a_student(
 
 
 def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(
-    small_data: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_data: list[str], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*small_data, *STUDENT, *sets("train.optimizer={name: sgd, lr: 1.0e+30}",
              "arms=[plain]", "train.clip_norm=0.0")]  # fmt: skip
