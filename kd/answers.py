@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +36,10 @@ from kd.opened_maps import OpenMaps
 from kd.overlays import drawn
 from kd.pictures import hidden_scenes
 from kd.report.runs import Run, read_predictions
-from kd.run_folder import class_names
+from kd.run_folder import class_names, write_class_names, write_config, write_summary
 from kd.session import new_metric, val_loader
 from kd.student_runs import load_student
+from kd.summaries import summary_of
 from kd.tasks.base import Metric, Task
 from kd.teacher_runs import load_teacher
 
@@ -47,6 +49,9 @@ _PREDICTIONS = "predictions.npz"
 PICTURES = 8  # hidden scenes that are drawn
 # How pictures were shown to a run goes with it to another data set.
 _SHOWN = ("size", "shape", "min_share", "max_share", "pictures")
+# Where pictures are and who loads them is nothing that an evaluation is called by.
+_FREE = ("root=", "workers=", "prepared=")
+_SEPARATORS = re.compile(r"[^\w.=-]+")
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,27 @@ class Answers:
         name: What the model is.
         data: The data set.
         metric: Holds the answers.
+        config: The run's, with this data set.
+        summary: As `summary.json` of a run.
         folder: Where an evaluation of this run on this data set goes.
-        step: Of training.
         pictures: Draws hidden scenes, or label maps, with what the model says.
-        how: Pictures were shown, where not as they are: `scales 0.75, 1, flip`.
+        how: The data set was changed, or its pictures shown otherwise than they are:
+            `val=test, scales 0.75, 1, flip`.
     """
 
     name: str
     data: Opened
     metric: Metric
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
     folder: Path
-    step: int
     pictures: Callable[[], Iterator[Figure]]
     how: str = ""
+
+    @property
+    def step(self) -> int:
+        """Of training."""
+        return int(self.summary["steps"])
 
     @property
     def records(self) -> Records | None:
@@ -80,9 +93,18 @@ class Answers:
             return self.metric.records()
         return None
 
-    def save_predictions(self) -> None:
-        """Write `predictions.npz`, for setting runs side by side."""
+    @property
+    def of_training(self) -> bool:
+        """Whether the run's own folder holds these answers already."""
+        return self.folder.name == FOLDER
+
+    def save(self) -> None:
+        """Write what makes the folder a run that can be set beside others, weights apart."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_config(self.folder, self.config)
+        write_class_names(self.folder, self.data.class_names)
         self.metric.save_predictions(self.folder / _PREDICTIONS)
+        write_summary(self.folder, self.summary)
 
 
 def ask_run(
@@ -128,12 +150,18 @@ def ask_run(
             asked, task, of_objects(data), count=PICTURES, device=accelerator.device
         )
 
-    folder = run / FOLDER
-    if data.section.name != config["data"]["name"]:
-        folder = folder / data.section.name
-    if how:
-        folder = folder / how.replace(", ", "_").replace(" ", "_")
-    return Answers(name, data, metric, folder, _steps(run), pictures, how)
+    asked_about = {**config, "data": data.section.model_dump(mode="json")}
+    summary = summary_of(data, metric, model, _steps(run))
+    how = ", ".join([*_said(settings), *([how] if how else [])])
+    own = data.section.name == config["data"]["name"]
+    folder = run / FOLDER / ("" if own else data.section.name) / _SEPARATORS.sub("_", how)
+    return Answers(name, data, metric, asked_about, summary, folder, pictures, how)
+
+
+def _said(settings: Sequence[str]) -> list[str]:
+    """Changes of a data set that change the answers, such as `val=test`."""
+    changes = [setting.removeprefix("data.") for setting in settings]
+    return [change for change in changes if not change.startswith(_FREE)]
 
 
 def _at_scales(

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = ask_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
     if asked is None:  # another process writes
         return 0
-    if args.data or asked.how:  # what a run answers about its own data is in its folder already
-        asked.save_predictions()
+    if not asked.of_training:
+        asked.save()
     return _show(evaluation_of(asked, run), args, args.out or asked.folder, asked)
 
 

@@ -28,20 +28,20 @@ def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
         run: Its folder, for the title.
     """
     records, data = asked.records, asked.data
+    how = f", {asked.how}" if asked.how else ""
     if records is None:
-        return Scores(f"{run} on {data.section.name} val", data, asked.metric)
+        return Scores(f"{run} on {data.section.name} val{how}", data, asked.metric)
     if kind_of(records) is DETECTIONS:
-        title = f"{run} on {about_boxes(f'{data.section.name} val', records)}"
+        title = f"{run} on {about_boxes(f'{data.section.name} val', records)}{how}"
         return BoxEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
     if isinstance(data, OpenGaze):
-        title = f"{run} on {_about_maps(data, len(records['image_ids']))}"
+        title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
         return GazeEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
     if isinstance(data, OpenMaps):
-        how = f", {asked.how}" if asked.how else ""
         title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
         return MapEvaluation(title, data, {asked.name: records})
     objects = of_objects(data)
-    title = f"{run} on {about(objects, records)}"
+    title = f"{run} on {about(objects, records)}{how}"
     return Evaluation(title, objects, {asked.name: records}, references(objects, records))
 
 

@@ -62,8 +62,7 @@ class RunFolder:
                 )
             check_same_config(written, self.config)
         else:
-            text = yaml.safe_dump(self.config, sort_keys=False, width=100)
-            write_whole(written, lambda file: file.write_text(text, encoding="utf-8"))
+            write_config(path, self.config)
 
     @property
     def checkpoint(self) -> Path:
@@ -82,20 +81,34 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
-        text = json.dumps(dict(summary), indent=2) + "\n"
-        write_whole(
-            self.path / "summary.json", lambda file: file.write_text(text, encoding="utf-8")
-        )
+        write_summary(self.path, summary)
 
     def name_classes(self, names: Sequence[str]) -> None:
         """Write the class names, which a model can then be used with where its data are not."""
-        text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
-        write_whole(self.path / _CLASSES, lambda file: file.write_text(text, encoding="utf-8"))
+        write_class_names(self.path, names)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
         loaded: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
         return loaded
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.yaml`, over an old one."""
+    text = yaml.safe_dump(dict(config), sort_keys=False, width=100)
+    write_whole(folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_class_names(folder: Path, names: Sequence[str]) -> None:
+    """Write what `class_names` reads."""
+    text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / _CLASSES, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`; the folder is a finished run then."""
+    text = json.dumps(dict(summary), indent=2) + "\n"
+    write_whole(folder / "summary.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def class_names(folder: Path) -> tuple[str, ...] | None:

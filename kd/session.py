@@ -18,12 +18,10 @@ from kd.checkpoint import save_model
 from kd.config import Train
 from kd.data.loader import SampleLoader
 from kd.engine import evaluate, fit
-from kd.launch import learns, parameters, start_training
+from kd.launch import learns, start_training
 from kd.metrics import scores
 from kd.metrics.kinds import DETECTIONS, SALIENCY
 from kd.metrics.records import prior_records
-from kd.metrics.saliency_maps import SaliencyMaps
-from kd.metrics.saliency_references import CENTRE, NAMES, OBSERVERS
 from kd.metrics.top_n import TopN
 from kd.objective import modules_of
 from kd.opened import OpenData, Opened
@@ -33,13 +31,12 @@ from kd.report.comparison import number_cell, scale_of
 from kd.report.figures import share_hidden_figure, top_n_figure
 from kd.report.runs import read_scalars
 from kd.run_folder import RunFolder
+from kd.summaries import summary_of
 from kd.tasks.base import Metric, Task
 from kd.tracking import Tracker, flatten
 from kd.training import Hooks, Objective, Training, resume_training, save_training
 
 _log = logging.getLogger("kd")
-_CEILING = ("top1", "top5", "nll", "lookalike_top1", "lookalike_pair_top1", "mean_class_top1",
-            "area")  # fmt: skip
 
 
 @dataclass
@@ -92,13 +89,7 @@ def run_training(
     val = val_loader(session.data, session.train.batch_size, accelerator)
     seconds = _train(session, training, objective, loader, val, tracker, steps)
     metric = _evaluate(session, training, objective, val)
-    summary: dict[str, Any] = {
-        **metric.compute(),
-        **ceiling_metrics(session.data, metric),
-        **reference_metrics(metric),
-        "parameters": parameters(training.exported),
-        "steps": training.progress.step,
-    }
+    summary = summary_of(session.data, metric, training.exported, training.progress.step)
     if training.progress.step > first:
         summary["steps_per_second"] = (training.progress.step - first) / seconds
     if main:
@@ -203,32 +194,6 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
 def new_metric(task: Task, data: Opened) -> Metric:
     """What a task's answers on a data set's val split are scored by."""
     return task.metric(data.classes())
-
-
-def ceiling_metrics(data: Opened, metric: Metric) -> dict[str, float]:
-    """What the exact posterior of the embedded scenes scores on the same objects."""
-    if not (isinstance(metric, TopN) and isinstance(data, OpenData)):
-        return {}
-    exact = exact_records(data, metric.records())
-    if EXACT not in exact:
-        return {}
-    values = scores.evaluate(exact[EXACT])
-    return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
-
-
-def reference_metrics(metric: Metric) -> dict[str, float]:
-    """What the centre prior and other observers reach on the same pictures, of saliency maps."""
-    if not isinstance(metric, SaliencyMaps):
-        return {}
-    found = SALIENCY.references(metric.records())
-    columns = {"prior": NAMES[CENTRE], "observers": NAMES[OBSERVERS]}
-    known = {
-        f"{column}_{name}": SALIENCY.value(found[reference], name)
-        for column, reference in columns.items()
-        if reference in found
-        for name in SALIENCY.rows
-    }
-    return {name: number for name, number in known.items() if number is not None}
 
 
 def _curve_figure(data: OpenData, metric: TopN) -> Any:

@@ -39,6 +39,7 @@ PLACES = {
     # What several commands share above the engine.
     "kd.launch": COMMANDS,
     "kd.session": COMMANDS,
+    "kd.summaries": COMMANDS,
     "kd.arms": COMMANDS,
     "kd.starts": COMMANDS,
     "kd.transferred": COMMANDS,

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from kd import answers, distill, evaluate, train_teacher
+from kd import answers, compare, distill, evaluate, train_teacher
 from kd.cli import run_command
+from kd.errors import UserError
 from kd.report.runs import read_distill, read_run
 
 pytestmark = pytest.mark.slow
@@ -138,6 +139,27 @@ def test_scales_and_mirror_are_averaged_into_a_folder_of_their_own(
     with np.load(folder / "predictions.npz") as several:
         assert (several["confusion"].sum(axis=2) == stored["confusion"].sum(axis=2)).all()
         assert (several["confusion"] != stored["confusion"]).any()
+
+
+def test_answers_about_another_split_are_a_run_that_costs_are_drawn_with(
+    evaluated: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "PICTURES", 0)
+    table = teacher / "evaluation" / "table.md"
+    before = table.read_text() if table.is_file() else None
+    split = "data.val={annotations: annotations/instances_train.json, images: train}"
+    for run in (evaluated, teacher):
+        assert evaluate.main([str(run), "--set", split]) == 0
+    assert (table.read_text() if table.is_file() else None) == before
+    (asked,) = (teacher / "evaluation").glob("val=*instances_train*")
+    (student,) = (evaluated / "evaluation").glob("val=*instances_train*")
+    assert read_run(asked).config["data"]["val"]["images"] == "train"
+    assert read_run(asked).summary["count"] == 24
+    own, others = read_run(teacher), read_run(asked)
+    assert own.summary["parameters"] == others.summary["parameters"]
+    assert compare.main([str(student), str(asked), "--cost", str(tmp_path / "cost.png")]) == 0
+    with pytest.raises(UserError, match="scored different pictures"):
+        compare.main([str(student), str(teacher), "--cost", str(tmp_path / "cost.png")])
 
 
 def test_runs_side_by_side_share_tables_and_a_figure(
