@@ -42,6 +42,12 @@ class _Trained:
         return to_be_loaded(Model(name=part["name"], options=part["options"]))
 
     @property
+    def network(self) -> str:
+        """What it is called, with its trunk where that is an option: `pspnet_resnet18`."""
+        trunk = self.section.options.get("trunk")
+        return f"{self.section.name}_{trunk}" if isinstance(trunk, str) else self.section.name
+
+    @property
     def kind(self) -> Kind:
         """How it was trained; whatever is not plain was taught."""
         return "teacher" if self.arm == TEACHER else "plain" if self.arm == PLAIN else "distilled"
@@ -93,8 +99,8 @@ def _single(run: Run) -> _Trained:
 
 
 def _names(trained: Sequence[_Trained]) -> list[str]:
-    """The network's name; where several runs have networks of that name, their folder's as well."""
-    names = [one.section.name for one in trained]
+    """The network's name; where several runs have networks of that name, their folder's."""
+    names = [one.network for one in trained]
     origins = list(dict.fromkeys(one.origin for one in trained))
     folders = dict(zip(origins, distinct_names(origins), strict=True))
     pairs = {(name, one.origin) for name, one in zip(names, trained, strict=True)}

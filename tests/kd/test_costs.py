@@ -65,7 +65,7 @@ def test_every_arm_and_the_teacher_become_points(
     costs = measured([read_distill(student)], [read_run(teacher)])
     assert [(cost.point.name, cost.arm, cost.point.kind) for cost in costs] == [
         ("espnet_c", "plain", "plain"), ("espnet_c", "all", "distilled"),
-        ("pspnet", "teacher", "teacher"),
+        ("pspnet_mobilenet_v2", "teacher", "teacher"),
     ]  # fmt: skip
     plain, taught, above = (cost.point for cost in costs)
     assert {cost.sides for cost in costs} == {(48, 48)}
@@ -77,7 +77,7 @@ def test_every_arm_and_the_teacher_become_points(
     rows = cost_table(costs).groups[0]
     assert sorted(row[:3] for row in rows) == [
         ("espnet_c", "all", "48 x 48"), ("espnet_c", "plain", "48 x 48"),
-        ("pspnet", "teacher", "48 x 48"),
+        ("pspnet_mobilenet_v2", "teacher", "48 x 48"),
     ]  # fmt: skip
 
 
