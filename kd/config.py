@@ -138,6 +138,7 @@ class Adapter(Section):
 
     kind: str = "conv1x1"
     to: str = Field(description="layer of the teacher")
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class TaskSection(Section):

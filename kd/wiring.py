@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
 from kd.adapters import ADAPTERS
-from kd.catalog import look_up
+from kd.catalog import check_options, look_up
 from kd.config import Adapter, Term
 from kd.errors import UserError
 from kd.nn.modes import evaluating
@@ -105,9 +105,10 @@ def adapt_student(
         if adapter.to not in theirs:
             raise UserError(f"adapters.{layer}.to: no term reads teacher layer {adapter.to!r}")
         build_adapter = look_up(ADAPTERS, adapter.kind, what="adapter")
-        given: dict[str, Any] = {}
+        given = dict(adapter.options)
         if adapter.kind == "resize":
-            given["size"] = tuple(theirs[adapter.to].shape[2:])
+            given.setdefault("size", tuple(theirs[adapter.to].shape[2:]))
+        check_options(build_adapter, given, what=f"adapters.{layer}")
         channels = ours[layer].shape[1], theirs[adapter.to].shape[1]
         built[layer] = build_adapter(*channels, **given)
     drawn = draw_modules(terms, theirs)
