@@ -18,7 +18,7 @@ from kd.data.gaze import GazeSplit
 from kd.data.gaze_dataset import GazeDataset, check_gaze
 from kd.data.gaze_layouts import LAYOUTS, Wanted, open_gaze
 from kd.data.images import scaled_size
-from kd.data.picture_dataset import in_eights
+from kd.data.picture_dataset import in_multiples
 from kd.data.scene_gaze import SceneGaze
 from kd.data.stored import StoredField
 from kd.gaze_truth import ValTruth, relative_places
@@ -92,7 +92,7 @@ class OpenGaze:
         """
         if not isinstance(size, tuple):
             own = self.section.size
-            size = own if size is None else in_eights(*scaled_size(*own, size))
+            size = own if size is None else in_multiples(*scaled_size(*own, size))
         pictures = self.train if split == "train" else self.val
         return GazeDataset(pictures, size=size, train=False, only=only)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kd.data.collate import Sample
 from kd.data.crops import Crop, build_turns
 from kd.data.gaze import GazeSplit
-from kd.data.picture_dataset import PictureDataset, check_targets, in_eights
+from kd.data.picture_dataset import PictureDataset, check_targets, in_multiples
 from kd.data.stored import StoredField
 
 
@@ -66,7 +66,7 @@ class GazeDataset(PictureDataset):
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which a model sees a whole picture: multiples of 8."""
         scale = self._scale(own)
-        return in_eights(own[0] * scale, own[1] * scale)
+        return in_multiples(own[0] * scale, own[1] * scale)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
         """The density, or in evaluation the size of the file."""

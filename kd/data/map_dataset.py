@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 from kd.data.collate import Sample
 from kd.data.crops import Crop, build_crops
 from kd.data.images import scaled_size
-from kd.data.picture_dataset import PictureDataset, check_targets, in_eights
+from kd.data.picture_dataset import PictureDataset, check_targets, in_multiples
 from kd.data.segmented import MappedSplit
 from kd.data.stored import StoredField
+
+# Sides of whole pictures. A network of a place every 16 pixels answers for all of its last place:
+# were that cut off at the picture's end, its map would be stretched by the rest.
+WHOLE = 16
 
 
 class MapDataset(PictureDataset):
@@ -60,8 +64,8 @@ class MapDataset(PictureDataset):
         return self.crops.draw(random, own, self.frame, factor=factor)
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which a model sees a whole picture: multiples of 8."""
-        return in_eights(*(own if self.size is None else scaled_size(*own, self.size)))
+        """Height and width at which a model sees a whole picture: multiples of 16."""
+        return in_multiples(*(own if self.size is None else scaled_size(*own, self.size)), WHOLE)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
         """The label map."""

@@ -137,9 +137,9 @@ def file_size(path: Path) -> tuple[int, int]:
         raise UserError(f"{path}: cannot read this image: {error}") from None
 
 
-def in_eights(height: float, width: float) -> tuple[int, int]:
-    """Sides rounded to what networks see."""
-    sides = (max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in (height, width))
+def in_multiples(height: float, width: float, unit: int = MULTIPLE) -> tuple[int, int]:
+    """Sides rounded to multiples of so many pixels."""
+    sides = (max(unit, round(side / unit) * unit) for side in (height, width))
     return next(sides), next(sides)
 
 

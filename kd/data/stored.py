@@ -21,6 +21,7 @@ from kd.data.transforms import Plan
 PREFIX = "stored."
 STRIDE = 8
 MIRRORED = "mirrored_"
+FINER = 1.5  # times as fine as the result are maps that are scaled down before they are read
 
 
 class StoredField:
@@ -131,8 +132,11 @@ def resampled(
         grid: Places of the result over the frame.
 
     Returns:
-        (K, C, *grid), of the same type; what comes from outside the picture repeats its edge.
+        (K, C, *grid), of the same type; what comes from outside the picture repeats its edge. Where
+        the result is coarser than the maps its places are means of theirs, as where a network's
+        features are scaled down.
     """
+    maps = _as_coarse(maps, sources, size, frame, grid)
     down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
     right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])
     y, x = torch.meshgrid(down, right, indexing="ij")
@@ -144,6 +148,28 @@ def resampled(
         maps.float(), shares, mode="bilinear", padding_mode="border", align_corners=False
     )
     return moved.to(maps.dtype)
+
+
+def _as_coarse(
+    maps: Tensor,
+    sources: NDArray[np.float64],
+    size: tuple[int, int],
+    frame: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor:
+    """The maps themselves, scaled down to about the pixels that a place of the result has."""
+    sides = []
+    for axis in (0, 1):
+        step = np.linalg.norm(sources[:, 1 - axis]) * frame[axis] / grid[axis]  # of the picture
+        coarser = step * maps.shape[2 + axis] / size[axis]
+        sides.append(round(maps.shape[2 + axis] / coarser) if coarser > FINER else None)
+    if sides == [None, None]:
+        return maps
+    shape = tuple(side or own for side, own in zip(sides, maps.shape[2:], strict=True))
+    scaled = F.interpolate(
+        maps.float(), shape, mode="bilinear", align_corners=False, antialias=True
+    )
+    return scaled.to(maps.dtype)
 
 
 def keep_largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 
-MULTIPLE = 8  # sides of what a network sees, as in evaluation at one scale
+MULTIPLE = 16  # sides of what a network sees, as in evaluation at one scale
 
 
 class MultiScale(nn.Module):
@@ -20,7 +20,7 @@ class MultiScale(nn.Module):
 
     Args:
         model: Maps images (N, 3, H, W) to logits (N, C, h, w), or a dict that holds them.
-        scales: Factors on the picture's sides; inputs are rounded to multiples of 8 pixels.
+        scales: Factors on the picture's sides; inputs are rounded to multiples of 16 pixels.
         mirror: Whether each scale is also asked about the picture mirrored left to right.
 
     Raises:

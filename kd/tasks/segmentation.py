@@ -13,7 +13,7 @@ from kd.data.hide import normalise
 from kd.errors import UserError
 from kd.losses.class_weights import median_frequency
 from kd.metrics.segmentation import VOID, MeanIoU
-from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, stride_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,12 @@ class Segmentation:
         return (normalise(batch["images"]),)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy`, and `auxiliary`, the same of an earlier map where a model gives it."""
+        """`cross_entropy`, and `auxiliary`, the same of an earlier map where a model gives it.
+
+        Raises:
+            UserError: As `check_whole_places`.
+        """
+        check_whole_places(output["logits"], batch["label_maps"])
         names = {"cross_entropy": "logits", "auxiliary": "auxiliary"}
         return {
             name: Mean(self._cross_entropy(output[key], batch["label_maps"]), "pixels")
@@ -122,3 +127,22 @@ def on_grid(logits: Tensor, grid: tuple[int, int]) -> Tensor:
     if logits.shape[2:] == torch.Size(grid):
         return logits
     return F.interpolate(logits, grid, mode="bilinear", align_corners=False)
+
+
+def check_whole_places(logits: Tensor, truth: Tensor) -> None:
+    """Refuse crops that end within a place of a network's grid.
+
+    Its last place answers for pixels beyond the crop, too; the map, brought to the crop's size,
+    would be squeezed by them, and everything in it lie too high and too far to the left.
+
+    Raises:
+        UserError: A side is no multiple of the pixels of a place.
+    """
+    sides = zip(("high", "wide"), truth.shape[1:], logits.shape[2:], strict=True)
+    for name, pixels, places in sides:
+        stride = stride_of(pixels, places)
+        if stride * places != pixels:
+            raise UserError(
+                f"data.crop: crops are {pixels} pixels {name}, and this network answers for "
+                f"{stride} at a time; make it {stride * places} or {stride * (places - 1)}"
+            )

@@ -106,7 +106,7 @@ def test_the_number_of_workers_changes_nothing(split: SegmentedSplit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "seen"), [(None, (32, 48)), (24, (16, 24)), (72, (56, 72)), (10, (8, 8))]
+    ("size", "seen"), [(None, (32, 48)), (24, (16, 32)), (72, (48, 64)), (10, (16, 16))]
 )
 def test_evaluation_sees_whole_pictures_and_keeps_the_maps(
     split: SegmentedSplit, size: int | None, seen: tuple[int, int]
@@ -138,7 +138,7 @@ def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
     assert not data.evaluated().alike and data.crops(0).alike
     batches = list(val_loader(data, 4, make_accelerator("fp32")))
     assert [tuple(batch["images"].shape) for batch in batches] == [
-        (1, 3, 32, 48), (1, 3, 48, 32), (1, 3, 24, 40)
+        (1, 3, 32, 48), (1, 3, 48, 32), (1, 3, 32, 32)
     ]  # fmt: skip
     assert [tuple(batch["label_maps"].shape[1:]) for batch in batches] == [
         (36, 48), (48, 36), (24, 40)
@@ -155,7 +155,7 @@ def test_an_opened_data_set_says_what_it_has(written: Written) -> None:
     data = open_maps(section)
     assert data.num_classes == CLASSES and data.classes().names == data.class_names
     assert (len(data.crops(0)), len(data.evaluated())) == (3, 2)
-    assert data.evaluated()[0, 0]["images"].shape == (3, 16, 24)
+    assert data.evaluated()[0, 0]["images"].shape == (3, 16, 32)
     assert data.whole("val", size=None)[0, 0]["images"].shape == (3, 32, 48)
     assert not same(data.crops(0)[0, 0], data.crops(1)[0, 0])
 

@@ -68,6 +68,23 @@ def test_the_loss_is_the_mean_over_the_pixels_with_a_class(smoothing: float) -> 
     assert task.losses({"logits": logits}, batch).keys() == {"cross_entropy"}
 
 
+@pytest.mark.parametrize("stride", [8, 16])
+def test_an_edge_stays_where_it_is_on_whole_places_and_other_crops_are_refused(stride: int) -> None:
+    below, edge = 48, 32  # rows; above the edge a place is of class 0
+    places = torch.full((1, 2, below // stride, 32 // stride), -1.0)
+    places[:, 0, : edge // stride] = places[:, 1, edge // stride :] = 1.0
+    rows = on_grid(places, (below, 32)).argmax(dim=1)[0, :, 0]
+    assert rows.tolist() == [0] * edge + [1] * (below - edge)
+    batch = {"label_maps": torch.zeros(1, 40, 32).byte()}
+    logits = F.pad(places, (0, 0, 0, -(-40 // stride) - places.shape[2]))
+    task = Segmentation(num_classes=2)
+    if stride == 8:
+        task.losses({"logits": logits}, batch)
+        return
+    with pytest.raises(UserError, match=r"data\.crop: crops are 40 pixels high.*48 or 32"):
+        task.losses({"logits": logits}, batch)
+
+
 def test_rare_classes_weigh_more_and_a_pixel_one_on_average() -> None:
     shares = (0.7, 0.2, 0.08, 0.02)  # the median is 0.14
     batch = make_batch(size=(16, 24))
