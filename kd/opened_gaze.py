@@ -15,7 +15,7 @@ from kd.config import Gaze
 from kd.config_data import Split
 from kd.data.coco import CocoIndex
 from kd.data.gaze import GazeSplit
-from kd.data.gaze_dataset import GazeDataset, check_gaze
+from kd.data.gaze_dataset import GazeDataset, check_fixations, check_gaze
 from kd.data.gaze_layouts import LAYOUTS, Wanted, open_gaze
 from kd.data.images import scaled_size
 from kd.data.picture_dataset import in_multiples
@@ -58,12 +58,22 @@ class OpenGaze:
         """What maps of val pictures are held against; made once, every evaluation asks for it."""
         return ValTruth(self.val, lambda: self.prior)
 
+    @property
+    def splits(self) -> dict[str, GazeSplit]:
+        """Both, by name."""
+        return {"train": self.train, "val": self.val}
+
+    @property
+    def counted(self) -> range:
+        """Train pictures that make the centre prior; of a large split some, spread evenly."""
+        images = len(self.train.images)
+        return range(0, images, -(-images // COUNTED))
+
     @cached_property
     def prior(self) -> CentrePrior:
-        """Where people look on train pictures; of a large split some, spread evenly, speak."""
-        images = len(self.train.images)
-        some = range(0, images, -(-images // COUNTED))
-        return CentrePrior(torch.cat([relative_places(self.train, number) for number in some]))
+        """Where people look on train pictures."""
+        places = [relative_places(self.train, number) for number in self.counted]
+        return CentrePrior(torch.cat(places))
 
     def pictures(self, seed: int, stored: Sequence[StoredField] = ()) -> GazeDataset:
         """Training samples of the train split; a teacher's outputs come with them."""
@@ -100,6 +110,8 @@ class OpenGaze:
 def open_fixations(section: Gaze) -> OpenGaze:
     """Open a data set of fixations; small ones are read once, before anything is trained.
 
+    Of larger ones the fixations of val and of those train pictures that make the centre prior.
+
     Raises:
         UserError: What `open_gaze` and `open_annotated` raise; a picture or its fixations that
             cannot be read or do not fit each other, a stimulus without any.
@@ -107,7 +119,12 @@ def open_fixations(section: Gaze) -> OpenGaze:
     opened = OpenGaze(section, *_splits(section))
     opened.pictures(0)  # its options are looked at before all files are
     if section.generate is None:  # what was made here is whole
-        check_gaze(split for split in (opened.train, opened.val) if _soon_read(split))
+        small = {name: _soon_read(split) for name, split in opened.splits.items()}
+        check_gaze(split for name, split in opened.splits.items() if small[name])
+        if not small["train"]:
+            check_fixations(opened.train, opened.counted)
+        if not small["val"]:
+            check_fixations(opened.val, range(len(opened.val.images)))
     opened.evaluated()
     return opened
 

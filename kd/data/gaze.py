@@ -103,8 +103,8 @@ class GazeSplit:
             grid: Of the result.
 
         Raises:
-            UserError: As `fixations`, or the published map is missing, broken, of another size
-                or all zeros.
+            UserError: As `fixations` and `drawn_density`, or the published map is missing, broken,
+                of another size or all zeros.
         """
         if not self.maps:
             return drawn_density(self.fixations(number, size).points, size, grid, self.degree)
@@ -127,6 +127,9 @@ def drawn_density(
 
     Returns:
         (1, *grid) float32, its sum is 1.
+
+    Raises:
+        UserError: The Gaussians are so narrow that they lie between the grid's places.
     """
     sides = []
     for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):
@@ -134,7 +137,14 @@ def drawn_density(
         away = middles - torch.from_numpy(points[:, 1 - axis, None].astype(np.float64))
         sides.append((-0.5 * (away / degree).square()).exp().float())  # (F, places)
     rows, columns = sides
-    return normalised((rows.T @ columns)[None])
+    density = (rows.T @ columns)[None]
+    if not density.any():
+        raise UserError(
+            f"a degree of {degree:g} pixels is too narrow to be seen on a grid of "
+            f"{grid[1]} x {grid[0]} over {size[1]} x {size[0]} pixels; correct data.degree, or "
+            "take a larger data.size"
+        )
+    return normalised(density)
 
 
 def normalised(maps: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def saliency_kld(
 
     Args:
         logits: Of the prediction, (N, 1, H, W).
-        density: The truth, 0 or more, (N, 1, H, W); divided by its sum over the valid places here.
+        density: The truth, (N, 1, H, W); divided by its sum over the valid places here. That no
+            place is below 0 is not checked.
         valid: Places that take part, bool (N, H, W); all of them where not given.
         published: Whether to take the published form.
 
@@ -80,9 +81,11 @@ def saliency_maps(
     Both are softmaxes over the valid places of logits divided by the temperature, and the square of
     it keeps the gradient's size: `channel_wise` of the one channel.
 
-    The published form divides maps in 0..1, the sigmoids of the logits, by the temperature, and
-    then by their sum, which takes the temperature out again: it has **no effect** there. The form
-    is kept to compare with, and the temperature's square is left out of it too.
+    The published form divides maps by the temperature, and then by their sum, which takes the
+    temperature out again: it has **no effect** there. The student's map is the sigmoid of its
+    logits, the teacher's its density (a sigmoid of a softmax's logits, which are known up to a
+    constant, would be another map). The form is kept to compare with, and the temperature's square
+    is left out of it too.
 
     Args:
         student: Logits, (N, 1, H, W).
@@ -108,7 +111,8 @@ def saliency_maps(
         return channel_wise(student, teacher, temperature=temperature, valid=valid)
     places = _places(student, valid)
     wide = wide_type(student, teacher)
-    maps, truth = (_sigmoid(one, places, wide) / temperature for one in (student, teacher))
+    maps = _sigmoid(student, places, wide) / temperature
+    truth = log_shares(teacher, places, 1.0, wide).exp().masked_fill(~places, 0.0) / temperature
     divergence = _published(truth, maps)
     seen = places.any(dim=2, keepdim=True)
     return torch.where(seen, divergence, 0.0).sum() / seen.sum().clamp(min=1)

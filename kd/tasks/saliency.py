@@ -31,8 +31,10 @@ class Saliency:
     published: bool = False
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images, (N, 3, H, W)."""
-        return (normalise(batch["images"]),)
+        """Normalised images, (N, 3, H, W); padding is 0, the mean colour, as networks pad."""
+        images = normalise(batch["images"])
+        frame = (images.shape[2], images.shape[3])
+        return (images * within(batch, frame)[:, None],)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """`kld`, the mean over pictures."""

@@ -63,7 +63,11 @@ def test_a_small_data_set_is_read_whole_before_training(
     with pytest.raises(UserError, match=r"7\.png: 36 of 36 fixations lie outside of the frame"):
         open_fixations(section)
     monkeypatch.setattr(opened_gaze, "READ_FIRST", 0)
+    with pytest.raises(UserError, match=r"7\.png: 36 of 36"):  # among those of the centre prior
+        open_fixations(section)
+    monkeypatch.setattr(opened_gaze, "COUNTED", 1)
     opened = open_fixations(section)
+    assert any(path.stem.endswith("7") for path in opened.train.images)
     with pytest.raises(UserError, match=r"7\.png: 36 of 36"):
         for split in (opened.train, opened.val):
             for number in range(len(split.names)):

@@ -154,7 +154,7 @@ def test_stored_and_live_teachers_teach_alike(
     assert (values[0] > 0).all()
 
 
-def test_the_temperature_has_an_effect_but_for_the_published_quirk(
+def test_each_arm_of_the_temperature_learns_by_a_term_of_its_own(
     gaze: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     arms = distillation(gaze, teacher, tmp_path, "arms=[plain, cool, warm3, published]")

@@ -62,6 +62,11 @@ def test_a_coarser_grid_tells_the_same() -> None:
     assert float(coarse.sum()) == pytest.approx(1)
 
 
+def test_a_gaussian_that_falls_between_places_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a degree of 0\.05 pixels is too narrow.* data\.degree"):
+        drawn_density(np.array([[8.0, 8.0]]), (64, 64), (8, 8), 0.05)
+
+
 def test_a_sum_of_one_is_kept_for_tiny_numbers() -> None:
     assert float(normalised(torch.full((1, 4, 5), 1e-30)).sum()) == pytest.approx(1)
 
