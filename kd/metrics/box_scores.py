@@ -27,7 +27,10 @@ from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
 # What tables call COCO's numbers, and what `mean_ap.SUMMARY` calls them.
 COCO = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium",
         "AP_large": "large"}  # fmt: skip
-AR = "AR100"  # average recall of at most 100 detections of a class on an image
+AR = "AR100"
+# Average recall: of objects of which sizes, by how many detections of a class on an image at most.
+RECALLS = {"AR1": ("all", 1), "AR10": ("all", 10), AR: ("all", 100), "AR_small": ("small", 100),
+           "AR_medium": ("medium", 100), "AR_large": ("large", 100)}  # fmt: skip
 VOC: dict[str, Points] = {"VOC07_mAP": "11", "VOC_mAP": "area"}
 LOOKALIKE = "lookalike_"  # before a number of COCO's: of classes that others look like
 _KITTI = re.compile(rf"KITTI(11)?_({'|'.join(DIFFICULTIES)})")
@@ -44,8 +47,8 @@ def value(records: Records, name: str) -> float | None:
 
     Args:
         records: As `kd.metrics.box_records` describes.
-        name: One of `ROWS`, `KITTI11_<difficulty>`, `lookalike_<one of COCO>`, or any but those of
-            look-alikes with `/` and a class behind it.
+        name: One of `ROWS` or `RECALLS`, `KITTI11_<difficulty>`, `lookalike_<one of COCO>`, or any
+            but those of look-alikes with `/` and a class behind it.
 
     Raises:
         UserError: There is no such metric or class.
@@ -78,7 +81,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 def evaluate(records: Records) -> dict[str, float]:
     """Every number of all classes that these records allow, and the `count` of images."""
-    names = (*COCO, AR, f"{LOOKALIKE}AP50", *VOC, *KITTI)
+    names = (*COCO, *RECALLS, f"{LOOKALIKE}AP50", *VOC, *KITTI)
     found = {name: value(records, name) for name in names}
     numbers = {name: number for name, number in found.items() if number is not None}
     return {**numbers, "count": float(len(records["image_ids"]))}
@@ -167,7 +170,7 @@ def _number(known: _Remembered, name: str, *, drawn: bool) -> Floats:
     if metric.startswith(LOOKALIKE) and label is None:
         metric = metric.removeprefix(LOOKALIKE)
         kept = records["looks"] >= 0 if "looks" in records else ~kept
-    if metric in COCO or metric == AR:
+    if metric in COCO or metric in RECALLS:
         found = (_resampled(known) if drawn else _observed(known))[metric]
     elif metric in VOC:
         found = _voc(known, VOC[metric], drawn)
@@ -175,8 +178,9 @@ def _number(known: _Remembered, name: str, *, drawn: bool) -> Floats:
         rows = _kitti(known, 11 if matched[1] else 40)
         found = rows[[list(DIFFICULTIES).index(matched[2])]]
     else:
+        names = ", ".join(dict.fromkeys((*ROWS, *RECALLS, *VOC)))
         raise UserError(
-            f"metric {name!r}: unknown; there are {', '.join((*ROWS, *VOC))}, "
+            f"metric {name!r}: unknown; there are {names}, "
             f"KITTI11_<difficulty>, {LOOKALIKE}<one of COCO's>, and of a class: AP/<class>"
         )
     return found[:, label] if label is not None else mean_over_classes(found[:, kept])
@@ -195,7 +199,10 @@ def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matc
 def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str, Floats]:
     """COCO's numbers of each class, (R, C)."""
     averages = meter.average(matches, weights)  # (R, A, T, C)
-    found = {AR: meter.recall(matches, weights).mean(axis=1)}
+    found = {
+        name: meter.recall(matches, weights, area=area, most=most).mean(axis=1)
+        for name, (area, most) in RECALLS.items()
+    }
     for name, key in COCO.items():
         area, threshold = SUMMARY[key]
         part = averages[:, list(AREAS).index(area)]

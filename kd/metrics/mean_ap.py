@@ -127,7 +127,7 @@ class MeanAP:
         for chunk in self._chunks:
             self._match_chunk(chunk, place, hit, ignored)
         ignored |= ~hit & self._outside[:areas, None]
-        cut = self._beyond_most(order)
+        cut = self._beyond(order, MOST_PER_CLASS)
         hit[:, :, cut], ignored[:, :, cut] = False, True
         return Matches(order, hit, ignored)
 
@@ -156,23 +156,29 @@ class MeanAP:
                 )
         return result
 
-    def recall(self, matches: Matches, weights: Array | None = None) -> Floats:
-        """The share of the objects of any size that is found at all, by resample and class.
+    def recall(
+        self, matches: Matches, weights: Array | None = None, *, area: str = "all", most: int = 100
+    ) -> Floats:
+        """The share of the objects of some size that is found at all, by resample and class.
 
-        The mean over overlaps and classes is COCO's AR of 100 detections.
+        The mean over overlaps and classes is COCO's AR.
 
         Args:
             matches: Of some scores.
             weights: As in `average`.
+            area: One of `AREAS` that was matched.
+            most: Detections of a class on an image, the best so many count.
 
         Returns:
             (R, T, C), NaN where a class has no object.
         """
-        columns = self._columns(weights)
-        whole = self.support[:, 0].astype(columns.dtype) @ columns  # objects, (C, R)
+        columns, place = self._columns(weights), list(AREAS).index(area)
+        whole = self.support[:, place].astype(columns.dtype) @ columns  # objects, (C, R)
         result = np.full((columns.shape[1], len(THRESHOLDS), self.classes), np.nan)
+        found = matches.hit[place] & ~matches.ignored[place]
+        found[:, self._beyond(matches.order, most)] = False
         for label, rows in self._by_class(matches.order):
-            right = (matches.hit[0] & ~matches.ignored[0])[:, rows]
+            right = found[:, rows]
             result[:, :, label] = recall(right, self.found.image[rows], columns, whole[label])
         return result
 
@@ -245,13 +251,13 @@ class MeanAP:
             b, a, t = np.nonzero(has & ~crowd[groups[:, None, None], taken])
             free[groups[b], a, t, taken[b, a, t]] = False
 
-    def _beyond_most(self, order: Ints) -> Ints:
-        """Detections that are not among the best of their image and class."""
+    def _beyond(self, order: Ints, most: int) -> Ints:
+        """Detections that are not among the best so many of their image and class."""
         groups = self._group[order]
         by_group = np.argsort(groups, kind="stable")
         ordered = groups[by_group]
         first = np.searchsorted(ordered, ordered)
-        return order[by_group[np.arange(len(order)) - first >= MOST_PER_CLASS]]
+        return order[by_group[np.arange(len(order)) - first >= most]]
 
 
 def summary(averages: Floats) -> dict[str, Floats]:

@@ -257,16 +257,3 @@ def test_a_real_detectors_results_give_its_numbers(coco_mini: Path) -> None:
     assert round(values["AP"], 4) == 0.2531 and round(values["AP50"], 4) == 0.4086
     assert values["AP"] == pytest.approx(0.25305111, abs=1e-8)
     assert values["AP_large"] == pytest.approx(0.4930072, abs=1e-7)
-
-
-def test_faster_coco_eval_agrees(tmp_path: Path, coco_mini: Path) -> None:
-    faster = pytest.importorskip("faster_coco_eval")
-    annotations = coco_mini / "annotations" / "instances_val2017.json"
-    results = coco_mini / "detections" / "nanodet_m_val2017.json"
-    truth = faster.COCO(str(annotations))
-    evaluation = faster.COCOeval_faster(truth, truth.loadRes(str(results)), "bbox")
-    evaluation.run()
-    values = box_scores.evaluate(results_records(annotations, results))
-    ours = [values[name] for name in box_scores.COCO]
-    assert ours == pytest.approx(list(evaluation.stats[:6]), abs=1e-9)
-    assert values["AR100"] == pytest.approx(evaluation.stats[8], abs=1e-9)
