@@ -20,6 +20,7 @@ from kd.config_schema import ALTERNATIVES, KINDS, keys_at, takes_layout
 from kd.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+OTHERS = "others"  # in `per_data`: whatever data set has no part of its own
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
@@ -166,15 +167,15 @@ def load_recipe(
         merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
     merged.merge(content, shown)
     merged.merge({"data": own}, shown if data is None else f"--data {data}")
-    variant = _variant(variants, name, shown)
-    merged.merge(variant, f"{shown} (per_data.{name})")
+    part = name if name in variants else OTHERS
+    merged.merge(_variant(variants, name, part, shown), f"{shown} (per_data.{part})")
     apply_settings(merged, settings)
     return validate(model, merged)
 
 
-def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
-    """The part of `per_data` for a data set; a name that means none is a mistake."""
-    known = [*known_configs("data"), name]
+def _variant(variants: Mapping[str, Any], name: str, wanted: str, shown: str) -> Mapping[str, Any]:
+    """The wanted part of `per_data` for a data set; a key that means none is a mistake."""
+    known = [*known_configs("data"), OTHERS, name]
     mistakes = []
     for key, part in variants.items():
         near = difflib.get_close_matches(str(key), known, 1, 0.7)
@@ -184,7 +185,7 @@ def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str,
             mistakes.append(f"{shown}: per_data.{key}: expected a mapping, got {part!r}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    return variants.get(name) or {}
+    return variants.get(wanted) or {}
 
 
 def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:

@@ -25,7 +25,7 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema of a recipe's file, for editors.
 
     A file may say less than the resolved recipe holds: `data` is a name or some of its keys, and
-    `per_data` has parts of a recipe for single data sets.
+    `per_data` has parts of a recipe for single data sets, and `others` for the rest.
     """
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
@@ -37,7 +37,7 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}
     schema["properties"]["data"] = {"anyOf": [{"type": "string"}, part]}
     schema["properties"]["per_data"] = {
-        "description": "changes for single data sets, by name",
+        "description": "changes for single data sets, by name; others: for all that are not named",
         "type": "object",
         "additionalProperties": variant,
     }

@@ -33,6 +33,7 @@ from kd.config import (
 )
 from kd.config_reader import (
     CONFIGS,
+    OTHERS,
     find_config,
     known_configs,
     load_recipe,
@@ -72,7 +73,7 @@ def pairs(kind: str) -> list[tuple[str, str]]:
         content = read_yaml(find_config(kind, name))
         own = content.get("data", "scenes")
         own = own["name"] if isinstance(own, dict) else own
-        found += [(name, data) for data in sorted({own, *content.get("per_data", {})})]
+        found += [(name, data) for data in sorted({own, *content.get("per_data", {})} - {OTHERS})]
     return found
 
 

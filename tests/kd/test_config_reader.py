@@ -84,6 +84,15 @@ def test_variants_lie_between_the_recipe_and_set(recipe: Callable[[str], Path]) 
     assert (read.train.epochs, read.train.batch_size, read.data.size) == (7, 2, 96)
 
 
+def test_others_are_the_data_sets_without_a_part(recipe: Callable[[str], Path]) -> None:
+    path = recipe(RECIPE + "per_data: {coco: {seed: 5}, others: {seed: 7}, voc: null}\n")
+    found = {data: load_recipe(TeacherRecipe, path, data=data).seed for data in ("coco", "kitti")}
+    assert found == {"coco": 5, "kitti": 7}
+    assert load_recipe(TeacherRecipe, path, data="voc").seed == 0  # a part that says nothing
+    (line,) = mistakes_of(recipe(RECIPE + "per_data: {others: {sed: 1}}"))
+    assert "(per_data.others): sed: unknown key; did you mean 'seed'?" in line
+
+
 def test_a_variant_for_a_mistyped_data_set_is_a_mistake(recipe: Callable[[str], Path]) -> None:
     lines = mistakes_of(recipe(RECIPE + "per_data: {scnes: {seed: 1}, birds: {seed: 2}, coco: 3}"))
     assert [line.split("mine.yaml: ")[1] for line in lines] == [

@@ -1,0 +1,53 @@
+"""Recipes of detectors on photographs are trained as detectors usually are."""
+
+from __future__ import annotations
+
+import pytest
+
+from kd.config import DistillRecipe, TeacherRecipe
+from kd.config_data import Data
+from kd.config_reader import find_config, known_configs, load_recipe, read_yaml
+from kd.data.transforms import build_augment
+
+PHOTOGRAPHS = ("coco", "voc", "voc0712", "kitti")
+KINDS = {"distill": DistillRecipe, "teacher": TeacherRecipe}
+
+
+def detectors() -> list[tuple[str, str]]:
+    """Every recipe of a detector."""
+    return [
+        (kind, name)
+        for kind in KINDS
+        for name in known_configs(kind)
+        if read_yaml(find_config(kind, name))["task"]["name"] == "detection"
+    ]
+
+
+def data_of(kind: str, name: str, data: str) -> Data:
+    section = load_recipe(KINDS[kind], find_config(kind, name), data=data).data
+    assert isinstance(section, Data)
+    return section
+
+
+def test_there_are_recipes_of_every_family() -> None:
+    families = {name.split("_")[0] for _, name in detectors()}
+    assert families == {"centernet", "fasterrcnn", "fcos", "retinanet"} and len(detectors()) == 12
+
+
+@pytest.mark.parametrize(("kind", "name"), detectors())
+def test_photographs_are_mirrored_scaled_and_coloured_but_not_turned(kind: str, name: str) -> None:
+    for data in PHOTOGRAPHS:
+        section = data_of(kind, name, data)
+        augment = build_augment(section.augment)
+        assert augment is not None
+        assert augment.rotate == augment.shuffle == augment.shift == augment.crop == 0
+        assert augment.flip == 0.5 and augment.jitter > 0
+        assert section.scales == (0.8, 1.25)
+
+
+@pytest.mark.parametrize(("kind", "name"), detectors())
+def test_the_embedded_scenes_keep_their_colours_and_size(kind: str, name: str) -> None:
+    section = data_of(kind, name, "scenes")
+    augment = build_augment(section.augment)
+    assert augment is not None and augment.jitter == augment.rotate == 0
+    assert section.scales == (1.0, 1.0)
