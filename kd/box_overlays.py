@@ -58,8 +58,10 @@ def mask_pictures(data: BoxDataset, task: Detection, *, count: int) -> Iterator[
         own = [boxes[mine == level] for level in range(len(task.levels))]
         side = data.size
         grids = [-(-side // level.stride) for level in task.levels]
+        alone = len(grids) == 1
         anchors = [
-            anchors_of(level, (grid, grid)) for level, grid in zip(task.levels, grids, strict=True)
+            anchors_of(level, (grid, grid), alone=alone)
+            for level, grid in zip(task.levels, grids, strict=True)
         ]
         size = (int(sample["sizes"][0]), int(sample["sizes"][1]))
         yield f"masks/{number}", imitation_figure(picture, own, anchors, size=size)

@@ -142,7 +142,8 @@ class Detection:
 
     def _imitation(self, psi: float, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         boxes, images = self._of_level(stride, batch)
-        anchors = anchors_of(self._level(stride), grid, device=boxes.device)
+        alone = len(self.levels) == 1
+        anchors = anchors_of(self._level(stride), grid, alone=alone, device=boxes.device)
         each = [boxes[images == image] for image in range(len(batch["images"]))]
         return imitation_mask(each, anchors, psi=psi)
 
@@ -191,24 +192,46 @@ class Detection:
         return found_boxes(classes)
 
 
-def anchor_sides(level: Level) -> tuple[tuple[float, float], ...]:
+def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float], ...]:
     """Width and height of a level's anchors; of one without, four times its stride across.
 
-    That is the first side of torchvision's anchors at each stride, with ratios 1/2, 1 and 2.
+    That is the first side of torchvision's anchors at each stride, with ratios 1/2, 1 and 2. On a
+    pyramid the next level has those of twice the side. A detector's only map has them all, twice as
+    long each: were there the smallest alone, one of them would lie within any larger box wherever
+    it is, and the mask would be the box, whatever psi says.
+
+    Args:
+        level: With or without anchors of its own.
+        reach: Of a detector's only map, the picture's longer side, pixels, which the longest
+            square does not exceed; 0 on a pyramid.
     """
     if level.sides:
         return level.sides
-    side = 4.0 * level.stride
-    return tuple((side / root, side * root) for root in (0.5**0.5, 1.0, 2.0**0.5))
+    squares = [4.0 * level.stride]
+    while 2 * squares[-1] <= reach:
+        squares.append(2 * squares[-1])
+    return tuple(
+        (side / root, side * root) for side in squares for root in (0.5**0.5, 1.0, 2.0**0.5)
+    )
 
 
 def anchors_of(
-    level: Level, grid: tuple[int, int], *, device: torch.device | None = None
+    level: Level,
+    grid: tuple[int, int],
+    *,
+    alone: bool = False,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """A level's anchors on a map of so many rows and columns, (h, w, K, 4), xyxy pixels."""
-    return anchor_grid(
-        *grid, stride=level.stride, sides=anchor_sides(level), offset=level.offset, device=device
-    )
+    """A level's anchors on a map of so many rows and columns, (h, w, K, 4), xyxy pixels.
+
+    Args:
+        level: See `anchor_sides`.
+        grid: Rows and columns, which cover the picture.
+        alone: Whether it is the detector's only map.
+        device: Where the result lies.
+    """
+    sides = anchor_sides(level, max(grid) * level.stride if alone else 0.0)
+    return anchor_grid(*grid, stride=level.stride, sides=sides, offset=level.offset, device=device)
 
 
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
