@@ -63,7 +63,7 @@ def test_near_objects_is_not_inside_boxes_and_grows_as_psi_falls(box: list[float
 
 
 def test_a_large_boxs_mask_is_its_middle_as_a_matching_anchor_has_it() -> None:
-    # 128 x 128, cells' middles 2 off the box's: the best anchor shares 126 x 126 of 128 x 128, an IoU
+    # 128 x 128, cells' middles 2 off the box's: the best anchor shares 126 x 126 of it, an IoU
     # of 0.940. Half of it needs 10,476 shared: 126 x 83.1, so that it may be off by 44.9 across.
     near = mask("imitation", [[64.0, 64.0, 192.0, 192.0]])
     row = near[GRID[0] // 2].nonzero().flatten()
