@@ -10,7 +10,10 @@ from kd.config_reader import find_config, known_configs, load_recipe, read_yaml
 from kd.data.transforms import build_augment
 
 PHOTOGRAPHS = ("coco", "voc", "voc0712", "kitti")
-KINDS = {"distill": DistillRecipe, "teacher": TeacherRecipe}
+KINDS: dict[str, type[DistillRecipe] | type[TeacherRecipe]] = {
+    "distill": DistillRecipe,
+    "teacher": TeacherRecipe,
+}
 
 
 def detectors() -> list[tuple[str, str]]:
@@ -24,7 +27,10 @@ def detectors() -> list[tuple[str, str]]:
 
 
 def data_of(kind: str, name: str, data: str) -> Data:
-    section = load_recipe(KINDS[kind], find_config(kind, name), data=data).data
+    recipe: DistillRecipe | TeacherRecipe = load_recipe(
+        KINDS[kind], find_config(kind, name), data=data
+    )
+    section = recipe.data
     assert isinstance(section, Data)
     return section
 
