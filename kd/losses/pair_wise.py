@@ -92,7 +92,7 @@ def _directions(columns: Tensor) -> Tensor:
 
     A column that is not finite gives NaN, which shows.
     """
-    lengths = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
     return columns / lengths.masked_fill(lengths <= SHORTEST, math.inf)
 
 
