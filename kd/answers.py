@@ -41,7 +41,7 @@ from kd.session import new_metric, val_loader
 from kd.student_runs import load_student
 from kd.summaries import summary_of
 from kd.tasks.base import Metric, Task
-from kd.teacher_runs import load_teacher
+from kd.teacher_runs import check_classes, load_teacher
 
 _log = logging.getLogger("kd")
 FOLDER = "evaluation"  # in a run's folder
@@ -184,13 +184,14 @@ def open_run(
     """A finished run's config, data set, model and task, be it a teacher or a student.
 
     Raises:
-        UserError: It is no run, or unfinished.
+        UserError: It is no run, unfinished, or a teacher of other classes.
     """
     config = _run_config(run)
     section = data_section(run, config, data_name, settings)
     if _is_teacher(config):
         data = open_data(section, config["task"]["name"])
         teacher = load_teacher(run, data.num_classes)
+        check_classes(teacher, data.class_names, section.name)
         return config, data, teacher.model, teacher.task
     student = load_student(run, config, section)
     return config, student.data, student.model, student.task

@@ -17,7 +17,7 @@ from kd.data_config import data_config
 from kd.errors import UserError, at_least
 from kd.kept import own_output, said, splits_kept
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import load_teacher_of
+from kd.teacher_runs import check_classes, load_teacher_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with accelerator.main_process_first():
         data = open_data(data_config(args.data, args.settings))
     teacher = load_teacher_of(args.teacher, data)
+    if not args.only_layers and type(teacher.recipe.data) is type(data.section):
+        check_classes(teacher, data.class_names, data.section.name)
     teacher.model.to(accelerator.device)
     own = [] if args.only_layers else [own_output(data)]
     for split in splits_kept(data, args.split):

@@ -26,7 +26,7 @@ from kd.rescoring import (
     is_clear,
     rescored,
 )
-from kd.teacher_runs import TrainedTeacher, load_teacher
+from kd.teacher_runs import TrainedTeacher, check_classes, load_teacher
 
 _log = logging.getLogger("kd")
 
@@ -61,6 +61,7 @@ class Split:
         truth = read_truth(annotations)
         found = read_detections(detections, truth)
         loaded = load_teacher(teacher, len(truth.class_names))
+        check_classes(loaded, truth.class_names, str(annotations))
         context = context_of(loaded, truth, found, images, kept_in, device=device, asking=asking)
         answers = context.log_probs
         if shuffled:  # a cycle through a random order leaves nobody with its own

@@ -15,6 +15,7 @@ from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
 from kd.features import FeatureTaps
+from kd.losses.pair_wise import pair_wise
 from kd.objective import Term
 from kd.opened import OpenData, Opened
 from kd.opened_boxes import OpenBoxes
@@ -27,8 +28,8 @@ from kd.soft_targets import (
 )
 from kd.tasks.detection import Detection
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import TrainedTeacher, find_teacher, load_teacher_of
-from kd.terms import POSTERIOR, TEACHER_OUTPUTS
+from kd.teacher_runs import TrainedTeacher, check_classes, find_teacher, load_teacher_of
+from kd.terms import OF_CLASSES, POSTERIOR, ROWS, TEACHER_OUTPUTS
 from kd.wiring import layers_among, outputs_by_teacher
 
 
@@ -97,8 +98,8 @@ def open_sources(
     """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
 
     Raises:
-        UserError: A teacher that is not there, or is of another data set or picture size; stored
-            maps that cannot follow the picture.
+        UserError: A teacher that is not there, or is of another data set, other classes or another
+            picture size; stored maps that cannot follow the picture.
     """
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     # Of objects the recipe's own says what pictures show, and what a bare student may be taught.
@@ -110,8 +111,11 @@ def open_sources(
         name: _found(reference, recipe, data, stored=recipe.keeps(name))
         for name, reference in references.items()
     }
+    by_class = always | _read_by_class(terms, recipe)
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
         FeatureTaps(teacher.model, layers_among(outputs[name])).remove()
+        if name in by_class:
+            check_classes(teacher, data.class_names, recipe.data.name)
         if recipe.keeps(name):
             _check_labels_known(teacher, recipe)
         teacher.model.to(accelerator.device)
@@ -137,6 +141,18 @@ def _found(
     """A reference's teacher; stored ones answer about objects, and so have the data's classes."""
     asked = data.objects if stored and isinstance(data, OpenBoxes) else data
     return load_teacher_of(find_teacher(reference, recipe.data.name), asked)
+
+
+def _read_by_class(terms: Sequence[Term], recipe: DistillRecipe) -> set[str]:
+    """Teachers whose answers are held against the student's class by class.
+
+    Others' classes may be any: layers have none, and `pair_wise` compares affinities.
+    """
+    compared = [
+        term for term in terms if term.student in ROWS and term.kind.function is not pair_wise
+    ]
+    outputs = outputs_by_teacher(compared, recipe.more_teachers)
+    return {name for name, read in outputs.items() if not OF_CLASSES.isdisjoint(read)}
 
 
 def _posteriors(kept: StoredField, data: Opened) -> StoredPosteriors:

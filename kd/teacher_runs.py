@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from kd.opened import OpenData, Opened
 from kd.opened_files import class_names as data_class_names
 from kd.run_folder import class_names
 from kd.tasks.base import Batch, Task, named
+from kd.tasks.context_map import ContextMap
 from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
 RUNS = Path("runs")
+BACKGROUND = "background"  # class 0 of label maps that are drawn from objects
 SAMPLES = 32  # pictures by which int8 learns its ranges
 
 
@@ -148,6 +152,35 @@ def load_teacher_of(path: Path, data: Opened) -> TrainedTeacher:
     """
     own = not isinstance(data, OpenData) and _teaches_objects(path)
     return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
+
+
+def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> None:
+    """Refuse a teacher whose answers are about other classes, or about the same in another order.
+
+    A run without its `classes.json` does not say which its are; their number must do then.
+
+    Args:
+        teacher: One whose answers are taken class by class.
+        names: Of the data set's classes, in order.
+        where: What the data set is called.
+
+    Raises:
+        UserError: It names the first class that differs.
+    """
+    known = class_names(teacher.folder)
+    if known is None:
+        return
+    if isinstance(teacher.task, ContextMap) and names[0] == BACKGROUND != known[0]:
+        known = (BACKGROUND, *known)  # its score maps begin with that
+    for place, (theirs, ours) in enumerate(zip_longest(known, names)):
+        if theirs != ours:
+            said = ["none" if name is None else repr(name) for name in (theirs, ours)]
+            raise UserError(
+                f"{teacher.folder}: class {place} (from 0) of this teacher is {said[0]}, of "
+                f"{where} {said[1]}; what it says would be taken for other classes: name a teacher "
+                "that was trained on these classes in this order. Where they are the same by other "
+                f"names, write the data set's into {teacher.folder / 'classes.json'}"
+            )
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from kd.config import DistillRecipe
+from kd.config import DistillRecipe, SoftTargets
 from kd.errors import UserError
 from kd.objective import Term
 from kd.opened import OpenData, Opened
@@ -13,7 +14,11 @@ from kd.opened_maps import OpenMaps
 from kd.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS
 from kd.wiring import outputs_by_teacher
 
+_log = logging.getLogger("kd")
 _CONTROLS = {"bare", "shuffled", "direct"}  # arms
+# Of the soft targets' settings those that say something of live teachers too, or belong to recipes
+# whose teachers are either: folds are of posteriors alone.
+_ALSO_LIVE = {"kind", "out_of_fold"}
 
 
 def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
@@ -27,6 +32,7 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> N
     Raises:
         UserError: One of them; the message names it.
     """
+    _check_targets(recipe, terms, data)
     if not isinstance(data, OpenData):
         _check_pictures(recipe, terms, data)
     if "shuffled" in recipe.arms:
@@ -41,6 +47,29 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> N
                     f"losses: {term.name}: soft_targets.top_k keeps {output} as probabilities, "
                     "which this loss does not compare; 0 keeps all as they are"
                 )
+
+
+def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+    """What is said of stored outputs must be about some; what is not is named."""
+    set_here = [
+        name
+        for name, field in SoftTargets.model_fields.items()
+        if name not in _ALSO_LIVE and getattr(recipe.soft_targets, name) != field.default
+    ]
+    if "moved_error" in set_here and not isinstance(data, OpenData):
+        raise UserError(
+            "soft_targets.moved_error: stored maps are measured where objects are hidden, not "
+            f"here: {data.section.name} has its maps moved with the picture as they are; leave it "
+            "out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live asks about "
+            "the student's own pictures"
+        )
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    if set_here and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):
+        names = ", ".join(f"soft_targets.{name}" for name in set_here)
+        _log.warning(
+            "%s: of stored outputs, without effect here: a live teacher sees the student's own "
+            "pictures, at their size", names,
+        )  # fmt: skip
 
 
 def _all_kept(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:

@@ -112,3 +112,5 @@ ROWS = ("logits", "context", "appearance", "object_logits", "object_deltas", "sa
 # What a teacher gives beside its layers.
 POSTERIOR = "posterior"
 TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense", "object_logits", "object_deltas", "saliency")
+# Of these, those with a number, or a box, for each class.
+OF_CLASSES = frozenset(TEACHER_OUTPUTS) - {"saliency"}

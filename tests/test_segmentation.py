@@ -85,6 +85,41 @@ def test_an_ablation_fills_one_table_in_the_order_of_the_recipe(distilled: Path)
     assert rows == ["| mIoU (%)", "| mean_accuracy (%)", "| pixel_accuracy (%)"]
 
 
+def test_the_two_commands_of_the_documentation_find_each_other(
+    small_scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipes as they are, all terms and the critic's size too, but for the amount of work."""
+    monkeypatch.chdir(tmp_path)
+    little = [
+        f"data.root={small_scenes}",
+        "data.generate={train: 24, val: 8, size: 64, seed: 0}",
+        "data.workers=0",
+        "train.epochs=1",
+        "train.precision=fp32",
+        "train.pictures=0",
+    ]
+    model = f"teacher={{name: pspnet, {LIGHT}}}"
+    assert train_teacher.main(["--teacher", "pspnet_mobilenet_v2", *sets(*little, model)]) == 0
+    command = ["--student", "espnet", "--ablation", "structured"]
+    assert distill.main([*command, *sets(*little, "seeds=[0]")]) == 0
+    (run,) = (tmp_path / "runs" / "distill").glob("*/*/table.md")
+    runs = read_distill(run.parent)
+    assert list(runs.arms) == ["plain", "pixel", "pixel_pair", "all", "channel"]
+    head = run.read_text().splitlines()[2]
+    assert all(f"| {arm} - plain |" in head for arm in list(runs.arms)[1:])
+    terms = {
+        "plain": set(),
+        "pixel": {"pixel_wise"},
+        "pixel_pair": {"pixel_wise", "pair_wise"},
+        "all": {"pixel_wise", "pair_wise", "holistic", "holistic_critic"},
+        "channel": {"channel_wise"},
+    }
+    for arm, own in terms.items():
+        scalars = (run.parent / "seed0" / arm / "metrics.jsonl").read_text()
+        found = {text.split('"')[0] for text in scalars.split('"loss/')[1:]}
+        assert found == own | {"cross_entropy", "total"}
+
+
 def test_a_distillation_draws_every_arm_beside_truth_and_teacher(distilled: Path) -> None:
     assert images_of(distilled) == {"overlays/0", "overlays/1"}
     names = sorted(file.name for file in (distilled / "overlays").iterdir())

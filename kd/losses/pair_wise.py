@@ -12,6 +12,11 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses._checks import floating, mask_fits, one_device, positive, wide_type
 
+# A shorter node has no direction: to turn it takes next to nothing, so that its gradient, which
+# grows as one over its length, would drown all others. In float32, whose squares reach 1e-38, its
+# length is still exact.
+SHORTEST = 1e-6
+
 
 def pair_wise(
     student: Tensor,
@@ -29,6 +34,9 @@ def pair_wise(
     With unit columns S and T, one per node, the sum is `|S^T S - T^T T|^2`, which equals
     `|S S^T|^2 - 2 |S T^T|^2 + |T T^T|^2`: products of channels by channels. The cheaper of the two
     forms is taken, by shape.
+
+    A node that is 0, or shorter than `SHORTEST`, has no direction: its affinity to all is 0, itself
+    included, and so is its gradient.
 
     Args:
         student: Features, (N, Cs, H, W).
@@ -70,13 +78,22 @@ def _nodes(
     """
     window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
     if valid is None:
-        return F.normalize(_pooled(features, window, pool).flatten(2), dim=1)
+        return _directions(_pooled(features, window, pool).flatten(2))
     void = ~valid[:, None]  # (N, 1, H, W)
     pooled = _pooled(features.masked_fill(void, 0.0), window, pool, void)
     counts = F.max_pool2d(valid[:, None].to(features), window, window, ceil_mode=True) > 0
-    columns = F.normalize(pooled.masked_fill(~counts, 0.0).flatten(2), dim=1)
+    columns = _directions(pooled.masked_fill(~counts, 0.0).flatten(2))
     number = counts.sum(dim=(2, 3)).clamp(min=1).to(features)  # (N, 1)
     return columns * number.rsqrt()[..., None]
+
+
+def _directions(columns: Tensor) -> Tensor:
+    """Columns (N, C, h*w) at length 1; those too short for a direction are 0, their gradient too.
+
+    A column that is not finite gives NaN, which shows.
+    """
+    lengths: Tensor = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
+    return columns / lengths.masked_fill(lengths <= SHORTEST, math.inf)
 
 
 def _pooled(

@@ -136,6 +136,27 @@ def test_stored_and_live_teachers_teach_alike(
         torch.testing.assert_close(losses[name].value, expected[name].value, rtol=1e-4, atol=1e-5)
 
 
+def test_stored_maps_of_mirrored_pictures_are_what_a_live_teacher_says_of_them(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    turned = "data.augment={scale: [1.0, 1.0], flip: 1.0, jitter: 0.0}"
+
+    def losses_of(*settings: str) -> list[float]:
+        arms = distillation(maps, mapped_teacher, "arms=[distilled]", turned, *settings)
+        dataset = arms._dataset(0, None, "distilled")
+        model, objective = arms._assemble("distilled", 0, None, dataset)
+        with torch.no_grad():
+            losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+        return [float(losses[name].value) for name in ("pixel_wise", "pair_wise")]
+
+    live = losses_of("soft_targets.kind=live")
+    both_sides = losses_of("soft_targets.dtype=float32", "soft_targets.mirrored=true")
+    assert both_sides == pytest.approx(live, rel=1e-4)
+    # Without, the map is only turned round, which no network with strides follows.
+    one_side = losses_of("soft_targets.dtype=float32")
+    assert all(abs(a / b - 1) > 1e-3 for a, b in zip(one_side, live, strict=True))
+
+
 def test_score_maps_may_be_finer_than_layers(maps: list[str], mapped_teacher: Path) -> None:
     arms = distillation(maps, mapped_teacher, "arms=[distilled]", "soft_targets.score_stride=2")
     dataset = arms._dataset(0, None, "distilled")

@@ -147,6 +147,42 @@ def test_pair_wise_has_a_finite_gradient_where_a_node_is_zero() -> None:
     assert student.grad is not None and student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("pool", ["max", "average"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("channels", [3, 24])  # the form of channels, that of nodes
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-12, 1e-9, 5e-7])
+def test_a_node_without_length_has_no_affinity_and_no_gradient(
+    length: float, channels: int, masked: bool, pool: str
+) -> None:
+    student, teacher = torch.randn(2, 1, channels, 4, 4).unbind()
+    direction = torch.nn.functional.normalize(torch.rand(channels), dim=0)
+    student[0, :, 1, 2] = length * direction
+    leaf = student.clone().requires_grad_()
+    valid = torch.ones(1, 4, 4, dtype=torch.bool) if masked else None
+    value = pair_wise(leaf, teacher, kernel=1, pool=pool, valid=valid)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert not gradient[0, :, 1, 2].any()
+    assert 0 < gradient.abs().max() < 1
+    student[0, :, 1, 2] = 0.0
+    assert value.item() == pair_wise(student, teacher, kernel=1, pool=pool, valid=valid).item()
+
+
+def test_a_short_node_that_has_a_direction_counts_as_any_other() -> None:
+    student, teacher = torch.randn(2, 1, 3, 4, 4).unbind()
+    short = student.clone()
+    short[0, :, 1, 2] *= 1e-5
+    torch.testing.assert_close(
+        pair_wise(short, teacher, kernel=1), pair_wise(student, teacher, kernel=1)
+    )
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_node_that_is_not_finite_shows(broken: float) -> None:
+    student, teacher = torch.randn(2, 1, 3, 4, 4).unbind()
+    student[0, 1, 1, 2] = broken
+    assert not pair_wise(student, teacher, kernel=1).isfinite()
+
+
 def test_pair_wise_names_what_is_wrong() -> None:
     with pytest.raises(UserError, match=r"differ in batch or grid.*'resize' adapter"):
         pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4))
