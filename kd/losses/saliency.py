@@ -112,7 +112,10 @@ def saliency_maps(
     places = _places(student, valid)
     wide = wide_type(student, teacher)
     maps = _sigmoid(student, places, wide) / temperature
-    truth = log_shares(teacher, places, 1.0, wide).exp().masked_fill(~places, 0.0) / temperature
+    shares = log_shares(teacher, places, 1.0, wide).exp().masked_fill(~places, 0.0)
+    # A share makes 0 of a logit of minus infinity; as elsewhere, such must not pass unseen.
+    rows = teacher.flatten(2).to(wide).masked_fill(~places, 0.0)
+    truth = (shares + 0.0 * rows) / temperature
     divergence = _published(truth, maps)
     seen = places.any(dim=2, keepdim=True)
     return torch.where(seen, divergence, 0.0).sum() / seen.sum().clamp(min=1)
