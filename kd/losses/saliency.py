@@ -112,10 +112,7 @@ def saliency_maps(
     places = _places(student, valid)
     wide = wide_type(student, teacher)
     maps = _sigmoid(student, places, wide) / temperature
-    shares = log_shares(teacher, places, 1.0, wide).exp().masked_fill(~places, 0.0)
-    # A share makes 0 of a logit of minus infinity; as elsewhere, such must not pass unseen.
-    rows = teacher.flatten(2).to(wide).masked_fill(~places, 0.0)
-    truth = (shares + 0.0 * rows) / temperature
+    truth = _density(teacher, places, wide) / temperature
     divergence = _published(truth, maps)
     seen = places.any(dim=2, keepdim=True)
     return torch.where(seen, divergence, 0.0).sum() / seen.sum().clamp(min=1)
@@ -133,6 +130,13 @@ def _sigmoid(logits: Tensor, places: Tensor, wide: torch.dtype) -> Tensor:
     rows = logits.flatten(2).to(wide).masked_fill(~places, 0.0)
     # A sigmoid makes 0 or 1 of an infinite logit; as elsewhere, such must not pass unseen.
     return (rows.sigmoid() + 0.0 * rows).masked_fill(~places, 0.0)
+
+
+def _density(logits: Tensor, places: Tensor, wide: torch.dtype) -> Tensor:
+    """A softmax over places, (N, 1, H * W), 0 at those that take no part."""
+    rows = logits.flatten(2).to(wide).masked_fill(~places, 0.0)
+    # A share makes 0 of a logit of minus infinity; as elsewhere, such must not pass unseen.
+    return log_shares(logits, places, 1.0, wide).exp().masked_fill(~places, 0.0) + 0.0 * rows
 
 
 def _published(truth: Tensor, maps: Tensor) -> Tensor:
