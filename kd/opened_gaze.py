@@ -15,7 +15,7 @@ from kd.config import Gaze
 from kd.config_data import Split
 from kd.data.coco import CocoIndex
 from kd.data.gaze import GazeSplit
-from kd.data.gaze_dataset import GazeDataset, check_fixations, check_gaze
+from kd.data.gaze_dataset import GazeDataset, check_gaze
 from kd.data.gaze_layouts import LAYOUTS, Wanted, open_gaze
 from kd.data.images import scaled_size
 from kd.data.picture_dataset import in_multiples
@@ -121,10 +121,10 @@ def open_fixations(section: Gaze) -> OpenGaze:
     if section.generate is None:  # what was made here is whole
         small = {name: _soon_read(split) for name, split in opened.splits.items()}
         check_gaze(split for name, split in opened.splits.items() if small[name])
-        if not small["train"]:
-            check_fixations(opened.train, opened.counted)
-        if not small["val"]:
-            check_fixations(opened.val, range(len(opened.val.images)))
+        wanted = {"train": opened.counted, "val": range(len(opened.val.images))}
+        for name, split in opened.splits.items():
+            for number in () if small[name] else wanted[name]:
+                relative_places(split, number)  # reads them, and refuses what is wrong
     opened.evaluated()
     return opened
 

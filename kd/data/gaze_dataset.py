@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kd.data.collate import Sample
 from kd.data.crops import Crop, build_turns
 from kd.data.gaze import GazeSplit
-from kd.data.picture_dataset import PictureDataset, check_targets, file_size, in_multiples
+from kd.data.picture_dataset import PictureDataset, check_targets, in_multiples
 from kd.data.stored import StoredField
 
 
@@ -92,13 +92,3 @@ def check_gaze(splits: Iterable[GazeSplit]) -> None:
             split.density(number, size, (8, 8))
 
     check_targets((split.images, partial(read, split)) for split in splits)
-
-
-def check_fixations(split: GazeSplit, numbers: Iterable[int]) -> None:
-    """Read some pictures' fixations, and of the pictures their sizes alone.
-
-    Raises:
-        UserError: As for a sample, of the first that is wrong.
-    """
-    for number in numbers:
-        split.fixations(number, file_size(split.images[number]))

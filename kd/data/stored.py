@@ -136,7 +136,8 @@ def resampled(
         the result is coarser than the maps its places are means of theirs, as where a network's
         features are scaled down.
     """
-    maps = _as_coarse(maps, sources, size, frame, grid)
+    steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # of the picture, down, right
+    maps = _coarser(maps, steps * maps.shape[2:] / size)
     down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
     right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])
     y, x = torch.meshgrid(down, right, indexing="ij")
@@ -150,22 +151,14 @@ def resampled(
     return moved.to(maps.dtype)
 
 
-def _as_coarse(
-    maps: Tensor,
-    sources: NDArray[np.float64],
-    size: tuple[int, int],
-    frame: tuple[int, int],
-    grid: tuple[int, int],
-) -> Tensor:
-    """The maps themselves, scaled down to about the pixels that a place of the result has."""
-    sides = []
-    for axis in (0, 1):
-        step = np.linalg.norm(sources[:, 1 - axis]) * frame[axis] / grid[axis]  # of the picture
-        coarser = step * maps.shape[2 + axis] / size[axis]
-        sides.append(round(maps.shape[2 + axis] / coarser) if coarser > FINER else None)
-    if sides == [None, None]:
+def _coarser(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
+    """Maps scaled down by so much along each side where that is a lot; else themselves."""
+    shape = [
+        round(side / factor) if factor > FINER else side
+        for side, factor in zip(maps.shape[2:], factors.tolist(), strict=True)
+    ]
+    if shape == list(maps.shape[2:]):
         return maps
-    shape = tuple(side or own for side, own in zip(sides, maps.shape[2:], strict=True))
     scaled = F.interpolate(
         maps.float(), shape, mode="bilinear", align_corners=False, antialias=True
     )
