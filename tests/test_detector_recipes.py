@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from kd.adapters import ADAPTERS
 from kd.config import DistillRecipe, TeacherRecipe
 from kd.config_data import Data
 from kd.config_reader import find_config, known_configs, load_recipe, read_yaml
@@ -57,3 +59,13 @@ def test_the_embedded_scenes_keep_their_colours_and_size(kind: str, name: str) -
     augment = build_augment(section.augment)
     assert augment is not None and augment.jitter == augment.rotate == 0
     assert section.scales == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", [name for kind, name in detectors() if kind == "distill"])
+def test_what_imitates_a_pyramid_s_maps_can_be_negative_as_they_are(name: str) -> None:
+    recipe = load_recipe(DistillRecipe, find_config("distill", name), data="coco")
+    adapters = [one for one in recipe.adapters.values() if "network.backbone" in one.to]
+    assert adapters
+    for one in adapters:
+        adapter = ADAPTERS[one.kind](8, 8, **one.options)
+        assert adapter(torch.randn(1, 8, 4, 4)).min() < 0
