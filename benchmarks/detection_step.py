@@ -3,14 +3,14 @@
 Student and teacher are Faster R-CNNs on pyramids of five levels, with imitation on each level:
 
 step      the engine's step against the bare passes: the teacher's forward to its pyramid, the
-          student's both ways through its own losses, its optimiser; with adapters on both sides or
-          (`--without-adapters` for the bare one) only on the engine's
+          student's both ways through its own losses, its optimiser; adapters are the engine's
+          alone, or (`--with-adapters`) the bare side's as well
 masks     the masks of all levels, from the batch's boxes, against the same bare step
 
 The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
 
     python benchmarks/detection_step.py [--size 256] [--batch-size 4] [--boxes 7] [--pairs 10]
-        [--student fasterrcnn_resnet18] [--teacher fasterrcnn_resnet50] [--without-adapters]
+        [--student fasterrcnn_resnet18] [--teacher fasterrcnn_resnet50] [--with-adapters]
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 
 
 def adapters(device: torch.device) -> dict[str, nn.Module]:
-    """Of each level."""
-    return {layer: conv3x3(CHANNELS, CHANNELS).to(device) for layer in LAYERS}
+    """Of each level, as the recipes have them."""
+    return {layer: conv3x3(CHANNELS, CHANNELS, relu=False).to(device) for layer in LAYERS}
 
 
 def terms() -> list[Term]:
@@ -97,7 +97,7 @@ def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
     """Forward and backward of the two detectors, and nothing that imitation adds to them."""
     student, teacher = networks(options, device)
     task, own = task_of(student), nn.ModuleList(adapters(device).values())
-    with_adapters = not options.without_adapters
+    with_adapters = options.with_adapters
     taps = FeatureTaps(student, LAYERS)
     optimizer = torch.optim.SGD([*student.parameters(), *own.parameters()], lr=RATE, momentum=0.9)
     student.train()
@@ -163,8 +163,8 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--student", default="fasterrcnn_resnet18")
     parser.add_argument("--teacher", default="fasterrcnn_resnet50")
-    parser.add_argument("--without-adapters", action="store_true",
-                        help="leave the adapters out of the bare step")  # fmt: skip
+    parser.add_argument("--with-adapters", action="store_true",
+                        help="have the adapters in the bare step, too")  # fmt: skip
     options = parser.parse_args()
     device = make_accelerator("fp32").device
     sys.stdout.write(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from kd.adapters import Conv3x3
 from kd.features import FeatureTaps
-from kd.tasks.base import named
+from kd.tasks.base import Mask, named
 
 
 class AdaptedStudent(nn.Module):
@@ -43,15 +45,34 @@ class AdaptedStudent(nn.Module):
         )
         self._taps = FeatureTaps(student, layers) if layers else None
 
-    def forward(self, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Outputs and adapted features by name."""
+    def forward(
+        self, *inputs: Tensor, where: Mapping[str, Mask] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs and adapted features by name.
+
+        Args:
+            inputs: Of the student.
+            where: By layer, the places of its map that will be looked at; an adapter may leave out
+                the others. What is not named here is looked at everywhere.
+        """
         output = self.student(*inputs)
         outputs = named(output)
         features: dict[str, Tensor] = {}
         for layer, feature in (self._taps.collect() if self._taps else {}).items():
             name = layer.replace(".", "/")
-            features[layer] = self.adapters[name](feature) if name in self.adapters else feature
+            features[layer] = self._adapt(name, feature, (where or {}).get(layer))
         return outputs, features
+
+    def _adapt(self, name: str, feature: Tensor, where: Mask | None) -> Tensor:
+        if name not in self.adapters:
+            return feature
+        adapter = self.adapters[name]
+        # The number of places is not known when a step is compiled.
+        if where is None or not isinstance(adapter, Conv3x3) or torch.compiler.is_compiling():
+            adapted: Tensor = adapter(feature)
+        else:
+            adapted = adapter(feature, where((feature.shape[2], feature.shape[3])))
+        return adapted
 
     def taps_off(self) -> None:
         """Take the hooks off the student, so that it can be wrapped anew."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.modes import evaluating
-from kd.objective import distillation_losses, weighted_sum
+from kd.objective import distillation_losses, looked_at, weighted_sum
 from kd.optim import update_average
 from kd.soft_targets import known_counts
 from kd.tasks.base import (
@@ -28,6 +28,7 @@ from kd.tasks.base import (
     Mean,
     OnLevels,
     Task,
+    about_objects,
     count_units,
     remembered,
 )
@@ -63,7 +64,9 @@ def forward_losses(
     `masks` are the batch's, where they were made already.
     """
     task = objective.task
-    output, features = model(*task.inputs(batch))
+    masks = task.masks(batch) if masks is None else masks
+    where = {} if about_objects(batch) else looked_at(objective.terms, masks)
+    output, features = model(*task.inputs(batch), **({"where": where} if where else {}))
     losses = task.losses(output, batch)
     if objective.terms and objective.soft_targets is not None:
         with torch.no_grad():
@@ -73,7 +76,7 @@ def forward_losses(
                 objective.terms,
                 {**output, **features},
                 known,
-                task.masks(batch) if masks is None else masks,
+                masks,
                 batch,
             )
     return losses

@@ -133,6 +133,27 @@ def distillation_losses(
     return losses
 
 
+def looked_at(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mask]:
+    """Where terms look at a student's layers, of those that all of their readers have masks for.
+
+    Args:
+        terms: Of a batch whose masks have a row for each image.
+        masks: The task's.
+    """
+    readers: dict[str, set[str | None]] = {}
+    for term in terms:
+        readers.setdefault(term.student, set()).add(term.kind.mask)
+
+    def joined(names: Sequence[str]) -> Mask:
+        return lambda grid: torch.stack([masks[name](grid) > 0 for name in names]).any(dim=0)
+
+    return {
+        layer: joined([name for name in names if name is not None])
+        for layer, names in readers.items()
+        if None not in names
+    }
+
+
 def _stand_beside(term: Term, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
     """The student's side row by row as the teacher's, its score maps on the teacher's grid."""
     if not term.kind.maps:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
+from kd.adapters import conv3x3
 from kd.errors import UserError
 
 
@@ -33,6 +34,29 @@ def test_outputs_and_adapted_features_come_out_of_one_forward() -> None:
         "trunk.0": (2, 8, 5, 5),
         "trunk": (2, 6, 5, 5),
     }
+
+
+def test_an_adapter_may_leave_out_what_is_not_looked_at() -> None:
+    adapters = {"trunk.0": conv3x3(4, 8, relu=False), "trunk": nn.Conv2d(6, 8, 1)}
+    model, images = (
+        AdaptedStudent(Student(), ["trunk.0", "trunk"], adapters),
+        torch.rand(2, 3, 6, 5),
+    )
+    asked: list[tuple[int, int]] = []
+
+    def corner(grid: tuple[int, int]) -> Tensor:
+        asked.append(grid)
+        mask = torch.zeros(2, *grid, dtype=torch.bool)
+        mask[:, 0, 0] = True
+        return mask
+
+    whole, part = (
+        model(images, where=where)[1] for where in (None, dict.fromkeys(adapters, corner))
+    )
+    assert asked == [(6, 5)]  # of the one that can
+    assert torch.equal(whole["trunk"], part["trunk"])
+    torch.testing.assert_close(whole["trunk.0"][..., 0, 0], part["trunk.0"][..., 0, 0])
+    assert whole["trunk.0"].all() and part["trunk.0"].count_nonzero() == 2 * 8
 
 
 def test_gradients_reach_student_and_adapter_through_a_feature() -> None:

@@ -27,6 +27,49 @@ def test_conv3x3_starts_near_zero_and_ends_in_a_relu_unless_told_otherwise() -> 
     assert ADAPTERS["conv3x3"](64, 8, relu=False)(features).min() < 0
 
 
+def both_ways(
+    where: torch.Tensor, relu: bool
+) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """Results and gradients of one convolution: everywhere, and where it counts; both maps."""
+    torch.manual_seed(0)
+    adapter = ADAPTERS["conv3x3"](3, 5, relu=relu, init_std=0.5)
+    features, factor = torch.randn(2, 3, 6, 7), torch.randn(2, 5, 6, 7)
+    found, maps = [], []
+    for given in ((), (where,)):
+        own = features.clone().requires_grad_()
+        adapter.zero_grad()
+        adapted = adapter(own, *given)
+        chosen = torch.where(where[:, None] > 0, adapted, 0.0)
+        (chosen * factor).sum().backward()
+        assert own.grad is not None
+        weights = [one.grad.clone() for one in adapter.parameters() if one.grad is not None]
+        found.append([chosen.detach(), own.grad, *weights])
+        maps.append(adapted.detach())
+    return found, maps
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_conv3x3_where_few_places_count_is_the_same_there(relu: bool) -> None:
+    where = torch.zeros(2, 6, 7)
+    # A corner, an edge, neighbours, by weights; of the second picture the last place.
+    where[0, 0, 0] = where[0, 3, 6] = where[1, 5, 6] = 1.0
+    where[0, 2, 3:5] = 0.25
+    (whole, part), (_, sparse) = both_ways(where, relu)
+    assert len(whole) == 4  # the result, gradients of features, weight and bias
+    for one, other in zip(whole, part, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other)
+    assert not sparse[~(where > 0)[:, None].expand_as(sparse)].any()
+
+
+def test_conv3x3_where_nothing_or_much_counts() -> None:
+    (whole, part), _ = both_ways(torch.zeros(2, 6, 7, dtype=torch.bool), False)
+    assert all(not one.any() for one in (*whole, *part))
+    assert [one.shape for one in whole] == [one.shape for one in part]  # all have a gradient
+    _, (whole_map, much) = both_ways(torch.ones(2, 6, 7, dtype=torch.bool), False)
+    assert torch.equal(whole_map, much)
+
+
 def test_linear_works_on_vectors() -> None:
     assert ADAPTERS["linear"](6, 4)(torch.randn(5, 6)).shape == (5, 4)
     assert ADAPTERS["linear"](6, 4)(torch.randn(0, 6)).shape == (0, 4)

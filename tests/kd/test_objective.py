@@ -13,10 +13,12 @@ from kd.errors import UserError
 from kd.losses import channel_wise, decoupled, hint, imitation, kl_logits, pair_wise
 from kd.objective import (
     Ramp,
+    Term,
     build_term,
     check_weights,
     distillation_losses,
     draw_modules,
+    looked_at,
     weighted_sum,
 )
 from kd.tasks.base import Mean
@@ -95,6 +97,25 @@ def test_a_feature_term_repeats_an_images_map_for_each_of_its_objects() -> None:
     assert torch.equal(losses["context_features"].value, imitation(ours[image_of], theirs, ring))
     assert losses["pair_wise"].unit == "hidden"
     assert torch.equal(losses["pair_wise"].value, pair_wise(ours[image_of], theirs))
+
+
+def test_a_layer_is_looked_at_where_any_of_its_readers_masks_says_so() -> None:
+    def term(name: str, layer: str) -> Term:
+        return build_term(
+            name, label=f"{name}_{layer}", weight=1.0, student=layer, teacher="theirs"
+        )
+
+    terms = [term("imitation", "both"), term("context_features", "both"), term("hint", "all"),
+             term("imitation_inside", "all"), term("imitation_inside", "boxes")]  # fmt: skip
+    masks = {
+        "imitation": lambda grid: torch.tensor([[[True, False, False]]]),
+        "ring": lambda grid: torch.tensor([[[0.0, 0.5, 0.0]]]),
+        "inside": lambda grid: torch.tensor([[[False, False, True]]]),
+    }
+    found = looked_at(terms, masks)
+    assert found.keys() == {"both", "boxes"}
+    assert found["both"]((1, 3)).tolist() == [[[True, True, False]]]
+    assert found["boxes"]((1, 3)).tolist() == [[[False, False, True]]]
 
 
 def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:

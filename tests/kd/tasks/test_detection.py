@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from kd import adapters
 from kd.adapted import AdaptedStudent
 from kd.build import make_accelerator
 from kd.config import Adapter, Optimizer, Schedule, Train
 from kd.data.hide import normalise
-from kd.engine import train_step
+from kd.engine import forward_losses, train_step
 from kd.errors import UserError
 from kd.launch import start_training
 from kd.losses.boxes import box_distance, own_numbers
@@ -22,7 +24,7 @@ from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
 from kd.nn.detectors.faster_rcnn import FasterRCNN
-from kd.objective import build_term, distillation_losses
+from kd.objective import Term, build_term, distillation_losses
 from kd.soft_targets import LiveTeacher, StoredPosteriors, StoredTeacher, Teachers
 from kd.tasks.base import remembered
 from kd.tasks.detection import Detection, anchor_sides, assigned
@@ -306,19 +308,20 @@ TERMS = [
 SAID = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()  # of objects 0 and 2, not of 1
 
 
-def assembled() -> tuple[AdaptedStudent, Objective]:
+def assembled(taught: Sequence[Term] = TERMS) -> tuple[AdaptedStudent, Objective]:
     """A student with a context head, a wider teacher, one of context; what the one learns."""
     torch.manual_seed(0)
     student = detector(context=True, batch_norm_frozen=True)
     teacher = detector(channels=24)
-    layers = ["network.backbone.0", "network.backbone.1"]
+    levels = ("network.backbone.0", "network.backbone.1")
+    layers = [layer for layer in levels if any(term.student == layer for term in taught)]
     asked = task_of(teacher, wanted="objects", asked=True)
     live = LiveTeacher(teacher, asked, layers, posterior=False)
     scene = StoredTeacher(StoredPosteriors(torch.tensor([0, 2]), SAID))
     source = Teachers(live, {"scene": scene}, [1.0, 1.0])
     task = task_of(student, asked=True)
-    adapters = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
-    model, terms = adapt_student(student, TERMS, adapters, source, task, make_batch(BOXES))
+    own = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
+    model, terms = adapt_student(student, taught, own, source, task, make_batch(BOXES))
     return model, Objective(task, dict.fromkeys(LOSSES, 1.0), terms, source)
 
 
@@ -342,6 +345,27 @@ def test_a_step_with_every_term_moves_the_student_and_a_batch_without_boxes_is_h
     assert sums["near"] == sums["object_logits"] == sums["context_logits"] == 0
     assert counts["near"] == counts["around"] == counts["context_logits"] == 0
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chosen", ["near", "inside", "around"])
+def test_adapters_taken_where_a_mask_looks_teach_the_same(
+    chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for few in (-1.0, 1.0):  # everywhere, and place by place
+        monkeypatch.setattr(adapters, "FEW", few)
+        model, objective = assembled([term for term in TERMS if term.name == chosen])
+        torch.manual_seed(1)  # of the picture's pixels
+        losses = forward_losses(model.train(), make_batch(BOXES), objective)
+        losses[chosen].value.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((losses[chosen].value, grads))
+    (value, grads), (again, others) = found
+    assert value > 0
+    torch.testing.assert_close(value, again)
+    assert grads.keys() == others.keys() and "student.network.backbone.body.conv1.weight" in grads
+    for name, one in grads.items():
+        assert (one - others[name]).norm() <= 1e-4 * one.norm() + 1e-12, name
 
 
 def parts_of(whole: dict[str, Tensor]) -> list[dict[str, Tensor]]:
