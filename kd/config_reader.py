@@ -20,7 +20,6 @@ from kd.config_schema import ALTERNATIVES, KINDS, keys_at, takes_layout
 from kd.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-OTHERS = "others"  # in `per_data`: whatever data set has no part of its own
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
@@ -140,6 +139,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe: its file, the data set it names, its variant for that data set, --set.
 
+    What a task starts from, configs/task/TASK.yaml where there is one, comes before all of them.
+
     Args:
         model: The schema, a pydantic model.
         path: The recipe's YAML. Its `data` is a name of configs/data, a mapping, or both:
@@ -161,21 +162,31 @@ def load_recipe(
     whole = bool(own.keys() & {"layout", "made_from"}) or isinstance(own.get("train"), Mapping)
     name = str(own.get("name", "unnamed" if whole else "scenes"))
     merged = Merged()
+    merged.merge(*_of_task(content))
     if data is not None or not whole:
         data_path = find_config("data", name)
         name = own["name"] = data_path.stem
         merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
     merged.merge(content, shown)
     merged.merge({"data": own}, shown if data is None else f"--data {data}")
-    part = name if name in variants else OTHERS
-    merged.merge(_variant(variants, name, part, shown), f"{shown} (per_data.{part})")
+    merged.merge(_variant(variants, name, shown), f"{shown} (per_data.{name})")
     apply_settings(merged, settings)
     return validate(model, merged)
 
 
-def _variant(variants: Mapping[str, Any], name: str, wanted: str, shown: str) -> Mapping[str, Any]:
-    """The wanted part of `per_data` for a data set; a key that means none is a mistake."""
-    known = [*known_configs("data"), OTHERS, name]
+def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What recipes of a task start from, and its name for messages."""
+    task = content.get("task")
+    name = task.get("name") if isinstance(task, Mapping) else None
+    if name not in known_configs("task"):
+        return {}, ""
+    path = CONFIGS / "task" / f"{name}.yaml"
+    return read_yaml(path), f"task/{shown_name(path)}"
+
+
+def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
+    """The part of `per_data` for a data set; a key that means none is a mistake."""
+    known = [*known_configs("data"), name]
     mistakes = []
     for key, part in variants.items():
         near = difflib.get_close_matches(str(key), known, 1, 0.7)
@@ -185,7 +196,7 @@ def _variant(variants: Mapping[str, Any], name: str, wanted: str, shown: str) ->
             mistakes.append(f"{shown}: per_data.{key}: expected a mapping, got {part!r}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    return variants.get(wanted) or {}
+    return variants.get(name) or {}
 
 
 def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:

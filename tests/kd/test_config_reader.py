@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -84,13 +85,28 @@ def test_variants_lie_between_the_recipe_and_set(recipe: Callable[[str], Path]) 
     assert (read.train.epochs, read.train.batch_size, read.data.size) == (7, 2, 96)
 
 
-def test_others_are_the_data_sets_without_a_part(recipe: Callable[[str], Path]) -> None:
-    path = recipe(RECIPE + "per_data: {coco: {seed: 5}, others: {seed: 7}, voc: null}\n")
-    found = {data: load_recipe(TeacherRecipe, path, data=data).seed for data in ("coco", "kitti")}
-    assert found == {"coco": 5, "kitti": 7}
-    assert load_recipe(TeacherRecipe, path, data="voc").seed == 0  # a part that says nothing
-    (line,) = mistakes_of(recipe(RECIPE + "per_data: {others: {sed: 1}}"))
-    assert "(per_data.others): sed: unknown key; did you mean 'seed'?" in line
+def test_what_a_task_starts_from_gives_way_to_the_data_set_and_the_recipe(
+    recipe: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text, own = RECIPE.replace("name: context", "name: detection"), tmp_path / "birds.yaml"
+    own.write_text(
+        "train: {annotations: t.json, images: t}\nval: {annotations: v.json, images: v}\n"
+        "augment: {flip: 0.0}"
+    )
+
+    def read(text: str, data: str) -> tuple[tuple[float, float], dict[str, Any]]:
+        section = load_recipe(TeacherRecipe, recipe(text), data=data).data
+        assert isinstance(section, Data) and section.augment is not None
+        return section.scales, section.augment
+
+    scales, augment = read(text, str(own))
+    assert scales == (0.8, 1.25)
+    assert (augment["flip"], augment["jitter"], augment["rotate"]) == (0, 0.5, 0)
+    scales, augment = read(text, "scenes")
+    assert scales == (1.0, 1.0) and augment["jitter"] == 0
+    scales, augment = read(text + "per_data: {coco: {data: {scales: [1.0, 1.0]}}}\n", "coco")
+    assert scales == (1.0, 1.0) and augment["jitter"] == 0.5
+    assert "jitter" not in read(RECIPE, "coco")[1]  # another task
 
 
 def test_a_variant_for_a_mistyped_data_set_is_a_mistake(recipe: Callable[[str], Path]) -> None:
