@@ -38,14 +38,21 @@ class Conv3x3(nn.Module):
         Args:
             features: The student's.
             where: Places that count, above 0 or True there, (N, H, W). Where they are few, all else
-                is 0 and costs nothing; at these places the result is the same, and so is every
-                gradient of what reads no other place.
+                is 0 and costs nothing (on a CPU); at these places the result is the same, and so is
+                every gradient of what reads no other place.
         """
-        places = None if where is None else where.flatten().nonzero().flatten()
+        images, channels, height, width = features.shape
+        if where is not None and where.shape != (images, height, width):
+            raise UserError(
+                f"adapter 'conv3x3': places {tuple(where.shape)} do not fit features "
+                f"{tuple(features.shape)}"
+            )
+        # Elsewhere than on a CPU counting them would wait for all that is still to be done.
+        counted = where is not None and where.is_cpu
+        places = where.flatten().nonzero().flatten() if where is not None and counted else None
         if places is None or len(places) > FEW * features[:, 0].numel():
             adapted: Tensor = self.activation(self.convolution(features))
             return adapted
-        images, channels, height, width = features.shape
         rows = F.pad(features, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels)
         # Of each place's neighbourhood the corner, in the padded map.
         line, step = width + 2, torch.arange(3, device=places.device)
@@ -57,7 +64,7 @@ class Conv3x3(nn.Module):
         chosen = self.activation(F.linear(near, weight, self.convolution.bias))
         whole: Tensor = chosen.new_zeros(images * height * width, chosen.shape[1])
         whole = whole.index_copy(0, places, chosen)
-        return whole.view(images, height, width, -1).permute(0, 3, 1, 2)
+        return whole.view(images, height, width, chosen.shape[1]).permute(0, 3, 1, 2)
 
 
 def conv3x3(

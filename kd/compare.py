@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -25,7 +26,6 @@ from kd.report.cost import cost_figure, cost_table
 from kd.report.drawing import save_figure
 from kd.report.figures import comparison_figure, top_n_figure
 from kd.report.runs import (
-    DistillRuns,
     Run,
     ceilings,
     check_same_objects,
@@ -40,14 +40,16 @@ from kd.report.table import Table, distill_table, print_table, runs_table, write
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 where all runs could be compared."""
     options = _parser().parse_args(argv)
-    metrics = options.metrics.split(",") if options.metrics else None
     folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in options.runs))
-    distillations = [read_distill(folder) for folder in folders if is_distill(folder)]
-    tables = [_distillation(runs, metrics) for runs in distillations]
+    distillations = [read_distill(folder, options.arms) for folder in folders if is_distill(folder)]
+    tables = [
+        distill_table(runs.records(), runs.seeds, metrics=options.metrics, title=str(runs.folder))
+        for runs in distillations
+    ]
     singles = [read_run(folder) for folder in folders if not is_distill(folder)]
     if singles:
         check_same_objects(singles)
-        tables.append(_side_by_side(singles, metrics))
+        tables.append(_side_by_side(singles, options.metrics))
     if options.figure and len(tables) > 1:
         raise UserError("--figure draws one table: name one distillation, or single runs only")
     costs = measured(distillations, singles) if options.cost else []
@@ -65,17 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd.compare", description="Compare runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
-    parser.add_argument("--metrics", metavar="A,B", help="rows, such as top1,nll or mIoU,iou/car")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
-    cost = "label maps: draw mIoU against parameters, multiply-adds and latency here"
-    parser.add_argument("--cost", type=Path, metavar="FILE", help=cost)
+    add, names = parser.add_argument, partial(str.split, sep=",")
+    add("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
+    add("--metrics", metavar="A,B", type=names, help="rows, such as top1,nll or mIoU,iou/car")
+    add("--arms", metavar="A,B", type=names, help="of a distillation, beside plain; else all")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
+    add("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
+    add("--cost", type=Path, metavar="FILE", help="label maps: draw mIoU against costs here")
     return parser
-
-
-def _distillation(runs: DistillRuns, metrics: Sequence[str] | None) -> Table:
-    return distill_table(runs.records(), runs.seeds, metrics=metrics, title=str(runs.folder))
 
 
 def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arm in recipe.arms:
             distillation.run(arm, seed)
     if accelerator.is_main_process and "plain" in recipe.arms:
-        runs = read_distill(out)
+        runs = read_distill(out, recipe.arms)  # the folder may hold others'
         table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")

@@ -173,7 +173,12 @@ def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(
     assert run_command(distill.main, [*command, *flags]) == 2
     assert "there is a run already; --resume goes on with it" in capsys.readouterr().err
     before = (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns
+    # Begun in an earlier call with another list of arms; not asked for any more.
+    given_up = shutil.copytree(distilled / "seed0" / "distilled", distilled / "seed0" / "bare")
+    (given_up / "summary.json").unlink()
     assert distill.main([*command, *flags, "--resume"]) == 0
+    assert "bare" not in (distilled / "table.md").read_text()
+    shutil.rmtree(given_up)
     assert (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns == before
     changed = [*command, *flags, *sets("train.epochs=3"), "--resume"]
     assert run_command(distill.main, changed) == 2

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from kd import distill, teacher_cache
+from kd import adapters, distill, teacher_cache
 from kd.adapted import AdaptedStudent
+from kd.adapters import conv3x3
 from kd.build import make_accelerator, make_loader
 from kd.config import (
     Critic,
@@ -42,6 +43,7 @@ from kd.config import (
 from kd.engine import evaluate, to_device, train_step
 from kd.launch import open_run, start_training
 from kd.metrics.top_n import TopN
+from kd.nn.detectors import DETECTORS
 from kd.nn.regions import roi_features
 from kd.objective import build_term, draw_modules, modules_of
 from kd.opened import make_dataset, open_objects
@@ -49,6 +51,7 @@ from kd.report.runs import read_distill, read_scalars
 from kd.soft_targets import LiveTeacher
 from kd.tasks.classification import Classification
 from kd.tasks.context import Context
+from kd.tasks.detection import Detection
 from kd.teacher_runs import TrainedTeacher
 from kd.training import Objective, Training
 from teachers.cnn import cnn
@@ -227,6 +230,78 @@ def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(
     for name in one:
         if accumulate > 1 and name.startswith("critic."):
             continue  # power iteration advances with each micro-batch
+        torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+BOXES = [[[8, 8, 16, 17], [4, 30, 12, 38]], [[10, 4, 30, 26]], [], []]  # of four pictures
+DETECTOR = {"trunk": "resnet18", "width": 0.25, "levels": [2, 3], "scales": [2.0],
+            "canonical": 32.0, "hidden": 32, "region_size": 3, "candidates": [50, 50],
+            "proposals": [40, 20], "batch_norm_frozen": True}  # fmt: skip
+
+
+def _pictures(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Some of the four as a detector's batch."""
+    torch.manual_seed(2)
+    images = torch.randint(256, (len(BOXES), 3, 64, 64), dtype=torch.uint8)
+    flat = [(place, box) for place, number in enumerate(chosen) for box in BOXES[number]]
+    return {
+        "images": images[list(chosen)],
+        "sizes": torch.tensor([[64, 64]] * len(chosen)),
+        "image_ids": torch.tensor(chosen),
+        "boxes": torch.tensor([box for _, box in flat]).float().view(-1, 4),
+        "labels": torch.zeros(len(flat), dtype=torch.int64),
+        "image_of": torch.tensor([place for place, _ in flat], dtype=torch.int64),
+        "object_ids": torch.arange(len(flat)),
+        "labelled": torch.ones(len(chosen), dtype=torch.bool),
+    }
+
+
+def _detector_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Two steps of terms on a pyramid, on each rank's own pictures; the weights go to a file."""
+    accelerator = make_accelerator("fp32")
+    torch.manual_seed(4)
+    student, teacher = (DETECTORS["fasterrcnn"](3, channels=c, **DETECTOR) for c in (16, 24))
+    layers = [f"network.backbone.{level}" for level in (0, 1)]
+    known: Any = {"num_classes": 3, "levels": student.levels, "loss_units": student.loss_units}
+    live = LiveTeacher(teacher, Detection(**known, wanted="features"), layers, posterior=False)
+    terms = [
+        build_term(kind, label=f"{kind}{place}", weight=1.0, student=layers[place],
+                   teacher=layers[place], options=options)
+        for kind, place, options in (
+            ("imitation", 0, {"psi": 0.8}), ("imitation_inside", 0, {}),
+            ("context_features", 0, {}), ("imitation_inside", 1, {}),
+        )
+    ]  # fmt: skip
+    model = AdaptedStudent(student, layers, {layer: conv3x3(16, 24) for layer in layers})
+    train = Train(
+        optimizer=Optimizer(name="sgd", lr=0.01, momentum=0.0, weight_decay=0.0),
+        schedule=Schedule(name="constant", warmup=0.0),
+    )
+    training = start_training(accelerator, model, train, 2)
+    training.model.train()
+    # The student's own losses sample regions at random, which is each rank's own.
+    own = dict.fromkeys(known["loss_units"], 0.0)
+    objective = Objective(Detection(**known, psis=(0.8,)), own, terms, live)
+    for _ in range(2):
+        group = [_pictures(chosen) for chosen in groups[accelerator.process_index]]
+        train_step(training, group, objective, objective.weights_at(0.0))
+    if accelerator.is_main_process:
+        torch.save(training.bare.state_dict(), out)
+    accelerator.wait_for_everyone()
+
+
+@pytest.mark.parametrize("few", [-1.0, 1.0])
+def test_two_ranks_imitate_a_detector_as_one_process_does_though_one_has_no_box(
+    few: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "FEW", few)  # adapters everywhere, or where masks look
+    _detector_steps(tmp_path / "one.pt", [[range(4)]])
+    two = functools.partial(_detector_steps, tmp_path / "two.pt", [[[0], [1]], [[2], [3]]])
+    assert in_two_processes(two, tmp_path) == [0, 0]
+    one, both = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    adapter = one["adapters.network/backbone/0.convolution.bias"]
+    assert adapter.abs().sum() > 0  # it began at zero
+    for name in one:
         torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
 
 

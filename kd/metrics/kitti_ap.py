@@ -6,7 +6,8 @@ detections here, one after the other in the order of their file, and precision i
 scores only: those at which the recall comes nearest to 0, 1/40, ... 1.
 
 One thing is left out: in the kit, a detection below the least height can take an object of another
-class from its own detections.
+class from its own detections. An object of just the least height counts; copies of the kit differ
+in that.
 """
 
 from __future__ import annotations

@@ -140,11 +140,15 @@ def is_distill(folder: str | Path) -> bool:
     return bool(_seed_folders(Path(folder)))
 
 
-def read_distill(folder: str | Path) -> DistillRuns:
+def read_distill(folder: str | Path, arms: Collection[str] | None = None) -> DistillRuns:
     """Read `seed<k>/<arm>/` of a distillation.
 
-    A seed that lacks an arm which another has, or `plain`, or is still training one, is left out
-    with a warning.
+    A seed that lacks an arm which is wanted, or `plain`, or is still training one, is left out with
+    a warning.
+
+    Args:
+        folder: Of the distillation.
+        arms: Those that are wanted beside `plain`; by default whatever any seed has.
 
     Raises:
         UserError: As `read_run`, or no seed is finished, or the runs scored different objects.
@@ -153,9 +157,10 @@ def read_distill(folder: str | Path) -> DistillRuns:
     found = _seed_folders(path)
     if not found:
         raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
-    runs_of = (place.glob("*/config.yaml") for place in found.values())
-    names = {file.parent.name for files in runs_of for file in files}
-    arms = _in_order({"plain", *names}, path / "config.yaml")
+    if arms is None:
+        runs_of = (place.glob("*/config.yaml") for place in found.values())
+        arms = {file.parent.name for files in runs_of for file in files}
+    arms = _in_order({"plain", *arms}, path / "config.yaml")
     lacking = {seed: _unfinished(place, arms) for seed, place in found.items()}
     if all(lacking.values()):
         first = next(iter(found))

@@ -240,11 +240,14 @@ def outer_boxes(batch: Batch) -> Tensor:
 
 
 def stride_of(pixels: int, places: int) -> int:
-    """Pixels per place: the power of two that rounds up to so many places, if there is one."""
-    for stride in (1 << power for power in range(pixels.bit_length() + 1)):
-        if -(-pixels // stride) == places:
-            return stride
-    return -(-pixels // places)
+    """Pixels per place: the power of two that rounds up to so many places, if there is one.
+
+    Else one that rounds down to them, as VGG and DenseNet do.
+    """
+    strides = [1 << power for power in range(pixels.bit_length() + 1)]
+    up = [stride for stride in strides if -(-pixels // stride) == places]
+    down = [stride for stride in strides if pixels // stride == places]
+    return next(iter(up + down), -(-pixels // places))
 
 
 def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ class Detection:
             **{psi_mask(psi): partial(self._imitation, psi) for psi in self.psis},
             "inside": self._inside,
             "whole": self._whole,
-            "valid": self._whole,
+            "valid": _valid,
             "ring": self._ring,
         }
 
@@ -154,10 +154,11 @@ class Detection:
         return found.index_add(0, images, inside.float()) > 0
 
     def _whole(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-        return valid_pixels(-(-batch["sizes"] // stride), grid)
+        self._level(stride)  # its places are counted on those alone
+        return _valid(stride, grid, batch)
 
     def _ring(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-        self._level(stride)  # its places are counted on those alone
+        self._level(stride)  # as above
 
         def united(boxes: Tensor) -> Tensor:
             """Share of each place that an image's boxes cover; at most that, where they overlap."""
@@ -190,6 +191,16 @@ class Detection:
     def metric(self, classes: Classes) -> Metric:
         """COCO's average precision and its company."""
         return found_boxes(classes)
+
+
+def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
+    """Places within the pictures, of a grid whose places are counted."""
+    if stride & (stride - 1):
+        raise UserError(
+            f"losses: a map of {stride} pixels a place; terms on maps that look at each place take "
+            "those whose places are a power of two"
+        )
+    return valid_pixels(-(-batch["sizes"] // stride), grid)
 
 
 def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float], ...]:

@@ -70,6 +70,13 @@ def test_conv3x3_where_nothing_or_much_counts() -> None:
     assert torch.equal(whole_map, much)
 
 
+def test_conv3x3_takes_places_of_its_own_grid_alone_and_no_picture_at_all() -> None:
+    adapter = ADAPTERS["conv3x3"](3, 5)
+    with pytest.raises(UserError, match=r"places \(2, 4, 6\) do not fit features \(2, 3, 6, 4\)"):
+        adapter(torch.randn(2, 3, 6, 4), torch.ones(2, 4, 6))
+    assert adapter(torch.randn(0, 3, 6, 4), torch.ones(0, 6, 4)).shape == (0, 5, 6, 4)
+
+
 def test_linear_works_on_vectors() -> None:
     assert ADAPTERS["linear"](6, 4)(torch.randn(5, 6)).shape == (5, 4)
     assert ADAPTERS["linear"](6, 4)(torch.randn(0, 6)).shape == (0, 4)

@@ -52,6 +52,18 @@ def test_a_distillation_prints_its_table(
     assert "top1 (%), seed 1" in printed
 
 
+def test_chosen_arms_have_a_table_of_their_own(
+    distillation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(distillation / "seed0" / "shuffled", 0.5)
+    assert main([str(distillation), "--arms", "plain,distilled", "--metrics", "top1"]) == 0
+    printed = capsys.readouterr().out
+    assert "top1 (%), seed 1" in printed and "shuffled" not in printed
+    assert main([str(distillation), "--metrics", "top1"]) == 0  # all arms: one seed has them
+    printed = capsys.readouterr().out
+    assert "shuffled - plain" in printed and "seed 1" not in printed
+
+
 def test_single_runs_share_a_table_with_prior_and_ceiling(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,20 @@ def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) 
     return nn.Sequential(nn.Conv2d(inputs, hidden, 3, padding=1), nn.ReLU(inplace=True), last)
 
 
+class Fitted(nn.Module):
+    """Without the rows and columns that odd sides got on the way down and up.
+
+    A trunk whose stem has no padding gives too few instead; they are stretched over the picture.
+    """
+
+    def forward(self, maps: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Maps (N, D, H, W) to (N, D, *grid)."""
+        maps = maps[..., : grid[0], : grid[1]]
+        if maps.shape[2:] == torch.Size(grid):
+            return maps
+        return F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+
+
 class CenterNet(nn.Module):
     """A trunk, steps up to a stride of 4, and three heads.
 
@@ -107,6 +121,7 @@ class CenterNet(nn.Module):
                 for inputs, outputs in zip((trunk.channels, *widths), widths, strict=False)
             )
         )
+        self.fitted = Fitted()
         self.heatmap = head(self.channels, hidden, num_classes, start=HEAT_BIAS)
         self.size = head(self.channels, hidden, 2)
         self.offset = head(self.channels, hidden, 2)
@@ -181,7 +196,7 @@ class CenterNet(nn.Module):
     def _maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Features, and the three heads' maps by their names in the losses."""
         grid = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
-        features = _fitted(self.up(self.trunk(images)), grid)
+        features = self.fitted(self.up(self.trunk(images)), grid)
         return features, {
             "heatmap": self.heatmap(features),
             "size": self.size(features),
@@ -239,14 +254,3 @@ def centernet(
     network = CenterNet(seen, num_classes, widths=tuple(widths)[-steps:], hidden=hidden, top=top)
     load_network(network, file, what=f"centernet on {trunk}")
     return network
-
-
-def _fitted(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Without the rows and columns that odd sides got on the way down and up.
-
-    A trunk whose stem has no padding gives too few instead; they are stretched over the picture.
-    """
-    maps = maps[..., : grid[0], : grid[1]]
-    if maps.shape[2:] == torch.Size(grid):
-        return maps
-    return F.interpolate(maps, grid, mode="bilinear", align_corners=False)

@@ -149,6 +149,19 @@ def test_a_seed_that_is_not_finished_is_left_out_with_a_warning(
     ]
 
 
+def test_of_chosen_arms_the_others_need_not_be_finished(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for arm in ("plain", "distilled"):
+            make_run(tmp_path / f"seed{seed}" / arm)
+    make_run(tmp_path / "seed0" / "shuffled")
+    (make_run(tmp_path / "seed1" / "bare") / "summary.json").unlink()
+    found = read_distill(tmp_path, ["distilled"])
+    assert found.seeds == (0, 1) and list(found.arms) == ["plain", "distilled"]
+    assert read_distill(tmp_path, ["shuffled"]).seeds == (0,)
+    with pytest.raises(UserError, match=r"seed0: not finished, it has no run 'bare'"):
+        read_distill(tmp_path)
+
+
 def test_a_distillation_without_a_finished_seed_is_not_finished(tmp_path: Path) -> None:
     make_run(tmp_path / "d" / "seed0" / "plain")
     (make_run(tmp_path / "d" / "seed0" / "distilled") / "summary.json").unlink()

@@ -68,7 +68,17 @@ def test_the_ring_leaves_out_the_object_and_the_padding() -> None:
 
 @pytest.mark.parametrize(
     ("pixels", "places", "stride"),
-    [(64, 2, 32), (64, 64, 1), (40, 3, 16), (33, 2, 32), (384, 24, 16), (299, 35, 9), (5, 5, 1)],
+    [
+        (64, 2, 32),
+        (64, 64, 1),
+        (40, 3, 16),
+        (33, 2, 32),
+        (384, 24, 16),
+        (299, 35, 9),
+        (5, 5, 1),
+        (100, 12, 8),
+        (100, 6, 16),
+    ],
 )
 def test_a_grids_stride_is_a_power_of_two_where_one_fits(
     pixels: int, places: int, stride: int

@@ -61,7 +61,8 @@ BOXES = [[[8.0, 8.0, 16.0, 17.0]], [[10.0, 4.0, 30.0, 26.0], [40.0, 20.0, 47.0, 
 
 
 def detector(channels: int = 16, **options: Any) -> FasterRCNN:
-    network = DETECTORS["fasterrcnn"](num_classes=CLASSES, channels=channels, **SMALL, **options)
+    chosen = SMALL | options
+    network = DETECTORS["fasterrcnn"](num_classes=CLASSES, channels=channels, **chosen)
     assert isinstance(network, FasterRCNN)
     return network
 
@@ -398,6 +399,33 @@ def test_micro_batches_add_up_for_every_term() -> None:
     assert all(value > 0 for value in whole.values())
     for name, one in after.items():
         torch.testing.assert_close(one, again[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [64, 100])
+def test_trunks_that_round_their_maps_down_learn_from_maps(side: int) -> None:
+    student, teacher = (detector(8, trunk="densenet121", width=1.0) for _ in range(2))
+    layers = ["network.backbone.0", "network.backbone.1"]
+    live = LiveTeacher(teacher, task_of(teacher, wanted="features"), layers, posterior=False)
+    terms = [
+        build_term(name, label=f"{name}{layer}", weight=1.0, student=layer, teacher=layer)
+        for name in ("imitation", "imitation_whole", "hint", "context_features")
+        for layer in layers
+    ]
+    batch = make_batch(BOXES)
+    batch["images"] = torch.randint(256, (3, 3, side, side), dtype=torch.uint8)
+    model = AdaptedStudent(student, layers)
+    objective = Objective(task_of(student), dict.fromkeys(LOSSES, 1.0), terms, live)
+    sums, counts = train_step(training_of(model), [batch], objective, objective.weights_at(0.0))
+    assert all(sums[term.name] > 0 and counts[term.name] > 0 for term in terms)
+
+
+def test_a_grid_without_a_power_of_two_is_refused() -> None:
+    batch = make_batch(BOXES)
+    masks = Detection(num_classes=CLASSES, levels=LEVELS).masks(batch)
+    with pytest.raises(UserError, match="a map of 10 pixels a place"):
+        masks["valid"]((7, 7))
+    with pytest.raises(UserError, match="is none of the student's levels"):
+        masks["whole"]((7, 7))
 
 
 def test_context_logits_are_of_the_boxes_that_have_a_posterior() -> None:

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kd.catalog import build
+from kd.config import DistillRecipe
+from kd.config_reader import find_config, load_recipe
 from kd.errors import ConfigError, UserError
+from kd.features import FeatureTaps
 from kd.losses.center_targets import center_targets
 from kd.losses.centernet import centernet_losses
 from kd.nn.detectors import DETECTORS
@@ -52,6 +55,17 @@ def test_maps_have_a_cell_for_each_four_pixels(height: int, width: int) -> None:
         "class_maps.0": (2, CLASSES, *grid),
         "box_maps.0": (2, 4, *grid),
     }
+
+
+def test_what_its_heads_read_is_a_layer_that_fits_other_detectors_maps() -> None:
+    recipe = load_recipe(DistillRecipe, find_config("distill", "centernet_resnet18"), data="voc")
+    (layer,) = {term.student for term in recipe.losses}
+    model = small().eval()
+    taps = FeatureTaps(model, [str(layer)])
+    with torch.no_grad():
+        output = model(torch.randn(1, 3, 37, 51))
+    (tapped,) = taps.collect().values()
+    assert tapped.shape == (1, 8, 10, 13) and torch.equal(tapped, output["features.0"])
 
 
 @pytest.mark.parametrize(
