@@ -82,12 +82,13 @@ class OpenData:
         """C."""
         return self.train.num_classes
 
-    def classes(self) -> Classes:
-        """Names, prior and look-alikes."""
+    def classes(self, prior: NDArray[np.float64] | None = None) -> Classes:
+        """Names, prior, by default that of usable objects, and look-alikes."""
         known = partial(visible_objects, self.val)
+        prior = self.prior() if prior is None else prior
         names, looks = self.class_names, self.val.looks
         where = self.section.name
-        return Classes(names, self.prior(), looks, known, where, truth=lambda: self.val_truth)
+        return Classes(names, prior, looks, known, where, truth=lambda: self.val_truth)
 
     @cached_property
     def val_truth(self) -> Truth:

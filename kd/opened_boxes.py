@@ -41,7 +41,7 @@ class OpenBoxes:
 
     def classes(self) -> Classes:
         """What a metric is told; KITTI's files say how hard each object is to see, too."""
-        known = self.objects.classes()
+        known = self.objects.classes(self.prior())
         if self.section.made_from != "kitti":
             return known
         return known._replace(kitti=lambda: self._val_kitti)
@@ -56,8 +56,19 @@ class OpenBoxes:
         return self.objects.labelled(seed)
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class shares of the objects, (C,)."""
-        return self.objects.prior(images)
+        """Class shares, (C,), with one added to each count: of objects of all sizes.
+
+        Args:
+            images: Only those with these ids.
+        """
+        index = self.objects.train
+        mine = np.ones(len(index.labels), dtype=np.bool_)
+        if images is not None:
+            mine = np.repeat(
+                np.isin(index.image_ids, np.asarray(list(images))), np.diff(index.first)
+            )
+        counts = np.bincount(index.labels[mine], minlength=self.num_classes) + 1.0
+        return np.asarray(counts / counts.sum(), dtype=np.float64)
 
     def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
         """Train pictures of a seed, those whose labels it may know."""

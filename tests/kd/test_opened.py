@@ -13,6 +13,7 @@ from kd.data.prepare import prepare
 from kd.data_config import objects_config
 from kd.errors import UserError
 from kd.opened import OpenData, open_objects
+from kd.opened_boxes import OpenBoxes
 from kd.tasks.base import about_boxes, count_units
 
 
@@ -58,6 +59,21 @@ def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: OpenData) -
     counts = np.diff(data.val.first)
     boxes = [len(other.evaluated_boxes()[0, place]["boxes"]) for place in range(len(data.val))]
     assert boxes == counts.tolist()
+
+
+def test_detectors_classes_are_counted_on_objects_of_all_sizes(
+    data: OpenData, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxes = OpenBoxes(changed(data, min_share=0.98, max_share=0.99))  # none that could be hidden
+    with caplog.at_level("INFO"):
+        prior = boxes.classes().prior
+    assert prior is not None and not caplog.records  # nor is any picture left out
+    counts = np.bincount(data.train.labels, minlength=data.num_classes) + 1.0
+    np.testing.assert_allclose(prior, counts / counts.sum())
+    some = data.train.image_ids[1:3]
+    first, last = data.train.first[1], data.train.first[3]
+    counts = np.bincount(data.train.labels[first:last], minlength=data.num_classes) + 1.0
+    np.testing.assert_allclose(boxes.prior(some), counts / counts.sum())
 
 
 def test_prepared_copies_are_found_by_split(data: OpenData, tmp_path: Path) -> None:
