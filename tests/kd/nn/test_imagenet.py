@@ -23,7 +23,7 @@ FILE = models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torch's cache, empty, and no way out: a proxy that nobody answers at."""
+    """The cache of torch, empty, and no way out: a proxy that nobody answers at."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     for name in ("https_proxy", "HTTPS_PROXY"):
@@ -42,7 +42,7 @@ def test_without_a_connection_url_folder_and_remedies_are_named(cache: Path) -> 
     for part in (models.ResNet18_Weights.DEFAULT.url, f"{cache / FILE}", "refused",
                  "weights: FILE", "weights: null"):  # fmt: skip
         assert part in said, said
-    with pytest.raises(UserError, match="weights of mobilenet_v3_large: .* cannot be had from htt"):
+    with pytest.raises(UserError, match=r"weights of mobilenet_v3_large: .* cannot be had from htt"):
         torchvision_net(3, weights="imagenet")
 
 
