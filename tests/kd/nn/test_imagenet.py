@@ -42,7 +42,7 @@ def test_without_a_connection_url_folder_and_remedies_are_named(cache: Path) -> 
     for part in (models.ResNet18_Weights.DEFAULT.url, f"{cache / FILE}", "refused",
                  "weights: FILE", "weights: null"):  # fmt: skip
         assert part in said, said
-    with pytest.raises(UserError, match=r"weights of mobilenet_v3_large: .* cannot be had from htt"):
+    with pytest.raises(UserError, match=r"of mobilenet_v3_large: .* cannot be had from htt"):
         torchvision_net(3, weights="imagenet")
 
 
