@@ -43,7 +43,7 @@ class AdaptedStudent(nn.Module):
         self.losses = nn.ModuleDict(
             {term.replace(".", "/"): loss for term, loss in (losses or {}).items()}
         )
-        self._taps = FeatureTaps(student, layers) if layers else None
+        self._taps = FeatureTaps(student, layers, called="student") if layers else None
 
     def forward(
         self, *inputs: Tensor, where: Mapping[str, Mask] | None = None

@@ -51,7 +51,7 @@ from kd.optim import make_optimizer
 from kd.pictures import write_pictures
 from kd.session import Session, run_training
 from kd.soft_targets import SoftTargetSource
-from kd.sources import Sources, open_sources
+from kd.sources import Sources, find_teachers, open_sources
 from kd.student_runs import BARE, imitates
 from kd.tasks.base import Mean, Task
 from kd.teacher_runs import expectation
@@ -85,16 +85,20 @@ class Distillation:
     out: Path
     label: str = ""  # what progress lines call a student and its arm; empty: their names
     labelled_alone: bool = False  # leave out pictures without labels: no term reads them
+    data_typed: str | None = None  # what --data was given, for messages
 
     def __post_init__(self) -> None:
-        """Find out what can be wrong before the first step."""
-        self.task = self._task()
+        """Find out what can be wrong before the first step, what takes no time first."""
+        recipe, data = self.recipe, self.data
         self.terms = build_terms(self._wanted())
         self.sources: Sources | None = None
-        check_terms(self.recipe, self.terms, self.data)
-        if any(self._taught(arm) for arm in self.recipe.arms):
+        check_terms(recipe, self.terms, data)
+        taught = any(self._taught(arm) for arm in recipe.arms)
+        paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
+        self.task = self._task()
+        if taught:
             self._check_layers()
-            self.sources = open_sources(self.recipe, self.terms, self.data, self.accelerator)
+            self.sources = open_sources(recipe, self.terms, data, self.accelerator, paths)
 
     def _task(self) -> Task:
         section, data = self.recipe.task, self.data
@@ -119,7 +123,8 @@ class Distillation:
         """A mistyped layer of the student, before a teacher works for hours."""
         layers = tapped_layers(self.terms)
         if layers and any(arm not in ARMS or arm == "distilled" for arm in self.recipe.arms):
-            FeatureTaps(self._student("distilled", None), layers).remove()
+            student = self._student("distilled", None)
+            FeatureTaps(student, layers, called="student").remove()
 
     def check(self) -> None:
         """Build every arm and compute its losses on two images, so that no arm fails after others.

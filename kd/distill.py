@@ -19,7 +19,7 @@ from kd.launch import open_run
 from kd.overlays import write_overlays
 from kd.report.runs import read_distill
 from kd.report.table import distill_table, print_table
-from kd.teacher_runs import RUNS
+from kd.teacher_folders import RUNS
 from kd.transferred import resolved
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or RUNS / "distill" / name / recipe.data.name
     with accelerator.main_process_first():
         data = open_data(recipe.data, recipe.task.name)
-    distillation = Distillation(recipe, data, accelerator, out)
+    distillation = Distillation(recipe, data, accelerator, out, data_typed=args.data)
     distillation.check()
     open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
     for seed in recipe.seeds:

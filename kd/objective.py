@@ -170,6 +170,12 @@ def _loss_of(
     term: Term, ours: Tensor, theirs: Tensor, masks: Mapping[str, Mask], batch: Batch
 ) -> Mean:
     kind, unit = term.kind, "hidden" if about_objects(batch) else "images"
+    if kind.boxes and ours.shape != theirs.shape:
+        raise UserError(
+            f"losses: {term.name}: student {tuple(ours.shape)} and teacher {tuple(theirs.shape)} "
+            "differ in shape: what is said of boxes can be compared between heads of one kind; a "
+            "second stage's has a background beside the classes, a detector's of one stage has none"
+        )
     if not kind.maps and about_boxes(batch):
         unit = "boxes"
     maps = kind.maps and ours.ndim == 4

@@ -54,6 +54,7 @@ class LiveTeacher:
         layers: Layers whose features are wanted.
         autocast: Whether it runs in bfloat16.
         posterior: Whether its answers about hidden objects are wanted.
+        called: What messages call it.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class LiveTeacher:
         *,
         autocast: bool = False,
         posterior: bool = True,
+        called: str = "teacher",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.task = task
-        self._taps = FeatureTaps(model, layers) if layers else None
+        self._taps = FeatureTaps(model, layers, called=called) if layers else None
         self._autocast, self._posterior = autocast, posterior
 
     def __enter__(self) -> LiveTeacher:

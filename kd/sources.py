@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from kd.config import Data, DistillRecipe, TeacherReference
+from kd.config import Data, DistillRecipe
 from kd.data.stored import PREFIX, StoredField
 from kd.equivariance import check_moved_maps
 from kd.errors import UserError
@@ -28,7 +29,8 @@ from kd.soft_targets import (
 )
 from kd.tasks.detection import Detection
 from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import TrainedTeacher, check_classes, find_teacher, load_teacher_of
+from kd.teacher_folders import find_teacher
+from kd.teacher_runs import TrainedTeacher, check_classes, load_teacher_of
 from kd.terms import OF_CLASSES, POSTERIOR, ROWS, TEACHER_OUTPUTS
 from kd.wiring import layers_among, outputs_by_teacher
 
@@ -92,34 +94,62 @@ class Sources:
         return Teachers(first, more, self.weights)
 
 
+def find_teachers(
+    recipe: DistillRecipe, terms: Sequence[Term], data: Opened, data_typed: str | None = None
+) -> dict[str, Path]:
+    """Where the teachers are that a recipe needs, by name; nothing of them is read.
+
+    Args:
+        recipe: As the user wrote it.
+        terms: Those that any of its arms has.
+        data: What they are computed on.
+        data_typed: What `--data` was given, for a message.
+
+    Raises:
+        UserError: One is not there.
+    """
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    return {
+        name: find_teacher(reference, recipe.data.name, further=name, typed=data_typed)
+        for name, reference in recipe.teachers.items()
+        if outputs[name] or name in _always(data)
+    }
+
+
 def open_sources(
-    recipe: DistillRecipe, terms: Sequence[Term], data: Opened, accelerator: Accelerator
+    recipe: DistillRecipe,
+    terms: Sequence[Term],
+    data: Opened,
+    accelerator: Accelerator,
+    paths: Mapping[str, Path],
 ) -> Sources:
     """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
 
+    Args:
+        recipe: As the user wrote it.
+        terms: Those that any of its arms has.
+        data: What they are computed on.
+        accelerator: Devices and processes.
+        paths: Of `find_teachers`.
+
     Raises:
-        UserError: A teacher that is not there, or is of another data set, other classes or another
-            picture size; stored maps that cannot follow the picture.
+        UserError: A teacher that is of another data set, other classes or another picture size;
+            stored maps that cannot follow the picture.
     """
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
-    # Of objects the recipe's own says what pictures show, and what a bare student may be taught.
-    always = {""} if isinstance(data, OpenData) else set()
-    references = {
-        name: one for name, one in recipe.teachers.items() if outputs[name] or name in always
-    }
+    always = _always(data)
     teachers = {
-        name: _found(reference, recipe, data, stored=recipe.keeps(name))
-        for name, reference in references.items()
+        name: _loaded(path, data, stored=recipe.keeps(name)) for name, path in paths.items()
     }
     by_class = always | _read_by_class(terms, recipe)
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
-        FeatureTaps(teacher.model, layers_among(outputs[name])).remove()
+        _check_layers(teacher, name, outputs[name], recipe)
         if name in by_class:
             check_classes(teacher, data.class_names, recipe.data.name)
         if recipe.keeps(name):
             _check_labels_known(teacher, recipe)
         teacher.model.to(accelerator.device)
-    sources = Sources(teachers, [reference.weight for reference in references.values()])
+    sources = Sources(teachers, [recipe.teachers[name].weight for name in teachers])
     for name, teacher in teachers.items():
         if not recipe.keeps(name):
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
@@ -135,12 +165,37 @@ def open_sources(
     return sources
 
 
-def _found(
-    reference: TeacherReference, recipe: DistillRecipe, data: Opened, *, stored: bool
-) -> TrainedTeacher:
-    """A reference's teacher; stored ones answer about objects, and so have the data's classes."""
+def _always(data: Opened) -> set[str]:
+    """Teachers that are needed whether a term reads them or not.
+
+    Of objects the recipe's own says what pictures show, and what a bare student may be taught.
+    """
+    return {""} if isinstance(data, OpenData) else set()
+
+
+def _loaded(path: Path, data: Opened, *, stored: bool) -> TrainedTeacher:
+    """A teacher for this data; stored ones answer about objects, and so have the data's classes."""
     asked = data.objects if stored and isinstance(data, OpenBoxes) else data
-    return load_teacher_of(find_teacher(reference, recipe.data.name), asked)
+    return load_teacher_of(path, asked)
+
+
+def _check_layers(
+    teacher: TrainedTeacher, name: str, outputs: Sequence[str], recipe: DistillRecipe
+) -> None:
+    """A layer that a teacher lacks may mean that another kind of teacher was to be named."""
+    try:
+        FeatureTaps(teacher.model, layers_among(outputs), called=teacher.called).remove()
+    except UserError as error:
+        reference, key = recipe.teachers[name], f"more_teachers.{name}" if name else "teacher"
+        if (
+            reference.name == teacher.recipe.teacher.name
+            or "name" not in reference.model_fields_set
+        ):
+            raise
+        raise UserError(
+            f"{error}. The recipe is for {key}.name {reference.name}: name a run of that kind, or "
+            "layers that this one has in losses and adapters"
+        ) from error
 
 
 def _read_by_class(terms: Sequence[Term], recipe: DistillRecipe) -> set[str]:
@@ -240,4 +295,5 @@ def _live(
     return LiveTeacher(
         teacher.model, task, layers_among(outputs),
         autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,
+        called=teacher.called,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from kd.config import DistillRecipe, Model, Train
 from kd.config_transfer import Finetune, Probe, TransferRecipe
 from kd.errors import UserError
-from kd.teacher_runs import find_teacher
+from kd.teacher_folders import find_teacher
 from kd.transferred import TRANSFERRED, resolved
 
 TEACHER = "teacher"
@@ -34,13 +34,17 @@ class Start:
         return out / self.path / f"seed{seed}" / "bare" / "summary.json"
 
 
-def starts(recipe: TransferRecipe) -> Iterator[Start]:
+def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[Start]:
     """Every mode from every start, modes apart; the teacher's run is looked for.
+
+    Args:
+        recipe: As the user wrote it.
+        data_typed: What `--data` was given, for a message.
 
     Raises:
         UserError: No run where a start needs one, or a student that cannot be built from it.
     """
-    student, weights = _student(recipe)
+    student, weights = _student(recipe, data_typed)
     for mode, section in (("probe", recipe.probe), ("finetune", recipe.finetune)):
         if section is None:
             continue
@@ -60,12 +64,12 @@ def starts(recipe: TransferRecipe) -> Iterator[Start]:
             )
 
 
-def _student(recipe: TransferRecipe) -> tuple[Model, dict[str, str | None]]:
+def _student(recipe: TransferRecipe, data_typed: str | None) -> tuple[Model, dict[str, str | None]]:
     """The student without weights, and the weights of each start."""
     student, weights = recipe.student, dict(recipe.starts)
     alike = student.name == TRANSFERRED and "like" not in student.options
     if alike or TEACHER in weights.values():
-        run = str(find_teacher(recipe.teacher, recipe.data.name))
+        run = str(find_teacher(recipe.teacher, recipe.data.name, typed=data_typed))
         weights = {name: run if source == TEACHER else source for name, source in weights.items()}
         if alike:
             student = student.model_copy(update={"options": {**student.options, "like": run}})

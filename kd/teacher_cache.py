@@ -277,7 +277,7 @@ class _Cache:
     ) -> LiveTeacher:
         return LiveTeacher(
             model, self.teacher.task, layers, autocast=self._autocast,
-            posterior=POSTERIOR in outputs,
+            posterior=POSTERIOR in outputs, called=self.teacher.called,
         )  # fmt: skip
 
 

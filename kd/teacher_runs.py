@@ -1,4 +1,4 @@
-"""Trained teachers: found, loaded, and their posteriors computed once and stored."""
+"""Trained teachers: loaded, held against a data set, and asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from kd.adapted import AdaptedStudent
 from kd.build import build_task, build_teacher, open_data
 from kd.checkpoint import load_checkpoint, load_model, load_state
-from kd.config import Data, Model, TeacherRecipe, TeacherReference
+from kd.config import Data, Model, TeacherRecipe
 from kd.config_data import OBJECTS, kind_of_data
 from kd.config_reader import read_yaml
 from kd.data.collate import collate
@@ -30,10 +30,10 @@ from kd.opened_files import class_names as data_class_names
 from kd.run_folder import class_names
 from kd.tasks.base import Batch, Task, named
 from kd.tasks.context_map import ContextMap
+from kd.teacher_folders import RUNS
 from kd.transferred import teacher_recipe
 
 _log = logging.getLogger("kd")
-RUNS = Path("runs")
 BACKGROUND = "background"  # class 0 of label maps that are drawn from objects
 SAMPLES = 32  # pictures by which int8 learns its ranges
 
@@ -63,35 +63,16 @@ class TrainedTeacher:
         return section
 
     @property
+    def called(self) -> str:
+        """What messages call it: its run, what it is and what it learned."""
+        return (
+            f"teacher {self.folder} ({self.recipe.teacher.name}, of task {self.recipe.task.name})"
+        )
+
+    @property
     def reads_labels(self) -> bool:
         """Whether it is told the classes of the other objects."""
         return bool(getattr(self.model, "reads_labels", False))
-
-
-def find_teacher(reference: TeacherReference, data: str) -> Path:
-    """The run folder or file that a recipe means.
-
-    Raises:
-        UserError: None is named and none is where the teacher command puts them; the message says
-            which command makes one.
-    """
-    if reference.run is not None:
-        path = Path(reference.run)
-        if not path.exists():
-            raise UserError(f"teacher.run: {path}: no such run folder or file")
-        return path
-    path = default_folder(reference.name, data)
-    if not (path / "model.safetensors").is_file():
-        raise UserError(
-            f"no trained teacher at {path}; make one with: python -m kd.train_teacher --teacher "
-            f"{reference.name} --data {data}, or name one with --teacher RUN"
-        )
-    return path
-
-
-def default_folder(teacher: str, data: str) -> Path:
-    """Where a teacher's run goes unless told otherwise."""
-    return RUNS / "teacher" / teacher / data
 
 
 def latest_teacher() -> Path:

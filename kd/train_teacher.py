@@ -12,7 +12,7 @@ from kd.data.splits import fold_of
 from kd.launch import open_run
 from kd.opened import OpenData
 from kd.session import say_summary
-from kd.teacher_runs import default_folder
+from kd.teacher_folders import default_folder
 from kd.teacher_training import train_one
 
 

@@ -19,7 +19,7 @@ from kd.opened import open_objects
 from kd.report.table import print_table
 from kd.report.transfer import transfer_table
 from kd.starts import starts
-from kd.teacher_runs import RUNS
+from kd.teacher_folders import RUNS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
     out = args.out or RUNS / "transfer" / name / recipe.data.name
-    rows = list(starts(recipe))
+    rows = list(starts(recipe, args.data))
     with accelerator.main_process_first():
         data = open_objects(recipe.data)
     runs = [

@@ -57,6 +57,7 @@ PLACES = {
     "kd.term_checks": COMMANDS,
     "kd.shard_writer": COMMANDS,
     "kd.equivariance": COMMANDS,
+    "kd.teacher_folders": COMMANDS,
     "kd.teacher_runs": COMMANDS,
     "kd.ask": COMMANDS,
     "kd.expected": COMMANDS,

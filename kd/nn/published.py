@@ -15,6 +15,7 @@ from torchvision import models
 
 from kd.catalog import look_up
 from kd.errors import UserError
+from kd.nn.imagenet import imagenet_weights
 from kd.nn.weights import load_network, load_trunk_weights
 
 NAMES = tuple(models.list_models(module=models.segmentation))
@@ -75,7 +76,8 @@ def torchvision_net(
             alone are then left aside.
 
     Raises:
-        UserError: Unknown name, no auxiliary classifier to be had, or a file that does not fit.
+        UserError: Unknown name, no auxiliary classifier to be had, or weights that cannot be had or
+            do not fit.
     """
     look_up(dict.fromkeys(NAMES), name, what="torchvision segmentation network")
     options: dict[str, Any] = {"aux_loss": auxiliary}
@@ -101,7 +103,7 @@ def _load_backbone(network: PublishedNet, trunk: str, weights: str) -> None:
     given: Path | dict[str, Any] = Path(weights)
     source = weights
     if weights == "imagenet":
-        given = models.get_model_weights(trunk)["DEFAULT"].get_state_dict(progress=False)
+        given = imagenet_weights(trunk)
         source = f"torchvision's weights of {trunk}"
     load_trunk_weights(network.backbone, given, source=source, what=f"the backbone {trunk}")
 

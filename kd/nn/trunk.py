@@ -15,6 +15,7 @@ from torchvision import models
 from kd.catalog import look_up, suggestion
 from kd.errors import UserError
 from kd.nn.finer import keep_stride
+from kd.nn.imagenet import imagenet_weights
 from kd.nn.slim import slim
 from kd.nn.weights import load_trunk_weights, widen_first_convolution
 
@@ -247,7 +248,7 @@ def build_trunk(
         until: Path of the last step that is kept, as "layer2"; all without it.
 
     Raises:
-        UserError: Unknown name, a file that does not fit, a stride that the family cannot keep.
+        UserError: Unknown name, weights not to be had or of others, a stride that cannot be kept.
     """
     if width != 1.0 and weights is not None:
         raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
@@ -256,8 +257,7 @@ def build_trunk(
         slim(classifier, width, what=name)
     trunk = Trunk(name, classifier)
     if weights == "imagenet":
-        state = models.get_model_weights(name)["DEFAULT"].get_state_dict(progress=False)
-        load_trunk_weights(trunk, state, source=f"torchvision's weights of {name}")
+        load_trunk_weights(trunk, imagenet_weights(name), source=f"torchvision's weights of {name}")
     elif weights is not None:
         load_trunk_weights(trunk, Path(weights), source=weights)
     if in_channels != 3:

@@ -19,6 +19,7 @@ import yaml
 import kd.distill
 import kd.evaluate
 import kd.train_teacher
+import kd.transfer
 from kd.checkpoint import load_checkpoint
 from kd.cli import Main, run_command
 
@@ -357,6 +358,43 @@ def test_without_a_teacher_the_message_says_which_command_makes_one(
     assert "nowhere: no such run folder" in only_error(
         distill(command, data, "--teacher", "nowhere")
     )
+
+
+def test_the_command_that_makes_a_teacher_gets_the_data_as_typed(
+    command: Command, data: Path
+) -> None:
+    Path("my data.yaml").write_text(yaml.safe_dump({**DATA, "root": str(data)}))
+    arguments = ("--student", "resnet18", "--data")
+    line = only_error(command(kd.distill.main, None, *arguments, "my data.yaml"))
+    assert "runs/teacher/cnn/my data; make one with: " in line
+    assert "kd.train_teacher --teacher cnn --data 'my data.yaml', or name" in line
+    # A recipe that holds its data set: that is no name to be given to a command.
+    assert "--data unnamed.yaml (a file of what the recipe has under data), or" in only_error(
+        distill(command, data)
+    )
+    transfer = ("--task", "scene_labels", "--data", "my data.yaml")
+    assert "--data 'my data.yaml', or" in only_error(command(kd.transfer.main, None, *transfer))
+
+
+def test_of_several_teachers_the_one_that_is_missing_is_named(command: Command, data: Path) -> None:
+    """Without weights at hand: teachers are looked for before a student is built."""
+    assert teacher(command, data) == (0, [])
+    Path("mine.yaml").write_text(yaml.safe_dump({**DATA, "root": str(data)}))
+    arguments = ["--student", "fasterrcnn_resnet18_context", "--ablation", "context", "--data",
+                 "mine.yaml", "--set", "student.options.weights=none.pth"]  # fmt: skip
+    line = only_error(command(kd.distill.main, None, *arguments))
+    assert "no trained teacher at runs/teacher/cnn/mine; " in line and "--teacher RUN" in line
+    line = only_error(command(kd.distill.main, None, *arguments, "--teacher", "run"))
+    assert "more_teachers.detector: no trained teacher at runs/teacher/fasterrcnn_resnet50/" in line
+    assert "--teacher fasterrcnn_resnet50 --data mine.yaml, or" in line
+    assert line.endswith("name one with --set more_teachers.detector.run=RUN")
+    arguments += ["--teacher", "run", "--set", "more_teachers.detector.run=nowhere"]
+    line = only_error(command(kd.distill.main, None, *arguments))
+    assert line == "error: more_teachers.detector.run: nowhere: no such run folder or file"
+    # Found, and only then the student's weights are missed.
+    line = only_error(command(kd.distill.main, None, *arguments[:-1],
+                              "more_teachers.detector.run=run"))  # fmt: skip
+    assert "weights file none.pth does not exist" in line
 
 
 def test_a_teacher_that_is_none_is_named(command: Command, data: Path) -> None:

@@ -145,6 +145,41 @@ def test_a_stored_context_teacher_stands_beside_a_live_detector(
     assert (out / "masks/0.png").is_file()
 
 
+def refusal(scenes: list[str], teacher: Path, out: Path, ablation: str, *settings: str) -> str:
+    """What stops an ablation of imitation."""
+    given = flags([*scenes, f"student.{SMALL}", *settings])
+    command = ["--student", "fasterrcnn_resnet18", "--data", "scenes", "--teacher", str(teacher)]
+    with pytest.raises(UserError) as caught:
+        distill.main([*command, "--ablation", ablation, *given, "--out", str(out)])
+    return str(caught.value)
+
+
+def test_a_layer_that_a_teacher_lacks_is_said_to_be_its(
+    scenes: list[str], small_teacher: Path, finder: Path, tmp_path: Path
+) -> None:
+    said = refusal(scenes, small_teacher, tmp_path, "imitation", "data.size=32")
+    assert said.startswith(f"teacher {small_teacher} (cnn, of task context): unknown layer ")
+    assert "'network.backbone.0'" in said
+    assert "for teacher.name fasterrcnn_resnet50: name a run of that kind" in said
+    three = 'levels=["0", "1", "2"]'
+    said = refusal(scenes, finder, tmp_path, "psi", three)
+    assert said.startswith("student: layer 'network.backbone' has no output '2'; known: 0, 1. ")
+    assert "`levels`" in said and "student.options.levels" in said
+    deep = "student.options.levels=[2, 3, 4]"
+    said = refusal(scenes, finder, tmp_path, "psi", three, deep)
+    assert said.startswith(f"teacher {finder} (fasterrcnn_resnet50, of task detection): layer ")
+    assert "has no output '2'; known: 0, 1. " in said
+
+
+def test_heads_of_another_kind_are_refused(scenes: list[str], tmp_path: Path) -> None:
+    small = ("teacher.options={trunk: resnet18, width: 0.25, levels: [2, 3], channels: 64}",
+             "train.epochs=0")  # fmt: skip
+    command = ["--teacher", "fcos_resnet50", "--data", "scenes", *flags([*scenes, *small])]
+    assert train_teacher.main([*command, "--out", str(tmp_path / "fcos")]) == 0
+    said = refusal(scenes, tmp_path / "fcos", tmp_path / "out", "imitation")
+    assert "losses: object_logits: student (" in said and "heads of one kind" in said
+
+
 def test_a_context_teacher_may_be_the_further_one(
     scenes: list[str], finder: Path, small_teacher: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,17 @@ def test_an_unknown_layer_lists_the_nearest_before_anything_runs(wrong: str, hin
     assert hint in str(caught.value)
 
 
+def test_messages_say_whose_layer_it_is() -> None:
+    with pytest.raises(UserError, match=r"^teacher RUN \(cnn\): unknown layer 'layer4'"):
+        FeatureTaps(Network(), ["layer4"], called="teacher RUN (cnn)")
+    model = Network()
+    taps = copy.deepcopy(FeatureTaps(model, ["neck.2"], called="student"))
+    taps.model(IMAGES)
+    said = r"^student: layer 'neck' has no output '2'; known: 0, pool\. .*`levels`.*options\.levels"
+    with pytest.raises(UserError, match=said):
+        taps.collect()
+
+
 def test_a_missing_key_lists_the_keys() -> None:
     model = Network()
     taps = FeatureTaps(model, ["neck.p5"])

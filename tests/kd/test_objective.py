@@ -127,6 +127,15 @@ def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:
         distillation_losses([term], {"context": logits}, {"neck": logits}, {}, asked([0]))
 
 
+@pytest.mark.parametrize(("name", "ours"), [("object_logits", 6), ("object_boxes", 24)])
+def test_what_is_said_of_boxes_is_compared_between_heads_of_one_kind(name: str, ours: int) -> None:
+    term = build_term(name, weight=1.0)
+    given = {term.student: torch.randn(3, ours)}, {term.teacher: torch.randn(3, 5)}
+    said = rf"{name}: student \(3, {ours}\) and teacher \(3, 5\) differ .*one kind.*background"
+    with pytest.raises(UserError, match=said):
+        distillation_losses([term], *given, {}, asked([0, 1, 1]))
+
+
 def test_a_wrong_term_is_refused_when_it_is_built() -> None:
     with pytest.raises(UserError, match=r"unknown distillation term 'context_logit'.*did you mean"):
         build_term("context_logit", weight=1.0)
