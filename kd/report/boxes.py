@@ -159,26 +159,48 @@ def imitation_figure(
     panels = figure.subplots(len(anchors), len(psis), squeeze=False)
     grey = picture.float().mean(dim=0, keepdim=True).permute(1, 2, 0).cpu().numpy() / 255
     for level, (own, grid, line) in enumerate(zip(boxes, anchors, panels, strict=True)):
-        stride = frame[0] // grid.shape[0]
+        nearest, stride = _nearest_places(grid, frame)
         for psi, axes in zip(psis, line, strict=True):
             mask = imitation_mask([own], grid, psi=psi)[0]
-            axes.imshow(_masked(grey, mask, frame)[:height, :width], interpolation="nearest")
+            shown = _masked(grey, mask, nearest)[:height, :width]
+            axes.imshow(shown, interpolation="nearest")
             for x1, y1, x2, y2 in own.tolist():
                 axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False,
                                          edgecolor=ORANGE, linewidth=1.2))  # fmt: skip
             axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
             places = int(mask.sum())
-            where = f"level {level}, stride {stride}: " if len(anchors) > 1 else ""
+            where = f"level {level}, stride {stride:g}: " if len(anchors) > 1 else ""
             axes.set_title(f"{where}psi {psi:g}, {places} places", fontsize=7.5, color=INK, pad=3)
             axes.set_axis_off()
     return figure
 
 
-def _masked(grey: Array, mask: Tensor, frame: tuple[int, int]) -> Array:
-    """A grey picture, (H, W, 3) in 0..1, blue in the cells that a mask of its grid chooses."""
-    rows, columns = (
-        torch.arange(side) * places // side for side, places in zip(frame, mask.shape, strict=True)
+def _nearest_places(anchors: Tensor, frame: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], float]:
+    """Which place each pixel of a frame is nearest to, by the middles of the places' anchors.
+
+    These middles are what imitation looks at, wherever in a place a level's offset puts them.
+
+    Args:
+        anchors: `anchor_grid`, (h, w, K, 4).
+        frame: H and W.
+
+    Returns:
+        The row of each row of pixels (H,) and the column of each column (W,), and the stride.
+    """
+    first = anchors[:, :, 0].cpu()
+    sides = (first[:, 0, 1::2].mean(dim=1), first[0, :, 0::2].mean(dim=1))
+    down, across = (
+        torch.searchsorted((middles[1:] + middles[:-1]) / 2, torch.arange(pixels) + 0.5, right=True)
+        for middles, pixels in zip(sides, frame, strict=True)
     )
+    longer, pixels = max(zip(sides, frame, strict=True), key=lambda side: len(side[0]))
+    stride = float(longer[1] - longer[0]) if len(longer) > 1 else float(pixels)
+    return (down, across), stride
+
+
+def _masked(grey: Array, mask: Tensor, nearest: tuple[Tensor, Tensor]) -> Array:
+    """A grey picture, (H, W, 3) in 0..1, blue where the nearest place is one that a mask chooses."""
+    rows, columns = nearest
     chosen = mask.cpu()[rows][:, columns, None].numpy()
     blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
     return np.asarray(np.where(chosen, 0.45 * grey + 0.55 * blue, 0.35 + 0.65 * grey))
