@@ -199,7 +199,7 @@ def _nearest_places(anchors: Tensor, frame: tuple[int, int]) -> tuple[tuple[Tens
 
 
 def _masked(grey: Array, mask: Tensor, nearest: tuple[Tensor, Tensor]) -> Array:
-    """A grey picture, (H, W, 3) in 0..1, blue where the nearest place is one that a mask chooses."""
+    """A grey picture, (H, W, 3) in 0..1, blue where a mask chooses the nearest place."""
     rows, columns = nearest
     chosen = mask.cpu()[rows][:, columns, None].numpy()
     blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
