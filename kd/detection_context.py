@@ -184,7 +184,7 @@ def _plans(truth: Truth, found: Detections, asking: Asking) -> tuple[list[_Plan]
     """The questions of each image, and each detection's."""
     question = np.full(len(found.scores), -1, np.int64)
     sides = corners(found.boxes.xywh).astype(np.float32)  # as a question has them
-    some = (sides[:, 2:] > sides[:, :2]).all(axis=1)  # of an empty box nothing can be hidden
+    some = np.all(sides[:, 2:] > sides[:, :2], axis=1)  # of an empty box nothing can be hidden
     plans = []
     count = 0
     for image, rows in enumerate(by_image(found.boxes, len(truth.image_ids))):

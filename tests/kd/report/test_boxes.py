@@ -16,7 +16,7 @@ from kd.metrics.box_records import box_records
 from kd.metrics.mean_ap import Boxes
 from kd.metrics.records import Records
 from kd.report.boxes import Marked, boxes_figure, found_figures, imitation_figure
-from kd.report.drawing import figure_image
+from kd.report.drawing import GREY, figure_image
 from kd.report.overlay import class_colour
 
 NAMES = ("cup", "mug", "jar")
@@ -83,11 +83,18 @@ def test_found_pictures_say_what_is_right() -> None:
     assert truth.get_title() == "truth, 1 object" and len(rectangles(truth)) == 2
     # A jar is not a cup; the third is inside the crowd, neither right nor wrong; 0.1 is not drawn.
     assert plain.get_title() == "plain, 1 found, 1 wrong"
-    assert [patch.get_linestyle() for patch in rectangles(plain)] == ["-", "--", "-"]
+    ignored, wrong, found = rectangles(plain)  # the best on top
+    assert [patch.get_linestyle() for patch in (found, wrong, ignored)] == ["-", "--", ":"]
+    assert to_hex(ignored.get_edgecolor()) == GREY
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "cup", "jar", "wrong", "not counted", "crowd", "score 0.3 or more, in %"]  # fmt: skip
     assert distilled.get_title() == "distilled, 1 found, 0 wrong"
     assert len(rectangles(distilled)) == 1
     (lowered,) = found_figures({"plain": records_of([0.9] * 4)}, picture, count=1, least=0.95)
     assert asked[-1] == 3 and not rectangles(lowered.axes[1])
+    shown = [text.get_text() for text in lowered.legends[0].get_texts()]
+    assert shown == ["jar", "score 0.95 or more, in %"]  # nothing that is not in the picture
 
 
 def test_masks_are_those_of_imitation() -> None:
