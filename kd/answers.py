@@ -35,7 +35,7 @@ from kd.opened_gaze import OpenGaze
 from kd.opened_maps import OpenMaps
 from kd.overlays import drawn
 from kd.pictures import hidden_scenes
-from kd.report.runs import Run, read_predictions
+from kd.report.runs import Run, read_predictions, results_hint
 from kd.run_folder import class_names, write_class_names, write_config, write_summary
 from kd.session import new_metric, val_loader
 from kd.student_runs import load_student
@@ -268,7 +268,7 @@ def _data_name(run: Run) -> str:
 def _run_config(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{run}: not a run folder, it has no config.yaml")
+        raise UserError(f"{run}: not a run folder, it has no config.yaml{results_hint(run)}")
     config = read_yaml(file)
     if not {"data", "train", "task"} <= config.keys():
         raise UserError(f"{file}: not the config of a run")

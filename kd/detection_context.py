@@ -65,7 +65,8 @@ class Context:
 
     Attributes:
         log_probs: (K, C) float32, one for each question.
-        question: (D,) int64, which one is about a detection; -1 = it was not asked about.
+        question: (D,) int64, which one is about a detection; -1 = it was not asked about, as one
+            whose box has no area.
     """
 
     log_probs: npt.NDArray[np.float32]
@@ -182,9 +183,12 @@ def _key(
 def _plans(truth: Truth, found: Detections, asking: Asking) -> tuple[list[_Plan], Ints]:
     """The questions of each image, and each detection's."""
     question = np.full(len(found.scores), -1, np.int64)
+    sides = corners(found.boxes.xywh).astype(np.float32)  # as a question has them
+    some = np.all(sides[:, 2:] > sides[:, :2], axis=1)  # of an empty box nothing can be hidden
     plans = []
     count = 0
     for image, rows in enumerate(by_image(found.boxes, len(truth.image_ids))):
+        rows = rows[some[rows]]
         best = rows[np.argsort(-found.scores[rows], kind="stable")][: asking.most]
         if not len(best):
             continue

@@ -3,7 +3,7 @@
     python -m kd.evaluate runs/teacher/cnn/scenes
     python -m kd.evaluate runs/teacher/cnn/scenes --data coco      # into evaluation/coco/
     python -m kd.evaluate --all runs/teacher --data scenes --out teachers
-    python -m kd.evaluate results.json --annotations instances_val2017.json    # of any detector
+    python -m kd.evaluate results.json --annotations instances_val.json --out DIR     # any detector
 
 Of one run the model is asked again, and tables, figures and numbers go into RUN/evaluation.
 With --all what runs have answered is read: each RUN, or every finished run below a folder.
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--annotations", type=Path, metavar="JSON", help=results)
     add("--scales", metavar="A,B", help="label maps: average over these scales: 0.75,1,1.25")
     add("--flip", action="store_true", help="label maps: average over mirrored pictures, too")
-    out = "where files go (default: RUN/evaluation; with --all: none)"
+    out = "where files go (default: RUN/evaluation; with --all and of results files: none)"
     add("--out", "--figures", type=Path, metavar="DIR", dest="out", help=out)
     return parser
 

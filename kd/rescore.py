@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd.rescore", description=__doc__)
     add = parser.add_argument
     add("--teacher", required=True, type=Path, help="a teacher's run folder or checkpoint")
-    add("--detections", required=True, type=Path, help="COCO results JSON of any detector")
+    add("--detections", required=True, type=Path, help="a detector's COCO results, scores in 0..1")
     add("--annotations", required=True, type=Path, help="COCO JSON of these images")
     add("--images", required=True, type=Path, help="their folder")
     add("--out", required=True, type=Path, help="results to write; answers are kept beside them")

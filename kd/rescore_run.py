@@ -59,7 +59,7 @@ class Split:
             UserError: What is wrong with them.
         """
         truth = read_truth(annotations)
-        found = read_detections(detections, truth)
+        found = read_detections(detections, truth, probabilities=True)
         loaded = load_teacher(teacher, len(truth.class_names))
         check_classes(loaded, truth.class_names, str(annotations))
         context = context_of(loaded, truth, found, images, kept_in, device=device, asking=asking)

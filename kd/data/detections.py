@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from kd.errors import UserError
 from kd.files import write_whole
 from kd.metrics.mean_ap import Boxes
 
+_log = logging.getLogger("kd")
 _SHOWN = 5
 Json = dict[str, Any]
 
@@ -55,7 +57,7 @@ class Detections:
         path: The file.
         entries: As they stand in it.
         boxes: The same as arrays.
-        scores: (D,) float64.
+        scores: (D,) float64; larger is surer.
         sha256: Of the file's bytes.
     """
 
@@ -105,12 +107,20 @@ def read_truth(path: Path) -> Truth:
     )
 
 
-def read_detections(path: Path, truth: Truth) -> Detections:
+def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
     """Read a results file of the images and classes of a truth.
+
+    Boxes without an area, as detectors leave where they clip what lies outside of a picture, stay:
+    they overlap nothing, and count as wrong ones as in pycocotools. How many is said in the log.
+
+    Args:
+        path: The file.
+        truth: Of the same images.
+        probabilities: Whether scores must be in 0..1; ranking takes any numbers, logits too.
 
     Raises:
         UserError: Not a list of results, empty, or entries that name an unknown image or category,
-            have a score that is no number in 0..1, or no box; the first few are named.
+            have a score that is no such number, or no box; the first few are named.
     """
     entries, digest = read_json(path)
     if not isinstance(entries, list):
@@ -124,7 +134,7 @@ def read_detections(path: Path, truth: Truth) -> Detections:
     mistakes: list[str] = []
     count = 0
     for place, entry in enumerate(entries):
-        mistake = _mistake(entry, images, categories, truth.path)
+        mistake = _mistake(entry, images, categories, truth.path, probabilities)
         if mistake is not None:
             count += 1
             if len(mistakes) < _SHOWN:
@@ -135,6 +145,11 @@ def read_detections(path: Path, truth: Truth) -> Detections:
         raise UserError("\n".join(mistakes))
     scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
     boxes = _boxes(entries, truth.image_ids, truth.category_ids)
+    if empty := int((boxes.xywh[:, 2:] == 0).any(axis=1).sum()):
+        _log.warning(
+            "%s: %d of %d results have a box without an area; they can find nothing and count as "
+            "wrong, as in pycocotools", path, empty, len(entries),
+        )  # fmt: skip
     return Detections(path, entries, boxes, scores, digest)
 
 
@@ -158,7 +173,9 @@ def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
-def _mistake(entry: Any, images: set[int], categories: set[int], truth: Path) -> str | None:
+def _mistake(
+    entry: Any, images: set[int], categories: set[int], truth: Path, probabilities: bool
+) -> str | None:
     """What is wrong with a result, None if nothing is."""
     if not isinstance(entry, Mapping):
         return f"is {str(entry)[:60]!r}, expected an object with image_id, category_id, bbox, score"
@@ -173,13 +190,15 @@ def _mistake(entry: Any, images: set[int], categories: set[int], truth: Path) ->
             "their ids there, not by their place"
         )
     score = entry["score"]
-    if not is_number(score) or not 0 <= score <= 1:
-        return f"score is {score!r}, expected a number in 0..1"
+    if not is_number(score):
+        return f"score is {score!r}, expected a finite number"
+    if probabilities and not 0 <= score <= 1:
+        return f"score is {score!r}, expected a probability, 0..1; of a logit it is the sigmoid"
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return f"bbox is {str(box)[:60]}, expected 4 finite numbers x, y, width, height"
-    if box[2] <= 0 or box[3] <= 0:
-        return f"bbox {box} has no area; it is x, y, width, height in pixels"
+    if box[2] < 0 or box[3] < 0:
+        return f"bbox {box} has a side below 0; it is x, y, width, height in pixels"
     return None
 
 

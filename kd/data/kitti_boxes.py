@@ -98,6 +98,11 @@ def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int,
         raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
     if split != EVERY:
         where = root / "ImageSets" / f"{split}.txt"
+        if not any(where.parent.glob("*.txt")):
+            raise UserError(
+                f"{where}: no such split; lists of a split's pictures are not part of KITTI's "
+                "download: write one, a picture's number a line, such as 000007"
+            )
         return where, split_names(where, where.parent)
     names = sorted(path.stem for path in labels.glob("*.txt"))
     if not names:

@@ -152,7 +152,7 @@ def check(records: Records, where: str) -> None:
 
     Raises:
         UserError: A missing array, wrong shapes, a picture or class that is not there, numbers that
-            are not finite, boxes without an area, or not one object to find.
+            are not finite, sides below 0, or not one object to find.
     """
     required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
     if missing := [name for name in required if name not in records]:
@@ -196,7 +196,7 @@ def _check_numbers(records: Records, name: str, where: str) -> None:
     wrong = ~np.isfinite(values).all(axis=1)
     problem = "is not finite"
     if name == "found_boxes" and not wrong.any():  # of true ones COCO itself has some
-        wrong, problem = (values[:, 2:] <= 0).any(axis=1), "has no area"
+        wrong, problem = (values[:, 2:] < 0).any(axis=1), "has a side below 0"
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         image = records["image_ids"][records[f"{name.partition('_')[0]}_images"][row]]

@@ -15,6 +15,8 @@ from kd.report.comparison import bounds_cell, interval_of, number_cell
 from kd.report.drawing import GREY, INK, colours, legend_above, letters_on, new_figure, new_stack
 from kd.report.table import Table
 
+_LETTERS, _GAP = 7.5, 2  # points: of a number, and between it and the error bar below it
+_ROOM, _ABOVE = 1.05, 1.12  # axes end so much above an error bar; and above one with a number on it
 _NAMES_AT_MOST = 60  # more groups of bars cannot be read
 _OVER_PICTURES = "[low, high]: 95 % interval, pictures drawn again"
 
@@ -126,7 +128,7 @@ def size_figure(runs: Mapping[str, Records]) -> Figure:
     first = next(iter(runs.values()))
     sizes = {"AP": "all", **SIZES}
     shown = [metric for metric in sizes if DETECTIONS.value(first, metric) is not None]
-    place, width = np.arange(len(shown)), 0.8 / len(runs)
+    place, width, top = np.arange(len(shown)), 0.8 / len(runs), 0.0
     for row, ((name, run), colour) in enumerate(zip(runs.items(), colours(len(runs)), strict=True)):
         known = [interval_of(metric, run) for metric in shown]
         found = [one for one in known if one is not None]
@@ -138,20 +140,23 @@ def size_figure(runs: Mapping[str, Records]) -> Figure:
             yerr=np.maximum(np.nan_to_num(reach), 0.0),
             error_kw={"elinewidth": 0.8, "ecolor": INK},
         )  # fmt: skip
-        for bar, height, above in zip(bars, heights, reach[1], strict=True):
+        for bar, height, above in zip(bars, heights, np.nan_to_num(reach[1]), strict=True):
             middle, inside = bar.get_x() + bar.get_width() / 2, height >= 10
-            axes.text(
-                middle, height / 2 if inside else height + np.nan_to_num(above) + 1.0,
-                f"{height:.1f}", ha="center", va="center" if inside else "bottom", fontsize=7.5,
+            end = height + max(float(above), 0.0)  # of the error bar
+            axes.annotate(
+                f"{height:.1f}", (middle, height / 2 if inside else end),
+                xytext=(0, 0 if inside else _GAP), textcoords="offset points", ha="center",
+                va="center" if inside else "bottom", fontsize=_LETTERS,
                 color=letters_on(colour) if inside else INK,
             )  # fmt: skip
+            top = max(top, end * (_ROOM if inside else _ABOVE))
     labels = [
         f"{_size_title(sizes[metric])}\n{int(objects_of(first, sizes[metric]).sum())} objects"
         for metric in shown
     ]
     axes.set_xticks(place, labels)
     axes.set(ylabel="AP (%)")
-    axes.set_ylim(0, max(10.0, axes.get_ylim()[1]))  # numbers above low bars are inside
+    axes.set_ylim(0, max(10.0, top))
     legend_above(axes)
     return figure
 

@@ -37,6 +37,7 @@ class Marked:
         scores: (n,) of detections, None of true objects.
         wrong: (n,) bool, drawn dashed; None where nobody says.
         crowd: (n,) bool, regions of many objects, hatched; None where there are none.
+        ignored: (n,) bool, detections that count neither way, dotted grey; None where nobody says.
     """
 
     xywh: Array
@@ -44,20 +45,28 @@ class Marked:
     scores: Array | None = None
     wrong: Bools | None = None
     crowd: Bools | None = None
+    ignored: Bools | None = None
 
 
-def boxes_figure(picture: Tensor, panels: Mapping[str, Marked], names: Sequence[str]) -> Figure:
+def boxes_figure(
+    picture: Tensor,
+    panels: Mapping[str, Marked],
+    names: Sequence[str],
+    *,
+    least: float | None = None,
+) -> Figure:
     """A picture several times, each with other boxes, in the colours of their classes.
 
     Args:
         picture: (3, H, W) uint8.
         panels: Title -> boxes.
         names: C names.
+        least: Smallest score of a detection that is drawn, for the legend; None: all are.
     """
     height, width = picture.shape[1:]
     rows = -(-len(panels) // _AT_MOST)
     columns = -(-len(panels) // rows)
-    handles = _legend(panels, names)
+    handles = _legend(panels, names, least)
     across = columns * _ACROSS
     longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
     by_line = max(1, int(across * _LETTERS_AN_INCH / longest))
@@ -121,15 +130,17 @@ def found_figures(
                 (records["found_images"] == place) & (records["found_scores"] >= least)
             )
             rows = rows[np.argsort(records["found_scores"][rows], kind="stable")]  # best on top
-            wrong = (~hit & ~ignored)[rows]
-            good = int((hit & ~ignored)[rows].sum())
+            counted = ~ignored[rows]  # not in crowds, which KITTI's DontCare regions are, too
+            wrong = ~hit[rows] & counted
+            good = int((hit[rows] & counted).sum())
             panels[f"{name}, {good} found, {int(wrong.sum())} wrong"] = Marked(
                 records["found_boxes"][rows],
                 records["found_labels"][rows],
                 records["found_scores"][rows],
                 wrong,
+                ignored=~counted,
             )
-        yield boxes_figure(picture(int(first["image_ids"][place])), panels, names)
+        yield boxes_figure(picture(int(first["image_ids"][place])), panels, names, least=least)
 
 
 def imitation_figure(
@@ -159,26 +170,48 @@ def imitation_figure(
     panels = figure.subplots(len(anchors), len(psis), squeeze=False)
     grey = picture.float().mean(dim=0, keepdim=True).permute(1, 2, 0).cpu().numpy() / 255
     for level, (own, grid, line) in enumerate(zip(boxes, anchors, panels, strict=True)):
-        stride = frame[0] // grid.shape[0]
+        nearest, stride = _nearest_places(grid, frame)
         for psi, axes in zip(psis, line, strict=True):
             mask = imitation_mask([own], grid, psi=psi)[0]
-            axes.imshow(_masked(grey, mask, frame)[:height, :width], interpolation="nearest")
+            shown = _masked(grey, mask, nearest)[:height, :width]
+            axes.imshow(shown, interpolation="nearest")
             for x1, y1, x2, y2 in own.tolist():
                 axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False,
                                          edgecolor=ORANGE, linewidth=1.2))  # fmt: skip
             axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
             places = int(mask.sum())
-            where = f"level {level}, stride {stride}: " if len(anchors) > 1 else ""
+            where = f"level {level}, stride {stride:g}: " if len(anchors) > 1 else ""
             axes.set_title(f"{where}psi {psi:g}, {places} places", fontsize=7.5, color=INK, pad=3)
             axes.set_axis_off()
     return figure
 
 
-def _masked(grey: Array, mask: Tensor, frame: tuple[int, int]) -> Array:
-    """A grey picture, (H, W, 3) in 0..1, blue in the cells that a mask of its grid chooses."""
-    rows, columns = (
-        torch.arange(side) * places // side for side, places in zip(frame, mask.shape, strict=True)
+def _nearest_places(anchors: Tensor, frame: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], float]:
+    """Which place each pixel of a frame is nearest to, by the middles of the places' anchors.
+
+    These middles are what imitation looks at, wherever in a place a level's offset puts them.
+
+    Args:
+        anchors: `anchor_grid`, (h, w, K, 4).
+        frame: H and W.
+
+    Returns:
+        The row of each row of pixels (H,) and the column of each column (W,), and the stride.
+    """
+    first = anchors[:, :, 0].cpu()
+    sides = (first[:, 0, 1::2].mean(dim=1), first[0, :, 0::2].mean(dim=1))
+    down, across = (
+        torch.searchsorted((middles[1:] + middles[:-1]) / 2, torch.arange(pixels) + 0.5, right=True)
+        for middles, pixels in zip(sides, frame, strict=True)
     )
+    longer, pixels = max(zip(sides, frame, strict=True), key=lambda side: len(side[0]))
+    stride = float(longer[1] - longer[0]) if len(longer) > 1 else float(pixels)
+    return (down, across), stride
+
+
+def _masked(grey: Array, mask: Tensor, nearest: tuple[Tensor, Tensor]) -> Array:
+    """A grey picture, (H, W, 3) in 0..1, blue where a mask chooses the nearest place."""
+    rows, columns = nearest
     chosen = mask.cpu()[rows][:, columns, None].numpy()
     blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
     return np.asarray(np.where(chosen, 0.45 * grey + 0.55 * blue, 0.35 + 0.65 * grey))
@@ -192,6 +225,8 @@ def _draw(axes: Axes, marked: Marked, size: tuple[int, int]) -> None:
                                      edgecolor=GREY, linewidth=0.8))  # fmt: skip
             continue
         dashes = "--" if marked.wrong is not None and marked.wrong[row] else "-"
+        if marked.ignored is not None and marked.ignored[row]:
+            colour, dashes = GREY, ":"
         for edge, wide, style in (("white", 2.6, "-"), (colour, 1.5, dashes)):
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), across, down, fill=False, edgecolor=edge,
                                      linewidth=wide, linestyle=style))  # fmt: skip
@@ -205,19 +240,30 @@ def _draw(axes: Axes, marked: Marked, size: tuple[int, int]) -> None:
             )  # fmt: skip
 
 
-def _legend(panels: Mapping[str, Marked], names: Sequence[str]) -> list[Patch | Line2D]:
-    """A patch for each class that is drawn, in their order, and what lines mean."""
-    drawn, crowds, wrong = set(), False, False
+def _legend(
+    panels: Mapping[str, Marked], names: Sequence[str], least: float | None
+) -> list[Patch | Line2D]:
+    """A patch for each class that is drawn, in their order, and what lines and numbers mean."""
+    drawn: set[int] = set()
+    crowds = wrong = ignored = False
     for marked in panels.values():
-        kept = np.ones(len(marked.labels), bool) if marked.crowd is None else ~marked.crowd
-        drawn |= set(marked.labels[kept].tolist())
-        crowds |= not kept.all()
-        wrong |= marked.wrong is not None and bool(marked.wrong.any())
+        none = np.zeros(len(marked.labels), np.bool_)
+        crowd, missed, left_out = (
+            none if part is None else part for part in (marked.crowd, marked.wrong, marked.ignored)
+        )
+        drawn |= set(marked.labels[~crowd & ~left_out].tolist())
+        crowds |= bool(crowd.any())
+        wrong |= bool(missed.any())
+        ignored |= bool(left_out.any())
     handles: list[Patch | Line2D] = [
         Patch(color=class_colour(label), label=names[label]) for label in sorted(drawn)
     ]
     if wrong:
         handles.append(Line2D([], [], color=GREY, linestyle="--", label="wrong"))
+    if ignored:
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="not counted"))
     if crowds:
         handles.append(Patch(facecolor="none", edgecolor=GREY, hatch="///", label="crowd"))
+    if least is not None:
+        handles.append(Line2D([], [], linestyle="none", label=f"score {least:g} or more, in %"))
     return handles

@@ -60,7 +60,7 @@ def read_run(folder: str | Path) -> Run:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: no such folder{results_hint(path)}")
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: not a run, it has no config.yaml{_runs_below(path)}")
     for name in ("predictions.npz", "summary.json"):
@@ -75,6 +75,14 @@ def read_run(folder: str | Path) -> Run:
         summary=_read_mapping(path / "summary.json"),
         records=read_predictions(path / "predictions.npz", class_names(path)),
     )
+
+
+def results_hint(path: Path) -> str:
+    """What a message adds where a file that may hold a detector's results is taken for a run."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return ""
+    how = f"python -m kd.evaluate {path} --annotations JSON"
+    return f"; a detector's results in COCO's format are evaluated with their truth: {how}"
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:

@@ -464,7 +464,11 @@ def test_a_distillation_keeps_what_it_trained_through_mistakes(
 
 def test_evaluating_what_is_no_run_is_named(command: Command, tmp_path: Path) -> None:
     line = only_error(command(kd.evaluate.main, None, "nowhere"))
-    assert "nowhere: not a run folder, it has no config.yaml" in line
+    assert line.endswith("nowhere: not a run folder, it has no config.yaml")
+    Path("results.json").write_text("[]")
+    for flags in ([], ["--all"]):  # a detector's results, the flag forgotten
+        line = only_error(command(kd.evaluate.main, None, "results.json", *flags))
+        assert "python -m kd.evaluate results.json --annotations JSON" in line
     Path("config.yaml").write_text("a: 1")
     assert "config.yaml: not the config of a run" in only_error(
         command(kd.evaluate.main, None, ".")

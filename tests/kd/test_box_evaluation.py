@@ -88,6 +88,22 @@ def test_a_results_file_is_evaluated_by_the_command(
             assert picture.size[0] > 500
 
 
+def test_of_a_results_file_nothing_is_written_unless_a_folder_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "default: RUN/evaluation; with --all and of results files: none" in help_text
+    own = tmp_path / "own"
+    file = results_of(data, own / "results.json", off=0.2)
+    monkeypatch.chdir(own)
+    annotations = data / "annotations" / "instances_val2017.json"
+    assert evaluate.main([file.name, "--annotations", str(annotations)]) == 0
+    assert "AP50 (%)" in capsys.readouterr().out
+    assert list(own.iterdir()) == [file]
+
+
 def test_several_results_files_stand_side_by_side(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from kd.build import open_data
 from kd.config import Data, DistillRecipe, Gaze, LabelMaps, Split, TeacherRecipe
 from kd.config_data import AnyData
 from kd.config_reader import find_config, load_recipe
 from kd.data_config import data_config, objects_config, plain_data
 from kd.errors import ConfigError
+from kd.opened_boxes import OpenBoxes
 
 ESPNET = find_config("distill", "espnet_c")
 PATHS = {"annotations": "a.json", "images": "a"}
@@ -52,6 +54,28 @@ def test_the_layout_chooses_the_section() -> None:
     assert isinstance(recipe.data, LabelMaps) and recipe.data.layout == "cityscapes"
     with pytest.raises(ConfigError, match=r"^camvid: a data set of label maps; objects with boxes"):
         objects_config("camvid")
+
+
+def test_the_page_s_data_set_of_one_s_own_is_taken(
+    own: Callable[[str], Path], tiny_coco: Callable[..., Path], tmp_path: Path
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "detection.md").read_text()
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    coco, root = tiny_coco(), tmp_path / "mine"
+    root.mkdir()
+    for split in ("train", "val"):
+        (coco / "annotations" / f"instances_{split}2017.json").rename(root / f"{split}.json")
+        (coco / f"{split}2017").rename(root / split)
+    path = own(shown.replace("/data/mine", str(root)))
+    recipe = load_recipe(
+        TeacherRecipe, find_config("teacher", "retinanet_resnet50"), data=str(path)
+    )
+    section = recipe.data
+    assert isinstance(section, Data)
+    assert (section.name, section.size, section.workers) == ("mine", 512, 4)
+    assert section.scales == (0.8, 1.25)  # of photographs, as the page says
+    opened = open_data(section, "detection")
+    assert isinstance(opened, OpenBoxes) and opened.num_classes == 4
 
 
 @pytest.mark.parametrize(

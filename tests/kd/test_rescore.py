@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kd import rescore
 from kd.cli import run_command
 from kd.data import scene_detector
+from kd.detection_context import Asking
 from kd.metrics.mean_ap import Floats
-from kd.rescore_run import log_prior_of
+from kd.rescore_run import Split, log_prior_of
+from kd.rescoring import Setting, combine
 from kd.teacher_runs import load_teacher
 
 
@@ -55,6 +58,34 @@ def test_end_to_end(
     first = out.read_bytes()
     assert rescore.main(flags) == 0  # from the answers that were kept
     assert out.read_bytes() == first
+
+
+def test_boxes_without_an_area_keep_their_scores_and_logits_are_refused(
+    small_scenes: Path, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A detector leaves some where it clips; nothing can be hidden in them."""
+    flags = flags_of(small_scenes, "val", tmp_path)
+    results, annotations, images = (Path(flag) for flag in flags[1::2])
+    entries = json.loads(results.read_text())
+    for entry in entries[::3]:
+        entry["bbox"][2] = 0.0
+    entries[1]["bbox"][0], entries[1]["bbox"][2] = 60.0, 1e-9  # empty in a question's float32
+    results.write_text(json.dumps(entries))
+    split = Split.open(small_teacher, results, annotations, images, tmp_path, asking=Asking(),
+                       device=torch.device("cpu"))  # fmt: skip
+    new, empty = combine(split.known, Setting(1.0)), np.arange(len(entries)) % 3 == 0
+    empty[1] = True
+    assert np.array_equal(new[empty], split.known.scores[empty])
+    assert (new[~empty] != split.known.scores[~empty]).all() and np.isfinite(new).all()
+    flags += ["--teacher", str(small_teacher), "--out", str(tmp_path / "r.json"), "--folds", "2",
+              "--resamples", "0"]  # fmt: skip
+    assert rescore.main(flags) == 0
+    assert np.array_equal(scores_of(tmp_path / "r.json")[empty], scores_of(results)[empty])
+    entries[2]["score"] = 4.0
+    results.write_text(json.dumps(entries))
+    capsys.readouterr()
+    assert run_command(rescore.main, flags) == 2
+    assert "val.json: result 2: score is 4.0, expected a probability" in capsys.readouterr().err
 
 
 def test_parameters_from_another_split(

@@ -294,6 +294,14 @@ def test_kitti_without_its_lists_says_which_file_lacks(tmp_path: Path) -> None:
     root = write_kitti(tmp_path)
     with pytest.raises(UserError, match=r"ImageSets/valid\.txt: no such split; there are train, v"):
         made_split("kitti", root, "valid")
+    for path in (root / "ImageSets").iterdir():  # as downloaded
+        path.unlink()
+    words = r"ImageSets/train\.txt: no such split; .* not part of KITTI's download: .* a line, such"
+    with pytest.raises(UserError, match=words):
+        made_split("kitti", root, "train")
+    (root / "ImageSets").rmdir()
+    with pytest.raises(UserError, match=words):
+        made_split("kitti", root, "train")
 
 
 def test_the_schema_offers_the_layouts_that_there_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ def truth_file(tiny_coco: Callable[..., Path]) -> Path:
         ({"category_id": 2}, "category_id 2 is not in"),
         ({"category_id": "ball"}, "category_id 'ball' is not in"),
         ({"score": float("nan")}, "score is nan"),
-        ({"score": 1.5}, "score is 1.5"),
+        ({"score": float("inf")}, "score is inf"),
         ({"score": None}, "score is None"),
         ({"bbox": [1, 2, 3]}, "expected 4 finite numbers"),
-        ({"bbox": [1, 2, 0, 5]}, "has no area"),
-        ({"bbox": [1, 2, -3, 5]}, "has no area"),
+        ({"bbox": [1, 2, 5, -1e-9]}, "has a side below 0"),
+        ({"bbox": [1, 2, -3, 5]}, "has a side below 0"),
+        ({"bbox": [1, 2, 0, float("nan")]}, "expected 4 finite numbers"),
         ({"bbox": [1, 2, float("inf"), 5]}, "expected 4 finite numbers"),
     ],
 )
@@ -87,6 +89,37 @@ def test_arrays_follow_the_file(tmp_path: Path, tiny_coco: Callable[..., Path]) 
     assert found.boxes.image.tolist() == [3, 0]
     assert found.boxes.label.tolist() == [3, 1]  # 0..C-1 by ascending category id
     assert found.boxes.areas.tolist() == [80.0, 80.0]
+
+
+def test_boxes_without_an_area_stay_and_are_counted_once(
+    tmp_path: Path, tiny_coco: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    truth = read_truth(truth_file(tiny_coco))
+    path = tmp_path / "results.json"
+    flat = [{**GOOD, "bbox": box} for box in ([0, 2, 0, 5], [1, 2, 3, 0.0], [1, 2, 0, 0])]
+    path.write_text(json.dumps([GOOD, *flat]))
+    with caplog.at_level(logging.WARNING, logger="kd"):
+        found = read_detections(path, truth)
+    assert found.boxes.areas.tolist() == [80.0, 0.0, 0.0, 0.0]
+    (said,) = caplog.messages
+    assert said.startswith(f"{path}: 3 of 4 results have a box without an area")
+    caplog.clear()
+    path.write_text(json.dumps([GOOD]))
+    read_detections(path, truth)
+    assert not caplog.messages
+
+
+def test_scores_are_any_numbers_unless_probabilities_are_needed(
+    tmp_path: Path, tiny_coco: Callable[..., Path]
+) -> None:
+    truth = read_truth(truth_file(tiny_coco))
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{**GOOD, "score": score} for score in (0, 1, 7.5, -2)]))
+    assert read_detections(path, truth).scores.tolist() == [0, 1, 7.5, -2]
+    with pytest.raises(UserError) as caught:
+        read_detections(path, truth, probabilities=True)
+    first, second = str(caught.value).splitlines()
+    assert "result 2: score is 7.5, expected a probability" in first and "result 3" in second
 
 
 def test_scores_are_all_that_changes(tmp_path: Path, tiny_coco: Callable[..., Path]) -> None:

@@ -217,7 +217,7 @@ def test_damage_is_named() -> None:
         r"found_images\[7\] is 24, expected 0..23": changed("found_images", 7, 24),
         r"truth_labels\[0\] is -1, expected 0..3": changed("truth_labels", 0, -1),
         r"found_boxes\[2\] on image \d+ is not finite": changed("found_boxes", 2, np.inf),
-        r"found_boxes\[3\] on image \d+ has no area": changed("found_boxes", 3, 0.0),
+        r"found_boxes\[3\] on image \d+ has a side below 0": changed("found_boxes", 3, -1.0),
         "not one object to find": {**run, "truth_crowds": np.ones(96, np.bool_)},
     }  # fmt: skip
     for message, records in wrong.items():

@@ -87,6 +87,28 @@ def test_twelve_numbers_of_a_small_case(tmp_path: Path, seed: int) -> None:
     assert found == pytest.approx(faster(*files), abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_twelve_numbers_with_boxes_without_an_area_and_logits_for_scores(
+    tmp_path: Path, seed: int
+) -> None:
+    """What detectors write that clip boxes to the picture, some of them the surest of all."""
+    annotations, results = small_files(tmp_path, seed)
+    whole = ours(annotations, results)
+    entries = json.loads(results.read_text())
+    random = np.random.default_rng(seed)
+    for entry in entries:
+        entry["score"] = round(12 * entry["score"] - 6, 1)
+        if random.random() < 0.2:
+            entry["bbox"][2 + int(random.integers(2))] = 0
+            entry["score"] += 3
+    results.write_text(json.dumps(entries))
+    assert min(one["score"] for one in entries) < 0 and max(one["score"] for one in entries) > 6
+    found = ours(annotations, results)
+    assert found != whole
+    assert found == pytest.approx(published(annotations, results), abs=1e-12)
+    assert found == pytest.approx(faster(annotations, results), abs=1e-12)
+
+
 def test_twelve_numbers_of_a_real_detector(coco_mini: Path) -> None:
     files = (
         coco_mini / "annotations" / "instances_val2017.json",

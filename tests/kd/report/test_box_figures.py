@@ -83,3 +83,26 @@ def test_sizes_without_objects_have_no_bar() -> None:
     known = [value(run, name) or 0 for run in runs.values() for name in ("AP", "AP_small",
                                                                          "AP_large")]  # fmt: skip
     assert heights == pytest.approx([100 * number for number in known])
+
+
+@pytest.mark.parametrize("hits", [1, 2])
+@pytest.mark.parametrize("count", [1, 4])
+def test_numbers_of_low_bars_stay_in_the_axes_above_their_intervals(hits: int, count: int) -> None:
+    """A few of 24 objects found: an AP of a few per cent whose interval goes far above 10."""
+    image, place = np.arange(24), np.tile([[5.0, 5.0, 20.0, 20.0]], (24, 1))
+    there = Boxes(image, image * 0, place, place[:, 2] * place[:, 3], np.zeros(24, np.bool_))
+    found = Boxes(image[:hits], there.label[:hits], place[:hits], there.areas[:hits],
+                  there.crowd[:hits])  # fmt: skip
+    run = box_records(there, found, np.full(hits, 0.9), image_ids=image, names=NAMES,
+                      category_ids=np.arange(3))  # fmt: skip
+    figure = size_figure({f"a run of some name {number}": run for number in range(count)})
+    figure_image(figure)
+    (axes,) = figure.axes
+    shown = axes.get_window_extent()
+    lines = [line for part in axes.collections for line in part.get_paths()]  # error bars
+    highest = max(np.asarray(line.vertices)[:, 1].max() for line in lines)
+    assert 100 * hits / 24 < 10 < highest and len(axes.texts) == 2 * count
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert extent.y1 <= shown.y1
+        assert extent.y0 >= axes.transData.transform((0, highest))[1]

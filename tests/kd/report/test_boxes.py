@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -15,7 +16,7 @@ from kd.metrics.box_records import box_records
 from kd.metrics.mean_ap import Boxes
 from kd.metrics.records import Records
 from kd.report.boxes import Marked, boxes_figure, found_figures, imitation_figure
-from kd.report.drawing import figure_image
+from kd.report.drawing import GREY, figure_image
 from kd.report.overlay import class_colour
 
 NAMES = ("cup", "mug", "jar")
@@ -82,11 +83,18 @@ def test_found_pictures_say_what_is_right() -> None:
     assert truth.get_title() == "truth, 1 object" and len(rectangles(truth)) == 2
     # A jar is not a cup; the third is inside the crowd, neither right nor wrong; 0.1 is not drawn.
     assert plain.get_title() == "plain, 1 found, 1 wrong"
-    assert [patch.get_linestyle() for patch in rectangles(plain)] == ["-", "--", "-"]
+    ignored, wrong, found = rectangles(plain)  # the best on top
+    assert [patch.get_linestyle() for patch in (found, wrong, ignored)] == ["-", "--", ":"]
+    assert to_hex(ignored.get_edgecolor()) == GREY
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "cup", "jar", "wrong", "not counted", "crowd", "score 0.3 or more, in %"]  # fmt: skip
     assert distilled.get_title() == "distilled, 1 found, 0 wrong"
     assert len(rectangles(distilled)) == 1
     (lowered,) = found_figures({"plain": records_of([0.9] * 4)}, picture, count=1, least=0.95)
     assert asked[-1] == 3 and not rectangles(lowered.axes[1])
+    shown = [text.get_text() for text in lowered.legends[0].get_texts()]
+    assert shown == ["jar", "score 0.95 or more, in %"]  # nothing that is not in the picture
 
 
 def test_masks_are_those_of_imitation() -> None:
@@ -111,6 +119,36 @@ def test_masks_are_those_of_imitation() -> None:
         assert len(axes.patches) == 1
     alone = imitation_figure(picture, boxes[:1], grids[:1], psis=(0.5,))
     assert alone.axes[0].get_title().startswith("psi 0.5")
+
+
+@pytest.mark.parametrize(("stride", "offset"), [(8, 0.0), (8, 0.5), (16, 0.0), (4, 0.5)])
+def test_a_mask_is_painted_around_the_middles_of_its_anchors(stride: int, offset: float) -> None:
+    """The one anchor that is as large as an object and lies where it lies: blue is in its middle.
+
+    torchvision's anchors lie around the upper left corners of places, CenterNet's around middles.
+    """
+    side, places = 2.0 * stride, -(-100 // stride)  # the last places are not whole
+    grid = anchor_grid(places, places, stride=stride, sides=[(side, side)], offset=offset)
+    box = grid[2, 4, 0]
+    picture = torch.full((3, 100, 100), 200, dtype=torch.uint8)
+    figure = imitation_figure(picture, [box[None]], [grid], psis=(0.99,))
+    (axes,) = figure.axes
+    assert axes.get_title() == "psi 0.99, 1 places"
+    shown = np.asarray(axes.images[0].get_array())
+    rows, columns = np.nonzero(shown[..., 2] > shown[..., 0] + 0.1)
+    assert len(rows) == stride**2
+    x, y = ((box[:2] + box[2:]) / 2).tolist()
+    assert (columns.mean() + 0.5, rows.mean() + 0.5) == (x, y)  # pixel 3 is from 3 to 4
+
+
+def test_the_title_has_the_stride_where_a_picture_is_no_multiple_of_it() -> None:
+    grids = [anchor_grid(-(-100 // s), -(-100 // s), stride=s, sides=[(16.0, 16.0)], offset=0.0)
+             for s in (8, 64)]  # fmt: skip
+    boxes = [torch.tensor([[90.0, 90.0, 100.0, 100.0]])] * 2
+    picture = torch.full((3, 100, 100), 200, dtype=torch.uint8)
+    figure = imitation_figure(picture, boxes, grids, psis=(0.5,))
+    titles = [axes.get_title().split(":")[0] for axes in figure.axes]
+    assert titles == ["level 0, stride 8", "level 1, stride 64"]
 
 
 def test_a_picture_without_objects_has_an_empty_mask() -> None:
