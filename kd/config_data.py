@@ -80,6 +80,10 @@ class Data(DataSet):
     made_from: Literal["voc", "kitti"] | None = Field(
         None, description="layout of boxes that COCO JSONs are made from once; null: they are there"
     )
+    classes: tuple[str, ...] | None = Field(
+        None,
+        description="with made_from voc: names of one's own classes, in order; null: VOC's 20",
+    )
     train: AnySplit = Field(
         description="its two paths; with made_from a name: VOC2007/trainval of voc, "
         "with + between several; train of kitti"
@@ -134,6 +138,8 @@ class Data(DataSet):
                 )
             if not named and self.made_from is not None:
                 raise ValueError(f"{name}: made_from {self.made_from} takes a split's name")
+        if self.classes is not None and (self.made_from != "voc" or not self.classes):
+            raise ValueError("classes: names, one or more, for made_from voc; others bring theirs")
         if self.made_from is not None and self.generate is not None:
             raise ValueError("generate: is for the embedded scenes; made_from is not")
         return self

@@ -57,7 +57,8 @@ def split_paths(section: Data | LabelMaps | Gaze, split: str | Split) -> tuple[P
     root = root_of(section, holds=_known_by(section))
     if isinstance(split, Split):
         return root / split.annotations, root / split.images
-    return made_split(_layout_of(section), root, split)
+    classes = section.classes if isinstance(section, Data) else None
+    return made_split(_layout_of(section), root, split, classes)
 
 
 def train_annotations(section: Data) -> Path | None:

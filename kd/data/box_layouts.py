@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from kd.catalog import look_up
 from kd.data.boxed import Json, instances_file, instances_paths, joined
 from kd.data.kitti_boxes import EVERY, kitti_to_coco
 from kd.data.lock import folder_lock
-from kd.data.voc_boxes import voc_to_coco
+from kd.data.voc_boxes import CLASSES, voc_to_coco
 from kd.errors import UserError
 from kd.files import write_whole
 
@@ -40,6 +40,7 @@ class Boxed:
         images: Folder of the images.
         sources: What it is read from: a file, or all files of a folder.
         listed: Folders of which no more than the names of files matters.
+        told: What the JSON follows from beside the files.
     """
 
     read: Callable[[], Json]
@@ -48,6 +49,7 @@ class Boxed:
     images: Path
     sources: tuple[Path, ...]
     listed: tuple[Path, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,16 @@ class Layout:
 
     Attributes:
         holds: Of a split's name: a path by which the folder is known.
-        open: Of the folder and a split's name.
+        open: Of the folder, a split's name, and the names of the classes where they are the user's.
     """
 
     holds: Callable[[str], str]
-    open: Callable[[Path, str], Boxed]
+    open: Callable[[Path, str, Sequence[str] | None], Boxed]
 
 
-def made_split(layout: str, root: Path, split: str) -> tuple[Path, Path]:
+def made_split(
+    layout: str, root: Path, split: str, classes: Sequence[str] | None = None
+) -> tuple[Path, Path]:
     """A split's COCO JSON, made where there is none or its sources have changed, and its images.
 
     Args:
@@ -71,12 +75,13 @@ def made_split(layout: str, root: Path, split: str) -> tuple[Path, Path]:
         root: The folder that the data set was unpacked to: of VOC `VOCdevkit`.
         split: Its name: of VOC with its folder, `VOC2007/trainval`; of several years together
             `VOC2007/trainval+VOC2012/trainval`.
+        classes: Of a data set in VOC's layout with classes of its own, their names.
 
     Raises:
         UserError: An unknown layout, what the layout's reader finds wrong, or a JSON that cannot
             be written.
     """
-    found = look_up(LAYOUTS, layout, what="layout of boxes").open(root, split)
+    found = look_up(LAYOUTS, layout, what="layout of boxes").open(root, split, classes)
     with folder_lock(found.folder):  # the first of several processes makes it
         return _made(found), found.images
 
@@ -116,7 +121,7 @@ def _read_note(path: Path) -> str:
 
 def _stamp(split: Boxed) -> str:
     """Of all that a JSON follows from; a change that keeps a file's size and time is not seen."""
-    lines = [str(_VERSION)]
+    lines = [str(_VERSION), *split.told]
     for path in split.sources:
         lines += sorted(_looks(path))
     for folder in split.listed:
@@ -145,9 +150,9 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _voc(root: Path, split: str) -> Boxed:
+def _voc(root: Path, split: str, classes: Sequence[str] | None) -> Boxed:
     """A year's split, or several with `+` between them, whose images are then told by folder."""
-    parts = [_voc_year(root, one) for one in split.split("+")]
+    parts = [_voc_year(root, one, classes) for one in split.split("+")]
     if len(parts) == 1:
         return parts[0]
     if twice := [one.name for one in parts if [each.name for each in parts].count(one.name) > 1]:
@@ -160,10 +165,11 @@ def _voc(root: Path, split: str) -> Boxed:
         images=root,
         sources=tuple(dict.fromkeys(path for part in parts for path in part.sources)),
         listed=tuple(dict.fromkeys(path for part in parts for path in part.listed)),
+        told=parts[0].told,
     )
 
 
-def _voc_year(root: Path, split: str) -> Boxed:
+def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> Boxed:
     head, _, name = split.rpartition("/")
     folder = root / head
     if not (folder / "Annotations").is_dir():
@@ -174,16 +180,18 @@ def _voc_year(root: Path, split: str) -> Boxed:
     year = folder.absolute().name.removeprefix("VOC")
     images, annotations = folder / "JPEGImages", folder / "Annotations"
     return Boxed(
-        read=lambda: voc_to_coco(folder, year, name),
+        read=lambda: voc_to_coco(folder, year, name, classes=classes or CLASSES),
         folder=folder,
         name=f"voc{year}_{name}",
         images=images,
         sources=(folder / "ImageSets" / "Main" / f"{name}.txt", annotations),
         listed=(images,),
+        told=tuple(classes or ()),
     )
 
 
-def _kitti(root: Path, split: str) -> Boxed:
+def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> Boxed:
+    assert classes is None  # the schema's rule: KITTI has classes of its own
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
     if not labels.is_dir():
         raise UserError(

@@ -111,7 +111,8 @@ def _add(
         name = _needed(entry, "name", path)
         if name.text not in classes:
             hint = suggestion(name.text, list(classes))
-            raise UserError(f"{path}:{name.line}: unknown class {name.text!r}{hint}")
+            own = ". Classes of your own are named in the data's `classes: [...]`"
+            raise UserError(f"{path}:{name.line}: unknown class {name.text!r}{hint}{own}")
         flags = {flag: _flag(entry, flag, path) for flag in _FLAGS}
         crowd = bool(flags["difficult"])
         content.add_object(name.text, _corners(entry, path), crowd=crowd, **flags)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,9 +161,9 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
     real = voc_to_coco
 
-    def counted(root: Path, year: str, split: str) -> boxed.Json:
+    def counted(root: Path, year: str, split: str, **options: Any) -> boxed.Json:
         reads.append(split)
-        return real(root, year, split)
+        return real(root, year, split, **options)
 
     monkeypatch.setattr(box_layouts, "voc_to_coco", counted)
     return reads
@@ -214,6 +215,21 @@ def test_read_only_data_have_their_json_in_the_cache(
         assert reads == ["test"] and not (folder / "annotations").exists()
     finally:
         folder.chmod(0o755)
+
+
+def test_classes_of_ones_own_are_named_in_the_section(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    for path in (root / "VOC2007" / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("dog", "fox"))
+    with pytest.raises(UserError, match=r"\.xml:1: unknown class 'fox'.*`classes: \[\.\.\.\]`"):
+        open_objects(section(root, "voc"))
+    mine = section(root, "voc").model_copy(update={"classes": ("owl", "fox")})
+    data = OpenBoxes(open_objects(mine))
+    assert data.class_names == ("owl", "fox") == class_names(mine)
+    assert set(data.objects.train.labels.tolist()) == {1}
+    # In another order nothing of what was made holds.
+    other = OpenBoxes(open_objects(mine.model_copy(update={"classes": ("fox", "owl")})))
+    assert set(other.objects.train.labels.tolist()) == {0}
 
 
 @pytest.mark.parametrize("own", [True, False])
