@@ -31,6 +31,7 @@ from kd.build import (
     build_segmenter,
     build_student,
     build_task,
+    check_kind,
     make_loader,
     segmentation_task,
 )
@@ -90,6 +91,7 @@ class Distillation:
     def __post_init__(self) -> None:
         """Find out what can be wrong before the first step, what takes no time first."""
         recipe, data = self.recipe, self.data
+        check_kind(recipe.task, recipe.data)
         self.terms = build_terms(self._wanted())
         self.sources: Sources | None = None
         check_terms(recipe, self.terms, data)

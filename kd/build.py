@@ -67,6 +67,20 @@ def make_loader(
     )
 
 
+def check_kind(section: TaskSection, data: AnyData) -> None:
+    """Refuse an unknown task, or one that is for data of another kind.
+
+    Raises:
+        UserError: Naming the kinds.
+    """
+    needs = _NEEDS.get(look_up(TASKS, section.name, what="task"), Data)
+    if not isinstance(data, needs):
+        raise UserError(
+            f"data {data.name}: has {_ABOUT[type(data)]}; task {section.name} is for "
+            f"{_ABOUT[needs]}, such as --data {_SUCH[needs]}"
+        )
+
+
 def build_task(
     section: TaskSection,
     data: AnyData,
@@ -83,13 +97,8 @@ def build_task(
     Raises:
         UserError: An unknown task or option, or data of the other kind.
     """
-    builder = look_up(TASKS, section.name, what="task")
-    needs = _NEEDS.get(builder, Data)
-    if not isinstance(data, needs):
-        raise UserError(
-            f"data {data.name}: has {_ABOUT[type(data)]}; task {section.name} is for "
-            f"{_ABOUT[needs]}, such as --data {_SUCH[needs]}"
-        )
+    check_kind(section, data)
+    builder = TASKS[section.name]
     known: dict[str, Any] = {"num_classes": num_classes}
     if isinstance(data, Data):
         known["shape"] = data.shape
