@@ -17,7 +17,7 @@ from kd.errors import UserError
 
 TEACHER = [
     *("--set", "data.generate={train: 2000, val: 500, size: 64, seed: 0}"),
-    *("--set", "train.epochs=7", "--set", "train.evaluate_every=0"),
+    *("--set", "train.evaluate_every=0"),
 ]
 # One seed and two arms of the student's recipe; labels on 60 scenes as there, fewer without.
 STUDENT = [
