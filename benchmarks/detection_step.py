@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.adapted import AdaptedStudent
-from kd.adapters import conv3x3
+from kd.adapters import Conv3x3
 from kd.build import make_accelerator
 from kd.config import Optimizer, Schedule, Train
 from kd.features import FeatureTaps
@@ -65,7 +65,7 @@ def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 
 def adapters(device: torch.device) -> dict[str, nn.Module]:
     """Of each level, as the recipes have them."""
-    return {layer: conv3x3(CHANNELS, CHANNELS, relu=False).to(device) for layer in LAYERS}
+    return {layer: Conv3x3(CHANNELS, CHANNELS, relu=False).to(device) for layer in LAYERS}
 
 
 def terms() -> list[Term]:

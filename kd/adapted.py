@@ -67,11 +67,13 @@ class AdaptedStudent(nn.Module):
         if name not in self.adapters:
             return feature
         adapter = self.adapters[name]
-        # The number of places is not known when a step is compiled.
-        if where is None or not isinstance(adapter, Conv3x3) or torch.compiler.is_compiling():
-            adapted: Tensor = adapter(feature)
+        # Places are counted: elsewhere than on a CPU that would wait for all that is still to be
+        # done, and their number is not known when a step is compiled.
+        counts = feature.is_cpu and not torch.compiler.is_compiling()
+        if where is not None and counts and isinstance(adapter, Conv3x3):
+            adapted: Tensor = adapter(feature, where((feature.shape[2], feature.shape[3])))
         else:
-            adapted = adapter(feature, where((feature.shape[2], feature.shape[3])))
+            adapted = adapter(feature)
         return adapted
 
     def taps_off(self) -> None:

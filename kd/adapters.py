@@ -21,7 +21,17 @@ def conv1x1(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Mod
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution, with or without ReLU, that can be taken at some places alone."""
+    """A 3x3 convolution and ReLU, as feature imitation uses it; at some places alone if asked.
+
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609.
+
+    Args:
+        in_channels: The student's.
+        out_channels: The teacher's.
+        relu: Whether the teacher's features come out of a ReLU, so that the student's should too.
+        init_std: Spread of the initial weights; near zero, so that early gradients into the student
+            stay small until the adapter has learned something.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, *, relu: bool = True, init_std: float = 0.01
@@ -38,8 +48,8 @@ class Conv3x3(nn.Module):
         Args:
             features: The student's.
             where: Places that count, above 0 or True there, (N, H, W). Where they are few, all else
-                is 0 and costs nothing (on a CPU); at these places the result is the same, and so is
-                every gradient of what reads no other place.
+                is 0 and costs nothing; at these places the result is the same, and so is every
+                gradient of what reads no other place.
         """
         images, channels, height, width = features.shape
         if where is not None and where.shape != (images, height, width):
@@ -47,9 +57,7 @@ class Conv3x3(nn.Module):
                 f"adapter 'conv3x3': places {tuple(where.shape)} do not fit features "
                 f"{tuple(features.shape)}"
             )
-        # Elsewhere than on a CPU counting them would wait for all that is still to be done.
-        counted = where is not None and where.is_cpu
-        places = where.flatten().nonzero().flatten() if where is not None and counted else None
+        places = None if where is None else where.flatten().nonzero().flatten()
         if places is None or len(places) > FEW * features[:, 0].numel():
             adapted: Tensor = self.activation(self.convolution(features))
             return adapted
@@ -65,23 +73,6 @@ class Conv3x3(nn.Module):
         whole: Tensor = chosen.new_zeros(images * height * width, chosen.shape[1])
         whole = whole.index_copy(0, places, chosen)
         return whole.view(images, height, width, chosen.shape[1]).permute(0, 3, 1, 2)
-
-
-def conv3x3(
-    in_channels: int, out_channels: int, *, relu: bool = True, init_std: float = 0.01
-) -> nn.Module:
-    """A 3x3 convolution and ReLU, as feature imitation uses it.
-
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609.
-
-    Args:
-        in_channels: The student's.
-        out_channels: The teacher's.
-        relu: Whether the teacher's features come out of a ReLU, so that the student's should too.
-        init_std: Spread of the initial weights; near zero, so that early gradients into the student
-            stay small until the adapter has learned something.
-    """
-    return Conv3x3(in_channels, out_channels, relu=relu, init_std=init_std)
 
 
 def linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Module:
@@ -117,14 +108,9 @@ class Resize(nn.Module):
         return self.project(features) if shrinks else features
 
 
-def resize(in_channels: int, out_channels: int, *, size: Sequence[int]) -> nn.Module:
-    """Bilinear to a grid of size (height, width), then 1x1 where the channels differ."""
-    return Resize(in_channels, out_channels, size=size)
-
-
 ADAPTERS: dict[str, Callable[..., nn.Module]] = {
     "conv1x1": conv1x1,
-    "conv3x3": conv3x3,
+    "conv3x3": Conv3x3,
     "linear": linear,
-    "resize": resize,
+    "resize": Resize,
 }

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd.data.coco import CocoIndex
+from kd.data.splits import objects_on
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.opened import OpenData, make_dataset
 
@@ -20,12 +21,7 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
         index: The data set.
         images: Only those of images with these ids; all where not given.
     """
-    counts = np.diff(index.first)
-    owners = np.repeat(np.arange(len(index)), counts)
-    rows = np.arange(len(owners))
-    if images is not None:
-        kept = np.isin(index.image_ids[owners], np.fromiter(images, np.int64, len(images)))
-        rows, owners = rows[kept], owners[kept]
+    rows, owners = objects_on(index, images)
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
     boxes = index.boxes[rows] / np.tile(sides, 2)
     return Objects(

@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", metavar="A,B", type=names, help="of a distillation, beside plain; else all")
     add("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
     add("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
-    add("--cost", type=Path, metavar="FILE", help="label maps: draw mIoU against costs here")
+    cost = "label maps: draw mIoU against parameters, multiply-adds and latency here"
+    add("--cost", type=Path, metavar="FILE", help=cost)
     return parser
 
 

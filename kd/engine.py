@@ -66,7 +66,7 @@ def forward_losses(
     task = objective.task
     masks = task.masks(batch) if masks is None else masks
     where = {} if about_objects(batch) else looked_at(objective.terms, masks)
-    output, features = model(*task.inputs(batch), **({"where": where} if where else {}))
+    output, features = model(*task.inputs(batch), where=where)
     losses = task.losses(output, batch)
     if objective.terms and objective.soft_targets is not None:
         with torch.no_grad():

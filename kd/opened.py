@@ -19,7 +19,7 @@ from kd.data.coco import CocoIndex, visible_objects
 from kd.data.dataset import SceneDataset
 from kd.data.detections import Truth, read_truth
 from kd.data.loader import Samples
-from kd.data.splits import labelled_images
+from kd.data.splits import labelled_images, objects_on
 from kd.data.stored import StoredField
 from kd.errors import UserError
 from kd.opened_files import open_annotated
@@ -124,8 +124,7 @@ class OpenData:
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
         """Class shares, (C,), from `train_counts` with one added to each."""
-        counts = self.train_counts(images) + 1.0
-        return np.asarray(counts / counts.sum(), dtype=np.float64)
+        return smoothed(self.train_counts(images))
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
         """Usable train objects of each class, (C,), on the images with these ids or on all."""
@@ -144,18 +143,15 @@ class OpenData:
             the pictures, those with the class.
         """
         index, classes = self.train, self.num_classes
-        owners = np.repeat(np.arange(len(index)), np.diff(index.first))
-        taken = np.arange(len(index))
-        if images is not None:
-            taken = np.flatnonzero(np.isin(index.image_ids, np.asarray(list(images))))
-        kept = np.isin(owners, taken)
-        owners, labels = owners[kept], index.labels[kept].astype(np.int64)
+        kept, owners = objects_on(index, images)
+        taken = len(index) if images is None else np.isin(index.image_ids, list(images)).sum()
+        labels = index.labels[kept].astype(np.int64)
         pictures = index.heights.astype(np.float64) * index.widths
-        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / len(taken)
+        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / taken
         shown = np.unique(np.stack([owners, labels]), axis=1)[1]
         return {
             "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
-            "image_shares": np.bincount(shown, minlength=classes) / len(taken),
+            "image_shares": np.bincount(shown, minlength=classes) / taken,
         }
 
     def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
@@ -166,6 +162,12 @@ class OpenData:
             return None
         with np.load(file) as stored:
             return {name: stored[name] for name in stored.files}
+
+
+def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Shares of classes, (C,), with one added to the count of each."""
+    more = counts + 1.0
+    return np.asarray(more / more.sum(), dtype=np.float64)
 
 
 def open_objects(section: Data) -> OpenData:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from kd.config import Data
 from kd.data.box_dataset import BoxDataset
 from kd.data.kitti_boxes import kitti_truth
+from kd.data.splits import objects_on
 from kd.data.stored import StoredField
 from kd.metrics.kitti_ap import KittiTruth
-from kd.opened import OpenData
+from kd.opened import OpenData, smoothed
 from kd.tasks.base import Classes
 
 
@@ -62,13 +63,8 @@ class OpenBoxes:
             images: Only those with these ids.
         """
         index = self.objects.train
-        mine = np.ones(len(index.labels), dtype=np.bool_)
-        if images is not None:
-            mine = np.repeat(
-                np.isin(index.image_ids, np.asarray(list(images))), np.diff(index.first)
-            )
-        counts = np.bincount(index.labels[mine], minlength=self.num_classes) + 1.0
-        return np.asarray(counts / counts.sum(), dtype=np.float64)
+        rows, _ = objects_on(index, images)
+        return smoothed(np.bincount(index.labels[rows], minlength=self.num_classes))
 
     def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
         """Train pictures of a seed, those whose labels it may know."""

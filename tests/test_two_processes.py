@@ -26,7 +26,7 @@ from torch import nn
 
 from kd import adapters, distill, teacher_cache
 from kd.adapted import AdaptedStudent
-from kd.adapters import conv3x3
+from kd.adapters import Conv3x3
 from kd.build import make_accelerator, make_loader
 from kd.config import (
     Critic,
@@ -272,7 +272,7 @@ def _detector_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> Non
             ("context_features", 0, {}), ("imitation_inside", 1, {}),
         )
     ]  # fmt: skip
-    model = AdaptedStudent(student, layers, {layer: conv3x3(16, 24) for layer in layers})
+    model = AdaptedStudent(student, layers, {layer: Conv3x3(16, 24) for layer in layers})
     train = Train(
         optimizer=Optimizer(name="sgd", lr=0.01, momentum=0.0, weight_decay=0.0),
         schedule=Schedule(name="constant", warmup=0.0),

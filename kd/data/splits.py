@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,17 @@ def labelled_images(index: CocoIndex, share: float, seed: int) -> NDArray[np.int
     places = np.array([_hash_to_unit(f"labelled/{seed}/{i}") for i in index.image_ids.tolist()])
     count = max(1, round(share * len(places)))
     return np.asarray(index.image_ids[np.argsort(places, kind="stable")[:count]], dtype=np.int64)
+
+
+def objects_on(
+    index: CocoIndex, images: Collection[int] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of the objects on images with these ids, or on all, and the place of each image."""
+    owners = np.repeat(np.arange(len(index)), np.diff(index.first))
+    rows = np.arange(len(owners))
+    if images is not None:
+        rows = np.flatnonzero(np.isin(index.image_ids, list(images))[owners])
+    return rows, owners[rows]
 
 
 def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:

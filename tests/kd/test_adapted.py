@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.adapted import AdaptedStudent
-from kd.adapters import conv3x3
+from kd.adapters import Conv3x3
 from kd.errors import UserError
 
 
@@ -37,7 +37,7 @@ def test_outputs_and_adapted_features_come_out_of_one_forward() -> None:
 
 
 def test_an_adapter_may_leave_out_what_is_not_looked_at() -> None:
-    adapters = {"trunk.0": conv3x3(4, 8, relu=False), "trunk": nn.Conv2d(6, 8, 1)}
+    adapters = {"trunk.0": Conv3x3(4, 8, relu=False), "trunk": nn.Conv2d(6, 8, 1)}
     model, images = (
         AdaptedStudent(Student(), ["trunk.0", "trunk"], adapters),
         torch.rand(2, 3, 6, 5),
