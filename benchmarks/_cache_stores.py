@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kd.data.store import Store
+from kd.storage.store import Store
 
 SHARD, BATCH, BUFFER = 256, 32, 1000
 SHAPES = {"posterior": (80,), "map": (320, 12, 12)}

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator
-from kd.config import Train
-from kd.engine import to_device, train_step
-from kd.launch import start_training
-from kd.objective import modules_of
-from kd.training import Objective, Window
+from kd.config.recipes import Train
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.terms import modules_of
+from kd.engine.loop import to_device, train_step
+from kd.engine.state import Objective, Window
+from kd.runs.build import make_accelerator
+from kd.runs.setup import start_training
 
 Work = Callable[[], object]
 Batch = dict[str, Tensor]

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.data.coco import CocoIndex, load_coco
-from kd.data.hide import normalise
-from kd.data.images import read_image, resize
-from kd.nn.modes import evaluating
+from kd.formats.coco import CocoIndex, load_coco
+from kd.nn.freeze import evaluating
 from kd.nn.trunk import build_trunk
-from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.transforms.hide import normalise
+from kd.utils.images import read_image, resize
 
 SIDE, STRIDE, CHANNELS, BATCH, EPOCH = 128, 4, 32, 8, 100  # an epoch is a number of steps here
 

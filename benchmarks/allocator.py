@@ -1,4 +1,4 @@
-"""What it gains on a CPU to use freed memory again (kd.memory), in time and in peak of memory.
+"""Gain of reusing freed memory on a CPU (`kd.utils.malloc`), in time and peak memory.
 
 The same work in processes of their own, in turns, once as glibc comes and once as every command of
 ours sets it: answers of MobileNetV2, and training steps of ResNet-18. CPU time, the system's
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18
 
-from kd.memory import keep_freed_memory
+from kd.utils.malloc import keep_freed_memory
 
 Step = Callable[[], object]
 

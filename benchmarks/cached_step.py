@@ -21,21 +21,31 @@ from pathlib import Path
 
 import torch
 
-from kd.build import make_accelerator, make_loader
-from kd.config import Adapter, Data, Generate, Model, Split, TaskSection, TeacherRecipe, Term, Train
+from kd.config.recipes import (
+    Adapter,
+    Data,
+    Generate,
+    Model,
+    Split,
+    TaskSection,
+    TeacherRecipe,
+    Term,
+    Train,
+)
 from kd.data.loader import SampleLoader
-from kd.data.stored import StoredField
-from kd.engine import to_device, train_step
-from kd.launch import start_training
-from kd.opened import OpenData, make_dataset, open_objects
-from kd.soft_targets import StoredPosteriors, StoredTeacher
-from kd.tasks.classification import Classification
-from kd.tasks.context import Context
-from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import TrainedTeacher
-from kd.terms import POSTERIOR
-from kd.training import Objective
-from kd.wiring import adapt_student, build_terms
+from kd.distillation.targets import StoredPosteriors, StoredTeacher
+from kd.distillation.terms import POSTERIOR
+from kd.engine.loop import to_device, train_step
+from kd.engine.state import Objective
+from kd.experiments.connect import adapt_student, build_terms
+from kd.problems.objects.classification import Classification
+from kd.problems.objects.context import Context
+from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.runs.build import make_accelerator, make_loader
+from kd.runs.load_teacher import TrainedTeacher
+from kd.runs.setup import start_training
+from kd.storage.fields import StoredField
+from kd.teacher_cache.cache import Wanted, open_cache
 from students.classifiers import build_student
 from teachers.cnn import cnn
 

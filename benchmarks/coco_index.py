@@ -67,7 +67,7 @@ def _shape(rng: np.random.Generator) -> str:
 
 def open_once(json_file: Path, images: Path) -> None:
     """Load, and print what it took; in a process of its own, so that its memory is its own."""
-    from kd.data.coco import load_coco
+    from kd.formats.coco import load_coco
 
     before = _megabytes()
     start = time.perf_counter()

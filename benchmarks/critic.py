@@ -1,7 +1,8 @@
 """Whether a critic stays sound: 2,000 steps of the segmentation recipe on real photographs.
 
 A small student at random weights learns from a teacher on ImageNet's MobileNetV2: cross-entropy +
-10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay, the critic as kd.config
+10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay, the critic as
+kd.config.recipes
 has it; the student's gradient is not clipped. Pictures are squares of 128 pixels of coco_mini,
 score maps have 32 x 32 places and 13 classes: COCO's twelve groups and the background.
 
@@ -47,18 +48,18 @@ from benchmarks._segmentation import (
     iou,
     read_photos,
 )
-from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator
-from kd.checkpoint import load_checkpoint, load_model, save_model
-from kd.config import Critic, Optimizer, Schedule, Train
-from kd.data.hide import normalise
-from kd.engine import fit, train_step
+from kd.config.recipes import Critic, Optimizer, Schedule, Train
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.terms import build_term, draw_modules, modules_of
+from kd.engine.checkpoint import load_checkpoint, load_model, save_model
+from kd.engine.loop import fit, train_step
+from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.errors import UserError
-from kd.launch import start_training
-from kd.losses.adversary import Adversary
-from kd.nn.modes import evaluating
-from kd.objective import build_term, draw_modules, modules_of
-from kd.training import Hooks, Objective, Training, resume_training, save_training
+from kd.losses.holistic import Adversary
+from kd.nn.freeze import evaluating
+from kd.runs.build import make_accelerator
+from kd.runs.setup import start_training
+from kd.transforms.hide import normalise
 
 PLANNED, TEACHER_STEPS = 2000, 400
 SNAPSHOTS = (100, 400)

@@ -35,13 +35,12 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from kd.data.coco import CocoIndex, load_coco
-from kd.data.dataset import SceneDataset
-from kd.data.hide import IMAGENET_MEAN, IMAGENET_STD, class_maps, hide, normalise, regions_of
-from kd.data.images import scaled_size
 from kd.data.loader import build_loader
-from kd.data.prepare import prepare
-from kd.data.scale_annotations import scale_annotations
+from kd.data.prepare import prepare, scale_annotations
+from kd.formats.coco import CocoIndex, load_coco
+from kd.problems.objects.samples import SceneDataset
+from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD, class_maps, hide, normalise, regions_of
+from kd.utils.images import scaled_size
 
 SOURCE, SIZE, CLASSES, BATCH = 640, 384, 91, 8
 NOISE = 7.0  # standard deviation; gives files of about 100 kB, COCO's are 50 to 250

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step
-from kd.adapted import AdaptedStudent
-from kd.adapters import Conv3x3
-from kd.build import make_accelerator
-from kd.config import Optimizer, Schedule, Train
-from kd.features import FeatureTaps
+from kd.config.recipes import Optimizer, Schedule, Train
+from kd.distillation.adapters import Conv3x3
+from kd.distillation.hooks import FeatureTaps
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import Term, build_term
+from kd.engine.state import Objective
 from kd.nn.detectors import DETECTORS
-from kd.objective import Term, build_term
-from kd.soft_targets import LiveTeacher
-from kd.tasks.detection import Detection
-from kd.training import Objective
+from kd.problems.detection.task import Detection
+from kd.runs.build import make_accelerator
 
 CLASSES, CHANNELS = 20, 256
 # So small that both sides keep their weights: the time of a detector's step goes with the number of

@@ -25,17 +25,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step
-from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator, make_loader
-from kd.config import Data, Generate, Split, Train
-from kd.data.hide import hidden_regions, hide, normalise
-from kd.engine import to_device
-from kd.objective import build_term
-from kd.opened import make_dataset, open_objects
-from kd.soft_targets import LiveTeacher, StoredPosteriors
-from kd.tasks.classification import Classification
-from kd.tasks.context import Context
-from kd.training import Objective
+from kd.config.recipes import Data, Generate, Split, Train
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import LiveTeacher, StoredPosteriors
+from kd.distillation.terms import build_term
+from kd.engine.loop import to_device
+from kd.engine.state import Objective
+from kd.problems.objects.classification import Classification
+from kd.problems.objects.context import Context
+from kd.problems.objects.data import make_dataset, open_objects
+from kd.runs.build import make_accelerator, make_loader
+from kd.transforms.hide import hidden_regions, hide, normalise
 from students.classifiers import build_student
 from teachers.cnn import cnn
 

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kd.ask import Question, expectations
-from kd.build import build_task, build_teacher
-from kd.config import Data, Model, Split, TaskSection, TeacherRecipe
-from kd.data.photographs import Photograph
-from kd.data.regions import windows
-from kd.expected import ask, heat_maps
-from kd.imagination import Wanted
-from kd.memory import keep_freed_memory
-from kd.teacher_runs import TrainedTeacher
+from kd.config.recipes import Data, Model, Split, TaskSection, TeacherRecipe
+from kd.context.heatmap import ask, heat_maps
+from kd.context.photo import Photograph
+from kd.context.query import Question, expectations
+from kd.context.regions import windows
+from kd.context.session import Wanted
+from kd.runs.build import build_task, build_teacher
+from kd.runs.load_teacher import TrainedTeacher
+from kd.utils.malloc import keep_freed_memory
 
 GOAL, SIZE, CLASSES = 10.0, 384, 80
 CPU = torch.device("cpu")

@@ -1,7 +1,8 @@
 """What int8 does to a trained teacher's posteriors, and what it saves.
 
 The run's teacher answers for all objects of some val pictures as it is, with batch norms folded
-(kd.nn.fuse) and in int8 (kd.nn.int8, ranges from 32 train pictures): top-1, NLL, the KL from its
+(kd.nn.inference) and in int8 (kd.nn.inference, ranges from 32 train pictures): top-1, NLL, the KL
+from its
 own float32 posteriors, and the CPU's time an object.
 
     python benchmarks/int8_teacher.py --teacher runs/teacher/unet/scenes [--images 200]
@@ -19,16 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd.build import open_data
-from kd.config import TeacherRecipe
-from kd.config_reader import from_plain, read_yaml
-from kd.data.collate import collate
-from kd.data.dataset import SceneDataset
-from kd.nn.fuse import for_answers
-from kd.nn.int8 import in_int8
-from kd.opened import make_dataset, of_objects
-from kd.tasks.base import Task, hidden_labels, named
-from kd.teacher_runs import images_of, load_teacher
+from kd.config.reader import from_plain, read_yaml
+from kd.config.recipes import TeacherRecipe
+from kd.data.loader import collate
+from kd.nn.inference import for_answers, in_int8
+from kd.problems.base import Task, hidden_labels, named
+from kd.problems.objects.data import make_dataset, of_objects
+from kd.problems.objects.samples import SceneDataset
+from kd.runs.build import open_data
+from kd.runs.load_teacher import images_of, load_teacher
 
 BATCH = 8
 

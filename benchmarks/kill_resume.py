@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from kd.checkpoint import load_checkpoint
+from kd.engine.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES = ["data.generate={train: 64, val: 16, size: 64, seed: 0}", "data.size=32"]

@@ -26,18 +26,18 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step
-from kd.adapted import AdaptedStudent
-from kd.build import build_saliency, make_accelerator
-from kd.config import Model, Optimizer, Schedule, Train
-from kd.data.collate import collate
-from kd.data.gaze import Fixations, GazeSplit
-from kd.data.gaze_dataset import GazeDataset
-from kd.data.store import IDS, Store
-from kd.data.stored import StoredField
-from kd.objective import build_term
-from kd.soft_targets import StoredTeacher
-from kd.tasks.saliency import Saliency
-from kd.training import Objective
+from kd.config.recipes import Model, Optimizer, Schedule, Train
+from kd.data.loader import collate
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import StoredTeacher
+from kd.distillation.terms import build_term
+from kd.engine.state import Objective
+from kd.formats.fixations import Fixations, GazeSplit
+from kd.problems.saliency.samples import GazeDataset
+from kd.problems.saliency.task import Saliency
+from kd.runs.build import build_saliency, make_accelerator
+from kd.storage.fields import StoredField
+from kd.storage.store import IDS, Store
 
 GOAL = 1.10
 PICTURES, FILE = 16, (300, 400)  # as of OSIE

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step, peak_memory
-from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator
-from kd.config import Optimizer, Schedule, Train
-from kd.data.hide import normalise
-from kd.losses.adversary import Adversary
-from kd.nn.pspnet import pspnet
-from kd.objective import Term, build_term, draw_modules
-from kd.soft_targets import LiveTeacher
-from kd.tasks.segmentation import Segmentation
-from kd.training import Objective
+from kd.config.recipes import Optimizer, Schedule, Train
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import Term, build_term, draw_modules
+from kd.engine.state import Objective
+from kd.losses.holistic import Adversary
+from kd.nn.segmentation import pspnet
+from kd.problems.segmentation.task import Segmentation
+from kd.runs.build import make_accelerator
+from kd.transforms.hide import normalise
 
 CLASSES, STEP_GOAL = 19, 1.05
 TRAIN = Train(

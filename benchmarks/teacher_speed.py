@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.build import build_task, build_teacher
-from kd.config import Data, TeacherRecipe
-from kd.config_reader import find_config, known_configs, load_recipe
-from kd.memory import keep_freed_memory
-from kd.tasks.base import named
+from kd.config.reader import find_config, known_configs, load_recipe
+from kd.config.recipes import Data, TeacherRecipe
+from kd.problems.base import named
+from kd.runs.build import build_task, build_teacher
+from kd.utils.malloc import keep_freed_memory
 
 CLASSES = {"scenes": 22}  # 80 elsewhere
 ROUNDS = 3

@@ -6,7 +6,8 @@ and softened KL times the square of the temperature, SGD with momentum and weigh
 
 theirs    `get_distillation_box` with `KDLoss`, in the loop of its example image_classification.py
           without the meters; the teacher is given in evaluation mode, which its engine does not set
-ours      `kd.engine.fit`; every image has one object, as large as the image, and a log line a step
+ours      `kd.engine.loop.fit`; every image has one object, as large as the image, and a log line a
+step
 twin      theirs once more, with initial weights that differ by a rounding error: what fp32 makes of
           rounding; with --double nothing is magnified, and curves agree to the last logged digit
 
@@ -35,16 +36,16 @@ from torchdistill import __version__ as VERSION
 from torchdistill.core.distillation import get_distillation_box
 from torchvision.models import resnet18, resnet34
 
-from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator
-from kd.data.hide import normalise
-from kd.engine import fit
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import build_term
+from kd.engine.loop import fit
+from kd.engine.optim import make_schedule
+from kd.engine.state import Hooks, Objective, Training
 from kd.losses.supervised import cross_entropy_labelled
-from kd.objective import build_term
-from kd.optim import make_schedule
-from kd.soft_targets import LiveTeacher
-from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
-from kd.training import Hooks, Objective, Training
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
+from kd.runs.build import make_accelerator
+from kd.transforms.hide import normalise
 
 CLASSES, TEMPERATURE, SHARE = 10, 4.0, 0.5  # the share of cross-entropy in the loss
 SGD: dict[str, Any] = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}

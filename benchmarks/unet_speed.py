@@ -5,10 +5,11 @@ logits; `plain` is float32 in torch's default layout, in evaluation, without gra
 adds, one thing after the other:
 
 channels_last   channels innermost, which the convolutions of oneDNN and cuDNN prefer
-folded          batch norms folded into convolutions (kd.nn.fuse)
+folded          batch norms folded into convolutions (kd.nn.inference)
 compiled        torch.compile of that, weights frozen into the graph (--compile: takes minutes)
 bf16            bfloat16 autocast, where the hardware multiplies it natively
-int8            8-bit integers (kd.nn.int8), on a CPU; it changes the answers a little, and what
+int8            8-bit integers (kd.nn.inference), on a CPU; it changes the answers a little, and
+what
                 that does to a trained teacher's posteriors benchmarks/int8_teacher.py measures
 
 The ways take turns; the best round of each counts, in wall time and in the process's own CPU time
@@ -30,9 +31,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from kd.build import native_bf16
-from kd.nn.fuse import for_answers
-from kd.nn.int8 import in_int8
+from kd.nn.inference import for_answers, in_int8
+from kd.runs.build import native_bf16
 from teachers.unet import unet
 
 GOAL = 3.0

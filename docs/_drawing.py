@@ -18,9 +18,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from kd.data.coco import CocoIndex, load_coco
-from kd.data.images import read_image
-from kd.report.drawing import GREY, PALE, RED, figure_image
+from kd.formats.coco import CocoIndex, load_coco
+from kd.report.style import GREY, PALE, RED, figure_image
+from kd.utils.images import read_image
 
 DPI = 122
 LICENCE = "http://creativecommons.org/licenses/by/2.0/"

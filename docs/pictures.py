@@ -29,10 +29,10 @@ from torchvision.ops import box_iou
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from docs._drawing import TEXT, Photo, Photos, bare, new_figure, outline, save, show, tint
-from kd.data.hide import normalise
 from kd.losses import anchor_grid, imitation_mask, pair_wise
 from kd.nn.trunk import Trunk, build_trunk
-from kd.report.drawing import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
+from kd.report.style import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
+from kd.transforms.hide import normalise
 
 HERE = Path(__file__).resolve().parent / "images"
 Array = NDArray[Any]

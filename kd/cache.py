@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.build import make_accelerator, open_data
 from kd.cli import run_command, set_up_logging
-from kd.data_config import data_config
+from kd.config.reader import data_config
 from kd.errors import UserError, at_least
-from kd.kept import own_output, said, splits_kept
-from kd.teacher_cache import Wanted, open_cache
-from kd.teacher_runs import check_classes, load_teacher_of
+from kd.runs.build import make_accelerator, open_data
+from kd.runs.load_teacher import check_classes, load_teacher_of
+from kd.teacher_cache.cache import Wanted, open_cache
+from kd.teacher_cache.summary import own_output, said, splits_kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

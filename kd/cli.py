@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from kd.config_reader import find_config, load_recipe, to_yaml
-from kd.config_schema import file_schema
+from kd.config.json_schema import file_schema
+from kd.config.reader import find_config, load_recipe, to_yaml
 from kd.errors import UserError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)

@@ -18,14 +18,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from kd.cli import run_command
-from kd.costs import measured
 from kd.errors import UserError
-from kd.metrics import scores
-from kd.metrics.kinds import OBJECTS, kind_of
-from kd.report.cost import cost_figure, cost_table
-from kd.report.drawing import save_figure
-from kd.report.figures import comparison_figure, top_n_figure
-from kd.report.runs import (
+from kd.evaluation.cost import measured
+from kd.evaluation.cost_figure import cost_figure, cost_table
+from kd.metrics import classification as scores
+from kd.problems.records import OBJECTS, kind_of
+from kd.report.curves import comparison_figure, top_n_figure
+from kd.report.style import save_figure
+from kd.report.tables import Table, distill_table, print_table, runs_table, write_markdown
+from kd.runs.read import (
     Run,
     ceilings,
     check_same_objects,
@@ -34,7 +35,6 @@ from kd.report.runs import (
     read_distill,
     read_run,
 )
-from kd.report.table import Table, distill_table, print_table, runs_table, write_markdown
 
 
 def main(argv: Sequence[str] | None = None) -> int:

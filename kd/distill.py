@@ -10,17 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.arms import Distillation
-from kd.build import make_accelerator, open_data
-from kd.catalog import look_up
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
-from kd.config import DistillRecipe
-from kd.launch import open_run
-from kd.overlays import write_overlays
-from kd.report.runs import read_distill
-from kd.report.table import distill_table, print_table
-from kd.teacher_folders import RUNS
-from kd.transferred import resolved
+from kd.config.recipes import DistillRecipe
+from kd.evaluation.draw import write_overlays
+from kd.experiments.variants import Distillation
+from kd.registry import look_up
+from kd.report.tables import distill_table, print_table
+from kd.runs.build import make_accelerator, open_data
+from kd.runs.load_teacher import RUNS
+from kd.runs.read import read_distill
+from kd.runs.setup import open_run
+from kd.runs.transfer_trunk import resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:

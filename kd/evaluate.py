@@ -16,15 +16,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.answers import Answers, ask_run, stored_answers
-from kd.box_evaluation import results_evaluation
 from kd.cli import numbers, run_command, set_up_logging
 from kd.errors import UserError
-from kd.evaluation import Scores
-from kd.evaluation_files import write_evaluation, write_tables
-from kd.evaluations import AnyEvaluation, evaluation_of, side_by_side
-from kd.report.runs import find_runs
-from kd.report.table import print_table
+from kd.evaluation.predict import (
+    Answers,
+    AnyEvaluation,
+    ask_run,
+    evaluation_of,
+    side_by_side,
+    stored_answers,
+)
+from kd.evaluation.write import write_evaluation, write_tables
+from kd.problems.detection.evaluation import results_evaluation
+from kd.problems.objects.evaluation import Scores
+from kd.report.tables import print_table
+from kd.runs.read import find_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

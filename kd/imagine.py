@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import run_command, set_up_logging
-from kd.data.photographs import KnownObjects, open_photograph
+from kd.context.photo import KnownObjects, open_photograph
+from kd.context.session import Imagination, Wanted, names_of_outputs, read_wanted
 from kd.errors import UserError, at_least
-from kd.imagination import Imagination, Wanted, names_of_outputs, read_wanted
-from kd.teacher_runs import latest_teacher
+from kd.runs.load_teacher import latest_teacher
 
 _log = logging.getLogger("kd")
 

@@ -13,17 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.build import make_accelerator
 from kd.cli import run_command, set_up_logging
-from kd.data.detections import write_detections
-from kd.detection_context import Asking
+from kd.context.detections import Asking
+from kd.context.fit_rescore import Split, cross_fitted, fitted_elsewhere
+from kd.context.rescore import STRENGTHS, settings_of
+from kd.context.rescore_report import change_of, change_table, curve_figure, curve_of
 from kd.errors import UserError, at_least
-from kd.files import write_whole
-from kd.report.drawing import save_figure
-from kd.report.rescoring import change_of, change_table, curve_figure, curve_of
-from kd.report.table import print_table
-from kd.rescore_run import Split, cross_fitted, fitted_elsewhere
-from kd.rescoring import STRENGTHS, settings_of
+from kd.formats.coco_results import write_detections
+from kd.report.style import save_figure
+from kd.report.tables import print_table
+from kd.runs.build import make_accelerator
+from kd.utils.io import write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:

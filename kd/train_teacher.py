@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.build import make_accelerator, open_data
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
-from kd.config import TeacherRecipe
-from kd.data.splits import fold_of
-from kd.launch import open_run
-from kd.opened import OpenData
-from kd.session import say_summary
-from kd.teacher_folders import default_folder
-from kd.teacher_training import train_one
+from kd.config.recipes import TeacherRecipe
+from kd.experiments.teacher import train_one
+from kd.formats.splits import fold_of
+from kd.problems.objects.data import OpenData
+from kd.runs.build import make_accelerator, open_data
+from kd.runs.load_teacher import default_folder
+from kd.runs.setup import open_run
+from kd.runs.train import say_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:

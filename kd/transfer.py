@@ -10,16 +10,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.arms import Distillation
-from kd.build import make_accelerator
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
-from kd.config_transfer import TransferRecipe
-from kd.launch import open_run
-from kd.opened import open_objects
-from kd.report.table import print_table
+from kd.config.recipes import TransferRecipe
+from kd.experiments.transfer import starts
+from kd.experiments.variants import Distillation
+from kd.problems.objects.data import open_objects
+from kd.report.tables import print_table
 from kd.report.transfer import transfer_table
-from kd.starts import starts
-from kd.teacher_folders import RUNS
+from kd.runs.build import make_accelerator
+from kd.runs.load_teacher import RUNS
+from kd.runs.setup import open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

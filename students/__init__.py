@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from kd.nn.detectors import DETECTORS
-from kd.nn.segmenters import SEGMENTERS
+from kd.nn.segmentation import SEGMENTERS
 from students.classifiers import NAMES, build_student
 from students.saliency import saliency
 

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.blind import AnyTrunk
-from kd.nn.levels import LevelledTrunk, levelled
-from kd.nn.regions import crop_regions, roi_features
-from kd.nn.surroundings import Surroundings, picture_extents, standardised
+from kd.nn.multi_stride_trunk import LevelledTrunk, levelled
+from kd.nn.regions import Surroundings, crop_regions, picture_extents, roi_features, standardised
+from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.trunk import build_trunk
 
 # One catalogue entry each; `build_student` takes any other name that torchvision knows.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from kd.nn.detectors import DETECTORS
-from kd.nn.segmenters import SEGMENTERS
+from kd.nn.segmentation import SEGMENTERS
 from teachers.cnn import cnn
 from teachers.cooccurrence import cooccurrence, prior
 from teachers.msinet import msinet

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.aspp import ContextPyramid
-from kd.nn.saliency import LogitMap, PlainDecoder, padded
-from kd.nn.stages import JoinedStages, joined_stages
+from kd.nn.multi_stride_trunk import JoinedStages, joined_stages
+from kd.nn.saliency import ContextPyramid, LogitMap, PlainDecoder, padded
 from kd.nn.weights import load_network
 
 STRIDES = (8, 16)

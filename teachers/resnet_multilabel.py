@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.blind import BlindTrunk
-from kd.nn.grey import grey_and_region
+from kd.nn.teacher_trunk import BlindTrunk, grey_and_region
 from kd.nn.trunk import Trunk, build_trunk
 
 

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.blind import BlindTrunk
-from kd.nn.grey import grey_and_region
+from kd.nn.teacher_trunk import BlindTrunk, grey_and_region
 from kd.nn.trunk import Trunk, build_trunk
 
 

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.blind import AnyTrunk, BlindTrunk, picture_alone
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.nn.kinds import SceneKinds
-from kd.nn.levels import LevelledTrunk, build_levels
-from kd.nn.picture_tokens import Patches, check_patches, place_boxes
-from kd.nn.surroundings import Surroundings
-from kd.nn.transformer import (
+from kd.nn.multi_stride_trunk import LevelledTrunk, build_levels
+from kd.nn.regions import Surroundings
+from kd.nn.scene_transformer import (
     PLACE_FEATURES,
+    Patches,
     Reader,
     Rows,
+    SceneKinds,
     Tokens,
+    check_patches,
     make_tokens,
+    place_boxes,
     place_features,
     relations,
 )
+from kd.nn.teacher_trunk import AnyTrunk, BlindTrunk, picture_alone
 
 Pixels = Literal["patches", "trunk"]
 
@@ -32,7 +34,8 @@ class SceneTransformer(nn.Module):
     """A mask token for each hidden object, with its box, reads the rest of its scene.
 
     The rest are the other objects as (class, box) tokens, the picture as tokens of patches or of a
-    trunk's map, or both. A token is never changed by others (`kd.nn.transformer.Reader`), so one
+    trunk's map, or both. A token is never changed by others (`kd.nn.scene_transformer.Reader`), so
+    one
     pass over a scene gives the posterior of each of its objects with only that one hidden.
 
     Attributes:
@@ -238,7 +241,8 @@ def scene_transformer(
         remember: Keep a frozen trunk's outputs in memory.
         counts: Whether the answer starts from co-occurrence (`kd.nn.cooccurrence`), counted on the
             train images; without annotations from the box's place and size.
-        kinds: Kinds of scene over which the answer is a mixture (`kd.nn.kinds`), found from the
+        kinds: Kinds of scene over which the answer is a mixture (`kd.nn.scene_transformer`), found
+        from the
             annotations; 0 for none.
 
     Raises:

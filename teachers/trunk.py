@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.blind import AnyTrunk
-from kd.nn.levels import LevelledTrunk, build_levels
-from kd.nn.regions import mask_boxes
-from kd.nn.surroundings import Surroundings, picture_extents
+from kd.nn.multi_stride_trunk import LevelledTrunk, build_levels
+from kd.nn.regions import Surroundings, mask_boxes, picture_extents
+from kd.nn.teacher_trunk import AnyTrunk
 
 
 class ContextTrunk(nn.Module):

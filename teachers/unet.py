@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.blind import BlindTrunk
+from kd.nn.teacher_trunk import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):

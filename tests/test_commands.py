@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from kd import cache, compare, demo, distill, evaluate, train_teacher
-from kd.checkpoint import load_checkpoint
 from kd.cli import run_command
-from kd.report.runs import read_distill, read_scalars
+from kd.engine.checkpoint import load_checkpoint
+from kd.runs.read import read_distill, read_scalars
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,38 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from kd.arms import train_section
-from kd.build import (
+from kd.config.reader import (
+    CONFIGS,
+    data_config,
+    find_config,
+    known_configs,
+    load_recipe,
+    read_yaml,
+    to_yaml,
+)
+from kd.config.recipes import (
+    AnyData,
+    DistillRecipe,
+    Gaze,
+    LabelMaps,
+    Model,
+    SoftTargets,
+    TaskSection,
+    TeacherRecipe,
+    Train,
+    TransferRecipe,
+)
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import TEACHER_OUTPUTS, distillation_losses
+from kd.engine.optim import make_optimizer, make_schedule
+from kd.experiments.connect import adapt_student, build_terms, layers_among
+from kd.experiments.transfer import starts
+from kd.experiments.variants import train_section
+from kd.nn.detectors import DETECTORS
+from kd.nn.segmentation import SEGMENTERS
+from kd.problems.base import Batch, Task
+from kd.problems.detection.task import Detection
+from kd.runs.build import (
     build_detector,
     build_saliency,
     build_segmenter,
@@ -21,40 +51,9 @@ from kd.build import (
     build_task,
     build_teacher,
 )
-from kd.config import (
-    AnyData,
-    DistillRecipe,
-    Gaze,
-    LabelMaps,
-    Model,
-    TaskSection,
-    TeacherRecipe,
-    Train,
-)
-from kd.config_reader import (
-    CONFIGS,
-    find_config,
-    known_configs,
-    load_recipe,
-    read_yaml,
-    to_yaml,
-)
-from kd.config_targets import SoftTargets
-from kd.config_transfer import TransferRecipe
-from kd.data.crops import build_crops, build_turns
-from kd.data.transforms import build_augment
-from kd.data_config import data_config
-from kd.launch import learns
-from kd.nn.detectors import DETECTORS
-from kd.nn.segmenters import SEGMENTERS
-from kd.objective import distillation_losses
-from kd.optim import make_optimizer, make_schedule
-from kd.soft_targets import LiveTeacher
-from kd.starts import starts
-from kd.tasks.base import Batch, Task
-from kd.tasks.detection import Detection
-from kd.terms import TEACHER_OUTPUTS
-from kd.wiring import adapt_student, build_terms, layers_among
+from kd.runs.setup import learns
+from kd.transforms.augment import build_augment
+from kd.transforms.crops import build_crops, build_turns
 from students import SALIENCY_STUDENTS
 
 CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd.adapters import ADAPTERS
-from kd.config import DistillRecipe, TeacherRecipe
-from kd.config_data import Data
-from kd.config_reader import find_config, known_configs, load_recipe, read_yaml
-from kd.data.transforms import build_augment
+from kd.config.datasets import Data
+from kd.config.reader import find_config, known_configs, load_recipe, read_yaml
+from kd.config.recipes import DistillRecipe, TeacherRecipe
+from kd.distillation.adapters import ADAPTERS
+from kd.transforms.augment import build_augment
 
 PHOTOGRAPHS = ("coco", "voc", "voc0712", "kitti")
 KINDS: dict[str, type[DistillRecipe] | type[TeacherRecipe]] = {

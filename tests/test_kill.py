@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from kd import distill
-from kd.checkpoint import load_checkpoint
-from kd.report.runs import read_scalars
+from kd.engine.checkpoint import load_checkpoint
+from kd.runs.read import read_scalars
 
 pytestmark = pytest.mark.slow
 

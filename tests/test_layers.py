@@ -32,97 +32,88 @@ PLACES = {
     "kd.imagine": COMMANDS,
     # A command by its folder, where the issue of the data lies; no other module imports it.
     "kd.data.out_of_context": COMMANDS,
-    "kd.context_pastes": COMMANDS,
-    "kd.context_report": COMMANDS,
-    "kd.build": COMMANDS,
-    "kd.baselines": COMMANDS,
+    "kd.context.pasting.make": COMMANDS,
+    "kd.context.pasting.report": COMMANDS,
+    "kd.runs.build": COMMANDS,
+    "kd.problems.objects.baselines": COMMANDS,
     # What several commands share above the engine.
-    "kd.launch": COMMANDS,
-    "kd.session": COMMANDS,
-    "kd.summaries": COMMANDS,
-    "kd.arms": COMMANDS,
-    "kd.starts": COMMANDS,
-    "kd.transferred": COMMANDS,
-    "kd.sources": COMMANDS,
-    "kd.wiring": COMMANDS,
-    "kd.teacher_cache": COMMANDS,
-    "kd.kept": COMMANDS,
-    "kd.teacher_training": COMMANDS,
-    "kd.opened": COMMANDS,
-    "kd.shown": COMMANDS,
-    "kd.opened_files": COMMANDS,
-    "kd.opened_maps": COMMANDS,
-    "kd.opened_boxes": COMMANDS,
-    "kd.opened_gaze": COMMANDS,
-    "kd.term_checks": COMMANDS,
-    "kd.shard_writer": COMMANDS,
-    "kd.equivariance": COMMANDS,
-    "kd.teacher_folders": COMMANDS,
-    "kd.teacher_runs": COMMANDS,
-    "kd.ask": COMMANDS,
-    "kd.expected": COMMANDS,
-    "kd.imagination": COMMANDS,
-    "kd.student_runs": COMMANDS,
-    "kd.pictures": COMMANDS,
-    "kd.references": COMMANDS,
-    "kd.answers": COMMANDS,
-    "kd.evaluation": COMMANDS,
-    "kd.evaluation_files": COMMANDS,
-    "kd.evaluations": COMMANDS,
-    "kd.map_evaluation": COMMANDS,
-    "kd.gaze_evaluation": COMMANDS,
-    "kd.gaze_truth": COMMANDS,
-    "kd.box_evaluation": COMMANDS,
-    "kd.overlays": COMMANDS,
-    "kd.gaze_overlays": COMMANDS,
-    "kd.asked_maps": COMMANDS,
-    "kd.box_overlays": COMMANDS,
-    "kd.costs": COMMANDS,
+    "kd.runs.setup": COMMANDS,
+    "kd.runs.train": COMMANDS,
+    "kd.experiments.variants": COMMANDS,
+    "kd.experiments.transfer": COMMANDS,
+    "kd.runs.transfer_trunk": COMMANDS,
+    "kd.experiments.teachers": COMMANDS,
+    "kd.experiments.connect": COMMANDS,
+    "kd.teacher_cache.cache": COMMANDS,
+    "kd.teacher_cache.summary": COMMANDS,
+    "kd.experiments.teacher": COMMANDS,
+    "kd.problems.objects.data": COMMANDS,
+    "kd.teacher_cache.teacher_view": COMMANDS,
+    "kd.data.open_files": COMMANDS,
+    "kd.problems.segmentation.data": COMMANDS,
+    "kd.problems.detection.data": COMMANDS,
+    "kd.problems.saliency.data": COMMANDS,
+    "kd.experiments.validate": COMMANDS,
+    "kd.teacher_cache.writer": COMMANDS,
+    "kd.teacher_cache.equivariance": COMMANDS,
+    "kd.runs.load_teacher": COMMANDS,
+    "kd.context.query": COMMANDS,
+    "kd.context.heatmap": COMMANDS,
+    "kd.context.session": COMMANDS,
+    "kd.runs.load_student": COMMANDS,
+    "kd.problems.objects.draw": COMMANDS,
+    "kd.evaluation.predict": COMMANDS,
+    "kd.problems.objects.evaluation": COMMANDS,
+    "kd.evaluation.write": COMMANDS,
+    "kd.problems.segmentation.evaluation": COMMANDS,
+    "kd.problems.saliency.evaluation": COMMANDS,
+    "kd.problems.detection.evaluation": COMMANDS,
+    "kd.evaluation.draw": COMMANDS,
+    "kd.problems.saliency.draw": COMMANDS,
+    "kd.evaluation.ask_network": COMMANDS,
+    "kd.problems.detection.draw": COMMANDS,
+    "kd.evaluation.cost": COMMANDS,
     "kd.report": COMMANDS,
-    "kd.detection_context": COMMANDS,
-    "kd.rescore_run": COMMANDS,
-    "kd.engine": 2,
-    "kd.training": 2,
-    "kd.critic": 2,
-    "kd.optim": 2,
-    "kd.checkpoint": 2,
-    "kd.tracking": 2,
-    "kd.progress": 2,
-    "kd.run_folder": 2,
-    "kd.tasks": 3,
-    "kd.soft_targets": 3,
-    "kd.adapted": 3,
-    "kd.objective": 3,
-    "kd.terms": 3,
-    "kd.rescoring": 3,
+    "kd.context.detections": COMMANDS,
+    "kd.context.fit_rescore": COMMANDS,
+    "kd.engine.loop": 2,
+    "kd.engine.state": 2,
+    "kd.engine.critic": 2,
+    "kd.engine.optim": 2,
+    "kd.engine.checkpoint": 2,
+    "kd.engine.tracking": 2,
+    "kd.engine.progress": 2,
+    "kd.runs.folder": 2,
+    "kd.problems": 3,
+    "kd.distillation.targets": 3,
+    "kd.distillation.student": 3,
+    "kd.distillation.terms": 3,
+    "kd.context.rescore": 3,
     "teachers": 3,
     "students": 3,
     "kd.losses": 4,
     "kd.metrics": 4,
     "kd.data": 4,
-    "kd.adapters": 4,
-    "kd.features": 4,
+    "kd.distillation.adapters": 4,
+    "kd.distillation.hooks": 4,
     "kd.nn": 4,
     "kd.interop": 4,
     # Flags and exit codes need no torch, and the commands inside kd.data share them.
     "kd.cli": FOUNDATION,
-    "kd.catalog": FOUNDATION,
-    "kd.config": FOUNDATION,
-    "kd.config_transfer": FOUNDATION,
-    "kd.config_data": FOUNDATION,
-    "kd.config_targets": FOUNDATION,
-    "kd.config_levels": FOUNDATION,
-    "kd.config_reader": FOUNDATION,
-    "kd.data_config": FOUNDATION,
-    "kd.config_schema": FOUNDATION,
+    "kd.registry": FOUNDATION,
+    "kd.config.recipes": FOUNDATION,
+    "kd.config.datasets": FOUNDATION,
+    "kd.config.pyramid_levels": FOUNDATION,
+    "kd.config.reader": FOUNDATION,
+    "kd.config.json_schema": FOUNDATION,
     "kd.errors": FOUNDATION,
-    "kd.files": FOUNDATION,
-    "kd.memory": FOUNDATION,
+    "kd.utils.io": FOUNDATION,
+    "kd.utils.malloc": FOUNDATION,
     "kd": FOUNDATION,  # the package's own __init__: a version, nothing else
 }
 
 MODELS = ("teachers", "students")
-MODELS_MAY_IMPORT = {"kd.nn", "kd.errors", "kd.catalog", "torch", "torchvision"}
+MODELS_MAY_IMPORT = {"kd.nn", "kd.errors", "kd.registry", "torch", "torchvision"}
 HEAVY = ("torch", "torchvision", "accelerate", "torchdistill")
 
 
@@ -210,7 +201,7 @@ def complaint(found: Import) -> str | None:
     ):
         return f"{found}: {here} may import only {', '.join(sorted(MODELS_MAY_IMPORT))}, stdlib"
     if there in MODELS and PLACES[here] != COMMANDS:
-        return f"{found}: only kd.build and the commands import {there}"
+        return f"{found}: only kd.runs.build and the commands import {there}"
     if PLACES[here] == FOUNDATION and top in HEAVY:
         return f"{found}: group {FOUNDATION} does without {top}"
     if top in PACKAGES and there is None:
@@ -273,7 +264,7 @@ def test_units_do_not_import_each_other_in_a_circle() -> None:
 
 
 def plant(root: Path, **files: str) -> Path:
-    """Write a small source tree; `kd__data__coco="..."` is kd/data/coco.py."""
+    """Write a small source tree; `kd__data__coco="..."` is kd/formats/coco.py."""
     for package in PACKAGES:
         (root / package).mkdir(exist_ok=True)
     for name, text in files.items():
@@ -290,29 +281,29 @@ def only(found: list[str]) -> str:
 
 
 def test_an_import_upwards_is_found_inside_a_function_too(tmp_path: Path) -> None:
-    source = "import math\ndef late():\n    from kd.engine import fit\n"
+    source = "import math\ndef late():\n    from kd.engine.loop import fit\n"
     root = plant(tmp_path, kd__engine="", kd__losses__logits=source)
     assert only(complaints(root)) == (
-        "kd.losses.logits:3 imports kd.engine: up, from group 4 to group 2"
+        "kd.losses.logits:3 imports kd.engine.loop: up, from group 4 to group 2"
     )
 
 
 def test_a_relative_import_is_resolved(tmp_path: Path) -> None:
     source = "from .. import engine\nfrom . import coco\nfrom .coco import read\n"
     root = plant(tmp_path, kd__engine="", kd__data__coco="", kd__data__hide=source)
-    assert only(complaints(root)).startswith("kd.data.hide:1 imports kd.engine: up")
+    assert only(complaints(root)).startswith("kd.transforms.hide:1 imports kd.engine.loop: up")
 
 
 def test_a_type_checking_import_counts(tmp_path: Path) -> None:
-    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kd.build\n"
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import kd.runs.build\n"
     root = plant(tmp_path, kd__build="", kd__tasks__base=source)
-    assert "kd.tasks.base:3 imports kd.build: up" in only(complaints(root))
+    assert "kd.problems.base:3 imports kd.runs.build: up" in only(complaints(root))
 
 
 def test_a_dynamic_import_is_read_where_it_can_be_and_refused_where_not(tmp_path: Path) -> None:
     source = "import importlib\nimportlib.import_module('kd.distill')\nimportlib.import_module(n)\n"
     found = complaints(plant(tmp_path, kd__distill="", kd__engine=source))
-    assert "kd.engine:2 imports kd.distill: up" in found[0]
+    assert "kd.engine.loop:2 imports kd.distill: up" in found[0]
     assert "run time" in found[1]
 
 
@@ -321,9 +312,8 @@ def test_a_module_without_a_place_is_found(tmp_path: Path) -> None:
 
 
 def test_models_import_only_what_both_sides_share(tmp_path: Path) -> None:
-    good = (
-        "import math\nimport torch\nfrom torchvision import models\nfrom kd.nn.aspp import Aspp\n"
-    )
+    good = "import math\nimport torch\nfrom torchvision import models\n"
+    good += "from kd.nn.saliency import Aspp\n"
     good += "from teachers.cnn import Cnn\n"
     bad = "from kd.losses import logits\nimport numpy\nfrom students import vgg\n"
     found = complaints(plant(tmp_path, kd__nn__aspp="", teachers__unet=good, teachers__cnn=bad))
@@ -335,17 +325,17 @@ def test_models_import_only_what_both_sides_share(tmp_path: Path) -> None:
 def test_only_commands_import_models(tmp_path: Path) -> None:
     files = {"kd__build": "import teachers\n", "kd__engine": "from students import STUDENTS\n"}
     assert only(complaints(plant(tmp_path, **files))) == (
-        "kd.engine:1 imports students: only kd.build and the commands import students"
+        "kd.engine.loop:1 imports students: only kd.runs.build and the commands import students"
     )
 
 
 def test_the_foundation_does_without_torch(tmp_path: Path) -> None:
     root = plant(tmp_path, kd__config="from torch import nn\n", kd__data__scenes="import kd.cli\n")
-    assert only(complaints(root)) == "kd.config:1 imports torch: group 5 does without torch"
+    assert only(complaints(root)) == "kd.config.recipes:1 imports torch: group 5 does without torch"
 
 
 def test_a_circle_inside_a_group_is_found(tmp_path: Path) -> None:
-    files = {"kd__engine": "import kd.tracking\n", "kd__tracking": "import kd.engine\n"}
+    files = {"kd__engine": "import kd.engine.tracking\n", "kd__tracking": "import kd.engine.loop\n"}
     assert only(complaints(plant(tmp_path, **files))) == (
-        "a circle: kd.engine -> kd.tracking -> kd.engine"
+        "a circle: kd.engine.loop -> kd.engine.tracking -> kd.engine.loop"
     )

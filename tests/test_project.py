@@ -27,8 +27,8 @@ COMMANDS = ("train_teacher", "distill", "transfer", "evaluate", "compare", "cach
 LONGER: dict[str, str] = {
     "kd/data/loader.py::build_loader": "eleven parameters, each with its words",
     "kd/nn/detectors/faster_rcnn.py::fasterrcnn": "a parameter and its words for each option",
-    "kd/nn/detectors/fcos.py::fcos": "a parameter and its words for each option",
-    "kd/nn/detectors/retinanet.py::retinanet": "a parameter and its words for each option",
+    "kd/nn/detectors/one_stage.py::fcos": "a parameter and its words for each option",
+    "kd/nn/detectors/one_stage.py::retinanet": "a parameter and its words for each option",
     "students/classifiers.py::build_student": "a parameter and a line of words for each option",
     "teachers/scene_transformer.py::scene_transformer": "a parameter and its words for each option",
     "teachers/trunk.py::trunk": "a parameter and a line of words for each option",

@@ -24,11 +24,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from kd import adapters, distill, teacher_cache
-from kd.adapted import AdaptedStudent
-from kd.adapters import Conv3x3
-from kd.build import make_accelerator, make_loader
-from kd.config import (
+from kd import distill
+from kd.config.recipes import (
     Critic,
     Data,
     Generate,
@@ -40,20 +37,25 @@ from kd.config import (
     TeacherRecipe,
     Train,
 )
-from kd.engine import evaluate, to_device, train_step
-from kd.launch import open_run, start_training
-from kd.metrics.top_n import TopN
+from kd.distillation import adapters
+from kd.distillation.adapters import Conv3x3
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import build_term, draw_modules, modules_of
+from kd.engine.loop import evaluate, to_device, train_step
+from kd.engine.state import Objective, Training
 from kd.nn.detectors import DETECTORS
 from kd.nn.regions import roi_features
-from kd.objective import build_term, draw_modules, modules_of
-from kd.opened import make_dataset, open_objects
-from kd.report.runs import read_distill, read_scalars
-from kd.soft_targets import LiveTeacher
-from kd.tasks.classification import Classification
-from kd.tasks.context import Context
-from kd.tasks.detection import Detection
-from kd.teacher_runs import TrainedTeacher
-from kd.training import Objective, Training
+from kd.problems.detection.task import Detection
+from kd.problems.objects.classification import Classification
+from kd.problems.objects.context import Context
+from kd.problems.objects.data import make_dataset, open_objects
+from kd.problems.objects.metric import TopN
+from kd.runs.build import make_accelerator, make_loader
+from kd.runs.load_teacher import TrainedTeacher
+from kd.runs.read import read_distill, read_scalars
+from kd.runs.setup import open_run, start_training
+from kd.teacher_cache import cache as teacher_cache
 from teachers.cnn import cnn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -457,8 +459,8 @@ def test_a_run_folder_of_another_config_is_refused_on_every_rank(tmp_path: Path)
 
 def _stop(root: Path, out: Path) -> None:
     """Rank 1 alone is asked to stop; both stop after the same step, and say which."""
-    from kd.engine import fit
-    from kd.training import Hooks
+    from kd.engine.loop import fit
+    from kd.engine.state import Hooks
 
     accelerator = make_accelerator("fp32")
     data = open_objects(_section(root))

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kd.data.fetch import fetch
-from kd.data.meter import Meter, readable
 from kd.errors import UserError
+from kd.utils.byte_progress import Meter, readable
+from kd.utils.download import fetch
 
 __all__ = ["DATASETS", "Archive", "download", "fetch", "main", "unpack"]
 

@@ -1,131 +1,167 @@
-"""Reading an image file straight to the working size.
-
-Pillow decodes (as fast here as torchvision, whose decoders are deprecated), torch resizes: its
-8-bit antialiased bilinear is about three times as fast as Pillow's. A JPEG at least twice as
-large as wanted is decoded at 1/2, 1/4 or 1/8, which JPEG's block transform gives for less work.
-"""
+"""Whole pictures, or parts of them, with something to learn about their pixels, as samples."""
 
 from __future__ import annotations
 
-import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch.utils.data import Dataset
 
+from kd.data.loader import Sample
 from kd.errors import UserError
+from kd.storage.fields import PREFIX, StoredField
+from kd.transforms.crops import Crop
+from kd.utils.images import UNREADABLE, read_image, resize
 
-_GREY = 128
-_EXIF_ORIENTATION = 0x0112
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-# What Pillow raises for a file that it cannot read.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+MULTIPLE = 8  # sides of what models see: a network's halvings must meet again
+_SAMPLE_STREAM = 3  # keeps the samples' random numbers apart from the loader's order
 
 
-def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after scaling the long side to `size`; neither falls below 1."""
-    scale = size / max(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+class PictureDataset(Dataset[Sample], ABC):
+    """Samples of docs/design.md, looked up by (epoch, position).
 
-
-def no_picture(size: tuple[int, int]) -> Tensor:
-    """What stands for a picture that nobody shall see: (3, height, width) uint8, all grey."""
-    return torch.full((3, *size), _GREY, dtype=torch.uint8)
-
-
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (3, H, W) uint8 to `size` = (height, width), bilinear with antialiasing."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-
-
-def read_image(
-    path: Path,
-    size: int | None,
-    *,
-    expected: tuple[int, int] | None = None,
-    upright: bool = False,
-) -> Tensor:
-    """Decode an image file to 8-bit RGB and scale its long side to `size`.
-
-    Grey, palette, CMYK and 16-bit files are converted, transparency is dropped. Pixels are taken
-    as they are stored: like COCO's annotations, this ignores an EXIF orientation, unless `upright`.
+    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
 
     Args:
-        path: JPEG, PNG, or another format that Pillow reads.
-        size: Long side in pixels; None leaves the stored size.
-        expected: Height and width that the annotations give for this file.
-        upright: Turn and mirror the picture as its EXIF orientation says.
-
-    Returns:
-        (3, h, w) uint8, contiguous.
+        images: Files.
+        frame: Height and width of training samples, multiples of 8.
+        train: Otherwise whole pictures, whose targets keep their own size.
+        seed: Of everything random, 0 or more.
+        only: Positions of the images to keep; None keeps all.
+        stored: Outputs of teachers that go with training samples, as `stored.NAME`.
+        setting: What messages call the frame.
 
     Raises:
-        UserError: The file is missing, truncated, broken, of an unusable kind, or not of the
-            expected size.
+        UserError: The frame is no multiple, or, for evaluation, a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Path],
+        *,
+        frame: tuple[int, int],
+        train: bool,
+        seed: int,
+        only: NDArray[np.int64] | None,
+        stored: Sequence[StoredField],
+        setting: str,
+    ) -> None:
+        """Check the frame; the arguments are explained above."""
+        if wrong := [side for side in frame if side < MULTIPLE or side % MULTIPLE]:
+            raise UserError(f"{setting}: {wrong[0]} is not a multiple of {MULTIPLE} pixels")
+        self.images, self.frame = images, frame
+        self.train, self.seed = train, seed
+        self.places = np.arange(len(images)) if only is None else only
+        self.stored = tuple(stored)
+        sizes = set() if train else set(self.file_sizes())
+        # Whole pictures of different sizes have no common shape.
+        self.alike = len(sizes) <= 1
+        self._whole = next(iter(sizes), frame)
+
+    @abstractmethod
+    def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
+        """What is done to a training picture of a height and width."""
+
+    @abstractmethod
+    def seen(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which a model sees a whole picture: multiples of 8."""
+
+    @abstractmethod
+    def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
+        """What is to be learned or scored; of a whole picture of evaluation `cut` is None."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.places)
+
+    def together(self, batch_size: int) -> int:
+        """Whole pictures are larger than crops: fewer of them take the same memory."""
+        if self.train:
+            return batch_size
+        height, width = self.seen(self._whole)
+        pixels = self.frame[0] * self.frame[1]
+        return max(1, batch_size * pixels // (height * width)) if self.alike else 1
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Make the sample of (epoch, position).
+
+        Returns:
+            `images` (3, h, w) uint8; `sizes` (2,), its sides; `image_ids` (), the position in the
+            split; the targets; in training what is stored.
+
+        Raises:
+            UserError: The image or its target is missing, broken, or they do not fit.
+        """
+        epoch, position = place
+        image = int(self.places[position])
+        picture = read_image(self.images[image], None)
+        own = (picture.shape[1], picture.shape[2])
+        cut = None
+        if self.train:
+            random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
+            cut = self.draw(random, own)
+            picture = cut.image(picture, self.frame)
+        else:
+            picture = resize(picture, self.seen(own))
+        sample = {
+            "images": picture.contiguous(),
+            "sizes": torch.tensor(picture.shape[1:]),
+            "image_ids": torch.tensor(image),
+            **self.targets(image, own, cut),
+        }
+        if cut is not None:
+            for one in self.stored:
+                sample[f"{PREFIX}{one.name}"] = one.cropped(image, cut, own, self.frame)
+        return sample
+
+    def file_sizes(self) -> list[tuple[int, int]]:
+        """Height and width of every file, from its header."""
+        return [file_size(self.images[place]) for place in self.places]
+
+
+def file_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, from its header.
+
+    Raises:
+        UserError: It cannot be read.
     """
     try:
         with Image.open(path) as picture:
-            height, width = picture.height, picture.width
-            if expected is not None and (height, width) != expected:
-                raise UserError(_wrong_size(path, picture, expected))
-            wanted = (height, width) if size is None else scaled_size(height, width, size)
-            picture.draft(None, (wanted[1], wanted[0]))  # never below what is wanted
-            turn = picture.getexif().get(_EXIF_ORIENTATION, 1) if upright else 1
-            pixels = torch.from_numpy(_rgb_array(picture))
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: image not found; check the image folder of the data set"
-        ) from None
+            return picture.height, picture.width
     except UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read this image: {reason}") from None
-    return _turned(resize(pixels.permute(2, 0, 1), wanted), turn).contiguous()
+        raise UserError(f"{path}: cannot read this image: {error}") from None
 
 
-def _turned(image: Tensor, orientation: int) -> Tensor:
-    """Undo an EXIF orientation, 1..8: which edges of the scene the first row and column are."""
-    if orientation in (5, 6, 7, 8):  # the first row is the left or the right edge
-        image = image.transpose(1, 2)
-    across, down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
-    return image.flip([dim for dim, mirrored in ((2, across), (1, down)) if mirrored])
+def in_multiples(height: float, width: float, unit: int = MULTIPLE) -> tuple[int, int]:
+    """Sides rounded to multiples of so many pixels."""
+    sides = (max(unit, round(side / unit) * unit) for side in (height, width))
+    return next(sides), next(sides)
 
 
-def _rgb_array(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    if picture.mode == "RGB":
-        return np.array(picture)
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; save it as 8-bit RGB")
-    if picture.mode in _SIXTEEN_BIT:
-        deep = np.asarray(picture).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 0xFFFF:
-            raise ValueError("its pixels are deeper than 16 bits; save it as 8-bit RGB")
-        grey = (deep >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if picture.mode == "P" and "transparency" in picture.info:
-        return np.array(picture.convert("RGBA").convert("RGB"))
-    return np.array(picture.convert("RGB"))
+def check_targets(
+    splits: Iterable[tuple[Sequence[Path], Callable[[int, tuple[int, int]], object]]],
+) -> None:
+    """Read all images and their targets once.
 
+    Args:
+        splits: Images, and what reads the target of one by its place, of its height and width.
 
-def _wrong_size(path: Path, picture: Image.Image, expected: tuple[int, int]) -> str:
-    message = (
-        f"{path}: is {picture.width} x {picture.height} pixels, "
-        f"but the annotations say {expected[1]} x {expected[0]}"
-    )
-    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-    if orientation != 1:
-        message += f" (its EXIF orientation is {orientation}: store it turned the right way)"
-    return message
+    Raises:
+        UserError: As for a sample, of the first five that are wrong.
+    """
+    mistakes = []
+    for images, target in splits:
+        for number, path in enumerate(images):
+            try:
+                picture = read_image(path, None)
+                target(number, (picture.shape[1], picture.shape[2]))
+            except UserError as error:
+                mistakes.append(str(error))
+    if mistakes:
+        more = f"\n... and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
+        raise UserError("\n".join(mistakes[:5]) + more)

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import run_command, set_up_logging
-from kd.context_pastes import Wanted, check_seams, make_sets
-from kd.context_report import report_detections, report_runs
-from kd.data_config import objects_config
+from kd.config.reader import objects_config
+from kd.context.pasting.make import Wanted, check_seams, make_sets
+from kd.context.pasting.report import report_detections, report_runs
 from kd.errors import UserError, at_least
-from kd.opened import open_objects
-from kd.report.table import print_table
+from kd.problems.objects.data import open_objects
+from kd.report.tables import print_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +27,87 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from rich.progress import track
 
-from kd.data.coco_check import check_layout, check_references, read_json
-from kd.data.images import read_image, scaled_size
-from kd.data.scale_annotations import scale_annotations
 from kd.errors import UserError
+from kd.formats.coco_validate import check_layout, check_references, read_json
+from kd.utils.images import read_image, scaled_size
+
+Json = dict[str, Any]
+Size = tuple[int, int]
+
+_DECIMALS = 3
+
+
+def scale_annotations(
+    dataset: Json,
+    *,
+    leave_out: Container[int],
+    rescale: Callable[[int, int], Size],
+    rename: Callable[[str], str],
+) -> Json:
+    """Scale a whole COCO JSON.
+
+    Args:
+        dataset: The JSON's content; it is left as it is.
+        leave_out: Ids of images to drop with their annotations.
+        rescale: Gives an image's new height and width from the old ones.
+        rename: Gives an image's new file name.
+
+    Returns:
+        A dataset of the same layout; what it does not know is copied.
+    """
+    images, scales = [], {}
+    for entry in dataset["images"]:
+        if entry["id"] in leave_out:
+            continue
+        height, width = rescale(entry["height"], entry["width"])
+        scales[entry["id"]] = ((height, width), (width / entry["width"], height / entry["height"]))
+        name = rename(entry["file_name"])
+        images.append(entry | {"height": height, "width": width, "file_name": name})
+    annotations = [
+        _scale_annotation(entry, *scales[entry["image_id"]])
+        for entry in dataset.get("annotations", ())
+        if entry.get("image_id") in scales
+    ]
+    return dataset | {"images": images, "annotations": annotations}
+
+
+def _scale_annotation(entry: Json, size: Size, scale: tuple[float, float]) -> Json:
+    changed = dict(entry)
+    if "bbox" in entry:
+        changed["bbox"] = _scale_pairs(entry["bbox"], scale)
+    if "area" in entry:
+        changed["area"] = round(entry["area"] * scale[0] * scale[1], _DECIMALS)
+    segment = entry.get("segmentation")
+    if isinstance(segment, list):
+        changed["segmentation"] = [_scale_pairs(ring, scale) for ring in segment]
+    elif isinstance(segment, dict):
+        try:
+            changed["segmentation"] = _scale_run_lengths(segment, size)
+        except (TypeError, ValueError, KeyError):
+            del changed["segmentation"]  # corrupt: the box remains
+    return changed
+
+
+def _scale_pairs(values: Any, scale: tuple[float, float]) -> Any:
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        return values  # a broken ring; the reader of the copy counts it as it did in the original
+    return [round(value * scale[place % 2], _DECIMALS) for place, value in enumerate(values)]
+
+
+def _scale_run_lengths(segment: Json, size: Size) -> Json:
+    if isinstance(segment["counts"], list):
+        segment = run_lengths.frPyObjects(segment, *segment["size"])
+    mask = torch.from_numpy(run_lengths.decode(segment))
+    resized = F.interpolate(mask[None, None], size=size, mode="nearest-exact")[0, 0]
+    encoded = run_lengths.encode(np.asfortranarray(resized.numpy()))
+    return {"size": list(size), "counts": encoded["counts"].decode("ascii")}
+
 
 log = logging.getLogger(__name__)
 

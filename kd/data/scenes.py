@@ -5,7 +5,8 @@
 makes `train/`, `val/` (PNG: JPEG would ring beyond an object's box and give it away when hidden),
 `annotations/instances_{train,val}.json`, `annotations/posteriors_{train,val}.npz` with the exact
 posterior of every object (`object_ids` (K,), `log_probs_pixels` and `log_probs_annotations` (K, C)
-float32; see `kd.data.scene_model.exact_posterior`), and `scenes.json`, which says how all this was
+float32; see `kd.scenes.generative_model.exact_posterior`), and `scenes.json`, which says how all
+this was
 made. The same arguments give the same bytes; a longer set begins with the shorter one.
 """
 
@@ -33,10 +34,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from kd.data import scene_looks, scene_model, scene_paint, scene_tables
-from kd.data.scene_model import CANVAS, WORLD, exact_posteriors, sample_scene
-from kd.data.scene_paint import paint_scene
 from kd.errors import UserError
+from kd.scenes import generative_model as scene_model
+from kd.scenes import render as scene_paint
+from kd.scenes import shapes as scene_looks
+from kd.scenes import vocabulary as scene_tables
+from kd.scenes.generative_model import CANVAS, WORLD, exact_posteriors, sample_scene
+from kd.scenes.render import paint_scene
 
 VERSION = 1  # raise it when the same arguments give other scenes
 SPLITS = ("train", "val")

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
-from kd.catalog import check_options
 from kd.errors import UserError
 from kd.losses import (
     channel_wise,
@@ -25,6 +24,7 @@ from kd.losses import (
     pixel_wise,
 )
 from kd.losses.imitation import anchor_grid
+from kd.registry import check_options
 
 LENT: dict[str, Callable[..., Tensor]] = {
     "kl_logits": kl_logits,

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchdistill.losses import mid_level  # noqa: F401  (its import fills the registry)
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
-from kd.catalog import look_up
 from kd.errors import UserError
 from kd.losses._checks import floating, one_device, wide_type
+from kd.registry import look_up
 
 PREFIX = "torchdistill."
 LAYER = "layer"

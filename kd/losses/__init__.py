@@ -1,7 +1,7 @@
 """Losses: one function each; student first, teacher second."""
 
 from kd.losses.channel_wise import channel_wise
-from kd.losses.decoupled import decoupled
+from kd.losses.decoupled_kd import decoupled
 from kd.losses.hint import hint
 from kd.losses.imitation import anchor_grid, imitation, imitation_mask
 from kd.losses.logits import kl_logits, pixel_wise

@@ -20,7 +20,7 @@ import numpy as np
 from pycocotools import mask as coco_masks
 
 from kd.errors import UserError
-from kd.metrics.mean_ap import Bools, Boxes, Floats, Ints
+from kd.metrics.coco_ap import Bools, Boxes, Floats, Ints
 
 OVERLAPS = {"car": 0.7, "pedestrian": 0.5, "cyclist": 0.5}
 _STEPS = 40  # between recalls 0 and 1

@@ -14,8 +14,7 @@ import numpy as np
 from pycocotools import mask as coco_masks
 
 from kd.errors import UserError
-from kd.metrics.drawn_ap import blocks, sums_before
-from kd.metrics.mean_ap import Array, Bools, Boxes, Floats, Ints
+from kd.metrics.coco_ap import Array, Bools, Boxes, Floats, Ints, blocks, sums_before
 
 OVERLAP = 0.5
 Points = Literal["11", "area"]
@@ -41,7 +40,7 @@ class VocAP:
     """Evaluates one set of boxes under any scores.
 
     Args:
-        truth: All objects; difficult ones have `crowd`, as `kd.data.voc_boxes` writes them.
+        truth: All objects; difficult ones have `crowd`, as `kd.formats.voc` writes them.
         found: The detections. Boxes count from 0 and end where they end, as the truth's: no pixel
             is added to any side.
         images: I, the number of images.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.errors import at_least
-from kd.nn.modes import evaluating
+from kd.nn.freeze import evaluating
 
 WARM_UP = 3  # forwards before the clock runs: caches, memory, choice of algorithms
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 
-from kd.catalog import suggestion
 from kd.errors import UserError
-from kd.nn.blind import AnyTrunk
+from kd.nn.teacher_trunk import AnyTrunk
+from kd.registry import suggestion
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -86,3 +89,15 @@ def freeze(trunk: AnyTrunk, until: str | None = None) -> None:
             setattr(trunk.get_submodule(parent), child, kept)
     for parameter in trunk.parameters(recurse=False):  # a transformer's class token is read first
         parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each module's own mode comes back, for one part may be frozen in its."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -5,19 +5,69 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from kd.catalog import look_up, suggestion
 from kd.errors import UserError
-from kd.nn.finer import keep_stride
-from kd.nn.imagenet import imagenet_weights
-from kd.nn.slim import slim
-from kd.nn.weights import load_trunk_weights, widen_first_convolution
+from kd.nn.weights import imagenet_weights, load_trunk_weights, widen_first_convolution
+from kd.registry import look_up, suggestion
+
+
+def slim(network: nn.Module, width: float, *, what: str) -> None:
+    """Replace every convolution and batch norm by one with a share of the channels.
+
+    The first convolution keeps its input channels. Initial values are drawn as He et al. (2015)
+    do for the convolutions; linear layers stay, since a trunk has no use for them.
+
+    Args:
+        network: Changed in place.
+        width: Share of the channels.
+        what: Its name, for messages.
+
+    Raises:
+        UserError: Channels do not divide, or there are layers that know a number of channels
+            otherwise.
+    """
+    pictures = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
+
+    def part(channels: int) -> int:
+        share = channels * width
+        if share < 1 or share != int(share):
+            raise UserError(f"{what}: width {width:g} leaves {share:g} of {channels} channels")
+        return int(share)
+
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.LayerNorm | nn.MultiheadAttention):
+                raise UserError(f"{what}: width is for networks of convolutions and batch norms")
+            if isinstance(child, nn.BatchNorm2d):
+                fewer: nn.Module = nn.BatchNorm2d(
+                    part(child.num_features), child.eps, child.momentum
+                )
+            elif isinstance(child, nn.Conv2d):
+                inputs = child.in_channels
+                fewer = nn.Conv2d(
+                    inputs if inputs == pictures else part(inputs),
+                    part(child.out_channels),
+                    child.kernel_size,  # type: ignore[arg-type]
+                    child.stride,  # type: ignore[arg-type]
+                    child.padding,  # type: ignore[arg-type]
+                    child.dilation,  # type: ignore[arg-type]
+                    1 if child.groups == 1 else part(child.groups),
+                    child.bias is not None,
+                )
+                nn.init.kaiming_normal_(fewer.weight, mode="fan_out", nonlinearity="relu")
+                if fewer.bias is not None:
+                    with torch.no_grad():
+                        fewer.bias.zero_()
+            else:
+                continue
+            setattr(parent, name, fewer)
+
 
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
 AUXILIARY = frozenset({"aux1", "aux2", "AuxLogits"})
@@ -298,3 +348,80 @@ def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
     square = positions[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
     resized = F.interpolate(square, tuple(grid), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+if TYPE_CHECKING:
+    from kd.nn.trunk import Trunk
+
+
+def keep_stride(trunk: Trunk, stride: int, *, dilate: bool) -> None:
+    """Give stride 1 to the steps that would bring the output beyond `stride` pixels a place.
+
+    Args:
+        trunk: Changed in place.
+        stride: Pixels a place of the output, one of the trunk's `level_strides`.
+        dilate: Whether the convolutions after such a step are spread by as much, so that each still
+            sees the places that it was trained on.
+
+    Raises:
+        UserError: The trunk has no such stride, or shrinks its maps in a way that cannot be undone.
+    """
+    if stride not in trunk.level_strides:
+        known = ", ".join(map(str, trunk.level_strides))
+        raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
+    dilation, before = 1, 1
+    for (path, _), own in list(zip(trunk.steps(), trunk.step_strides, strict=True)):
+        if own > stride:
+            _drop_pooling(trunk, path)
+            if dilate:
+                after = dilation * (own // max(before, stride))
+                _dilate(trunk.get_submodule(path), dilation, after)
+                dilation = after
+        before = own
+        for module in trunk.get_submodule(path).modules() if own > stride else ():
+            shrinks = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+            if not shrinks or module.stride in (1, (1, 1)):
+                continue
+            padded = isinstance(module, nn.Conv2d) and all(
+                2 * pad == spread * (side - 1)
+                for pad, spread, side in zip(
+                    module.padding, module.dilation, module.kernel_size, strict=True
+                )
+                if isinstance(pad, int)
+            )
+            if not padded:
+                raise UserError(
+                    f"{trunk.name}: cannot keep stride {stride}, because {path} shrinks the map "
+                    f"by a {type(module).__name__}; up-sample the input instead"
+                )
+            module.stride = (1, 1)  # type: ignore[assignment]
+    trunk.measure()
+    if trunk.stride != stride:
+        raise UserError(f"{trunk.name}: cannot keep stride {stride}; up-sample the input instead")
+
+
+def _dilate(step: nn.Module, dilation: int, last: int) -> None:
+    """Spread a step's convolutions as far as the strides before them would have.
+
+    Args:
+        step: Of a trunk, its strides still there.
+        dilation: Of what comes into the step.
+        last: Of what leaves it. Strides side by side, in branches, count once therefore.
+    """
+    for module in step.modules():
+        if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
+            continue
+        sides, stride = module.kernel_size, max(module.stride)
+        here = min(dilation, last // stride)
+        module.dilation = (here, here)
+        module.padding = (here * (sides[0] - 1) // 2, here * (sides[1] - 1) // 2)
+        dilation = max(dilation, here * stride)
+
+
+def _drop_pooling(trunk: Trunk, path: str) -> None:
+    """Leave out a step's pooling of windows side by side: only the grid is finer without it."""
+    for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
+        pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
+        if pools and module.kernel_size == module.stride and module.padding in (0, (0, 0)):
+            parent, _, child = inner.rpartition(".")
+            setattr(trunk.get_submodule(parent), child, nn.Identity())

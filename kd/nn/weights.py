@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision import models
 
 from kd.errors import UserError
 
@@ -241,3 +243,32 @@ def weights_hash(model: nn.Module, kind: str = "") -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# No way there, an answer cut off, another hash than the name says, a file that is no weights.
+_FAILURES = (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError)
+
+
+def imagenet_weights(name: str) -> dict[str, Any]:
+    """The state dict of a torchvision classifier's default weights.
+
+    Args:
+        name: Of `torchvision.models.list_models`.
+
+    Raises:
+        UserError: They can neither be downloaded nor read.
+    """
+    published = models.get_model_weights(name)["DEFAULT"]
+    try:
+        state: dict[str, Any] = published.get_state_dict(progress=False, check_hash=True)
+    except _FAILURES as error:
+        url = str(published.url)
+        file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        there = "is damaged: remove it" if file.is_file() else f"cannot be had from {url}"
+        raise UserError(
+            f"weights: imagenet: torchvision's weights of {name}: {file} {there} ({reason}). "
+            "Without a connection put the file there from another machine, or say in the model's "
+            "options weights: FILE, any file of such weights, or weights: null, random ones"
+        ) from error
+    return state

@@ -15,11 +15,11 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from kd.losses.imitation import imitation_mask
-from kd.metrics.box_scores import right_at_half
-from kd.metrics.mean_ap import Array, Bools, Ints
-from kd.metrics.records import Records
-from kd.report.drawing import BLUE, GREY, INK, ORANGE, letters_on
+from kd.metrics.coco_ap import Array, Bools, Ints
+from kd.problems.detection.scores import right_at_half
+from kd.problems.objects.records import Records
 from kd.report.overlay import class_colour
+from kd.report.style import BLUE, GREY, INK, ORANGE, letters_on
 
 LEAST_SCORE = 0.3  # of a detection that is drawn
 _LETTERS_AN_INCH = 14

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kd.metrics.interval import Interval, paired_interval
-from kd.report.comparison import Comparison, difference_cell, label_of, number_cell
-from kd.report.table import CLEAR, Table
+from kd.metrics.bootstrap import Interval, paired_interval
+from kd.report.tables import CLEAR, Comparison, Table, difference_cell, label_of, number_cell
 
 METRICS = ("mAP", "micro_AP", "top1", "mean_class_top1", "nll")
 

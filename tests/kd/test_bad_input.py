@@ -20,8 +20,8 @@ import kd.distill
 import kd.evaluate
 import kd.train_teacher
 import kd.transfer
-from kd.checkpoint import load_checkpoint
 from kd.cli import Main, run_command
+from kd.engine.checkpoint import load_checkpoint
 
 DATA = {
     "train": {"annotations": "annotations/instances_train2017.json", "images": "train2017"},

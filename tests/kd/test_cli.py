@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
-from kd.config import DistillRecipe, TeacherRecipe
-from kd.config_reader import load_recipe
+from kd.config.reader import load_recipe
+from kd.config.recipes import DistillRecipe, TeacherRecipe
 from kd.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

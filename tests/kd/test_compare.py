@@ -11,7 +11,7 @@ import torch
 
 from kd.cli import run_command
 from kd.compare import main
-from kd.metrics.top_n import TopN
+from kd.problems.objects.metric import TopN
 
 
 def make_run(folder: Path, strength: float, seed: int = 0, *, objects: int = 60) -> Path:

@@ -13,20 +13,29 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from kd import answers, evaluate
-from kd.baselines import cooccurrence_log_probs
-from kd.build import open_data
+from kd import evaluate
 from kd.cli import run_command
-from kd.config import Data, Generate, Split
-from kd.data_config import plain_data
+from kd.config.reader import plain_data
+from kd.config.recipes import Data, Generate, Split
 from kd.errors import UserError
-from kd.evaluation import Scores
-from kd.evaluation_files import write_tables
-from kd.metrics import scores
-from kd.metrics.average_precision import MultiLabelAP
-from kd.opened import of_objects
-from kd.references import COMPANY, EXACT, PRIOR, TOLD, exact_records, on_data, references
-from kd.report.runs import read_run
+from kd.evaluation import predict as answers
+from kd.evaluation.write import write_tables
+from kd.metrics import classification as scores
+from kd.metrics.multilabel import MultiLabelAP
+from kd.problems.objects.baselines import (
+    COMPANY,
+    EXACT,
+    PRIOR,
+    TOLD,
+    cooccurrence_log_probs,
+    exact_records,
+    on_data,
+    references,
+)
+from kd.problems.objects.data import of_objects
+from kd.problems.objects.evaluation import Scores
+from kd.runs.build import open_data
+from kd.runs.read import read_run
 
 pytestmark = pytest.mark.slow
 

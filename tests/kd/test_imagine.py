@@ -14,11 +14,11 @@ from PIL import Image
 
 from kd import imagine
 from kd.cli import run_command
-from kd.data_config import objects_config
-from kd.imagination import Imagination, Wanted, names_of_outputs
-from kd.opened import open_objects
-from kd.run_folder import class_names
-from kd.teacher_runs import class_names_of, latest_teacher
+from kd.config.reader import objects_config
+from kd.context.session import Imagination, Wanted, names_of_outputs
+from kd.problems.objects.data import open_objects
+from kd.runs.folder import class_names
+from kd.runs.load_teacher import class_names_of, latest_teacher
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,12 @@ import torch
 
 from kd import rescore
 from kd.cli import run_command
-from kd.data import scene_detector
-from kd.detection_context import Asking
-from kd.metrics.mean_ap import Floats
-from kd.rescore_run import Split, log_prior_of
-from kd.rescoring import Setting, combine
-from kd.teacher_runs import load_teacher
+from kd.context.detections import Asking
+from kd.context.fit_rescore import Split, log_prior_of
+from kd.context.rescore import Setting, combine
+from kd.metrics.coco_ap import Floats
+from kd.runs.load_teacher import load_teacher
+from kd.scenes import detector as scene_detector
 
 
 def flags_of(scenes: Path, split: str, folder: Path, kind: str = "") -> list[str]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.catalog import build
+from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
-from kd.features import FeatureTaps
+from kd.registry import build
 from students import CLASSIFIERS, STUDENTS
 from students.classifiers import SceneClassifier, build_student
 

@@ -13,11 +13,11 @@ from torchvision.ops import box_iou
 
 import students
 import teachers
-from kd.catalog import build
 from kd.errors import UserError
 from kd.losses import anchor_grid, imitation_mask
 from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
+from kd.registry import build
 
 CLASSES = 3
 NARROW: dict[str, object] = {"trunk": "shufflenet_v2_x0_5", "channels": 32}

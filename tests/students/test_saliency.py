@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import students
 import teachers
-from kd.build import build_saliency, build_teacher
-from kd.catalog import build
-from kd.config import Model
+from kd.config.recipes import Model
+from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
-from kd.features import FeatureTaps
 from kd.nn.detectors import DETECTORS
-from kd.nn.segmenters import SEGMENTERS
+from kd.nn.segmentation import SEGMENTERS
 from kd.nn.trunk import build_trunk
+from kd.registry import build
+from kd.runs.build import build_saliency, build_teacher
 
 BOTH = students.SALIENCY_STUDENTS | teachers.SALIENCY_TEACHERS
 TRUNK = "shufflenet_v2_x0_5"

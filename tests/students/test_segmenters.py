@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import students
 import teachers
-from kd.catalog import build
 from kd.errors import ConfigError, UserError
-from kd.nn.segmenters import SEGMENTERS
+from kd.nn.segmentation import SEGMENTERS
+from kd.registry import build
 
 CLASSES = 5
 # Name -> stride as the options leave it; slow ones apart.

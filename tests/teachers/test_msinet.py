@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.nn.aspp import ContextPyramid
-from kd.nn.saliency import LogitMap, PlainDecoder
-from kd.nn.stages import StepPool, joined_stages
+from kd.nn.multi_stride_trunk import StepPool, joined_stages
+from kd.nn.saliency import ContextPyramid, LogitMap, PlainDecoder
 from teachers.msinet import MSINet, msinet
 
 

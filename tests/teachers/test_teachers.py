@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.catalog import build
+from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
-from kd.features import FeatureTaps
-from kd.nn.surroundings import BLACK
+from kd.nn.regions import BLACK
+from kd.registry import build
 from teachers import CONTEXT_TEACHERS, TEACHERS
 
 # Small ones: options, a layer to tap and its channels.

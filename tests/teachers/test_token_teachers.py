@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.adapted import AdaptedStudent
-from kd.catalog import build
+from kd.distillation.hooks import FeatureTaps
+from kd.distillation.student import AdaptedStudent
 from kd.errors import ConfigError, UserError
-from kd.features import FeatureTaps
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.tasks.tokens import SceneTokens
+from kd.problems.objects.context_tokens import SceneTokens
+from kd.registry import build
 from teachers import TEACHERS
 
 CLASSES, SIZE = 5, 48

@@ -7,9 +7,7 @@ from functools import partial
 
 from kd.nn.detectors.centernet import CenterNet, centernet
 from kd.nn.detectors.faster_rcnn import FasterRCNN, fasterrcnn
-from kd.nn.detectors.fcos import fcos
-from kd.nn.detectors.one_stage import OneStage
-from kd.nn.detectors.retinanet import retinanet
+from kd.nn.detectors.one_stage import OneStage, fcos, retinanet
 
 Detector = FasterRCNN | OneStage | CenterNet
 

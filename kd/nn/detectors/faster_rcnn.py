@@ -7,14 +7,19 @@ https://arxiv.org/abs/1612.03144. Proposals, heads, losses, suppression are torc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops.poolers import LevelMapper, MultiScaleRoIAlign
 
 from kd.errors import UserError, at_least
-from kd.nn.detectors.context import BoxContext, box_context
+from kd.nn.detectors.context_head import BoxContext, box_context
 from kd.nn.detectors.contract import (
     ANSWERS,
     Level,
@@ -22,18 +27,145 @@ from kd.nn.detectors.contract import (
     leveled,
     objects_of,
     padded,
+    pairs,
     shown_extents,
+    wide,
 )
-from kd.nn.detectors.files import load_detector
-from kd.nn.detectors.first_stage import Dense, dense_of, proposal_losses, proposals_of
-from kd.nn.detectors.pyramid import anchors_of, build_pyramid
-from kd.nn.detectors.second_stage import (
-    WidePredictor,
-    region_losses,
-    region_pool,
-    regions_found,
-    said_of,
-)
+from kd.nn.detectors.pyramid import Pyramid, anchors_of, build_pyramid
+from kd.nn.detectors.weights import load_detector
+
+CANONICAL_LEVEL = 4  # the level of a region of `canonical` pixels
+
+
+class WidePredictor(FastRCNNPredictor):  # type: ignore[misc]
+    """torchvision's last layers, their numbers in float32 whatever autocast says."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of regions (R, D) to class logits (R, K) and box deltas (R, 4 K)."""
+        logits, deltas = super().forward(x)
+        return wide(logits), wide(deltas)
+
+
+def region_pool(pyramid: Pyramid, size: int, canonical: float) -> MultiScaleRoIAlign:
+    """Pools from the trunk's own levels, and is told their scales.
+
+    torchvision guesses them from the first batch's pictures without padding: of wide pictures in
+    square frames it would take half of what they are, for good.
+    """
+    pool = MultiScaleRoIAlign([str(level) for level in range(pyramid.own)], size, sampling_ratio=2)
+    strides = pyramid.strides[: pyramid.own]
+    pool.scales = [1 / stride for stride in strides]
+    first, last = (strides[place].bit_length() - 1 for place in (0, -1))
+    pool.map_levels = LevelMapper(first, last, canonical, CANONICAL_LEVEL)
+    return pool
+
+
+def said_of(
+    heads: Any,
+    context: BoxContext | None,
+    maps: Mapping[str, Tensor],
+    boxes: list[Tensor],
+    extents: Tensor | None,
+) -> dict[str, Tensor]:
+    """What the second stage says of each image's boxes, end to end.
+
+    Args:
+        heads: torchvision's.
+        context: What reads their surroundings.
+        maps: Of the pyramid, by name.
+        boxes: (R, 4) of each image.
+        extents: Width and height of each picture, (N, 2), for the context head.
+
+    Returns:
+        `object_logits` (R, C+1), with a context head both experts', and `object_deltas`
+        (R, 4 (C+1)).
+    """
+    # The pool knows its scales; torchvision has use for sizes only to guess them.
+    regions = heads.box_roi_pool(dict(maps), boxes, [])
+    logits, deltas = heads.box_predictor(heads.box_head(regions))
+    said = {"object_logits": logits, "object_deltas": deltas}
+    if context is None or extents is None:
+        return said
+    counts = [len(own) for own in boxes]
+    image_of = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
+    image_of = image_of.to(extents.device, non_blocking=True)
+    around = context(list(maps.values()), torch.cat(boxes), image_of, extents)
+    return {**said, "object_logits": context.joined(logits, around)}
+
+
+def region_losses(
+    said: Mapping[str, Tensor], labels: Sequence[Tensor], offsets: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Of the sampled regions, as torchvision has them: labels 0 for the background."""
+    logits, deltas = said["object_logits"], said["object_deltas"]
+    classes, boxes = fastrcnn_loss(logits, deltas, list(labels), list(offsets))
+    return {"loss.classes": classes, "loss.boxes": boxes}
+
+
+def regions_found(
+    heads: Any,
+    said: Mapping[str, Tensor],
+    proposals: list[Tensor],
+    sizes: list[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """Boxes, scores and labels of each image, the best first, as torchvision's own would be."""
+    logits, deltas = said["object_logits"], said["object_deltas"]
+    found = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    kinds = ("boxes", "scores", "labels")
+    return [dict(zip(kinds, one, strict=True)) for one in zip(*found, strict=True)]
+
+
+class Dense(NamedTuple):
+    """What the proposal network says of a batch: torchvision's lists of levels, and its anchors."""
+
+    images: ImageList
+    logits: Tensor  # (N * P, 1)
+    deltas: Tensor  # (N * P, 4)
+    anchors: list[Tensor]
+    counts: list[int]  # anchors of each level
+
+
+def dense_of(
+    rpn: Any,
+    images: Tensor,
+    sizes: Tensor,
+    features: list[Tensor],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+) -> Dense:
+    """The head's maps end to end, beside the anchors that they are about.
+
+    Args:
+        rpn: torchvision's.
+        images: (N, 3, H, W).
+        sizes: Height and width of the pictures in them, (N, 2).
+        features: Maps of the pyramid.
+        logits: (N, A, h, w) of each level.
+        deltas: (N, 4 A, h, w) of each level.
+    """
+    listed = ImageList(images, pairs(sizes))
+    flat_logits, flat_deltas = concat_box_prediction_layers(
+        [wide(one) for one in logits], [wide(one) for one in deltas]
+    )
+    anchors = rpn.anchor_generator(listed, features)
+    return Dense(listed, flat_logits, flat_deltas, anchors, [one[0].numel() for one in logits])
+
+
+def proposals_of(rpn: Any, dense: Dense) -> list[Tensor]:
+    """Regions of each image, (R, 4); no gradient goes through them."""
+    decoded = rpn.box_coder.decode(dense.deltas.detach(), dense.anchors)
+    decoded = decoded.view(len(dense.anchors), -1, 4)
+    sizes, counts = dense.images.image_sizes, dense.counts
+    kept: list[Tensor] = rpn.filter_proposals(decoded, dense.logits, sizes, counts)[0]
+    return kept
+
+
+def proposal_losses(rpn: Any, dense: Dense, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of the anchors that torchvision samples: `loss.objectness` and `loss.proposal_boxes`."""
+    labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
+    offsets = rpn.box_coder.encode(matched, dense.anchors)
+    objectness, boxes = rpn.compute_loss(dense.logits, dense.deltas, labels, offsets)
+    return {"loss.objectness": objectness, "loss.proposal_boxes": boxes}
 
 
 class FasterRCNN(nn.Module):
@@ -43,7 +175,7 @@ class FasterRCNN(nn.Module):
         network: torchvision's.
         levels: Maps with their anchors.
         context: What reads the surroundings of regions, or None.
-        loss_units: What each loss is a mean over, for `kd.tasks.base.Mean`.
+        loss_units: What each loss is a mean over, for `kd.problems.base.Mean`.
     """
 
     # torchvision divides by the anchors and regions that it samples, of the batch together: as

@@ -5,13 +5,16 @@ Heads, matching, losses and suppression are torchvision's; its resizing of pictu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
+from kd.errors import UserError, at_least
 from kd.nn.detectors.contract import (
     Level,
     check_call,
@@ -22,6 +25,8 @@ from kd.nn.detectors.contract import (
     pairs,
     wide,
 )
+from kd.nn.detectors.pyramid import anchors_of, build_pyramid
+from kd.nn.detectors.weights import load_detector
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Family:
         name: For messages.
         maps: Our names of the heads' outputs, and torchvision's.
         losses: The same of the losses.
-        unit: What the losses are means over, for `kd.tasks.base.Mean`.
+        unit: What the losses are means over, for `kd.problems.base.Mean`.
         level_of: Boxes (M, 4) and strides to the level that is responsible for each.
         tells_counts: Whether the losses are told how many places each level has.
     """
@@ -105,7 +110,7 @@ class OneStage(nn.Module):
     Attributes:
         network: torchvision's.
         levels: Maps with their anchors; FCOS has none.
-        loss_units: What each loss is a mean over, for `kd.tasks.base.Mean`.
+        loss_units: What each loss is a mean over, for `kd.problems.base.Mean`.
     """
 
     def __init__(
@@ -206,3 +211,144 @@ def _as_maps(dense: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
         part.unflatten(1, (*grid, kinds)).flatten(3).permute(0, 3, 1, 2)
         for part, grid in zip(parts, grids, strict=True)
     ]
+
+
+OCTAVE = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # sides of the anchors, in strides
+
+
+def retinanet(
+    num_classes: int,
+    *,
+    trunk: str = "resnet50",
+    weights: str | None = None,
+    width: float = 1.0,
+    until: str | None = None,
+    frozen: str | None = None,
+    batch_norm_frozen: bool = False,
+    levels: Sequence[int] = (3, 4, 5, 6, 7),
+    channels: int = 256,
+    scales: Sequence[float] | None = None,
+    ratios: Sequence[float] = (0.5, 1.0, 2.0),
+    candidates: int = 1000,
+    least_score: float = 0.05,
+    overlap: float = 0.5,
+    top: int = 100,
+    file: str | None = None,
+) -> OneStage:
+    """RetinaNet on any torchvision trunk; torchvision's `retinanet_resnet50_fpn` by default.
+
+    Args:
+        num_classes: C.
+        trunk: Name of the torchvision classifier: resnet18, resnet50, mobilenet_v2, ...
+        weights: Of the trunk: "imagenet", a file, or random ones.
+        width: Share of the trunk's channels, for a smaller one from random weights.
+        until: Path of the trunk's last step that is kept.
+        frozen: "all", or the path of the last step of the trunk that does not learn.
+        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
+        levels: Of the pyramid, 3 of stride 8; pictures of 64 pixels want `[2, 3, 4, 5]`; `[4]` is a
+            single map of stride 16.
+        channels: Of every map that the heads read, and of their four layers.
+        scales: Sides of the anchors in strides; a third of an octave from 4 on by default, and on a
+            single map 4, 8 and 16.
+        ratios: Height by width of the anchors.
+        candidates: Best boxes of a level and image before suppression.
+        least_score: Detections below are left out.
+        overlap: IoU above which the worse of two detections of a class is suppressed.
+        top: Detections of an image, K.
+        file: Weights of the whole network, a run's or torchvision's; those of the trunk alone are
+            then left aside.
+
+    Raises:
+        UserError: An option out of range, a trunk that cannot be built or lacks a level, or a file
+            that does not fit.
+    """
+    what = "retinanet"
+    at_least(what, num_classes=(num_classes, 1), candidates=(candidates, 1), top=(top, 1))
+    pyramid = build_pyramid(
+        what, trunk=trunk, weights=weights if file is None else None, width=width, until=until,
+        frozen=frozen, batch_norm_frozen=batch_norm_frozen, levels=levels, channels=channels,
+    )  # fmt: skip
+    if scales is None:
+        scales = OCTAVE if len(levels) > 1 else (4.0, 8.0, 16.0)
+    anchors = anchors_of(what, pyramid.strides, scales=scales, ratios=ratios)
+    network = detection.RetinaNet(
+        pyramid, num_classes, anchor_generator=anchors, score_thresh=least_score,
+        nms_thresh=overlap, detections_per_img=top, topk_candidates=candidates,
+    )  # fmt: skip
+    known = anchors.levels()
+    sides = [  # of a square one in the middle of them
+        math.prod(across * down for across, down in level.sides) ** (0.5 / len(level.sides))
+        for level in known
+    ]
+    model = OneStage(network, RETINANET, known, sides=sides, num_classes=num_classes, top=top)
+    load_detector(model, file, num_classes=num_classes, what=f"{what} on {trunk}")
+    return model
+
+
+def fcos(
+    num_classes: int,
+    *,
+    trunk: str = "resnet50",
+    weights: str | None = None,
+    width: float = 1.0,
+    until: str | None = None,
+    frozen: str | None = None,
+    batch_norm_frozen: bool = False,
+    levels: Sequence[int] = (3, 4, 5, 6, 7),
+    channels: int = 256,
+    radius: float = 1.5,
+    candidates: int = 1000,
+    least_score: float = 0.2,
+    overlap: float = 0.6,
+    top: int = 100,
+    file: str | None = None,
+) -> OneStage:
+    """FCOS on any torchvision trunk; torchvision's `fcos_resnet50_fpn` by default.
+
+    Args:
+        num_classes: C.
+        trunk: Name of the torchvision classifier: resnet18, resnet50, mobilenet_v2, ...
+        weights: Of the trunk: "imagenet", a file, or random ones.
+        width: Share of the trunk's channels, for a smaller one from random weights.
+        until: Path of the trunk's last step that is kept.
+        frozen: "all", or the path of the last step of the trunk that does not learn.
+        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
+        levels: Of the pyramid, 3 of stride 8; pictures of 64 pixels want `[2, 3, 4, 5]`; `[4]` is a
+            single map of stride 16.
+        channels: Of every map that the heads read, and of their four layers; 64, 96 and so on, for
+            these normalise 32 groups, and a group needs more than one channel on a map of one
+            place.
+        radius: Places so far from a box's middle learn it, in strides.
+        candidates: Best boxes of a level and image before suppression.
+        least_score: Detections below are left out; a score is the root of class times centre.
+        overlap: IoU above which the worse of two detections of a class is suppressed.
+        top: Detections of an image, K.
+        file: Weights of the whole network, a run's or torchvision's; those of the trunk alone are
+            then left aside.
+
+    Raises:
+        UserError: An option out of range, a trunk that cannot be built or lacks a level, or a file
+            that does not fit.
+    """
+    what = "fcos"
+    at_least(what, num_classes=(num_classes, 1), candidates=(candidates, 1), top=(top, 1))
+    if channels < 64 or channels % 32 or radius <= 0:
+        raise UserError(
+            f"{what}: channels must be 64 or a higher multiple of 32 and radius above 0, got "
+            f"{channels} and {radius:g}"
+        )
+    pyramid = build_pyramid(
+        what, trunk=trunk, weights=weights if file is None else None, width=width, until=until,
+        frozen=frozen, batch_norm_frozen=batch_norm_frozen, levels=levels, channels=channels,
+    )  # fmt: skip
+    # One square of the stride's side at each place: its middle is where FCOS measures from.
+    places = anchors_of(what, pyramid.strides, scales=(1.0,), ratios=(1.0,))
+    network = detection.FCOS(
+        pyramid, num_classes, anchor_generator=places, center_sampling_radius=radius,
+        score_thresh=least_score, nms_thresh=overlap, detections_per_img=top,
+        topk_candidates=candidates,
+    )  # fmt: skip
+    known = [Level(stride, (), 0.0) for stride in pyramid.strides]
+    model = OneStage(network, FCOS, known, sides=pyramid.strides, num_classes=num_classes, top=top)
+    load_detector(model, file, num_classes=num_classes, what=f"{what} on {trunk}")
+    return model

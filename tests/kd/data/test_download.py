@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from kd.data.download import DATASETS, Archive, DataSet, download, main, unpack
-from kd.data.fetch import fetch
-from kd.data.meter import Meter, readable
 from kd.errors import UserError
+from kd.utils.byte_progress import Meter, readable
+from kd.utils.download import fetch
 
 CONTENT = bytes(range(256)) * 4000  # about a megabyte
 MD5 = hashlib.md5(CONTENT).hexdigest()

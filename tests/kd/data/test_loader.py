@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd.data.coco import CocoIndex, load_coco
-from kd.data.collate import Sample
-from kd.data.dataset import SceneDataset
-from kd.data.loader import EpochSampler, build_loader
+from kd.data.loader import EpochSampler, Sample, build_loader
 from kd.errors import UserError
+from kd.formats.coco import CocoIndex, load_coco
+from kd.problems.objects.samples import SceneDataset
 
 AUGMENT = {"shift": 0.5, "crop": 0.5, "jitter": 0.5}
 

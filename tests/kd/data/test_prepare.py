@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from kd.data.coco import load_coco
-from kd.data.dataset import SceneDataset
-from kd.data.prepare import PreparedCopy, main, prepare
-from kd.data.scale_annotations import scale_annotations
+from kd.data.prepare import PreparedCopy, main, prepare, scale_annotations
 from kd.errors import UserError
+from kd.formats.coco import load_coco
+from kd.problems.objects.samples import SceneDataset
 
 
 @pytest.fixture

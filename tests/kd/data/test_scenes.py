@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from kd.data import scene_model, scenes
-from kd.data.scene_paint import paint_object, paint_scene
-from kd.data.scene_tables import CLASSES
+from kd.data import scenes
 from kd.errors import UserError
+from kd.scenes import generative_model as scene_model
+from kd.scenes.render import paint_object, paint_scene
+from kd.scenes.vocabulary import CLASSES
 
 
 def make(out: Path, **options: Any) -> Path:

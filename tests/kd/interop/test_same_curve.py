@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdistill.core.distillation import get_distillation_box
 
-from kd.adapted import AdaptedStudent
-from kd.build import make_accelerator
-from kd.data.hide import normalise
-from kd.engine import fit
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import build_term
+from kd.engine.loop import fit
+from kd.engine.optim import make_schedule
+from kd.engine.state import Hooks, Objective, Training
 from kd.losses.supervised import cross_entropy_labelled
-from kd.objective import build_term
-from kd.optim import make_schedule
-from kd.soft_targets import LiveTeacher
-from kd.tasks.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
-from kd.training import Hooks, Objective, Training
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
+from kd.runs.build import make_accelerator
+from kd.transforms.hide import normalise
 
 CLASSES, SIDE, SIZE, STEPS, EPOCHS = 5, 12, 6, 4, 3
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}

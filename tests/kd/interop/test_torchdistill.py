@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
-from kd.adapted import AdaptedStudent
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.terms import build_term, distillation_losses, draw_modules, modules_of
+from kd.engine.optim import make_optimizer
 from kd.errors import ConfigError, UserError
 from kd.interop.torchdistill import Borrow
 from kd.losses import kl_logits, pixel_wise
-from kd.objective import build_term, distillation_losses, draw_modules, modules_of
-from kd.optim import make_optimizer
 
 # Options that have no default there.
 NEEDED: dict[str, dict[str, object]] = {

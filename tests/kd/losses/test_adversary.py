@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses.adversary import Adversary, without_void
-from kd.losses.holistic import Critic, critic_loss
+from kd.losses.holistic import Adversary, Critic, critic_loss, without_void
 
 
 def small() -> Adversary:

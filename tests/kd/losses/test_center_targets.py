@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses import center_targets as module
-from kd.losses.center_targets import CenterTargets, center_targets, gaussian_radius
+from kd.losses import centernet as module
+from kd.losses.centernet import CenterTargets, center_targets, gaussian_radius
 
 GRID, STRIDE, CLASSES, IMAGES = (12, 16), 4, 3, 4
 

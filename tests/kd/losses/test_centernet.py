@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses.center_targets import CenterTargets, center_targets
-from kd.losses.centernet import WEIGHTS, centernet_losses
+from kd.losses.centernet import WEIGHTS, CenterTargets, center_targets, centernet_losses
 
 GRID, CLASSES, IMAGES = (5, 6), 3, 2
 

@@ -14,9 +14,9 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools.coco import COCO as PublishedCOCO
 from pycocotools.cocoeval import COCOeval
 
-from kd.box_evaluation import results_records
 from kd.errors import UserError
-from kd.metrics import box_scores
+from kd.problems.detection import scores as box_scores
+from kd.problems.detection.evaluation import results_records
 
 # In the order of COCOeval's stats.
 TWELVE = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",

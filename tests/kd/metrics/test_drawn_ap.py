@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kd.metrics.drawn_ap import RECALLS, Bools, Floats, Ints, average_precision, recall, sums_before
+from kd.metrics.coco_ap import RECALLS, Bools, Floats, Ints, average_precision, recall, sums_before
 
 
 def slow(hit: Bools, counted: Bools, often: Floats, objects: float) -> float:

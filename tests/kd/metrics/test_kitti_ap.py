@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kd.errors import UserError
+from kd.metrics.coco_ap import Boxes, Floats
 from kd.metrics.kitti_ap import DIFFICULTIES, OVERLAPS, KittiTruth, kitti_ap
-from kd.metrics.mean_ap import Boxes, Floats
 
 HALF = (0.5,)
 OBJECTS = 240  # of a random scene

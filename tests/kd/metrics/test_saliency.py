@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.metrics.fixations import moved
 from kd.metrics.saliency import (
     EPS,
     METRICS,
@@ -25,6 +24,7 @@ from kd.metrics.saliency import (
     information_gain,
     kld,
     measure,
+    moved,
     nss,
     shuffled_auc,
     sim,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd.errors import UserError
-from kd.metrics.mean_ap import Boxes, Floats
+from kd.metrics.coco_ap import Boxes, Floats
 from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
 
 Row = tuple[int, int, list[float]]  # image, label, x y width height

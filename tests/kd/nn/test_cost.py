@@ -12,7 +12,7 @@ from torchvision import models
 from kd.errors import UserError
 from kd.nn import cost
 from kd.nn.cost import latency, multiply_adds
-from kd.nn.published import NAMES, torchvision_net
+from kd.nn.segmentation import NAMES, torchvision_net
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torchvision import models
 
-from kd.nn.grey import LUMA, grey_and_region
+from kd.nn.teacher_trunk import LUMA, grey_and_region
 from kd.nn.trunk import build_trunk
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torchvision import models
 
 from kd.errors import UserError
-from kd.nn.imagenet import imagenet_weights
-from kd.nn.published import torchvision_net
+from kd.nn.segmentation import torchvision_net
 from kd.nn.trunk import build_trunk
+from kd.nn.weights import imagenet_weights
 
 FILE = models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
 

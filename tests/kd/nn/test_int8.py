@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.int8 import ENGINE, in_int8
+from kd.nn.inference import ENGINE, in_int8
 from teachers.unet import unet
 
 pytestmark = pytest.mark.skipif(

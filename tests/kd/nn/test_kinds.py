@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd.nn.kinds import SceneKinds
-from kd.nn.transformer import Tokens, make_tokens, place_features
+from kd.nn.scene_transformer import SceneKinds, Tokens, make_tokens, place_features
 
 CLASSES, KINDS = 4, 3
 BOXES = torch.tensor([[0.1, 0.1, 0.4, 0.3], [0.5, 0.2, 0.7, 0.9], [0.2, 0.6, 0.9, 0.8]])

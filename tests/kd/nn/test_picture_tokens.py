@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd.errors import UserError
-from kd.nn.picture_tokens import Patches, check_patches, place_boxes
+from kd.nn.scene_transformer import Patches, check_patches, place_boxes
 
 
 @pytest.mark.parametrize("reach", [0, 1, 2])

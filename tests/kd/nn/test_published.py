@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import models
 
 from kd.errors import UserError
-from kd.nn.published import NAMES, torchvision_net
+from kd.nn.segmentation import NAMES, torchvision_net
 from kd.nn.trunk import build_trunk
 
 LIGHT = ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]

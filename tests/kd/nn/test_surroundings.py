@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.data.hide import normalise
-from kd.nn.surroundings import Surroundings, picture_extents, standardised
+from kd.nn.regions import Surroundings, picture_extents, standardised
+from kd.transforms.hide import normalise
 
 CHANNELS, STRIDES = (3, 4), (8, 16)
 # Two pictures in frames of 64 x 64: 64 wide and 48 high, 40 wide and 64 high.

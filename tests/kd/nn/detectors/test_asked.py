@@ -11,8 +11,7 @@ from torchvision.ops import box_iou
 
 from kd.errors import UserError
 from kd.nn.detectors import DETECTORS
-from kd.nn.detectors.asked import REACH, STRETCH, moved_boxes
-from kd.nn.detectors.contract import check_call
+from kd.nn.detectors.contract import REACH, STRETCH, check_call, moved_boxes
 
 FRAME = (480, 640)
 

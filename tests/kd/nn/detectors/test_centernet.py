@@ -12,16 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kd.catalog import build
-from kd.config import DistillRecipe
-from kd.config_reader import find_config, load_recipe
+from kd.config.reader import find_config, load_recipe
+from kd.config.recipes import DistillRecipe
+from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
-from kd.features import FeatureTaps
-from kd.losses.center_targets import center_targets
-from kd.losses.centernet import centernet_losses
+from kd.losses.centernet import center_targets, centernet_losses
 from kd.nn.detectors import DETECTORS
-from kd.nn.detectors.center_boxes import decode_centers
-from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet
+from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet, decode_centers
+from kd.registry import build
 
 CLASSES = 3
 SMALL = {"trunk": "shufflenet_v2_x0_5", "widths": (8, 8, 8), "hidden": 8}

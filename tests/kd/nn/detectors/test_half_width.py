@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from kd.config import TeacherRecipe
-from kd.config_reader import find_config, load_recipe
+from kd.config.reader import find_config, load_recipe
+from kd.config.recipes import TeacherRecipe
 from kd.errors import UserError
 from kd.nn.detectors import DETECTORS
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd.catalog import build
 from kd.errors import ConfigError, UserError
 from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.pyramid import anchors_of, build_pyramid
 from kd.nn.freeze import FrozenBatchNorm
+from kd.registry import build
 
 PLAIN: dict[str, Any] = {
     "trunk": "resnet18", "weights": None, "width": 1.0, "until": None, "frozen": None,

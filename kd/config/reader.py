@@ -1,0 +1,310 @@
+"""Read recipes: YAML files, `per_data` variants and `--set`, checked all at once.
+
+A message names the file, the dotted place, what was got and the nearest key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from kd.config.datasets import AnyData, kind_of_data
+from kd.config.json_schema import ALTERNATIVES, KINDS, keys_at, takes_layout
+from kd.config.recipes import Data
+from kd.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+Recipe = TypeVar("Recipe", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise ConfigError(f"key {key!r} is given twice in the mapping at line {line}")
+        return typing.cast("dict[Any, Any]", super().construct_mapping(node, deep))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+class Merged:
+    """Nested values together with the file that each one came from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origin: dict[tuple[str, ...], str] = {}
+
+    def merge(self, values: Mapping[str, Any], source: str, at: tuple[str, ...] = ()) -> None:
+        """Lay `values` over what is there, mapping by mapping; lists and scalars replace."""
+        place = self.values
+        for depth, key in enumerate(at, 1):
+            if not isinstance(place.get(key), dict):
+                place[key] = {}
+                self.origin[at[:depth]] = source
+            place = place[key]
+        for raw, value in values.items():
+            key = str(raw)
+            here = (*at, key)
+            self.origin[here] = source
+            if isinstance(value, Mapping) and value:  # an empty one replaces: nothing of it stays
+                self.merge(value, source, here)
+            else:
+                place[key] = value
+
+    def source_of(self, place: tuple[str, ...]) -> str:
+        """The file that last wrote the place or, for a missing key, what is around it."""
+        for length in range(len(place), 0, -1):
+            if place[:length] in self.origin:
+                return self.origin[place[:length]]
+        return next(iter(self.origin.values()), "recipe")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file that holds a mapping."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{shown_name(path)}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"{shown_name(path)}: not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{shown_name(path)}: expected a mapping at the top, got {content!r:.60}")
+    return content
+
+
+def shown_name(path: Path) -> str:
+    """A file of ours by its name, anybody else's by the path that was given."""
+    return path.name if path.is_relative_to(CONFIGS) else str(path)
+
+
+def find_config(kind: str, name: str) -> Path:
+    """The file configs/KIND/NAME.yaml; an unknown name lists the near ones.
+
+    A data set of the user's own is the path of its file, `mine.yaml`.
+    """
+    if kind == "data" and name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = CONFIGS / kind / f"{name}.yaml"
+    if not path.is_file():
+        known = known_configs(kind)
+        near = difflib.get_close_matches(name, known, 3, 0.4) or known
+        own = "--data PATH.yaml" if kind == "data" else "--config PATH"
+        raise ConfigError(
+            f"{name}: no file configs/{kind}/{name}.yaml; there are: {', '.join(near)}. "
+            f"A file of your own is named with {own}"
+        )
+    return path
+
+
+def known_configs(kind: str) -> list[str]:
+    """The names below configs/KIND."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def _setting(text: str) -> tuple[tuple[str, ...], Any]:
+    place, equals, value = text.partition("=")
+    if not equals or not all(place.split(".")):
+        raise ConfigError(f"--set {text}: expected a.b=value")
+    try:
+        return tuple(place.split(".")), yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML") from error
+    except ConfigError as error:
+        raise ConfigError(f"--set {text}: {error}") from None
+
+
+def load_recipe(
+    model: type[Recipe], path: Path, *, data: str | None = None, settings: Iterable[str] = ()
+) -> Recipe:
+    """Read a recipe: its file, the data set it names, its variant for that data set, --set.
+
+    What a task starts from, configs/task/TASK.yaml where there is one, comes before all of them.
+
+    Args:
+        model: The schema, a pydantic model.
+        path: The recipe's YAML. Its `data` is a name of configs/data, a mapping, or both:
+            `{name: coco, size: 256}` starts from configs/data/coco.yaml.
+        data: Replaces the recipe's data set, as `--data` does.
+        settings: `a.b=value` texts; the value is YAML.
+
+    Raises:
+        ConfigError: One line per mistake, all mistakes at once.
+    """
+    content, shown = read_yaml(path), shown_name(path)
+    variants = content.pop("per_data", None) or {}
+    own = content.pop("data", "scenes")
+    own = {"name": own} if isinstance(own, str) else own
+    if not isinstance(own, dict) or not isinstance(variants, dict):
+        raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
+    if data is not None:
+        own = {"name": data}
+    whole = bool(own.keys() & {"layout", "made_from"}) or isinstance(own.get("train"), Mapping)
+    name = str(own.get("name", "unnamed" if whole else "scenes"))
+    merged = Merged()
+    merged.merge(*_of_task(content))
+    if data is not None or not whole:
+        data_path = find_config("data", name)
+        name = own["name"] = data_path.stem
+        merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
+    merged.merge(content, shown)
+    merged.merge({"data": own}, shown if data is None else f"--data {data}")
+    merged.merge(_variant(variants, name, shown), f"{shown} (per_data.{name})")
+    apply_settings(merged, settings)
+    return validate(model, merged)
+
+
+def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What recipes of a task start from, and its name for messages."""
+    task = content.get("task")
+    name = task.get("name") if isinstance(task, Mapping) else None
+    if name not in known_configs("task"):
+        return {}, ""
+    path = CONFIGS / "task" / f"{name}.yaml"
+    return read_yaml(path), f"task/{shown_name(path)}"
+
+
+def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
+    """The part of `per_data` for a data set; a key that means none is a mistake."""
+    known = [*known_configs("data"), name]
+    mistakes = []
+    for key, part in variants.items():
+        near = difflib.get_close_matches(str(key), known, 1, 0.7)
+        if key not in known and near:  # one of the user's own is like none of these
+            mistakes.append(f"{shown}: per_data.{key}: unknown data; did you mean '{near[0]}'?")
+        elif part is not None and not isinstance(part, Mapping):
+            mistakes.append(f"{shown}: per_data.{key}: expected a mapping, got {part!r}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return variants.get(name) or {}
+
+
+def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
+    """Lay `--set` texts over what was read, every mistake in one error.
+
+    Where only one section was read, its name may stand before the places in it.
+    """
+    mistakes = []
+    for text in settings:
+        try:
+            place, value = _setting(text)
+        except ConfigError as error:
+            mistakes.append(str(error))
+        else:
+            place = place[1:] if place[0] == section and place[1:] else place
+            merged.merge({place[-1]: value}, f"--set {text}", place[:-1])
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def validate(model: type[Recipe], merged: Merged) -> Recipe:
+    """Check merged values against the schema, reporting every mistake in one error."""
+    try:
+        return model.model_validate(_tuples(merged.values))
+    except ValidationError as error:
+        lines = [_line(model, merged, mistake) for mistake in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def from_plain(
+    model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
+) -> Recipe:
+    """Read back the resolved config of a run folder or checkpoint, perhaps with changes."""
+    merged = Merged()
+    merged.merge(values, source)
+    apply_settings(merged, settings, section="data" if model in KINDS.values() else "")
+    return validate(model, merged)
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def _tuples(value: Any) -> Any:
+    """YAML has lists where the frozen schema has tuples; strict validation tells them apart."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
+    full = tuple(str(part) for part in mistake["loc"])
+    place = tuple(part for part in full if part not in ALTERNATIVES)
+    message = mistake["msg"].removeprefix("Value error, ")
+    if not place:  # a rule across sections: its message begins with the section it is about
+        return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
+    where = f"{merged.source_of(place)}: {'.'.join(place)}"
+    if mistake["type"] == "extra_forbidden":
+        if what := takes_layout(full):
+            return f"{where}: unknown key; a data set with {what} has a 'layout' beside it"
+        known = keys_at(model, full[:-1])
+        near = difflib.get_close_matches(place[-1], known, 1, 0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if mistake["type"] == "missing":
+        return f"{where}: missing key"
+    got = mistake["input"]
+    if mistake["type"] == "model_type":
+        return (
+            f"{where}: expected a mapping with {', '.join(keys_at(model, full))}, got {got!r:.60}"
+        )
+    if mistake["type"] == "value_error" and isinstance(got, dict):  # a rule within a section
+        about = merged.source_of((*place, re.split("[ .:]", message)[0]))
+        return f"{about}: {'.'.join(place)}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.60}"
+
+
+def data_config(name: str, settings: Iterable[str] = ()) -> AnyData:
+    """A data set's section alone, for commands that take no recipe.
+
+    Args:
+        name: Of configs/data, or the path of a YAML file.
+        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
+    """
+    path = find_config("data", name)
+    merged = Merged()
+    merged.merge({"name": path.stem, **read_yaml(path)}, shown_name(path))
+    apply_settings(merged, settings, section="data")
+    return validate(KINDS[kind_of_data(merged.values)], merged)
+
+
+def objects_config(name: str, settings: Iterable[str] = ()) -> Data:
+    """The same for commands that are about annotated objects.
+
+    Raises:
+        ConfigError: As above, or a data set of label maps.
+    """
+    section = data_config(name, settings)
+    if not isinstance(section, Data):
+        raise ConfigError(f"{name}: a data set of label maps; objects with boxes are needed here")
+    return section
+
+
+def plain_data(values: Mapping[str, Any], source: str, settings: Iterable[str] = ()) -> AnyData:
+    """The data section of a run's config, perhaps with changes."""
+    return from_plain(KINDS[kind_of_data(values)], values, source, settings)

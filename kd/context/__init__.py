@@ -1,0 +1,1 @@
+"""Scene knowledge at work: queries about regions, heat maps and detector rescoring."""

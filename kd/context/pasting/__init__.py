@@ -1,0 +1,1 @@
+"""Out-of-context test images: objects pasted where they do not belong."""

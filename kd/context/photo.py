@@ -1,0 +1,119 @@
+"""A user's own pictures: upright, in full and at a model's size, and what is known to be there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.formats.coco import CocoIndex, load_coco
+from kd.utils.images import read_image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Photograph:
+    """One picture, decoded.
+
+    Attributes:
+        path: Its file.
+        pixels: (3, H, W) uint8 RGB, all of them.
+        scaled: (3, h, w), the same read for a model's picture size.
+        boxes: (M, 4) xyxy pixels of `pixels`: the objects known to be there.
+        labels: (M,) int64, -1 for a class that the model does not know.
+    """
+
+    path: Path
+    pixels: Tensor
+    scaled: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in full."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
+
+class KnownObjects:
+    """What a COCO file says is in some pictures, which are found by their file names.
+
+    Args:
+        file: COCO instances JSON; its images need not be there.
+        names: The model's class names: objects are matched to them by name.
+
+    Raises:
+        UserError: The file cannot be read, or shares no class with the model.
+    """
+
+    def __init__(self, file: Path, names: Sequence[str]) -> None:
+        self.index: CocoIndex = load_coco(file, file.parent, check_images=False)
+        places = {name: place for place, name in enumerate(names)}
+        self.label_of = np.array([places.get(name, -1) for name in self.index.class_names])
+        if (self.label_of < 0).all():
+            raise UserError(f"{file}: none of its classes is one of the teacher's")
+        if strange := [n for n in self.index.class_names if n not in places]:
+            log.warning(
+                "%s: %d classes are unknown to the teacher, first %r; their objects stay unnamed",
+                *(file, len(strange), strange[0]),
+            )
+        self.rows: dict[str, list[int]] = {}
+        for image in range(len(self.index)):
+            self.rows.setdefault(Path(self.index.file_name(image)).name, []).append(image)
+
+    def row(self, path: Path) -> int | None:
+        """The index's row of a picture; of several with its name the one with its folders too."""
+        found = self.rows.get(path.name, [])
+        whole = "/" + path.resolve().as_posix()
+        close = [row for row in found if whole.endswith("/" + self.index.file_name(row))]
+        if len(found) > 1 and len(close) != 1:
+            raise UserError(
+                f"{path}: {self.index.annotation_file} has {len(found)} pictures of that name"
+            )
+        found = close or found
+        return found[0] if found else None
+
+
+def open_photograph(path: Path, size: int, known: KnownObjects | None = None) -> Photograph:
+    """Read a picture, turned upright as its EXIF orientation says.
+
+    Boxes of a COCO file are those of the pixels as they are stored, and where they fit these, the
+    picture is not turned.
+
+    Args:
+        path: JPEG, PNG, or another format that Pillow reads.
+        size: Long side that the model sees.
+        known: Objects to look up.
+
+    Raises:
+        UserError: What `read_image` raises; a size other than the COCO file's.
+    """
+    row = None if known is None else known.row(path)
+    upright, expected = True, None
+    if known is not None and row is not None:
+        expected = (int(known.index.heights[row]), int(known.index.widths[row]))
+        upright = False
+    elif known is not None:
+        log.warning("%s: not in %s, so nothing is known of it", path, known.index.annotation_file)
+    try:
+        pixels = read_image(path, None, expected=expected, upright=upright)
+    except UserError:
+        if expected is None:
+            raise
+        pixels, upright = read_image(path, None, upright=True), True
+        if tuple(pixels.shape[1:]) != expected:
+            raise
+    boxes, labels = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
+    if known is not None and row is not None:
+        rows = slice(int(known.index.first[row]), int(known.index.first[row + 1]))
+        boxes = torch.from_numpy(np.array(known.index.boxes[rows]))
+        labels = torch.from_numpy(known.label_of[known.index.labels[rows]].astype(np.int64))
+    scaled = read_image(path, size, upright=upright)
+    return Photograph(path, pixels, scaled, boxes, labels)

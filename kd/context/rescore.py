@@ -1,0 +1,255 @@
+"""A detector's scores combined with what the scene says, and how much of that to believe.
+
+`logit(score) + strength * (log q - log prior)` is an expert more in a product (Hinton, 2002). How
+much it may say is fitted on AP over images that are not those it is used on, and is nothing where
+it does not help clearly: within a class it reorders detections that a detector ranked by far more
+data than a teacher of context has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kd.metrics.coco_ap import Floats, Ints, MeanAP, summary
+
+STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+ALONES = (0.0, 0.25, 0.5, 1.0)
+_LEAST_LOG = -30.0  # a teacher that holds a class impossible must not make a score NaN
+_LEAST = 1e-6  # scores are kept so far from 0 and 1, where a logit would be infinite
+_CLASS_SUPPORT = 20  # objects fitted on, from which a class may have a setting of its own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The one or two parameters.
+
+    Attributes:
+        strength: How much context says, `a`; 0 leaves scores as they are, bit for bit.
+        alone: None, or between 0 and 1 how much it says where classes of one box do not compete.
+    """
+
+    strength: float = 0.0
+    alone: float | None = None
+
+    def __str__(self) -> str:
+        if not self.strength:
+            return "a = 0"
+        alone = "" if self.alone is None else f", competing, b = {self.alone:g}"
+        return f"a = {self.strength:g}{alone}"
+
+
+def settings_of(rule: str, strengths: Sequence[float] = STRENGTHS) -> list[Setting]:
+    """What is tried: `plain`, `competing`, or `auto`, both; no context comes first."""
+    alones = {"plain": (None,), "competing": ALONES, "auto": (None, *ALONES)}[rule]
+    return [Setting(), *(Setting(a, b) for b in alones for a in strengths)]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Scores and what the context says about each, D detections.
+
+    Attributes:
+        scores: (D,) in 0..1.
+        evidence: (D,) log q - log prior of a detection's own class; 0 where nothing was asked.
+        label: (D,) int64.
+        place: (D,) int64, detections with the same number share a box; -1 = with none.
+    """
+
+    scores: Floats
+    evidence: Floats
+    label: Ints
+    place: Ints
+
+
+def evidence_of(
+    scores: Floats,
+    label: Ints,
+    question: Ints,
+    log_probs: npt.NDArray[np.float32],
+    log_prior: Floats,
+) -> Evidence:
+    """Evidence from a teacher's answers.
+
+    Args:
+        scores: (D,).
+        label: (D,) int64.
+        question: (D,) int64, row of `log_probs`; -1 = was not asked about.
+        log_probs: (K, C).
+        log_prior: (C,) what the teacher answers where it knows nothing.
+    """
+    asked = question >= 0
+    own = np.zeros(len(scores))
+    said = log_probs[question[asked], label[asked]].astype(np.float64)
+    own[asked] = np.maximum(said, _LEAST_LOG) - log_prior[label[asked]]
+    return Evidence(scores, own, label, question)
+
+
+def combine(known: Evidence, setting: Setting) -> Floats:
+    """New scores (D,) in 0..1.
+
+    Plain: `logit(s') = logit(s) + a e`, with e the evidence of the detection's own class.
+    Competing: what speaks for a class speaks against the others that the detector saw in its box,
+
+        logit(s') = logit(s) + a e - log(w R + (1 - w) Z^(1 - b))
+
+    where w is the share of `1 - s` that the detector gave to those others, R the mean of exp(a e)
+    over them, and Z that over all classes of the box, each weighted by score. With b = 1 and a
+    single class that is the plain rule; with b = 0 a box's own evidence is divided out, so that
+    classes are told apart and boxes are not.
+
+    Detections that nothing was asked about keep their scores.
+    """
+    if not setting.strength:
+        return known.scores
+    score = known.scores.clip(_LEAST, 1 - _LEAST)
+    moved = np.log(score) - np.log1p(-score) + setting.strength * known.evidence
+    if setting.alone is not None:
+        moved -= _against(known, score, setting.strength, setting.alone)
+    new = np.where(known.place >= 0, 1 / (1 + np.exp(-moved)), known.scores)
+    return np.asarray(new, dtype=np.float64)
+
+
+def _against(known: Evidence, score: Floats, strength: float, alone: float) -> Floats:
+    """`log(w R + (1 - w) Z^(1 - b))` of each detection."""
+    ratio = np.exp(strength * known.evidence)
+    place = known.place + 1  # those without a place are together in 0, and left as they are
+    key = place * (int(known.label.max(initial=0)) + 1) + known.label
+    order = np.lexsort((-score, key))
+    first = order[np.unique(key[order], return_index=True)[1]]  # a class's best one in its box
+    mine = first[np.searchsorted(key[first], key)]
+    mass = np.bincount(place[first], score[first])[place]
+    weighed = np.bincount(place[first], (score * ratio)[first])[place]
+    others = (mass - score[mine]).clip(min=0.0)
+    for_others = (weighed - (score * ratio)[mine]).clip(min=0.0)
+    some = others > 1e-12
+    mean = np.where(some, for_others / np.where(some, others, 1.0), 1.0)
+    share = np.minimum(others / (1 - score), 1.0)
+    rest = (weighed / mass) ** (1 - alone)
+    # Others that all but vanish must not make a score infinite.
+    return np.asarray(np.log((share * mean + (1 - share) * rest).clip(min=_LEAST)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found on some images.
+
+    Attributes:
+        setting: Of all classes.
+        classes: Of single ones, by label, where theirs differ.
+        gain: AP on these images, less that without context.
+        clear: Whether the mean of the folds' gains exceeds its standard error; if not, `setting`
+            is no context.
+        best: What would have been taken.
+    """
+
+    setting: Setting
+    classes: dict[int, Setting]
+    gain: float
+    clear: bool
+    best: Setting
+
+
+class Fitter:
+    """Average precision of every setting, on every fold of the images.
+
+    Args:
+        meter: Of the detections.
+        known: Their evidence.
+        settings: What is tried; the first is no context.
+        folds: (I,) fold of each image, from 0.
+    """
+
+    def __init__(
+        self, meter: MeanAP, known: Evidence, settings: Sequence[Setting], folds: Ints
+    ) -> None:
+        self.settings, self.folds, self.meter = list(settings), folds, meter
+        self.count = int(folds.max(initial=0)) + 1
+        self._single = np.array([folds == number for number in range(self.count)])
+        without = ~self._single
+        rows = np.concatenate([self._single, without, np.ones((1, len(folds)), np.bool_)])
+        # (S, rows, C), means over overlaps: each fold alone, all but it, all
+        self._class_ap = np.stack(
+            [
+                meter.average(meter.match(combine(known, setting), areas=1), rows)[:, 0].mean(1)
+                for setting in self.settings
+            ]
+        )
+
+    def without(self, fold: int, *, per_class: bool = False) -> Fit:
+        """The setting for the images of a fold, which have no part in it."""
+        others = [number for number in range(self.count) if number != fold]
+        return self._fit(self.count + fold, others, per_class)
+
+    def everywhere(self, *, per_class: bool = False) -> Fit:
+        """The setting for images that are none of these."""
+        return self._fit(2 * self.count, list(range(self.count)), per_class)
+
+    def _fit(self, row: int, folds: list[int], per_class: bool) -> Fit:
+        mean = _mean(self._class_ap)  # (S, rows)
+        best = int(np.argmax(mean[:, row]))
+        gain = float(mean[best, row] - mean[0, row])
+        clear = is_clear(mean[best, folds] - mean[0, folds])
+        chosen = best if clear else 0
+        images = np.isin(self.folds, folds)
+        classes = self._classes(row, folds, chosen, images) if per_class else {}
+        return Fit(self.settings[chosen], classes, gain, clear, self.settings[best])
+
+    def _classes(
+        self, row: int, folds: list[int], common: int, images: npt.NDArray[np.bool_]
+    ) -> dict[int, Setting]:
+        """Classes with objects enough that do clearly better by another setting."""
+        found = {}
+        for label in range(self.meter.classes):
+            if self.meter.support[label, 0, images].sum() < _CLASS_SUPPORT:
+                continue
+            ap = self._class_ap[:, :, label]
+            best = int(np.argmax(ap[:, row]))
+            if best != common and is_clear(ap[best, folds] - ap[common, folds]):
+                found[label] = self.settings[best]
+        return found
+
+
+def is_clear(gains: Floats) -> bool:
+    """Whether the mean of some folds' gains exceeds its standard error; NaN gains are left out."""
+    gains = gains[~np.isnan(gains)]
+    if len(gains) < 2:
+        return False
+    return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
+
+
+def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
+    """Scores (D,) where each detection has the fit of its image's fold, and of its class there.
+
+    Args:
+        known: The detections.
+        fits: One a fold.
+        fold: (D,) of each detection's image.
+    """
+    new = known.scores.copy()
+    for number, fit in enumerate(fits):
+        mine = fold == number
+        if fit.setting.strength:
+            new[mine] = combine(known, fit.setting)[mine]
+        for label, setting in fit.classes.items():
+            some = mine & (known.label == label)
+            new[some] = combine(known, setting)[some]
+    return new
+
+
+def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Floats:
+    """AP gained on each fold's images alone."""
+    rows = np.array([folds == number for number in range(int(folds.max()) + 1)])
+    both = [meter.average(meter.match(scores, areas=1), rows) for scores in (before, after)]
+    aps = [summary(average)["AP"] for average in both]
+    return np.asarray(aps[1] - aps[0])
+
+
+def _mean(class_ap: Floats) -> Floats:
+    """Over classes that have objects; 0 where none has."""
+    some = ~np.isnan(class_ap)
+    total = np.where(some, class_ap, 0.0).sum(-1)
+    return np.asarray(total / some.sum(-1).clip(min=1))

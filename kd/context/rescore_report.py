@@ -1,0 +1,208 @@
+"""AP before and after rescoring, class by class, and what a wrong strength costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kd.context.rescore import Evidence, Setting, combine
+from kd.metrics.bootstrap import Interval
+from kd.metrics.coco_ap import Floats, MeanAP, summary
+from kd.report.style import COLOURS, GREY
+from kd.report.tables import CLEAR, Row, Table
+
+_SHOWN = 5  # classes that gained most, and that lost most
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """One class's AP."""
+
+    name: str
+    support: int
+    before: float
+    after: float
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Change:
+    """AP with old and new scores, by name, and the differences' 95 % intervals over images."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    difference: dict[str, Interval]
+    classes: tuple[ClassChange, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        classes = {
+            entry.name: {
+                "support": entry.support,
+                "before": entry.before,
+                "after": entry.after,
+                "interval": [entry.difference.low, entry.difference.high],
+            }
+            for entry in self.classes
+        }
+        intervals = {name: [gap.low, gap.high] for name, gap in self.difference.items()}
+        return {
+            "before": self.before,
+            "after": self.after,
+            "difference": {name: gap.mean for name, gap in self.difference.items()},
+            "interval": intervals,
+            "classes": classes,
+        }
+
+
+def change_of(
+    meter: MeanAP,
+    before: Floats,
+    after: Floats,
+    names: Sequence[str],
+    *,
+    samples: int = 400,
+    seed: int = 0,
+) -> Change:
+    """Evaluate both, on all images and on images drawn again.
+
+    Args:
+        meter: Of the detections.
+        before: (D,) scores.
+        after: (D,) scores.
+        names: C class names.
+        samples: How many times all images are drawn (a paired percentile bootstrap).
+        seed: Of the draws.
+    """
+    rows = drawn_images(meter.images, samples, seed)
+    old = meter.average(meter.match(before), rows)
+    new = old if np.array_equal(before, after) else meter.average(meter.match(after), rows)
+    numbers, changed = summary(old), summary(new)
+    known = [name for name in numbers if not np.isnan(numbers[name][0])]
+    old_classes, new_classes = (ap[:, 0].mean(axis=1) for ap in (old, new))  # (R, C)
+    support = meter.support[:, 0].sum(axis=1)
+    classes = [
+        ClassChange(
+            names[label],
+            int(support[label]),
+            float(old_classes[0, label]),
+            float(new_classes[0, label]),
+            _interval(new_classes[:, label] - old_classes[:, label]),
+        )
+        for label in np.flatnonzero(support).tolist()
+    ]
+    return Change(
+        before={name: float(numbers[name][0]) for name in known},
+        after={name: float(changed[name][0]) for name in known},
+        difference={name: _interval(changed[name] - numbers[name]) for name in known},
+        classes=tuple(sorted(classes, key=lambda entry: -entry.difference.mean)),
+    )
+
+
+def drawn_images(images: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
+    """(1 + R, I) how often each image counts: first once each, then as drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(images, np.full(images, 1 / images), size=samples)
+    return np.concatenate([np.ones((1, images), np.int64), drawn])
+
+
+def change_table(change: Change, title: str, notes: Sequence[str] = ()) -> Table:
+    """The numbers, then the classes that gained and lost most."""
+    rows = [
+        (name, _percent(change.before[name]), _percent(change.after[name]), _gap(gap))
+        for name, gap in change.difference.items()
+    ]
+    moved = [entry for entry in change.classes if entry.difference.mean]
+    gained = [entry for entry in moved if entry.difference.mean > 0][:_SHOWN]
+    lost = [entry for entry in reversed(moved) if entry.difference.mean < 0][:_SHOWN]
+    groups = [tuple(rows), tuple(map(_class_row, gained)), tuple(map(_class_row, lost))]
+    return Table(
+        title=title,
+        header=("", "before", "after", "after - before"),
+        groups=tuple(group for group in groups if group),
+        notes=(CLEAR, "intervals: images drawn again; classes: AP, (objects)", *notes),
+    )
+
+
+def curve_of(
+    meter: MeanAP, known: Evidence, strengths: Sequence[float], alones: Sequence[float | None]
+) -> dict[str, list[float]]:
+    """AP over `a` on all images, one line a rule."""
+    return {
+        rule_name(alone): [
+            float(summary(meter.average(meter.match(scores, areas=1)))["AP"][0])
+            for scores in (combine(known, Setting(a, alone)) for a in strengths)
+        ]
+        for alone in alones
+    }
+
+
+def rule_name(alone: float | None) -> str:
+    """What tables and figures call it."""
+    return "plain" if alone is None else f"competing, b = {alone:g}"
+
+
+def curve_figure(
+    strengths: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    fitted: Sequence[Setting],
+    title: str,
+) -> Figure:
+    """AP over `a`, with a line at the AP without context and a mark at what was fitted.
+
+    Args:
+        strengths: The values of `a`, the first one 0.
+        curves: Rule -> AP at each.
+        fitted: What the folds chose; equal ones are drawn once.
+        title: Above it.
+    """
+    figure = Figure(figsize=(5.8, 3.8))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    base = 100 * next(iter(curves.values()))[0]
+    axes.axhline(base, color=GREY, linewidth=0.9, linestyle="--", label="without context (a = 0)")
+    for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
+        axes.plot(strengths, 100 * np.asarray(values), color=colour, label=name, marker=".")
+    for setting in dict.fromkeys(fitted):
+        line = curves.get(rule_name(setting.alone), next(iter(curves.values())))
+        height = 100 * float(np.interp(setting.strength, strengths, line))
+        label = "fitted (folds)" if setting == fitted[0] else None
+        axes.plot(setting.strength, height, "o", color="black", markersize=7, fillstyle="none",
+                  label=label)  # fmt: skip
+    axes.set(xlabel="strength of context, a", ylabel="AP (%)")
+    axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _interval(values: Floats) -> Interval:
+    """The first is what was observed, the others are resamples."""
+    if len(values) < 2 or np.isnan(values[1:]).all():
+        return Interval(float(values[0]), np.nan, np.nan)
+    low, high = np.nanquantile(values[1:], [0.025, 0.975])
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def _class_row(entry: ClassChange) -> Row:
+    name = f"  {entry.name} ({entry.support})"
+    return name, _percent(entry.before), _percent(entry.after), _gap(entry.difference)
+
+
+def _percent(number: float) -> str:
+    return f"{100 * number:.2f}"
+
+
+def _gap(gap: Interval) -> str:
+    mean, low, high = (f"{100 * bound:+z.2f}" for bound in gap)
+    if gap.low != gap.low:
+        return f"{mean} "
+    return f"{mean} [{low}, {high}]{'*' if gap.clear_of_zero else ' '}"

@@ -1,0 +1,1 @@
+"""Distillation terms, adapters, feature hooks and soft targets."""

@@ -1,0 +1,198 @@
+"""Checkpoints: written whole or not at all, resumed exactly, read without running code."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.utils.io import write_whole
+
+FORMAT = 1
+REMEDIES = (
+    "Lower train.optimizer.lr (with a critic train.critic.optimizer.lr), raise "
+    "train.schedule.warmup or set train.precision=fp32, and train again"
+)
+
+
+@dataclass
+class Progress:
+    """The place in training: the next step is batch `batch` of epoch `epoch`."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+def _torch_save(content: Any, partial: Path) -> None:
+    """`torch.save`, whose own errors on a full disk speak of positions in a zip file."""
+    with open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from error
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random stream of this process."""
+    version, internal, next_gauss = random.getstate()
+    name, key, place, has_gauss, gauss = np.random.get_state()
+    state = {
+        # Tensors and plain values only: what weights_only lets back in.
+        "python": [version, torch.tensor(internal, dtype=torch.int64), next_gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(key).astype(np.int64)), int(place)],
+        "numpy_gauss": [int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the streams back to `rng_state()`."""
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), next_gauss))
+    name, key, place = state["numpy"]
+    gauss = state["numpy_gauss"]
+    np.random.set_state((name, key.numpy().astype(np.uint32), place, *gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(
+    path: Path, progress: Progress, config: Mapping[str, Any], parts: Mapping[str, Any]
+) -> None:
+    """Write everything that resuming needs.
+
+    Args:
+        path: The file.
+        progress: The place in training.
+        config: The resolved recipe, plain values.
+        parts: State dicts by name, RNG states.
+
+    Raises:
+        UserError: The disk is full, or weights of the model or of a critic are not finite: then
+            the checkpoint that is there is worth more.
+    """
+    weights = dict(parts.get("model", {}))
+    for name, critic in parts.get("critics", {}).items():
+        weights |= {f"{name}.{key}": tensor for key, tensor in critic["model"].items()}
+    broken = _not_finite(weights)
+    if broken is not None:
+        kept = "the last good checkpoint is kept" if path.is_file() else "there is none before it"
+        raise UserError(
+            f"{path}: not written: {broken} is not finite after step {progress.step}; {kept}. "
+            f"{REMEDIES}"
+        )
+    content = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "config": dict(config),
+        "parts": dict(parts),
+    }
+    write_whole(path, lambda partial: _torch_save(content, partial))
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a number that is none; one answer is fetched from the device."""
+    names = [name for name, tensor in state.items() if tensor.is_floating_point()]
+    if not names:
+        return None
+    finite = torch.stack([state[name].isfinite().all() for name in names]).tolist()
+    return None if all(finite) else names[finite.index(False)]
+
+
+def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
+    """Read a checkpoint; no code in it is run.
+
+    Returns:
+        Progress, config, parts.
+
+    Raises:
+        UserError: No checkpoint, a broken one, or one of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no checkpoint there") from None
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to advise how to run the code after all.
+        raise UserError(
+            f"{path}: refused: it is cut off, or holds objects whose loading could run code; a "
+            "checkpoint of this program has neither"
+        ) from error
+    except Exception as error:
+        # A broken zip, a truncated file and a folder raise half a dozen types.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint that can be read: {first}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: checkpoint format {got}, this version reads {FORMAT}")
+    try:
+        return Progress(**content["progress"]), content["config"], content["parts"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: a checkpoint with a part missing: {error}") from error
+
+
+def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Write a model's weights as safetensors."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata=dict(metadata)))
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Read weights written by `save_model` into the same kind of model.
+
+    Raises:
+        UserError: Missing, broken, or of another model: what differs is named.
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; has the run finished? --resume goes on") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from error
+    load_state(model, state, path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict; name what does not fit."""
+    own = model.state_dict()
+    odd = [f"missing {name}" for name in own if name not in state]
+    odd += [f"unexpected {name}" for name in state if name not in own]
+    odd += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if odd:
+        more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+        raise UserError(f"{path}: weights of another model: {'; '.join(odd[:4])}{more}")
+    model.load_state_dict(dict(state))
+
+
+def config_differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Dotted places where two resolved configs differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: list[str] = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            dotted = f"{place}.{key}" if place else str(key)
+            found += config_differences(old.get(key), new.get(key), dotted)
+        return found
+    as_lists = [list(v) if isinstance(v, tuple) else v for v in (old, new)]
+    return [] if as_lists[0] == as_lists[1] else [f"{place}: {old!r} there, {new!r} now"]

@@ -1,0 +1,288 @@
+"""The only training loop: `fit`, `train_step`, `evaluate`, for teachers and students alike.
+
+Gradients are those of the whole batch: with several processes, or several micro-batches a step,
+each loss is scaled by the share of labelled objects, hidden objects, ... that it speaks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from kd.distillation.targets import known_counts
+from kd.distillation.terms import distillation_losses, looked_at, weighted_sum
+from kd.engine.optim import update_average
+from kd.engine.state import EpochLoader, Hooks, Objective, Sums, Training, Window, add
+from kd.errors import UserError
+from kd.nn.freeze import evaluating
+from kd.problems.base import (
+    Batch,
+    Collector,
+    Mask,
+    Mean,
+    OnLevels,
+    Task,
+    about_objects,
+    count_units,
+    remembered,
+)
+
+
+def to_device(
+    batch: Mapping[str, Tensor], device: torch.device, *, channels_last: bool
+) -> dict[str, Tensor]:
+    """Move a batch; images in the memory format of the model."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if channels_last:
+        moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def forward_losses(
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    masks: Mapping[str, Mask] | None = None,
+) -> dict[str, Mean]:
+    """Supervised losses and distillation terms of one batch, unweighted.
+
+    `masks` are the batch's, where they were made already.
+    """
+    task = objective.task
+    masks = task.masks(batch) if masks is None else masks
+    where = {} if about_objects(batch) else looked_at(objective.terms, masks)
+    output, features = model(*task.inputs(batch), where=where)
+    losses = task.losses(output, batch)
+    if objective.terms and objective.soft_targets is not None:
+        with torch.no_grad():
+            known = objective.soft_targets(batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not objective.watched):
+            losses |= distillation_losses(
+                objective.terms,
+                {**output, **features},
+                known,
+                masks,
+                batch,
+            )
+    return losses
+
+
+def _held(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+    """How much of each unit a batch holds, of those that losses and terms are means over."""
+    if not isinstance(objective.task, OnLevels):
+        return count_units(batch, objective.masks)
+    counts = count_units(batch) | objective.task.counts(batch, objective.map_units, masks)
+    return counts | known_counts(objective.soft_targets, batch)
+
+
+def _scales(
+    counts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator
+) -> list[dict[str, Tensor | float]]:
+    """Factor of each unit for each micro-batch, from what each of them holds."""
+    world = accelerator.num_processes
+    if world == 1 and len(counts) == 1:
+        return [dict.fromkeys(counts[0], 1.0)]
+    names = sorted(counts[0])
+    whole = torch.stack([torch.stack([count[unit] for unit in names]) for count in counts]).sum(0)
+    if world > 1:
+        dist.all_reduce(whole)
+    totals = dict(zip(names, whole, strict=True))
+    # DDP averages gradients over ranks; the whole batch's mean wants their sum.
+    return [
+        {unit: count[unit] * world / totals[unit].clamp(min=1e-9) for unit in names}
+        for count in counts
+    ]
+
+
+def train_step(
+    training: Training, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, float]
+) -> tuple[Sums, Sums]:
+    """One step of the optimiser over one or more micro-batches.
+
+    Returns:
+        Sums over this process of each loss times its count, and the counts: both detached, on the
+        device. `total` among them.
+    """
+    accelerator = training.accelerator
+    sums: Sums = {}
+    counts: Sums = {}
+    masks = [remembered(objective.task.masks(batch)) for batch in batches]
+    held = [_held(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
+    scales = _scales(held, accelerator)
+    taken: list[dict[str, Mean]] = []
+    for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
+            losses = forward_losses(training.model, batch, objective, masks[number])
+            total = weighted_sum(losses, weights, scale)
+            accelerator.backward(total)
+        for name, loss in losses.items():
+            add(sums, name, loss.value.detach() * own[loss.unit])
+            add(counts, name, own[loss.unit])
+        add(sums, "total", total.detach())  # scaled: micro-batches add up to one step
+        taken.append({name: loss.detach() for name, loss in losses.items()})
+    counts["total"] = torch.ones_like(sums["total"])
+    if training.clip_norm:
+        accelerator.clip_grad_norm_(training.model.parameters(), training.clip_norm)
+    training.optimizer.step()
+    training.schedule.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    if training.ema is not None:
+        update_average(training.ema, training.bare, training.ema_decay, training.progress.step)
+    for critic in training.critics:
+        units = [losses[critic.name].unit for losses in taken]
+        shares = [scale[unit] for scale, unit in zip(scales, units, strict=True)]
+        judged = [losses[critic.name] for losses in taken]
+        values = critic.step(list(zip(judged, shares, strict=True)), accelerator)
+        for value, unit, own in zip(values, units, held, strict=True):
+            add(sums, f"{critic.name}_critic", value * own[unit])
+            add(counts, f"{critic.name}_critic", own[unit])
+    return sums, counts
+
+
+def fit(
+    training: Training,
+    objective: Objective,
+    loader: EpochLoader,
+    *,
+    epochs: int,
+    hooks: Hooks,
+    accumulate: int = 1,
+    log_every: int = 20,
+    checkpoint_every: int = 0,
+) -> None:
+    """Train from `training.progress` to the last epoch.
+
+    Args:
+        training: Model, optimiser and the place in training.
+        objective: What is minimised.
+        loader: Micro-batches of this process.
+        epochs: How many, counted from the very start.
+        hooks: What happens on the way.
+        accumulate: Micro-batches a step.
+        log_every: Steps between log lines.
+        checkpoint_every: Steps between checkpoints inside an epoch; 0 = only at its end.
+
+    Raises:
+        UserError: A loss is not finite (the last checkpoint stays), or an image cannot be read.
+        KeyboardInterrupt: Somebody asked to stop; what was trained is saved.
+    """
+    place, alone = training.progress, training.accelerator.num_processes == 1
+    steps = epochs * math.ceil(len(loader) / accumulate)
+    window = Window(training.accelerator)
+    save = partial(_save, training, window, hooks)
+    while place.epoch < epochs:
+        training.model.train()
+        loader.set_epoch(place.epoch, place.batch)
+        for group in _groups(loader, accumulate, save if alone else None):
+            window.rate = training.rate
+            window.take(*_advance(training, group, objective, steps))
+            hooks.progress(place, len(loader))
+            if logs := place.step % log_every == 0:
+                hooks.log(window.close(place.step), place.step)
+            stops = _asked_to_stop(hooks, training.accelerator, ask=logs)
+            due = bool(checkpoint_every) and place.step % checkpoint_every == 0
+            if stops or (due and place.batch < len(loader)):
+                save()
+            if stops:
+                raise KeyboardInterrupt
+        place.epoch, place.batch = place.epoch + 1, 0
+        save()
+        window.warn_of_silence(place.epoch)
+        hooks.epoch_end(place.epoch)
+
+
+def _save(training: Training, window: Window, hooks: Hooks) -> None:
+    """Write a checkpoint, unless a loss since the last log line is not finite."""
+    hooks.log(window.close(training.progress.step), training.progress.step)
+    hooks.checkpoint()
+
+
+def _advance(
+    training: Training, group: Sequence[Batch], objective: Objective, steps: int
+) -> tuple[Sums, Sums]:
+    """Take one of all the steps; the place in training moves on."""
+    place, device = training.progress, training.accelerator.device
+    batches = [to_device(b, device, channels_last=training.channels_last) for b in group]
+    weights = objective.weights_at(place.step / max(steps - 1, 1), place.step)
+    result = train_step(training, batches, objective, weights)
+    place.step += 1
+    place.batch += len(group)
+    return result
+
+
+def _groups(
+    loader: EpochLoader, size: int, save: Callable[[], None] | None
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Micro-batches, `size` a step; the last step of an epoch may have fewer.
+
+    An image that cannot be read ends the training, but what was trained is saved first; among
+    several processes the others cannot know, and the last checkpoint has to do.
+    """
+    group: list[dict[str, Tensor]] = []
+    try:
+        for batch in loader:
+            group.append(batch)
+            if len(group) == size:
+                yield group
+                group = []
+    except UserError:
+        if save is not None:
+            save()
+        raise
+    if group:
+        yield group
+
+
+def _asked_to_stop(hooks: Hooks, accelerator: Accelerator, *, ask: bool) -> bool:
+    """Whether any process was asked to stop: all stop after the same step.
+
+    Asking the others costs a wait for the device, so that with several it is done where `ask`.
+    """
+    if accelerator.num_processes == 1:
+        return hooks.stop()
+    if not ask:
+        return False
+    asked = torch.tensor(float(hooks.stop()), device=accelerator.device)
+    dist.all_reduce(asked)
+    return bool(asked.item())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    loader: EpochLoader,
+    metric: Collector,
+    accelerator: Accelerator,
+    *,
+    channels_last: bool = False,
+) -> None:
+    """Put what a task decodes of every batch of `loader` into `metric`, over all ranks.
+
+    Args:
+        model: An `AdaptedStudent`, not wrapped; rank 0's statistics of batch norm count.
+        task: How it is asked and read.
+        loader: Batches of this process.
+        metric: Takes the predictions; ranks are put together at the end.
+        accelerator: Devices and processes.
+        channels_last: Memory format of the images.
+    """
+    if accelerator.num_processes > 1:  # as DDP does it before each step of training
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    loader.set_epoch(0)
+    with evaluating(model):
+        for cpu_batch in loader:
+            batch = to_device(cpu_batch, accelerator.device, channels_last=channels_last)
+            with accelerator.autocast():
+                output, _ = model(*task.inputs(batch))
+            metric.take(task.decode(output, batch), batch)
+    metric.gather()

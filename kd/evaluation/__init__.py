@@ -1,0 +1,1 @@
+"""Evaluate finished runs: predict, score, write and draw."""

@@ -1,0 +1,1 @@
+"""A student in several variants and seeds: what kd.distill and kd.transfer run."""

@@ -1,0 +1,131 @@
+"""Which arms and terms go with which data, found out before anything trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from kd.config.recipes import DistillRecipe, SoftTargets
+from kd.distillation.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term
+from kd.errors import UserError
+from kd.experiments.connect import outputs_by_teacher
+from kd.problems.detection.data import OpenBoxes
+from kd.problems.objects.data import OpenData, Opened
+from kd.problems.segmentation.data import OpenMaps
+
+_log = logging.getLogger("kd")
+_CONTROLS = {"bare", "shuffled", "direct"}  # arms
+# Of the soft targets' settings those that say something of live teachers too, or belong to recipes
+# whose teachers are either: folds are of posteriors alone.
+_ALSO_LIVE = {"kind", "out_of_fold"}
+
+
+def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+    """Refuse terms and controls that cannot be had.
+
+    Args:
+        recipe: As the user wrote it.
+        terms: Those that any of its arms has.
+        data: What they are to be computed on.
+
+    Raises:
+        UserError: One of them; the message names it.
+    """
+    _check_targets(recipe, terms, data)
+    if not isinstance(data, OpenData):
+        _check_pictures(recipe, terms, data)
+    if "shuffled" in recipe.arms:
+        _check_shuffled(recipe, terms)
+    if recipe.soft_targets.top_k:  # kept as log-probabilities
+        for term in terms:
+            output = term.teacher.rpartition(".")[2]
+            if not _all_kept(recipe, [term]):
+                continue
+            if output in TEACHER_OUTPUTS and term.kind.function not in SOFTMAXED:
+                raise UserError(
+                    f"losses: {term.name}: soft_targets.top_k keeps {output} as probabilities, "
+                    "which this loss does not compare; 0 keeps all as they are"
+                )
+
+
+def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+    """What is said of stored outputs must be about some; what is not is named."""
+    set_here = [
+        name
+        for name, field in SoftTargets.model_fields.items()
+        if name not in _ALSO_LIVE and getattr(recipe.soft_targets, name) != field.default
+    ]
+    if "moved_error" in set_here and not isinstance(data, OpenData):
+        raise UserError(
+            "soft_targets.moved_error: stored maps are measured where objects are hidden, not "
+            f"here: {data.section.name} has its maps moved with the picture as they are; leave it "
+            "out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live asks about "
+            "the student's own pictures"
+        )
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    if set_here and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):
+        names = ", ".join(f"soft_targets.{name}" for name in set_here)
+        _log.warning(
+            "%s: of stored outputs, without effect here: a live teacher sees the student's own "
+            "pictures, at their size", names,
+        )  # fmt: skip
+
+
+def _all_kept(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
+    """Whether all that terms read is stored."""
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    return all(recipe.keeps(teacher) for teacher, read in outputs.items() if read)
+
+
+def _check_shuffled(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
+    """The control has the distilled arm's terms, and can only exchange stored posteriors."""
+    own = {term.curve for term in recipe.losses}
+    terms = [term for term in terms if term.name in own]
+    if not _all_kept(recipe, terms):
+        raise UserError("arms: shuffled needs soft_targets.kind=stored")
+    if maps := [term.name for term in terms if term.kind.maps]:
+        raise UserError(f"arms: shuffled is the control of posteriors, not of {', '.join(maps)}")
+
+
+def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
+    """What detectors do not go with: they see boxes of all pictures in a step, and hide none."""
+    if "bare" in recipe.arms and not recipe.student.options.get("context", False):
+        raise UserError(
+            "arms: bare: a student without its context head, but student.options.context is not "
+            "true, so that plain has none either"
+        )
+    for term in terms:
+        about = term.teacher.rpartition(".")[2] == POSTERIOR
+        if about and not _all_kept(recipe, [term]):
+            raise UserError(
+                f"losses: {term.name}: posteriors are asked for once, each object hidden in turn; "
+                "say kind: stored of that teacher, or --set soft_targets.kind=stored for all"
+            )
+        if not about and _all_kept(recipe, [term]):
+            raise UserError(
+                f"losses: {term.name}: but for posteriors detectors are taught in each step; say "
+                "kind: live of that teacher, or --set soft_targets.kind=live for all"
+            )
+
+
+def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+    """What label maps, gaze and detectors do not go with."""
+    finds = isinstance(data, OpenBoxes)
+    refused = {"direct"} if finds else _CONTROLS
+    if controls := sorted(set(recipe.arms) & refused):
+        raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
+    if finds:
+        _check_boxes(recipe, terms)
+    for term in terms:
+        kind, output = term.kind, term.teacher.rpartition(".")[2]
+        hidden = output == POSTERIOR or kind.mask == "ring"
+        if kind.labels or (hidden and not finds):
+            raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
+        if kind.weights and not recipe.task.options.get("class_weights"):
+            raise UserError(
+                f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
+                "--set task.options.class_weights=0.5"
+            )
+        if (kind.boxes or kind.mask) and not finds:
+            what = "label maps" if isinstance(data, OpenMaps) else "gaze"
+            raise UserError(f"losses: {term.name}: is about a detector's boxes, not {what}")

@@ -1,0 +1,293 @@
+"""The arms of a comparison: one student, with and without each thing that is compared.
+
+All arms of a seed share initial weights, data order, pixels, labels and steps. A saliency student
+has its second map, the last to be drawn, in those arms alone that teach it.
+
+plain      the student and its labels, no distillation
+distilled  with the recipe's terms
+bare       without the context head, no distillation
+shuffled   the recipe's terms, each posterior given to another object: the control
+direct     the bare student's output taught by the posterior: the ablation of METHODS 7
+
+An ablation's arms are named in the recipe, each with the labels of its terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from numpy.typing import NDArray
+from torch import nn
+
+from kd.config.recipes import ARMS, DistillRecipe, Train
+from kd.config.recipes import Term as TermSection
+from kd.data.loader import Samples, collate
+from kd.distillation.hooks import FeatureTaps
+from kd.distillation.targets import SoftTargetSource
+from kd.distillation.terms import Term, check_weights
+from kd.engine.loop import forward_losses, to_device
+from kd.engine.optim import make_optimizer
+from kd.engine.state import Objective, Training
+from kd.engine.tracking import Tracker
+from kd.errors import UserError
+from kd.experiments.connect import (
+    adapt_student,
+    build_terms,
+    outputs_by_teacher,
+    tapped_layers,
+    task_of,
+)
+from kd.experiments.teachers import Sources, find_teachers, open_sources
+from kd.experiments.validate import check_terms
+from kd.problems.base import Mean, Task
+from kd.problems.detection.data import OpenBoxes
+from kd.problems.objects.data import OpenData, Opened, make_dataset, of_objects
+from kd.problems.objects.draw import write_pictures
+from kd.problems.saliency.data import OpenGaze
+from kd.problems.segmentation.data import OpenMaps
+from kd.runs.build import (
+    build_detector,
+    build_saliency,
+    build_segmenter,
+    build_student,
+    build_task,
+    check_kind,
+    make_loader,
+    segmentation_task,
+)
+from kd.runs.load_student import BARE, imitates
+from kd.runs.load_teacher import expectation
+from kd.runs.setup import open_run
+from kd.runs.train import Session, run_training
+
+TAUGHT = ("distilled", "shuffled", "direct")
+
+
+def train_section(train: Train, arm: str) -> Train:
+    """The settings of an arm: those of the context head fall away where there is none."""
+    if arm not in BARE:
+        return train
+    optimizer = train.optimizer
+    kept = {
+        name: {k: v for k, v in getattr(optimizer, name).items() if not k.startswith("context")}
+        for name in ("lr_scale", "decay_scale")
+    }
+    return train.model_copy(update={"optimizer": optimizer.model_copy(update=kept)})
+
+
+@dataclass
+class Distillation:
+    """All that the arms of a recipe share; the teacher is opened once, before anything trains."""
+
+    recipe: DistillRecipe
+    data: Opened
+    accelerator: Accelerator
+    out: Path
+    label: str = ""  # what progress lines call a student and its arm; empty: their names
+    labelled_alone: bool = False  # leave out pictures without labels: no term reads them
+    data_typed: str | None = None  # what --data was given, for messages
+
+    def __post_init__(self) -> None:
+        """Find out what can be wrong before the first step, what takes no time first."""
+        recipe, data = self.recipe, self.data
+        check_kind(recipe.task, recipe.data)
+        self.terms = build_terms(self._wanted())
+        self.sources: Sources | None = None
+        check_terms(recipe, self.terms, data)
+        taught = any(self._taught(arm) for arm in recipe.arms)
+        paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
+        self.task = self._task()
+        if taught:
+            self._check_layers()
+            self.sources = open_sources(recipe, self.terms, data, self.accelerator, paths)
+
+    def _task(self) -> Task:
+        section, data = self.recipe.task, self.data
+        if isinstance(data, OpenMaps):
+            return segmentation_task(section, data)
+        model = self._student("distilled", None) if isinstance(data, OpenBoxes) else None
+        return build_task(section, self.recipe.data, data.num_classes, model=model)
+
+    def _wanted(self) -> list[TermSection]:
+        """The terms that any of the arms has."""
+        recipe = self.recipe
+        wanted = {name for arm in recipe.arms for name in recipe.terms_of(arm) or ()}
+        if any(arm in ARMS for arm in recipe.arms if arm not in BARE):
+            wanted |= {term.curve for term in recipe.losses}
+        return [term for term in recipe.all_losses if term.curve in wanted]
+
+    def _taught(self, arm: str) -> bool:
+        """Whether a teacher teaches it."""
+        return arm in TAUGHT or bool(self.recipe.terms_of(arm))
+
+    def _check_layers(self) -> None:
+        """A mistyped layer of the student, before a teacher works for hours."""
+        layers = tapped_layers(self.terms)
+        if layers and any(arm not in ARMS or arm == "distilled" for arm in self.recipe.arms):
+            student = self._student("distilled", None)
+            FeatureTaps(student, layers, called="student").remove()
+
+    def check(self) -> None:
+        """Build every arm and compute its losses on two images, so that no arm fails after others.
+
+        Raises:
+            UserError: A layer, an output or a weight that does not fit, shapes that differ.
+        """
+        seed = self.recipe.seeds[0]
+        labelled = self._labelled(seed)
+        for arm in self.recipe.arms:
+            dataset = self._dataset(seed, labelled, arm)
+            model, objective = self._assemble(arm, seed, labelled, dataset)
+            batch = self._sample(dataset)
+            losses = _first_losses(model, batch, objective)
+            check_weights(losses, objective.weights_at(0.0))
+            settings = train_section(self.recipe.train, arm).optimizer.model_dump()
+            make_optimizer(model, **settings)
+
+    def run(self, arm: str, seed: int) -> None:
+        """Train one arm of one seed, unless its folder has it already."""
+        recipe, accelerator = self.recipe, self.accelerator
+        config = {**recipe.model_dump(mode="json"), "arm": arm, "seed": seed}
+        folder = open_run(accelerator, self.out / f"seed{seed}" / arm, config, resume=True)
+        if folder.finished:
+            return
+        labelled = self._labelled(seed)
+        dataset = self._dataset(seed, labelled, arm)
+        loader = make_loader(
+            dataset,
+            accelerator,
+            batch_size=recipe.train.batch_size // recipe.train.accumulate,
+            workers=recipe.data.workers,
+            seed=seed,
+            train=True,
+        )
+        model, objective = self._assemble(arm, seed, labelled, dataset)
+        label = f"{self.label or f'{recipe.student.name} {arm}'} seed {seed}"
+        train = train_section(recipe.train, arm)
+        session = Session(folder, accelerator, self.data, train, seed, label, self._pictures)
+        run_training(session, model, objective, loader)
+
+    def _assemble(
+        self, arm: str, seed: int, labelled: NDArray[np.int64] | None, dataset: Samples
+    ) -> tuple[nn.Module, Objective]:
+        """A student at its seed's initial weights, adapters drawn after it, and what it learns."""
+        terms, source = self._terms(arm), self._source(arm, seed)
+        task = task_of(self.task, terms)
+        set_seed(seed)
+        student = self._student(arm, labelled).to(self.accelerator.device)
+        batch = self._sample(dataset)
+        tapped = tapped_layers(terms)
+        adapters = {name: a for name, a in self.recipe.adapters.items() if name in tapped}
+        model, terms = adapt_student(student, terms, adapters, source, task, batch)
+        objective = Objective(
+            task, self.recipe.task.weights, terms, source, watched=not self._taught(arm)
+        )
+        return model.to(self.accelerator.device), objective
+
+    def _labelled(self, seed: int) -> NDArray[np.int64] | None:
+        return self.data.labelled(seed) if isinstance(self.data, OpenData | OpenBoxes) else None
+
+    def _student(self, arm: str, labelled: NDArray[np.int64] | None) -> nn.Module:
+        """A student of the data's kind at fresh weights."""
+        if isinstance(self.data, OpenData):
+            shares = self.data.prior(labelled)
+            return build_student(self.recipe.student, shares, context=arm not in BARE)
+        classes = self.data.num_classes
+        if isinstance(self.data, OpenGaze):
+            second = imitates(self.recipe, arm)
+            return build_saliency(self.recipe.student, branches="b" if second else "a")
+        if isinstance(self.data, OpenBoxes):
+            reads = arm not in BARE and self.recipe.student.options.get("context", False)
+            prior = self.data.prior(labelled) if reads else None
+            return build_detector(self.recipe.student, classes, prior, context=arm not in BARE)
+        return build_segmenter(self.recipe.student, classes)
+
+    def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
+        """A batch of two, or of what a process gets, to find shapes and mistakes before workers."""
+        train = self.recipe.train
+        own = train.batch_size // train.accumulate // self.accelerator.num_processes
+        batch = collate([dataset[0, place] for place in range(min(2, max(1, own), len(dataset)))])
+        return to_device(batch, self.accelerator.device, channels_last=False)
+
+    def _dataset(
+        self, seed: int, labelled: NDArray[np.int64] | None, arm: str = "plain"
+    ) -> Samples:
+        """The same samples for every arm; stored maps come with them where they are used."""
+        recipe, data = self.recipe, self.data
+        stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
+        if isinstance(data, OpenMaps):
+            return data.crops(seed, stored)
+        if isinstance(data, OpenGaze):
+            return data.pictures(seed, stored)
+        if isinstance(data, OpenBoxes):
+            return data.samples(seed, stored)
+        return make_dataset(
+            of_objects(data),
+            "train",
+            train=True,
+            mode="all" if all(map(recipe.keeps, recipe.teachers)) else "one",
+            labelled=labelled,
+            only=labelled if self.labelled_alone else None,
+            seed=seed,
+            epochs=recipe.train.epochs,
+            stored=stored,
+        )
+
+    def _has_terms(self, arm: str) -> bool:
+        """Whether it is taught, or shows stored terms without learning from them: at no cost."""
+        return self._taught(arm) or (
+            arm == "plain" and self.sources is not None and self.sources.stored
+        )
+
+    def _terms(self, arm: str) -> list[Term]:
+        if not self._has_terms(arm):
+            return []
+        if arm == "direct":
+            options = {"temperature": 1.0}
+            return build_terms([TermSection(name="direct", weight=1.0, options=options)])
+        if arm == "plain":  # maps would go through adapters that nobody trains
+            return [term for term in self.terms if not term.kind.maps]
+        names = self.recipe.terms_of(arm)
+        if names is None:
+            names = tuple(term.curve for term in self.recipe.losses)
+        return [term for term in self.terms if term.name in names]
+
+    def _source(self, arm: str, seed: int) -> SoftTargetSource | None:
+        if self.sources is None or not self._has_terms(arm):
+            return None
+        shuffled = seed if arm == "shuffled" else None
+        return self.sources.targets(self._outputs(arm), shuffled=shuffled)
+
+    def _outputs(self, arm: str) -> dict[str, list[str]]:
+        """What an arm's terms read of each teacher."""
+        return outputs_by_teacher(self._terms(arm), self.recipe.more_teachers)
+
+    def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
+        expects = None if self.sources is None else partial(expectation, self.sources.teacher)
+        write_pictures(session, training, task, tracker, expectation=expects)
+
+
+def _first_losses(
+    model: nn.Module, batch: dict[str, torch.Tensor], objective: Objective
+) -> dict[str, Mean]:
+    """Losses in training, where some models give more; the model's statistics move.
+
+    Raises:
+        UserError: Too few images for a batch norm that sees one place of each.
+    """
+    try:
+        with torch.no_grad():
+            return forward_losses(model.train(), batch, objective)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"train.batch_size: {len(batch['images'])} image for each process and micro-batch is "
+            "too few for the student, whose batch norms see one place of each; 2 are enough"
+        ) from error

@@ -1,0 +1,155 @@
+"""One class id for each pixel of a picture: drawn once from the annotations, stored, loaded.
+
+0 is background, 1 + c the class c. Where objects overlap the smaller one lies on top. Each object
+is its exact segment where it has one, else its box, drawn at the size of the map, which is never
+interpolated: it moves with its picture by nearest neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.formats.coco import CocoIndex
+from kd.storage.store import IDS, Store
+from kd.transforms.augment import Plan, pad
+from kd.utils.images import scaled_size
+from kd.utils.io import in_cache
+from kd.utils.lock import folder_lock
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when the same annotations give other maps
+SHARD_BYTES = 64 << 20
+
+Map = npt.NDArray[np.uint8 | np.int16]
+
+
+class ClassMaps:
+    """The stored maps of a data set at one size.
+
+    They are kept beside the data set's index, and say what they follow from: the annotations'
+    fingerprint, the size, the version of the drawing. Others are drawn anew.
+
+    Args:
+        index: The data set.
+        size: Long side of the maps, pixels.
+        folder: Where they are kept; beside the index, or in the cache where that is read-only.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+
+    def __init__(self, index: CocoIndex, size: int, *, folder: Path | None = None) -> None:
+        self.index, self.size = index, size
+        self.store = Store(folder or _place(index, size))
+        Path(self.store.url).parent.mkdir(parents=True, exist_ok=True)
+        with folder_lock(Path(self.store.url).parent):  # one process draws, the others find
+            self._draw()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the maps follow from."""
+        return {"maps": VERSION, "data": self.index.fingerprint, "size": self.size}
+
+    def __call__(self, image: int, plan: Plan, size: tuple[int, int]) -> Tensor:
+        """The map of an image, moved as its picture was.
+
+        Args:
+            image: Position in the index.
+            plan: What was done to the picture.
+            size: Height and width of the picture before, its long side that of the maps.
+
+        Returns:
+            (size, size) uint8, or int16 where there are many classes; 0 in the padding too.
+        """
+        ids = self.index.image_ids[image : image + 1].astype(np.int64)
+        own = self._own_size(image)
+        stored = torch.from_numpy(self.store.read(ids)["values"])[:, : own[0], : own[1]]
+        if own != size:  # a prepared copy's sides are rounded twice
+            stored = F.interpolate(stored[None].float(), size, mode="nearest")[0].to(stored.dtype)
+        return pad(plan.masks(stored), self.size)[0]
+
+    def _own_size(self, image: int) -> tuple[int, int]:
+        index = self.index
+        return scaled_size(int(index.heights[image]), int(index.widths[image]), self.size)
+
+    def _draw(self) -> None:
+        """Draw what lacks; maps of something else, or damaged ones, are drawn anew."""
+        store, index = self.store, self.index
+        manifest = store.manifest()
+        each = max(1, SHARD_BYTES // (self.size**2 * _type(index).itemsize))
+        if manifest is None or manifest["about"] != self.about:
+            if manifest is not None:
+                log.warning("%s: class maps of other annotations; they are drawn anew", store.url)
+            store.create(self.about, -(-len(index) // each))
+        for name in store.remove_damaged():
+            log.warning("%s/%s: damaged; it is drawn anew", store.url, name)
+        lacking = store.missing()
+        if lacking:
+            log.info("class maps of %s are drawn once, then kept in %s", index.annotation_file,
+                     store.url)  # fmt: skip
+        for number in lacking:
+            images = range(number * each, min((number + 1) * each, len(index)))
+            values = np.zeros((len(images), self.size, self.size), _type(index))
+            for row, image in zip(values, images, strict=True):
+                drawn = draw_class_map(index, image, self._own_size(image))
+                row[: drawn.shape[0], : drawn.shape[1]] = drawn
+            ids = index.image_ids[images.start : images.stop].astype(np.int64)
+            store.write_shard(number, {IDS: ids, "values": values})
+
+
+def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd: int = 0) -> Map:
+    """Draw an image's objects, the largest first.
+
+    Args:
+        index: The data set.
+        image: Position in it.
+        size: Height and width of the map.
+        crowd: The number of crowds' pixels, below all objects; that of background by default.
+
+    Returns:
+        (height, width), 0 for background, 1 + c for class c.
+    """
+    drawn = np.zeros(size, _type(index))
+    if crowd and index.crowds is not None:
+        for row in range(int(index.crowds.first[image]), int(index.crowds.first[image + 1])):
+            drawn[index.crowds.mask_of(row, size)] = crowd
+    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
+    for row in rows[np.argsort(-index.areas[rows], kind="stable")]:
+        drawn[index.mask_of(int(row), size)] = 1 + int(index.labels[row])
+    return drawn
+
+
+def _type(index: CocoIndex) -> np.dtype[Any]:
+    return np.dtype(np.uint8 if index.num_classes < 256 else np.int16)
+
+
+def _place(index: CocoIndex, size: int) -> Path:
+    """Beside the index, or in the cache where nothing can be written there."""
+    beside = index.index_folder.with_name(f"{index.annotation_file.stem}.class_maps-{size}")
+    for folder in _candidates(beside):
+        parent = folder.parent if folder.parent.exists() else folder.parent.parent
+        if folder.exists() or (os.access(parent, os.W_OK) and parent.stat().st_mode & 0o222):
+            return folder
+    raise UserError(
+        f"{beside.parent}: class maps cannot be kept here; set KD_CACHE to a folder that can be "
+        "written"
+    )
+
+
+def _candidates(beside: Path) -> Iterator[Path]:
+    yield beside
+    elsewhere = in_cache("class_maps", beside, beside.name)
+    elsewhere.parent.parent.mkdir(parents=True, exist_ok=True)
+    yield elsewhere

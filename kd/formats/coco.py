@@ -1,0 +1,299 @@
+"""COCO-format data sets as flat arrays that all workers of a machine share.
+
+The JSON is read once, into an index of .npy files beside it (`instances_x.kdindex/`), and mapped
+into memory from then on: a start takes seconds, and workers hold no copies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools import mask as rle_masks
+
+from kd.errors import UserError
+from kd.formats.coco_index import CROWD_PREFIX, check_images_exist, open_arrays, up_to_date_index
+from kd.formats.rle import decode, resize_nearest
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class CocoIndex:
+    """The images and usable objects of one COCO JSON: I images, M objects, C classes.
+
+    Arrays are read-only maps of files; pickling sends only the paths. Row `r` is one object; the
+    objects of image `i` are the rows `first[i]:first[i + 1]`.
+
+    Attributes:
+        annotation_file: The JSON.
+        image_folder: Where the images lie.
+        index_folder: Where the arrays lie.
+        image_ids: (I,) int64, in the JSON's order.
+        heights: (I,) int32, pixels.
+        widths: (I,) int32, pixels.
+        name_bytes: File names end to end, UTF-8, uint8.
+        name_first: (I + 1,) int64, where each name starts in `name_bytes`.
+        first: (I + 1,) int64.
+        object_ids: (M,) int64, the annotations' ids.
+        boxes: (M, 4) float32, xyxy pixels of the image as it lies on disk, clipped to it.
+        labels: (M,) int16, 0..C-1 by ascending category id.
+        areas: (M,) float32, square pixels: the JSON's area of the segment, else the box's.
+        points: (P, 2) float32, the polygons' corners x, y in pixels.
+        ring_first: Where each polygon ring starts in `points`, int64.
+        rings_of: (M + 1,) int64, where each object's rings start.
+        rle_bytes: Compressed run lengths of objects that have them instead of polygons, uint8.
+        rle_first: (M + 1,) int64, where each object's run lengths start.
+        class_names: C names.
+        category_ids: C ids of the JSON, ascending.
+        looks: C groups of look-alike classes, None for a class without one.
+        skipped: Objects left out, by reason: crowd, zero_area, outside_image, tiny (below a pixel).
+        notes: What was mended or is remarkable: clipped, bad_ring, bad_run_lengths,
+            without_segment, images_without_object.
+        fingerprint: Of the JSON's content and the reader's version.
+        asked: (M,) bool, False for objects that are company only, never hidden and never scored
+            (`"asked": false` in the JSON); None where all may be.
+        crowds: The same images with their crowds (`iscrowd`) for objects, regions of many that
+            nobody told apart; None where there are none.
+    """
+
+    annotation_file: Path
+    image_folder: Path
+    index_folder: Path
+    image_ids: npt.NDArray[np.int64]
+    heights: npt.NDArray[np.int32]
+    widths: npt.NDArray[np.int32]
+    name_bytes: npt.NDArray[np.uint8]
+    name_first: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    object_ids: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int16]
+    areas: npt.NDArray[np.float32]
+    points: npt.NDArray[np.float32]
+    ring_first: npt.NDArray[np.int64]
+    rings_of: npt.NDArray[np.int64]
+    rle_bytes: npt.NDArray[np.uint8]
+    rle_first: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    looks: tuple[str | None, ...]
+    skipped: dict[str, int]
+    notes: dict[str, int]
+    fingerprint: str
+    asked: npt.NDArray[np.bool_] | None = None
+    crowds: CocoIndex | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of categories, with or without objects."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.image_ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the paths; a worker maps the same files again."""
+        arguments = (self.index_folder, self.annotation_file, self.image_folder, self.fingerprint)
+        return _reopen, arguments
+
+    def file_name(self, image: int) -> str:
+        """The image's name relative to `image_folder`."""
+        start, end = self.name_first[image], self.name_first[image + 1]
+        return self.name_bytes[start:end].tobytes().decode("utf-8", "surrogateescape")
+
+    def path(self, image: int) -> Path:
+        """The image's file."""
+        return self.image_folder / self.file_name(image)
+
+    def image_of(self, row: int) -> int:
+        """The position in `image_ids` of the image that object `row` belongs to."""
+        return int(np.searchsorted(self.first, row, side="right")) - 1
+
+    def polygons_of(self, row: int) -> list[npt.NDArray[np.float32]]:
+        """The polygons of object `row`, each (n, 2) x, y pixels; empty if it has none."""
+        rings = range(int(self.rings_of[row]), int(self.rings_of[row + 1]))
+        return [self.points[self.ring_first[r] : self.ring_first[r + 1]] for r in rings]
+
+    def mask_of(self, row: int, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Draw object `row` in its image scaled to `size`.
+
+        An object without a segmentation gets its box. A mask can be empty where the object is
+        thinner than a pixel of `size`.
+
+        Args:
+            row: The object.
+            size: Height and width to scale the image to, pixels.
+
+        Returns:
+            (height, width), True on the object.
+        """
+        image = self.image_of(row)
+        whole = (int(self.heights[image]), int(self.widths[image]))
+        scale = np.array([size[1] / whole[1], size[0] / whole[0]], np.float64)
+        start, end = self.rle_first[row], self.rle_first[row + 1]
+        if end > start:
+            rle = {"size": list(whole), "counts": self.rle_bytes[start:end].tobytes()}
+            return resize_nearest(decode(rle), size)
+        # Decimals as in the JSON: float32's own noise moves corners that lie between two pixels.
+        exact = [ring.astype(np.float64).round(3) for ring in self.polygons_of(row)]
+        rings = [(ring * scale).ravel().tolist() for ring in exact]
+        if not rings:
+            x1, y1, x2, y2 = (self.boxes[row] * np.tile(scale, 2)).tolist()
+            rings = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        parts = rle_masks.frPyObjects(rings, *size)
+        return decode(rle_masks.merge(parts))
+
+
+def load_coco(
+    annotation_file: str | Path,
+    image_folder: str | Path,
+    *,
+    index_dir: str | Path | None = None,
+    check_images: bool = True,
+    categories_from: CocoIndex | None = None,
+) -> CocoIndex:
+    """Open a COCO-format data set; read its JSON if there is no index of it yet.
+
+    Args:
+        annotation_file: COCO instances JSON.
+        image_folder: Holds the images under the JSON's file names.
+        index_dir: Folder for the index; by default the JSON's, or where that is read-only
+            `$KD_CACHE` or `~/.cache/kd`.
+        check_images: Look for every image in the folder's listing (its content is not read).
+        categories_from: A data set whose categories this one must have.
+
+    Returns:
+        The index. What was skipped is logged in one line.
+
+    Raises:
+        UserError: The JSON is missing, broken or inconsistent; images are missing; categories
+            differ; the index cannot be written.
+    """
+    json_file, images = Path(annotation_file), Path(image_folder)
+    folder = up_to_date_index(json_file, None if index_dir is None else Path(index_dir))
+    index = _open(folder, json_file, images)
+    if categories_from is not None:
+        _check_same_categories(index, categories_from)
+    if check_images:
+        names = (index.file_name(image) for image in range(len(index)))
+        check_images_exist(names, images, json_file)
+    _report(index)
+    return index
+
+
+def _open(folder: Path, annotation_file: Path, image_folder: Path) -> CocoIndex:
+    arrays, meta = open_arrays(folder)
+    categories = meta["categories"]
+    objects: dict[str, Any] = {}
+    crowds: dict[str, Any] = {}
+    for name, values in arrays.items():
+        which = crowds if name.startswith(CROWD_PREFIX) else objects
+        which[name.removeprefix(CROWD_PREFIX)] = values
+    index = CocoIndex(
+        annotation_file=annotation_file,
+        image_folder=image_folder,
+        index_folder=folder,
+        **objects,
+        class_names=tuple(entry["name"] for entry in categories),
+        category_ids=tuple(entry["id"] for entry in categories),
+        looks=tuple(entry["look"] for entry in categories),
+        skipped=meta["skipped"],
+        notes=meta["notes"],
+        fingerprint=f"{meta['sha256'][:32]}-v{meta['reader_version']}",
+    )
+    return replace(index, crowds=replace(index, **({"asked": None} | crowds))) if crowds else index
+
+
+def _reopen(folder: Path, annotation_file: Path, images: Path, fingerprint: str) -> CocoIndex:
+    index = _open(folder, annotation_file, images)
+    if index.fingerprint != fingerprint:
+        raise UserError(f"{annotation_file}: the file changed during the run; start again")
+    return index
+
+
+def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
+    here = dict(zip(index.category_ids, index.class_names, strict=True))
+    there = dict(zip(other.category_ids, other.class_names, strict=True))
+    differing = [
+        key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)
+    ]
+    if not differing:
+        return
+    shown = "; ".join(
+        f"id {key}: {here.get(key, '(none)')} here, {there.get(key, '(none)')} there"
+        for key in differing[:_SHOWN]
+    )
+    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    raise UserError(
+        f"{index.annotation_file}: categories differ from those of {other.annotation_file}: "
+        f"{shown}{more}. Use files of one data set"
+    )
+
+
+def _report(index: CocoIndex) -> None:
+    counts = f"{len(index)} images, {len(index.object_ids)} objects, {index.num_classes} classes"
+    remarks = [f"{count} {reason}" for reason, count in index.notes.items()]
+    if not index.skipped and not remarks:
+        log.info("%s: %s", index.annotation_file, counts)
+        return
+    reasons = [f"{count} {reason}" for reason, count in index.skipped.items()]
+    text = "; ".join(
+        f"{word}: {', '.join(items)}"
+        for word, items in (("skipped", reasons), ("noted", remarks))
+        if items
+    )
+    log.warning("%s: %s; %s", index.annotation_file, counts, text.replace("_", " "))
+    outside = index.skipped.get("outside_image", 0)
+    beyond = index.notes.get("clipped", 0) + outside
+    if 2 * beyond > len(index.object_ids) + outside:
+        log.warning(
+            "%s: most boxes reach beyond their images; is 'bbox' x, y, width, height as in COCO, "
+            "or the corners x1, y1, x2, y2?",
+            index.annotation_file,
+        )
+
+
+def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> list[str]:
+    """Decode images completely, to find truncated ones and those of another size. Slow.
+
+    Args:
+        index: The data set.
+        rows: Which images, as positions in `index.image_ids`; all by default.
+
+    Returns:
+        One message for each bad image, with its path and image id; empty if all are good.
+    """
+    mistakes = []
+    for image in range(len(index)) if rows is None else rows:
+        path = index.path(image)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                size = picture.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            mistakes.append(f"{path} (image {index.image_ids[image]}): cannot be decoded: {error}")
+            continue
+        expected = (int(index.widths[image]), int(index.heights[image]))
+        if size != expected:
+            mistakes.append(
+                f"{path} (image {index.image_ids[image]}): is {size[0]} x {size[1]} pixels, "
+                f"{index.annotation_file.name} says {expected[0]} x {expected[1]}"
+            )
+    return mistakes
+
+
+def visible_objects(index: CocoIndex, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
+    order = np.argsort(index.image_ids, kind="stable")
+    images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
+    return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)

@@ -1,0 +1,228 @@
+"""A detector's results in COCO's format and the truth they are compared with, read and checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools.coco import COCO
+
+from kd.errors import UserError
+from kd.formats.coco_validate import check_layout, check_references, is_number, read_json
+from kd.metrics.coco_ap import Boxes
+from kd.utils.io import write_whole
+
+_log = logging.getLogger("kd")
+_SHOWN = 5
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A COCO JSON as evaluation reads it: crowds stay, and every image counts.
+
+    Attributes:
+        path: The JSON.
+        image_ids: (I,) int64, ascending.
+        file_names: I names.
+        sizes: (I, 2) int64, height and width in pixels.
+        category_ids: (C,) int64, ascending.
+        class_names: C names.
+        looks: C groups of look-alike classes, None for a class without one.
+        boxes: All objects.
+    """
+
+    path: Path
+    image_ids: npt.NDArray[np.int64]
+    file_names: tuple[str, ...]
+    sizes: npt.NDArray[np.int64]
+    category_ids: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    looks: tuple[str | None, ...]
+    boxes: Boxes
+
+
+@dataclass(frozen=True)
+class Detections:
+    """A results file.
+
+    Attributes:
+        path: The file.
+        entries: As they stand in it.
+        boxes: The same as arrays.
+        scores: (D,) float64; larger is surer.
+        sha256: Of the file's bytes.
+    """
+
+    path: Path
+    entries: list[Json]
+    boxes: Boxes
+    scores: npt.NDArray[np.float64]
+    sha256: str
+
+
+def read_truth(path: Path) -> Truth:
+    """Read annotations for evaluation.
+
+    Raises:
+        UserError: What is wrong with the file, entry by entry.
+    """
+    content, _ = read_json(path)
+    check_layout(content, path)
+    coco = COCO()
+    coco.dataset = content
+    _index_quietly(coco)
+    check_references(coco, path)
+    images = sorted(content["images"], key=lambda entry: int(entry["id"]))
+    categories = sorted(content["categories"], key=lambda entry: int(entry["id"]))
+    image_ids = np.array([entry["id"] for entry in images], dtype=np.int64)
+    category_ids = np.array([entry["id"] for entry in categories], dtype=np.int64)
+    objects = content["annotations"]
+    boxes = _boxes(objects, image_ids, category_ids)
+    areas = [entry.get("area") for entry in objects]
+    given = np.array([area if is_number(area) else np.nan for area in areas], dtype=np.float64)
+    crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in objects])
+    return Truth(
+        path=path,
+        image_ids=image_ids,
+        file_names=tuple(str(entry["file_name"]) for entry in images),
+        sizes=np.array([[entry["height"], entry["width"]] for entry in images], dtype=np.int64),
+        category_ids=category_ids,
+        class_names=tuple(str(entry["name"]) for entry in categories),
+        looks=tuple(entry.get("look") for entry in categories),
+        boxes=Boxes(
+            image=boxes.image,
+            label=boxes.label,
+            xywh=boxes.xywh,
+            areas=np.where(np.isnan(given), boxes.areas, given),
+            crowd=crowd,
+        ),
+    )
+
+
+def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
+    """Read a results file of the images and classes of a truth.
+
+    Boxes without an area, as detectors leave where they clip what lies outside of a picture, stay:
+    they overlap nothing, and count as wrong ones as in pycocotools. How many is said in the log.
+
+    Args:
+        path: The file.
+        truth: Of the same images.
+        probabilities: Whether scores must be in 0..1; ranking takes any numbers, logits too.
+
+    Raises:
+        UserError: Not a list of results, empty, or entries that name an unknown image or category,
+            have a score that is no such number, or no box; the first few are named.
+    """
+    entries, digest = read_json(path)
+    if not isinstance(entries, list):
+        raise UserError(
+            f"{path}: not COCO results: expected a list of "
+            '{"image_id", "category_id", "bbox", "score"}; is it an annotation file?'
+        )
+    if not entries:
+        raise UserError(f"{path}: the list of results is empty")
+    images, categories = set(truth.image_ids.tolist()), set(truth.category_ids.tolist())
+    mistakes: list[str] = []
+    count = 0
+    for place, entry in enumerate(entries):
+        mistake = _mistake(entry, images, categories, truth.path, probabilities)
+        if mistake is not None:
+            count += 1
+            if len(mistakes) < _SHOWN:
+                mistakes.append(f"{path}: result {place}: {mistake}")
+    if count > _SHOWN:
+        mistakes.append(f"... and {count - _SHOWN} more results with mistakes")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
+    boxes = _boxes(entries, truth.image_ids, truth.category_ids)
+    if empty := int((boxes.xywh[:, 2:] == 0).any(axis=1).sum()):
+        _log.warning(
+            "%s: %d of %d results have a box without an area; they can find nothing and count as "
+            "wrong, as in pycocotools", path, empty, len(entries),
+        )  # fmt: skip
+    return Detections(path, entries, boxes, scores, digest)
+
+
+def write_detections(path: Path, entries: Sequence[Json], scores: Sequence[float]) -> None:
+    """Write results with new scores, in the same order and with the same other fields."""
+    changed = [{**entry, "score": score} for entry, score in zip(entries, scores, strict=True)]
+    text = json.dumps(changed, separators=(",", ":"))
+    write_whole(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+
+
+def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of each image in turn, in their order."""
+    order = np.argsort(boxes.image, kind="stable")
+    bounds = np.searchsorted(boxes.image[order], np.arange(images + 1))
+    for start, end in pairwise(bounds.tolist()):
+        yield order[start:end]
+
+
+def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """x, y, width, height to x1, y1, x2, y2."""
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+
+
+def _mistake(
+    entry: Any, images: set[int], categories: set[int], truth: Path, probabilities: bool
+) -> str | None:
+    """What is wrong with a result, None if nothing is."""
+    if not isinstance(entry, Mapping):
+        return f"is {str(entry)[:60]!r}, expected an object with image_id, category_id, bbox, score"
+    lacking = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
+    if lacking:
+        return f"has no {' and no '.join(map(repr, lacking))}"
+    if type(entry["image_id"]) is not int or entry["image_id"] not in images:
+        return f"image_id {entry['image_id']!r} is not in {truth}; are they of one split?"
+    if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
+        return (
+            f"category_id {entry['category_id']!r} is not in {truth}; results name categories by "
+            "their ids there, not by their place"
+        )
+    score = entry["score"]
+    if not is_number(score):
+        return f"score is {score!r}, expected a finite number"
+    if probabilities and not 0 <= score <= 1:
+        return f"score is {score!r}, expected a probability, 0..1; of a logit it is the sigmoid"
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        return f"bbox is {str(box)[:60]}, expected 4 finite numbers x, y, width, height"
+    if box[2] < 0 or box[3] < 0:
+        return f"bbox {box} has a side below 0; it is x, y, width, height in pixels"
+    return None
+
+
+def _boxes(
+    entries: Sequence[Json],
+    image_ids: npt.NDArray[np.int64],
+    category_ids: npt.NDArray[np.int64],
+) -> Boxes:
+    """Entries as arrays; the area of a box is that of its sides."""
+    images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
+    labels = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
+    xywh = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
+    return Boxes(
+        image=np.searchsorted(image_ids, images),
+        label=np.searchsorted(category_ids, labels),
+        xywh=xywh,
+        areas=xywh[:, 2] * xywh[:, 3],
+        crowd=np.zeros(len(entries), np.bool_),
+    )
+
+
+def _index_quietly(coco: COCO) -> None:
+    """`COCO.createIndex` without what it prints."""
+    dataset = coco.dataset
+    coco.anns = {entry["id"]: entry for entry in dataset["annotations"]}
+    coco.imgs = {entry["id"]: entry for entry in dataset["images"]}
+    coco.cats = {entry["id"]: entry for entry in dataset["categories"]}

@@ -1,0 +1,175 @@
+"""KITTI's object boxes as a COCO JSON (Geiger et al., 2012, doi:10.1109/CVPR.2012.6248074).
+
+`training/image_2`, `training/label_2` and, for splits, `ImageSets/*.txt`. Boxes are continuous and
+count from 0, as COCO's. The benchmark asks for cars, pedestrians and cyclists, and lets a detector
+find vans for cars, seated people for pedestrians, and anything in regions marked DontCare: those
+are crowds in the JSON, which training skips and `kd.metrics.kitti_ap` ignores.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kd.errors import UserError
+from kd.formats.box_annotations import (
+    CocoContent,
+    Corners,
+    Json,
+    image_ids,
+    pictures_in,
+    read_marks,
+    split_names,
+)
+from kd.formats.coco_results import Truth
+from kd.metrics.kitti_ap import KittiTruth
+from kd.registry import suggestion
+
+CLASSES = ("car", "pedestrian", "cyclist")
+EVERY = "all"  # the split of all images with labels
+REGION = "DontCare"
+# What may be found in place of a class, without a penalty.
+NEIGHBOURS = {"Van": "car", "Person_sitting": "pedestrian"}
+_OWN = {"Car": "car", "Pedestrian": "pedestrian", "Cyclist": "cyclist"}
+_OTHERS = ("Truck", "Tram", "Misc")
+_TYPES = (*_OWN, *NEIGHBOURS, *_OTHERS, REGION)
+_FIELDS = 15
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def kitti_to_coco(root: str | Path, split: str) -> Json:
+    """Read a split of KITTI's object detection.
+
+    Args:
+        root: Holds `training` and `ImageSets`.
+        split: A file of `ImageSets`, train or val say; "all" for every image that has labels.
+
+    Returns:
+        The content of a COCO JSON, file names as in `image_2`, classes car, pedestrian and cyclist.
+        An annotation has `truncated` (0..1), `occluded` (0..3) and `type`, the name as KITTI has
+        it, too. Vans and seated people are crowds of their neighbouring class; a DontCare region is
+        three, one of each class, truncated and occluded -1. Trucks, trams and the rest are left
+        out.
+
+    Raises:
+        UserError: A split that is missing or empty, an image or label file that is missing or
+            broken, an unknown type, a number that is none, or a box without an area (a region
+            without one is left out); with file and line.
+    """
+    root = Path(root)
+    labels, pictures = root / "training" / "label_2", root / "training" / "image_2"
+    where, listed = _listed(root, labels, split)
+    files = pictures_in(pictures, _SUFFIXES)
+    content = CocoContent(CLASSES, f"KITTI object detection {split}")
+    for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
+        if name not in files:
+            raise UserError(f"{where}:{line}: no picture {pictures / name}.png")
+        width, height = _size(pictures / files[name])
+        content.add_image(image_id, files[name], height=height, width=width)
+        _add(content, labels / f"{name}.txt", f"{where}:{line}")
+    return content.done(where)
+
+
+def kitti_truth(truth: Truth) -> KittiTruth:
+    """What `kd.metrics.kitti_ap` needs of a JSON of `kitti_to_coco`, as `read_truth` has read it.
+
+    Raises:
+        UserError: The JSON is not of KITTI: an annotation has no type.
+    """
+    marks = read_marks(truth.path)
+    if unknown := {one for one in marks.types if one not in _TYPES}:
+        raise UserError(f"{truth.path}: not of KITTI: an annotation has the type {min(unknown)!r}")
+    types = np.array(marks.types)
+    return KittiTruth(
+        boxes=truth.boxes,
+        truncated=marks.truncated,
+        occluded=marks.occluded,
+        neighbour=np.isin(types, list(NEIGHBOURS)),
+        region=types == REGION,
+    )
+
+
+def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
+    """Where a split is listed, and line and name of each image."""
+    if not labels.is_dir():
+        raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
+    if split != EVERY:
+        where = root / "ImageSets" / f"{split}.txt"
+        if not any(where.parent.glob("*.txt")):
+            raise UserError(
+                f"{where}: no such split; lists of a split's pictures are not part of KITTI's "
+                "download: write one, a picture's number a line, such as 000007"
+            )
+        return where, split_names(where, where.parent)
+    names = sorted(path.stem for path in labels.glob("*.txt"))
+    if not names:
+        raise UserError(f"{labels}: empty split: it holds no labels")
+    return labels, list(enumerate(names, start=1))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture, from its first bytes."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be decoded: {error}") from None
+
+
+def _add(content: CocoContent, path: Path, listed: str) -> None:
+    """Add the objects of one label file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{listed}: no labels {path}; those of testing are not public") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        kind, truncated, occluded, corners = _read(words, f"{path}:{number}")
+        if kind in _OTHERS or (kind == REGION and _flat(corners)):
+            continue
+        for name in CLASSES if kind == REGION else (_OWN.get(kind) or NEIGHBOURS[kind],):
+            content.add_object(
+                name, corners, crowd=kind not in _OWN, truncated=truncated, occluded=occluded,
+                type=kind,
+            )  # fmt: skip
+
+
+def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
+    """Type, truncated, occluded and box of a line."""
+    if len(words) != _FIELDS:
+        raise UserError(
+            f"{where}: {len(words)} fields, expected {_FIELDS}: type, truncated, occluded, alpha, "
+            "4 of the box, 7 of the box in space"
+        )
+    kind = words[0]
+    if kind not in _TYPES:
+        raise UserError(f"{where}: unknown type {kind!r}{suggestion(kind, _TYPES)}")
+    truncated, occluded, _, x1, y1, x2, y2 = (_number(word, where) for word in words[1:8])
+    if occluded not in (-1, 0, 1, 2, 3):
+        raise UserError(f"{where}: occluded is {words[2]}, expected 0, 1, 2 or 3")
+    if kind != REGION and _flat((x1, y1, x2, y2)):
+        raise UserError(f"{where}: a box without an area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}")
+    return kind, truncated, int(occluded), (x1, y1, x2, y2)
+
+
+def _flat(corners: Corners) -> bool:
+    """Whether a box has no area."""
+    x1, y1, x2, y2 = corners
+    return x2 <= x1 or y2 <= y1
+
+
+def _number(word: str, where: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: {word!r} is no number")
+    return value

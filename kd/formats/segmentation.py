@@ -1,0 +1,356 @@
+"""Data sets with a label map for each image, in the layouts that they are published in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.formats.class_maps import draw_class_map
+from kd.formats.coco import CocoIndex
+from kd.problems.segmentation.metric import VOID
+from kd.registry import look_up
+from kd.utils.images import UNREADABLE
+
+_IDS = ("L", "P", "1")  # Pillow's kinds whose pixels are numbers of up to 8 bits
+_STRETCHED = ("L;2", "L;4")  # grey PNGs of 2 and 4 bits, whose numbers Pillow spreads over 0..255
+UNKNOWN = -1  # in a table: a number that may not be in a file
+
+Table = NDArray[np.int16]  # (256,): what a number in a file means
+
+
+def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = ()) -> Table:
+    """What each number in a file means: a class, `VOID`, or that it may not be there.
+
+    Args:
+        classes: Numbers to classes, or C where 0..C-1 are the classes themselves.
+        void: Numbers that are no class.
+    """
+    table = np.full(256, UNKNOWN, np.int16)
+    pairs = {c: c for c in range(classes)} if isinstance(classes, int) else dict(classes)
+    for number, label in pairs.items():
+        table[number] = label
+    for number in (void,) if isinstance(void, int) else void:
+        table[number] = VOID
+    return table
+
+
+def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None = None) -> Tensor:
+    """Decode a label map; palettes are ignored, the numbers count.
+
+    Args:
+        path: A PNG of 8 bits, grey or with a palette.
+        table: What the numbers mean.
+        expected: Height and width of its image.
+
+    Returns:
+        (H, W) uint8: classes, `VOID` where there is none.
+
+    Raises:
+        UserError: The file is missing or broken, holds colours, 16 bits or grey of 2 or 4, is of
+            another size than its image, or has a number that the table does not know.
+    """
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+            if mode not in _IDS:
+                raise UserError(_wrong_kind(path, mode))
+            if picture.tile and picture.tile[0].args in _STRETCHED:
+                raise UserError(
+                    f"{path}: a grey label map of {picture.tile[0].args[-1]} bits; write it with 8"
+                )
+            numbers = np.asarray(picture).astype(np.uint8)
+    except UserError:  # a ValueError too
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the label map is missing") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path}: this label map cannot be read: {error}") from error
+    if expected is not None and numbers.shape != expected:
+        height, width = numbers.shape
+        raise UserError(
+            f"{path}: the label map is {width} x {height}, its image {expected[1]} x {expected[0]}"
+            "; scale it without interpolation (nearest), or find the right one"
+        )
+    labels = table[numbers]
+    if (wrong := labels == UNKNOWN).any():
+        row, column = (int(place) for place in np.argwhere(wrong)[0])
+        found = ", ".join(str(number) for number in np.unique(numbers[wrong])[:5].tolist())
+        raise UserError(
+            f"{path}: {found} not among the ids of this data set, first at x {column}, y {row} "
+            f"({int(wrong.sum())} pixels)"
+        )
+    return torch.from_numpy(labels.astype(np.uint8))
+
+
+def _wrong_kind(path: Path, mode: str) -> str:
+    if mode.startswith("I"):
+        return f"{path}: a label map of 16 bits; write it with 8 (ids of 0 to 255)"
+    return (
+        f"{path}: a picture of colours ({mode}), not of class ids; write a grey or palette PNG "
+        "whose numbers are the ids"
+    )
+
+
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "cyclist")  # fmt: skip
+CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+    33: "bicycle",
+}  # fmt: skip
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
+_ADE_FOLDERS = {"train": "training", "val": "validation"}
+_PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class MappedSplit(Protocol):
+    """One split of images with a label map each; whoever reads samples needs no more of it."""
+
+    @property
+    def where(self) -> str:
+        """What messages begin with."""
+        ...
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        ...
+
+    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
+        """The map of an image of `size` (height, width): (H, W) uint8, classes and `VOID`.
+
+        Raises:
+            UserError: It is missing, broken or of another size; see `read_label_map`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SegmentedSplit:
+    """One split: images, their label maps, what the numbers in these mean.
+
+    Attributes:
+        where: What messages begin with.
+        names: Of the images, without ending.
+        images: Files.
+        maps: Files, in the same order.
+        class_names: C of them.
+        table: What a number in a label map means (`kd.formats.segmentation`).
+    """
+
+    where: str
+    names: tuple[str, ...]
+    images: tuple[Path, ...]
+    maps: tuple[Path, ...]
+    class_names: tuple[str, ...]
+    table: Table
+
+    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
+        """Read the map of an image."""
+        return read_label_map(self.maps[number], self.table, expected=size)
+
+
+@dataclass(frozen=True)
+class DrawnSplit:
+    """One split of a COCO-format data set: background is class 0, smaller objects lie on top."""
+
+    index: CocoIndex
+
+    @property
+    def where(self) -> str:
+        """The annotation file."""
+        return str(self.index.annotation_file)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """In the file's order."""
+        return tuple(self.index.path(number) for number in range(len(self.index)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Background and the classes of objects."""
+        return ("background", *self.index.class_names)
+
+    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
+        """Draw the map of an image; crowds are void, nobody said which pixels are whose."""
+        own = int(self.index.heights[number]), int(self.index.widths[number])
+        if own != size:
+            raise UserError(
+                f"{self.index.path(number)}: is {size[1]} x {size[0]} pixels, {self.where} says "
+                f"{own[1]} x {own[0]}"
+            )
+        drawn = draw_class_map(self.index, number, own, crowd=VOID)
+        return torch.from_numpy(drawn.astype(np.uint8))
+
+
+def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
+    """A split of a published data set.
+
+    Args:
+        layout: `camvid`, `cityscapes`, `ade20k` or `voc2012`.
+        root: The folder that the data set was unpacked to.
+        split: `train`, `val` or `test`.
+
+    Raises:
+        UserError: An unknown layout, no such split, no image in it, or images without label maps.
+    """
+    made = look_up(LAYOUTS, layout, what="layout of label maps")
+    if not (root / made.holds).is_dir():
+        raise UserError(
+            f"{root}: no {made.holds} in it, so it is not the folder of {layout}; name that with "
+            "--set data.root=DIR"
+        )
+    if split not in (known := sorted(made.splits(root))):
+        raise UserError(f"{root}: {layout} has no split {split!r} there; it has {', '.join(known)}")
+    return made.open(root, split)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a published data set lies in its folder.
+
+    Attributes:
+        open: Of the folder and a split's name.
+        holds: A path in the folder by which it is known.
+        splits: Names of the splits that are there.
+    """
+
+    open: Callable[[Path, str], SegmentedSplit]
+    holds: str
+    splits: Callable[[Path], Iterable[str]]
+
+
+def _camvid(root: Path, split: str) -> SegmentedSplit:
+    """`train/*.png`, `trainannot/*.png`; `train.txt` names the images where it is there."""
+    images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
+    found = _by_stem(images)
+    if listing.is_file():
+        # Some copies list paths of images and maps, others bare names.
+        lines = [line.split() for line in listing.read_text().splitlines()]
+        wanted = [Path(words[0]).stem for words in lines if words]
+        found = _chosen(found, wanted, listing, images)
+    pairs = [(name, path, maps / f"{name}.png") for name, path in found.items()]
+    return _split(images, pairs, CAMVID, id_table(len(CAMVID), void=(11, 255)))
+
+
+def _cityscapes(root: Path, split: str) -> SegmentedSplit:
+    """`leftImg8bit/train/CITY/*_leftImg8bit.png`, `gtFine/train/CITY/*_gtFine_labelIds.png`."""
+    images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
+    pairs = []
+    for path in sorted(images.glob(f"*/*{end}")):
+        name = path.name.removesuffix(end)
+        labels = root / "gtFine" / split / path.parent.name / f"{name}_gtFine_labelIds.png"
+        pairs.append((name, path, labels))
+    classes = {number: label for label, number in enumerate(CITYSCAPES)}
+    others = tuple(number for number in range(34) if number not in classes)
+    return _split(images, pairs, tuple(CITYSCAPES.values()), id_table(classes, void=(*others, 255)))
+
+
+def _ade20k(root: Path, split: str) -> SegmentedSplit:
+    """`images/training/*.jpg`, `annotations/training/*.png`: 0 is void, 1..150 are the classes."""
+    folder = _ADE_FOLDERS[split]
+    images = root / "images" / folder
+    pairs = [
+        (name, path, root / "annotations" / folder / f"{name}.png")
+        for name, path in _by_stem(images).items()
+    ]
+    classes = {number: number - 1 for number in range(1, 151)}
+    return _split(images, pairs, _ade_names(root), id_table(classes, void=0))
+
+
+def _voc2012(root: Path, split: str) -> SegmentedSplit:
+    """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
+    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    names = listing.read_text().split()
+    pairs = [
+        (name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
+        for name in names
+    ]
+    return _split(listing, pairs, VOC, id_table(len(VOC), void=255))
+
+
+def _folders(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*") if path.is_dir()]
+
+
+def _camvid_splits(root: Path) -> list[str]:
+    return [name for name in _folders(root) if not name.endswith("annot")]
+
+
+def _cityscapes_splits(root: Path) -> list[str]:
+    return _folders(root / "leftImg8bit")
+
+
+def _ade_splits(root: Path) -> list[str]:
+    there = _folders(root / "images")
+    return [split for split, folder in _ADE_FOLDERS.items() if folder in there]
+
+
+def _voc_splits(root: Path) -> list[str]:
+    return [path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")]
+
+
+LAYOUTS = {
+    "camvid": Layout(_camvid, "trainannot", _camvid_splits),
+    "cityscapes": Layout(_cityscapes, "leftImg8bit", _cityscapes_splits),
+    "ade20k": Layout(_ade20k, "annotations/training", _ade_splits),
+    "voc2012": Layout(_voc2012, "ImageSets/Segmentation", _voc_splits),
+}
+
+
+def _ade_names(root: Path) -> tuple[str, ...]:
+    """From `objectInfo150.txt`, first name of each class; numbers where the file is not there."""
+    listing = root / "objectInfo150.txt"
+    if not listing.is_file():
+        return tuple(f"class {number}" for number in range(1, 151))
+    rows = [line.split("\t") for line in listing.read_text("utf-8").splitlines()[1:] if line]
+    names = tuple(row[-1].split(",")[0].strip() for row in rows)
+    if len(names) != 150:
+        raise UserError(f"{listing}: {len(names)} classes, expected 150")
+    return names
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _PICTURES}
+
+
+def _chosen(
+    found: dict[str, Path], wanted: Iterable[str], listing: Path, folder: Path
+) -> dict[str, Path]:
+    chosen = {name: found.get(name) for name in wanted}
+    if missing := [name for name, path in chosen.items() if path is None]:
+        raise UserError(
+            f"{listing}: {len(missing)} of its images are not in {folder}, {missing[0]} the first"
+        )
+    return {name: path for name, path in chosen.items() if path is not None}
+
+
+def _split(
+    where: Path, pairs: list[tuple[str, Path, Path]], names: tuple[str, ...], table: Table
+) -> SegmentedSplit:
+    if not pairs:
+        raise UserError(f"{where}: an empty split, there is no image in it")
+    stems, images, maps = zip(*pairs, strict=True)
+    for what, files in (("image", images), ("label map", maps)):
+        if missing := [file for file in files if not file.is_file()]:
+            raise UserError(
+                f"{missing[0]}: this {what} is missing ({len(missing)} of {len(files)} are)"
+            )
+    return SegmentedSplit(str(where), stems, images, maps, names, table)

@@ -1,0 +1,187 @@
+"""Pascal VOC's boxes as a COCO JSON (Everingham et al., 2010, doi:10.1007/s11263-009-0275-4).
+
+`VOCdevkit/VOC2007` and its like: `Annotations/*.xml`, `ImageSets/Main/*.txt`, `JPEGImages`. VOC
+counts pixels from 1 and includes the last: a box from 1 to 16 is 0 to 16 here, 16 wide. Objects
+marked difficult are crowds in the JSON, which training skips and `kd.metrics.voc_ap` ignores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.parsers import expat
+
+from kd.errors import UserError
+from kd.formats.box_annotations import (
+    CocoContent,
+    Corners,
+    Json,
+    image_ids,
+    pictures_in,
+    split_names,
+)
+from kd.formats.segmentation import VOC
+from kd.registry import suggestion
+
+CLASSES = VOC[1:]  # without the background
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_FLAGS = ("difficult", "truncated", "occluded")
+
+
+@dataclass
+class _Node:
+    """An element of an XML file, and the line that it starts on."""
+
+    tag: str
+    line: int
+    text: str = ""
+    children: list[_Node] = field(default_factory=list)
+
+    def child(self, tag: str) -> _Node | None:
+        return next((one for one in self.children if one.tag == tag), None)
+
+
+def voc_to_coco(
+    root: str | Path, year: str | int, split: str, *, classes: Sequence[str] = CLASSES
+) -> Json:
+    """Read a split of Pascal VOC, or of a data set in its layout.
+
+    Args:
+        root: Holds `VOC{year}`, or is that folder.
+        year: 2007, 2012, ...
+        split: A file of `ImageSets/Main`: train, val, trainval, test.
+        classes: Names that objects may have; ids count from 1 in their order.
+
+    Returns:
+        The content of a COCO JSON, file names as in `JPEGImages`. An annotation has `difficult`,
+        `truncated` and `occluded` of 0 or 1 too; `iscrowd` is `difficult`.
+
+    Raises:
+        UserError: A split that is missing or empty, an image or annotation file that is missing,
+            XML that is broken, a class that is not known, or a box that is none; with file and
+            line.
+    """
+    folder = voc_folder(root, year)
+    lists = folder / "ImageSets" / "Main"
+    where = lists / f"{split}.txt"
+    listed = split_names(where, lists)
+    pictures = pictures_in(folder / "JPEGImages", _SUFFIXES)
+    content = CocoContent(classes, f"Pascal VOC {year} {split}")
+    for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
+        if name not in pictures:
+            raise UserError(f"{where}:{line}: no picture {folder / 'JPEGImages' / name}.jpg")
+        path = folder / "Annotations" / f"{name}.xml"
+        if not path.is_file():
+            raise UserError(
+                f"{where}:{line}: no annotations {path}; those of some test splits are not public"
+            )
+        _add(content, path, image_id, pictures[name], classes)
+    return content.done(where)
+
+
+def voc_folder(root: str | Path, year: str | int) -> Path:
+    """The folder of a year.
+
+    Raises:
+        UserError: It is not there.
+    """
+    for folder in (Path(root) / f"VOC{year}", Path(root)):
+        if (folder / "Annotations").is_dir():
+            return folder
+    raise UserError(f"{Path(root) / f'VOC{year}'}: no Annotations here; is it a VOCdevkit folder?")
+
+
+def _add(
+    content: CocoContent, path: Path, image_id: int, file_name: str, classes: Sequence[str]
+) -> None:
+    """Add the image and the objects of one XML file."""
+    top = _parse(path)
+    if top.tag != "annotation":
+        raise UserError(f"{path}:{top.line}: expected <annotation>, got <{top.tag}>")
+    size = _needed(top, "size", path)
+    height, width = (int(_number(size, side, path)) for side in ("height", "width"))
+    if height < 1 or width < 1:
+        raise UserError(f"{path}:{size.line}: the image is {width} x {height} pixels")
+    content.add_image(image_id, file_name, height=height, width=width)
+    for entry in top.children:
+        if entry.tag != "object":
+            continue
+        name = _needed(entry, "name", path)
+        if name.text not in classes:
+            hint = suggestion(name.text, list(classes))
+            own = ". Classes of your own are named in the data's `classes: [...]`"
+            raise UserError(f"{path}:{name.line}: unknown class {name.text!r}{hint}{own}")
+        flags = {flag: _flag(entry, flag, path) for flag in _FLAGS}
+        crowd = bool(flags["difficult"])
+        content.add_object(name.text, _corners(entry, path), crowd=crowd, **flags)
+
+
+def _corners(entry: _Node, path: Path) -> Corners:
+    """The box of an object, continuous."""
+    box = _needed(entry, "bndbox", path)
+    x1, y1, x2, y2 = (_number(box, side, path) for side in ("xmin", "ymin", "xmax", "ymax"))
+    if x2 < x1 or y2 < y1:
+        raise UserError(
+            f"{path}:{box.line}: a box without an area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}"
+        )
+    return x1 - 1, y1 - 1, x2, y2
+
+
+def _needed(parent: _Node, tag: str, path: Path) -> _Node:
+    found = parent.child(tag)
+    if found is None:
+        raise UserError(f"{path}:{parent.line}: <{parent.tag}> has no <{tag}>")
+    return found
+
+
+def _number(parent: _Node, tag: str, path: Path) -> float:
+    found = _needed(parent, tag, path)
+    try:
+        value = float(found.text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{path}:{found.line}: <{tag}> is {found.text!r}, expected a number")
+    return value
+
+
+def _flag(parent: _Node, tag: str, path: Path) -> int:
+    """0 or 1; older files leave out what is 0."""
+    found = parent.child(tag)
+    if found is None:
+        return 0
+    if found.text not in ("0", "1"):
+        raise UserError(f"{path}:{found.line}: <{tag}> is {found.text!r}, expected 0 or 1")
+    return int(found.text)
+
+
+def _parse(path: Path) -> _Node:
+    """The elements of an XML file, with the lines that `xml.etree` forgets."""
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    above = [_Node("", 0)]
+
+    def start(tag: str, _: object) -> None:
+        node = _Node(tag, parser.CurrentLineNumber)
+        above[-1].children.append(node)
+        above.append(node)
+
+    def end(_: str) -> None:
+        node = above.pop()
+        node.text = node.text.strip()
+
+    def text(data: str) -> None:
+        above[-1].text += data
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler = text
+    try:
+        parser.Parse(path.read_bytes(), True)
+    except expat.ExpatError as error:
+        reason = expat.errors.messages[error.code]
+        raise UserError(f"{path}:{error.lineno}: not valid XML: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return above[0].children[0]

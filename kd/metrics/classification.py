@@ -1,0 +1,284 @@
+"""Numbers of a set of predictions: ranks, top-n, per class, look-alikes, by share, calibration.
+
+Everything here is a function of *records* (`kd.problems.objects.records`): arrays of a
+`predictions.npz`.
+
+A metric is either a mean over objects or a mean over classes of such means, so that one `Measure`
+(what each object contributes) serves the number, its interval and the comparison of two runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.errors import UserError
+from kd.problems.objects.records import Array, Records, prior_records
+
+TOPS = (1, 3, 5, 10, 20)
+CALIBRATION_BINS = 15
+# Bounds of the hidden region's share of the picture, lower one included; on COCO about a quarter
+# of the objects that are usually hidden (0.15 to 30 %) falls into each.
+SHARE_BINS = {
+    "tiny": (0.0, 0.005),
+    "small": (0.005, 0.02),
+    "medium": (0.02, 0.08),
+    "large": (0.08, np.inf),
+}
+# Bounds of the number of other objects in the picture, both included.
+VISIBLE_BINS = {
+    "0": (0.0, 0.0),
+    "1-2": (1.0, 2.0),
+    "3-4": (3.0, 4.0),
+    "5-6": (5.0, 6.0),
+    "7-10": (7.0, 10.0),
+    "over10": (11.0, np.inf),
+}
+BINS = {"share": SHARE_BINS, "visible": VISIBLE_BINS}
+
+
+class Measure(NamedTuple):
+    """What each object contributes to one metric."""
+
+    values: Array  # (S,) of the S selected objects
+    selected: NDArray[np.bool_]  # (K,) which objects count; never depends on the scores
+    classes: Array | None = None  # (S,) labels, where the metric is a mean of class means
+
+    def mean(self) -> float:
+        """The metric itself."""
+        if self.classes is None:
+            return float(self.values.mean())
+        support = np.bincount(self.classes)
+        sums = np.bincount(self.classes, weights=self.values)
+        return float((sums[support > 0] / support[support > 0]).mean())
+
+
+class Reliability(NamedTuple):
+    """Bins of confidence that hold objects."""
+
+    confidence: Array  # (B,) mean of the bin's objects
+    accuracy: Array  # (B,)
+    objects: Array  # (B,) how many
+
+
+def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
+    """Place of each row's true class, 0 = first.
+
+    The place is the number of classes with a strictly higher score, plus half of the other classes
+    that tie with it, rounded up: among equals the true class stands in the middle, and never in
+    front. So a scorer that says the same of every class has no correct answer, and one place in two
+    is what it gets on average, as chance would.
+
+    Args:
+        scores: (K, C), higher is better.
+        labels: (K,) in 0..C-1.
+
+    Raises:
+        UserError: A score is NaN, which would compare as neither higher nor lower.
+    """
+    if np.isnan(scores).any():
+        row = int(np.flatnonzero(np.isnan(scores).any(axis=1))[0])
+        raise UserError(f"scores: row {row} is NaN; a rank cannot be taken")
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    ahead = (scores > own).sum(axis=1)
+    tied = (scores == own).sum(axis=1) - 1
+    return np.asarray(ahead + (tied + 1) // 2, dtype=np.int64)
+
+
+def top_n_curve(places: Array, num_classes: int) -> NDArray[np.float64]:
+    """(C,) share of the objects whose true class is among the first n, for n = 1..C."""
+    counts = np.bincount(places, minlength=num_classes)
+    return np.asarray(np.cumsum(counts) / max(len(places), 1), dtype=np.float64)
+
+
+def reliability(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> Reliability:
+    """Mean confidence and accuracy of the objects in bins of equal width of confidence.
+
+    Args:
+        log_probs: (K, C); confidence is the highest probability of an object.
+        labels: (K,).
+        bins: How many parts of equal width 0..1 is cut into; empty ones are left out.
+    """
+    confidence = np.exp(log_probs.astype(np.float64)).max(axis=1)
+    correct = ranks(log_probs, labels) == 0
+    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights=part, minlength=bins) for part in (confidence, correct)]
+    filled = count > 0
+    confident, accurate = (part[filled] / count[filled] for part in sums)
+    return Reliability(confident, accurate, count[filled])
+
+
+def calibration_error(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error: mean |confidence - accuracy|, a bin counting by its objects.
+
+    Guo et al., 2017, https://arxiv.org/abs/1706.04599. Arguments as `reliability`.
+    """
+    points = reliability(log_probs, labels, bins=bins)
+    gaps = np.abs(points.confidence - points.accuracy)
+    return float((gaps * points.objects).sum() / points.objects.sum())
+
+
+def look_groups(looks: Sequence[str | None]) -> NDArray[np.int64]:
+    """(C,) group number of each class, -1 where nothing else looks like it."""
+    shared = sorted({look for look in looks if look is not None and looks.count(look) > 1})
+    number = {look: place for place, look in enumerate(shared)}
+    return np.array(
+        [-1 if look is None else number.get(look, -1) for look in looks], dtype=np.int64
+    )
+
+
+def _all(records: Records, values: Array, *, by_class: bool = False) -> Measure:
+    labels = records["labels"]
+    return Measure(values, np.ones(len(labels), dtype=bool), labels if by_class else None)
+
+
+def _some(values: Array, selected: NDArray[np.bool_]) -> Measure:
+    return Measure(values[selected], selected)
+
+
+def _top(records: Records, n: int) -> Array:
+    return np.asarray(ranks(records["log_probs"], records["labels"]) < n, dtype=np.float64)
+
+
+def _nll(records: Records) -> Array:
+    labels = records["labels"]
+    own = records["log_probs"][np.arange(len(labels)), labels]
+    return np.asarray(-own, dtype=np.float64)
+
+
+def _area(records: Records) -> Array:
+    # The mean of the top-n curve over n = 1..C, taken object by object.
+    places = ranks(records["log_probs"], records["labels"])
+    return np.asarray(1.0 - places / records["log_probs"].shape[1], dtype=np.float64)
+
+
+def _has_look_alike(records: Records) -> NDArray[np.bool_]:
+    if "looks" not in records:
+        return np.zeros(len(records["labels"]), dtype=bool)
+    return np.asarray(records["looks"][records["labels"]] >= 0)
+
+
+def _pair_top1(records: Records) -> Array:
+    if "looks" not in records:
+        return np.zeros(len(records["labels"]))
+    looks, labels = records["looks"], records["labels"]
+    inside = looks[labels][:, None] == looks[None, :]
+    scores = np.where(inside, records["log_probs"], -np.inf)
+    return np.asarray(ranks(scores, labels) == 0, dtype=np.float64)
+
+
+def _of_share(records: Records, name: str) -> NDArray[np.bool_]:
+    low, high = SHARE_BINS[name]
+    return np.asarray((records["shares"] >= low) & (records["shares"] < high))
+
+
+def _of_visible(records: Records, name: str) -> NDArray[np.bool_]:
+    if "visible" not in records:
+        return np.zeros(len(records["labels"]), dtype=bool)
+    low, high = VISIBLE_BINS[name]
+    return np.asarray((records["visible"] >= low) & (records["visible"] <= high))
+
+
+MEASURES: dict[str, Callable[[Records], Measure]] = {
+    "mean_class_top1": lambda records: _all(records, _top(records, 1), by_class=True),
+    "area": lambda records: _all(records, _area(records)),
+    "nll": lambda records: _all(records, _nll(records)),
+    "lookalike_top1": lambda records: _some(_top(records, 1), _has_look_alike(records)),
+    "lookalike_pair_top1": lambda records: _some(_pair_top1(records), _has_look_alike(records)),
+    **{
+        f"share/{name}_top1": lambda records, name=name: _some(  # type: ignore[misc]
+            _top(records, 1), _of_share(records, name)
+        )
+        for name in SHARE_BINS
+    },
+    **{
+        f"visible/{name}_top1": lambda records, name=name: _some(  # type: ignore[misc]
+            _top(records, 1), _of_visible(records, name)
+        )
+        for name in VISIBLE_BINS
+    },
+}
+
+
+def bin_title(kind: str, name: str) -> str:
+    """A bin of `BINS` as axes and tables call it, a line for its bounds where those add to it."""
+    if kind == "visible":
+        return name.replace("over", "over ").replace("-", " to ")
+    low, high = (100 * bound for bound in SHARE_BINS[name])
+    bounds = f"over {low:g} %" if np.isinf(high) else f"{low:g} to {high:g} %"
+    return f"{name}\n{bounds}"
+
+
+def measure(records: Records, name: str) -> Measure | None:
+    """What each object contributes to the metric `name`; None where no object counts for it.
+
+    Raises:
+        UserError: There is no such metric, or it is no mean over objects (`ece`).
+    """
+    if matched := re.fullmatch(r"top([1-9]\d*)", name):
+        n = int(matched[1])
+        return _all(records, _top(records, n)) if n <= records["log_probs"].shape[1] else None
+    if name not in MEASURES:
+        raise UserError(f"metric {name!r}: unknown; there are top<n>, ece, {', '.join(MEASURES)}")
+    found = MEASURES[name](records)
+    return found if found.selected.any() else None
+
+
+def value(records: Records, name: str) -> float | None:
+    """The metric `name` of these records, None where no object counts for it."""
+    if name == "ece":
+        return calibration_error(records["log_probs"], records["labels"])
+    found = measure(records, name)
+    return None if found is None else found.mean()
+
+
+def chance(records: Records, name: str) -> float | None:
+    """The metric `name` of uniform guesses at these objects; None where it means nothing.
+
+    Exact, not drawn: all classes tie, and `ranks` would put the true one in their middle each time.
+    """
+    if value(records, name) is None or name == "ece":
+        return None
+    num_classes = int(records["log_probs"].shape[1])
+    if matched := re.fullmatch(r"top(\d+)", name):
+        return int(matched[1]) / num_classes
+    if name == "lookalike_pair_top1":
+        looks = records["looks"]
+        size = np.bincount(looks[looks >= 0])[looks[records["labels"][_has_look_alike(records)]]]
+        return float((1.0 / size).mean())
+    special = {"area": (num_classes + 1) / (2 * num_classes), "nll": float(np.log(num_classes))}
+    return special.get(name, 1 / num_classes)
+
+
+def curve(records: Records) -> NDArray[np.float64]:
+    """(C,) top-n accuracy of these records."""
+    places = ranks(records["log_probs"], records["labels"])
+    return top_n_curve(places, records["log_probs"].shape[1])
+
+
+def prior_curve(records: Records) -> NDArray[np.float64] | None:
+    """(C,) top-n accuracy of the class prior on the same objects."""
+    prior = prior_records(records)
+    return None if prior is None else curve(prior)
+
+
+def evaluate(records: Records) -> dict[str, float]:
+    """Every metric that these records allow, and those of the prior as `prior_<metric>`.
+
+    `top1` .. `top20` (up to C), `mean_class_top1` over the classes that occur, `area` (mean of the
+    top-n curve: 1 = perfect, about a half = chance), `nll` (nats), `ece` (15 bins of equal width),
+    `lookalike_top1`, `lookalike_pair_top1` (the choice within the group only),
+    `share/<bin>_top1`, `visible/<bin>_top1`, `count`.
+    """
+    names = [f"top{n}" for n in TOPS] + list(MEASURES)
+    found = {name: value(records, name) for name in [*names, "ece"]}
+    if (prior := prior_records(records)) is not None:
+        plain = [name for name in names if "/" not in name]
+        found |= {f"prior_{name}": value(prior, name) for name in plain}
+    numbers = {name: number for name, number in found.items() if number is not None}
+    return {**numbers, "count": float(len(records["labels"]))}

@@ -1,0 +1,164 @@
+"""Average precision of which classes are in a picture: by class, its mean, and over all pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.problems.objects.records import save_records
+
+Array = NDArray[Any]
+
+
+class ClassRow(NamedTuple):
+    """One line of the per-class table: pictures that show the class, and its average precision."""
+
+    name: str
+    support: int
+    average_precision: float
+
+
+def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
+    """Area under the steps of precision over recall, pictures in falling order of score.
+
+    The sum over distinct scores of (recall gained there) x (precision down to there), without
+    interpolation; pictures of equal score come in together, so that a constant gets the share of
+    pictures that show the class.
+
+    Args:
+        scores: (N,), higher is likelier.
+        present: (N,), whether the class is there; at least once.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)  # of each group of equal scores
+    hits = np.cumsum(present[order])[last]
+    precision = hits / (np.flatnonzero(last) + 1)
+    gained = np.diff(hits, prepend=0)
+    return float((gained * precision).sum() / hits[-1])
+
+
+class MultiLabelAP:
+    """Collects, for each picture, how likely each class is in it, and whether it is.
+
+    A picture that is seen twice, as samplers repeat some to give each rank as many, counts once;
+    pictures without labels do not count.
+
+    Args:
+        num_classes: C.
+        where: What messages begin with: a run, a data set.
+    """
+
+    def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
+        self.num_classes, self._where = num_classes, where
+        self._chunks: list[dict[str, Array]] = []
+
+    def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Add the pictures of a batch of docs/design.md, by the log-probability of each class."""
+        present, told = present_classes(batch, self.num_classes)
+        self.update(decoded[told], present[told], batch["image_ids"][told])
+
+    def update(self, log_probs: Tensor, present: Tensor, image_ids: Tensor) -> None:
+        """Add N pictures.
+
+        Args:
+            log_probs: That a class is there, (N, C), any floating type.
+            present: Whether it is, bool (N, C).
+            image_ids: (N,) int64.
+        """
+        expected = (len(image_ids), self.num_classes)
+        for name, part in (("log_probs", log_probs), ("present", present)):
+            if tuple(part.shape) != expected:
+                raise ValueError(f"{name}: {tuple(part.shape)}, expected {expected}")
+        chunk = {"log_probs": log_probs.float(), "present": present, "image_ids": image_ids}
+        self._chunks.append({name: part.detach().cpu().numpy() for name, part in chunk.items()})
+
+    def gather(self, group: dist.ProcessGroup | None = None) -> None:
+        """Merge what all ranks collected, so that each holds the union; alone, does nothing."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return
+        gathered: list[list[dict[str, Array]]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, self._chunks, group=group)
+        self._chunks = [chunk for chunks in gathered for chunk in chunks]
+
+    def records(self) -> dict[str, Array]:
+        """`log_probs` (N, C), `present` (N, C) and `image_ids` (N,), in order of image id.
+
+        Raises:
+            UserError: No picture has labels, or a score is not finite.
+        """
+        if not sum(len(chunk["image_ids"]) for chunk in self._chunks):
+            raise UserError(f"{self._where}: no picture was scored; is any of them labelled?")
+        names = ("log_probs", "present", "image_ids")
+        joined = {name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in names}
+        ids, first = np.unique(joined["image_ids"], return_index=True)
+        merged = {name: part[first] for name, part in joined.items()}
+        if (broken := ~np.isfinite(merged["log_probs"]).all(axis=1)).any():
+            image = ids[int(np.flatnonzero(broken)[0])]
+            raise UserError(f"{self._where}: image {image}: its scores are not finite")
+        return merged
+
+    def compute(self) -> dict[str, float]:
+        """Every number by name, in 0..1.
+
+        `mAP`, the mean over the classes that occur; `weighted_AP`, that mean by support;
+        `micro_AP`, of all pairs of a picture and a class in one list; `chance_mAP` and
+        `chance_micro_AP`, what one constant score gets; `count` of pictures, `classes` that occur.
+        """
+        records = self.records()
+        scores, present = records["log_probs"], records["present"]
+        support = present.sum(axis=0)
+        occurring = np.flatnonzero(support)
+        if not len(occurring):
+            raise UserError(f"{self._where}: no picture shows any class")
+        own = np.array([average_precision(scores[:, c], present[:, c]) for c in occurring])
+        return {
+            "mAP": float(own.mean()),
+            "weighted_AP": float(np.average(own, weights=support[occurring])),
+            "micro_AP": average_precision(scores.ravel(), present.ravel()),
+            "chance_mAP": float(present[:, occurring].mean()),
+            "chance_micro_AP": float(present.mean()),
+            "classes": float(len(occurring)),
+            "count": float(len(scores)),
+        }
+
+    def per_class(self, names: Sequence[str] | None = None) -> list[ClassRow]:
+        """Support and average precision of each class that occurs, the most frequent first."""
+        records = self.records()
+        scores, present = records["log_probs"], records["present"]
+        support = present.sum(axis=0)
+        order = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
+        return [
+            ClassRow(
+                names[c] if names else str(c),
+                int(support[c]),
+                average_precision(scores[:, c], present[:, c]),
+            )
+            for c in order
+        ]
+
+    def save_predictions(self, path: str | Path) -> None:
+        """Write the records as an .npz file: whole, or not at all."""
+        save_records(self.records(), Path(path))
+
+
+def present_classes(batch: Mapping[str, Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
+    """Which classes the pictures of a batch show, by the labels of all their objects.
+
+    Returns:
+        bool (N, C), and whether a picture's labels are known at all, bool (N,).
+    """
+    labels = batch["labels"]
+    pairs = labels.new_zeros(len(batch["images"]) * num_classes, dtype=torch.float32)
+    place = batch["image_of"] * num_classes + labels.clamp(min=0)
+    # Added up, not indexed by a mask, for which a GPU would have to be waited for.
+    present = pairs.index_add(0, place, (labels >= 0).float()).view(-1, num_classes) > 0
+    return present, present.any(dim=1)

@@ -1,0 +1,120 @@
+"""Batch norm folded into the convolution before it, for a network that only answers.
+
+In evaluation a batch norm is one multiplication and one addition for each channel, and so is a
+convolution's output: `gamma * (w * x + b - mean) / sqrt(var + eps) + beta` is a convolution again.
+Numbers agree but for rounding; a pass over memory is saved for each batch norm.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from kd.errors import UserError
+from kd.nn.trunk import Trunk
+
+Place = tuple[nn.Module, str]  # a module and the name of a child
+
+
+def for_answers(model: nn.Module) -> nn.Module:
+    """A frozen copy of a model in evaluation, its batch norms folded where that is certain.
+
+    A pair is folded where the order of modules is known: neighbours in a `Sequential`, in
+    torchvision's residual blocks and in the steps of a trunk. What is tapped or trained must not
+    be folded: a convolution then gives what its batch norm gave.
+
+    Args:
+        model: Stays as it is.
+
+    Returns:
+        The copy, without gradients.
+    """
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    uses = Counter(id(module) for _, module in copied.named_modules(remove_duplicate=False))
+    for module in list(copied.modules()):
+        for (first, before), (second, after) in _neighbours(module):
+            convolution, norm = getattr(first, before), getattr(second, after)
+            once = uses[id(convolution)] == uses[id(norm)] == 1
+            if once and _can_fold(convolution, norm):
+                transposed = isinstance(convolution, nn.ConvTranspose2d)
+                setattr(first, before, fuse_conv_bn_eval(convolution, norm, transpose=transposed))
+                setattr(second, after, nn.Identity())
+    return copied
+
+
+def _neighbours(module: nn.Module) -> Iterator[tuple[Place, Place]]:
+    """Children that run one after the other with nothing else in between."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        yield from pairwise([(module, name) for name, _ in module.named_children()])
+    elif isinstance(module, BasicBlock | Bottleneck):
+        for number in (1, 2, 3):
+            if hasattr(module, f"conv{number}"):
+                yield (module, f"conv{number}"), (module, f"bn{number}")
+    elif isinstance(module, Trunk) and not module.tokens:
+        yield from pairwise([(module, child) for child in module.order])
+
+
+def _can_fold(first: nn.Module, second: nn.Module) -> bool:
+    """Whether the second is a batch norm, with statistics of its own, of what the first gives."""
+    return (
+        isinstance(first, nn.Conv2d | nn.ConvTranspose2d)
+        and isinstance(second, nn.BatchNorm2d)
+        and isinstance(second.running_var, torch.Tensor)
+        and not first._forward_hooks
+        and not second._forward_hooks
+    )
+
+
+ENGINE = "onednn"
+
+
+def in_int8(
+    model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()
+) -> nn.Module:
+    """A copy whose convolutions and linear layers compute in int8, on the CPU.
+
+    Transposed convolutions stay in float32, for which there are no scales by channel.
+
+    Args:
+        model: In evaluation; one that torch.fx can trace. It stays as it is.
+        samples: Inputs like those to come, for the ranges of activations; a few batches.
+        spared: Paths of modules that stay in float32: a head whose logits matter.
+
+    Returns:
+        The copy, without gradients.
+
+    Raises:
+        UserError: This torch cannot compute in int8 here, there are no samples, or the model's
+            `forward` cannot be traced.
+    """
+    if ENGINE not in torch.backends.quantized.supported_engines:
+        raise UserError(f"int8: this torch has no engine {ENGINE!r}; compute in float32")
+    batches = list(samples)
+    if not batches:
+        raise UserError("int8: no samples to see the ranges of activations by")
+    torch.backends.quantized.engine = ENGINE
+    mapping = get_default_qconfig_mapping(ENGINE).set_object_type(nn.ConvTranspose2d, None)
+    for path in spared:
+        model.get_submodule(path)
+        mapping = mapping.set_module_name(path, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what will replace this in torch, some day
+        try:
+            watched = prepare_fx(copy.deepcopy(model).eval(), mapping, (batches[0],))
+        except (torch.fx.proxy.TraceError, TypeError) as error:
+            raise UserError(f"int8: {type(model).__name__} cannot be traced: {error}") from error
+        with torch.no_grad():
+            for batch in batches:
+                watched(batch)
+            converted: nn.Module = convert_fx(watched)
+    return converted.requires_grad_(False)

@@ -1,0 +1,167 @@
+"""Pictures with boxes as samples, for detectors: a sample for each image, also without objects."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd.data.annotated import (
+    Objects,
+    Pictures,
+    check_frame,
+    known_labels,
+    moved_objects,
+    objects_of,
+    repeated,
+)
+from kd.data.loader import Sample
+from kd.errors import UserError
+from kd.formats.coco import CocoIndex
+from kd.storage.fields import PREFIX, StoredField
+from kd.transforms.augment import Augment, Plan, build_augment, pad
+
+_SAMPLE_STREAM = 4  # keeps the samples' random numbers apart from the loader's order
+_NO_CHANGE = Augment(
+    flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
+)
+_SMALLEST_CROWD = 0.0  # share of a crowd that must stay: any part of one is as good as all of it
+
+
+class BoxDataset(Dataset[Sample]):
+    """Samples of docs/design.md, looked up by (epoch, position).
+
+    In training a picture's long side is the frame's times a scale drawn anew each time: of a larger
+    picture a part as large as the frame is cut out anywhere, a smaller one is padded. Boxes are cut
+    at the border; one of which too little stays (`augment.min_visible`), or that is below a pixel,
+    is dropped. Evaluation shows whole pictures and every box.
+
+    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
+
+    Args:
+        index: The data set. Its crowds come as `crowds`, never as boxes.
+        size: Side of the square frame, pixels.
+        train: Augment; otherwise every epoch is the same.
+        augment: Options of `Augment`; None changes nothing but the scale.
+        scales: Smallest and largest long side of training pictures, as factors on `size`.
+        labelled: Ids of the images whose labels are known; the others' become -1, boxes stay as
+            regions. None: all.
+        repeat_labelled: How often a labelled image comes in an epoch; others come once.
+        only: Ids of the images to keep; None keeps all.
+        seed: Of everything random, 0 or more.
+        prepared: Folder made by `python -m kd.data.prepare` from this data set.
+        stored: Outputs of teachers by image id that go with the pictures, as `stored.NAME`.
+
+    Raises:
+        UserError: An option is out of range, no image is left, or the prepared copy does not fit.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        *,
+        size: int,
+        train: bool = True,
+        augment: dict[str, Any] | None = None,
+        scales: tuple[float, float] = (1.0, 1.0),
+        labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
+        repeat_labelled: int = 1,
+        only: Collection[int] | npt.NDArray[np.int64] | None = None,
+        seed: int = 0,
+        prepared: Path | None = None,
+        stored: Sequence[StoredField] = (),
+    ) -> None:
+        """Choose the images; the arguments are explained above."""
+        check_frame(size, seed)
+        if not 0 < scales[0] <= scales[1]:
+            raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
+        self.index, self.size, self.train = index, size, train
+        self.augment: Augment = build_augment(augment) or _NO_CHANGE
+        self.scales, self.seed, self.stored = scales, seed, tuple(stored)
+        largest = max(size, self._side(scales[1])) if train else size
+        self.pictures = Pictures.open(index, size, prepared, largest=largest)
+        images = np.arange(len(index))
+        if only is not None:
+            images = images[np.isin(index.image_ids, np.asarray(list(only)))]
+        if not len(images):
+            raise UserError(f"{index.annotation_file}: it has none of the images asked for")
+        known = known_labels(index, images, labelled)
+        self.images, self.known = repeated(images, known, repeat_labelled)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def together(self, batch_size: int) -> int:
+        """As many: all have one square frame."""
+        return batch_size
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Make the sample of (epoch, position).
+
+        Returns:
+            Tensors as in docs/design.md, for one image; `image_of` and `crowd_of` are left to
+            `collate`.
+
+        Raises:
+            UserError: The image is missing, broken, or not of the size the JSON says.
+        """
+        epoch, position = place
+        image = int(self.images[position])
+        image_id = int(self.index.image_ids[image])
+        picture, plan = self._draw(image, epoch, position)
+        size = (picture.shape[1], picture.shape[2])
+        found = self._objects(self.index, image, size, plan, self.augment.min_visible)
+        labels = self.index.labels[found.rows].astype(np.int64)
+        if not self.known[position]:
+            labels[:] = -1
+        crowds = torch.empty(0, 4)
+        if self.index.crowds is not None:
+            crowds = self._objects(self.index.crowds, image, size, plan, _SMALLEST_CROWD).boxes
+        kept = {
+            f"{PREFIX}{output.name}": output(np.array([image_id]), plan, size, self.size)
+            for output in self.stored
+        }
+        return {
+            "images": pad(plan.image(picture), self.size),
+            "sizes": torch.tensor(plan.size),
+            "own_sizes": torch.tensor(self.pictures.own_size(image)),
+            "image_ids": torch.tensor(image_id),
+            "labelled": torch.tensor(bool(self.known[position])),
+            "boxes": found.boxes,
+            "labels": torch.from_numpy(labels),
+            "object_ids": torch.from_numpy(self.index.object_ids[found.rows].astype(np.int64)),
+            "shares": torch.from_numpy(found.shares).float(),
+            "crowds": crowds,
+            **kept,
+        }
+
+    def picture(self, image: int) -> tuple[Path, tuple[int, int]]:
+        """The file of an image of the index, prepared or not, and its height and width."""
+        return self.pictures.file(image)
+
+    def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
+        """The picture at a scale, and what will be done to it."""
+        if not self.train:
+            picture = self.pictures.read(image)
+            return picture, Plan(size=(picture.shape[1], picture.shape[2]))
+        random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
+        picture = self.pictures.read(image, self._side(random.uniform(*self.scales)))
+        size = (picture.shape[1], picture.shape[2])
+        return picture, self.augment.draw(random, size, frame=self.size)
+
+    def _side(self, scale: float) -> int:
+        return max(1, round(self.size * scale))
+
+    def _objects(
+        self, index: CocoIndex, image: int, size: tuple[int, int], plan: Plan, min_visible: float
+    ) -> Objects:
+        if not self.train:
+            return objects_of(index, image, size)
+        return moved_objects(index, image, size, plan, min_visible=min_visible, cut_at_crop=True)

@@ -1,0 +1,1 @@
+"""Context teachers and classifiers: objects of a scene, hidden or visible."""

@@ -1,0 +1,125 @@
+"""What a model is held against: the same objects as somebody answers who sees less, or all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd.errors import UserError
+from kd.formats.coco import CocoIndex, visible_objects
+from kd.formats.splits import objects_on
+from kd.nn.cooccurrence import NaiveBayes, Objects
+from kd.problems.objects.data import OpenData, make_dataset
+from kd.problems.objects.records import Records, answered, prior_records
+
+
+def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
+    """The objects of an index end to end, images counted on from 0.
+
+    Args:
+        index: The data set.
+        images: Only those of images with these ids; all where not given.
+    """
+    rows, owners = objects_on(index, images)
+    sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
+    boxes = index.boxes[rows] / np.tile(sides, 2)
+    return Objects(
+        torch.from_numpy(index.labels[rows].astype(np.int64)),
+        torch.ones(len(rows), dtype=torch.bool),
+        torch.from_numpy(boxes).clamp(0.0, 1.0),
+        torch.from_numpy(sides[:, 0] / sides[:, 1]),
+        torch.from_numpy(np.unique(owners, return_inverse=True)[1].astype(np.int64)),
+    )
+
+
+def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
+    """Naive Bayes over the other objects, place and size, of all objects of the train images.
+
+    Args:
+        index: The train split.
+    """
+    model = NaiveBayes(index.num_classes, evidence=("company", "place", "size"))
+    model.fit(index_objects(index))
+    return model.eval()
+
+
+def cooccurrence_log_probs(data: OpenData) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What co-occurrence says of every usable val object, given all the others of its image.
+
+    Returns:
+        Annotation ids (K,) ascending, and log-probabilities (K, C).
+    """
+    model = fit_cooccurrence(data.train)
+    objects = index_objects(data.val)  # all of them, so that an object's place is its row
+    rows = make_dataset(data, "val", train=False).usable_rows()
+    log_probs = model(objects, torch.from_numpy(rows)).numpy()
+    ids = data.val.object_ids[rows]
+    order = np.argsort(ids)
+    return np.asarray(ids[order], dtype=np.int64), np.asarray(log_probs[order], dtype=np.float32)
+
+
+PRIOR, COMPANY = "class prior", "co-occurrence"
+EXACT, TOLD = "exact posterior", "exact, annotations"
+
+# What each of them knows, for the notes below a table.
+ABOUT = {
+    PRIOR: "class prior: the classes' shares of the training objects",
+    COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
+    "around the hidden one; no pixels",
+    EXACT: "exact posterior: of the scenes' own generative model, given what can be seen; who sees "
+    "pixels alone is not better on average",
+    TOLD: "exact, annotations: the same model's given the boxes and classes of the other objects "
+    "and no pixel; who reads annotations alone is not better on average, who has both may be",
+}
+
+
+def references(data: OpenData, records: Records) -> dict[str, Records]:
+    """Everything that is known for these val objects, the weakest first.
+
+    Args:
+        data: Their data set.
+        records: A run's predictions.
+
+    Raises:
+        UserError: The objects are not those of the data set.
+    """
+    known = {
+        PRIOR: prior_records(records),
+        COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
+        **exact_records(data, records),
+    }
+    return {name: one for name, one in known.items() if one is not None}
+
+
+def on_data(data: OpenData, records: Records, where: str) -> Records:
+    """Stored predictions with the number of visible objects, which older ones lack.
+
+    Raises:
+        UserError: The objects or their labels are not those of the data set's val split.
+    """
+    val = data.val
+    order = np.argsort(val.object_ids, kind="stable")
+    place = np.searchsorted(val.object_ids, records["object_ids"], sorter=order)
+    rows = order[np.minimum(place, len(order) - 1)]
+    same = val.object_ids[rows] == records["object_ids"]
+    if wrong := int((~same | (val.labels[rows] != records["labels"])).sum()):
+        raise UserError(
+            f"{where}: {wrong} of its objects are not in {val.annotation_file}, or have another "
+            "label there; name the run's own data set with --set data.root=DIR"
+        )
+    return {**records, "visible": visible_objects(val, records["image_ids"])}
+
+
+def exact_records(data: OpenData, records: Records) -> dict[str, Records]:
+    """The objects as the exact posteriors answer them; empty for other data than the scenes."""
+    stored = data.ceiling("val")
+    if stored is None:
+        return {}
+    ids, given = stored["object_ids"], {EXACT: "pixels", TOLD: "annotations"}
+    return {
+        name: answered(records, ids, stored[f"log_probs_{what}"].astype(np.float32), name)
+        for name, what in given.items()
+    }

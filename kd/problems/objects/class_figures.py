@@ -1,0 +1,204 @@
+"""Figures of classes: how frequent they are, how often they are right, what is said instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kd.metrics.confusion import ClassRow, Confusion, confusion_matrix
+from kd.problems.objects.records import Array, Records
+from kd.report.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    SKY,
+    legend_above,
+    new_figure,
+    new_stack,
+    reference_style,
+)
+
+# More class names than this below an axis cannot be read.
+_NAMES_AT_MOST = 90
+_DARK = 0.6  # a cell filled by more than this needs white letters
+
+
+def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
+    """Share of each class among the training and validation objects, in falling order of training.
+
+    Args:
+        train_counts: (C,) objects of each class.
+        val_counts: (C,).
+        names: C names.
+    """
+    num_classes = len(names)
+    figure, axes = new_figure(_width(num_classes), 3.8)
+    order = np.argsort(-np.asarray(train_counts), kind="stable")
+    place = np.arange(num_classes)
+    train, val = (np.asarray(c)[order] / max(np.sum(c), 1) for c in (train_counts, val_counts))
+    axes.bar(place, 100 * train, width=0.8, color=SKY, label="train")
+    axes.plot(place, 100 * val, "o", color=RED, markersize=3.5, label="val")
+    peak = max(train.max(), val.max(), 0.01)
+    if train.min() < 0.01:  # the first class may have 30 %, the last 0.1 %
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_yticks(ticks := [0, 0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
+    axes.set(ylabel="share of objects (%)", xlim=(-0.7, num_classes - 0.3), ylim=(0, 130 * peak))
+    if num_classes <= _NAMES_AT_MOST:
+        axes.set_xticks(place, [names[c] for c in order], rotation=90, fontsize=7)
+    else:
+        axes.set_xlabel("classes in falling order")
+    axes.legend(loc="upper right", frameon=False)
+    return figure
+
+
+def per_class_figure(
+    rows: Sequence[ClassRow],
+    names: Sequence[str],
+    references: Mapping[str, Sequence[ClassRow]] | None = None,
+) -> Figure:
+    """Top-1 and top-5 of each class above its number of objects, the most frequent first.
+
+    Args:
+        rows: From `per_class`; the most frequent are drawn where there are too many to name.
+        names: C names.
+        references: The same of what the model is held against, drawn as lines across the bars.
+    """
+    shown = rows[:_NAMES_AT_MOST]
+    place = np.arange(len(shown))
+    figure, (above, below) = new_stack(_width(len(shown)), 4.8, (3.0, 1.0))
+    for label, colour, values in (
+        ("top-5", "#bfe1f5", [row.top5 for row in shown]),  # a pale SKY, behind
+        ("top-1", BLUE, [row.top1 for row in shown]),
+    ):
+        heights = [100 * value for value in values]
+        above.bar(place, heights, width=0.8, color=colour, label=label)
+    for name, others in (references or {}).items():
+        top1 = {row.label: 100 * row.top1 for row in others}
+        heights = [top1[row.label] for row in shown]
+        colour = reference_style(name)["color"]
+        above.hlines(heights, place - 0.4, place + 0.4, colors=colour, linewidth=1.6,
+                     label=f"{name}, top-1")  # fmt: skip
+    above.set(ylabel="right (%)", ylim=(0, 100), xlim=(-0.7, len(shown) - 0.3))
+    legend_above(above)
+    below.bar(place, [row.support for row in shown], width=0.8, color=GREY)
+    if shown[0].support > 20 * shown[-1].support:
+        below.set_yscale("log")
+        below.set_ylim(0.7, 1.5 * shown[0].support)
+        ticks = [10**power for power in range(len(str(shown[0].support)))]
+        below.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        below.minorticks_off()
+    below.set(ylabel="val objects", xlabel=_left_out(rows, shown))
+    below.set_xticks(place, [names[row.label] for row in shown], rotation=90, fontsize=7)
+    return figure
+
+
+def confusion_figure(
+    records: Records, names: Sequence[str], *, most: int = 20, more: int = 6
+) -> Figure:
+    """What is said of the objects of the most frequent classes, in percent of each row.
+
+    Args:
+        records: Predictions.
+        names: C names.
+        most: How many classes have a row and a column.
+        more: Columns for the most frequent answers outside of them; the rest share the last one.
+    """
+    matrix = confusion_matrix(records)
+    rows = [f"{name} ({n})" for name, n in zip(names, matrix.sum(axis=1), strict=True)]
+    figure = matrix_figure(matrix, names, rows, most=most, more=more)
+    figure.axes[0].set_ylabel("hidden (val objects)")
+    return figure
+
+
+def matrix_figure(
+    matrix: Array, names: Sequence[str], rows: Sequence[str], *, most: int = 20, more: int = 6
+) -> Figure:
+    """Shares of each row of a confusion matrix; the y axis is for the caller to name.
+
+    Args:
+        matrix: (C, C) counts, by true class (rows) and answer (columns).
+        names: C names of the answers.
+        rows: C names of the true classes.
+        most: How many classes have a row and a column, the most frequent first.
+        more: Columns for the most frequent answers outside of them; the rest share the last one.
+    """
+    support = matrix.sum(axis=1)
+    order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
+    said = matrix[order].sum(axis=0)
+    said[order] = 0
+    further = np.argsort(-said, kind="stable")[: min(more, int((said > 0).sum()))]
+    columns = np.concatenate([order, further])
+    inside = matrix[np.ix_(order, columns)]
+    others = support[order] - inside.sum(axis=1)
+    table = np.column_stack([inside, others]) if others.any() else inside
+    shares = table / support[order][:, None]
+    side = 0.36 * len(order)
+    figure = Figure(figsize=(side + 0.36 * len(further) + 2.6, side + 1.6))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if table.shape[1] > len(order):
+        axes.axvline(len(order) - 0.5, color="white", linewidth=4)
+    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+        share = shares[row, column]
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
+                  color="white" if share > _DARK else INK)  # fmt: skip
+    answers = [*(names[c] for c in columns), "any other"][: table.shape[1]]
+    axes.set_xticks(np.arange(len(answers)), answers, rotation=90, fontsize=7.5)
+    axes.set_yticks(np.arange(len(order)), [rows[c] for c in order], fontsize=7.5)
+    axes.set_xlabel("the model says (% of the row)")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, colors=INK)
+    return figure
+
+
+def beyond_prior_figure(
+    pairs: Sequence[Confusion], names: Sequence[str], *, most: int = 15
+) -> Figure:
+    """How often the foremost confusions happen, and how often the class prior would make them.
+
+    Args:
+        pairs: From `beyond_prior`.
+        names: C names.
+        most: How many are drawn.
+    """
+    shown = list(pairs)[:most]
+    figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(shown), 4))
+    place = np.arange(len(shown))
+    axes.barh(place, [100 * pair.share for pair in shown], height=0.7, color=ORANGE, label="said")
+    expected = [100 * pair.expected for pair in shown]
+    axes.vlines(expected, place - 0.42, place + 0.42, colors="black", linewidth=1.6,
+                label="drawn from the class prior")  # fmt: skip
+    for row, pair in enumerate(shown):
+        text = f"{pair.count} objects, {pair.lift:.1f} times the prior"
+        axes.text(100 * max(pair.share, pair.expected) + 0.5, row, text, va="center", fontsize=7,
+                  color=INK)  # fmt: skip
+    labels = [f"{names[pair.true]} called {names[pair.said]}" for pair in shown]
+    axes.set_yticks(place, labels, fontsize=8)
+    widest = max((max(pair.share, pair.expected) for pair in shown), default=0.5)
+    axes.set(xlim=(0, 155 * widest), ylim=(max(len(shown), 1) - 0.4, -0.6))
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, 155 * widest)])
+    axes.set_xlabel("share of the class's objects (%)")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    if shown:
+        legend_above(axes)
+    else:
+        axes.text(0.5, 0.5, "no mistake is more frequent than the prior would make it",
+                  transform=axes.transAxes, ha="center", color=GREY)  # fmt: skip
+    return figure
+
+
+def _width(classes: int) -> float:
+    return max(5.6, 0.14 * classes + 1.5)
+
+
+def _left_out(rows: Sequence[ClassRow], shown: Sequence[ClassRow]) -> str:
+    return "" if len(rows) == len(shown) else f"the {len(shown)} most frequent of {len(rows)}"

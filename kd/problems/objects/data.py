@@ -1,0 +1,248 @@
+"""A data set of objects, opened: both splits of annotated images, and the samples made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.config.datasets import DataSet
+from kd.config.recipes import Data
+from kd.data.loader import Samples
+from kd.data.open_files import open_annotated
+from kd.errors import UserError
+from kd.formats.class_maps import ClassMaps
+from kd.formats.coco import CocoIndex, visible_objects
+from kd.formats.coco_results import Truth, read_truth
+from kd.formats.splits import labelled_images, objects_on
+from kd.problems.base import Classes
+from kd.problems.detection.samples import BoxDataset
+from kd.problems.objects.samples import SceneDataset
+from kd.storage.fields import StoredField
+
+
+class Opened(Protocol):
+    """A data set of any kind, opened: what every training and evaluation asks of it."""
+
+    @property
+    def section(self) -> DataSet:
+        """As the recipe has it."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    def classes(self) -> Classes:
+        """What a metric is told."""
+        ...
+
+    def evaluated(self) -> Samples:
+        """The val split's samples."""
+        ...
+
+
+def of_objects(data: Opened) -> OpenData:
+    """The same, for commands that ask about objects.
+
+    Raises:
+        UserError: It has label maps.
+    """
+    if not isinstance(data, OpenData):
+        raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
+    return data
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """Both splits of a data set of objects, opened."""
+
+    section: Data
+    train: CocoIndex
+    val: CocoIndex
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self.val.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.train.num_classes
+
+    def classes(self, prior: NDArray[np.float64] | None = None) -> Classes:
+        """Names, prior, by default that of usable objects, and look-alikes."""
+        known = partial(visible_objects, self.val)
+        prior = self.prior() if prior is None else prior
+        names, looks = self.class_names, self.val.looks
+        where = self.section.name
+        return Classes(names, prior, looks, known, where, truth=lambda: self.val_truth)
+
+    @cached_property
+    def val_truth(self) -> Truth:
+        """The val split's boxes as COCO's evaluation counts them: all of its JSON, crowds too."""
+        return read_truth(self.val.annotation_file)
+
+    def evaluated(self) -> SceneDataset:
+        """The val split, every usable object hidden in turn."""
+        return make_dataset(self, "val", train=False)
+
+    def boxes(
+        self,
+        seed: int,
+        *,
+        labelled: Collection[int] | None = None,
+        only: Collection[int] | None = None,
+        stored: Sequence[StoredField] = (),
+    ) -> BoxDataset:
+        """The train split as detectors learn from it; arguments as of `BoxDataset`."""
+        return _make_boxes(
+            self, "train", train=True, seed=seed, labelled=labelled, only=only, stored=stored
+        )
+
+    def evaluated_boxes(
+        self, split: Literal["train", "val"] = "val", only: Collection[int] | None = None
+    ) -> BoxDataset:
+        """Whole pictures of a split with all their boxes."""
+        return _make_boxes(self, split, train=False, only=only)
+
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """Ids of the train images whose labels a student of this seed sees; None: all."""
+        return labelled_images(self.train, self.section.labelled, seed)
+
+    def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
+        """Class shares, (C,), from `train_counts` with one added to each."""
+        return smoothed(self.train_counts(images))
+
+    def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
+        """Usable train objects of each class, (C,), on the images with these ids or on all."""
+        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
+        return np.bincount(self.train.labels[rows], minlength=self.num_classes)
+
+    def shares(self, images: Collection[int] | None = None) -> dict[str, NDArray[np.float64]]:
+        """How common each class is among the train pictures, for the weights of classes.
+
+        Args:
+            images: Only those with these ids.
+
+        Returns:
+            `pixel_shares` (1 + C,): of the pictures' area, background first, which has what the
+            segments leave and at least 1 %; where they overlap both count. `image_shares` (C,): of
+            the pictures, those with the class.
+        """
+        index, classes = self.train, self.num_classes
+        kept, owners = objects_on(index, images)
+        taken = len(index) if images is None else np.isin(index.image_ids, list(images)).sum()
+        labels = index.labels[kept].astype(np.int64)
+        pictures = index.heights.astype(np.float64) * index.widths
+        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / taken
+        shown = np.unique(np.stack([owners, labels]), axis=1)[1]
+        return {
+            "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
+            "image_shares": np.bincount(shown, minlength=classes) / taken,
+        }
+
+    def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
+        """Exact posteriors of the embedded scenes, None for other data."""
+        index = self.train if split == "train" else self.val
+        file = index.annotation_file.with_name(f"posteriors_{split}.npz")
+        if self.section.generate is None or not file.is_file():
+            return None
+        with np.load(file) as stored:
+            return {name: stored[name] for name in stored.files}
+
+
+def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Shares of classes, (C,), with one added to the count of each."""
+    more = counts + 1.0
+    return np.asarray(more / more.sum(), dtype=np.float64)
+
+
+def open_objects(section: Data) -> OpenData:
+    """Open a data set; the embedded scenes are made where they are not there yet.
+
+    Raises:
+        UserError: What `load_coco` and `generate_scenes` raise, or no root.
+    """
+    return OpenData(section, *open_annotated(section, pictures=section.pictures))
+
+
+def make_dataset(
+    data: OpenData,
+    split: Literal["train", "val"],
+    *,
+    train: bool,
+    mode: Literal["one", "all"] = "all",
+    labelled: Collection[int] | None = None,
+    only: Collection[int] | None = None,
+    seed: int = 0,
+    epochs: int = 1,
+    stored: Sequence[StoredField] = (),
+    class_maps: bool = False,
+) -> SceneDataset:
+    """A split as samples."""
+    section = data.section
+    partial = section.partial
+    index = data.train if split == "train" else data.val
+    return SceneDataset(
+        index,
+        size=section.size,
+        mode=mode,
+        train=train,
+        augment=section.augment,
+        min_share=section.min_share,
+        max_share=section.max_share,
+        shape=section.shape,
+        withhold=(section.withhold.start, section.withhold.end) if section.withhold else None,
+        pictures=section.pictures,
+        partial=(partial.start, partial.until) if partial and train else None,
+        labelled=labelled,
+        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
+        only=only,
+        seed=seed,
+        epochs=epochs,
+        prepared=Path(section.prepared) / split if section.prepared else None,
+        stored=stored,
+        class_maps=ClassMaps(index, section.size) if class_maps else None,
+    )
+
+
+def _make_boxes(
+    data: OpenData,
+    split: Literal["train", "val"],
+    *,
+    train: bool,
+    labelled: Collection[int] | None = None,
+    only: Collection[int] | None = None,
+    seed: int = 0,
+    stored: Sequence[StoredField] = (),
+) -> BoxDataset:
+    """A split as samples for detectors."""
+    section = data.section
+    if not section.pictures:
+        raise UserError(f"{section.name}: data.pictures is false, but detectors need pictures")
+    return BoxDataset(
+        data.train if split == "train" else data.val,
+        size=section.size,
+        train=train,
+        augment=section.augment,
+        scales=section.scales,
+        labelled=labelled,
+        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
+        only=only,
+        seed=seed,
+        prepared=Path(section.prepared) / split if section.prepared else None,
+        stored=stored,
+    )

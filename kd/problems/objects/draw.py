@@ -1,0 +1,225 @@
+"""The picture of a run: a scene with an object hidden, and what each model makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kd.data.loader import collate
+from kd.engine.loop import to_device
+from kd.engine.state import Training
+from kd.engine.tracking import Tracker
+from kd.nn.freeze import evaluating
+from kd.problems.base import Task
+from kd.problems.objects.data import OpenData, make_dataset, of_objects
+from kd.report.style import BLUE, GREY, ORANGE, PALE
+from kd.runs.train import Session
+
+# The object itself is shown with a little of what is around it.
+_CROP_MARGIN = 0.15
+
+
+def hidden_scene_figure(
+    image: Tensor,
+    box: Tensor | Sequence[float],
+    truth: str,
+    beliefs: Mapping[str, Tensor],
+    names: Sequence[str],
+    *,
+    size: tuple[int, int] | None = None,
+    heat_map: Tensor | None = None,
+    top: int = 5,
+) -> Figure:
+    """The scene as the teacher sees it, the object that was hidden, and top-n bars of each model.
+
+    Args:
+        image: (3, H, W) uint8, nothing hidden yet.
+        box: xyxy pixels of the hidden object.
+        truth: Its class.
+        beliefs: Model -> (C,) probabilities, such as {"teacher": ..., "student": ...}.
+        names: C class names.
+        size: Height and width of the picture inside the padding, (H, W) by default.
+        heat_map: (H, W), drawn over the scene: where a model looks, or expects the class.
+        top: Bars of each model.
+    """
+    height, width = size or (int(image.shape[1]), int(image.shape[2]))
+    pixels = image[:, :height, :width].permute(1, 2, 0).cpu().numpy()
+    corners = [float(corner) for corner in box]
+    figure = Figure(figsize=(6.0 + 2.5 * len(beliefs), 3.2))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    ratios = [max(0.8, width / height) * 1.9, 1.2, *[1.9] * len(beliefs)]
+    panels = figure.subplots(1, 2 + len(beliefs), squeeze=False, width_ratios=ratios)[0]
+    heat = None if heat_map is None else heat_map[:height, :width].detach().float().cpu().numpy()
+    _scene(panels[0], pixels, corners, heat)
+    _object(panels[1], pixels, corners, truth)
+    shown = {model: belief.detach().double().cpu().numpy() for model, belief in beliefs.items()}
+    # One scale for all: a model that hardly knows must not look as sure as one that does.
+    reach = max([0.05, *(float(belief.max()) for belief in shown.values())])
+    for axes, (model, belief) in zip(panels[2:], shown.items(), strict=True):
+        bars(axes, belief, names, top, truth=truth)
+        axes.set_title(f"the {model} says", fontsize=9)
+        axes.set_xlim(0, 122 * reach)
+    return figure
+
+
+def _scene(
+    axes: Axes, pixels: NDArray[Any], corners: Sequence[float], heat: NDArray[Any] | None
+) -> None:
+    """What is left of the picture when the object's box is covered."""
+    axes.imshow(pixels)
+    x1, y1, x2, y2 = corners
+    place, across, down = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
+    axes.add_patch(Rectangle(place, across, down, facecolor=GREY, edgecolor="none"))
+    if heat is not None:
+        axes.imshow(heat, cmap="inferno", alpha=0.5)
+    axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=ORANGE, linewidth=1.8))
+    height, width = pixels.shape[:2]
+    size = 100 * min(across / width, down / height)
+    if size > 6:  # a smaller sign would cover the outline
+        middle = ((x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2)
+        axes.text(*middle, "?", color="white", ha="center", va="center", fontsize=min(size, 26))
+    axes.set_title("the scene, object hidden", fontsize=9)
+    axes.set_anchor("N")
+    axes.set_axis_off()
+
+
+def _object(axes: Axes, pixels: NDArray[Any], corners: Sequence[float], truth: str) -> None:
+    x1, y1, x2, y2 = corners
+    margin = _CROP_MARGIN * max(x2 - x1, y2 - y1)
+    left, above = (max(0, int(start - margin)) for start in (x1, y1))
+    right, below = (int(np.ceil(end + margin)) for end in (x2, y2))
+    axes.imshow(pixels[above : max(below, above + 1), left : max(right, left + 1)])
+    axes.set_title(f"hidden: {truth}", fontsize=9, weight="bold")
+    axes.set_anchor("N")
+    axes.set_axis_off()
+
+
+def bars(
+    axes: Axes,
+    belief: NDArray[Any],
+    names: Sequence[str],
+    top: int,
+    *,
+    truth: str | None = None,
+    usual: NDArray[Any] | None = None,
+    digits: int = 0,
+) -> None:
+    """The likeliest classes, the true one in colour.
+
+    Args:
+        axes: Where to draw.
+        belief: (C,) probabilities.
+        names: C names.
+        top: How many bars.
+        truth: The true class, where it is known; all bars have its colour where it is not.
+        usual: (C,) shares of the classes wherever they are, a mark in each bar.
+        digits: Behind the point of a percentage.
+    """
+    order = np.argsort(-belief, kind="stable")[:top]
+    place = np.arange(len(order))
+    colours = [BLUE if truth in (None, names[c]) else PALE for c in order]
+    axes.barh(place, 100 * belief[order], height=0.68, color=colours)
+    ends = 100 * belief[order]
+    if usual is not None:
+        marks = 100 * usual[order]
+        axes.vlines(marks, place - 0.42, place + 0.42, color=ORANGE, linewidth=1.6)
+        room = 0.25 * max(ends.max(), 1e-9)  # a number's width: it goes behind a mark in its way
+        ends = np.where((marks > ends) & (marks < ends + room), marks, ends)
+    for end, row in zip(ends, place, strict=True):
+        text = f"{100 * belief[order[row]]:.{digits}f} %"
+        axes.annotate(text, (end, row), (2, 0), textcoords="offset points", va="center",
+                      fontsize=8, color=GREY)  # fmt: skip
+    axes.set_yticks(place, [names[c] for c in order], fontsize=8)
+    axes.set(ylim=(len(order) + 0.1, -0.6), xticks=[])
+    if truth is not None and (true := names.index(truth)) not in order:
+        rank = 1 + int((belief > belief[true]).sum())
+        text = f"{truth}: place {rank}, {100 * belief[true]:.1f} %"
+        axes.text(0.02, 0.0, text, transform=axes.transAxes, fontsize=8, color=BLUE)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(GREY)
+    axes.spines["left"].set_bounds(-0.5, len(order) - 0.5)
+    axes.tick_params(length=0)
+
+
+Expectation = Callable[[dict[str, Tensor]], Tensor]
+
+
+def write_pictures(
+    session: Session,
+    training: Training,
+    task: Task,
+    tracker: Tracker,
+    *,
+    expectation: Expectation | None = None,
+) -> None:
+    """Write a few val objects to TensorBoard, the same ones in every run of a data set.
+
+    Args:
+        session: The run; `train.pictures` says how many.
+        training: Its model.
+        task: How that is asked and read.
+        tracker: Where to.
+        expectation: The teacher's probabilities for a batch's hidden objects, beside the model's.
+    """
+    device, count = training.accelerator.device, session.train.pictures
+    data = of_objects(session.data)
+    figures = hidden_scenes(
+        training.result, task, data, count=count, device=device, expectation=expectation
+    )
+    for number, figure in enumerate(figures):
+        tracker.figure(f"pictures/{number}", figure, training.progress.step)
+
+
+@torch.no_grad()
+def hidden_scenes(
+    model: nn.Module,
+    task: Task,
+    data: OpenData,
+    *,
+    count: int,
+    device: torch.device,
+    expectation: Expectation | None = None,
+) -> Iterator[Figure]:
+    """Draw val objects spread over the split, one figure each.
+
+    Args:
+        model: An `AdaptedStudent`.
+        task: How it is asked and read.
+        data: The data set.
+        count: How many objects.
+        device: Where the model lies.
+        expectation: As for `write_pictures`.
+    """
+    dataset = make_dataset(data, "val", train=False)
+    names = list(data.val.class_names)
+    count = min(count, len(dataset))
+    for number in range(count):
+        sample = collate([dataset[0, number * len(dataset) // count]])
+        for name in ("hidden", "hide_share", "segments"):
+            if name in sample:
+                sample[name] = sample[name][:1]
+        batch = to_device(sample, device, channels_last=False)
+        with evaluating(model):
+            output, _ = model(*task.inputs(batch))
+        own = "teacher" if expectation is None else "student"
+        beliefs = {} if expectation is None else {"teacher": expectation(batch)[0]}
+        beliefs[own] = task.decode(output, batch).exp()[0]
+        row = int(sample["hidden"][0])
+        yield hidden_scene_figure(
+            sample["images"][0],
+            sample["boxes"][row],
+            names[int(sample["labels"][row])],
+            beliefs,
+            names,
+            size=(int(sample["sizes"][0, 0]), int(sample["sizes"][0, 1])),
+        )

@@ -1,0 +1,201 @@
+"""Top-n accuracy and its company, gathered object by object and over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.metrics import classification as scores
+from kd.metrics.confusion import per_class
+from kd.problems.objects.records import REQUIRED, Array, check_records, save_records
+
+# Device tensors are kept until this many objects are there: one wait for the device for all.
+_FLUSH_AT = 4096
+# A class that the training labels lack is not impossible; without a floor its NLL is infinite.
+_PRIOR_FLOOR = 1e-8
+
+
+class TopN:
+    """Collects predictions and tells how often the true class is among the first n.
+
+    Ties count against the scorer (`kd.metrics.classification.ranks`). An object that is seen twice,
+    as
+    samplers repeat some to give each rank as many, counts once. Objects are held in order of their
+    id, so that neither the number of ranks nor the order of batches changes a digit.
+
+    Args:
+        num_classes: C.
+        prior: (C,) class shares of the training labels; adds the `prior_` metrics.
+        looks: C names; classes with the same one (None: none) look alike.
+        visible: Image ids (K,) -> how many other objects the image of each holds, (K,).
+        where: What messages begin with: a run, a data set.
+
+    Raises:
+        UserError: `prior` or `looks` do not fit C.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        prior: Tensor | Array | Sequence[float] | None = None,
+        looks: Sequence[str | None] | None = None,
+        visible: Callable[[Array], Array] | None = None,
+        where: str = "evaluation",
+    ) -> None:
+        self.num_classes = num_classes
+        self._where = where
+        self._visible = visible
+        self._extra: dict[str, Array] = {}
+        if prior is not None:
+            self._extra["prior"] = _checked_prior(prior, num_classes, where)
+        if looks is not None:
+            if len(looks) != num_classes:
+                raise UserError(f"{where}: {len(looks)} looks for {num_classes} classes")
+            self._extra["looks"] = scores.look_groups(tuple(looks))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was collected."""
+        self._pending: list[dict[str, Tensor]] = []
+        self._chunks: list[dict[str, Array]] = []
+
+    def update(
+        self,
+        log_probs: Tensor,
+        labels: Tensor,
+        shares: Tensor,
+        object_ids: Tensor,
+        image_ids: Tensor,
+    ) -> None:
+        """Add K objects; those with the label -1 are not scored.
+
+        Args:
+            log_probs: (K, C), any floating type, any device.
+            labels: (K,) int64, -1 where withheld.
+            shares: (K,) box area / picture area.
+            object_ids: (K,) int64, unique in the data set.
+            image_ids: (K,) int64.
+        """
+        expected = (len(labels), self.num_classes)
+        if tuple(log_probs.shape) != expected:
+            raise ValueError(f"log_probs: {tuple(log_probs.shape)}, expected {expected}")
+        batch = {
+            # A copy: a compiled model may write its next output over this one.
+            "log_probs": log_probs.detach().to(torch.float32, copy=True),
+            "labels": labels.detach().clone(),
+            "shares": shares.detach().to(torch.float32, copy=True),
+            "object_ids": object_ids.detach().clone(),
+            "image_ids": image_ids.detach().clone(),
+        }
+        if odd := {
+            name: tuple(part.shape) for name, part in batch.items() if len(part) != len(labels)
+        }:
+            raise ValueError(f"{len(labels)} labels, but {odd}")
+        self._pending.append(batch)
+        if sum(len(part["labels"]) for part in self._pending) >= _FLUSH_AT:
+            self._flush()
+
+    def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Add the hidden objects of a batch (docs/design.md) by their log-probabilities (K, C)."""
+        hidden = batch["hidden"]
+        self.update(
+            decoded,
+            batch["labels"][hidden],
+            batch["shares"][hidden],
+            batch["object_ids"][hidden],
+            batch["image_ids"][batch["image_of"][hidden]],
+        )
+
+    def gather(self, group: dist.ProcessGroup | None = None) -> None:
+        """Merge what all ranks collected, so that each holds the union; alone, does nothing.
+
+        Every rank must call it. accelerate sets torch.distributed up, so this is all it needs.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return
+        gathered: list[dict[str, Array]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, self._merged(), group=group)
+        self._chunks = gathered
+
+    def records(self) -> dict[str, Array]:
+        """Arrays as `predictions.npz` holds them, in order of object id.
+
+        Raises:
+            UserError: Nothing was scored, or something is wrong with it; the message says what.
+        """
+        records = {**self._merged(), **self._extra}
+        if self._visible is not None:
+            records["visible"] = self._visible(records["image_ids"])
+        check_records(records, self._where)
+        return records
+
+    def compute(self) -> dict[str, float]:
+        """Every metric by name, accuracies in 0..1; see `kd.metrics.classification.evaluate`."""
+        return scores.evaluate(self.records())
+
+    def curve(self) -> NDArray[np.float64]:
+        """(C,) top-n accuracy for n = 1..C."""
+        return scores.curve(self.records())
+
+    def prior_curve(self) -> NDArray[np.float64] | None:
+        """(C,) the same for the class prior, None where it was not given."""
+        return scores.prior_curve(self.records())
+
+    def per_class(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
+        """Name, support and top-1 of each class that occurs, the most frequent first."""
+        return [(names[row.label], row.support, row.top1) for row in per_class(self.records())]
+
+    def save_predictions(self, path: str | Path) -> None:
+        """Write the records as an .npz file: whole, or not at all.
+
+        Raises:
+            UserError: Nothing to write, or the folder cannot be written.
+        """
+        save_records(self.records(), Path(path))
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        names = self._pending[0]
+        joined = {name: torch.cat([part[name] for part in self._pending]) for name in names}
+        self._chunks.append({name: part.cpu().numpy() for name, part in joined.items()})
+        self._pending = []
+
+    def _merged(self) -> dict[str, Array]:
+        """One chunk of all scored objects, each once, in order of id."""
+        self._flush()
+        if not self._chunks:
+            empty = np.zeros(0, dtype=np.int64)
+            chunk: dict[str, Array] = dict.fromkeys(REQUIRED, empty)
+            chunk["log_probs"] = np.zeros((0, self.num_classes), dtype=np.float32)
+            chunk["shares"] = np.zeros(0, dtype=np.float32)
+            return chunk
+        joined = {
+            name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in REQUIRED
+        }
+        labelled = np.flatnonzero(joined["labels"] != -1)
+        _, first = np.unique(joined["object_ids"][labelled], return_index=True)
+        merged = {name: part[labelled[first]] for name, part in joined.items()}
+        self._chunks = [merged]
+        return merged
+
+
+def _checked_prior(
+    prior: Tensor | Array | Sequence[float], num_classes: int, where: str
+) -> NDArray[np.float64]:
+    given = prior.detach().cpu().numpy() if isinstance(prior, Tensor) else prior
+    array = np.asarray(given, dtype=np.float64)
+    if array.shape != (num_classes,):
+        raise UserError(f"{where}: prior is {array.shape}, there are {num_classes} classes")
+    if not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
+        raise UserError(f"{where}: prior must be shares of classes: none negative, not all zero")
+    floored = np.maximum(array / array.sum(), _PRIOR_FLOOR)
+    return np.asarray(floored / floored.sum(), dtype=np.float64)

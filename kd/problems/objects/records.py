@@ -1,0 +1,122 @@
+"""Records: what a run answered for each object, the arrays of a `predictions.npz`.
+
+`object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,) of the picture that is hidden,
+`log_probs` (K, C), and, where they are known, `visible` (K,), how many other objects the picture
+holds, `prior` (C,), the class shares of the training labels, and `looks` (C,), the number of the
+group of look-alikes a class belongs to, -1 for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.errors import UserError
+from kd.utils.io import write_whole
+
+Array = NDArray[Any]
+Records = Mapping[str, Array]
+
+REQUIRED = ("object_ids", "image_ids", "labels", "shares", "log_probs")
+BY_CLASS = ("prior", "looks")  # all others have a row for each object
+# How far a row of probabilities may be from summing to one: bfloat16 has three digits.
+_NORMALISED_WITHIN = 0.05
+
+
+def prior_records(records: Records) -> Records | None:
+    """The same objects as the class prior alone would answer them; None where it is not known."""
+    if "prior" not in records:
+        return None
+    log_prior = np.log(records["prior"].astype(np.float64))
+    answers = np.broadcast_to(log_prior, (len(records["labels"]), len(log_prior)))
+    return {**records, "log_probs": answers}
+
+
+def answered(
+    records: Records, object_ids: Array, log_probs: Array, where: str = "answers"
+) -> Records:
+    """The same objects as somebody else answers them.
+
+    Args:
+        records: Whose objects are taken, in their order.
+        object_ids: (N,) of the other's answers, in any order; more than are asked for will do.
+        log_probs: (N, C).
+        where: What the message begins with.
+
+    Raises:
+        UserError: An object has no answer, or the answers are about another number of classes.
+    """
+    num_classes = records["log_probs"].shape[1]
+    if log_probs.shape != (len(object_ids), num_classes):
+        raise UserError(
+            f"{where}: {log_probs.shape} for {len(object_ids)} objects of {num_classes} classes"
+        )
+    order = np.argsort(object_ids, kind="stable")
+    wanted = records["object_ids"]
+    place = np.searchsorted(object_ids, wanted, sorter=order)
+    rows = order[np.minimum(place, len(order) - 1)] if len(order) else place
+    if not len(order) or (lacking := object_ids[rows] != wanted).any():
+        row = int(np.flatnonzero(lacking)[0]) if len(order) else 0
+        raise UserError(f"{where}: no answer for object {wanted[row]}; other data?")
+    return {**records, "log_probs": log_probs[rows]}
+
+
+def check_records(records: Records, where: str) -> None:
+    """Say what is wrong with records before a number is taken from them.
+
+    Args:
+        records: As this module describes.
+        where: What the message begins with: a file, or what was evaluated.
+
+    Raises:
+        UserError: No object, a missing array or wrong length, a label out of range, a NaN, or rows
+            that are no log-probabilities.
+    """
+    if missing := [name for name in REQUIRED if name not in records]:
+        raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions")
+    scores, labels = records["log_probs"], records["labels"]
+    by_object = [name for name in (*REQUIRED, "visible") if name in records]
+    lengths = {name: records[name].shape[:1] for name in by_object}
+    if scores.ndim != 2 or len(set(lengths.values())) > 1:
+        raise UserError(f"{where}: arrays of different lengths: {lengths}")
+    if not len(labels):
+        raise UserError(f"{where}: no object was scored; is any of them labelled and large enough?")
+    num_classes = scores.shape[1]
+    for name in BY_CLASS:
+        if name in records and records[name].shape != (num_classes,):
+            raise UserError(
+                f"{where}: {name} is {records[name].shape}, there are {num_classes} classes"
+            )
+    if (wrong := (labels < 0) | (labels >= num_classes)).any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{where}: object {records['object_ids'][row]} has label {labels[row]}, "
+            f"there are {num_classes} classes"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.exp(scores.astype(np.float64)).sum(axis=1)
+    if (wrong := ~(np.abs(total - 1) <= _NORMALISED_WITHIN)).any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
+            "not 1 (NaN, or scores that were not normalised)"
+        )
+
+
+def save_records(records: Records, path: Path, *, compressed: bool = False) -> None:
+    """Write records as an .npz file: whole, or not at all.
+
+    Raises:
+        UserError: The folder cannot be written or the disk is full.
+    """
+    save: Any = np.savez_compressed if compressed else np.savez
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # by name, numpy would put its own ending behind it
+            save(file, **records)
+
+    write_whole(path, write)

@@ -1,0 +1,260 @@
+"""Scenes with an object to hide: one sample for each image that has a usable object."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd.data.annotated import (
+    Pictures,
+    check_options,
+    known_labels,
+    moved_objects,
+    objects_of,
+    repeated,
+    shares_of,
+)
+from kd.data.loader import Sample
+from kd.errors import UserError
+from kd.formats.class_maps import ClassMaps
+from kd.formats.coco import CocoIndex
+from kd.storage.fields import PREFIX, StoredField
+from kd.transforms.augment import Augment, Plan, build_augment, pad
+from kd.transforms.hide import hidden_regions, hide_share
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["one", "all"]
+
+_COMPANY_STREAM = 2
+_SAMPLE_STREAM = 1  # keeps the samples' random numbers apart from the loader's order
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """An image's objects in the frame of one sample; `rows` are the index's."""
+
+    plan: Plan
+    rows: npt.NDArray[np.int64]
+    boxes: Tensor
+    shares: Tensor
+    usable: Tensor
+
+
+class SceneDataset(Dataset[Sample]):
+    """Samples of docs/design.md, looked up by (epoch, position).
+
+    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
+
+    Args:
+        index: The data set.
+        size: Side of the square frame, pixels.
+        mode: Which usable objects to hide: `one`, drawn anew each epoch, or `all`, one by one.
+        train: Augment, and follow the schedule of partial masking; otherwise every epoch
+            is the same.
+        augment: Options of `Augment`; None leaves pictures as they are.
+        min_share: Smallest share of the picture that a usable object's box has.
+        max_share: Largest share.
+        shape: What will be hidden; `segment` adds exact masks to the samples.
+        partial: Share hidden at the start of training, and the progress (0..1) at which all
+            is hidden; None hides all from the start.
+        withhold: Share of the objects, at the start and at the end of training, that are withheld
+            from the answers to others as well: several are hidden at once. None withholds none.
+        pictures: Whether pictures are read; otherwise they are all grey.
+        labelled: Ids of the images whose labels are known; the others' become -1. None: all.
+        repeat_labelled: How often a labelled image comes in an epoch; others come once.
+        only: Ids of the images to keep; None keeps all.
+        seed: Of everything random, 0 or more.
+        epochs: Length of the training, for the schedule.
+        prepared: Folder made by `python -m kd.data.prepare` from this data set.
+        stored: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
+        class_maps: Stored class ids that go with the pictures, as `class_maps`.
+
+    Raises:
+        UserError: An option is out of range, no image has a usable object, or the prepared
+            copy does not fit.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        *,
+        size: int,
+        mode: Mode = "one",
+        train: bool = True,
+        augment: dict[str, Any] | None = None,
+        min_share: float = 0.0015,
+        max_share: float = 0.30,
+        shape: str = "box",
+        partial: tuple[float, float] | None = None,
+        withhold: tuple[float, float] | None = None,
+        pictures: bool = True,
+        labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
+        repeat_labelled: int = 1,
+        only: Collection[int] | npt.NDArray[np.int64] | None = None,
+        seed: int = 0,
+        epochs: int = 1,
+        prepared: Path | None = None,
+        stored: Sequence[StoredField] = (),
+        class_maps: ClassMaps | None = None,
+    ) -> None:
+        """Choose the images; the arguments are explained above."""
+        check_options(size, mode, shape, (min_share, max_share), partial, seed)
+        self.index, self.size, self.mode, self.train = index, size, mode, train
+        self.augment: Augment | None = build_augment(augment) if train else None
+        self.min_share, self.max_share, self.shape = min_share, max_share, shape
+        self.partial = partial if train else None
+        self.withhold = withhold if train else None
+        self.seed, self.epochs, self.stored = seed, epochs, tuple(stored)
+        self.class_maps = class_maps
+        self.pictures = Pictures.open(index, size, prepared, read_files=pictures)
+        images = self._images_with_usable_objects(only)
+        known = known_labels(index, images, labelled)
+        self.images, self.known = repeated(images, known, repeat_labelled)
+
+    def __len__(self) -> int:
+        """The number of images with a usable object."""
+        return len(self.images)
+
+    def together(self, batch_size: int) -> int:
+        """As many: all have one square frame."""
+        return batch_size
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Make the sample of (epoch, position).
+
+        Returns:
+            Tensors as in docs/design.md, for one image: `images` (3, S, S), `sizes` (2,),
+            `image_ids` (), `hidden` counting within the image; `image_of` is left to `collate`.
+
+        Raises:
+            UserError: The image is missing, broken, or not of the size the JSON says.
+        """
+        epoch, position = place
+        random = np.random.default_rng(
+            (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
+        )
+        image = int(self.images[position])
+        picture = self.pictures.read(image)
+        scene = self._draw_scene(image, (picture.shape[1], picture.shape[2]), random)
+        candidates = scene.usable.nonzero()[:, 0]
+        if self.mode == "one":
+            candidates = candidates[int(random.integers(len(candidates)))][None]
+        labels = self.index.labels[scene.rows].astype(np.int64)
+        if not self.known[position]:
+            labels[:] = -1
+        sample = {
+            "images": pad(scene.plan.image(picture), self.size),
+            "sizes": torch.tensor(scene.plan.size),
+            "image_ids": torch.tensor(int(self.index.image_ids[image])),
+            "boxes": scene.boxes,
+            "labels": torch.from_numpy(labels),
+            "object_ids": torch.from_numpy(self.index.object_ids[scene.rows].astype(np.int64)),
+            "shares": scene.shares,
+            "usable": scene.usable,
+            "hidden": candidates,
+            "hide_share": torch.full((len(candidates),), self._hide_share(epoch)),
+        }
+        if self.withhold is not None:
+            start, end = self.withhold
+            company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
+            share = start + (end - start) * epoch / max(1, self.epochs - 1)
+            sample["withheld"] = torch.from_numpy(company.random(len(labels)) < share)
+        original = (picture.shape[1], picture.shape[2])
+        if self.class_maps is not None:
+            sample["class_maps"] = self.class_maps(image, scene.plan, original)
+        if self.shape == "segment":
+            sample["segments"] = self._segments(scene, candidates, original)
+        hidden = sample["object_ids"][candidates].numpy()
+        for output in self.stored:
+            kept = output(hidden, scene.plan, original, self.size)
+            sample[f"{PREFIX}{output.name}"] = kept
+        return sample
+
+    def usable_rows(self) -> npt.NDArray[np.int64]:
+        """Rows of the index of every usable object on the images taken, (K,)."""
+        rows, owners = self._usable_rows()
+        return rows[np.isin(owners, self.images)]
+
+    def _usable_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        index = self.index
+        counts = np.diff(index.first)
+        pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
+        usable = self._usable(shares_of(index.boxes, pictures))
+        if index.asked is not None:
+            usable &= index.asked
+        return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
+
+    def _images_with_usable_objects(
+        self, only: Collection[int] | npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.int64]:
+        index = self.index
+        images = np.unique(self._usable_rows()[1]).astype(np.int64)
+        if only is not None:
+            images = images[np.isin(index.image_ids[images], np.asarray(list(only)))]
+        limits = f"{self.min_share:.2%} and {self.max_share:.2%} of the image"
+        if not len(images):
+            raise UserError(
+                f"{index.annotation_file}: no image has an object between {limits}; "
+                "widen min_share and max_share"
+            )
+        if len(images) < len(index) and only is None:
+            log.info(
+                "%s: %d of %d images left out, which have no object between %s",
+                *(index.annotation_file, len(index) - len(images), len(index), limits),
+            )
+        return images
+
+    def picture(self, image: int) -> tuple[Path, tuple[int, int]]:
+        """The file of an image of the index, prepared or not, and its height and width."""
+        return self.pictures.file(image)
+
+    def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
+        """Draw an augmentation; keep the plain picture where it loses every usable object."""
+        if self.augment is not None:
+            scene = self._place(image, self.augment.draw(random, size), size)
+            if scene.usable.any():
+                return scene
+        return self._place(image, None, size)
+
+    def _place(self, image: int, plan: Plan | None, size: tuple[int, int]) -> _Scene:
+        index = self.index
+        if plan is None:  # exactly the shares that the image was chosen by
+            plan, found = Plan(size=size), objects_of(index, image, size)
+        else:
+            assert self.augment is not None
+            least = self.augment.min_visible
+            found = moved_objects(index, image, size, plan, min_visible=least)
+        usable = self._usable(found.shares)
+        if index.asked is not None:
+            usable &= index.asked[found.rows]
+        shown = torch.from_numpy(found.shares).float()
+        return _Scene(plan, found.rows, found.boxes, shown, torch.from_numpy(usable))
+
+    def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        return (shares >= self.min_share) & (shares <= self.max_share)
+
+    def _hide_share(self, epoch: int) -> float:
+        if self.partial is None:
+            return 1.0
+        start, until = self.partial
+        return hide_share(epoch / max(1, self.epochs), start=start, until=until)
+
+    def _segments(self, scene: _Scene, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        """Draw the masks of the hidden objects; an empty one becomes the object's box."""
+        drawn = [self.index.mask_of(int(row), size) for row in scene.rows[hidden.numpy()]]
+        masks = pad(scene.plan.masks(torch.from_numpy(np.stack(drawn))), self.size)
+        empty = ~masks.flatten(1).any(dim=1)
+        if empty.any():
+            frame = (self.size, self.size)
+            masks[empty] = hidden_regions(scene.boxes[hidden[empty]], frame)
+        return masks

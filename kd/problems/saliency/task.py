@@ -1,0 +1,87 @@
+"""Saliency: where people look on a picture, as a density over its pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.losses.saliency import EPS, saliency_kld
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.problems.saliency.metric import SaliencyMaps
+from kd.problems.segmentation.task import on_grid
+from kd.transforms.hide import normalise
+
+SALIENCY = "saliency"  # what a network calls its map of logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saliency:
+    """KL divergence of the density of fixations from what a network says, a softmax over pixels.
+
+    Padding takes no part.
+
+    Args:
+        published: The map is sigmoids divided by their sum, as published, in place of a softmax.
+    """
+
+    published: bool = False
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Normalised images, (N, 3, H, W); padding is 0, the mean colour, as networks pad."""
+        images = normalise(batch["images"])
+        frame = (images.shape[2], images.shape[3])
+        return (images * within(batch, frame)[:, None],)
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`kld`, the mean over pictures."""
+        density = batch["density"]
+        logits = on_grid(output[SALIENCY], (density.shape[2], density.shape[3])).float()
+        valid = within(batch, (density.shape[2], density.shape[3]))
+        value = saliency_kld(logits, density, valid, published=self.published)
+        return {"kld": Mean(value, "images")}
+
+    def masks(self, batch: Batch) -> dict[str, Mask]:
+        """For distillation: `valid`, (N, h, w) bool, where there is picture and not padding."""
+        return {"valid": lambda grid: within(batch, grid)}
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Densities at the size of the files, (N, 1, H, W) float32.
+
+        Of whole pictures that fill what the network saw, as evaluation shows them; those of one
+        batch are of one size.
+        """
+        height, width = batch["own_sizes"][0].tolist()
+        # Probabilities of large maps are too small for half precision.
+        return density_of(
+            on_grid(output[SALIENCY].float(), (height, width)), published=self.published
+        )
+
+    def metric(self, classes: Classes) -> Metric:
+        """KLD, CC, SIM, NSS, both areas under the curve, information gain."""
+        if classes.gaze is None:
+            raise UserError(f"{classes.where}: has no fixations that could be foretold")
+        truth = classes.gaze
+        return SaliencyMaps(truth, where=classes.where, references=lambda: truth.references)
+
+
+def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
+    """Where a grid over the padded frame shows the picture, (N, h, w) bool."""
+    frame, sizes = batch["images"].shape[2:], batch["sizes"]
+    inside = []
+    for axis in (0, 1):
+        middles = torch.arange(grid[axis], device=sizes.device) + 0.5
+        inside.append(middles * (frame[axis] / grid[axis]) < sizes[:, axis, None])  # (N, places)
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def density_of(logits: Tensor, *, published: bool = False) -> Tensor:
+    """Densities over maps (N, 1, H, W) of logits."""
+    if published:
+        shares = logits.sigmoid()
+        return shares / (EPS + shares.sum(dim=(2, 3), keepdim=True))
+    flat: Tensor = F.softmax(logits.flatten(1), dim=1)
+    return flat.view_as(logits)

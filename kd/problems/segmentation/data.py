@@ -1,0 +1,120 @@
+"""A data set of label maps, opened: both splits, checked, and the samples made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.config.recipes import LabelMaps
+from kd.data.open_files import open_annotated, root_of
+from kd.errors import UserError
+from kd.formats.segmentation import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
+from kd.problems.base import Classes
+from kd.problems.segmentation.metric import VOID
+from kd.problems.segmentation.samples import MapDataset, check_pairs
+from kd.storage.fields import StoredField
+
+# Bytes of a split's image files that are all read before training starts: about five seconds.
+READ_FIRST = 128 << 20
+COUNTED = 1000  # train label maps that the classes' shares are counted on, or somewhat fewer
+
+
+@dataclass(frozen=True)
+class OpenMaps:
+    """Both splits of a data set of label maps."""
+
+    section: LabelMaps
+    train: MappedSplit
+    val: MappedSplit
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self.train.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def classes(self) -> Classes:
+        """Their names."""
+        return Classes(self.class_names, where=self.section.name)
+
+    def shares(self) -> dict[str, NDArray[np.float64]]:
+        """How common each class is, for the weights of classes.
+
+        Returns:
+            `pixel_shares` (C,): of the train pixels with a class; of a large split's, some maps
+            spread evenly over it speak for all.
+        """
+        counts = np.zeros(VOID + 1, np.int64)
+        images = len(self.train.images)
+        some = np.arange(0, images, -(-images // COUNTED))
+        pictures = MapDataset(self.train, size=None, crop=self.section.crop, only=some)
+        for number, size in zip(some.tolist(), pictures.file_sizes(), strict=True):
+            counts += np.bincount(self.train.label_map(number, size).flatten(), minlength=VOID + 1)
+        told = counts[: self.num_classes].astype(np.float64)
+        if not told.any():
+            raise UserError(f"{self.train.where}: no pixel has a class: all are void")
+        return {"pixel_shares": told / told.sum()}
+
+    def crops(self, seed: int, stored: Sequence[StoredField] = ()) -> MapDataset:
+        """Random crops of the train split; a teacher's outputs come with them."""
+        section = self.section
+        return MapDataset(
+            self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
+            seed=seed, stored=stored,
+        )  # fmt: skip
+
+    def evaluated(self) -> MapDataset:
+        """Whole pictures of the val split."""
+        return self.whole("val", size=self.section.size)
+
+    def whole(
+        self,
+        split: Literal["train", "val"],
+        *,
+        size: int | None,
+        only: NDArray[np.int64] | None = None,
+    ) -> MapDataset:
+        """Whole pictures of a split, all or those of some places, at a size (None: their own)."""
+        pictures = self.train if split == "train" else self.val
+        return MapDataset(pictures, size=size, crop=self.section.crop, train=False, only=only)
+
+
+def open_maps(section: LabelMaps) -> OpenMaps:
+    """Open a data set of label maps; small ones are read once, before anything is trained.
+
+    Raises:
+        UserError: What `open_segmented` and `open_annotated` raise, an image or a map that cannot
+            be read or does not fit the other.
+    """
+    opened = OpenMaps(section, *_splits(section))
+    opened.crops(0)  # its options are looked at before all files are
+    if section.layout != "coco":  # whose images are looked at already, and maps are not files
+        check_pairs(split for split in (opened.train, opened.val) if _soon_read(split))
+    opened.evaluated()
+    return opened
+
+
+def _soon_read(split: MappedSplit) -> bool:
+    """Whether all of a split is read in seconds: a large picture takes as long as many small."""
+    return sum(path.stat().st_size for path in split.images) <= READ_FIRST
+
+
+def _splits(section: LabelMaps) -> tuple[MappedSplit, MappedSplit]:
+    if section.layout == "coco":
+        train, val = open_annotated(section)
+        if train.num_classes >= 255:
+            raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
+        return DrawnSplit(train), DrawnSplit(val)
+    root = root_of(section, holds=LAYOUTS[section.layout].holds)
+    return (
+        open_segmented(section.layout, root, str(section.train)),
+        open_segmented(section.layout, root, str(section.val)),
+    )

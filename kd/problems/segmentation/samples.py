@@ -1,0 +1,82 @@
+"""Pictures with label maps as samples: crops for training, whole pictures for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.data.images import PictureDataset, check_targets, in_multiples
+from kd.data.loader import Sample
+from kd.formats.segmentation import MappedSplit
+from kd.storage.fields import StoredField
+from kd.transforms.crops import Crop, build_crops
+from kd.utils.images import scaled_size
+
+# Sides of whole pictures. A network of a place every 16 pixels answers for all of its last place:
+# were that cut off at the picture's end, its map would be stretched by the rest.
+WHOLE = 16
+
+
+class MapDataset(PictureDataset):
+    """Samples with `label_maps`, uint8: (h, w) in training, of the file's own size in evaluation.
+
+    Args:
+        split: Images and label maps.
+        size: Long side in pixels that models see; None: that of each file. Scales of crops are
+            factors on it.
+        crop: Height and width of training samples, multiples of 8.
+        train: Random crops; otherwise whole pictures, whose label maps keep their own size.
+        augment: Options of `Crops`; None cuts at one scale and changes nothing else.
+        seed: Of everything random, 0 or more.
+        only: Positions of the images to keep; None keeps all.
+        stored: Outputs of teachers that go with training samples, as `stored.NAME`.
+
+    Raises:
+        UserError: An option is out of range, or, for evaluation, a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        split: MappedSplit,
+        *,
+        size: int | None,
+        crop: tuple[int, int],
+        train: bool = True,
+        augment: dict[str, Any] | None = None,
+        seed: int = 0,
+        only: NDArray[np.int64] | None = None,
+        stored: Sequence[StoredField] = (),
+    ) -> None:
+        """Check the options; the arguments are explained above."""
+        self.split, self.size = split, size
+        self.crops = build_crops(augment)
+        super().__init__(
+            split.images, frame=crop, train=train, seed=seed, only=only, stored=stored,
+            setting="data.crop",
+        )  # fmt: skip
+
+    def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
+        """A part at a random scale."""
+        factor = 1.0 if self.size is None else self.size / max(own)
+        return self.crops.draw(random, own, self.frame, factor=factor)
+
+    def seen(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which a model sees a whole picture: multiples of 16."""
+        return in_multiples(*(own if self.size is None else scaled_size(*own, self.size)), WHOLE)
+
+    def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
+        """The label map."""
+        labels = self.split.label_map(image, own)
+        return {"label_maps": labels if cut is None else cut.label_map(labels, self.frame)}
+
+
+def check_pairs(splits: Iterable[MappedSplit]) -> None:
+    """Read all images and label maps once.
+
+    Raises:
+        UserError: As for a sample, of the first five that are wrong.
+    """
+    check_targets((split.images, split.label_map) for split in splits)

@@ -1,0 +1,1 @@
+"""One training run: set up, train, load and read back."""

@@ -1,0 +1,107 @@
+"""Trained students: one arm of a comparison, loaded from its run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kd.runs.build import (build_detector, build_saliency, build_segmenter, build_student, build_task, open_data)
+from kd.engine.checkpoint import load_model
+from kd.config.recipes import (AnyData, DistillRecipe, Model)
+from kd.config.reader import from_plain
+from kd.errors import UserError
+from kd.problems.objects.data import (OpenData, Opened)
+from kd.problems.detection.data import OpenBoxes
+from kd.problems.saliency.data import OpenGaze
+from kd.problems.base import Task
+from kd.distillation.terms import TERMS
+
+BARE = ("bare", "direct")  # arms without a context head
+SECOND_MAP = "teacher_saliency"  # of a saliency student: what the teacher would say
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
+    """A student as its run left it, and the data set it is to be asked about."""
+
+    data: Opened
+    model: nn.Module
+    task: Task
+
+
+def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> TrainedStudent:
+    """Load an arm's student.
+
+    Args:
+        run: Its folder, seed<k>/<arm> of a comparison.
+        config: The folder's config.
+        section: The data set to open.
+
+    Raises:
+        UserError: The folder is that of a whole comparison, unfinished, or of another model.
+    """
+    if "arm" not in config:
+        raise UserError(
+            f"{run}: a comparison; evaluate one of its arms, seed<k>/<arm>, or "
+            "print its table with python -m kd.compare"
+        )
+    plain = {key: value for key, value in config.items() if key not in ("arm", "seed")}
+    values = {**plain, "data": section.model_dump(mode="json")}
+    recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
+    data = open_data(recipe.data, recipe.task.name)
+    if isinstance(data, OpenData):
+        prior = data.prior(data.labelled(config["seed"]))
+        bare = config["arm"] in BARE
+        student: nn.Module = build_student(to_be_loaded(recipe.student), prior, context=not bare)
+        load_model(run / "model.safetensors", student)
+    else:
+        student = load_network(run, recipe, config["arm"], data)
+    return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
+
+
+def imitates(recipe: DistillRecipe, arm: str) -> bool:
+    """Whether an arm's saliency student has a second map: where one of its terms reads that."""
+    terms = recipe.terms_of(arm)
+    if terms is None:
+        terms = () if arm == "plain" else tuple(term.curve for term in recipe.losses)
+    read = {term.curve: term.student or TERMS[term.name].student for term in recipe.all_losses
+            if term.name in TERMS}  # fmt: skip
+    return any(read.get(term) == SECOND_MAP for term in terms)
+
+
+def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Opened) -> nn.Module:
+    """Load an arm's segmentation network, detector or saliency student from its folder.
+
+    Args:
+        run: The folder.
+        recipe: Of the comparison.
+        arm: Which of it: some networks lack a head there.
+        data: The data set.
+
+    Raises:
+        UserError: The folder is unfinished, or of another model.
+    """
+    student: nn.Module
+    section = to_be_loaded(recipe.student)
+    if isinstance(data, OpenBoxes):
+        student = build_detector(section, data.num_classes, context=arm not in BARE)
+    elif isinstance(data, OpenGaze):
+        student = build_saliency(section, branches="b" if imitates(recipe, arm) else "a")
+    else:
+        student = build_segmenter(section, data.num_classes)
+    load_model(run / "model.safetensors", student)
+    return student
+
+
+def to_be_loaded(section: Model) -> Model:
+    """A student's section without what it started from: a run's weights replace that.
+
+    The files need not be here any more.
+    """
+    replaced = {"weights": None, "file": None}
+    options = {k: replaced.get(k, value) for k, value in section.options.items()}
+    return section.model_copy(update={"options": options})

@@ -1,0 +1,299 @@
+"""Reads finished runs back from their folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from kd.errors import UserError
+from kd.problems.records import (check_same, kind_of)
+from kd.problems.objects.records import Records
+from kd.runs.folder import class_names
+
+log = logging.getLogger(__name__)
+
+_SEED = re.compile(r"seed(\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: a teacher, or one arm of one seed of a distillation."""
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    records: Records
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.name
+
+
+@dataclass(frozen=True)
+class DistillRuns:
+    """The arms of a distillation, each with one run a seed, in the order of `seeds`."""
+
+    folder: Path
+    seeds: tuple[int, ...]
+    arms: dict[str, list[Run]]
+
+    def records(self) -> dict[str, list[Records]]:
+        """Predictions by arm, one a seed."""
+        return {arm: [run.records for run in runs] for arm, runs in self.arms.items()}
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read `config.yaml`, `summary.json` and `predictions.npz` of a finished run.
+
+    Raises:
+        UserError: The folder is missing, is no run, is not finished, or a file in it is damaged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder{results_hint(path)}")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: not a run, it has no config.yaml{_runs_below(path)}")
+    for name in ("predictions.npz", "summary.json"):
+        if not (path / name).is_file():
+            raise UserError(
+                f"{path}: not finished, it has no {name}; continue the run with --resume, "
+                "or evaluate it with python -m kd.evaluate"
+            )
+    return Run(
+        folder=path,
+        config=_read_mapping(path / "config.yaml"),
+        summary=_read_mapping(path / "summary.json"),
+        records=read_predictions(path / "predictions.npz", class_names(path)),
+    )
+
+
+def results_hint(path: Path) -> str:
+    """What a message adds where a file that may hold a detector's results is taken for a run."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return ""
+    how = f"python -m kd.evaluate {path} --annotations JSON"
+    return f"; a detector's results in COCO's format are evaluated with their truth: {how}"
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read runs, and the finished ones below folders that are none.
+
+    Not looked for inside of runs: a teacher's fold models are no results. A run below a folder that
+    is not finished is left out with a warning.
+
+    Raises:
+        UserError: As `read_run`, or there is no finished run in or below a folder.
+    """
+    found: dict[Path, Run] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir() or _is_run(folder):
+            found.setdefault(folder.resolve(), read_run(folder))
+            continue
+        places = _runs_in(folder)
+        if not (whole := [place for place in places if (place / "summary.json").is_file()]):
+            raise UserError(f"{folder}: no finished run in it or below it")
+        for place in places:
+            if place in whole:
+                found.setdefault(place.resolve(), read_run(place))
+            else:
+                log.warning("%s: left out, it is not finished", place)
+    return list(found.values())
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and not is_distill(folder)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Runs below a folder, in the order of their paths."""
+    if _is_run(folder):
+        return [folder]
+    below = sorted(place for place in folder.iterdir() if place.is_dir())
+    return [run for place in below for run in _runs_in(place)]
+
+
+def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by the shortest part of their paths that tells them apart, such as `seed0/plain`."""
+    return dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest part of each path that tells different folders apart."""
+    parts = [folder.parts for folder in folders]
+    if len(folders) == 1:
+        return [folders[0].name]
+    first, shortest = parts[0], min(map(len, parts))
+    ahead = behind = 0
+    while ahead < shortest - 1 and all(path[ahead] == first[ahead] for path in parts):
+        ahead += 1
+    while behind < shortest - ahead - 1 and all(
+        path[-1 - behind] == first[-1 - behind] for path in parts
+    ):
+        behind += 1
+    return [str(Path(*path[ahead : len(path) - behind])) for path in parts]
+
+
+def is_distill(folder: str | Path) -> bool:
+    """Whether a folder holds `seed<k>` folders, as a distillation does."""
+    return bool(_seed_folders(Path(folder)))
+
+
+def read_distill(folder: str | Path, arms: Collection[str] | None = None) -> DistillRuns:
+    """Read `seed<k>/<arm>/` of a distillation.
+
+    A seed that lacks an arm which is wanted, or `plain`, or is still training one, is left out with
+    a warning.
+
+    Args:
+        folder: Of the distillation.
+        arms: Those that are wanted beside `plain`; by default whatever any seed has.
+
+    Raises:
+        UserError: As `read_run`, or no seed is finished, or the runs scored different objects.
+    """
+    path = Path(folder)
+    found = _seed_folders(path)
+    if not found:
+        raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
+    if arms is None:
+        runs_of = (place.glob("*/config.yaml") for place in found.values())
+        arms = {file.parent.name for files in runs_of for file in files}
+    arms = _in_order({"plain", *arms}, path / "config.yaml")
+    lacking = {seed: _unfinished(place, arms) for seed, place in found.items()}
+    if all(lacking.values()):
+        first = next(iter(found))
+        raise UserError(f"{found[first]}: not finished, it has no run {lacking[first]!r}")
+    for seed, arm in lacking.items():
+        if arm:
+            log.warning("%s: left out, its run %r is not finished", found.pop(seed), arm)
+    runs = {arm: [read_run(place / arm) for place in found.values()] for arm in arms}
+    check_same_objects([run for column in runs.values() for run in column])
+    return DistillRuns(path, tuple(found), runs)
+
+
+def _unfinished(place: Path, arms: Sequence[str]) -> str | None:
+    """The first arm of a seed that is not finished, if there is one."""
+    return next((arm for arm in arms if not (place / arm / "summary.json").is_file()), None)
+
+
+def check_same_objects(runs: Sequence[Run]) -> None:
+    """Refuse to compare runs that did not score the same objects or pictures by the same truth.
+
+    Raises:
+        UserError: Naming the first run that differs from the first of all, and how.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        check_same(run.records, first.records, f"{run.folder} and {first.folder}")
+
+
+def read_predictions(path: str | Path, names: Sequence[str] | None = None) -> Records:
+    """Read and check a `predictions.npz` of any kind; its rows come back in order of their id.
+
+    Args:
+        path: The file.
+        names: Those of the classes; metrics of single classes are known by them.
+
+    Raises:
+        UserError: The file is missing, cut off, or holds no predictions.
+    """
+    path = Path(path)
+    try:
+        # Opened here: of a file that was cut off, numpy would leave its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            records = {name: stored[name] for name in stored.files}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or no predictions: {error}") from error
+    kind = kind_of(records)
+    if names is not None and "names" in kind.not_by_id:
+        records["names"] = np.array(names)
+    kind.check(records, str(path))
+    ids, order = np.unique(records[kind.ids], return_index=True)
+    if twice := len(records[kind.ids]) - len(ids):
+        raise UserError(f"{path}: {twice} {kind.things} occur twice")
+    return {name: part if name in kind.not_by_id else part[order] for name, part in records.items()}
+
+
+def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Curves of a run, finished or not: (step, value) by tag, from `metrics.jsonl`.
+
+    A last line without its end is left out: the run may be writing it now.
+
+    Raises:
+        UserError: There is no such file, or a line of it is damaged.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            point = (int(entry["step"]), float(entry["value"]))
+            curves.setdefault(str(entry["tag"]), []).append(point)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no scalar: {line[:60]!r}") from error
+    return curves
+
+
+def ceilings(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Metric -> what the exact posterior reaches, where a summary has `ceiling_<metric>`."""
+    return {
+        key.removeprefix("ceiling_"): float(number)
+        for key, number in summary.items()
+        if key.startswith("ceiling_") and isinstance(number, int | float)
+    }
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file whose top level is a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged: a mapping was expected, got {type(content).__name__}")
+    return content
+
+
+def _seed_folders(path: Path) -> dict[int, Path]:
+    """Seed -> folder, in order of the seed."""
+    if not path.is_dir():
+        return {}
+    named = [(_SEED.fullmatch(place.name), place) for place in path.iterdir() if place.is_dir()]
+    return dict(sorted((int(name[1]), place) for name, place in named if name))
+
+
+def _in_order(arms: Collection[str], config: Path) -> list[str]:
+    """As the recipe lists its arms, then those of its ablations; others behind them by name."""
+    recipe = _read_mapping(config) if config.is_file() else {}
+    known = ["plain", *recipe.get("arms", ("distilled",))]
+    known += [arm for ablation in recipe.get("ablations", {}).values() for arm in ablation]
+    return sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm))
+
+
+def _runs_below(path: Path, *, show: int = 4) -> str:
+    """End of a message: runs that may have been meant."""
+    found = sorted(
+        {str(file.parent) for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")}
+        | {str(place) for place in path.iterdir() if place.is_dir() and is_distill(place)}
+    )
+    if not found:
+        return ""
+    rest = f" and {len(found) - show} more" if len(found) > show else ""
+    return f"; below it are {', '.join(found[:show])}{rest}"

@@ -1,0 +1,125 @@
+"""What comes between a recipe and its first step: run folders of all processes, the optimiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from kd.config.recipes import (Critic, Train)
+from kd.engine.critic import CriticTraining
+from kd.errors import UserError
+from kd.losses.holistic import Adversary
+from kd.nn.freeze import FrozenBatchNorm
+from kd.engine.optim import (make_optimizer, make_schedule)
+from kd.runs.folder import RunFolder
+from kd.engine.state import Training
+
+
+def open_run(
+    accelerator: Accelerator, path: Path, config: Mapping[str, Any], *, resume: bool
+) -> RunFolder:
+    """Open a run folder on every process, the main one first: it alone may find it there already.
+
+    Raises:
+        UserError: On all processes, as `RunFolder` does on the main one.
+    """
+    folder: RunFolder | None = None
+    said: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            folder = RunFolder(path, config, resume=resume)
+        except UserError as error:
+            said = [str(error)]
+    broadcast_object_list(said)
+    if said[0] is not None:
+        raise UserError(said[0])
+    for rank in range(1, accelerator.num_processes):  # one by one: opening may tidy up files
+        if rank == accelerator.process_index:
+            folder = RunFolder(path, config, resume=True)
+        accelerator.wait_for_everyone()
+    assert folder is not None
+    return folder
+
+
+def start_training(
+    accelerator: Accelerator,
+    model: nn.Module,
+    train: Train,
+    steps: int,
+    critics: Mapping[str, nn.Module] | None = None,
+) -> Training:
+    """Optimiser, schedule and average around a model, and each critic's own.
+
+    Args:
+        accelerator: Devices and processes.
+        model: What is trained.
+        train: The settings.
+        steps: All steps of training.
+        critics: The `Adversary` of each holistic term, by the term's name.
+    """
+    # A model that only counts has nothing to optimise, and nothing for DDP to add up.
+    weights = model if learns(model) else nn.Linear(1, 1)
+    optimizer = make_optimizer(weights, **train.optimizer.model_dump())
+    schedule = make_schedule(optimizer, steps, **train.schedule.model_dump())
+    model = model.to(accelerator.device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if train.sync_batch_norm and accelerator.num_processes > 1:
+        model = share_batch_norm(model)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
+    if train.compile:
+        model.compile()
+    # The optimiser stays bare: accelerate's wrapper is for scaled gradients of fp16, not used here,
+    # and asks the file system at every step whether a package is installed.
+    wrapped = accelerator.prepare(model) if learns(model) else model
+    return Training(
+        accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
+        train.channels_last, [
+            _start_critic(accelerator, name, adversary, train.critic, steps)
+            for name, adversary in (critics or {}).items()
+        ],
+    )  # fmt: skip
+
+
+def _start_critic(
+    accelerator: Accelerator, name: str, adversary: nn.Module, section: Critic, steps: int
+) -> CriticTraining:
+    """A critic of the first rank's weights, with its optimiser and schedule."""
+    assert isinstance(adversary, Adversary)
+    adversary = adversary.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        for tensor in adversary.state_dict().values():
+            dist.broadcast(tensor, 0)
+    optimizer = make_optimizer(adversary, **section.optimizer.model_dump())
+    schedule = make_schedule(optimizer, steps, **section.schedule.model_dump())
+    return CriticTraining(name, adversary, optimizer, schedule, section.clip_norm)
+
+
+def share_batch_norm(module: nn.Module) -> nn.Module:
+    """Batch norms with statistics over all processes; those that are frozen stay frozen."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        if isinstance(module, FrozenBatchNorm):
+            return module
+        shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return shared
+    for name, child in module.named_children():
+        setattr(module, name, share_batch_norm(child))
+    return module
+
+
+def learns(model: nn.Module) -> bool:
+    """Whether there is anything to train by gradient."""
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,309 @@
+"""One training run from its folder to its summary: shared by the commands that train."""
+
+
+from __future__ import annotations
+from typing import Any
+from torch import nn
+from kd.runs.setup import parameters
+from kd.metrics import classification as scores
+from kd.problems.records import SALIENCY
+from kd.problems.saliency.metric import SaliencyMaps
+from kd.problems.saliency.baselines import (CENTRE, NAMES, OBSERVERS)
+from kd.problems.objects.metric import TopN
+from kd.problems.objects.data import (OpenData, Opened)
+from kd.problems.objects.baselines import (EXACT, exact_records)
+from kd.problems.base import Metric
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from kd.runs.build import make_loader
+from kd.engine.checkpoint import save_model
+from kd.config.recipes import Train
+from kd.data.loader import SampleLoader
+from kd.engine.loop import (evaluate, fit)
+from kd.runs.setup import (learns, start_training)
+from kd.problems.records import (DETECTIONS, SALIENCY)
+from kd.problems.objects.records import prior_records
+from kd.distillation.terms import modules_of
+from kd.engine.progress import (CleanStop, ProgressBar)
+from kd.problems.objects.baselines import (EXACT, PRIOR, exact_records)
+from kd.report.tables import (number_cell, scale_of)
+from kd.report.curves import (share_hidden_figure, top_n_figure)
+from kd.runs.read import read_scalars
+from kd.runs.folder import RunFolder
+from kd.problems.base import (Metric, Task)
+from kd.engine.tracking import (Tracker, flatten)
+from kd.engine.state import (Hooks, Objective, Training, resume_training, save_training)
+
+
+_CEILING = ("top1", "top5", "nll", "lookalike_top1", "lookalike_pair_top1", "mean_class_top1",
+            "area")  # fmt: skip
+
+
+def summary_of(data: Opened, metric: Metric, model: nn.Module, steps: int) -> dict[str, Any]:
+    """What `summary.json` says of a model's answers; of saliency with what they are held against.
+
+    Args:
+        data: Its val split was asked about.
+        metric: Holds the answers.
+        model: As it is used, without adapters.
+        steps: Of training.
+    """
+    return {
+        **metric.compute(),
+        **_of_exact_posterior(data, metric),
+        **_of_references(metric),
+        "parameters": parameters(model),
+        "steps": steps,
+    }
+
+
+def _of_exact_posterior(data: Opened, metric: Metric) -> dict[str, float]:
+    """What the exact posterior of the embedded scenes scores on the same objects."""
+    if not (isinstance(metric, TopN) and isinstance(data, OpenData)):
+        return {}
+    exact = exact_records(data, metric.records())
+    if EXACT not in exact:
+        return {}
+    values = scores.evaluate(exact[EXACT])
+    return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
+
+
+def _of_references(metric: Metric) -> dict[str, float]:
+    """What the centre prior and other observers reach on the same pictures, of saliency maps."""
+    if not isinstance(metric, SaliencyMaps):
+        return {}
+    found = SALIENCY.references(metric.records())
+    columns = {"prior": NAMES[CENTRE], "observers": NAMES[OBSERVERS]}
+    known = {
+        f"{column}_{name}": SALIENCY.value(found[reference], name)
+        for column, reference in columns.items()
+        if reference in found
+        for name in SALIENCY.rows
+    }
+    return {name: number for name, number in known.items() if number is not None}
+
+
+_log = logging.getLogger("kd")
+
+
+@dataclass
+class Session:
+    """Everything one run needs beside its objective.
+
+    Args:
+        folder: Where it is written.
+        accelerator: Devices and processes.
+        data: The data set; its val split is what metrics are of.
+        train: Settings of the loop.
+        seed: Of dropout and whatever else is random beside the data.
+        label: What progress lines call the run.
+        pictures: Called at the end to draw what the model sees.
+    """
+
+    folder: RunFolder
+    accelerator: Accelerator
+    data: Opened
+    train: Train
+    seed: int
+    label: str
+    pictures: Callable[[Session, Training, Task, Tracker], None] | None = None
+
+
+def run_training(
+    session: Session, model: torch.nn.Module, objective: Objective, loader: SampleLoader
+) -> dict[str, Any]:
+    """Train, or go on training, then evaluate and write the result.
+
+    Returns:
+        The summary that was written.
+
+    Raises:
+        UserError: A loss that is not finite, a checkpoint that does not fit, a full disk.
+    """
+    if not learns(model):
+        # A baseline that only counts: it has been fitted, and is evaluated and written as others.
+        session = replace(session, train=session.train.model_copy(update={"epochs": 0}))
+    train, accelerator = session.train, session.accelerator
+    steps = train.epochs * -(-len(loader) // train.accumulate)
+    critics = modules_of(objective.terms, images=True)
+    training = start_training(accelerator, model, train, steps, critics)
+    set_seed(session.seed + accelerator.process_index)
+    if session.folder.checkpoint.is_file():
+        resume_training(training, session.folder.checkpoint)
+        _log.info("%s: goes on at step %d of %d", session.label, training.progress.step, steps)
+    first, main = training.progress.step, accelerator.is_main_process
+    tracker = Tracker(session.folder.path, enabled=main, resume_step=first)
+    val = val_loader(session.data, session.train.batch_size, accelerator)
+    seconds = _train(session, training, objective, loader, val, tracker, steps)
+    metric = _evaluate(session, training, objective, val)
+    summary = summary_of(session.data, metric, training.exported, training.progress.step)
+    if training.progress.step > first:
+        summary["steps_per_second"] = (training.progress.step - first) / seconds
+    if main:
+        _write_result(session, training, objective.task, tracker, metric, summary)
+    tracker.close()
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return summary
+
+
+def _train(
+    session: Session,
+    training: Training,
+    objective: Objective,
+    loader: SampleLoader,
+    val: SampleLoader,
+    tracker: Tracker,
+    steps: int,
+) -> float:
+    """Run `fit` with evaluations between epochs; the seconds that training itself took."""
+    train, folder = session.train, session.folder
+    main = session.accelerator.is_main_process
+    evaluating = 0.0
+
+    def epoch_end(epoch: int) -> None:
+        nonlocal evaluating
+        if train.evaluate_every and epoch % train.evaluate_every == 0 and epoch < train.epochs:
+            began = time.perf_counter()
+            metric = _evaluate(session, training, objective, val)
+            if main:
+                tracker.scalars(_tags(metric.compute()), training.progress.step)
+            evaluating += time.perf_counter() - began
+
+    stop = CleanStop()
+    hooks = Hooks(
+        log=tracker.scalars,
+        checkpoint=lambda: save_training(training, folder.checkpoint, folder.config),
+        epoch_end=epoch_end,
+        stop=stop,
+    )
+    with ProgressBar(session.label, steps, training.progress.step, enabled=main) as advance, stop:
+        hooks.progress = advance
+        if _evaluation_missing(session, training):
+            epoch_end(training.progress.epoch)
+        started, evaluating = time.perf_counter(), 0.0
+        fit(
+            training,
+            objective,
+            loader,
+            epochs=train.epochs,
+            accumulate=train.accumulate,
+            log_every=train.log_every,
+            checkpoint_every=train.checkpoint_every,
+            hooks=hooks,
+        )
+    return time.perf_counter() - started - evaluating
+
+
+def _evaluation_missing(session: Session, training: Training) -> bool:
+    """Whether an earlier start was ended after an epoch's checkpoint, before its evaluation."""
+    place = training.progress
+    missing = [place.batch == 0 and place.epoch > 0]
+    if missing[0] and session.accelerator.is_main_process:
+        curves = read_scalars(session.folder.path)
+        scored = [curve for tag, curve in curves.items() if tag.startswith("eval/")]
+        missing = [all(step != place.step for curve in scored for step, _ in curve)]
+    broadcast_object_list(missing)
+    return missing[0]
+
+
+def _write_result(
+    session: Session,
+    training: Training,
+    task: Task,
+    tracker: Tracker,
+    metric: Metric,
+    summary: dict[str, Any],
+) -> None:
+    """Weights without adapters, predictions, curves and pictures; the summary last."""
+    step = training.progress.step
+    metadata = {"config": str(session.folder.path / "config.yaml"), "format": "kd-model-1"}
+    save_model(session.folder.model, training.exported, metadata)
+    session.folder.name_classes(session.data.class_names)
+    metric.save_predictions(session.folder.path / "predictions.npz")
+    tracker.scalars(_tags(summary), step)
+    if isinstance(metric, TopN) and isinstance(session.data, OpenData):
+        tracker.figure("eval/top_n", _curve_figure(session.data, metric), step)
+        tracker.figure(
+            "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
+        )
+        if session.pictures is not None:
+            session.pictures(session, training, task, tracker)
+    finals = {f"eval/{name}": float(value) for name, value in summary.items()}
+    tracker.hparams(flatten(session.folder.config), finals)
+    session.folder.finish(summary)
+
+
+def _tags(values: Mapping[str, Any]) -> dict[str, float]:
+    return {f"eval/{name}": float(value) for name, value in values.items()}
+
+
+def new_metric(task: Task, data: Opened) -> Metric:
+    """What a task's answers on a data set's val split are scored by."""
+    return task.metric(data.classes())
+
+
+def _curve_figure(data: OpenData, metric: TopN) -> Any:
+    """Top-n against random, prior and, on the scenes, the exact posterior."""
+    records = metric.records()
+    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records).get(EXACT)}
+    return top_n_figure(
+        {"model": scores.curve(records)},
+        {name: scores.curve(one) for name, one in known.items() if one is not None},
+    )
+
+
+def val_loader(data: Opened, batch_size: int, accelerator: Accelerator) -> SampleLoader:
+    """The val split in batches; pictures of different sizes go one by one."""
+    samples = data.evaluated()
+    processes = accelerator.num_processes
+    each = samples.together(max(1, batch_size // processes))
+    return make_loader(
+        samples, accelerator, batch_size=each * processes, workers=data.section.workers
+    )
+
+
+def _evaluate(
+    session: Session, training: Training, objective: Objective, loader: SampleLoader
+) -> Metric:
+    metric = new_metric(objective.task, session.data)
+    evaluate(
+        training.result,
+        objective.task,
+        loader,
+        metric,
+        session.accelerator,
+        channels_last=session.train.channels_last,
+    )
+    return metric
+
+
+def say_summary(title: str, summary: Mapping[str, Any]) -> None:
+    """A run's figures on stdout, the class prior's and the ceiling's beside them."""
+    shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "area", "nll", "ece",
+             "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP",
+             "mIoU", "mean_accuracy", "pixel_accuracy", *DETECTIONS.rows,
+             *SALIENCY.rows)  # fmt: skip
+    titles = {"": "model", "prior_": "prior", "observers_": "other observers",
+              "ceiling_": "exact posterior"}  # fmt: skip
+    columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
+    names = [name for name in shown if name in summary]
+    width = max(len(name) for name in names)
+    heads = "".join(f"{titles[column]:>17}" for column in columns)
+    sys.stdout.write(f"{title}\n  {'':<{width}}{heads}\n")
+    for name in names:
+        cells = [_number(name, summary.get(prefix + name)) for prefix in columns]
+        sys.stdout.write(f"  {name:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + "\n")
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    told = number_cell(name, value)
+    return told if scale_of(name) == 1 else f"{told} %"

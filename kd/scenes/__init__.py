@@ -1,0 +1,1 @@
+"""The embedded synthetic scenes and their exact posterior."""

@@ -1,0 +1,1 @@
+"""Sharded storage of teacher outputs."""

@@ -1,0 +1,1 @@
+"""Compute teacher outputs once and store them."""

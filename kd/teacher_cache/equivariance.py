@@ -1,0 +1,102 @@
+"""How far a teacher's maps of a moved picture are from its maps moved with the picture.
+
+A convolution with padding nearly follows a shift; nothing makes it follow a mirror, and a plain
+vision transformer's tokens carry their place. So it is measured, on the teacher and the pictures at
+hand, before stored maps are used with augmentations that move them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kd.data.loader import collate
+from kd.distillation.targets import LiveTeacher
+from kd.distillation.terms import POSTERIOR
+from kd.engine.loop import to_device
+from kd.errors import UserError
+from kd.experiments.connect import layers_among
+from kd.problems.objects.data import OpenData, make_dataset
+from kd.runs.load_teacher import TrainedTeacher, as_shown
+from kd.storage.fields import PREFIX, StoredField
+from kd.transforms.augment import build_augment
+
+_log = logging.getLogger("kd")
+MOVES = ("flip", "shift", "rotate", "crop")
+_COLOURS = ("rgb_shift", "shuffle", "grey", "blur", "jitter")
+_PICTURES = 8
+
+
+def moved_map_errors(
+    teacher: TrainedTeacher,
+    data: OpenData,
+    kept: Mapping[str, StoredField],
+    accelerator: Accelerator,
+) -> dict[str, dict[str, float]]:
+    """The relative error of each stored map under each move that the data set's augmentation makes.
+
+    Returns:
+        By output and move: the norm of the difference over the norm of the live maps, on a few
+        train pictures that are all moved. What has no places of its own is compared as it is;
+        posteriors, which belong to the object, are left out.
+    """
+    augment = build_augment(data.section.augment)
+    maps = {name: one for name, one in kept.items() if name != POSTERIOR}
+    errors: dict[str, dict[str, float]] = {name: {} for name in maps}
+    if augment is None or not maps:
+        return errors
+    moves = [move for move in MOVES if getattr(augment, move) > 0]
+    still = {**asdict(augment), **dict.fromkeys((*MOVES, *_COLOURS), 0.0)}
+    with LiveTeacher(teacher.model, teacher.task, layers_among(list(maps))) as live:
+        for move in moves:
+            batch = _moved(teacher, data, list(maps.values()), {**still, move: 1.0})
+            with torch.no_grad():
+                given = live(to_device(batch, accelerator.device, channels_last=False))
+            for name, one in maps.items():
+                there = given[name].cpu()
+                if "indices" in one.store.fields:  # kept as log-probabilities
+                    there = there.log_softmax(dim=1)
+                away = batch[f"{PREFIX}{one.name}"].float() - there
+                errors[name][move] = float(away.norm() / there.norm().clamp(min=1e-12))
+    return errors
+
+
+def check_moved_maps(
+    teacher: TrainedTeacher,
+    data: OpenData,
+    kept: Mapping[str, StoredField],
+    accelerator: Accelerator,
+    *,
+    limit: float,
+) -> None:
+    """Refuse augmentations that stored maps do not follow.
+
+    Raises:
+        UserError: It names output, move and error.
+    """
+    for name, errors in moved_map_errors(teacher, data, kept, accelerator).items():
+        said = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
+        if any(error > limit for error in errors.values()):
+            off = ", ".join(move for move, error in errors.items() if error > limit)
+            raise UserError(
+                f"losses: stored maps of {name!r} do not follow the picture: moved with it they "
+                f"differ from the teacher's maps of the moved picture by {said} (limit {limit:.0%},"
+                f" soft_targets.moved_error); set data.augment to 0 for {off}, take "
+                "soft_targets.mirrored=true for flips, or soft_targets.kind=live"
+            )
+        if said:
+            _log.info("stored maps of %s, moved with the picture, are off by %s", name, said)
+
+
+def _moved(
+    teacher: TrainedTeacher, data: OpenData, maps: list[StoredField], augment: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """A batch of train pictures after one move, the stored maps with them."""
+    data = as_shown(teacher, data, augment=augment, partial=None)
+    dataset = make_dataset(data, "train", train=True, mode="one", stored=maps)
+    return collate([dataset[0, place] for place in range(min(_PICTURES, len(dataset)))])

@@ -1,0 +1,133 @@
+"""From the batches of a pass over images to the shards of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.problems.base import Batch, about_objects, image_rows
+from kd.storage.fields import MIRRORED, keep_largest
+from kd.storage.store import IDS, Store
+
+Rows = dict[str, NDArray[Any]]
+
+
+class ShardWriter:
+    """Collects one output's rows and writes each shard when the last of its images has come.
+
+    Args:
+        name: Of the output.
+        store: Where the shards go.
+        dtype: Of the stored numbers.
+        top_k: Only so many of the largest channels are kept; 0 = all.
+    """
+
+    def __init__(self, name: str, store: Store, dtype: str, top_k: int) -> None:
+        self.name, self.store, self.top_k = name, store, top_k
+        self.dtype = torch.float16 if dtype == "float16" else torch.float32
+        self._shard_of: dict[int, int] = {}
+        self._left: dict[int, int] = {}
+        self._rows: dict[int, list[Rows]] = {}
+
+    @property
+    def images(self) -> set[int]:
+        """Ids of the images that it waits for."""
+        return set(self._shard_of)
+
+    def expect(self, images: Sequence[NDArray[np.int64]], shards: Sequence[int]) -> None:
+        """Say which shards are to be written.
+
+        Args:
+            images: Image ids of the whole store, by the model that answers for them.
+            shards: Numbers of the shards.
+        """
+        manifest = self.store.manifest()
+        assert manifest is not None
+        each = int(manifest["images_per_shard"])
+        plan = [part[at : at + each] for part in images for at in range(0, len(part), each)]
+        for number in shards:
+            self._shard_of |= dict.fromkeys(plan[number].tolist(), number)
+            self._left[number] = len(plan[number])
+
+    def record_bytes(self, given: Mapping[str, Tensor]) -> int:
+        """Bytes of one record of such outputs.
+
+        Raises:
+            UserError: What is to be kept is not there, or has too few channels.
+        """
+        return sum(part[0].nbytes for part in self._compact(self._output(given)).values())
+
+    def take(
+        self,
+        batch: Batch,
+        given: Mapping[str, Tensor],
+        mirrored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take the rows of a batch, and those of the mirrored one where these are to be kept.
+
+        Raises:
+            UserError: A number that is not finite, or cannot be written.
+        """
+        wanted = [self._shard_of.get(image, -1) for image in batch["image_ids"].tolist()]
+        owners, ids, what = np.asarray(wanted), batch["image_ids"].cpu().numpy(), "picture"
+        if about_objects(batch):
+            what = "object"
+            owners = owners[image_rows(batch).cpu().numpy()]
+            ids = batch["object_ids"][batch["hidden"]].cpu().numpy()
+        if (owners < 0).all():
+            return
+        compact = self._compact(self._output(given))
+        if mirrored is not None:
+            again = self._compact(self._output(mirrored))
+            compact |= {f"{MIRRORED}{name}": part for name, part in again.items()}
+        rows = {name: part.cpu().numpy() for name, part in compact.items()}
+        for name in rows:
+            if name.endswith("values"):
+                self._check(rows[name], ids, what)
+        for number in np.unique(owners[owners >= 0]).tolist():
+            here = owners == number
+            part = {IDS: ids[here], **{name: value[here] for name, value in rows.items()}}
+            self._rows.setdefault(number, []).append(part)
+        for number in wanted:
+            if number >= 0:
+                self._left[number] -= 1
+                if not self._left[number]:
+                    self._write(number)
+
+    def _write(self, number: int) -> None:
+        parts = self._rows.pop(number)
+        self.store.write_shard(
+            number, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
+
+    def _output(self, given: Mapping[str, Tensor]) -> Tensor:
+        if self.name not in given:
+            raise UserError(
+                f"the teacher gives no {self.name!r} to keep; it gives: {', '.join(given)}"
+            )
+        return given[self.name]
+
+    def _compact(self, output: Tensor) -> dict[str, Tensor]:
+        if not self.top_k:
+            return {"values": output.to(self.dtype)}
+        if self.top_k >= output.shape[1]:
+            raise UserError(
+                f"top_k {self.top_k}: {self.name} has {output.shape[1]} channels; keep fewer, or "
+                "all with 0"
+            )
+        values, indices = keep_largest(output, self.top_k)
+        return {"values": values.to(self.dtype), "indices": indices}
+
+    def _check(self, values: NDArray[Any], ids: NDArray[np.int64], what: str) -> None:
+        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                f"{self.name} of {what} {ids[~finite][0]} is not finite as {values.dtype}; keep it "
+                "as float32, or train the teacher again if that is not finite either"
+            )

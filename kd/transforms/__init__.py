@@ -1,0 +1,1 @@
+"""Augmentation, crops and hiding of objects."""

@@ -1,0 +1,234 @@
+"""Random crops of a picture and its map at random scales, or the whole of both, for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from kd.errors import UserError
+from kd.problems.segmentation.metric import VOID
+from kd.registry import check_options
+from kd.transforms.augment import ColourChange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """What was drawn for one picture.
+
+    Attributes:
+        window: Top, left, height and width of what is cut out, pixels of the file.
+        size: Height and width it is scaled to; the frame is filled up below and right.
+        flip: Mirror left and right.
+        upside_down: Mirror top and bottom.
+        colour: Colour changes, or None.
+    """
+
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flip: bool = False
+    upside_down: bool = False
+    colour: ColourChange | None = None
+
+    def image(self, picture: Tensor, frame: tuple[int, int]) -> Tensor:
+        """(3, H, W) uint8 to (3, *frame), 0 where nothing is left."""
+        part = F.resized_crop(picture, *self.window, size=list(self.size), antialias=True)
+        part = part if self.colour is None else self.colour(part)
+        return self.placed(part, frame)
+
+    def label_map(self, labels: Tensor, frame: tuple[int, int]) -> Tensor:
+        """(H, W) uint8 to `frame`, by nearest neighbours, `VOID` where nothing is left."""
+        nearest = InterpolationMode.NEAREST_EXACT
+        part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
+        return self.placed(part, frame, fill=VOID)[0]
+
+    def placed(self, part: Tensor, frame: tuple[int, int], *, fill: int = 0) -> Tensor:
+        """What was cut out and scaled, (C, *size), mirrored as drawn and put into a frame.
+
+        Returns:
+            (C, *frame), `fill` below and right of it.
+        """
+        part = F.horizontal_flip(part) if self.flip else part
+        part = F.vertical_flip(part) if self.upside_down else part
+        return _filled(part, frame, fill)
+
+    def sources(self) -> NDArray[np.float64]:
+        """Where a place of the crop's frame comes from.
+
+        Returns:
+            (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in pixels of the file.
+        """
+        top, left, height, width = self.window
+        across, down = width / self.size[1], height / self.size[0]
+        row = [0.0, -down, top + height] if self.upside_down else [0.0, down, top]
+        if self.flip:
+            return np.array([[-across, 0.0, left + width], row])
+        return np.array([[across, 0.0, left], row])
+
+    def of_mirrored(self, size: tuple[int, int]) -> Crop:
+        """What leads to the same result from the mirrored picture, for a crop that flips.
+
+        Args:
+            size: Height and width of the picture.
+        """
+        top, left, height, width = self.window
+        return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """How training pictures are cut; the defaults are those of structured distillation.
+
+    Attributes:
+        scale: Smallest and largest factor on the working size.
+        flip: Probability to mirror.
+        jitter: Probability to change brightness, contrast and saturation by factors of 1 +-
+            `max_jitter`.
+        max_jitter: See there.
+    """
+
+    scale: tuple[float, float] = (0.5, 2.1)
+    flip: float = 0.5
+    jitter: float = 0.5
+    max_jitter: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: One is out of range.
+        """
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"augment.scale: {self.scale}: expected 0 < smallest <= largest")
+        _check_shares(self, ("flip", "jitter", "max_jitter"))
+
+    def draw(
+        self,
+        random: np.random.Generator,
+        size: tuple[int, int],
+        frame: tuple[int, int],
+        *,
+        factor: float = 1.0,
+    ) -> Crop:
+        """Decide what to do with one picture.
+
+        Args:
+            random: Drawn from.
+            size: Height and width of the file.
+            frame: Of the result.
+            factor: Working size over the file's size, by which every scale is multiplied.
+        """
+        scale = factor * random.uniform(*self.scale)
+        places = random.random(2).tolist()
+        flip, jitter = (random.random(2) < (self.flip, self.jitter)).tolist()
+        colour = _jittered(random, self.max_jitter)
+        sides = [min(side, max(1, round(to / scale))) for side, to in zip(size, frame, strict=True)]
+        starts = [
+            round(place * (side - part))
+            for place, side, part in zip(places, size, sides, strict=True)
+        ]
+        # What is cut out fills the frame: rounding must not leave a line of void in it.
+        scaled = [
+            to if part < side else min(to, max(1, round(part * scale)))
+            for side, part, to in zip(size, sides, frame, strict=True)
+        ]
+        return Crop(
+            window=(starts[0], starts[1], sides[0], sides[1]),
+            size=(scaled[0], scaled[1]),
+            flip=flip,
+            colour=colour if jitter else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """How whole training pictures are changed; the defaults are those of saliency students.
+
+    Attributes:
+        flip: Probability to mirror left and right.
+        upside_down: Probability to mirror top and bottom.
+        jitter: As of `Crops`.
+        max_jitter: See there.
+    """
+
+    flip: float = 0.5
+    upside_down: float = 0.5
+    jitter: float = 0.0
+    max_jitter: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: One is out of range.
+        """
+        _check_shares(self, ("flip", "upside_down", "jitter", "max_jitter"))
+
+    def draw(
+        self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
+    ) -> Crop:
+        """Decide what to do with one picture.
+
+        Args:
+            random: Drawn from.
+            size: Height and width of the file.
+            scaled: Those that it is scaled to.
+        """
+        chances = (self.flip, self.upside_down, self.jitter)
+        flip, upside_down, jitter = (random.random(3) < chances).tolist()
+        colour = _jittered(random, self.max_jitter)
+        return Crop(
+            window=(0, 0, *size), size=scaled, flip=flip, upside_down=upside_down,
+            colour=colour if jitter else None,
+        )  # fmt: skip
+
+
+def build_turns(options: dict[str, Any] | None) -> Turns:
+    """How whole pictures are changed, from the options; None: not at all.
+
+    Raises:
+        UserError: An option is unknown, of a wrong type or out of range.
+    """
+    if options is None:
+        return Turns(flip=0.0, upside_down=0.0)
+    check_options(Turns, options, what="augment")
+    return Turns(**options)
+
+
+def _jittered(random: np.random.Generator, most: float) -> ColourChange:
+    changes = random.uniform(1 - most, 1 + most, 3).tolist()
+    names = ("brightness", "contrast", "saturation")
+    return ColourChange(**dict(zip(names, changes, strict=True)))
+
+
+def _check_shares(options: Crops | Turns, names: Sequence[str]) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"augment.{name}: {getattr(options, name)} is not in 0..1")
+
+
+def build_crops(options: dict[str, Any] | None) -> Crops:
+    """How pictures are cut, from the options; None: at one scale, nothing else changed.
+
+    Raises:
+        UserError: An option is unknown, of a wrong type or out of range.
+    """
+    if options is None:
+        return Crops(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
+    check_options(Crops, options, what="augment")
+    return Crops(**options)
+
+
+def _filled(part: Tensor, frame: tuple[int, int], value: int) -> Tensor:
+    if part.shape[-2:] == torch.Size(frame):
+        return part
+    filled = part.new_full((part.shape[0], *frame), value)
+    filled[:, : part.shape[-2], : part.shape[-1]] = part
+    return filled

@@ -1,0 +1,60 @@
+"""Overlays of val pictures: what they cost beside asking the networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kd.config.recipes import LabelMaps
+from kd.distillation.student import AdaptedStudent
+from kd.evaluation.ask_network import Asked
+from kd.evaluation.draw import overlays
+from kd.problems.segmentation.data import OpenMaps, open_maps
+from kd.problems.segmentation.samples import MapDataset
+from kd.problems.segmentation.task import Segmentation
+from kd.runs.build import make_accelerator
+
+CLASSES, PICTURES = 11, 6
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> OpenMaps:
+    for split in ("train", "val"):
+        for folder, shape in ((split, (24, 32, 3)), (f"{split}annot", (24, 32))):
+            (tmp_path / folder).mkdir()
+            for number in range(PICTURES):
+                pixels = np.full(shape, number, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+    values = {"root": str(tmp_path), "layout": "camvid", "crop": (24, 32), "workers": 0}
+    return open_maps(LabelMaps.model_validate(values))
+
+
+class Brightness(nn.Module):
+    """Says of the picture of number n that it is class n."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = images[:, :1] * 0.229 * 255 + 0.485 * 255
+        classes = torch.arange(CLASSES).view(1, -1, 1, 1)
+        return -(grey - classes).square()
+
+
+def test_each_picture_is_asked_about_alone(data: OpenMaps, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    sizes = MapDataset.file_sizes
+
+    def counted(samples: MapDataset) -> list[tuple[int, int]]:
+        looked_at.append(len(samples))
+        return sizes(samples)
+
+    monkeypatch.setattr(MapDataset, "file_sizes", counted)
+    model = AdaptedStudent(Brightness())
+    asked = {"model": Asked(model, Segmentation(num_classes=CLASSES), None)}
+    figures = list(overlays(data, asked, count=3, accelerator=make_accelerator("fp32")))
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
+    assert titles == [["picture", "truth", "model, 100 % right"]] * 3
+    assert looked_at == [1, 1, 1]

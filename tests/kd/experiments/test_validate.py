@@ -1,0 +1,88 @@
+"""Settings of stored outputs where none are stored, or none are measured."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from kd.config.reader import find_config, known_configs, load_recipe, read_yaml
+from kd.config.recipes import DistillRecipe
+from kd.errors import UserError
+from kd.experiments.connect import build_terms
+from kd.experiments.validate import check_terms
+from kd.problems.objects.data import Opened
+from kd.runs.build import open_data
+
+
+@pytest.fixture(scope="module")
+def maps(small_scenes: Path) -> Opened:
+    """Label maps of the small scenes."""
+    settings = [
+        f"data.root={small_scenes}",
+        "data.generate={train: 24, val: 8, size: 64, seed: 0}",
+    ]
+    recipe = load_recipe(DistillRecipe, find_config("distill", "espnet"), settings=settings)
+    return open_data(recipe.data)
+
+
+def warned(
+    caplog: pytest.LogCaptureFixture, data: Opened, name: str, on: str | None, *settings: str
+) -> list[str]:
+    """What a shipped recipe's checks warn of on a data set."""
+    recipe = load_recipe(DistillRecipe, find_config("distill", name), data=on, settings=settings)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="kd"):
+        check_terms(recipe, build_terms(recipe.all_losses), data)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_settings_of_stored_maps_are_named_where_the_teacher_is_live(
+    maps: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warned(caplog, maps, "espnet", "camvid") == []
+    (line,) = warned(caplog, maps, "espnet", "camvid", "soft_targets.kind=live")
+    assert line.startswith("soft_targets.score_stride, soft_targets.size: of stored outputs")
+    assert "a live teacher sees the student's own pictures" in line
+
+
+def test_one_stored_teacher_is_enough_for_them(
+    maps: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = [
+        "soft_targets={kind: live, stride: 16}",
+        "more_teachers={other: {run: RUN, kind: stored}}",
+        "ablations={}",
+        "more_losses=[]",
+    ]
+    losses = "losses=[{name: pixel_wise, weight: 1.0}, {name: channel_wise, weight: 1.0, teacher: "
+    assert warned(caplog, maps, "espnet", None, *more, f"{losses}other.logits}}]") == []
+    (line,) = warned(caplog, maps, "espnet", None, *more, f"{losses}logits}}]")
+    assert line.startswith("soft_targets.stride: of stored outputs")
+
+
+SEGMENTATION = [
+    name
+    for name in known_configs("distill")
+    if read_yaml(find_config("distill", name))["task"]["name"] == "segmentation"
+]
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_no_shipped_recipe_says_what_has_no_effect(
+    maps: Opened, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    for on in (None, *read_yaml(find_config("distill", name))["per_data"]):
+        assert warned(caplog, maps, name, on) == []
+
+
+def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Opened) -> None:
+    path = find_config("distill", "espnet")
+    for kind in ("stored", "live"):
+        settings = ["soft_targets.moved_error=0.02", f"soft_targets.kind={kind}"]
+        recipe = load_recipe(DistillRecipe, path, settings=settings)
+        with pytest.raises(
+            UserError, match=r"moved_error: .*not here: scenes_maps .*mirrored=true"
+        ):
+            check_terms(recipe, build_terms(recipe.losses), maps)

@@ -1,0 +1,108 @@
+"""Tables and figures of detectors hold the numbers of their records."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from kd.metrics.coco_ap import Boxes
+from kd.problems.detection.figures import (
+    box_class_table,
+    box_classes_side_by_side,
+    class_ap_figure,
+    size_figure,
+    size_table,
+)
+from kd.problems.detection.records import box_records
+from kd.problems.detection.scores import BoxRow, per_class, value
+from kd.problems.objects.records import Records
+from kd.report.style import figure_image
+
+NAMES = ("cup", "mug", "jar")
+
+
+def records_of(share: float) -> Records:
+    """Eight pictures, a small cup and a large mug on each; a share of both is found."""
+    image = np.repeat(np.arange(8), 2)
+    xywh = np.tile(np.array([[5.0, 5.0, 20.0, 20.0], [50.0, 50.0, 120.0, 120.0]]), (8, 1))
+    sides = Boxes(image, np.tile([0, 1], 8), xywh, xywh[:, 2] * xywh[:, 3], np.zeros(16, np.bool_))
+    kept = np.arange(16) < 16 * share
+    kept[0] = False
+    found = Boxes(image[kept], sides.label[kept], xywh[kept], sides.areas[kept], sides.crowd[kept])
+    return box_records(sides, found, np.linspace(0.9, 0.2, kept.sum()), image_ids=np.arange(8),
+                       names=NAMES, category_ids=np.arange(3))  # fmt: skip
+
+
+def test_classes_and_sizes_come_with_their_numbers() -> None:
+    records = records_of(0.5)
+    rows = per_class(records)
+    table = box_class_table(rows, records, NAMES)
+    cup, mug = table.groups[0]
+    assert table.header == ("class", "objects", "AP", "95 % interval", "AP50", "AP75", "AP_small",
+                            "AP_medium", "AP_large")  # fmt: skip
+    assert cup[:3] == ("cup", "8", f"{100 * 38 / 101:.1f}") and cup[3].startswith("[")
+    assert cup[6:] == (cup[2], "", "")  # all are small
+    assert mug[2] == f"{100 * 51 / 101:.1f}" and mug[6:] == ("", "", mug[2])
+    sizes = size_table({"a": records, "b": records_of(1.0)})
+    there = {"small, below 32 px": "8", "medium, 32 to 96 px": "0", "large, over 96 px": "8"}
+    assert {row[0]: row[1] for row in sizes.groups[0]} == there
+    assert sizes.groups[0][0][2].startswith(f"{cup[2]} [") and sizes.groups[0][1][2] == ""
+    both = box_classes_side_by_side({"a": rows, "b": per_class(records_of(1.0))}, NAMES)
+    assert both.groups[0][1] == ("mug", "8", mug[2], "100.0")
+
+
+def test_bars_are_the_aps_above_the_objects() -> None:
+    rows = {"plain": per_class(records_of(0.5)), "distilled": per_class(records_of(1.0))}
+    figure = class_ap_figure(rows, NAMES)
+    above, below = figure.axes
+    heights = [bar.get_height() for bar in above.patches if isinstance(bar, Rectangle)]
+    expected = [100 * row.numbers["AP"] for part in rows.values() for row in part]
+    assert heights == pytest.approx(expected)
+    objects = [bar.get_height() for bar in below.patches if isinstance(bar, Rectangle)]
+    assert objects == [8, 8]
+    legend = above.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["plain", "distilled", "AP50"]
+    assert figure_image(figure, dpi=50).shape[0] == 3
+
+
+def test_more_classes_than_can_be_named_are_left_out_with_a_word() -> None:
+    rows = [BoxRow(c, 100 - c, {"AP": 0.5, "AP50": 0.6}) for c in range(70)]
+    figure = class_ap_figure({"run": rows}, [str(c) for c in range(70)])
+    assert figure.axes[1].get_xlabel() == "the 60 most frequent of 70"
+
+
+def test_sizes_without_objects_have_no_bar() -> None:
+    runs = {"plain": records_of(0.5), "distilled": records_of(1.0)}
+    (axes,) = size_figure(runs).axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["all\n16 objects", "small\nbelow 32 px\n8 objects",
+                      "large\nover 96 px\n8 objects"]  # fmt: skip
+    heights = [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
+    known = [value(run, name) or 0 for run in runs.values() for name in ("AP", "AP_small",
+                                                                         "AP_large")]  # fmt: skip
+    assert heights == pytest.approx([100 * number for number in known])
+
+
+@pytest.mark.parametrize("hits", [1, 2])
+@pytest.mark.parametrize("count", [1, 4])
+def test_numbers_of_low_bars_stay_in_the_axes_above_their_intervals(hits: int, count: int) -> None:
+    """A few of 24 objects found: an AP of a few per cent whose interval goes far above 10."""
+    image, place = np.arange(24), np.tile([[5.0, 5.0, 20.0, 20.0]], (24, 1))
+    there = Boxes(image, image * 0, place, place[:, 2] * place[:, 3], np.zeros(24, np.bool_))
+    found = Boxes(image[:hits], there.label[:hits], place[:hits], there.areas[:hits],
+                  there.crowd[:hits])  # fmt: skip
+    run = box_records(there, found, np.full(hits, 0.9), image_ids=image, names=NAMES,
+                      category_ids=np.arange(3))  # fmt: skip
+    figure = size_figure({f"a run of some name {number}": run for number in range(count)})
+    figure_image(figure)
+    (axes,) = figure.axes
+    shown = axes.get_window_extent()
+    lines = [line for part in axes.collections for line in part.get_paths()]  # error bars
+    highest = max(np.asarray(line.vertices)[:, 1].max() for line in lines)
+    assert 100 * hits / 24 < 10 < highest and len(axes.texts) == 2 * count
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert extent.y1 <= shown.y1
+        assert extent.y0 >= axes.transData.transform((0, highest))[1]

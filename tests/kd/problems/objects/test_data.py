@@ -1,0 +1,92 @@
+"""A data set of objects as detectors are shown it: the section's settings reach the samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd.config.reader import objects_config
+from kd.data.prepare import prepare
+from kd.errors import UserError
+from kd.problems.base import about_boxes, count_units
+from kd.problems.detection.data import OpenBoxes
+from kd.problems.objects.data import OpenData, open_objects
+from kd.runs.build import make_accelerator, make_loader
+
+
+@pytest.fixture(scope="module")
+def data(small_data: list[str]) -> OpenData:
+    return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+
+
+def changed(data: OpenData, **changes: object) -> OpenData:
+    return OpenData(data.section.model_copy(update=changes), data.train, data.val)
+
+
+def test_detectors_train_and_are_scored_on_every_image(data: OpenData) -> None:
+    accelerator = make_accelerator("fp32")
+    train = make_loader(data.boxes(0), accelerator, batch_size=7, workers=0, train=True)
+    assert [len(batch["images"]) for batch in train] == [7, 7, 7]
+    val = make_loader(data.evaluated_boxes(), accelerator, batch_size=3, workers=0)
+    batches = list(val)
+    assert sum(len(batch["images"]) for batch in batches) == 8
+    found = torch.cat([batch["object_ids"] for batch in batches])
+    assert sorted(found.tolist()) == sorted(data.val.object_ids.tolist())
+    assert all(about_boxes(batch) and count_units(batch)["boxes"] > 0 for batch in batches)
+    assert len(data.evaluated_boxes("train")) == 24
+    assert len(data.evaluated_boxes(only=[int(data.val.image_ids[2])])) == 1
+
+
+def test_the_sections_settings_are_those_of_the_samples(data: OpenData) -> None:
+    other = changed(data, scales=(0.5, 0.5), repeat_labelled=3)
+    known = data.train.image_ids[:4]
+    dataset = other.boxes(5, labelled=known)
+    assert len(dataset) == 24 + 2 * 4 and len(other.boxes(5)) == 24
+    assert dataset[0, 0]["sizes"].tolist() == [16, 16]
+    assert int(dataset.known.sum()) == 12
+    assert other.evaluated_boxes()[0, 0]["sizes"].tolist() == [32, 32]
+    same, another = data.boxes(5)[2, 1], data.boxes(6)[2, 1]
+    assert torch.equal(same["images"], data.boxes(5)[2, 1]["images"])
+    flips = [torch.equal(data.boxes(n)[2, 1]["images"], same["images"]) for n in range(6, 16)]
+    assert 0 < sum(flips) < 10 and torch.equal(another["labels"], same["labels"])
+
+
+def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: OpenData) -> None:
+    other = changed(data, min_share=0.2, max_share=0.9)
+    counts = np.diff(data.val.first)
+    boxes = [len(other.evaluated_boxes()[0, place]["boxes"]) for place in range(len(data.val))]
+    assert boxes == counts.tolist()
+
+
+def test_detectors_classes_are_counted_on_objects_of_all_sizes(
+    data: OpenData, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxes = OpenBoxes(changed(data, min_share=0.98, max_share=0.99))  # none that could be hidden
+    with caplog.at_level("INFO"):
+        prior = boxes.classes().prior
+    assert prior is not None and not caplog.records  # nor is any picture left out
+    counts = np.bincount(data.train.labels, minlength=data.num_classes) + 1.0
+    np.testing.assert_allclose(prior, counts / counts.sum())
+    some = data.train.image_ids[1:3]
+    first, last = data.train.first[1], data.train.first[3]
+    counts = np.bincount(data.train.labels[first:last], minlength=data.num_classes) + 1.0
+    np.testing.assert_allclose(boxes.prior(some), counts / counts.sum())
+
+
+def test_prepared_copies_are_found_by_split(data: OpenData, tmp_path: Path) -> None:
+    for split, index in (("train", data.train), ("val", data.val)):
+        out = tmp_path / split
+        assert prepare(index.annotation_file, index.image_folder, out, size=40) == []
+    other = changed(data, prepared=str(tmp_path))
+    assert other.evaluated_boxes().picture(0)[0].parent == tmp_path / "val" / "images"
+    assert other.boxes(0).picture(0)[0].parent == tmp_path / "train" / "images"
+    with pytest.raises(UserError, match="prepared at 40 pixels, but 48 are wanted"):
+        changed(other, scales=(0.5, 1.5)).boxes(0)
+
+
+def test_a_detector_needs_pictures(data: OpenData) -> None:
+    with pytest.raises(UserError, match=r"scenes: data\.pictures is false, but detectors need"):
+        changed(data, pictures=False).boxes(0)

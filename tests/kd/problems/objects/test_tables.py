@@ -1,0 +1,131 @@
+"""Tables of an evaluation hold the numbers of `kd.metrics`, each in its place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kd.metrics import classification as scores
+from kd.metrics.bootstrap import bootstrap
+from kd.metrics.confusion import beyond_prior, confusions, per_class
+from kd.problems.objects import tables
+from kd.problems.objects.records import Records, prior_records
+
+NAMES = ("cup", "fork", "person")
+
+
+def records_of(seed: int, strength: float = 1.5) -> Records:
+    """Sixty objects, three an image, which holds two to four others."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(60) % 3
+    logits = rng.normal(size=(60, 3)) + strength * np.eye(3)[labels]
+    ids = np.arange(60)
+    return {
+        "object_ids": ids,
+        "image_ids": ids // 3,
+        "labels": labels,
+        "shares": np.linspace(0.001, 0.1, 60),
+        "log_probs": logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)),
+        "visible": 2 + ids // 3 % 3,
+        "prior": np.array([0.5, 0.3, 0.2]),
+        "looks": np.array([0, 0, -1]),
+    }
+
+
+def known(records: Records) -> dict[str, Records]:
+    prior = prior_records(records)
+    assert prior is not None
+    return {"class prior": prior}
+
+
+def test_one_run_has_a_line_for_each_metric_and_a_column_for_each_reference() -> None:
+    run = records_of(0)
+    table = tables.run_table(tables.scored({"cnn": run}, known(run)), "title", ["a note"])
+    assert table.header == ("metric", "cnn", "95 % interval", "random", "class prior")
+    rows = {row[0]: row[1:] for row in table.groups[0]}
+    assert list(rows) == ["top1 (%)", "top3 (%)", "mean_class_top1 (%)", "nll (nats)", "ece",
+                          "lookalike_top1 (%)", "lookalike_pair_top1 (%)"]  # fmt: skip
+    hits = scores.ranks(run["log_probs"], run["labels"]) == 0
+    _, low, high = bootstrap(hits.astype(float), run["image_ids"])
+    assert rows["top1 (%)"] == (
+        f"{100 * hits.mean():.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]", "33.3", "33.3",
+    )  # fmt: skip
+    assert rows["nll (nats)"][2:] == ("1.099", f"{-np.log([0.5, 0.3, 0.2]).mean():.3f}")
+    assert rows["ece"][1:3] == ("", "")  # no mean over objects; nothing to guess
+    assert rows["lookalike_pair_top1 (%)"][2] == "50.0"
+    assert "a note" in table.notes
+
+
+def test_several_runs_have_a_line_each_and_the_references_below() -> None:
+    runs = {"cnn": records_of(0), "unet": records_of(1)}
+    table = tables.side_by_side_table(tables.scored(runs, known(runs["cnn"])), "title")
+    above, below = table.groups
+    assert [row[0] for row in above] == ["cnn", "unet"]
+    assert [row[0] for row in below] == ["random", "class prior"]
+    top1 = table.header.index("top1")
+    for row, run in zip(above, runs.values(), strict=True):
+        assert row[top1].startswith(f"{100 * (scores.value(run, 'top1') or 0):.1f} [")
+        assert "[" not in row[table.header.index("mean_class_top1")]
+    assert all("[" not in cell for row in below for cell in row)
+
+
+def test_bins_count_their_objects_and_leave_out_what_is_not_known() -> None:
+    run = records_of(0)
+    table = tables.bins_table("visible", {"cnn": run}, known(run))
+    assert table is not None
+    assert table.header == ("other objects in the picture", "objects", "cnn", "class prior")
+    assert [(row[0], row[1]) for row in table.groups[0]] == [("1 to 2", "21"), ("3 to 4", "39")]
+    few = run["visible"] == 2
+    hits = (scores.ranks(run["log_probs"], run["labels"]) == 0)[few]
+    assert table.groups[0][0][2].startswith(f"{100 * hits.mean():.1f} [")
+    shares = tables.bins_table("share", {"cnn": run}, {})
+    assert shares is not None
+    assert sum(int(row[1]) for row in shares.groups[0]) == 60
+    old = {name: part for name, part in run.items() if name != "visible"}
+    assert tables.bins_table("visible", {"cnn": old}, {}) is None
+
+
+def test_classes_say_their_shares_and_what_is_said_instead() -> None:
+    run = records_of(0)
+    rows = per_class(run)
+    table = tables.class_table(rows, NAMES, np.array([5, 3, 2]))
+    line = dict(zip(table.header, table.groups[0][0], strict=True))
+    assert line["class"] == "cup"
+    assert (line["val objects"], line["share of val (%)"], line["share of train (%)"]) == (
+        "20", "33.3", "50.0",
+    )  # fmt: skip
+    first = rows[0].instead[0]
+    assert line["says instead"].startswith(f"{NAMES[first.said]} {100 * first.share:.0f} %")
+    both = tables.classes_side_by_side({"cnn": run, "unet": records_of(1)}, NAMES)
+    assert both.header == ("class", "val objects", "cnn", "unet")
+    assert both.groups[0][0][2] == line["top1 (%)"]
+
+
+def test_confusions_are_listed_in_their_order_with_lift() -> None:
+    run = records_of(0, strength=0.5)
+    pairs = confusions(run)
+    table = tables.confusion_table(pairs, NAMES, "Confusions", most=2)
+    assert len(table.groups[0]) == 2
+    first = pairs[0]
+    assert table.groups[0][0] == (
+        NAMES[first.true], NAMES[first.said], str(first.count), f"{100 * first.share:.1f}",
+        f"{100 * first.expected:.1f}", f"{first.lift:.1f}",
+    )  # fmt: skip
+    assert len(tables.confusion_table(beyond_prior(run), NAMES, "t").groups[0]) <= len(pairs)
+
+
+def test_the_notes_say_how_far_a_run_is_from_each_reference() -> None:
+    run = records_of(0, strength=5.0)
+    notes = tables.difference_notes(run, known(run))
+    gap = 100 * ((scores.value(run, "top1") or 0) - 1 / 3)
+    assert notes[0].startswith(f"less the class prior: top1 (%) {gap:+.1f} [")
+    assert "]*, nll (nats) -" in notes[0]
+    assert tables.difference_notes(run, {}) == []
+
+
+@pytest.mark.parametrize("kind", ["share", "visible"])
+def test_a_table_of_bins_is_markdown_without_line_breaks_in_cells(kind: str) -> None:
+    table = tables.bins_table(kind, {"cnn": records_of(0)}, {})
+    assert table is not None
+    lines = table.to_markdown().splitlines()
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1

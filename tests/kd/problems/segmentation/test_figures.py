@@ -1,0 +1,74 @@
+"""Tables and figures of label maps hold the numbers of their confusions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from kd.problems.objects.records import Records
+from kd.problems.segmentation.figures import (
+    iou_figure,
+    map_class_table,
+    map_classes_side_by_side,
+    pixel_confusion_figure,
+)
+from kd.problems.segmentation.records import per_class
+from kd.report.style import figure_image
+
+NAMES = ("sky", "road", "car", "tree", "bin")
+# Of two pictures; trees are said but never there, bins neither.
+CONFUSION = np.array(
+    [
+        [[60, 3, 1, 0, 0], [2, 20, 0, 2, 0], [0, 1, 1, 0, 0], [0] * 5, [0] * 5],
+        [[20, 0, 0, 0, 0], [0, 20, 0, 0, 0], [2, 0, 0, 0, 0], [0] * 5, [0] * 5],
+    ]
+)
+RECORDS: Records = {"image_ids": np.arange(2), "confusion": CONFUSION}
+
+
+def test_classes_come_with_their_pixels_iou_and_what_is_said_instead() -> None:
+    rows = per_class(RECORDS)
+    assert [row.label for row in rows] == [0, 1, 2, 3]
+    sky, _, car, tree = rows
+    assert (sky.share, sky.iou, sky.accuracy) == pytest.approx((84 / 132, 80 / 88, 80 / 84))
+    assert [label for label, _ in sky.instead] == [1, 2]
+    assert [share for _, share in sky.instead] == pytest.approx([3 / 84, 1 / 84])
+    assert (car.share, car.iou) == pytest.approx((4 / 132, 1 / 5))
+    assert tree.share == 0 and np.isnan(tree.accuracy) and tree.instead == ()
+    table = map_class_table(rows, RECORDS, NAMES)
+    first, last = table.groups[0][0], table.groups[0][-1]
+    assert first[:3] == ("sky", "63.64", "90.9") and first[3].startswith("[")
+    assert first[4:] == ("95.2", "road 4 %, car 1 %")
+    assert last[:3] == ("tree", "0.00", "0.0") and last[4:] == ("", "")
+    both = map_classes_side_by_side({"a": rows, "b": rows}, NAMES)
+    assert both.header == ("class", "pixels (%)", "a", "b")
+    assert [row[0] for row in both.groups[0]] == ["sky", "road", "car"]
+    assert both.groups[0][0][2:] == ("90.9", "90.9")
+
+
+def test_bars_are_the_ious_above_the_shares() -> None:
+    rows = per_class(RECORDS)
+    figure = iou_figure({"plain": rows, "distilled": rows}, NAMES)
+    above, below = figure.axes
+    heights, shares = (
+        [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
+        for axes in (above, below)
+    )
+    assert heights == pytest.approx([100 * row.iou for row in rows[:3]] * 2)
+    assert shares == pytest.approx([100 * row.share for row in rows[:3]])
+    assert below.get_yscale() == "log"
+    figure_image(figure)
+    figure_image(iou_figure({str(n): rows for n in range(14)}, NAMES))
+
+
+def test_the_confusions_are_shares_of_each_row_and_rows_say_their_pixels() -> None:
+    figure = pixel_confusion_figure(CONFUSION.sum(axis=0), NAMES)
+    (axes,) = figure.axes
+    image = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(image.sum(axis=1), 1)
+    assert image[0, 0] == pytest.approx(80 / 84)
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == ["sky (64 %)", "road (33 %)", "car (3 %)"]
+    assert axes.get_xticklabels()[-1].get_text() == "tree"
+    figure_image(figure)

@@ -1,0 +1,278 @@
+"""Teachers and students of label maps through the commands: the embedded scenes, tiny runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd import cache, distill, train_teacher
+from kd.config.reader import find_config, load_recipe
+from kd.config.recipes import DistillRecipe
+from kd.engine.loop import forward_losses
+from kd.errors import ConfigError, UserError
+from kd.experiments.variants import Distillation
+from kd.problems.segmentation.metric import VOID
+from kd.runs.build import make_accelerator, open_data
+
+pytestmark = pytest.mark.slow
+
+TRAIN = "train={epochs: 1, batch_size: 8, pictures: 0, precision: fp32, evaluate_every: 0}"
+ARMS = ("plain", "pixel", "pixel_pair", "all", "channel")
+# Maps of 8 x 8 places are too small for the critic's four halvings.
+SMALL = (
+    "losses=[{name: pixel_wise, weight: 10.0}, {name: pair_wise, weight: 10.0, student: norm3, "
+    "teacher: pyramid}, {name: holistic, weight: 0.1, options: {widths: [8, 8]}}]"
+)
+
+
+@pytest.fixture(scope="session")
+def maps(small_scenes: Path) -> list[str]:
+    """`--set` texts that replace a recipe's data by label maps of the small scenes."""
+    return [
+        f"data.root={small_scenes}",
+        "data.generate={train: 24, val: 8, size: 64, seed: 0}",
+        "data.size=64",
+        "data.crop=[64, 64]",
+        "data.workers=0",
+        TRAIN,
+    ]
+
+
+@pytest.fixture(scope="session")
+def mapped_teacher(maps: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PSPNet trained for three steps."""
+    out = tmp_path_factory.mktemp("maps") / "teacher"
+    options = "teacher.options={trunk: resnet18, width: 0.25, head: 16}"
+    given = flags([*maps, options, "task.weights={cross_entropy: 1.0, auxiliary: 0.4}"])
+    assert train_teacher.main(["--teacher", "pspnet", *given, "--out", str(out)]) == 0
+    return out
+
+
+def flags(settings: list[str]) -> list[str]:
+    return [text for setting in settings for text in ("--set", setting)]
+
+
+def distillation(maps: list[str], teacher: Path, *settings: str) -> Distillation:
+    recipe = load_recipe(
+        DistillRecipe,
+        find_config("distill", "espnet_c"),
+        settings=[*maps, SMALL, f"teacher.run={teacher}", *settings],
+    )
+    out = teacher.parent / "students"
+    return Distillation(recipe, open_data(recipe.data), make_accelerator("fp32"), out)
+
+
+def start(arms: Distillation, arm: str) -> dict[str, Tensor]:
+    model, _ = arms._assemble(arm, 0, None, arms._dataset(0, None, arm))
+    return model.state_dict()
+
+
+def test_an_ablation_trains_each_of_its_arms_and_the_plain_twin(
+    maps: list[str], mapped_teacher: Path, tmp_path: Path
+) -> None:
+    given = [*flags([*maps, SMALL, "seeds=[0]"]), "--teacher", str(mapped_teacher)]
+    out = tmp_path / "students"
+    command = ["--student", "espnet_c", "--ablation", "structured", *given, "--out", str(out)]
+    assert distill.main(command) == 0
+    assert {path.parent.name for path in out.glob("seed0/*/summary.json")} == set(ARMS)
+    terms = {
+        arm: {
+            line.split('"loss/')[1].split('"')[0]
+            for line in (out / "seed0" / arm / "metrics.jsonl").read_text().splitlines()
+            if '"loss/' in line
+        }
+        for arm in ARMS
+    }
+    assert terms["plain"] == {"cross_entropy", "total"}
+    assert terms["pixel_pair"] == {"cross_entropy", "pixel_wise", "pair_wise", "total"}
+    assert terms["all"] == terms["pixel_pair"] | {"holistic", "holistic_critic"}
+    assert terms["channel"] == {"cross_entropy", "channel_wise", "total"}
+
+
+def test_an_unknown_ablation_names_those_of_the_recipe(maps: list[str]) -> None:
+    with pytest.raises(UserError, match="unknown ablation of this recipe"):
+        distill.main(["--student", "espnet_c", "--ablation", "struct", *flags(maps)])
+
+
+def test_all_arms_have_the_same_weights_and_see_the_same_pixels(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    arms = distillation(maps, mapped_teacher, "arms=[plain, all, channel]")
+    plain = start(arms, "plain")
+    for arm in ("all", "channel"):
+        other = start(arms, arm)
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+    samples = [arms._dataset(0, None, arm)[2, 5] for arm in ("plain", "all", "channel")]
+    for other in samples[1:]:
+        assert all(torch.equal(samples[0][name], other[name]) for name in samples[0])
+    assert {name for name in samples[1] if name.startswith("stored.")} == {
+        "stored.logits",
+        "stored.pyramid",
+    }
+    assert [name for name in samples[2] if name.startswith("stored.")] == ["stored.logits"]
+
+
+@pytest.mark.parametrize("kind", ["stored", "live"])
+def test_stored_and_live_teachers_teach_alike(
+    maps: list[str], mapped_teacher: Path, kind: str
+) -> None:
+    still = "data.augment={scale: [1.0, 1.0], flip: 0.0, jitter: 0.0}"
+    arms = distillation(
+        maps, mapped_teacher, "arms=[distilled]", still, f"soft_targets.kind={kind}",
+        "soft_targets.dtype=float32",
+    )  # fmt: skip
+    dataset = arms._dataset(0, None, "distilled")
+    model, objective = arms._assemble("distilled", 0, None, dataset)
+    with torch.no_grad():
+        losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+    live = distillation(maps, mapped_teacher, "arms=[distilled]", still, "soft_targets.kind=live")
+    model, objective = live._assemble("distilled", 0, None, dataset)
+    with torch.no_grad():
+        expected = forward_losses(model.eval(), live._sample(dataset), objective)
+    for name in ("cross_entropy", "pixel_wise", "pair_wise"):
+        torch.testing.assert_close(losses[name].value, expected[name].value, rtol=1e-4, atol=1e-5)
+
+
+def test_stored_maps_of_mirrored_pictures_are_what_a_live_teacher_says_of_them(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    turned = "data.augment={scale: [1.0, 1.0], flip: 1.0, jitter: 0.0}"
+
+    def losses_of(*settings: str) -> list[float]:
+        arms = distillation(maps, mapped_teacher, "arms=[distilled]", turned, *settings)
+        dataset = arms._dataset(0, None, "distilled")
+        model, objective = arms._assemble("distilled", 0, None, dataset)
+        with torch.no_grad():
+            losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+        return [float(losses[name].value) for name in ("pixel_wise", "pair_wise")]
+
+    live = losses_of("soft_targets.kind=live")
+    both_sides = losses_of("soft_targets.dtype=float32", "soft_targets.mirrored=true")
+    assert both_sides == pytest.approx(live, rel=1e-4)
+    # Without, the map is only turned round, which no network with strides follows.
+    one_side = losses_of("soft_targets.dtype=float32")
+    assert all(abs(a / b - 1) > 1e-3 for a, b in zip(one_side, live, strict=True))
+
+
+def test_score_maps_may_be_finer_than_layers(maps: list[str], mapped_teacher: Path) -> None:
+    arms = distillation(maps, mapped_teacher, "arms=[distilled]", "soft_targets.score_stride=2")
+    dataset = arms._dataset(0, None, "distilled")
+    sample = dataset[0, 0]
+    height, width = sample["images"].shape[1:]
+    assert sample["stored.logits"].shape[2:] == (height // 2, width // 2)
+    assert sample["stored.pyramid"].shape[2:] == (height // 8, width // 8)
+    model, objective = arms._assemble("distilled", 0, None, dataset)
+    losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+    assert losses["pixel_wise"].value > 0 and losses["pair_wise"].value > 0
+
+
+def test_void_reaches_no_loss(maps: list[str], mapped_teacher: Path) -> None:
+    arms = distillation(maps, mapped_teacher, "arms=[distilled]")
+    dataset = arms._dataset(0, None, "distilled")
+    model, objective = arms._assemble("distilled", 0, None, dataset)
+    batch = arms._sample(dataset)
+    batch["label_maps"] = torch.full_like(batch["label_maps"], VOID)
+    losses = forward_losses(model.eval(), batch, objective)
+    for name in ("cross_entropy", "pixel_wise", "pair_wise"):
+        assert losses[name].value == 0
+    total = torch.stack([loss.value for loss in losses.values()]).sum()
+    total.backward()
+    learned = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(not gradient.any() for gradient in learned)
+
+
+def test_a_teacher_of_the_context_of_objects_teaches_by_its_layers(
+    maps: list[str], small_teacher: Path, tmp_path: Path
+) -> None:
+    settings = [
+        *maps,
+        "data.size=32",
+        "data.crop=[32, 32]",
+        "losses=[{name: pair_wise, weight: 1.0, student: norm3, teacher: features.2}]",
+        "ablations={}",
+        "arms=[plain, distilled]",
+        "seeds=[0]",
+        f"soft_targets.cache={tmp_path / 'kept'}",  # the teacher is shared by other tests
+    ]
+    given = [*flags(settings), "--teacher", str(small_teacher), "--out", str(tmp_path / "run")]
+    assert distill.main(["--student", "espnet_c", *given]) == 0
+    curves = (tmp_path / "run" / "seed0" / "distilled" / "metrics.jsonl").read_text()
+    assert "loss/pair_wise" in curves
+
+
+def test_maps_of_pictures_are_kept_ahead_of_training(
+    maps: list[str], mapped_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [text for text in maps if text.startswith("data.")]
+    command = ["--teacher", str(mapped_teacher), "--data", "scenes_maps", *flags(data)]
+    assert cache.main([*command, "--layers", "pyramid", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "logits: 24 pictures" in said and "pyramid: 24 pictures" in said
+
+
+def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
+    maps: list[str], small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [text for text in maps if text.startswith("data.")]
+    command = ["--teacher", str(small_teacher), "--data", "scenes_maps", *flags(data)]
+    layers = ["--only-layers", "--layers", "features.2", "--in-fold", "--out", str(tmp_path)]
+    assert cache.main([*command, *layers]) == 0
+    assert "features.2: 24 pictures" in capsys.readouterr().out
+
+
+def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher: Path) -> None:
+    with pytest.raises(UserError, match="arms: bare, shuffled: for students that name objects"):
+        distillation(maps, mapped_teacher, "arms=[plain, bare, shuffled]")
+
+
+@pytest.mark.parametrize("name", ["direct", "decoupled", "context_features"])
+def test_terms_about_hidden_objects_are_refused(
+    maps: list[str], mapped_teacher: Path, name: str
+) -> None:
+    layers = "student: norm3, teacher: pyramid, " if name == "context_features" else ""
+    losses = f"losses=[{{name: {name}, {layers}weight: 1.0}}]"
+    with pytest.raises(
+        UserError, match=f"losses: {name}: is about hidden objects, which are not here"
+    ):
+        distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
+
+
+def test_a_weighted_divergence_needs_weights_of_classes(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    losses = "losses=[{name: pixel_wise_weighted, weight: 1.0}]"
+    with pytest.raises(UserError, match=r"pixel_wise_weighted: classes have no weights; pixel_"):
+        distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
+
+
+def test_a_task_says_which_kind_of_data_it_is_for(maps: list[str], small_scenes: Path) -> None:
+    objects = flags([text for text in maps if not text.startswith(("data.crop", "train"))])
+    with pytest.raises(UserError, match=r"scenes: has objects with boxes; .* for label maps, such"):
+        distill.main(["--student", "espnet_c", "--data", "scenes", *objects])
+    with pytest.raises(UserError, match=r"scenes_maps: has label maps; .* for objects with boxes"):
+        distill.main(["--student", "resnet18", "--data", "scenes_maps", *objects])
+
+
+def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher: Path) -> None:
+    with pytest.raises(UserError, match="unknown segmentation student 'resnet18'"):
+        distillation(maps, mapped_teacher, "student={name: resnet18}").check()
+
+
+def test_folds_are_of_objects(maps: list[str]) -> None:
+    with pytest.raises(ConfigError, match="folds: are for teachers of objects"):
+        train_teacher.main(["--teacher", "pspnet", *flags([*maps, "folds=2"])])
+
+
+def test_one_image_at_a_time_is_too_few_for_a_pyramid(
+    maps: list[str], mapped_teacher: Path
+) -> None:
+    student = "student={name: pspnet, options: {width: 0.25, head: 8}}"
+    one = "train={epochs: 1, batch_size: 2, accumulate: 2, precision: fp32}"
+    arms = distillation(
+        maps, mapped_teacher, "arms=[plain]", student, one, "task.weights.auxiliary=0.4"
+    )
+    with pytest.raises(UserError, match=r"train\.batch_size: 1 image for each process"):
+        arms.check()

@@ -1,0 +1,71 @@
+"""From sections of a recipe to data sets, models, terms and adapters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kd.runs.build import (build_student, build_task, build_teacher, make_accelerator, make_loader)
+from kd.config.recipes import (Data, Model, TaskSection)
+from kd.config.reader import objects_config
+from kd.errors import UserError
+from kd.problems.objects.data import (OpenData, make_dataset, open_objects)
+from kd.problems.objects.context import Context
+
+
+@pytest.fixture(scope="module")
+def data(small_data: list[str]) -> OpenData:
+    section: Data = objects_config(
+        "scenes", [text.removeprefix("data.") for text in small_data if text != "--set"]
+    )
+    return open_objects(section)
+
+
+def test_the_prior_counts_the_objects_that_may_be_hidden(data: OpenData) -> None:
+    whole = data.prior()
+    assert whole.sum() == pytest.approx(1)
+    counts = np.bincount(data.train.labels, minlength=data.num_classes) + 1.0
+    assert whole == pytest.approx(counts / counts.sum())
+    assert not np.allclose(whole, data.prior(data.train.image_ids[:5]))
+
+
+def test_the_ceiling_is_there_for_the_scenes_alone(data: OpenData) -> None:
+    ceiling = data.ceiling()
+    assert ceiling is not None
+    assert set(ceiling["object_ids"]) == set(data.val.object_ids)
+    other = OpenData(data.section.model_copy(update={"generate": None}), data.train, data.val)
+    assert other.ceiling() is None
+
+
+def test_data_that_is_nowhere_says_where_it_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("KD_DATA", str(tmp_path))
+    monkeypatch.chdir(str(tmp_path))
+    with pytest.raises(UserError, match=r"data set coco_mini: not found in .*data\.root=DIR"):
+        open_objects(objects_config("coco_mini"))
+
+
+def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(data: OpenData) -> None:
+    accelerator = make_accelerator("fp32")
+    val = make_loader(make_dataset(data, "val", train=False), accelerator, batch_size=3, workers=0)
+    assert sum(len(batch["images"]) for batch in val) == len(val.dataset) == 8
+    dataset = make_dataset(data, "train", train=True)
+    train = make_loader(dataset, accelerator, batch_size=7, workers=0, train=True)
+    assert [len(batch["images"]) for batch in train] == [7, 7, 7]
+
+
+def test_options_are_checked_against_the_builders(data: OpenData) -> None:
+    prior = data.prior()
+    with pytest.raises(UserError, match=r"teacher 'cnn'.*widht.*width"):
+        build_teacher(Model(name="cnn", options={"widht": 4}), 5)
+    with pytest.raises(UserError, match=r"dropuot.*dropout"):
+        build_student(Model(name="resnet18", options={"dropuot": 0.1}), prior)
+    with pytest.raises(UserError, match="unknown torchvision classifier 'pspnet'"):
+        build_student(Model(name="pspnet", options={}), prior)
+    with pytest.raises(UserError, match=r"classificaton.*classification"):
+        build_task(TaskSection(name="classificaton", weights={}), data.section, 5)
+    task = build_task(TaskSection(name="context", weights={}), data.section, 5, prior)
+    assert isinstance(task, Context)
+    assert task.shape == data.section.shape and task.prior == pytest.approx(tuple(prior))
+    assert build_student(Model(name="squeezenet1_1"), prior, context=False).context is None

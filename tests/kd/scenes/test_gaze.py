@@ -1,0 +1,62 @@
+"""The synthetic gaze model: the same looks each time, at objects more than elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kd.errors import UserError
+from kd.formats.coco import CocoIndex, load_coco
+from kd.scenes.gaze import INTEREST, LOOKS, OBSERVERS, SceneGaze
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def index(small_scenes: Path) -> CocoIndex:
+    return load_coco(small_scenes / "annotations" / "instances_train.json", small_scenes / "train")
+
+
+def test_looks_are_the_same_whenever_they_are_asked_for(index: CocoIndex) -> None:
+    first, again = SceneGaze(index)(3, SIZE), SceneGaze(index)(3, SIZE)
+    np.testing.assert_array_equal(first.points, again.points)
+    assert len(first.points) == OBSERVERS * LOOKS
+    assert np.bincount(first.observers).tolist() == [LOOKS] * OBSERVERS
+    assert not np.array_equal(first.points, SceneGaze(index, seed=1)(3, SIZE).points)
+    assert not np.array_equal(first.points, SceneGaze(index)(4, SIZE).points)
+
+
+def test_most_looks_are_at_objects_and_all_on_the_picture(index: CocoIndex) -> None:
+    at_objects = total = covered = 0.0
+    for number in range(len(index)):
+        points = SceneGaze(index)(number, SIZE).points
+        assert ((points >= 0) & (points < 64)).all()
+        boxes = index.boxes[int(index.first[number]) : int(index.first[number + 1])]
+        hit = [((points >= box[:2]) & (points <= box[2:])).all(axis=1) for box in boxes]
+        at_objects += np.any(hit, axis=0).sum()
+        total += len(points)
+        grid = np.stack(np.meshgrid(np.arange(64), np.arange(64)), axis=-1).reshape(-1, 2) + 0.5
+        covered += np.any(
+            [((grid >= b[:2]) & (grid <= b[2:])).all(axis=1) for b in boxes], axis=0
+        ).mean()
+    assert at_objects / total > 0.75 > 2 * covered / len(index)
+
+
+def test_people_are_looked_at_more_than_clouds(index: CocoIndex) -> None:
+    looks: dict[str, list[int]] = {"person": [], "cloud": []}
+    for number in range(len(index)):
+        points = SceneGaze(index)(number, SIZE).points
+        for row in range(int(index.first[number]), int(index.first[number + 1])):
+            name = index.class_names[int(index.labels[row])]
+            if name in looks:
+                box = index.boxes[row]
+                looks[name].append(int(((points >= box[:2]) & (points <= box[2:])).all(1).sum()))
+    assert np.mean(looks["person"]) > 2 * np.mean(looks["cloud"])
+    assert INTEREST["person"] > INTEREST["cloud"]
+
+
+def test_a_picture_of_another_size_is_refused(index: CocoIndex) -> None:
+    with pytest.raises(UserError, match=r"is 32 x 16 pixels, .* says 64 x 64"):
+        SceneGaze(index)(0, (16, 32))
