@@ -1,7 +1,7 @@
 """Evaluate a finished run on its val split, or set several side by side.
 
     python -m kd.evaluate runs/teacher/cnn/scenes
-    python -m kd.evaluate runs/teacher/cnn/scenes --data coco      # into evaluation/coco/
+    python -m kd.evaluate runs/teacher/cnn/scenes --data coco
     python -m kd.evaluate --all runs/teacher --data scenes --out teachers
     python -m kd.evaluate results.json --annotations instances_val.json --out DIR     # any detector
 
@@ -83,19 +83,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    runs = "a teacher's or one arm's run folder; with --all also folders that hold some"
-    add("runs", nargs="+", type=Path, metavar="RUN", help=runs)
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, or with --all one of several"
+    )
     add("--all", action="store_true", help="finished runs of one data set side by side")
     add("--data", metavar="NAME", help="another data set with the same classes")
     add("--set", action="append", default=[], dest="settings", metavar="data.a=value",
         help="change a value of the data set")  # fmt: skip
     add("--per-class", action="store_true", help="print every class, too")
-    results = "RUN is a file of results in COCO's format, and this its truth"
-    add("--annotations", type=Path, metavar="JSON", help=results)
+    add("--annotations", type=Path, metavar="JSON", help="ground truth of COCO results files")
     add("--scales", metavar="A,B", help="label maps: average over these scales: 0.75,1,1.25")
     add("--flip", action="store_true", help="label maps: average over mirrored pictures, too")
-    out = "where files go (default: RUN/evaluation; with --all and of results files: none)"
-    add("--out", "--figures", type=Path, metavar="DIR", dest="out", help=out)
+    add("--out", type=Path, metavar="DIR", help="output folder (default: RUN/evaluation)")
     return parser
 
 

@@ -13,23 +13,23 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.registry import (accepted, build, check_options, look_up)
-from kd.config.recipes import (AnyData, Data, Gaze, LabelMaps, Model, TaskSection)
-from kd.data.loader import (SampleLoader, Samples, build_loader)
+from kd.config.recipes import AnyData, Data, Gaze, LabelMaps, Model, TaskSection
+from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
-from kd.utils.malloc import keep_freed_memory
 from kd.nn.detectors import DETECTORS
 from kd.nn.segmentation import SEGMENTERS
-from kd.problems.objects.data import (Opened, open_objects)
-from kd.problems.detection.data import OpenBoxes
-from kd.problems.saliency.data import open_fixations
-from kd.problems.segmentation.data import (OpenMaps, open_maps)
 from kd.problems import TASKS
 from kd.problems.base import Task
+from kd.problems.detection.data import OpenBoxes
 from kd.problems.detection.task import Detection
+from kd.problems.objects.data import Opened, open_objects
+from kd.problems.saliency.data import open_fixations
 from kd.problems.saliency.task import Saliency
+from kd.problems.segmentation.data import OpenMaps, open_maps
 from kd.problems.segmentation.task import Segmentation
-from kd.runs.transfer_trunk import (TRANSFERRED, take_trunk)
+from kd.registry import accepted, build, check_options, look_up
+from kd.runs.transfer_trunk import TRANSFERRED, take_trunk
+from kd.utils.malloc import keep_freed_memory
 from students import CLASSIFIERS, SALIENCY_STUDENTS
 from students.classifiers import build_student as any_student
 from teachers import TEACHERS

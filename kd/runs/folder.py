@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from kd.engine.checkpoint import config_differences
 from kd.config.reader import read_yaml
+from kd.engine.checkpoint import config_differences
 from kd.errors import UserError
-from kd.utils.io import (PARTIAL, write_whole)
+from kd.utils.io import PARTIAL, write_whole
 
 _CLASSES = "classes.json"
 # These may change between a start and its resumption: they do not change the result.

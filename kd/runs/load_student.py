@@ -9,16 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from kd.runs.build import (build_detector, build_saliency, build_segmenter, build_student, build_task, open_data)
-from kd.engine.checkpoint import load_model
-from kd.config.recipes import (AnyData, DistillRecipe, Model)
 from kd.config.reader import from_plain
-from kd.errors import UserError
-from kd.problems.objects.data import (OpenData, Opened)
-from kd.problems.detection.data import OpenBoxes
-from kd.problems.saliency.data import OpenGaze
-from kd.problems.base import Task
+from kd.config.recipes import AnyData, DistillRecipe, Model
 from kd.distillation.terms import TERMS
+from kd.engine.checkpoint import load_model
+from kd.errors import UserError
+from kd.problems.base import Task
+from kd.problems.detection.data import OpenBoxes
+from kd.problems.objects.data import OpenData, Opened
+from kd.problems.saliency.data import OpenGaze
+from kd.runs.build import (
+    build_detector,
+    build_saliency,
+    build_segmenter,
+    build_student,
+    build_task,
+    open_data,
+)
 
 BARE = ("bare", "direct")  # arms without a context head
 SECOND_MAP = "teacher_saliency"  # of a saliency student: what the teacher would say

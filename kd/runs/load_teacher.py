@@ -1,38 +1,34 @@
 """Trained teachers: loaded, held against a data set, and asked."""
 
-
 from __future__ import annotations
-import shlex
-from pathlib import Path
-from kd.config.recipes import TeacherReference
-from kd.config.reader import known_configs
-from kd.errors import UserError
+
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from kd.distillation.student import AdaptedStudent
-from kd.runs.build import (build_task, build_teacher, open_data)
-from kd.engine.checkpoint import (load_checkpoint, load_model, load_state)
-from kd.config.recipes import (Data, Model, TeacherRecipe)
-from kd.config.datasets import (OBJECTS, kind_of_data)
-from kd.config.reader import read_yaml
-from kd.data.loader import collate
-from kd.data.loader import Samples
-from kd.config.reader import plain_data
-from kd.nn.inference import for_answers
-from kd.nn.inference import in_int8
-from kd.problems.objects.data import (OpenData, Opened)
-from kd.data.open_files import class_names as data_class_names
-from kd.runs.folder import class_names
-from kd.problems.base import (Batch, Task, named)
-from kd.problems.objects.context import ContextMap
-from kd.runs.transfer_trunk import teacher_recipe
 
+from kd.config.datasets import OBJECTS, kind_of_data
+from kd.config.reader import known_configs, plain_data, read_yaml
+from kd.config.recipes import Data, Model, TeacherRecipe, TeacherReference
+from kd.data.loader import Samples, collate
+from kd.data.open_files import class_names as data_class_names
+from kd.distillation.student import AdaptedStudent
+from kd.engine.checkpoint import load_checkpoint, load_model, load_state
+from kd.errors import UserError
+from kd.nn.inference import for_answers, in_int8
+from kd.problems.base import Batch, Task, named
+from kd.problems.objects.context import ContextMap
+from kd.problems.objects.data import OpenData, Opened
+from kd.runs.build import build_task, build_teacher, open_data
+from kd.runs.folder import class_names
+from kd.runs.transfer_trunk import teacher_recipe
 
 RUNS = Path("runs")
 

@@ -15,8 +15,8 @@ import numpy as np
 import yaml
 
 from kd.errors import UserError
-from kd.problems.records import (check_same, kind_of)
 from kd.problems.objects.records import Records
+from kd.problems.records import check_same, kind_of
 from kd.runs.folder import class_names
 
 log = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from kd.config.recipes import (Critic, Train)
+from kd.config.recipes import Critic, Train
 from kd.engine.critic import CriticTraining
+from kd.engine.optim import make_optimizer, make_schedule
+from kd.engine.state import Training
 from kd.errors import UserError
 from kd.losses.holistic import Adversary
 from kd.nn.freeze import FrozenBatchNorm
-from kd.engine.optim import (make_optimizer, make_schedule)
 from kd.runs.folder import RunFolder
-from kd.engine.state import Training
 
 
 def open_run(

@@ -1,45 +1,42 @@
 """One training run from its folder to its summary: shared by the commands that train."""
 
-
 from __future__ import annotations
-from typing import Any
-from torch import nn
-from kd.runs.setup import parameters
-from kd.metrics import classification as scores
-from kd.problems.records import SALIENCY
-from kd.problems.saliency.metric import SaliencyMaps
-from kd.problems.saliency.baselines import (CENTRE, NAMES, OBSERVERS)
-from kd.problems.objects.metric import TopN
-from kd.problems.objects.data import (OpenData, Opened)
-from kd.problems.objects.baselines import (EXACT, exact_records)
-from kd.problems.base import Metric
+
 import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from kd.runs.build import make_loader
-from kd.engine.checkpoint import save_model
+from torch import nn
+
 from kd.config.recipes import Train
 from kd.data.loader import SampleLoader
-from kd.engine.loop import (evaluate, fit)
-from kd.runs.setup import (learns, start_training)
-from kd.problems.records import (DETECTIONS, SALIENCY)
-from kd.problems.objects.records import prior_records
 from kd.distillation.terms import modules_of
-from kd.engine.progress import (CleanStop, ProgressBar)
-from kd.problems.objects.baselines import (EXACT, PRIOR, exact_records)
-from kd.report.tables import (number_cell, scale_of)
-from kd.report.curves import (share_hidden_figure, top_n_figure)
-from kd.runs.read import read_scalars
+from kd.engine.checkpoint import save_model
+from kd.engine.loop import evaluate, fit
+from kd.engine.progress import CleanStop, ProgressBar
+from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
+from kd.engine.tracking import Tracker, flatten
+from kd.metrics import classification as scores
+from kd.problems.base import Metric, Task
+from kd.problems.objects.baselines import EXACT, PRIOR, exact_records
+from kd.problems.objects.data import OpenData, Opened
+from kd.problems.objects.metric import TopN
+from kd.problems.objects.records import prior_records
+from kd.problems.records import DETECTIONS, SALIENCY
+from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS
+from kd.problems.saliency.metric import SaliencyMaps
+from kd.report.curves import share_hidden_figure, top_n_figure
+from kd.report.tables import number_cell, scale_of
+from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
-from kd.problems.base import (Metric, Task)
-from kd.engine.tracking import (Tracker, flatten)
-from kd.engine.state import (Hooks, Objective, Training, resume_training, save_training)
-
+from kd.runs.read import read_scalars
+from kd.runs.setup import learns, parameters, start_training
 
 _CEILING = ("top1", "top5", "nll", "lookalike_top1", "lookalike_pair_top1", "mean_class_top1",
             "area")  # fmt: skip

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from kd.registry import (accepted, build, look_up)
-from kd.config.recipes import (Model, TeacherRecipe)
-from kd.config.reader import (from_plain, read_yaml)
+from kd.config.reader import from_plain, read_yaml
+from kd.config.recipes import Model, TeacherRecipe
 from kd.errors import UserError
 from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.weights import read_weights
+from kd.registry import accepted, build, look_up
 from teachers import TEACHERS
 
 TRANSFERRED = "transferred"

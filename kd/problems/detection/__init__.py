@@ -1,1 +1,1 @@
-"""Object detection."""
+"""Object detection: datasets, samples, task, metric and drawing."""

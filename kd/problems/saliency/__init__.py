@@ -1,1 +1,1 @@
-"""Saliency prediction."""
+"""Saliency prediction: datasets, samples, task, metric and drawing."""

@@ -1,1 +1,1 @@
-"""Semantic segmentation."""
+"""Semantic segmentation: datasets, samples, task, metric and drawing."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kd.runs.build import (build_student, build_task, build_teacher, make_accelerator, make_loader)
-from kd.config.recipes import (Data, Model, TaskSection)
 from kd.config.reader import objects_config
+from kd.config.recipes import Data, Model, TaskSection
 from kd.errors import UserError
-from kd.problems.objects.data import (OpenData, make_dataset, open_objects)
 from kd.problems.objects.context import Context
+from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.runs.build import build_student, build_task, build_teacher, make_accelerator, make_loader
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kd.errors import UserError
-from kd.runs.folder import (RunFolder, check_same_config)
+from kd.runs.folder import RunFolder, check_same_config
 
 CONFIG = {"data": {"root": "a", "size": 64, "workers": 1}, "seeds": [0], "train": {"epochs": 2}}
 

@@ -13,7 +13,17 @@ import torch
 
 from kd.errors import UserError
 from kd.problems.objects.metric import TopN
-from kd.runs.read import (ceilings, check_same_objects, find_runs, is_distill, named_runs, read_distill, read_predictions, read_run, read_scalars)
+from kd.runs.read import (
+    ceilings,
+    check_same_objects,
+    find_runs,
+    is_distill,
+    named_runs,
+    read_distill,
+    read_predictions,
+    read_run,
+    read_scalars,
+)
 
 
 def make_run(folder: Path, *, first: int = 0, shift: int = 0, classes: int = 3) -> Path:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd.distillation.student import AdaptedStudent
-from kd.runs.build import (make_accelerator, native_bf16)
 from kd.config.recipes import Train
-from kd.runs.setup import (parameters, share_batch_norm, start_training)
+from kd.distillation.student import AdaptedStudent
 from kd.nn.freeze import freeze_batch_norm
+from kd.runs.build import make_accelerator, native_bf16
+from kd.runs.setup import parameters, share_batch_norm, start_training
 
 
 def test_shared_batch_norms_leave_frozen_ones_frozen() -> None:

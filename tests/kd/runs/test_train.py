@@ -15,22 +15,22 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from kd.runs import train as session_module
-from kd.distillation.student import AdaptedStudent
-from kd.runs.build import (make_accelerator, make_loader)
-from kd.engine.checkpoint import load_checkpoint
-from kd.config.recipes import (Data, Generate, Optimizer, Split, Train)
+from kd.config.recipes import Data, Generate, Optimizer, Split, Train
 from kd.data.loader import SampleLoader
+from kd.distillation.student import AdaptedStudent
+from kd.distillation.targets import StoredPosteriors
+from kd.distillation.terms import build_term
+from kd.engine.checkpoint import load_checkpoint
+from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.nn.regions import roi_features
-from kd.distillation.terms import build_term
-from kd.problems.objects.data import (OpenData, make_dataset, open_objects)
-from kd.runs.read import read_scalars
-from kd.runs.folder import RunFolder
-from kd.runs.train import (Session, run_training, say_summary)
-from kd.distillation.targets import StoredPosteriors
 from kd.problems.objects.classification import Classification
-from kd.engine.state import Objective
+from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.runs import train as session_module
+from kd.runs.build import make_accelerator, make_loader
+from kd.runs.folder import RunFolder
+from kd.runs.read import read_scalars
+from kd.runs.train import Session, run_training, say_summary
 
 pytestmark = pytest.mark.slow
 

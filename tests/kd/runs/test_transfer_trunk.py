@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kd.runs.build import build_student
 from kd.config.recipes import Model
-from kd.errors import (ConfigError, UserError)
+from kd.errors import ConfigError, UserError
+from kd.runs.build import build_student
 from kd.runs.transfer_trunk import resolved
 from students.classifiers import SceneClassifier
 from teachers import TEACHERS
