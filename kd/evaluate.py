@@ -5,8 +5,8 @@
     python -m kd.evaluate --all runs/teacher --data scenes --out teachers
     python -m kd.evaluate results.json --annotations instances_val.json --out DIR     # any detector
 
-Of one run the model is asked again, and tables, figures and numbers go into RUN/evaluation.
-With --all what runs have answered is read: each RUN, or every finished run below a folder.
+Of one run the model is evaluated again; tables and figures go to RUN/evaluation.
+With --all, stored predictions are read: of each RUN, or of every finished run below a folder.
 """
 
 from __future__ import annotations
