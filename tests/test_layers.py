@@ -54,7 +54,6 @@ PENDING = {
     ("kd.data.out_of_context", "kd.context.pasting.report"),
     ("kd.data.out_of_context", "kd.problems.objects.data"),
     ("kd.data.out_of_context", "kd.cli"),
-    ("kd.formats.segmentation", "kd.problems.segmentation.metric"),
     ("kd.metrics.classification", "kd.problems.objects.records"),
     ("kd.metrics.confusion", "kd.problems.objects.records"),
     ("kd.metrics.multilabel", "kd.problems.objects.records"),
@@ -69,13 +68,11 @@ PENDING = {
     ("kd.report.boxes", "kd.problems.detection.scores"),
     ("kd.report.boxes", "kd.problems.objects.records"),
     ("kd.report.curves", "kd.problems.objects.records"),
-    ("kd.report.overlay", "kd.problems.segmentation.metric"),
     ("kd.report.tables", "kd.problems.objects.records"),
     ("kd.report.tables", "kd.problems.records"),
     ("kd.report.tables", "kd.problems.saliency.baselines"),
     ("kd.teacher_cache.cache", "kd.experiments.connect"),
     ("kd.teacher_cache.equivariance", "kd.experiments.connect"),
-    ("kd.transforms.crops", "kd.problems.segmentation.metric"),
 }
 
 

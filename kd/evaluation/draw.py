@@ -18,10 +18,9 @@ from kd.problems.detection.task import Detection
 from kd.problems.saliency.data import OpenGaze
 from kd.problems.saliency.draw import gaze_overlays
 from kd.problems.segmentation.data import OpenMaps
-from kd.problems.segmentation.metric import VOID
 from kd.report.overlay import overlay_figure
 from kd.runs.load_student import load_network
-from kd.utils.images import read_image
+from kd.utils.images import VOID, read_image
 
 
 def overlays(

@@ -16,9 +16,8 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.formats.class_maps import draw_class_map
 from kd.formats.coco import CocoIndex
-from kd.problems.segmentation.metric import VOID
 from kd.registry import look_up
-from kd.utils.images import UNREADABLE
+from kd.utils.images import UNREADABLE, VOID
 
 _IDS = ("L", "P", "1")  # Pillow's kinds whose pixels are numbers of up to 8 bits
 _STRETCHED = ("L;2", "L;4")  # grey PNGs of 2 and 4 bits, whose numbers Pillow spreads over 0..255

@@ -23,7 +23,7 @@ from kd.nn.regions import coverage, expand_boxes
 from kd.problems.detection.metric import BoxTruth, FoundBoxes
 from kd.problems.objects.metric import TopN
 from kd.problems.saliency.baselines import GazeTruth
-from kd.problems.segmentation.metric import VOID
+from kd.utils.images import VOID
 
 Batch = Mapping[str, Tensor]
 Output = Mapping[str, Tensor]

@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.problems.segmentation.metric import VOID
 from kd.report.style import GREY, INK
+from kd.utils.images import VOID
 
 # Each as far from those before it, and from greys, as can be (CIELAB), without glaring ones.
 _COLOURS = (

@@ -14,9 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from kd.errors import UserError
-from kd.problems.segmentation.metric import VOID
 from kd.registry import check_options
 from kd.transforms.augment import ColourChange
+from kd.utils.images import VOID
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 
+VOID = 255  # value of unlabelled pixels in label maps; losses and metrics skip them
 _GREY = 128
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")

@@ -14,9 +14,9 @@ from kd.data.open_files import open_annotated, root_of
 from kd.errors import UserError
 from kd.formats.segmentation import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.problems.base import Classes
-from kd.problems.segmentation.metric import VOID
 from kd.problems.segmentation.samples import MapDataset, check_pairs
 from kd.storage.fields import StoredField
+from kd.utils.images import VOID
 
 # Bytes of a split's image files that are all read before training starts: about five seconds.
 READ_FIRST = 128 << 20

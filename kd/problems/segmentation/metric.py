@@ -14,8 +14,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.problems.objects.records import save_records
 from kd.problems.segmentation import records as map_scores
-
-VOID = 255  # in label maps: a class that counts nowhere, neither in losses nor in metrics
+from kd.utils.images import VOID
 
 Counts = NDArray[np.int64]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses.class_weights import median_frequency
 from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, stride_of
-from kd.problems.segmentation.metric import VOID, MeanIoU
+from kd.problems.segmentation.metric import MeanIoU
 from kd.transforms.hide import normalise
+from kd.utils.images import VOID
 
 
 @dataclass(frozen=True, kw_only=True)

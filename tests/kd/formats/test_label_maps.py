@@ -12,7 +12,7 @@ from PIL import Image
 
 from kd.errors import UserError
 from kd.formats.segmentation import id_table, read_label_map
-from kd.problems.segmentation.metric import VOID
+from kd.utils.images import VOID
 
 NUMBERS = np.array([[0, 1, 2], [11, 2, 0]], np.uint8)
 TABLE = id_table(3, void=11)

@@ -16,7 +16,7 @@ from kd.errors import UserError
 from kd.formats.coco import load_coco
 from kd.formats.segmentation import DrawnSplit, open_segmented
 from kd.problems.segmentation.data import open_maps
-from kd.problems.segmentation.metric import VOID
+from kd.utils.images import VOID
 
 WIDTH = 8
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.uint8]]

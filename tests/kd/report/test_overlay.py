@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from kd.problems.segmentation.metric import VOID
 from kd.report.overlay import class_colour, overlay_figure, painted
 from kd.report.style import figure_image
+from kd.utils.images import VOID
 
 NAMES = ("background", "road", "car", "tree")
 

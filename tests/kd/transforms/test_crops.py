@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.problems.segmentation.metric import VOID
 from kd.transforms.augment import ColourChange
 from kd.transforms.crops import Crop, Crops, Turns, build_crops, build_turns
+from kd.utils.images import VOID
 
 SIZE, FRAME = (45, 62), (40, 48)
 COLOURS = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 250]])

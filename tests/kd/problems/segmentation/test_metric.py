@@ -18,7 +18,8 @@ from torchmetrics.classification import (
 )
 
 from kd.errors import UserError
-from kd.problems.segmentation.metric import VOID, MeanIoU, confusion
+from kd.problems.segmentation.metric import MeanIoU, confusion
+from kd.utils.images import VOID
 
 ROOT = Path(__file__).resolve().parents[4]
 CLASSES = 6

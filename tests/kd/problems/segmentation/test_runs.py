@@ -14,8 +14,8 @@ from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
 from kd.errors import ConfigError, UserError
 from kd.experiments.variants import Distillation
-from kd.problems.segmentation.metric import VOID
 from kd.runs.build import make_accelerator, open_data
+from kd.utils.images import VOID
 
 pytestmark = pytest.mark.slow
 

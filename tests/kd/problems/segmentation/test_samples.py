@@ -16,10 +16,10 @@ from kd.data.loader import Sample, build_loader, collate
 from kd.errors import UserError
 from kd.formats.segmentation import SegmentedSplit, open_segmented
 from kd.problems.segmentation.data import open_maps
-from kd.problems.segmentation.metric import VOID
 from kd.problems.segmentation.samples import MapDataset
 from kd.runs.build import make_accelerator
 from kd.runs.train import val_loader
+from kd.utils.images import VOID
 
 CLASSES = 11
 Written = Callable[..., Path]

@@ -20,11 +20,11 @@ from kd.errors import UserError
 from kd.losses import pixel_wise
 from kd.problems.base import Batch, Classes, count_units
 from kd.problems.segmentation import task as segmentation
-from kd.problems.segmentation.metric import VOID
 from kd.problems.segmentation.task import Segmentation, on_grid
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training
 from kd.transforms.hide import normalise
+from kd.utils.images import VOID
 
 CLASSES, STRIDE = 4, 8
 TASK = Segmentation(num_classes=CLASSES)
