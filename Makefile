@@ -1,9 +1,12 @@
 # Every target works in a fresh clone: what needs an environment makes one first.
 #   PYTHON=python3.12   the interpreter that makes the environment (3.11 or newer)
 #   VENV=path           another place for it, or an existing environment to use
+#   VENVS=path          where test-versions makes its environments, several GB each
+#   VERSIONS=oldest     which of them it tests
 
 PYTHON ?= python3
 VENV ?= .venv
+VENVS ?= .venvs
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -27,13 +30,13 @@ ifneq ($(shell cat $(BENCH_STAMP) 2>/dev/null),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install demo test test-versions lint types bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=path]"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
-	  | awk -F'|' '{printf "%-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	  | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
 $(STAMP): $(METADATA)
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
@@ -43,7 +46,7 @@ $(STAMP): $(METADATA)
 	fi
 	@$(PY) -c '$(OLD_PYTHON)'
 	@echo "installing into $(VENV); PyTorch is large, so this takes a few minutes"
-	$(PIP) install -e ".[dev]"
+	$(PIP) install -e ".[dev]" $(patsubst %,'%',$(REQUIREMENTS))
 	@echo "$(CURDIR)" > $@
 
 $(BENCH_STAMP): $(STAMP)
@@ -57,6 +60,17 @@ demo: install ## embedded scenes, a teacher, plain and distilled students, their
 
 test: install ## the test suite (JOBS=2, PYTEST_ARGS="-k name")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# The range of PyTorch that pyproject.toml promises: its lower bound, one between, pip's newest.
+VERSIONS ?= oldest middle newest
+oldest := torch==2.11.0 torchvision==0.26.*
+middle := torch==2.14.1 torchvision==0.29.1
+newest := torch>=2.15 torchvision
+
+test-versions: ## the fast tests on the oldest, a middle and the newest PyTorch (VERSIONS=oldest)
+	@status=0; $(foreach version,$(VERSIONS),echo "== $($(version))"; \
+	  $(MAKE) --no-print-directory test VENV="$(VENVS)/$(version)" REQUIREMENTS="$($(version))" \
+	    PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)' || status=1;) exit $$status
 
 lint: install ## ruff: lint and format
 	$(BIN)/ruff check .

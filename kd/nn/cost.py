@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,42 +16,48 @@ from kd.errors import at_least
 from kd.nn.freeze import evaluating
 
 WARM_UP = 3  # forwards before the clock runs: caches, memory, choice of algorithms
+# What `scaled_dot_product_attention` may call that torch's counter has no formula for.
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable",  # XPU and devices of other vendors
+)
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
     """Multiplications, each with its addition, of one forward in evaluation mode.
 
-    Those of convolutions, transposed ones, linear layers and matrix products, attention's too,
-    are counted; biases, norms, activations and resizing are not, as in most papers. Padding
-    counts as if it were picture.
+    Counts convolutions, transposed ones too, linear layers and matrix products, including those
+    inside attention. Biases, norms, activations and resizing are left out, as in most papers.
+    Padding counts like any other pixel.
 
     Args:
-        model: Takes images alone; its mode is left as it was.
-        images: (N, 3, H, W), on the model's device, "meta" too; their values do not matter.
+        model: Takes images alone; its mode is restored.
+        images: (N, 3, H, W), on the model's device, which may be "meta"; values do not matter.
 
     Returns:
-        The number for all N images together.
+        The total over all N images.
     """
     with (
         torch.no_grad(),
         evaluating(model),
         _plain_attention(),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
     ):
         model(images)
     return int(counter.get_total_flops()) // 2
 
 
 def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
-    """Seconds that one forward takes in evaluation mode: the median, after a warm-up.
+    """Median seconds of one forward in evaluation mode, after a warm-up.
 
     Args:
-        model: Takes images alone; its mode is left as it was.
+        model: Takes images alone; its mode is restored.
         images: (N, 3, H, W), on the model's device.
-        repeats: Forwards that are timed, each by itself.
+        repeats: Number of forwards, each timed separately.
 
     Raises:
-        UserError: No repeats.
+        UserError: `repeats` is below 1.
     """
     at_least("latency", repeats=(repeats, 1))
     seconds = []
@@ -67,16 +74,29 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Attention step by step: torch's shortcut for evaluation is one call, which counts nothing."""
-    shortcut = torch.backends.mha.get_fastpath_enabled()
+    """Switch off the fused evaluation path of `nn.MultiheadAttention`, which is not counted."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(shortcut)
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _formulas() -> dict[object, Callable[..., int]]:
+    """Formulas for the attention kernels that torch's counter does not know."""
+    kernels = (getattr(torch.ops.aten, name, None) for name in _ATTENTION)
+    return {kernel: _attention_flops for kernel in kernels if kernel is not None}
+
+
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
+) -> int:
+    """Operations of the products with keys and with values, two for each multiply-add."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _finish(device: torch.device) -> None:
-    """Wait for what was queued on a device: a GPU's calls return before their work is done."""
+    """Wait for a GPU's queued work: its calls return early."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -6,7 +6,9 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import models
 
 from kd.errors import UserError
@@ -55,6 +57,32 @@ def test_attention_counts_in_evaluation_too(device: str) -> None:
     # Queries, keys, values and the way out; products with keys and with values; two linear layers.
     assert multiply_adds(layer, tokens) == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_counts_the_same_with_every_kernel(backend: SDPBackend, masked: bool) -> None:
+    class Attention(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            mask = torch.ones(5, 7, dtype=torch.bool) if masked else None
+            keys = images.new_zeros(2, 3, 7, 8)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(images, keys, keys, attn_mask=mask)
+
+    assert multiply_adds(Attention(), torch.zeros(2, 3, 5, 8)) == 2 * 3 * 5 * 7 * (8 + 8)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_over_a_mask_counts_in_evaluation_too(grad: bool) -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(grad)
+
+    class Masked(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            padding = torch.tensor([[False, False, False, True, True]])
+            output: Tensor = layer(tokens, tokens, tokens, padding, need_weights=False)[0]
+            return output
+
+    assert multiply_adds(Masked(), torch.zeros(1, 5, 8)) == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8
 
 
 @pytest.mark.parametrize(
