@@ -33,18 +33,18 @@ from kd.config.recipes import (
     Train,
 )
 from kd.data.loader import SampleLoader
-from kd.distillation.targets import StoredPosteriors, StoredTeacher
+from kd.distillation.targets import CachedPosteriors, CachedTeacher
 from kd.distillation.terms import POSTERIOR
 from kd.engine.loop import to_device, train_step
 from kd.engine.state import Objective
 from kd.experiments.connect import adapt_student, build_terms
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
-from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.setup import start_training
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.teacher_cache.cache import Wanted, open_cache
 from students.classifiers import build_student
 from teachers.cnn import cnn
@@ -67,7 +67,7 @@ def section(folder: Path, images: int, workers: int) -> Data:
     )
 
 
-def cached(data: OpenData, folder: Path) -> dict[str, StoredField]:
+def cached(data: ObjectsDataset, folder: Path) -> dict[str, CachedField]:
     """A teacher of random weights, asked once."""
     torch.manual_seed(0)
     recipe = TeacherRecipe(
@@ -81,7 +81,7 @@ def cached(data: OpenData, folder: Path) -> dict[str, StoredField]:
     return open_cache(teacher, data, accelerator, Wanted(outputs=(POSTERIOR, LAYER)))
 
 
-def epochs(data: OpenData, kept: dict[str, StoredField] | None) -> Callable[[int], float]:
+def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callable[[int], float]:
     """A training; called with an epoch it runs that and gives the seconds a step."""
     accelerator, task = make_accelerator("fp32"), Classification(num_classes=data.num_classes)
     fields = [kept[LAYER]] if kept else []
@@ -93,7 +93,7 @@ def epochs(data: OpenData, kept: dict[str, StoredField] | None) -> Callable[[int
     student = build_student("resnet18", num_classes=data.num_classes, stride=16)
     terms, source = [], None
     if kept:
-        source = StoredTeacher(StoredPosteriors.read(kept[POSTERIOR]), [LAYER])
+        source = CachedTeacher(CachedPosteriors.read(kept[POSTERIOR]), [LAYER])
         terms = build_terms(
             [
                 Term(name="context_logits", weight=1.0),

@@ -38,7 +38,7 @@ from torch.utils.data import default_collate
 from kd.data.loader import build_loader
 from kd.data.prepare import prepare, scale_annotations
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD, class_maps, hide, normalise, regions_of
 from kd.utils.images import scaled_size
 
@@ -150,7 +150,7 @@ def published(index: CocoIndex, *, dense: bool) -> Round:
 
 def ours(index: CocoIndex, copy: Path | None, *, device: bool) -> Round:
     """This project's loader, without workers; with `device`, what a GPU would do as well."""
-    dataset = SceneDataset(index, size=SIZE, augment=AUGMENT, prepared=copy)
+    dataset = ObjectSamples(index, size=SIZE, augment=AUGMENT, prepared=copy)
     loader = build_loader(dataset, batch_size=BATCH, seed=0, shuffle=True)
     memory = torch.empty(BATCH, CLASSES, SIZE, SIZE, dtype=torch.bool)
 

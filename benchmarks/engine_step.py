@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.recipes import Data, Generate, Split, Train
 from kd.distillation.student import AdaptedStudent
-from kd.distillation.targets import LiveTeacher, StoredPosteriors
+from kd.distillation.targets import CachedPosteriors, LiveTeacher
 from kd.distillation.terms import build_term
 from kd.engine.loop import to_device
 from kd.engine.state import Objective
@@ -116,7 +116,7 @@ def main() -> int:
     terms = [build_term("context_logits", weight=1.0, options={"temperature": 1.0})]
     live = Objective(task, weights, terms, LiveTeacher(teacher, Context(num_classes=classes)))
     ids = torch.cat([batch["object_ids"] for batch in batches])
-    posteriors = StoredPosteriors(ids, torch.randn(len(ids), classes).log_softmax(dim=1))
+    posteriors = CachedPosteriors(ids, torch.randn(len(ids), classes).log_softmax(dim=1))
     stored, plain = Objective(task, weights, terms, posteriors), Objective(task, weights)
     sys.stdout.write(f"resnet18, {args.batch_size} scenes of 64 px, {device}, fp32, ")
     sys.stdout.write(f"{torch.get_num_threads()} threads, {args.pairs} pairs, medians\n")

@@ -26,7 +26,7 @@ from kd.data.loader import collate
 from kd.nn.inference import for_answers, in_int8
 from kd.problems.base import Task, hidden_labels, named
 from kd.problems.objects.data import make_dataset, of_objects
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 from kd.runs.build import open_data
 from kd.runs.load_teacher import images_of, load_teacher
 
@@ -43,7 +43,7 @@ class Tally:
     divergence: float = 0.0
 
 
-def batches(dataset: SceneDataset, images: int) -> Iterator[dict[str, Tensor]]:
+def batches(dataset: ObjectSamples, images: int) -> Iterator[dict[str, Tensor]]:
     """The first pictures, each with all its objects hidden in turn."""
     for start in range(0, min(images, len(dataset)), BATCH):
         places = range(start, min(start + BATCH, images, len(dataset)))

@@ -29,14 +29,14 @@ from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.recipes import Model, Optimizer, Schedule, Train
 from kd.data.loader import collate
 from kd.distillation.student import AdaptedStudent
-from kd.distillation.targets import StoredTeacher
+from kd.distillation.targets import CachedTeacher
 from kd.distillation.terms import build_term
 from kd.engine.state import Objective
 from kd.formats.fixations import Fixations, GazeSplit
-from kd.problems.saliency.samples import GazeDataset
+from kd.problems.saliency.samples import SaliencySamples
 from kd.problems.saliency.task import Saliency
 from kd.runs.build import build_saliency, make_accelerator
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.storage.store import IDS, Store
 
 GOAL = 1.10
@@ -57,7 +57,7 @@ class Anywhere:
         return Fixations(random.random((150, 2)) * (size[1], size[0]), np.arange(150) % 15)
 
 
-def data_set(folder: Path, size: tuple[int, int]) -> tuple[GazeDataset, GazeDataset]:
+def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, SaliencySamples]:
     """The same pictures with and without a teacher's stored maps."""
     random, paths = np.random.default_rng(0), []
     for number in range(PICTURES):
@@ -70,10 +70,10 @@ def data_set(folder: Path, size: tuple[int, int]) -> tuple[GazeDataset, GazeData
     store.create({"maps": "of nobody"}, 1)
     values = random.normal(size=(PICTURES, 1, *size)).astype(np.float16)
     store.write_shard(0, {IDS: np.arange(PICTURES), "values": values})
-    kept = StoredField(store, "saliency", channels=1, stride=2)
+    kept = CachedField(store, "saliency", channels=1, stride=2)
     return (
-        GazeDataset(split, size=size, augment={}, stored=[kept]),
-        GazeDataset(split, size=size, augment={}),
+        SaliencySamples(split, size=size, augment={}, stored=[kept]),
+        SaliencySamples(split, size=size, augment={}),
     )
 
 
@@ -85,11 +85,11 @@ def step_of(trunk: str, branches: str) -> Step:
     if branches == "a":
         return engine_step(student, Objective(Saliency(), {"kld": 1.0}), TRAIN)
     terms = [build_term("saliency", weight=2.5)]
-    source = StoredTeacher(None, ["saliency"])
+    source = CachedTeacher(None, ["saliency"])
     return engine_step(student, Objective(Saliency(), {"kld": 1.0}, terms, source), TRAIN)
 
 
-def sample_seconds(dataset: GazeDataset) -> float:
+def sample_seconds(dataset: SaliencySamples) -> float:
     """Median seconds of making a sample."""
     times = []
     for place in range(2 * PICTURES):

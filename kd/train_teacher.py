@@ -9,7 +9,7 @@ from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config.recipes import TeacherRecipe
 from kd.experiments.teacher import train_one
 from kd.formats.splits import fold_of
-from kd.problems.objects.data import OpenData
+from kd.problems.objects.data import ObjectsDataset
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.load_teacher import default_folder
 from kd.runs.setup import open_run
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = open_data(recipe.data, recipe.task.name)
     whole = open_run(accelerator, out, config, resume=args.resume)
     if not whole.finished:
-        if recipe.folds and isinstance(data, OpenData):
+        if recipe.folds and isinstance(data, ObjectsDataset):
             folds = fold_of(data.train.image_ids, recipe.folds)
             for number in range(recipe.folds):
                 only = data.train.image_ids[folds != number]

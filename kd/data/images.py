@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from kd.data.loader import Sample
 from kd.errors import UserError
-from kd.storage.fields import PREFIX, StoredField
+from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.crops import Crop
 from kd.utils.images import UNREADABLE, read_image, resize
 
@@ -22,7 +22,7 @@ MULTIPLE = 8  # sides of what models see: a network's halvings must meet again
 _SAMPLE_STREAM = 3  # keeps the samples' random numbers apart from the loader's order
 
 
-class PictureDataset(Dataset[Sample], ABC):
+class ImageSamples(Dataset[Sample], ABC):
     """Samples of docs/design.md, looked up by (epoch, position).
 
     Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
@@ -48,7 +48,7 @@ class PictureDataset(Dataset[Sample], ABC):
         train: bool,
         seed: int,
         only: NDArray[np.int64] | None,
-        stored: Sequence[StoredField],
+        stored: Sequence[CachedField],
         setting: str,
     ) -> None:
         """Check the frame; the arguments are explained above."""

@@ -4,7 +4,7 @@
 
 OUT then holds `images/`, JPEGs with the long side at most SIZE; `annotations.json`, the same
 annotations at that scale, which can be trained on like any COCO file; and `prepared.json`, which
-lets `SceneDataset(prepared=OUT)` read these images for the original annotations. JPEG at quality
+lets `ObjectSamples(prepared=OUT)` read these images for the original annotations. JPEG at quality
 95 also for PNG sources: a PNG of this size takes four times as long to decode.
 """
 

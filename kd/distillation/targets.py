@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kd.distillation.hooks import FeatureTaps
 from kd.errors import UserError
 from kd.problems.base import KNOWN, Batch, Task, about_boxes, about_objects, asked, named
-from kd.storage.fields import PREFIX, StoredField
+from kd.storage.fields import PREFIX, CachedField
 
 MEAN = "mean"  # what stands for all teachers together in the name of an output
 
@@ -149,7 +149,7 @@ def _called(teacher: str, output: str) -> str:
     return f"{teacher}.{output}" if teacher else output
 
 
-class StoredPosteriors:
+class CachedPosteriors:
     """Posteriors by annotation id, computed once; costs a step a look-up.
 
     They belong to the object, not to pixels, so that geometric augmentation does not spoil them.
@@ -223,18 +223,18 @@ class StoredPosteriors:
                 "they were made for"
             )
 
-    def shuffled(self, seed: int) -> StoredPosteriors:
+    def shuffled(self, seed: int) -> CachedPosteriors:
         """The control: each posterior given to another object, at random."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.object_ids), generator=generator)
         # A cycle through a random order leaves nobody with its own.
         shuffled = torch.empty_like(self.log_probs)
         shuffled[order] = self.log_probs[order.roll(1)]
-        return StoredPosteriors(
+        return CachedPosteriors(
             self.object_ids, shuffled, source=f"{self.source} (shuffled, seed {seed})"
         )
 
-    def balanced(self, share: float) -> StoredPosteriors:
+    def balanced(self, share: float) -> CachedPosteriors:
         """Posteriors with part of their own mean taken out: `q / mean(q)^share`, normalised.
 
         Rare classes then weigh more in what a student learns (Menon et al., 2021,
@@ -244,16 +244,16 @@ class StoredPosteriors:
         mean = log_probs.exp().mean(dim=0).clamp(min=1e-6).log()
         moved = (log_probs - share * mean).log_softmax(dim=1)
         moved = moved.to(self.log_probs.dtype)
-        return StoredPosteriors(self.object_ids, moved, source=self.source)
+        return CachedPosteriors(self.object_ids, moved, source=self.source)
 
     @classmethod
-    def read(cls, kept: StoredField) -> StoredPosteriors:
+    def read(cls, kept: CachedField) -> CachedPosteriors:
         """All posteriors of a cache, into memory."""
         ids, log_probs = torch.from_numpy(kept.store.ids()), kept.whole()
         return cls(ids, log_probs, source=kept.store.url)
 
 
-class StoredTeacher:
+class CachedTeacher:
     """A teacher that was asked before: posteriors from memory, maps that came with the batch.
 
     Args:
@@ -264,7 +264,7 @@ class StoredTeacher:
 
     def __init__(
         self,
-        posteriors: StoredPosteriors | None,
+        posteriors: CachedPosteriors | None,
         layers: Sequence[str] = (),
         *,
         prefix: str = PREFIX,

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kd.data.images import PictureDataset
+from kd.data.images import ImageSamples
 from kd.data.loader import Sample, collate
 from kd.engine.loop import to_device
 from kd.nn.freeze import evaluating
 from kd.problems.base import Task
-from kd.problems.saliency.data import OpenGaze
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.saliency.data import SaliencyDataset
+from kd.problems.segmentation.data import SegmentationDataset
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ def spread(count: int, images: int) -> list[int]:
     return [number * images // count for number in range(count)]
 
 
-def val_sample(data: OpenMaps | OpenGaze, one: Asked, place: int) -> Sample:
+def val_sample(data: SegmentationDataset | SaliencyDataset, one: Asked, place: int) -> Sample:
     """A batch of one val picture as a network sees it, with what is true."""
     # This picture alone: a whole split reads the size of each of its files first.
     only, shown = np.array([place]), one.size
-    dataset: PictureDataset
-    if isinstance(data, OpenGaze):
+    dataset: ImageSamples
+    if isinstance(data, SaliencyDataset):
         dataset = data.whole("val", size=shown, only=only)
     else:
         assert not isinstance(shown, tuple)

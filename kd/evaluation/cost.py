@@ -17,7 +17,7 @@ from kd.errors import UserError
 from kd.evaluation.cost_figure import Cost, CostPoint, Kind
 from kd.nn.cost import latency, multiply_adds
 from kd.problems.records import PICTURES, kind_of
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.report.tables import value_of
 from kd.runs.build import build_segmenter, build_teacher, open_data
 from kd.runs.load_student import to_be_loaded
@@ -133,7 +133,7 @@ def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
 def _sides(section: dict[str, Any], where: str) -> tuple[int, int]:
     """Height and width at which most val pictures are seen."""
     data = open_data(plain_data(section, where))
-    assert isinstance(data, OpenMaps)
+    assert isinstance(data, SegmentationDataset)
     samples = data.evaluated()
     seen = Counter(samples.seen(own) for own in samples.file_sizes())
     return seen.most_common(1)[0][0]

@@ -12,19 +12,19 @@ from kd.distillation.student import AdaptedStudent
 from kd.evaluation.ask_network import Asked, answer, spread, val_sample
 from kd.evaluation.write import fresh_tracker, write_figure
 from kd.experiments.variants import Distillation
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.draw import mask_pictures, write_box_overlays
 from kd.problems.detection.task import Detection
-from kd.problems.saliency.data import OpenGaze
+from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.draw import gaze_overlays
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.report.overlay import overlay_figure
 from kd.runs.load_student import load_network
 from kd.utils.images import VOID, read_image
 
 
 def overlays(
-    data: OpenMaps, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
+    data: SegmentationDataset, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
 ) -> Iterator[Figure]:
     """Draw val pictures spread over the split, each beside its truth and every network's answer.
 
@@ -46,10 +46,14 @@ def overlays(
 
 
 def drawn(
-    data: OpenMaps | OpenGaze, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
+    data: SegmentationDataset | SaliencyDataset,
+    asked: Mapping[str, Asked],
+    *,
+    count: int,
+    accelerator: Accelerator,
 ) -> Iterator[Figure]:
     """Draw val pictures with what networks say of their pixels, of whatever kind that is."""
-    if isinstance(data, OpenGaze):
+    if isinstance(data, SaliencyDataset):
         return gaze_overlays(data, asked, count=count, accelerator=accelerator)
     return overlays(data, asked, count=count, accelerator=accelerator)
 
@@ -62,10 +66,10 @@ def write_overlays(distillation: Distillation) -> None:
     """
     recipe, data, out = distillation.recipe, distillation.data, distillation.out
     count = recipe.train.pictures
-    if isinstance(data, OpenBoxes):
+    if isinstance(data, DetectionDataset):
         _write_boxes(distillation, data)
         return
-    if not isinstance(data, OpenMaps | OpenGaze) or not count:
+    if not isinstance(data, SegmentationDataset | SaliencyDataset) or not count:
         return
     accelerator, task = distillation.accelerator, distillation.task
     first, asked = out / f"seed{recipe.seeds[0]}", {}
@@ -85,7 +89,7 @@ def write_overlays(distillation: Distillation) -> None:
     tracker.close()
 
 
-def _write_boxes(distillation: Distillation, data: OpenBoxes) -> None:
+def _write_boxes(distillation: Distillation, data: DetectionDataset) -> None:
     """The same of detectors, from what their runs found."""
     recipe, out = distillation.recipe, distillation.out
     folders = {arm: out / f"seed{recipe.seeds[0]}" / arm for arm in recipe.arms}

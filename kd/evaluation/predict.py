@@ -23,21 +23,21 @@ from kd.evaluation.ask_network import Asked
 from kd.evaluation.draw import drawn
 from kd.nn.multi_scale import MultiScale
 from kd.problems.base import Metric, Task
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.draw import box_overlays
 from kd.problems.detection.evaluation import BoxEvaluation, about_boxes
 from kd.problems.detection.metric import FoundBoxes
 from kd.problems.objects.baselines import on_data, references
-from kd.problems.objects.data import Opened, of_objects
+from kd.problems.objects.data import Dataset, of_objects
 from kd.problems.objects.draw import hidden_scenes
 from kd.problems.objects.evaluation import Evaluation, Scores, about
 from kd.problems.objects.metric import TopN
 from kd.problems.objects.records import Records
 from kd.problems.records import DETECTIONS, SALIENCY, kind_of
-from kd.problems.saliency.data import OpenGaze
+from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.evaluation import GazeEvaluation
 from kd.problems.saliency.metric import SaliencyMaps
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.problems.segmentation.evaluation import MapEvaluation
 from kd.problems.segmentation.metric import MeanIoU
 from kd.runs.build import make_accelerator, open_data
@@ -75,7 +75,7 @@ class Answers:
     """
 
     name: str
-    data: Opened
+    data: Dataset
     metric: Metric
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
@@ -145,10 +145,10 @@ def ask_run(
     name = _model_name(config)
 
     def pictures() -> Iterator[Figure]:
-        if isinstance(data, OpenMaps | OpenGaze):
+        if isinstance(data, SegmentationDataset | SaliencyDataset):
             seen = {name: Asked(asked, task, data.section.size)}
             return drawn(data, seen, count=PICTURES, accelerator=accelerator)
-        if isinstance(data, OpenBoxes) and isinstance(metric, FoundBoxes):
+        if isinstance(data, DetectionDataset) and isinstance(metric, FoundBoxes):
             return box_overlays({name: metric.records()}, data.objects.val, count=PICTURES)
         return hidden_scenes(
             asked, task, of_objects(data), count=PICTURES, device=accelerator.device
@@ -169,13 +169,13 @@ def _said(settings: Sequence[str]) -> list[str]:
 
 
 def _at_scales(
-    run: Path, data: Opened, model: nn.Module, scales: Sequence[float], mirror: bool
+    run: Path, data: Dataset, model: nn.Module, scales: Sequence[float], mirror: bool
 ) -> tuple[nn.Module, str]:
     """A model asked at several scales, and what that is called; itself where it is not wanted."""
     if not scales and not mirror:
         return model, ""
-    if not isinstance(data, OpenMaps):
-        about = "gaze" if isinstance(data, OpenGaze) else "objects"
+    if not isinstance(data, SegmentationDataset):
+        about = "gaze" if isinstance(data, SaliencyDataset) else "objects"
         raise UserError(f"{run}: answers about {about}; --scales and --flip are for label maps")
     scales = scales or (1.0,)
     shown = [f"{scale:g}" for scale in scales] + ["flip"] * mirror
@@ -184,7 +184,7 @@ def _at_scales(
 
 def open_run(
     run: Path, settings: Sequence[str], data_name: str | None = None
-) -> tuple[dict[str, Any], Opened, nn.Module, Task]:
+) -> tuple[dict[str, Any], Dataset, nn.Module, Task]:
     """A finished run's config, data set, model and task, be it a teacher or a student.
 
     Raises:
@@ -212,7 +212,7 @@ def data_section(
     return data_config(name, [*shown, *settings])
 
 
-def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Opened:
+def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Dataset:
     """Open the data set that `stored_answers` of this run are about."""
     task = run.config.get("task", {}).get("name")
     return open_data(section_of(run, name, settings), task)
@@ -315,10 +315,10 @@ def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
     if kind_of(records) is DETECTIONS:
         title = f"{run} on {about_boxes(f'{data.section.name} val', records)}{how}"
         return BoxEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
-    if isinstance(data, OpenGaze):
+    if isinstance(data, SaliencyDataset):
         title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
         return GazeEvaluation(title, data.section.model_dump(mode="json"), {asked.name: records})
-    if isinstance(data, OpenMaps):
+    if isinstance(data, SegmentationDataset):
         title = f"{run} on {_about_maps(data, len(records['image_ids']))}{how}"
         return MapEvaluation(title, data, {asked.name: records})
     objects = of_objects(data)
@@ -352,7 +352,7 @@ def side_by_side(
         found = {name: run.records for name, run in named.items()}
         return GazeEvaluation(title, section.model_dump(mode="json"), found)
     opened = data_of(runs[0], data_name, settings)
-    if isinstance(opened, OpenMaps):
+    if isinstance(opened, SegmentationDataset):
         maps = {name: run.records for name, run in named.items()}
         title = _about_maps(opened, len(first["image_ids"]))
         return MapEvaluation(title, opened, maps)
@@ -362,5 +362,5 @@ def side_by_side(
     return Evaluation(about(data, first), data, records, references(data, first))
 
 
-def _about_maps(data: OpenMaps | OpenGaze, pictures: int) -> str:
+def _about_maps(data: SegmentationDataset | SaliencyDataset, pictures: int) -> str:
     return f"{data.section.name} val: {pictures} pictures"

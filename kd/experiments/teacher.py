@@ -14,13 +14,13 @@ from kd.distillation.student import AdaptedStudent
 from kd.engine.state import Objective
 from kd.nn.cooccurrence import Fitted
 from kd.problems.base import Task
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.objects.baselines import index_objects
 from kd.problems.objects.context import ContextMap
-from kd.problems.objects.data import Opened, make_dataset, of_objects
+from kd.problems.objects.data import Dataset, make_dataset, of_objects
 from kd.problems.objects.draw import write_pictures
-from kd.problems.saliency.data import OpenGaze
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.saliency.data import SaliencyDataset
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.runs.build import build_task, build_teacher, make_loader, segmentation_task
 from kd.runs.folder import RunFolder
 from kd.runs.train import Session, run_training
@@ -28,7 +28,7 @@ from kd.runs.train import Session, run_training
 
 def train_one(
     recipe: TeacherRecipe,
-    data: Opened,
+    data: Dataset,
     accelerator: Accelerator,
     folder: RunFolder,
     label: str,
@@ -50,19 +50,19 @@ def train_one(
 
 def _prepared(
     recipe: TeacherRecipe,
-    data: Opened,
+    data: Dataset,
     model: nn.Module,
     only: NDArray[np.int64] | None,
     *,
     counted: bool,
 ) -> tuple[Task, Samples]:
     """The task and the samples; a model that counts has counted (`counted`: before)."""
-    if isinstance(data, OpenMaps):
+    if isinstance(data, SegmentationDataset):
         return segmentation_task(recipe.task, data), data.crops(recipe.seed)
-    if isinstance(data, OpenGaze):
+    if isinstance(data, SaliencyDataset):
         task = build_task(recipe.task, recipe.data, data.num_classes)
         return task, data.pictures(recipe.seed)
-    if isinstance(data, OpenBoxes):
+    if isinstance(data, DetectionDataset):
         task = build_task(recipe.task, recipe.data, data.num_classes, model=model)
         return task, data.samples(recipe.seed)
     data = of_objects(data)

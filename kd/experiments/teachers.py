@@ -14,27 +14,27 @@ from accelerate import Accelerator
 from kd.config.recipes import Data, DistillRecipe
 from kd.distillation.hooks import FeatureTaps
 from kd.distillation.targets import (
+    CachedPosteriors,
+    CachedTeacher,
     LiveTeacher,
     SoftTargetSource,
-    StoredPosteriors,
-    StoredTeacher,
     Teachers,
 )
 from kd.distillation.terms import OF_CLASSES, POSTERIOR, ROWS, TEACHER_OUTPUTS, Term
 from kd.errors import UserError
 from kd.experiments.connect import layers_among, outputs_by_teacher
 from kd.losses.pair_wise import pair_wise
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.task import Detection
-from kd.problems.objects.data import OpenData, Opened
+from kd.problems.objects.data import Dataset, ObjectsDataset
 from kd.runs.load_teacher import TrainedTeacher, check_classes, find_teacher, load_teacher_of
-from kd.storage.fields import PREFIX, StoredField
+from kd.storage.fields import PREFIX, CachedField
 from kd.teacher_cache.cache import Wanted, open_cache
 from kd.teacher_cache.equivariance import check_moved_maps
 
 
 @dataclass
-class Sources:
+class RecipeTeachers:
     """Where the terms' targets come from.
 
     Args:
@@ -47,8 +47,8 @@ class Sources:
 
     teachers: dict[str, TrainedTeacher]
     weights: list[float] = field(default_factory=list)
-    posteriors: dict[str, StoredPosteriors] = field(default_factory=dict)
-    maps: dict[str, dict[str, StoredField]] = field(default_factory=dict)
+    posteriors: dict[str, CachedPosteriors] = field(default_factory=dict)
+    maps: dict[str, dict[str, CachedField]] = field(default_factory=dict)
     live: dict[str, LiveTeacher] = field(default_factory=dict)
 
     @property
@@ -61,7 +61,7 @@ class Sources:
         """Whether everything was computed once."""
         return not self.live
 
-    def fields(self, outputs: Mapping[str, Sequence[str]]) -> list[StoredField]:
+    def fields(self, outputs: Mapping[str, Sequence[str]]) -> list[CachedField]:
         """What the samples must bring for these outputs by teacher."""
         return [
             kept
@@ -84,7 +84,7 @@ class Sources:
             own = self.posteriors.get(name)
             posteriors = own if own is None or shuffled is None else own.shuffled(shuffled)
             layers = [output for output in maps if output in outputs.get(name, ())]
-            found[name] = StoredTeacher(posteriors, layers, prefix=_prefix(name))
+            found[name] = CachedTeacher(posteriors, layers, prefix=_prefix(name))
         more = {name: found[name] for name in self.teachers if name}
         first = found.get("")
         if first is not None and not more:
@@ -93,7 +93,7 @@ class Sources:
 
 
 def find_teachers(
-    recipe: DistillRecipe, terms: Sequence[Term], data: Opened, data_typed: str | None = None
+    recipe: DistillRecipe, terms: Sequence[Term], data: Dataset, data_typed: str | None = None
 ) -> dict[str, Path]:
     """Where the teachers are that a recipe needs, by name; nothing of them is read.
 
@@ -114,13 +114,13 @@ def find_teachers(
     }
 
 
-def open_sources(
+def open_teachers(
     recipe: DistillRecipe,
     terms: Sequence[Term],
-    data: Opened,
+    data: Dataset,
     accelerator: Accelerator,
     paths: Mapping[str, Path],
-) -> Sources:
+) -> RecipeTeachers:
     """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
 
     Args:
@@ -147,7 +147,7 @@ def open_sources(
         if recipe.keeps(name):
             _check_labels_known(teacher, recipe)
         teacher.model.to(accelerator.device)
-    sources = Sources(teachers, [recipe.teachers[name].weight for name in teachers])
+    sources = RecipeTeachers(teachers, [recipe.teachers[name].weight for name in teachers])
     for name, teacher in teachers.items():
         if not recipe.keeps(name):
             sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
@@ -156,24 +156,24 @@ def open_sources(
         if POSTERIOR in kept:
             posteriors = _posteriors(kept.pop(POSTERIOR), data)
             sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
-        if isinstance(data, OpenData):
+        if isinstance(data, ObjectsDataset):
             limit = recipe.soft_targets.moved_error
             check_moved_maps(teacher, data, kept, accelerator, limit=limit)
         sources.maps[name] = kept
     return sources
 
 
-def _always(data: Opened) -> set[str]:
+def _always(data: Dataset) -> set[str]:
     """Teachers that are needed whether a term reads them or not.
 
     Of objects the recipe's own says what pictures show, and what a bare student may be taught.
     """
-    return {""} if isinstance(data, OpenData) else set()
+    return {""} if isinstance(data, ObjectsDataset) else set()
 
 
-def _loaded(path: Path, data: Opened, *, stored: bool) -> TrainedTeacher:
+def _loaded(path: Path, data: Dataset, *, stored: bool) -> TrainedTeacher:
     """A teacher for this data; stored ones answer about objects, and so have the data's classes."""
-    asked = data.objects if stored and isinstance(data, OpenBoxes) else data
+    asked = data.objects if stored and isinstance(data, DetectionDataset) else data
     return load_teacher_of(path, asked)
 
 
@@ -208,16 +208,16 @@ def _read_by_class(terms: Sequence[Term], recipe: DistillRecipe) -> set[str]:
     return {name for name, read in outputs.items() if not OF_CLASSES.isdisjoint(read)}
 
 
-def _posteriors(kept: StoredField, data: Opened) -> StoredPosteriors:
+def _posteriors(kept: CachedField, data: Dataset) -> CachedPosteriors:
     """All of a cache; which objects they are of is looked at before anything trains.
 
     On a GPU a look-up does not check. A detector may learn from boxes that nobody asked about.
     """
-    posteriors = StoredPosteriors.read(kept)
-    if isinstance(data, OpenBoxes):
+    posteriors = CachedPosteriors.read(kept)
+    if isinstance(data, DetectionDataset):
         ids = data.objects.train.object_ids
         posteriors.check_knows(torch.from_numpy(ids.astype(np.int64)))
-    elif isinstance(data, OpenData):
+    elif isinstance(data, ObjectsDataset):
         posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
     return posteriors
 
@@ -244,13 +244,13 @@ def _kept(
     name: str,
     outputs: Sequence[str],
     recipe: DistillRecipe,
-    data: Opened,
+    data: Dataset,
     accelerator: Accelerator,
-) -> dict[str, StoredField]:
+) -> dict[str, CachedField]:
     """A teacher's stored outputs; samples call them by teacher, posteriors stay in memory."""
     targets = recipe.soft_targets
-    objects = data.objects if isinstance(data, OpenBoxes) else data
-    about_objects = isinstance(objects, OpenData)
+    objects = data.objects if isinstance(data, DetectionDataset) else data
+    about_objects = isinstance(objects, ObjectsDataset)
     always = [POSTERIOR] if about_objects else []
     location = targets.cache
     if location is not None and name:
@@ -264,7 +264,7 @@ def _kept(
     )  # fmt: skip
     found = open_cache(teacher, objects, accelerator, wanted)
     return {
-        output: StoredField(
+        output: CachedField(
             kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=kept.channels,
             stride=targets.stride_of(layer=output not in TEACHER_OUTPUTS),
         )

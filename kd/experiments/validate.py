@@ -9,9 +9,9 @@ from kd.config.recipes import DistillRecipe, SoftTargets
 from kd.distillation.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term
 from kd.errors import UserError
 from kd.experiments.connect import outputs_by_teacher
-from kd.problems.detection.data import OpenBoxes
-from kd.problems.objects.data import OpenData, Opened
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.detection.data import DetectionDataset
+from kd.problems.objects.data import Dataset, ObjectsDataset
+from kd.problems.segmentation.data import SegmentationDataset
 
 _log = logging.getLogger("kd")
 _CONTROLS = {"bare", "shuffled", "direct"}  # arms
@@ -20,7 +20,7 @@ _CONTROLS = {"bare", "shuffled", "direct"}  # arms
 _ALSO_LIVE = {"kind", "out_of_fold"}
 
 
-def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
     """Refuse terms and controls that cannot be had.
 
     Args:
@@ -32,7 +32,7 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> N
         UserError: One of them; the message names it.
     """
     _check_targets(recipe, terms, data)
-    if not isinstance(data, OpenData):
+    if not isinstance(data, ObjectsDataset):
         _check_pictures(recipe, terms, data)
     if "shuffled" in recipe.arms:
         _check_shuffled(recipe, terms)
@@ -48,14 +48,14 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> N
                 )
 
 
-def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
     """What is said of stored outputs must be about some; what is not is named."""
     set_here = [
         name
         for name, field in SoftTargets.model_fields.items()
         if name not in _ALSO_LIVE and getattr(recipe.soft_targets, name) != field.default
     ]
-    if "moved_error" in set_here and not isinstance(data, OpenData):
+    if "moved_error" in set_here and not isinstance(data, ObjectsDataset):
         raise UserError(
             "soft_targets.moved_error: stored maps are measured where objects are hidden, not "
             f"here: {data.section.name} has its maps moved with the picture as they are; leave it "
@@ -108,9 +108,9 @@ def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
             )
 
 
-def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) -> None:
+def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
     """What label maps, gaze and detectors do not go with."""
-    finds = isinstance(data, OpenBoxes)
+    finds = isinstance(data, DetectionDataset)
     refused = {"direct"} if finds else _CONTROLS
     if controls := sorted(set(recipe.arms) & refused):
         raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
@@ -127,5 +127,5 @@ def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Opened) 
                 "--set task.options.class_weights=0.5"
             )
         if (kind.boxes or kind.mask) and not finds:
-            what = "label maps" if isinstance(data, OpenMaps) else "gaze"
+            what = "label maps" if isinstance(data, SegmentationDataset) else "gaze"
             raise UserError(f"losses: {term.name}: is about a detector's boxes, not {what}")

@@ -43,14 +43,14 @@ from kd.experiments.connect import (
     tapped_layers,
     task_of,
 )
-from kd.experiments.teachers import Sources, find_teachers, open_sources
+from kd.experiments.teachers import RecipeTeachers, find_teachers, open_teachers
 from kd.experiments.validate import check_terms
 from kd.problems.base import Mean, Task
-from kd.problems.detection.data import OpenBoxes
-from kd.problems.objects.data import OpenData, Opened, make_dataset, of_objects
+from kd.problems.detection.data import DetectionDataset
+from kd.problems.objects.data import Dataset, ObjectsDataset, make_dataset, of_objects
 from kd.problems.objects.draw import write_pictures
-from kd.problems.saliency.data import OpenGaze
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.saliency.data import SaliencyDataset
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.runs.build import (
     build_detector,
     build_saliency,
@@ -86,7 +86,7 @@ class Distillation:
     """All that the arms of a recipe share; the teacher is opened once, before anything trains."""
 
     recipe: DistillRecipe
-    data: Opened
+    data: Dataset
     accelerator: Accelerator
     out: Path
     label: str = ""  # what progress lines call a student and its arm; empty: their names
@@ -98,20 +98,20 @@ class Distillation:
         recipe, data = self.recipe, self.data
         check_kind(recipe.task, recipe.data)
         self.terms = build_terms(self._wanted())
-        self.sources: Sources | None = None
+        self.sources: RecipeTeachers | None = None
         check_terms(recipe, self.terms, data)
         taught = any(self._taught(arm) for arm in recipe.arms)
         paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
         self.task = self._task()
         if taught:
             self._check_layers()
-            self.sources = open_sources(recipe, self.terms, data, self.accelerator, paths)
+            self.sources = open_teachers(recipe, self.terms, data, self.accelerator, paths)
 
     def _task(self) -> Task:
         section, data = self.recipe.task, self.data
-        if isinstance(data, OpenMaps):
+        if isinstance(data, SegmentationDataset):
             return segmentation_task(section, data)
-        model = self._student("distilled", None) if isinstance(data, OpenBoxes) else None
+        model = self._student("distilled", None) if isinstance(data, DetectionDataset) else None
         return build_task(section, self.recipe.data, data.num_classes, model=model)
 
     def _wanted(self) -> list[TermSection]:
@@ -191,18 +191,22 @@ class Distillation:
         return model.to(self.accelerator.device), objective
 
     def _labelled(self, seed: int) -> NDArray[np.int64] | None:
-        return self.data.labelled(seed) if isinstance(self.data, OpenData | OpenBoxes) else None
+        return (
+            self.data.labelled(seed)
+            if isinstance(self.data, ObjectsDataset | DetectionDataset)
+            else None
+        )
 
     def _student(self, arm: str, labelled: NDArray[np.int64] | None) -> nn.Module:
         """A student of the data's kind at fresh weights."""
-        if isinstance(self.data, OpenData):
+        if isinstance(self.data, ObjectsDataset):
             shares = self.data.prior(labelled)
             return build_student(self.recipe.student, shares, context=arm not in BARE)
         classes = self.data.num_classes
-        if isinstance(self.data, OpenGaze):
+        if isinstance(self.data, SaliencyDataset):
             second = imitates(self.recipe, arm)
             return build_saliency(self.recipe.student, branches="b" if second else "a")
-        if isinstance(self.data, OpenBoxes):
+        if isinstance(self.data, DetectionDataset):
             reads = arm not in BARE and self.recipe.student.options.get("context", False)
             prior = self.data.prior(labelled) if reads else None
             return build_detector(self.recipe.student, classes, prior, context=arm not in BARE)
@@ -221,11 +225,11 @@ class Distillation:
         """The same samples for every arm; stored maps come with them where they are used."""
         recipe, data = self.recipe, self.data
         stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
-        if isinstance(data, OpenMaps):
+        if isinstance(data, SegmentationDataset):
             return data.crops(seed, stored)
-        if isinstance(data, OpenGaze):
+        if isinstance(data, SaliencyDataset):
             return data.pictures(seed, stored)
-        if isinstance(data, OpenBoxes):
+        if isinstance(data, DetectionDataset):
             return data.samples(seed, stored)
         return make_dataset(
             of_objects(data),

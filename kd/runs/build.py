@@ -20,12 +20,12 @@ from kd.nn.detectors import DETECTORS
 from kd.nn.segmentation import SEGMENTERS
 from kd.problems import TASKS
 from kd.problems.base import Task
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.task import Detection
-from kd.problems.objects.data import Opened, open_objects
+from kd.problems.objects.data import Dataset, open_objects
 from kd.problems.saliency.data import open_fixations
 from kd.problems.saliency.task import Saliency
-from kd.problems.segmentation.data import OpenMaps, open_maps
+from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.task import Segmentation
 from kd.registry import accepted, build, check_options, look_up
 from kd.runs.transfer_trunk import TRANSFERRED, take_trunk
@@ -115,7 +115,7 @@ def build_task(
     return task
 
 
-def segmentation_task(section: TaskSection, data: OpenMaps) -> Task:
+def segmentation_task(section: TaskSection, data: SegmentationDataset) -> Task:
     """The task of a training on label maps; pixels are counted where classes have weights."""
     shares = data.shares() if section.options.get("class_weights") else None
     return build_task(section, data.section, data.num_classes, shares=shares)
@@ -199,7 +199,7 @@ def build_detector(
     return build(DETECTORS, model.name, options, what="detector", **given)
 
 
-def open_data(section: AnyData, task: str | None = None) -> Opened:
+def open_data(section: AnyData, task: str | None = None) -> Dataset:
     """Open a data set of any kind.
 
     Args:
@@ -214,7 +214,7 @@ def open_data(section: AnyData, task: str | None = None) -> Opened:
     if isinstance(section, Gaze):
         return open_fixations(section)
     objects = open_objects(section)
-    return OpenBoxes(objects) if TASKS.get(task or "") is Detection else objects
+    return DetectionDataset(objects) if TASKS.get(task or "") is Detection else objects
 
 
 def native_bf16(device: torch.device) -> bool:

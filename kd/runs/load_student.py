@@ -15,9 +15,9 @@ from kd.distillation.terms import TERMS
 from kd.engine.checkpoint import load_model
 from kd.errors import UserError
 from kd.problems.base import Task
-from kd.problems.detection.data import OpenBoxes
-from kd.problems.objects.data import OpenData, Opened
-from kd.problems.saliency.data import OpenGaze
+from kd.problems.detection.data import DetectionDataset
+from kd.problems.objects.data import Dataset, ObjectsDataset
+from kd.problems.saliency.data import SaliencyDataset
 from kd.runs.build import (
     build_detector,
     build_saliency,
@@ -35,7 +35,7 @@ SECOND_MAP = "teacher_saliency"  # of a saliency student: what the teacher would
 class TrainedStudent:
     """A student as its run left it, and the data set it is to be asked about."""
 
-    data: Opened
+    data: Dataset
     model: nn.Module
     task: Task
 
@@ -60,7 +60,7 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
     data = open_data(recipe.data, recipe.task.name)
-    if isinstance(data, OpenData):
+    if isinstance(data, ObjectsDataset):
         prior = data.prior(data.labelled(config["seed"]))
         bare = config["arm"] in BARE
         student: nn.Module = build_student(to_be_loaded(recipe.student), prior, context=not bare)
@@ -80,7 +80,7 @@ def imitates(recipe: DistillRecipe, arm: str) -> bool:
     return any(read.get(term) == SECOND_MAP for term in terms)
 
 
-def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Opened) -> nn.Module:
+def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Dataset) -> nn.Module:
     """Load an arm's segmentation network, detector or saliency student from its folder.
 
     Args:
@@ -94,9 +94,9 @@ def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Opened) -> nn
     """
     student: nn.Module
     section = to_be_loaded(recipe.student)
-    if isinstance(data, OpenBoxes):
+    if isinstance(data, DetectionDataset):
         student = build_detector(section, data.num_classes, context=arm not in BARE)
-    elif isinstance(data, OpenGaze):
+    elif isinstance(data, SaliencyDataset):
         student = build_saliency(section, branches="b" if imitates(recipe, arm) else "a")
     else:
         student = build_segmenter(section, data.num_classes)

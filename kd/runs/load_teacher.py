@@ -25,7 +25,7 @@ from kd.errors import UserError
 from kd.nn.inference import for_answers, in_int8
 from kd.problems.base import Batch, Task, named
 from kd.problems.objects.context import ContextMap
-from kd.problems.objects.data import OpenData, Opened
+from kd.problems.objects.data import Dataset, ObjectsDataset
 from kd.runs.build import build_task, build_teacher, open_data
 from kd.runs.folder import class_names
 from kd.runs.transfer_trunk import teacher_recipe
@@ -170,13 +170,13 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
 
-def load_teacher_of(path: Path, data: Opened) -> TrainedTeacher:
+def load_teacher_of(path: Path, data: Dataset) -> TrainedTeacher:
     """A teacher of a data set's classes; one of objects has its own where these are label maps.
 
     Raises:
         UserError: As `load_teacher`.
     """
-    own = not isinstance(data, OpenData) and _teaches_objects(path)
+    own = not isinstance(data, ObjectsDataset) and _teaches_objects(path)
     return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
 
 
@@ -279,7 +279,7 @@ def _to_be_loaded(recipe: TeacherRecipe) -> Model:
     return recipe.teacher.model_copy(update={"options": options})
 
 
-def as_shown(teacher: TrainedTeacher, data: OpenData, **changes: Any) -> OpenData:
+def as_shown(teacher: TrainedTeacher, data: ObjectsDataset, **changes: Any) -> ObjectsDataset:
     """A data set with pictures as the teacher saw them in training.
 
     Args:

@@ -25,7 +25,7 @@ from kd.engine.tracking import Tracker, flatten
 from kd.metrics import classification as scores
 from kd.problems.base import Metric, Task
 from kd.problems.objects.baselines import EXACT, PRIOR, exact_records
-from kd.problems.objects.data import OpenData, Opened
+from kd.problems.objects.data import Dataset, ObjectsDataset
 from kd.problems.objects.metric import TopN
 from kd.problems.objects.records import prior_records
 from kd.problems.records import DETECTIONS, SALIENCY
@@ -42,7 +42,7 @@ _CEILING = ("top1", "top5", "nll", "lookalike_top1", "lookalike_pair_top1", "mea
             "area")  # fmt: skip
 
 
-def summary_of(data: Opened, metric: Metric, model: nn.Module, steps: int) -> dict[str, Any]:
+def summary_of(data: Dataset, metric: Metric, model: nn.Module, steps: int) -> dict[str, Any]:
     """What `summary.json` says of a model's answers; of saliency with what they are held against.
 
     Args:
@@ -60,9 +60,9 @@ def summary_of(data: Opened, metric: Metric, model: nn.Module, steps: int) -> di
     }
 
 
-def _of_exact_posterior(data: Opened, metric: Metric) -> dict[str, float]:
+def _of_exact_posterior(data: Dataset, metric: Metric) -> dict[str, float]:
     """What the exact posterior of the embedded scenes scores on the same objects."""
-    if not (isinstance(metric, TopN) and isinstance(data, OpenData)):
+    if not (isinstance(metric, TopN) and isinstance(data, ObjectsDataset)):
         return {}
     exact = exact_records(data, metric.records())
     if EXACT not in exact:
@@ -105,7 +105,7 @@ class Session:
 
     folder: RunFolder
     accelerator: Accelerator
-    data: Opened
+    data: Dataset
     train: Train
     seed: int
     label: str
@@ -225,7 +225,7 @@ def _write_result(
     session.folder.name_classes(session.data.class_names)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    if isinstance(metric, TopN) and isinstance(session.data, OpenData):
+    if isinstance(metric, TopN) and isinstance(session.data, ObjectsDataset):
         tracker.figure("eval/top_n", _curve_figure(session.data, metric), step)
         tracker.figure(
             "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
@@ -241,12 +241,12 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
-def new_metric(task: Task, data: Opened) -> Metric:
+def new_metric(task: Task, data: Dataset) -> Metric:
     """What a task's answers on a data set's val split are scored by."""
     return task.metric(data.classes())
 
 
-def _curve_figure(data: OpenData, metric: TopN) -> Any:
+def _curve_figure(data: ObjectsDataset, metric: TopN) -> Any:
     """Top-n against random, prior and, on the scenes, the exact posterior."""
     records = metric.records()
     known = {PRIOR: prior_records(records), EXACT: exact_records(data, records).get(EXACT)}
@@ -256,7 +256,7 @@ def _curve_figure(data: OpenData, metric: TopN) -> Any:
     )
 
 
-def val_loader(data: Opened, batch_size: int, accelerator: Accelerator) -> SampleLoader:
+def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> SampleLoader:
     """The val split in batches; pictures of different sizes go one by one."""
     samples = data.evaluated()
     processes = accelerator.num_processes

@@ -24,7 +24,7 @@ MIRRORED = "mirrored_"
 FINER = 1.5  # times as fine as the result are maps that are scaled down before they are read
 
 
-class StoredField:
+class CachedField:
     """One output of one teacher, by annotation id.
 
     Args:

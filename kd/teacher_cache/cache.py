@@ -33,11 +33,11 @@ from kd.errors import UserError
 from kd.experiments.connect import layers_among
 from kd.formats.splits import fold_of
 from kd.nn.weights import weights_hash
-from kd.problems.objects.data import Opened
+from kd.problems.objects.data import Dataset
 from kd.runs.load_teacher import TrainedTeacher, answering, fold_models
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.storage.store import Store
-from kd.teacher_cache.teacher_view import Shown, in_one_shape, mirror, shown_to
+from kd.teacher_cache.teacher_view import TeacherView, in_one_shape, mirror, teacher_view
 from kd.teacher_cache.writer import ShardWriter
 
 _log = logging.getLogger("kd")
@@ -84,8 +84,8 @@ class Wanted:
 
 
 def open_cache(
-    teacher: TrainedTeacher, data: Opened, accelerator: Accelerator, wanted: Wanted
-) -> dict[str, StoredField]:
+    teacher: TrainedTeacher, data: Dataset, accelerator: Accelerator, wanted: Wanted
+) -> dict[str, CachedField]:
     """The outputs by name, read from where they are kept; what lacks is computed now.
 
     Raises:
@@ -94,9 +94,9 @@ def open_cache(
     """
     if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
-    shown = shown_to(teacher, data, wanted.split, size=wanted.size)
+    shown = teacher_view(teacher, data, wanted.split, size=wanted.size)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
-    found: dict[str, StoredField] = {}
+    found: dict[str, CachedField] = {}
     if len(alone) < len(wanted.outputs):
         models = fold_models(teacher, data.num_classes)
         found |= _Cache(teacher, models, shown, accelerator, wanted).open([POSTERIOR])
@@ -111,7 +111,7 @@ class _Cache:
 
     teacher: TrainedTeacher
     models: Sequence[torch.nn.Module]
-    shown: Shown
+    shown: TeacherView
     accelerator: Accelerator
     wanted: Wanted
 
@@ -121,7 +121,7 @@ class _Cache:
         folds = fold_of(ids, len(self.models)) if len(self.models) > 1 else np.zeros(len(ids))
         self.images = [ids[folds == number] for number in range(len(self.models))]
 
-    def open(self, outputs: Sequence[str]) -> dict[str, StoredField]:
+    def open(self, outputs: Sequence[str]) -> dict[str, CachedField]:
         """The outputs, complete."""
         stores = {name: Store(self._place(name)) for name in outputs}
         with _together():
@@ -130,7 +130,7 @@ class _Cache:
         with _together():
             self._fill(stores)
         return {
-            name: StoredField(store, name, channels=self.shown.data.num_classes)
+            name: CachedField(store, name, channels=self.shown.data.num_classes)
             for name, store in stores.items()
         }
 

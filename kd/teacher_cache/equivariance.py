@@ -21,9 +21,9 @@ from kd.distillation.terms import POSTERIOR
 from kd.engine.loop import to_device
 from kd.errors import UserError
 from kd.experiments.connect import layers_among
-from kd.problems.objects.data import OpenData, make_dataset
+from kd.problems.objects.data import ObjectsDataset, make_dataset
 from kd.runs.load_teacher import TrainedTeacher, as_shown
-from kd.storage.fields import PREFIX, StoredField
+from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.augment import build_augment
 
 _log = logging.getLogger("kd")
@@ -34,8 +34,8 @@ _PICTURES = 8
 
 def moved_map_errors(
     teacher: TrainedTeacher,
-    data: OpenData,
-    kept: Mapping[str, StoredField],
+    data: ObjectsDataset,
+    kept: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> dict[str, dict[str, float]]:
     """The relative error of each stored map under each move that the data set's augmentation makes.
@@ -68,8 +68,8 @@ def moved_map_errors(
 
 def check_moved_maps(
     teacher: TrainedTeacher,
-    data: OpenData,
-    kept: Mapping[str, StoredField],
+    data: ObjectsDataset,
+    kept: Mapping[str, CachedField],
     accelerator: Accelerator,
     *,
     limit: float,
@@ -94,7 +94,7 @@ def check_moved_maps(
 
 
 def _moved(
-    teacher: TrainedTeacher, data: OpenData, maps: list[StoredField], augment: dict[str, Any]
+    teacher: TrainedTeacher, data: ObjectsDataset, maps: list[CachedField], augment: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """A batch of train pictures after one move, the stored maps with them."""
     data = as_shown(teacher, data, augment=augment, partial=None)

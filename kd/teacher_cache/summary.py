@@ -8,44 +8,44 @@ from typing import Literal
 from accelerate import Accelerator
 
 from kd.distillation.terms import POSTERIOR
-from kd.problems.objects.data import OpenData, Opened
-from kd.problems.saliency.data import OpenGaze
+from kd.problems.objects.data import Dataset, ObjectsDataset
+from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.task import SALIENCY
 from kd.runs.load_teacher import TrainedTeacher
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.teacher_cache.equivariance import moved_map_errors
-from kd.teacher_cache.teacher_view import shown_to
+from kd.teacher_cache.teacher_view import teacher_view
 
 Split = Literal["train", "val"]
 
 
-def own_output(data: Opened) -> str:
+def own_output(data: Dataset) -> str:
     """What a teacher says of such data, beside its layers."""
-    if isinstance(data, OpenData):
+    if isinstance(data, ObjectsDataset):
         return POSTERIOR
-    return SALIENCY if isinstance(data, OpenGaze) else "logits"
+    return SALIENCY if isinstance(data, SaliencyDataset) else "logits"
 
 
-def splits_kept(data: Opened, asked: Split | None) -> Sequence[Split]:
+def splits_kept(data: Dataset, asked: Split | None) -> Sequence[Split]:
     """The one that is asked for; else train, and of saliency val too, which is looked at."""
     if asked is not None:
         return (asked,)
-    return ("train", "val") if isinstance(data, OpenGaze) else ("train",)
+    return ("train", "val") if isinstance(data, SaliencyDataset) else ("train",)
 
 
 def said(
     teacher: TrainedTeacher,
-    data: Opened,
+    data: Dataset,
     split: Split,
-    kept: Mapping[str, StoredField],
+    kept: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> Iterator[str]:
     """Lines about the outputs that are kept of a split; all processes must ask for the first."""
     errors: dict[str, dict[str, float]] = {}
-    if isinstance(data, OpenData) and split == "train":
+    if isinstance(data, ObjectsDataset) and split == "train":
         errors = moved_map_errors(teacher, data, kept, accelerator)
-    images = len(shown_to(teacher, data, split).image_ids)
-    what = "objects" if isinstance(data, OpenData) else "pictures"
+    images = len(teacher_view(teacher, data, split).image_ids)
+    what = "objects" if isinstance(data, ObjectsDataset) else "pictures"
     of = " of val" if split == "val" else ""
     for name, output in kept.items():
         size = output.store.bytes

@@ -15,26 +15,26 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.images import PictureDataset
+from kd.data.images import ImageSamples
 from kd.data.loader import Samples
 from kd.distillation.terms import TEACHER_OUTPUTS
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex
-from kd.problems.objects.data import OpenData, Opened, make_dataset, of_objects
-from kd.problems.objects.samples import SceneDataset
-from kd.problems.saliency.data import OpenGaze
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.objects.data import Dataset, ObjectsDataset, make_dataset, of_objects
+from kd.problems.objects.samples import ObjectSamples
+from kd.problems.saliency.data import SaliencyDataset
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.runs.load_teacher import TrainedTeacher, as_shown
 
 PICTURES_LOOKED_AT = 4096
 Split = Literal["train", "val"]
 
 
-class Shown(Protocol):
+class TeacherView(Protocol):
     """A split as a teacher sees it; records are its objects, or its pictures."""
 
     @property
-    def data(self) -> Opened:
+    def data(self) -> Dataset:
         """The data set."""
         ...
 
@@ -64,10 +64,10 @@ class Shown(Protocol):
 
 
 @dataclass(frozen=True)
-class ShownObjects:
+class ObjectsView:
     """Every usable object of a split, hidden in turn; a record for each."""
 
-    data: OpenData
+    data: ObjectsDataset
     split: Split
 
     @property
@@ -109,13 +109,13 @@ class ShownObjects:
         return self.data.train if self.split == "train" else self.data.val
 
     @cached_property
-    def _whole(self) -> SceneDataset:
+    def _whole(self) -> ObjectSamples:
         """Which objects count is found once; of a large data set that takes a while."""
         return make_dataset(self.data, self.split, train=False)
 
 
 @dataclass(frozen=True)
-class ShownPictures:
+class ImagesView:
     """Every picture of a split, whole; a record for each, by its place in the split.
 
     Args:
@@ -125,7 +125,7 @@ class ShownPictures:
             None: that of the files.
     """
 
-    data: OpenMaps | OpenGaze
+    data: SegmentationDataset | SaliencyDataset
     split: Split
     size: int | tuple[int, int] | None
 
@@ -169,13 +169,13 @@ class ShownPictures:
 
         A stored map covers the whole of its picture, whatever the sides of either.
         """
-        if isinstance(self.data, OpenMaps):
+        if isinstance(self.data, SegmentationDataset):
             return None
         whole = self._whole(None)
         return None if whole.alike else whole.frame
 
-    def _whole(self, only: NDArray[np.int64] | None) -> PictureDataset:
-        if isinstance(self.data, OpenGaze):
+    def _whole(self, only: NDArray[np.int64] | None) -> ImageSamples:
+        if isinstance(self.data, SaliencyDataset):
             return self.data.whole(self.split, size=self.size, only=only)
         assert not isinstance(self.size, tuple)
         return self.data.whole(self.split, size=self.size, only=only)
@@ -185,26 +185,26 @@ class ShownPictures:
         return (self.data.train if self.split == "train" else self.data.val).images
 
 
-def shown_to(
-    teacher: TrainedTeacher, data: Opened, split: Split, *, size: int | None = None
-) -> Shown:
+def teacher_view(
+    teacher: TrainedTeacher, data: Dataset, split: Split, *, size: int | None = None
+) -> TeacherView:
     """A split as a teacher saw its own data in training, or pictures at another size.
 
     Raises:
         UserError: Another size of pictures whose objects are hidden.
     """
-    if isinstance(data, OpenMaps):
+    if isinstance(data, SegmentationDataset):
         own = teacher.recipe.data.size
-        return ShownPictures(data, split, size or (max(own) if isinstance(own, tuple) else own))
-    if isinstance(data, OpenGaze):
-        return ShownPictures(data, split, size or teacher.recipe.data.size)
+        return ImagesView(data, split, size or (max(own) if isinstance(own, tuple) else own))
+    if isinstance(data, SaliencyDataset):
+        return ImagesView(data, split, size or teacher.recipe.data.size)
     if size is not None:
         raise UserError(
             f"a size of {size} pixels is for label maps and gaze; objects are hidden at the size "
             "that the teacher was trained at: leave soft_targets.size out"
         )
     # Which objects count is the student's choice.
-    return ShownObjects(as_shown(teacher, of_objects(data), min_share=0.0, max_share=1.0), split)
+    return ObjectsView(as_shown(teacher, of_objects(data), min_share=0.0, max_share=1.0), split)
 
 
 def in_one_shape(given: Mapping[str, Tensor], grid: tuple[int, int] | None) -> Mapping[str, Tensor]:

@@ -39,7 +39,7 @@ from kd.formats.coco import CocoIndex, load_coco
 from kd.formats.coco_validate import read_json
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.problems.objects.baselines import fit_cooccurrence
-from kd.problems.objects.data import OpenData
+from kd.problems.objects.data import ObjectsDataset
 from kd.report.style import save_figure
 from kd.utils.images import read_image
 from kd.utils.io import PARTIAL
@@ -77,7 +77,7 @@ class Wanted:
     seed: int = 0
 
 
-def make_sets(data: OpenData, out: Path, wanted: Wanted) -> dict[str, Any]:
+def make_sets(data: ObjectsDataset, out: Path, wanted: Wanted) -> dict[str, Any]:
     """Choose pairs and write the three sets with their picture; `out` is whole or not there.
 
     Returns:
@@ -127,7 +127,7 @@ def make_sets(data: OpenData, out: Path, wanted: Wanted) -> dict[str, Any]:
 
 
 def _rows_to_cut(
-    index: CocoIndex, data: OpenData, wanted: Wanted, random: np.random.Generator
+    index: CocoIndex, data: ObjectsDataset, wanted: Wanted, random: np.random.Generator
 ) -> Ints:
     """Whole objects with an outline, classes taking turns."""
     rows = np.arange(len(index.object_ids))
@@ -190,7 +190,7 @@ def _bar(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
 
 def _describe(
-    data: OpenData, index: CocoIndex, pairs: list[Pair], wanted: Wanted
+    data: ObjectsDataset, index: CocoIndex, pairs: list[Pair], wanted: Wanted
 ) -> dict[str, Any]:
     lifts = {
         "in": [pair.inside.lift for pair in pairs],

@@ -14,16 +14,16 @@ from kd.formats.kitti import kitti_truth
 from kd.formats.splits import objects_on
 from kd.metrics.kitti_ap import KittiTruth
 from kd.problems.base import Classes
-from kd.problems.detection.samples import BoxDataset
-from kd.problems.objects.data import OpenData, smoothed
-from kd.storage.fields import StoredField
+from kd.problems.detection.samples import DetectionSamples
+from kd.problems.objects.data import ObjectsDataset, smoothed
+from kd.storage.fields import CachedField
 
 
 @dataclass(frozen=True)
-class OpenBoxes:
+class DetectionDataset:
     """The same data set of objects, asked about as detectors are."""
 
-    objects: OpenData
+    objects: ObjectsDataset
 
     @property
     def section(self) -> Data:
@@ -66,11 +66,11 @@ class OpenBoxes:
         rows, _ = objects_on(index, images)
         return smoothed(np.bincount(index.labels[rows], minlength=self.num_classes))
 
-    def samples(self, seed: int, stored: Sequence[StoredField] = ()) -> BoxDataset:
+    def samples(self, seed: int, stored: Sequence[CachedField] = ()) -> DetectionSamples:
         """Train pictures of a seed, those whose labels it may know."""
         known = self.labelled(seed)
         return self.objects.boxes(seed, labelled=known, only=known, stored=stored)
 
-    def evaluated(self) -> BoxDataset:
+    def evaluated(self) -> DetectionSamples:
         """Whole val pictures."""
         return self.objects.evaluated_boxes()

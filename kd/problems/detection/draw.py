@@ -13,7 +13,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.evaluation.write import fresh_tracker, write_figure
 from kd.formats.coco import CocoIndex
-from kd.problems.detection.samples import BoxDataset
+from kd.problems.detection.samples import DetectionSamples
 from kd.problems.detection.task import Detection, anchors_of, assigned
 from kd.problems.objects.records import Records
 from kd.problems.records import check_same
@@ -41,7 +41,9 @@ def box_overlays(runs: Mapping[str, Records], index: CocoIndex, *, count: int) -
     return found_figures(runs, picture, count=count)
 
 
-def mask_pictures(data: BoxDataset, task: Detection, *, count: int) -> Iterator[tuple[str, Figure]]:
+def mask_pictures(
+    data: DetectionSamples, task: Detection, *, count: int
+) -> Iterator[tuple[str, Figure]]:
     """Draw where a task's imitation masks are on pictures with objects, by the figure's name.
 
     Args:

@@ -24,7 +24,7 @@ from kd.data.annotated import (
 from kd.data.loader import Sample
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex
-from kd.storage.fields import PREFIX, StoredField
+from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.augment import Augment, Plan, build_augment, pad
 
 _SAMPLE_STREAM = 4  # keeps the samples' random numbers apart from the loader's order
@@ -34,7 +34,7 @@ _NO_CHANGE = Augment(
 _SMALLEST_CROWD = 0.0  # share of a crowd that must stay: any part of one is as good as all of it
 
 
-class BoxDataset(Dataset[Sample]):
+class DetectionSamples(Dataset[Sample]):
     """Samples of docs/design.md, looked up by (epoch, position).
 
     In training a picture's long side is the frame's times a scale drawn anew each time: of a larger
@@ -75,7 +75,7 @@ class BoxDataset(Dataset[Sample]):
         only: Collection[int] | npt.NDArray[np.int64] | None = None,
         seed: int = 0,
         prepared: Path | None = None,
-        stored: Sequence[StoredField] = (),
+        stored: Sequence[CachedField] = (),
     ) -> None:
         """Choose the images; the arguments are explained above."""
         check_frame(size, seed)

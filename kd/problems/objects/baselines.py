@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.splits import objects_on
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.problems.objects.data import OpenData, make_dataset
+from kd.problems.objects.data import ObjectsDataset, make_dataset
 from kd.problems.objects.records import Records, answered, prior_records
 
 
@@ -46,7 +46,7 @@ def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
     return model.eval()
 
 
-def cooccurrence_log_probs(data: OpenData) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """What co-occurrence says of every usable val object, given all the others of its image.
 
     Returns:
@@ -76,7 +76,7 @@ ABOUT = {
 }
 
 
-def references(data: OpenData, records: Records) -> dict[str, Records]:
+def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
     """Everything that is known for these val objects, the weakest first.
 
     Args:
@@ -94,7 +94,7 @@ def references(data: OpenData, records: Records) -> dict[str, Records]:
     return {name: one for name, one in known.items() if one is not None}
 
 
-def on_data(data: OpenData, records: Records, where: str) -> Records:
+def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
     """Stored predictions with the number of visible objects, which older ones lack.
 
     Raises:
@@ -113,7 +113,7 @@ def on_data(data: OpenData, records: Records, where: str) -> Records:
     return {**records, "visible": visible_objects(val, records["image_ids"])}
 
 
-def exact_records(data: OpenData, records: Records) -> dict[str, Records]:
+def exact_records(data: ObjectsDataset, records: Records) -> dict[str, Records]:
     """The objects as the exact posteriors answer them; empty for other data than the scenes."""
     stored = data.ceiling("val")
     if stored is None:

@@ -21,12 +21,12 @@ from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.coco_results import Truth, read_truth
 from kd.formats.splits import labelled_images, objects_on
 from kd.problems.base import Classes
-from kd.problems.detection.samples import BoxDataset
-from kd.problems.objects.samples import SceneDataset
-from kd.storage.fields import StoredField
+from kd.problems.detection.samples import DetectionSamples
+from kd.problems.objects.samples import ObjectSamples
+from kd.storage.fields import CachedField
 
 
-class Opened(Protocol):
+class Dataset(Protocol):
     """A data set of any kind, opened: what every training and evaluation asks of it."""
 
     @property
@@ -53,19 +53,19 @@ class Opened(Protocol):
         ...
 
 
-def of_objects(data: Opened) -> OpenData:
+def of_objects(data: Dataset) -> ObjectsDataset:
     """The same, for commands that ask about objects.
 
     Raises:
         UserError: It has label maps.
     """
-    if not isinstance(data, OpenData):
+    if not isinstance(data, ObjectsDataset):
         raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
     return data
 
 
 @dataclass(frozen=True)
-class OpenData:
+class ObjectsDataset:
     """Both splits of a data set of objects, opened."""
 
     section: Data
@@ -95,7 +95,7 @@ class OpenData:
         """The val split's boxes as COCO's evaluation counts them: all of its JSON, crowds too."""
         return read_truth(self.val.annotation_file)
 
-    def evaluated(self) -> SceneDataset:
+    def evaluated(self) -> ObjectSamples:
         """The val split, every usable object hidden in turn."""
         return make_dataset(self, "val", train=False)
 
@@ -105,16 +105,16 @@ class OpenData:
         *,
         labelled: Collection[int] | None = None,
         only: Collection[int] | None = None,
-        stored: Sequence[StoredField] = (),
-    ) -> BoxDataset:
-        """The train split as detectors learn from it; arguments as of `BoxDataset`."""
+        stored: Sequence[CachedField] = (),
+    ) -> DetectionSamples:
+        """The train split as detectors learn from it; arguments as of `DetectionSamples`."""
         return _make_boxes(
             self, "train", train=True, seed=seed, labelled=labelled, only=only, stored=stored
         )
 
     def evaluated_boxes(
         self, split: Literal["train", "val"] = "val", only: Collection[int] | None = None
-    ) -> BoxDataset:
+    ) -> DetectionSamples:
         """Whole pictures of a split with all their boxes."""
         return _make_boxes(self, split, train=False, only=only)
 
@@ -170,17 +170,17 @@ def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(more / more.sum(), dtype=np.float64)
 
 
-def open_objects(section: Data) -> OpenData:
+def open_objects(section: Data) -> ObjectsDataset:
     """Open a data set; the embedded scenes are made where they are not there yet.
 
     Raises:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.
     """
-    return OpenData(section, *open_annotated(section, pictures=section.pictures))
+    return ObjectsDataset(section, *open_annotated(section, pictures=section.pictures))
 
 
 def make_dataset(
-    data: OpenData,
+    data: ObjectsDataset,
     split: Literal["train", "val"],
     *,
     train: bool,
@@ -189,14 +189,14 @@ def make_dataset(
     only: Collection[int] | None = None,
     seed: int = 0,
     epochs: int = 1,
-    stored: Sequence[StoredField] = (),
+    stored: Sequence[CachedField] = (),
     class_maps: bool = False,
-) -> SceneDataset:
+) -> ObjectSamples:
     """A split as samples."""
     section = data.section
     partial = section.partial
     index = data.train if split == "train" else data.val
-    return SceneDataset(
+    return ObjectSamples(
         index,
         size=section.size,
         mode=mode,
@@ -220,20 +220,20 @@ def make_dataset(
 
 
 def _make_boxes(
-    data: OpenData,
+    data: ObjectsDataset,
     split: Literal["train", "val"],
     *,
     train: bool,
     labelled: Collection[int] | None = None,
     only: Collection[int] | None = None,
     seed: int = 0,
-    stored: Sequence[StoredField] = (),
-) -> BoxDataset:
+    stored: Sequence[CachedField] = (),
+) -> DetectionSamples:
     """A split as samples for detectors."""
     section = data.section
     if not section.pictures:
         raise UserError(f"{section.name}: data.pictures is false, but detectors need pictures")
-    return BoxDataset(
+    return DetectionSamples(
         data.train if split == "train" else data.val,
         size=section.size,
         train=train,

@@ -20,7 +20,7 @@ from kd.engine.state import Training
 from kd.engine.tracking import Tracker
 from kd.nn.freeze import evaluating
 from kd.problems.base import Task
-from kd.problems.objects.data import OpenData, make_dataset, of_objects
+from kd.problems.objects.data import ObjectsDataset, make_dataset, of_objects
 from kd.report.style import BLUE, GREY, ORANGE, PALE
 from kd.runs.train import Session
 
@@ -184,7 +184,7 @@ def write_pictures(
 def hidden_scenes(
     model: nn.Module,
     task: Task,
-    data: OpenData,
+    data: ObjectsDataset,
     *,
     count: int,
     device: torch.device,

@@ -22,7 +22,7 @@ from kd.problems.objects.class_figures import (
     confusion_figure,
     per_class_figure,
 )
-from kd.problems.objects.data import OpenData, Opened
+from kd.problems.objects.data import Dataset, ObjectsDataset
 from kd.problems.objects.records import Records
 from kd.problems.objects.tables import Scored
 from kd.report.curves import reliability_figure, share_hidden_figure, top_n_figure, visible_figure
@@ -41,7 +41,7 @@ class Evaluation:
     """
 
     title: str
-    data: OpenData
+    data: ObjectsDataset
     runs: Mapping[str, Records]
     references: Mapping[str, Records]
     picture = "hidden_scene"
@@ -156,7 +156,7 @@ class Scores:
     """What a task scores that does not ask about objects; it has tables, no figures."""
 
     title: str
-    data: Opened
+    data: Dataset
     metric: Metric
 
     def summary_tables(self) -> list[Table]:
@@ -182,7 +182,7 @@ class Scores:
         }
 
 
-def about(data: OpenData, records: Records) -> str:
+def about(data: ObjectsDataset, records: Records) -> str:
     """What the answers are about, for a title."""
     objects, images = len(records["labels"]), len(set(records["image_ids"].tolist()))
     return f"{data.section.name} val: {objects} objects in {images} images"

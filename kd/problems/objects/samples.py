@@ -27,7 +27,7 @@ from kd.data.loader import Sample
 from kd.errors import UserError
 from kd.formats.class_maps import ClassMaps
 from kd.formats.coco import CocoIndex
-from kd.storage.fields import PREFIX, StoredField
+from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.augment import Augment, Plan, build_augment, pad
 from kd.transforms.hide import hidden_regions, hide_share
 
@@ -50,7 +50,7 @@ class _Scene:
     usable: Tensor
 
 
-class SceneDataset(Dataset[Sample]):
+class ObjectSamples(Dataset[Sample]):
     """Samples of docs/design.md, looked up by (epoch, position).
 
     Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
@@ -104,7 +104,7 @@ class SceneDataset(Dataset[Sample]):
         seed: int = 0,
         epochs: int = 1,
         prepared: Path | None = None,
-        stored: Sequence[StoredField] = (),
+        stored: Sequence[CachedField] = (),
         class_maps: ClassMaps | None = None,
     ) -> None:
         """Choose the images; the arguments are explained above."""

@@ -29,9 +29,9 @@ from kd.problems.saliency.baselines import (
     inter_observer,
     relative,
 )
-from kd.problems.saliency.samples import GazeDataset, check_gaze
+from kd.problems.saliency.samples import SaliencySamples, check_gaze
 from kd.scenes.gaze import SceneGaze
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.utils.images import scaled_size
 
 LOOKS = 20_000  # fixations on other pictures that a picture's own are told from, or a few more
@@ -133,7 +133,7 @@ COUNTED = 1000  # train pictures whose fixations make the centre prior, or somew
 
 
 @dataclass(frozen=True)
-class OpenGaze:
+class SaliencyDataset:
     """Both splits of a data set of fixations."""
 
     section: Gaze
@@ -176,14 +176,14 @@ class OpenGaze:
         places = [relative_places(self.train, number) for number in self.counted]
         return CentrePrior(torch.cat(places))
 
-    def pictures(self, seed: int, stored: Sequence[StoredField] = ()) -> GazeDataset:
+    def pictures(self, seed: int, stored: Sequence[CachedField] = ()) -> SaliencySamples:
         """Training samples of the train split; a teacher's outputs come with them."""
         section = self.section
-        return GazeDataset(
+        return SaliencySamples(
             self.train, size=section.size, augment=section.augment, seed=seed, stored=stored
         )
 
-    def evaluated(self) -> GazeDataset:
+    def evaluated(self) -> SaliencySamples:
         """Whole pictures of the val split."""
         return self.whole("val", size=self.section.size)
 
@@ -193,7 +193,7 @@ class OpenGaze:
         *,
         size: tuple[int, int] | int | None,
         only: NDArray[np.int64] | None = None,
-    ) -> GazeDataset:
+    ) -> SaliencySamples:
         """Whole pictures of a split, all or those of some places.
 
         Args:
@@ -205,10 +205,10 @@ class OpenGaze:
             own = self.section.size
             size = own if size is None else in_multiples(*scaled_size(*own, size))
         pictures = self.train if split == "train" else self.val
-        return GazeDataset(pictures, size=size, train=False, only=only)
+        return SaliencySamples(pictures, size=size, train=False, only=only)
 
 
-def open_fixations(section: Gaze) -> OpenGaze:
+def open_fixations(section: Gaze) -> SaliencyDataset:
     """Open a data set of fixations; small ones are read once, before anything is trained.
 
     Of larger ones the fixations of val and of those train pictures that make the centre prior.
@@ -217,7 +217,7 @@ def open_fixations(section: Gaze) -> OpenGaze:
         UserError: What `open_gaze` and `open_annotated` raise; a picture or its fixations that
             cannot be read or do not fit each other, a stimulus without any.
     """
-    opened = OpenGaze(section, *_splits(section))
+    opened = SaliencyDataset(section, *_splits(section))
     opened.pictures(0)  # its options are looked at before all files are
     if section.generate is None:  # what was made here is whole
         small = {name: _soon_read(split) for name, split in opened.splits.items()}

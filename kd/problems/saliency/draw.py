@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from kd.evaluation.ask_network import Asked, answer, spread, val_sample
 from kd.metrics.saliency import kld
-from kd.problems.saliency.data import OpenGaze
+from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.figures import gaze_figure
 from kd.utils.images import read_image
 
 
 def gaze_overlays(
-    data: OpenGaze, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
+    data: SaliencyDataset, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
 ) -> Iterator[Figure]:
     """Draw val pictures spread over the split, each beside fixations, truth and every answer.
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd.data.images import PictureDataset, check_targets, in_multiples
+from kd.data.images import ImageSamples, check_targets, in_multiples
 from kd.data.loader import Sample
 from kd.formats.fixations import GazeSplit
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_turns
 
 
-class GazeDataset(PictureDataset):
+class SaliencySamples(ImageSamples):
     """Training samples with `density` (1, h, w) float32, whose sum is 1; whole pictures.
 
     Training pictures are scaled into a frame, their aspect kept, and padded below and right, where
@@ -47,7 +47,7 @@ class GazeDataset(PictureDataset):
         augment: dict[str, Any] | None = None,
         seed: int = 0,
         only: NDArray[np.int64] | None = None,
-        stored: Sequence[StoredField] = (),
+        stored: Sequence[CachedField] = (),
     ) -> None:
         """Check the options; the arguments are explained above."""
         self.split = split

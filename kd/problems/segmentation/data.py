@@ -14,8 +14,8 @@ from kd.data.open_files import open_annotated, root_of
 from kd.errors import UserError
 from kd.formats.segmentation import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.problems.base import Classes
-from kd.problems.segmentation.samples import MapDataset, check_pairs
-from kd.storage.fields import StoredField
+from kd.problems.segmentation.samples import SegmentationSamples, check_pairs
+from kd.storage.fields import CachedField
 from kd.utils.images import VOID
 
 # Bytes of a split's image files that are all read before training starts: about five seconds.
@@ -24,7 +24,7 @@ COUNTED = 1000  # train label maps that the classes' shares are counted on, or s
 
 
 @dataclass(frozen=True)
-class OpenMaps:
+class SegmentationDataset:
     """Both splits of a data set of label maps."""
 
     section: LabelMaps
@@ -55,7 +55,7 @@ class OpenMaps:
         counts = np.zeros(VOID + 1, np.int64)
         images = len(self.train.images)
         some = np.arange(0, images, -(-images // COUNTED))
-        pictures = MapDataset(self.train, size=None, crop=self.section.crop, only=some)
+        pictures = SegmentationSamples(self.train, size=None, crop=self.section.crop, only=some)
         for number, size in zip(some.tolist(), pictures.file_sizes(), strict=True):
             counts += np.bincount(self.train.label_map(number, size).flatten(), minlength=VOID + 1)
         told = counts[: self.num_classes].astype(np.float64)
@@ -63,15 +63,15 @@ class OpenMaps:
             raise UserError(f"{self.train.where}: no pixel has a class: all are void")
         return {"pixel_shares": told / told.sum()}
 
-    def crops(self, seed: int, stored: Sequence[StoredField] = ()) -> MapDataset:
+    def crops(self, seed: int, stored: Sequence[CachedField] = ()) -> SegmentationSamples:
         """Random crops of the train split; a teacher's outputs come with them."""
         section = self.section
-        return MapDataset(
+        return SegmentationSamples(
             self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
             seed=seed, stored=stored,
         )  # fmt: skip
 
-    def evaluated(self) -> MapDataset:
+    def evaluated(self) -> SegmentationSamples:
         """Whole pictures of the val split."""
         return self.whole("val", size=self.section.size)
 
@@ -81,20 +81,22 @@ class OpenMaps:
         *,
         size: int | None,
         only: NDArray[np.int64] | None = None,
-    ) -> MapDataset:
+    ) -> SegmentationSamples:
         """Whole pictures of a split, all or those of some places, at a size (None: their own)."""
         pictures = self.train if split == "train" else self.val
-        return MapDataset(pictures, size=size, crop=self.section.crop, train=False, only=only)
+        return SegmentationSamples(
+            pictures, size=size, crop=self.section.crop, train=False, only=only
+        )
 
 
-def open_maps(section: LabelMaps) -> OpenMaps:
+def open_maps(section: LabelMaps) -> SegmentationDataset:
     """Open a data set of label maps; small ones are read once, before anything is trained.
 
     Raises:
         UserError: What `open_segmented` and `open_annotated` raise, an image or a map that cannot
             be read or does not fit the other.
     """
-    opened = OpenMaps(section, *_splits(section))
+    opened = SegmentationDataset(section, *_splits(section))
     opened.crops(0)  # its options are looked at before all files are
     if section.layout != "coco":  # whose images are looked at already, and maps are not files
         check_pairs(split for split in (opened.train, opened.val) if _soon_read(split))

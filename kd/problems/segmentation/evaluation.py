@@ -13,7 +13,7 @@ from kd.problems.objects import tables
 from kd.problems.objects.records import Records
 from kd.problems.objects.tables import Scored, scored_run
 from kd.problems.records import PICTURES
-from kd.problems.segmentation.data import OpenMaps
+from kd.problems.segmentation.data import SegmentationDataset
 from kd.problems.segmentation.figures import (
     iou_figure,
     map_class_table,
@@ -35,7 +35,7 @@ class MapEvaluation:
     """
 
     title: str
-    data: OpenMaps
+    data: SegmentationDataset
     runs: Mapping[str, Records]
     picture = "overlay"
 

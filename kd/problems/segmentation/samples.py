@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.data.images import PictureDataset, check_targets, in_multiples
+from kd.data.images import ImageSamples, check_targets, in_multiples
 from kd.data.loader import Sample
 from kd.formats.segmentation import MappedSplit
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_crops
 from kd.utils.images import scaled_size
 
@@ -20,7 +20,7 @@ from kd.utils.images import scaled_size
 WHOLE = 16
 
 
-class MapDataset(PictureDataset):
+class SegmentationSamples(ImageSamples):
     """Samples with `label_maps`, uint8: (h, w) in training, of the file's own size in evaluation.
 
     Args:
@@ -48,7 +48,7 @@ class MapDataset(PictureDataset):
         augment: dict[str, Any] | None = None,
         seed: int = 0,
         only: NDArray[np.int64] | None = None,
-        stored: Sequence[StoredField] = (),
+        stored: Sequence[CachedField] = (),
     ) -> None:
         """Check the options; the arguments are explained above."""
         self.split, self.size = split, size

@@ -13,7 +13,7 @@ from kd.config.datasets import AnyData
 from kd.config.reader import data_config, find_config, load_recipe, objects_config, plain_data
 from kd.config.recipes import Data, DistillRecipe, Gaze, LabelMaps, Split, TeacherRecipe
 from kd.errors import ConfigError
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.runs.build import open_data
 
 ESPNET = find_config("distill", "espnet_c")
@@ -74,7 +74,7 @@ def test_the_page_s_data_set_of_one_s_own_is_taken(
     assert (section.name, section.size, section.workers) == ("mine", 512, 4)
     assert section.scales == (0.8, 1.25)  # of photographs, as the page says
     opened = open_data(section, "detection")
-    assert isinstance(opened, OpenBoxes) and opened.num_classes == 4
+    assert isinstance(opened, DetectionDataset) and opened.num_classes == 4
 
 
 @pytest.mark.parametrize(

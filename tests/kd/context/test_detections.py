@@ -18,14 +18,14 @@ from kd.formats.coco_results import Detections, Truth, read_detections, read_tru
 from kd.runs.load_teacher import load_teacher
 from kd.scenes import detector as scene_detector
 
-Opened = tuple[Truth, Detections, Path]
+Dataset = tuple[Truth, Detections, Path]
 
 
 @pytest.fixture
-def opened(small_scenes: Path, tmp_path: Path) -> Callable[[str], Opened]:
+def opened(small_scenes: Path, tmp_path: Path) -> Callable[[str], Dataset]:
     """Truth, plain detections and images of a split."""
 
-    def read(split: str) -> Opened:
+    def read(split: str) -> Dataset:
         out = tmp_path / f"{split}.json"
         flags = ["--scenes", str(small_scenes), "--split", split, "--out", str(out)]
         assert scene_detector.main(flags) == 0
@@ -35,7 +35,7 @@ def opened(small_scenes: Path, tmp_path: Path) -> Callable[[str], Opened]:
     return read
 
 
-def ask(teacher: Path, opened: Opened, folder: Path, **asking: Any) -> Context:
+def ask(teacher: Path, opened: Dataset, folder: Path, **asking: Any) -> Context:
     """The teacher's answers."""
     truth, found, images = opened
     return context_of(
@@ -53,7 +53,7 @@ def test_groups_by_hand() -> None:
 
 def test_classes_of_one_box_share_an_answer_that_is_kept(
     small_teacher: Path,
-    opened: Callable[[str], Opened],
+    opened: Callable[[str], Dataset],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -77,7 +77,7 @@ def test_classes_of_one_box_share_an_answer_that_is_kept(
 
 
 def test_only_the_best_are_asked_about(
-    small_teacher: Path, opened: Callable[[str], Opened], tmp_path: Path
+    small_teacher: Path, opened: Callable[[str], Dataset], tmp_path: Path
 ) -> None:
     truth, found, _ = val = opened("val")
     context = ask(small_teacher, val, tmp_path, most=3)
@@ -91,7 +91,7 @@ def test_only_the_best_are_asked_about(
 
 def test_what_is_told_is_sure_and_not_the_object_itself(
     small_teacher: Path,
-    opened: Callable[[str], Opened],
+    opened: Callable[[str], Dataset],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -124,7 +124,7 @@ def test_what_is_told_is_sure_and_not_the_object_itself(
 
 def test_folds_answer_about_the_images_the_teacher_was_trained_on(
     small_teacher: Path,
-    opened: Callable[[str], Opened],
+    opened: Callable[[str], Dataset],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -144,7 +144,7 @@ def test_folds_answer_about_the_images_the_teacher_was_trained_on(
 
 
 def test_a_missing_image_is_named(
-    small_teacher: Path, opened: Callable[[str], Opened], tmp_path: Path
+    small_teacher: Path, opened: Callable[[str], Dataset], tmp_path: Path
 ) -> None:
     truth, found, _ = opened("val")
     with pytest.raises(UserError, match=r"000001\.png: image not found, 8 of 8"):

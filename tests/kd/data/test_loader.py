@@ -12,7 +12,7 @@ import torch
 from kd.data.loader import EpochSampler, Sample, build_loader
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 
 AUGMENT = {"shift": 0.5, "crop": 0.5, "jitter": 0.5}
 
@@ -24,8 +24,8 @@ def index(tiny_coco: Callable[..., Path]) -> CocoIndex:
 
 
 @pytest.fixture
-def dataset(index: CocoIndex) -> SceneDataset:
-    return SceneDataset(index, size=32, augment=AUGMENT, mode="all", seed=5, epochs=3)
+def dataset(index: CocoIndex) -> ObjectSamples:
+    return ObjectSamples(index, size=32, augment=AUGMENT, mode="all", seed=5, epochs=3)
 
 
 def assert_same(first: list[Sample], second: list[Sample]) -> None:
@@ -79,7 +79,7 @@ def test_a_last_batch_too_small_for_all_ranks_leaves_some_without() -> None:
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(dataset: SceneDataset) -> None:
+def test_the_number_of_workers_changes_nothing(dataset: ObjectSamples) -> None:
     batches = []
     for workers in (0, 2):
         loader = build_loader(dataset, batch_size=4, seed=7, shuffle=True, workers=workers)
@@ -90,7 +90,7 @@ def test_the_number_of_workers_changes_nothing(dataset: SceneDataset) -> None:
     assert len(batches[0]) == 6
 
 
-def test_resuming_inside_an_epoch_gives_the_same_batches(dataset: SceneDataset) -> None:
+def test_resuming_inside_an_epoch_gives_the_same_batches(dataset: ObjectSamples) -> None:
     loader = build_loader(dataset, batch_size=3, seed=7, shuffle=True)
     loader.set_epoch(2)
     whole = list(loader)
@@ -101,7 +101,7 @@ def test_resuming_inside_an_epoch_gives_the_same_batches(dataset: SceneDataset) 
     assert_same(whole, list(resumed))
 
 
-def test_two_ranks_batches_make_up_the_one_process_batch(dataset: SceneDataset) -> None:
+def test_two_ranks_batches_make_up_the_one_process_batch(dataset: ObjectSamples) -> None:
     whole = list(build_loader(dataset, batch_size=4, seed=7, shuffle=True))
     parts = [
         list(build_loader(dataset, batch_size=4, seed=7, shuffle=True, rank=rank, world=2))
@@ -114,7 +114,7 @@ def test_two_ranks_batches_make_up_the_one_process_batch(dataset: SceneDataset) 
             assert torch.equal(batch[key], both), key
 
 
-def test_loading_leaves_the_global_random_state_alone(dataset: SceneDataset) -> None:
+def test_loading_leaves_the_global_random_state_alone(dataset: ObjectSamples) -> None:
     before = torch.get_rng_state()
     list(build_loader(dataset, batch_size=4, seed=7, shuffle=True))
     assert torch.equal(before, torch.get_rng_state())
@@ -123,7 +123,7 @@ def test_loading_leaves_the_global_random_state_alone(dataset: SceneDataset) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_is_one_line_with_or_without_workers(
-    dataset: SceneDataset, workers: int
+    dataset: ObjectSamples, workers: int
 ) -> None:
     bad = dataset.index.path(6)
     bad.write_bytes(bad.read_bytes()[:300])
@@ -135,7 +135,7 @@ def test_a_bad_image_is_one_line_with_or_without_workers(
     assert "worker" not in str(caught.value)
 
 
-def test_numbers_that_leave_a_rank_empty_are_refused(dataset: SceneDataset) -> None:
+def test_numbers_that_leave_a_rank_empty_are_refused(dataset: ObjectSamples) -> None:
     with pytest.raises(UserError, match="cannot be shared by 4 processes"):
         build_loader(dataset, batch_size=2, seed=0, shuffle=True, world=4)
     with pytest.raises(UserError, match="more than the 11 images"):

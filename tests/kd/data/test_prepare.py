@@ -17,7 +17,7 @@ from pycocotools import mask as run_lengths
 from kd.data.prepare import PreparedCopy, main, prepare, scale_annotations
 from kd.errors import UserError
 from kd.formats.coco import load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def test_the_copy_trains_like_the_original(source: tuple[Path, Path], tmp_path: 
     out = tmp_path / "small"
     assert prepare(*source, out, size=64) == []
     options = {"size": 64, "mode": "all", "train": False, "shape": "segment"}
-    original = SceneDataset(load_coco(*source), **options)  # type: ignore[arg-type]
-    with_copy = SceneDataset(load_coco(*source), prepared=out, **options)  # type: ignore[arg-type]
+    original = ObjectSamples(load_coco(*source), **options)  # type: ignore[arg-type]
+    with_copy = ObjectSamples(load_coco(*source), prepared=out, **options)  # type: ignore[arg-type]
     index = load_coco(out / "annotations.json", out / "images")
-    same_door = SceneDataset(index, **options)  # type: ignore[arg-type]
+    same_door = ObjectSamples(index, **options)  # type: ignore[arg-type]
     for position in range(len(original)):
         first = original[0, position]
         for other in (with_copy[0, position], same_door[0, position]):
@@ -163,7 +163,7 @@ def test_a_copy_of_another_splits_images_is_refused(
     out = tmp_path / "small"
     prepare(*splits[0], out, size=32)
     with pytest.raises(UserError, match="prepared from other annotations"):
-        SceneDataset(load_coco(*splits[1]), size=32, prepared=out)
+        ObjectSamples(load_coco(*splits[1]), size=32, prepared=out)
     with pytest.raises(UserError, match="name another folder"):
         prepare(*splits[1], out, size=32)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.distillation.targets import (
+    CachedPosteriors,
+    CachedTeacher,
     LiveTeacher,
-    StoredPosteriors,
-    StoredTeacher,
     Teachers,
     known_counts,
 )
@@ -19,7 +19,7 @@ from kd.errors import UserError
 from kd.nn.weights import weights_hash
 from kd.problems.base import Batch
 from kd.problems.objects.context import Context
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.storage.store import Store
 from teachers import TEACHERS
 
@@ -32,10 +32,10 @@ def batch_of(*object_ids: int) -> dict[str, Tensor]:
     return {"object_ids": ids, "hidden": torch.arange(1, len(ids), 2)}
 
 
-def stored(count: int = 6) -> StoredPosteriors:
+def stored(count: int = 6) -> CachedPosteriors:
     logits = torch.randn(count, CLASSES, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(10, 10 + count).flip(0) ** 2  # neither sorted nor dense
-    return StoredPosteriors(ids, logits.log_softmax(1))
+    return CachedPosteriors(ids, logits.log_softmax(1))
 
 
 def scene(size: int = 32) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def scene(size: int = 32) -> dict[str, Tensor]:
 
 def test_each_hidden_object_gets_its_own_posterior() -> None:
     logits = torch.eye(3).log_softmax(1)
-    source = StoredPosteriors(torch.tensor([30, 10, 20]), logits)
+    source = CachedPosteriors(torch.tensor([30, 10, 20]), logits)
     rows = source(batch_of(20, 30, 20, 10))["posterior"]
     assert rows.dtype == torch.float32
     assert torch.allclose(rows, logits[[2, 0, 2, 1]], atol=1e-3)
@@ -78,7 +78,7 @@ def test_an_unknown_object_is_named(stranger: int) -> None:
 
 def test_no_posteriors_at_all_are_refused() -> None:
     with pytest.raises(UserError, match="no object has a posterior"):
-        StoredPosteriors(torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))
+        CachedPosteriors(torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))
 
 
 def test_shuffling_gives_every_object_anothers_posterior() -> None:
@@ -99,14 +99,14 @@ def test_posteriors_come_back_from_a_cache(tmp_path: Path) -> None:
     for number, rows in enumerate((slice(0, 2), slice(2, None))):
         part = {"ids": source.object_ids[rows], "values": source.log_probs[rows]}
         store.write_shard(number, {name: tensor.numpy() for name, tensor in part.items()})
-    again = StoredPosteriors.read(StoredField(store, "posterior"))
+    again = CachedPosteriors.read(CachedField(store, "posterior"))
     assert torch.equal(again.object_ids, source.object_ids)
     assert torch.equal(again.log_probs, source.log_probs)
     assert again.source == str(tmp_path)
 
 
 def test_a_teacher_that_was_asked_before_brings_the_batchs_maps() -> None:
-    teacher = StoredTeacher(stored(), ["neck"], prefix="stored.big.")
+    teacher = CachedTeacher(stored(), ["neck"], prefix="stored.big.")
     maps = torch.rand(2, 3, 4, 4).half()
     known = teacher({**batch_of(100, 121), "stored.big.neck": maps})
     assert torch.equal(known["neck"], maps.float())
@@ -193,25 +193,25 @@ def test_boxes_that_nobody_asked_about_have_no_posterior_and_are_not_counted() -
     rows = source(boxes_of(121, 7, 100, 10_000))["posterior"]
     assert rows[[1, 3]].isnan().all()
     assert torch.equal(rows[[0, 2]], source(batch_of(121, 100))["posterior"])
-    teacher = StoredTeacher(source)
+    teacher = CachedTeacher(source)
     assert known_counts(teacher, boxes_of(121, 7, 100)) == {"known": 2.0}
     assert known_counts(teacher, boxes_of()) == {"known": 0.0}
     assert known_counts(teacher, batch_of(121)) == {}  # who is asked about hidden ones is complete
-    assert known_counts(StoredTeacher(None), boxes_of(1)) == known_counts(Says(), boxes_of(1)) == {}
+    assert known_counts(CachedTeacher(None), boxes_of(1)) == known_counts(Says(), boxes_of(1)) == {}
     source.check_knows(torch.tensor([5, 225]))
     with pytest.raises(UserError, match="no posterior for any object; the data set is another"):
         source.check_knows(torch.tensor([5, 6]))
 
 
 def test_each_stored_teacher_knows_its_own_boxes_and_their_mean_those_of_all() -> None:
-    one, two = stored(), StoredPosteriors(torch.tensor([100, 7]), torch.randn(2, CLASSES))
-    both = Teachers(StoredTeacher(one), {"more": StoredTeacher(two)}, [1.0, 1.0])
+    one, two = stored(), CachedPosteriors(torch.tensor([100, 7]), torch.randn(2, CLASSES))
+    both = Teachers(CachedTeacher(one), {"more": CachedTeacher(two)}, [1.0, 1.0])
     batch = boxes_of(100, 121, 7)
     assert known_counts(both, batch) == {"known": 2.0, "more.known": 2.0, "mean.known": 1.0}
     mean = both(batch)["mean.posterior"]
     assert mean.isnan().any(dim=1).tolist() == [False, True, True]
     # Beside a teacher that runs in each step, there is no mean to count.
-    mixed = Teachers(Says(neck=torch.ones(1)), {"more": StoredTeacher(two)}, [1.0, 1.0])
+    mixed = Teachers(Says(neck=torch.ones(1)), {"more": CachedTeacher(two)}, [1.0, 1.0])
     assert known_counts(mixed, batch) == {"more.known": 2.0}
 
 

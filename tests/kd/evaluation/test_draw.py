@@ -14,8 +14,8 @@ from kd.config.recipes import LabelMaps
 from kd.distillation.student import AdaptedStudent
 from kd.evaluation.ask_network import Asked
 from kd.evaluation.draw import overlays
-from kd.problems.segmentation.data import OpenMaps, open_maps
-from kd.problems.segmentation.samples import MapDataset
+from kd.problems.segmentation.data import SegmentationDataset, open_maps
+from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator
 
@@ -23,7 +23,7 @@ CLASSES, PICTURES = 11, 6
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> OpenMaps:
+def data(tmp_path: Path) -> SegmentationDataset:
     for split in ("train", "val"):
         for folder, shape in ((split, (24, 32, 3)), (f"{split}annot", (24, 32))):
             (tmp_path / folder).mkdir()
@@ -43,15 +43,17 @@ class Brightness(nn.Module):
         return -(grey - classes).square()
 
 
-def test_each_picture_is_asked_about_alone(data: OpenMaps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_picture_is_asked_about_alone(
+    data: SegmentationDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked_at: list[int] = []
-    sizes = MapDataset.file_sizes
+    sizes = SegmentationSamples.file_sizes
 
-    def counted(samples: MapDataset) -> list[tuple[int, int]]:
+    def counted(samples: SegmentationSamples) -> list[tuple[int, int]]:
         looked_at.append(len(samples))
         return sizes(samples)
 
-    monkeypatch.setattr(MapDataset, "file_sizes", counted)
+    monkeypatch.setattr(SegmentationSamples, "file_sizes", counted)
     model = AdaptedStudent(Brightness())
     asked = {"model": Asked(model, Segmentation(num_classes=CLASSES), None)}
     figures = list(overlays(data, asked, count=3, accelerator=make_accelerator("fp32")))

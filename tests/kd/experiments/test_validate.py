@@ -12,12 +12,12 @@ from kd.config.recipes import DistillRecipe
 from kd.errors import UserError
 from kd.experiments.connect import build_terms
 from kd.experiments.validate import check_terms
-from kd.problems.objects.data import Opened
+from kd.problems.objects.data import Dataset
 from kd.runs.build import open_data
 
 
 @pytest.fixture(scope="module")
-def maps(small_scenes: Path) -> Opened:
+def maps(small_scenes: Path) -> Dataset:
     """Label maps of the small scenes."""
     settings = [
         f"data.root={small_scenes}",
@@ -28,7 +28,7 @@ def maps(small_scenes: Path) -> Opened:
 
 
 def warned(
-    caplog: pytest.LogCaptureFixture, data: Opened, name: str, on: str | None, *settings: str
+    caplog: pytest.LogCaptureFixture, data: Dataset, name: str, on: str | None, *settings: str
 ) -> list[str]:
     """What a shipped recipe's checks warn of on a data set."""
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=on, settings=settings)
@@ -39,7 +39,7 @@ def warned(
 
 
 def test_settings_of_stored_maps_are_named_where_the_teacher_is_live(
-    maps: Opened, caplog: pytest.LogCaptureFixture
+    maps: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert warned(caplog, maps, "espnet", "camvid") == []
     (line,) = warned(caplog, maps, "espnet", "camvid", "soft_targets.kind=live")
@@ -48,7 +48,7 @@ def test_settings_of_stored_maps_are_named_where_the_teacher_is_live(
 
 
 def test_one_stored_teacher_is_enough_for_them(
-    maps: Opened, caplog: pytest.LogCaptureFixture
+    maps: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     more = [
         "soft_targets={kind: live, stride: 16}",
@@ -71,13 +71,13 @@ SEGMENTATION = [
 
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_no_shipped_recipe_says_what_has_no_effect(
-    maps: Opened, caplog: pytest.LogCaptureFixture, name: str
+    maps: Dataset, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     for on in (None, *read_yaml(find_config("distill", name))["per_data"]):
         assert warned(caplog, maps, name, on) == []
 
 
-def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Opened) -> None:
+def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Dataset) -> None:
     path = find_config("distill", "espnet")
     for kind in ("stored", "live"):
         settings = ["soft_targets.moved_error=0.02", f"soft_targets.kind={kind}"]

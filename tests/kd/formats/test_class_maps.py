@@ -16,7 +16,7 @@ import torch
 from kd.data.loader import collate
 from kd.formats.class_maps import ClassMaps, draw_class_map
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 from kd.transforms.augment import Plan, build_augment
 
 MOVING = {"shift": 0.7, "rotate": 0.7, "crop": 0.7, "rgb_shift": 0, "shuffle": 0, "grey": 0,
@@ -158,13 +158,13 @@ def test_a_prepared_copys_odd_pixel_is_taken_care_of(index: CocoIndex) -> None:
 
 
 def test_a_batch_brings_maps_where_asked_for(index: CocoIndex) -> None:
-    dataset = SceneDataset(
+    dataset = ObjectSamples(
         index, size=32, mode="all", augment=MOVING, class_maps=ClassMaps(index, 32)
     )
     batch = collate([dataset[0, place] for place in range(3)])
     assert batch["class_maps"].shape == (3, 32, 32) and batch["class_maps"].dtype == torch.uint8
-    assert "class_maps" not in collate([SceneDataset(index, size=32)[0, 0]])
-    plain = SceneDataset(index, size=64, train=False, mode="all", class_maps=ClassMaps(index, 64))
+    assert "class_maps" not in collate([ObjectSamples(index, size=32)[0, 0]])
+    plain = ObjectSamples(index, size=64, train=False, mode="all", class_maps=ClassMaps(index, 64))
     sample = plain[0, 1]
     for box, label in zip(sample["boxes"], sample["labels"], strict=True):
         x1, y1, x2, y2 = box.round().int().tolist()

@@ -21,9 +21,9 @@ from kd.formats import box_annotations as boxed
 from kd.formats import to_coco as box_layouts
 from kd.formats.to_coco import LAYOUTS, made_split
 from kd.formats.voc import voc_to_coco
-from kd.problems.detection.data import OpenBoxes
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.task import Detection
-from kd.problems.objects.data import OpenData, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 
 SIZE = (40, 60)
 SPACE = "1.5 1.6 3.9 0.1 1.5 20.0 0.0"
@@ -90,7 +90,7 @@ def section(root: Path, layout: str) -> Data:
     )
 
 
-def opened(root: Path, layout: str) -> OpenData:
+def opened(root: Path, layout: str) -> ObjectsDataset:
     return open_objects(section(root, layout))
 
 
@@ -111,7 +111,7 @@ def test_boxes_lie_on_what_is_in_the_pictures(
                 assert [x1, y1, x2, y2] == [int(edge) for edge in edges]
 
 
-def data_file(data: OpenData, image_id: int) -> Path:
+def data_file(data: ObjectsDataset, image_id: int) -> Path:
     for index in (data.train, data.val):
         for place in np.flatnonzero(index.image_ids == image_id):
             return index.path(int(place))
@@ -144,7 +144,7 @@ def test_kitti_has_regions_as_crowds(tmp_path: Path) -> None:
 
 
 def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
-    data = OpenBoxes(opened(write_kitti(tmp_path), "kitti"))
+    data = DetectionDataset(opened(write_kitti(tmp_path), "kitti"))
     batch = collate([data.evaluated()[0, 0]])
     found = torch.cat([batch["boxes"][0], torch.tensor([0.9, 2.0])])
     metric = Detection(num_classes=3).metric(data.classes())
@@ -153,7 +153,7 @@ def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
     assert numbers["AP"] == pytest.approx(1.0)
     # Of fewer than 40 objects KITTI's kit gives less than 1, here 0.
     assert {"KITTI_moderate", "KITTI_hard"} <= numbers.keys()
-    voc = OpenBoxes(opened(write_voc(tmp_path / "voc"), "voc"))
+    voc = DetectionDataset(opened(write_voc(tmp_path / "voc"), "voc"))
     assert voc.classes().kitti is None and voc.classes().truth is not None
 
 
@@ -225,11 +225,11 @@ def test_classes_of_ones_own_are_named_in_the_section(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.xml:1: unknown class 'fox'.*`classes: \[\.\.\.\]`"):
         open_objects(section(root, "voc"))
     mine = section(root, "voc").model_copy(update={"classes": ("owl", "fox")})
-    data = OpenBoxes(open_objects(mine))
+    data = DetectionDataset(open_objects(mine))
     assert data.class_names == ("owl", "fox") == class_names(mine)
     assert set(data.objects.train.labels.tolist()) == {1}
     # In another order nothing of what was made holds.
-    other = OpenBoxes(open_objects(mine.model_copy(update={"classes": ("fox", "owl")})))
+    other = DetectionDataset(open_objects(mine.model_copy(update={"classes": ("fox", "owl")})))
     assert set(other.objects.train.labels.tolist()) == {0}
 
 

@@ -9,19 +9,19 @@ from kd.config.reader import objects_config
 from kd.config.recipes import Data, Model, TaskSection
 from kd.errors import UserError
 from kd.problems.objects.context import Context
-from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
 from kd.runs.build import build_student, build_task, build_teacher, make_accelerator, make_loader
 
 
 @pytest.fixture(scope="module")
-def data(small_data: list[str]) -> OpenData:
+def data(small_data: list[str]) -> ObjectsDataset:
     section: Data = objects_config(
         "scenes", [text.removeprefix("data.") for text in small_data if text != "--set"]
     )
     return open_objects(section)
 
 
-def test_the_prior_counts_the_objects_that_may_be_hidden(data: OpenData) -> None:
+def test_the_prior_counts_the_objects_that_may_be_hidden(data: ObjectsDataset) -> None:
     whole = data.prior()
     assert whole.sum() == pytest.approx(1)
     counts = np.bincount(data.train.labels, minlength=data.num_classes) + 1.0
@@ -29,11 +29,11 @@ def test_the_prior_counts_the_objects_that_may_be_hidden(data: OpenData) -> None
     assert not np.allclose(whole, data.prior(data.train.image_ids[:5]))
 
 
-def test_the_ceiling_is_there_for_the_scenes_alone(data: OpenData) -> None:
+def test_the_ceiling_is_there_for_the_scenes_alone(data: ObjectsDataset) -> None:
     ceiling = data.ceiling()
     assert ceiling is not None
     assert set(ceiling["object_ids"]) == set(data.val.object_ids)
-    other = OpenData(data.section.model_copy(update={"generate": None}), data.train, data.val)
+    other = ObjectsDataset(data.section.model_copy(update={"generate": None}), data.train, data.val)
     assert other.ceiling() is None
 
 
@@ -46,7 +46,9 @@ def test_data_that_is_nowhere_says_where_it_was_looked_for(
         open_objects(objects_config("coco_mini"))
 
 
-def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(data: OpenData) -> None:
+def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(
+    data: ObjectsDataset,
+) -> None:
     accelerator = make_accelerator("fp32")
     val = make_loader(make_dataset(data, "val", train=False), accelerator, batch_size=3, workers=0)
     assert sum(len(batch["images"]) for batch in val) == len(val.dataset) == 8
@@ -55,7 +57,7 @@ def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(data: Ope
     assert [len(batch["images"]) for batch in train] == [7, 7, 7]
 
 
-def test_options_are_checked_against_the_builders(data: OpenData) -> None:
+def test_options_are_checked_against_the_builders(data: ObjectsDataset) -> None:
     prior = data.prior()
     with pytest.raises(UserError, match=r"teacher 'cnn'.*widht.*width"):
         build_teacher(Model(name="cnn", options={"widht": 4}), 5)

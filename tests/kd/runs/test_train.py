@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from kd.config.recipes import Data, Generate, Optimizer, Split, Train
 from kd.data.loader import SampleLoader
 from kd.distillation.student import AdaptedStudent
-from kd.distillation.targets import StoredPosteriors
+from kd.distillation.targets import CachedPosteriors
 from kd.distillation.terms import build_term
 from kd.engine.checkpoint import load_checkpoint
 from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.nn.regions import roi_features
 from kd.problems.objects.classification import Classification
-from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
 from kd.runs import train as session_module
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.folder import RunFolder
@@ -71,7 +71,7 @@ class TinyStudent(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def data(small_scenes: Path) -> OpenData:
+def data(small_scenes: Path) -> ObjectsDataset:
     section = Data(
         name="scenes",
         root=str(small_scenes),
@@ -88,7 +88,7 @@ def data(small_scenes: Path) -> OpenData:
 
 
 def run(
-    data: OpenData,
+    data: ObjectsDataset,
     folder: Path,
     wrap: Callable[[SampleLoader], Any] = lambda loader: loader,
     *,
@@ -102,7 +102,7 @@ def run(
     loader = make_loader(dataset, accelerator, batch_size=8, workers=workers, seed=seed, train=True)
     rows = torch.from_numpy(data.train.object_ids.astype(np.int64))
     torch.manual_seed(0)
-    posteriors = StoredPosteriors(rows, torch.rand(len(rows), data.num_classes).log_softmax(dim=1))
+    posteriors = CachedPosteriors(rows, torch.rand(len(rows), data.num_classes).log_softmax(dim=1))
     set_seed(seed)
     student = TinyStudent(data.num_classes)
     terms = [build_term("context_logits", weight=1.0, options={"temperature": 1.0})]
@@ -115,7 +115,7 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data: OpenData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(data: ObjectsDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     run(data, folder, workers=1)
     return folder
@@ -179,7 +179,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def test_a_run_writes_all_its_files_and_its_summary_last(
-    undisturbed: Path, data: OpenData, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, data: ObjectsDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {path.name for path in undisturbed.iterdir()}
     assert {"config.yaml", "last.pt", "model.safetensors", "metrics.jsonl", "predictions.npz",
@@ -193,14 +193,14 @@ def test_a_run_writes_all_its_files_and_its_summary_last(
     assert "exact posterior" in capsys.readouterr().out
 
 
-def test_workers_change_nothing(undisturbed: Path, data: OpenData, tmp_path: Path) -> None:
+def test_workers_change_nothing(undisturbed: Path, data: ObjectsDataset, tmp_path: Path) -> None:
     run(data, tmp_path / "run", workers=0)
     assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4, 7])
 def test_a_crash_at_any_step_ends_in_the_same_weights(
-    batches: int, undisturbed: Path, data: OpenData, tmp_path: Path
+    batches: int, undisturbed: Path, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
@@ -212,7 +212,7 @@ def test_a_crash_at_any_step_ends_in_the_same_weights(
 
 @pytest.mark.parametrize("batches", [0, 2, 5])
 def test_a_ctrl_c_at_any_step_loses_no_step(
-    batches: int, undisturbed: Path, data: OpenData, tmp_path: Path
+    batches: int, undisturbed: Path, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
@@ -228,7 +228,7 @@ def test_a_ctrl_c_at_any_step_loses_no_step(
 def test_a_crash_while_evaluating_repeats_that_evaluation(
     evaluation: int,
     undisturbed: Path,
-    data: OpenData,
+    data: ObjectsDataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -248,7 +248,7 @@ def test_a_crash_while_evaluating_repeats_that_evaluation(
 
 
 def test_a_finished_training_that_lost_its_summary_is_evaluated_again(
-    undisturbed: Path, data: OpenData, tmp_path: Path
+    undisturbed: Path, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     run(data, folder)
@@ -260,7 +260,7 @@ def test_a_finished_training_that_lost_its_summary_is_evaluated_again(
 
 
 def test_a_checkpoint_of_another_model_is_refused(
-    undisturbed: Path, data: OpenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, data: ObjectsDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):

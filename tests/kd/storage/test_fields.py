@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.storage.fields import StoredField, expand, keep_largest, move_maps
+from kd.storage.fields import CachedField, expand, keep_largest, move_maps
 from kd.storage.store import Store
 from kd.transforms.augment import Augment, Plan, pad
 from kd.transforms.crops import Crop, Crops
@@ -138,8 +138,8 @@ class Kept:
         return {name: self.values[name][ids] for name in names}
 
 
-def field_of(stride: int = 8, **values: Tensor) -> StoredField:
-    return StoredField(cast(Store, Kept(**values)), "logits", stride=stride)
+def field_of(stride: int = 8, **values: Tensor) -> CachedField:
+    return CachedField(cast(Store, Kept(**values)), "logits", stride=stride)
 
 
 def places_of(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from kd.config.reader import objects_config
 from kd.config.recipes import Adapter, Term, Train
 from kd.distillation.student import AdaptedStudent
-from kd.distillation.targets import LiveTeacher, StoredPosteriors, StoredTeacher
+from kd.distillation.targets import CachedPosteriors, CachedTeacher, LiveTeacher
 from kd.engine.loop import to_device, train_step
 from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.experiments.connect import adapt_student, build_terms
 from kd.formats.splits import fold_of
 from kd.problems.objects.classification import Classification
-from kd.problems.objects.data import OpenData, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.runs.setup import start_training
@@ -38,7 +38,7 @@ BOTH = ("posterior", "logits", LAYER)
 
 
 @pytest.fixture(scope="module")
-def data(small_data: list[str]) -> OpenData:
+def data(small_data: list[str]) -> ObjectsDataset:
     return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
 
 
@@ -50,10 +50,10 @@ def teacher(small_teacher: Path, tmp_path: Path) -> TrainedTeacher:
     return load_teacher(folder, 22)
 
 
-def live_rows(teacher: TrainedTeacher, data: OpenData) -> dict[str, dict[int, Tensor]]:
+def live_rows(teacher: TrainedTeacher, data: ObjectsDataset) -> dict[str, dict[int, Tensor]]:
     """What the teacher says now, by output and object."""
     section = data.section.model_copy(update={"min_share": 0.0, "max_share": 1.0})
-    dataset = make_dataset(OpenData(section, data.train, data.val), "train", train=False)
+    dataset = make_dataset(ObjectsDataset(section, data.train, data.val), "train", train=False)
     loader = make_loader(dataset, make_accelerator("fp32"), batch_size=5, workers=0)
     loader.set_epoch(0)
     rows: dict[str, dict[int, Tensor]] = {name: {} for name in BOTH}
@@ -68,7 +68,7 @@ def live_rows(teacher: TrainedTeacher, data: OpenData) -> dict[str, dict[int, Te
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_is_kept_is_what_the_teacher_says(
-    teacher: TrainedTeacher, data: OpenData, dtype: Any
+    teacher: TrainedTeacher, data: ObjectsDataset, dtype: Any
 ) -> None:
     kept = open_cache(teacher, data, make_accelerator("fp32"), Wanted(outputs=BOTH, dtype=dtype))
     rows = live_rows(teacher, data)
@@ -85,7 +85,7 @@ def test_what_is_kept_is_what_the_teacher_says(
 
 
 def test_out_of_fold_posteriors_are_each_images_own_fold(
-    teacher: TrainedTeacher, data: OpenData
+    teacher: TrainedTeacher, data: ObjectsDataset
 ) -> None:
     accelerator = make_accelerator("fp32")
     kept = open_cache(teacher, data, accelerator, Wanted(outputs=BOTH[::2], out_of_fold=True))
@@ -130,7 +130,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(
     teacher: TrainedTeacher,
-    data: OpenData,
+    data: ObjectsDataset,
     small_shards: None,
     asked: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -168,7 +168,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
 
 def test_a_damaged_shard_is_named_and_made_anew_alone(
     teacher: TrainedTeacher,
-    data: OpenData,
+    data: ObjectsDataset,
     small_shards: None,
     asked: list[int],
     caplog: pytest.LogCaptureFixture,
@@ -187,7 +187,7 @@ def test_a_damaged_shard_is_named_and_made_anew_alone(
     assert victim.is_file()  # the same content has the same name
 
 
-def test_only_the_likeliest_classes_are_kept(teacher: TrainedTeacher, data: OpenData) -> None:
+def test_only_the_likeliest_classes_are_kept(teacher: TrainedTeacher, data: ObjectsDataset) -> None:
     accelerator = make_accelerator("fp32")
     exact = open_cache(teacher, data, accelerator, Wanted(dtype="float32"))["posterior"]
     kept = open_cache(teacher, data, accelerator, Wanted(dtype="float32", top_k=5))["posterior"]
@@ -195,12 +195,12 @@ def test_only_the_likeliest_classes_are_kept(teacher: TrainedTeacher, data: Open
     torch.testing.assert_close(kept.whole().gather(1, indices), values)
     assert kept.shape == (22,)
     assert kept.store.bytes < 0.5 * exact.store.bytes
-    posteriors = StoredPosteriors.read(kept)
+    posteriors = CachedPosteriors.read(kept)
     torch.testing.assert_close(posteriors.log_probs.exp().sum(1), torch.ones(131))
 
 
 def test_another_teacher_transform_or_data_set_is_refused(
-    teacher: TrainedTeacher, data: OpenData, tmp_path: Path
+    teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     accelerator = make_accelerator("fp32")
     wanted = Wanted(location=str(tmp_path / "kept"))
@@ -219,14 +219,14 @@ def test_another_teacher_transform_or_data_set_is_refused(
     with pytest.raises(UserError, match=r"precision is 'fp32' there, 'bf16' here"):
         open_cache(teacher, data, half, wanted)
     make_accelerator("fp32")
-    swapped = OpenData(data.section, data.val, data.train)
+    swapped = ObjectsDataset(data.section, data.val, data.train)
     with pytest.raises(UserError, match=r"data is '.*' there, '.*' here"):
         open_cache(teacher, swapped, accelerator, wanted)
     open_cache(teacher, data, accelerator, wanted)
 
 
 def test_objects_are_hidden_at_the_size_of_the_training(
-    teacher: TrainedTeacher, data: OpenData
+    teacher: TrainedTeacher, data: ObjectsDataset
 ) -> None:
     with pytest.raises(
         UserError, match=r"a size of 64 pixels is for label maps and gaze; .* leave soft_targ"
@@ -234,7 +234,9 @@ def test_objects_are_hidden_at_the_size_of_the_training(
         open_cache(teacher, data, make_accelerator("fp32"), Wanted(size=64))
 
 
-def test_numbers_that_cannot_be_kept_are_named(teacher: TrainedTeacher, data: OpenData) -> None:
+def test_numbers_that_cannot_be_kept_are_named(
+    teacher: TrainedTeacher, data: ObjectsDataset
+) -> None:
     head = [p for p in teacher.model.parameters() if p.ndim == 1][-1]
     with torch.no_grad():
         head.fill_(1e5)
@@ -257,7 +259,7 @@ class Mirrorable(nn.Module):
 
 @pytest.mark.parametrize("augmented", [False, True])
 def test_distilling_from_a_cache_gives_the_live_losses(
-    teacher: TrainedTeacher, data: OpenData, augmented: bool
+    teacher: TrainedTeacher, data: ObjectsDataset, augmented: bool
 ) -> None:
     accelerator = make_accelerator("fp32")
     if augmented:  # by mirroring, which this teacher follows
@@ -269,13 +271,13 @@ def test_distilling_from_a_cache_gives_the_live_losses(
     moves = {**off, "flip": 0.5} if augmented else off
     section = data.section.model_copy(update={"augment": moves})
     dataset = make_dataset(
-        OpenData(section, data.train, data.val), "train", train=True, stored=[kept[LAYER]]
+        ObjectsDataset(section, data.train, data.val), "train", train=True, stored=[kept[LAYER]]
     )
     loader = make_loader(dataset, accelerator, batch_size=8, workers=0, train=True)
     curves = []
     sources = (
         LiveTeacher(teacher.model, teacher.task, [LAYER]),
-        StoredTeacher(StoredPosteriors.read(kept["posterior"]), [LAYER]),
+        CachedTeacher(CachedPosteriors.read(kept["posterior"]), [LAYER]),
     )
     for source in sources:
         curves.append(curve(data, source, loader))
@@ -284,7 +286,7 @@ def test_distilling_from_a_cache_gives_the_live_losses(
         assert stored == pytest.approx(live, rel=2e-3)
 
 
-def curve(data: OpenData, source: Any, loader: Any) -> list[float]:
+def curve(data: ObjectsDataset, source: Any, loader: Any) -> list[float]:
     """The total loss of each step of an epoch."""
     torch.manual_seed(0)
     student = build_student("shufflenet_v2_x0_5", num_classes=22, stride=16)
@@ -315,22 +317,22 @@ def curve(data: OpenData, source: Any, loader: Any) -> list[float]:
 
 
 def test_other_pictures_under_the_same_names_are_refused(
-    teacher: TrainedTeacher, data: OpenData, tmp_path: Path
+    teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     accelerator, wanted = make_accelerator("fp32"), Wanted(location=str(tmp_path / "kept"))
     open_cache(teacher, data, accelerator, wanted)
     moved = shutil.copytree(data.train.image_folder, tmp_path / "pictures")
     index = dataclasses.replace(data.train, image_folder=moved)
-    open_cache(teacher, OpenData(data.section, index, data.val), accelerator, wanted)
+    open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, wanted)
     picture = min(moved.iterdir())
     with Image.open(picture) as image:
         Image.eval(image, lambda value: value // 3).save(picture)
     with pytest.raises(UserError, match="pictures is '"):
-        open_cache(teacher, OpenData(data.section, index, data.val), accelerator, wanted)
+        open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, wanted)
 
 
 def test_posteriors_in_int8_come_near_and_are_kept_apart(
-    teacher: TrainedTeacher, data: OpenData, tmp_path: Path
+    teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     accelerator = make_accelerator("fp32")
     places = {int8: str(tmp_path / str(int8)) for int8 in (False, True)}

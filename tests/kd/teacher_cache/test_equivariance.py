@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd.config.reader import objects_config
 from kd.errors import UserError
-from kd.problems.objects.data import OpenData, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.runs.build import make_accelerator
 from kd.runs.load_teacher import TrainedTeacher, load_teacher
 from kd.teacher_cache.cache import Wanted, open_cache
@@ -45,13 +45,15 @@ class Placed(nn.Module):
 
 
 @pytest.fixture
-def opened(small_data: list[str], small_teacher: Path, tmp_path: Path) -> tuple[Path, OpenData]:
+def opened(
+    small_data: list[str], small_teacher: Path, tmp_path: Path
+) -> tuple[Path, ObjectsDataset]:
     data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
     return small_teacher, data
 
 
 def errors_of(
-    opened: tuple[Path, OpenData],
+    opened: tuple[Path, ObjectsDataset],
     tmp_path: Path,
     placed: float,
     limit: float = 1.0,
@@ -64,7 +66,7 @@ def errors_of(
     folder, data = opened
     still = dict.fromkeys(("flip", "shift", "rotate", "crop"), 0.0)
     section = data.section.model_copy(update={"augment": {**OFF, **still, **moves}})
-    data = OpenData(section, data.train, data.val)
+    data = ObjectsDataset(section, data.train, data.val)
     torch.manual_seed(0)
     loaded = load_teacher(folder, 22)
     teacher = TrainedTeacher(tmp_path, loaded.recipe, Mapped(placed=placed).eval(), loaded.task)
@@ -78,7 +80,7 @@ def errors_of(
 
 
 def test_a_map_that_says_what_is_there_follows_a_mirror(
-    opened: tuple[Path, OpenData], tmp_path: Path
+    opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     errors = errors_of(opened, tmp_path, 0.0, flip=0.5)
     assert set(errors) == {"flip"}
@@ -87,7 +89,7 @@ def test_a_map_that_says_what_is_there_follows_a_mirror(
 
 
 def test_every_move_that_may_come_is_measured(
-    opened: tuple[Path, OpenData], tmp_path: Path
+    opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     errors = errors_of(opened, tmp_path, 0.0, flip=0.1, shift=0.01, rotate=0.3, crop=1.0)
     assert list(errors) == ["flip", "shift", "rotate", "crop"]
@@ -96,7 +98,7 @@ def test_every_move_that_may_come_is_measured(
 
 
 def test_a_map_that_says_where_it_is_is_refused_with_its_error(
-    opened: tuple[Path, OpenData], tmp_path: Path
+    opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     message = r"maps of 'map' do not follow the picture.*by flip \d+\.\d% \(limit 10%.*0 for flip,"
     with pytest.raises(UserError, match=message):
@@ -105,7 +107,7 @@ def test_a_map_that_says_where_it_is_is_refused_with_its_error(
 
 
 def test_what_was_said_of_the_mirrored_picture_is_exact(
-    opened: tuple[Path, OpenData], tmp_path: Path
+    opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     errors = errors_of(opened, tmp_path, 2.0, mirrored=True, flip=0.5, shift=0.5)
     assert errors["flip"] < 1e-3  # of float16
@@ -113,7 +115,7 @@ def test_what_was_said_of_the_mirrored_picture_is_exact(
 
 
 def test_what_has_no_places_is_compared_as_it_is(
-    opened: tuple[Path, OpenData], tmp_path: Path
+    opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     flat = errors_of(opened, tmp_path, 0.0, outputs=("flat",), flip=0.5)
     assert flat["flip"] > 0.1  # the same map, laid flat: nothing moves it
@@ -122,7 +124,7 @@ def test_what_has_no_places_is_compared_as_it_is(
 
 
 def test_the_likeliest_classes_are_compared_with_log_probabilities(
-    opened: tuple[Path, OpenData], tmp_path: Path
+    opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     errors = errors_of(opened, tmp_path, 0.0, outputs=("logits",), top_k=21, flip=0.5)
     assert errors["flip"] < 0.05

@@ -10,7 +10,7 @@ import torch
 
 from kd.data.loader import collate
 from kd.formats.coco import load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 from kd.teacher_cache.teacher_view import mirror
 
 
@@ -23,7 +23,7 @@ def test_a_mirrored_batch_is_that_of_flipped_samples(
     off = dict.fromkeys(("shift", "rotate", "rgb_shift", "shuffle", "grey", "blur", "jitter"), 0.0)
     batches = []
     for flip in (0.0, 1.0):
-        dataset = SceneDataset(
+        dataset = ObjectSamples(
             index, size=40, mode="all", augment={**off, "flip": flip}, shape="segment"
         )
         batches.append(collate([dataset[0, place] for place in range(len(dataset))]))

@@ -12,16 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd.config.recipes import LabelMaps, Model, TaskSection, TeacherRecipe
-from kd.distillation.targets import LiveTeacher, StoredTeacher
+from kd.distillation.targets import CachedTeacher, LiveTeacher
 from kd.errors import UserError
-from kd.problems.segmentation.data import OpenMaps, open_maps
+from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
-from kd.storage.fields import StoredField
+from kd.storage.fields import CachedField
 from kd.teacher_cache import cache as teacher_cache
 from kd.teacher_cache.cache import Wanted, open_cache
-from kd.teacher_cache.teacher_view import ShownPictures, shown_to
+from kd.teacher_cache.teacher_view import ImagesView, teacher_view
 from kd.teacher_cache.writer import ShardWriter
 from kd.transforms.crops import Crop
 from kd.utils.images import read_image
@@ -57,7 +57,7 @@ def write_split(root: Path, split: str, sizes: list[tuple[int, int]]) -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> OpenMaps:
+def data(tmp_path: Path) -> SegmentationDataset:
     for split, count in (("train", 5), ("val", 2)):
         write_split(tmp_path / "maps", split, [SIZE] * count)
     return open_maps(section(tmp_path / "maps"))
@@ -68,7 +68,7 @@ def section(root: Path, **changes: Any) -> LabelMaps:
     return LabelMaps.model_validate(values | changes)
 
 
-def teacher_of(data: OpenMaps, folder: Path, *, sided: bool = False) -> TrainedTeacher:
+def teacher_of(data: SegmentationDataset, folder: Path, *, sided: bool = False) -> TrainedTeacher:
     recipe = TeacherRecipe(
         data=data.section,
         task=TaskSection(name="segmentation", weights={"cross_entropy": 1.0}),
@@ -79,26 +79,30 @@ def teacher_of(data: OpenMaps, folder: Path, *, sided: bool = False) -> TrainedT
     return TrainedTeacher(folder, recipe, model, Segmentation(num_classes=11))
 
 
-def test_every_picture_is_shown_whole_under_its_place(data: OpenMaps, tmp_path: Path) -> None:
-    shown = shown_to(teacher_of(data, tmp_path), data, "train")
-    assert isinstance(shown, ShownPictures)
+def test_every_picture_is_shown_whole_under_its_place(
+    data: SegmentationDataset, tmp_path: Path
+) -> None:
+    shown = teacher_view(teacher_of(data, tmp_path), data, "train")
+    assert isinstance(shown, ImagesView)
     assert shown.image_ids.tolist() == [0, 1, 2, 3, 4] and shown.records_an_image == 1
     assert shown.samples()[0, 3]["images"].shape == (3, *SIZE)
     some = shown.samples(np.array([4, 2]))
     assert [int(some[0, place]["image_ids"]) for place in range(2)] == [4, 2]
-    assert len(shown_to(teacher_of(data, tmp_path), data, "val").samples()) == 2
+    assert len(teacher_view(teacher_of(data, tmp_path), data, "val").samples()) == 2
 
 
-def test_a_teacher_may_see_larger_pictures_than_in_training(data: OpenMaps, tmp_path: Path) -> None:
+def test_a_teacher_may_see_larger_pictures_than_in_training(
+    data: SegmentationDataset, tmp_path: Path
+) -> None:
     teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
     large = Wanted(outputs=("logits",), dtype="float32", size=2 * max(SIZE))
     kept = open_cache(teacher, data, accelerator, large)["logits"]
     crop = Crop(window=(0, 0, *SIZE), size=SIZE)
-    picture = shown_to(teacher, data, "train", size=large.size).samples()[0, 1]["images"]
+    picture = teacher_view(teacher, data, "train", size=large.size).samples()[0, 1]["images"]
     assert picture.shape == (3, 2 * SIZE[0], 2 * SIZE[1])
     with LiveTeacher(teacher.model, teacher.task, posterior=False) as source:
         live = source({"images": picture[None]})["logits"]
-    finer = StoredField(kept.store, "logits", stride=STRIDE // 2)
+    finer = CachedField(kept.store, "logits", stride=STRIDE // 2)
     torch.testing.assert_close(finer.cropped(1, crop, SIZE, SIZE), live)
     own = open_cache(teacher, data, accelerator, Wanted(outputs=("logits",), dtype="float32"))
     assert own["logits"].store.url != kept.store.url  # each is kept by itself
@@ -107,7 +111,7 @@ def test_a_teacher_may_see_larger_pictures_than_in_training(data: OpenMaps, tmp_
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("sided", [False, True])
 def test_a_crop_on_the_grid_gets_what_the_teacher_says_of_it(
-    data: OpenMaps, tmp_path: Path, sided: bool, flip: bool
+    data: SegmentationDataset, tmp_path: Path, sided: bool, flip: bool
 ) -> None:
     teacher = teacher_of(data, tmp_path, sided=sided)
     wanted = Wanted(outputs=BOTH, dtype="float32", mirrored=sided)
@@ -139,16 +143,18 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
     samples = data.crops(0, stored=list(kept.values()))
     loader = make_loader(samples, accelerator, batch_size=5, workers=0, train=True)
     batch = next(iter(loader))
-    stored = StoredTeacher(None, BOTH)(batch)
+    stored = CachedTeacher(None, BOTH)(batch)
     with LiveTeacher(teacher.model, teacher.task, ["features"], posterior=False) as source:
         live = source(batch)
     for name in BOTH:
         torch.testing.assert_close(stored[name], live[name], rtol=1e-4, atol=1e-4)
-    finer = data.crops(0, stored=[StoredField(kept["logits"].store, "logits", stride=4)])[0, 0]
+    finer = data.crops(0, stored=[CachedField(kept["logits"].store, "logits", stride=4)])[0, 0]
     assert finer["stored.logits"].shape == (1, 11, 12, 16)
 
 
-def test_only_the_likeliest_classes_are_kept_of_each_place(data: OpenMaps, tmp_path: Path) -> None:
+def test_only_the_likeliest_classes_are_kept_of_each_place(
+    data: SegmentationDataset, tmp_path: Path
+) -> None:
     teacher = teacher_of(data, tmp_path)
     accelerator = make_accelerator("fp32")
     exact, kept = (
@@ -164,7 +170,7 @@ def test_only_the_likeliest_classes_are_kept_of_each_place(data: OpenMaps, tmp_p
 
 
 def test_an_interrupted_pass_over_pictures_goes_on(
-    data: OpenMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: SegmentationDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_cache, "MOST_IMAGES", 2)  # 5 images: three shards
     monkeypatch.setattr(teacher_cache, "IMAGES_A_BATCH", 2)
@@ -195,7 +201,9 @@ def test_an_interrupted_pass_over_pictures_goes_on(
     assert torch.equal(found["logits"].whole(), expected["logits"].whole())
 
 
-def test_other_pictures_another_size_or_split_are_refused(data: OpenMaps, tmp_path: Path) -> None:
+def test_other_pictures_another_size_or_split_are_refused(
+    data: SegmentationDataset, tmp_path: Path
+) -> None:
     teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
     wanted = Wanted(outputs=("logits",), location=str(tmp_path / "kept"))
     open_cache(teacher, data, accelerator, wanted)

@@ -22,7 +22,7 @@ from kd.context.pasting.write import FIRST_COMPANY, SETS, behind, encoded, moved
 from kd.data.out_of_context import main
 from kd.errors import UserError
 from kd.formats.coco import load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 
 COUNT = 20
 
@@ -119,7 +119,7 @@ def test_annotations_can_be_read_by_others(made: Path, capsys: pytest.CaptureFix
 
 def test_only_the_pasted_object_is_asked_about(made: Path) -> None:
     index = open_set(made, "out")
-    dataset = SceneDataset(index, size=64, mode="all", train=False, min_share=0, max_share=1)
+    dataset = ObjectSamples(index, size=64, mode="all", train=False, min_share=0, max_share=1)
     assert len(dataset) == len(asked(made, "out"))
     for position in range(len(dataset)):
         sample = dataset[0, position]

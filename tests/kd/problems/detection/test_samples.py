@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kd.data.loader import Sample, build_loader, collate
 from kd.data.prepare import prepare
-from kd.distillation.targets import StoredPosteriors
+from kd.distillation.targets import CachedPosteriors
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
 from kd.problems.base import about_boxes, about_objects, asked, count_units
-from kd.problems.detection.samples import BoxDataset
-from kd.storage.fields import StoredField
+from kd.problems.detection.samples import DetectionSamples
+from kd.storage.fields import CachedField
 from kd.storage.store import Store
 
 SIZE = (60, 80)  # height and width of the files
@@ -91,7 +91,7 @@ def same(first: Sample, second: Sample) -> bool:
 
 
 def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
-    dataset = BoxDataset(index, size=64, train=False)
+    dataset = DetectionSamples(index, size=64, train=False)
     batch = collate([dataset[0, place] for place in range(len(dataset))])
     assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == SHAPES
     assert batch["image_ids"].tolist() == [5, 6, 7]
@@ -106,7 +106,9 @@ def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
 
 @pytest.mark.parametrize("size", [31, 64, 97])
 def test_evaluation_leads_back_to_the_file_and_keeps_every_box(index: CocoIndex, size: int) -> None:
-    dataset = BoxDataset(index, size=size, train=False, augment={"shift": 1.0}, scales=(0.1, 0.2))
+    dataset = DetectionSamples(
+        index, size=size, train=False, augment={"shift": 1.0}, scales=(0.1, 0.2)
+    )
     batch = collate([dataset[3, place] for place in range(3)])
     scale = (batch["own_sizes"] / batch["sizes"]).flip(1).repeat(1, 2)
     back = batch["boxes"] * scale[batch["image_of"]]
@@ -134,7 +136,7 @@ def test_evaluation_leads_back_to_the_file_and_keeps_every_box(index: CocoIndex,
 def test_boxes_and_crowds_lie_on_what_was_painted(
     index: CocoIndex, augment: dict[str, Any] | None, scales: tuple[float, float], tolerance: float
 ) -> None:
-    dataset = BoxDataset(index, size=64, augment=augment, scales=scales)
+    dataset = DetectionSamples(index, size=64, augment=augment, scales=scales)
     found = 0
     for epoch in range(25):
         sample = dataset[epoch, 0]
@@ -155,7 +157,9 @@ def test_boxes_and_crowds_lie_on_what_was_painted(
 
 def test_colours_change_and_boxes_do_not(index: CocoIndex) -> None:
     loud = STILL | {"jitter": 1.0, "grey": 0.5, "shuffle": 1.0, "rgb_shift": 1.0}
-    plain, coloured = (BoxDataset(index, size=64, augment=augment) for augment in (STILL, loud))
+    plain, coloured = (
+        DetectionSamples(index, size=64, augment=augment) for augment in (STILL, loud)
+    )
     for epoch in range(4):
         first, second = plain[epoch, 0], coloured[epoch, 0]
         assert not torch.equal(first["images"], second["images"])
@@ -165,11 +169,13 @@ def test_colours_change_and_boxes_do_not(index: CocoIndex) -> None:
 def test_scales_are_drawn_from_the_whole_range_and_windows_from_the_whole_picture(
     index: CocoIndex,
 ) -> None:
-    small = BoxDataset(index, size=64, scales=(0.5, 1.5))
+    small = DetectionSamples(index, size=64, scales=(0.5, 1.5))
     widths = [int(small[epoch, 0]["sizes"][1]) for epoch in range(60)]
     assert min(widths) < 36 and max(widths) == 64 and len(set(widths)) > 15
     assert 15 < widths.count(64) < 45  # half of the scales are above 1: cut to the frame
-    large = BoxDataset(index, size=32, scales=(2.0, 2.0), augment=STILL | {"min_visible": 0.0})
+    large = DetectionSamples(
+        index, size=32, scales=(2.0, 2.0), augment=STILL | {"min_visible": 0.0}
+    )
     shown = [set(large[epoch, 0]["object_ids"].tolist()) for epoch in range(60)]
     assert {50} in shown and {51} in shown and {50, 51} in shown
     assert all(large[epoch, 0]["sizes"].tolist() == [32, 32] for epoch in range(5))
@@ -177,8 +183,8 @@ def test_scales_are_drawn_from_the_whole_range_and_windows_from_the_whole_pictur
 
 def test_a_box_of_which_too_little_stays_is_dropped_and_a_crowd_is_not(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 64, "scales": (1.5, 2.5)}
-    strict = BoxDataset(index, augment=STILL | {"min_visible": 0.8}, **options)
-    lax = BoxDataset(index, augment=STILL | {"min_visible": 0.0}, **options)
+    strict = DetectionSamples(index, augment=STILL | {"min_visible": 0.8}, **options)
+    lax = DetectionSamples(index, augment=STILL | {"min_visible": 0.0}, **options)
     dropped = 0
     for epoch in range(20):
         few, many = strict[epoch, 0], lax[epoch, 0]
@@ -199,28 +205,28 @@ def test_what_is_below_a_pixel_is_dropped_in_training_and_kept_in_evaluation(
         content["annotations"][0]["bbox"] = [8, 10, 2, 30]
 
     index = painted(tmp_path, change=thin)
-    training = BoxDataset(index, size=64, scales=(0.25, 0.25))
+    training = DetectionSamples(index, size=64, scales=(0.25, 0.25))
     assert training[0, 0]["object_ids"].tolist() == [51]
-    evaluated = BoxDataset(index, size=16, train=False)
+    evaluated = DetectionSamples(index, size=16, train=False)
     assert evaluated[0, 0]["object_ids"].tolist() == [50, 51]
 
 
 def test_a_sample_depends_only_on_seed_epoch_and_position(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 48, "augment": {}, "scales": (0.5, 1.5)}
-    dataset = BoxDataset(index, seed=3, **options)
+    dataset = DetectionSamples(index, seed=3, **options)
     sample, state = dataset[1, 0], torch.get_rng_state()
     torch.rand(7), np.random.rand(7)
-    assert same(sample, BoxDataset(index, seed=3, **options)[1, 0])
+    assert same(sample, DetectionSamples(index, seed=3, **options)[1, 0])
     assert not same(sample, dataset[2, 0])
     assert not same(sample, dataset[1, 2])
-    assert not same(sample, BoxDataset(index, seed=4, **options)[1, 0])
+    assert not same(sample, DetectionSamples(index, seed=4, **options)[1, 0])
     torch.set_rng_state(state)
     assert same(sample, dataset[1, 0]) and torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(index: CocoIndex) -> None:
-    dataset = BoxDataset(index, size=48, augment={}, scales=(0.5, 1.5))
+    dataset = DetectionSamples(index, size=48, augment={}, scales=(0.5, 1.5))
     batches = []
     for workers in (0, 2):
         loader = build_loader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers)
@@ -234,8 +240,8 @@ def test_the_number_of_workers_changes_nothing(index: CocoIndex) -> None:
 
 def test_a_batch_without_a_box_works_everywhere(index: CocoIndex) -> None:
     for dataset in (
-        BoxDataset(index, size=64, augment={"rotate": 1.0}, scales=(0.5, 1.5), only=[6]),
-        BoxDataset(index, size=64, train=False, only=[6]),
+        DetectionSamples(index, size=64, augment={"rotate": 1.0}, scales=(0.5, 1.5), only=[6]),
+        DetectionSamples(index, size=64, train=False, only=[6]),
     ):
         assert len(dataset) == 1
         batch = collate([dataset[0, 0], dataset[1, 0]])
@@ -245,7 +251,7 @@ def test_a_batch_without_a_box_works_everywhere(index: CocoIndex) -> None:
             assert batch[key].shape == (0,) and batch[key].dtype == torch.int64
         counts = {name: float(count) for name, count in count_units(batch, {"ring"}).items()}
         assert counts == {"boxes": 0, "images": 2, "labelled": 0, "labelled_images": 2, "ring": 0}
-        posteriors = StoredPosteriors(torch.tensor([50]), torch.zeros(1, 2))
+        posteriors = CachedPosteriors(torch.tensor([50]), torch.zeros(1, 2))
         assert posteriors(batch)["posterior"].shape == (0, 2)
 
 
@@ -253,7 +259,7 @@ def test_an_annotated_data_set_may_have_no_crowd(tmp_path: Path) -> None:
     def without(content: dict[str, Any]) -> None:
         content["annotations"] = [one for one in content["annotations"] if not one["iscrowd"]]
 
-    dataset = BoxDataset(painted(tmp_path, change=without), size=64)
+    dataset = DetectionSamples(painted(tmp_path, change=without), size=64)
     assert dataset.index.crowds is None
     assert collate([dataset[0, 0], dataset[0, 2]])["crowds"].shape == (0, 4)
 
@@ -261,7 +267,7 @@ def test_an_annotated_data_set_may_have_no_crowd(tmp_path: Path) -> None:
 def test_labels_that_are_withheld_leave_regions_and_a_picture_that_says_so(
     index: CocoIndex,
 ) -> None:
-    dataset = BoxDataset(index, size=64, augment=STILL, labelled=[6, 7], repeat_labelled=2)
+    dataset = DetectionSamples(index, size=64, augment=STILL, labelled=[6, 7], repeat_labelled=2)
     assert [int(dataset[0, place]["image_ids"]) for place in range(5)] == [5, 6, 7, 6, 7]
     batch = collate([dataset[0, place] for place in range(3)])
     assert batch["labels"].tolist() == [-1, -1, 0, 1] and len(batch["boxes"]) == 4
@@ -269,21 +275,21 @@ def test_labels_that_are_withheld_leave_regions_and_a_picture_that_says_so(
     counts = {name: float(count) for name, count in count_units(batch).items()}
     assert counts == {"boxes": 4, "images": 3, "labelled": 2, "labelled_images": 2}
     with pytest.raises(UserError, match="has no image 99"):
-        BoxDataset(index, size=64, labelled=[99])
+        DetectionSamples(index, size=64, labelled=[99])
 
 
 def test_every_object_is_asked_about_where_none_is_hidden(index: CocoIndex) -> None:
-    dataset = BoxDataset(index, size=64, train=False)
+    dataset = DetectionSamples(index, size=64, train=False)
     batch = collate([dataset[0, place] for place in range(3)])
     assert about_boxes(batch) and not about_objects(batch)
     assert asked(batch).tolist() == [0, 1, 2, 3]
     hidden = {**batch, "hidden": torch.tensor([2])}
     assert asked(hidden).tolist() == [2] and not about_boxes(hidden)
     logits = torch.eye(4)[:, :2].log_softmax(1)
-    posteriors = StoredPosteriors(torch.tensor([71, 50, 70, 51]), logits)
+    posteriors = CachedPosteriors(torch.tensor([71, 50, 70, 51]), logits)
     torch.testing.assert_close(posteriors(batch)["posterior"], logits[[1, 3, 2, 0]])
     torch.testing.assert_close(posteriors(hidden)["posterior"], logits[[2]])
-    some = StoredPosteriors(torch.tensor([50, 51]), logits[:2])
+    some = CachedPosteriors(torch.tensor([50, 51]), logits[:2])
     rows = some(batch)["posterior"]  # a detector's boxes may be of objects nobody asked about
     assert torch.equal(rows[[0, 1]], logits[:2]) and rows[[2, 3]].isnan().all()
     with pytest.raises(UserError, match="no posterior for 1 objects, first annotation 70"):
@@ -303,12 +309,12 @@ class Kept:
 
 def test_stored_maps_show_what_the_picture_shows(index: CocoIndex) -> None:
     """The stored map of a picture is the picture itself, so each must move as the other does."""
-    plain = BoxDataset(index, size=64, train=False)
+    plain = DetectionSamples(index, size=64, train=False)
     maps = torch.stack([plain[0, place]["images"] for place in range(3)]).float()
-    field = StoredField(cast(Store, Kept(maps, [5, 6, 7])), "pixels")
+    field = CachedField(cast(Store, Kept(maps, [5, 6, 7])), "pixels")
     augment = STILL | {"flip": 0.5, "shift": 0.5}
     for scales in ((1.0, 1.0), (0.6, 0.6), (0.5, 1.6)):
-        dataset = BoxDataset(index, size=64, augment=augment, scales=scales, stored=[field])
+        dataset = DetectionSamples(index, size=64, augment=augment, scales=scales, stored=[field])
         samples = [dataset[epoch, 2] for epoch in range(6)]
         batch = collate(samples)
         assert batch["stored.pixels"].shape == (6, 3, 64, 64)
@@ -324,16 +330,16 @@ def test_a_prepared_copy_shows_the_same_and_leads_back_to_the_original(
 ) -> None:
     out = tmp_path / "copy"
     assert prepare(index.annotation_file, index.image_folder, out, size=48) == []
-    first = BoxDataset(index, size=32, train=False)[0, 0]
-    second = BoxDataset(index, size=32, train=False, prepared=out)[0, 0]
+    first = DetectionSamples(index, size=32, train=False)[0, 0]
+    second = DetectionSamples(index, size=32, train=False, prepared=out)[0, 0]
     assert second["own_sizes"].tolist() == [60, 80]
     assert torch.equal(first["boxes"], second["boxes"])
     assert (
         first["images"].int() - second["images"].int()
     ).abs().float().mean() < 8  # of pure colours, which JPEG blurs
-    BoxDataset(index, size=32, prepared=out, scales=(0.5, 1.5))
+    DetectionSamples(index, size=32, prepared=out, scales=(0.5, 1.5))
     with pytest.raises(UserError, match="prepared at 48 pixels, but 51 are wanted"):
-        BoxDataset(index, size=32, prepared=out, scales=(0.5, 1.6))
+        DetectionSamples(index, size=32, prepared=out, scales=(0.5, 1.6))
 
 
 @pytest.mark.parametrize(
@@ -351,11 +357,11 @@ def test_a_prepared_copy_shows_the_same_and_leads_back_to_the_original(
 )
 def test_wrong_options_are_named(index: CocoIndex, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        BoxDataset(index, **({"size": 32} | options))
+        DetectionSamples(index, **({"size": 32} | options))
 
 
 def test_bad_images_are_named(index: CocoIndex) -> None:
-    dataset = BoxDataset(index, size=32)
+    dataset = DetectionSamples(index, size=32)
     cut = index.path(0)
     cut.write_bytes(cut.read_bytes()[:100])
     Image.new("RGB", (40, 40)).save(index.path(1))
@@ -376,7 +382,7 @@ def test_boxes_that_are_none_are_left_out_and_counted(tmp_path: Path) -> None:
 
     index = painted(tmp_path, change=spoil)
     assert index.skipped == {"crowd": 2, "zero_area": 2, "outside_image": 2, "tiny": 1}
-    sample = BoxDataset(index, size=80, train=False)[0, 1]
+    sample = DetectionSamples(index, size=80, train=False)[0, 1]
     assert sample["object_ids"].tolist() == [99]
     assert sample["boxes"].tolist() == [[70, 50, 80, 60]]
 

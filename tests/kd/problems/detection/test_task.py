@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from kd.config.recipes import Adapter, Optimizer, Schedule, Train
 from kd.distillation import adapters
 from kd.distillation.student import AdaptedStudent
-from kd.distillation.targets import LiveTeacher, StoredPosteriors, StoredTeacher, Teachers
+from kd.distillation.targets import CachedPosteriors, CachedTeacher, LiveTeacher, Teachers
 from kd.distillation.terms import Term, build_term, distillation_losses
 from kd.engine.loop import forward_losses, train_step
 from kd.engine.state import Objective, Training
@@ -318,7 +318,7 @@ def assembled(taught: Sequence[Term] = TERMS) -> tuple[AdaptedStudent, Objective
     layers = [layer for layer in levels if any(term.student == layer for term in taught)]
     asked = task_of(teacher, wanted="objects", asked=True)
     live = LiveTeacher(teacher, asked, layers, posterior=False)
-    scene = StoredTeacher(StoredPosteriors(torch.tensor([0, 2]), SAID))
+    scene = CachedTeacher(CachedPosteriors(torch.tensor([0, 2]), SAID))
     source = Teachers(live, {"scene": scene}, [1.0, 1.0])
     task = task_of(student, asked=True)
     own = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
@@ -432,13 +432,13 @@ def test_context_logits_are_of_the_boxes_that_have_a_posterior() -> None:
     said = torch.randn(3, CLASSES, requires_grad=True)
     term = build_term("context_logits", weight=1.0, options={"temperature": 1.0})
     batch = make_batch(BOXES)
-    source = StoredPosteriors(torch.tensor([0, 2]), SAID)
+    source = CachedPosteriors(torch.tensor([0, 2]), SAID)
     losses = distillation_losses([term], {"context": said}, source(batch), {}, batch)
     value, unit, _ = losses["context_logits"]
     by_hand = (SAID.exp() * (SAID - said[[0, 2]].log_softmax(dim=1))).sum(dim=1).mean()
     assert value.item() == pytest.approx(by_hand.item(), rel=1e-5) and unit == "known"
     value.backward()
     assert said.grad is not None and said.grad[[0, 2]].all() and not said.grad[1].any()
-    nobody = StoredPosteriors(torch.tensor([77]), SAID[:1])
+    nobody = CachedPosteriors(torch.tensor([77]), SAID[:1])
     none = distillation_losses([term], {"context": said}, nobody(batch), {}, batch)
     assert none["context_logits"].value == 0

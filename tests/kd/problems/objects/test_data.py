@@ -12,21 +12,21 @@ from kd.config.reader import objects_config
 from kd.data.prepare import prepare
 from kd.errors import UserError
 from kd.problems.base import about_boxes, count_units
-from kd.problems.detection.data import OpenBoxes
-from kd.problems.objects.data import OpenData, open_objects
+from kd.problems.detection.data import DetectionDataset
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.runs.build import make_accelerator, make_loader
 
 
 @pytest.fixture(scope="module")
-def data(small_data: list[str]) -> OpenData:
+def data(small_data: list[str]) -> ObjectsDataset:
     return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
 
 
-def changed(data: OpenData, **changes: object) -> OpenData:
-    return OpenData(data.section.model_copy(update=changes), data.train, data.val)
+def changed(data: ObjectsDataset, **changes: object) -> ObjectsDataset:
+    return ObjectsDataset(data.section.model_copy(update=changes), data.train, data.val)
 
 
-def test_detectors_train_and_are_scored_on_every_image(data: OpenData) -> None:
+def test_detectors_train_and_are_scored_on_every_image(data: ObjectsDataset) -> None:
     accelerator = make_accelerator("fp32")
     train = make_loader(data.boxes(0), accelerator, batch_size=7, workers=0, train=True)
     assert [len(batch["images"]) for batch in train] == [7, 7, 7]
@@ -40,7 +40,7 @@ def test_detectors_train_and_are_scored_on_every_image(data: OpenData) -> None:
     assert len(data.evaluated_boxes(only=[int(data.val.image_ids[2])])) == 1
 
 
-def test_the_sections_settings_are_those_of_the_samples(data: OpenData) -> None:
+def test_the_sections_settings_are_those_of_the_samples(data: ObjectsDataset) -> None:
     other = changed(data, scales=(0.5, 0.5), repeat_labelled=3)
     known = data.train.image_ids[:4]
     dataset = other.boxes(5, labelled=known)
@@ -54,7 +54,7 @@ def test_the_sections_settings_are_those_of_the_samples(data: OpenData) -> None:
     assert 0 < sum(flips) < 10 and torch.equal(another["labels"], same["labels"])
 
 
-def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: OpenData) -> None:
+def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: ObjectsDataset) -> None:
     other = changed(data, min_share=0.2, max_share=0.9)
     counts = np.diff(data.val.first)
     boxes = [len(other.evaluated_boxes()[0, place]["boxes"]) for place in range(len(data.val))]
@@ -62,9 +62,11 @@ def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: OpenData) -
 
 
 def test_detectors_classes_are_counted_on_objects_of_all_sizes(
-    data: OpenData, caplog: pytest.LogCaptureFixture
+    data: ObjectsDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
-    boxes = OpenBoxes(changed(data, min_share=0.98, max_share=0.99))  # none that could be hidden
+    boxes = DetectionDataset(
+        changed(data, min_share=0.98, max_share=0.99)
+    )  # none that could be hidden
     with caplog.at_level("INFO"):
         prior = boxes.classes().prior
     assert prior is not None and not caplog.records  # nor is any picture left out
@@ -76,7 +78,7 @@ def test_detectors_classes_are_counted_on_objects_of_all_sizes(
     np.testing.assert_allclose(boxes.prior(some), counts / counts.sum())
 
 
-def test_prepared_copies_are_found_by_split(data: OpenData, tmp_path: Path) -> None:
+def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path) -> None:
     for split, index in (("train", data.train), ("val", data.val)):
         out = tmp_path / split
         assert prepare(index.annotation_file, index.image_folder, out, size=40) == []
@@ -87,6 +89,6 @@ def test_prepared_copies_are_found_by_split(data: OpenData, tmp_path: Path) -> N
         changed(other, scales=(0.5, 1.5)).boxes(0)
 
 
-def test_a_detector_needs_pictures(data: OpenData) -> None:
+def test_a_detector_needs_pictures(data: ObjectsDataset) -> None:
     with pytest.raises(UserError, match=r"scenes: data\.pictures is false, but detectors need"):
         changed(data, pictures=False).boxes(0)

@@ -17,7 +17,7 @@ from PIL import Image
 from kd.data.loader import Sample, collate
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import SceneDataset
+from kd.problems.objects.samples import ObjectSamples
 from kd.transforms.hide import hidden_regions
 
 EVERYTHING = {
@@ -53,7 +53,7 @@ def same(first: Sample, second: Sample) -> bool:
 
 
 def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
-    dataset = SceneDataset(index, size=32, mode="all", shape="segment")
+    dataset = ObjectSamples(index, size=32, mode="all", shape="segment")
     batch = collate([dataset[0, place] for place in range(3)])
     objects, hidden = len(batch["labels"]), len(batch["hidden"])
     expected = {
@@ -78,11 +78,11 @@ def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
 
 
 def test_segments_travel_only_where_asked_for(index: CocoIndex) -> None:
-    assert "segments" not in collate([SceneDataset(index, size=32)[0, 0]])
+    assert "segments" not in collate([ObjectSamples(index, size=32)[0, 0]])
 
 
 def test_validation_only_rescales_and_pads(index: CocoIndex) -> None:
-    dataset = SceneDataset(index, size=32, mode="all", train=False, augment=EVERYTHING)
+    dataset = ObjectSamples(index, size=32, mode="all", train=False, augment=EVERYTHING)
     sample = dataset[0, 2]
     first, last = index.first[2], index.first[3]
     torch.testing.assert_close(sample["boxes"], torch.tensor(index.boxes[first:last]) / 2)
@@ -94,29 +94,29 @@ def test_validation_only_rescales_and_pads(index: CocoIndex) -> None:
 
 
 def test_one_usable_object_is_hidden_and_another_in_other_epochs(index: CocoIndex) -> None:
-    dataset = SceneDataset(index, size=32)
+    dataset = ObjectSamples(index, size=32)
     position = int(np.argmax(np.diff(index.first)))
     drawn = [int(dataset[epoch, position]["hidden"].item()) for epoch in range(30)]
     assert set(drawn) == set(range(int(np.diff(index.first).max())))
 
 
 def test_a_sample_depends_only_on_seed_epoch_and_position(index: CocoIndex) -> None:
-    dataset = SceneDataset(index, size=32, augment=EVERYTHING, seed=3)
+    dataset = ObjectSamples(index, size=32, augment=EVERYTHING, seed=3)
     sample = dataset[1, 4]
     torch.rand(7), np.random.rand(7)
-    assert same(sample, SceneDataset(index, size=32, augment=EVERYTHING, seed=3)[1, 4])
+    assert same(sample, ObjectSamples(index, size=32, augment=EVERYTHING, seed=3)[1, 4])
     assert not same(sample, dataset[2, 4])
-    assert not same(sample, SceneDataset(index, size=32, augment=EVERYTHING, seed=4)[1, 4])
+    assert not same(sample, ObjectSamples(index, size=32, augment=EVERYTHING, seed=4)[1, 4])
 
 
 def test_making_a_sample_leaves_the_global_random_state_alone(index: CocoIndex) -> None:
     before = torch.get_rng_state()
-    SceneDataset(index, size=32, augment=EVERYTHING)[0, 0]
+    ObjectSamples(index, size=32, augment=EVERYTHING)[0, 0]
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_objects_dropped_by_augmentation_take_everything_with_them(index: CocoIndex) -> None:
-    dataset = SceneDataset(index, size=64, mode="all", augment=EVERYTHING, shape="segment")
+    dataset = ObjectSamples(index, size=64, mode="all", augment=EVERYTHING, shape="segment")
     label_of = dict(zip(index.object_ids.tolist(), index.labels.tolist(), strict=True))
     dropped = 0
     for epoch in range(12):
@@ -137,7 +137,7 @@ def test_objects_dropped_by_augmentation_take_everything_with_them(index: CocoIn
 def test_the_painted_object_lies_under_its_moved_segment(index: CocoIndex) -> None:
     plain = {"rgb_shift": 0, "shuffle": 0, "grey": 0, "blur": 0, "jitter": 0}
     moving = EVERYTHING | plain | {"rotate": 1.0, "shift": 1.0}
-    dataset = SceneDataset(index, size=64, mode="all", augment=moving, shape="segment")
+    dataset = ObjectSamples(index, size=64, mode="all", augment=moving, shape="segment")
     colours = torch.tensor(
         [[214, 60, 48], [52, 120, 200], [60, 160, 80], [232, 196, 60]], dtype=torch.float32
     )
@@ -153,8 +153,8 @@ def test_the_painted_object_lies_under_its_moved_segment(index: CocoIndex) -> No
 
 def test_the_plain_picture_stands_in_where_nothing_usable_is_left(index: CocoIndex) -> None:
     away = {"shift": 1.0, "max_shift": 1.0, "flip": 0.0, "min_visible": 1.0}
-    dataset = SceneDataset(index, size=64, augment=away)
-    plain = SceneDataset(index, size=64)
+    dataset = ObjectSamples(index, size=64, augment=away)
+    plain = ObjectSamples(index, size=64)
     kept = [
         (epoch, place)
         for epoch in range(5)
@@ -175,14 +175,14 @@ def test_images_without_a_usable_object_are_left_out_and_counted(
                 entry["bbox"] = [5, 5, 2, 2]
 
     with caplog.at_level(logging.INFO, logger="kd.problems.objects.samples"):
-        dataset = SceneDataset(edited(index, shrink, "shrunk.json"), size=32, min_share=0.01)
+        dataset = ObjectSamples(edited(index, shrink, "shrunk.json"), size=32, min_share=0.01)
     assert dataset.images.tolist() == [0, 2, 3, 4, 5]
     assert "1 of 6 images left out" in caplog.text
 
 
 def test_no_usable_object_at_all_is_an_error(index: CocoIndex) -> None:
     with pytest.raises(UserError, match=r"no image has an object between 90.00% and 95.00%"):
-        SceneDataset(index, size=32, min_share=0.9, max_share=0.95)
+        ObjectSamples(index, size=32, min_share=0.9, max_share=0.95)
 
 
 def test_a_share_on_the_limit_is_usable_at_any_size(index: CocoIndex) -> None:
@@ -191,36 +191,38 @@ def test_a_share_on_the_limit_is_usable_at_any_size(index: CocoIndex) -> None:
     sides = index.boxes[first:last, 2:] - index.boxes[first:last, :2]
     share = float(sides.astype(np.float64).prod(axis=1).max() / (48 * 64))
     for size in (31, 32, 57):
-        sample = SceneDataset(index, size=size, min_share=share, max_share=1.0)[0, 0]
+        sample = ObjectSamples(index, size=size, min_share=share, max_share=1.0)[0, 0]
         assert sample["usable"].sum() == 1
 
 
 def test_labels_outside_the_labelled_share_are_withheld(index: CocoIndex) -> None:
     known = {int(index.image_ids[1]), int(index.image_ids[4])}
-    dataset = SceneDataset(index, size=32, labelled=known)
+    dataset = ObjectSamples(index, size=32, labelled=known)
     withheld = [bool((dataset[0, place]["labels"] == -1).all()) for place in range(6)]
     assert withheld == [True, False, True, True, False, True]
     assert not (dataset[0, 1]["labels"] == -1).any()
-    assert (SceneDataset(index, size=32, labelled=np.array([], np.int64))[0, 1]["labels"] < 0).all()
+    assert (
+        ObjectSamples(index, size=32, labelled=np.array([], np.int64))[0, 1]["labels"] < 0
+    ).all()
 
 
 def test_only_the_images_asked_for_are_kept(index: CocoIndex) -> None:
     ids = [int(index.image_ids[place]) for place in (4, 1)]
-    dataset = SceneDataset(index, size=32, only=ids)
+    dataset = ObjectSamples(index, size=32, only=ids)
     assert [int(dataset[0, place]["image_ids"]) for place in range(len(dataset))] == ids[::-1]
 
 
 def test_unknown_labelled_images_are_an_error(index: CocoIndex) -> None:
     with pytest.raises(UserError, match="has no image 987654"):
-        SceneDataset(index, size=32, labelled=[987654])
+        ObjectSamples(index, size=32, labelled=[987654])
 
 
 def test_partial_masking_follows_the_epochs_in_training_only(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 32, "partial": (0.2, 0.5), "epochs": 10}
-    training = SceneDataset(index, **options)
+    training = ObjectSamples(index, **options)
     shares = [training[epoch, 0]["hide_share"].item() for epoch in (0, 1, 5, 9)]
     assert shares == pytest.approx([0.2, 0.36, 1.0, 1.0])
-    assert SceneDataset(index, train=False, **options)[0, 0]["hide_share"].item() == 1.0
+    assert ObjectSamples(index, train=False, **options)[0, 0]["hide_share"].item() == 1.0
 
 
 def test_a_segment_without_a_pixel_becomes_its_box(index: CocoIndex) -> None:
@@ -229,7 +231,7 @@ def test_a_segment_without_a_pixel_becomes_its_box(index: CocoIndex) -> None:
             x, y, w, _ = entry["bbox"]
             entry["segmentation"] = [[x, y, x + w, y, x, y]]
 
-    dataset = SceneDataset(
+    dataset = ObjectSamples(
         edited(index, flatten, "flat.json"), size=64, mode="all", shape="segment"
     )
     sample = dataset[0, 0]
@@ -251,11 +253,11 @@ def test_a_segment_without_a_pixel_becomes_its_box(index: CocoIndex) -> None:
 )
 def test_wrong_options_are_named(index: CocoIndex, options: dict[str, Any], place: str) -> None:
     with pytest.raises(UserError, match=rf"^{place}"):
-        SceneDataset(index, **({"size": 32} | options))
+        ObjectSamples(index, **({"size": 32} | options))
 
 
 def test_bad_images_are_named(index: CocoIndex) -> None:
-    dataset = SceneDataset(index, size=32)
+    dataset = ObjectSamples(index, size=32)
     cut = index.path(0)
     cut.write_bytes(cut.read_bytes()[:400])
     Image.new("RGB", (40, 40)).save(index.path(1))
@@ -267,7 +269,7 @@ def test_bad_images_are_named(index: CocoIndex) -> None:
 
 def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 32, "withhold": (0.0, 0.6), "epochs": 11}
-    dataset = SceneDataset(index, train=True, **options)
+    dataset = ObjectSamples(index, train=True, **options)
     shares = []
     for epoch in (0, 5, 10):
         withheld = [dataset[epoch, place]["withheld"] for place in range(len(dataset))]
@@ -275,12 +277,12 @@ def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -
         assert all(torch.equal(a, b) for a, b in zip(withheld, again, strict=True))
         shares.append(float(torch.cat(withheld).float().mean()))
     assert shares[0] == 0 and shares[2] > 0.3
-    assert "withheld" not in SceneDataset(index, train=False, **options)[0, 0]
+    assert "withheld" not in ObjectSamples(index, train=False, **options)[0, 0]
 
 
 def test_without_pictures_only_the_pixels_change(index: CocoIndex) -> None:
-    seen = SceneDataset(index, size=32, train=False)
-    blind = SceneDataset(index, size=32, train=False, pictures=False)
+    seen = ObjectSamples(index, size=32, train=False)
+    blind = ObjectSamples(index, size=32, train=False, pictures=False)
     for place in range(len(seen)):
         first, second = seen[0, place], blind[0, place]
         assert set(second["images"].unique().tolist()) <= {0, 128}

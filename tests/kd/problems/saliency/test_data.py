@@ -16,7 +16,7 @@ from kd.metrics.saliency import METRICS, measure
 from kd.problems.saliency import data as gaze_truth
 from kd.problems.saliency import data as opened_gaze
 from kd.problems.saliency.baselines import CENTRE, OBSERVERS
-from kd.problems.saliency.data import OpenGaze, open_fixations
+from kd.problems.saliency.data import SaliencyDataset, open_fixations
 
 PICTURES, PEOPLE = 20, 6
 SIZE = (48, 64)
@@ -44,11 +44,11 @@ def written(root: Path, *, outside: bool = False) -> Gaze:
 
 
 @pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> OpenGaze:
+def squares(tmp_path_factory: pytest.TempPathFactory) -> SaliencyDataset:
     return open_fixations(written(tmp_path_factory.mktemp("squares")))
 
 
-def test_both_splits_are_opened_and_have_no_picture_in_common(squares: OpenGaze) -> None:
+def test_both_splits_are_opened_and_have_no_picture_in_common(squares: SaliencyDataset) -> None:
     assert (len(squares.train.names), len(squares.val.names)) == (16, 4)
     assert not set(squares.train.names) & set(squares.val.names)
     assert squares.class_names == ("saliency",) and squares.num_classes == 1
@@ -75,7 +75,7 @@ def test_a_small_data_set_is_read_whole_before_training(
                 split.fixations(number, SIZE)
 
 
-def test_the_truth_of_a_picture_is_its_own_and_the_others_are_not(squares: OpenGaze) -> None:
+def test_the_truth_of_a_picture_is_its_own_and_the_others_are_not(squares: SaliencyDataset) -> None:
     truth = squares.truth(2)
     assert truth.density.shape == SIZE and float(truth.density.sum()) == pytest.approx(1)
     assert len(truth.fixations) == PEOPLE * 6
@@ -85,7 +85,7 @@ def test_the_truth_of_a_picture_is_its_own_and_the_others_are_not(squares: OpenG
     assert truth.prior is not None and float(truth.prior.sum()) == pytest.approx(1)
 
 
-def test_other_observers_beat_the_centre_prior(squares: OpenGaze) -> None:
+def test_other_observers_beat_the_centre_prior(squares: SaliencyDataset) -> None:
     references = squares.truth.references
     assert references[CENTRE].shape == (4, len(METRICS)) == references[OBSERVERS].shape
     prior, people = (dict(zip(METRICS, references[name].mean(0), strict=True))
@@ -103,7 +103,7 @@ def test_other_observers_beat_the_centre_prior(squares: OpenGaze) -> None:
 
 
 def test_of_a_large_split_some_pictures_are_referred_to(
-    squares: OpenGaze, monkeypatch: pytest.MonkeyPatch
+    squares: SaliencyDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gaze_truth, "REFERRED", 2)
     truth = gaze_truth.ValTruth(squares.val, lambda: squares.prior)
@@ -114,7 +114,7 @@ def test_of_a_large_split_some_pictures_are_referred_to(
     assert len(few.others(0, SIZE)) in (36, 72)
 
 
-def test_fixations_of_nobody_are_dealt_at_random(squares: OpenGaze) -> None:
+def test_fixations_of_nobody_are_dealt_at_random(squares: SaliencyDataset) -> None:
     told = np.array([0, 0, 3, 3])
     assert gaze_truth.people(told, 5) is told
     dealt = gaze_truth.people(np.full(43, UNKNOWN), 5)
@@ -122,7 +122,7 @@ def test_fixations_of_nobody_are_dealt_at_random(squares: OpenGaze) -> None:
     np.testing.assert_array_equal(dealt, gaze_truth.people(np.full(43, UNKNOWN), 5))
 
 
-def test_looks_at_other_pictures_stay_on_this_one(squares: OpenGaze) -> None:
+def test_looks_at_other_pictures_stay_on_this_one(squares: SaliencyDataset) -> None:
     for size in ((48, 64), (31, 7), (1080, 1920)):
         others = squares.truth.others(0, size)
         assert (others >= 0).all() and (others < torch.tensor([size[1], size[0]])).all()

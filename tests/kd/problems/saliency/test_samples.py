@@ -13,8 +13,8 @@ from PIL import Image
 from kd.data.loader import collate
 from kd.errors import UserError
 from kd.formats.fixations import Fixations, GazeSplit
-from kd.problems.saliency.samples import GazeDataset, check_gaze
-from kd.storage.fields import StoredField
+from kd.problems.saliency.samples import SaliencySamples, check_gaze
+from kd.storage.fields import CachedField
 from kd.storage.store import IDS, Store
 
 FRAME = (48, 64)
@@ -61,7 +61,7 @@ def peak(maps: torch.Tensor) -> tuple[int, int]:
 
 
 def test_training_pictures_are_padded_to_the_frame(made: Made) -> None:
-    dataset = GazeDataset(made([(48, 64), (60, 40), (30, 90)]), size=FRAME, augment=STILL)
+    dataset = SaliencySamples(made([(48, 64), (60, 40), (30, 90)]), size=FRAME, augment=STILL)
     batch = collate([dataset[0, place] for place in range(3)])
     assert batch["images"].shape == (3, 3, 48, 64) and batch["images"].dtype == torch.uint8
     assert batch["density"].shape == (3, 1, 48, 64) and batch["density"].dtype == torch.float32
@@ -85,8 +85,8 @@ def test_densities_and_stored_maps_are_mirrored_with_their_picture(
     values = np.stack([split.density(n, s, (24, 32)).numpy()
                        for n, s in enumerate([(48, 64), (60, 40)])])  # fmt: skip
     store.write_shard(0, {IDS: np.arange(2), "values": values.astype(np.float32)})
-    field = StoredField(store, "saliency", channels=1, stride=1)
-    dataset = GazeDataset(
+    field = CachedField(store, "saliency", channels=1, stride=1)
+    dataset = SaliencySamples(
         split, size=FRAME, augment={"flip": flip, "upside_down": upside_down}, stored=[field]
     )
     for place in range(2):
@@ -104,10 +104,10 @@ def test_densities_and_stored_maps_are_mirrored_with_their_picture(
 
 
 def test_flips_are_drawn_for_each_epoch_and_place(made: Made) -> None:
-    dataset = GazeDataset(made([(48, 64)] * 2), size=FRAME, augment={})
+    dataset = SaliencySamples(made([(48, 64)] * 2), size=FRAME, augment={})
     found = {peak(dataset[epoch, 0]["density"]) for epoch in range(30)}
     assert len(found) == 4  # as it is, mirrored either way, both
-    again = GazeDataset(made([(48, 64)] * 2), size=FRAME, augment={})
+    again = SaliencySamples(made([(48, 64)] * 2), size=FRAME, augment={})
     assert all(
         torch.equal(dataset[epoch, 1][name], again[epoch, 1][name])
         for epoch in range(4)
@@ -116,13 +116,13 @@ def test_flips_are_drawn_for_each_epoch_and_place(made: Made) -> None:
 
 
 def test_evaluation_shows_whole_pictures_in_multiples_of_eight(made: Made) -> None:
-    alike = GazeDataset(made([(96, 128)] * 2), size=FRAME, train=False)
+    alike = SaliencySamples(made([(96, 128)] * 2), size=FRAME, train=False)
     batch = collate([alike[0, 0], alike[0, 1]])
     assert batch["images"].shape == (2, 3, 48, 64)
     assert batch["own_sizes"].tolist() == [[96, 128]] * 2
     assert "density" not in batch
     assert alike.together(8) == 8
-    others = GazeDataset(made([(60, 40), (30, 90)]), size=FRAME, train=False)
+    others = SaliencySamples(made([(60, 40), (30, 90)]), size=FRAME, train=False)
     assert [tuple(others[0, n]["images"].shape[1:]) for n in range(2)] == [(48, 32), (24, 64)]
     assert others.together(8) == 1
 
@@ -130,11 +130,11 @@ def test_evaluation_shows_whole_pictures_in_multiples_of_eight(made: Made) -> No
 def test_options_out_of_range_are_refused(made: Made) -> None:
     split = made([(48, 64)])
     with pytest.raises(UserError, match=r"data\.size: 50 is not a multiple of 8 pixels"):
-        GazeDataset(split, size=(48, 50))
+        SaliencySamples(split, size=(48, 50))
     with pytest.raises(UserError, match=r"augment\.upside_down: 2 is not in 0\.\.1"):
-        GazeDataset(split, size=FRAME, augment={"upside_down": 2})
+        SaliencySamples(split, size=FRAME, augment={"upside_down": 2})
     with pytest.raises(UserError, match="unknown option 'scale'"):
-        GazeDataset(split, size=FRAME, augment={"scale": [1.0, 2.0]})
+        SaliencySamples(split, size=FRAME, augment={"scale": [1.0, 2.0]})
 
 
 def test_a_data_set_is_looked_through_before_training(made: Made, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kd.data.loader import Sample, build_loader, collate
 from kd.errors import UserError
 from kd.formats.segmentation import SegmentedSplit, open_segmented
 from kd.problems.segmentation.data import open_maps
-from kd.problems.segmentation.samples import MapDataset
+from kd.problems.segmentation.samples import SegmentationSamples
 from kd.runs.build import make_accelerator
 from kd.runs.train import val_loader
 from kd.utils.images import VOID
@@ -55,7 +55,7 @@ def same(first: Sample, second: Sample) -> bool:
 
 
 def test_a_training_batch_is_of_crops(split: SegmentedSplit) -> None:
-    dataset = MapDataset(split, size=None, crop=(24, 32), augment={})
+    dataset = SegmentationSamples(split, size=None, crop=(24, 32), augment={})
     batch = collate([dataset[0, place] for place in range(3)])
     expected = {
         "images": ((3, 3, 24, 32), torch.uint8),
@@ -69,7 +69,9 @@ def test_a_training_batch_is_of_crops(split: SegmentedSplit) -> None:
 
 
 def test_colours_lie_on_their_classes_in_any_crop(split: SegmentedSplit) -> None:
-    dataset = MapDataset(split, size=40, crop=(48, 40), augment={"jitter": 0.0, "scale": (0.6, 2)})
+    dataset = SegmentationSamples(
+        split, size=40, crop=(48, 40), augment={"jitter": 0.0, "scale": (0.6, 2)}
+    )
     filled = 0
     for epoch in range(6):
         sample = dataset[epoch, epoch % 5]
@@ -83,19 +85,19 @@ def test_colours_lie_on_their_classes_in_any_crop(split: SegmentedSplit) -> None
 
 def test_a_sample_depends_only_on_seed_epoch_and_position(split: SegmentedSplit) -> None:
     options: dict[str, Any] = {"size": 48, "crop": (24, 32), "augment": {}}
-    dataset = MapDataset(split, seed=3, **options)
+    dataset = SegmentationSamples(split, seed=3, **options)
     sample, before = dataset[1, 4], torch.get_rng_state()
     torch.rand(7), np.random.rand(7)
-    assert same(sample, MapDataset(split, seed=3, **options)[1, 4])
+    assert same(sample, SegmentationSamples(split, seed=3, **options)[1, 4])
     assert not same(sample, dataset[2, 4])
-    assert not same(sample, MapDataset(split, seed=4, **options)[1, 4])
+    assert not same(sample, SegmentationSamples(split, seed=4, **options)[1, 4])
     torch.set_rng_state(before)
     assert dataset[0, 0] and torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(split: SegmentedSplit) -> None:
-    dataset = MapDataset(split, size=48, crop=(24, 32), augment={}, seed=1)
+    dataset = SegmentationSamples(split, size=48, crop=(24, 32), augment={}, seed=1)
     first, second = (
         list(build_loader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers))
         for workers in (0, 2)
@@ -110,7 +112,9 @@ def test_the_number_of_workers_changes_nothing(split: SegmentedSplit) -> None:
 def test_evaluation_sees_whole_pictures_and_keeps_the_maps(
     split: SegmentedSplit, size: int | None, seen: tuple[int, int]
 ) -> None:
-    dataset = MapDataset(split, size=size, crop=(24, 32), train=False, augment={"flip": 1.0})
+    dataset = SegmentationSamples(
+        split, size=size, crop=(24, 32), train=False, augment={"flip": 1.0}
+    )
     sample = dataset[0, 2]
     assert sample["images"].shape == (3, *seen)
     assert sample["sizes"].tolist() == list(seen)
@@ -122,8 +126,10 @@ def test_evaluation_sees_whole_pictures_and_keeps_the_maps(
 
 
 def test_only_the_places_asked_for_are_kept_under_their_numbers(split: SegmentedSplit) -> None:
-    dataset = MapDataset(split, size=None, crop=(24, 32), train=False, only=np.array([3, 1]))
-    whole = MapDataset(split, size=None, crop=(24, 32), train=False)
+    dataset = SegmentationSamples(
+        split, size=None, crop=(24, 32), train=False, only=np.array([3, 1])
+    )
+    whole = SegmentationSamples(split, size=None, crop=(24, 32), train=False)
     assert len(dataset) == 2
     assert [int(dataset[0, place]["image_ids"]) for place in range(2)] == [3, 1]
     assert same(dataset[0, 0], whole[0, 3])
@@ -165,7 +171,7 @@ def test_a_crop_that_is_no_multiple_of_8_is_refused(
 ) -> None:
     wrong = next(side for side in crop if side not in (24, 32))
     with pytest.raises(UserError, match=rf"^data.crop: {wrong} is not a multiple of 8 pixels"):
-        MapDataset(split, size=None, crop=crop)
+        SegmentationSamples(split, size=None, crop=crop)
 
 
 def test_wrong_options_are_named_before_files_are_read(written: Written) -> None:
@@ -179,7 +185,7 @@ def test_wrong_options_are_named_before_files_are_read(written: Written) -> None
 
 
 def test_a_file_that_broke_later_is_named_in_training_too(split: SegmentedSplit) -> None:
-    dataset = MapDataset(split, size=None, crop=(24, 32))
+    dataset = SegmentationSamples(split, size=None, crop=(24, 32))
     split.images[1].write_bytes(b"no picture")
     split.maps[2].unlink()
     with pytest.raises(UserError, match=rf"^{split.images[1]}: cannot read this image"):
@@ -187,7 +193,7 @@ def test_a_file_that_broke_later_is_named_in_training_too(split: SegmentedSplit)
     with pytest.raises(UserError, match=rf"^{split.maps[2]}: the label map is missing"):
         dataset[0, 2]
     with pytest.raises(UserError, match=rf"^{split.images[1]}: cannot read this image"):
-        MapDataset(split, size=None, crop=(24, 32), train=False)
+        SegmentationSamples(split, size=None, crop=(24, 32), train=False)
 
 
 def test_as_many_whole_pictures_at_once_as_the_pixels_of_a_batch_of_crops(written: Written) -> None:
