@@ -163,7 +163,7 @@ def by_kd(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
     schedule = make_schedule(optimizer, len(epochs.batches), name="cosine")
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
     task = Pictures(next(teacher.parameters()).dtype)
-    term = build_term("direct", weight=1 - SHARE, options={"temperature": TEMPERATURE})
+    term = build_term("output_kd", weight=1 - SHARE, options={"temperature": TEMPERATURE})
     known = LiveTeacher(teacher.to(accelerator.device), task)
     objective = Objective(task, {"cross_entropy": SHARE}, [term], known)
     losses: list[float] = []

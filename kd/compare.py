@@ -4,7 +4,7 @@
     python -m kd.compare runs/teacher/unet runs/teacher/cnn --figure curves.png
     python -m kd.compare runs/distill/espnet_c runs/teacher/pspnet --cost cost.png
 
-A distillation's folder gives the table of its arms; single runs share one, after the first.
+A distillation's folder gives the table of its variants; single runs share one, after the first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 where all runs could be compared."""
     options = _parser().parse_args(argv)
     folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in options.runs))
-    distillations = [read_distill(folder, options.arms) for folder in folders if is_distill(folder)]
+    distillations = [
+        read_distill(folder, options.variants) for folder in folders if is_distill(folder)
+    ]
     tables = [
         distill_table(runs.records(), runs.seeds, metrics=options.metrics, title=str(runs.folder))
         for runs in distillations
@@ -70,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, partial(str.split, sep=",")
     add("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
     add("--metrics", metavar="A,B", type=names, help="rows, such as top1,nll or mIoU,iou/car")
-    add("--arms", metavar="A,B", type=names, help="of a distillation, beside plain; else all")
+    add("--variants", metavar="A,B", type=names, help="of a distillation, beside plain; else all")
     add("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
     add("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
     cost = "label maps: draw mIoU against parameters, multiply-adds and latency here"

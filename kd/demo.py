@@ -19,11 +19,11 @@ TEACHER = [
     *("--set", "data.generate={train: 2000, val: 500, size: 64, seed: 0}"),
     *("--set", "train.evaluate_every=0"),
 ]
-# One seed and two arms of the student's recipe; labels on 60 scenes as there, fewer without.
+# One seed and two variants of the student's recipe; labels on 60 scenes as there, fewer without.
 STUDENT = [
     *("--set", "data.generate={train: 1000, val: 500, size: 64, seed: 0}"),
     *("--set", "data.labelled=0.06"),
-    *("--set", "seeds=[0]", "--set", "arms=[plain, distilled]"),
+    *("--set", "seeds=[0]", "--set", "variants=[plain, distilled]"),
 ]
 
 

@@ -24,7 +24,7 @@ from kd.runs.transfer_trunk import resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train every arm for every seed, then print the table."""
+    """Train every variant for every seed, then print the table."""
     parser = recipe_parser(
         "python -m kd.distill",
         "distill",
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--teacher", metavar="RUN", help="a teacher's run folder or checkpoint")
     parser.add_argument(
-        "--ablation", metavar="NAME", help="the recipe's arms of that name beside plain"
+        "--ablation", metavar="NAME", help="the recipe's variants of that name beside plain"
     )
     args = parser.parse_args(argv)
     extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
     if args.ablation:
-        arms = look_up(recipe.ablations, args.ablation, what="ablation of this recipe")
-        recipe = recipe.model_copy(update={"arms": ("plain", *arms)})
+        variants = look_up(recipe.ablations, args.ablation, what="ablation of this recipe")
+        recipe = recipe.model_copy(update={"variants": ("plain", *variants)})
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     distillation.check()
     open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
     for seed in recipe.seeds:
-        for arm in recipe.arms:
-            distillation.run(arm, seed)
-    if accelerator.is_main_process and "plain" in recipe.arms:
-        runs = read_distill(out, recipe.arms)  # the folder may hold others'
+        for variant in recipe.variants:
+            distillation.run(variant, seed)
+    if accelerator.is_main_process and "plain" in recipe.variants:
+        runs = read_distill(out, recipe.variants)  # the folder may hold others'
         table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")

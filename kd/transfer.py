@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_run(accelerator, out, recipe.model_dump(mode="json"), resume=args.resume)
     for seed in recipe.seeds:
         for run in runs:
-            run.run("bare", seed)
+            run.run("no_context", seed)
     if accelerator.is_main_process:
         numbers = {
             (row.mode, row.name): [

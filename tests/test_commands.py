@@ -48,7 +48,7 @@ def distilled(
     """Two seeds of plain and distilled, out of fold."""
     out = tmp_path_factory.mktemp("distill") / "run"
     flags = [*small_data, *STUDENT, *sets("soft_targets.out_of_fold=true", "seeds=[0, 1]",
-             "arms=[plain, distilled]")]  # fmt: skip
+             "variants=[plain, distilled]")]  # fmt: skip
     command = ["--student", "resnet18", "--teacher", str(teacher), "--out", str(out)]
     assert distill.main([*command, *flags]) == 0
     return out
@@ -78,7 +78,7 @@ def test_a_teacher_and_its_folds_leave_all_their_files(teacher: Path) -> None:
 
 
 def test_a_twin_has_the_distilled_runs_tags(distilled: Path) -> None:
-    plain, taught = (tags(distilled / "seed0" / arm) for arm in ("plain", "distilled"))
+    plain, taught = (tags(distilled / "seed0" / variant) for variant in ("plain", "distilled"))
     assert plain["scalars"] == taught["scalars"]
     some = {"loss/cross_entropy", "loss/context_logits", "loss/total", "train/lr", "eval/nll"}
     assert some <= plain["scalars"]
@@ -88,18 +88,18 @@ def test_a_twin_has_the_distilled_runs_tags(distilled: Path) -> None:
 
 
 def test_metrics_jsonl_holds_the_same_curves(distilled: Path) -> None:
-    for arm in ("plain", "distilled"):
-        curves = read_scalars(distilled / "seed0" / arm)
-        assert curves.keys() == tags(distilled / "seed0" / arm)["scalars"]
+    for variant in ("plain", "distilled"):
+        curves = read_scalars(distilled / "seed0" / variant)
+        assert curves.keys() == tags(distilled / "seed0" / variant)["scalars"]
         assert [step for step, _ in curves["eval/top1"]] == [3, 6]
         assert [step for step, _ in curves["loss/total"]] == [2, 3, 4, 6]
         assert all(np.isfinite(value) for curve in curves.values() for _, value in curve)
 
 
-def test_the_arms_took_the_same_steps(distilled: Path) -> None:
+def test_the_variants_took_the_same_steps(distilled: Path) -> None:
     runs = read_distill(distilled)
     assert runs.seeds == (0, 1)
-    for run, twin in zip(runs.arms["distilled"], runs.arms["plain"], strict=True):
+    for run, twin in zip(runs.variants["distilled"], runs.variants["plain"], strict=True):
         assert run.summary["steps"] == twin.summary["steps"] == 6
         assert run.summary["parameters"] == twin.summary["parameters"]
         rates = (read_scalars(one.folder)["train/lr"] for one in (run, twin))
@@ -168,16 +168,18 @@ def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(
     distilled: Path, teacher: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*small_data, *STUDENT, *sets("soft_targets.out_of_fold=true", "seeds=[0, 1]",
-             "arms=[plain, distilled]")]  # fmt: skip
+             "variants=[plain, distilled]")]  # fmt: skip
     command = ["--student", "resnet18", "--teacher", str(teacher), "--out", str(distilled)]
     assert run_command(distill.main, [*command, *flags]) == 2
     assert "there is a run already; --resume goes on with it" in capsys.readouterr().err
     before = (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns
-    # Begun in an earlier call with another list of arms; not asked for any more.
-    given_up = shutil.copytree(distilled / "seed0" / "distilled", distilled / "seed0" / "bare")
+    # Begun in an earlier call with another list of variants; not asked for any more.
+    given_up = shutil.copytree(
+        distilled / "seed0" / "distilled", distilled / "seed0" / "no_context"
+    )
     (given_up / "summary.json").unlink()
     assert distill.main([*command, *flags, "--resume"]) == 0
-    assert "bare" not in (distilled / "table.md").read_text()
+    assert "no_context" not in (distilled / "table.md").read_text()
     shutil.rmtree(given_up)
     assert (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns == before
     changed = [*command, *flags, *sets("train.epochs=3"), "--resume"]
@@ -200,7 +202,7 @@ losses:
     student: trunk.trunk.conv1
     teacher: features.1
     schedule: {name: linear, until: 0.5}
-arms: [plain, distilled]
+variants: [plain, distilled]
 train: {epochs: 1, batch_size: 8, accumulate: 2, ema: 0.9, log_every: 1, pictures: 0}
 """
 
@@ -252,7 +254,7 @@ losses:
     student: trunk.trunk.maxpool
     teacher: features.2
     options: {widths: [4, 8], penalty: 5.0}
-arms: [plain, distilled]
+variants: [plain, distilled]
 train: {epochs: 1, batch_size: 8, log_every: 1, pictures: 0}
 """
 
@@ -289,7 +291,7 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(
     small_data: list[str], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*small_data, *STUDENT, *sets("train.optimizer={name: sgd, lr: 1.0e+30}",
-             "arms=[plain]", "train.clip_norm=0.0")]  # fmt: skip
+             "variants=[plain]", "train.clip_norm=0.0")]  # fmt: skip
     command = ["--student", "resnet18", "--out", str(tmp_path / "run")]
     assert run_command(distill.main, [*command, *flags]) == 2
     said = capsys.readouterr().err
@@ -344,9 +346,9 @@ def test_the_demo_runs_the_whole_path(
 ) -> None:  # fmt: skip
     short = sets("train.epochs=1", "train.batch_size=8", "train.pictures=1")
     monkeypatch.setattr(demo, "TEACHER", [*small_data, *short, *sets("teacher.options.width=4")])
-    arms = sets("arms=[plain, distilled]", "seeds=[0]", "data.labelled=0.5",
+    variants = sets("variants=[plain, distilled]", "seeds=[0]", "data.labelled=0.5",
                 "student.name=shufflenet_v2_x0_5")  # fmt: skip
-    monkeypatch.setattr(demo, "STUDENT", [*small_data, *short, *arms])
+    monkeypatch.setattr(demo, "STUDENT", [*small_data, *short, *variants])
     assert demo.main(["--out", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
     assert "$ python -m kd.distill --student resnet18" in said

@@ -181,18 +181,20 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     prior = np.full(classes, 1 / classes)
     names_objects = recipe.student.name not in SEGMENTERS | DETECTORS | SALIENCY_STUDENTS
     reads = names_objects or recipe.student.options.get("context", False)
-    for arm in ("plain", "bare") if reads else ("plain",):
+    for variant in ("plain", "no_context") if reads else ("plain",):
         if names_objects:
-            model = build_student(offline(recipe.student), prior, context=arm == "plain")
+            model = build_student(offline(recipe.student), prior, context=variant == "plain")
         elif recipe.student.name in DETECTORS:
-            model = build_detector(offline(recipe.student), classes, prior, context=arm == "plain")
+            model = build_detector(
+                offline(recipe.student), classes, prior, context=variant == "plain"
+            )
         elif recipe.student.name in SALIENCY_STUDENTS:
             model = build_saliency(offline(recipe.student), branches="a")
         else:
             model = build_segmenter(offline(recipe.student), classes)
         task = task_of(recipe.task, recipe.data, classes, model)
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
-        check_training(train_section(recipe.train, arm), recipe.data, model)
+        check_training(train_section(recipe.train, variant), recipe.data, model)
     built = build_terms(recipe.all_losses)
     assert {term.name for term in built} == {term.curve for term in recipe.all_losses}
 
@@ -256,7 +258,7 @@ def test_every_transfer_recipe_builds(name: str, data: str, tmp_path: Path) -> N
             offline(row.recipe.student), np.full(classes, 1 / classes), context=False
         )
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
-        check_training(train_section(row.recipe.train, "bare"), recipe.data, model)
+        check_training(train_section(row.recipe.train, "no_context"), recipe.data, model)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "distill", "transfer"])

@@ -59,7 +59,7 @@ def flags(small_data: list[str], small_teacher: Path) -> Iterator[list[str]]:
         "data.workers=1",
         "data.labelled=0.5",
         "data.repeat_labelled=1",
-        "arms=[distilled]",
+        "variants=[distilled]",
         "seeds=[0]",
     ]
     chosen = [text for setting in settings for text in ("--set", setting)]

@@ -40,7 +40,7 @@ def test_the_table_says_what_the_runs_measured(labels: tuple[list[str], Path]) -
     table = (out / "table.md").read_text()
     for mode in ("probe", "finetune"):
         for start in ("random", "context"):
-            runs = [out / mode / start / f"seed{seed}" / "bare" for seed in (0, 1)]
+            runs = [out / mode / start / f"seed{seed}" / "no_context" for seed in (0, 1)]
             scores = [json.loads((run / "summary.json").read_text()) for run in runs]
             assert all(one["steps"] == 2 and one["count"] == 8 for one in scores)
             mean = 100 * (scores[0]["mAP"] + scores[1]["mAP"]) / 2
@@ -56,7 +56,7 @@ def test_the_trunk_of_a_probe_is_still_the_teachers(
     _, out = labels
     teacher = load_file(small_teacher / "model.safetensors")
     for mode, same in (("probe", True), ("finetune", False)):
-        state = load_file(out / mode / "context" / "seed0" / "bare" / "model.safetensors")
+        state = load_file(out / mode / "context" / "seed0" / "no_context" / "model.safetensors")
         for name in ("weight", "running_var"):
             key = next(k for k in teacher if k.startswith("features.1.") and k.endswith(name))
             own = state[key.replace("features.", "trunk.trunk.path.", 1)]
@@ -81,7 +81,7 @@ def test_finished_runs_are_not_trained_again(
 def test_a_run_of_it_can_be_evaluated(
     labels: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = labels[1] / "finetune" / "context" / "seed1" / "bare"
+    run = labels[1] / "finetune" / "context" / "seed1" / "no_context"
     summary = json.loads((run / "summary.json").read_text())
     capsys.readouterr()
     assert evaluate.main([str(run), "--per-class"]) == 0
@@ -107,7 +107,7 @@ def test_one_line_of_a_distillation_starts_from_a_teachers_trunk(
     options = f"{{weights: {small_teacher}, frozen: all, stride: null}}"
     student = f"student={{name: transferred, options: {options}}}"
     command = ["--student", "resnet18", "--teacher", str(small_teacher), "--set", student]
-    flags = ["--set", "arms=[plain, distilled]", "--set", "seeds=[0]", "--out", str(run)]
+    flags = ["--set", "variants=[plain, distilled]", "--set", "seeds=[0]", "--out", str(run)]
     assert distill.main([*command, *small_data, *SETTINGS[:2], *flags]) == 0
     teacher = load_file(small_teacher / "model.safetensors")
     state = load_file(run / "seed0" / "distilled" / "model.safetensors")

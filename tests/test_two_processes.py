@@ -71,7 +71,7 @@ STUDENT = [
         "train.pictures=0",
         "seeds=[0]",
         "data.labelled=0.5",
-        "arms=[plain, distilled, bare]",
+        "variants=[plain, distilled, no_context]",
     )
     for text in ("--set", setting)
 ]
@@ -391,12 +391,12 @@ def test_two_ranks_measure_what_one_does(small_scenes: Path, tmp_path: Path) -> 
 def _same_table(one: Path, two: Path) -> None:
     """The tables agree but for what batch norm makes of a rank's own objects."""
     ours, theirs = read_distill(one), read_distill(two)
-    assert list(ours.arms) == list(theirs.arms) == ["plain", "distilled", "bare"]
-    for arm, runs in ours.arms.items():
-        for run, other in zip(runs, theirs.arms[arm], strict=True):
+    assert list(ours.variants) == list(theirs.variants) == ["plain", "distilled", "no_context"]
+    for variant, runs in ours.variants.items():
+        for run, other in zip(runs, theirs.variants[variant], strict=True):
             assert np.array_equal(run.records["object_ids"], other.records["object_ids"])
             difference = np.abs(run.records["log_probs"] - other.records["log_probs"]).max()
-            assert difference < 0.05, arm
+            assert difference < 0.05, variant
             for name in ("nll", "area"):
                 assert run.summary[name] == pytest.approx(other.summary[name], abs=5e-3)
             mine, its = (read_scalars(one.folder)["loss/total"] for one in (run, other))

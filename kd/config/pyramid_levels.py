@@ -11,7 +11,7 @@ PLACE = "{level}"  # in the layers of a term or an adapter
 def on_levels(values: Any) -> Any:
     """A recipe's raw values with each term and adapter whose layers hold `{level}` spelled out.
 
-    Of a term `near` on the levels 0 and 1 there are then `near_0` and `near_1`; an ablation's arm
+    Of a term `near` on the levels 0 and 1 there are `near_0` and `near_1`; an ablation's variant
     that lists `near` has both. What is spelled out already stays as it is.
 
     Raises:
@@ -33,8 +33,8 @@ def on_levels(values: Any) -> Any:
         }
     if groups and isinstance(found.get("ablations"), Mapping):
         found["ablations"] = {
-            name: {arm: _members(labels, groups) for arm, labels in arms.items()}
-            for name, arms in found["ablations"].items()
+            name: {variant: _members(labels, groups) for variant, labels in variants.items()}
+            for name, variants in found["ablations"].items()
         }
     return found
 

@@ -74,7 +74,7 @@ class TeacherReference(Section):
     )
 
 
-ARMS = ("plain", "distilled", "bare", "shuffled", "direct")
+VARIANTS = ("plain", "distilled", "no_context", "shuffled", "output_kd")
 
 
 class Model(Section):
@@ -248,14 +248,15 @@ class DistillRecipe(Section):
         description="of pyramids: a term or adapter with {level} in its layers is there for each",
     )
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    losses: tuple[Term, ...] = Field((), description="terms of the distilled arm")
+    losses: tuple[Term, ...] = Field((), description="terms of the distilled variant")
     more_losses: tuple[Term, ...] = Field((), description="terms that only ablations have")
     ablations: dict[str, dict[str, tuple[str, ...]]] = Field(
         default_factory=dict,
-        description="for --ablation NAME: arms beside plain, each with its terms' labels",
+        description="for --ablation NAME: variants beside plain, each with its terms' labels",
     )
-    arms: tuple[str, ...] = Field(
-        ("plain", "distilled", "bare"), description=f"of {', '.join(ARMS)}, or an ablation's"
+    variants: tuple[str, ...] = Field(
+        ("plain", "distilled", "no_context"),
+        description=f"of {', '.join(VARIANTS)}, or an ablation's",
     )
     seeds: tuple[Whole, ...] = (0,)
     train: Train = Train()
@@ -269,15 +270,15 @@ class DistillRecipe(Section):
     def _sections_agree(self) -> DistillRecipe:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} must be one or more different numbers")
-        self._check_arms()
+        self._check_variants()
         names = [term.curve for term in self.all_losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"losses: {', '.join(twice)}: given twice; tell them apart by `label`")
-        for ablation, arms in self.ablations.items():
-            for arm, terms in arms.items():
+        for ablation, variants in self.ablations.items():
+            for variant, terms in variants.items():
                 if wrong := sorted(set(terms) - set(names)):
                     raise ValueError(
-                        f"ablations.{ablation}.{arm}: no term {', '.join(wrong)} in losses or "
+                        f"ablations.{ablation}.{variant}: no term {', '.join(wrong)} in losses or "
                         f"more_losses; there are: {', '.join(names) or 'none'}"
                     )
         for name in self.more_teachers:
@@ -289,17 +290,19 @@ class DistillRecipe(Section):
                 raise ValueError(f"adapters.{layer}: no term of losses reads student layer {layer}")
         return self
 
-    def _check_arms(self) -> None:
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms {list(self.arms)} must be one or more different names")
-        own = [arm for arms in self.ablations.values() for arm in arms]
-        if wrong := sorted(set(own) & set(ARMS)):
-            raise ValueError(f"ablations: {', '.join(wrong)}: these arms are there already")
-        if twice := sorted({arm for arm in own if own.count(arm) > 1}):
-            raise ValueError(f"ablations: {', '.join(twice)}: an arm of two ablations")
-        if wrong := sorted(set(self.arms) - {*ARMS, *own}):
-            raise ValueError(f"arms: unknown {', '.join(wrong)}; known: {', '.join([*ARMS, *own])}")
-        if {"distilled", "shuffled"} & set(self.arms) and not self.losses:
+    def _check_variants(self) -> None:
+        if not self.variants or len(set(self.variants)) != len(self.variants):
+            raise ValueError(f"variants {list(self.variants)} must be one or more different names")
+        own = [variant for variants in self.ablations.values() for variant in variants]
+        if wrong := sorted(set(own) & set(VARIANTS)):
+            raise ValueError(f"ablations: {', '.join(wrong)}: these variants are there already")
+        if twice := sorted({variant for variant in own if own.count(variant) > 1}):
+            raise ValueError(f"ablations: {', '.join(twice)}: a variant of two ablations")
+        if wrong := sorted(set(self.variants) - {*VARIANTS, *own}):
+            raise ValueError(
+                f"variants: unknown {', '.join(wrong)}; known: {', '.join([*VARIANTS, *own])}"
+            )
+        if {"distilled", "shuffled"} & set(self.variants) and not self.losses:
             raise ValueError("losses: a distilled student needs at least one term")
 
     @property
@@ -313,12 +316,14 @@ class DistillRecipe(Section):
 
     @property
     def all_losses(self) -> tuple[Term, ...]:
-        """Every term of any arm."""
+        """Every term of any variant."""
         return (*self.losses, *self.more_losses)
 
-    def terms_of(self, arm: str) -> tuple[str, ...] | None:
-        """Labels of the terms of an ablation's arm, None for the other arms."""
-        return next((arms[arm] for arms in self.ablations.values() if arm in arms), None)
+    def terms_of(self, variant: str) -> tuple[str, ...] | None:
+        """Labels of the terms of an ablation's variant, None for the other variants."""
+        return next(
+            (variants[variant] for variants in self.ablations.values() if variant in variants), None
+        )
 
 
 class Probe(Section):

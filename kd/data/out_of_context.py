@@ -66,7 +66,7 @@ def _report(args: argparse.Namespace) -> None:
     if not args.runs and not args.detections:
         raise UserError("report: name runs with --runs, or results files with --detections")
     if args.runs:
-        for table in report_runs(args.folder, args.runs, args.settings, arms=args.arms):
+        for table in report_runs(args.folder, args.runs, args.settings, variants=args.variants):
             print_table(table)
     if args.detections:
         print_table(report_detections(args.folder, *args.detections))
@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     report = actions.add_parser("report", help="accuracy in and out of context")
     report.add_argument("folder", type=Path, metavar="SET")
     report.add_argument("--runs", nargs="+", type=Path, default=[], metavar="RUN",
-                        help="teachers, arms seed<k>/<arm>, or whole distillations")  # fmt: skip
-    report.add_argument("--arms", nargs="+", metavar="ARM",
+                        help="teachers, seed<k>/<variant>, or whole distillations")  # fmt: skip
+    report.add_argument("--variants", nargs="+", metavar="VARIANT",
                         help="of distillations, only these (default: all)")  # fmt: skip
     report.add_argument("--set", action="append", default=[], dest="settings",
                         metavar="data.a=value",

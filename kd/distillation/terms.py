@@ -83,7 +83,7 @@ TERMS = {
     # KL from the blind teacher's posterior to the context branch (METHODS 7).
     "context_logits": Kind(kl_logits, "context", "posterior"),
     # The ablation: the same target for the output of a student that sees the object.
-    "direct": Kind(kl_logits, "logits", "posterior"),
+    "output_kd": Kind(kl_logits, "logits", "posterior"),
     "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
     "context_features": Kind(imitation, mask="ring", maps=True),
     # Wang et al.'s ablation: near objects' anchors, inside the boxes, the whole map.

@@ -32,13 +32,13 @@ class _Trained:
     """Runs of one network that was trained in one way."""
 
     runs: list[Run]  # one a seed
-    arm: str
+    variant: str
     origin: Path  # folder of the distillation, or of the teacher
 
     @property
     def section(self) -> Model:
         """The network's name and options."""
-        part = self.runs[0].config[TEACHER if self.arm == TEACHER else "student"]
+        part = self.runs[0].config[TEACHER if self.variant == TEACHER else "student"]
         return to_be_loaded(Model(name=part["name"], options=part["options"]))
 
     @property
@@ -50,7 +50,13 @@ class _Trained:
     @property
     def kind(self) -> Kind:
         """How it was trained; whatever is not plain was taught."""
-        return "teacher" if self.arm == TEACHER else "plain" if self.arm == PLAIN else "distilled"
+        return (
+            "teacher"
+            if self.variant == TEACHER
+            else "plain"
+            if self.variant == PLAIN
+            else "distilled"
+        )
 
     @property
     def mean_iou(self) -> float:
@@ -62,15 +68,17 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
     """Measure the networks of finished runs on pictures of the size that they are evaluated at.
 
     Args:
-        distillations: Every arm counts, by its mean over seeds.
-        singles: Teachers, or single arms.
+        distillations: Every variant counts, by its mean over seeds.
+        singles: Teachers, or single variants.
 
     Raises:
         UserError: A run is about objects, runs answered about different pictures, or a data set
             is not there.
     """
     trained = [
-        _Trained(runs, arm, one.folder) for one in distillations for arm, runs in one.arms.items()
+        _Trained(runs, variant, one.folder)
+        for one in distillations
+        for variant, runs in one.variants.items()
     ]
     trained += [_single(run) for run in singles]
     runs = [run for one in trained for run in one.runs]
@@ -80,7 +88,7 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
             raise UserError(f"{run.folder}: answers about {things}; --cost is for label maps")
     check_same_objects(runs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known: dict[str, Cost] = {}  # arms of one student cost the same
+    known: dict[str, Cost] = {}  # variants of one student cost the same
     costs = []
     for name, one in zip(_names(trained), trained, strict=True):
         config = one.runs[0].config
@@ -88,13 +96,13 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
         if key not in known:
             known[key] = _measure(one, name, device)
         point = replace(known[key].point, name=name, kind=one.kind, mean_iou=one.mean_iou)
-        costs.append(known[key]._replace(point=point, arm=one.arm))
+        costs.append(known[key]._replace(point=point, variant=one.variant))
     return costs
 
 
 def _single(run: Run) -> _Trained:
-    if "arm" in run.config:
-        return _Trained([run], str(run.config["arm"]), run.folder.parent.parent)
+    if "variant" in run.config:
+        return _Trained([run], str(run.config["variant"]), run.folder.parent.parent)
     return _Trained([run], TEACHER, run.folder)
 
 
@@ -127,7 +135,7 @@ def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
         kind=one.kind,
     )
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return Cost(point, one.arm, sides, f"{device.type}{threads}")
+    return Cost(point, one.variant, sides, f"{device.type}{threads}")
 
 
 def _sides(section: dict[str, Any], where: str) -> tuple[int, int]:

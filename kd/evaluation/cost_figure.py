@@ -67,7 +67,7 @@ class Cost(NamedTuple):
     """A network as it was measured."""
 
     point: CostPoint
-    arm: str  # what its run is called
+    variant: str  # what its run is called
     sides: tuple[int, int]  # height and width of the picture
     device: str
 
@@ -120,7 +120,7 @@ def cost_table(costs: Sequence[Cost]) -> Table:
         lines.append(
             (
                 point.name,
-                cost.arm,
+                cost.variant,
                 f"{width} x {height}",
                 f"{point.parameters / 1e6:.3g}",
                 f"{point.multiply_adds / 1e9:.3g}",

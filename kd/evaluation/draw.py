@@ -59,7 +59,7 @@ def drawn(
 
 
 def write_overlays(distillation: Distillation) -> None:
-    """Draw what each arm's student of the first seed says, beside the teacher, where it can.
+    """Draw what each variant's student of the first seed says, beside the teacher, where it can.
 
     `train.pictures` says how many val pictures. Each is `overlays/<n>.png` in the distillation's
     folder, and an image in its event file.
@@ -73,9 +73,9 @@ def write_overlays(distillation: Distillation) -> None:
         return
     accelerator, task = distillation.accelerator, distillation.task
     first, asked = out / f"seed{recipe.seeds[0]}", {}
-    for arm in recipe.arms:
-        student = load_network(first / arm, recipe, arm, data)
-        asked[arm] = Asked(_placed(student, accelerator), task, data.section.size)
+    for variant in recipe.variants:
+        student = load_network(first / variant, recipe, variant, data)
+        asked[variant] = Asked(_placed(student, accelerator), task, data.section.size)
     teacher = None if distillation.sources is None else distillation.sources.teacher
     if teacher is not None and isinstance(teacher.recipe.data, type(data.section)):
         size = teacher.recipe.data.size
@@ -92,7 +92,7 @@ def write_overlays(distillation: Distillation) -> None:
 def _write_boxes(distillation: Distillation, data: DetectionDataset) -> None:
     """The same of detectors, from what their runs found."""
     recipe, out = distillation.recipe, distillation.out
-    folders = {arm: out / f"seed{recipe.seeds[0]}" / arm for arm in recipe.arms}
+    folders = {variant: out / f"seed{recipe.seeds[0]}" / variant for variant in recipe.variants}
     if distillation.sources is not None:
         for name, teacher in distillation.sources.teachers.items():
             if isinstance(teacher.task, Detection):  # one of context finds nothing

@@ -41,7 +41,13 @@ from kd.problems.segmentation.data import SegmentationDataset
 from kd.problems.segmentation.evaluation import MapEvaluation
 from kd.problems.segmentation.metric import MeanIoU
 from kd.runs.build import make_accelerator, open_data
-from kd.runs.folder import class_names, write_class_names, write_config, write_summary
+from kd.runs.folder import (
+    check_current,
+    class_names,
+    write_class_names,
+    write_config,
+    write_summary,
+)
 from kd.runs.load_student import load_student
 from kd.runs.load_teacher import check_classes, load_teacher
 from kd.runs.read import Run, check_same_objects, named_runs, read_predictions, results_hint
@@ -122,7 +128,7 @@ def ask_run(
     """Load a run's model and ask it about the val split; None on ranks other than 0.
 
     Args:
-        run: A teacher's folder or that of one arm.
+        run: A teacher's folder or that of one variant.
         data_name: Another data set than its own.
         settings: `data.a=value`.
         scales: Of label maps: the mean over pictures at these scales answers; none: as they are.
@@ -274,6 +280,7 @@ def _run_config(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{run}: not a run folder, it has no config.yaml{results_hint(run)}")
     config = read_yaml(file)
+    check_current(config, file)
     if not {"data", "train", "task"} <= config.keys():
         raise UserError(f"{file}: not the config of a run")
     return config
@@ -287,7 +294,7 @@ def _is_teacher(config: Mapping[str, Any]) -> bool:
 def _model_name(config: Mapping[str, Any]) -> str:
     if _is_teacher(config):
         return str(config["teacher"]["name"])
-    return f"{config['student']['name']}, {config['arm']}"
+    return f"{config['student']['name']}, {config['variant']}"
 
 
 def _steps(run: Path) -> int:

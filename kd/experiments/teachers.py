@@ -99,7 +99,7 @@ def find_teachers(
 
     Args:
         recipe: As the user wrote it.
-        terms: Those that any of its arms has.
+        terms: Those that any of its variants has.
         data: What they are computed on.
         data_typed: What `--data` was given, for a message.
 
@@ -125,7 +125,7 @@ def open_teachers(
 
     Args:
         recipe: As the user wrote it.
-        terms: Those that any of its arms has.
+        terms: Those that any of its variants has.
         data: What they are computed on.
         accelerator: Devices and processes.
         paths: Of `find_teachers`.
@@ -280,7 +280,7 @@ def _of_pyramid(outputs: Sequence[str]) -> bool:
 def _live(
     teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
-    """One for all arms and seeds: each would leave its hooks on the teacher."""
+    """One for all variants and seeds: each would leave its hooks on the teacher."""
     if teacher.recipe.data.size != recipe.data.size:
         raise UserError(
             f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "

@@ -1,4 +1,4 @@
-"""One student from several starts, probed and fine-tuned: each a bare arm of a comparison."""
+"""One student from several starts, probed and fine-tuned: each a bare variant of a comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Start:
 
     def summary(self, out: Path, seed: int) -> Path:
         """The file of the numbers of one seed."""
-        return out / self.path / f"seed{seed}" / "bare" / "summary.json"
+        return out / self.path / f"seed{seed}" / "no_context" / "summary.json"
 
 
 def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[Start]:
@@ -56,7 +56,7 @@ def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[St
                     data=recipe.data,
                     task=recipe.task,
                     student=student.model_copy(update={"options": options}),
-                    arms=("bare",),
+                    variants=("no_context",),
                     seeds=recipe.seeds,
                     train=_train(recipe.train, section, random=source is None),
                 ),

@@ -1,4 +1,4 @@
-"""Which arms and terms go with which data, found out before anything trains."""
+"""Which variants and terms go with which data, found out before anything trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kd.problems.objects.data import Dataset, ObjectsDataset
 from kd.problems.segmentation.data import SegmentationDataset
 
 _log = logging.getLogger("kd")
-_CONTROLS = {"bare", "shuffled", "direct"}  # arms
+_CONTROLS = {"no_context", "shuffled", "output_kd"}  # variants
 # Of the soft targets' settings those that say something of live teachers too, or belong to recipes
 # whose teachers are either: folds are of posteriors alone.
 _ALSO_LIVE = {"kind", "out_of_fold"}
@@ -25,7 +25,7 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> 
 
     Args:
         recipe: As the user wrote it.
-        terms: Those that any of its arms has.
+        terms: Those that any of its variants has.
         data: What they are to be computed on.
 
     Raises:
@@ -34,7 +34,7 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> 
     _check_targets(recipe, terms, data)
     if not isinstance(data, ObjectsDataset):
         _check_pictures(recipe, terms, data)
-    if "shuffled" in recipe.arms:
+    if "shuffled" in recipe.variants:
         _check_shuffled(recipe, terms)
     if recipe.soft_targets.top_k:  # kept as log-probabilities
         for term in terms:
@@ -78,21 +78,23 @@ def _all_kept(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
 
 
 def _check_shuffled(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
-    """The control has the distilled arm's terms, and can only exchange stored posteriors."""
+    """The control has the distilled variant's terms, and can only exchange stored posteriors."""
     own = {term.curve for term in recipe.losses}
     terms = [term for term in terms if term.name in own]
     if not _all_kept(recipe, terms):
-        raise UserError("arms: shuffled needs soft_targets.kind=stored")
+        raise UserError("variants: shuffled needs soft_targets.kind=stored")
     if maps := [term.name for term in terms if term.kind.maps]:
-        raise UserError(f"arms: shuffled is the control of posteriors, not of {', '.join(maps)}")
+        raise UserError(
+            f"variants: shuffled is the control of posteriors, not of {', '.join(maps)}"
+        )
 
 
 def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
     """What detectors do not go with: they see boxes of all pictures in a step, and hide none."""
-    if "bare" in recipe.arms and not recipe.student.options.get("context", False):
+    if "no_context" in recipe.variants and not recipe.student.options.get("context", False):
         raise UserError(
-            "arms: bare: a student without its context head, but student.options.context is not "
-            "true, so that plain has none either"
+            "variants: no_context: a student without its context head, but "
+            "student.options.context is not true, so that plain has none either"
         )
     for term in terms:
         about = term.teacher.rpartition(".")[2] == POSTERIOR
@@ -111,9 +113,9 @@ def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
 def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
     """What label maps, gaze and detectors do not go with."""
     finds = isinstance(data, DetectionDataset)
-    refused = {"direct"} if finds else _CONTROLS
-    if controls := sorted(set(recipe.arms) & refused):
-        raise UserError(f"arms: {', '.join(controls)}: for students that name objects only")
+    refused = {"output_kd"} if finds else _CONTROLS
+    if controls := sorted(set(recipe.variants) & refused):
+        raise UserError(f"variants: {', '.join(controls)}: for students that name objects only")
     if finds:
         _check_boxes(recipe, terms)
     for term in terms:

@@ -1,15 +1,15 @@
-"""The arms of a comparison: one student, with and without each thing that is compared.
+"""The variants of a comparison: one student, with and without each thing that is compared.
 
-All arms of a seed share initial weights, data order, pixels, labels and steps. A saliency student
-has its second map, the last to be drawn, in those arms alone that teach it.
+All variants of a seed share initial weights, data order, pixels, labels and steps. A saliency
+student has its second map, the last to be drawn, in those variants alone that teach it.
 
 plain      the student and its labels, no distillation
 distilled  with the recipe's terms
-bare       without the context head, no distillation
+no_context without the context head, no distillation
 shuffled   the recipe's terms, each posterior given to another object: the control
-direct     the bare student's output taught by the posterior: the ablation of METHODS 7
+output_kd  without the context head; the posterior teaches its output: the ablation of METHODS 7
 
-An ablation's arms are named in the recipe, each with the labels of its terms.
+An ablation's variants are named in the recipe, each with the labels of its terms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.config.recipes import ARMS, DistillRecipe, Train
+from kd.config.recipes import VARIANTS, DistillRecipe, Train
 from kd.config.recipes import Term as TermSection
 from kd.data.loader import Samples, collate
 from kd.distillation.hooks import FeatureTaps
@@ -66,12 +66,12 @@ from kd.runs.load_teacher import expectation
 from kd.runs.setup import open_run
 from kd.runs.train import Session, run_training
 
-TAUGHT = ("distilled", "shuffled", "direct")
+TAUGHT = ("distilled", "shuffled", "output_kd")
 
 
-def train_section(train: Train, arm: str) -> Train:
-    """The settings of an arm: those of the context head fall away where there is none."""
-    if arm not in BARE:
+def train_section(train: Train, variant: str) -> Train:
+    """The settings of a variant: those of the context head fall away where there is none."""
+    if variant not in BARE:
         return train
     optimizer = train.optimizer
     kept = {
@@ -83,13 +83,13 @@ def train_section(train: Train, arm: str) -> Train:
 
 @dataclass
 class Distillation:
-    """All that the arms of a recipe share; the teacher is opened once, before anything trains."""
+    """All that the variants of a recipe share; the teacher is opened once, ahead of training."""
 
     recipe: DistillRecipe
     data: Dataset
     accelerator: Accelerator
     out: Path
-    label: str = ""  # what progress lines call a student and its arm; empty: their names
+    label: str = ""  # what progress lines call a student and its variant; empty: their names
     labelled_alone: bool = False  # leave out pictures without labels: no term reads them
     data_typed: str | None = None  # what --data was given, for messages
 
@@ -100,7 +100,7 @@ class Distillation:
         self.terms = build_terms(self._wanted())
         self.sources: RecipeTeachers | None = None
         check_terms(recipe, self.terms, data)
-        taught = any(self._taught(arm) for arm in recipe.arms)
+        taught = any(self._taught(variant) for variant in recipe.variants)
         paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
         self.task = self._task()
         if taught:
@@ -115,50 +115,52 @@ class Distillation:
         return build_task(section, self.recipe.data, data.num_classes, model=model)
 
     def _wanted(self) -> list[TermSection]:
-        """The terms that any of the arms has."""
+        """The terms that any of the variants has."""
         recipe = self.recipe
-        wanted = {name for arm in recipe.arms for name in recipe.terms_of(arm) or ()}
-        if any(arm in ARMS for arm in recipe.arms if arm not in BARE):
+        wanted = {name for variant in recipe.variants for name in recipe.terms_of(variant) or ()}
+        if any(variant in VARIANTS for variant in recipe.variants if variant not in BARE):
             wanted |= {term.curve for term in recipe.losses}
         return [term for term in recipe.all_losses if term.curve in wanted]
 
-    def _taught(self, arm: str) -> bool:
+    def _taught(self, variant: str) -> bool:
         """Whether a teacher teaches it."""
-        return arm in TAUGHT or bool(self.recipe.terms_of(arm))
+        return variant in TAUGHT or bool(self.recipe.terms_of(variant))
 
     def _check_layers(self) -> None:
         """A mistyped layer of the student, before a teacher works for hours."""
         layers = tapped_layers(self.terms)
-        if layers and any(arm not in ARMS or arm == "distilled" for arm in self.recipe.arms):
+        if layers and any(
+            variant not in VARIANTS or variant == "distilled" for variant in self.recipe.variants
+        ):
             student = self._student("distilled", None)
             FeatureTaps(student, layers, called="student").remove()
 
     def check(self) -> None:
-        """Build every arm and compute its losses on two images, so that no arm fails after others.
+        """Build every variant and compute its losses on two images, before any of them trains.
 
         Raises:
             UserError: A layer, an output or a weight that does not fit, shapes that differ.
         """
         seed = self.recipe.seeds[0]
         labelled = self._labelled(seed)
-        for arm in self.recipe.arms:
-            dataset = self._dataset(seed, labelled, arm)
-            model, objective = self._assemble(arm, seed, labelled, dataset)
+        for variant in self.recipe.variants:
+            dataset = self._dataset(seed, labelled, variant)
+            model, objective = self._assemble(variant, seed, labelled, dataset)
             batch = self._sample(dataset)
             losses = _first_losses(model, batch, objective)
             check_weights(losses, objective.weights_at(0.0))
-            settings = train_section(self.recipe.train, arm).optimizer.model_dump()
+            settings = train_section(self.recipe.train, variant).optimizer.model_dump()
             make_optimizer(model, **settings)
 
-    def run(self, arm: str, seed: int) -> None:
-        """Train one arm of one seed, unless its folder has it already."""
+    def run(self, variant: str, seed: int) -> None:
+        """Train one variant of one seed, unless its folder has it already."""
         recipe, accelerator = self.recipe, self.accelerator
-        config = {**recipe.model_dump(mode="json"), "arm": arm, "seed": seed}
-        folder = open_run(accelerator, self.out / f"seed{seed}" / arm, config, resume=True)
+        config = {**recipe.model_dump(mode="json"), "variant": variant, "seed": seed}
+        folder = open_run(accelerator, self.out / f"seed{seed}" / variant, config, resume=True)
         if folder.finished:
             return
         labelled = self._labelled(seed)
-        dataset = self._dataset(seed, labelled, arm)
+        dataset = self._dataset(seed, labelled, variant)
         loader = make_loader(
             dataset,
             accelerator,
@@ -167,26 +169,26 @@ class Distillation:
             seed=seed,
             train=True,
         )
-        model, objective = self._assemble(arm, seed, labelled, dataset)
-        label = f"{self.label or f'{recipe.student.name} {arm}'} seed {seed}"
-        train = train_section(recipe.train, arm)
+        model, objective = self._assemble(variant, seed, labelled, dataset)
+        label = f"{self.label or f'{recipe.student.name} {variant}'} seed {seed}"
+        train = train_section(recipe.train, variant)
         session = Session(folder, accelerator, self.data, train, seed, label, self._pictures)
         run_training(session, model, objective, loader)
 
     def _assemble(
-        self, arm: str, seed: int, labelled: NDArray[np.int64] | None, dataset: Samples
+        self, variant: str, seed: int, labelled: NDArray[np.int64] | None, dataset: Samples
     ) -> tuple[nn.Module, Objective]:
         """A student at its seed's initial weights, adapters drawn after it, and what it learns."""
-        terms, source = self._terms(arm), self._source(arm, seed)
+        terms, source = self._terms(variant), self._source(variant, seed)
         task = task_of(self.task, terms)
         set_seed(seed)
-        student = self._student(arm, labelled).to(self.accelerator.device)
+        student = self._student(variant, labelled).to(self.accelerator.device)
         batch = self._sample(dataset)
         tapped = tapped_layers(terms)
         adapters = {name: a for name, a in self.recipe.adapters.items() if name in tapped}
         model, terms = adapt_student(student, terms, adapters, source, task, batch)
         objective = Objective(
-            task, self.recipe.task.weights, terms, source, watched=not self._taught(arm)
+            task, self.recipe.task.weights, terms, source, watched=not self._taught(variant)
         )
         return model.to(self.accelerator.device), objective
 
@@ -197,19 +199,19 @@ class Distillation:
             else None
         )
 
-    def _student(self, arm: str, labelled: NDArray[np.int64] | None) -> nn.Module:
+    def _student(self, variant: str, labelled: NDArray[np.int64] | None) -> nn.Module:
         """A student of the data's kind at fresh weights."""
         if isinstance(self.data, ObjectsDataset):
             shares = self.data.prior(labelled)
-            return build_student(self.recipe.student, shares, context=arm not in BARE)
+            return build_student(self.recipe.student, shares, context=variant not in BARE)
         classes = self.data.num_classes
         if isinstance(self.data, SaliencyDataset):
-            second = imitates(self.recipe, arm)
+            second = imitates(self.recipe, variant)
             return build_saliency(self.recipe.student, branches="b" if second else "a")
         if isinstance(self.data, DetectionDataset):
-            reads = arm not in BARE and self.recipe.student.options.get("context", False)
+            reads = variant not in BARE and self.recipe.student.options.get("context", False)
             prior = self.data.prior(labelled) if reads else None
-            return build_detector(self.recipe.student, classes, prior, context=arm not in BARE)
+            return build_detector(self.recipe.student, classes, prior, context=variant not in BARE)
         return build_segmenter(self.recipe.student, classes)
 
     def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
@@ -220,11 +222,11 @@ class Distillation:
         return to_device(batch, self.accelerator.device, channels_last=False)
 
     def _dataset(
-        self, seed: int, labelled: NDArray[np.int64] | None, arm: str = "plain"
+        self, seed: int, labelled: NDArray[np.int64] | None, variant: str = "plain"
     ) -> Samples:
-        """The same samples for every arm; stored maps come with them where they are used."""
+        """The same samples for every variant; stored maps come with them where they are used."""
         recipe, data = self.recipe, self.data
-        stored = [] if self.sources is None else self.sources.fields(self._outputs(arm))
+        stored = [] if self.sources is None else self.sources.fields(self._outputs(variant))
         if isinstance(data, SegmentationDataset):
             return data.crops(seed, stored)
         if isinstance(data, SaliencyDataset):
@@ -243,34 +245,34 @@ class Distillation:
             stored=stored,
         )
 
-    def _has_terms(self, arm: str) -> bool:
+    def _has_terms(self, variant: str) -> bool:
         """Whether it is taught, or shows stored terms without learning from them: at no cost."""
-        return self._taught(arm) or (
-            arm == "plain" and self.sources is not None and self.sources.stored
+        return self._taught(variant) or (
+            variant == "plain" and self.sources is not None and self.sources.stored
         )
 
-    def _terms(self, arm: str) -> list[Term]:
-        if not self._has_terms(arm):
+    def _terms(self, variant: str) -> list[Term]:
+        if not self._has_terms(variant):
             return []
-        if arm == "direct":
+        if variant == "output_kd":
             options = {"temperature": 1.0}
-            return build_terms([TermSection(name="direct", weight=1.0, options=options)])
-        if arm == "plain":  # maps would go through adapters that nobody trains
+            return build_terms([TermSection(name="output_kd", weight=1.0, options=options)])
+        if variant == "plain":  # maps would go through adapters that nobody trains
             return [term for term in self.terms if not term.kind.maps]
-        names = self.recipe.terms_of(arm)
+        names = self.recipe.terms_of(variant)
         if names is None:
             names = tuple(term.curve for term in self.recipe.losses)
         return [term for term in self.terms if term.name in names]
 
-    def _source(self, arm: str, seed: int) -> SoftTargetSource | None:
-        if self.sources is None or not self._has_terms(arm):
+    def _source(self, variant: str, seed: int) -> SoftTargetSource | None:
+        if self.sources is None or not self._has_terms(variant):
             return None
-        shuffled = seed if arm == "shuffled" else None
-        return self.sources.targets(self._outputs(arm), shuffled=shuffled)
+        shuffled = seed if variant == "shuffled" else None
+        return self.sources.targets(self._outputs(variant), shuffled=shuffled)
 
-    def _outputs(self, arm: str) -> dict[str, list[str]]:
-        """What an arm's terms read of each teacher."""
-        return outputs_by_teacher(self._terms(arm), self.recipe.more_teachers)
+    def _outputs(self, variant: str) -> dict[str, list[str]]:
+        """What a variant's terms read of each teacher."""
+        return outputs_by_teacher(self._terms(variant), self.recipe.more_teachers)
 
     def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
         expects = None if self.sources is None else partial(expectation, self.sources.teacher)

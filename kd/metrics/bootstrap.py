@@ -40,7 +40,7 @@ def paired_interval(
     """Student's t interval of a mean difference, one difference a seed.
 
     Args:
-        differences: One number a seed: the metric of the one arm less that of its twin.
+        differences: One number a seed: the metric of the one variant less that of its twin.
         level: Coverage.
 
     Raises:

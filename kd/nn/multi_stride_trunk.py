@@ -42,7 +42,7 @@ class _Store:
             log.info("remembered maps fill %.1f GiB: others are computed", LIMIT_BYTES / 2**30)
 
 
-# One store for each trunk's weights, so that the arms and seeds of a comparison share it.
+# One store for each trunk's weights, so that the variants and seeds of a comparison share it.
 _STORES: dict[tuple[str, int], _Store] = {}
 
 

@@ -139,7 +139,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
 
 
 def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> Figure:
-    """Arms side by side for each metric: means, seeds as dots, paired differences above.
+    """Variants side by side for each metric: means, seeds as dots, paired differences above.
 
     Args:
         table: From `distill_table` or `runs_table`.
@@ -152,19 +152,19 @@ def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> 
     chosen = [m for m in known if metrics is None or m in metrics]
     if metrics is None:
         chosen = [m for m in chosen if scale_of(m) == 100] or chosen
-    arms = list(dict.fromkeys(entry.arm for entry in table.comparisons))
+    variants = list(dict.fromkeys(entry.variant for entry in table.comparisons))
     if not chosen:
         raise UserError(f"no metric to draw; the table has {', '.join(known) or 'nothing'}")
-    found = {(entry.metric, entry.arm): entry for entry in table.comparisons}
-    figure = Figure(figsize=(1.2 + max(1.6, 0.85 * len(arms)) * len(chosen), 3.6))
+    found = {(entry.metric, entry.variant): entry for entry in table.comparisons}
+    figure = Figure(figsize=(1.2 + max(1.6, 0.85 * len(variants)) * len(chosen), 3.6))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, len(chosen), squeeze=False)[0]
-    shades = [GREY, *colours(len(arms) - 1)]
+    shades = [GREY, *colours(len(variants) - 1)]
     for axes, metric in zip(panels, chosen, strict=True):
-        _comparison_panel(axes, [found[metric, arm] for arm in arms], shades)
-    handles = [panels[0].patches[place] for place in range(len(arms))]
-    figure.legend(handles, arms, loc="outside upper center", ncols=len(arms), frameon=False)
+        _comparison_panel(axes, [found[metric, variant] for variant in variants], shades)
+    handles = [panels[0].patches[place] for place in range(len(variants))]
+    figure.legend(handles, variants, loc="outside upper center", ncols=len(variants), frameon=False)
     return figure
 
 

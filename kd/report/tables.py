@@ -28,12 +28,12 @@ _UNITS = {"nll": " (nats)", "ece": "", "area": "", "KLD": " (nats)", "IG": " (bi
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of one arm, and how far it is from the arm it is compared with."""
+    """One metric of one variant, and how far it is from the variant it is compared with."""
 
     metric: str
-    arm: str
+    variant: str
     values: tuple[float, ...]  # one a seed
-    difference: Interval | None = None  # None: this is the arm that others are compared with
+    difference: Interval | None = None  # None: this is the variant that others are compared with
     by_seed: tuple[Interval, ...] = ()  # differences of each seed, over images
 
     @property
@@ -43,30 +43,30 @@ class Comparison:
 
 
 def compare(
-    name: str, arm: str, runs: Sequence[Records], twins: Sequence[Records] | None
+    name: str, variant: str, runs: Sequence[Records], twins: Sequence[Records] | None
 ) -> Comparison:
-    """One metric of one arm; one seed alone is judged over images, not over seeds.
+    """One metric of one variant; one seed alone is judged over images, not over seeds.
 
     Args:
         name: The metric.
-        arm: What the runs are called.
+        variant: What the runs are called.
         runs: Predictions, one a seed.
-        twins: Those to compare with, None for the arm that others are compared with.
+        twins: Those to compare with, None for the variant that others are compared with.
 
     Raises:
         UserError: The metric cannot be had.
     """
     values = tuple(value_of(name, run) for run in runs)
     if twins is None:
-        return Comparison(name, arm, values)
+        return Comparison(name, variant, values)
     for twin in twins:
         value_of(name, twin)
     by_seed = tuple(
         kind_of(run).difference(run, twin, name) for twin, run in zip(twins, runs, strict=True)
     )
     if len(by_seed) == 1:
-        return Comparison(name, arm, values, by_seed[0], by_seed)
-    return Comparison(name, arm, values, paired_interval([i.mean for i in by_seed]), by_seed)
+        return Comparison(name, variant, values, by_seed[0], by_seed)
+    return Comparison(name, variant, values, paired_interval([i.mean for i in by_seed]), by_seed)
 
 
 def value_of(name: str, records: Records) -> float:
@@ -200,36 +200,38 @@ def write_markdown(tables: Sequence[Table], path: Path) -> None:
 
 
 def distill_table(
-    arms: Mapping[str, Sequence[Records]],
+    variants: Mapping[str, Sequence[Records]],
     seeds: Sequence[int],
     *,
     metrics: Sequence[str] | None = None,
     title: str = "Plain and distilled",
     baseline: str = "plain",
 ) -> Table:
-    """Each arm against its plain twin: mean over seeds with a t interval, then each seed alone.
+    """Each variant against its plain twin: mean over seeds with a t interval, then each seed alone.
 
     Args:
-        arms: Arm -> predictions, one a seed, in the columns' order; all answer the same.
+        variants: Variant -> predictions, one a seed, in the columns' order; all answer the same.
         seeds: One number for each place of those lists.
         metrics: Rows; by default those of the answers' kind that can be had.
         title: Above the table.
-        baseline: The arm that others are compared with.
+        baseline: The variant that others are compared with.
 
     Raises:
-        UserError: No such arm, unequal numbers of seeds, or a metric that cannot be had.
+        UserError: No such variant, unequal numbers of seeds, or a metric that cannot be had.
     """
-    _check_arms(arms, seeds, baseline)
-    names = _chosen(metrics, arms[baseline][0])
-    columns = [baseline, *(arm for arm in arms if arm != baseline)]
+    _check_variants(variants, seeds, baseline)
+    names = _chosen(metrics, variants[baseline][0])
+    columns = [baseline, *(variant for variant in variants if variant != baseline)]
     found = {
-        (name, arm): compare(name, arm, arms[arm], None if arm == baseline else arms[baseline])
+        (name, variant): compare(
+            name, variant, variants[variant], None if variant == baseline else variants[baseline]
+        )
         for name in names
-        for arm in columns
+        for variant in columns
     }
-    first = arms[baseline][0]
+    first = variants[baseline][0]
     references = kind_of(first).references(first)
-    lines = {name: [found[name, arm] for arm in columns] for name in names}
+    lines = {name: [found[name, variant] for variant in columns] for name in names}
     means = [
         _row(label_of(name), line, seed=None) + _reference_cells(name, references)
         for name, line in lines.items()
@@ -240,7 +242,7 @@ def distill_table(
         for place, seed in enumerate(seeds)
     ]
     header = ["metric", baseline]
-    header += [cell for arm in columns[1:] for cell in (arm, f"{arm} - {baseline}")]
+    header += [cell for variant in columns[1:] for cell in (variant, f"{variant} - {baseline}")]
     header += references
     return Table(
         title=title,
@@ -251,13 +253,17 @@ def distill_table(
     )
 
 
-def _check_arms(arms: Mapping[str, Sequence[Records]], seeds: Sequence[int], baseline: str) -> None:
-    if baseline not in arms or not seeds:
+def _check_variants(
+    variants: Mapping[str, Sequence[Records]], seeds: Sequence[int], baseline: str
+) -> None:
+    if baseline not in variants or not seeds:
         raise UserError(
-            f"no run {baseline!r} to compare with; there are {', '.join(arms) or 'none'}"
+            f"no run {baseline!r} to compare with; there are {', '.join(variants) or 'none'}"
         )
-    if wrong := [arm for arm, runs in arms.items() if len(runs) != len(seeds)]:
-        raise UserError(f"arm {wrong[0]!r} has {len(arms[wrong[0]])} runs for {len(seeds)} seeds")
+    if wrong := [variant for variant, runs in variants.items() if len(runs) != len(seeds)]:
+        raise UserError(
+            f"variant {wrong[0]!r} has {len(variants[wrong[0]])} runs for {len(seeds)} seeds"
+        )
 
 
 def runs_table(

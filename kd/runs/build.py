@@ -165,7 +165,7 @@ def build_saliency(model: Model, *, branches: str | None = None) -> nn.Module:
 
     Args:
         model: Name and options.
-        branches: "a" or "b", whatever the options say: A is the plain arm beside B.
+        branches: "a" or "b", whatever the options say: A is the plain variant beside B.
 
     Raises:
         UserError: Another name, wrong options.

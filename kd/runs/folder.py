@@ -17,7 +17,7 @@ from kd.utils.io import PARTIAL, write_whole
 
 _CLASSES = "classes.json"
 # These may change between a start and its resumption: they do not change the result.
-_FREE = ("data.workers", "data.root", "data.prepared", "arms", "seeds", "starts",
+_FREE = ("data.workers", "data.root", "data.prepared", "variants", "seeds", "starts",
          "train.log_every")  # fmt: skip
 
 
@@ -93,6 +93,23 @@ class RunFolder:
         return loaded
 
 
+def check_current(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse the config of a run that was trained before `variants` became `variants`.
+
+    Args:
+        config: As read from the file.
+        file: Where messages say that the config is.
+
+    Raises:
+        UserError: The run is of an earlier version.
+    """
+    if old := sorted({"variant", "variants"} & config.keys()):
+        raise UserError(
+            f"{file}: a run of an earlier version ({old[0]!r} is now "
+            f"{old[0].replace('variant', 'variant')!r}); train it again"
+        )
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.yaml`, over an old one."""
     text = yaml.safe_dump(dict(config), sort_keys=False, width=100)
@@ -131,10 +148,10 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
 
 def check_same_config(written: Path, config: Mapping[str, Any]) -> None:
     """Refuse to go on with a run of another config; the differing places are named."""
+    there = read_yaml(written)
+    check_current(there, written)
     differences = [
-        line
-        for line in config_differences(read_yaml(written), dict(config))
-        if not line.startswith(_FREE)
+        line for line in config_differences(there, dict(config)) if not line.startswith(_FREE)
     ]
     if differences:
         raise UserError(

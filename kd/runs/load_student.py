@@ -1,4 +1,4 @@
-"""Trained students: one arm of a comparison, loaded from its run folder."""
+"""Trained students: one variant of a comparison, loaded from its run folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kd.runs.build import (
     open_data,
 )
 
-BARE = ("bare", "direct")  # arms without a context head
+BARE = ("no_context", "output_kd")  # variants without a context head
 SECOND_MAP = "teacher_saliency"  # of a saliency student: what the teacher would say
 
 
@@ -41,52 +41,52 @@ class TrainedStudent:
 
 
 def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> TrainedStudent:
-    """Load an arm's student.
+    """Load a variant's student.
 
     Args:
-        run: Its folder, seed<k>/<arm> of a comparison.
+        run: Its folder, seed<k>/<variant> of a comparison.
         config: The folder's config.
         section: The data set to open.
 
     Raises:
         UserError: The folder is that of a whole comparison, unfinished, or of another model.
     """
-    if "arm" not in config:
+    if "variant" not in config:
         raise UserError(
-            f"{run}: a comparison; evaluate one of its arms, seed<k>/<arm>, or "
+            f"{run}: a comparison; evaluate one of its variants, seed<k>/<variant>, or "
             "print its table with python -m kd.compare"
         )
-    plain = {key: value for key, value in config.items() if key not in ("arm", "seed")}
+    plain = {key: value for key, value in config.items() if key not in ("variant", "seed")}
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
     data = open_data(recipe.data, recipe.task.name)
     if isinstance(data, ObjectsDataset):
         prior = data.prior(data.labelled(config["seed"]))
-        bare = config["arm"] in BARE
+        bare = config["variant"] in BARE
         student: nn.Module = build_student(to_be_loaded(recipe.student), prior, context=not bare)
         load_model(run / "model.safetensors", student)
     else:
-        student = load_network(run, recipe, config["arm"], data)
+        student = load_network(run, recipe, config["variant"], data)
     return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
 
 
-def imitates(recipe: DistillRecipe, arm: str) -> bool:
-    """Whether an arm's saliency student has a second map: where one of its terms reads that."""
-    terms = recipe.terms_of(arm)
+def imitates(recipe: DistillRecipe, variant: str) -> bool:
+    """Whether a variant's saliency student has a second map: where one of its terms reads that."""
+    terms = recipe.terms_of(variant)
     if terms is None:
-        terms = () if arm == "plain" else tuple(term.curve for term in recipe.losses)
+        terms = () if variant == "plain" else tuple(term.curve for term in recipe.losses)
     read = {term.curve: term.student or TERMS[term.name].student for term in recipe.all_losses
             if term.name in TERMS}  # fmt: skip
     return any(read.get(term) == SECOND_MAP for term in terms)
 
 
-def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Dataset) -> nn.Module:
-    """Load an arm's segmentation network, detector or saliency student from its folder.
+def load_network(run: Path, recipe: DistillRecipe, variant: str, data: Dataset) -> nn.Module:
+    """Load a variant's segmentation network, detector or saliency student from its folder.
 
     Args:
         run: The folder.
         recipe: Of the comparison.
-        arm: Which of it: some networks lack a head there.
+        variant: Which of it: some networks lack a head there.
         data: The data set.
 
     Raises:
@@ -95,9 +95,9 @@ def load_network(run: Path, recipe: DistillRecipe, arm: str, data: Dataset) -> n
     student: nn.Module
     section = to_be_loaded(recipe.student)
     if isinstance(data, DetectionDataset):
-        student = build_detector(section, data.num_classes, context=arm not in BARE)
+        student = build_detector(section, data.num_classes, context=variant not in BARE)
     elif isinstance(data, SaliencyDataset):
-        student = build_saliency(section, branches="b" if imitates(recipe, arm) else "a")
+        student = build_saliency(section, branches="b" if imitates(recipe, variant) else "a")
     else:
         student = build_segmenter(section, data.num_classes)
     load_model(run / "model.safetensors", student)

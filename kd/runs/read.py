@@ -17,7 +17,7 @@ import yaml
 from kd.errors import UserError
 from kd.problems.objects.records import Records
 from kd.problems.records import check_same, kind_of
-from kd.runs.folder import class_names
+from kd.runs.folder import check_current, class_names
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _SEED = re.compile(r"seed(\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: a teacher, or one arm of one seed of a distillation."""
+    """One finished run: a teacher, or one variant of one seed of a distillation."""
 
     folder: Path
     config: dict[str, Any]
@@ -41,15 +41,15 @@ class Run:
 
 @dataclass(frozen=True)
 class DistillRuns:
-    """The arms of a distillation, each with one run a seed, in the order of `seeds`."""
+    """The variants of a distillation, each with one run a seed, in the order of `seeds`."""
 
     folder: Path
     seeds: tuple[int, ...]
-    arms: dict[str, list[Run]]
+    variants: dict[str, list[Run]]
 
     def records(self) -> dict[str, list[Records]]:
-        """Predictions by arm, one a seed."""
-        return {arm: [run.records for run in runs] for arm, runs in self.arms.items()}
+        """Predictions by variant, one a seed."""
+        return {variant: [run.records for run in runs] for variant, runs in self.variants.items()}
 
 
 def read_run(folder: str | Path) -> Run:
@@ -69,9 +69,11 @@ def read_run(folder: str | Path) -> Run:
                 f"{path}: not finished, it has no {name}; continue the run with --resume, "
                 "or evaluate it with python -m kd.evaluate"
             )
+    config = _read_mapping(path / "config.yaml")
+    check_current(config, path / "config.yaml")
     return Run(
         folder=path,
-        config=_read_mapping(path / "config.yaml"),
+        config=config,
         summary=_read_mapping(path / "summary.json"),
         records=read_predictions(path / "predictions.npz", class_names(path)),
     )
@@ -148,15 +150,15 @@ def is_distill(folder: str | Path) -> bool:
     return bool(_seed_folders(Path(folder)))
 
 
-def read_distill(folder: str | Path, arms: Collection[str] | None = None) -> DistillRuns:
-    """Read `seed<k>/<arm>/` of a distillation.
+def read_distill(folder: str | Path, variants: Collection[str] | None = None) -> DistillRuns:
+    """Read `seed<k>/<variant>/` of a distillation.
 
-    A seed that lacks an arm which is wanted, or `plain`, or is still training one, is left out with
-    a warning.
+    A seed that lacks a variant which is wanted, or `plain`, or is still training one, is left out
+    with a warning.
 
     Args:
         folder: Of the distillation.
-        arms: Those that are wanted beside `plain`; by default whatever any seed has.
+        variants: Those that are wanted beside `plain`; by default whatever any seed has.
 
     Raises:
         UserError: As `read_run`, or no seed is finished, or the runs scored different objects.
@@ -165,25 +167,29 @@ def read_distill(folder: str | Path, arms: Collection[str] | None = None) -> Dis
     found = _seed_folders(path)
     if not found:
         raise UserError(f"{path}: no distillation, it has no seed<k> folder{_runs_below(path)}")
-    if arms is None:
+    if variants is None:
         runs_of = (place.glob("*/config.yaml") for place in found.values())
-        arms = {file.parent.name for files in runs_of for file in files}
-    arms = _in_order({"plain", *arms}, path / "config.yaml")
-    lacking = {seed: _unfinished(place, arms) for seed, place in found.items()}
+        variants = {file.parent.name for files in runs_of for file in files}
+    variants = _in_order({"plain", *variants}, path / "config.yaml")
+    lacking = {seed: _unfinished(place, variants) for seed, place in found.items()}
     if all(lacking.values()):
         first = next(iter(found))
         raise UserError(f"{found[first]}: not finished, it has no run {lacking[first]!r}")
-    for seed, arm in lacking.items():
-        if arm:
-            log.warning("%s: left out, its run %r is not finished", found.pop(seed), arm)
-    runs = {arm: [read_run(place / arm) for place in found.values()] for arm in arms}
+    for seed, variant in lacking.items():
+        if variant:
+            log.warning("%s: left out, its run %r is not finished", found.pop(seed), variant)
+    runs = {
+        variant: [read_run(place / variant) for place in found.values()] for variant in variants
+    }
     check_same_objects([run for column in runs.values() for run in column])
     return DistillRuns(path, tuple(found), runs)
 
 
-def _unfinished(place: Path, arms: Sequence[str]) -> str | None:
-    """The first arm of a seed that is not finished, if there is one."""
-    return next((arm for arm in arms if not (place / arm / "summary.json").is_file()), None)
+def _unfinished(place: Path, variants: Sequence[str]) -> str | None:
+    """The first variant of a seed that is not finished, if there is one."""
+    return next(
+        (variant for variant in variants if not (place / variant / "summary.json").is_file()), None
+    )
 
 
 def check_same_objects(runs: Sequence[Run]) -> None:
@@ -279,12 +285,15 @@ def _seed_folders(path: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), place) for name, place in named if name))
 
 
-def _in_order(arms: Collection[str], config: Path) -> list[str]:
-    """As the recipe lists its arms, then those of its ablations; others behind them by name."""
+def _in_order(variants: Collection[str], config: Path) -> list[str]:
+    """As the recipe lists its variants, then those of its ablations; others behind them by name."""
     recipe = _read_mapping(config) if config.is_file() else {}
-    known = ["plain", *recipe.get("arms", ("distilled",))]
-    known += [arm for ablation in recipe.get("ablations", {}).values() for arm in ablation]
-    return sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm))
+    known = ["plain", *recipe.get("variants", ("distilled",))]
+    known += [variant for ablation in recipe.get("ablations", {}).values() for variant in ablation]
+    return sorted(
+        variants,
+        key=lambda variant: (known.index(variant) if variant in known else len(known), variant),
+    )
 
 
 def _runs_below(path: Path, *, show: int = 4) -> str:

@@ -44,7 +44,7 @@ DISTILL = {
     "soft_targets": {"out_of_fold": False},
     "student": {"name": "squeezenet1_1", "options": {"region_size": 1}},
     "losses": [{"name": "context_logits", "weight": 1.0}],
-    "arms": ["plain", "distilled"],
+    "variants": ["plain", "distilled"],
     "train": {**TRAIN, "batch_size": 4},
 }
 
@@ -437,29 +437,29 @@ def test_a_distillation_keeps_what_it_trained_through_mistakes(
 ) -> None:
     assert teacher(command, data) == (0, [])
     assert distill(command, data, "--teacher", "run") == (0, [])
-    arm = Path("out/seed0/distilled/model.safetensors")
-    held = arm.read_bytes()
+    variant = Path("out/seed0/distilled/model.safetensors")
+    held = variant.read_bytes()
     assert "there is a run already" in only_error(distill(command, data, "--teacher", "run"))
     line = only_error(
         distill(command, data, "--teacher", "run", "--resume", "--set", "data.size=48")
     )
     assert "data.size: 32 there, 48 now" in line
-    assert arm.read_bytes() == held
-    # An arm is no teacher, and the whole of a comparison is no single run.
+    assert variant.read_bytes() == held
+    # A variant is no teacher, and the whole of a comparison is no single run.
     line = only_error(
-        command(kd.distill.main, DISTILL, "--teacher", str(arm.parent), *settings(data))
+        command(kd.distill.main, DISTILL, "--teacher", str(variant.parent), *settings(data))
     )
     assert "a student's run; a teacher's run is needed" in line
-    assert "a comparison; evaluate one of its arms" in only_error(
+    assert "a comparison; evaluate one of its variants" in only_error(
         command(kd.evaluate.main, None, "out")
     )
-    assert command(kd.evaluate.main, None, str(arm.parent)) == (0, [])
-    assert command(kd.evaluate.main, None, str(arm.parent), "--set", "data.workers=0")[0] == 0
-    line = only_error(command(kd.evaluate.main, None, str(arm.parent), "--set", "data.sise=3"))
+    assert command(kd.evaluate.main, None, str(variant.parent)) == (0, [])
+    assert command(kd.evaluate.main, None, str(variant.parent), "--set", "data.workers=0")[0] == 0
+    line = only_error(command(kd.evaluate.main, None, str(variant.parent), "--set", "data.sise=3"))
     assert "--set data.sise=3: sise: unknown key; did you mean 'size'?" in line
-    arm.write_bytes(held[:100])
-    line = only_error(command(kd.evaluate.main, None, str(arm.parent)))
-    assert f"{arm}: not a safetensors file" in line
+    variant.write_bytes(held[:100])
+    line = only_error(command(kd.evaluate.main, None, str(variant.parent)))
+    assert f"{variant}: not a safetensors file" in line
 
 
 def test_evaluating_what_is_no_run_is_named(command: Command, tmp_path: Path) -> None:

@@ -52,14 +52,14 @@ def test_a_distillation_prints_its_table(
     assert "top1 (%), seed 1" in printed
 
 
-def test_chosen_arms_have_a_table_of_their_own(
+def test_chosen_variants_have_a_table_of_their_own(
     distillation: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(distillation / "seed0" / "shuffled", 0.5)
-    assert main([str(distillation), "--arms", "plain,distilled", "--metrics", "top1"]) == 0
+    assert main([str(distillation), "--variants", "plain,distilled", "--metrics", "top1"]) == 0
     printed = capsys.readouterr().out
     assert "top1 (%), seed 1" in printed and "shuffled" not in printed
-    assert main([str(distillation), "--metrics", "top1"]) == 0  # all arms: one seed has them
+    assert main([str(distillation), "--metrics", "top1"]) == 0  # all variants: one seed has them
     printed = capsys.readouterr().out
     assert "shuffled - plain" in printed and "seed 1" not in printed
 
@@ -113,9 +113,9 @@ def test_students_of_label_maps_are_compared_by_the_same_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed in range(2):
-        for arm, right in (("plain", 5), ("all", 15), ("pixel", 10)):
-            make_maps_run(tmp_path / "espnet" / f"seed{seed}" / arm, right + seed)
-    (tmp_path / "espnet" / "config.yaml").write_text("arms: [plain, pixel, all]\n")
+        for variant, right in (("plain", 5), ("all", 15), ("pixel", 10)):
+            make_maps_run(tmp_path / "espnet" / f"seed{seed}" / variant, right + seed)
+    (tmp_path / "espnet" / "config.yaml").write_text("variants: [plain, pixel, all]\n")
     figure = str(tmp_path / "figure.png")
     assert main([str(tmp_path / "espnet"), "--figure", figure]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -124,7 +124,7 @@ def test_students_of_label_maps_are_compared_by_the_same_command(
     ]  # fmt: skip
     assert [line.split()[0] for line in lines[3:6]] == ["mIoU", "mean_accuracy", "pixel_accuracy"]
     assert Path(figure).stat().st_size > 5000
-    single = [str(tmp_path / "espnet" / "seed0" / arm) for arm in ("plain", "pixel")]
+    single = [str(tmp_path / "espnet" / "seed0" / variant) for variant in ("plain", "pixel")]
     flags = ["--metrics", "iou/road,mIoU", "--figure", figure]
     assert main([*single, *flags]) == 0
     printed = capsys.readouterr().out

@@ -38,19 +38,19 @@ Runs = dict[str, list[Path]]
 
 
 def report_runs(
-    folder: Path, runs: Sequence[Path], settings: Sequence[str], *, arms: Sequence[str] | None
+    folder: Path, runs: Sequence[Path], settings: Sequence[str], *, variants: Sequence[str] | None
 ) -> list[Table]:
-    """Accuracy in and out of context: of each run or arm, then arms against each other.
+    """Accuracy in and out of context: of each run or variant, then variants against each other.
 
     Args:
         folder: What `python -m kd.data.out_of_context make` wrote.
-        runs: Teachers, arms of a distillation, or whole distillations.
+        runs: Teachers, variants of a distillation, or whole distillations.
         settings: `data.a=value`, applied to the data set in each run's config.
-        arms: Of distillations, only these.
+        variants: Of distillations, only these.
 
     Returns:
-        A table for each run or arm, sets beside each other; for a distillation one more for each
-        set, with the arms beside each other: in it context helps, out of it it may harm.
+        A table for each run or variant, sets beside each other; a distillation adds one for each
+        set, with the variants beside each other: in it context helps, out of it it may harm.
     """
     open_set(folder, "in")  # a mistake here should not come after the first run's minutes
     tables = []
@@ -58,36 +58,38 @@ def report_runs(
         if not is_distill(run):
             tables.append(_by_set(str(run), [_ask(run, folder, settings)], [0]))
             continue
-        seeds, found = _arms_of(run, arms)
+        seeds, found = _variants_of(run, variants)
         records = {
-            arm: [_ask(place, folder, settings) for place in places]
-            for arm, places in found.items()
+            variant: [_ask(place, folder, settings) for place in places]
+            for variant, places in found.items()
         }
-        tables += [_by_set(f"{run}: {arm}", records[arm], seeds) for arm in records]
+        tables += [_by_set(f"{run}: {variant}", records[variant], seeds) for variant in records]
         if "plain" in records and len(records) > 1:
             for name in _ORDER:
-                by_arm = {arm: [one[name] for one in many] for arm, many in records.items()}
-                title = f"{run}: arms on {folder.name}/{name}"
-                tables.append(distill_table(by_arm, seeds, metrics=METRICS, title=title))
+                by_variant = {
+                    variant: [one[name] for one in many] for variant, many in records.items()
+                }
+                title = f"{run}: variants on {folder.name}/{name}"
+                tables.append(distill_table(by_variant, seeds, metrics=METRICS, title=title))
     return tables
 
 
-def _arms_of(run: Path, wanted: Sequence[str] | None) -> tuple[list[int], Runs]:
-    """Seeds of a distillation, and each arm's folder for every seed; `plain` comes first."""
+def _variants_of(run: Path, wanted: Sequence[str] | None) -> tuple[list[int], Runs]:
+    """Seeds of a distillation, and each variant's folder for every seed; `plain` comes first."""
     places = sorted(run.glob("seed*/*/model.safetensors"))
     seeds = sorted({int(place.parent.parent.name.removeprefix("seed")) for place in places})
     names = sorted(
         {place.parent.name for place in places}, key=lambda name: (name != "plain", name)
     )
     if wanted and (unknown := [name for name in wanted if name not in names]):
-        raise UserError(f"{run}: has no arm {unknown[0]!r}; there are {', '.join(names)}")
-    arms: Runs = {}
+        raise UserError(f"{run}: has no variant {unknown[0]!r}; there are {', '.join(names)}")
+    variants: Runs = {}
     for name in wanted or names:
-        arms[name] = [run / f"seed{seed}" / name for seed in seeds]
-        lacking = [p for p in arms[name] if not (p / "model.safetensors").is_file()]
+        variants[name] = [run / f"seed{seed}" / name for seed in seeds]
+        lacking = [p for p in variants[name] if not (p / "model.safetensors").is_file()]
         if lacking:
-            raise UserError(f"{lacking[0]}: not finished; --arms leaves an arm out")
-    return seeds, arms
+            raise UserError(f"{lacking[0]}: not finished; --variants leaves a variant out")
+    return seeds, variants
 
 
 def _by_set(title: str, runs: Sequence[Mapping[str, Records]], seeds: Sequence[int]) -> Table:

@@ -222,13 +222,13 @@ def test_folds_are_for_objects_alone() -> None:
         ("ablations={structured: {pixel: [pixl]}}", "ablations.structured.pixel: no term pixl in "
          "losses or more_losses; there are: pixel_wise, pair_wise, holistic, channel_wise"),
         ("ablations={one: {plain: [pixel_wise]}}",
-         "ablations: plain: these arms are there already"),
+         "ablations: plain: these variants are there already"),
         ("ablations={objects: {pixel: 3}}",
          "ablations.objects.pixel: input should be a valid tuple, got 3"),
         ("ablations={one: {pixel: [pixel_wise]}, two: {pixel: [pair_wise]}}",
-         "ablations: pixel: an arm of two ablations"),
-        ("arms=[plain, pixl]", "arms: unknown pixl; known: plain, distilled, bare, shuffled, "
-         "direct, pixel, pixel_pair, all, channel"),
+         "ablations: pixel: a variant of two ablations"),
+        ("variants=[plain, pixl]", "variants: unknown pixl; known: plain, distilled, no_context, "
+         "shuffled, output_kd, pixel, pixel_pair, all, channel"),
         ("more_losses=[{name: channel_wise, wieght: 1.0, weight: 1.0}]",
          "more_losses.0.wieght: unknown key; did you mean 'weight'?"),
     ],
@@ -237,12 +237,12 @@ def test_ablations_that_do_not_fit_are_refused(setting: str, message: str) -> No
     assert mistakes_of(setting) == [f"--set {setting}: {message}"]
 
 
-def test_terms_of_ablations_are_told_apart_from_those_of_the_distilled_arm() -> None:
+def test_terms_of_ablations_are_told_apart_from_those_of_the_distilled_variant() -> None:
     [line] = mistakes_of("more_losses=[{name: pixel_wise, weight: 1.0}]", "ablations={}")
     assert line.endswith("losses: pixel_wise: given twice; tell them apart by `label`")
     labelled = "more_losses=[{name: pixel_wise, label: soft, weight: 1.0}]"
     ablations = "ablations={soft: {softer: [soft, pair_wise]}}"
-    settings = [labelled, "ablations={}", ablations, "arms=[plain, softer]"]
+    settings = [labelled, "ablations={}", ablations, "variants=[plain, softer]"]
     recipe = load_recipe(DistillRecipe, ESPNET, settings=settings)
     assert [term.curve for term in recipe.all_losses][-1] == "soft"
     assert recipe.terms_of("softer") == ("soft", "pair_wise")

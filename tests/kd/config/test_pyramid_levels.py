@@ -15,7 +15,7 @@ LAYER = "pyramid.{level}"
 NEAR = {"name": "imitation", "label": "near", "weight": 1.0, "student": LAYER, "teacher": LAYER}
 
 
-def test_a_term_and_its_adapter_are_there_for_each_level_and_an_arm_lists_them_all() -> None:
+def test_a_term_and_its_adapter_are_there_for_each_level_and_an_variant_lists_them_all() -> None:
     values: dict[str, Any] = {
         "levels": ["0", "pool"],
         "losses": [{**NEAR, "schedule": {"name": "linear"}}, {"name": "object_boxes"}],

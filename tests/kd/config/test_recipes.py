@@ -38,7 +38,7 @@ def mistakes_of(model: type[BaseModel], values: dict[str, Any]) -> list[str]:
 
 def test_a_recipe_of_the_needed_keys_alone_has_a_default_for_all_others() -> None:
     recipe = DistillRecipe.model_validate(DISTILL)
-    assert recipe.arms == ("plain", "distilled", "bare")
+    assert recipe.variants == ("plain", "distilled", "no_context")
     assert recipe.train == Train()
     assert recipe.data.size == 384
 
@@ -81,8 +81,8 @@ def test_a_whole_number_serves_as_a_rate() -> None:
     [
         ({"seeds": ()}, "seeds [] must be one or more different numbers"),
         ({"seeds": (1, 1)}, "seeds [1, 1] must be"),
-        ({"arms": ()}, "arms [] must be"),
-        ({"arms": ("plain", "plain")}, "arms ['plain', 'plain'] must be"),
+        ({"variants": ()}, "variants [] must be"),
+        ({"variants": ("plain", "plain")}, "variants ['plain', 'plain'] must be"),
         ({"losses": ()}, "losses: a distilled student needs at least one term"),
         ({"losses": (TERM, TERM)}, "losses: context_logits: given twice"),
         ({"adapters": {"trunk": {"to": "x"}}}, "adapters.trunk: no term of losses reads"),
@@ -96,8 +96,8 @@ def test_sections_that_contradict_each_other_are_refused(
     assert message in found[0]
 
 
-def test_without_a_taught_arm_no_term_is_needed() -> None:
-    values = {**DISTILL, "losses": (), "arms": ("plain", "bare")}
+def test_without_a_taught_variant_no_term_is_needed() -> None:
+    values = {**DISTILL, "losses": (), "variants": ("plain", "no_context")}
     assert DistillRecipe.model_validate(values).losses == ()
 
 

@@ -161,15 +161,15 @@ def test_a_wrong_term_is_refused_when_it_is_built() -> None:
 def test_a_weight_runs_over_training(
     ramp: Ramp, until: float, start: float, expected: list[float]
 ) -> None:
-    term = build_term("direct", weight=2.0, ramp=ramp, until=until, start=start)
+    term = build_term("output_kd", weight=2.0, ramp=ramp, until=until, start=start)
     weights = [term.weight_at(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert weights == pytest.approx(expected)
 
 
 def test_a_weight_may_run_over_a_number_of_steps() -> None:
-    off = build_term("direct", weight=2.0, ramp="off_after", until_step=3)
+    off = build_term("output_kd", weight=2.0, ramp="off_after", until_step=3)
     assert [off.weight_at(step / 9, step) for step in range(5)] == [2.0, 2.0, 2.0, 0.0, 0.0]
-    rise = build_term("direct", weight=2.0, ramp="linear", until_step=4)
+    rise = build_term("output_kd", weight=2.0, ramp="linear", until_step=4)
     assert [rise.weight_at(0.9, step) for step in (0, 1, 4, 9)] == [0.0, 0.5, 2.0, 2.0]
 
 

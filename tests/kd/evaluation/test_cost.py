@@ -49,21 +49,21 @@ def make_run(folder: Path, config: Mapping[str, object], right: int) -> Path:
 
 
 def distillation(folder: Path, data: Mapping[str, object], student: Mapping[str, object]) -> Path:
-    """Two seeds of two arms."""
+    """Two seeds of two variants."""
     for seed in (0, 1):
-        for arm, right in (("plain", 50), ("all", 70)):
-            config = {"data": data, "student": student, "arm": arm, "seed": seed}
-            make_run(folder / f"seed{seed}" / arm, config, right + 10 * seed)
+        for variant, right in (("plain", 50), ("all", 70)):
+            config = {"data": data, "student": student, "variant": variant, "seed": seed}
+            make_run(folder / f"seed{seed}" / variant, config, right + 10 * seed)
     return folder
 
 
-def test_every_arm_and_the_teacher_become_points(
+def test_every_variant_and_the_teacher_become_points(
     tmp_path: Path, data: Mapping[str, object]
 ) -> None:
     student = distillation(tmp_path / "espnet", data, STUDENT)
     teacher = make_run(tmp_path / "teacher", {"data": data, "teacher": TEACHER}, 90)
     costs = measured([read_distill(student)], [read_run(teacher)])
-    assert [(cost.point.name, cost.arm, cost.point.kind) for cost in costs] == [
+    assert [(cost.point.name, cost.variant, cost.point.kind) for cost in costs] == [
         ("espnet_c", "plain", "plain"), ("espnet_c", "all", "distilled"),
         ("pspnet_mobilenet_v2", "teacher", "teacher"),
     ]  # fmt: skip
@@ -87,8 +87,8 @@ def test_networks_of_one_name_are_called_by_their_folders(
     light = {"name": "pspnet", "options": {"trunk": "mobilenet_v2", "width": 0.25}}
     student = distillation(tmp_path / "small", data, light)
     teacher = make_run(tmp_path / "large", {"data": data, "teacher": TEACHER}, 90)
-    arm = read_run(student / "seed0" / "plain")
-    costs = measured([read_distill(student)], [arm, read_run(teacher)])
+    variant = read_run(student / "seed0" / "plain")
+    costs = measured([read_distill(student)], [variant, read_run(teacher)])
     assert [cost.point.name for cost in costs] == ["small", "small", "small", "large"]
 
 

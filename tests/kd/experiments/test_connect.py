@@ -100,7 +100,7 @@ def test_layers_are_sorted_by_teacher_and_outputs_are_no_layers() -> None:
             Term(name="hint", label="second", weight=1.0, student="trunk", teacher="big.layer4.1"),
             Term(name="hint", label="third", weight=1.0, student="head", teacher="big.layer4.1"),
             Term(name="context_logits", weight=1.0),
-            Term(name="direct", weight=1.0, teacher="mean.posterior"),
+            Term(name="output_kd", weight=1.0, teacher="mean.posterior"),
             Term(name="pixel_wise", weight=1.0, student="trunk", teacher="big.logits"),
         ]
     )

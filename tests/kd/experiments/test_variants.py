@@ -1,4 +1,4 @@
-"""The arms of a comparison share all that is not compared."""
+"""The variants of a comparison share all that is not compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kd.formats.splits import labelled_images
 from kd.problems.objects.data import of_objects
 from kd.runs.build import make_accelerator, make_loader, open_data
 
-ARMS: tuple[str, ...] = ("plain", "distilled", "bare", "shuffled", "direct")
+VARIANTS: tuple[str, ...] = ("plain", "distilled", "no_context", "shuffled", "output_kd")
 CONTEXT = ("context", "strength")
 
 
@@ -33,7 +33,7 @@ def recipe(small_data: list[str], teacher: Path, *settings: str) -> DistillRecip
         settings=[
             *given,
             "student={name: shufflenet_v2_x0_5, options: {stride: 16, dropout: 0.2}}",
-            "arms=[plain, distilled, bare, shuffled, direct]",
+            "variants=[plain, distilled, no_context, shuffled, output_kd]",
             "data.labelled=0.5",
             "train={epochs: 1, batch_size: 8, precision: fp32}",
             f"teacher.run={teacher}",
@@ -48,55 +48,57 @@ def distillation(small_data: list[str], teacher: Path, *settings: str) -> Distil
 
 
 @pytest.fixture(scope="module")
-def arms(small_data: list[str], small_teacher: Path) -> Distillation:
+def variants(small_data: list[str], small_teacher: Path) -> Distillation:
     return distillation(small_data, small_teacher)
 
 
-def weights(arms: Distillation, arm: str, seed: int = 0) -> dict[str, Tensor]:
-    labelled = labelled_images(of_objects(arms.data).train, 0.5, seed)
-    model, _ = arms._assemble(arm, seed, labelled, arms._dataset(seed, labelled))
+def weights(variants: Distillation, variant: str, seed: int = 0) -> dict[str, Tensor]:
+    labelled = labelled_images(of_objects(variants.data).train, 0.5, seed)
+    model, _ = variants._assemble(variant, seed, labelled, variants._dataset(seed, labelled))
     return model.state_dict()
 
 
-def test_every_arm_starts_from_the_same_weights(arms: Distillation) -> None:
-    plain = weights(arms, "plain")
+def test_every_variant_starts_from_the_same_weights(variants: Distillation) -> None:
+    plain = weights(variants, "plain")
     assert any("context" in name for name in plain)
     taught: tuple[str, ...] = ("distilled", "shuffled")
-    for arm in taught:
-        other = weights(arms, arm)
+    for variant in taught:
+        other = weights(variants, variant)
         assert other.keys() == plain.keys()
         assert all(torch.equal(plain[name], other[name]) for name in plain)
-    bare: tuple[str, ...] = ("bare", "direct")
-    for arm in bare:
-        other = weights(arms, arm)
+    bare: tuple[str, ...] = ("no_context", "output_kd")
+    for variant in bare:
+        other = weights(variants, variant)
         missing = {name.split(".")[1] for name in plain.keys() - other.keys()}
         assert all(name.startswith(CONTEXT) for name in missing)
         assert all(torch.equal(plain[name], other[name]) for name in other)
     learned = [
         name for name, tensor in plain.items() if name.endswith("weight") and tensor.ndim > 1
     ]
-    again = weights(arms, "plain", seed=1)
+    again = weights(variants, "plain", seed=1)
     assert any(not torch.equal(plain[name], again[name]) for name in learned)
 
 
-def test_every_arm_sees_the_same_pixels_in_the_same_order(arms: Distillation) -> None:
+def test_every_variant_sees_the_same_pixels_in_the_same_order(variants: Distillation) -> None:
     batches = []
     for _ in range(2):
-        labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
-        dataset = arms._dataset(0, labelled)
-        loader = make_loader(dataset, arms.accelerator, batch_size=8, workers=0, seed=0, train=True)
+        labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+        dataset = variants._dataset(0, labelled)
+        loader = make_loader(
+            dataset, variants.accelerator, batch_size=8, workers=0, seed=0, train=True
+        )
         loader.set_epoch(3)
         batches.append(list(loader))
     for one, other in zip(*batches, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_labels_are_withheld_but_posteriors_are_not(arms: Distillation) -> None:
-    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
+def test_labels_are_withheld_but_posteriors_are_not(variants: Distillation) -> None:
+    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
     assert labelled is not None and len(labelled) == 12
-    dataset = arms._dataset(0, labelled)
-    model, objective = arms._assemble("distilled", 0, labelled, dataset)
-    batch = arms._sample(dataset)
+    dataset = variants._dataset(0, labelled)
+    model, objective = variants._assemble("distilled", 0, labelled, dataset)
+    batch = variants._sample(dataset)
     known = batch["labels"] >= 0
     owners = batch["image_ids"][batch["image_of"]]
     assert torch.equal(known, torch.isin(owners, torch.from_numpy(labelled)))
@@ -108,11 +110,11 @@ def test_labels_are_withheld_but_posteriors_are_not(arms: Distillation) -> None:
     assert losses["context_logits"].value > 0
 
 
-def test_shuffled_posteriors_are_all_there_but_nobodys_own(arms: Distillation) -> None:
-    assert arms.sources is not None
-    own = arms.sources.posteriors[""].log_probs
+def test_shuffled_posteriors_are_all_there_but_nobodys_own(variants: Distillation) -> None:
+    assert variants.sources is not None
+    own = variants.sources.posteriors[""].log_probs
     for seed in (0, 1):
-        source = arms._source("shuffled", seed)
+        source = variants._source("shuffled", seed)
         assert source is not None
         other = source.posteriors.log_probs  # type: ignore[attr-defined]
         same = (own == other).all(dim=1)
@@ -120,18 +122,18 @@ def test_shuffled_posteriors_are_all_there_but_nobodys_own(arms: Distillation) -
         assert twice or not same.any()
         key = np.lexsort(own.numpy().T), np.lexsort(other.numpy().T)
         assert np.array_equal(own.numpy()[key[0]], other.numpy()[key[1]])
-    assert arms._source("bare", 0) is None
+    assert variants._source("no_context", 0) is None
 
 
 def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
-    arms: Distillation,
+    variants: Distillation,
 ) -> None:
-    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
-    dataset = arms._dataset(0, labelled)
-    batch = arms._sample(dataset)
+    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    dataset = variants._dataset(0, labelled)
+    batch = variants._sample(dataset)
     gradients, values = [], []
     for terms in (True, False):
-        model, objective = arms._assemble("plain", 0, labelled, dataset)
+        model, objective = variants._assemble("plain", 0, labelled, dataset)
         model.eval()
         if not terms:
             objective = Objective(objective.task, objective.weights)
@@ -146,27 +148,27 @@ def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_twins_write_the_same_tags(arms: Distillation) -> None:
+def test_twins_write_the_same_tags(variants: Distillation) -> None:
     names = []
-    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
-    dataset = arms._dataset(0, labelled)
+    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    dataset = variants._dataset(0, labelled)
     twins: tuple[str, ...] = ("plain", "distilled", "shuffled")
-    for arm in twins:
-        model, objective = arms._assemble(arm, 0, labelled, dataset)
-        names.append(list(forward_losses(model, arms._sample(dataset), objective)))
+    for variant in twins:
+        model, objective = variants._assemble(variant, 0, labelled, dataset)
+        names.append(list(forward_losses(model, variants._sample(dataset), objective)))
     assert names[0] == names[1] == names[2]
 
 
-def test_a_check_builds_every_arm_and_trains_none(arms: Distillation) -> None:
+def test_a_check_builds_every_variant_and_trains_none(variants: Distillation) -> None:
     torch.manual_seed(0)
-    files = sorted(arms.out.rglob("*"))
-    arms.check()
-    assert sorted(arms.out.rglob("*")) == files
+    files = sorted(variants.out.rglob("*"))
+    variants.check()
+    assert sorted(variants.out.rglob("*")) == files
 
 
 MAPS = (
     "soft_targets={kind: live}",
-    "arms=[plain, distilled]",
+    "variants=[plain, distilled]",
     "losses=[{name: context_features, weight: 0.1, student: seen_map, teacher: features.2}]",
     "adapters={seen_map: {kind: conv1x1, to: features.2}}",
 )
@@ -183,19 +185,19 @@ def live(small_data: list[str], teacher: Path, layer: str, *settings: str) -> Di
 def test_a_live_teacher_stays_frozen_and_is_tapped_once(
     small_data: list[str], small_teacher: Path
 ) -> None:
-    arms = live(small_data, small_teacher, "trunk.trunk.maxpool")
-    arms.check()
-    arms.check()
-    assert arms.sources is not None and arms.sources.live
-    teacher = arms.sources.teacher.model
+    variants = live(small_data, small_teacher, "trunk.trunk.maxpool")
+    variants.check()
+    variants.check()
+    assert variants.sources is not None and variants.sources.live
+    teacher = variants.sources.teacher.model
     layer = teacher.get_submodule("features.2")
     assert len(layer._forward_hooks) == 1
-    labelled = labelled_images(of_objects(arms.data).train, 0.5, 0)
-    dataset = arms._dataset(0, labelled)
-    model, objective = arms._assemble("distilled", 0, labelled, dataset)
+    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    dataset = variants._dataset(0, labelled)
+    model, objective = variants._assemble("distilled", 0, labelled, dataset)
     before = copy.deepcopy(teacher.state_dict())
     model.train()
-    losses = forward_losses(model, arms._sample(dataset), objective)
+    losses = forward_losses(model, variants._sample(dataset), objective)
     losses["context_features"].value.backward()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -220,7 +222,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
         (["losses=[{name: context_logits, weight: 1.0, student: kontext}]"],
          "the student gives no 'kontext'"),
         (["losses=[{name: hint, weight: 1.0, student: logits, teacher: logits}]",
-          "arms=[distilled]", "soft_targets.top_k=5"],
+          "variants=[distilled]", "soft_targets.top_k=5"],
          "top_k keeps logits as probabilities, which this loss does not"),
         (["soft_targets={out_of_fold: false}", "teacher={run: nowhere}"], "no such run"),
     ],

@@ -144,7 +144,7 @@ def by_kd(job: Job, temperature: float) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     schedule = make_schedule(optimizer, EPOCHS * STEPS, name="cosine")
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
-    term = build_term("direct", weight=1 - SHARE, options={"temperature": temperature})
+    term = build_term("output_kd", weight=1 - SHARE, options={"temperature": temperature})
     known = LiveTeacher(teacher.to(accelerator.device), Pictures())
     objective = Objective(Pictures(), {"cross_entropy": SHARE}, [term], known)
     losses: list[float] = []

@@ -105,7 +105,7 @@ def test_letters_are_read_on_every_colour() -> None:
     ]  # fmt: skip
 
 
-def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_arm() -> None:
+def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_variant() -> None:
     runs = {"plain": [records_of(0.5, s) for s in (0, 1)], "distilled": [records_of(2, 2)] * 2}
     table = distill_table(runs, [0, 1])
     figure = figures.comparison_figure(table)

@@ -32,16 +32,16 @@ def records_of(strength: float, seed: int, *, looks: bool = True) -> Records:
     return metric.records()
 
 
-def arms(seeds: int) -> dict[str, list[Records]]:
+def variants(seeds: int) -> dict[str, list[Records]]:
     strengths = {"plain": 0.5, "distilled": 2.0, "shuffled": 0.5}
     return {
-        arm: [records_of(strength, 10 * place + seed) for seed in range(seeds)]
-        for place, (arm, strength) in enumerate(strengths.items())
+        variant: [records_of(strength, 10 * place + seed) for seed in range(seeds)]
+        for place, (variant, strength) in enumerate(strengths.items())
     }
 
 
 def test_the_row_of_a_metric_is_the_mean_over_seeds_and_its_t_interval() -> None:
-    runs = arms(4)
+    runs = variants(4)
     table = distill_table(runs, [0, 1, 2, 3], metrics=["top1"])
     plain = np.array([scores.value(run, "top1") for run in runs["plain"]])
     distilled = np.array([scores.value(run, "top1") for run in runs["distilled"]])
@@ -56,7 +56,7 @@ def test_the_row_of_a_metric_is_the_mean_over_seeds_and_its_t_interval() -> None
 
 
 def test_every_seed_has_a_row_of_its_own_with_an_interval_over_images() -> None:
-    table = distill_table(arms(2), [3, 8], metrics=["top1", "nll"])
+    table = distill_table(variants(2), [3, 8], metrics=["top1", "nll"])
     assert [row[0] for row in table.groups[1]] == [
         "top1 (%), seed 3",
         "top1 (%), seed 8",
@@ -72,14 +72,14 @@ def test_every_seed_has_a_row_of_its_own_with_an_interval_over_images() -> None:
 
 
 def test_one_seed_is_judged_over_images_and_says_so() -> None:
-    table = distill_table(arms(1), [0])
+    table = distill_table(variants(1), [0])
     assert len(table.groups) == 1
     assert "one seed only" in table.to_text()
-    entry = next(c for c in table.comparisons if c.arm == "distilled")
+    entry = next(c for c in table.comparisons if c.variant == "distilled")
     assert entry.difference == entry.by_seed[0]
 
 
-def test_equal_arms_differ_by_nothing() -> None:
+def test_equal_variants_differ_by_nothing() -> None:
     runs = [records_of(1.0, seed) for seed in range(3)]
     table = distill_table({"plain": runs, "copy": runs}, range(3))
     assert {row[3].rstrip(" *") for row in table.groups[0]} == {
@@ -99,7 +99,7 @@ def test_metrics_that_the_objects_do_not_allow_are_left_out_unless_asked_for() -
         distill_table(runs, [0], metrics=["accuracy"])
 
 
-def test_wrong_arms_are_refused() -> None:
+def test_wrong_variants_are_refused() -> None:
     with pytest.raises(UserError, match="no run 'plain'"):
         distill_table({"distilled": []}, [])
     runs = [records_of(1.0, 0)]
@@ -121,7 +121,7 @@ def test_single_runs_stand_side_by_side_with_prior_and_ceiling() -> None:
 
 
 def test_the_text_is_aligned_and_the_markdown_is_a_table() -> None:
-    table = distill_table(arms(2), [0, 1], title="a | b")
+    table = distill_table(variants(2), [0, 1], title="a | b")
     lines = table.to_text().splitlines()
     rule = next(line for line in lines if set(line) == {"-"})
     assert lines[0] == "a | b"
@@ -144,7 +144,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_rules_and_other_streams_plain_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = distill_table(arms(1), [0], metrics=["top1"])
+    table = distill_table(variants(1), [0], metrics=["top1"])
     plain = io.StringIO()
     print_table(table, plain)
     assert plain.getvalue() == table.to_text()

@@ -32,7 +32,9 @@ def test_starts_are_compared_with_the_first_of_their_mode() -> None:
     assert table.groups[1][1][2].startswith("+0.0 [") and table.groups[1][1][2].endswith("] ")
     assert table.notes[-1] == "one answer for all, the class shares: mAP (%) 10.0"
     assert "means over 2 seeds, t interval" in table.to_markdown()
-    found = next(c for c in table.comparisons if c.arm == "probe: context" and c.metric == "mAP")
+    found = next(
+        c for c in table.comparisons if c.variant == "probe: context" and c.metric == "mAP"
+    )
     assert found.difference is not None
     assert found.difference.mean == pytest.approx(0.31)
 

@@ -49,6 +49,14 @@ def test_a_run_of_another_config_is_refused_and_the_places_are_named(tmp_path: P
     assert yaml.safe_load((folder.path / "config.yaml").read_text()) == CONFIG
 
 
+def test_a_run_of_an_earlier_version_must_be_trained_again(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("variant: bare\n")
+    with pytest.raises(
+        UserError, match="earlier version \\('variant' is now 'variant'\\); train it again"
+    ):
+        check_same_config(tmp_path / "config.yaml", CONFIG)
+
+
 def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
     folder = begun(tmp_path / "a")
     other = {**CONFIG, "data": {"root": "b", "size": 64, "workers": 4}, "seeds": [0, 1]}

@@ -47,6 +47,13 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
     assert run.records["log_probs"].shape == (6, 3)
 
 
+def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "bare")
+    (folder / "config.yaml").write_text("variant: bare\ndata: {name: scenes}\n")
+    with pytest.raises(UserError, match="a run of an earlier version"):
+        read_run(folder)
+
+
 def test_objects_come_back_in_order_of_their_id(tmp_path: Path) -> None:
     records = dict(read_run(make_run(tmp_path / "run")).records)
     by_class = ("prior", "looks")
@@ -109,26 +116,26 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
         read_run(tmp_path / "run")
 
 
-def test_a_distillation_is_read_by_arm_and_seed(tmp_path: Path) -> None:
+def test_a_distillation_is_read_by_variant_and_seed(tmp_path: Path) -> None:
     for seed in (2, 10):
-        for arm in ("shuffled", "distilled", "plain"):
-            make_run(tmp_path / "resnet18" / f"seed{seed}" / arm)
+        for variant in ("shuffled", "distilled", "plain"):
+            make_run(tmp_path / "resnet18" / f"seed{seed}" / variant)
     found = read_distill(tmp_path / "resnet18")
     assert is_distill(tmp_path / "resnet18")
     assert found.seeds == (2, 10)
-    assert list(found.arms) == ["plain", "distilled", "shuffled"]
+    assert list(found.variants) == ["plain", "distilled", "shuffled"]
     assert len(found.records()["plain"]) == 2
 
 
-def test_arms_come_in_the_order_of_the_recipe(tmp_path: Path) -> None:
-    for arm in ("all", "pixel", "channel", "plain", "another", "distilled", "bare"):
-        make_run(tmp_path / "seed0" / arm)
+def test_variants_come_in_the_order_of_the_recipe(tmp_path: Path) -> None:
+    for variant in ("all", "pixel", "channel", "plain", "another", "distilled", "no_context"):
+        make_run(tmp_path / "seed0" / variant)
     (tmp_path / "config.yaml").write_text(
-        "arms: [bare, plain, distilled]\n"
+        "variants: [no_context, plain, distilled]\n"
         "ablations: {structured: {pixel: [a], all: [a, b], channel: [c]}}\n"
     )
-    assert list(read_distill(tmp_path).arms) == [
-        "plain", "bare", "distilled", "pixel", "all", "channel", "another",
+    assert list(read_distill(tmp_path).variants) == [
+        "plain", "no_context", "distilled", "pixel", "all", "channel", "another",
     ]  # fmt: skip
 
 
@@ -136,12 +143,12 @@ def test_a_seed_that_is_not_finished_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for seed in (0, 1, 2):
-        for arm in ("plain", "distilled"):
-            make_run(tmp_path / f"seed{seed}" / arm)
+        for variant in ("plain", "distilled"):
+            make_run(tmp_path / f"seed{seed}" / variant)
     (tmp_path / "seed0" / "plain" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "seed2" / "distilled")
     found = read_distill(tmp_path)
-    assert found.seeds == (1,) and list(found.arms) == ["plain", "distilled"]
+    assert found.seeds == (1,) and list(found.variants) == ["plain", "distilled"]
     said = [record.message for record in caplog.records]
     assert [text.split("/")[-1] for text in said] == [
         "seed0: left out, its run 'plain' is not finished",
@@ -149,16 +156,16 @@ def test_a_seed_that_is_not_finished_is_left_out_with_a_warning(
     ]
 
 
-def test_of_chosen_arms_the_others_need_not_be_finished(tmp_path: Path) -> None:
+def test_of_chosen_variants_the_others_need_not_be_finished(tmp_path: Path) -> None:
     for seed in (0, 1):
-        for arm in ("plain", "distilled"):
-            make_run(tmp_path / f"seed{seed}" / arm)
+        for variant in ("plain", "distilled"):
+            make_run(tmp_path / f"seed{seed}" / variant)
     make_run(tmp_path / "seed0" / "shuffled")
-    (make_run(tmp_path / "seed1" / "bare") / "summary.json").unlink()
+    (make_run(tmp_path / "seed1" / "no_context") / "summary.json").unlink()
     found = read_distill(tmp_path, ["distilled"])
-    assert found.seeds == (0, 1) and list(found.arms) == ["plain", "distilled"]
+    assert found.seeds == (0, 1) and list(found.variants) == ["plain", "distilled"]
     assert read_distill(tmp_path, ["shuffled"]).seeds == (0,)
-    with pytest.raises(UserError, match=r"seed0: not finished, it has no run 'bare'"):
+    with pytest.raises(UserError, match=r"seed0: not finished, it has no run 'no_context'"):
         read_distill(tmp_path)
 
 
@@ -228,11 +235,11 @@ def test_runs_are_found_below_folders_but_not_inside_of_runs(
     unet = make_run(tmp_path / "teacher" / "unet" / "scenes")
     cnn = make_run(tmp_path / "teacher" / "cnn" / "scenes")
     make_run(unet / "fold0")
-    arm = make_run(tmp_path / "distill" / "seed0" / "plain")
+    variant = make_run(tmp_path / "distill" / "seed0" / "plain")
     (tmp_path / "distill" / "config.yaml").write_text("data: {name: scenes}\n")
     (make_run(tmp_path / "teacher" / "new") / "summary.json").unlink()
     found = find_runs([tmp_path / "teacher", tmp_path / "distill", unet])
-    assert [run.folder for run in found] == [cnn, unet, arm]
+    assert [run.folder for run in found] == [cnn, unet, variant]
     assert f"{tmp_path / 'teacher' / 'new'}: left out, it is not finished" in caplog.text
     with pytest.raises(UserError, match=r"new: not finished, it has no summary.json"):
         find_runs([tmp_path / "teacher" / "new"])
@@ -247,8 +254,8 @@ def test_runs_are_found_below_folders_but_not_inside_of_runs(
     ("folders", "names"),
     [
         (["t/cnn/scenes", "t/unet/scenes"], ["cnn", "unet"]),
-        (["d/seed0/plain", "d/seed1/plain", "d/seed1/bare"],
-         ["seed0/plain", "seed1/plain", "seed1/bare"]),
+        (["d/seed0/plain", "d/seed1/plain", "d/seed1/no_context"],
+         ["seed0/plain", "seed1/plain", "seed1/no_context"]),
         (["t/unet", "t/unet/fold0"], ["unet", "unet/fold0"]),
         (["t/unet"], ["unet"]),
     ],

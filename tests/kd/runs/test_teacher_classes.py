@@ -78,7 +78,7 @@ def exchanged(run: Path) -> list[str]:
 
 
 def opened(maps: list[str], teacher: Path, *settings: str) -> Distillation:
-    own = [*maps, f"teacher.run={teacher}", "ablations={}", "arms=[distilled]", *settings]
+    own = [*maps, f"teacher.run={teacher}", "ablations={}", "variants=[distilled]", *settings]
     recipe = load_recipe(DistillRecipe, find_config("distill", "espnet_c"), settings=own)
     return Distillation(
         recipe, open_data(recipe.data), make_accelerator("fp32"), teacher.parent / "students"

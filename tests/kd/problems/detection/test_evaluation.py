@@ -131,15 +131,15 @@ def test_runs_are_compared_without_their_data(
 ) -> None:
     nowhere = tmp_path / "moved"
     for seed in (0, 1):
-        for arm, off in (("plain", 0.35), ("distilled", 0.05)):
-            place = tmp_path / "run" / f"seed{seed}" / arm
+        for variant, off in (("plain", 0.35), ("distilled", 0.05)):
+            place = tmp_path / "run" / f"seed{seed}" / variant
             run_folder(place, records_of(data, off=off, seed=seed), nowhere)
     figure = tmp_path / "bars.png"
     flags = ["--metrics", "AP,AP50,AP/ball", "--figure", str(figure)]
     assert compare.main([str(tmp_path / "run"), *flags]) == 0
     said = capsys.readouterr().out
     assert "AP/ball (%), seed 1" in said and figure.is_file()
-    single = [str(tmp_path / "run" / "seed0" / arm) for arm in ("plain", "distilled")]
+    single = [str(tmp_path / "run" / "seed0" / variant) for variant in ("plain", "distilled")]
     assert compare.main(single) == 0
     said = capsys.readouterr().out
     assert said.startswith("6 pictures with boxes") and "AP_small (%)" in said

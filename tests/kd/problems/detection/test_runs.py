@@ -20,7 +20,7 @@ from kd.config.recipes import DistillRecipe
 from kd.data.loader import SampleLoader
 from kd.engine.checkpoint import load_checkpoint
 from kd.errors import UserError
-from kd.experiments import variants as arms
+from kd.experiments import variants as variants
 from kd.experiments.variants import Distillation
 from kd.runs.build import make_accelerator, make_loader, open_data
 
@@ -32,7 +32,7 @@ SMALL = (
     "sampled_anchors: 32, sampled_regions: 32, least_score: 0.0}"
 )
 HEAD = SMALL.replace("{trunk: resnet18, ", "{context: true, ")
-ARMS = {"plain", "F", "G", "I", "D", "ID"}
+VARIANTS = {"plain", "F", "G", "I", "D", "ID"}
 TRAIN = "train={epochs: 1, batch_size: 8, pictures: 2, precision: fp32, evaluate_every: 0}"
 
 
@@ -81,7 +81,7 @@ def test_an_ablation_fills_one_table_and_draws_boxes_and_masks(
     command = ["--student", "fasterrcnn_resnet18", "--data", "scenes", "--teacher", str(finder),
                "--ablation", "imitation", *given, "--out", str(out)]  # fmt: skip
     assert distill.main(command) == 0
-    assert {path.parent.name for path in out.glob("seed0/*/summary.json")} == ARMS
+    assert {path.parent.name for path in out.glob("seed0/*/summary.json")} == VARIANTS
     assert "AP50 (%)" in (out / "table.md").read_text()
     for name in ("overlays/0.png", "overlays/1.png", "masks/0.png", "masks/1.png"):
         assert (out / name).is_file()
@@ -107,25 +107,31 @@ def test_a_context_teacher_teaches_the_head_and_a_bare_twin_has_none(
 ) -> None:
     out = tmp_path / "students"
     given = flags([*scenes, f"student.{HEAD}", "seeds=[0]", "soft_targets.out_of_fold=true",
-                   "arms=[plain, distilled, bare, shuffled]"])  # fmt: skip
+                   "variants=[plain, distilled, no_context, shuffled]"])  # fmt: skip
     command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes"]
     assert distill.main([*command, "--teacher", str(small_teacher), *given, "--out", str(out)]) == 0
     runs = {path.parent.name: path.parent for path in out.glob("seed0/*/summary.json")}
-    assert runs.keys() == {"plain", "distilled", "bare", "shuffled"}
-    for arm in ("plain", "distilled", "shuffled"):  # a plain student shows the curve for nothing
-        assert '"loss/context_logits"' in curves(runs[arm])
-    assert '"loss/context_logits"' not in curves(runs["bare"])
-    weights = {arm: load_file(run / "model.safetensors") for arm, run in runs.items()}
+    assert runs.keys() == {"plain", "distilled", "no_context", "shuffled"}
+    for variant in (
+        "plain",
+        "distilled",
+        "shuffled",
+    ):  # a plain student shows the curve for nothing
+        assert '"loss/context_logits"' in curves(runs[variant])
+    assert '"loss/context_logits"' not in curves(runs["no_context"])
+    weights = {variant: load_file(run / "model.safetensors") for variant, run in runs.items()}
     heads = {name for name in weights["plain"] if name.startswith("context.")}
-    assert heads and weights["bare"].keys() == weights["plain"].keys() - heads
-    taught, alone = (weights[arm]["context.layers.3.weight"] for arm in ("distilled", "plain"))
+    assert heads and weights["no_context"].keys() == weights["plain"].keys() - heads
+    taught, alone = (
+        weights[variant]["context.layers.3.weight"] for variant in ("distilled", "plain")
+    )
     assert not taught.equal(alone)
     shares = weights["plain"]["context.log_prior"].exp()
     assert shares.sum() == pytest.approx(1.0, abs=1e-4) and shares.std() > 1e-3
-    for arm in ("distilled", "bare"):  # asked again, each answers as it did
-        assert evaluate.main([str(runs[arm])]) == 0
-        again = json.loads((runs[arm] / "evaluation" / "metrics.json").read_text())["runs"]
-        summary = json.loads((runs[arm] / "summary.json").read_text())
+    for variant in ("distilled", "no_context"):  # asked again, each answers as it did
+        assert evaluate.main([str(runs[variant])]) == 0
+        again = json.loads((runs[variant] / "evaluation" / "metrics.json").read_text())["runs"]
+        summary = json.loads((runs[variant] / "summary.json").read_text())
         assert next(iter(again.values()))["AP"] == pytest.approx(summary["AP"])
 
 
@@ -140,9 +146,9 @@ def test_a_stored_context_teacher_stands_beside_a_live_detector(
     assert distill.main(command) == 0
     found = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
     assert found.keys() == {"plain", "context", "I", "I_context"}
-    for arm, terms in (("plain", ""), ("context", "c"), ("I", "n"), ("I_context", "cn")):
-        assert ('"loss/context_logits"' in found[arm]) is ("c" in terms)
-        assert ('"loss/near_1"' in found[arm]) is ("n" in terms)
+    for variant, terms in (("plain", ""), ("context", "c"), ("I", "n"), ("I_context", "cn")):
+        assert ('"loss/context_logits"' in found[variant]) is ("c" in terms)
+        assert ('"loss/near_1"' in found[variant]) is ("n" in terms)
     assert (out / "masks/0.png").is_file()
 
 
@@ -185,7 +191,7 @@ def test_a_context_teacher_may_be_the_further_one(
     scenes: list[str], finder: Path, small_teacher: Path, tmp_path: Path
 ) -> None:
     given = flags([*scenes, f"student.{HEAD}", "soft_targets={kind: live, out_of_fold: false}",
-                   f"teacher={{run: {finder}, kind: live}}", "arms=[distilled]", "adapters={}",
+                   f"teacher={{run: {finder}, kind: live}}", "variants=[distilled]", "adapters={}",
                    f"more_teachers={{scene: {{run: {small_teacher}, kind: stored}}}}",
                    "losses=[{name: context_logits, weight: 1.0, teacher: scene.posterior}]",
                    "more_losses=[]", "ablations={}"])  # fmt: skip
@@ -204,13 +210,14 @@ def test_a_context_teacher_may_be_the_further_one(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["student.options.context=false"], "bare: a student without its context head, but"),
-        (["student.options.context=false", "arms=[distilled]"], "the student gives no 'context'"),
+        (["student.options.context=false"], "no_context: a student without its context head, but"),
+        (["student.options.context=false", "variants=[distilled]"],
+         "the student gives no 'context'"),
         (["teacher.kind=live"], "context_logits: posteriors are asked for once, each object"),
-        (["arms=[plain, direct]"], "direct: for students that name objects only"),
-        (["arms=[plain, I]", "more_teachers.detector.kind=stored"],
+        (["variants=[plain, output_kd]"], "output_kd: for students that name objects only"),
+        (["variants=[plain, I]", "more_teachers.detector.kind=stored"],
          "near_0: but for posteriors detectors are taught in each step; say kind: live"),
-        (["arms=[shuffled]", "losses=[{name: object_logits, weight: 1.0}]", "teacher.kind=live",
+        (["variants=[shuffled]", "losses=[{name: object_logits, weight: 1.0}]", "teacher.kind=live",
           "ablations={}", "more_losses=[]", "adapters={}"],
          r"shuffled needs soft_targets\.kind=stored"),
     ],
@@ -251,7 +258,7 @@ def test_each_recipe_s_ablations_run_from_its_own_teacher(
     single = student.endswith("c4")
     assert distill.main([*command, "--ablation", "imitation"]) == 0
     found = {path.parent.name: curves(path.parent) for path in out.glob("seed0/*/summary.json")}
-    assert found.keys() == ARMS
+    assert found.keys() == VARIANTS
     assert f'"loss/{curve}"' in found["I"] and '"loss/object_logits"' not in found["I"]
     assert '"loss/object_logits"' in found["D"] and f'"loss/{curve}"' not in found["D"]
     assert ('"loss/object_boxes"' in found["ID"]) is single
@@ -292,7 +299,7 @@ class Ending:
 def test_a_student_with_a_context_head_goes_on_after_a_crash_bit_for_bit(
     scenes: list[str], small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = flags([*scenes, f"student.{HEAD}", "seeds=[0]", "arms=[distilled]",
+    given = flags([*scenes, f"student.{HEAD}", "seeds=[0]", "variants=[distilled]",
                    "soft_targets.out_of_fold=true", "train.checkpoint_every=1"])  # fmt: skip
     command = ["--student", "fasterrcnn_resnet18_context", "--data", "scenes", *given]
     command += ["--teacher", str(small_teacher), "--out"]
@@ -302,7 +309,7 @@ def test_a_student_with_a_context_head_goes_on_after_a_crash_bit_for_bit(
         def ending(*args: Any, **kwargs: Any) -> Ending:
             return Ending(make_loader(*args, **kwargs), 2)
 
-        patched.setattr(arms, "make_loader", ending)
+        patched.setattr(variants, "make_loader", ending)
         with pytest.raises(Crash):
             distill.main([*command, str(tmp_path / "parts")])
     run = Path("seed0") / "distilled"

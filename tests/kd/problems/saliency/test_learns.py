@@ -44,7 +44,7 @@ def test_student_a_is_no_constant_map(tmp_path: Path) -> None:
         f"data.size={list(SIZE)}",
         "data.degree=4.0",
         "data.workers=0",
-        "arms=[plain]",
+        "variants=[plain]",
         "student.options={trunk: resnet18, width: 0.25, weights: null}",
         "train={epochs: 14, batch_size: 8, precision: fp32, evaluate_every: 0, pictures: 0, "
         "optimizer: {lr: 2.0e-3, lr_scale: {trunk: 1.0}}}",

@@ -136,7 +136,7 @@ def test_records_come_back_from_their_file_to_the_last_bit(tmp_path: Path) -> No
         assert np.array_equal(found[name], expected, equal_nan=name not in ("image_ids",))
 
 
-def test_arms_are_compared_in_the_tables_of_a_distillation() -> None:
+def test_variants_are_compared_in_the_tables_of_a_distillation() -> None:
     runs = {
         "plain": [filled(s).records() for s in (0, 1)],
         "B": [filled(s).records() for s in (3, 4)],

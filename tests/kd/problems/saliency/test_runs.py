@@ -95,7 +95,7 @@ def test_a_run_knows_the_centre_prior_and_other_observers(teacher: Path) -> None
 
 def test_a_distillation_ends_with_its_table_and_pictures(distilled: Path) -> None:
     runs = read_distill(distilled)
-    assert list(runs.arms) == ["plain", "distilled"]
+    assert list(runs.variants) == ["plain", "distilled"]
     lines = (distilled / "table.md").read_text().splitlines()
     assert lines[2] == (
         "| metric | plain | distilled | distilled - plain | centre prior | other observers |"
@@ -109,30 +109,32 @@ def test_a_distillation_ends_with_its_table_and_pictures(distilled: Path) -> Non
 
 def test_only_the_distilled_student_has_a_second_map(distilled: Path) -> None:
     parameters = [
-        json.loads((distilled / "seed0" / arm / "summary.json").read_text())["parameters"]
-        for arm in ("plain", "distilled")
+        json.loads((distilled / "seed0" / variant / "summary.json").read_text())["parameters"]
+        for variant in ("plain", "distilled")
     ]
     assert parameters[1] - parameters[0] == 16 * 9 + 1
     curves = {
-        arm: (distilled / "seed0" / arm / "metrics.jsonl").read_text()
-        for arm in ("plain", "distilled")
+        variant: (distilled / "seed0" / variant / "metrics.jsonl").read_text()
+        for variant in ("plain", "distilled")
     }
     assert "loss/saliency" in curves["distilled"] and "loss/saliency" not in curves["plain"]
     assert all("loss/kld" in text for text in curves.values())
 
 
-def test_arms_start_alike_and_see_the_same_pictures(
+def test_variants_start_alike_and_see_the_same_pictures(
     gaze: list[str], teacher: Path, tmp_path: Path
 ) -> None:
-    arms = distillation(gaze, teacher, tmp_path)
+    variants = distillation(gaze, teacher, tmp_path)
     starts = {}
-    for arm in ("plain", "distilled"):
-        model, _ = arms._assemble(arm, 3, None, arms._dataset(3, None, arm))
-        starts[arm] = model.state_dict()
+    for variant in ("plain", "distilled"):
+        model, _ = variants._assemble(variant, 3, None, variants._dataset(3, None, variant))
+        starts[variant] = model.state_dict()
     own = starts["distilled"].keys() - starts["plain"].keys()
     assert own and all("teacher_saliency" in name for name in own)
     assert all(torch.equal(value, starts["distilled"][n]) for n, value in starts["plain"].items())
-    plain, taught = (arms._dataset(3, None, arm)[2, 5] for arm in ("plain", "distilled"))
+    plain, taught = (
+        variants._dataset(3, None, variant)[2, 5] for variant in ("plain", "distilled")
+    )
     assert all(torch.equal(value, taught[name]) for name, value in plain.items())
     assert taught.keys() - plain.keys() == {"stored.saliency"}
 
@@ -143,30 +145,30 @@ def test_stored_and_live_teachers_teach_alike(
     values = []
     still = ["data.augment=null", "soft_targets.dtype=float32", "soft_targets.score_stride=1"]
     for kind in ("stored", "live"):
-        arms = distillation(
-            gaze, teacher, tmp_path, *still, f"soft_targets.kind={kind}", "arms=[distilled]"
+        variants = distillation(
+            gaze, teacher, tmp_path, *still, f"soft_targets.kind={kind}", "variants=[distilled]"
         )
-        dataset = arms._dataset(0, None, "distilled")
-        model, objective = arms._assemble("distilled", 0, None, dataset)
+        dataset = variants._dataset(0, None, "distilled")
+        model, objective = variants._assemble("distilled", 0, None, dataset)
         with torch.no_grad():
-            losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+            losses = forward_losses(model.eval(), variants._sample(dataset), objective)
         values.append(torch.stack([losses[name].value for name in ("kld", "saliency")]))
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
     assert (values[0] > 0).all()
 
 
-def test_each_arm_of_the_temperature_learns_by_a_term_of_its_own(
+def test_each_variant_of_the_temperature_learns_by_a_term_of_its_own(
     gaze: list[str], teacher: Path, tmp_path: Path
 ) -> None:
-    arms = distillation(gaze, teacher, tmp_path, "arms=[plain, cool, warm3, published]")
+    variants = distillation(gaze, teacher, tmp_path, "variants=[plain, cool, warm3, published]")
     values = {}
-    for arm, term in (("cool", "saliency"), ("warm3", "warm"), ("published", "quirk")):
-        dataset = arms._dataset(0, None, arm)
-        model, objective = arms._assemble(arm, 0, None, dataset)
+    for variant, term in (("cool", "saliency"), ("warm3", "warm"), ("published", "quirk")):
+        dataset = variants._dataset(0, None, variant)
+        model, objective = variants._assemble(variant, 0, None, dataset)
         with torch.no_grad():
-            losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+            losses = forward_losses(model.eval(), variants._sample(dataset), objective)
         assert set(losses) == {"kld", term}
-        values[arm] = float(losses[term].value)
+        values[variant] = float(losses[term].value)
     assert len({round(value, 6) for value in values.values()}) == 3
 
 
@@ -278,7 +280,7 @@ def test_terms_about_classes_or_boxes_are_refused(
     gaze: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     wrong = {
-        "direct": "is about hidden objects",
+        "output_kd": "is about hidden objects",
         "imitation": "is about a detector's boxes",
         "pixel_wise": "the student gives no 'logits'",
     }
@@ -288,5 +290,5 @@ def test_terms_about_classes_or_boxes_are_refused(
         with pytest.raises(UserError, match=f"losses: {name}: .*{message}"):
             distillation(
                 gaze, teacher, tmp_path, losses, "more_losses=[]", "ablations={}",
-                "soft_targets.kind=live", "arms=[plain, distilled]",
+                "soft_targets.kind=live", "variants=[plain, distilled]",
             ).check()  # fmt: skip

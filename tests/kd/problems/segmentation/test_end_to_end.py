@@ -78,8 +78,8 @@ def images_of(folder: Path) -> set[str]:
 
 def test_an_ablation_fills_one_table_in_the_order_of_the_recipe(distilled: Path) -> None:
     runs = read_distill(distilled)
-    assert list(runs.arms) == ["plain", "pixels", "channels"]
-    assert runs.arms["plain"][0].records["names"][0] == "background"
+    assert list(runs.variants) == ["plain", "pixels", "channels"]
+    assert runs.variants["plain"][0].records["names"][0] == "background"
     lines = (distilled / "table.md").read_text().splitlines()
     assert lines[2] == "| metric | plain | pixels | pixels - plain | channels | channels - plain |"
     rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")][2:]
@@ -105,9 +105,9 @@ def test_the_two_commands_of_the_documentation_find_each_other(
     assert distill.main([*command, *sets(*little, "seeds=[0]")]) == 0
     (run,) = (tmp_path / "runs" / "distill").glob("*/*/table.md")
     runs = read_distill(run.parent)
-    assert list(runs.arms) == ["plain", "pixel", "pixel_pair", "all", "channel"]
+    assert list(runs.variants) == ["plain", "pixel", "pixel_pair", "all", "channel"]
     head = run.read_text().splitlines()[2]
-    assert all(f"| {arm} - plain |" in head for arm in list(runs.arms)[1:])
+    assert all(f"| {variant} - plain |" in head for variant in list(runs.variants)[1:])
     terms = {
         "plain": set(),
         "pixel": {"pixel_wise"},
@@ -115,13 +115,13 @@ def test_the_two_commands_of_the_documentation_find_each_other(
         "all": {"pixel_wise", "pair_wise", "holistic", "holistic_critic"},
         "channel": {"channel_wise"},
     }
-    for arm, own in terms.items():
-        scalars = (run.parent / "seed0" / arm / "metrics.jsonl").read_text()
+    for variant, own in terms.items():
+        scalars = (run.parent / "seed0" / variant / "metrics.jsonl").read_text()
         found = {text.split('"')[0] for text in scalars.split('"loss/')[1:]}
         assert found == own | {"cross_entropy", "total"}
 
 
-def test_a_distillation_draws_every_arm_beside_truth_and_teacher(distilled: Path) -> None:
+def test_a_distillation_draws_every_variant_beside_truth_and_teacher(distilled: Path) -> None:
     assert images_of(distilled) == {"overlays/0", "overlays/1"}
     names = sorted(file.name for file in (distilled / "overlays").iterdir())
     assert names == ["0.png", "1.png"]
@@ -132,7 +132,7 @@ def test_a_distillation_draws_every_arm_beside_truth_and_teacher(distilled: Path
 
 @pytest.fixture(scope="module")
 def evaluated(distilled: Path) -> Path:
-    """One arm's run, evaluated."""
+    """One variant's run, evaluated."""
     run = distilled / "seed0" / "pixels"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers, "PICTURES", 2)

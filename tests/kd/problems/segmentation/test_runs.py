@@ -20,7 +20,7 @@ from kd.utils.images import VOID
 pytestmark = pytest.mark.slow
 
 TRAIN = "train={epochs: 1, batch_size: 8, pictures: 0, precision: fp32, evaluate_every: 0}"
-ARMS = ("plain", "pixel", "pixel_pair", "all", "channel")
+VARIANTS = ("plain", "pixel", "pixel_pair", "all", "channel")
 # Maps of 8 x 8 places are too small for the critic's four halvings.
 SMALL = (
     "losses=[{name: pixel_wise, weight: 10.0}, {name: pair_wise, weight: 10.0, student: norm3, "
@@ -65,26 +65,26 @@ def distillation(maps: list[str], teacher: Path, *settings: str) -> Distillation
     return Distillation(recipe, open_data(recipe.data), make_accelerator("fp32"), out)
 
 
-def start(arms: Distillation, arm: str) -> dict[str, Tensor]:
-    model, _ = arms._assemble(arm, 0, None, arms._dataset(0, None, arm))
+def start(variants: Distillation, variant: str) -> dict[str, Tensor]:
+    model, _ = variants._assemble(variant, 0, None, variants._dataset(0, None, variant))
     return model.state_dict()
 
 
-def test_an_ablation_trains_each_of_its_arms_and_the_plain_twin(
+def test_an_ablation_trains_each_of_its_variants_and_the_plain_twin(
     maps: list[str], mapped_teacher: Path, tmp_path: Path
 ) -> None:
     given = [*flags([*maps, SMALL, "seeds=[0]"]), "--teacher", str(mapped_teacher)]
     out = tmp_path / "students"
     command = ["--student", "espnet_c", "--ablation", "structured", *given, "--out", str(out)]
     assert distill.main(command) == 0
-    assert {path.parent.name for path in out.glob("seed0/*/summary.json")} == set(ARMS)
+    assert {path.parent.name for path in out.glob("seed0/*/summary.json")} == set(VARIANTS)
     terms = {
-        arm: {
+        variant: {
             line.split('"loss/')[1].split('"')[0]
-            for line in (out / "seed0" / arm / "metrics.jsonl").read_text().splitlines()
+            for line in (out / "seed0" / variant / "metrics.jsonl").read_text().splitlines()
             if '"loss/' in line
         }
-        for arm in ARMS
+        for variant in VARIANTS
     }
     assert terms["plain"] == {"cross_entropy", "total"}
     assert terms["pixel_pair"] == {"cross_entropy", "pixel_wise", "pair_wise", "total"}
@@ -97,15 +97,15 @@ def test_an_unknown_ablation_names_those_of_the_recipe(maps: list[str]) -> None:
         distill.main(["--student", "espnet_c", "--ablation", "struct", *flags(maps)])
 
 
-def test_all_arms_have_the_same_weights_and_see_the_same_pixels(
+def test_all_variants_have_the_same_weights_and_see_the_same_pixels(
     maps: list[str], mapped_teacher: Path
 ) -> None:
-    arms = distillation(maps, mapped_teacher, "arms=[plain, all, channel]")
-    plain = start(arms, "plain")
-    for arm in ("all", "channel"):
-        other = start(arms, arm)
+    variants = distillation(maps, mapped_teacher, "variants=[plain, all, channel]")
+    plain = start(variants, "plain")
+    for variant in ("all", "channel"):
+        other = start(variants, variant)
         assert all(torch.equal(plain[name], other[name]) for name in plain)
-    samples = [arms._dataset(0, None, arm)[2, 5] for arm in ("plain", "all", "channel")]
+    samples = [variants._dataset(0, None, variant)[2, 5] for variant in ("plain", "all", "channel")]
     for other in samples[1:]:
         assert all(torch.equal(samples[0][name], other[name]) for name in samples[0])
     assert {name for name in samples[1] if name.startswith("stored.")} == {
@@ -120,15 +120,17 @@ def test_stored_and_live_teachers_teach_alike(
     maps: list[str], mapped_teacher: Path, kind: str
 ) -> None:
     still = "data.augment={scale: [1.0, 1.0], flip: 0.0, jitter: 0.0}"
-    arms = distillation(
-        maps, mapped_teacher, "arms=[distilled]", still, f"soft_targets.kind={kind}",
+    variants = distillation(
+        maps, mapped_teacher, "variants=[distilled]", still, f"soft_targets.kind={kind}",
         "soft_targets.dtype=float32",
     )  # fmt: skip
-    dataset = arms._dataset(0, None, "distilled")
-    model, objective = arms._assemble("distilled", 0, None, dataset)
+    dataset = variants._dataset(0, None, "distilled")
+    model, objective = variants._assemble("distilled", 0, None, dataset)
     with torch.no_grad():
-        losses = forward_losses(model.eval(), arms._sample(dataset), objective)
-    live = distillation(maps, mapped_teacher, "arms=[distilled]", still, "soft_targets.kind=live")
+        losses = forward_losses(model.eval(), variants._sample(dataset), objective)
+    live = distillation(
+        maps, mapped_teacher, "variants=[distilled]", still, "soft_targets.kind=live"
+    )
     model, objective = live._assemble("distilled", 0, None, dataset)
     with torch.no_grad():
         expected = forward_losses(model.eval(), live._sample(dataset), objective)
@@ -142,11 +144,11 @@ def test_stored_maps_of_mirrored_pictures_are_what_a_live_teacher_says_of_them(
     turned = "data.augment={scale: [1.0, 1.0], flip: 1.0, jitter: 0.0}"
 
     def losses_of(*settings: str) -> list[float]:
-        arms = distillation(maps, mapped_teacher, "arms=[distilled]", turned, *settings)
-        dataset = arms._dataset(0, None, "distilled")
-        model, objective = arms._assemble("distilled", 0, None, dataset)
+        variants = distillation(maps, mapped_teacher, "variants=[distilled]", turned, *settings)
+        dataset = variants._dataset(0, None, "distilled")
+        model, objective = variants._assemble("distilled", 0, None, dataset)
         with torch.no_grad():
-            losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+            losses = forward_losses(model.eval(), variants._sample(dataset), objective)
         return [float(losses[name].value) for name in ("pixel_wise", "pair_wise")]
 
     live = losses_of("soft_targets.kind=live")
@@ -158,22 +160,24 @@ def test_stored_maps_of_mirrored_pictures_are_what_a_live_teacher_says_of_them(
 
 
 def test_score_maps_may_be_finer_than_layers(maps: list[str], mapped_teacher: Path) -> None:
-    arms = distillation(maps, mapped_teacher, "arms=[distilled]", "soft_targets.score_stride=2")
-    dataset = arms._dataset(0, None, "distilled")
+    variants = distillation(
+        maps, mapped_teacher, "variants=[distilled]", "soft_targets.score_stride=2"
+    )
+    dataset = variants._dataset(0, None, "distilled")
     sample = dataset[0, 0]
     height, width = sample["images"].shape[1:]
     assert sample["stored.logits"].shape[2:] == (height // 2, width // 2)
     assert sample["stored.pyramid"].shape[2:] == (height // 8, width // 8)
-    model, objective = arms._assemble("distilled", 0, None, dataset)
-    losses = forward_losses(model.eval(), arms._sample(dataset), objective)
+    model, objective = variants._assemble("distilled", 0, None, dataset)
+    losses = forward_losses(model.eval(), variants._sample(dataset), objective)
     assert losses["pixel_wise"].value > 0 and losses["pair_wise"].value > 0
 
 
 def test_void_reaches_no_loss(maps: list[str], mapped_teacher: Path) -> None:
-    arms = distillation(maps, mapped_teacher, "arms=[distilled]")
-    dataset = arms._dataset(0, None, "distilled")
-    model, objective = arms._assemble("distilled", 0, None, dataset)
-    batch = arms._sample(dataset)
+    variants = distillation(maps, mapped_teacher, "variants=[distilled]")
+    dataset = variants._dataset(0, None, "distilled")
+    model, objective = variants._assemble("distilled", 0, None, dataset)
+    batch = variants._sample(dataset)
     batch["label_maps"] = torch.full_like(batch["label_maps"], VOID)
     losses = forward_losses(model.eval(), batch, objective)
     for name in ("cross_entropy", "pixel_wise", "pair_wise"):
@@ -193,7 +197,7 @@ def test_a_teacher_of_the_context_of_objects_teaches_by_its_layers(
         "data.crop=[32, 32]",
         "losses=[{name: pair_wise, weight: 1.0, student: norm3, teacher: features.2}]",
         "ablations={}",
-        "arms=[plain, distilled]",
+        "variants=[plain, distilled]",
         "seeds=[0]",
         f"soft_targets.cache={tmp_path / 'kept'}",  # the teacher is shared by other tests
     ]
@@ -224,11 +228,13 @@ def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
 
 
 def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher: Path) -> None:
-    with pytest.raises(UserError, match="arms: bare, shuffled: for students that name objects"):
-        distillation(maps, mapped_teacher, "arms=[plain, bare, shuffled]")
+    with pytest.raises(
+        UserError, match="variants: no_context, shuffled: for students that name objects"
+    ):
+        distillation(maps, mapped_teacher, "variants=[plain, no_context, shuffled]")
 
 
-@pytest.mark.parametrize("name", ["direct", "decoupled", "context_features"])
+@pytest.mark.parametrize("name", ["output_kd", "decoupled", "context_features"])
 def test_terms_about_hidden_objects_are_refused(
     maps: list[str], mapped_teacher: Path, name: str
 ) -> None:
@@ -271,8 +277,8 @@ def test_one_image_at_a_time_is_too_few_for_a_pyramid(
 ) -> None:
     student = "student={name: pspnet, options: {width: 0.25, head: 8}}"
     one = "train={epochs: 1, batch_size: 2, accumulate: 2, precision: fp32}"
-    arms = distillation(
-        maps, mapped_teacher, "arms=[plain]", student, one, "task.weights.auxiliary=0.4"
+    variants = distillation(
+        maps, mapped_teacher, "variants=[plain]", student, one, "task.weights.auxiliary=0.4"
     )
     with pytest.raises(UserError, match=r"train\.batch_size: 1 image for each process"):
-        arms.check()
+        variants.check()
