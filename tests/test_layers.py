@@ -49,11 +49,6 @@ HEAVY = ("torch", "torchvision", "accelerate", "torchdistill", "timm")
 
 # Imports that still run upwards; each leaves this list with the change that mends it.
 PENDING = {
-    ("kd.context.pasting.report", "kd.evaluation.predict"),
-    ("kd.data.out_of_context", "kd.context.pasting.make"),
-    ("kd.data.out_of_context", "kd.context.pasting.report"),
-    ("kd.data.out_of_context", "kd.problems.objects.data"),
-    ("kd.data.out_of_context", "kd.cli"),
     ("kd.metrics.classification", "kd.problems.objects.records"),
     ("kd.metrics.confusion", "kd.problems.objects.records"),
     ("kd.metrics.multilabel", "kd.problems.objects.records"),

@@ -59,8 +59,8 @@ class CocoIndex:
         notes: What was mended or is remarkable: clipped, bad_ring, bad_run_lengths,
             without_segment, images_without_object.
         fingerprint: Of the JSON's content and the reader's version.
-        asked: (M,) bool, False for objects that are company only, never hidden and never scored
-            (`"asked": false` in the JSON); None where all may be.
+        scored: (M,) bool, False for objects that are company only, never hidden and never scored
+            (`"scored": false` in the JSON); None where all may be.
         crowds: The same images with their crowds (`iscrowd`) for objects, regions of many that
             nobody told apart; None where there are none.
     """
@@ -89,7 +89,7 @@ class CocoIndex:
     skipped: dict[str, int]
     notes: dict[str, int]
     fingerprint: str
-    asked: npt.NDArray[np.bool_] | None = None
+    scored: npt.NDArray[np.bool_] | None = None
     crowds: CocoIndex | None = None
 
     @property
@@ -211,7 +211,7 @@ def _open(folder: Path, annotation_file: Path, image_folder: Path) -> CocoIndex:
         notes=meta["notes"],
         fingerprint=f"{meta['sha256'][:32]}-v{meta['reader_version']}",
     )
-    return replace(index, crowds=replace(index, **({"asked": None} | crowds))) if crowds else index
+    return replace(index, crowds=replace(index, **({"scored": None} | crowds))) if crowds else index
 
 
 def _reopen(folder: Path, annotation_file: Path, images: Path, fingerprint: str) -> CocoIndex:

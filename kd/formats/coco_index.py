@@ -128,7 +128,7 @@ class _ObjectReader:
         self.coordinates = array("f")
         self.ring_lengths, self.rings_of = array("q"), array("q")
         self.rle, self.rle_lengths = bytearray(), array("q")
-        self.asked = bytearray()
+        self.scored = bytearray()
 
     def read_image(self, image_id: int) -> None:
         before = len(self.ids)
@@ -146,7 +146,7 @@ class _ObjectReader:
             area = entry.get("area")
             size = (box[2] - box[0]) * (box[3] - box[1])
             self.areas.append(area if is_number(area) and area > 0 else size)
-            self.asked.append(entry.get("asked") is not False)
+            self.scored.append(entry.get("scored") is not False)
             self._read_segment(entry, image)
         self.counts.append(len(self.ids) - before)
         if len(self.ids) == before:
@@ -217,9 +217,9 @@ class _ObjectReader:
         points = np.frombuffer(self.coordinates, np.float32).reshape(-1, 2)
         if not np.isfinite(points).all():
             raise UserError(self._endless_polygon(path, points))
-        asked = np.frombuffer(self.asked, np.bool_)
+        scored = np.frombuffer(self.scored, np.bool_)
         return {
-            **({} if asked.all() else {"asked": asked}),  # the index of most files lacks it
+            **({} if scored.all() else {"scored": scored}),  # the index of most files lacks it
             "first": _offsets(self.counts),
             "object_ids": np.frombuffer(self.ids, np.int64),
             "labels": np.frombuffer(self.labels, np.int16),

@@ -1,11 +1,11 @@
-"""Objects cut out of one picture and set into another, so that the seam does not tell.
+"""Cut objects out of one image and paste them into another without a visible seam.
 
-Four things give a paste away, and each is seen to: a fringe of the old background (the rim takes
-its colours from the object's inside), an edge harder than the picture's own (the outline is
-softened as much as the edges of the scene it comes to, and so is the object where that scene is
-less sharp), light (mean and spread of each channel move part of the way), and grain (noise is added
-where the scene has more). Nothing is blended *into* the object, as Poisson editing (Perez et al.,
-2003) does: it would carry the new scene's colours there.
+Four cues give a paste away: a fringe of the old background (the rim takes its colours from the
+object's interior), an edge harder than the image's own (the outline is blurred to match the edges
+of the target scene, and so is the object if the scene is less sharp), light (mean and spread of
+each channel are moved part of the way), and grain (noise is added where the scene has more).
+Nothing is blended *into* the object, as Poisson editing (Perez et al., 2003) does: that would carry
+the new scene's colours into it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 
-FINE = 4  # outlines are drawn this many times larger and averaged down
+FINE = 4  # supersampling factor of outlines
 REACH = 3  # pixels beyond the outline that a paste may change
 _SOFTEST = 1.0  # pixels, standard deviation; more would reach beyond REACH
-_DRAWN = 0.29  # of an outline averaged over the area of a pixel: 1 / sqrt(12)
-_RIM_PER_PIXEL = 1 / 320  # of the long side: hand-drawn outlines stray with the picture's size
-_GAIN, _SHIFT, _GRAIN = 0.15, 25.0, 4.0  # most that light and noise may be changed
-_FAINT = 0.02  # less cover than this changes nothing
+_OUTLINE_EDGE = 0.29  # edge width of an outline averaged over a pixel: 1 / sqrt(12)
+_RIM_PER_PIXEL = 1 / 320  # of the long side: hand-drawn outlines stray with the image's size
+_GAIN, _SHIFT, _GRAIN = 0.15, 25.0, 4.0  # largest changes of light and noise
+_FAINT = 0.02  # coverage below this is ignored
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a whole picture looks like, whatever it shows.
+class ImageStats:
+    """Low-level statistics of an image, independent of its content.
 
     Attributes:
-        mean: (3,) of each channel.
+        mean: (3,) mean of each channel.
         spread: (3,) standard deviation of each channel.
-        edge: Width of its sharp edges, standard deviation in pixels.
-        grain: Standard deviation of its noise.
+        edge: Width of sharp edges, as the standard deviation of a blur in pixels.
+        grain: Standard deviation of the noise.
     """
 
     mean: Floats
@@ -52,64 +52,64 @@ class Cutout:
     """An object without its surroundings.
 
     Attributes:
-        colours: (h, w, 3) 0..255; beyond the object's inside, those of its nearest inside pixel.
-        cover: (h, w) share of each pixel that the object covers.
-        corner: x, y of the upper left pixel in the picture it comes from.
-        look: Of that picture.
+        colours: (h, w, 3) 0..255; outside the interior, the colour of the nearest interior pixel.
+        cover: (h, w) fraction of each pixel that the object covers.
+        corner: x, y of the upper left pixel in the source image.
+        stats: Statistics of the source image.
     """
 
     colours: Floats
     cover: Floats
     corner: tuple[int, int]
-    look: Look
+    stats: ImageStats
 
 
-def look_of(picture: Bytes) -> Look:
-    """Measure a picture, (H, W, 3)."""
-    pixels = picture.reshape(-1, 3).astype(np.float32)
-    grey = picture.astype(np.float32).mean(axis=2)
+def measure_image(image: Bytes) -> ImageStats:
+    """Measure the statistics of an image (H, W, 3)."""
+    pixels = image.reshape(-1, 3).astype(np.float32)
+    grey = image.astype(np.float32).mean(axis=2)
     slope = np.hypot(ndimage.sobel(grey, 0), ndimage.sobel(grey, 1)) / 8
-    bend = np.abs(ndimage.laplace(grey))
-    # Of a step blurred by s the steepest slope is exp(1/2) s times the strongest bend.
-    ratio = np.quantile(slope, 0.99) / max(float(np.quantile(bend, 0.99)), 1e-6)
-    # Immerkaer, 1996, "Fast noise variance estimation": a filter that planes and edges leave at 0;
-    # its lower quartile, as texture is no noise (0.3186: the quartile of |N(0, 1)|).
+    curvature = np.abs(ndimage.laplace(grey))
+    # For a step blurred by s, the steepest slope is exp(1/2) s times the strongest curvature.
+    ratio = np.quantile(slope, 0.99) / max(float(np.quantile(curvature, 0.99)), 1e-6)
+    # Immerkaer, 1996, "Fast noise variance estimation": a filter blind to planes and
+    # edges. The lower quartile excludes texture (0.3186: the quartile of |N(0, 1)|).
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     rough = np.abs(ndimage.convolve(grey, kernel))[1:-1, 1:-1]
     noise = float(np.quantile(rough, 0.25)) / 0.3186 / 6
-    return Look(
+    return ImageStats(
         pixels.mean(axis=0), pixels.std(axis=0), float(ratio * np.exp(-0.5)), noise * np.sqrt(3)
     )
 
 
-def cover_of(fine: Bools) -> Floats:
-    """Share of each pixel inside an outline drawn `FINE` times larger, (H, W) in 0..1."""
+def coverage(fine: Bools) -> Floats:
+    """Downsample an outline drawn `FINE` times larger to the fraction covered, (H, W) in 0..1."""
     height, width = (side // FINE for side in fine.shape)
     blocks = fine.reshape(height, FINE, width, FINE)
     return np.asarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
 
 
-def cut_out(picture: Bytes, cover: Floats, look: Look) -> Cutout:
+def cut_out(image: Bytes, cover: Floats, stats: ImageStats) -> Cutout:
     """Cut an object out.
 
     Args:
-        picture: (H, W, 3).
-        cover: (H, W) share of each pixel that the object covers, not 0 everywhere.
-        look: Of the picture.
+        image: (H, W, 3).
+        cover: (H, W) fraction of each pixel that the object covers, not 0 everywhere.
+        stats: Statistics of the image.
     """
     rows, columns = (np.flatnonzero(cover.any(axis=axis)) for axis in (1, 0))
     top, left = max(rows[0] - REACH, 0), max(columns[0] - REACH, 0)
     part = np.s_[top : rows[-1] + 1 + REACH, left : columns[-1] + 1 + REACH]
-    piece, pixels = cover[part], picture[part].astype(np.float32)
-    inside = inside_of(piece, round(max(picture.shape) * _RIM_PER_PIXEL))
+    piece, pixels = cover[part], image[part].astype(np.float32)
+    inside = interior(piece, round(max(image.shape) * _RIM_PER_PIXEL))
     nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
-    return Cutout(pixels[nearest[0], nearest[1]], piece, (int(left), int(top)), look)
+    return Cutout(pixels[nearest[0], nearest[1]], piece, (int(left), int(top)), stats)
 
 
-def inside_of(cover: Floats, rim: int) -> Bools:
-    """Pixels that show the object alone: wholly covered and `rim` pixels from the outline.
+def interior(cover: Floats, rim: int) -> Bools:
+    """Fully covered pixels at least `rim` pixels from the outline, bool.
 
-    Where the object is too thin to have any, those covered most.
+    Falls back to the pixels covered most where the object is too thin to have any.
     """
     whole = cover >= min(float(cover.max()), 0.999)
     eroded = ndimage.binary_erosion(whole, iterations=rim) if rim else whole
@@ -117,55 +117,55 @@ def inside_of(cover: Floats, rim: int) -> Bools:
 
 
 def paste(
-    picture: Bytes,
-    look: Look,
+    image: Bytes,
+    stats: ImageStats,
     cutout: Cutout,
     shift: tuple[int, int],
     *,
     harmony: float = 0.3,
     random: np.random.Generator | None = None,
 ) -> Bytes:
-    """Set an object into a picture.
+    """Paste an object into an image.
 
     Args:
-        picture: (H, W, 3); left as it is.
-        look: Of the picture.
+        image: (H, W, 3); not modified.
+        stats: Statistics of the image.
         cutout: The object.
-        shift: x, y in whole pixels from where it was to where it comes; it must come to lie inside.
-        harmony: How far its light moves towards the picture's, 0..1.
-        random: Of the grain; None adds none.
+        shift: x, y in pixels from its source to its target, which must lie inside the image.
+        harmony: How far its light is moved towards the image's, 0..1.
+        random: Source of the grain; None adds none.
 
     Returns:
-        (H, W, 3), equal to `picture` further than `REACH` pixels from the object.
+        (H, W, 3), equal to `image` further than `REACH` pixels from the object.
     """
-    colours = lit(cutout.colours, cutout.look, look, harmony)
-    if blur := missing(cutout.look.edge, look.edge, _SOFTEST):
+    colours = harmonise(cutout.colours, cutout.stats, stats, harmony)
+    if blur := extra_spread(cutout.stats.edge, stats.edge, _SOFTEST):
         colours = ndimage.gaussian_filter(colours, (blur, blur, 0))
-    if random is not None and (grain := missing(cutout.look.grain, look.grain, _GRAIN)):
+    if random is not None and (grain := extra_spread(cutout.stats.grain, stats.grain, _GRAIN)):
         colours = colours + random.normal(0.0, grain, colours.shape).astype(np.float32)
-    alpha = softened(cutout.cover, look.edge)[:, :, None]
+    alpha = soften(cutout.cover, stats.edge)[:, :, None]
     x, y = cutout.corner[0] + shift[0], cutout.corner[1] + shift[1]
-    result = picture.copy()
+    result = image.copy()
     region = result[y : y + alpha.shape[0], x : x + alpha.shape[1]]
     mixed: npt.NDArray[Any] = region + alpha * (colours - region)
     region[...] = np.clip(np.rint(mixed), 0, 255)
     return result
 
 
-def softened(cover: Floats, edge: float) -> Floats:
-    """Cover with an outline as soft as edges of this width; never further than `REACH` pixels."""
-    width = missing(_DRAWN, edge, _SOFTEST)
+def soften(cover: Floats, edge: float) -> Floats:
+    """Blur the outline to the given edge width, within `REACH` pixels."""
+    width = extra_spread(_OUTLINE_EDGE, edge, _SOFTEST)
     soft = ndimage.gaussian_filter(cover, width, mode="constant", radius=REACH) if width else cover
     return np.where(soft < _FAINT, 0, soft).astype(np.float32)
 
 
-def missing(have: float, wanted: float, most: float) -> float:
-    """What, added to one independent standard deviation, gives another one; 0 where none lacks."""
-    return min(float(np.sqrt(max(0.0, wanted**2 - have**2))), most)
+def extra_spread(current: float, target: float, most: float) -> float:
+    """Standard deviation to add in quadrature to reach `target`, 0 if already reached."""
+    return min(float(np.sqrt(max(0.0, target**2 - current**2))), most)
 
 
-def lit(colours: Floats, source: Look, target: Look, harmony: float) -> Floats:
-    """Colours of one picture as the light of another would show them, part of the way."""
+def harmonise(colours: Floats, source: ImageStats, target: ImageStats, harmony: float) -> Floats:
+    """Move colours part of the way from the light of one image to that of another."""
     gain = (np.maximum(target.spread, 1) / np.maximum(source.spread, 1)) ** harmony
     gain = np.clip(gain, 1 - _GAIN, 1 + _GAIN)
     shift = np.clip(harmony * (target.mean - source.mean), -_SHIFT, _SHIFT)

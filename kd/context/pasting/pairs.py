@@ -1,8 +1,8 @@
-"""Which objects are pasted where: the same objects and scenes twice, only paired differently.
+"""Choose which object is pasted where: the same objects and scenes in both datasets.
 
 Each object goes into one scene where it is probable and one where it is not. Every scene that
-takes an object in which belongs there takes another in which does not: both sets have the same
-cut-outs and the same scenes, each as often, and differ in nothing but who goes where.
+receives a probable object also receives an improbable one, so both datasets use the same cut-outs
+and the same scenes equally often and differ only in who goes where.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ Bools = npt.NDArray[np.bool_]
 # image of the index, (K,) classes, (K, 4) boxes xyxy in its pixels -> (K,) log lift over the prior
 Score = Callable[[int, Ints, Floats], Floats]
 
-BORDER = 3  # pixels that an object keeps from the picture's edge: it is whole, and so is its seam
-COVERED = 0.25  # most of an annotated object's box that a paste may cover
-_WHOLE = 0.9  # of an object's pixels in one piece; less, and something stands before it
-_OVERLAP = 0.05  # of its pixels that may belong to another object as well
-_NEAR, _MET = 2, 0.3  # pixels that count as touching, and most of its outline that may be touched
-_SAME_SHAPE = np.log(1.1)  # of a picture's width over height
-_SHIFTS = np.array([0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6])  # of the width
-_EXTREME = 2.0  # nats beyond the margin; more counts no more, so that scenes are not all extremes
-_JITTER = 2.0  # nats: what is about as good is drawn at random, so that many scenes are used
-_TAKEN = 100.0  # gain of an object that is used; above what any of the others can add up to
+BORDER = 3  # least distance from the image border in pixels: the object and its seam are whole
+COVERED = 0.25  # largest fraction of an annotated box that a paste may cover
+_WHOLE = 0.9  # least fraction of pixels in one piece; otherwise something occludes the object
+_OVERLAP = 0.05  # largest fraction of pixels shared with another object
+_NEAR, _MET = 2, 0.3  # contact distance in pixels, and largest fraction of the outline in contact
+_SAME_SHAPE = np.log(1.1)  # of the ratio of aspect ratios
+_SHIFTS = np.array(
+    [0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6]
+)  # fractions of the width
+_EXTREME = 2.0  # nats beyond the margin at which the gain saturates, to avoid extreme scenes only
+_JITTER = 2.0  # nats of random gain, so that many scenes are used
+_TAKEN = 100.0  # gain per used object, larger than all other gains together
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """One object in one scene.
 
     Attributes:
         image: The scene, a position in the index.
-        shift: x, y whole pixels, added to the object's box scaled to the scene's size.
+        shift: x, y pixels added to the object's box, scaled to the scene's size.
         lift: log p(class | scene) - log p(class).
     """
 
@@ -51,15 +53,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Pair:
-    """One object, where it belongs and where it does not."""
+    """One object with its probable (`inside`) and improbable (`outside`) placement."""
 
     row: int
-    inside: Place
-    outside: Place
+    inside: Placement
+    outside: Placement
 
 
-def turns(index: CocoIndex, rows: Ints, random: np.random.Generator) -> Ints:
-    """Rows in an order in which classes take turns, so that no class fills the set."""
+def interleave_classes(index: CocoIndex, rows: Ints, random: np.random.Generator) -> Ints:
+    """Order rows so that classes take turns and none fills the dataset."""
     shuffled = random.permutation(rows)
     labels = index.labels[shuffled]
     turn = np.zeros(len(rows), np.int64)
@@ -69,8 +71,8 @@ def turns(index: CocoIndex, rows: Ints, random: np.random.Generator) -> Ints:
     return np.asarray(shuffled[np.argsort(turn, kind="stable")], dtype=np.int64)
 
 
-def can_be_cut(index: CocoIndex, row: int) -> bool:
-    """Whether an object has an outline and is whole: off the border, in one piece, not covered."""
+def is_whole(index: CocoIndex, row: int) -> bool:
+    """Whether an object has an outline and is off the border, in one piece and unoccluded."""
     image = index.image_of(row)
     size = (int(index.heights[image]), int(index.widths[image]))
     box = index.boxes[row]
@@ -88,20 +90,20 @@ def can_be_cut(index: CocoIndex, row: int) -> bool:
         others |= index.mask_of(other, size)
     if (mask & others).sum() > _OVERLAP * mask.sum():
         return False
-    # Where another object meets the outline, it may stand before this one and cut it off.
+    # An object in contact with the outline may occlude this one.
     outline = mask & ~ndimage.binary_erosion(mask)
     met = ndimage.binary_dilation(others, np.ones((3, 3)), iterations=_NEAR)
     return bool((outline & met).sum() <= _MET * outline.sum())
 
 
 def has_outline(index: CocoIndex, row: int) -> bool:
-    """Whether the JSON has a polygon or run lengths for an object."""
+    """Whether the JSON has polygons or run lengths for an object."""
     polygon = index.rings_of[row + 1] > index.rings_of[row]
     return bool(polygon or index.rle_first[row + 1] > index.rle_first[row])
 
 
 def neighbours(index: CocoIndex, row: int) -> list[int]:
-    """Other objects of the image that have an outline and whose boxes come near this one's."""
+    """Other objects of the image with an outline whose boxes come near this object's box."""
     image = index.image_of(row)
     rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
     grow = np.array([-_NEAR, -_NEAR, _NEAR, _NEAR], np.float64)
@@ -111,36 +113,37 @@ def neighbours(index: CocoIndex, row: int) -> list[int]:
 
 
 def intersections(boxes: Floats, others: Floats) -> Floats:
-    """(..., n) areas that boxes (..., 4) share with boxes (n, 4), xyxy."""
+    """Areas of intersection of boxes (..., 4) with boxes (n, 4), xyxy: (..., n)."""
     low = np.maximum(boxes[..., None, :2], others[:, :2])
     high = np.minimum(boxes[..., None, 2:], others[:, 2:])
     return np.asarray(np.clip(high - low, 0, None).prod(axis=-1), dtype=np.float64)
 
 
 def scale_between(index: CocoIndex, source: int, target: int) -> float:
-    """What an object's size is multiplied by, so that it has the same share of the long side."""
+    """Scale factor that preserves an object's size relative to the image's long side."""
     sides = [max(int(index.heights[i]), int(index.widths[i])) for i in (source, target)]
     return sides[1] / sides[0]
 
 
-def place_in(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Bools]:
-    """Where objects can stand in a scene: at the height they had, as near as can be sideways.
+def find_placements(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Bools]:
+    """Find where objects fit into a scene: at their own height, with the least sideways shift.
 
     Args:
-        index: The data set.
+        index: The dataset.
         rows: The objects, N.
         image: The scene.
 
     Returns:
-        (N, 2) whole pixels to shift the scaled boxes by, and (N,) whether there is room: a picture
-        of the same shape, inside its border, and `COVERED` kept for every object that is there.
+        (N, 2) shifts of the scaled boxes in pixels, and (N,) whether there is room: the images
+        have about the same aspect ratio, the box is inside the border, and it covers at most
+        the fraction `COVERED` of every object's box.
     """
     size = np.array([index.widths[image], index.heights[image]], np.float64)
     sources = np.searchsorted(index.first, rows, side="right") - 1
     frames = np.stack([index.widths[sources], index.heights[sources]], axis=1).astype(np.float64)
     scale = size.max() / frames.max(axis=1)
     boxes = index.boxes[rows] * scale[:, None]
-    # The bottom line keeps its height in the picture, the centre its distance from the left.
+    # The bottom edge keeps its relative height, the centre its relative distance from the left.
     down = np.rint(boxes[:, 3] / (frames[:, 1] * scale) * size[1] - boxes[:, 3])
     centre = (boxes[:, 0] + boxes[:, 2]) / 2
     home = centre / (frames[:, 0] * scale) * size[0] - centre
@@ -158,13 +161,13 @@ def place_in(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Bools]:
 
 
 @dataclass(frozen=True, eq=False)
-class Choices:
+class Placements:
     """Every object in every scene, N objects and S scenes.
 
     Attributes:
         rows: (N,) objects.
         scenes: (S,) images of the index.
-        shifts: (N, S, 2) whole pixels.
+        shifts: (N, S, 2) pixels.
         lifts: (N, S) log lift, NaN where there is no room.
     """
 
@@ -173,69 +176,71 @@ class Choices:
     shifts: Ints
     lifts: Floats
 
-    def only(self, kept: Ints) -> Choices:
-        """Some of the objects."""
-        return Choices(self.rows[kept], self.scenes, self.shifts[kept], self.lifts[kept])
+    def only(self, chosen: Ints) -> Placements:
+        """Select some of the objects."""
+        return Placements(self.rows[chosen], self.scenes, self.shifts[chosen], self.lifts[chosen])
 
-    def place(self, place: int, scene: int) -> Place:
-        """One object in one scene."""
+    def place(self, place: int, scene: int) -> Placement:
+        """Return one object in one scene."""
         x, y = self.shifts[place, scene].tolist()
-        return Place(int(self.scenes[scene]), (x, y), float(self.lifts[place, scene]))
+        return Placement(int(self.scenes[scene]), (x, y), float(self.lifts[place, scene]))
 
 
-def all_choices(
+def score_placements(
     index: CocoIndex,
     rows: Ints,
     scenes: Ints,
     score: Score,
-    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Choices:
-    """Find a place for every object in every scene, and how probable it is there.
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Placements:
+    """Find a placement of every object in every scene, and score how probable it is.
 
     Args:
-        index: The data set.
+        index: The dataset.
         rows: The objects.
         scenes: The images to try.
         score: Log lift of classes at boxes of an image.
-        watch: Shows a bar around the scenes gone through.
+        track: Wraps the iteration over scenes, for a progress bar.
     """
     shifts = np.zeros((len(rows), len(scenes), 2), np.int64)
     lifts = np.full((len(rows), len(scenes)), np.nan)
     sources = np.searchsorted(index.first, rows, side="right") - 1
-    for column in watch(range(len(scenes))):
+    for column in track(range(len(scenes))):
         image = int(scenes[column])
-        shifts[:, column], room = place_in(index, rows, image)
+        shifts[:, column], room = find_placements(index, rows, image)
         if not room.any():
             continue
         scale = np.array([scale_between(index, int(source), image) for source in sources[room]])
         boxes = index.boxes[rows[room]] * scale[:, None] + np.tile(shifts[room, column], 2)
         lifts[room, column] = score(image, index.labels[rows[room]].astype(np.int64), boxes)
-    return Choices(rows, scenes, shifts, lifts)
+    return Placements(rows, scenes, shifts, lifts)
 
 
 def matched_pairs(
-    choices: Choices, count: int, margin: float, random: np.random.Generator
+    choices: Placements, count: int, margin: float, random: np.random.Generator
 ) -> list[Pair]:
-    """Send each object to a probable and an improbable scene, both sets using the same scenes.
+    """Assign each object a probable and an improbable scene so that both sides use the same scenes.
 
-    A scene's two guests are a step from one object to the next, and steps close to rings: an
-    assignment of objects to objects (Kuhn, 1955), which takes in as many of them as can be.
+    The two guests of a scene form a step from one object to the next, and steps close to cycles: an
+    assignment of objects to objects (Kuhn, 1955) that includes as many of them as possible.
 
     Args:
-        choices: Objects, the most wanted first.
-        count: Most pairs to return.
-        margin: Nats that the lift lies above 0 in the one scene and below in the other.
-        random: Chooses among what is about as good.
+        choices: Objects in order of preference.
+        count: Largest number of pairs to return.
+        margin: Nats by which the lift must exceed 0 in one scene and fall below it in the other.
+        random: Breaks near ties.
 
     Returns:
-        Pairs in the order of `choices`; as many as could be had.
+        At most `count` pairs, in the order of `choices`.
     """
     jitter = random.uniform(0.0, _JITTER, choices.lifts.shape)
     while len(choices.rows):
-        following, scene = _rings(choices.lifts, jitter, margin)
+        following, scene = _cycles(choices.lifts, jitter, margin)
         used = np.flatnonzero(following != np.arange(len(following)))
         if len(used) <= count:
-            before = np.argsort(following)  # whose step leads here: its scene has this one outside
+            before = np.argsort(
+                following
+            )  # predecessor: this object is the improbable guest of its scene
             return [
                 Pair(int(choices.rows[i]), choices.place(i, scene[i]),
                      choices.place(i, scene[before[i]]))
@@ -245,8 +250,8 @@ def matched_pairs(
     return []
 
 
-def _rings(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
-    """The next object of each on its ring, itself where it is on none, and the scene they share."""
+def _cycles(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
+    """Successor of each object on its cycle (itself if on none), and the scene the two share."""
     inside = _gain(lifts - margin, jitter)
     outside = _gain(-lifts - margin, jitter)
     best = np.empty((len(lifts), len(lifts)))
@@ -262,6 +267,6 @@ def _rings(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
 
 
 def _gain(excess: Floats, jitter: Floats) -> Floats:
-    """What a lift that far beyond the margin is worth; minus infinity below it."""
+    """Value of a lift that exceeds the margin by `excess`; minus infinity below the margin."""
     with np.errstate(invalid="ignore"):
         return np.where(excess >= 0, np.minimum(excess, _EXTREME) + jitter, -np.inf)

@@ -1,10 +1,10 @@
-"""Does the seam give a paste away? Edges in numbers, and a judge that learns them.
+"""Measure whether seams give pastes away: classify outlines by edge statistics.
 
-The judge is logistic regression on what can be measured around an object's outline: slopes,
-sharpness and grain beside those of the whole picture. It sees no class and no scene. One judge sees
-the ring around the outline; another is given the outline itself, which tells real objects by the
-sloppiness of hand-drawn outlines: a paste's edge lies on its outline to the pixel, a real one only
-about. Area under the ROC curve: .5 says that it cannot tell, 1 that it always can.
+The classifier is a logistic regression on slopes, sharpness and grain around an object's outline
+relative to the whole image. It sees neither class nor scene. One variant sees the ring around the
+outline; the other is also given the outline, which reveals real objects by the imprecision of
+hand-drawn outlines: a paste's edge follows its outline to the pixel. An area under the ROC curve of
+0.5 means the two are indistinguishable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 FOLDS = 5
-_DECAY = 0.01  # of the judge's weights, times the number of examples
+_DECAY = 0.01  # weight decay, times the number of examples
 _REACH = 4.0  # pixels on either side of the outline
 _BANDS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # pixels, negative outside
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -31,73 +31,72 @@ RING = 3 * len(_QUANTILES)
 _GRAIN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float64)
 
 
-class Verdict(NamedTuple):
-    """How well the judge told two sets apart."""
+class SeamAUC(NamedTuple):
+    """Area under the ROC curve of a seam classifier."""
 
     auc: float
     error: float  # standard error
 
 
-def seam_features(picture: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> Floats:
-    """What an object's outline looks like beside its picture, (F,).
+def seam_features(image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> Floats:
+    """Describe the edge of an object relative to its image, (F,).
 
-    First `RING` features of the ring around the outline as a whole, then those of bands that follow
-    the outline exactly.
+    The first `RING` features describe the ring around the outline as a whole, the others bands
+    that follow the outline exactly.
 
     Args:
-        picture: (H, W, 3).
+        image: (H, W, 3).
         mask: (H, W), the object, not empty.
     """
-    pixels = picture.astype(np.float64)
+    pixels = image.astype(np.float64)
     grey = pixels.mean(axis=2)
-    # Pixels' centres lie half a pixel from the outline that runs between them.
+    # The outline runs between pixels, half a pixel from their centres.
     away = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
     away -= 0.5 * np.sign(away)
     slope = np.hypot(ndimage.sobel(grey, 0), ndimage.sobel(grey, 1)) / 8
     maps = (slope, np.abs(ndimage.laplace(grey)), np.abs(ndimage.convolve(grey, _GRAIN)))
-    usual = [np.log(part.mean() + 1.0) for part in maps]
+    baseline = [np.log(part.mean() + 1.0) for part in maps]
     ring = np.abs(away) <= _REACH
     whole = [_log(np.quantile(part[ring], _QUANTILES)) - own
-             for part, own in zip(maps, usual, strict=True)]  # fmt: skip
+             for part, own in zip(maps, baseline, strict=True)]  # fmt: skip
     bands = [(away > low) & (away <= high) for low, high in pairwise(_BANDS)]
     bands = [band if band.any() else mask for band in bands]
     along = [_log(np.array([part[band].mean() for band in bands])) - own
-             for part, own in zip(maps, usual, strict=True)]  # fmt: skip
-    seam = _log(np.quantile(slope[np.abs(away) <= 1.0], _QUANTILES)) - usual[0]
+             for part, own in zip(maps, baseline, strict=True)]  # fmt: skip
+    seam = _log(np.quantile(slope[np.abs(away) <= 1.0], _QUANTILES)) - baseline[0]
     colours = np.stack([pixels[band].mean(axis=0) for band in bands])
     steps = _log(np.abs(np.diff(colours, axis=0)).mean(axis=1))
-    return np.concatenate([*whole, *along, seam, steps - usual[0]])
+    return np.concatenate([*whole, *along, seam, steps - baseline[0]])
 
 
 def _log(values: Floats) -> Floats:
     return np.asarray(np.log(values + 1.0), dtype=np.float64)
 
 
-def features_of(index: CocoIndex) -> tuple[Ints, Floats]:
-    """Ids of the objects asked about, ascending, and the features of their outlines (K, F)."""
-    asked = np.ones(len(index.object_ids), np.bool_) if index.asked is None else index.asked
-    rows = np.flatnonzero(asked)
+def outline_features(index: CocoIndex) -> tuple[Ints, Floats]:
+    """Ids of the scored objects, ascending, and the features of their outlines (K, F)."""
+    rows_scored = np.ones(len(index.object_ids), np.bool_) if index.scored is None else index.scored
+    rows = np.flatnonzero(rows_scored)
     rows = rows[np.argsort(index.object_ids[rows])]
     found = []
     for row in rows:
-        image = index.image_of(int(row))
-        picture = read_image(index.path(image), None).permute(1, 2, 0).numpy()
-        mask = index.mask_of(int(row), (picture.shape[0], picture.shape[1]))
-        found.append(seam_features(picture, mask))
+        path = index.path(index.image_of(int(row)))
+        image = read_image(path, None).permute(1, 2, 0).numpy()
+        mask = index.mask_of(int(row), (image.shape[0], image.shape[1]))
+        found.append(seam_features(image, mask))
     return index.object_ids[rows].astype(np.int64), np.stack(found)
 
 
-def told_apart(first: Floats, second: Floats, groups: Ints) -> Verdict:
-    """How well a judge tells two sets of outlines apart that it has not seen.
+def separability(first: Floats, second: Floats, groups: Ints) -> SeamAUC:
+    """Cross-validated ROC AUC of a classifier that separates two sets of outlines.
 
     Args:
         first: (K, F) features.
-        second: (K, F), row by row of the same objects.
-        groups: (K,) the photograph that each object comes from: none is judged by a judge that
-            learned from it.
+        second: (K, F), of the same objects row by row.
+        groups: (K,) source photographs; none is in both the training and the test fold.
 
     Returns:
-        Area under the ROC curve over all of them, and its standard error (Hanley and McNeil, 1982).
+        AUC over all objects and its standard error (Hanley and McNeil, 1982).
     """
     features = np.concatenate([first, second])
     truth = np.repeat([0.0, 1.0], [len(first), len(second)])
@@ -105,15 +104,15 @@ def told_apart(first: Floats, second: Floats, groups: Ints) -> Verdict:
     fold = np.concatenate([fold, fold])
     scores = np.zeros(len(truth))
     for number in range(FOLDS):
-        seen = fold != number
-        if not seen.any() or seen.all():
+        train = fold != number
+        if not train.any() or train.all():
             continue
-        mean, spread = features[seen].mean(axis=0), features[seen].std(axis=0) + 1e-9
+        mean, spread = features[train].mean(axis=0), features[train].std(axis=0) + 1e-9
         normal = (features - mean) / spread
-        weights = _fit(normal[seen], truth[seen])
-        # Ranks within the fold: judges of different folds have scales of their own.
-        held = ~seen
-        scores[held] = stats.rankdata(normal[held] @ weights) / held.sum()
+        weights = _fit(normal[train], truth[train])
+        # Rank within the fold: scores of different folds are not comparable.
+        test = ~train
+        scores[test] = stats.rankdata(normal[test] @ weights) / test.sum()
     return area_under_roc(scores, truth)
 
 
@@ -130,11 +129,11 @@ def _fit(features: Floats, truth: Floats) -> Floats:
     return np.asarray(optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x)
 
 
-def area_under_roc(scores: Floats, truth: Floats) -> Verdict:
-    """Chance that one of the second kind (`truth` 1) scores above one of the first, ties half."""
+def area_under_roc(scores: Floats, truth: Floats) -> SeamAUC:
+    """Probability that a positive (`truth` 1) scores above a negative, counting ties as half."""
     ranks = stats.rankdata(scores)
     positive, negative = float(truth.sum()), float((1 - truth).sum())
     auc = (ranks[truth == 1].sum() - positive * (positive + 1) / 2) / (positive * negative)
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positive - 1) * (q1 - auc**2) + (negative - 1) * (q2 - auc**2)
-    return Verdict(float(auc), float(np.sqrt(max(variance, 0) / (positive * negative))))
+    return SeamAUC(float(auc), float(np.sqrt(max(variance, 0) / (positive * negative))))

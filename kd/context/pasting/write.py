@@ -1,8 +1,8 @@
-"""Writes pairs of pastes as three data sets in COCO's layout: `in`, `out` and `original`.
+"""Write pairs of pastes as three COCO-format datasets: `in`, `out` and `original`.
 
-Image k of each set shows object k: pasted where it belongs, pasted where it does not, and unpasted
-in the photograph it comes from. Object k has the id k everywhere and is the only one that is asked
-about; the other objects of a scene have `"asked": false` and are its company.
+Image k of each dataset shows object k: pasted into a scene where it is probable, pasted into one
+where it is not, and unpasted in its source photograph. Object k has id k everywhere and is the only
+one that is scored; the other objects of the scene have `"scored": false` and serve as context.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from kd.context.pasting.cutout import FINE, Bytes, Cutout, Look, cover_of, cut_out, look_of, paste
-from kd.context.pasting.pairs import Pair, Place, scale_between
+from kd.context.pasting.cutout import (
+    FINE,
+    Bytes,
+    Cutout,
+    ImageStats,
+    coverage,
+    cut_out,
+    measure_image,
+    paste,
+)
+from kd.context.pasting.pairs import Pair, Placement, scale_between
 from kd.formats.coco import CocoIndex
 from kd.formats.coco_validate import read_json
 from kd.utils.images import read_image
@@ -30,34 +39,34 @@ Json = dict[str, Any]
 Bools = npt.NDArray[np.bool_]
 
 SETS = ("in", "out", "original")
-FIRST_COMPANY = 1_000_000  # ids of other objects start above those of all pairs
+FIRST_CONTEXT_ID = 1_000_000  # above the ids of all scored objects
 _QUALITY = 95
 _LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Pasted:
-    """A finished picture and its entries.
+    """A finished image and its JSON entries.
 
     Attributes:
-        picture: (H, W, 3).
-        image: Its entry in the JSON.
-        annotations: The object asked about, then its company.
+        pixels: (H, W, 3).
+        image: The image's entry.
+        annotations: The scored object, then its context.
     """
 
-    picture: Bytes
+    pixels: Bytes
     image: Json
     annotations: list[Json]
 
 
 class Paster:
-    """Makes the pictures and annotations of pairs.
+    """Compose the images and annotations of pairs.
 
     Args:
-        index: The data set.
-        log_prior: (C,) log share of each class.
+        index: Source dataset.
+        log_prior: (C,) log frequency of each class.
         harmony: As in `kd.context.pasting.cutout.paste`.
-        seed: Of the grain.
+        seed: Seed of the noise.
     """
 
     def __init__(
@@ -75,34 +84,34 @@ class Paster:
         self.of_image: dict[int, list[Json]] = defaultdict(list)
         for entry in self.content["annotations"]:
             self.of_image[entry["image_id"]].append(entry)
-        self._look = lru_cache(maxsize=None)(self._measure)
+        self._stats = lru_cache(maxsize=None)(self._measure)
 
     def original(self, number: int, pair: Pair) -> Pasted:
-        """Object `pair.row` as it was photographed; image and object get the id `number`."""
+        """Return object `pair.row` in its own photograph; image and object get the id `number`."""
         index = self.index
         image, own = index.image_of(pair.row), int(index.object_ids[pair.row])
-        asked = {**self.entries[own], "id": number, "image_id": number, "asked": True}
-        others = [entry for entry in self._company(image) if entry["id"] != own]
-        return self._finished(number, image, self._picture(image, None), asked, others)
+        scored = {**self.entries[own], "id": number, "image_id": number, "scored": True}
+        others = [entry for entry in self._context_objects(image) if entry["id"] != own]
+        return self._finished(number, image, self._read(image, None), scored, others)
 
-    def pasted(self, number: int, pair: Pair, place: Place) -> Pasted:
-        """Object `pair.row` in another scene."""
+    def pasted(self, number: int, pair: Pair, place: Placement) -> Pasted:
+        """Return object `pair.row` pasted into another scene."""
         index, source = self.index, self.index.image_of(pair.row)
         scale = scale_between(index, source, place.image)
         cutout = self._cut(pair.row, scale)
         random = np.random.default_rng((self.seed, number, place.image))
-        picture = paste(
-            self._picture(place.image, None), self._look(place.image, 1.0), cutout, place.shift,
+        pixels = paste(
+            self._read(place.image, None), self._stats(place.image, 1.0), cutout, place.shift,
             harmony=self.harmony, random=random,
         )  # fmt: skip
         entry = self.entries[int(index.object_ids[pair.row])]
         size = (int(index.heights[place.image]), int(index.widths[place.image]))
-        mask = covered(cutout, place.shift, size)
-        asked = {
+        mask = covered_pixels(cutout, place.shift, size)
+        scored = {
             **moved_annotation(entry, scale, place.shift, mask),
             "id": number,
             "image_id": number,
-            "asked": True,
+            "scored": True,
             "paste": {
                 "pair": number,
                 "source_image": int(index.image_ids[source]),
@@ -115,36 +124,36 @@ class Paster:
             },
         }
         others = [
-            seen
-            for other in self._company(place.image)
-            if (seen := behind(other, mask)) is not None
+            visible
+            for other in self._context_objects(place.image)
+            if (visible := occluded(other, mask)) is not None
         ]
-        return self._finished(number, place.image, picture, asked, others)
+        return self._finished(number, place.image, pixels, scored, others)
 
     def _finished(
-        self, number: int, image: int, picture: Bytes, asked: Json, others: list[Json]
+        self, number: int, image: int, pixels: Bytes, scored: Json, others: list[Json]
     ) -> Pasted:
         entry = self.images[int(self.index.image_ids[image])]
         suffix = ".png" if Path(entry["file_name"]).suffix.lower() in _LOSSLESS else ".jpg"
         about = {**entry, "id": number, "file_name": f"{number:06d}{suffix}"}
-        company = [{**other, "image_id": number, "asked": False} for other in others]
-        return Pasted(picture, about, [asked, *company])
+        context = [{**other, "image_id": number, "scored": False} for other in others]
+        return Pasted(pixels, about, [scored, *context])
 
-    def _company(self, image: int) -> list[Json]:
+    def _context_objects(self, image: int) -> list[Json]:
         return self.of_image[int(self.index.image_ids[image])]
 
     def _cut(self, row: int, scale: float) -> Cutout:
-        """The object, its picture scaled first; its outline is drawn at the final size."""
+        """Cut the object out of its image, scaled first; the outline is drawn at the final size."""
         source = self.index.image_of(row)
-        picture = self._picture(source, scale)
-        height, width = picture.shape[:2]
-        cover = cover_of(self.index.mask_of(row, (height * FINE, width * FINE)))
-        return cut_out(picture, cover, self._look(source, scale))
+        pixels = self._read(source, scale)
+        height, width = pixels.shape[:2]
+        cover = coverage(self.index.mask_of(row, (height * FINE, width * FINE)))
+        return cut_out(pixels, cover, self._stats(source, scale))
 
-    def _measure(self, image: int, scale: float) -> Look:
-        return look_of(self._picture(image, scale))
+    def _measure(self, image: int, scale: float) -> ImageStats:
+        return measure_image(self._read(image, scale))
 
-    def _picture(self, image: int, scale: float | None) -> Bytes:
+    def _read(self, image: int, scale: float | None) -> Bytes:
         index = self.index
         expected = (int(index.heights[image]), int(index.widths[image]))
         size = None if scale in (None, 1.0) else round(max(expected) * float(scale or 1))
@@ -152,8 +161,8 @@ class Paster:
         return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
-def covered(cutout: Cutout, shift: tuple[int, int], size: tuple[int, int]) -> Bools:
-    """Pixels of a scene that a paste covers by half or more, (H, W)."""
+def covered_pixels(cutout: Cutout, shift: tuple[int, int], size: tuple[int, int]) -> Bools:
+    """Pixels of a scene that are at least half covered by a paste, bool (H, W)."""
     mask = np.zeros(size, np.bool_)
     x, y = cutout.corner[0] + shift[0], cutout.corner[1] + shift[1]
     height, width = cutout.cover.shape
@@ -162,7 +171,7 @@ def covered(cutout: Cutout, shift: tuple[int, int], size: tuple[int, int]) -> Bo
 
 
 def moved_annotation(entry: Json, scale: float, shift: tuple[int, int], mask: Bools) -> Json:
-    """An object's annotation after it was scaled and shifted; run lengths are those of `mask`."""
+    """Scale and shift an annotation; a run-length segmentation is replaced by that of `mask`."""
     x, y, width, height = (value * scale for value in entry["bbox"])
     moved = {**entry, "bbox": [x + shift[0], y + shift[1], width, height], "iscrowd": 0}
     segment = entry.get("segmentation")
@@ -178,8 +187,8 @@ def moved_annotation(entry: Json, scale: float, shift: tuple[int, int], mask: Bo
     return moved
 
 
-def behind(entry: Json, mask: Bools) -> Json | None:
-    """An object's annotation once a paste covers part of it; None where nothing is left to see."""
+def occluded(entry: Json, mask: Bools) -> Json | None:
+    """Clip an annotation to what a paste leaves visible; None if nothing is."""
     segment = entry.get("segmentation")
     if not segment:
         return entry
@@ -196,14 +205,14 @@ def behind(entry: Json, mask: Bools) -> Json | None:
     if not seen.any():
         return None
     rle = encoded(seen)
-    if entry.get("iscrowd"):  # COCO's crowds have uncompressed or compressed run lengths alike
+    if entry.get("iscrowd"):  # COCO allows compressed and uncompressed run lengths in crowds
         return {**entry, "segmentation": rle}
     box = [float(value) for value in run_lengths.toBbox(rle)]
     return {**entry, "segmentation": rle, "area": float(seen.sum()), "bbox": box}
 
 
 def encoded(mask: Bools) -> Json:
-    """A mask as compressed run lengths that JSON can hold."""
+    """Encode a mask as compressed run lengths for JSON."""
     rle = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
@@ -212,33 +221,33 @@ def write_sets(
     folder: Path,
     paster: Paster,
     pairs: list[Pair],
-    watch: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Write the three sets into a folder: `in/`, `out/`, `original/` and `annotations/`.
+    """Write the three datasets: `in/`, `out/`, `original/` and `annotations/`.
 
     Args:
-        folder: It exists.
-        paster: Makes them.
+        folder: An existing folder.
+        paster: Composes the images.
         pairs: Numbered from 1.
-        watch: Shows a bar around the pairs gone through.
+        track: Wraps the iteration over pairs, for a progress bar.
     """
     images: dict[str, list[Json]] = {name: [] for name in SETS}
     annotations: dict[str, list[Json]] = {name: [] for name in SETS}
     for name in (*SETS, "annotations"):
         (folder / name).mkdir()
-    for number, pair in enumerate(watch(pairs), start=1):
-        made = {
+    for number, pair in enumerate(track(pairs), start=1):
+        written = {
             "in": paster.pasted(number, pair, pair.inside),
             "out": paster.pasted(number, pair, pair.outside),
             "original": paster.original(number, pair),
         }
-        for name, one in made.items():
-            save(one.picture, folder / name / one.image["file_name"])
+        for name, one in written.items():
+            save(one.pixels, folder / name / one.image["file_name"])
             images[name].append(one.image)
             annotations[name] += one.annotations
     for name in SETS:
-        company = (entry for entry in annotations[name] if not entry["asked"])
-        for number, entry in enumerate(company, start=FIRST_COMPANY):
+        context = (entry for entry in annotations[name] if not entry["scored"])
+        for number, entry in enumerate(context, start=FIRST_CONTEXT_ID):
             entry["id"] = number
         content = {
             **{key: value for key, value in paster.content.items() if key in ("info", "licenses")},
@@ -250,9 +259,9 @@ def write_sets(
         path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
 
 
-def save(picture: Bytes, path: Path) -> None:
-    """PNG without loss, or JPEG at quality 95, by the name."""
-    image = Image.fromarray(picture)
+def save(pixels: Bytes, path: Path) -> None:
+    """Write a lossless PNG, or a JPEG of quality 95, depending on the suffix."""
+    image = Image.fromarray(pixels)
     if path.suffix == ".png":
         image.save(path, compress_level=1)
     else:

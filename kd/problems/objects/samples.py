@@ -190,8 +190,8 @@ class ObjectSamples(Dataset[Sample]):
         counts = np.diff(index.first)
         pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
         usable = self._usable(shares_of(index.boxes, pictures))
-        if index.asked is not None:
-            usable &= index.asked
+        if index.scored is not None:
+            usable &= index.scored
         return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
 
     def _images_with_usable_objects(
@@ -235,8 +235,8 @@ class ObjectSamples(Dataset[Sample]):
             least = self.augment.min_visible
             found = moved_objects(index, image, size, plan, min_visible=least)
         usable = self._usable(found.shares)
-        if index.asked is not None:
-            usable &= index.asked[found.rows]
+        if index.scored is not None:
+            usable &= index.scored[found.rows]
         shown = torch.from_numpy(found.shares).float()
         return _Scene(plan, found.rows, found.boxes, shown, torch.from_numpy(usable))
 

@@ -271,7 +271,7 @@ def test_crowds_are_kept_apart_from_the_objects(tmp_path: Path) -> None:
     index = load(tmp_path, {**dataset, "annotations": [*crowds, *dataset["annotations"]]})
     np.testing.assert_array_equal(index.object_ids, plain.object_ids)
     np.testing.assert_array_equal(index.first, plain.first)
-    assert index.asked is None and index.skipped == {"crowd": 2}
+    assert index.scored is None and index.skipped == {"crowd": 2}
     again = pickle.loads(pickle.dumps(index))
     for kept in (index.crowds, again.crowds):
         assert kept is not None and kept.object_ids.tolist() == [100]

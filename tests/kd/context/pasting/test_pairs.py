@@ -16,13 +16,13 @@ from PIL import Image
 from kd.context.pasting.pairs import (
     BORDER,
     COVERED,
-    Choices,
-    all_choices,
-    can_be_cut,
+    Placements,
+    find_placements,
+    interleave_classes,
     intersections,
+    is_whole,
     matched_pairs,
-    place_in,
-    turns,
+    score_placements,
 )
 from kd.formats.coco import CocoIndex, load_coco
 
@@ -64,7 +64,7 @@ def write(folder: Path, images: list[tuple[int, int]], objects: list[dict[str, A
     return load_coco(folder / "all.json", folder)
 
 
-def test_areas_shared_by_boxes_by_hand() -> None:
+def test_intersections_by_hand() -> None:
     boxes = np.array([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     others = np.array([[5.0, 5, 15, 15], [0, 0, 2, 3]])
     assert intersections(boxes, others).tolist() == [[25.0, 6.0], [0.0, 0.0]]
@@ -97,19 +97,19 @@ def test_only_whole_objects_are_cut(
     objects: list[dict[str, Any]], whole: bool, tmp_path: Path
 ) -> None:
     index = write(tmp_path / "x", [(80, 90)], [{"image": 1, **entry} for entry in objects])
-    assert can_be_cut(index, 0) == whole
+    assert is_whole(index, 0) == whole
 
 
 def test_classes_take_turns(tmp_path: Path) -> None:
     objects = [{"image": 1, "class": c, "rings": [square(10, 10, 20)]} for c in (1, 1, 1, 1, 2, 2)]
     index = write(tmp_path / "x", [(80, 80)], objects)
-    order = turns(index, np.arange(6), np.random.default_rng(0))
+    order = interleave_classes(index, np.arange(6), np.random.default_rng(0))
     assert sorted(order) == list(range(6))
     labels = index.labels[order]
     assert [sorted(labels[:2]), sorted(labels[2:4]), list(labels[4:])] == [[0, 1], [0, 1], [0, 0]]
 
 
-def test_a_place_keeps_height_and_scale_and_what_is_there(tmp_path: Path) -> None:
+def test_placements_keep_height_and_scale_and_do_not_cover_objects(tmp_path: Path) -> None:
     images = [(100, 100), (200, 200), (100, 100), (100, 150)]
     objects = [
         {"image": 1, "rings": [square(40, 50, 20)]},  # centre 50, bottom 70
@@ -117,15 +117,17 @@ def test_a_place_keeps_height_and_scale_and_what_is_there(tmp_path: Path) -> Non
     ]
     index = write(tmp_path / "x", images, objects)
     rows = np.array([0])
-    shifts, room = place_in(index, rows, 1)  # twice the size: the box becomes 80, 100, 120, 140
+    shifts, room = find_placements(
+        index, rows, 1
+    )  # twice the size: the box becomes 80, 100, 120, 140
     assert room.tolist() == [True] and shifts.tolist() == [[0, 0]]
-    shifts, room = place_in(index, rows, 2)  # sideways, past the object that stands there
+    shifts, room = find_placements(index, rows, 2)  # sideways, past the object that stands there
     assert room.tolist() == [True] and shifts[0, 1] == 0 and shifts[0, 0] != 0
     moved = index.boxes[0] + np.tile(shifts[0], 2)
     assert intersections(moved[None], index.boxes[[1]].astype(np.float64))[0, 0] <= COVERED * 400
     assert moved[0] >= BORDER and moved[2] <= 100 - BORDER
-    assert place_in(index, rows, 0)[1].tolist() == [False]  # its own scene
-    assert place_in(index, rows, 3)[1].tolist() == [False]  # a picture of another shape
+    assert find_placements(index, rows, 0)[1].tolist() == [False]  # its own scene
+    assert find_placements(index, rows, 3)[1].tolist() == [False]  # an image of another shape
 
 
 def test_every_object_is_scored_in_every_scene_with_room(tmp_path: Path) -> None:
@@ -136,18 +138,18 @@ def test_every_object_is_scored_in_every_scene_with_room(tmp_path: Path) -> None
     def score(image: int, classes: Any, boxes: Any) -> Any:
         return 10.0 * image + classes + boxes[:, 1] / 1000
 
-    found = all_choices(index, np.arange(3), np.array([0, 2]), score)
+    found = score_placements(index, np.arange(3), np.array([0, 2]), score)
     assert found.lifts.shape == (3, 2)
     assert np.isnan(found.lifts[0, 0]) and np.isnan(found.lifts[2, 1])
     assert found.lifts[1].tolist() == pytest.approx([0.05, 20.05])
     assert found.lifts[0, 1] == pytest.approx(20 + 1 + 0.05)
 
 
-def choices(lifts: Any) -> Choices:
+def choices(lifts: Any) -> Placements:
     array = np.array(lifts, np.float64)
     count, scenes = array.shape
     shifts = np.zeros((count, scenes, 2), np.int64)
-    return Choices(np.arange(count) + 100, np.arange(scenes) + 7, shifts, array)
+    return Placements(np.arange(count) + 100, np.arange(scenes) + 7, shifts, array)
 
 
 def most_by_trying(lifts: Any, margin: float) -> int:
@@ -163,7 +165,7 @@ def most_by_trying(lifts: Any, margin: float) -> int:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_as_many_as_can_be_have_both_scenes_and_both_sets_the_same_ones(seed: int) -> None:
+def test_pairing_is_maximal_and_both_sides_use_the_same_scenes(seed: int) -> None:
     random = np.random.default_rng(seed)
     lifts = random.normal(-0.2, 1.2, (6, 4))
     lifts[random.random(lifts.shape) < 0.3] = np.nan
@@ -178,19 +180,19 @@ def test_as_many_as_can_be_have_both_scenes_and_both_sets_the_same_ones(seed: in
             assert place.lift == lifts[pair.row - 100, place.image - 7]
 
 
-def test_no_more_pairs_than_asked_for_the_first_objects_first() -> None:
+def test_count_limits_pairs_to_the_first_objects() -> None:
     lifts = np.where(np.arange(20)[:, None] % 2 == np.arange(4) % 2, 2.0, -2.0)
     pairs = matched_pairs(choices(lifts), 6, 1.0, np.random.default_rng(0))
     assert [pair.row for pair in pairs] == [100, 101, 102, 103, 104, 105]
     assert matched_pairs(choices(np.abs(lifts)), 6, 1.0, np.random.default_rng(0)) == []
 
 
-def test_two_sizes_of_pictures_share_a_set(tiny_coco: Callable[..., Path]) -> None:
+def test_images_of_two_sizes_share_a_set(tiny_coco: Callable[..., Path]) -> None:
     root = tiny_coco(images=6, splits=("val2017",))
     index = load_coco(root / "annotations/instances_val2017.json", root / "val2017")
     rows = np.arange(len(index.object_ids))
     for image in range(len(index)):
-        shifts, room = place_in(index, rows, image)
+        shifts, room = find_placements(index, rows, image)
         boxes = index.boxes[rows] + np.tile(shifts, 2)
         assert (boxes[room, :2] >= BORDER).all()
         assert (boxes[room, 2:] <= np.array([64, 48]) - BORDER).all()

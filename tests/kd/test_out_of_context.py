@@ -14,14 +14,15 @@ from pycocotools.coco import COCO
 from scipy import ndimage
 
 from kd.cli import run_command
+from kd.context.pasting import PasteOptions
 from kd.context.pasting.cutout import REACH
-from kd.context.pasting.make import Wanted, open_set
-from kd.context.pasting.report import METRICS, report_detections, report_runs
-from kd.context.pasting.seams import area_under_roc, seam_features, told_apart
-from kd.context.pasting.write import FIRST_COMPANY, SETS, behind, encoded, moved_annotation
-from kd.data.out_of_context import main
+from kd.context.pasting.make import open_set
+from kd.context.pasting.seams import area_under_roc, seam_features, separability
+from kd.context.pasting.write import FIRST_CONTEXT_ID, SETS, encoded, moved_annotation, occluded
 from kd.errors import UserError
+from kd.evaluation.out_of_context import METRICS, report_detections, report_runs
 from kd.formats.coco import load_coco
+from kd.out_of_context import main
 from kd.problems.objects.samples import ObjectSamples
 
 COUNT = 20
@@ -46,8 +47,8 @@ def content(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def asked(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [entry for entry in content(folder, name)["annotations"] if entry["asked"]]
+def scored(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [entry for entry in content(folder, name)["annotations"] if entry["scored"]]
 
 
 def pixels(path: Path) -> Any:
@@ -56,7 +57,7 @@ def pixels(path: Path) -> Any:
 
 def test_both_sets_have_the_same_objects_and_the_same_scenes(made: Path) -> None:
     about = json.loads((made / "out_of_context.json").read_text())
-    inside, outside, home = (asked(made, name) for name in SETS)
+    inside, outside, home = (scored(made, name) for name in SETS)
     assert 10 <= len(inside) == about["pairs"] <= COUNT
     scenes = [sorted(entry["paste"]["target_image"] for entry in e) for e in (inside, outside)]
     assert scenes[0] == scenes[1]
@@ -71,37 +72,37 @@ def test_both_sets_have_the_same_objects_and_the_same_scenes(made: Path) -> None
         assert other["paste"]["log_prob"] < one["paste"]["log_prob"] <= 0
         places = {e["paste"][k] for e in (one, other) for k in ("source_image", "target_image")}
         assert len(places) == 3
-    lifts = {name: [e["paste"]["log_lift"] for e in asked(made, name)] for name in ("in", "out")}
+    lifts = {name: [e["paste"]["log_lift"] for e in scored(made, name)] for name in ("in", "out")}
     assert about["mean_log_lift"]["in"] == pytest.approx(np.mean(lifts["in"]), abs=1e-3)
 
 
-def test_a_picture_is_its_scene_but_for_the_object(made: Path, small_scenes: Path) -> None:
+def test_a_paste_changes_only_pixels_near_the_object(made: Path, small_scenes: Path) -> None:
     original = json.loads((small_scenes / "annotations" / "instances_train.json").read_text())
     files = {image["id"]: image["file_name"] for image in original["images"]}
     for name in ("in", "out"):
         index = open_set(made, name)
-        for entry in asked(made, name):
-            picture = pixels(made / name / f"{entry['id']:06d}.png")
+        for entry in scored(made, name):
+            image = pixels(made / name / f"{entry['id']:06d}.png")
             scene = pixels(small_scenes / "train" / files[entry["paste"]["target_image"]])
             row = int(np.flatnonzero(index.object_ids == entry["id"])[0])
-            mask = index.mask_of(row, picture.shape[:2])
+            mask = index.mask_of(row, image.shape[:2])
             far = ndimage.distance_transform_edt(~mask) > 1 + REACH * np.sqrt(2)
-            assert np.array_equal(picture[far], scene[far])
-            assert (picture[mask] != scene[mask]).any()
-    for entry in asked(made, "original"):
-        paste = next(e for e in asked(made, "in") if e["id"] == entry["id"])["paste"]
+            assert np.array_equal(image[far], scene[far])
+            assert (image[mask] != scene[mask]).any()
+    for entry in scored(made, "original"):
+        paste = next(e for e in scored(made, "in") if e["id"] == entry["id"])["paste"]
         source = pixels(small_scenes / "train" / files[paste["source_image"]])
         assert np.array_equal(pixels(made / "original" / f"{entry['id']:06d}.png"), source)
 
 
-def test_annotations_can_be_read_by_others(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pycocotools_reads_the_annotations(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in SETS:
         coco = COCO(str(made / "annotations" / f"instances_{name}.json"))
-        assert set(coco.anns) == {e["id"] for e in asked(made, name)} | {
-            FIRST_COMPANY + n for n in range(len(coco.anns) - len(asked(made, name)))
+        assert set(coco.anns) == {e["id"] for e in scored(made, name)} | {
+            FIRST_CONTEXT_ID + n for n in range(len(coco.anns) - len(scored(made, name)))
         }
         for image in coco.imgs:
-            (own,) = [a for a in coco.imgToAnns[image] if a["asked"]]
+            (own,) = [a for a in coco.imgToAnns[image] if a["scored"]]
             mask = coco.annToMask(own).astype(bool)
             x, y, width, height = own["bbox"]
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -117,20 +118,20 @@ def test_annotations_can_be_read_by_others(made: Path, capsys: pytest.CaptureFix
                     )
 
 
-def test_only_the_pasted_object_is_asked_about(made: Path) -> None:
+def test_only_the_pasted_object_is_scored(made: Path) -> None:
     index = open_set(made, "out")
     dataset = ObjectSamples(index, size=64, mode="all", train=False, min_share=0, max_share=1)
-    assert len(dataset) == len(asked(made, "out"))
+    assert len(dataset) == len(scored(made, "out"))
     for position in range(len(dataset)):
         sample = dataset[0, position]
         assert sample["hidden"].tolist() == sample["usable"].nonzero()[:, 0].tolist()
         assert sample["object_ids"][sample["hidden"]].tolist() == [int(sample["image_ids"])]
-        assert len(sample["labels"]) > 1  # its company is there
+        assert len(sample["labels"]) > 1  # its context is there
 
 
-def test_without_the_key_every_object_may_be_asked_about(small_scenes: Path) -> None:
+def test_without_the_key_every_object_is_scored(small_scenes: Path) -> None:
     index = load_coco(small_scenes / "annotations" / "instances_val.json", small_scenes / "val")
-    assert index.asked is None
+    assert index.scored is None
 
 
 def test_the_same_seed_makes_the_same_bytes(
@@ -143,12 +144,12 @@ def test_the_same_seed_makes_the_same_bytes(
     assert all((tmp_path / "again" / f).read_bytes() == (made / f).read_bytes() for f in files)
 
 
-def test_a_folder_in_use_is_left_alone(
+def test_a_folder_in_use_is_not_overwritten(
     made: Path, small_data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (made / "out_of_context.json").read_bytes()
     assert make(made, small_data) == 2
-    assert "is there already; name another --out" in capsys.readouterr().err
+    assert "already exists; choose another --out" in capsys.readouterr().err
     assert (made / "out_of_context.json").read_bytes() == before
 
 
@@ -156,13 +157,13 @@ def test_a_folder_in_use_is_left_alone(
     ("flags", "message"),
     [
         (["--margin", "50"], "0 of 30 objects have both a probable and an improbable scene"),
-        (["--min-share", "0.2"], "change --min-share, --max-share"),
-        (["--min-share", "0.3", "--max-share", "0.2"], "--min-share 0.3 is not below"),
+        (["--min-fraction", "0.2"], "change --min-fraction or --max-fraction"),
+        (["--min-fraction", "0.3", "--max-fraction", "0.2"], "--min-fraction 0.3 must be below"),
         (["--harmony", "2"], "--harmony: got 2.0, expected 0 to 1"),
         (["--count", "0"], "--count must be at least 1"),
     ],
 )
-def test_what_cannot_be_had_is_said(
+def test_impossible_options_are_rejected(
     flags: list[str],
     message: str,
     small_data: list[str],
@@ -197,22 +198,22 @@ def test_an_annotation_moves_with_its_object() -> None:
     assert entry["bbox"] == [10, 20, 30, 40]
 
 
-def test_what_a_paste_covers_is_gone_from_the_objects_behind_it() -> None:
+def test_occluded_objects_lose_the_covered_part() -> None:
     mask = np.zeros((20, 30), np.bool_)
     mask[:, :10] = True
     square = {"segmentation": [[5, 5, 15, 5, 15, 15, 5, 15]], "bbox": [5, 5, 10, 10], "area": 100}
-    left = behind(square, mask)
+    left = occluded(square, mask)
     assert left is not None
     assert left["bbox"] == [10, 5, 5, 10] and left["area"] == 50
-    assert behind(square, mask & False) is square
-    assert behind({**square, "segmentation": encoded(mask)}, mask) is None
-    assert behind({"bbox": [0, 0, 3, 3]}, mask) == {"bbox": [0, 0, 3, 3]}
+    assert occluded(square, mask & False) is square
+    assert occluded({**square, "segmentation": encoded(mask)}, mask) is None
+    assert occluded({"bbox": [0, 0, 3, 3]}, mask) == {"bbox": [0, 0, 3, 3]}
 
 
 def results(folder: Path, name: str, wrong: int, missed: int) -> Path:
-    """Detections of the asked objects: some misnamed, some nowhere, and surer ones elsewhere."""
+    """Detections of the scored objects: some misnamed, some nowhere, and surer ones elsewhere."""
     entries = []
-    for place, entry in enumerate(asked(folder, name)):
+    for place, entry in enumerate(scored(folder, name)):
         category = entry["category_id"]
         if place >= missed:
             named = category % 22 + 1 if place < missed + wrong else category
@@ -230,7 +231,7 @@ def results(folder: Path, name: str, wrong: int, missed: int) -> Path:
 
 
 def test_a_detector_is_scored_on_the_pasted_boxes_alone(made: Path) -> None:
-    count = len(asked(made, "in"))
+    count = len(scored(made, "in"))
     files = results(made, "in", wrong=0, missed=0), results(made, "out", wrong=3, missed=2)
     table = report_detections(made, *files)
     (found, named) = table.groups[0]
@@ -244,7 +245,7 @@ def test_a_detector_is_scored_on_the_pasted_boxes_alone(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_teacher_is_asked_on_all_three_sets(made: Path, small_teacher: Path) -> None:
+def test_a_teacher_is_evaluated_on_all_three_sets(made: Path, small_teacher: Path) -> None:
     (table,) = report_runs(made, [small_teacher], [], variants=None)
     assert table.header == ("metric", "out", "in", "in - out", "original", "original - out")
     values = {(c.metric, c.variant): c for c in table.comparisons}
@@ -254,20 +255,20 @@ def test_a_teacher_is_asked_on_all_three_sets(made: Path, small_teacher: Path) -
     assert inside.difference.mean == pytest.approx(inside.mean - outside.mean)
 
 
-def test_a_folder_that_is_no_set_says_how_to_make_one(
+def test_the_error_for_another_folder_says_how_to_create_a_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, ["check", str(tmp_path)]) == 2
     assert "out_of_context make --data NAME --out" in capsys.readouterr().err
     assert run_command(main, ["report", str(tmp_path)]) == 2
-    assert "name runs with --runs" in capsys.readouterr().err
+    assert "expected runs (--runs)" in capsys.readouterr().err
 
 
-def test_seams_are_checked(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_auc_of_each_pair(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, ["check", str(made)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == [
-        "in against out", "original against in", "original against out"
+        "in vs. out", "original vs. in", "original vs. out"
     ]  # fmt: skip
 
 
@@ -278,7 +279,7 @@ def test_the_area_under_the_curve_by_hand() -> None:
     assert area_under_roc(np.ones(4), truth).auc == 0.5
 
 
-def test_the_judge_finds_a_hard_edge_and_nothing_where_there_is_nothing() -> None:
+def test_the_seam_classifier_finds_a_hard_edge_and_is_at_chance_without_one() -> None:
     random = np.random.default_rng(0)
     rows, columns = np.mgrid[:40, :40]
     disc = np.hypot(rows - 20, columns - 20) < 9
@@ -286,13 +287,13 @@ def test_the_judge_finds_a_hard_edge_and_nothing_where_there_is_nothing() -> Non
     def outlines(contrast: float, count: int = 40) -> Any:
         shown = [60 + contrast * disc + random.normal(0, 6, (40, 40)) for _ in range(count)]
         grey = [np.clip(p, 0, 255).astype(np.uint8)[:, :, None].repeat(3, axis=2) for p in shown]
-        return np.stack([seam_features(picture, disc) for picture in grey])
+        return np.stack([seam_features(image, disc) for image in grey])
 
     groups = np.arange(40) // 2
-    same = told_apart(outlines(30), outlines(30), groups)
+    same = separability(outlines(30), outlines(30), groups)
     assert abs(same.auc - 0.5) < 3 * same.error
-    assert told_apart(outlines(30), outlines(60), groups).auc > 0.95
+    assert separability(outlines(30), outlines(60), groups).auc > 0.95
 
 
-def test_the_flags_defaults_are_those_of_the_function() -> None:
-    assert Wanted() == Wanted("val", 300, 1.0, 0.005, 0.25, 500, 0.3, 0)
+def test_default_options() -> None:
+    assert PasteOptions() == PasteOptions("val", 300, 1.0, 0.005, 0.25, 500, 0.3, 0)

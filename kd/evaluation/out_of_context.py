@@ -1,4 +1,4 @@
-"""What students, teachers and detectors say of objects in and out of their context."""
+"""Evaluate students, teachers and detectors on objects in and out of context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.context.pasting.make import open_set, source_images
+from kd.context.pasting.make import open_set, source_photos
 from kd.context.pasting.pairs import intersections
 from kd.context.pasting.write import SETS
 from kd.distillation.student import AdaptedStudent
@@ -30,8 +30,8 @@ from kd.runs.read import is_distill
 
 _log = logging.getLogger("kd")
 METRICS = ("top1", "mean_class_top1", "top5", "nll")
-SAME_BOX = 0.5  # intersection over union from which a detection is of the pasted object
-# As columns: what is pasted out of context is what everything else is compared with.
+MATCH_IOU = 0.5  # least IoU of a detection with the pasted object
+# Columns; the first is the baseline of the comparison.
 _ORDER = ("out", "in", "original")
 
 Runs = dict[str, list[Path]]
@@ -40,27 +40,27 @@ Runs = dict[str, list[Path]]
 def report_runs(
     folder: Path, runs: Sequence[Path], settings: Sequence[str], *, variants: Sequence[str] | None
 ) -> list[Table]:
-    """Accuracy in and out of context: of each run or variant, then variants against each other.
+    """Tabulate accuracy in and out of context, by run or variant and between variants.
 
     Args:
-        folder: What `python -m kd.data.out_of_context make` wrote.
+        folder: What `python -m kd.out_of_context make` wrote.
         runs: Teachers, variants of a distillation, or whole distillations.
-        settings: `data.a=value`, applied to the data set in each run's config.
+        settings: `data.a=value`, applied to the dataset in each run's config.
         variants: Of distillations, only these.
 
     Returns:
-        A table for each run or variant, sets beside each other; a distillation adds one for each
-        set, with the variants beside each other: in it context helps, out of it it may harm.
+        A table for each run or variant that compares the datasets; for a distillation also one for
+        each dataset that compares the variants.
     """
-    open_set(folder, "in")  # a mistake here should not come after the first run's minutes
+    open_set(folder, "in")  # fail before the first run's minutes
     tables = []
     for run in runs:
         if not is_distill(run):
-            tables.append(_by_set(str(run), [_ask(run, folder, settings)], [0]))
+            tables.append(_by_set(str(run), [_evaluate(run, folder, settings)], [0]))
             continue
         seeds, found = _variants_of(run, variants)
         records = {
-            variant: [_ask(place, folder, settings) for place in places]
+            variant: [_evaluate(place, folder, settings) for place in places]
             for variant, places in found.items()
         }
         tables += [_by_set(f"{run}: {variant}", records[variant], seeds) for variant in records]
@@ -74,21 +74,21 @@ def report_runs(
     return tables
 
 
-def _variants_of(run: Path, wanted: Sequence[str] | None) -> tuple[list[int], Runs]:
+def _variants_of(run: Path, selected: Sequence[str] | None) -> tuple[list[int], Runs]:
     """Seeds of a distillation, and each variant's folder for every seed; `plain` comes first."""
     places = sorted(run.glob("seed*/*/model.safetensors"))
     seeds = sorted({int(place.parent.parent.name.removeprefix("seed")) for place in places})
     names = sorted(
         {place.parent.name for place in places}, key=lambda name: (name != "plain", name)
     )
-    if wanted and (unknown := [name for name in wanted if name not in names]):
-        raise UserError(f"{run}: has no variant {unknown[0]!r}; there are {', '.join(names)}")
+    if selected and (unknown := [name for name in selected if name not in names]):
+        raise UserError(f"{run}: no variant {unknown[0]!r}; expected one of {', '.join(names)}")
     variants: Runs = {}
-    for name in wanted or names:
+    for name in selected or names:
         variants[name] = [run / f"seed{seed}" / name for seed in seeds]
         lacking = [p for p in variants[name] if not (p / "model.safetensors").is_file()]
         if lacking:
-            raise UserError(f"{lacking[0]}: not finished; --variants leaves a variant out")
+            raise UserError(f"{lacking[0]}: not finished; leave this variant out with --variants")
     return seeds, variants
 
 
@@ -97,56 +97,56 @@ def _by_set(title: str, runs: Sequence[Mapping[str, Records]], seeds: Sequence[i
     return distill_table(by_set, seeds, metrics=METRICS, title=title, baseline=_ORDER[0])
 
 
-def _ask(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Records]:
-    """A run's answers on the three sets; an object's image is the photograph it comes from."""
+def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Records]:
+    """Evaluate a run on the three datasets; image ids become those of the source photographs."""
     config, opened, model, task = open_run(run, settings)
     data = of_objects(opened)
     accelerator = make_accelerator(config["train"]["precision"])
     prior = data.prior()
-    # Every pasted object counts, whatever sizes the run itself was scored on.
+    # Score every pasted object, whatever object sizes the run was evaluated on.
     section = data.section.model_copy(update={"min_share": 0.0, "max_share": 1.0, "prepared": None})
     model = AdaptedStudent(model).to(accelerator.device)
-    sources = source_images(folder)
-    answers: dict[str, Records] = {}
+    sources = source_photos(folder)
+    predictions: dict[str, Records] = {}
     for name in SETS:
         index = open_set(folder, name, categories_from=data.train)
         metric = TopN(data.num_classes, prior=prior, looks=index.looks, where=f"{folder}/{name}")
-        asked = make_dataset(replace(data, section=section, val=index), "val", train=False)
+        samples = make_dataset(replace(data, section=section, val=index), "val", train=False)
         loader = make_loader(
-            asked, accelerator, batch_size=int(config["train"]["batch_size"]),
+            samples, accelerator, batch_size=int(config["train"]["batch_size"]),
             workers=section.workers,
         )  # fmt: skip
         evaluate(model, task, loader, metric, accelerator)
         records = metric.records()
         photographs = np.array([sources[int(key)] for key in records["object_ids"]], np.int64)
-        answers[name] = {**records, "image_ids": photographs}
-    _log.info("%s: asked", run)
-    return answers
+        predictions[name] = {**records, "image_ids": photographs}
+    _log.info("%s: evaluated", run)
+    return predictions
 
 
 def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
-    """How often a detector finds the pasted object, and by its right name.
+    """Tabulate how often a detector finds the pasted object, and how often with its true class.
 
     Args:
         folder: What `make` wrote.
-        inside: Results on `in/` in COCO's format: image_id, category_id, bbox, score.
+        inside: Results on `in/` in COCO format: image_id, category_id, bbox, score.
         outside: Likewise on `out/`.
     """
-    sources = source_images(folder)
-    scored = {}
+    sources = source_photos(folder)
+    matched = {}
     for name, file in (("in", inside), ("out", outside)):
         index = open_set(folder, name)
-        scored[name] = named_boxes(index, _read_results(file, index))
-    groups = np.array([sources[int(key)] for key in scored["in"][0]], np.int64)
+        matched[name] = match_detections(index, _read_results(file, index))
+    groups = np.array([sources[int(key)] for key in matched["in"][0]], np.int64)
     rows = []
-    for place, what in ((1, "found (IoU >= .5)"), (2, "found and rightly named")):
-        a, b = scored["out"][place], scored["in"][place]
+    for place, what in ((1, "detected (IoU >= 0.5)"), (2, "detected and correctly classified")):
+        a, b = matched["out"][place], matched["in"][place]
         gap = paired_bootstrap(a, b, groups)
         cells = [f"{100 * part.mean():.1f}" for part in (a, b)]
         mark = "*" if gap.clear_of_zero else " "
         bounds = f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]{mark}"
         rows.append((what + " (%)", *cells, bounds))
-    note = "*: the 95 % interval, photographs drawn again, does not touch zero"
+    note = "*: the 95 % interval, photographs resampled, excludes zero"
     header = ("pasted objects", "out", "in", "in - out")
     return Table(f"{inside.name}, {outside.name}", header, (tuple(rows),), (note,))
 
@@ -154,40 +154,40 @@ def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
 def _read_results(file: Path, index: CocoIndex) -> dict[int, list[dict[str, Any]]]:
     content, _ = read_json(file)
     if not isinstance(content, list):
-        raise UserError(f"{file}: not detection results: expected a list of objects")
+        raise UserError(f"{file}: expected a list of detections")
     found: dict[int, list[dict[str, Any]]] = {int(key): [] for key in index.image_ids}
     for place, entry in enumerate(content):
         box = entry.get("bbox") if isinstance(entry, dict) else None
-        good = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
-        if not good or not is_number(entry.get("score")) or "category_id" not in entry:
+        valid = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+        if not valid or not is_number(entry.get("score")) or "category_id" not in entry:
             raise UserError(f"{file}: entry {place}: no image_id, category_id, bbox and score")
         if entry.get("image_id") not in found:
             raise UserError(
                 f"{file}: entry {place}: image {entry.get('image_id')!r} is not in "
-                f"{index.annotation_file}; were the other set's results given?"
+                f"{index.annotation_file}; are these the results on the other dataset?"
             )
         found[entry["image_id"]].append(entry)
     return found
 
 
-def named_boxes(
+def match_detections(
     index: CocoIndex, results: Mapping[int, Sequence[Mapping[str, Any]]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Whether each pasted object was found, and whether it was rightly named.
+    """Whether each pasted object was detected, and whether with its true class.
 
-    The surest detection that overlaps the object by `SAME_BOX` or more names it.
+    The best-scored detection that overlaps the object by at least `MATCH_IOU` counts.
 
     Args:
-        index: The set.
+        index: The dataset.
         results: Detections by image id.
 
     Returns:
-        Ids of the objects asked about, (K,) ascending, found and rightly named, (K,) 0 or 1.
+        Ids of the scored objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.
     """
-    assert index.asked is not None
-    rows = np.flatnonzero(index.asked)
+    assert index.scored is not None
+    rows = np.flatnonzero(index.scored)
     rows = rows[np.argsort(index.object_ids[rows])]
-    found, named = np.zeros(len(rows)), np.zeros(len(rows))
+    found, classified = np.zeros(len(rows)), np.zeros(len(rows))
     for place, row in enumerate(rows.tolist()):
         entries = results[int(index.image_ids[index.image_of(row)])]
         if not entries:
@@ -197,10 +197,10 @@ def named_boxes(
         box = index.boxes[row].astype(np.float64)
         shared = intersections(box, corners)
         areas = (corners[:, 2:] - corners[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-        overlapping = np.flatnonzero(shared >= SAME_BOX * (areas - shared))
+        overlapping = np.flatnonzero(shared >= MATCH_IOU * (areas - shared))
         if len(overlapping):
-            surest = max(overlapping.tolist(), key=lambda one: float(entries[one]["score"]))
+            best = max(overlapping.tolist(), key=lambda one: float(entries[one]["score"]))
             found[place] = 1
-            right = index.category_ids[index.labels[row]]
-            named[place] = entries[surest]["category_id"] == right
-    return index.object_ids[rows].astype(np.int64), found, named
+            category = index.category_ids[index.labels[row]]
+            classified[place] = entries[best]["category_id"] == category
+    return index.object_ids[rows].astype(np.int64), found, classified
