@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
          ["--student", "resnet18", "--teacher", teacher, *STUDENT, "--out", student, "--resume"]),
         ("kd.compare", compare.main,
          [student, "--figure", str(args.out / "comparison.png"),
-          "--metrics", "top1,lookalike_top1,mean_class_top1,nll"]),
+          "--metrics", "top1,confusable_top1,mean_class_top1,nll"]),
     )  # fmt: skip
     for name, command, arguments in steps:
         shown = " ".join(f"'{a}'" if " " in a else a for a in arguments)

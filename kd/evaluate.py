@@ -19,12 +19,12 @@ from pathlib import Path
 from kd.cli import numbers, run_command, set_up_logging
 from kd.errors import UserError
 from kd.evaluation.predict import (
-    Answers,
     AnyEvaluation,
-    ask_run,
+    Predictions,
     evaluation_of,
+    predict_run,
     side_by_side,
-    stored_answers,
+    stored_predictions,
 )
 from kd.evaluation.write import write_evaluation, write_tables
 from kd.problems.detection.evaluation import results_evaluation
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.all:
         if scales or args.flip:
             raise UserError("--scales, --flip: --all reads what runs have answered, asks none")
-        runs = stored_answers(find_runs(args.runs), args.data)
+        runs = stored_predictions(find_runs(args.runs), args.data)
         return _show(side_by_side(runs, args.data, args.settings), args, args.out, None)
     run, *more = args.runs
     if more:
         raise UserError(f"{len(args.runs)} runs: --all sets several side by side")
-    asked = ask_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
+    asked = predict_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
     if asked is None:  # another process writes
         return 0
     if not asked.of_training:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(
-    shown: AnyEvaluation, args: argparse.Namespace, folder: Path | None, asked: Answers | None
+    shown: AnyEvaluation, args: argparse.Namespace, folder: Path | None, asked: Predictions | None
 ) -> int:
     """Print, and write where a folder is named."""
     for table in shown.summary_tables():
@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--annotations", type=Path, metavar="JSON", help="ground truth of COCO results files")
     add("--scales", metavar="A,B", help="label maps: average over these scales: 0.75,1,1.25")
     add("--flip", action="store_true", help="label maps: average over mirrored pictures, too")
-    add("--out", type=Path, metavar="DIR", help="output folder (default: RUN/evaluation)")
+    out = "output folder (default: RUN/evaluation; with --all and of results files: none)"
+    add("--out", type=Path, metavar="DIR", help=out)
     return parser
 
 

@@ -21,9 +21,9 @@ from kd.evaluation.predict import open_run
 from kd.formats.coco import CocoIndex
 from kd.formats.coco_validate import is_number, read_json
 from kd.metrics.bootstrap import paired_bootstrap
+from kd.metrics.records import Records
 from kd.problems.objects.data import make_dataset, of_objects
 from kd.problems.objects.metric import TopN
-from kd.problems.objects.records import Records
 from kd.report.tables import Table, distill_table
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.read import is_distill
@@ -110,7 +110,9 @@ def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Rec
     predictions: dict[str, Records] = {}
     for name in SETS:
         index = open_set(folder, name, categories_from=data.train)
-        metric = TopN(data.num_classes, prior=prior, looks=index.looks, where=f"{folder}/{name}")
+        metric = TopN(
+            data.num_classes, prior=prior, confusable=index.looks, where=f"{folder}/{name}"
+        )
         samples = make_dataset(replace(data, section=section, val=index), "val", train=False)
         loader = make_loader(
             samples, accelerator, batch_size=int(config["train"]["batch_size"]),

@@ -21,6 +21,7 @@ from kd.engine.loop import evaluate
 from kd.errors import UserError
 from kd.evaluation.ask_network import Asked
 from kd.evaluation.draw import drawn
+from kd.metrics.records import Records
 from kd.nn.multi_scale import MultiScale
 from kd.problems.base import Metric, Task
 from kd.problems.detection.data import DetectionDataset
@@ -32,7 +33,6 @@ from kd.problems.objects.data import Dataset, of_objects
 from kd.problems.objects.draw import hidden_scenes
 from kd.problems.objects.evaluation import Evaluation, Scores, about
 from kd.problems.objects.metric import TopN
-from kd.problems.objects.records import Records
 from kd.problems.records import DETECTIONS, SALIENCY, kind_of
 from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.evaluation import GazeEvaluation
@@ -65,7 +65,7 @@ _SEPARATORS = re.compile(r"[^\w.=-]+")
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """A run's answers on the val split of a data set.
 
     Args:
@@ -117,14 +117,14 @@ class Answers:
         write_summary(self.folder, self.summary)
 
 
-def ask_run(
+def predict_run(
     run: Path,
     data_name: str | None,
     settings: Sequence[str] = (),
     *,
     scales: Sequence[float] = (),
     mirror: bool = False,
-) -> Answers | None:
+) -> Predictions | None:
     """Load a run's model and ask it about the val split; None on ranks other than 0.
 
     Args:
@@ -165,7 +165,7 @@ def ask_run(
     how = ", ".join([*_said(settings), *([how] if how else [])])
     own = data.section.name == config["data"]["name"]
     folder = run / FOLDER / ("" if own else data.section.name) / _SEPARATORS.sub("_", how)
-    return Answers(name, data, metric, asked_about, summary, folder, pictures, how)
+    return Predictions(name, data, metric, asked_about, summary, folder, pictures, how)
 
 
 def _said(settings: Sequence[str]) -> list[str]:
@@ -225,12 +225,12 @@ def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Dataset
 
 
 def section_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> AnyData:
-    """The data set that `stored_answers` of this run are about, not opened."""
+    """The data set that `stored_predictions` of this run are about, not opened."""
     own = name is None or data_config(name).name == _data_name(run)
     return data_section(run.folder, run.config, None if own else name, settings)
 
 
-def stored_answers(runs: Sequence[Run], data_name: str | None) -> list[Run]:
+def stored_predictions(runs: Sequence[Run], data_name: str | None) -> list[Run]:
     """Runs with their answers about one data set: their own, or what `kd.evaluate --data` wrote.
 
     Args:
@@ -308,7 +308,7 @@ def _steps(run: Path) -> int:
 AnyEvaluation = Evaluation | MapEvaluation | BoxEvaluation | GazeEvaluation | Scores
 
 
-def evaluation_of(asked: Answers, run: Path) -> AnyEvaluation:
+def evaluation_of(asked: Predictions, run: Path) -> AnyEvaluation:
     """What one run answered.
 
     Args:

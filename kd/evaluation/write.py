@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from matplotlib.figure import Figure
 
 from kd.engine.tracking import Tracker
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 from kd.problems.objects.tables import Scored
 from kd.report.style import figure_image, save_image
 from kd.report.tables import Table

@@ -1,6 +1,6 @@
 """Numbers of a set of predictions: ranks, top-n, per class, look-alikes, by share, calibration.
 
-Everything here is a function of *records* (`kd.problems.objects.records`): arrays of a
+Everything here is a function of *records* (`kd.problems.objects.records`), the arrays of a
 `predictions.npz`.
 
 A metric is either a mean over objects or a mean over classes of such means, so that one `Measure`
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.errors import UserError
-from kd.problems.objects.records import Array, Records, prior_records
+from kd.metrics.records import Array, Records
 
 TOPS = (1, 3, 5, 10, 20)
 CALIBRATION_BINS = 15
@@ -123,13 +123,22 @@ def calibration_error(log_probs: Array, labels: Array, *, bins: int = CALIBRATIO
     return float((gaps * points.objects).sum() / points.objects.sum())
 
 
-def look_groups(looks: Sequence[str | None]) -> NDArray[np.int64]:
-    """(C,) group number of each class, -1 where nothing else looks like it."""
-    shared = sorted({look for look in looks if look is not None and looks.count(look) > 1})
-    number = {look: place for place, look in enumerate(shared)}
+def confusable_groups(names: Sequence[str | None]) -> NDArray[np.int64]:
+    """Number of each class's group, (C,); -1 for a class alone in its group or in none."""
+    shared = sorted({name for name in names if name is not None and names.count(name) > 1})
+    number = {name: place for place, name in enumerate(shared)}
     return np.array(
-        [-1 if look is None else number.get(look, -1) for look in looks], dtype=np.int64
+        [-1 if name is None else number.get(name, -1) for name in names], dtype=np.int64
     )
+
+
+def prior_records(records: Records) -> Records | None:
+    """The same objects with the class prior as every prediction; None where it is not known."""
+    if "prior" not in records:
+        return None
+    log_prior = np.log(records["prior"].astype(np.float64))
+    log_probs = np.broadcast_to(log_prior, (len(records["labels"]), len(log_prior)))
+    return {**records, "log_probs": log_probs}
 
 
 def _all(records: Records, values: Array, *, by_class: bool = False) -> Measure:
@@ -151,23 +160,23 @@ def _nll(records: Records) -> Array:
     return np.asarray(-own, dtype=np.float64)
 
 
-def _area(records: Records) -> Array:
+def _topn_auc(records: Records) -> Array:
     # The mean of the top-n curve over n = 1..C, taken object by object.
     places = ranks(records["log_probs"], records["labels"])
     return np.asarray(1.0 - places / records["log_probs"].shape[1], dtype=np.float64)
 
 
-def _has_look_alike(records: Records) -> NDArray[np.bool_]:
-    if "looks" not in records:
+def _is_confusable(records: Records) -> NDArray[np.bool_]:
+    if "confusable" not in records:
         return np.zeros(len(records["labels"]), dtype=bool)
-    return np.asarray(records["looks"][records["labels"]] >= 0)
+    return np.asarray(records["confusable"][records["labels"]] >= 0)
 
 
 def _pair_top1(records: Records) -> Array:
-    if "looks" not in records:
+    if "confusable" not in records:
         return np.zeros(len(records["labels"]))
-    looks, labels = records["looks"], records["labels"]
-    inside = looks[labels][:, None] == looks[None, :]
+    groups, labels = records["confusable"], records["labels"]
+    inside = groups[labels][:, None] == groups[None, :]
     scores = np.where(inside, records["log_probs"], -np.inf)
     return np.asarray(ranks(scores, labels) == 0, dtype=np.float64)
 
@@ -186,10 +195,10 @@ def _of_visible(records: Records, name: str) -> NDArray[np.bool_]:
 
 MEASURES: dict[str, Callable[[Records], Measure]] = {
     "mean_class_top1": lambda records: _all(records, _top(records, 1), by_class=True),
-    "area": lambda records: _all(records, _area(records)),
+    "topn_auc": lambda records: _all(records, _topn_auc(records)),
     "nll": lambda records: _all(records, _nll(records)),
-    "lookalike_top1": lambda records: _some(_top(records, 1), _has_look_alike(records)),
-    "lookalike_pair_top1": lambda records: _some(_pair_top1(records), _has_look_alike(records)),
+    "confusable_top1": lambda records: _some(_top(records, 1), _is_confusable(records)),
+    "confusable_pair_top1": lambda records: _some(_pair_top1(records), _is_confusable(records)),
     **{
         f"share/{name}_top1": lambda records, name=name: _some(  # type: ignore[misc]
             _top(records, 1), _of_share(records, name)
@@ -247,11 +256,12 @@ def chance(records: Records, name: str) -> float | None:
     num_classes = int(records["log_probs"].shape[1])
     if matched := re.fullmatch(r"top(\d+)", name):
         return int(matched[1]) / num_classes
-    if name == "lookalike_pair_top1":
-        looks = records["looks"]
-        size = np.bincount(looks[looks >= 0])[looks[records["labels"][_has_look_alike(records)]]]
+    if name == "confusable_pair_top1":
+        groups = records["confusable"]
+        own = groups[records["labels"][_is_confusable(records)]]
+        size = np.bincount(groups[groups >= 0])[own]
         return float((1.0 / size).mean())
-    special = {"area": (num_classes + 1) / (2 * num_classes), "nll": float(np.log(num_classes))}
+    special = {"topn_auc": (num_classes + 1) / (2 * num_classes), "nll": float(np.log(num_classes))}
     return special.get(name, 1 / num_classes)
 
 
@@ -270,9 +280,9 @@ def prior_curve(records: Records) -> NDArray[np.float64] | None:
 def evaluate(records: Records) -> dict[str, float]:
     """Every metric that these records allow, and those of the prior as `prior_<metric>`.
 
-    `top1` .. `top20` (up to C), `mean_class_top1` over the classes that occur, `area` (mean of the
-    top-n curve: 1 = perfect, about a half = chance), `nll` (nats), `ece` (15 bins of equal width),
-    `lookalike_top1`, `lookalike_pair_top1` (the choice within the group only),
+    `top1` .. `top20` (up to C), `mean_class_top1` over the classes that occur, `topn_auc` (area
+    under the top-n curve: 1 is perfect, about a half chance), `nll` (nats), `ece` (15 equal bins),
+    `confusable_top1`, `confusable_pair_top1` (the choice within the group only),
     `share/<bin>_top1`, `visible/<bin>_top1`, `count`.
     """
     names = [f"top{n}" for n in TOPS] + list(MEASURES)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.metrics.classification import ranks
-from kd.problems.objects.records import Array, Records
+from kd.metrics.records import Array, Records
 
 
 @dataclass(frozen=True)

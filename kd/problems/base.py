@@ -54,16 +54,16 @@ class Mean(NamedTuple):
 class Classes(NamedTuple):
     """What a metric is told of a data set: the class names, C each of the rest.
 
-    `prior` are the class shares of the train objects; classes of the same name in `looks` (None:
-    none) look alike; `visible` maps image ids (K,) to how many other objects the image of each
-    holds; `where` is what messages begin with; `truth` reads the boxes on the val images, as
-    their JSON has them, and `kitti` the same as KITTI's difficulties ask for them; `gaze` is where
-    people looked on the val pictures, and what else saliency maps are held against.
+    `prior` are the class fractions of the train objects; classes of one group in `confusable`
+    (None: no group) look alike; `visible` maps image ids (K,) to how many other objects the image
+    of each holds; `where` is what messages begin with; `truth` reads the boxes on the val images,
+    as their JSON has them, and `kitti` the same as KITTI's difficulties ask for them; `gaze` is
+    where people looked on the val images, and the references of saliency maps.
     """
 
     names: Sequence[str]
     prior: NDArray[np.float64] | None = None
-    looks: Sequence[str | None] | None = None
+    confusable: Sequence[str | None] | None = None
     visible: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None
     where: str = "evaluation"
     truth: Callable[[], BoxTruth] | None = None
@@ -145,7 +145,7 @@ def top_n(classes: Classes) -> TopN:
     return TopN(
         len(classes.names),
         prior=classes.prior,
-        looks=classes.looks,
+        confusable=classes.confusable,
         visible=classes.visible,
         where=classes.where,
     )
@@ -162,7 +162,7 @@ def found_boxes(classes: Classes) -> FoundBoxes:
     return FoundBoxes(
         classes.truth(),
         classes.names,
-        looks=classes.looks,
+        confusable=classes.confusable,
         kitti=None if classes.kitti is None else classes.kitti(),
         where=classes.where,
     )

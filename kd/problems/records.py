@@ -12,9 +12,10 @@ import numpy as np
 from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import Interval, bootstrap, paired_bootstrap
+from kd.metrics.records import Records
 from kd.problems.detection import records as box_records
 from kd.problems.detection import scores as box_scores
-from kd.problems.objects.records import BY_CLASS, Records, check_records
+from kd.problems.objects.records import BY_CLASS, check_records
 from kd.problems.saliency import baselines as saliency_references
 from kd.problems.saliency import records as saliency_scores
 from kd.problems.segmentation import records as map_scores
@@ -72,8 +73,8 @@ class Objects:
     """Classes of objects, as `kd.problems.objects.records` describes."""
 
     things, ids, not_by_id = "objects", "object_ids", BY_CLASS
-    rows = ("top1", "mean_class_top1", "top5", "nll", "ece", "lookalike_top1",
-            "lookalike_pair_top1")  # fmt: skip
+    rows = ("top1", "mean_class_top1", "top5", "nll", "ece", "confusable_top1",
+            "confusable_pair_top1")  # fmt: skip
 
     def references(self, records: Records) -> dict[str, Records]:
         """Tables have their own words for the class prior."""

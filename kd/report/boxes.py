@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kd.losses.imitation import imitation_mask
 from kd.metrics.coco_ap import Array, Bools, Ints
+from kd.metrics.records import Records
 from kd.problems.detection.scores import right_at_half
-from kd.problems.objects.records import Records
 from kd.report.overlay import class_colour
 from kd.report.style import BLUE, GREY, INK, ORANGE, letters_on
 

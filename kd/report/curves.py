@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import Interval
-from kd.problems.objects.records import Array, Records
+from kd.metrics.records import Array, Records
 from kd.report.style import (
     GREY,
     INK,

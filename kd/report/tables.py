@@ -16,7 +16,8 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, paired_interval
-from kd.problems.objects.records import Records, prior_records
+from kd.metrics.classification import prior_records
+from kd.metrics.records import Records
 from kd.problems.records import kind_of
 from kd.problems.saliency.baselines import notes
 

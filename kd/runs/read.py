@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from kd.errors import UserError
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 from kd.problems.records import check_same, kind_of
 from kd.runs.folder import check_current, class_names
 

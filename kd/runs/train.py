@@ -23,11 +23,11 @@ from kd.engine.progress import CleanStop, ProgressBar
 from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.engine.tracking import Tracker, flatten
 from kd.metrics import classification as scores
+from kd.metrics.classification import prior_records
 from kd.problems.base import Metric, Task
 from kd.problems.objects.baselines import EXACT, PRIOR, exact_records
 from kd.problems.objects.data import Dataset, ObjectsDataset
 from kd.problems.objects.metric import TopN
-from kd.problems.objects.records import prior_records
 from kd.problems.records import DETECTIONS, SALIENCY
 from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS
 from kd.problems.saliency.metric import SaliencyMaps
@@ -38,8 +38,8 @@ from kd.runs.folder import RunFolder
 from kd.runs.read import read_scalars
 from kd.runs.setup import learns, parameters, start_training
 
-_CEILING = ("top1", "top5", "nll", "lookalike_top1", "lookalike_pair_top1", "mean_class_top1",
-            "area")  # fmt: skip
+_CEILING = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
+            "topn_auc")  # fmt: skip
 
 
 def summary_of(data: Dataset, metric: Metric, model: nn.Module, steps: int) -> dict[str, Any]:
@@ -283,8 +283,8 @@ def _evaluate(
 
 def say_summary(title: str, summary: Mapping[str, Any]) -> None:
     """A run's figures on stdout, the class prior's and the ceiling's beside them."""
-    shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "area", "nll", "ece",
-             "lookalike_top1", "lookalike_pair_top1", "mAP", "micro_AP",
+    shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "topn_auc", "nll", "ece",
+             "confusable_top1", "confusable_pair_top1", "mAP", "micro_AP",
              "mIoU", "mean_accuracy", "pixel_accuracy", *DETECTIONS.rows,
              *SALIENCY.rows)  # fmt: skip
     titles = {"": "model", "prior_": "prior", "observers_": "other observers",

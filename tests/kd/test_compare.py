@@ -21,7 +21,7 @@ def make_run(folder: Path, strength: float, seed: int = 0, *, objects: int = 60)
     labels = torch.arange(objects) % 6
     logits = torch.randn(objects, 6, generator=generator)
     logits[torch.arange(objects), labels] += strength
-    metric = TopN(6, prior=[1.0] * 6, looks=("a", "a", None, None, "b", "b"))
+    metric = TopN(6, prior=[1.0] * 6, confusable=("a", "a", None, None, "b", "b"))
     ids = torch.arange(objects)
     log_probs = torch.log_softmax(logits, 1)
     metric.update(log_probs, labels, torch.full((objects,), 0.01), ids, ids // 3)
@@ -48,7 +48,7 @@ def test_a_distillation_prints_its_table(
     printed = capsys.readouterr().out
     assert printed.startswith(str(distillation))
     assert "distilled - plain" in printed
-    assert "lookalike_pair_top1 (%)" in printed
+    assert "confusable_pair_top1 (%)" in printed
     assert "top1 (%), seed 1" in printed
 
 

@@ -91,7 +91,7 @@ def test_its_numbers_are_those_of_training_beside_the_references(run: Path) -> N
     numbers = json.loads((run / "evaluation" / "metrics.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     found = numbers["runs"]["cnn"]
-    for name in ("top1", "top5", "nll", "ece", "lookalike_pair_top1", "visible/3-4_top1"):
+    for name in ("top1", "top5", "nll", "ece", "confusable_pair_top1", "visible/3-4_top1"):
         assert found[name] == pytest.approx(summary[name])
     low, high = found["intervals"]["top1"]
     assert low <= found["top1"] <= high
@@ -145,7 +145,7 @@ def test_runs_side_by_side_share_a_table_and_figures(
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.startswith("run "))
     columns = ["top1", "top3", "top5", "top10", "top20", "mean_class_top1", "nll", "ece",
-               "lookalike_top1", "lookalike_pair_top1"]  # fmt: skip
+               "confusable_top1", "confusable_pair_top1"]  # fmt: skip
     assert header.split() == ["run", *columns]
     names = [line.split("  ")[0] for line in lines[lines.index(header) :]]
     for name in ("random", PRIOR, COMPANY, EXACT, TOLD):

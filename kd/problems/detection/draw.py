@@ -13,9 +13,9 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.evaluation.write import fresh_tracker, write_figure
 from kd.formats.coco import CocoIndex
+from kd.metrics.records import Records
 from kd.problems.detection.samples import DetectionSamples
 from kd.problems.detection.task import Detection, anchors_of, assigned
-from kd.problems.objects.records import Records
 from kd.problems.records import check_same
 from kd.report.boxes import found_figures, imitation_figure
 from kd.runs.read import read_predictions

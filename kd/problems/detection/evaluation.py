@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from kd.errors import UserError
 from kd.formats.coco_results import read_detections, read_truth
+from kd.metrics.records import Records
 from kd.problems.detection import records as box_records
 from kd.problems.detection.figures import (
     box_class_table,
@@ -22,7 +23,6 @@ from kd.problems.detection.figures import (
 )
 from kd.problems.detection.scores import VOC, BoxRow, per_class
 from kd.problems.objects import tables
-from kd.problems.objects.records import Records
 from kd.problems.objects.tables import Scored, scored_run
 from kd.problems.records import DETECTIONS
 from kd.report.tables import Table
@@ -126,7 +126,7 @@ def results_records(annotations: Path, results: Path) -> Records:
         image_ids=truth.image_ids,
         names=truth.class_names,
         category_ids=truth.category_ids,
-        looks=truth.looks,
+        confusable=truth.looks,
     )
     box_records.check(records, str(annotations))
     return records

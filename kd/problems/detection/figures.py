@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kd.metrics.coco_ap import AREAS
+from kd.metrics.records import Records
 from kd.problems.detection.scores import COCO, SIZES, BoxRow, objects_of
-from kd.problems.objects.records import Records
 from kd.problems.records import DETECTIONS
 from kd.report.style import GREY, INK, colours, legend_above, letters_on, new_figure, new_stack
 from kd.report.tables import Table, bounds_cell, interval_of, number_cell

@@ -14,9 +14,9 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.metrics.coco_ap import Array, Bools, Boxes, Ints
 from kd.metrics.kitti_ap import KittiTruth
+from kd.metrics.records import Records, save_records
 from kd.problems.detection import records as box_records
 from kd.problems.detection import scores as box_scores
-from kd.problems.objects.records import Records, save_records
 
 RESULTS = "detections.json"  # beside predictions: the same in COCO's format
 _FLUSH_AT = 1024  # images whose detections stay on the device
@@ -51,12 +51,12 @@ class FoundBoxes:
     Args:
         truth: What is on the images, these and maybe more.
         names: C class names.
-        looks: C names; classes with the same one (None: none) look alike.
+        confusable: C group names, None for none; classes of one group look alike.
         kitti: The same objects as KITTI's difficulties ask for them.
         where: What messages begin with: a run, a data set.
 
     Raises:
-        UserError: Not as many names or looks as the truth has categories.
+        UserError: Not as many names or groups as the truth has categories.
     """
 
     def __init__(
@@ -64,17 +64,21 @@ class FoundBoxes:
         truth: BoxTruth,
         names: Sequence[str],
         *,
-        looks: Sequence[str | None] | None = None,
+        confusable: Sequence[str | None] | None = None,
         kitti: KittiTruth | None = None,
         where: str = "evaluation",
     ) -> None:
-        sides: dict[str, Sequence[str | None] | None] = {"class names": names, "looks": looks}
+        sides: dict[str, Sequence[str | None] | None] = {
+            "class names": names,
+            "confusable groups": confusable,
+        }
         for what, given in sides.items():
             if given is not None and len(given) != len(truth.category_ids):
                 raise UserError(
                     f"{where}: {len(given)} {what} for {len(truth.category_ids)} categories"
                 )
-        self._truth, self._names, self._looks, self._kitti = truth, tuple(names), looks, kitti
+        self._truth, self._names = truth, tuple(names)
+        self._confusable, self._kitti = confusable, kitti
         self._where = where
         self._pending: list[dict[str, Tensor]] = []
         self._chunks: list[dict[str, Array]] = []
@@ -154,7 +158,7 @@ class FoundBoxes:
             image_ids=truth.image_ids[seen],
             names=self._names,
             category_ids=truth.category_ids,
-            looks=self._looks,
+            confusable=self._confusable,
             kitti=None if kitti is None else KittiTruth(
                 _rows(kitti.boxes, kept, place), kitti.truncated[kept], kitti.occluded[kept],
                 kitti.neighbour[kept], kitti.region[kept],

@@ -1,11 +1,11 @@
-"""Boxes found on the pictures of a split beside those that are there: arrays of `predictions.npz`.
+"""Boxes found on the images of a split beside the true ones: arrays of `predictions.npz`.
 
-`image_ids` (I,) ascending; `names`, `category_ids` and, where they are known, `looks` (C,), the
-number of the group of look-alikes a class belongs to, -1 for none. Of the true objects
-`truth_images` (G,), places in `image_ids`, `truth_labels` (G,), `truth_boxes` (G, 4) x, y, width,
-height in pixels of the file, `truth_areas` (G,) of the segments, `truth_crowds` (G,); of KITTI's
-also `truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Of the detections
-`found_images`, `found_labels`, `found_boxes`, `found_scores` (D,), by image.
+`image_ids` (I,) ascending; `names`, `category_ids` and, where they are known, `confusable` (C,),
+the number of the group of confusable classes that a class belongs to, -1 for none. Of the true
+objects `truth_images` (G,), places in `image_ids`, `truth_labels` (G,), `truth_boxes` (G, 4) x, y,
+width, height in pixels of the file, `truth_areas` (G,) of the segments, `truth_crowds` (G,); with
+KITTI also `truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Of the
+detections `found_images`, `found_labels`, `found_boxes`, `found_scores` (D,), by image.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from kd.errors import UserError
-from kd.metrics.classification import look_groups
+from kd.metrics.classification import confusable_groups
 from kd.metrics.coco_ap import Array, Boxes, Floats, Ints
 from kd.metrics.kitti_ap import KittiTruth
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 from kd.utils.io import write_whole
 
 TRUTH = ("truth_images", "truth_labels", "truth_boxes", "truth_areas", "truth_crowds")
 FOUND = ("found_images", "found_labels", "found_boxes", "found_scores")
 KITTI = ("truth_truncated", "truth_occluded", "truth_roles")
-BY_CLASS = ("names", "category_ids", "looks")
+BY_CLASS = ("names", "category_ids", "confusable")
 NOT_BY_ID = (*BY_CLASS, *TRUTH, *KITTI, *FOUND)
 ROLES = ("object", "neighbour", "region")  # what `truth_roles` counts from 0
 
@@ -38,7 +38,7 @@ def box_records(
     image_ids: Ints,
     names: Sequence[str],
     category_ids: Ints,
-    looks: Sequence[str | None] | None = None,
+    confusable: Sequence[str | None] | None = None,
     kitti: KittiTruth | None = None,
 ) -> Records:
     """Records of what is there and what was found.
@@ -50,7 +50,7 @@ def box_records(
         image_ids: (I,) ascending.
         names: C names.
         category_ids: (C,), as results in COCO's format name classes.
-        looks: C names; classes with the same one (None: none) look alike.
+        confusable: C group names, None for none; classes of one group look alike.
         kitti: The same objects as KITTI's difficulties ask for them.
     """
     order = np.argsort(found.image, kind="stable")
@@ -68,8 +68,8 @@ def box_records(
         "found_boxes": found.xywh[order],
         "found_scores": np.asarray(scores)[order],
     }
-    if looks is not None:
-        records["looks"] = look_groups(tuple(looks)).astype(np.int16)
+    if confusable is not None:
+        records["confusable"] = confusable_groups(tuple(confusable)).astype(np.int16)
     if kitti is not None:
         records["truth_truncated"] = kitti.truncated.astype(np.float64)
         records["truth_occluded"] = kitti.occluded.astype(np.int8)

@@ -20,9 +20,9 @@ from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, percentiles, resamples
 from kd.metrics.coco_ap import AREAS, SUMMARY, THRESHOLDS, Array, Bools, Floats, Matches, MeanAP
 from kd.metrics.kitti_ap import DIFFICULTIES, OVERLAPS, kitti_ap
+from kd.metrics.records import Records
 from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
 from kd.problems.detection import records as box_records
-from kd.problems.objects.records import Records
 
 # What tables call COCO's numbers, and what `mean_ap.SUMMARY` calls them.
 COCO = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium",
@@ -32,10 +32,10 @@ AR = "AR100"
 RECALLS = {"AR1": ("all", 1), "AR10": ("all", 10), AR: ("all", 100), "AR_small": ("small", 100),
            "AR_medium": ("medium", 100), "AR_large": ("large", 100)}  # fmt: skip
 VOC: dict[str, Points] = {"VOC07_mAP": "11", "VOC_mAP": "area"}
-LOOKALIKE = "lookalike_"  # before a number of COCO's: of classes that others look like
+CONFUSABLE = "confusable_"  # before a number of COCO's: of classes that others look like
 _KITTI = re.compile(rf"KITTI(11)?_({'|'.join(DIFFICULTIES)})")
 KITTI = tuple(f"KITTI_{name}" for name in DIFFICULTIES)
-ROWS = (*COCO, AR, f"{LOOKALIKE}AP50", *KITTI)
+ROWS = (*COCO, AR, f"{CONFUSABLE}AP50", *KITTI)
 SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}  # metric -> area range
 _REMEMBERED = 32  # runs
 
@@ -47,7 +47,7 @@ def value(records: Records, name: str) -> float | None:
 
     Args:
         records: As `kd.problems.detection.records` describes.
-        name: One of `ROWS` or `RECALLS`, `KITTI11_<difficulty>`, `lookalike_<one of COCO>`, or any
+        name: One of `ROWS` or `RECALLS`, `KITTI11_<difficulty>`, `confusable_<one of COCO>`, or any
             but those of look-alikes with `/` and a class behind it.
 
     Raises:
@@ -81,7 +81,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 def evaluate(records: Records) -> dict[str, float]:
     """Every number of all classes that these records allow, and the `count` of images."""
-    names = (*COCO, *RECALLS, f"{LOOKALIKE}AP50", *VOC, *KITTI)
+    names = (*COCO, *RECALLS, f"{CONFUSABLE}AP50", *VOC, *KITTI)
     found = {name: value(records, name) for name in names}
     numbers = {name: number for name, number in found.items() if number is not None}
     return {**numbers, "count": float(len(records["image_ids"]))}
@@ -146,7 +146,7 @@ class _Remembered:
     def digest(self) -> bytes:
         """Of all that numbers follow from."""
         content = hashlib.blake2b(digest_size=16)
-        for name in ("image_ids", "category_ids", "names", "looks", *box_records.TRUTH,
+        for name in ("image_ids", "category_ids", "names", "confusable", *box_records.TRUTH,
                      *box_records.KITTI, *box_records.FOUND):  # fmt: skip
             if name in self.records:
                 part = np.ascontiguousarray(self.records[name])
@@ -167,9 +167,9 @@ def _number(known: _Remembered, name: str, *, drawn: bool) -> Floats:
     metric, _, wanted = name.partition("/")
     label = class_number(wanted, records) if wanted else None
     kept = np.ones(len(records["category_ids"]), np.bool_)
-    if metric.startswith(LOOKALIKE) and label is None:
-        metric = metric.removeprefix(LOOKALIKE)
-        kept = records["looks"] >= 0 if "looks" in records else ~kept
+    if metric.startswith(CONFUSABLE) and label is None:
+        metric = metric.removeprefix(CONFUSABLE)
+        kept = records["confusable"] >= 0 if "confusable" in records else ~kept
     if metric in COCO or metric in RECALLS:
         found = (_resampled(known) if drawn else _observed(known))[metric]
     elif metric in VOC:
@@ -181,7 +181,7 @@ def _number(known: _Remembered, name: str, *, drawn: bool) -> Floats:
         names = ", ".join(dict.fromkeys((*ROWS, *RECALLS, *VOC)))
         raise UserError(
             f"metric {name!r}: unknown; there are {names}, "
-            f"KITTI11_<difficulty>, {LOOKALIKE}<one of COCO's>, and of a class: AP/<class>"
+            f"KITTI11_<difficulty>, {CONFUSABLE}<one of COCO's>, and of a class: AP/<class>"
         )
     return found[:, label] if label is not None else mean_over_classes(found[:, kept])
 

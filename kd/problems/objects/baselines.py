@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.splits import objects_on
+from kd.metrics.classification import prior_records
+from kd.metrics.records import Records
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.problems.objects.data import ObjectsDataset, make_dataset
-from kd.problems.objects.records import Records, answered, prior_records
+from kd.problems.objects.records import answered
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:

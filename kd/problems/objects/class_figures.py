@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kd.metrics.confusion import ClassRow, Confusion, confusion_matrix
-from kd.problems.objects.records import Array, Records
+from kd.metrics.records import Array, Records
 from kd.report.style import (
     BLUE,
     GREY,

@@ -86,9 +86,9 @@ class ObjectsDataset:
         """Names, prior, by default that of usable objects, and look-alikes."""
         known = partial(visible_objects, self.val)
         prior = self.prior() if prior is None else prior
-        names, looks = self.class_names, self.val.looks
+        names, confusable = self.class_names, self.val.looks
         where = self.section.name
-        return Classes(names, prior, looks, known, where, truth=lambda: self.val_truth)
+        return Classes(names, prior, confusable, known, where, truth=lambda: self.val_truth)
 
     @cached_property
     def val_truth(self) -> Truth:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kd.metrics import classification as scores
 from kd.metrics.confusion import ClassRow, beyond_prior, confusions, per_class
+from kd.metrics.records import Records
 from kd.problems.base import Metric
 from kd.problems.objects import tables
 from kd.problems.objects.baselines import ABOUT, PRIOR
@@ -23,7 +24,6 @@ from kd.problems.objects.class_figures import (
     per_class_figure,
 )
 from kd.problems.objects.data import Dataset, ObjectsDataset
-from kd.problems.objects.records import Records
 from kd.problems.objects.tables import Scored
 from kd.report.curves import reliability_figure, share_hidden_figure, top_n_figure, visible_figure
 from kd.report.tables import Table

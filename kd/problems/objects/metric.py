@@ -14,7 +14,8 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.confusion import per_class
-from kd.problems.objects.records import REQUIRED, Array, check_records, save_records
+from kd.metrics.records import Array, save_records
+from kd.problems.objects.records import REQUIRED, check_records
 
 # Device tensors are kept until this many objects are there: one wait for the device for all.
 _FLUSH_AT = 4096
@@ -33,12 +34,12 @@ class TopN:
     Args:
         num_classes: C.
         prior: (C,) class shares of the training labels; adds the `prior_` metrics.
-        looks: C names; classes with the same one (None: none) look alike.
+        confusable: C group names, None for none; classes of one group look alike.
         visible: Image ids (K,) -> how many other objects the image of each holds, (K,).
         where: What messages begin with: a run, a data set.
 
     Raises:
-        UserError: `prior` or `looks` do not fit C.
+        UserError: `prior` or `confusable` do not fit C.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class TopN:
         num_classes: int,
         *,
         prior: Tensor | Array | Sequence[float] | None = None,
-        looks: Sequence[str | None] | None = None,
+        confusable: Sequence[str | None] | None = None,
         visible: Callable[[Array], Array] | None = None,
         where: str = "evaluation",
     ) -> None:
@@ -56,10 +57,12 @@ class TopN:
         self._extra: dict[str, Array] = {}
         if prior is not None:
             self._extra["prior"] = _checked_prior(prior, num_classes, where)
-        if looks is not None:
-            if len(looks) != num_classes:
-                raise UserError(f"{where}: {len(looks)} looks for {num_classes} classes")
-            self._extra["looks"] = scores.look_groups(tuple(looks))
+        if confusable is not None:
+            if len(confusable) != num_classes:
+                raise UserError(
+                    f"{where}: {len(confusable)} confusable groups for {num_classes} classes"
+                )
+            self._extra["confusable"] = scores.confusable_groups(tuple(confusable))
         self.reset()
 
     def reset(self) -> None:

@@ -2,38 +2,21 @@
 
 `object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,) of the picture that is hidden,
 `log_probs` (K, C), and, where they are known, `visible` (K,), how many other objects the picture
-holds, `prior` (C,), the class shares of the training labels, and `looks` (C,), the number of the
-group of look-alikes a class belongs to, -1 for none.
+holds, `prior` (C,), the class fractions of the training labels, and `confusable` (C,), the number
+of the group of confusable classes that a class belongs to, -1 for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from kd.errors import UserError
-from kd.utils.io import write_whole
-
-Array = NDArray[Any]
-Records = Mapping[str, Array]
+from kd.metrics.records import Array, Records
 
 REQUIRED = ("object_ids", "image_ids", "labels", "shares", "log_probs")
-BY_CLASS = ("prior", "looks")  # all others have a row for each object
+BY_CLASS = ("prior", "confusable")  # all others have a row for each object
 # How far a row of probabilities may be from summing to one: bfloat16 has three digits.
 _NORMALISED_WITHIN = 0.05
-
-
-def prior_records(records: Records) -> Records | None:
-    """The same objects as the class prior alone would answer them; None where it is not known."""
-    if "prior" not in records:
-        return None
-    log_prior = np.log(records["prior"].astype(np.float64))
-    answers = np.broadcast_to(log_prior, (len(records["labels"]), len(log_prior)))
-    return {**records, "log_probs": answers}
 
 
 def answered(
@@ -105,18 +88,3 @@ def check_records(records: Records, where: str) -> None:
             f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
             "not 1 (NaN, or scores that were not normalised)"
         )
-
-
-def save_records(records: Records, path: Path, *, compressed: bool = False) -> None:
-    """Write records as an .npz file: whole, or not at all.
-
-    Raises:
-        UserError: The folder cannot be written or the disk is full.
-    """
-    save: Any = np.savez_compressed if compressed else np.savez
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # by name, numpy would put its own ending behind it
-            save(file, **records)
-
-    write_whole(path, write)

@@ -16,7 +16,7 @@ import numpy as np
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import Interval
 from kd.metrics.confusion import ClassRow, Confusion, per_class
-from kd.problems.objects.records import Array, Records
+from kd.metrics.records import Array, Records
 from kd.problems.records import kind_of
 from kd.report.tables import (
     CLEAR,
@@ -34,8 +34,8 @@ COLUMNS = (
     "mean_class_top1",
     "nll",
     "ece",
-    "lookalike_top1",
-    "lookalike_pair_top1",
+    "confusable_top1",
+    "confusable_pair_top1",
 )
 RANDOM = "random"
 # Side by side there is room for the bounds of these.

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.metrics.records import Records
 from kd.metrics.saliency import METRICS, NAN, SaliencyTruth, Size, density_of, fixation_density
-from kd.problems.objects.records import Records
 
 # Of the prior, in sides of the picture. On OSIE 0.03 and 0.05 are worse by 0.001 and 0.003 bits.
 PRIOR_SIGMA = 0.04

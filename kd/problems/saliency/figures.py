@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 from kd.problems.saliency.baselines import NAMES
 from kd.problems.saliency.records import ROWS
 from kd.report.style import INK, colours, legend_above, new_figure, reference_style

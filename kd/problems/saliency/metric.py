@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.metrics.records import Array, save_records
 from kd.metrics.saliency import SaliencyTruth
-from kd.problems.objects.records import Array, save_records
 from kd.problems.saliency import records as saliency_scores
 
 _Row = dict[str, float]

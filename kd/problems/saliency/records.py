@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, drawn_again
+from kd.metrics.records import Array, Records
 from kd.metrics.saliency import METRICS, SaliencyTruth, density_of, log2_at, measure
-from kd.problems.objects.records import Array, Records
 
 ROWS = tuple(METRICS)
 COUNTS = ("fixation_counts", "other_counts")

@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kd.metrics.records import Records
 from kd.problems.objects import tables
-from kd.problems.objects.records import Records
 from kd.problems.objects.tables import Scored, scored_run
 from kd.problems.records import PICTURES
 from kd.problems.segmentation.data import SegmentationDataset

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from kd.metrics.records import Array, Records
 from kd.problems.objects.class_figures import matrix_figure
-from kd.problems.objects.records import Array, Records
 from kd.problems.segmentation.records import IOU, ClassRow
 from kd.report.style import GREY, INK, colours, legend_above, new_stack
 from kd.report.tables import Table, bounds_cell, interval_of

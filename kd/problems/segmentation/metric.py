@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.problems.objects.records import save_records
+from kd.metrics.records import save_records
 from kd.problems.segmentation import records as map_scores
 from kd.utils.images import VOID
 

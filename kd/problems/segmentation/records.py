@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, drawn_again
-from kd.problems.objects.records import Array, Records
+from kd.metrics.records import Array, Records
 
 REQUIRED = ("image_ids", "confusion")
 ROWS = ("mIoU", "mean_accuracy", "pixel_accuracy")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd.metrics.confusion import beyond_prior, confusion_matrix, confusions, per_class
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 
 CUP, FORK, PERSON = 0, 1, 2
 

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.metrics.coco_ap import Boxes
+from kd.metrics.records import Records
 from kd.problems.detection.records import box_records
-from kd.problems.objects.records import Records
 from kd.report.boxes import Marked, boxes_figure, found_figures, imitation_figure
 from kd.report.overlay import class_colour
 from kd.report.style import GREY, figure_image

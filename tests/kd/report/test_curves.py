@@ -12,9 +12,9 @@ from PIL import Image
 
 from kd.errors import UserError
 from kd.metrics import classification as scores
+from kd.metrics.records import Records
 from kd.problems.objects.draw import hidden_scene_figure
 from kd.problems.objects.metric import TopN
-from kd.problems.objects.records import Records
 from kd.problems.saliency import records as saliency_scores
 from kd.report import curves as figures
 from kd.report.style import BLUE, ORANGE, figure_image, letters_on, save_figure

@@ -13,20 +13,20 @@ import torch
 from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import paired_interval
+from kd.metrics.records import Records
 from kd.problems.objects.metric import TopN
-from kd.problems.objects.records import Records
 from kd.report.tables import distill_table, print_table, runs_table
 
 LABELS = torch.arange(60) % 3
 LOOKS = ("cup", "cup", None)
 
 
-def records_of(strength: float, seed: int, *, looks: bool = True) -> Records:
+def records_of(strength: float, seed: int, *, confusable: bool = True) -> Records:
     """Predictions of sixty objects, the better the greater the strength."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(60, 3, generator=generator)
     logits[torch.arange(60), LABELS] += strength
-    metric = TopN(3, prior=[0.5, 0.3, 0.2], looks=LOOKS if looks else None)
+    metric = TopN(3, prior=[0.5, 0.3, 0.2], confusable=LOOKS if confusable else None)
     ids = torch.arange(60)
     metric.update(torch.log_softmax(logits, 1), LABELS, torch.full((60,), 0.01), ids, ids // 3)
     return metric.records()
@@ -90,11 +90,11 @@ def test_equal_variants_differ_by_nothing() -> None:
 
 
 def test_metrics_that_the_objects_do_not_allow_are_left_out_unless_asked_for() -> None:
-    runs = {"plain": [records_of(1.0, 0, looks=False)]}
+    runs = {"plain": [records_of(1.0, 0, confusable=False)]}
     names = {entry.metric for entry in distill_table(runs, [0]).comparisons}
     assert names == {"top1", "mean_class_top1", "nll", "ece"}  # no top5: three classes
-    with pytest.raises(UserError, match="'lookalike_top1': none of these objects"):
-        distill_table(runs, [0], metrics=["lookalike_top1"])
+    with pytest.raises(UserError, match="'confusable_top1': none of these objects"):
+        distill_table(runs, [0], metrics=["confusable_top1"])
     with pytest.raises(UserError, match="'accuracy': unknown"):
         distill_table(runs, [0], metrics=["accuracy"])
 

@@ -56,7 +56,7 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
 
 def test_objects_come_back_in_order_of_their_id(tmp_path: Path) -> None:
     records = dict(read_run(make_run(tmp_path / "run")).records)
-    by_class = ("prior", "looks")
+    by_class = ("prior", "confusable")
     backwards: dict[str, Any] = {k: v if k in by_class else v[::-1] for k, v in records.items()}
     np.savez(tmp_path / "backwards.npz", **backwards)
     found = read_predictions(tmp_path / "backwards.npz")

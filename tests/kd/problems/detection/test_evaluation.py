@@ -15,10 +15,10 @@ from PIL import Image
 from kd import compare, evaluate
 from kd.errors import UserError
 from kd.formats.coco import load_coco
+from kd.metrics.records import Records, save_records
 from kd.problems.detection.draw import write_box_overlays
 from kd.problems.detection.evaluation import BoxEvaluation, results_evaluation, results_records
 from kd.problems.detection.scores import VOC
-from kd.problems.objects.records import Records, save_records
 from kd.problems.records import DETECTIONS
 from kd.runs.read import read_predictions
 
@@ -143,7 +143,7 @@ def test_runs_are_compared_without_their_data(
     assert compare.main(single) == 0
     said = capsys.readouterr().out
     assert said.startswith("6 pictures with boxes") and "AP_small (%)" in said
-    assert "lookalike" not in said and "KITTI" not in said
+    assert "confusable" not in said and "KITTI" not in said
     assert evaluate.main(["--all", *single, "--out", str(tmp_path / "both")]) == 0
     assert "tiny val: " in capsys.readouterr().out
     numbers = json.loads((tmp_path / "both" / "metrics.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from kd.metrics.coco_ap import Boxes
+from kd.metrics.records import Records
 from kd.problems.detection.figures import (
     box_class_table,
     box_classes_side_by_side,
@@ -16,7 +17,6 @@ from kd.problems.detection.figures import (
 )
 from kd.problems.detection.records import box_records
 from kd.problems.detection.scores import BoxRow, per_class, value
-from kd.problems.objects.records import Records
 from kd.report.style import figure_image
 
 NAMES = ("cup", "mug", "jar")

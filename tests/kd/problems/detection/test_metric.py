@@ -178,8 +178,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     found, batch = asked(truth)
     with pytest.raises(UserError, match="2 class names for 3 categories"):
         FoundBoxes(truth, ("a", "b"))
-    with pytest.raises(UserError, match="1 looks for 3 categories"):
-        metric_of(truth, looks=[None])
+    with pytest.raises(UserError, match="1 confusable groups for 3 categories"):
+        metric_of(truth, confusable=[None])
     with pytest.raises(ValueError, match=r"detections: \(5, 30, 5\), expected \(5, K, 6\)"):
         metric_of(truth).take(found[..., :5], batch)
     with pytest.raises(UserError, match=r"^runs/x: not one object to find"):
@@ -203,12 +203,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
     truth = small_truth(tmp_path)
     found, batch = asked(truth)
-    looks = ("drink", "drink", None)
-    classes = Classes(truth.class_names, looks=looks, where="here", truth=lambda: truth)
+    confusable = ("drink", "drink", None)
+    classes = Classes(truth.class_names, confusable=confusable, where="here", truth=lambda: truth)
     metric = found_boxes(classes)
     metric.take(found, batch)
     values = metric.compute()
-    assert values["lookalike_AP50"] == pytest.approx(values["AP50"])  # jars are not there
+    assert values["confusable_AP50"] == pytest.approx(values["AP50"])  # jars are not there
     assert "KITTI_easy" not in values
     count = len(truth.boxes)
     kitti = KittiTruth(

@@ -12,11 +12,11 @@ from kd.errors import UserError
 from kd.metrics.bootstrap import resamples
 from kd.metrics.coco_ap import Boxes, Floats, MeanAP, summary
 from kd.metrics.kitti_ap import KittiTruth, kitti_ap
+from kd.metrics.records import Records
 from kd.metrics.voc_ap import VocAP, mean_over_classes
 from kd.problems.detection import scores as box_scores
 from kd.problems.detection.evaluation import results_records
 from kd.problems.detection.records import box_records, kitti_truth
-from kd.problems.objects.records import Records
 from kd.problems.records import DETECTIONS, PICTURES, check_same, kind_of
 
 NAMES = ("cup", "mug", "tie", "jar")
@@ -50,7 +50,7 @@ def records_of(seed: int, *, right: float = 0.7, kitti: bool = False, ids: int =
     return box_records(
         truth, boxes_of(image[rows], said, near), random.random(len(rows)), names=NAMES,
         image_ids=np.arange(PICTURES_OF) * 3 + ids, category_ids=np.array([1, 4, 5, 9]),
-        looks=LOOKS, kitti=marks,
+        confusable=LOOKS, kitti=marks,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_every_name_is_what_it_says() -> None:
     assert box_scores.value(run, "AP/jar") is None  # none is there
     # cups and mugs look alike; nothing looks like a jar or a tie.
     half = averages[0, 0, 0, :2].mean()
-    assert box_scores.value(run, "lookalike_AP50") == pytest.approx(half)
+    assert box_scores.value(run, "confusable_AP50") == pytest.approx(half)
     ours = {"truth": meter.truth, "found": meter.found}
     voc = VocAP(ours["truth"], ours["found"], PICTURES_OF, 4)
     for name, points in box_scores.VOC.items():
@@ -86,13 +86,13 @@ def test_every_name_is_what_it_says() -> None:
         assert box_scores.value(run, f"{name}/tie") == pytest.approx(average[0, 2])
     assert box_scores.value(run, "KITTI_easy") is None
     values = box_scores.evaluate(run)
-    assert {"AP", "AR100", "VOC07_mAP", "lookalike_AP50", "count"} <= values.keys()
+    assert {"AP", "AR100", "VOC07_mAP", "confusable_AP50", "count"} <= values.keys()
     assert "KITTI_easy" not in values and values["count"] == PICTURES_OF
 
 
 def test_without_look_alikes_there_is_no_number_of_them() -> None:
-    run = {name: part for name, part in records_of(0).items() if name != "looks"}
-    assert box_scores.value(run, "lookalike_AP50") is None
+    run = {name: part for name, part in records_of(0).items() if name != "confusable"}
+    assert box_scores.value(run, "confusable_AP50") is None
 
 
 def test_kittis_numbers_are_there_where_their_marks_are() -> None:
@@ -142,7 +142,7 @@ def test_intervals_are_percentiles_of_averages_taken_anew() -> None:
 
 def test_equal_runs_differ_by_nothing_and_one_picture_has_no_bounds() -> None:
     run = records_of(0)
-    for name in ("AP", "lookalike_AP50", "AP_large", "VOC07_mAP", "AR100"):
+    for name in ("AP", "confusable_AP50", "AP_large", "VOC07_mAP", "AR100"):
         assert box_scores.difference(run, records_of(0), name) == (0.0, 0.0, 0.0)
     rows = {side: run[f"{side}_images"] == 0 for side in ("truth", "found")}
     one = {name: part[rows[name[:5]]] if name[:5] in rows else part for name, part in run.items()}
@@ -183,7 +183,7 @@ def test_names_that_mean_nothing_are_refused() -> None:
     wrong = {
         "metric 'top1': unknown; there are AP, AP50": "top1",
         "'mIoU/cup': unknown": "mIoU/cup",
-        "'lookalike_AR': unknown": "lookalike_AR",
+        "'confusable_AR': unknown": "confusable_AR",
         "'KITTI12_easy': unknown": "KITTI12_easy",
         "class 'pan': no such class; there are cup, mug": "AP/pan",
         "class '4': no such": "AP/4",
@@ -210,7 +210,7 @@ def test_damage_is_named() -> None:
             **run, "found_labels": run["found_labels"][1:]},
         r"truth_boxes is \(96,\), expected \(96, 4\)": {
             **run, "truth_boxes": run["truth_boxes"][:, 0]},
-        r"looks is \(3,\), expected \(4,\)": {**run, "looks": run["looks"][:3]},
+        r"confusable is \(3,\), expected \(4,\)": {**run, "confusable": run["confusable"][:3]},
         "truth_crowds is int64, expected bool": {
             **run, "truth_crowds": run["truth_crowds"].astype(np.int64)},
         "image_ids do not ascend": {**run, "image_ids": run["image_ids"][::-1]},

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kd.metrics.confusion import Confusion, per_class
+from kd.metrics.records import Records
 from kd.problems.objects.class_figures import (
     beyond_prior_figure,
     class_share_figure,
     confusion_figure,
     per_class_figure,
 )
-from kd.problems.objects.records import Records
 from kd.report.style import figure_image
 
 NAMES = ["cup", "fork", "person"]

@@ -58,14 +58,14 @@ def test_a_perfect_scorer_has_all_objects_right_where_the_published_rank_had_one
     published_rank = published[np.arange(90), labels.numpy()]
 
     found = filled(log_probs, labels).compute()
-    assert found["top1"] == found["mean_class_top1"] == found["area"] == 1.0
+    assert found["top1"] == found["mean_class_top1"] == found["topn_auc"] == 1.0
     assert np.mean(published_rank == 0) == pytest.approx(1 / 90)  # 1.1 %
 
 
-def test_a_constant_scorer_is_never_right_and_has_half_the_area() -> None:
+def test_a_constant_scorer_is_never_right_and_has_half_the_topn_auc() -> None:
     metric = filled(torch.full((80, 80), -math.log(80)), torch.arange(80))
     assert metric.compute()["top1"] == metric.compute()["top20"] == 0.0
-    assert metric.compute()["area"] == pytest.approx(0.5)
+    assert metric.compute()["topn_auc"] == pytest.approx(0.5)
     assert metric.curve()[-1] == 1.0
 
 
@@ -105,9 +105,9 @@ def test_numbers_agree_with_torchmetrics() -> None:
     assert "top20" not in found  # only twelve classes
 
 
-def test_the_area_is_the_mean_of_the_curve() -> None:
+def test_the_area_under_the_curve_is_the_mean_of_the_curve() -> None:
     metric = filled(*random_case())
-    assert metric.compute()["area"] == pytest.approx(metric.curve().mean())
+    assert metric.compute()["topn_auc"] == pytest.approx(metric.curve().mean())
 
 
 def test_the_prior_is_worked_by_hand() -> None:
@@ -129,16 +129,16 @@ def test_a_class_without_training_labels_has_a_finite_prior() -> None:
 
 
 def test_look_alikes_are_counted_among_all_classes_and_within_their_group() -> None:
-    looks = ("ball", None, "ball", "alone")
+    confusable = ("ball", None, "ball", "alone")
     probs = [
         [0.4, 0.3, 0.2, 0.1],  # 0: right
         [0.3, 0.5, 0.1, 0.1],  # 0: a class outside the group is ahead; right within it
         [0.5, 0.1, 0.3, 0.1],  # 2: its look-alike is ahead
         [0.1, 0.1, 0.1, 0.7],  # 3: like nothing else
     ]
-    metric = filled(log_probs_of(probs), torch.tensor([0, 0, 2, 3]), TopN(4, looks=looks))
-    assert metric.compute()["lookalike_top1"] == pytest.approx(1 / 3)
-    assert metric.compute()["lookalike_pair_top1"] == pytest.approx(2 / 3)
+    metric = filled(log_probs_of(probs), torch.tensor([0, 0, 2, 3]), TopN(4, confusable=confusable))
+    assert metric.compute()["confusable_top1"] == pytest.approx(1 / 3)
+    assert metric.compute()["confusable_pair_top1"] == pytest.approx(2 / 3)
 
 
 def test_objects_are_binned_by_how_many_others_their_picture_holds() -> None:
@@ -167,29 +167,30 @@ def test_bins_leave_no_object_out() -> None:
 
 
 def test_uniform_guesses_are_worked_by_hand() -> None:
-    metric = TopN(4, looks=("a", "a", "a", None))
+    metric = TopN(4, confusable=("a", "a", "a", None))
     filled(log_probs_of([[0.25] * 4] * 4), torch.tensor([0, 1, 2, 3]), metric)
     records = metric.records()
     chances = {name: scores.chance(records, name) for name in (
-        "top1", "top3", "mean_class_top1", "area", "nll", "lookalike_top1", "lookalike_pair_top1",
+        "top1", "top3", "mean_class_top1", "topn_auc", "nll", "confusable_top1",
+        "confusable_pair_top1",
         "share/tiny_top1", "top20", "ece", "visible/0_top1",
     )}  # fmt: skip
     assert chances == {
-        "top1": 0.25, "top3": 0.75, "mean_class_top1": 0.25, "area": 0.625,
-        "nll": pytest.approx(math.log(4)), "lookalike_top1": 0.25,
-        "lookalike_pair_top1": pytest.approx(1 / 3), "share/tiny_top1": 0.25,
+        "top1": 0.25, "top3": 0.75, "mean_class_top1": 0.25, "topn_auc": 0.625,
+        "nll": pytest.approx(math.log(4)), "confusable_top1": 0.25,
+        "confusable_pair_top1": pytest.approx(1 / 3), "share/tiny_top1": 0.25,
         "top20": None, "ece": None, "visible/0_top1": None,
     }  # fmt: skip
     assert scores.value(records, "nll") == pytest.approx(chances["nll"])
 
 
 def test_metrics_that_no_object_counts_for_are_left_out() -> None:
-    metric = TopN(2, looks=("a", "b"))
+    metric = TopN(2, confusable=("a", "b"))
     ids = torch.tensor([1])
     metric.update(log_probs_of([[0.9, 0.1]]), torch.tensor([0]), torch.tensor([0.01]), ids, ids)
     found = metric.compute()
     assert [name for name in found if name.startswith("share/")] == ["share/small_top1"]
-    assert not any("lookalike" in name for name in found)
+    assert not any("confusable" in name for name in found)
 
 
 def test_withheld_labels_and_repeated_objects_are_not_counted() -> None:
@@ -223,15 +224,15 @@ def test_objects_are_copied_before_a_model_writes_over_its_output() -> None:
 
 
 def test_predictions_are_written_whole_and_read_back(tmp_path: Path) -> None:
-    looks = ["x"] * 2 + [None] * 10
-    metric = filled(*random_case(), TopN(12, prior=[1.0] * 12, looks=looks))
+    confusable = ["x"] * 2 + [None] * 10
+    metric = filled(*random_case(), TopN(12, prior=[1.0] * 12, confusable=confusable))
     file = tmp_path / "new" / "predictions.npz"
     metric.save_predictions(file)
     metric.save_predictions(file)  # over the old one
     with np.load(file, allow_pickle=False) as stored:
         assert stored["log_probs"].dtype == np.float32
         assert stored["log_probs"].shape == (300, 12)
-        assert set(stored.files) == {*REQUIRED, "prior", "looks"}
+        assert set(stored.files) == {*REQUIRED, "prior", "confusable"}
         assert scores.evaluate(dict(stored)) == metric.compute()
     assert [path.name for path in file.parent.iterdir()] == ["predictions.npz"]
 
@@ -259,8 +260,8 @@ def test_bad_input_is_named() -> None:
         TopN(3, prior=[0.5, 0.5])
     with pytest.raises(UserError, match="none negative"):
         TopN(2, prior=[-1.0, 2.0])
-    with pytest.raises(UserError, match="2 looks for 3"):
-        TopN(3, looks=(None, None))
+    with pytest.raises(UserError, match="2 confusable groups for 3"):
+        TopN(3, confusable=(None, None))
     with pytest.raises(UserError, match="NaN"):
         scores.ranks(np.array([[math.nan, 0.0]]), np.array([0]))
     with pytest.raises(UserError, match="'top_1': unknown"):

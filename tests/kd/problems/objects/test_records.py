@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kd.errors import UserError
-from kd.problems.objects.records import Records, answered, check_records
+from kd.metrics.records import Records
+from kd.problems.objects.records import answered, check_records
 
 
 def three() -> Records:

@@ -7,9 +7,10 @@ import pytest
 
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import bootstrap
+from kd.metrics.classification import prior_records
 from kd.metrics.confusion import beyond_prior, confusions, per_class
+from kd.metrics.records import Records
 from kd.problems.objects import tables
-from kd.problems.objects.records import Records, prior_records
 
 NAMES = ("cup", "fork", "person")
 
@@ -28,7 +29,7 @@ def records_of(seed: int, strength: float = 1.5) -> Records:
         "log_probs": logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)),
         "visible": 2 + ids // 3 % 3,
         "prior": np.array([0.5, 0.3, 0.2]),
-        "looks": np.array([0, 0, -1]),
+        "confusable": np.array([0, 0, -1]),
     }
 
 
@@ -44,7 +45,7 @@ def test_one_run_has_a_line_for_each_metric_and_a_column_for_each_reference() ->
     assert table.header == ("metric", "cnn", "95 % interval", "random", "class prior")
     rows = {row[0]: row[1:] for row in table.groups[0]}
     assert list(rows) == ["top1 (%)", "top3 (%)", "mean_class_top1 (%)", "nll (nats)", "ece",
-                          "lookalike_top1 (%)", "lookalike_pair_top1 (%)"]  # fmt: skip
+                          "confusable_top1 (%)", "confusable_pair_top1 (%)"]  # fmt: skip
     hits = scores.ranks(run["log_probs"], run["labels"]) == 0
     _, low, high = bootstrap(hits.astype(float), run["image_ids"])
     assert rows["top1 (%)"] == (
@@ -52,7 +53,7 @@ def test_one_run_has_a_line_for_each_metric_and_a_column_for_each_reference() ->
     )  # fmt: skip
     assert rows["nll (nats)"][2:] == ("1.099", f"{-np.log([0.5, 0.3, 0.2]).mean():.3f}")
     assert rows["ece"][1:3] == ("", "")  # no mean over objects; nothing to guess
-    assert rows["lookalike_pair_top1 (%)"][2] == "50.0"
+    assert rows["confusable_pair_top1 (%)"][2] == "50.0"
     assert "a note" in table.notes
 
 

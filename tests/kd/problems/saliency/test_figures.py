@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.problems.objects.records import Array
+from kd.metrics.records import Array
 from kd.problems.saliency.figures import gaze_figure, heated, picture_figure, pictures_table
 from kd.problems.saliency.records import ROWS
 from kd.report.style import figure_image

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from kd.errors import UserError
+from kd.metrics.records import Records, save_records
 from kd.metrics.saliency import METRICS, SaliencyTruth, fixation_density, measure
-from kd.problems.objects.records import Records, save_records
 from kd.problems.records import PICTURES, SALIENCY, check_same, kind_of
 from kd.problems.saliency import records as saliency_scores
 from kd.problems.saliency.baselines import inter_observer

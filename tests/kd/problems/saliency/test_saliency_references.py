@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kd.metrics.records import Array
 from kd.metrics.saliency import METRICS
-from kd.problems.objects.records import Array
 from kd.problems.records import SALIENCY
 from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS, notes, references
 from kd.report.tables import distill_table, runs_table

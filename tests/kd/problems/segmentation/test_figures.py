@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 from kd.problems.segmentation.figures import (
     iou_figure,
     map_class_table,

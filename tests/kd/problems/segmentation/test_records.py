@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kd.errors import UserError
-from kd.problems.objects.records import Records
+from kd.metrics.records import Records
 from kd.problems.records import OBJECTS, PICTURES, check_same, kind_of
 from kd.problems.segmentation import records as map_scores
 from kd.problems.segmentation.metric import MeanIoU
