@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from kd.errors import UserError
@@ -25,7 +26,6 @@ from kd.storage.store import IDS, Store
 from kd.transforms.augment import Plan, pad
 from kd.utils.images import scaled_size
 from kd.utils.io import in_cache
-from kd.utils.lock import folder_lock
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class ClassMaps:
     def __init__(self, index: CocoIndex, size: int, *, folder: Path | None = None) -> None:
         self.index, self.size = index, size
         self.store = Store(folder or _place(index, size))
-        Path(self.store.url).parent.mkdir(parents=True, exist_ok=True)
-        with folder_lock(Path(self.store.url).parent):  # one process draws, the others find
+        parent = Path(self.store.url).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(parent / ".lock"):  # one process draws, the others find
             self._draw()
 
     @property

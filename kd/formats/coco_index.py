@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 from pycocotools.coco import COCO
 
 import kd
@@ -34,7 +35,6 @@ from kd.errors import UserError
 from kd.formats.coco_validate import Json, check_layout, check_references, is_number, read_json
 from kd.formats.rle import pixels_of
 from kd.utils.io import in_cache
-from kd.utils.lock import folder_lock
 
 READER_VERSION = 2
 ERROR_FILE = "error.txt"
@@ -362,12 +362,11 @@ def _build(annotation_file: Path, folder: Path) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     if not parent.stat().st_mode & 0o222:  # root could write; it was made read-only on purpose
         raise PermissionError(0, "read-only folder")
-    with folder_lock(parent) as locked:
+    with FileLock(parent / f"{folder.name}.lock"):
         if _is_fresh(folder, annotation_file):  # another rank built it meanwhile
             return
-        if locked:
-            for orphan in parent.glob(f".{folder.name}.*"):  # of a killed build
-                shutil.rmtree(orphan, ignore_errors=True)
+        for orphan in parent.glob(f".{folder.name}.*"):  # of a killed build
+            shutil.rmtree(orphan, ignore_errors=True)
         draft = parent / f".{folder.name}.{secrets.token_hex(4)}"
         draft.mkdir()
         try:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from kd.errors import UserError
 from kd.formats.box_annotations import Json, instances_file, instances_paths, joined
 from kd.formats.kitti import EVERY, kitti_to_coco
 from kd.formats.voc import CLASSES, voc_to_coco
 from kd.registry import look_up
-from kd.utils.io import write_whole
-from kd.utils.lock import folder_lock
+from kd.utils.io import in_cache, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,11 @@ def made_split(
             be written.
     """
     found = look_up(LAYOUTS, layout, what="layout of boxes").open(root, split, classes)
-    with folder_lock(found.folder):  # the first of several processes makes it
+    lock = in_cache("boxed", found.folder, "lock")  # the data's own folder may be read-only
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without a lock each process does the same work
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock))
         return _made(found), found.images
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from kd.errors import UserError
 from kd.utils.byte_progress import Meter, readable
-from kd.utils.lock import folder_lock
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def fetch(
     job = _Job(url, Path(path), checksum, timeout)
     try:
         job.path.parent.mkdir(parents=True, exist_ok=True)
-        with folder_lock(job.path.parent):
+        with FileLock(job.path.parent / ".lock"):
             if job.path.exists() and _is_as_expected(job, job.path):
                 log.info("%s: already there", job.path)
                 return job.path

@@ -109,8 +109,8 @@ def get(site: Site, folder: Path, **options: Any) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    """What a folder holds."""
-    return sorted(entry.name for entry in folder.iterdir())
+    """What a folder holds beside the lock."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != ".lock")
 
 
 def test_a_file_is_fetched_and_verified(site: Site, tmp_path: Path) -> None:
