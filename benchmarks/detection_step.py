@@ -33,7 +33,7 @@ from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import Term, build_term
 from kd.engine.state import Objective
-from kd.nn.detectors import DETECTORS
+from kd.nn.networks import DETECTORS
 from kd.problems.detection.task import Detection
 from kd.runs.build import make_accelerator
 
@@ -55,7 +55,7 @@ def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     """Student and frozen teacher."""
     torch.manual_seed(0)
     student, teacher = (
-        DETECTORS[name](num_classes=CLASSES)
+        DETECTORS[name].load()(num_classes=CLASSES)
         .to(device)
         .to(memory_format=torch.channels_last)
         for name in (options.student, options.teacher)

@@ -1,22 +1,143 @@
-"""Look a name up in a dict, and check options against the signature of what they go to.
+"""Look up names in registries, and check options against the builders they are for.
 
-A catalogue is a dict literal beside what it lists. The signature of an entry is the schema of its
-options, so that nothing has to be written twice. No torch here: any module may import this one.
+A registry is a plain dict from name to `Entry`: where the thing lies and one line of help. It is
+read without torch; only `Entry.load` and `resolve` import what an entry points to. The signature of
+a builder is the schema of its options, so that nothing has to be written twice.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from kd.errors import ConfigError, UserError
 
 T = TypeVar("T")
+# Stands for the rest of a name in the entry of a family, such as "timm/NAME".
+FAMILY = "NAME"
+MOST = 40  # names listed where none is near
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a registered thing lies.
+
+    Attributes:
+        target: "package.module:attribute".
+        help: One line for `--list`.
+        problem: Name of the kind of problem that it is for; empty: any.
+        args: Positional arguments that the name stands for.
+        options: Keyword arguments that the name stands for; the user's options replace them.
+    """
+
+    target: str
+    help: str
+    problem: str = ""
+    args: tuple[object, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """Import the target, bound to `args` and `options` where there are any."""
+        loaded = load_target(self.target)
+        if self.args or self.options:
+            return functools.partial(loaded, *self.args, **self.options)
+        return loaded
+
+    def named(self, name: str) -> Entry:
+        """The entry of one member of a family: `name` in place of the family's."""
+
+        def filled(value: object) -> object:
+            return name if isinstance(value, str) and value.endswith(f"/{FAMILY}") else value
+
+        options = {key: filled(value) for key, value in self.options.items()}
+        return replace(self, args=tuple(map(filled, self.args)), options=options)
+
+
+def load_target(target: str, *, what: str = "") -> Any:
+    """Import "package.module:attribute".
+
+    Args:
+        target: The module and what it holds; the attribute may be dotted.
+        what: Where the user wrote it, for messages: "student".
+
+    Raises:
+        UserError: No such module or attribute.
+    """
+    where = f"{what} {target!r}".strip()
+    path, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # a mistake inside of the module
+        raise UserError(
+            f"{where}: no module {error.name!r}; it must be importable from the working directory "
+            "or PYTHONPATH"
+        ) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"{where}: {path} has no {part!r}{suggestion(part, vars(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name is of no registry: the user's `package.module:attribute`."""
+    path, colon, attribute = name.partition(":")
+    return bool(colon and path and attribute)
+
+
+def find(registry: Mapping[str, T], name: str, *, what: str) -> T | Entry:
+    """The registry's value for a name, without importing what it points to.
+
+    Args:
+        registry: The dict to look in.
+        name: One of its keys, a member of one of its families (`timm/resnet18` where the registry
+            has "timm/NAME"), or the user's own `package.module:attribute`.
+        what: What the registry lists, for the message: "teacher".
+
+    Raises:
+        UserError: No such name; the message lists all that there are, the nearest first.
+    """
+    if name in registry and not name.endswith(f"/{FAMILY}"):
+        return registry[name]
+    library, slash, rest = name.partition("/")
+    family = registry.get(f"{library}/{FAMILY}") if slash and rest else None
+    if isinstance(family, Entry):
+        return family.named(name)
+    if is_foreign(name):
+        return Entry(name, "")
+    raise UserError(f"unknown {what} {name!r}{all_names(name, registry)}")
+
+
+def resolve(registry: Mapping[str, object], name: str, *, what: str) -> Any:
+    """What a name stands for, imported; arguments and errors as of `find`."""
+    found = find(registry, name, what=what)
+    if not isinstance(found, Entry):
+        return found
+    return load_target(name, what=what) if is_foreign(name) else found.load()
+
+
+def check_problem(registry: Mapping[str, Entry], name: str, problem: str, *, what: str) -> None:
+    """Refuse an unknown name, or an entry of ours that is for another kind of problem.
+
+    Raises:
+        UserError: The message lists the names that fit.
+    """
+    entry = find(registry, name, what=what)
+    if problem and entry.problem not in ("", problem):
+        fitting = sorted(key for key, one in registry.items() if one.problem in ("", problem))
+        raise UserError(
+            f"{what} {name!r} is for {entry.problem}, not {problem}; {what}s for {problem}: "
+            f"{', '.join(fitting)}"
+        )
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> list[str]:
@@ -27,30 +148,33 @@ def nearest(name: str, names: Iterable[str], *, count: int = 3) -> list[str]:
 
 
 def look_up(catalog: Mapping[str, T], name: str, *, what: str) -> T:
-    """The entry of that name.
-
-    Args:
-        catalog: The dict to look in.
-        name: The key that the user gave.
-        what: What the catalogue lists, for the message: "teacher".
+    """The value of a plain dict; unlike `resolve` it takes no names but the dict's.
 
     Raises:
-        UserError: No such name; the message lists the nearest ones, or all of a few.
+        UserError: No such name; the message lists all that there are, the nearest first.
     """
     if name in catalog:
         return catalog[name]
-    raise UserError(f"unknown {what} {name!r}{suggestion(name, catalog)}")
+    raise UserError(f"unknown {what} {name!r}{all_names(name, catalog)}")
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """The tail of a message about an unknown name: the nearest, or all of a few."""
+    """The end of a message about an unknown option or layer: the nearest, or else what is known."""
+    known = sorted(names)
+    if close := nearest(name, known):
+        return "; did you mean " + " or ".join(repr(one) for one in close) + "?"
+    more = f" and {len(known) - MOST} more" if len(known) > MOST else ""
+    return f"; known: {', '.join(known[:MOST]) or 'none'}{more}"
+
+
+def all_names(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest, then all the others."""
     known = sorted(names)
     close = nearest(name, known)
-    if close:
-        return "; did you mean " + " or ".join(repr(one) for one in close) + "?"
-    if len(known) <= 12:
-        return "; known: " + (", ".join(known) or "none")
-    return f"; known: {', '.join(known[:12])} and {len(known) - 12} more"
+    others = [one for one in known if one not in close]
+    if not close or not others:
+        return suggestion(name, known) if close or not known else f"; known: {', '.join(known)}"
+    return f"{suggestion(name, known)} The others are {', '.join(others)}"
 
 
 def check_options(
@@ -108,29 +232,33 @@ def accepted(builder: Callable[..., object], **given: object) -> dict[str, objec
 
 
 def build(
-    catalog: Mapping[str, Callable[..., T]],
+    registry: Mapping[str, object],
     name: str,
     options: Mapping[str, object],
     *,
     what: str,
     **given: object,
-) -> T:
-    """Look a builder up, check the user's options, and call it with them.
+) -> Any:
+    """Resolve a name to its builder, check the user's options, and call it with them.
 
     Args:
-        catalog: Name to builder.
-        name: The user's choice.
+        registry: Name to `Entry`.
+        name: The user's choice, as of `find`.
         options: The user's options, checked against the keyword-only parameters.
-        what: What the catalogue lists: "teacher".
-        **given: Arguments that the program knows, such as `num_classes`.
+        what: What the registry lists: "teacher".
+        **given: Arguments that the program knows, such as `num_classes`; the builder gets those
+            that it has a parameter for.
 
     Raises:
-        UserError: An unknown name.
+        UserError: An unknown name, or one that stands for nothing that can be called.
         ConfigError: Wrong options, all of them at once.
     """
-    builder = look_up(catalog, name, what=what)
-    check_options(builder, options, what=f"{what} {name!r}", given=given)
-    return builder(**given, **options)
+    builder = resolve(registry, name, what=what)
+    if not callable(builder):
+        raise UserError(f"{what} {name!r}: expected a builder or a class, got {builder!r:.60}")
+    known = accepted(builder, **given)
+    check_options(builder, options, what=f"{what} {name!r}", given=known)
+    return builder(**known, **options)
 
 
 def _annotations(builder: Callable[..., object]) -> dict[str, Any]:

@@ -20,17 +20,6 @@ from kd.nn.regions import Surroundings, crop_regions, picture_extents, roi_featu
 from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.trunk import build_trunk
 
-# One catalogue entry each; `build_student` takes any other name that torchvision knows.
-NAMES = (
-    *("alexnet", "convnext_tiny", "convnext_small", "densenet121", "densenet169"),
-    *("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_v2_s", "googlenet"),
-    *("inception_v3", "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_small"),
-    *("mobilenet_v3_large", "regnet_x_400mf", "regnet_x_800mf", "regnet_y_400mf"),
-    *("regnet_y_800mf", "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d"),
-    *("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "swin_t"),
-    *("swin_v2_t", "vgg11_bn", "vgg16_bn", "vit_b_16", "vit_b_32", "wide_resnet50_2"),
-)
-
 
 class ContextHead(nn.Module):
     """Class logits from the features around an object, never from those on it."""
@@ -143,10 +132,10 @@ class SceneClassifier(nn.Module):
 
 def build_student(
     name: str,
+    trunk: AnyTrunk | None = None,
     *,
     num_classes: int,
     prior: Sequence[float] | Tensor | None = None,
-    trunk: AnyTrunk | None = None,
     weights: str | None = None,
     context: bool = True,
     strength: float = 1.0,
@@ -166,13 +155,13 @@ def build_student(
     stride: int | None = None,
     upscale: int = 1,
 ) -> SceneClassifier:
-    """A student from any torchvision classifier.
+    """Build a classifier of objects on any trunk.
 
     Args:
-        name: Of the torchvision classifier.
+        name: Of the trunk, as `kd.nn.trunk.build_trunk` takes it.
+        trunk: A teacher's, built already; `name`, weights and stride are then not read.
         num_classes: Length of the outputs.
         prior: Probability of each class, for the product of experts; uniform where not given.
-        trunk: One that is there already, a teacher's; `name`, weights and stride are not read.
         weights: "imagenet", a file of torchvision weights, the folder of a run with this trunk in
             its model, or random ones where not given.
         context: Whether there is a context head; without one the student is the bare classifier.

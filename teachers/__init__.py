@@ -1,39 +1,35 @@
-"""Teachers by name: of the context of objects, for segmentation, detectors, and for saliency.
+"""Teachers by name, each for one kind of problem. Nothing here imports torch.
 
-A context teacher says in `task` which task fits its input and output.
+A context teacher's class says in `task` which task fits its input and output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from kd.nn.networks import DETECTORS, SEGMENTERS
+from kd.registry import Entry
 
-from torch import nn
 
-from kd.nn.detectors import DETECTORS
-from kd.nn.segmentation import SEGMENTERS
-from teachers.cnn import cnn
-from teachers.cooccurrence import cooccurrence, prior
-from teachers.msinet import msinet
-from teachers.resnet_multilabel import resnet_multilabel
-from teachers.resnet_pixel import resnet_pixel
-from teachers.scene_transformer import scene_transformer
-from teachers.trunk import trunk
-from teachers.unet import unet
-from teachers.unet_ffc import unet_ffc
+def _context(target: str, text: str, **options: object) -> Entry:
+    return Entry(f"teachers.{target}", text, "objects", options=options)
 
-CONTEXT_TEACHERS: dict[str, Callable[..., nn.Module]] = {
-    "unet": unet,
-    "unet_ffc": unet_ffc,
-    "cnn": cnn,
-    "trunk": trunk,
-    "scene_transformer": scene_transformer,
-    "cooccurrence": cooccurrence,
-    "prior": prior,
-    "resnet_pixel": resnet_pixel,
-    "resnet_multilabel": resnet_multilabel,
+
+TEACHERS: dict[str, Entry] = {
+    "unet": _context("unet:unet", "U-Net with the region as a fourth channel"),
+    "unet_ffc": _context("unet_ffc:unet_ffc", "U-Net of fast Fourier convolutions"),
+    "cnn": _context("cnn:cnn", "convolutional classifier of the hidden region"),
+    "trunk": _context("trunk:trunk", "any trunk, read inside and around the region"),
+    "timm/NAME": _context("trunk:trunk", "the same on timm's NAME", name="timm/NAME"),
+    "torchvision/NAME": _context(
+        "trunk:trunk", "the same on torchvision's NAME", name="torchvision/NAME"
+    ),
+    "scene_transformer": _context(
+        "scene_transformer:scene_transformer", "transformer over a scene's objects and pixels"
+    ),
+    "cooccurrence": _context("cooccurrence:cooccurrence", "counts of co-occurring objects"),
+    "prior": _context("cooccurrence:prior", "class frequencies alone, the baseline"),
+    "resnet_pixel": _context("resnet_pixel:resnet_pixel", "class scores of each pixel's context"),
+    "resnet_multilabel": _context("resnet_multilabel:resnet_multilabel", "classes of the scene"),
+    **SEGMENTERS,
+    **DETECTORS,
+    "msinet": Entry("teachers.msinet:msinet", "MSI-Net, saliency maps on VGG-16", "saliency"),
 }
-# These have no classes.
-SALIENCY_TEACHERS: dict[str, Callable[..., nn.Module]] = {"msinet": msinet}
-TEACHERS: dict[str, Callable[..., nn.Module]] = (
-    CONTEXT_TEACHERS | SEGMENTERS | DETECTORS | SALIENCY_TEACHERS
-)

@@ -39,8 +39,6 @@ from kd.engine.optim import make_optimizer, make_schedule
 from kd.experiments.connect import adapt_student, build_terms, layers_among
 from kd.experiments.transfer import starts
 from kd.experiments.variants import train_section
-from kd.nn.detectors import DETECTORS
-from kd.nn.segmentation import SEGMENTERS
 from kd.problems.base import Batch, Task
 from kd.problems.detection.task import Detection
 from kd.runs.build import (
@@ -54,7 +52,7 @@ from kd.runs.build import (
 from kd.runs.setup import learns
 from kd.transforms.augment import build_augment
 from kd.transforms.crops import build_crops, build_turns
-from students import SALIENCY_STUDENTS
+from students import STUDENTS
 
 CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,
            "voc2012": 21, "scenes_gaze": 1, "osie": 1, "salicon": 1, "mit1003": 1,
@@ -179,16 +177,17 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     classes = CLASSES.get(data, COCO)
     prior = np.full(classes, 1 / classes)
-    names_objects = recipe.student.name not in SEGMENTERS | DETECTORS | SALIENCY_STUDENTS
+    problem = STUDENTS[recipe.student.name].problem
+    names_objects = problem == "objects"
     reads = names_objects or recipe.student.options.get("context", False)
     for variant in ("plain", "no_context") if reads else ("plain",):
         if names_objects:
             model = build_student(offline(recipe.student), prior, context=variant == "plain")
-        elif recipe.student.name in DETECTORS:
+        elif problem == "detection":
             model = build_detector(
                 offline(recipe.student), classes, prior, context=variant == "plain"
             )
-        elif recipe.student.name in SALIENCY_STUDENTS:
+        elif problem == "saliency":
             model = build_saliency(offline(recipe.student), branches="a")
         else:
             model = build_segmenter(offline(recipe.student), classes)

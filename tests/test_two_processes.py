@@ -44,7 +44,7 @@ from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term, draw_modules, modules_of
 from kd.engine.loop import evaluate, to_device, train_step
 from kd.engine.state import Objective, Training
-from kd.nn.detectors import DETECTORS
+from kd.nn.networks import DETECTORS
 from kd.nn.regions import roi_features
 from kd.problems.detection.task import Detection
 from kd.problems.objects.classification import Classification
@@ -262,7 +262,7 @@ def _detector_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> Non
     """Two steps of terms on a pyramid, on each rank's own pictures; the weights go to a file."""
     accelerator = make_accelerator("fp32")
     torch.manual_seed(4)
-    student, teacher = (DETECTORS["fasterrcnn"](3, channels=c, **DETECTOR) for c in (16, 24))
+    student, teacher = (DETECTORS["fasterrcnn"].load()(3, channels=c, **DETECTOR) for c in (16, 24))
     layers = [f"network.backbone.{level}" for level in (0, 1)]
     known: Any = {"num_classes": 3, "levels": student.levels, "loss_units": student.loss_units}
     live = LiveTeacher(teacher, Detection(**known, wanted="features"), layers, posterior=False)

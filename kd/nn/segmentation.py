@@ -7,8 +7,7 @@ trunk's channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torchvision import models
 
 from kd.errors import UserError
-from kd.nn.espnet import espnet, espnet_c
 from kd.nn.trunk import Trunk, build_trunk
 from kd.nn.weights import imagenet_weights, load_network, load_trunk_weights
 from kd.registry import look_up
@@ -248,15 +246,3 @@ def _load_backbone(network: PublishedNet, trunk: str, weights: str) -> None:
         given = imagenet_weights(trunk)
         source = f"torchvision's weights of {trunk}"
     load_trunk_weights(network.backbone, given, source=source, what=f"the backbone {trunk}")
-
-
-# Every one of them by its own name.
-PUBLISHED = {name: partial(torchvision_net, name=name) for name in NAMES}
-
-
-SEGMENTERS: dict[str, Callable[..., nn.Module]] = {
-    "espnet": espnet,
-    "espnet_c": espnet_c,
-    "pspnet": pspnet,
-    **PUBLISHED,
-}

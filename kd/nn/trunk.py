@@ -302,6 +302,7 @@ def build_trunk(
     """
     if width != 1.0 and weights is not None:
         raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
+    name = name.removeprefix("torchvision/")
     classifier = _classifier(name)
     if width != 1.0:
         slim(classifier, width, what=name)

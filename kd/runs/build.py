@@ -16,8 +16,6 @@ from torch import nn
 from kd.config.recipes import AnyData, Data, Gaze, LabelMaps, Model, TaskSection
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
-from kd.nn.detectors import DETECTORS
-from kd.nn.segmentation import SEGMENTERS
 from kd.problems import TASKS
 from kd.problems.base import Task
 from kd.problems.detection.data import DetectionDataset
@@ -27,11 +25,10 @@ from kd.problems.saliency.data import open_fixations
 from kd.problems.saliency.task import Saliency
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.task import Segmentation
-from kd.registry import accepted, build, check_options, look_up
+from kd.registry import build, check_options, check_problem, look_up
 from kd.runs.transfer_trunk import TRANSFERRED, take_trunk
 from kd.utils.malloc import keep_freed_memory
-from students import CLASSIFIERS, SALIENCY_STUDENTS
-from students.classifiers import build_student as any_student
+from students import STUDENTS
 from teachers import TEACHERS
 
 # The data that tasks are for; all others are about objects.
@@ -126,27 +123,29 @@ def build_teacher(model: Model, num_classes: int) -> nn.Module:
 
     One for saliency has no classes, and is not told how many there are.
     """
-    builder = look_up(TEACHERS, model.name, what="teacher")
-    given = accepted(builder, num_classes=num_classes)
-    return build(TEACHERS, model.name, model.options, what="teacher", **given)
+    teacher: nn.Module = build(
+        TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes
+    )
+    return teacher
 
 
 def build_student(model: Model, prior: NDArray[np.float64], *, context: bool = True) -> nn.Module:
-    """A student classifier; `options` as `students.classifiers.build_student` lists them.
+    """A student of objects by name; `options` are those of its builder.
 
     A student `transferred` has the trunk of a teacher's run, see `kd.runs.transfer_trunk`.
     """
     options = {**model.options, **({} if context else {"context": False})}
     given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
-    given |= {"trunk": None}
-    if model.name in CLASSIFIERS:
-        return build(CLASSIFIERS, model.name, options, what="student", **given)
-    filled = {"name", *given}
     if model.name == TRANSFERRED:
         given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
-        filled |= {"weights", "stride"}
-    check_options(any_student, options, what=f"student {model.name!r}", given=filled)
-    return any_student(model.name, **given, **options)
+        given |= dict.fromkeys(("weights", "stride"))
+    return _student(model.name, "objects", options, **given)
+
+
+def _student(name: str, problem: str, options: Mapping[str, Any], **given: Any) -> nn.Module:
+    check_problem(STUDENTS, name, problem, what="student")
+    student: nn.Module = build(STUDENTS, name, options, what="student", **given)
+    return student
 
 
 def build_segmenter(model: Model, num_classes: int) -> nn.Module:
@@ -155,9 +154,7 @@ def build_segmenter(model: Model, num_classes: int) -> nn.Module:
     Raises:
         UserError: Another name, wrong options.
     """
-    return build(
-        SEGMENTERS, model.name, model.options, what="segmentation student", num_classes=num_classes
-    )
+    return _student(model.name, "segmentation", model.options, num_classes=num_classes)
 
 
 def build_saliency(model: Model, *, branches: str | None = None) -> nn.Module:
@@ -171,7 +168,7 @@ def build_saliency(model: Model, *, branches: str | None = None) -> nn.Module:
         UserError: Another name, wrong options.
     """
     options = {**model.options, **({} if branches is None else {"branches": branches})}
-    return build(SALIENCY_STUDENTS, model.name, options, what="saliency student")
+    return _student(model.name, "saliency", options)
 
 
 def build_detector(
@@ -196,7 +193,7 @@ def build_detector(
     given: dict[str, Any] = {"num_classes": num_classes}
     if prior is not None and options.get("context") and "prior" not in options:
         given["prior"] = prior.tolist()
-    return build(DETECTORS, model.name, options, what="detector", **given)
+    return _student(model.name, "detection", options, **given)
 
 
 def open_data(section: AnyData, task: str | None = None) -> Dataset:

@@ -18,7 +18,7 @@ from kd.config.recipes import Model, TeacherRecipe
 from kd.errors import UserError
 from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.weights import read_weights
-from kd.registry import accepted, build, look_up
+from kd.registry import build, resolve
 from teachers import TEACHERS
 
 TRANSFERRED = "transferred"
@@ -85,7 +85,7 @@ def teachers_trunk(like: Model, weights: str | None) -> AnyTrunk:
     Raises:
         UserError: As `take_trunk`.
     """
-    builder = look_up(TEACHERS, like.name, what="teacher")
+    builder = resolve(TEACHERS, like.name, what="teacher")
     options = {name: _OF_TRAINING.get(name, value) for name, value in like.options.items()}
     run = weights is not None and weights != "imagenet" and _is_run(Path(weights))
     if weights is not None and not run:
@@ -95,8 +95,7 @@ def teachers_trunk(like: Model, weights: str | None) -> AnyTrunk:
                 "torchvision's; it starts at random weights (null) or from a teacher's run"
             )
         options["weights"] = weights
-    given = accepted(builder, num_classes=2)
-    teacher = build(TEACHERS, like.name, options, what="teacher", **given)
+    teacher: nn.Module = build(TEACHERS, like.name, options, what="teacher", num_classes=2)
     scene_trunk: Any = getattr(teacher, "scene_trunk", None)
     if scene_trunk is None:
         raise UserError(f"student transferred: teacher {like.name!r} has no trunk to begin with")

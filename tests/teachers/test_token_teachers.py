@@ -36,7 +36,8 @@ TRAINED = [name for name, (teacher, _) in SMALL.items() if teacher == "scene_tra
 
 def make(name: str, **more: object) -> nn.Module:
     teacher, options = SMALL[name]
-    return build(TEACHERS, teacher, options | more, what="teacher", num_classes=CLASSES)
+    built: nn.Module = build(TEACHERS, teacher, options | more, what="teacher", num_classes=CLASSES)
+    return built
 
 
 def awake(model: nn.Module) -> nn.Module:

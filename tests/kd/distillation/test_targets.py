@@ -147,7 +147,7 @@ def test_logits_are_averaged_only_where_all_give_them_in_one_shape() -> None:
 
 
 def test_a_live_teacher_gives_what_its_task_reads_from_it() -> None:
-    model = TEACHERS["cnn"](num_classes=CLASSES, width=4)
+    model = TEACHERS["cnn"].load()(num_classes=CLASSES, width=4)
     task = Context(num_classes=CLASSES)
     layer = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
     teacher = LiveTeacher(model.train(), task, [layer])
@@ -163,7 +163,7 @@ def test_a_live_teacher_gives_what_its_task_reads_from_it() -> None:
 
 
 def test_a_live_teacher_is_frozen_and_does_not_learn_statistics() -> None:
-    model = TEACHERS["cnn"](num_classes=CLASSES, width=4).train()
+    model = TEACHERS["cnn"].load()(num_classes=CLASSES, width=4).train()
     teacher = LiveTeacher(model, Context(num_classes=CLASSES))
     before = weights_hash(model)
     known = teacher(scene())
@@ -173,7 +173,7 @@ def test_a_live_teacher_is_frozen_and_does_not_learn_statistics() -> None:
 
 
 def test_a_live_teacher_answers_in_float32_from_bfloat16() -> None:
-    model = TEACHERS["cnn"](num_classes=CLASSES, width=4)
+    model = TEACHERS["cnn"].load()(num_classes=CLASSES, width=4)
     task, batch = Context(num_classes=CLASSES), scene()
     exact = LiveTeacher(model, task)(batch)["posterior"]
     rough = LiveTeacher(model, task, autocast=True)(batch)["posterior"]

@@ -11,7 +11,7 @@ from torch import nn
 from kd.errors import UserError
 from kd.nn.multi_stride_trunk import RememberedTrunk, levelled
 from kd.nn.teacher_trunk import LUMA, BlindTrunk
-from teachers import CONTEXT_TEACHERS, TEACHERS
+from teachers import TEACHERS
 from teachers.cnn import cnn
 from teachers.resnet_multilabel import resnet_multilabel
 from teachers.scene_transformer import scene_transformer
@@ -56,8 +56,8 @@ def test_the_falling_half_of_a_unet_ends_in_its_bottleneck(up: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None:
-    teacher = TEACHERS["scene_transformer" if name in TOKENS else name](3, **SMALL[name])
-    trunk = teacher.scene_trunk().eval()  # type: ignore[operator]
+    teacher = TEACHERS["scene_transformer" if name in TOKENS else name].load()(3, **SMALL[name])
+    trunk = teacher.scene_trunk().eval()
     with torch.no_grad():
         levels = trunk.forward_levels(torch.randn(2, 3, 64, 96))
     assert [one.shape[1] for one in levels] == list(trunk.level_channels)
@@ -67,7 +67,9 @@ def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None
 
 
 def test_every_context_teacher_that_sees_pictures_has_a_trunk() -> None:
-    assert CONTEXT_TEACHERS.keys() - SMALL.keys() == {"scene_transformer", "cooccurrence", "prior"}
+    context = {name for name, one in TEACHERS.items() if one.problem == "objects"}
+    families = {"timm/NAME", "torchvision/NAME"}
+    assert context - SMALL.keys() - families == {"scene_transformer", "cooccurrence", "prior"}
 
 
 def test_a_grey_teachers_trunk_sees_luma() -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
 from kd.config.reader import objects_config
 from kd.config.recipes import Data, Model, TaskSection
 from kd.errors import UserError
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
-from kd.runs.build import build_student, build_task, build_teacher, make_accelerator, make_loader
+from kd.registry import Entry
+from kd.runs.build import (
+    build_detector,
+    build_segmenter,
+    build_student,
+    build_task,
+    build_teacher,
+    make_accelerator,
+    make_loader,
+)
+from students import STUDENTS
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,7 @@ def test_options_are_checked_against_the_builders(data: ObjectsDataset) -> None:
         build_teacher(Model(name="cnn", options={"widht": 4}), 5)
     with pytest.raises(UserError, match=r"dropuot.*dropout"):
         build_student(Model(name="resnet18", options={"dropuot": 0.1}), prior)
-    with pytest.raises(UserError, match="unknown torchvision classifier 'pspnet'"):
+    with pytest.raises(UserError, match=r"'pspnet' is for segmentation, not objects; .*resnet18"):
         build_student(Model(name="pspnet", options={}), prior)
     with pytest.raises(UserError, match=r"classificaton.*classification"):
         build_task(TaskSection(name="classificaton", weights={}), data.section, 5)
@@ -71,3 +82,23 @@ def test_options_are_checked_against_the_builders(data: ObjectsDataset) -> None:
     assert isinstance(task, Context)
     assert task.shape == data.section.shape and task.prior == pytest.approx(tuple(prior))
     assert build_student(Model(name="squeezenet1_1"), prior, context=False).context is None
+
+
+class Own(nn.Module):
+    def __init__(self, *, width: int = 1) -> None:
+        super().__init__()
+        self.width = width
+
+
+@pytest.mark.parametrize("name", ["own", f"{__name__}:Own"])
+def test_an_added_student_is_built_by_its_name(
+    name: str, data: ObjectsDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STUDENTS, "own", Entry(f"{__name__}:Own", "one of the user's"))
+    model = Model(name=name, options={"width": 2})
+    for built in (
+        build_student(model, data.prior()),
+        build_segmenter(model, 3),
+        build_detector(model, 3),
+    ):
+        assert isinstance(built, Own) and built.width == 2

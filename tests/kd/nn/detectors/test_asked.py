@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kd.errors import UserError
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import REACH, STRETCH, check_call, moved_boxes
+from kd.nn.networks import DETECTORS
 
 FRAME = (480, 640)
 
@@ -78,4 +78,6 @@ def test_asked_boxes_stand_beside_the_true_ones() -> None:
     with pytest.raises(UserError, match=r"a box near each box, got \(2, 4\) and boxes \(1, 4\)"):
         check_call("x", False, image, 3, boxes=boxes, asked=boxes.repeat(2, 1), **given)
     with pytest.raises(UserError, match=r"a box near each box, got \(1, 4\) and no boxes"):
-        DETECTORS["fcos"](3, trunk="shufflenet_v2_x0_5", channels=64).eval()(image, asked=boxes)
+        DETECTORS["fcos"].load()(3, trunk="shufflenet_v2_x0_5", channels=64).eval()(
+            image, asked=boxes
+        )

@@ -17,8 +17,8 @@ from kd.config.recipes import DistillRecipe
 from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
 from kd.losses.centernet import center_targets, centernet_losses
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet, decode_centers
+from kd.nn.networks import DETECTORS
 from kd.registry import build
 
 CLASSES = 3
@@ -28,7 +28,8 @@ LOW = -20.0
 
 def small(**options: object) -> nn.Module:
     chosen = SMALL | options
-    return build(DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
+    built: nn.Module = build(DETECTORS, "centernet", chosen, what="student", num_classes=CLASSES)
+    return built
 
 
 def blank(images: int = 1, height: int = 6, width: int = 8) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.context_head import Around, BoxContext, box_context, box_sums
 from kd.nn.detectors.faster_rcnn import FasterRCNN
+from kd.nn.networks import DETECTORS
 from kd.nn.regions import box_geometry, coverage
 
 CLASSES = 3
@@ -149,7 +149,7 @@ def test_the_head_moves_maps_and_its_own_weights_but_no_box() -> None:
 )
 def test_options_out_of_range_are_refused(changed: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        DETECTORS["fasterrcnn"](num_classes=CLASSES, context=True, **{**SMALL, **changed})
+        DETECTORS["fasterrcnn"].load()(num_classes=CLASSES, context=True, **{**SMALL, **changed})
 
 
 def pair(strength: float) -> tuple[FasterRCNN, FasterRCNN]:
@@ -158,7 +158,7 @@ def pair(strength: float) -> tuple[FasterRCNN, FasterRCNN]:
     for context in (False, True):
         torch.manual_seed(0)
         given = {"context": context, "strength": strength, "prior": PRIOR, **SMALL}
-        built.append(DETECTORS["fasterrcnn"](num_classes=CLASSES, **given))
+        built.append(DETECTORS["fasterrcnn"].load()(num_classes=CLASSES, **given))
     bare, full = built
     assert isinstance(bare, FasterRCNN) and isinstance(full, FasterRCNN)
     ours, theirs = full.state_dict(), bare.state_dict()

@@ -11,7 +11,7 @@ from torch import nn
 from kd.config.reader import find_config, load_recipe
 from kd.config.recipes import TeacherRecipe
 from kd.errors import UserError
-from kd.nn.detectors import DETECTORS
+from kd.nn.networks import DETECTORS
 
 # The rest is small, so that the test is about the trunk.
 SMALL = {"channels": 16, "hidden": 16, "region_size": 3, "sampled_anchors": 16,
@@ -29,8 +29,8 @@ def body(model: nn.Module) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50", "fasterrcnn_resnet101"])
 def test_half_of_a_trunk_has_a_quarter_of_its_parameters_and_finds_boxes(name: str) -> None:
-    whole = DETECTORS[name](num_classes=3, **SMALL)
-    half = DETECTORS[name](num_classes=3, width=0.5, **SMALL)
+    whole = DETECTORS[name].load()(num_classes=3, **SMALL)
+    half = DETECTORS[name].load()(num_classes=3, width=0.5, **SMALL)
     assert 0.245 < parameters(body(half)) / parameters(body(whole)) < 0.26
     assert body(half).level_channels == tuple(c // 2 for c in body(whole).level_channels)
     assert body(half).level_strides == body(whole).level_strides == (2, 4, 8, 16, 32)
@@ -61,4 +61,4 @@ def test_a_recipe_takes_it_and_a_file_of_the_whole_trunk_does_not_fit() -> None:
     model = load_recipe(TeacherRecipe, path, data="voc", settings=changes).teacher
     assert (model.name, model.options["width"]) == ("fasterrcnn_resnet101", 0.5)
     with pytest.raises(UserError, match=r"weights are of the full width; leave out width 0\.5"):
-        DETECTORS[model.name](num_classes=3, **model.options)
+        DETECTORS[model.name].load()(num_classes=3, **model.options)

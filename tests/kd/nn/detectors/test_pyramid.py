@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kd.errors import ConfigError, UserError
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.pyramid import anchors_of, build_pyramid
 from kd.nn.freeze import FrozenBatchNorm
+from kd.nn.networks import DETECTORS
 from kd.registry import build
 
 PLAIN: dict[str, Any] = {

@@ -17,8 +17,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from kd.errors import UserError
 from kd.losses import anchor_grid
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.weights import COCO_IDS
+from kd.nn.networks import DETECTORS
 
 CLASSES = 5
 SIZES = [(128, 128), (90, 128)]  # height, width of the pictures in a frame of 128
@@ -97,7 +97,7 @@ def ours(name: str, theirs: nn.Module) -> Any:
     options: dict[str, Any] = {"least_score": 0.0}
     if name == "fasterrcnn":
         options |= {"sampled_anchors": 32, "sampled_regions": 24, "proposals": (80, 60)}
-    model: Any = DETECTORS[f"{name}_resnet18"](CLASSES, **options)
+    model: Any = DETECTORS[f"{name}_resnet18"].load()(CLASSES, **options)
     model.network.load_state_dict(theirs.state_dict())  # strict: the same names
     return model
 
@@ -171,7 +171,7 @@ def test_what_the_second_stage_says_of_boxes_is_what_its_parts_say() -> None:
 
 def test_regions_of_wide_pictures_are_pooled_where_they_are() -> None:
     """Torchvision takes the scale from the first pictures without padding, and keeps it."""
-    model: Any = DETECTORS["fasterrcnn_resnet18"](CLASSES, channels=16, hidden=8).eval()
+    model: Any = DETECTORS["fasterrcnn_resnet18"].load()(CLASSES, channels=16, hidden=8).eval()
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 30.0, 20.0]])
     asked = {"boxes": boxes, "image_of": torch.tensor([0]), "asked": boxes}
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_parameters_are_those_of_torchvision_s_builders(name: str) -> None:
     with torch.device("meta"):
         theirs = BUILDERS[name](weights=None, weights_backbone=None, num_classes=91)
         classes = 90 if name == "fasterrcnn" else 91
-        model: Any = DETECTORS[f"{name}_resnet50"](classes)
+        model: Any = DETECTORS[f"{name}_resnet50"].load()(classes)
     shapes = {path: tuple(one.shape) for path, one in model.network.state_dict().items()}
     assert shapes == {path: tuple(one.shape) for path, one in theirs.state_dict().items()}
     count = sum(one.numel() for one in model.parameters())
@@ -219,7 +219,7 @@ def test_levels_give_torchvision_s_anchors_to_the_last_bit(
     name: str, generator: AnchorGenerator
 ) -> None:
     with torch.device("meta"):
-        model: Any = DETECTORS[f"{name}_resnet18"](CLASSES)
+        model: Any = DETECTORS[f"{name}_resnet18"].load()(CLASSES)
     images = torch.zeros(1, 3, 128, 256)
     maps = [torch.zeros(1, 1, 128 // one.stride, 256 // one.stride) for one in model.levels]
     expected = generator(ImageList(images, [(128, 256)]), maps)[0]
@@ -232,7 +232,7 @@ def test_levels_give_torchvision_s_anchors_to_the_last_bit(
 
 
 def test_anchors_stay_on_their_stride_where_it_does_not_divide_the_picture() -> None:
-    model: Any = DETECTORS["fasterrcnn_resnet18"](CLASSES, channels=16, hidden=8)
+    model: Any = DETECTORS["fasterrcnn_resnet18"].load()(CLASSES, channels=16, hidden=8)
     maps = [torch.zeros(1, 1, -(-80 // one.stride), -(-80 // one.stride)) for one in model.levels]
     listed = ImageList(torch.zeros(1, 3, 80, 80), [(80, 80)])
     anchors = model.network.rpn.anchor_generator(listed, maps)[0]
@@ -263,13 +263,13 @@ def test_a_file_of_torchvision_s_loads_under_its_older_names(name: str, tmp_path
     state = old_names(name, theirs.state_dict())
     assert len(state.keys() - theirs.state_dict().keys()) >= 10
     torch.save(state, tmp_path / "coco.pth")
-    model: Any = DETECTORS[f"{name}_resnet18"](CLASSES, file=str(tmp_path / "coco.pth"))
+    model: Any = DETECTORS[f"{name}_resnet18"].load()(CLASSES, file=str(tmp_path / "coco.pth"))
     for path, tensor in theirs.state_dict().items():
         assert torch.equal(model.network.state_dict()[path], tensor), path
     with pytest.raises(UserError, match=rf"coco\.pth does not fit {name} on resnet18: shapes"):
-        DETECTORS[f"{name}_resnet18"](CLASSES + 1, file=str(tmp_path / "coco.pth"))
+        DETECTORS[f"{name}_resnet18"].load()(CLASSES + 1, file=str(tmp_path / "coco.pth"))
     with pytest.raises(UserError, match=r"missing backbone\.body\.layer1\.2\."):
-        DETECTORS[name](CLASSES, trunk="resnet34", file=str(tmp_path / "coco.pth"))
+        DETECTORS[name].load()(CLASSES, trunk="resnet34", file=str(tmp_path / "coco.pth"))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -278,9 +278,9 @@ def test_eighty_classes_are_taken_from_torchvision_s_ninety_one_of_coco(
 ) -> None:
     small: dict[str, Any] = {"trunk": "shufflenet_v2_x0_5", "channels": 64}
     small |= {"hidden": 8, "region_size": 2} if name == "fasterrcnn" else {}
-    whole: Any = DETECTORS[name](90 if name == "fasterrcnn" else 91, **small).eval()
+    whole: Any = DETECTORS[name].load()(90 if name == "fasterrcnn" else 91, **small).eval()
     torch.save(whole.network.state_dict(), tmp_path / "coco.pth")
-    part = DETECTORS[name](80, file=str(tmp_path / "coco.pth"), **small).eval()
+    part = DETECTORS[name].load()(80, file=str(tmp_path / "coco.pth"), **small).eval()
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 50.0, 40.0]])
     with torch.no_grad():
         wide, narrow = (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
+from kd.nn.networks import DETECTORS
 from kd.problems.detection.task import Detection, anchor_sides, anchors_of
 
 SIZE, STRIDE = 256, 4
@@ -23,7 +23,7 @@ PSIS = (0.2, 0.35, 0.5, 0.65, 0.8)
 
 
 def task(psi: float = 0.5) -> Detection:
-    network = DETECTORS["centernet"](num_classes=3, trunk="resnet18", width=0.25, hidden=8)
+    network = DETECTORS["centernet"].load()(num_classes=3, trunk="resnet18", width=0.25, hidden=8)
     return Detection(num_classes=3, levels=network.levels, psi=psi)
 
 

@@ -23,9 +23,9 @@ from kd.experiments.connect import adapt_student
 from kd.experiments.connect import task_of as taught_task
 from kd.losses.box_distillation import box_distance, own_numbers
 from kd.losses.imitation import anchor_grid, imitation_mask
-from kd.nn.detectors import DETECTORS
 from kd.nn.detectors.contract import Level
 from kd.nn.detectors.faster_rcnn import FasterRCNN
+from kd.nn.networks import DETECTORS
 from kd.problems.base import remembered
 from kd.problems.detection.task import Detection, anchor_sides, assigned
 from kd.runs.build import make_accelerator
@@ -62,7 +62,7 @@ BOXES = [[[8.0, 8.0, 16.0, 17.0]], [[10.0, 4.0, 30.0, 26.0], [40.0, 20.0, 47.0, 
 
 def detector(channels: int = 16, **options: Any) -> FasterRCNN:
     chosen = SMALL | options
-    network = DETECTORS["fasterrcnn"](num_classes=CLASSES, channels=channels, **chosen)
+    network = DETECTORS["fasterrcnn"].load()(num_classes=CLASSES, channels=channels, **chosen)
     assert isinstance(network, FasterRCNN)
     return network
 
