@@ -77,7 +77,7 @@ lint: install ## ruff: lint and format
 	$(BIN)/ruff format --check .
 
 types: install ## mypy, strict, tests and benchmarks too
-	$(BIN)/mypy --strict --explicit-package-bases kd teachers students tests benchmarks docs/pictures.py
+	$(BIN)/mypy --strict --explicit-package-bases kd teachers students tests benchmarks docs/figures.py
 
 bench: $(BENCH_STAMP) ## run each benchmark, one after the other
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; PYTHONPATH=. $(PY) $$script; done

@@ -12,7 +12,7 @@ score maps have 32 x 32 places and 13 classes: COCO's twelve groups and the back
 
 The first call trains the teacher and keeps it in DIR. An interrupted run goes on from its
 checkpoint; `metrics.jsonl` grows as it runs, and `judged.npz` holds score maps and the critic's
-opinion of them, which `docs/pictures.py` draws. With --stress each setting of STRESS has its own
+opinion of them, which `docs/figures.py` draws. With --stress each setting of STRESS has its own
 short run, at the rates of the first steps of 2,000; with --time steps with and without the critic
 take turns.
 """

@@ -43,6 +43,9 @@ UNFINISHED = re.compile(
 )
 TEXT = {".py", ".md", ".yaml", ".toml"}
 
+DOCUMENT_COLUMNS = 120
+URL = re.compile(r"https?://[^\s)>|]+")
+
 
 def python_files(*folders: str) -> list[Path]:
     """The Python files of some folders of the project."""
@@ -114,6 +117,23 @@ def test_nothing_is_left_for_later_without_an_issue() -> None:
         if UNFINISHED.search(line)
     ]
     assert offenders == []
+
+
+def test_no_line_of_a_document_is_too_long() -> None:
+    paths = [*ROOT.glob("*.md"), ROOT / "CITATION.cff", *(ROOT / "docs").rglob("*.md")]
+    offenders = [
+        f"{name_of(path)}:{number}: {len(line)}"
+        for path in sorted(paths)
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
+        if len(URL.sub("", line)) > DOCUMENT_COLUMNS
+    ]
+    assert offenders == []
+
+
+def test_the_citation_names_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -119,7 +119,7 @@ def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Ite
 
 
 def _samples(question: Question, data: Data, task: Task, most: int) -> Iterator[Sample]:
-    """A question as samples of docs/design.md, of at most `most` hidden regions each."""
+    """A question as samples of docs/batch.md, of at most `most` hidden regions each."""
     size = data.size
     height, width = question.picture.shape[1:]
     scaled = scaled_size(height, width, size)

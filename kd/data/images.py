@@ -23,7 +23,7 @@ _SAMPLE_STREAM = 3  # keeps the samples' random numbers apart from the loader's 
 
 
 class ImageSamples(Dataset[Sample], ABC):
-    """Samples of docs/design.md, looked up by (epoch, position).
+    """Samples of docs/batch.md, looked up by (epoch, position).
 
     Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
 

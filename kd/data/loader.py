@@ -23,7 +23,7 @@ _JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "s
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples to the batch of docs/design.md: objects end to end, `hidden` counting on."""
+    """Join samples to the batch of docs/batch.md: objects end to end, `hidden` counting on."""
     stacked = [key for key in _STACKED if key in samples[0]]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in stacked}
     for key in samples[0]:
@@ -163,7 +163,7 @@ def _collate(samples: list[Sample] | _Failure) -> Sample | _Failure:
 
 
 class SampleLoader:
-    """Iterates over one epoch's batches of one rank, as in docs/design.md.
+    """Iterates over one epoch's batches of one rank, as in docs/batch.md.
 
     Attributes:
         dataset: The samples.

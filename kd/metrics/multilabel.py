@@ -62,7 +62,7 @@ class MultiLabelAP:
         self._chunks: list[dict[str, Array]] = []
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add the pictures of a batch of docs/design.md, by the log-probability of each class."""
+        """Add the pictures of a batch of docs/batch.md, by the log-probability of each class."""
         present, told = present_classes(batch, self.num_classes)
         self.update(decoded[told], present[told], batch["image_ids"][told])
 

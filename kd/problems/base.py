@@ -1,6 +1,6 @@
 """What a task is, and what travels: images (N, 3, H, W), boxes (M, 4) xyxy pixels, labels (M,).
 
-A batch is a dict of tensors; `docs/design.md` lists its keys. Of its M objects K are `hidden`: the
+A batch is a dict of tensors; `docs/batch.md` lists its keys. Of its M objects K are `hidden`: the
 ones that are asked about, one row of output each. A detector's batch hides none: its outputs' rows
 are the images, and all M objects are asked about. Label -1 means withheld.
 """

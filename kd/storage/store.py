@@ -3,8 +3,8 @@
 Every record has the same fields, each of one type and shape; a record is read by its id, in any
 order, from any number of processes. A shard's file is named by its number and the checksum of its
 content, so that what is there is known by listing the folder, an interrupted run goes on with the
-shards that lack, and a damaged one is found, named and made again alone. `docs/results.md` has the
-measurements by which the format was chosen.
+shards that lack, and a damaged one is found, named and made again alone. The measurements by which
+the format was chosen are in `docs/results/cost.md`.
 """
 
 from __future__ import annotations

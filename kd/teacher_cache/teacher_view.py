@@ -234,7 +234,7 @@ def mirror(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mirror pictures left and right, each within its own size, with their boxes and masks.
 
     Args:
-        batch: As in docs/design.md.
+        batch: As in docs/batch.md.
 
     Returns:
         The same batch with other `images` and, where there are some, `boxes` and `segments`.

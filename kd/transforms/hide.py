@@ -131,7 +131,7 @@ def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
     """The regions to hide in a loader's batch, each reduced to its `hide_share`.
 
     Args:
-        batch: As in docs/design.md, on any device.
+        batch: As in docs/batch.md, on any device.
         shape: `box`, `square`, `ellipse`, or `segment` where the batch has `segments`.
 
     Returns:

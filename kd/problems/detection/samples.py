@@ -35,7 +35,7 @@ _SMALLEST_CROWD = 0.0  # share of a crowd that must stay: any part of one is as 
 
 
 class DetectionSamples(Dataset[Sample]):
-    """Samples of docs/design.md, looked up by (epoch, position).
+    """Samples of docs/batch.md, looked up by (epoch, position).
 
     In training a picture's long side is the frame's times a scale drawn anew each time: of a larger
     picture a part as large as the frame is cut out anywhere, a smaller one is padded. Boxes are cut
@@ -106,7 +106,7 @@ class DetectionSamples(Dataset[Sample]):
         """Make the sample of (epoch, position).
 
         Returns:
-            Tensors as in docs/design.md, for one image; `image_of` and `crowd_of` are left to
+            Tensors as in docs/batch.md, for one image; `image_of` and `crowd_of` are left to
             `collate`.
 
         Raises:

@@ -142,7 +142,7 @@ def picture_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
     """Pixels of the picture rather than of its padding, bool (N, H, W), or places with any of them.
 
     Args:
-        batch: As in docs/design.md.
+        batch: As in docs/batch.md.
         grid: Places in place of pixels, (N, h, w).
     """
     height, width = batch["images"].shape[-2:]

@@ -107,7 +107,7 @@ class TopN:
             self._flush()
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add the hidden objects of a batch (docs/design.md) by their log-probabilities (K, C)."""
+        """Add the hidden objects of a batch (docs/batch.md) by their log-probabilities (K, C)."""
         hidden = batch["hidden"]
         self.update(
             decoded,

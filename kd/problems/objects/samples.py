@@ -51,7 +51,7 @@ class _Scene:
 
 
 class ObjectSamples(Dataset[Sample]):
-    """Samples of docs/design.md, looked up by (epoch, position).
+    """Samples of docs/batch.md, looked up by (epoch, position).
 
     Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
 
@@ -133,7 +133,7 @@ class ObjectSamples(Dataset[Sample]):
         """Make the sample of (epoch, position).
 
         Returns:
-            Tensors as in docs/design.md, for one image: `images` (3, S, S), `sizes` (2,),
+            Tensors as in docs/batch.md, for one image: `images` (3, S, S), `sizes` (2,),
             `image_ids` (), `hidden` counting within the image; `image_of` is left to `collate`.
 
         Raises:

@@ -1,18 +1,18 @@
-"""Draw the pictures of `losses.md`: an imitation mask, an affinity matrix, a critic's scores.
+"""Draw the figures of `losses.md`: an imitation mask, an affinity matrix, a critic's scores.
 
-    python docs/pictures.py --data DATA/coco_mini [--weights FILE] [--run DIR]
+    python docs/figures.py --data DATA/coco_mini [--weights FILE] [--run DIR]
 
-DIR is a finished run of `benchmarks/critic.py`; without it that picture is left as it is. Only
-photographs under CC BY 2.0 are used, and each picture says where they come from.
+DIR is a finished run of `benchmarks/critic.py`; without it that figure is left as it is. Only
+photographs under CC BY 2.0 are used, and each figure names its source.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 from torchvision.ops import box_iou
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
-
-from docs._drawing import TEXT, Photo, Photos, bare, new_figure, outline, save, show, tint
+from kd.formats.coco import CocoIndex, load_coco
 from kd.losses import anchor_grid, imitation_mask, pair_wise
 from kd.nn.trunk import Trunk, build_trunk
-from kd.report.style import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY
+from kd.report.style import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY, figure_image
 from kd.transforms.hide import normalise
+from kd.utils.images import read_image
 
 HERE = Path(__file__).resolve().parent / "images"
 Array = NDArray[Any]
@@ -42,14 +44,113 @@ EXPLAINED = (
     "Above: how much the marked node resembles every other one, the cosine of their features. The "
     "teacher tells trees from train and rails; to an untrained student all places look alike.",
     "Right: the same of every node, a row each. The white line is the row of the marked node: the "
-    "picture above, read as text is.",
+    "map above, read as text is.",
     "The loss asks for equal affinities, not for equal features: the two sides may differ in their "
     "number of channels.",
 )
+DPI = 122
+LICENCE = "http://creativecommons.org/licenses/by/2.0/"
+TEXT: dict[str, Any] = {"fontsize": 8.5, "color": "#222222"}
+
+
+@dataclass
+class Photo:
+    """An image, its objects and the credit its licence asks for."""
+
+    pixels: Tensor
+    boxes: Tensor
+    names: list[str]
+    credit: str
+
+
+class Photos:
+    """Photographs of both splits of coco_mini that may be shown."""
+
+    def __init__(self, root: Path) -> None:
+        self.entries: dict[int, tuple[CocoIndex, int, dict[str, Any]]] = {}
+        for split in ("train", "val"):
+            file = root / "annotations" / f"instances_{split}2017.json"
+            index = load_coco(file, root / f"{split}2017")
+            content = json.loads(file.read_text("utf-8"))
+            free = {entry["id"] for entry in content["licenses"] if entry["url"] == LICENCE}
+            entries = {entry["id"]: entry for entry in content["images"]}
+            for place, number in enumerate(index.image_ids.tolist()):
+                if entries[number].get("license") in free:
+                    self.entries[number] = index, place, entries[number]
+
+    def __call__(self, number: int, side: int | None = None) -> Photo:
+        """Read an image by its COCO id, its long side scaled to `side`."""
+        index, place, _ = self.entries[number]
+        pixels = read_image(index.path(place), side)
+        rows = slice(int(index.first[place]), int(index.first[place + 1]))
+        scale = pixels.shape[2] / int(index.widths[place])
+        names = [index.class_names[label] for label in index.labels[rows]]
+        boxes = torch.from_numpy(index.boxes[rows].copy()) * scale
+        return Photo(pixels, boxes, names, self.credit(number))
+
+    def credit(self, number: int) -> str:
+        """The attribution that the licence requires."""
+        return f"COCO image {number}, CC BY 2.0, {self.entries[number][2]['flickr_url']}"
+
+
+def new_figure(width: float, height: float, credits: Sequence[str]) -> Figure:
+    """Make a figure that credits its photographs at the bottom."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", h_pad=0.04, w_pad=0.04, hspace=0.0, wspace=0.0)
+    what = "Photograph" if len(credits) == 1 else "Photographs"
+    joint = ";  " if len(credits) < 3 else "\n"
+    figure.supxlabel(f"{what}: {joint.join(credits)}", fontsize=5.5, color=GREY)
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a PNG of 256 colours: a third of the size."""
+    pixels = figure_image(figure, dpi=DPI).permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels).quantize(256, kmeans=3, dither=Image.Dither.NONE)
+    file.parent.mkdir(exist_ok=True)
+    image.save(file, optimize=True)
+
+
+def show(axes: Axes, pixels: Tensor, title: str, *, dim: float = 0.0) -> None:
+    """Show a photograph, faded by `dim`, under a title."""
+    values = pixels.permute(1, 2, 0).float() / 255
+    axes.imshow((values + dim * (1 - values)).numpy())
+    label_panel(axes, title)
+
+
+def label_panel(axes: Axes, title: str) -> None:
+    """Give a panel a title and no ticks."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color(PALE)
+    axes.set_title(title, **TEXT)
+
+
+def tint(axes: Axes, mask: Tensor, stride: int, size: tuple[int, int], colour: str = RED) -> None:
+    """Colour the masked cells of a grid, and draw the grid."""
+    height, width = mask.shape
+    layer = np.zeros((height, width, 4))
+    layer[..., :3] = to_rgb(colour)
+    layer[..., 3] = 0.62 * mask.numpy()
+    area = (0, width * stride, height * stride, 0)
+    axes.imshow(layer, extent=area, interpolation="nearest", zorder=2)
+    lines: dict[str, Any] = {"color": "white", "linewidth": 0.35, "zorder": 3}
+    lines["alpha"] = min(0.6, stride / 24)  # fine grids stay faint
+    axes.vlines(np.arange(stride, size[1], stride), 0, size[0], **lines)
+    axes.hlines(np.arange(stride, size[0], stride), 0, size[1], **lines)
+    axes.set(xlim=(0, size[1]), ylim=(size[0], 0))
+
+
+def outline(axes: Axes, boxes: Tensor, colours: Sequence[str]) -> None:
+    """Draw the outlines of boxes."""
+    for (x1, y1, x2, y2), colour in zip(boxes.tolist(), colours, strict=True):
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=1.8, zorder=4)
+        )
 
 
 def draw_mask(photos: Photos) -> Figure:
-    """One map at several psi, then the five levels of a pyramid."""
+    """Draw the mask of one map at several psi, and of five levels of a pyramid."""
     photo = photos(MASKED)
     size = photo.pixels.shape[1], photo.pixels.shape[2]
     figure = new_figure(11.5, 5.0, [photo.credit])
@@ -85,7 +186,7 @@ def draw_mask(photos: Photos) -> Figure:
 def pyramid(
     panels: Sequence[Axes], photo: Photo, size: tuple[int, int], colours: Sequence[str]
 ) -> None:
-    """The mask of each level, from the boxes that fit its anchors best."""
+    """Draw the mask of each level, from the boxes that fit its anchors best."""
     levels = []
     for stride in (4, 8, 16, 32, 64):
         sides = shapes(4 * stride, 4 * 2 ** (1 / 3) * stride, 4 * 2 ** (2 / 3) * stride)
@@ -104,14 +205,14 @@ def pyramid(
 
 
 def shapes(*sizes: float) -> list[tuple[float, float]]:
-    """Anchors of some sizes: upright, square and lying."""
+    """Sides of anchors of some sizes: tall, square and wide."""
     return [(size / r**0.5, size * r**0.5) for size in sizes for r in (0.5, 1.0, 2.0)]
 
 
 def compare(
     nets: Sequence[Trunk], photo: Photo, kernel: int
 ) -> tuple[list[Array], tuple[int, int], float]:
-    """Affinities of teacher and student at stride 16, the nodes' grid, and the loss itself."""
+    """Compute affinities of teacher and student at stride 16, the nodes' grid, and the loss."""
     with torch.no_grad():
         images = normalise(photo.pixels[None])
         maps = [net.eval().forward_levels(images)[3] for net in nets]
@@ -122,7 +223,7 @@ def compare(
 
 
 def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
-    """Cosines between the nodes of a teacher's map and of an untrained student's."""
+    """Draw cosines between the nodes of a teacher's map and of an untrained student's."""
     torch.manual_seed(0)
     photo = photos(AFFINITY, 608)
     nets = {
@@ -144,11 +245,11 @@ def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
         style: dict[str, Any] = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
         above, below = panels[0, place], panels[1, place]
         row = values[marked].reshape(grid)
-        shown = above.imshow(row, extent=(0, grid[1] * cell, grid[0] * cell, 0), **style)
-        bare(above, title)
+        heat = above.imshow(row, extent=(0, grid[1] * cell, grid[0] * cell, 0), **style)
+        label_panel(above, title)
         above.set(xlim=(0, size[1]), ylim=(size[0], 0))
         below.imshow(values, **style, interpolation="nearest")
-        bare(below, f"all pairs of nodes: {len(values)} x {len(values)}")
+        label_panel(below, f"all pairs of nodes: {len(values)} x {len(values)}")
         below.axhline(marked, color="white", linewidth=0.8)
     for axes in panels[0]:
         corner = marked % grid[1] * cell, marked // grid[1] * cell
@@ -156,7 +257,7 @@ def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
             Rectangle(corner, cell, cell, fill=False, edgecolor="#00E5FF", lw=2.0, zorder=5)
         )
     panels[1, 3].set_title(f"its mean is the loss: pair_wise = {loss:.3f}", **TEXT)
-    figure.colorbar(shown, ax=panels[:, 3], shrink=0.75, pad=0.02)
+    figure.colorbar(heat, ax=panels[:, 3], shrink=0.75, pad=0.02)
     panels[1, 0].axis("off")
     words = "\n\n".join(textwrap.fill(part, 40) for part in EXPLAINED)
     place = panels[1, 0].transAxes
@@ -165,7 +266,7 @@ def draw_affinity(photos: Photos, weights: Path, kernel: int = 2) -> Figure:
 
 
 def draw_critic(photos: Photos, run: Path) -> Figure:
-    """What the trained critic thinks of the teacher's maps and the student's on its way."""
+    """Draw the critic's scores of the teacher's maps and of the student's during training."""
     with np.load(run / "judged.npz") as stored:
         judged = dict(stored)
     ids = judged["ids"].tolist()
@@ -173,7 +274,7 @@ def draw_critic(photos: Photos, run: Path) -> Figure:
     early = sorted(int(n.split("_")[1]) for n in judged if n.startswith("student_"))
     sides |= {f"student_{step}": f"student, step {step}" for step in early}
     sides["student"] = "student, step 2,000"
-    chosen = [number for number in JUDGED if number in photos.where]
+    chosen = [number for number in JUDGED if number in photos.entries]
     figure = new_figure(11.5, 2.15 * len(chosen) + 3.2, [photos.credit(n) for n in chosen])
     ratios = [2.15 * len(chosen), 2.6]
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
@@ -185,15 +286,15 @@ def draw_critic(photos: Photos, run: Path) -> Figure:
         show(line[0], torch.from_numpy(judged["images"][row]), "photograph" if heads else "")
         truth = judged["truth"][row]
         line[1].imshow(colours[truth])
-        bare(line[1], "annotation" if heads else "")
+        label_panel(line[1], "annotation" if heads else "")
         for axes, (name, title) in zip(line[2:], sides.items(), strict=True):
             scores = judged[name][row].astype(np.float32)
             seen |= set(np.flatnonzero(scores.max(axis=(1, 2)) > 0.4).tolist())
             axes.imshow(np.clip(np.einsum("chw,ck->hwk", scores, colours), 0, 1))
-            bare(axes, title if heads else "")
+            label_panel(axes, title if heads else "")
             behind = float(judged[f"D_{name}"][row] - judged["D_teacher"][row])
-            says = "D(teacher)" if name == "teacher" else f"D(teacher) {behind:+.2f}"
-            axes.set_xlabel(says, fontsize=9, weight="bold", color=RED if behind < 0 else GREEN)
+            label = "D(teacher)" if name == "teacher" else f"D(teacher) {behind:+.2f}"
+            axes.set_xlabel(label, fontsize=9, weight="bold", color=RED if behind < 0 else GREEN)
         seen |= set(np.unique(truth).tolist())
     patches = [Patch(color=tuple(colours[c]), label=str(judged["names"][c])) for c in sorted(seen)]
     top.legend(handles=patches, loc="outside lower center", ncols=9, fontsize=8, frameon=False)
@@ -202,14 +303,14 @@ def draw_critic(photos: Photos, run: Path) -> Figure:
 
 
 def class_colours(count: int) -> Array:
-    """Pale for the background, far apart for the rest."""
+    """Choose a colour per class: pale for the background, far apart for the rest."""
     names = ["#e9e9e9", ORANGE, BLUE, "#8c6d31", GREEN, PURPLE, "#637939", RED, "#e7cb94"]
     names += [SKY, "#7b4173", "#393b79", "#ad494a"]
     return np.array([to_rgb(name) for name in names[:count]])
 
 
 def curve(axes: Axes, file: Path) -> None:
-    """The critic's lead over the steps: D(teacher) - D(student), on pictures it has not seen."""
+    """Plot the critic's lead over the steps: D(teacher) - D(student), on images it has not seen."""
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     steps = np.array([line["step"] for line in lines])
     lead = np.array([line["val/D_teacher"] - line["val/D_student"] for line in lines])
@@ -223,13 +324,11 @@ def curve(axes: Axes, file: Path) -> None:
     axes.set(xlim=(0, steps[-1]))
     axes.set_xlabel("step of training (pale: each measurement; blue: running mean)", fontsize=9)
     axes.set_ylabel("D(teacher) - D(student)", fontsize=9)
-    axes.set_title(
-        "how far apart the critic of each moment holds the two, on 16 pictures of val", **TEXT
-    )
+    axes.set_title("the lead of each step's critic on 16 validation images", **TEXT)
 
 
 def main() -> int:
-    """Draw what there is material for."""
+    """Draw the figures that the arguments allow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder coco_mini")
     parser.add_argument("--weights", type=Path, help="ImageNet's MobileNetV2, torchvision's names")
