@@ -94,7 +94,7 @@ class RunFolder:
 
 
 def check_current(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse the config of a run that was trained before `variants` became `variants`.
+    """Refuse the config of a run that was trained before `arms` became `variants`.
 
     Args:
         config: As read from the file.
@@ -103,10 +103,10 @@ def check_current(config: Mapping[str, Any], file: Path) -> None:
     Raises:
         UserError: The run is of an earlier version.
     """
-    if old := sorted({"variant", "variants"} & config.keys()):
+    if old := sorted({"arm", "arms"} & config.keys()):
         raise UserError(
             f"{file}: a run of an earlier version ({old[0]!r} is now "
-            f"{old[0].replace('variant', 'variant')!r}); train it again"
+            f"{old[0].replace('arm', 'variant')!r}); train it again"
         )
 
 

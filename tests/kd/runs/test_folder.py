@@ -50,9 +50,9 @@ def test_a_run_of_another_config_is_refused_and_the_places_are_named(tmp_path: P
 
 
 def test_a_run_of_an_earlier_version_must_be_trained_again(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("variant: bare\n")
+    (tmp_path / "config.yaml").write_text("arm: bare\n")
     with pytest.raises(
-        UserError, match="earlier version \\('variant' is now 'variant'\\); train it again"
+        UserError, match="earlier version \\('arm' is now 'variant'\\); train it again"
     ):
         check_same_config(tmp_path / "config.yaml", CONFIG)
 

@@ -49,7 +49,7 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "bare")
-    (folder / "config.yaml").write_text("variant: bare\ndata: {name: scenes}\n")
+    (folder / "config.yaml").write_text("arm: bare\ndata: {name: scenes}\n")
     with pytest.raises(UserError, match="a run of an earlier version"):
         read_run(folder)
 
