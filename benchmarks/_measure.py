@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kd.config.recipes import Train
+from kd.data.loader import to_device
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import modules_of
-from kd.engine.loop import to_device, train_step
+from kd.engine.loop import train_step
 from kd.engine.state import Objective, Window
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training

@@ -32,10 +32,10 @@ from kd.config.recipes import (
     Term,
     Train,
 )
-from kd.data.loader import SampleLoader
+from kd.data.loader import SampleLoader, to_device
 from kd.distillation.targets import CachedPosteriors, CachedTeacher
 from kd.distillation.terms import POSTERIOR
-from kd.engine.loop import to_device, train_step
+from kd.engine.loop import train_step
 from kd.engine.state import Objective
 from kd.experiments.connect import adapt_student, build_terms
 from kd.problems.objects.classification import Classification
@@ -85,7 +85,7 @@ def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callabl
     """A training; called with an epoch it runs that and gives the seconds a step."""
     accelerator, task = make_accelerator("fp32"), Classification(num_classes=data.num_classes)
     fields = [kept[LAYER]] if kept else []
-    dataset = make_dataset(data, "train", train=True, epochs=100, stored=fields)
+    dataset = make_dataset(data, "train", train=True, epochs=100, cached=fields)
     loader: SampleLoader = make_loader(
         dataset, accelerator, batch_size=BATCH, workers=data.section.workers, train=True
     )

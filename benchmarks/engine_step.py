@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.recipes import Data, Generate, Split, Train
+from kd.data.loader import to_device
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors, LiveTeacher
 from kd.distillation.terms import build_term
-from kd.engine.loop import to_device
 from kd.engine.state import Objective
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context

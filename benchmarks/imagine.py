@@ -26,7 +26,7 @@ from kd.context.photo import Photograph
 from kd.context.query import Question, expectations
 from kd.context.regions import windows
 from kd.context.session import Wanted
-from kd.runs.build import build_task, build_teacher
+from kd.problems import problem_of_task
 from kd.runs.load_teacher import TrainedTeacher
 from kd.utils.malloc import keep_freed_memory
 
@@ -51,8 +51,8 @@ def untrained(name: str) -> TrainedTeacher:
     model, kind = TEACHERS[name]
     task = TaskSection(name=kind, weights={})
     recipe = TeacherRecipe(data=data, task=task, teacher=model)
-    net = build_teacher(model, CLASSES).eval().requires_grad_(False)
-    return TrainedTeacher(Path("."), recipe, net, build_task(task, data, CLASSES))
+    net = problem_of_task(kind).build_teacher(model, CLASSES).eval().requires_grad_(False)
+    return TrainedTeacher(Path("."), recipe, net, problem_of_task(kind).task(task, data, CLASSES))
 
 
 def one_at_a_time(teacher: TrainedTeacher, photo: Photograph, boxes: Tensor) -> None:

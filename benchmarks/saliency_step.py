@@ -33,9 +33,10 @@ from kd.distillation.targets import CachedTeacher
 from kd.distillation.terms import build_term
 from kd.engine.state import Objective
 from kd.formats.fixations import Fixations, GazeSplit
+from kd.problems import problem
 from kd.problems.saliency.samples import SaliencySamples
 from kd.problems.saliency.task import Saliency
-from kd.runs.build import build_saliency, make_accelerator
+from kd.runs.build import make_accelerator
 from kd.storage.fields import CachedField
 from kd.storage.store import IDS, Store
 
@@ -72,7 +73,7 @@ def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, Sali
     store.write_shard(0, {IDS: np.arange(PICTURES), "values": values})
     kept = CachedField(store, "saliency", channels=1, stride=2)
     return (
-        SaliencySamples(split, size=size, augment={}, stored=[kept]),
+        SaliencySamples(split, size=size, augment={}, cached=[kept]),
         SaliencySamples(split, size=size, augment={}),
     )
 
@@ -81,7 +82,9 @@ def step_of(trunk: str, branches: str) -> Step:
     """The engine's step of A, or of B with its term."""
     torch.manual_seed(0)
     model = Model(name="saliency", options={"trunk": trunk})
-    student = AdaptedStudent(build_saliency(model, branches=branches))
+    student = AdaptedStudent(
+        problem("saliency").named_student(model.name, {**model.options, "branches": branches})
+    )
     if branches == "a":
         return engine_step(student, Objective(Saliency(), {"kld": 1.0}), TRAIN)
     terms = [build_term("saliency", weight=2.5)]

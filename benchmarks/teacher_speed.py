@@ -25,8 +25,8 @@ from torch import Tensor
 
 from kd.config.reader import find_config, known_configs, load_recipe
 from kd.config.recipes import Data, TeacherRecipe
+from kd.problems import problem_of_task
 from kd.problems.base import named
-from kd.runs.build import build_task, build_teacher
 from kd.utils.malloc import keep_freed_memory
 
 CLASSES = {"scenes": 22}  # 80 elsewhere
@@ -62,9 +62,11 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     classes = CLASSES.get(data, 80)
     given = {"weights": None, "remember": False}
     options = {k: given.get(k, v) for k, v in recipe.teacher.options.items()}
-    model = build_teacher(recipe.teacher.model_copy(update={"options": options}), classes)
+    model = problem_of_task(recipe.task.name).build_teacher(
+        recipe.teacher.model_copy(update={"options": options}), classes
+    )
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    task = build_task(recipe.task, recipe.data, classes, model=model)
+    task = problem_of_task(recipe.task.name).task(recipe.task, recipe.data, classes, model=model)
     section = recipe.data
     assert isinstance(section, Data)
 

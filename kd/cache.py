@@ -17,7 +17,7 @@ from kd.errors import UserError, at_least
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.load_teacher import check_classes, load_teacher_of
 from kd.teacher_cache.cache import Wanted, open_cache
-from kd.teacher_cache.summary import own_output, said, splits_kept
+from kd.teacher_cache.summary import cache_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.only_layers and type(teacher.recipe.data) is type(data.section):
         check_classes(teacher, data.class_names, data.section.name)
     teacher.model.to(accelerator.device)
-    own = [] if args.only_layers else [own_output(data)]
-    for split in splits_kept(data, args.split):
+    own = [] if args.only_layers else [data.problem.teacher_output]
+    for split in (args.split,) if args.split else data.problem.cached_splits:
         wanted = Wanted(
             outputs=tuple(dict.fromkeys([*own, *args.layers])),
             split=split,
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             int8=args.precision == "int8",
             size=args.size or None,
         )
-        kept = open_cache(teacher, data, accelerator, wanted)
-        lines = list(said(teacher, data, split, kept, accelerator))
+        cached = open_cache(teacher, data, accelerator, wanted)
+        lines = list(cache_summary(teacher, data, split, cached, accelerator))
         if accelerator.is_main_process:
             sys.stdout.writelines(lines)
     if accelerator.is_main_process:

@@ -14,13 +14,13 @@ from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config.recipes import DistillRecipe
 from kd.evaluation.draw import write_overlays
 from kd.experiments.variants import Distillation
+from kd.problems.objects.transfer_trunk import resolved
 from kd.registry import look_up
 from kd.report.tables import distill_table, print_table
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.load_teacher import RUNS
 from kd.runs.read import read_distill
 from kd.runs.setup import open_run
-from kd.runs.transfer_trunk import resolved
 
 
 def main(argv: Sequence[str] | None = None) -> int:

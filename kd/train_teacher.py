@@ -8,8 +8,6 @@ from pathlib import Path
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config.recipes import TeacherRecipe
 from kd.experiments.teacher import train_one
-from kd.formats.splits import fold_of
-from kd.problems.objects.data import ObjectsDataset
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.load_teacher import default_folder
 from kd.runs.setup import open_run
@@ -33,12 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = open_data(recipe.data, recipe.task.name)
     whole = open_run(accelerator, out, config, resume=args.resume)
     if not whole.finished:
-        if recipe.folds and isinstance(data, ObjectsDataset):
-            folds = fold_of(data.train.image_ids, recipe.folds)
-            for number in range(recipe.folds):
-                only = data.train.image_ids[folds != number]
+        if recipe.folds:
+            for number, images in enumerate(data.problem.folds(data, recipe.folds)):
                 folder = open_run(accelerator, out / f"fold{number}", config, resume=True)
-                train_one(recipe, data, accelerator, folder, f"{name} fold {number + 1}", only)
+                train_one(recipe, data, accelerator, folder, f"{name} fold {number + 1}", images)
         train_one(recipe, data, accelerator, whole, name, None)
     if accelerator.is_main_process:
         say_summary(f"teacher {name} on {recipe.data.name}: {out}", whole.summary())

@@ -39,20 +39,13 @@ from kd.engine.optim import make_optimizer, make_schedule
 from kd.experiments.connect import adapt_student, build_terms, layers_among
 from kd.experiments.transfer import starts
 from kd.experiments.variants import train_section
+from kd.problems import problem_of_task
 from kd.problems.base import Batch, Task
 from kd.problems.detection.task import Detection
-from kd.runs.build import (
-    build_detector,
-    build_saliency,
-    build_segmenter,
-    build_student,
-    build_task,
-    build_teacher,
-)
+from kd.problems.objects.problem import PROBLEM
 from kd.runs.setup import learns
 from kd.transforms.augment import build_augment
 from kd.transforms.crops import build_crops, build_turns
-from students import STUDENTS
 
 CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,
            "voc2012": 21, "scenes_gaze": 1, "osie": 1, "salicon": 1, "mit1003": 1,
@@ -152,8 +145,12 @@ def task_of(
 ) -> Task:
     """A recipe's task, where all classes are as common."""
     equal = np.full(classes, 1 / classes)
-    shares = {"pixel_shares": equal} if isinstance(data, LabelMaps) else None
-    return build_task(section, data, classes, equal, shares, model=model)
+    shares = {"pixel_shares": equal} if isinstance(data, LabelMaps) else {}
+    fractions = {"prior": equal, **shares}
+    task: Task = problem_of_task(section.name).task(
+        section, data, classes, model=model, fractions=fractions
+    )
+    return task
 
 
 @pytest.mark.parametrize("name", known_configs("data"))
@@ -165,7 +162,7 @@ def test_every_data_set_loads(name: str) -> None:
 def test_every_teacher_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
     classes = CLASSES.get(data, COCO)
-    model = build_teacher(offline(recipe.teacher), classes)
+    model = problem_of_task(recipe.task.name).build_teacher(offline(recipe.teacher), classes)
     task = task_of(recipe.task, recipe.data, classes, model)
     if learns(model):
         check_training(recipe.train, recipe.data, model)
@@ -177,20 +174,19 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     classes = CLASSES.get(data, COCO)
     prior = np.full(classes, 1 / classes)
-    problem = STUDENTS[recipe.student.name].problem
-    names_objects = problem == "objects"
+    problem = problem_of_task(recipe.task.name)
+    names_objects = problem.name == "objects"
     reads = names_objects or recipe.student.options.get("context", False)
     for variant in ("plain", "no_context") if reads else ("plain",):
-        if names_objects:
-            model = build_student(offline(recipe.student), prior, context=variant == "plain")
-        elif problem == "detection":
-            model = build_detector(
-                offline(recipe.student), classes, prior, context=variant == "plain"
-            )
-        elif problem == "saliency":
-            model = build_saliency(offline(recipe.student), branches="a")
-        else:
-            model = build_segmenter(offline(recipe.student), classes)
+        student, options = offline(recipe.student), dict[str, object]()
+        if variant != "plain":
+            options["context"] = False
+        if problem.name == "saliency":
+            options["branches"] = "a"
+        given = {"prior": prior.tolist()} if reads and variant == "plain" else {}
+        model = problem.named_student(
+            student.name, {**student.options, **options}, num_classes=classes, **given
+        )
         task = task_of(recipe.task, recipe.data, classes, model)
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
         check_training(train_section(recipe.train, variant), recipe.data, model)
@@ -223,11 +219,13 @@ def test_every_term_of_a_recipe_on_pixels_computes(name: str, data: str) -> None
     teaches = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
     classes, terms = CLASSES[data], build_terms(recipe.all_losses)
     task = task_of(recipe.task, recipe.data, classes)
-    if data in LOOKED_AT:
-        student = build_saliency(offline(recipe.student), branches="b")
-    else:
-        student = build_segmenter(offline(recipe.student), classes)
-    teacher = build_teacher(offline(teaches.teacher), classes)
+    section = offline(recipe.student)
+    options = {"branches": "b"} if data in LOOKED_AT else {}
+    problem = problem_of_task(recipe.task.name)
+    student = problem.named_student(
+        section.name, {**section.options, **options}, num_classes=classes
+    )
+    teacher = problem.build_teacher(offline(teaches.teacher), classes)
     batch = batch_of(recipe.data, classes)
     layers = layers_among([term.teacher for term in terms])
     with torch.no_grad(), LiveTeacher(teacher, task, layers, posterior=False) as live:
@@ -249,11 +247,11 @@ def test_every_transfer_recipe_builds(name: str, data: str, tmp_path: Path) -> N
     teacher = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
     (tmp_path / "config.yaml").write_text(to_yaml(teacher))
     classes = CLASSES.get(data, COCO)
-    task = build_task(recipe.task, recipe.data, classes)
+    task = PROBLEM.task(recipe.task, recipe.data, classes)
     rows = list(starts(recipe))
     assert len(rows) == 2 * len(recipe.starts)
     for row in rows:
-        model = build_student(
+        model = PROBLEM.classifier(
             offline(row.recipe.student), np.full(classes, 1 / classes), context=False
         )
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)

@@ -37,12 +37,13 @@ from kd.config.recipes import (
     TeacherRecipe,
     Train,
 )
+from kd.data.loader import to_device
 from kd.distillation import adapters
 from kd.distillation.adapters import Conv3x3
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term, draw_modules, modules_of
-from kd.engine.loop import evaluate, to_device, train_step
+from kd.engine.loop import evaluate, train_step
 from kd.engine.state import Objective, Training
 from kd.nn.networks import DETECTORS
 from kd.nn.regions import roi_features

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.config.recipes import Data
-from kd.data.loader import Sample, collate
-from kd.engine.loop import to_device
+from kd.data.loader import Sample, collate, to_device
 from kd.problems.base import Task, named
 from kd.problems.objects.context import ContextMap, ContextPixels
 from kd.runs.load_teacher import TrainedTeacher

@@ -33,7 +33,7 @@ class ImageSamples(Dataset[Sample], ABC):
         train: Otherwise whole pictures, whose targets keep their own size.
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
-        stored: Outputs of teachers that go with training samples, as `stored.NAME`.
+        cached: Outputs of teachers that go with training samples, as `stored.NAME`.
         setting: What messages call the frame.
 
     Raises:
@@ -48,7 +48,7 @@ class ImageSamples(Dataset[Sample], ABC):
         train: bool,
         seed: int,
         only: NDArray[np.int64] | None,
-        stored: Sequence[CachedField],
+        cached: Sequence[CachedField],
         setting: str,
     ) -> None:
         """Check the frame; the arguments are explained above."""
@@ -57,7 +57,7 @@ class ImageSamples(Dataset[Sample], ABC):
         self.images, self.frame = images, frame
         self.train, self.seed = train, seed
         self.places = np.arange(len(images)) if only is None else only
-        self.stored = tuple(stored)
+        self.cached = tuple(cached)
         sizes = set() if train else set(self.file_sizes())
         # Whole pictures of different sizes have no common shape.
         self.alike = len(sizes) <= 1
@@ -115,7 +115,7 @@ class ImageSamples(Dataset[Sample], ABC):
             **self.targets(image, own, cut),
         }
         if cut is not None:
-            for one in self.stored:
+            for one in self.cached:
                 sample[f"{PREFIX}{one.name}"] = one.cropped(image, cut, own, self.frame)
         return sample
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,16 @@ def collate(samples: Sequence[Sample]) -> Sample:
         [sample["hidden"] + start for sample, start in zip(samples, before, strict=True)]
     )
     return batch
+
+
+def to_device(
+    batch: Mapping[str, Tensor], device: torch.device, *, channels_last: bool
+) -> dict[str, Tensor]:
+    """Move a batch; images in the memory format of the model."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if channels_last:
+        moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+    return moved
 
 
 def _counts(samples: Sequence[Sample], key: str) -> Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kd.data.loader import to_device
 from kd.distillation.targets import known_counts
 from kd.distillation.terms import distillation_losses, looked_at, weighted_sum
 from kd.engine.optim import update_average
@@ -33,16 +34,6 @@ from kd.problems.base import (
     count_units,
     remembered,
 )
-
-
-def to_device(
-    batch: Mapping[str, Tensor], device: torch.device, *, channels_last: bool
-) -> dict[str, Tensor]:
-    """Move a batch; images in the memory format of the model."""
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    if channels_last:
-        moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
-    return moved
 
 
 def forward_losses(

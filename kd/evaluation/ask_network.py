@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd.data.images import ImageSamples
-from kd.data.loader import Sample, collate
-from kd.engine.loop import to_device
+from kd.data.loader import Sample, collate, to_device
 from kd.nn.freeze import evaluating
 from kd.problems.base import Task
 from kd.problems.saliency.data import SaliencyDataset

@@ -18,11 +18,14 @@ from kd.evaluation.cost_figure import Cost, CostPoint, Kind
 from kd.nn.cost import latency, multiply_adds
 from kd.problems.records import PICTURES, kind_of
 from kd.problems.segmentation.data import SegmentationDataset
+from kd.registry import build
 from kd.report.tables import value_of
-from kd.runs.build import build_segmenter, build_teacher, open_data
+from kd.runs.build import open_data
 from kd.runs.load_student import to_be_loaded
 from kd.runs.read import DistillRuns, Run, check_same_objects, distinct_names
 from kd.runs.setup import parameters
+from students import STUDENTS
+from teachers import TEACHERS
 
 PLAIN, TEACHER = "plain", "teacher"
 
@@ -122,8 +125,10 @@ def _names(trained: Sequence[_Trained]) -> list[str]:
 def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
     """Build the network at random weights, which cost as much as trained ones."""
     num_classes = one.runs[0].records["confusion"].shape[1]
-    build = build_teacher if one.kind == TEACHER else build_segmenter
-    model = build(one.section, num_classes).to(device)
+    registry, what = (TEACHERS, "teacher") if one.kind == TEACHER else (STUDENTS, "student")
+    section = one.section
+    model = build(registry, section.name, section.options, what=what, num_classes=num_classes)
+    model = model.to(device)
     sides = _sides(one.runs[0].config["data"], str(one.runs[0].folder / "config.yaml"))
     images = torch.zeros(1, 3, *sides, device=device)
     point = CostPoint(
@@ -142,6 +147,6 @@ def _sides(section: dict[str, Any], where: str) -> tuple[int, int]:
     """Height and width at which most val pictures are seen."""
     data = open_data(plain_data(section, where))
     assert isinstance(data, SegmentationDataset)
-    samples = data.evaluated()
+    samples = data.whole("val", size=data.section.size)
     seen = Counter(samples.seen(own) for own in samples.file_sizes())
     return seen.most_common(1)[0][0]

@@ -74,7 +74,7 @@ def write_overlays(distillation: Distillation) -> None:
     accelerator, task = distillation.accelerator, distillation.task
     first, asked = out / f"seed{recipe.seeds[0]}", {}
     for variant in recipe.variants:
-        student = load_network(first / variant, recipe, variant, data)
+        student = load_network(first / variant, recipe, variant, data, recipe.seeds[0])
         asked[variant] = Asked(_placed(student, accelerator), task, data.section.size)
     teacher = None if distillation.sources is None else distillation.sources.teacher
     if teacher is not None and isinstance(teacher.recipe.data, type(data.section)):
@@ -100,7 +100,7 @@ def _write_boxes(distillation: Distillation, data: DetectionDataset) -> None:
     count, task = recipe.train.pictures, distillation.task
     assert isinstance(task, Detection)
     imitates = bool(task.levels and {term.kind.mask for term in distillation.terms} - {None})
-    masks = mask_pictures(data.evaluated(), task, count=count) if imitates else ()
+    masks = mask_pictures(data.samples("val"), task, count=count) if imitates else ()
     write_box_overlays(out, folders, data.objects.val, count=count, more=masks)
 
 

@@ -23,13 +23,13 @@ from kd.evaluation.ask_network import Asked
 from kd.evaluation.draw import drawn
 from kd.metrics.records import Records
 from kd.nn.multi_scale import MultiScale
-from kd.problems.base import Metric, Task
+from kd.problems.base import Dataset, Metric, Task
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.draw import box_overlays
 from kd.problems.detection.evaluation import BoxEvaluation, about_boxes
 from kd.problems.detection.metric import FoundBoxes
 from kd.problems.objects.baselines import on_data, references
-from kd.problems.objects.data import Dataset, of_objects
+from kd.problems.objects.data import of_objects
 from kd.problems.objects.draw import hidden_scenes
 from kd.problems.objects.evaluation import Evaluation, Scores, about
 from kd.problems.objects.metric import TopN

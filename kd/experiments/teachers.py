@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from kd.config.recipes import Data, DistillRecipe
+from kd.config.recipes import DistillRecipe
 from kd.distillation.hooks import FeatureTaps
 from kd.distillation.targets import (
     CachedPosteriors,
@@ -24,9 +22,7 @@ from kd.distillation.terms import OF_CLASSES, POSTERIOR, ROWS, TEACHER_OUTPUTS, 
 from kd.errors import UserError
 from kd.experiments.connect import layers_among, outputs_by_teacher
 from kd.losses.pair_wise import pair_wise
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.detection.task import Detection
-from kd.problems.objects.data import Dataset, ObjectsDataset
+from kd.problems.base import Dataset
 from kd.runs.load_teacher import TrainedTeacher, check_classes, find_teacher, load_teacher_of
 from kd.storage.fields import PREFIX, CachedField
 from kd.teacher_cache.cache import Wanted, open_cache
@@ -92,10 +88,23 @@ class RecipeTeachers:
         return Teachers(first, more, self.weights)
 
 
+@dataclass(frozen=True)
+class FoundTeacher:
+    """A teacher that a recipe reads; nothing of it is loaded yet.
+
+    Attributes:
+        path: Its run folder or file.
+        outputs: Its outputs and layers that terms read.
+    """
+
+    path: Path
+    outputs: Sequence[str]
+
+
 def find_teachers(
     recipe: DistillRecipe, terms: Sequence[Term], data: Dataset, data_typed: str | None = None
-) -> dict[str, Path]:
-    """Where the teachers are that a recipe needs, by name; nothing of them is read.
+) -> dict[str, FoundTeacher]:
+    """Find the teachers that a recipe needs, by name.
 
     Args:
         recipe: As the user wrote it.
@@ -108,9 +117,13 @@ def find_teachers(
     """
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     return {
-        name: find_teacher(reference, recipe.data.name, further=name, typed=data_typed)
+        name: FoundTeacher(
+            find_teacher(reference, recipe.data.name, further=name, typed=data_typed),
+            outputs[name],
+        )
         for name, reference in recipe.teachers.items()
-        if outputs[name] or name in _always(data)
+        # The recipe's own teacher of hidden objects is drawn beside every student.
+        if outputs[name] or (data.problem.hides_objects and not name)
     }
 
 
@@ -119,62 +132,44 @@ def open_teachers(
     terms: Sequence[Term],
     data: Dataset,
     accelerator: Accelerator,
-    paths: Mapping[str, Path],
+    found: Mapping[str, FoundTeacher],
 ) -> RecipeTeachers:
-    """Open the teachers of a recipe; what is to be stored and is not yet is computed now.
+    """Load the teachers of a recipe; outputs that are to be cached and are not yet are computed.
 
     Args:
         recipe: As the user wrote it.
         terms: Those that any of its variants has.
         data: What they are computed on.
         accelerator: Devices and processes.
-        paths: Of `find_teachers`.
+        found: Of `find_teachers`.
 
     Raises:
-        UserError: A teacher that is of another data set, other classes or another picture size;
-            stored maps that cannot follow the picture.
+        UserError: A teacher of another dataset, of other classes or of another image size; cached
+            maps that differ too much from those of moved images.
     """
-    outputs = outputs_by_teacher(terms, recipe.more_teachers)
-    always = _always(data)
-    teachers = {
-        name: _loaded(path, data, stored=recipe.keeps(name)) for name, path in paths.items()
-    }
-    by_class = always | _read_by_class(terms, recipe)
+    teachers = {name: load_teacher_of(one.path, data) for name, one in found.items()}
+    by_class = _read_by_class(terms, recipe)
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
-        _check_layers(teacher, name, outputs[name], recipe)
-        if name in by_class:
+        _check_layers(teacher, name, found[name].outputs, recipe)
+        if name in by_class or (data.problem.hides_objects and not name):
             check_classes(teacher, data.class_names, recipe.data.name)
         if recipe.keeps(name):
-            _check_labels_known(teacher, recipe)
+            _check_labels_known(teacher, recipe, data)
         teacher.model.to(accelerator.device)
-    sources = RecipeTeachers(teachers, [recipe.teachers[name].weight for name in teachers])
+    opened = RecipeTeachers(teachers, [recipe.teachers[name].weight for name in teachers])
     for name, teacher in teachers.items():
+        outputs = found[name].outputs
         if not recipe.keeps(name):
-            sources.live[name] = _live(teacher, outputs[name], recipe, accelerator)
+            opened.live[name] = _live(teacher, outputs, recipe, accelerator)
             continue
-        kept = _kept(teacher, name, outputs[name], recipe, data, accelerator)
-        if POSTERIOR in kept:
-            posteriors = _posteriors(kept.pop(POSTERIOR), data)
-            sources.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
-        if isinstance(data, ObjectsDataset):
-            limit = recipe.soft_targets.moved_error
-            check_moved_maps(teacher, data, kept, accelerator, limit=limit)
-        sources.maps[name] = kept
-    return sources
-
-
-def _always(data: Dataset) -> set[str]:
-    """Teachers that are needed whether a term reads them or not.
-
-    Of objects the recipe's own says what pictures show, and what a bare student may be taught.
-    """
-    return {""} if isinstance(data, ObjectsDataset) else set()
-
-
-def _loaded(path: Path, data: Dataset, *, stored: bool) -> TrainedTeacher:
-    """A teacher for this data; stored ones answer about objects, and so have the data's classes."""
-    asked = data.objects if stored and isinstance(data, DetectionDataset) else data
-    return load_teacher_of(path, asked)
+        cached = _cached(teacher, name, outputs, recipe, data, accelerator)
+        if POSTERIOR in cached:
+            posteriors = _posteriors(cached.pop(POSTERIOR), data)
+            opened.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
+        limit = recipe.soft_targets.moved_error
+        check_moved_maps(teacher, data, cached, accelerator, limit=limit)
+        opened.maps[name] = cached
+    return opened
 
 
 def _check_layers(
@@ -208,30 +203,24 @@ def _read_by_class(terms: Sequence[Term], recipe: DistillRecipe) -> set[str]:
     return {name for name, read in outputs.items() if not OF_CLASSES.isdisjoint(read)}
 
 
-def _posteriors(kept: CachedField, data: Dataset) -> CachedPosteriors:
-    """All of a cache; which objects they are of is looked at before anything trains.
-
-    On a GPU a look-up does not check. A detector may learn from boxes that nobody asked about.
-    """
-    posteriors = CachedPosteriors.read(kept)
-    if isinstance(data, DetectionDataset):
-        ids = data.objects.train.object_ids
-        posteriors.check_knows(torch.from_numpy(ids.astype(np.int64)))
-    elif isinstance(data, ObjectsDataset):
-        posteriors.check_covers(torch.from_numpy(data.train.object_ids.astype(np.int64)))
+def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
+    """All of a cache, checked before anything trains: on a GPU a look-up does not check."""
+    posteriors = CachedPosteriors.read(cached)
+    ids = torch.from_numpy(data.problem.object_ids(data))
+    if data.problem.some_posteriors:
+        posteriors.check_knows(ids)
+    else:
+        posteriors.check_covers(ids)
     return posteriors
 
 
-def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe) -> None:
-    """Stored posteriors must not carry labels that the student is not to know."""
-    if not isinstance(recipe.data, Data):
-        return
-    labelled = recipe.data.labelled
-    if teacher.reads_labels and labelled < 1:
+def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe, data: Dataset) -> None:
+    """Cached posteriors must not carry labels that the student is not to know."""
+    if teacher.reads_labels and any(data.labelled(seed) is not None for seed in recipe.seeds):
         raise UserError(
-            f"{teacher.folder}: this teacher is told the other objects' classes, which "
-            f"data.labelled {labelled} keeps from the student on the other images; take a teacher "
-            "on pixels alone, or --set data.labelled=1.0"
+            f"{teacher.folder}: this teacher reads the other objects' classes, which data.labelled "
+            "keeps from the student on the other images; take a teacher on pixels alone, or "
+            "--set data.labelled=1.0"
         )
 
 
@@ -239,7 +228,7 @@ def _prefix(teacher: str) -> str:
     return f"{PREFIX}{teacher}." if teacher else PREFIX
 
 
-def _kept(
+def _cached(
     teacher: TrainedTeacher,
     name: str,
     outputs: Sequence[str],
@@ -247,51 +236,42 @@ def _kept(
     data: Dataset,
     accelerator: Accelerator,
 ) -> dict[str, CachedField]:
-    """A teacher's stored outputs; samples call them by teacher, posteriors stay in memory."""
+    """A teacher's cached outputs; samples name them by teacher, posteriors stay in memory."""
     targets = recipe.soft_targets
-    objects = data.objects if isinstance(data, DetectionDataset) else data
-    about_objects = isinstance(objects, ObjectsDataset)
-    always = [POSTERIOR] if about_objects else []
+    seen = data.problem.cached_data(data)
+    hides = seen.problem.hides_objects
+    always = [POSTERIOR] if hides else []
     location = targets.cache
     if location is not None and name:
         location = f"{location.rstrip('/')}/{name}"
     wanted = Wanted(
         outputs=[*always, *(output for output in outputs if output not in always)],
-        out_of_fold=targets.out_of_fold and about_objects,
+        out_of_fold=targets.out_of_fold and hides,
         dtype=targets.dtype, top_k=targets.top_k,
         mirrored=targets.mirrored, int8=targets.int8, size=targets.size,
         location=location,
     )  # fmt: skip
-    found = open_cache(teacher, objects, accelerator, wanted)
+    found = open_cache(teacher, seen, accelerator, wanted)
     return {
         output: CachedField(
-            kept.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=kept.channels,
+            one.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=one.channels,
             stride=targets.stride_of(layer=output not in TEACHER_OUTPUTS),
         )
-        for output, kept in found.items()
+        for output, one in found.items()
     }  # fmt: skip
-
-
-def _of_pyramid(outputs: Sequence[str]) -> bool:
-    """Whether nothing else of a detector is wanted: its heads need not run then."""
-    return all(output.startswith("network.backbone") for output in outputs)
 
 
 def _live(
     teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
     """One for all variants and seeds: each would leave its hooks on the teacher."""
-    if teacher.recipe.data.size != recipe.data.size:
+    size, own = (getattr(section, "size", None) for section in (recipe.data, teacher.section))
+    if own != size:
         raise UserError(
-            f"data.size {recipe.data.size}: the teacher saw {teacher.recipe.data.size}; "
-            "a live teacher sees the student's pictures"
+            f"data.size {size}: the teacher saw {own}; a live teacher sees the student's images"
         )
-    task = teacher.task
-    if isinstance(task, Detection):
-        wanted: Literal["features", "objects"] = "features" if _of_pyramid(outputs) else "objects"
-        task = replace(task, wanted=wanted).asking(outputs)
     return LiveTeacher(
-        teacher.model, task, layers_among(outputs),
+        teacher.model, teacher.problem.teacher_task(teacher.task, outputs), layers_among(outputs),
         autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,
         called=teacher.called,
     )  # fmt: skip

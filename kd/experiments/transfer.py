@@ -9,8 +9,8 @@ from typing import Any
 
 from kd.config.recipes import DistillRecipe, Finetune, Model, Probe, Train, TransferRecipe
 from kd.errors import UserError
+from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved
 from kd.runs.load_teacher import find_teacher
-from kd.runs.transfer_trunk import TRANSFERRED, resolved
 
 TEACHER = "teacher"
 

@@ -9,8 +9,9 @@ from kd.config.recipes import DistillRecipe, SoftTargets
 from kd.distillation.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term
 from kd.errors import UserError
 from kd.experiments.connect import outputs_by_teacher
+from kd.problems.base import Dataset
 from kd.problems.detection.data import DetectionDataset
-from kd.problems.objects.data import Dataset, ObjectsDataset
+from kd.problems.objects.data import ObjectsDataset
 from kd.problems.segmentation.data import SegmentationDataset
 
 _log = logging.getLogger("kd")

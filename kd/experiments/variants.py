@@ -15,7 +15,6 @@ An ablation's variants are named in the recipe, each with the labels of its term
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +26,13 @@ from torch import nn
 
 from kd.config.recipes import VARIANTS, DistillRecipe, Train
 from kd.config.recipes import Term as TermSection
-from kd.data.loader import Samples, collate
+from kd.data.loader import Samples, collate, to_device
 from kd.distillation.hooks import FeatureTaps
 from kd.distillation.targets import SoftTargetSource
 from kd.distillation.terms import Term, check_weights
-from kd.engine.loop import forward_losses, to_device
+from kd.engine.loop import forward_losses
 from kd.engine.optim import make_optimizer
-from kd.engine.state import Objective, Training
-from kd.engine.tracking import Tracker
+from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.experiments.connect import (
     adapt_student,
@@ -45,24 +43,9 @@ from kd.experiments.connect import (
 )
 from kd.experiments.teachers import RecipeTeachers, find_teachers, open_teachers
 from kd.experiments.validate import check_terms
-from kd.problems.base import Mean, Task
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.objects.data import Dataset, ObjectsDataset, make_dataset, of_objects
-from kd.problems.objects.draw import write_pictures
-from kd.problems.saliency.data import SaliencyDataset
-from kd.problems.segmentation.data import SegmentationDataset
-from kd.runs.build import (
-    build_detector,
-    build_saliency,
-    build_segmenter,
-    build_student,
-    build_task,
-    check_kind,
-    make_loader,
-    segmentation_task,
-)
-from kd.runs.load_student import BARE, imitates
-from kd.runs.load_teacher import expectation
+from kd.problems.base import Dataset, Mean, Sampling, Task
+from kd.runs.build import check_kind, make_loader
+from kd.runs.load_student import BARE, outputs_read
 from kd.runs.setup import open_run
 from kd.runs.train import Session, run_training
 
@@ -96,7 +79,7 @@ class Distillation:
     def __post_init__(self) -> None:
         """Find out what can be wrong before the first step, what takes no time first."""
         recipe, data = self.recipe, self.data
-        check_kind(recipe.task, recipe.data)
+        check_kind(recipe.task.name, recipe.data)
         self.terms = build_terms(self._wanted())
         self.sources: RecipeTeachers | None = None
         check_terms(recipe, self.terms, data)
@@ -109,10 +92,12 @@ class Distillation:
 
     def _task(self) -> Task:
         section, data = self.recipe.task, self.data
-        if isinstance(data, SegmentationDataset):
-            return segmentation_task(section, data)
-        model = self._student("distilled", None) if isinstance(data, DetectionDataset) else None
-        return build_task(section, self.recipe.data, data.num_classes, model=model)
+        problem = data.problem
+        model = self._student("distilled", None) if problem.task_needs_student else None
+        fractions = problem.class_fractions(section, data)
+        return problem.task(
+            section, data.section, data.num_classes, model=model, fractions=fractions
+        )
 
     def _wanted(self) -> list[TermSection]:
         """The terms that any of the variants has."""
@@ -142,7 +127,7 @@ class Distillation:
             UserError: A layer, an output or a weight that does not fit, shapes that differ.
         """
         seed = self.recipe.seeds[0]
-        labelled = self._labelled(seed)
+        labelled = self.data.labelled(seed)
         for variant in self.recipe.variants:
             dataset = self._dataset(seed, labelled, variant)
             model, objective = self._assemble(variant, seed, labelled, dataset)
@@ -159,7 +144,7 @@ class Distillation:
         folder = open_run(accelerator, self.out / f"seed{seed}" / variant, config, resume=True)
         if folder.finished:
             return
-        labelled = self._labelled(seed)
+        labelled = self.data.labelled(seed)
         dataset = self._dataset(seed, labelled, variant)
         loader = make_loader(
             dataset,
@@ -172,7 +157,8 @@ class Distillation:
         model, objective = self._assemble(variant, seed, labelled, dataset)
         label = f"{self.label or f'{recipe.student.name} {variant}'} seed {seed}"
         train = train_section(recipe.train, variant)
-        session = Session(folder, accelerator, self.data, train, seed, label, self._pictures)
+        teacher = None if self.sources is None else self.sources.teacher
+        session = Session(folder, accelerator, self.data, train, seed, label, teacher)
         run_training(session, model, objective, loader)
 
     def _assemble(
@@ -192,27 +178,15 @@ class Distillation:
         )
         return model.to(self.accelerator.device), objective
 
-    def _labelled(self, seed: int) -> NDArray[np.int64] | None:
-        return (
-            self.data.labelled(seed)
-            if isinstance(self.data, ObjectsDataset | DetectionDataset)
-            else None
-        )
-
     def _student(self, variant: str, labelled: NDArray[np.int64] | None) -> nn.Module:
-        """A student of the data's kind at fresh weights."""
-        if isinstance(self.data, ObjectsDataset):
-            shares = self.data.prior(labelled)
-            return build_student(self.recipe.student, shares, context=variant not in BARE)
-        classes = self.data.num_classes
-        if isinstance(self.data, SaliencyDataset):
-            second = imitates(self.recipe, variant)
-            return build_saliency(self.recipe.student, branches="b" if second else "a")
-        if isinstance(self.data, DetectionDataset):
-            reads = variant not in BARE and self.recipe.student.options.get("context", False)
-            prior = self.data.prior(labelled) if reads else None
-            return build_detector(self.recipe.student, classes, prior, context=variant not in BARE)
-        return build_segmenter(self.recipe.student, classes)
+        """A student at initial weights."""
+        return self.data.problem.build_student(
+            self.recipe.student,
+            self.data,
+            labelled=labelled,
+            context=variant not in BARE,
+            outputs=outputs_read(self.recipe, variant),
+        )
 
     def _sample(self, dataset: Samples) -> dict[str, torch.Tensor]:
         """A batch of two, or of what a process gets, to find shapes and mistakes before workers."""
@@ -226,24 +200,16 @@ class Distillation:
     ) -> Samples:
         """The same samples for every variant; stored maps come with them where they are used."""
         recipe, data = self.recipe, self.data
-        stored = [] if self.sources is None else self.sources.fields(self._outputs(variant))
-        if isinstance(data, SegmentationDataset):
-            return data.crops(seed, stored)
-        if isinstance(data, SaliencyDataset):
-            return data.pictures(seed, stored)
-        if isinstance(data, DetectionDataset):
-            return data.samples(seed, stored)
-        return make_dataset(
-            of_objects(data),
-            "train",
-            train=True,
-            mode="all" if all(map(recipe.keeps, recipe.teachers)) else "one",
-            labelled=labelled,
-            only=labelled if self.labelled_alone else None,
+        cached = [] if self.sources is None else self.sources.fields(self._outputs(variant))
+        sampling = Sampling(
             seed=seed,
             epochs=recipe.train.epochs,
-            stored=stored,
+            images=labelled if self.labelled_alone else None,
+            labelled=labelled,
+            hide="all" if all(map(recipe.keeps, recipe.teachers)) else "one",
+            cached=cached,
         )
+        return data.problem.training(data, sampling, self.task)
 
     def _has_terms(self, variant: str) -> bool:
         """Whether it is taught, or shows stored terms without learning from them: at no cost."""
@@ -273,10 +239,6 @@ class Distillation:
     def _outputs(self, variant: str) -> dict[str, list[str]]:
         """What a variant's terms read of each teacher."""
         return outputs_by_teacher(self._terms(variant), self.recipe.more_teachers)
-
-    def _pictures(self, session: Session, training: Training, task: Task, tracker: Tracker) -> None:
-        expects = None if self.sources is None else partial(expectation, self.sources.teacher)
-        write_pictures(session, training, task, tracker, expectation=expects)
 
 
 def _first_losses(

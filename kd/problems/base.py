@@ -7,23 +7,47 @@ are the images, and all M objects are asked about. Label -1 means withheld.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    runtime_checkable,
+)
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from kd.config.datasets import DataSet
+from kd.config.recipes import Model, TaskSection
+from kd.data.loader import Samples
 from kd.errors import UserError
 from kd.metrics.kitti_ap import KittiTruth
 from kd.nn.regions import coverage, expand_boxes
 from kd.problems.detection.metric import BoxTruth, FoundBoxes
 from kd.problems.objects.metric import TopN
 from kd.problems.saliency.baselines import GazeTruth
+from kd.registry import build, check_options, check_problem, look_up
+from kd.storage.fields import CachedField
 from kd.utils.images import VOID
+from students import STUDENTS
+from teachers import TEACHERS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Batch = Mapping[str, Tensor]
 Output = Mapping[str, Tensor]
@@ -129,6 +153,398 @@ class Task(Protocol):
         ...
 
 
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How training samples are drawn from a dataset.
+
+    Attributes:
+        seed: Of everything random, 0 or more.
+        epochs: Length of the training, for what changes over it.
+        images: Ids of the images to sample; None: all.
+        labelled: Ids of the images whose labels may be used; None: all.
+        hide: Objects hidden in an image and epoch: one drawn at random, or each in turn. Only for
+            problems that hide objects.
+        cached: Teacher outputs that come with the samples.
+    """
+
+    seed: int
+    epochs: int = 1
+    images: NDArray[np.int64] | None = None
+    labelled: NDArray[np.int64] | None = None
+    hide: Literal["one", "all"] = "all"
+    cached: Sequence[CachedField] = ()
+
+
+class Dataset(Protocol):
+    """An opened dataset: both splits, checked."""
+
+    @property
+    def problem(self) -> Problem[Any]:
+        """The problem that opened it."""
+        ...
+
+    @property
+    def section(self) -> DataSet:
+        """As the recipe has it."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """Ids of the train images whose labels a student of this seed may use; None: all."""
+        ...
+
+    def class_info(self) -> Classes:
+        """What a metric needs to know."""
+        ...
+
+
+class Teacher(Protocol):
+    """A trained teacher."""
+
+    @property
+    def folder(self) -> Path:
+        """Of its run."""
+        ...
+
+    @property
+    def problem(self) -> Problem[Any]:
+        """The problem that it was trained on."""
+        ...
+
+    @property
+    def section(self) -> DataSet:
+        """Of the data that it was trained on."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """Frozen."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """How it is called and decoded."""
+        ...
+
+
+class TeacherView(Protocol):
+    """A split as a teacher sees it when its outputs are cached, one record a row of its output."""
+
+    @property
+    def data(self) -> Dataset:
+        """The dataset."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a record belongs to: objects or images."""
+        ...
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """Of the images with records, (I,)."""
+        ...
+
+    @property
+    def records_per_image(self) -> float:
+        """On average."""
+        ...
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What cached numbers depend on beside the teacher."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Height and width to which score maps are resized; None: all have one shape."""
+        ...
+
+    def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
+        """All images, or those with these ids."""
+        ...
+
+    def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Ids of a batch's records and the position in the batch of each one's image."""
+        ...
+
+    def mirrored(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch with its images mirrored left to right, each within its own size."""
+        ...
+
+    def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
+        """Training samples under another augmentation, with these outputs moved alike.
+
+        Raises:
+            UserError: Outputs of this problem are not compared with those of moved images.
+        """
+        ...
+
+
+D = TypeVar("D", bound=Dataset)
+
+
+class Problem(ABC, Generic[D]):
+    """A kind of data with all that depends on it; one instance for each folder of `kd.problems`.
+
+    Methods that not every problem has raise a `UserError` unless they are overridden.
+
+    Attributes:
+        name: As in `kd.problems.PROBLEMS`.
+        about: What its data are, for messages: "objects with boxes".
+        example: A fitting name for `--data`, for messages.
+        section_type: Of its datasets' sections in recipes.
+        tasks: Its tasks by name.
+        teacher_output: What is cached of a teacher beside its layers.
+        cached_splits: Those that `kd.cache` stores by default.
+        hides_objects: Whether teachers see scenes with one object hidden: their posteriors of it
+            are always cached, and they answer queries about the context of any region.
+        task_needs_student: Whether a student's task depends on the network, say on its levels.
+        some_posteriors: Whether objects may lack a cached posterior.
+        moves_cached_maps: Whether cached maps are moved with augmented images, which is measured.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    example: ClassVar[str]
+    section_type: ClassVar[type[DataSet]]
+    tasks: ClassVar[Mapping[str, Callable[..., Any]]]
+    teacher_output: ClassVar[str] = "logits"
+    cached_splits: ClassVar[tuple[Split, ...]] = ("train",)
+    hides_objects: ClassVar[bool] = False
+    task_needs_student: ClassVar[bool] = False
+    some_posteriors: ClassVar[bool] = False
+    moves_cached_maps: ClassVar[bool] = False
+
+    # Data
+
+    @abstractmethod
+    def open(self, section: Any) -> D:
+        """Open both splits of a dataset and check them.
+
+        Raises:
+            UserError: The data are not there, damaged, or of another kind.
+        """
+
+    def class_names(self, section: Any) -> tuple[str, ...]:
+        """The class names of a dataset, read without its images where that is possible."""
+        return self.open(section).class_names
+
+    @abstractmethod
+    def training(self, data: D, sampling: Sampling, task: Task | None = None) -> Samples:
+        """Training samples; some tasks of teachers want more in them than others."""
+
+    @abstractmethod
+    def evaluation(self, data: D, split: Split = "val") -> Samples:
+        """What a model is scored on."""
+
+    def folds(self, data: D, count: int) -> list[NDArray[np.int64]]:
+        """Ids of the train images that each fold's model learns from, all but the fold's own.
+
+        Raises:
+            UserError: Teachers of this problem are not trained by folds.
+        """
+        raise UserError(f"folds: are for teachers of hidden objects; these data are {self.about}")
+
+    def cached_data(self, data: D) -> Dataset:
+        """The dataset whose records are cached for students of this problem."""
+        return data
+
+    def object_ids(self, data: D) -> NDArray[np.int64]:
+        """Annotation ids of the train objects that cached posteriors belong to.
+
+        Raises:
+            UserError: There are no such objects.
+        """
+        raise UserError(f"{data.section.name}: posteriors are of objects, not of {self.about}")
+
+    def teacher_view(
+        self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
+    ) -> TeacherView:
+        """A split as a teacher sees it when its outputs are cached.
+
+        Args:
+            teacher: The teacher.
+            data: The dataset.
+            split: Which of it.
+            size: Long side in pixels; None: as in the teacher's training.
+
+        Raises:
+            UserError: Outputs of this problem are not cached, or not at another size.
+        """
+        raise UserError(
+            f"{data.section.name}: outputs are not cached for {self.about}; set "
+            "soft_targets.kind=live"
+        )
+
+    # Models
+
+    def build_teacher(self, model: Model, num_classes: int) -> nn.Module:
+        """Build a teacher by name, at random weights or those that its options name."""
+        teacher: nn.Module = build(
+            TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes
+        )
+        return teacher
+
+    @abstractmethod
+    def build_student(
+        self,
+        model: Model,
+        data: D,
+        *,
+        labelled: NDArray[np.int64] | None = None,
+        context: bool = True,
+        outputs: Collection[str] = (),
+    ) -> nn.Module:
+        """Build a student by name.
+
+        Args:
+            model: Name and options.
+            data: Its dataset.
+            labelled: Ids of the images whose labels it may use; None: all.
+            context: Whether it may have a context head; without, whatever the options say.
+            outputs: Its outputs and layers that terms of its variant read.
+        """
+
+    def named_student(self, name: str, options: Mapping[str, Any], **given: Any) -> nn.Module:
+        """Build one of this problem's students by name.
+
+        Args:
+            name: Of the registry, or `package.module:attribute`.
+            options: The user's, checked against the builder.
+            given: What the builder may want to know of the dataset.
+
+        Raises:
+            UserError: An unknown name, one for another problem, or wrong options.
+        """
+        check_problem(STUDENTS, name, self.name, what="student")
+        student: nn.Module = build(STUDENTS, name, options, what="student", **given)
+        return student
+
+    def resolve_student(self, model: Model) -> Model:
+        """The section of a student with all that it refers to read, so that its run needs no other.
+
+        Raises:
+            UserError: What it refers to is not there.
+        """
+        return model
+
+    def fit(self, model: nn.Module, data: D, images: NDArray[np.int64] | None = None) -> None:
+        """Fit a model that counts rather than learns by gradient; others stay as they are."""
+
+    # Task
+
+    def task(
+        self,
+        section: TaskSection,
+        data: Any,
+        num_classes: int,
+        *,
+        model: nn.Module | None = None,
+        fractions: Mapping[str, NDArray[np.float64]] | None = None,
+    ) -> Task:
+        """Build the task of a recipe.
+
+        Args:
+            section: Name and options.
+            data: The dataset's section.
+            num_classes: C.
+            model: Some models say what their task needs to know, such as a pyramid's levels.
+            fractions: Of `class_fractions`; losses that need them raise without.
+
+        Raises:
+            UserError: An unknown task or option.
+        """
+        builder = look_up(self.tasks, section.name, what="task")
+        known: dict[str, Any] = {"num_classes": num_classes, **self.task_options(data)}
+        for name in ("pictures", "levels", "loss_units"):
+            if model is not None and hasattr(model, name):
+                known[name] = getattr(model, name)
+        known |= dict.fromkeys(("prior", "pixel_shares", "image_shares"))
+        known |= {name: tuple(values.tolist()) for name, values in (fractions or {}).items()}
+        fields = {field.name for field in dataclasses.fields(cast("type[Any]", builder))}
+        given = {name: value for name, value in known.items() if name in fields}
+        check_options(builder, section.options, what=f"task {section.name!r}", given=given)
+        task: Task = builder(**given, **section.options)
+        return task
+
+    def task_options(self, data: Any) -> dict[str, Any]:
+        """Options of a task that follow from the dataset's section."""
+        return {}
+
+    def class_fractions(
+        self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[np.float64]]:
+        """How common each class is among the train images, for tasks whose classes have weights.
+
+        Args:
+            section: The task.
+            data: The dataset.
+            images: Ids of the images to count on; None: all.
+        """
+        return {}
+
+    def teacher_task(self, task: Task, outputs: Collection[str]) -> Task:
+        """The task of a teacher that runs in each step, computing no more than these outputs."""
+        return task
+
+    def comparable_names(
+        self, task: Task, names: Sequence[str], others: Sequence[str]
+    ) -> tuple[str, ...]:
+        """Names of a teacher's output channels as they are compared with a dataset's classes.
+
+        Args:
+            task: The teacher's.
+            names: Of the classes that it was trained on.
+            others: Of the dataset's classes.
+        """
+        return tuple(names)
+
+    # Results
+
+    def summary(self, data: D, metric: Metric) -> dict[str, float]:
+        """References that `summary.json` has beside the model: `ceiling_*`, `prior_*`, ..."""
+        return {}
+
+    def figures(self, data: D, metric: Metric, label: str) -> Iterator[tuple[str, Figure]]:
+        """Tag and figure of each curve that a run writes."""
+        return iter(())
+
+    def examples(
+        self,
+        data: D,
+        model: nn.Module,
+        task: Task,
+        *,
+        count: int,
+        device: torch.device,
+        teacher: Teacher | None = None,
+    ) -> Iterator[Figure]:
+        """Draw val examples with a model's predictions, for TensorBoard, the same in every run.
+
+        Args:
+            data: The dataset.
+            model: An `AdaptedStudent` on the device.
+            task: The model's.
+            count: How many.
+            device: Where the model is.
+            teacher: Its predictions are drawn beside the model's.
+        """
+        return iter(())
+
+
 @runtime_checkable
 class OnLevels(Protocol):
     """A task whose masks are on the levels of a pyramid, each level's places a unit of its own."""
@@ -138,6 +554,20 @@ class OnLevels(Protocol):
     ) -> dict[str, Tensor]:
         """Places of each mask on each level, as `NAME/STRIDE`; `masks` are the batch's, if made."""
         ...
+
+
+def hidden_objects(teacher: Teacher) -> Any:
+    """The data section of a context teacher, by which objects are hidden.
+
+    Raises:
+        UserError: It was trained on another problem.
+    """
+    if not teacher.problem.hides_objects:
+        raise UserError(
+            f"{teacher.folder}: trained for {teacher.problem.name}; a teacher of the context of "
+            "objects is needed here"
+        )
+    return teacher.section
 
 
 def top_n(classes: Classes) -> TopN:

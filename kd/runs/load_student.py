@@ -14,21 +14,10 @@ from kd.config.recipes import AnyData, DistillRecipe, Model
 from kd.distillation.terms import TERMS
 from kd.engine.checkpoint import load_model
 from kd.errors import UserError
-from kd.problems.base import Task
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.objects.data import Dataset, ObjectsDataset
-from kd.problems.saliency.data import SaliencyDataset
-from kd.runs.build import (
-    build_detector,
-    build_saliency,
-    build_segmenter,
-    build_student,
-    build_task,
-    open_data,
-)
+from kd.problems.base import Dataset, Task
+from kd.runs.build import open_data
 
 BARE = ("no_context", "output_kd")  # variants without a context head
-SECOND_MAP = "teacher_saliency"  # of a saliency student: what the teacher would say
 
 
 @dataclass(frozen=True)
@@ -60,46 +49,46 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
     values = {**plain, "data": section.model_dump(mode="json")}
     recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
     data = open_data(recipe.data, recipe.task.name)
-    if isinstance(data, ObjectsDataset):
-        prior = data.prior(data.labelled(config["seed"]))
-        bare = config["variant"] in BARE
-        student: nn.Module = build_student(to_be_loaded(recipe.student), prior, context=not bare)
-        load_model(run / "model.safetensors", student)
-    else:
-        student = load_network(run, recipe, config["variant"], data)
-    return TrainedStudent(data, student, build_task(recipe.task, recipe.data, data.num_classes))
+    student = load_network(run, recipe, config["variant"], data, int(config["seed"]))
+    task = data.problem.task(recipe.task, recipe.data, data.num_classes)
+    return TrainedStudent(data, student, task)
 
 
-def imitates(recipe: DistillRecipe, variant: str) -> bool:
-    """Whether a variant's saliency student has a second map: where one of its terms reads that."""
+def outputs_read(recipe: DistillRecipe, variant: str) -> set[str]:
+    """The student's outputs and layers that a variant's terms compare with a teacher's."""
     terms = recipe.terms_of(variant)
     if terms is None:
         terms = () if variant == "plain" else tuple(term.curve for term in recipe.losses)
-    read = {term.curve: term.student or TERMS[term.name].student for term in recipe.all_losses
-            if term.name in TERMS}  # fmt: skip
-    return any(read.get(term) == SECOND_MAP for term in terms)
+    read = {
+        term.student or TERMS[term.name].student
+        for term in recipe.all_losses
+        if term.name in TERMS and term.curve in terms
+    }
+    return {output for output in read if output is not None}
 
 
-def load_network(run: Path, recipe: DistillRecipe, variant: str, data: Dataset) -> nn.Module:
-    """Load a variant's segmentation network, detector or saliency student from its folder.
+def load_network(
+    run: Path, recipe: DistillRecipe, variant: str, data: Dataset, seed: int
+) -> nn.Module:
+    """Load the network of a variant from its folder.
 
     Args:
         run: The folder.
         recipe: Of the comparison.
         variant: Which of it: some networks lack a head there.
-        data: The data set.
+        data: The dataset.
+        seed: Of the run, by which its labelled images were drawn.
 
     Raises:
         UserError: The folder is unfinished, or of another model.
     """
-    student: nn.Module
-    section = to_be_loaded(recipe.student)
-    if isinstance(data, DetectionDataset):
-        student = build_detector(section, data.num_classes, context=variant not in BARE)
-    elif isinstance(data, SaliencyDataset):
-        student = build_saliency(section, branches="b" if imitates(recipe, variant) else "a")
-    else:
-        student = build_segmenter(section, data.num_classes)
+    student = data.problem.build_student(
+        to_be_loaded(recipe.student),
+        data,
+        labelled=data.labelled(seed),
+        context=variant not in BARE,
+        outputs=outputs_read(recipe, variant),
+    )
     load_model(run / "model.safetensors", student)
     return student
 

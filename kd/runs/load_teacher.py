@@ -5,30 +5,25 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from kd.config.datasets import OBJECTS, kind_of_data
 from kd.config.reader import known_configs, plain_data, read_yaml
-from kd.config.recipes import Data, Model, TeacherRecipe, TeacherReference
+from kd.config.recipes import AnyData, Data, Model, TeacherRecipe, TeacherReference
 from kd.data.loader import Samples, collate
-from kd.data.open_files import class_names as data_class_names
 from kd.distillation.student import AdaptedStudent
 from kd.engine.checkpoint import load_checkpoint, load_model, load_state
 from kd.errors import UserError
 from kd.nn.inference import for_answers, in_int8
-from kd.problems.base import Batch, Task, named
-from kd.problems.objects.context import ContextMap
-from kd.problems.objects.data import Dataset, ObjectsDataset
-from kd.runs.build import build_task, build_teacher, open_data
+from kd.problems import problem_of_data, problem_of_task
+from kd.problems.base import Batch, Dataset, Problem, Task, hidden_objects
+from kd.problems.objects.transfer_trunk import teacher_recipe
 from kd.runs.folder import class_names
-from kd.runs.transfer_trunk import teacher_recipe
 
 RUNS = Path("runs")
 
@@ -79,7 +74,6 @@ def _flag(data: str, typed: str | None) -> str:
 
 
 _log = logging.getLogger("kd")
-BACKGROUND = "background"  # class 0 of label maps that are drawn from objects
 SAMPLES = 32  # pictures by which int8 learns its ranges
 
 
@@ -93,18 +87,23 @@ class TrainedTeacher:
     task: Task
 
     @property
+    def problem(self) -> Problem[Any]:
+        """The problem that it was trained on."""
+        return problem_of_task(self.recipe.task.name)
+
+    @property
+    def section(self) -> AnyData:
+        """Of the data that it was trained on."""
+        return self.recipe.data
+
+    @property
     def objects(self) -> Data:
-        """How the objects that it learned from were shown.
+        """The section of the data whose objects were hidden in training.
 
         Raises:
-            UserError: It learned from label maps, and answers no question about objects.
+            UserError: It was trained on another problem, and cannot be queried about objects.
         """
-        section = self.recipe.data
-        if not isinstance(section, Data):
-            raise UserError(
-                f"{self.folder}: trained on label maps; a teacher of the context of objects is "
-                "needed here"
-            )
+        section: Data = hidden_objects(self)
         return section
 
     @property
@@ -129,7 +128,7 @@ def latest_teacher() -> Path:
     finished = (RUNS / "teacher").glob("*/*/summary.json")
     latest = sorted(finished, key=lambda summary: summary.stat().st_mtime, reverse=True)
     for summary in latest:
-        if _teaches_objects(summary.parent):
+        if _hides_objects(summary.parent):
             return summary.parent
     raise UserError(
         f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
@@ -158,7 +157,8 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     else:
         raise UserError(f"{folder}: not a run folder, it has no config.yaml")
     recipe = teacher_recipe(config, source)
-    model = build_teacher(_to_be_loaded(recipe), num_classes)
+    problem = problem_of_task(recipe.task.name)
+    model = problem.build_teacher(_to_be_loaded(recipe), num_classes)
     try:
         if checkpoint is not None:
             load_state(AdaptedStudent(model), checkpoint.get("ema", checkpoint["model"]), file)
@@ -166,18 +166,20 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
             load_model(file, model)
     except UserError as error:
         raise UserError(f"{error} (the data set has {num_classes} classes)") from error
-    task = build_task(recipe.task, recipe.data, num_classes, model=model)
+    task = problem.task(recipe.task, recipe.data, num_classes, model=model)
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
 
 def load_teacher_of(path: Path, data: Dataset) -> TrainedTeacher:
-    """A teacher of a data set's classes; one of objects has its own where these are label maps.
+    """Load a teacher for a dataset, with the classes that it was trained on.
+
+    These need not be the dataset's where its layers alone are read: see `check_classes`.
 
     Raises:
         UserError: As `load_teacher`.
     """
-    own = not isinstance(data, ObjectsDataset) and _teaches_objects(path)
-    return load_teacher(path, len(class_names_of(path)) if own else data.num_classes)
+    names = class_names(path if path.is_dir() else path.parent)
+    return load_teacher(path, data.num_classes if names is None else len(names))
 
 
 def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> None:
@@ -196,8 +198,7 @@ def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> 
     known = class_names(teacher.folder)
     if known is None:
         return
-    if isinstance(teacher.task, ContextMap) and names[0] == BACKGROUND != known[0]:
-        known = (BACKGROUND, *known)  # its score maps begin with that
+    known = teacher.problem.comparable_names(teacher.task, known, names)
     for place, (theirs, ours) in enumerate(zip_longest(known, names)):
         if theirs != ours:
             said = ["none" if name is None else repr(name) for name in (theirs, ours)]
@@ -229,19 +230,17 @@ def class_names_of(path: Path) -> tuple[str, ...]:
         raise UserError(f"{folder / 'config.yaml'}: not the config of a run")
     section = plain_data(config["data"], str(folder / "config.yaml"))
     try:
-        if isinstance(section, Data):
-            return data_class_names(section)
-        return open_data(section).class_names
+        return problem_of_data(section).class_names(section)
     except UserError as error:
         raise UserError(
             f"{folder}: no classes.json there to name the classes, nor the data set: {error}"
         ) from error
 
 
-def _teaches_objects(path: Path) -> bool:
-    """Whether a teacher's run, or a file in one, is about objects rather than label maps."""
-    config = read_yaml((path if path.is_dir() else path.parent) / "config.yaml")
-    return kind_of_data(config.get("data", {})) == OBJECTS
+def _hides_objects(run: Path) -> bool:
+    """Whether a run is one of a context teacher."""
+    config = read_yaml(run / "config.yaml")
+    return problem_of_task(config["task"]["name"]).hides_objects
 
 
 def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False) -> nn.Module:
@@ -279,18 +278,6 @@ def _to_be_loaded(recipe: TeacherRecipe) -> Model:
     return recipe.teacher.model_copy(update={"options": options})
 
 
-def as_shown(teacher: TrainedTeacher, data: ObjectsDataset, **changes: Any) -> ObjectsDataset:
-    """A data set with pictures as the teacher saw them in training.
-
-    Args:
-        teacher: Its picture size and its shape of hidden regions are taken.
-        data: The rest is this one's.
-        changes: Of the data set's section.
-    """
-    shown = {name: getattr(teacher.objects, name) for name in ("size", "shape")}
-    return replace(data, section=data.section.model_copy(update={**shown, **changes}))
-
-
 def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
     """The models that `folds` of the teacher command made, in order of their fold."""
     count = teacher.recipe.folds
@@ -302,19 +289,7 @@ def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
     section = _to_be_loaded(teacher.recipe)
     models = []
     for number in range(count):
-        model = build_teacher(section, num_classes)
+        model = teacher.problem.build_teacher(section, num_classes)
         load_model(teacher.folder / f"fold{number}" / "model.safetensors", model)
         models.append(model.eval().requires_grad_(False))
     return models
-
-
-def expectation(teacher: TrainedTeacher, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The teacher's probabilities for a batch's hidden objects, (K, C), in its own picture size."""
-    images, size = batch["images"], teacher.objects.size
-    if images.shape[-1] != size:
-        small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-        boxes = batch["boxes"] * (size / images.shape[-1])
-        batch = {**batch, "images": small.round().to(torch.uint8), "boxes": boxes}
-    with torch.no_grad():
-        output = teacher.model(*teacher.task.inputs(batch))
-    return teacher.task.decode(named(output), batch).exp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,71 +22,32 @@ from kd.engine.loop import evaluate, fit
 from kd.engine.progress import CleanStop, ProgressBar
 from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.engine.tracking import Tracker, flatten
-from kd.metrics import classification as scores
-from kd.metrics.classification import prior_records
-from kd.problems.base import Metric, Task
-from kd.problems.objects.baselines import EXACT, PRIOR, exact_records
-from kd.problems.objects.data import Dataset, ObjectsDataset
-from kd.problems.objects.metric import TopN
+from kd.problems.base import Dataset, Metric, Task, Teacher
 from kd.problems.records import DETECTIONS, SALIENCY
-from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS
-from kd.problems.saliency.metric import SaliencyMaps
-from kd.report.curves import share_hidden_figure, top_n_figure
 from kd.report.tables import number_cell, scale_of
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
 from kd.runs.read import read_scalars
 from kd.runs.setup import learns, parameters, start_training
 
-_CEILING = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
-            "topn_auc")  # fmt: skip
+_log = logging.getLogger("kd")
 
 
 def summary_of(data: Dataset, metric: Metric, model: nn.Module, steps: int) -> dict[str, Any]:
-    """What `summary.json` says of a model's answers; of saliency with what they are held against.
+    """The content of `summary.json`: the model's metrics and the references beside them.
 
     Args:
-        data: Its val split was asked about.
-        metric: Holds the answers.
+        data: The dataset, on whose val split the model was evaluated.
+        metric: Holds the predictions.
         model: As it is used, without adapters.
         steps: Of training.
     """
     return {
         **metric.compute(),
-        **_of_exact_posterior(data, metric),
-        **_of_references(metric),
+        **data.problem.summary(data, metric),
         "parameters": parameters(model),
         "steps": steps,
     }
-
-
-def _of_exact_posterior(data: Dataset, metric: Metric) -> dict[str, float]:
-    """What the exact posterior of the embedded scenes scores on the same objects."""
-    if not (isinstance(metric, TopN) and isinstance(data, ObjectsDataset)):
-        return {}
-    exact = exact_records(data, metric.records())
-    if EXACT not in exact:
-        return {}
-    values = scores.evaluate(exact[EXACT])
-    return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
-
-
-def _of_references(metric: Metric) -> dict[str, float]:
-    """What the centre prior and other observers reach on the same pictures, of saliency maps."""
-    if not isinstance(metric, SaliencyMaps):
-        return {}
-    found = SALIENCY.references(metric.records())
-    columns = {"prior": NAMES[CENTRE], "observers": NAMES[OBSERVERS]}
-    known = {
-        f"{column}_{name}": SALIENCY.value(found[reference], name)
-        for column, reference in columns.items()
-        if reference in found
-        for name in SALIENCY.rows
-    }
-    return {name: number for name, number in known.items() if number is not None}
-
-
-_log = logging.getLogger("kd")
 
 
 @dataclass
@@ -100,7 +61,7 @@ class Session:
         train: Settings of the loop.
         seed: Of dropout and whatever else is random beside the data.
         label: What progress lines call the run.
-        pictures: Called at the end to draw what the model sees.
+        teacher: Its predictions are drawn beside the model's.
     """
 
     folder: RunFolder
@@ -109,7 +70,7 @@ class Session:
     train: Train
     seed: int
     label: str
-    pictures: Callable[[Session, Training, Task, Tracker], None] | None = None
+    teacher: Teacher | None = None
 
 
 def run_training(
@@ -225,13 +186,15 @@ def _write_result(
     session.folder.name_classes(session.data.class_names)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    if isinstance(metric, TopN) and isinstance(session.data, ObjectsDataset):
-        tracker.figure("eval/top_n", _curve_figure(session.data, metric), step)
-        tracker.figure(
-            "eval/share_hidden", share_hidden_figure({session.label: metric.records()}), step
-        )
-        if session.pictures is not None:
-            session.pictures(session, training, task, tracker)
+    problem, data = session.data.problem, session.data
+    for tag, figure in problem.figures(data, metric, session.label):
+        tracker.figure(tag, figure, step)
+    examples = problem.examples(
+        data, training.result, task, count=session.train.pictures,
+        device=training.accelerator.device, teacher=session.teacher,
+    )  # fmt: skip
+    for number, figure in enumerate(examples):
+        tracker.figure(f"pictures/{number}", figure, step)
     finals = {f"eval/{name}": float(value) for name, value in summary.items()}
     tracker.hparams(flatten(session.folder.config), finals)
     session.folder.finish(summary)
@@ -243,22 +206,12 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
 
 def new_metric(task: Task, data: Dataset) -> Metric:
     """What a task's answers on a data set's val split are scored by."""
-    return task.metric(data.classes())
-
-
-def _curve_figure(data: ObjectsDataset, metric: TopN) -> Any:
-    """Top-n against random, prior and, on the scenes, the exact posterior."""
-    records = metric.records()
-    known = {PRIOR: prior_records(records), EXACT: exact_records(data, records).get(EXACT)}
-    return top_n_figure(
-        {"model": scores.curve(records)},
-        {name: scores.curve(one) for name, one in known.items() if one is not None},
-    )
+    return task.metric(data.class_info())
 
 
 def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> SampleLoader:
     """The val split in batches; pictures of different sizes go one by one."""
-    samples = data.evaluated()
+    samples = data.problem.evaluation(data)
     processes = accelerator.num_processes
     each = samples.together(max(1, batch_size // processes))
     return make_loader(

@@ -19,25 +19,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from torch import Tensor
 
-from kd.data.loader import build_loader, collate
+from kd.data.loader import build_loader, collate, to_device
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import POSTERIOR, TEACHER_OUTPUTS
 from kd.engine.checkpoint import Progress
-from kd.engine.loop import to_device
 from kd.engine.progress import ProgressBar
 from kd.errors import UserError
 from kd.experiments.connect import layers_among
 from kd.formats.splits import fold_of
 from kd.nn.weights import weights_hash
-from kd.problems.objects.data import Dataset
+from kd.problems.base import Dataset, TeacherView
 from kd.runs.load_teacher import TrainedTeacher, answering, fold_models
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
-from kd.teacher_cache.teacher_view import TeacherView, in_one_shape, mirror, teacher_view
 from kd.teacher_cache.writer import ShardWriter
 
 _log = logging.getLogger("kd")
@@ -94,7 +94,7 @@ def open_cache(
     """
     if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
-    shown = teacher_view(teacher, data, wanted.split, size=wanted.size)
+    shown = data.problem.teacher_view(teacher, data, wanted.split, size=wanted.size)
     alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
     found: dict[str, CachedField] = {}
     if len(alone) < len(wanted.outputs):
@@ -164,7 +164,7 @@ class _Cache:
     @cached_property
     def _shown_about(self) -> dict[str, str]:
         """What the numbers follow from beside the teacher; its hash takes a while."""
-        return self.shown.about
+        return self.shown.provenance
 
     def mirrored(self, output: str) -> bool:
         """Whether the mirrored picture's is kept too."""
@@ -208,13 +208,13 @@ class _Cache:
             with torch.no_grad():
                 batch = to_device(collate([self.samples[0, 0]]), device, channels_last=False)
                 given = in_one_shape(live(batch), self.grid)
-        objects = self.shown.records_an_image
+        objects = self.shown.records_per_image
         each = [self._writer(name, stores[name]).record_bytes(given) for name in outputs]
         sides = [2 if self.mirrored(name) else 1 for name in outputs]
         return [objects * count * size for count, size in zip(sides, each, strict=True)]
 
     def _writer(self, output: str, store: Store) -> ShardWriter:
-        return ShardWriter(output, store, self.wanted.dtype, self._top_k(output))
+        return ShardWriter(output, store, self.shown, self.wanted.dtype, self._top_k(output))
 
     def _fill(self, stores: dict[str, Store]) -> None:
         """Compute this process's part of the shards that lack."""
@@ -263,7 +263,9 @@ class _Cache:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
                     given = in_one_shape(live(moved), self.grid)
-                    again = in_one_shape(live(mirror(moved)), self.grid) if both else None
+                    again = None
+                    if both:
+                        again = in_one_shape(live(self.shown.mirrored(moved)), self.grid)
                 for writer in writers:
                     writer.take(batch, given, again if self.mirrored(writer.name) else None)
                 done += len(batch["images"])
@@ -294,3 +296,19 @@ def _together() -> Iterator[None]:
     every = gather_object(said)
     if every:
         raise UserError(every[0])
+
+
+def in_one_shape(given: Mapping[str, Tensor], grid: tuple[int, int] | None) -> Mapping[str, Tensor]:
+    """Score maps of pictures of different sizes on one grid, so that they can be stored.
+
+    Args:
+        given: What a teacher says; layers are left out where there is a grid.
+        grid: Of the result; None leaves all as it is.
+    """
+    if grid is None:
+        return given
+    return {
+        name: F.interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=True)
+        for name, maps in given.items()
+        if name in TEACHER_OUTPUTS
+    }

@@ -10,32 +10,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from kd.data.loader import collate
+from kd.data.loader import collate, to_device
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import POSTERIOR
-from kd.engine.loop import to_device
 from kd.errors import UserError
 from kd.experiments.connect import layers_among
-from kd.problems.objects.data import ObjectsDataset, make_dataset
-from kd.runs.load_teacher import TrainedTeacher, as_shown
+from kd.problems.base import Dataset
+from kd.runs.load_teacher import TrainedTeacher
 from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.augment import build_augment
 
 _log = logging.getLogger("kd")
 MOVES = ("flip", "shift", "rotate", "crop")
 _COLOURS = ("rgb_shift", "shuffle", "grey", "blur", "jitter")
-_PICTURES = 8
+_IMAGES = 8
 
 
 def moved_map_errors(
     teacher: TrainedTeacher,
-    data: ObjectsDataset,
-    kept: Mapping[str, CachedField],
+    data: Dataset,
+    cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> dict[str, dict[str, float]]:
     """The relative error of each stored map under each move that the data set's augmentation makes.
@@ -45,16 +43,20 @@ def moved_map_errors(
         train pictures that are all moved. What has no places of its own is compared as it is;
         posteriors, which belong to the object, are left out.
     """
-    augment = build_augment(data.section.augment)
-    maps = {name: one for name, one in kept.items() if name != POSTERIOR}
+    maps = {name: one for name, one in cached.items() if name != POSTERIOR}
     errors: dict[str, dict[str, float]] = {name: {} for name in maps}
-    if augment is None or not maps:
+    if not maps or not data.problem.moves_cached_maps:
         return errors
+    augment = build_augment(getattr(data.section, "augment", None))
+    if augment is None:
+        return errors
+    view = data.problem.teacher_view(teacher, data, "train")
     moves = [move for move in MOVES if getattr(augment, move) > 0]
     still = {**asdict(augment), **dict.fromkeys((*MOVES, *_COLOURS), 0.0)}
     with LiveTeacher(teacher.model, teacher.task, layers_among(list(maps))) as live:
         for move in moves:
-            batch = _moved(teacher, data, list(maps.values()), {**still, move: 1.0})
+            samples = view.moved(list(maps.values()), {**still, move: 1.0})
+            batch = collate([samples[0, place] for place in range(min(_IMAGES, len(samples)))])
             with torch.no_grad():
                 given = live(to_device(batch, accelerator.device, channels_last=False))
             for name, one in maps.items():
@@ -68,8 +70,8 @@ def moved_map_errors(
 
 def check_moved_maps(
     teacher: TrainedTeacher,
-    data: ObjectsDataset,
-    kept: Mapping[str, CachedField],
+    data: Dataset,
+    cached: Mapping[str, CachedField],
     accelerator: Accelerator,
     *,
     limit: float,
@@ -79,7 +81,7 @@ def check_moved_maps(
     Raises:
         UserError: It names output, move and error.
     """
-    for name, errors in moved_map_errors(teacher, data, kept, accelerator).items():
+    for name, errors in moved_map_errors(teacher, data, cached, accelerator).items():
         said = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
         if any(error > limit for error in errors.values()):
             off = ", ".join(move for move, error in errors.items() if error > limit)
@@ -91,12 +93,3 @@ def check_moved_maps(
             )
         if said:
             _log.info("stored maps of %s, moved with the picture, are off by %s", name, said)
-
-
-def _moved(
-    teacher: TrainedTeacher, data: ObjectsDataset, maps: list[CachedField], augment: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """A batch of train pictures after one move, the stored maps with them."""
-    data = as_shown(teacher, data, augment=augment, partial=None)
-    dataset = make_dataset(data, "train", train=True, mode="one", stored=maps)
-    return collate([dataset[0, place] for place in range(min(_PICTURES, len(dataset)))])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.problems.base import Batch, about_objects, image_rows
+from kd.problems.base import Batch, TeacherView
 from kd.storage.fields import MIRRORED, keep_largest
 from kd.storage.store import IDS, Store
 
@@ -24,12 +24,13 @@ class ShardWriter:
     Args:
         name: Of the output.
         store: Where the shards go.
+        view: What the teacher sees.
         dtype: Of the stored numbers.
         top_k: Only so many of the largest channels are kept; 0 = all.
     """
 
-    def __init__(self, name: str, store: Store, dtype: str, top_k: int) -> None:
-        self.name, self.store, self.top_k = name, store, top_k
+    def __init__(self, name: str, store: Store, view: TeacherView, dtype: str, top_k: int) -> None:
+        self.name, self.store, self.view, self.top_k = name, store, view, top_k
         self.dtype = torch.float16 if dtype == "float16" else torch.float32
         self._shard_of: dict[int, int] = {}
         self._left: dict[int, int] = {}
@@ -75,11 +76,8 @@ class ShardWriter:
             UserError: A number that is not finite, or cannot be written.
         """
         wanted = [self._shard_of.get(image, -1) for image in batch["image_ids"].tolist()]
-        owners, ids, what = np.asarray(wanted), batch["image_ids"].cpu().numpy(), "picture"
-        if about_objects(batch):
-            what = "object"
-            owners = owners[image_rows(batch).cpu().numpy()]
-            ids = batch["object_ids"][batch["hidden"]].cpu().numpy()
+        ids, images = (part.cpu().numpy() for part in self.view.records(batch))
+        owners = np.asarray(wanted)[images]
         if (owners < 0).all():
             return
         compact = self._compact(self._output(given))
@@ -89,7 +87,7 @@ class ShardWriter:
         rows = {name: part.cpu().numpy() for name, part in compact.items()}
         for name in rows:
             if name.endswith("values"):
-                self._check(rows[name], ids, what)
+                self._check(rows[name], ids)
         for number in np.unique(owners[owners >= 0]).tolist():
             here = owners == number
             part = {IDS: ids[here], **{name: value[here] for name, value in rows.items()}}
@@ -124,10 +122,11 @@ class ShardWriter:
         values, indices = keep_largest(output, self.top_k)
         return {"values": values.to(self.dtype), "indices": indices}
 
-    def _check(self, values: NDArray[Any], ids: NDArray[np.int64], what: str) -> None:
+    def _check(self, values: NDArray[Any], ids: NDArray[np.int64]) -> None:
         finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not finite.all():
             raise UserError(
-                f"{self.name} of {what} {ids[~finite][0]} is not finite as {values.dtype}; keep it "
-                "as float32, or train the teacher again if that is not finite either"
+                f"{self.name} of {self.view.unit[:-1]} {ids[~finite][0]} is not finite as "
+                f"{values.dtype}; store it as float32, or train the teacher again if that is not "
+                "finite either"
             )

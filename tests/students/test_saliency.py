@@ -17,8 +17,8 @@ from kd.config.recipes import Model
 from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
 from kd.nn.trunk import build_trunk
+from kd.problems import problem
 from kd.registry import build
-from kd.runs.build import build_saliency, build_teacher
 
 BOTH = {
     name: entry
@@ -218,15 +218,17 @@ def test_layers_can_be_tapped(name: str, path: str) -> None:
 
 
 def test_a_recipe_builds_them_without_classes() -> None:
-    teacher = build_teacher(Model(name="msinet", options={"trunk": TRUNK, "head": 16}), 7)
+    saliency = problem("saliency")
+    teacher = saliency.build_teacher(Model(name="msinet", options={"trunk": TRUNK, "head": 16}), 7)
     assert list(teacher(pictures())) == ["saliency"]
     section = Model(name="saliency", options={"trunk": TRUNK})
-    assert list(build_saliency(section)(pictures())) == ["saliency", "teacher_saliency"]
-    assert list(build_saliency(section, branches="a")(pictures())) == ["saliency"]
+    student = saliency.build_student(section, None, outputs=["teacher_saliency"])
+    assert list(student(pictures())) == ["saliency", "teacher_saliency"]
+    assert list(saliency.build_student(section, None)(pictures())) == ["saliency"]
     with pytest.raises(ConfigError, match="unknown option 'num_classes'"):
-        build_teacher(Model(name="msinet", options={"num_classes": 1}), 7)
+        saliency.build_teacher(Model(name="msinet", options={"num_classes": 1}), 7)
     with pytest.raises(UserError, match="student 'resnet18' is for objects, not saliency"):
-        build_saliency(Model(name="resnet18"))
+        saliency.build_student(Model(name="resnet18"), None)
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd.config.recipes import Data
+from kd.errors import UserError
 from kd.formats.kitti import kitti_truth
 from kd.formats.splits import objects_on
 from kd.metrics.kitti_ap import KittiTruth
-from kd.problems.base import Classes
+from kd.problems import problem
+from kd.problems.base import Classes, Problem, Split
 from kd.problems.detection.samples import DetectionSamples
 from kd.problems.objects.data import ObjectsDataset, smoothed
-from kd.storage.fields import CachedField
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class DetectionDataset:
     """The same data set of objects, asked about as detectors are."""
 
     objects: ObjectsDataset
+
+    @property
+    def problem(self) -> Problem[Any]:
+        """Detection."""
+        return problem("detection")
 
     @property
     def section(self) -> Data:
@@ -40,9 +48,9 @@ class DetectionDataset:
         """C."""
         return self.objects.num_classes
 
-    def classes(self) -> Classes:
+    def class_info(self) -> Classes:
         """What a metric is told; KITTI's files say how hard each object is to see, too."""
-        known = self.objects.classes(self.prior())
+        known = self.objects.class_info(self.prior())
         if self.section.made_from != "kitti":
             return known
         return known._replace(kitti=lambda: self._val_kitti)
@@ -66,11 +74,21 @@ class DetectionDataset:
         rows, _ = objects_on(index, images)
         return smoothed(np.bincount(index.labels[rows], minlength=self.num_classes))
 
-    def samples(self, seed: int, stored: Sequence[CachedField] = ()) -> DetectionSamples:
-        """Train pictures of a seed, those whose labels it may know."""
-        known = self.labelled(seed)
-        return self.objects.boxes(seed, labelled=known, only=known, stored=stored)
+    def samples(self, split: Split, **options: Any) -> DetectionSamples:
+        """A split as the section has it; `options` of `DetectionSamples` come in addition.
 
-    def evaluated(self) -> DetectionSamples:
-        """Whole val pictures."""
-        return self.objects.evaluated_boxes()
+        Raises:
+            UserError: The section leaves images out.
+        """
+        section = self.section
+        if not section.pictures:
+            raise UserError(f"{section.name}: data.pictures is false, but detectors need pictures")
+        own = {
+            "size": section.size,
+            "train": False,
+            "augment": section.augment,
+            "scales": section.scales,
+            "repeat_labelled": section.repeat_labelled,
+            "prepared": Path(section.prepared) / split if section.prepared else None,
+        }
+        return DetectionSamples(self.objects.split(split), **{**own, **options})

@@ -52,11 +52,11 @@ class DetectionSamples(Dataset[Sample]):
         scales: Smallest and largest long side of training pictures, as factors on `size`.
         labelled: Ids of the images whose labels are known; the others' become -1, boxes stay as
             regions. None: all.
-        repeat_labelled: How often a labelled image comes in an epoch; others come once.
+        repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
         only: Ids of the images to keep; None keeps all.
         seed: Of everything random, 0 or more.
         prepared: Folder made by `python -m kd.data.prepare` from this data set.
-        stored: Outputs of teachers by image id that go with the pictures, as `stored.NAME`.
+        cached: Outputs of teachers by image id that go with the pictures, as `stored.NAME`.
 
     Raises:
         UserError: An option is out of range, no image is left, or the prepared copy does not fit.
@@ -75,7 +75,7 @@ class DetectionSamples(Dataset[Sample]):
         only: Collection[int] | npt.NDArray[np.int64] | None = None,
         seed: int = 0,
         prepared: Path | None = None,
-        stored: Sequence[CachedField] = (),
+        cached: Sequence[CachedField] = (),
     ) -> None:
         """Choose the images; the arguments are explained above."""
         check_frame(size, seed)
@@ -83,7 +83,7 @@ class DetectionSamples(Dataset[Sample]):
             raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
         self.index, self.size, self.train = index, size, train
         self.augment: Augment = build_augment(augment) or _NO_CHANGE
-        self.scales, self.seed, self.stored = scales, seed, tuple(stored)
+        self.scales, self.seed, self.cached = scales, seed, tuple(cached)
         largest = max(size, self._side(scales[1])) if train else size
         self.pictures = Pictures.open(index, size, prepared, largest=largest)
         images = np.arange(len(index))
@@ -92,7 +92,8 @@ class DetectionSamples(Dataset[Sample]):
         if not len(images):
             raise UserError(f"{index.annotation_file}: it has none of the images asked for")
         known = known_labels(index, images, labelled)
-        self.images, self.known = repeated(images, known, repeat_labelled)
+        times = 1 if labelled is None else repeat_labelled
+        self.images, self.known = repeated(images, known, times)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -126,7 +127,7 @@ class DetectionSamples(Dataset[Sample]):
             crowds = self._objects(self.index.crowds, image, size, plan, _SMALLEST_CROWD).boxes
         kept = {
             f"{PREFIX}{output.name}": output(np.array([image_id]), plan, size, self.size)
-            for output in self.stored
+            for output in self.cached
         }
         return {
             "images": pad(plan.image(picture), self.size),

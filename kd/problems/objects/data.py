@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.config.datasets import DataSet
 from kd.config.recipes import Data
-from kd.data.loader import Samples
 from kd.data.open_files import open_annotated
 from kd.errors import UserError
-from kd.formats.class_maps import ClassMaps
 from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.coco_results import Truth, read_truth
 from kd.formats.splits import labelled_images, objects_on
-from kd.problems.base import Classes
-from kd.problems.detection.samples import DetectionSamples
+from kd.problems import problem
+from kd.problems.base import Classes, Dataset, Problem, Split
 from kd.problems.objects.samples import ObjectSamples
-from kd.storage.fields import CachedField
-
-
-class Dataset(Protocol):
-    """A data set of any kind, opened: what every training and evaluation asks of it."""
-
-    @property
-    def section(self) -> DataSet:
-        """As the recipe has it."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        ...
-
-    def classes(self) -> Classes:
-        """What a metric is told."""
-        ...
-
-    def evaluated(self) -> Samples:
-        """The val split's samples."""
-        ...
-
-
-def of_objects(data: Dataset) -> ObjectsDataset:
-    """The same, for commands that ask about objects.
-
-    Raises:
-        UserError: It has label maps.
-    """
-    if not isinstance(data, ObjectsDataset):
-        raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
-    return data
 
 
 @dataclass(frozen=True)
@@ -82,7 +40,12 @@ class ObjectsDataset:
         """C."""
         return self.train.num_classes
 
-    def classes(self, prior: NDArray[np.float64] | None = None) -> Classes:
+    @property
+    def problem(self) -> Problem[Any]:
+        """Hidden objects."""
+        return problem("objects")
+
+    def class_info(self, prior: NDArray[np.float64] | None = None) -> Classes:
         """Names, prior, by default that of usable objects, and look-alikes."""
         known = partial(visible_objects, self.val)
         prior = self.prior() if prior is None else prior
@@ -95,28 +58,40 @@ class ObjectsDataset:
         """The val split's boxes as COCO's evaluation counts them: all of its JSON, crowds too."""
         return read_truth(self.val.annotation_file)
 
-    def evaluated(self) -> ObjectSamples:
-        """The val split, every usable object hidden in turn."""
-        return make_dataset(self, "val", train=False)
+    def split(self, name: Split) -> CocoIndex:
+        """The index of a split."""
+        return self.train if name == "train" else self.val
 
-    def boxes(
-        self,
-        seed: int,
-        *,
-        labelled: Collection[int] | None = None,
-        only: Collection[int] | None = None,
-        stored: Sequence[CachedField] = (),
-    ) -> DetectionSamples:
-        """The train split as detectors learn from it; arguments as of `DetectionSamples`."""
-        return _make_boxes(
-            self, "train", train=True, seed=seed, labelled=labelled, only=only, stored=stored
-        )
+    def samples(self, split: Split, **options: Any) -> ObjectSamples:
+        """A split as the section has it; `options` of `ObjectSamples` come in addition."""
+        section, partial = self.section, self.section.partial
+        own = {
+            "size": section.size,
+            "train": False,
+            "mode": "all",
+            "augment": section.augment,
+            "min_share": section.min_share,
+            "max_share": section.max_share,
+            "shape": section.shape,
+            "partial": (partial.start, partial.until) if partial else None,
+            "withhold": (section.withhold.start, section.withhold.end)
+            if section.withhold
+            else None,
+            "pictures": section.pictures,
+            "repeat_labelled": section.repeat_labelled,
+            "prepared": Path(section.prepared) / split if section.prepared else None,
+        }
+        return ObjectSamples(self.split(split), **{**own, **options})
 
-    def evaluated_boxes(
-        self, split: Literal["train", "val"] = "val", only: Collection[int] | None = None
-    ) -> DetectionSamples:
-        """Whole pictures of a split with all their boxes."""
-        return _make_boxes(self, split, train=False, only=only)
+    def seen_as(self, seen: Data, **changes: Any) -> ObjectsDataset:
+        """The dataset at a teacher's image size and shape of hidden regions.
+
+        Args:
+            seen: The section that the teacher was trained with.
+            changes: Further ones, of this dataset's section.
+        """
+        update = {"size": seen.size, "shape": seen.shape, **changes}
+        return replace(self, section=self.section.model_copy(update=update))
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
         """Ids of the train images whose labels a student of this seed sees; None: all."""
@@ -128,10 +103,12 @@ class ObjectsDataset:
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
         """Usable train objects of each class, (C,), on the images with these ids or on all."""
-        rows = make_dataset(self, "train", train=False, only=images).usable_rows()
+        rows = self.samples("train", only=images).usable_rows()
         return np.bincount(self.train.labels[rows], minlength=self.num_classes)
 
-    def shares(self, images: Collection[int] | None = None) -> dict[str, NDArray[np.float64]]:
+    def class_fractions(
+        self, images: Collection[int] | None = None
+    ) -> dict[str, NDArray[np.float64]]:
         """How common each class is among the train pictures, for the weights of classes.
 
         Args:
@@ -154,7 +131,7 @@ class ObjectsDataset:
             "image_shares": np.bincount(shown, minlength=classes) / taken,
         }
 
-    def ceiling(self, split: Literal["train", "val"] = "val") -> dict[str, NDArray[Any]] | None:
+    def ceiling(self, split: Split = "val") -> dict[str, NDArray[Any]] | None:
         """Exact posteriors of the embedded scenes, None for other data."""
         index = self.train if split == "train" else self.val
         file = index.annotation_file.with_name(f"posteriors_{split}.npz")
@@ -179,70 +156,17 @@ def open_objects(section: Data) -> ObjectsDataset:
     return ObjectsDataset(section, *open_annotated(section, pictures=section.pictures))
 
 
-def make_dataset(
-    data: ObjectsDataset,
-    split: Literal["train", "val"],
-    *,
-    train: bool,
-    mode: Literal["one", "all"] = "all",
-    labelled: Collection[int] | None = None,
-    only: Collection[int] | None = None,
-    seed: int = 0,
-    epochs: int = 1,
-    stored: Sequence[CachedField] = (),
-    class_maps: bool = False,
-) -> ObjectSamples:
+def make_dataset(data: ObjectsDataset, split: Split, **options: Any) -> ObjectSamples:
     """A split as samples."""
-    section = data.section
-    partial = section.partial
-    index = data.train if split == "train" else data.val
-    return ObjectSamples(
-        index,
-        size=section.size,
-        mode=mode,
-        train=train,
-        augment=section.augment,
-        min_share=section.min_share,
-        max_share=section.max_share,
-        shape=section.shape,
-        withhold=(section.withhold.start, section.withhold.end) if section.withhold else None,
-        pictures=section.pictures,
-        partial=(partial.start, partial.until) if partial and train else None,
-        labelled=labelled,
-        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
-        only=only,
-        seed=seed,
-        epochs=epochs,
-        prepared=Path(section.prepared) / split if section.prepared else None,
-        stored=stored,
-        class_maps=ClassMaps(index, section.size) if class_maps else None,
-    )
+    return data.samples(split, **options)
 
 
-def _make_boxes(
-    data: ObjectsDataset,
-    split: Literal["train", "val"],
-    *,
-    train: bool,
-    labelled: Collection[int] | None = None,
-    only: Collection[int] | None = None,
-    seed: int = 0,
-    stored: Sequence[CachedField] = (),
-) -> DetectionSamples:
-    """A split as samples for detectors."""
-    section = data.section
-    if not section.pictures:
-        raise UserError(f"{section.name}: data.pictures is false, but detectors need pictures")
-    return DetectionSamples(
-        data.train if split == "train" else data.val,
-        size=section.size,
-        train=train,
-        augment=section.augment,
-        scales=section.scales,
-        labelled=labelled,
-        repeat_labelled=section.repeat_labelled if labelled is not None else 1,
-        only=only,
-        seed=seed,
-        prepared=Path(section.prepared) / split if section.prepared else None,
-        stored=stored,
-    )
+def of_objects(data: Dataset) -> ObjectsDataset:
+    """The same, for commands that ask about objects.
+
+    Raises:
+        UserError: It has label maps.
+    """
+    if not isinstance(data, ObjectsDataset):
+        raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
+    return data

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,15 +15,11 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd.data.loader import collate
-from kd.engine.loop import to_device
-from kd.engine.state import Training
-from kd.engine.tracking import Tracker
+from kd.data.loader import collate, to_device
 from kd.nn.freeze import evaluating
-from kd.problems.base import Task
-from kd.problems.objects.data import ObjectsDataset, make_dataset, of_objects
+from kd.problems.base import Task, Teacher, hidden_objects, named
+from kd.problems.objects.data import ObjectsDataset
 from kd.report.style import BLUE, GREY, ORANGE, PALE
-from kd.runs.train import Session
 
 # The object itself is shown with a little of what is around it.
 _CROP_MARGIN = 0.15
@@ -151,35 +148,6 @@ def bars(
     axes.tick_params(length=0)
 
 
-Expectation = Callable[[dict[str, Tensor]], Tensor]
-
-
-def write_pictures(
-    session: Session,
-    training: Training,
-    task: Task,
-    tracker: Tracker,
-    *,
-    expectation: Expectation | None = None,
-) -> None:
-    """Write a few val objects to TensorBoard, the same ones in every run of a data set.
-
-    Args:
-        session: The run; `train.pictures` says how many.
-        training: Its model.
-        task: How that is asked and read.
-        tracker: Where to.
-        expectation: The teacher's probabilities for a batch's hidden objects, beside the model's.
-    """
-    device, count = training.accelerator.device, session.train.pictures
-    data = of_objects(session.data)
-    figures = hidden_scenes(
-        training.result, task, data, count=count, device=device, expectation=expectation
-    )
-    for number, figure in enumerate(figures):
-        tracker.figure(f"pictures/{number}", figure, training.progress.step)
-
-
 @torch.no_grad()
 def hidden_scenes(
     model: nn.Module,
@@ -188,7 +156,7 @@ def hidden_scenes(
     *,
     count: int,
     device: torch.device,
-    expectation: Expectation | None = None,
+    teacher: Teacher | None = None,
 ) -> Iterator[Figure]:
     """Draw val objects spread over the split, one figure each.
 
@@ -198,9 +166,9 @@ def hidden_scenes(
         data: The data set.
         count: How many objects.
         device: Where the model lies.
-        expectation: As for `write_pictures`.
+        teacher: A context teacher, whose posterior is drawn beside the model's.
     """
-    dataset = make_dataset(data, "val", train=False)
+    dataset = data.samples("val")
     names = list(data.val.class_names)
     count = min(count, len(dataset))
     for number in range(count):
@@ -211,8 +179,8 @@ def hidden_scenes(
         batch = to_device(sample, device, channels_last=False)
         with evaluating(model):
             output, _ = model(*task.inputs(batch))
-        own = "teacher" if expectation is None else "student"
-        beliefs = {} if expectation is None else {"teacher": expectation(batch)[0]}
+        own = "teacher" if teacher is None else "student"
+        beliefs = {} if teacher is None else {"teacher": expectation(teacher, batch)[0]}
         beliefs[own] = task.decode(output, batch).exp()[0]
         row = int(sample["hidden"][0])
         yield hidden_scene_figure(
@@ -223,3 +191,15 @@ def hidden_scenes(
             names,
             size=(int(sample["sizes"][0, 0]), int(sample["sizes"][0, 1])),
         )
+
+
+def expectation(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
+    """The teacher's probabilities for a batch's hidden objects, (K, C), at its own image size."""
+    images, size = batch["images"], hidden_objects(teacher).size
+    if images.shape[-1] != size:
+        small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+        boxes = batch["boxes"] * (size / images.shape[-1])
+        batch = {**batch, "images": small.round().to(torch.uint8), "boxes": boxes}
+    with torch.no_grad():
+        output = teacher.model(*teacher.task.inputs(batch))
+    return teacher.task.decode(named(output), batch).exp()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kd.metrics import classification as scores
 from kd.metrics.confusion import ClassRow, beyond_prior, confusions, per_class
 from kd.metrics.records import Records
-from kd.problems.base import Metric
+from kd.problems.base import Dataset, Metric
 from kd.problems.objects import tables
 from kd.problems.objects.baselines import ABOUT, PRIOR
 from kd.problems.objects.class_figures import (
@@ -23,7 +23,7 @@ from kd.problems.objects.class_figures import (
     confusion_figure,
     per_class_figure,
 )
-from kd.problems.objects.data import Dataset, ObjectsDataset
+from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.tables import Scored
 from kd.report.curves import reliability_figure, share_hidden_figure, top_n_figure, visible_figure
 from kd.report.tables import Table

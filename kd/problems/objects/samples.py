@@ -71,12 +71,12 @@ class ObjectSamples(Dataset[Sample]):
             from the answers to others as well: several are hidden at once. None withholds none.
         pictures: Whether pictures are read; otherwise they are all grey.
         labelled: Ids of the images whose labels are known; the others' become -1. None: all.
-        repeat_labelled: How often a labelled image comes in an epoch; others come once.
+        repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
         only: Ids of the images to keep; None keeps all.
         seed: Of everything random, 0 or more.
         epochs: Length of the training, for the schedule.
         prepared: Folder made by `python -m kd.data.prepare` from this data set.
-        stored: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
+        cached: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
         class_maps: Stored class ids that go with the pictures, as `class_maps`.
 
     Raises:
@@ -104,7 +104,7 @@ class ObjectSamples(Dataset[Sample]):
         seed: int = 0,
         epochs: int = 1,
         prepared: Path | None = None,
-        stored: Sequence[CachedField] = (),
+        cached: Sequence[CachedField] = (),
         class_maps: ClassMaps | None = None,
     ) -> None:
         """Choose the images; the arguments are explained above."""
@@ -114,12 +114,13 @@ class ObjectSamples(Dataset[Sample]):
         self.min_share, self.max_share, self.shape = min_share, max_share, shape
         self.partial = partial if train else None
         self.withhold = withhold if train else None
-        self.seed, self.epochs, self.stored = seed, epochs, tuple(stored)
+        self.seed, self.epochs, self.cached = seed, epochs, tuple(cached)
         self.class_maps = class_maps
         self.pictures = Pictures.open(index, size, prepared, read_files=pictures)
         images = self._images_with_usable_objects(only)
         known = known_labels(index, images, labelled)
-        self.images, self.known = repeated(images, known, repeat_labelled)
+        times = 1 if labelled is None else repeat_labelled
+        self.images, self.known = repeated(images, known, times)
 
     def __len__(self) -> int:
         """The number of images with a usable object."""
@@ -175,7 +176,7 @@ class ObjectSamples(Dataset[Sample]):
         if self.shape == "segment":
             sample["segments"] = self._segments(scene, candidates, original)
         hidden = sample["object_ids"][candidates].numpy()
-        for output in self.stored:
+        for output in self.cached:
             kept = output(hidden, scene.plan, original, self.size)
             sample[f"{PREFIX}{output.name}"] = kept
         return sample

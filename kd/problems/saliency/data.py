@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.config.datasets import Split
+from kd.config.datasets import Split as SplitPaths
 from kd.config.recipes import Gaze
 from kd.data.images import file_size, in_multiples
 from kd.data.open_files import open_annotated, root_of
@@ -20,7 +20,8 @@ from kd.formats.coco import CocoIndex
 from kd.formats.fixations import UNKNOWN, GazeSplit
 from kd.formats.saliency import LAYOUTS, Wanted, open_gaze
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure
-from kd.problems.base import Classes
+from kd.problems import problem
+from kd.problems.base import Classes, Problem, Split
 from kd.problems.saliency.baselines import (
     CENTRE,
     OBSERVERS,
@@ -150,8 +151,17 @@ class SaliencyDataset:
         """One."""
         return len(self.class_names)
 
-    def classes(self) -> Classes:
-        """What a metric is told."""
+    @property
+    def problem(self) -> Problem[Any]:
+        """Saliency."""
+        return problem("saliency")
+
+    def labelled(self, seed: int) -> None:
+        """All of the train images have fixations."""
+        return None
+
+    def class_info(self) -> Classes:
+        """What a metric needs to know."""
         return Classes(self.class_names, where=self.section.name, gaze=self.truth)
 
     @cached_property
@@ -176,36 +186,36 @@ class SaliencyDataset:
         places = [relative_places(self.train, number) for number in self.counted]
         return CentrePrior(torch.cat(places))
 
-    def pictures(self, seed: int, stored: Sequence[CachedField] = ()) -> SaliencySamples:
+    def split(self, name: Split) -> GazeSplit:
+        """Images and fixations of a split."""
+        return self.train if name == "train" else self.val
+
+    def padded(self, seed: int, cached: Sequence[CachedField] = ()) -> SaliencySamples:
         """Training samples of the train split; a teacher's outputs come with them."""
         section = self.section
         return SaliencySamples(
-            self.train, size=section.size, augment=section.augment, seed=seed, stored=stored
+            self.train, size=section.size, augment=section.augment, seed=seed, cached=cached
         )
-
-    def evaluated(self) -> SaliencySamples:
-        """Whole pictures of the val split."""
-        return self.whole("val", size=self.section.size)
 
     def whole(
         self,
-        split: Literal["train", "val"],
+        split: Split,
         *,
         size: tuple[int, int] | int | None,
         only: NDArray[np.int64] | None = None,
     ) -> SaliencySamples:
-        """Whole pictures of a split, all or those of some places.
+        """Whole images of a split, all or those at some positions.
 
         Args:
             split: Which.
-            size: What they are scaled into; a number is its long side, None the section's own.
-            only: Places; None keeps all.
+            size: Height and width of the frame that images are scaled into, or the long side of
+                one with the section's aspect; None: the section's own.
+            only: Positions; None: all.
         """
         if not isinstance(size, tuple):
             own = self.section.size
             size = own if size is None else in_multiples(*scaled_size(*own, size))
-        pictures = self.train if split == "train" else self.val
-        return SaliencySamples(pictures, size=size, train=False, only=only)
+        return SaliencySamples(self.split(split), size=size, train=False, only=only)
 
 
 def open_fixations(section: Gaze) -> SaliencyDataset:
@@ -218,7 +228,7 @@ def open_fixations(section: Gaze) -> SaliencyDataset:
             cannot be read or do not fit each other, a stimulus without any.
     """
     opened = SaliencyDataset(section, *_splits(section))
-    opened.pictures(0)  # its options are looked at before all files are
+    opened.padded(0)  # options are checked before all files are
     if section.generate is None:  # what was made here is whole
         small = {name: _soon_read(split) for name, split in opened.splits.items()}
         check_gaze(split for name, split in opened.splits.items() if small[name])
@@ -226,7 +236,7 @@ def open_fixations(section: Gaze) -> SaliencyDataset:
         for name, split in opened.splits.items():
             for number in () if small[name] else wanted[name]:
                 relative_places(split, number)  # reads them, and refuses what is wrong
-    opened.evaluated()
+    opened.whole("val", size=section.size)
     return opened
 
 
@@ -246,7 +256,7 @@ def _splits(section: Gaze) -> tuple[GazeSplit, GazeSplit]:
         seed=section.split_seed,
     )
     root = root_of(section, holds=LAYOUTS[section.layout].holds)
-    assert not isinstance(section.train, Split) and not isinstance(section.val, Split)
+    assert not isinstance(section.train, SplitPaths) and not isinstance(section.val, SplitPaths)
     return (
         open_gaze(section.layout, root, section.train, wanted),
         open_gaze(section.layout, root, section.val, wanted),

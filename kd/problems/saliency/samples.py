@@ -32,7 +32,7 @@ class SaliencySamples(ImageSamples):
         augment: Options of `Turns`; None changes nothing.
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
-        stored: Outputs of teachers that go with training samples, as `stored.NAME`.
+        cached: Outputs of teachers that go with training samples, as `stored.NAME`.
 
     Raises:
         UserError: An option is out of range, or, for evaluation, a file cannot be read.
@@ -47,13 +47,13 @@ class SaliencySamples(ImageSamples):
         augment: dict[str, Any] | None = None,
         seed: int = 0,
         only: NDArray[np.int64] | None = None,
-        stored: Sequence[CachedField] = (),
+        cached: Sequence[CachedField] = (),
     ) -> None:
         """Check the options; the arguments are explained above."""
         self.split = split
         self.turns = build_turns(augment)
         super().__init__(
-            split.images, frame=size, train=train, seed=seed, only=only, stored=stored,
+            split.images, frame=size, train=train, seed=seed, only=only, cached=cached,
             setting="data.size",
         )  # fmt: skip
 

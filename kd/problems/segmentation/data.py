@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,8 @@ from kd.config.recipes import LabelMaps
 from kd.data.open_files import open_annotated, root_of
 from kd.errors import UserError
 from kd.formats.segmentation import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
-from kd.problems.base import Classes
+from kd.problems import problem
+from kd.problems.base import Classes, Problem, Split
 from kd.problems.segmentation.samples import SegmentationSamples, check_pairs
 from kd.storage.fields import CachedField
 from kd.utils.images import VOID
@@ -32,6 +33,11 @@ class SegmentationDataset:
     val: MappedSplit
 
     @property
+    def problem(self) -> Problem[Any]:
+        """Segmentation."""
+        return problem("segmentation")
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """C names."""
         return self.train.class_names
@@ -41,11 +47,11 @@ class SegmentationDataset:
         """C."""
         return len(self.class_names)
 
-    def classes(self) -> Classes:
+    def class_info(self) -> Classes:
         """Their names."""
         return Classes(self.class_names, where=self.section.name)
 
-    def shares(self) -> dict[str, NDArray[np.float64]]:
+    def class_fractions(self) -> dict[str, NDArray[np.float64]]:
         """How common each class is, for the weights of classes.
 
         Returns:
@@ -63,29 +69,34 @@ class SegmentationDataset:
             raise UserError(f"{self.train.where}: no pixel has a class: all are void")
         return {"pixel_shares": told / told.sum()}
 
-    def crops(self, seed: int, stored: Sequence[CachedField] = ()) -> SegmentationSamples:
+    def labelled(self, seed: int) -> None:
+        """All of the train images have labels."""
+        return None
+
+    def split(self, name: Split) -> MappedSplit:
+        """Images and label maps of a split."""
+        return self.train if name == "train" else self.val
+
+    def crops(self, seed: int, cached: Sequence[CachedField] = ()) -> SegmentationSamples:
         """Random crops of the train split; a teacher's outputs come with them."""
         section = self.section
         return SegmentationSamples(
             self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
-            seed=seed, stored=stored,
+            seed=seed, cached=cached,
         )  # fmt: skip
 
-    def evaluated(self) -> SegmentationSamples:
-        """Whole pictures of the val split."""
-        return self.whole("val", size=self.section.size)
-
     def whole(
-        self,
-        split: Literal["train", "val"],
-        *,
-        size: int | None,
-        only: NDArray[np.int64] | None = None,
+        self, split: Split, *, size: int | None, only: NDArray[np.int64] | None = None
     ) -> SegmentationSamples:
-        """Whole pictures of a split, all or those of some places, at a size (None: their own)."""
-        pictures = self.train if split == "train" else self.val
+        """Whole images of a split, all or those at some positions.
+
+        Args:
+            split: Which.
+            size: Long side in pixels; None: that of each file.
+            only: Positions; None: all.
+        """
         return SegmentationSamples(
-            pictures, size=size, crop=self.section.crop, train=False, only=only
+            self.split(split), size=size, crop=self.section.crop, train=False, only=only
         )
 
 
@@ -97,10 +108,10 @@ def open_maps(section: LabelMaps) -> SegmentationDataset:
             be read or does not fit the other.
     """
     opened = SegmentationDataset(section, *_splits(section))
-    opened.crops(0)  # its options are looked at before all files are
+    opened.crops(0)  # options are checked before all files are
     if section.layout != "coco":  # whose images are looked at already, and maps are not files
         check_pairs(split for split in (opened.train, opened.val) if _soon_read(split))
-    opened.evaluated()
+    opened.whole("val", size=section.size)
     return opened
 
 

@@ -32,7 +32,7 @@ class SegmentationSamples(ImageSamples):
         augment: Options of `Crops`; None cuts at one scale and changes nothing else.
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
-        stored: Outputs of teachers that go with training samples, as `stored.NAME`.
+        cached: Outputs of teachers that go with training samples, as `stored.NAME`.
 
     Raises:
         UserError: An option is out of range, or, for evaluation, a file cannot be read.
@@ -48,13 +48,13 @@ class SegmentationSamples(ImageSamples):
         augment: dict[str, Any] | None = None,
         seed: int = 0,
         only: NDArray[np.int64] | None = None,
-        stored: Sequence[CachedField] = (),
+        cached: Sequence[CachedField] = (),
     ) -> None:
         """Check the options; the arguments are explained above."""
         self.split, self.size = split, size
         self.crops = build_crops(augment)
         super().__init__(
-            split.images, frame=crop, train=train, seed=seed, only=only, stored=stored,
+            split.images, frame=crop, train=train, seed=seed, only=only, cached=cached,
             setting="data.crop",
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from kd.context.heatmap import answer_regions, ask, heat_maps, spread
 from kd.context.photo import Photograph
 from kd.context.regions import BoxShape, Region, windows
 from kd.problems.base import Batch
-from kd.runs.build import build_task, build_teacher
+from kd.problems.objects.problem import PROBLEM
 from kd.runs.load_teacher import TrainedTeacher
 from kd.utils.images import resize, scaled_size
 
@@ -32,8 +32,8 @@ def teacher(
     name = Model(name="cnn", options={"width": 4, "downs": 2, "hidden": 8, "region": True})
     task = TaskSection(name="context", weights={})
     recipe = TeacherRecipe(data=data, task=task, teacher=name)
-    model = (model or build_teacher(name, 4)).eval()
-    return TrainedTeacher(Path("."), recipe, model, build_task(task, data, 4))
+    model = (model or PROBLEM.build_teacher(name, 4)).eval()
+    return TrainedTeacher(Path("."), recipe, model, PROBLEM.task(task, data, 4))
 
 
 def photograph(

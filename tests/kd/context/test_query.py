@@ -18,7 +18,7 @@ from kd.context.query import Question, as_seen, expectations
 from kd.data.loader import Sample, collate
 from kd.problems.base import Batch, named
 from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
-from kd.runs.build import build_task, build_teacher
+from kd.problems.objects.problem import PROBLEM
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.utils.images import read_image
 
@@ -51,14 +51,14 @@ def photographs(tiny_coco: Callable[..., Path]) -> Data:
 
 def untrained(section: Data, name: str = "cnn", shape: str = "box") -> TrainedTeacher:
     section = section.model_copy(update={"shape": shape})
-    model = build_teacher(TINY[name], 4).eval().requires_grad_(False)
+    model = PROBLEM.build_teacher(TINY[name], 4).eval().requires_grad_(False)
     for part, parameter in model.named_parameters():
         # Many heads begin near 0, and would answer the same to all; a deep trunk would not bear it.
         if "head" in part or "resnet" not in TINY[name].name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     task = TaskSection(name=str(model.task), weights={})
     recipe = TeacherRecipe(data=section, task=task, teacher=TINY[name])
-    built = build_task(task, section, 4, model=model)
+    built = PROBLEM.task(task, section, 4, model=model)
     return TrainedTeacher(Path("."), recipe, model, built)
 
 

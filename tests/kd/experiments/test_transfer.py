@@ -19,7 +19,8 @@ from kd.engine.state import Objective
 from kd.errors import ConfigError, UserError
 from kd.experiments.transfer import Start, starts
 from kd.problems.objects.data import make_dataset, of_objects
-from kd.runs.build import build_student, build_task, make_accelerator, open_data
+from kd.problems.objects.problem import PROBLEM
+from kd.runs.build import make_accelerator, open_data
 from kd.runs.setup import start_training
 
 RECIPE = """
@@ -71,10 +72,10 @@ def step(row: Start) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The student's state before and after one step of training."""
     data = of_objects(open_data(row.recipe.data))
     torch.manual_seed(0)
-    student = build_student(row.recipe.student, data.prior(), context=False)
+    student = data.problem.build_student(row.recipe.student, data, context=False)
     dataset = make_dataset(data, "train", train=True)
     batch = collate([dataset[0, place] for place in range(4)])
-    task = build_task(row.recipe.task, row.recipe.data, data.num_classes)
+    task = data.problem.task(row.recipe.task, row.recipe.data, data.num_classes)
     training = start_training(
         make_accelerator("fp32"), AdaptedStudent(student), row.recipe.train, 1
     )
@@ -97,7 +98,9 @@ def test_a_probe_changes_the_head_alone_and_fine_tuning_all(recipe_of: Any) -> N
 
 def test_fine_tuning_spares_a_trunk_that_knows_something(recipe_of: Any) -> None:
     row = rows_of(recipe_of())["finetune", "context"]
-    student = AdaptedStudent(build_student(row.recipe.student, np.ones(22) / 22, context=False))
+    student = AdaptedStudent(
+        PROBLEM.classifier(row.recipe.student, np.ones(22) / 22, context=False)
+    )
     training = start_training(make_accelerator("fp32"), student, row.recipe.train, 10)
     trunk = {id(parameter) for parameter in student.student.get_submodule("trunk").parameters()}
     for group in training.optimizer.param_groups:

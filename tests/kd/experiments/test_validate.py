@@ -12,7 +12,7 @@ from kd.config.recipes import DistillRecipe
 from kd.errors import UserError
 from kd.experiments.connect import build_terms
 from kd.experiments.validate import check_terms
-from kd.problems.objects.data import Dataset
+from kd.problems.base import Dataset
 from kd.runs.build import open_data
 
 

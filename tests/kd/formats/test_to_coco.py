@@ -99,7 +99,7 @@ def test_boxes_lie_on_what_is_in_the_pictures(
     tmp_path: Path, layout: str, write: Callable[[Path], Path]
 ) -> None:
     data = opened(write(tmp_path / "data"), layout)
-    for dataset in (data.evaluated_boxes("train"), data.evaluated_boxes()):
+    for dataset in (DetectionDataset(data).samples("train"), DetectionDataset(data).samples("val")):
         for place in range(len(dataset)):
             sample = dataset[0, place]
             for box in sample["boxes"]:
@@ -121,7 +121,7 @@ def data_file(data: ObjectsDataset, image_id: int) -> Path:
 def test_voc_has_difficult_objects_as_crowds(tmp_path: Path) -> None:
     data = opened(write_voc(tmp_path), "voc")
     assert data.num_classes == 20 and data.class_names[11] == "dog"
-    whole = data.evaluated_boxes("train")
+    whole = DetectionDataset(data).samples("train")
     batch = collate([whole[0, place] for place in range(len(whole))])
     assert batch["image_ids"].tolist() == [1, 2] and batch["labels"].tolist() == [11]
     assert batch["crowd_of"].tolist() == [1]
@@ -130,31 +130,31 @@ def test_voc_has_difficult_objects_as_crowds(tmp_path: Path) -> None:
     assert data.val.annotation_file == (
         tmp_path / "VOC2007" / "annotations" / "instances_voc2007_test.json"
     )
-    assert len(data.boxes(0)) == 2
+    assert len(DetectionDataset(data).samples("train", train=True)) == 2
 
 
 def test_kitti_has_regions_as_crowds(tmp_path: Path) -> None:
     data = opened(write_kitti(tmp_path), "kitti")
     assert data.class_names == ("car", "pedestrian", "cyclist")
-    sample = data.evaluated_boxes("train")[0, 0]
+    sample = DetectionDataset(data).samples("train")[0, 0]
     assert sample["labels"].tolist() == [0] and len(sample["crowds"]) == 3
-    assert data.evaluated_boxes()[0, 0]["labels"].tolist() == [2]
+    assert DetectionDataset(data).samples("val")[0, 0]["labels"].tolist() == [2]
     everything = made_split("kitti", tmp_path, "all")[0]
     assert everything.name == "instances_kitti_all.json"
 
 
 def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
     data = DetectionDataset(opened(write_kitti(tmp_path), "kitti"))
-    batch = collate([data.evaluated()[0, 0]])
+    batch = collate([data.samples("val")[0, 0]])
     found = torch.cat([batch["boxes"][0], torch.tensor([0.9, 2.0])])
-    metric = Detection(num_classes=3).metric(data.classes())
+    metric = Detection(num_classes=3).metric(data.class_info())
     metric.take(found[None, None], batch)
     numbers = metric.compute()
     assert numbers["AP"] == pytest.approx(1.0)
     # Of fewer than 40 objects KITTI's kit gives less than 1, here 0.
     assert {"KITTI_moderate", "KITTI_hard"} <= numbers.keys()
     voc = DetectionDataset(opened(write_voc(tmp_path / "voc"), "voc"))
-    assert voc.classes().kitti is None and voc.classes().truth is not None
+    assert voc.class_info().kitti is None and voc.class_info().truth is not None
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -250,8 +250,8 @@ def test_years_of_voc_are_trained_on_together(tmp_path: Path, own: bool) -> None
         "instances_voc2007_trainval+voc2012_trainval.json"
     )
     data = open_objects(both)
-    dataset = data.evaluated_boxes("train")
-    assert len(dataset) == 4 and len(data.evaluated_boxes()) == 1
+    dataset = DetectionDataset(data).samples("train")
+    assert len(dataset) == 4 and len(DetectionDataset(data).samples("val")) == 1
     content = json.loads(path.read_text())
     names = [image["file_name"] for image in content["images"]]
     head = "2008_" if own else ""

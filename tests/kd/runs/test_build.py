@@ -9,15 +9,13 @@ from torch import nn
 from kd.config.reader import objects_config
 from kd.config.recipes import Data, Model, TaskSection
 from kd.errors import UserError
+from kd.problems import problem
+from kd.problems.detection.data import DetectionDataset
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
+from kd.problems.objects.problem import PROBLEM
 from kd.registry import Entry
 from kd.runs.build import (
-    build_detector,
-    build_segmenter,
-    build_student,
-    build_task,
-    build_teacher,
     make_accelerator,
     make_loader,
 )
@@ -71,17 +69,20 @@ def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(
 def test_options_are_checked_against_the_builders(data: ObjectsDataset) -> None:
     prior = data.prior()
     with pytest.raises(UserError, match=r"teacher 'cnn'.*widht.*width"):
-        build_teacher(Model(name="cnn", options={"widht": 4}), 5)
+        PROBLEM.build_teacher(Model(name="cnn", options={"widht": 4}), 5)
     with pytest.raises(UserError, match=r"dropuot.*dropout"):
-        build_student(Model(name="resnet18", options={"dropuot": 0.1}), prior)
+        PROBLEM.build_student(Model(name="resnet18", options={"dropuot": 0.1}), data)
     with pytest.raises(UserError, match=r"'pspnet' is for segmentation, not objects; .*resnet18"):
-        build_student(Model(name="pspnet", options={}), prior)
+        PROBLEM.build_student(Model(name="pspnet", options={}), data)
     with pytest.raises(UserError, match=r"classificaton.*classification"):
-        build_task(TaskSection(name="classificaton", weights={}), data.section, 5)
-    task = build_task(TaskSection(name="context", weights={}), data.section, 5, prior)
+        PROBLEM.task(TaskSection(name="classificaton", weights={}), data.section, 5)
+    section = TaskSection(name="context", weights={})
+    fractions = PROBLEM.class_fractions(section, data)
+    task = PROBLEM.task(section, data.section, 5, fractions=fractions)
     assert isinstance(task, Context)
     assert task.shape == data.section.shape and task.prior == pytest.approx(tuple(prior))
-    assert build_student(Model(name="squeezenet1_1"), prior, context=False).context is None
+    student = PROBLEM.build_student(Model(name="squeezenet1_1"), data, context=False)
+    assert student.context is None
 
 
 class Own(nn.Module):
@@ -97,8 +98,8 @@ def test_an_added_student_is_built_by_its_name(
     monkeypatch.setitem(STUDENTS, "own", Entry(f"{__name__}:Own", "one of the user's"))
     model = Model(name=name, options={"width": 2})
     for built in (
-        build_student(model, data.prior()),
-        build_segmenter(model, 3),
-        build_detector(model, 3),
+        PROBLEM.build_student(model, data),
+        problem("segmentation").named_student(name, model.options, num_classes=3),
+        problem("detection").build_student(model, DetectionDataset(data)),
     ):
         assert isinstance(built, Own) and built.width == 2

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kd.config.reader import objects_config
 from kd.config.recipes import Adapter, Term, Train
+from kd.data.loader import to_device
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors, CachedTeacher, LiveTeacher
-from kd.engine.loop import to_device, train_step
+from kd.engine.loop import train_step
 from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.experiments.connect import adapt_student, build_terms
@@ -271,7 +272,7 @@ def test_distilling_from_a_cache_gives_the_live_losses(
     moves = {**off, "flip": 0.5} if augmented else off
     section = data.section.model_copy(update={"augment": moves})
     dataset = make_dataset(
-        ObjectsDataset(section, data.train, data.val), "train", train=True, stored=[kept[LAYER]]
+        ObjectsDataset(section, data.train, data.val), "train", train=True, cached=[kept[LAYER]]
     )
     loader = make_loader(dataset, accelerator, batch_size=8, workers=0, train=True)
     curves = []

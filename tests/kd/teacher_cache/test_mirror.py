@@ -11,7 +11,7 @@ import torch
 from kd.data.loader import collate
 from kd.formats.coco import load_coco
 from kd.problems.objects.samples import ObjectSamples
-from kd.teacher_cache.teacher_view import mirror
+from kd.problems.objects.teacher_view import mirror_objects
 
 
 @pytest.mark.parametrize("size", [(40, 31), (31, 40)])
@@ -28,10 +28,10 @@ def test_a_mirrored_batch_is_that_of_flipped_samples(
         )
         batches.append(collate([dataset[0, place] for place in range(len(dataset))]))
     plain, flipped = batches
-    mirrored = mirror(plain)
+    mirrored = mirror_objects(plain)
     assert set(mirrored) == set(flipped)
     for name in flipped:
         torch.testing.assert_close(mirrored[name], flipped[name], msg=name)
-    back = mirror(mirrored)
+    back = mirror_objects(mirrored)
     for name in plain:
         torch.testing.assert_close(back[name], plain[name], msg=name)

@@ -16,12 +16,12 @@ from kd.distillation.targets import CachedTeacher, LiveTeacher
 from kd.errors import UserError
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.task import Segmentation
+from kd.problems.teacher_views import ImagesView
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.storage.fields import CachedField
 from kd.teacher_cache import cache as teacher_cache
 from kd.teacher_cache.cache import Wanted, open_cache
-from kd.teacher_cache.teacher_view import ImagesView, teacher_view
 from kd.teacher_cache.writer import ShardWriter
 from kd.transforms.crops import Crop
 from kd.utils.images import read_image
@@ -82,13 +82,14 @@ def teacher_of(data: SegmentationDataset, folder: Path, *, sided: bool = False) 
 def test_every_picture_is_shown_whole_under_its_place(
     data: SegmentationDataset, tmp_path: Path
 ) -> None:
-    shown = teacher_view(teacher_of(data, tmp_path), data, "train")
+    teacher = teacher_of(data, tmp_path)
+    shown = data.problem.teacher_view(teacher, data, "train")
     assert isinstance(shown, ImagesView)
-    assert shown.image_ids.tolist() == [0, 1, 2, 3, 4] and shown.records_an_image == 1
+    assert shown.image_ids.tolist() == [0, 1, 2, 3, 4] and shown.records_per_image == 1
     assert shown.samples()[0, 3]["images"].shape == (3, *SIZE)
     some = shown.samples(np.array([4, 2]))
     assert [int(some[0, place]["image_ids"]) for place in range(2)] == [4, 2]
-    assert len(teacher_view(teacher_of(data, tmp_path), data, "val").samples()) == 2
+    assert len(data.problem.teacher_view(teacher, data, "val").samples()) == 2
 
 
 def test_a_teacher_may_see_larger_pictures_than_in_training(
@@ -98,7 +99,8 @@ def test_a_teacher_may_see_larger_pictures_than_in_training(
     large = Wanted(outputs=("logits",), dtype="float32", size=2 * max(SIZE))
     kept = open_cache(teacher, data, accelerator, large)["logits"]
     crop = Crop(window=(0, 0, *SIZE), size=SIZE)
-    picture = teacher_view(teacher, data, "train", size=large.size).samples()[0, 1]["images"]
+    view = data.problem.teacher_view(teacher, data, "train", size=large.size)
+    picture = view.samples()[0, 1]["images"]
     assert picture.shape == (3, 2 * SIZE[0], 2 * SIZE[1])
     with LiveTeacher(teacher.model, teacher.task, posterior=False) as source:
         live = source({"images": picture[None]})["logits"]
@@ -140,7 +142,7 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
     accelerator = make_accelerator("fp32")
     wanted = Wanted(outputs=BOTH, dtype="float32", mirrored=True)
     kept = open_cache(teacher, data, accelerator, wanted)
-    samples = data.crops(0, stored=list(kept.values()))
+    samples = data.crops(0, cached=list(kept.values()))
     loader = make_loader(samples, accelerator, batch_size=5, workers=0, train=True)
     batch = next(iter(loader))
     stored = CachedTeacher(None, BOTH)(batch)
@@ -148,7 +150,7 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
         live = source(batch)
     for name in BOTH:
         torch.testing.assert_close(stored[name], live[name], rtol=1e-4, atol=1e-4)
-    finer = data.crops(0, stored=[CachedField(kept["logits"].store, "logits", stride=4)])[0, 0]
+    finer = data.crops(0, cached=[CachedField(kept["logits"].store, "logits", stride=4)])[0, 0]
     assert finer["stored.logits"].shape == (1, 11, 12, 16)
 
 
@@ -211,10 +213,10 @@ def test_other_pictures_another_size_or_split_are_refused(
     with pytest.raises(UserError, match=r"transform is 'size None, .*' there, 'size 32, "):
         open_cache(teacher_of(smaller, tmp_path), data, accelerator, wanted)
     other = open_maps(data.section.model_copy(update={"train": "val"}))
-    with pytest.raises(UserError, match=r"pictures is '\w+' there, '\w+' here"):
+    with pytest.raises(UserError, match=r"images is '\w+' there, '\w+' here"):
         open_cache(teacher, other, accelerator, wanted)
     Image.new("RGB", SIZE[::-1], (7, 7, 7)).save(data.train.images[1])
-    with pytest.raises(UserError, match=r"kept/maps-train-logits: .*pictures is '\w+' there"):
+    with pytest.raises(UserError, match=r"kept/maps-train-logits: .*images is '\w+' there"):
         open_cache(teacher, data, accelerator, wanted)
 
 
@@ -222,7 +224,7 @@ def test_pictures_of_different_sizes_want_a_live_teacher(tmp_path: Path) -> None
     write_split(tmp_path / "maps", "train", [SIZE, (40, 64)])
     write_split(tmp_path / "maps", "val", [SIZE])
     data = open_maps(section(tmp_path / "maps"))
-    with pytest.raises(UserError, match=r"^maps: pictures of different sizes .*kind=live$"):
+    with pytest.raises(UserError, match=r"^maps: images of different sizes .*kind=live$"):
         open_cache(
             teacher_of(data, tmp_path), data, make_accelerator("fp32"), Wanted(outputs=("logits",))
         )

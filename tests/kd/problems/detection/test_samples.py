@@ -314,7 +314,7 @@ def test_stored_maps_show_what_the_picture_shows(index: CocoIndex) -> None:
     field = CachedField(cast(Store, Kept(maps, [5, 6, 7])), "pixels")
     augment = STILL | {"flip": 0.5, "shift": 0.5}
     for scales in ((1.0, 1.0), (0.6, 0.6), (0.5, 1.6)):
-        dataset = DetectionSamples(index, size=64, augment=augment, scales=scales, stored=[field])
+        dataset = DetectionSamples(index, size=64, augment=augment, scales=scales, cached=[field])
         samples = [dataset[epoch, 2] for epoch in range(6)]
         batch = collate(samples)
         assert batch["stored.pixels"].shape == (6, 3, 64, 64)

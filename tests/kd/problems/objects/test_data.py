@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from kd.config.reader import objects_config
 from kd.data.prepare import prepare
 from kd.errors import UserError
-from kd.problems.base import about_boxes, count_units
+from kd.problems.base import Split, about_boxes, count_units
 from kd.problems.detection.data import DetectionDataset
+from kd.problems.detection.samples import DetectionSamples
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.runs.build import make_accelerator, make_loader
 
@@ -26,56 +28,65 @@ def changed(data: ObjectsDataset, **changes: object) -> ObjectsDataset:
     return ObjectsDataset(data.section.model_copy(update=changes), data.train, data.val)
 
 
+def boxes(data: ObjectsDataset, seed: int, **options: Any) -> DetectionSamples:
+    """The train split as detectors learn from it."""
+    return DetectionDataset(data).samples("train", train=True, seed=seed, **options)
+
+
+def evaluated(data: ObjectsDataset, split: Split = "val", **options: Any) -> DetectionSamples:
+    """A split as detectors are scored on it."""
+    return DetectionDataset(data).samples(split, **options)
+
+
 def test_detectors_train_and_are_scored_on_every_image(data: ObjectsDataset) -> None:
     accelerator = make_accelerator("fp32")
-    train = make_loader(data.boxes(0), accelerator, batch_size=7, workers=0, train=True)
+    train = make_loader(boxes(data, 0), accelerator, batch_size=7, workers=0, train=True)
     assert [len(batch["images"]) for batch in train] == [7, 7, 7]
-    val = make_loader(data.evaluated_boxes(), accelerator, batch_size=3, workers=0)
+    val = make_loader(evaluated(data), accelerator, batch_size=3, workers=0)
     batches = list(val)
     assert sum(len(batch["images"]) for batch in batches) == 8
     found = torch.cat([batch["object_ids"] for batch in batches])
     assert sorted(found.tolist()) == sorted(data.val.object_ids.tolist())
     assert all(about_boxes(batch) and count_units(batch)["boxes"] > 0 for batch in batches)
-    assert len(data.evaluated_boxes("train")) == 24
-    assert len(data.evaluated_boxes(only=[int(data.val.image_ids[2])])) == 1
+    assert len(evaluated(data, "train")) == 24
+    assert len(evaluated(data, only=[int(data.val.image_ids[2])])) == 1
 
 
 def test_the_sections_settings_are_those_of_the_samples(data: ObjectsDataset) -> None:
     other = changed(data, scales=(0.5, 0.5), repeat_labelled=3)
     known = data.train.image_ids[:4]
-    dataset = other.boxes(5, labelled=known)
-    assert len(dataset) == 24 + 2 * 4 and len(other.boxes(5)) == 24
+    dataset = boxes(other, 5, labelled=known)
+    assert len(dataset) == 24 + 2 * 4 and len(boxes(other, 5)) == 24
     assert dataset[0, 0]["sizes"].tolist() == [16, 16]
     assert int(dataset.known.sum()) == 12
-    assert other.evaluated_boxes()[0, 0]["sizes"].tolist() == [32, 32]
-    same, another = data.boxes(5)[2, 1], data.boxes(6)[2, 1]
-    assert torch.equal(same["images"], data.boxes(5)[2, 1]["images"])
-    flips = [torch.equal(data.boxes(n)[2, 1]["images"], same["images"]) for n in range(6, 16)]
+    assert evaluated(other)[0, 0]["sizes"].tolist() == [32, 32]
+    same, another = boxes(data, 5)[2, 1], boxes(data, 6)[2, 1]
+    assert torch.equal(same["images"], boxes(data, 5)[2, 1]["images"])
+    flips = [torch.equal(boxes(data, n)[2, 1]["images"], same["images"]) for n in range(6, 16)]
     assert 0 < sum(flips) < 10 and torch.equal(another["labels"], same["labels"])
 
 
 def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: ObjectsDataset) -> None:
     other = changed(data, min_share=0.2, max_share=0.9)
     counts = np.diff(data.val.first)
-    boxes = [len(other.evaluated_boxes()[0, place]["boxes"]) for place in range(len(data.val))]
-    assert boxes == counts.tolist()
+    found = [len(evaluated(other)[0, place]["boxes"]) for place in range(len(data.val))]
+    assert found == counts.tolist()
 
 
 def test_detectors_classes_are_counted_on_objects_of_all_sizes(
     data: ObjectsDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
-    boxes = DetectionDataset(
-        changed(data, min_share=0.98, max_share=0.99)
-    )  # none that could be hidden
+    # None of the objects could be hidden.
+    detected = DetectionDataset(changed(data, min_share=0.98, max_share=0.99))
     with caplog.at_level("INFO"):
-        prior = boxes.classes().prior
+        prior = detected.class_info().prior
     assert prior is not None and not caplog.records  # nor is any picture left out
     counts = np.bincount(data.train.labels, minlength=data.num_classes) + 1.0
     np.testing.assert_allclose(prior, counts / counts.sum())
     some = data.train.image_ids[1:3]
     first, last = data.train.first[1], data.train.first[3]
     counts = np.bincount(data.train.labels[first:last], minlength=data.num_classes) + 1.0
-    np.testing.assert_allclose(boxes.prior(some), counts / counts.sum())
+    np.testing.assert_allclose(detected.prior(some), counts / counts.sum())
 
 
 def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path) -> None:
@@ -83,12 +94,12 @@ def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path
         out = tmp_path / split
         assert prepare(index.annotation_file, index.image_folder, out, size=40) == []
     other = changed(data, prepared=str(tmp_path))
-    assert other.evaluated_boxes().picture(0)[0].parent == tmp_path / "val" / "images"
-    assert other.boxes(0).picture(0)[0].parent == tmp_path / "train" / "images"
+    assert evaluated(other).picture(0)[0].parent == tmp_path / "val" / "images"
+    assert boxes(other, 0).picture(0)[0].parent == tmp_path / "train" / "images"
     with pytest.raises(UserError, match="prepared at 40 pixels, but 48 are wanted"):
-        changed(other, scales=(0.5, 1.5)).boxes(0)
+        boxes(changed(other, scales=(0.5, 1.5)), 0)
 
 
 def test_a_detector_needs_pictures(data: ObjectsDataset) -> None:
     with pytest.raises(UserError, match=r"scenes: data\.pictures is false, but detectors need"):
-        changed(data, pictures=False).boxes(0)
+        boxes(changed(data, pictures=False), 0)

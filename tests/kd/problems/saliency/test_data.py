@@ -52,7 +52,7 @@ def test_both_splits_are_opened_and_have_no_picture_in_common(squares: SaliencyD
     assert (len(squares.train.names), len(squares.val.names)) == (16, 4)
     assert not set(squares.train.names) & set(squares.val.names)
     assert squares.class_names == ("saliency",) and squares.num_classes == 1
-    assert squares.pictures(0)[0, 0]["density"].shape == (1, *SIZE)
+    assert squares.padded(0)[0, 0]["density"].shape == (1, *SIZE)
     assert squares.whole("train", size=32).frame == (24, 32)
     assert len(squares.whole("train", size=None, only=np.array([3, 5]))) == 2
 

@@ -87,7 +87,7 @@ def test_densities_and_stored_maps_are_mirrored_with_their_picture(
     store.write_shard(0, {IDS: np.arange(2), "values": values.astype(np.float32)})
     field = CachedField(store, "saliency", channels=1, stride=1)
     dataset = SaliencySamples(
-        split, size=FRAME, augment={"flip": flip, "upside_down": upside_down}, stored=[field]
+        split, size=FRAME, augment={"flip": flip, "upside_down": upside_down}, cached=[field]
     )
     for place in range(2):
         sample = dataset[0, place]

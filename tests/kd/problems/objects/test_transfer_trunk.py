@@ -14,8 +14,8 @@ from torch import nn
 
 from kd.config.recipes import Model
 from kd.errors import ConfigError, UserError
-from kd.runs.build import build_student
-from kd.runs.transfer_trunk import resolved
+from kd.problems.objects.problem import PROBLEM
+from kd.problems.objects.transfer_trunk import resolved
 from students.classifiers import SceneClassifier
 from teachers import TEACHERS
 
@@ -23,7 +23,7 @@ PRIOR = np.full(7, 1 / 7)  # of other classes than the teacher's 22
 
 
 def transferred(**options: object) -> SceneClassifier:
-    model = build_student(Model(name="transferred", options=options), PRIOR, context=False)
+    model = PROBLEM.classifier(Model(name="transferred", options=options), PRIOR, context=False)
     assert isinstance(model, SceneClassifier)
     return model
 
@@ -62,7 +62,7 @@ def test_a_resolved_student_needs_the_run_no_more(small_teacher: Path, tmp_path:
     shutil.rmtree(run)
     later = student.model_copy(update={"options": {**student.options, "weights": None}})
     assert resolved(later) == later
-    build_student(later, PRIOR)
+    PROBLEM.classifier(later, PRIOR)
     other = Model(name="resnet18", options={"weights": None})
     assert resolved(other) is other
 

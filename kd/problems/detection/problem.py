@@ -1,0 +1,96 @@
+"""Detection: every object of an image, in its box."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from kd.config.datasets import DataSet
+from kd.config.recipes import Data, Model
+from kd.data.open_files import class_names
+from kd.problems.base import Dataset, Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.detection.data import DetectionDataset
+from kd.problems.detection.samples import DetectionSamples
+from kd.problems.detection.task import Detection
+from kd.problems.objects.data import open_objects
+
+
+class DetectionProblem(Problem[DetectionDataset]):
+    """Objects with boxes, all of which are to be found."""
+
+    name: ClassVar[str] = "detection"
+    about: ClassVar[str] = "objects with boxes"
+    example: ClassVar[str] = "scenes"
+    section_type: ClassVar[type[DataSet]] = Data
+    tasks: ClassVar[Mapping[str, Any]] = {"detection": Detection}
+    teacher_output: ClassVar[str] = "posterior"
+    task_needs_student: ClassVar[bool] = True
+    some_posteriors: ClassVar[bool] = True
+
+    def open(self, section: Data) -> DetectionDataset:
+        """Open both splits; the embedded scenes are rendered where they are not there yet."""
+        return DetectionDataset(open_objects(section))
+
+    def class_names(self, section: Data) -> tuple[str, ...]:
+        """The class names, without the images."""
+        return class_names(section)
+
+    def training(
+        self, data: DetectionDataset, sampling: Sampling, task: Task | None = None
+    ) -> DetectionSamples:
+        """Images with all their boxes, those alone whose labels may be used."""
+        known = data.labelled(sampling.seed)
+        return data.samples(
+            "train", train=True, labelled=known, only=known, seed=sampling.seed,
+            cached=sampling.cached,
+        )  # fmt: skip
+
+    def evaluation(self, data: DetectionDataset, split: Split = "val") -> DetectionSamples:
+        """Whole images with all their boxes."""
+        return data.samples(split)
+
+    def cached_data(self, data: DetectionDataset) -> Dataset:
+        """A context teacher's posteriors are cached with each object hidden in turn."""
+        return data.objects
+
+    def object_ids(self, data: DetectionDataset) -> NDArray[np.int64]:
+        """Annotation ids of the train objects; those that are too small to be hidden have none."""
+        return data.objects.train.object_ids.astype(np.int64)
+
+    def teacher_view(
+        self, teacher: Teacher, data: DetectionDataset, split: Split, *, size: int | None = None
+    ) -> TeacherView:
+        """As a context teacher sees the objects."""
+        return data.objects.problem.teacher_view(teacher, data.objects, split, size=size)
+
+    def build_student(
+        self,
+        model: Model,
+        data: DetectionDataset,
+        *,
+        labelled: NDArray[np.int64] | None = None,
+        context: bool = True,
+        outputs: Collection[str] = (),
+    ) -> nn.Module:
+        """Build a detector; a context head is told how common each class is."""
+        options = {**model.options, **({} if context else {"context": False})}
+        given: dict[str, Any] = {"num_classes": data.num_classes}
+        if options.get("context") and "prior" not in options:
+            given["prior"] = data.prior(labelled).tolist()
+        return self.named_student(model.name, options, **given)
+
+    def teacher_task(self, task: Task, outputs: Collection[str]) -> Task:
+        """Neither detections nor, where maps of the pyramid are enough, any head is computed."""
+        if not isinstance(task, Detection):
+            return task
+        pyramid = all(output.startswith("network.backbone") for output in outputs)
+        wanted: Literal["features", "objects"] = "features" if pyramid else "objects"
+        return replace(task, wanted=wanted).asking(outputs)
+
+
+PROBLEM = DetectionProblem()

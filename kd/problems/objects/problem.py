@@ -1,0 +1,215 @@
+"""Objects in scenes: hidden from context teachers, named by classifiers, listed by scene labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import nn
+
+from kd.config.datasets import DataSet
+from kd.config.recipes import Data, Model, TaskSection
+from kd.data.open_files import class_names
+from kd.errors import UserError
+from kd.formats.class_maps import ClassMaps
+from kd.formats.splits import fold_of
+from kd.metrics import classification as scores
+from kd.metrics.classification import prior_records
+from kd.nn.cooccurrence import Fitted
+from kd.problems.base import (
+    Metric,
+    Problem,
+    Sampling,
+    Split,
+    Task,
+    Teacher,
+    TeacherView,
+    hidden_objects,
+)
+from kd.problems.objects.baselines import EXACT, PRIOR, exact_records, index_objects
+from kd.problems.objects.classification import Classification
+from kd.problems.objects.context import Context, ContextMap, ContextPixels, ContextScene
+from kd.problems.objects.context_tokens import SceneTokens
+from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.draw import hidden_scenes
+from kd.problems.objects.metric import TopN
+from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.scene_labels import SceneLabels
+from kd.problems.objects.teacher_view import ObjectsView
+from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved, take_trunk
+from kd.report.curves import share_hidden_figure, top_n_figure
+
+_CEILING = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
+            "topn_auc")  # fmt: skip
+BACKGROUND = "background"  # class 0 of score maps
+
+
+class ObjectsProblem(Problem[ObjectsDataset]):
+    """Objects in scenes, one of which may be hidden."""
+
+    name: ClassVar[str] = "objects"
+    about: ClassVar[str] = "objects with boxes"
+    example: ClassVar[str] = "scenes"
+    section_type: ClassVar[type[DataSet]] = Data
+    tasks: ClassVar[Mapping[str, Any]] = {
+        "context": Context,
+        "context_pixels": ContextPixels,
+        "scene_tokens": SceneTokens,
+        "context_map": ContextMap,
+        "context_scene": ContextScene,
+        "classification": Classification,
+        "scene_labels": SceneLabels,
+    }
+    teacher_output: ClassVar[str] = "posterior"
+    hides_objects: ClassVar[bool] = True
+    moves_cached_maps: ClassVar[bool] = True
+
+    def open(self, section: Data) -> ObjectsDataset:
+        """Open both splits; the embedded scenes are rendered where they are not there yet."""
+        return open_objects(section)
+
+    def class_names(self, section: Data) -> tuple[str, ...]:
+        """The class names, without the images."""
+        return class_names(section)
+
+    def training(
+        self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None
+    ) -> ObjectSamples:
+        """Scenes with hidden objects, and class maps where the task learns from these."""
+        maps = ClassMaps(data.train, data.section.size) if isinstance(task, ContextMap) else None
+        return data.samples(
+            "train", train=True, mode=sampling.hide, labelled=sampling.labelled,
+            only=sampling.images, seed=sampling.seed, epochs=sampling.epochs,
+            cached=sampling.cached, class_maps=maps,
+        )  # fmt: skip
+
+    def evaluation(self, data: ObjectsDataset, split: Split = "val") -> ObjectSamples:
+        """Every usable object of a split, hidden in turn."""
+        return data.samples(split)
+
+    def folds(self, data: ObjectsDataset, count: int) -> list[NDArray[np.int64]]:
+        """Ids of the images outside of each fold; the fold follows from the id alone."""
+        ids = data.train.image_ids
+        folds = fold_of(ids, count)
+        return [np.asarray(ids[folds != number], dtype=np.int64) for number in range(count)]
+
+    def object_ids(self, data: ObjectsDataset) -> NDArray[np.int64]:
+        """Annotation ids of the train objects."""
+        return data.train.object_ids.astype(np.int64)
+
+    def teacher_view(
+        self, teacher: Teacher, data: ObjectsDataset, split: Split, *, size: int | None = None
+    ) -> TeacherView:
+        """Every usable object of a split, hidden in turn at the size and in the shape of training.
+
+        Raises:
+            UserError: Another size, or a teacher that was not trained on objects.
+        """
+        if size is not None:
+            raise UserError(
+                f"a size of {size} pixels is for label maps and gaze; objects are hidden at the "
+                "size that the teacher was trained at: leave soft_targets.size out"
+            )
+        return ObjectsView(data, hidden_objects(teacher), split)
+
+    def build_student(
+        self,
+        model: Model,
+        data: ObjectsDataset,
+        *,
+        labelled: NDArray[np.int64] | None = None,
+        context: bool = True,
+        outputs: Collection[str] = (),
+    ) -> nn.Module:
+        """Build a classifier; its options are those of `students.classifiers.build_student`.
+
+        The student `transferred` has the trunk of a teacher's run, see
+        `kd.problems.objects.transfer_trunk`.
+        """
+        return self.classifier(model, data.prior(labelled), context=context)
+
+    def classifier(
+        self, model: Model, prior: NDArray[np.float64], *, context: bool = True
+    ) -> nn.Module:
+        """Build a classifier of as many classes as the prior has."""
+        options = {**model.options, **({} if context else {"context": False})}
+        given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
+        if model.name == TRANSFERRED:
+            given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
+            given |= dict.fromkeys(("weights", "stride"))
+        return self.named_student(model.name, options, **given)
+
+    def resolve_student(self, model: Model) -> Model:
+        """Read the run whose trunk a transferred student has."""
+        return resolved(model)
+
+    def fit(
+        self, model: nn.Module, data: ObjectsDataset, images: NDArray[np.int64] | None = None
+    ) -> None:
+        """Fit the baselines that count co-occurrences."""
+        if isinstance(model, Fitted):
+            model.fit(index_objects(data.train, images))
+
+    def task_options(self, data: Data) -> dict[str, Any]:
+        """The shape of hidden regions."""
+        return {"shape": data.shape}
+
+    def class_fractions(
+        self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[np.float64]]:
+        """`prior`, `pixel_shares` and `image_shares`, where the task reads any of them."""
+        fields = {field.name for field in dataclasses.fields(self.tasks[section.name])}
+        found = {} if "prior" not in fields else {"prior": data.prior(images)}
+        if fields & {"pixel_shares", "image_shares"}:
+            found |= data.class_fractions(images)
+        return found
+
+    def comparable_names(
+        self, task: Task, names: Sequence[str], others: Sequence[str]
+    ) -> tuple[str, ...]:
+        """Score maps begin with the background, as label maps drawn from objects do."""
+        maps = isinstance(task, ContextMap) and others[0] == BACKGROUND != names[0]
+        return (BACKGROUND, *names) if maps else tuple(names)
+
+    def summary(self, data: ObjectsDataset, metric: Metric) -> dict[str, float]:
+        """What the exact posterior of the embedded scenes scores on the same objects."""
+        if not isinstance(metric, TopN):
+            return {}
+        exact = exact_records(data, metric.records()).get(EXACT)
+        values = {} if exact is None else scores.evaluate(exact)
+        return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
+
+    def figures(
+        self, data: ObjectsDataset, metric: Metric, label: str
+    ) -> Iterator[tuple[str, Figure]]:
+        """Top-n curves beside prior and exact posterior, and accuracy by the fraction hidden."""
+        if not isinstance(metric, TopN):
+            return
+        records = metric.records()
+        known = {PRIOR: prior_records(records), EXACT: exact_records(data, records).get(EXACT)}
+        references = {name: scores.curve(one) for name, one in known.items() if one is not None}
+        yield "eval/top_n", top_n_figure({"model": scores.curve(records)}, references)
+        yield "eval/share_hidden", share_hidden_figure({label: records})
+
+    def examples(
+        self,
+        data: ObjectsDataset,
+        model: nn.Module,
+        task: Task,
+        *,
+        count: int,
+        device: torch.device,
+        teacher: Teacher | None = None,
+    ) -> Iterator[Figure]:
+        """Scenes with an object hidden, and the likeliest classes."""
+        if isinstance(task, SceneLabels):
+            return iter(())
+        return hidden_scenes(model, task, data, count=count, device=device, teacher=teacher)
+
+
+PROBLEM = ObjectsProblem()

@@ -1,0 +1,88 @@
+"""Saliency: where people look on an image."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from kd.config.datasets import DataSet
+from kd.config.recipes import Gaze, Model
+from kd.problems.base import Metric, Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.records import SALIENCY as SALIENCY_RECORDS
+from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS
+from kd.problems.saliency.data import SaliencyDataset, open_fixations
+from kd.problems.saliency.metric import SaliencyMaps
+from kd.problems.saliency.samples import SaliencySamples
+from kd.problems.saliency.task import SALIENCY, Saliency
+from kd.problems.teacher_views import ImagesView
+
+TEACHER_MAP = "teacher_saliency"  # a student's second map, which imitates the teacher's
+
+
+class SaliencyProblem(Problem[SaliencyDataset]):
+    """Images with people's fixations."""
+
+    name: ClassVar[str] = "saliency"
+    about: ClassVar[str] = "fixations of people"
+    example: ClassVar[str] = "scenes_gaze"
+    section_type: ClassVar[type[DataSet]] = Gaze
+    tasks: ClassVar[Mapping[str, Any]] = {"saliency": Saliency}
+    teacher_output: ClassVar[str] = SALIENCY
+    cached_splits: ClassVar[tuple[Split, ...]] = ("train", "val")
+
+    def open(self, section: Gaze) -> SaliencyDataset:
+        """Open both splits; small ones are read once."""
+        return open_fixations(section)
+
+    def training(
+        self, data: SaliencyDataset, sampling: Sampling, task: Task | None = None
+    ) -> SaliencySamples:
+        """Whole images, padded to one frame."""
+        return data.padded(sampling.seed, sampling.cached)
+
+    def evaluation(self, data: SaliencyDataset, split: Split = "val") -> SaliencySamples:
+        """Whole images."""
+        return data.whole(split, size=data.section.size)
+
+    def teacher_view(
+        self, teacher: Teacher, data: SaliencyDataset, split: Split, *, size: int | None = None
+    ) -> TeacherView:
+        """Whole images, by default scaled as in the teacher's training."""
+        shown = size or getattr(teacher.section, "size", None)
+        return ImagesView(
+            data, split, data.split(split).images,
+            lambda only: data.whole(split, size=shown, only=only), size=shown, resizes_maps=True,
+        )  # fmt: skip
+
+    def build_student(
+        self,
+        model: Model,
+        data: SaliencyDataset,
+        *,
+        labelled: NDArray[np.int64] | None = None,
+        context: bool = True,
+        outputs: Collection[str] = (),
+    ) -> nn.Module:
+        """Build a saliency student; it has its second map where terms read that."""
+        options = {**model.options, "branches": "b" if TEACHER_MAP in outputs else "a"}
+        return self.named_student(model.name, options)
+
+    def summary(self, data: SaliencyDataset, metric: Metric) -> dict[str, float]:
+        """What the centre prior and other observers reach on the same images."""
+        assert isinstance(metric, SaliencyMaps)
+        found = SALIENCY_RECORDS.references(metric.records())
+        columns = {"prior": NAMES[CENTRE], "observers": NAMES[OBSERVERS]}
+        known = {
+            f"{column}_{name}": SALIENCY_RECORDS.value(found[reference], name)
+            for column, reference in columns.items()
+            if reference in found
+            for name in SALIENCY_RECORDS.rows
+        }
+        return {name: number for name, number in known.items() if number is not None}
+
+
+PROBLEM = SaliencyProblem()

@@ -1,0 +1,78 @@
+"""Semantic segmentation: the class of each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from kd.config.datasets import DataSet
+from kd.config.recipes import LabelMaps, Model, TaskSection
+from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.segmentation.data import SegmentationDataset, open_maps
+from kd.problems.segmentation.samples import SegmentationSamples
+from kd.problems.segmentation.task import Segmentation
+from kd.problems.teacher_views import ImagesView
+
+
+class SegmentationProblem(Problem[SegmentationDataset]):
+    """Images with a label map each."""
+
+    name: ClassVar[str] = "segmentation"
+    about: ClassVar[str] = "label maps"
+    example: ClassVar[str] = "scenes_maps"
+    section_type: ClassVar[type[DataSet]] = LabelMaps
+    tasks: ClassVar[Mapping[str, Any]] = {"segmentation": Segmentation}
+
+    def open(self, section: LabelMaps) -> SegmentationDataset:
+        """Open both splits; small ones are read once."""
+        return open_maps(section)
+
+    def training(
+        self, data: SegmentationDataset, sampling: Sampling, task: Task | None = None
+    ) -> SegmentationSamples:
+        """Random crops."""
+        return data.crops(sampling.seed, sampling.cached)
+
+    def evaluation(self, data: SegmentationDataset, split: Split = "val") -> SegmentationSamples:
+        """Whole images."""
+        return data.whole(split, size=data.section.size)
+
+    def teacher_view(
+        self, teacher: Teacher, data: SegmentationDataset, split: Split, *, size: int | None = None
+    ) -> TeacherView:
+        """Whole images, by default at the long side of the teacher's training."""
+        if size is None:
+            own = getattr(teacher.section, "size", None)
+            size = max(own) if isinstance(own, tuple) else own
+        return ImagesView(
+            data, split, data.split(split).images,
+            lambda only: data.whole(split, size=size, only=only), size=size, resizes_maps=False,
+        )  # fmt: skip
+
+    def build_student(
+        self,
+        model: Model,
+        data: SegmentationDataset,
+        *,
+        labelled: NDArray[np.int64] | None = None,
+        context: bool = True,
+        outputs: Collection[str] = (),
+    ) -> nn.Module:
+        """Build a segmentation network."""
+        return self.named_student(model.name, model.options, num_classes=data.num_classes)
+
+    def class_fractions(
+        self,
+        section: TaskSection,
+        data: SegmentationDataset,
+        images: NDArray[np.int64] | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
+        """`pixel_shares`, counted where classes have weights."""
+        return data.class_fractions() if section.options.get("class_weights") else {}
+
+
+PROBLEM = SegmentationProblem()
