@@ -1,0 +1,106 @@
+"""The pages "Your own ..." are run word for word, from a folder outside of the repository."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("student", "teacher")
+# A block of code; a line with a file's name before it says where it is written.
+BLOCK = re.compile(
+    r"(?:^`(?P<file>[\w.-]+)`:\n\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks(page: str) -> list[re.Match[str]]:
+    """The blocks of code of a page, in order."""
+    return list(BLOCK.finditer((ROOT / "docs" / f"your-own-{page}.md").read_text("utf-8")))
+
+
+def run_line(line: str) -> None:
+    """Run one line of a shell, `python -m MODULE ...` or `python FILE`, in this process."""
+    python, *arguments = shlex.split(line)
+    assert python == "python"
+    if arguments[0] == "-m":
+        command = importlib.import_module(arguments[1])
+        assert command.main(arguments[2:]) == 0, line
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def follow(page: str, folder: Path) -> Path:
+    """Write the files of a page into a folder and run its commands there."""
+    for block in blocks(page):
+        if block["file"]:
+            (folder / block["file"]).write_text(block["text"], "utf-8")
+        else:
+            for line in block["text"].replace("\\\n", " ").splitlines():
+                run_line(line)
+    return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder, which Python is started from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name == "mine"]:
+        del sys.modules[name]
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """Each curve of a run."""
+    curves: dict[str, list[float]] = {}
+    for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        curves.setdefault(entry["tag"], []).append(entry["value"])
+    return curves
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_is_a_file_or_commands(page: str) -> None:
+    found = [(block["kind"], bool(block["file"])) for block in blocks(page)]
+    assert set(found) <= {("python", True), ("yaml", True), ("bash", False)}
+    assert ("bash", False) in found
+
+
+@pytest.mark.slow
+def test_a_student_is_trained_evaluated_and_compared(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow("student", elsewhere)
+    for seed in ("seed0", "seed1"):
+        plain, distilled = (elsewhere / "runs/mine" / seed / one for one in ("plain", "distilled"))
+        sizes = {json.loads((run / "summary.json").read_text())["parameters"]
+                 for run in (plain, distilled)}  # fmt: skip
+        assert len(sizes) == 1
+        assert scalars(distilled)["loss/context_logits"][-1] > 0
+    assert (elsewhere / "runs/mine/seed0/distilled/evaluation/table.md").is_file()
+    table = capsys.readouterr().out
+    assert "distilled - plain" in table
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_with_its_folds_and_teaches(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow("teacher", elsewhere)
+    teacher = elsewhere / "runs/teacher"
+    size = 8 * (4 * 25 + 1) + 8 * (8 * 9 + 1) + 22 * (8 + 1)  # of the page's layers, width 8
+    for run in (teacher, teacher / "fold0", teacher / "fold1"):
+        assert json.loads((run / "summary.json").read_text())["parameters"] == size
+    assert (teacher / "evaluation/table.md").is_file()
+    for variant in ("distilled", "shuffled"):
+        curves = scalars(elsewhere / "runs/student/seed0" / variant)
+        assert curves["loss/context_logits"][-1] > 0
+    assert "distilled - plain" in capsys.readouterr().out
