@@ -24,7 +24,7 @@ SIDE, STRIDE, CHANNELS, BATCH, EPOCH = 128, 4, 32, 8, 100  # an epoch is a numbe
 
 @dataclass
 class Photos:
-    """A split in memory: pictures (I, 3, S, S) uint8 and label maps (I, s, s) int64."""
+    """A split in memory: images (I, 3, S, S) uint8 and label maps (I, s, s) int64."""
 
     ids: list[int]
     images: Tensor
@@ -32,7 +32,7 @@ class Photos:
     names: list[str]
 
     def batch(self, rows: Tensor, flips: Tensor | None = None) -> dict[str, Tensor]:
-        """Some pictures, each a row of its own; mirrored where `flips` says so."""
+        """Some images, each a row of its own; mirrored where `flips` says so."""
         flips = torch.zeros(len(rows), dtype=torch.bool) if flips is None else flips
         images, maps = (
             torch.where(flips.view(-1, *[1] * (kind.ndim - 1)), kind[rows].flip(-1), kind[rows])
@@ -176,7 +176,7 @@ class Small(nn.Module):
 
 
 class Answers:
-    """What a frozen teacher says of every picture and its mirror image, asked once."""
+    """What a frozen teacher says of every image and its mirror image, asked once."""
 
     def __init__(self, teacher: nn.Module, photos: Photos) -> None:
         rows = torch.arange(len(photos.ids))
@@ -191,7 +191,7 @@ class Answers:
         self.said = {name: torch.cat(parts) for name, parts in said.items()}
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Both maps of each picture of a batch."""
+        """Both maps of each image of a batch."""
         return {name: known[batch["pictures"]] for name, known in self.said.items()}
 
 

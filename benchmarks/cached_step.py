@@ -2,7 +2,7 @@
 
 Student resnet18 on scenes of 128 pixels with every object hidden, batches of 32, two workers. The
 distilled side learns from stored posteriors (context_logits) and from a stored layer of a CNN
-teacher (hint, through a resizing adapter), whose maps the workers read, move with the picture's
+teacher (hint, through a resizing adapter), whose maps the workers read, move with the image's
 flips and collate. Both sides run whole epochs through `fit`'s step, in turns; the median of the
 paired ratios counts.
 

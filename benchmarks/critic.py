@@ -3,7 +3,7 @@
 A small student at random weights learns from a teacher on ImageNet's MobileNetV2: cross-entropy +
 10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay, the critic as
 kd.config.recipes
-has it; the student's gradient is not clipped. Pictures are squares of 128 pixels of coco_mini,
+has it; the student's gradient is not clipped. Images are squares of 128 pixels of coco_mini,
 score maps have 32 x 32 places and 13 classes: COCO's twelve groups and the background.
 
     KD_DATA=DATA python benchmarks/critic.py --out DIR [--steps 2000]
@@ -109,7 +109,7 @@ def begin(
 
 
 class Watch:
-    """Largest gradient norms since the last line, and what the critic thinks of unseen pictures."""
+    """Largest gradient norms since the last line, and what the critic thinks of unseen images."""
 
     def __init__(self, training: Training, val: Photos, answers: Answers, file: Path) -> None:
         self.training, self.file = training, file

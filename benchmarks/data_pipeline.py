@@ -207,7 +207,7 @@ def write_photographs(folder: Path, count: int) -> CocoIndex:
 def generated(
     count: int, random: np.random.Generator
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Image.Image]]:
-    """Random smooth pictures with seven random boxes each, as many as COCO has."""
+    """Random smooth images with seven random boxes each, as many as COCO has."""
     coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
     pictures = [
         Image.fromarray(grid).resize((384, 288), Image.Resampling.BICUBIC) for grid in coarse

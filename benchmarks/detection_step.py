@@ -168,7 +168,7 @@ def main() -> int:
     options = parser.parse_args()
     device = make_accelerator("fp32").device
     sys.stdout.write(
-        f"{options.student} by {options.teacher}, {options.batch_size} pictures of {options.size} "
+        f"{options.student} by {options.teacher}, {options.batch_size} images of {options.size} "
         f"with {options.boxes} boxes, {device}, fp32, {torch.get_num_threads()} threads, "
         f"{options.pairs} pairs, medians\n"
     )

@@ -1,6 +1,6 @@
-"""Seconds for a heat map of a 384 x 384 picture, beside asking about one window at a time.
+"""Seconds for a heat map of a 384 x 384 image, beside asking about one window at a time.
 
-Teachers as their recipes build them, at random weights, 80 classes, pictures of 384 pixels; windows
+Teachers as their recipes build them, at random weights, 80 classes, images of 384 pixels; windows
 as `python -m kd.imagine --class` slides them by default. The other way, which is what a loop over
 single regions comes to, is measured on some of the windows, in turns with ours; ratios are paired.
 

@@ -1,7 +1,7 @@
 """What int8 does to a trained teacher's posteriors, and what it saves.
 
-The run's teacher answers for all objects of some val pictures as it is, with batch norms folded
-(kd.nn.inference) and in int8 (kd.nn.inference, ranges from 32 train pictures): top-1, NLL, the KL
+The run's teacher answers for all objects of some val images as it is, with batch norms folded
+(kd.nn.inference) and in int8 (kd.nn.inference, ranges from 32 train images): top-1, NLL, the KL
 from its
 own float32 posteriors, and the CPU's time an object.
 
@@ -44,7 +44,7 @@ class Tally:
 
 
 def batches(dataset: ObjectSamples, images: int) -> Iterator[dict[str, Tensor]]:
-    """The first pictures, each with all its objects hidden in turn."""
+    """The first images, each with all its objects hidden in turn."""
     for start in range(0, min(images, len(dataset)), BATCH):
         places = range(start, min(start + BATCH, images, len(dataset)))
         yield collate([dataset[0, place] for place in places])
@@ -95,7 +95,7 @@ def main() -> int:
         own = found["float32"]
         for name, log_probs in found.items():
             tallies[name].divergence += float((own.exp() * (own - log_probs)).sum())
-    sys.stdout.write(f"{options.teacher}: {objects} objects of {options.images} val pictures\n")
+    sys.stdout.write(f"{options.teacher}: {objects} objects of {options.images} val images\n")
     sys.stdout.write(f"{'':<10}{'ms/object':>11}{'ratio':>8}{'top-1':>8}{'NLL':>9}{'KL':>10}\n")
     for name, tally in tallies.items():
         sys.stdout.write(

@@ -31,7 +31,7 @@ SCENES = ["data.generate={train: 64, val: 16, size: 64, seed: 0}", "data.size=32
 TEACHER = [
     *SCENES,
     "teacher={name: cnn, options: {width: 4, downs: 3, patch: 1, region: false, hidden: 16}}",
-    "train={epochs: 1, batch_size: 16, pictures: 0}",
+    "train={epochs: 1, batch_size: 16, images: 0}",
 ]
 STUDENT = [
     *SCENES,

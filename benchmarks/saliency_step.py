@@ -1,7 +1,7 @@
 """What distillation adds to a step of a saliency student: a second map, a stored one beside it.
 
 step      student B on batches that bring a teacher's stored maps, beside student A on the same
-          pictures: forward, backward and optimiser, as `fit` takes them
+          images: forward, backward and optimiser, as `fit` takes them
 loading   a training sample with its stored map beside one without, as loaders make them
 
 The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
@@ -59,7 +59,7 @@ class Anywhere:
 
 
 def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, SaliencySamples]:
-    """The same pictures with and without a teacher's stored maps."""
+    """The same images with and without a teacher's stored maps."""
     random, paths = np.random.default_rng(0), []
     for number in range(PICTURES):
         pixels = random.integers(0, 256, (FILE[0] // 4, FILE[1] // 4, 3)).astype(np.uint8)
@@ -105,7 +105,7 @@ def sample_seconds(dataset: SaliencySamples) -> float:
 def main() -> int:
     """Print both comparisons; 1 where the step misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="120,160", help="height and width of the pictures")
+    parser.add_argument("--size", default="120,160", help="height and width of the images")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--trunk", default="resnet18")
@@ -119,7 +119,7 @@ def main() -> int:
             for epoch in range(2)
         ]
         sys.stdout.write(
-            f"saliency student on {options.trunk}, {options.batch_size} pictures of {width} x "
+            f"saliency student on {options.trunk}, {options.batch_size} images of {width} x "
             f"{height}, {device}, fp32, {torch.get_num_threads()} threads, {options.pairs} pairs, "
             "medians\n"
         )

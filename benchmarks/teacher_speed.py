@@ -1,7 +1,7 @@
-"""Each teacher's speed and memory: the posteriors of all objects of a picture, in one batch.
+"""Each teacher's speed and memory: the posteriors of all objects of an image, in one batch.
 
-Every recipe of configs/teacher is built as its data set has it, at random weights (speed does not
-depend on them), and asked about a picture of that size with `--objects` hidden in turn. Each runs
+Every recipe of configs/teacher is built as its dataset has it, at random weights (speed does not
+depend on them), and asked about an image of that size with `--objects` hidden in turn. Each runs
 in a process of its own; memory is what its peak grew by while it answered. Seconds are of the
 process's own CPU time, which other work on the machine disturbs less: of one object in a batch of
 all of them (`each`), and in a batch of its own (`alone`).
@@ -34,7 +34,7 @@ ROUNDS = 3
 
 
 def picture(size: int, objects: int) -> dict[str, Tensor]:
-    """A batch of one square picture with objects all over it, each hidden in its turn."""
+    """A batch of one square image with objects all over it, each hidden in its turn."""
     random = np.random.default_rng(0)
     corners = random.uniform(0, 0.7 * size, (objects, 2))
     sides = random.uniform(0.1 * size, 0.3 * size, (objects, 2))
@@ -93,13 +93,13 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
 def main() -> int:
     """A row for each recipe."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="coco", help="whose picture size and options")
-    parser.add_argument("--objects", type=int, default=7, help="COCO has 7.3 a picture")
+    parser.add_argument("--data", default="coco", help="whose image size and options")
+    parser.add_argument("--objects", type=int, default=7, help="COCO has 7.3 an image")
     parser.add_argument("--teachers", nargs="+", default=known_configs("teacher"), metavar="NAME")
     parser.add_argument("--json", action="store_true", help="also a line of JSON a recipe")
     options = parser.parse_args()
     sys.stdout.write(
-        f"{options.objects} objects of a picture of {options.data}, {torch.get_num_threads()} "
+        f"{options.objects} objects of an image of {options.data}, {torch.get_num_threads()} "
         f"threads, best of {ROUNDS}\n{'':<20}{'px':>5}{'M':>7}{'pictures/s':>12}{'s CPU each':>12}"
         f"{'s CPU alone':>13}{'MiB':>8}\n"
     )

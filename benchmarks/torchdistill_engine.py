@@ -106,7 +106,7 @@ class Epochs:
 
 
 def make_batches(number: int, size: int, side: int) -> list[dict[str, Tensor]]:
-    """Noisy pictures of the classes, each with one object, hidden: it is what is asked about."""
+    """Noisy images of the classes, each with one object, hidden: it is what is asked about."""
     random = torch.Generator().manual_seed(0)
     shape = (3, side, side)
     clean = torch.randint(128, (CLASSES, *shape), generator=random, dtype=torch.uint8)

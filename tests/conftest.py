@@ -1,4 +1,4 @@
-"""What all tests share: fixed seeds, one thread, real data where it is, a tiny data set."""
+"""What all tests share: fixed seeds, one thread, real data where it is, a tiny dataset."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def coco_mini(shared_data: Path) -> Path:
-    """The small COCO data set of photographs, laid out as COCO 2017; skips if it is missing."""
+    """The small COCO dataset of photographs, laid out as COCO 2017; skips if it is missing."""
     folder = shared_data / "coco_mini"
     if not folder.is_dir():
         pytest.skip(f"no coco_mini in {shared_data}")
@@ -98,7 +98,7 @@ def write_split(root: Path, split: str, images: int, size: tuple[int, int], firs
     for image_id in range(first_id, first_id + images):
         picture = Image.new("RGB", (width, height), tuple(rng.integers(90, 160, 3).tolist()))
         draw = ImageDraw.Draw(picture)
-        slots = rng.permutation(4)[: rng.integers(2, 5)]  # the picture's four quarters
+        slots = rng.permutation(4)[: rng.integers(2, 5)]  # the image's four quarters
         for slot in slots.tolist():
             category = int(rng.choice(list(CATEGORIES)))
             radius = float(rng.uniform(0.12, 0.22)) * min(size)
@@ -116,7 +116,7 @@ def write_split(root: Path, split: str, images: int, size: tuple[int, int], firs
 
 @pytest.fixture
 def tiny_coco(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a small valid data set, laid out as COCO 2017, and returns its folder.
+    """A function that writes a small valid dataset, laid out as COCO 2017, and returns its folder.
 
     `tiny_coco(images=4, size=(48, 64), splits=("train2017", "val2017"), name="tiny_coco")` writes
     `train2017/*.jpg`, `annotations/instances_train2017.json`, and so on, below `tmp_path / name`;
@@ -168,7 +168,7 @@ def small_teacher(small_data: list[str], tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("small") / "teacher"
     settings = [
         "teacher={name: cnn, options: {width: 4, downs: 3, patch: 1, region: false, hidden: 16}}",
-        "train={epochs: 1, batch_size: 8, pictures: 0, precision: fp32}",
+        "train={epochs: 1, batch_size: 8, images: 0, precision: fp32}",
         "folds=2",
         "hide=one",
     ]

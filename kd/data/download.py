@@ -1,4 +1,4 @@
-"""Download public data sets: `python -m kd.data.download coco2017 --out DIR`.
+"""Download public datasets: `python -m kd.data.download coco2017 --out DIR`.
 
 Archives are fetched with resume and checksum, unpacked, and removed; what is complete is skipped.
 """
@@ -31,7 +31,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """One zip file of a data set.
+    """One zip file of a dataset.
 
     Attributes:
         name: As given to `--only`.
@@ -39,7 +39,7 @@ class Archive:
         md5: Of the zip file.
         packed: Bytes of the zip file.
         unpacked: Bytes of its files, about.
-        folder: Where its files lie after unpacking, below the data set's folder.
+        folder: Where its files lie after unpacking, below the dataset's folder.
         files: How many they are.
     """
 
@@ -54,7 +54,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Archives that make up a data set, and where they are published."""
+    """Archives that make up a dataset, and where they are published."""
 
     base_url: str
     archives: tuple[Archive, ...]
@@ -109,7 +109,7 @@ def download(
 
     Args:
         archives: What to fetch, in this order.
-        out: The data set's folder.
+        out: The dataset's folder.
         base_url: Their locations are below it.
         keep: Keep the zip files.
         retries: As in `fetch`.
@@ -229,10 +229,10 @@ def _unpack_one(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, 2 after a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m kd.data.download", description="Download a public data set."
+        prog="python -m kd.data.download", description="Download a public dataset."
     )
     parser.add_argument("dataset", choices=sorted(DATASETS))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
     names = sorted({a.name for dataset in DATASETS.values() for a in dataset.archives})
     parser.add_argument("--only", choices=names, action="append", help="a part; repeatable")
     parser.add_argument("--base-url", help="a mirror with the same paths")

@@ -1,4 +1,4 @@
-"""The embedded scenes: small pictures with a known truth, written as COCO JSON plus images.
+"""The embedded scenes: small images with a known truth, written as COCO JSON plus images.
 
     python -m kd.data.scenes --out datasets/scenes
 
@@ -80,7 +80,7 @@ def generate_scenes(
         out: Folder to make.
         train: Scenes to train on.
         val: Scenes to validate on.
-        size: Side of the pictures in pixels, a multiple of 64.
+        size: Side of the images in pixels, a multiple of 64.
         seed: Of everything random.
         workers: Processes; above 1 the caller's script needs a `__main__` guard.
         progress: Whether to show a bar.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.interop.torchdistill import PREFIX, Borrow
-from kd.losses.box_distillation import box_distance, known_rows, own_numbers
+from kd.losses.box_distillation import box_distance, known_rows, own_class_deltas
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled_kd import decoupled
 from kd.losses.hint import hint
@@ -285,7 +285,7 @@ def _loss_of(
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
     valid = masks["valid"](grid) if maps and "valid" in masks else None
     if kind.own:
-        ours, theirs = (own_numbers(rows, batch["labels"]) for rows in (ours, theirs))
+        ours, theirs = (own_class_deltas(rows, batch["labels"]) for rows in (ours, theirs))
     if kind.labels:
         return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
     if unit == "boxes" and term.teacher.rpartition(".")[2] == POSTERIOR:

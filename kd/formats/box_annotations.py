@@ -34,7 +34,7 @@ class Marks:
 
     Attributes:
         difficult: (K,) bool.
-        truncated: (K,) float64, share outside the picture; of VOC 0 or 1.
+        truncated: (K,) float64, share outside the image; of VOC 0 or 1.
         occluded: (K,) int64; of KITTI 0 = all in sight to 2 = hardly, 3 = unknown; of VOC 0 or 1.
         types: K names as the layout has them, "" where it has no more than classes.
     """
@@ -145,7 +145,7 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
 
     Args:
         content: Of the JSON.
-        root: Of the data set.
+        root: Of the dataset.
         name: Of the split: the file is `instances_NAME.json`.
 
     Raises:
@@ -182,7 +182,7 @@ def read_marks(path: Path) -> Marks:
     """The fields of a JSON's annotations; where one lacks, its object is an ordinary one.
 
     Raises:
-        UserError: What is wrong with the file, or a field that is no number.
+        UserError: What is wrong with the file, or a field that is not finite.
     """
     content, _ = read_json(path)
     check_layout(content, path)
@@ -255,7 +255,7 @@ def image_ids(names: Sequence[str]) -> list[int]:
 
 
 def pictures_in(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """Stem to file name of the pictures of a folder.
+    """Stem to file name of the images of a folder.
 
     Raises:
         UserError: There is no such folder.

@@ -1,8 +1,8 @@
-"""One class id for each pixel of a picture: drawn once from the annotations, stored, loaded.
+"""One class id for each pixel of an image: drawn once from the annotations, stored, loaded.
 
 0 is background, 1 + c the class c. Where objects overlap the smaller one lies on top. Each object
 is its exact segment where it has one, else its box, drawn at the size of the map, which is never
-interpolated: it moves with its picture by nearest neighbours.
+interpolated: it moves with its image by nearest neighbours.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Map = npt.NDArray[np.uint8 | np.int16]
 
 
 class ClassMaps:
-    """The stored maps of a data set at one size.
+    """The stored maps of a dataset at one size.
 
-    They are kept beside the data set's index, and say what they follow from: the annotations'
+    They are kept beside the dataset's index, and say what they follow from: the annotations'
     fingerprint, the size, the version of the drawing. Others are drawn anew.
 
     Args:
-        index: The data set.
+        index: The dataset.
         size: Long side of the maps, pixels.
         folder: Where they are kept; beside the index, or in the cache where that is read-only.
 
@@ -64,12 +64,12 @@ class ClassMaps:
         return {"maps": VERSION, "data": self.index.fingerprint, "size": self.size}
 
     def __call__(self, image: int, plan: Plan, size: tuple[int, int]) -> Tensor:
-        """The map of an image, moved as its picture was.
+        """The map of an image, moved as its image was.
 
         Args:
             image: Position in the index.
-            plan: What was done to the picture.
-            size: Height and width of the picture before, its long side that of the maps.
+            plan: What was done to the image.
+            size: Height and width of the image before, its long side that of the maps.
 
         Returns:
             (size, size) uint8, or int16 where there are many classes; 0 in the padding too.
@@ -114,7 +114,7 @@ def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd
     """Draw an image's objects, the largest first.
 
     Args:
-        index: The data set.
+        index: The dataset.
         image: Position in it.
         size: Height and width of the map.
         crowd: The number of crowds' pixels, below all objects; that of background by default.

@@ -1,4 +1,4 @@
-"""COCO-format data sets as flat arrays that all workers of a machine share.
+"""COCO-format datasets as flat arrays that all workers of a machine share.
 
 The JSON is read once, into an index of .npy files beside it (`instances_x.kdindex/`), and mapped
 into memory from then on: a start takes seconds, and workers hold no copies.
@@ -162,7 +162,7 @@ def load_coco(
     check_images: bool = True,
     categories_from: CocoIndex | None = None,
 ) -> CocoIndex:
-    """Open a COCO-format data set; read its JSON if there is no index of it yet.
+    """Open a COCO-format dataset; read its JSON if there is no index of it yet.
 
     Args:
         annotation_file: COCO instances JSON.
@@ -170,7 +170,7 @@ def load_coco(
         index_dir: Folder for the index; by default the JSON's, or where that is read-only
             `$KD_CACHE` or `~/.cache/kd`.
         check_images: Look for every image in the folder's listing (its content is not read).
-        categories_from: A data set whose categories this one must have.
+        categories_from: A dataset whose categories this one must have.
 
     Returns:
         The index. What was skipped is logged in one line.
@@ -236,7 +236,7 @@ def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     raise UserError(
         f"{index.annotation_file}: categories differ from those of {other.annotation_file}: "
-        f"{shown}{more}. Use files of one data set"
+        f"{shown}{more}. Use files of one dataset"
     )
 
 
@@ -267,7 +267,7 @@ def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> 
     """Decode images completely, to find truncated ones and those of another size. Slow.
 
     Args:
-        index: The data set.
+        index: The dataset.
         rows: Which images, as positions in `index.image_ids`; all by default.
 
     Returns:

@@ -70,7 +70,7 @@ def build_index(annotation_file: Path, folder: Path) -> None:
         crowds.read_image(image_id)
     if not reader.ids:
         reasons = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
-        raise UserError(f"{annotation_file}: empty data set: no usable object (skipped: {reasons})")
+        raise UserError(f"{annotation_file}: empty dataset: no usable object (skipped: {reasons})")
     arrays = _image_arrays(list(coco.imgs.values())) | reader.arrays(annotation_file)
     if crowds.ids:
         found = crowds.arrays(annotation_file)
@@ -276,7 +276,7 @@ def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
     """
     if not annotation_file.is_file():
         raise UserError(
-            f"{annotation_file}: annotation file not found; check the data set's root, or fetch "
+            f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
             "COCO with: python -m kd.data.download coco2017 --out DIR"
         )
     places = list(_places(annotation_file, index_dir))

@@ -110,7 +110,7 @@ def read_truth(path: Path) -> Truth:
 def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
     """Read a results file of the images and classes of a truth.
 
-    Boxes without an area, as detectors leave where they clip what lies outside of a picture, stay:
+    Boxes without an area, as detectors leave where they clip what lies outside of an image, stay:
     they overlap nothing, and count as wrong ones as in pycocotools. How many is said in the log.
 
     Args:

@@ -91,7 +91,7 @@ def _is_id(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is an int or float, finite, and no bool."""
-    # Bounds, not isfinite: they refuse NaN and infinity too, and huge whole numbers do not raise.
+    # Bounds, not isfinite: they refuse NaN and infinity too, and huge integers do not raise.
     return type(value) in (int, float) and -1e18 < value < 1e18  # type: ignore[operator]
 
 
@@ -101,7 +101,7 @@ def _image_mistake(entry: Json) -> str | None:
         if value is None:
             return f"'{side}' is missing"
         if not is_number(value) or not 1 <= value < 2**31 or int(value) != value:
-            return f"'{side}' is {value!r}; expected a whole number of pixels above 0"
+            return f"'{side}' is {value!r}; expected an integer of pixels above 0"
     if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
         return f"'file_name' is {entry.get('file_name')!r}; expected a name"
     return None
@@ -110,7 +110,7 @@ def _image_mistake(entry: Json) -> str | None:
 def _annotation_mistake(entry: Json) -> str | None:
     for key in ("image_id", "category_id"):
         if not _is_id(entry.get(key)):
-            return f"'{key}' is {entry.get(key)!r}; expected a whole number"
+            return f"'{key}' is {entry.get(key)!r}; expected an integer"
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return f"'bbox' is {str(box)[:80]}; expected 4 finite numbers x, y, width, height"
@@ -155,11 +155,11 @@ def check_layout(dataset: Any, path: Path) -> None:
         if not isinstance(dataset[key], list):
             raise UserError(f"{path}: not COCO layout: '{key}' is not a list")
         if not dataset[key]:
-            raise UserError(f"{path}: empty data set: '{key}' has no entry")
+            raise UserError(f"{path}: empty dataset: '{key}' has no entry")
         mistakes = _Mistakes(path)
         for position, entry in enumerate(dataset[key]):
             if not isinstance(entry, dict) or not _is_id(entry.get("id")):
-                mistakes.add(f"{key}[{position}]: no 'id' that is a whole number")
+                mistakes.add(f"{key}[{position}]: no 'id' that is an integer")
             elif (mistake := check(entry)) is not None:
                 mistakes.add(f"{word} {entry['id']}: {mistake}")
         mistakes.raise_any()

@@ -1,4 +1,4 @@
-"""Where people looked: fixations of a picture, checked, and the density map drawn from them."""
+"""Where people looked: fixations of an image, checked, and the density map drawn from them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torchvision.transforms.v2 import functional as F
 from kd.errors import UserError
 from kd.utils.images import UNREADABLE
 
-UNKNOWN = -1  # an observer whom the data set does not tell apart from others
-INSIDE = 0.5  # share of a picture's fixations that lie on it; with fewer, sizes disagree
+UNKNOWN = -1  # an observer whom the dataset does not tell apart from others
+INSIDE = 0.5  # share of an image's fixations that lie on it; with fewer, sizes disagree
 
 
 class Fixations(NamedTuple):
-    """Of one picture.
+    """Of one image.
 
     `points` (F, 2) float64: x and y in pixels from the upper left corner of the file, so that
     column c covers c..c+1. `observers` (F,) int64, who looked; `UNKNOWN` where nobody knows.
@@ -40,24 +40,24 @@ class Fixations(NamedTuple):
 
 
 class FixationReader(Protocol):
-    """Fixations of a data set's pictures, as its files have them."""
+    """Fixations of a dataset's images, as its files have them."""
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Of the picture at a place in the split, of a height and width; perhaps outside of it.
+        """Of the image at a place in the split, of a height and width; perhaps outside of it.
 
         Raises:
-            UserError: A file is missing, broken, or of another size than the picture.
+            UserError: A file is missing, broken, or of another size than the image.
         """
         ...
 
 
 @dataclass(frozen=True)
 class GazeSplit:
-    """One split: pictures and who looked where.
+    """One split: images and who looked where.
 
     Attributes:
         where: What messages begin with.
-        names: Of the pictures, without ending.
+        names: Of the images, without ending.
         images: Files.
         read: Their fixations.
         degree: Pixels of the files that a degree of visual angle has, the standard deviation of
@@ -73,7 +73,7 @@ class GazeSplit:
     maps: tuple[Path, ...] = ()
 
     def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Those on the picture: blinks and looks beside it, which lie outside, are left out.
+        """Those on the image: blinks and looks beside it, which lie outside, are left out.
 
         Args:
             number: Place in the split.
@@ -86,20 +86,20 @@ class GazeSplit:
         if not len(found.points):
             raise UserError(
                 f"{path}: nobody's fixation is known for this stimulus ({self.where}); take it out "
-                "of the data set"
+                "of the dataset"
             )
         x, y = found.points.T
         inside = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
         if inside.mean() < INSIDE:
             raise UserError(
                 f"{path}: {int((~inside).sum())} of {len(inside)} fixations lie outside of the "
-                f"frame of {size[1]} x {size[0]} pixels; are they of a picture of another size "
+                f"frame of {size[1]} x {size[0]} pixels; are they of an image of another size "
                 f"({self.where})?"
             )
         return found.of(inside)
 
     def density(self, number: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """Where people look, on a grid over the picture: (1, *grid) float32, its sum is 1.
+        """Where people look, on a grid over the image: (1, *grid) float32, its sum is 1.
 
         Args:
             number: Place in the split.
@@ -119,7 +119,7 @@ class GazeSplit:
 def drawn_density(
     points: NDArray[np.float64], size: tuple[int, int], grid: tuple[int, int], degree: float
 ) -> Tensor:
-    """A Gaussian around each fixation, added up, of what lies on the picture.
+    """A Gaussian around each fixation, added up, of what lies on the image.
 
     Gaussians are separable: the map is one product of two narrow matrices, exact on any grid.
 
@@ -162,7 +162,7 @@ def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
 
     Args:
         path: An image file.
-        expected: Height and width of its picture.
+        expected: Height and width of its image.
 
     Raises:
         UserError: It is missing, broken, of another size, or all zeros: nobody looked anywhere.
@@ -177,7 +177,7 @@ def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
         raise UserError(f"{path}: this density map cannot be read: {error}") from error
     if values.shape != expected:
         raise UserError(
-            f"{path}: the density map is {values.shape[1]} x {values.shape[0]}, its picture "
+            f"{path}: the density map is {values.shape[1]} x {values.shape[0]}, its image "
             f"{expected[1]} x {expected[0]}"
         )
     if not values.any():
@@ -196,7 +196,7 @@ class SaliconGaze:
     Coordinates are MATLAB's, pixel 1 is the first.
 
     Args:
-        files: Of the split's pictures.
+        files: Of the split's images.
     """
 
     files: tuple[Path, ...]
@@ -226,7 +226,7 @@ class MatPoints:
     """CAT2000's .mat files: `fixLocs` (H, W), 1 where somebody looked.
 
     Args:
-        files: Of the split's pictures.
+        files: Of the split's images.
     """
 
     files: tuple[Path, ...]
@@ -242,7 +242,7 @@ class PointMaps:
     """MIT1003's `_fixPts.jpg`: white where somebody looked.
 
     Args:
-        files: Of the split's pictures.
+        files: Of the split's images.
     """
 
     files: tuple[Path, ...]
@@ -260,12 +260,12 @@ class PointMaps:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """All fixations of a data set in one array.
+    """All fixations of a dataset in one array.
 
     Args:
-        points: (F, 2), in the order of the split's pictures.
+        points: (F, 2), in the order of the split's images.
         observers: (F,).
-        first: (N + 1,), where each picture's begin.
+        first: (N + 1,), where each image's begin.
     """
 
     points: NDArray[np.float64]
@@ -283,11 +283,11 @@ def read_table(path: Path, names: Sequence[str]) -> Table:
 
     Args:
         path: The file.
-        names: Of a split's pictures; they are numbers, as `image` is.
+        names: Of a split's images; they are numbers, as `image` is.
 
     Raises:
-        UserError: It is missing, broken, lacks a column, holds what is no number; a picture's
-            name is no number.
+        UserError: It is missing, broken, lacks a column, holds what is not finite; an image's
+            name is not finite.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -304,7 +304,7 @@ def read_table(path: Path, names: Sequence[str]) -> Table:
     if not (np.isfinite(image) & np.isfinite(subject) & np.isfinite(x) & np.isfinite(y)).all():
         raise UserError(f"{path}: holds numbers that are not finite")
     if wrong := [name for name in names if not name.isdecimal()]:
-        raise UserError(f"{path}: tells pictures by number, but there is a picture {wrong[0]!r}")
+        raise UserError(f"{path}: tells images by number, but there is an image {wrong[0]!r}")
     wanted = np.array([int(name) for name in names], np.int64)
     order = np.argsort(image, kind="stable")
     low, high = (np.searchsorted(image[order], wanted, side=side) for side in ("left", "right"))
@@ -326,7 +326,7 @@ def _check_size(path: Path, told: tuple[int, ...], size: tuple[int, int]) -> Non
     if tuple(told) != tuple(size):
         sides = " x ".join(str(side) for side in reversed(told))
         raise UserError(
-            f"{path}: fixations on a picture of {sides} pixels, but it has {size[1]} x {size[0]}"
+            f"{path}: fixations on an image of {sides} pixels, but it has {size[1]} x {size[0]}"
         )
 
 

@@ -66,7 +66,7 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
     content = CocoContent(CLASSES, f"KITTI object detection {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
         if name not in files:
-            raise UserError(f"{where}:{line}: no picture {pictures / name}.png")
+            raise UserError(f"{where}:{line}: no image {pictures / name}.png")
         width, height = _size(pictures / files[name])
         content.add_image(image_id, files[name], height=height, width=width)
         _add(content, labels / f"{name}.txt", f"{where}:{line}")
@@ -100,8 +100,8 @@ def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int,
         where = root / "ImageSets" / f"{split}.txt"
         if not any(where.parent.glob("*.txt")):
             raise UserError(
-                f"{where}: no such split; lists of a split's pictures are not part of KITTI's "
-                "download: write one, a picture's number a line, such as 000007"
+                f"{where}: no such split; lists of a split's images are not part of KITTI's "
+                "download: write one, an image's number a line, such as 000007"
             )
         return where, split_names(where, where.parent)
     names = sorted(path.stem for path in labels.glob("*.txt"))
@@ -111,7 +111,7 @@ def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int,
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture, from its first bytes."""
+    """Width and height of an image, from its first bytes."""
     try:
         with Image.open(path) as picture:
             return picture.size
@@ -171,5 +171,5 @@ def _number(word: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: {word!r} is no number")
+        raise UserError(f"{where}: {word!r} is not finite")
     return value

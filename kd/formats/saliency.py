@@ -1,4 +1,4 @@
-"""Data sets of fixations, in the layouts that they are published in.
+"""Datasets of fixations, in the layouts that they are published in.
 
 salicon  `images/train/*.jpg`, `fixations/train/*.mat`, `maps/train/*.png`; `val` likewise
 mit1003  `ALLSTIMULI/*.jpeg`, `ALLFIXATIONMAPS/*_fixPts.jpg` and `*_fixMap.jpg`
@@ -7,7 +7,7 @@ cat2000  `trainSet/Stimuli/CATEGORY/*.jpg`, `trainSet/FIXATIONLOCS/CATEGORY/*.ma
 osie     `stimuli/*.jpg` and `fixations.npz`: `columns` image, subject, x, y, ... and `data`
 
 Who looked is known of SALICON and OSIE. The others come without a split whose fixations are all
-public: theirs is drawn by the names of the pictures, see `drawn_split`.
+public: theirs is drawn by the names of the images, see `drawn_split`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Wanted:
     Attributes:
         degree: Pixels of a degree of visual angle in the files.
         published: Whether densities are the published maps; else they are drawn from fixations.
-        val_share: Of the pictures, where a split has to be drawn.
+        val_share: Of the images, where a split has to be drawn.
         seed: Of that.
     """
 
@@ -51,7 +51,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published data set lies in its folder.
+    """How a published dataset lies in its folder.
 
     Attributes:
         open: Of the folder, a split's name and how.
@@ -65,16 +65,16 @@ class Layout:
 
 
 def open_gaze(layout: str, root: Path, split: str, wanted: Wanted) -> GazeSplit:
-    """A split of a published data set.
+    """A split of a published dataset.
 
     Args:
         layout: `salicon`, `mit1003`, `cat2000` or `osie`.
-        root: The folder that the data set was unpacked to.
+        root: The folder that the dataset was unpacked to.
         split: `train` or `val`, or a folder's name of SALICON.
         wanted: How.
 
     Raises:
-        UserError: An unknown layout, no such split, no picture in it, files that are missing.
+        UserError: An unknown layout, no such split, no image in it, files that are missing.
     """
     made = look_up(LAYOUTS, layout, what="layout of fixations")
     if not (root / made.holds).exists():
@@ -144,7 +144,7 @@ def _by_name(folder: Path, before: str) -> dict[str, Path]:
 
 
 def _chosen(images: dict[str, Path], split: str, wanted: Wanted) -> dict[str, Path]:
-    """The pictures of a split that is drawn."""
+    """The images of a split that is drawn."""
     val = drawn_split(list(images), wanted.val_share, wanted.seed)
     return {name: path for name, path in images.items() if (name in val) is (split == "val")}
 
@@ -158,7 +158,7 @@ def _split(
     wanted: Wanted,
 ) -> GazeSplit:
     if not images:
-        raise UserError(f"{where}: an empty split, there is no picture in it")
+        raise UserError(f"{where}: an empty split, there is no image in it")
     needed = [("file of fixations", points)]
     needed += [("density map", maps)] if wanted.published else []
     for what, files in needed:

@@ -1,4 +1,4 @@
-"""Data sets with a label map for each image, in the layouts that they are published in."""
+"""Datasets with a label map for each image, in the layouts that they are published in."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
         row, column = (int(place) for place in np.argwhere(wrong)[0])
         found = ", ".join(str(number) for number in np.unique(numbers[wrong])[:5].tolist())
         raise UserError(
-            f"{path}: {found} not among the ids of this data set, first at x {column}, y {row} "
+            f"{path}: {found} not among the ids of this dataset, first at x {column}, y {row} "
             f"({int(wrong.sum())} pixels)"
         )
     return torch.from_numpy(labels.astype(np.uint8))
@@ -94,7 +94,7 @@ def _wrong_kind(path: Path, mode: str) -> str:
     if mode.startswith("I"):
         return f"{path}: a label map of 16 bits; write it with 8 (ids of 0 to 255)"
     return (
-        f"{path}: a picture of colours ({mode}), not of class ids; write a grey or palette PNG "
+        f"{path}: an image of colours ({mode}), not of class ids; write a grey or palette PNG "
         "whose numbers are the ids"
     )
 
@@ -168,7 +168,7 @@ class SegmentedSplit:
 
 @dataclass(frozen=True)
 class DrawnSplit:
-    """One split of a COCO-format data set: background is class 0, smaller objects lie on top."""
+    """One split of a COCO-format dataset: background is class 0, smaller objects lie on top."""
 
     index: CocoIndex
 
@@ -200,11 +200,11 @@ class DrawnSplit:
 
 
 def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
-    """A split of a published data set.
+    """A split of a published dataset.
 
     Args:
         layout: `camvid`, `cityscapes`, `ade20k` or `voc2012`.
-        root: The folder that the data set was unpacked to.
+        root: The folder that the dataset was unpacked to.
         split: `train`, `val` or `test`.
 
     Raises:
@@ -223,7 +223,7 @@ def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published data set lies in its folder.
+    """How a published dataset lies in its folder.
 
     Attributes:
         open: Of the folder and a split's name.

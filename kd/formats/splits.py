@@ -1,4 +1,4 @@
-"""Parts of a data set drawn by image id, whatever the order of the file."""
+"""Parts of a dataset drawn by image id, whatever the order of the file."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _hash_to_unit(text: str) -> float:
 
 
 def drawn_split(names: Sequence[str], share: float, seed: int) -> set[str]:
-    """The names that make up a val split where a data set comes without one.
+    """The names that make up a val split where a dataset comes without one.
 
-    Drawn by (seed, name): no other picture's presence moves a picture to the other side by more
+    Drawn by (seed, name): no other image's presence moves an image to the other side by more
     than the limit's rounding.
 
     Args:
-        names: Of all pictures.
-        share: Of the val split; at least one picture stays on either side where there are two.
+        names: Of all images.
+        share: Of the val split; at least one image stays on either side where there are two.
         seed: Another one draws others.
     """
     order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))

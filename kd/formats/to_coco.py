@@ -1,4 +1,4 @@
-"""Published layouts of boxes, opened as COCO-format data sets: their JSONs are made once.
+"""Published layouts of boxes, opened as COCO-format datasets: their JSONs are made once.
 
 A JSON lies beside the data (`kd.formats.box_annotations`), and beside it, in `instances_x.made`,
 what the files
@@ -56,7 +56,7 @@ class Boxed:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set lies in its folder.
+    """How a dataset lies in its folder.
 
     Attributes:
         holds: Of a split's name: a path by which the folder is known.
@@ -74,10 +74,10 @@ def made_split(
 
     Args:
         layout: `voc` or `kitti`.
-        root: The folder that the data set was unpacked to: of VOC `VOCdevkit`.
+        root: The folder that the dataset was unpacked to: of VOC `VOCdevkit`.
         split: Its name: of VOC with its folder, `VOC2007/trainval`; of several years together
             `VOC2007/trainval+VOC2012/trainval`.
-        classes: Of a data set in VOC's layout with classes of its own, their names.
+        classes: Of a dataset in VOC's layout with classes of its own, their names.
 
     Raises:
         UserError: An unknown layout, what the layout's reader finds wrong, or a JSON that cannot

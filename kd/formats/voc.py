@@ -46,7 +46,7 @@ class _Node:
 def voc_to_coco(
     root: str | Path, year: str | int, split: str, *, classes: Sequence[str] = CLASSES
 ) -> Json:
-    """Read a split of Pascal VOC, or of a data set in its layout.
+    """Read a split of Pascal VOC, or of a dataset in its layout.
 
     Args:
         root: Holds `VOC{year}`, or is that folder.
@@ -71,7 +71,7 @@ def voc_to_coco(
     content = CocoContent(classes, f"Pascal VOC {year} {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
         if name not in pictures:
-            raise UserError(f"{where}:{line}: no picture {folder / 'JPEGImages' / name}.jpg")
+            raise UserError(f"{where}:{line}: no image {folder / 'JPEGImages' / name}.jpg")
         path = folder / "Annotations" / f"{name}.xml"
         if not path.is_file():
             raise UserError(

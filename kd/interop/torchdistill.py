@@ -22,7 +22,7 @@ from torchdistill.losses import mid_level  # noqa: F401  (its import fills the r
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from kd.errors import UserError
-from kd.losses._checks import floating, one_device, wide_type
+from kd.losses._checks import check_device, check_floating, wide_dtype
 from kd.registry import look_up
 
 PREFIX = "torchdistill."
@@ -49,11 +49,11 @@ class Borrowed(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Two tensors to a scalar."""
-        floating(f"{PREFIX}{self.name}", student=student, teacher=teacher)
-        one_device(f"{PREFIX}{self.name}", student=student, teacher=teacher)
+        check_floating(f"{PREFIX}{self.name}", student=student, teacher=teacher)
+        check_device(f"{PREFIX}{self.name}", student=student, teacher=teacher)
         if self.name in SOFTENED and student.ndim > 2:
             student, teacher = _rows(student), _rows(teacher)
-        wide = wide_type(student, teacher)
+        wide = wide_dtype(student, teacher)
         kept = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
         # Half precision would drown the small differences.
         try:

@@ -1,4 +1,7 @@
-"""Losses: one function each; student first, teacher second."""
+"""Losses: one function each, student first, teacher second, a scalar mean out.
+
+All raise `UserError` on shapes, dtypes or devices that do not fit, and on options out of range.
+"""
 
 from kd.losses.channel_wise import channel_wise
 from kd.losses.decoupled_kd import decoupled

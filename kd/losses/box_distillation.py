@@ -1,19 +1,19 @@
-"""Distance between what two detectors say of the same boxes."""
+"""Distillation losses of a detector's outputs for the same boxes."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses._checks import comparable
+from kd.losses._checks import check_pair
 
 
 def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 distance between box regressions, added up over each row's numbers.
+    """Smooth L1 distance between box regressions, summed over each row.
 
-    Girshick, 2015, https://arxiv.org/abs/1504.08083, which measures a detector against the true
-    boxes by it; here against what a teacher says (Wang et al., 2019,
-    https://arxiv.org/abs/1906.03609, the ablation's distilled outputs).
+    Girshick, 2015, https://arxiv.org/abs/1504.08083, where it compares a detector with the ground
+    truth; here with a teacher (Wang et al., 2019, https://arxiv.org/abs/1906.03609, the ablation's
+    distilled outputs).
 
     Args:
         student: (M, 4) or any other (M, D).
@@ -21,45 +21,43 @@ def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         Scalar, the mean over M; 0 with a zero gradient where M is 0.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers.
     """
-    comparable("box_distance", student, teacher, dimensions=2)
+    check_pair("box_distance", student, teacher, dimensions=2)
     return F.smooth_l1_loss(student, teacher.to(student), reduction="sum") / max(len(student), 1)
 
 
-def own_numbers(rows: Tensor, labels: Tensor) -> Tensor:
-    """Of box regressions for every class those for a box's own.
+def own_class_deltas(rows: Tensor, labels: Tensor) -> Tensor:
+    """Select each box's regression for its own class from those for all classes.
 
-    A detector learns no others of a box: what they say is nobody's knowledge.
+    A detector is not trained on a box's regressions for other classes, so they carry no knowledge.
 
     Args:
-        rows: (M, 4 (C + 1)), four numbers a class, the background's first.
+        rows: (M, 4 (C + 1)), four numbers per class, background first.
         labels: 0..C-1, (M,) int64.
 
     Returns:
         (M, 4).
     """
-    place = (labels + 1)[:, None, None].expand(-1, 1, 4)
-    each: Tensor = rows.view(len(rows), rows.shape[1] // 4, 4)
-    return each.gather(1, place)[:, 0]
+    index = (labels + 1)[:, None, None].expand(-1, 1, 4)
+    by_class: Tensor = rows.view(len(rows), rows.shape[1] // 4, 4)
+    return by_class.gather(1, index)[:, 0]
 
 
 def known_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides for a mean over those rows alone that the teacher knows something about.
+    """Zero the rows that the teacher does not know, and rescale a mean over all rows.
 
-    To leave rows out would make an accelerator wait for their number. They are 0 on both sides
-    instead, which costs nothing and has no gradient.
+    Dropping them would synchronise with the accelerator to learn their number. Zeros on both sides
+    add nothing to loss or gradient.
 
     Args:
         student: Logits, (M, C).
-        teacher: Logits or log-probabilities, (M, C); NaN where it knows nothing.
+        teacher: Logits or log-probabilities, (M, C); NaN where unknown.
 
     Returns:
-        Student, teacher, (M, C) both; and what a mean over all M is to be multiplied by.
+        Student and teacher, (M, C) each, and the factor that turns a mean over all M rows into a
+        mean over the known ones.
     """
     unknown = teacher.isnan().any(dim=1)
-    share = len(unknown) / (~unknown).sum().clamp(min=1)
-    lacking = unknown[:, None]
-    return student.masked_fill(lacking, 0.0), teacher.masked_fill(lacking, 0.0), share
+    factor = len(unknown) / (~unknown).sum().clamp(min=1)
+    mask = unknown[:, None]
+    return student.masked_fill(mask, 0.0), teacher.masked_fill(mask, 0.0), factor

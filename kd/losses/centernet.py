@@ -1,4 +1,4 @@
-"""CenterNet's losses: where objects are, how large, and where in their cells.
+"""CenterNet's targets and losses: object centres, sizes and sub-cell offsets.
 
 Zhou et al., 2019, https://arxiv.org/abs/1904.07850.
 """
@@ -13,9 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses._checks import floating, labels_fit, name_of, one_device, wide_type
+from kd.losses._checks import (
+    check_device,
+    check_floating,
+    check_labels,
+    dtype_name,
+    wide_dtype,
+)
 
-CHUNK = 1 << 24  # cells of objects' Gaussians held at a time: 64 MiB of float32
+CHUNK = 1 << 24  # cells of Gaussians processed at a time: 64 MiB of float32
 OVERLAP = 0.7
 
 # Widths and heights in cells, (M,) each, to radii (M,).
@@ -23,22 +29,22 @@ Radius = Callable[[Tensor, Tensor], Tensor]
 
 
 class CenterTargets(NamedTuple):
-    """What the maps should be: N pictures, C classes, M objects.
+    """Training targets for N images, C classes and M objects.
 
     Attributes:
         heatmap: (N, C, h, w) float32, 1 at the peaks, in 0..1 around them.
-        counted: (N, C, h, w) bool, False where a place that is no peak is not blamed; None where
-            every place counts.
-        cell: (M,) int64, y * w + x of each object's middle.
-        image_of: (M,) int64, the picture of each object.
+        loss_mask: (N, C, h, w) bool, False where a non-peak place is excluded from the loss; None =
+            all places count.
+        cell: (M,) int64, y * w + x of the cell that holds each object's centre.
+        image_of: (M,) int64, the image of each object.
         size: (M, 2) float32, width and height in cells.
-        offset: (M, 2) float32, how far right of and below the cell's corner the middle is, in
-            cells, [0, 1).
-        valid: (M,) bool, objects that have a peak; the others take no part.
+        offset: (M, 2) float32 in [0, 1), centre relative to its cell's upper left corner, x, y in
+            cells.
+        valid: (M,) bool, objects that have a peak; others are excluded from all losses.
     """
 
     heatmap: Tensor
-    counted: Tensor | None
+    loss_mask: Tensor | None
     cell: Tensor
     image_of: Tensor
     size: Tensor
@@ -47,47 +53,44 @@ class CenterTargets(NamedTuple):
 
     @property
     def peaks(self) -> Tensor:
-        """How many cells are peaks, a scalar: objects of one class in one cell share theirs."""
+        """Number of peak cells, a scalar; objects of one class in the same cell share one."""
         return (self.heatmap == 1).sum()
 
 
 def gaussian_radius(
     widths: Tensor, heights: Tensor, *, overlap: float = OVERLAP, published: bool = False
 ) -> Tensor:
-    """How far each corner of a box may move so that the IoU with it stays at `overlap`.
+    """Largest radius by which a box's corners may move with the IoU staying above `overlap`.
 
     The least of three cases: both corners move outwards, both inwards, or one each way (Law and
-    Deng, 2018, https://arxiv.org/abs/1808.01244). Each is the smaller root of a quadratic; the
-    published code solves two of them wrongly and takes the larger root: its radii are about three
-    times as long, 2.73 for 0.82 at a box of 10 x 10.
+    Deng, 2018, https://arxiv.org/abs/1808.01244). Each is the smaller root of a quadratic. The
+    published code solves two of them wrongly and takes the larger root, which makes its radii about
+    three times as large: 2.73 instead of 0.82 for a box of 10 x 10.
 
     Args:
-        widths: Of the boxes, (M,), in any unit.
-        heights: The same.
+        widths: Box widths, (M,), in any unit.
+        heights: Box heights, (M,).
         overlap: IoU, in (0, 1).
-        published: As the authors' code has it, for comparison with their numbers.
+        published: Reproduce the authors' code.
 
     Returns:
         (M,), in the unit of the sides; not rounded.
-
-    Raises:
-        UserError: `overlap` is out of range.
     """
     if not 0 < overlap < 1:
         raise UserError(f"gaussian_radius: overlap must be in (0, 1), got {overlap}")
     around, area = widths + heights, widths * heights
-    # One corner moves along, one away: (w - r)(h - r) is shared, twice the area less that covered.
+    # One corner inwards, one outwards: intersection (w - r)(h - r), union twice the area less that.
     shifted = _root(around, area * (1 - overlap) / (1 + overlap), 1.0, published)
-    # Both move inwards: (w - 2r)(h - 2r) is overlap times the area.
+    # Both inwards: (w - 2r)(h - 2r) is overlap times the area.
     inside = _root(2 * around, area * (1 - overlap), 4.0, published)
-    # Both move outwards: the area is overlap times (w + 2r)(h + 2r).
+    # Both outwards: the area is overlap times (w + 2r)(h + 2r).
     spread = (4 * overlap**2 * around**2 + 16 * overlap * (1 - overlap) * area).sqrt()
     outside = (spread - 2 * overlap * around) / (2 if published else 8 * overlap)
     return torch.minimum(torch.minimum(shifted, inside), outside)
 
 
 def _root(linear: Tensor, constant: Tensor, square: float, published: bool) -> Tensor:
-    """The smaller root of `square r^2 - linear r + constant`; the published one is neither."""
+    """Smaller root of `square r^2 - linear r + constant`; the published value is neither root."""
     spread = (linear.square() - 4 * square * constant).clamp(min=0.0).sqrt()
     return (linear + spread) / 2 if published else (linear - spread) / (2 * square)
 
@@ -104,75 +107,77 @@ def center_targets(
     ignored: Tensor | None = None,
     radius: Radius = gaussian_radius,
 ) -> CenterTargets:
-    """Targets for a batch; where Gaussians of a class overlap, the larger value counts.
+    """Build the targets of a batch; overlapping Gaussians of a class take their maximum.
 
-    An object is left out if its middle lies outside the grid, or its box has no area; and on an
-    accelerator, where looking would make each step wait, if its box is not finite or its label -1.
+    Objects whose centre is off the grid or whose box has no area are left out. On an accelerator,
+    where checking values would synchronise in every step, so are boxes that are not finite and
+    labels of -1.
 
     Args:
         boxes: (M, 4), xyxy pixels.
-        labels: (M,) int64, 0..C-1; -1, a class that is not known, only where it is ignored.
+        labels: (M,) int64, 0..C-1; -1 (unknown class) only where ignored.
         image_of: (M,) int64, 0..N-1.
         n: N.
         num_classes: C.
         grid: Height and width in cells.
-        stride: Pixels a cell.
+        stride: Pixels per cell.
         ignored: (M,) bool, regions that may hold more objects, such as crowds: they have no peak,
-            and their class, any class where that is -1, is not blamed in the cells whose middles
-            they cover. The peaks of other objects there count all the same.
-        radius: `partial(gaussian_radius, published=True)` for that of the authors' code.
+            and cells with their centre inside are excluded from the loss of their class (of all
+            classes if the label is -1), other objects' peaks excepted.
+        radius: Maps widths and heights in cells to radii; `partial(gaussian_radius,
+            published=True)` for the authors' code.
 
     Raises:
-        UserError: Shapes, types or devices that do not fit; and of tensors on the CPU, labels or
-            images out of range, boxes that are not finite or have their corners swapped.
+        UserError: Shapes, dtypes or devices that do not fit; on the CPU also labels or images out
+            of range, and boxes that are not finite or have swapped corners.
     """
     _check_objects(boxes, labels, image_of, ignored, n, num_classes)
     cells, shape = boxes.to(torch.float32) / stride, (n, num_classes, *grid)
     valid = _on_grid(cells, grid) & (labels >= 0)
     valid = valid if ignored is None else valid & ~ignored
-    middles, sides = (cells[:, 2:] + cells[:, :2]) / 2, cells[:, 2:] - cells[:, :2]
-    middles, sides = (part.where(valid[:, None], 0.0) for part in (middles, sides))
-    corner, row = middles.floor(), image_of * num_classes + labels.clamp(min=0)
-    heatmap = _bells(corner, radius(*sides.ceil().unbind(dim=1)).floor(), valid, row, shape)
-    counted = None
+    centres, sides = (cells[:, 2:] + cells[:, :2]) / 2, cells[:, 2:] - cells[:, :2]
+    centres, sides = (part.where(valid[:, None], 0.0) for part in (centres, sides))
+    corner, row = centres.floor(), image_of * num_classes + labels.clamp(min=0)
+    heatmap = _gaussian_maps(corner, radius(*sides.ceil().unbind(dim=1)).floor(), valid, row, shape)
+    loss_mask = None
     if ignored is not None:
         row = row.where(labels >= 0, n * num_classes + image_of)
-        counted = ~_covered(cells, ignored, row, shape) | (heatmap == 1)
+        loss_mask = ~_covered(cells, ignored, row, shape) | (heatmap == 1)
     cell = (corner[:, 1] * grid[1] + corner[:, 0]).long()
-    return CenterTargets(heatmap, counted, cell, image_of, sides, middles - corner, valid)
+    return CenterTargets(heatmap, loss_mask, cell, image_of, sides, centres - corner, valid)
 
 
 def _on_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Boxes (M, 4), in cells, with an area and a middle on the grid; bool (M,), False at NaN."""
-    sides, middles = cells[:, 2:] - cells[:, :2], (cells[:, 2:] + cells[:, :2]) / 2
-    inside = (middles >= 0).all(dim=1) & (middles[:, 0] < grid[1]) & (middles[:, 1] < grid[0])
+    """Whether boxes (M, 4), in cells, have an area and a centre on the grid; False at NaN."""
+    sides, centres = cells[:, 2:] - cells[:, :2], (cells[:, 2:] + cells[:, :2]) / 2
+    inside = (centres >= 0).all(dim=1) & (centres[:, 0] < grid[1]) & (centres[:, 1] < grid[0])
     return inside & ((sides > 0) & sides.isfinite()).all(dim=1)
 
 
-def _bells(
+def _gaussian_maps(
     corner: Tensor, radius: Tensor, valid: Tensor, row: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
-    """Gaussians around cells (M, 2), across first, the largest at each place of `shape`."""
-    rows, columns = (_bell(corner[:, axis], radius, shape[3 - axis]) for axis in (1, 0))
-    return _largest(rows * valid[:, None], columns, row, shape[0] * shape[1]).view(shape)
+    """Maximum of the Gaussians around cells (M, 2), x first, at each place of `shape`."""
+    rows, columns = (_gaussian(corner[:, axis], radius, shape[3 - axis]) for axis in (1, 0))
+    return _max_products(rows * valid[:, None], columns, row, shape[0] * shape[1]).view(shape)
 
 
-def _bell(middle: Tensor, radius: Tensor, length: int) -> Tensor:
-    """Gaussians along one side of the grid, (M, length), 0 further than the radius away."""
-    away = torch.arange(length, device=middle.device) - middle[:, None]
+def _gaussian(centre: Tensor, radius: Tensor, length: int) -> Tensor:
+    """Gaussians along one side of the grid, (M, length), 0 beyond the radius."""
+    away = torch.arange(length, device=centre.device) - centre[:, None]
     deviation = (2 * radius[:, None] + 1) / 6
     value = torch.exp(-away.square() / (2 * deviation.square()))
     return value.masked_fill(away.abs() > radius[:, None], 0.0)
 
 
-def _largest(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Tensor:
-    """`count` maps (h, w), each the largest of the products that belong to it, 0 without any.
+def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Tensor:
+    """Compute `count` maps (h, w), each the maximum of its outer products, 0 without any.
 
     Args:
-        rows: (M, h), 0 or above.
-        columns: (M, w), 0 or above.
-        row: (M,) int64, the map of each.
-        count: Of maps.
+        rows: (M, h), not negative.
+        columns: (M, w), not negative.
+        row: (M,) int64, the map of each product.
+        count: Number of maps.
     """
     maps = rows.new_zeros(count, rows.shape[1], columns.shape[1])
     step = max(1, CHUNK // maps.shape[1:].numel())
@@ -184,14 +189,14 @@ def _largest(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Tensor:
 
 
 def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Places in ignored boxes (M, 4), in cells, bool of `shape`; all classes in rows from N * C."""
+    """Places in ignored boxes (M, 4), in cells: bool `shape`; row >= N * C: all classes."""
     n, num_classes, height, width = shape
 
     def inside(low: Tensor, high: Tensor, length: int) -> Tensor:
-        middle = torch.arange(length, device=low.device) + 0.5
-        return ((middle >= low[:, None]) & (middle < high[:, None])).to(boxes.dtype)
+        centre = torch.arange(length, device=low.device) + 0.5
+        return ((centre >= low[:, None]) & (centre < high[:, None])).to(boxes.dtype)
 
-    covered = _largest(
+    covered = _max_products(
         inside(boxes[:, 1], boxes[:, 3], height) * ignored[:, None],
         inside(boxes[:, 0], boxes[:, 2], width),
         row,
@@ -212,85 +217,82 @@ def _check_objects(
     what = "center_targets"
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise UserError(f"{what}: boxes must be (M, 4), got {tuple(boxes.shape)}")
-    labels_fit(what, labels, boxes, beside="boxes")
+    check_labels(what, labels, boxes, like="boxes")
     if image_of.shape != labels.shape or image_of.dtype != torch.int64:
         raise UserError(
-            f"{what}: image_of must be int64 ({len(boxes)},), got {name_of(image_of.dtype)} "
+            f"{what}: image_of must be int64 ({len(boxes)},), got {dtype_name(image_of.dtype)} "
             f"{tuple(image_of.shape)}"
         )
     if ignored is not None and (ignored.shape != labels.shape or ignored.dtype != torch.bool):
         raise UserError(
-            f"{what}: ignored must be bool ({len(boxes)},), got {name_of(ignored.dtype)} "
+            f"{what}: ignored must be bool ({len(boxes)},), got {dtype_name(ignored.dtype)} "
             f"{tuple(ignored.shape)}"
         )
     parts = {"boxes": boxes, "image_of": image_of}
-    one_device(what, **(parts if ignored is None else {**parts, "ignored": ignored}))
+    check_device(what, **(parts if ignored is None else {**parts, "ignored": ignored}))
     if not boxes.is_cpu or torch.compiler.is_compiling() or not len(boxes):
         return
-    sound = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+    valid_boxes = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
     known = (labels >= 0) if ignored is None else (labels >= 0) | (ignored & (labels == -1))
-    for good, said in (
-        (sound, "boxes must be finite, with x1 <= x2 and y1 <= y2"),
+    for valid, message in (
+        (valid_boxes, "boxes must be finite, with x1 <= x2 and y1 <= y2"),
         ((image_of >= 0) & (image_of < n), f"image_of must be in 0..{n - 1}"),
         (known & (labels < num_classes), f"labels must be in 0..{num_classes - 1}, -1 if ignored"),
     ):
-        if not good.all():
-            row = int((~good).nonzero()[0])
+        if not valid.all():
+            row = int((~valid).nonzero()[0])
             raise UserError(
-                f"{what}: {said}; object {row} is {boxes[row].tolist()}, label "
+                f"{what}: {message}; object {row} is {boxes[row].tolist()}, label "
                 f"{int(labels[row])}, of image {int(image_of[row])}"
             )
 
 
-# What the published total multiplies the three losses by.
+# Published weights of the three losses.
 WEIGHTS = {"heatmap": 1.0, "size": 0.1, "offset": 1.0}
 
 
 def centernet_losses(output: Mapping[str, Tensor], targets: CenterTargets) -> dict[str, Tensor]:
-    """The three losses, unweighted; `WEIGHTS` are the published weights.
+    """Compute the three losses, unweighted; `WEIGHTS` are the published weights.
 
-    `heatmap`: a focal loss (alpha 2, beta 4), the sum over all places divided by the number of
-    peaks. With p the probability and y the target it is `-(1 - p)^2 log p` at a peak and
-    `-(1 - y)^4 p^2 log(1 - p)` elsewhere; taken from the logits, so that no probability has to be
-    kept off 0 and 1. A batch without an object is divided by 1: all of it is background.
+    `heatmap`: a focal loss (alpha 2, beta 4), summed over all places and divided by the number of
+    peaks. With p the probability and y the target it is `-(1 - p)^2 log p` at a peak and `-(1 -
+    y)^4 p^2 log(1 - p)` elsewhere, computed from logits so that no probability needs clamping. A
+    batch without objects is divided by 1.
 
-    `size`, `offset`: the mean distance of the two numbers from their targets over the objects, in
-    cells, 0 with a zero gradient where there is none. As the authors' code has it: the paper adds
-    the two numbers up, which is twice that.
+    `size`, `offset`: the mean absolute error of the two numbers over the objects, in cells; 0 with
+    a zero gradient without objects. This follows the authors' code; the paper sums the two numbers,
+    which is twice as much.
 
     Args:
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w).
-        targets: Of the same grid.
-
-    Raises:
-        UserError: Shapes, types or devices that do not fit.
+        targets: On the same grid.
     """
     _check_maps(output, targets)
     return {
         "heatmap": _focal(output["heatmap"], targets),
-        "size": _at_peaks(output["size"], targets.size, targets),
-        "offset": _at_peaks(output["offset"], targets.offset, targets),
+        "size": _l1_at_peaks(output["size"], targets.size, targets),
+        "offset": _l1_at_peaks(output["offset"], targets.offset, targets),
     }
 
 
 def _focal(logits: Tensor, targets: CenterTargets) -> Tensor:
-    logits = logits.to(wide_type(logits))
-    if targets.counted is not None:
-        # Their gradient must be 0 even where they are not finite.
-        logits = logits.masked_fill(~targets.counted, 0.0)
+    logits = logits.to(wide_dtype(logits))
+    if targets.loss_mask is not None:
+        # Their gradient must be 0 even where logits are not finite.
+        logits = logits.masked_fill(~targets.loss_mask, 0.0)
     peak = targets.heatmap == 1
-    # Away from what is right: 1 - p at a peak, p elsewhere; -log(1 - that) is its softplus.
-    wrong = torch.where(peak, -logits, logits)
-    blame = torch.where(peak, 1.0, (1 - targets.heatmap) ** 4)
-    if targets.counted is not None:
-        blame = blame.masked_fill(~targets.counted, 0.0)
-    total = (blame * wrong.sigmoid().square() * F.softplus(wrong)).sum()
+    # `away`: logit of the error, 1 - p at a peak and p elsewhere; -log(1 - error) is its softplus.
+    away = torch.where(peak, -logits, logits)
+    weight = torch.where(peak, 1.0, (1 - targets.heatmap) ** 4)
+    if targets.loss_mask is not None:
+        weight = weight.masked_fill(~targets.loss_mask, 0.0)
+    total = (weight * away.sigmoid().square() * F.softplus(away)).sum()
     return total / peak.sum().clamp(min=1)
 
 
-def _at_peaks(maps: Tensor, truth: Tensor, targets: CenterTargets) -> Tensor:
-    found = maps.flatten(2)[targets.image_of, :, targets.cell].to(wide_type(maps))  # (M, 2)
-    # Filled before the distance is taken: the derivative of that is no number at NaN.
+def _l1_at_peaks(maps: Tensor, truth: Tensor, targets: CenterTargets) -> Tensor:
+    found = maps.flatten(2)[targets.image_of, :, targets.cell].to(wide_dtype(maps))  # (M, 2)
+    # Fill before taking the distance, whose derivative is not finite at NaN.
     gap = (found - truth).masked_fill(~targets.valid[:, None], 0.0)
     return gap.abs().sum() / (2 * targets.valid.sum()).clamp(min=1)
 
@@ -307,5 +309,5 @@ def _check_maps(output: Mapping[str, Tensor], targets: CenterTargets) -> None:
         if tuple(output[name].shape) != shape:
             raise UserError(f"{what}: {name} must be {shape}, got {tuple(output[name].shape)}")
     maps = {name: output[name] for name in expected}
-    floating(what, **maps)
-    one_device(what, **maps, targets=targets.heatmap)
+    check_floating(what, **maps)
+    check_device(what, **maps, targets=targets.heatmap)

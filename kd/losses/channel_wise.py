@@ -1,4 +1,4 @@
-"""What each channel of a score or feature map looks at."""
+"""Channel-wise distillation: where each channel of a map is active."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses._checks import comparable, mask_fits, positive, wide_type
+from kd.losses._checks import check_mask, check_pair, check_positive, wide_dtype
 from kd.losses.logits import kl_logits
 
 
 def channel_wise(
     student: Tensor, teacher: Tensor, *, temperature: float = 4.0, valid: Tensor | None = None
 ) -> Tensor:
-    """KL(teacher || student) of where each channel is active: a softmax over its places.
+    """KL(teacher || student) of each channel's softmax over places.
 
     Shu et al., 2021, https://arxiv.org/abs/2011.13256: `T^2 / (N * C)` times the sum over images
-    and channels. A constant added to a channel changes nothing. The paper does not say what to do
-    with places that have no class; here the softmax is over an image's valid places alone.
+    and channels. A constant added to a channel changes nothing. The paper does not define the loss
+    for void places; here the softmax is over an image's valid places only.
 
     Args:
         student: Logits or features, (N, C, H, W).
         teacher: The same, (N, C, H, W).
-        temperature: Divides both; above 1 widens what a channel looks at.
-        valid: Places that take part, bool (N, H, W); all of them where not given.
+        temperature: Divides both; above 1 flattens the distributions.
+        valid: Places to include, bool (N, H, W); None = all.
 
     Returns:
         Scalar, the mean over C and over the N images, or over those with a valid place; 0 with a
         zero gradient where there are none.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers, a mask that is not bool, or a
-            temperature that is not above 0.
     """
-    comparable("channel_wise", student, teacher, dimensions=4)
-    positive("channel_wise", "temperature", temperature)
+    check_pair("channel_wise", student, teacher, dimensions=4)
+    check_positive("channel_wise", "temperature", temperature)
     if valid is None:
         rows = (maps.flatten(2).flatten(0, 1) for maps in (student, teacher))  # (N * C, H * W)
         return kl_logits(*rows, temperature=temperature)
-    mask_fits("channel_wise", "valid", valid, student, beside="student")
+    check_mask("channel_wise", "valid", valid, student, like="student")
     places = valid.flatten(1)[:, None]  # (N, 1, H * W)
-    wide = wide_type(student, teacher)
-    log_p, log_q = (log_shares(maps, places, temperature, wide) for maps in (student, teacher))
+    dtype = wide_dtype(student, teacher)
+    log_p, log_q = (
+        masked_log_softmax(maps, places, temperature, dtype) for maps in (student, teacher)
+    )
     total = (log_q.exp() * (log_q - log_p)).sum()
     count = places.any(dim=2).sum() * student.shape[1]
     return total / count.clamp(min=1) * temperature**2
 
 
-def log_shares(maps: Tensor, places: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
-    """Over the valid places: (N, C, H * W), with 0 on both sides at all others."""
-    logits = maps.flatten(2).to(wide)
-    # -inf is out of the softmax; but a softmax of nothing else has no value, nor a gradient.
-    out = torch.where(places.any(dim=2, keepdim=True), -math.inf, 0.0).to(wide)
+def masked_log_softmax(
+    maps: Tensor, places: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """Log-softmax over the valid places, (N, C, H * W); 0 at all others."""
+    logits = maps.flatten(2).to(dtype)
+    # -inf excludes a place; but a softmax over nothing else has neither value nor gradient.
+    out = torch.where(places.any(dim=2, keepdim=True), -math.inf, 0.0).to(dtype)
     logits = torch.where(places, logits, out) / temperature
     return F.log_softmax(logits, dim=2).masked_fill(~places, 0.0)

@@ -1,4 +1,4 @@
-"""Logit distillation taken apart: how sure of the target, and how the rest is ordered."""
+"""Decoupled distillation: the target class and the other classes apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses._checks import comparable, labels_fit, positive, wide_type
+from kd.losses._checks import check_labels, check_pair, check_positive, wide_dtype
 
 
 def decoupled(
@@ -18,37 +18,33 @@ def decoupled(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """Decoupled knowledge distillation over the rows whose label is known.
+    """Decoupled knowledge distillation over the labelled rows.
 
     Zhao et al., 2022, https://arxiv.org/abs/2203.08679: `T^2 (alpha TCKD + beta NCKD)`. TCKD is
     KL(teacher || student) of the labelled class against all others together, NCKD that of the
-    distribution over the others alone. With alpha 1 and beta the teacher's share of the others, row
-    by row, the sum is the ordinary `kl_logits`.
+    distribution over the others alone. With alpha 1 and beta the teacher's probability of the
+    others, row by row, the sum is `kl_logits`.
 
     Args:
         student: Logits, (N, C).
         teacher: Logits or log-probabilities, (N, C).
-        labels: Class of each row, int64 (N,); -1 where it is withheld.
+        labels: Class of each row, int64 (N,); -1 if unlabelled.
         alpha: Weight of TCKD.
         beta: Weight of NCKD.
         temperature: Divides both sets of logits.
 
     Returns:
-        Scalar, the mean over the labelled rows; 0 with a zero gradient where there are none, or
-        fewer than two classes.
-
-    Raises:
-        UserError: Shapes or devices that do not fit, integers for logits, labels that are not
-            int64, or a temperature that is not above 0.
+        Scalar, the mean over the labelled rows; 0 with a zero gradient without any, or with fewer
+        than two classes.
     """
-    comparable("decoupled", student, teacher, dimensions=2)
-    positive("decoupled", "temperature", temperature)
-    labels_fit("decoupled", labels, student, beside="student")
-    wide = wide_type(student, teacher)
+    check_pair("decoupled", student, teacher, dimensions=2)
+    check_positive("decoupled", "temperature", temperature)
+    check_labels("decoupled", labels, student, like="student")
+    dtype = wide_dtype(student, teacher)
     known = labels >= 0
-    # What has no label must not count, nor have a gradient, even where it is not finite.
+    # Unlabelled rows must not count or have a gradient, even where they are not finite.
     student, teacher = (
-        one.to(wide).masked_fill(~known[:, None], 0.0) for one in (student, teacher)
+        one.to(dtype).masked_fill(~known[:, None], 0.0) for one in (student, teacher)
     )
     if student.numel() == 0 or student.shape[1] < 2:
         return (student.sum() + teacher.sum()) * 0.0
@@ -61,7 +57,7 @@ def decoupled(
 
 
 def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of label and not label, (N, 2), and of the others among them, (N, C-1)."""
+    """Log-probabilities of label vs. rest, (N, 2), and of the classes within the rest, (N, C-1)."""
     place = torch.arange(logits.shape[1] - 1, device=logits.device)
     rest = logits.gather(1, place + (place >= labels[:, None]).long())
     own = logits.gather(1, labels[:, None])

@@ -1,9 +1,9 @@
-"""Holistic distillation: a critic learns to tell a student's score maps from a teacher's.
+"""Holistic distillation: a critic distinguishes the student's score maps from the teacher's.
 
-Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic sees a score map together with its
-image and says how real the map is *given the image*; it is trained as a Wasserstein critic with
-gradient penalty (Gulrajani et al., 2017, https://arxiv.org/abs/1704.00028), and the student learns
-to score high with it. The critic owns its optimiser; its loss takes detached maps.
+Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic sees a score map with its image and
+rates how real the map is *given the image*. It is trained as a Wasserstein critic with gradient
+penalty (Gulrajani et al., 2017, https://arxiv.org/abs/1704.00028) on detached maps, with an
+optimiser of its own; the student learns to be rated high.
 """
 
 from __future__ import annotations
@@ -18,18 +18,25 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from kd.errors import UserError
-from kd.losses._checks import comparable, floating, mask_fits, not_negative, one_device, wide_type
+from kd.losses._checks import (
+    check_device,
+    check_floating,
+    check_mask,
+    check_not_negative,
+    check_pair,
+    wide_dtype,
+)
 
 KERNEL = 4
 
 
 class SelfAttention(nn.Module):
-    """Every place looks at every other; starts as the identity.
+    """Self-attention over all places, initialised to the identity.
 
     Zhang et al., 2019, https://arxiv.org/abs/1805.08318.
 
     Args:
-        channels: In and out; queries and keys have an eighth of them.
+        channels: Input and output channels; queries and keys have an eighth of them.
     """
 
     def __init__(self, channels: int) -> None:
@@ -41,32 +48,28 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Map (N, C, H, W) to the same shape."""
         query, key, value = (
             layer(features).flatten(2) for layer in (self.query, self.key, self.value)
         )
         # Not scaled_dot_product_attention: its fused kernels have no second derivative.
         weights = (query.transpose(1, 2) @ key).softmax(dim=2)  # (N, H*W, H*W)
-        seen = (value @ weights.transpose(1, 2)).unflatten(2, features.shape[2:])
-        out: Tensor = features + self.gamma * seen
+        attended = (value @ weights.transpose(1, 2)).unflatten(2, features.shape[2:])
+        out: Tensor = features + self.gamma * attended
         return out
 
 
 class Critic(nn.Module):
-    """How real a score map is, given its image.
+    """Rate how real a score map is, given its image.
 
-    Convolutions of 4 x 4 and stride 2 under spectral normalisation, self-attention on the last two,
-    a 4 x 4 convolution to one value, averaged over the places that it fits. It computes in the
-    type of its weights, float32, whatever autocast says: half precision is where such critics
-    break.
+    4 x 4 convolutions of stride 2 with spectral normalisation, self-attention after the last two,
+    and a 4 x 4 convolution to one value, averaged over places. It computes in the dtype of its
+    weights, float32, even under autocast: critics are unstable in half precision.
 
     Args:
         num_classes: Channels of the score maps.
         widths: Channels of the convolutions.
-        slope: Of the leaky ReLUs below 0.
-
-    Raises:
-        UserError: No class, or fewer than two convolutions.
+        slope: Negative slope of the leaky ReLUs.
     """
 
     def __init__(
@@ -89,34 +92,29 @@ class Critic(nn.Module):
             channels = width
         self.layers = nn.Sequential(*layers)
         self.last = nn.Conv2d(channels, 1, KERNEL)
-        self.halvings = len(widths)
+        self.strides = len(widths)
 
     def forward(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Judge score maps.
+        """Rate score maps.
 
         Args:
-            scores: Probabilities, (N, C, h, w), at least 2 to the number of convolutions wide and
-                high.
+            scores: Probabilities, (N, C, h, w); h and w at least 2 to the number of convolutions.
             images: Normalised, (N, 3, H, W); resized to the maps' grid.
 
         Returns:
             (N,): the higher, the more like a teacher's.
-
-        Raises:
-            UserError: Shapes or devices that do not fit, integers, or maps too small for the
-                convolutions.
         """
         self._check(scores, images)
         own = self.last.weight.dtype
         with torch.autocast(scores.device.type, enabled=False):
             grid = (scores.shape[2], scores.shape[3])
-            seen = F.interpolate(images.to(own), grid, mode="bilinear", align_corners=False)
-            features = self.layers(torch.cat([scores.to(own), seen], dim=1))
-            # What is smaller than the last kernel is filled up with nothing.
-            missing = [max(KERNEL - side, 0) for side in (features.shape[3], features.shape[2])]
-            features = F.pad(features, (0, missing[0], 0, missing[1]))
-            judged: Tensor = self.last(features)
-            return judged.mean(dim=(1, 2, 3))
+            resized = F.interpolate(images.to(own), grid, mode="bilinear", align_corners=False)
+            features = self.layers(torch.cat([scores.to(own), resized], dim=1))
+            # Pad maps that are smaller than the last kernel.
+            padding = [max(KERNEL - side, 0) for side in (features.shape[3], features.shape[2])]
+            features = F.pad(features, (0, padding[0], 0, padding[1]))
+            score: Tensor = self.last(features)
+            return score.mean(dim=(1, 2, 3))
 
     def _check(self, scores: Tensor, images: Tensor) -> None:
         if scores.ndim != 4 or scores.shape[1] != self.num_classes:
@@ -127,13 +125,13 @@ class Critic(nn.Module):
             raise UserError(
                 f"critic: images must be ({len(scores)}, 3, H, W), got {tuple(images.shape)}"
             )
-        floating("critic", scores=scores, images=images)
-        one_device("critic", scores=scores, images=images, weights=self.last.weight)
-        least = 2**self.halvings
+        check_floating("critic", scores=scores, images=images)
+        check_device("critic", scores=scores, images=images, weights=self.last.weight)
+        least = 2**self.strides
         if min(scores.shape[2:]) < least:
             raise UserError(
-                f"critic: {self.halvings} halvings need maps of {least} x {least} at least, got "
-                f"{scores.shape[2]} x {scores.shape[3]}; enlarge the score maps"
+                f"critic: {self.strides} convolutions need maps of at least {least} x {least}, got "
+                f"{scores.shape[2]} x {scores.shape[3]}"
             )
 
 
@@ -146,36 +144,33 @@ def critic_loss(
     penalty: float = 10.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """What the critic minimises: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
+    """Critic's objective: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
 
-    The gradient is taken at a random point of the line between the two maps of each image. No
-    gradient reaches student or teacher. Within what `torch.compile` compiles it runs as it is.
+    The gradient is taken at a random point on the line between the two maps of each image. No
+    gradient reaches student or teacher. Under `torch.compile` it runs uncompiled.
 
     Args:
-        critic: Score maps and images to (N,).
+        critic: Maps score maps and images to (N,).
         student: Logits, (N, C, h, w).
         teacher: Logits, (N, C, h, w).
         images: Normalised, (N, 3, H, W).
         penalty: Weight of the gradient penalty.
-        generator: Draws the points, on the maps' device; torch's own where not given.
+        generator: Source of the random points, on the maps' device; None = torch's default.
 
     Returns:
         Scalar, the mean over N; 0 where N is 0.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers, or a negative penalty.
     """
-    comparable("critic_loss", student, teacher, dimensions=4)
-    not_negative("critic_loss", "penalty", penalty)
-    wide = wide_type(student, teacher)
-    fake, real = (_probabilities(logits.detach(), wide) for logits in (student, teacher))
-    loss: Tensor = _told_apart(critic, fake, real, images, penalty, generator)
+    check_pair("critic_loss", student, teacher, dimensions=4)
+    check_not_negative("critic_loss", "penalty", penalty)
+    dtype = wide_dtype(student, teacher)
+    fake, real = (_probabilities(logits.detach(), dtype) for logits in (student, teacher))
+    loss: Tensor = _critic_loss(critic, fake, real, images, penalty, generator)
     return loss
 
 
-# What is compiled has no second derivative, which the penalty needs.
+# Compiled code has no second derivative, which the penalty needs.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _told_apart(
+def _critic_loss(
     critic: nn.Module,
     fake: Tensor,
     real: Tensor,
@@ -185,54 +180,51 @@ def _told_apart(
 ) -> Tensor:
     mix = torch.rand(len(fake), 1, 1, 1, device=fake.device, generator=generator)
     between = torch.lerp(fake, real, mix.to(fake.dtype)).requires_grad_()
-    with parametrize.cached():  # one power iteration and one normalised weight for all three
-        judged_fake, judged_real = critic(fake, images), critic(real, images)
-        judged_between = critic(between, images).sum()
-    (slope,) = torch.autograd.grad(judged_between, between, create_graph=True)
-    # A norm has no derivative at 0, where a critic that sees no difference begins.
+    with parametrize.cached():  # one power iteration for all three calls
+        score_fake, score_real = critic(fake, images), critic(real, images)
+        score_between = critic(between, images).sum()
+    (slope,) = torch.autograd.grad(score_between, between, create_graph=True)
+    # A norm has no derivative at 0, where a critic may start.
     length = (slope.flatten(1).square().sum(dim=1) + 1e-12).sqrt()
-    loss: Tensor = (judged_fake - judged_real + penalty * (length - 1).square()).sum()
+    loss: Tensor = (score_fake - score_real + penalty * (length - 1).square()).sum()
     return loss / max(len(fake), 1)
 
 
 def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
-    """What the student minimises: `-D(student)`.
+    """Student's objective: `-D(student)`.
 
-    The critic's weights get a gradient as well, which its own step must not use: clear it, or
+    The critic's weights receive a gradient too, which its own step must not use: clear it, or
     freeze the critic meanwhile, as `Adversary` does.
 
     Args:
         student: Logits, (N, C, h, w).
         images: Normalised, (N, 3, H, W).
-        critic: Score maps and images to (N,).
+        critic: Maps score maps and images to (N,).
 
     Returns:
         Scalar, the mean over N; 0 with a zero gradient where N is 0.
-
-    Raises:
-        UserError: Logits that are no maps, integers, or what the critic refuses.
     """
     if student.ndim != 4:
         raise UserError(f"holistic: student must be (N, C, h, w), got {tuple(student.shape)}")
-    floating("holistic", student=student)
-    one_device("holistic", student=student, images=images)
-    loss: Tensor = -critic(_probabilities(student, wide_type(student)), images).sum()
+    check_floating("holistic", student=student)
+    check_device("holistic", student=student, images=images)
+    loss: Tensor = -critic(_probabilities(student, wide_dtype(student)), images).sum()
     return loss / max(len(student), 1)
 
 
-def _probabilities(logits: Tensor, wide: torch.dtype) -> Tensor:
-    # A softmax makes a clean 0 of -inf, which must show: the second term is 0, or NaN.
-    return logits.softmax(dim=1, dtype=wide) + 0.0 * logits.detach()
+def _probabilities(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    # A softmax turns -inf into 0; the second term, 0 or NaN, keeps such logits noticeable.
+    return logits.softmax(dim=1, dtype=dtype) + 0.0 * logits.detach()
 
 
 class Adversary(nn.Module):
-    """A critic and both sides' losses: what a holistic term consists of.
+    """A critic with the losses of both sides.
 
     Args:
         num_classes: Channels of the score maps.
         penalty: Weight of the gradient penalty.
         widths: Channels of the critic's convolutions.
-        slope: Of its leaky ReLUs below 0.
+        slope: Negative slope of its leaky ReLUs.
     """
 
     def __init__(
@@ -244,28 +236,28 @@ class Adversary(nn.Module):
         slope: float = 0.1,
     ) -> None:
         super().__init__()
-        not_negative("holistic", "penalty", penalty)
+        check_not_negative("holistic", "penalty", penalty)
         self.critic = Critic(num_classes, widths=widths, slope=slope)
         self.penalty = penalty
 
     def forward(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """The student's loss; nothing about the critic changes, its gradient included."""
-        comparable("holistic", student, teacher, dimensions=4)
+        """Student's loss; leaves the critic and its gradients unchanged."""
+        check_pair("holistic", student, teacher, dimensions=4)
         with _frozen(self.critic):
             return holistic(student, images, self.critic)
 
     def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """The critic's loss."""
+        """Critic's loss."""
         return critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
 
 
 def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """The student's maps with the teacher's at void places, where a critic finds no difference.
+    """Replace the student's logits at void places by the teacher's: the critic sees no difference.
 
-    A critic judges whole maps, which have no holes: give both losses of `Adversary` this map for
-    the student's. The student learns nothing at void places; what it learns beside them depends
-    on what the critic sees there, which is the teacher's. Liu et al., 2019,
-    https://arxiv.org/abs/1903.04197, do not mention such places.
+    A critic rates whole maps: pass both losses of `Adversary` the result in place of the student's
+    map. The student learns nothing at void places; next to them it learns from what the critic sees
+    there, the teacher's map. Liu et al., 2019, https://arxiv.org/abs/1903.04197, do not mention
+    void.
 
     Args:
         student: Logits, (N, C, h, w).
@@ -273,28 +265,25 @@ def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         valid: Places that have a class, bool (N, h, w).
 
     Returns:
-        Logits, (N, C, h, w), in the wider of the two types, so that the teacher's keep all their
-        digits. A gradient reaches the student's valid places alone, and never the teacher.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers, or a mask that is not bool.
+        Logits, (N, C, h, w), in the wider of the two dtypes, so that the teacher's are exact.
+        Gradients reach the student's valid places only.
     """
-    comparable("holistic", student, teacher, dimensions=4)
-    mask_fits("holistic", "valid", valid, student, beside="student")
+    check_pair("holistic", student, teacher, dimensions=4)
+    check_mask("holistic", "valid", valid, student, like="student")
     return torch.where(valid[:, None], student, teacher.detach())
 
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for the weights, and no step of spectral norm's power iteration."""
+    """Disable weight gradients and the power iteration of spectral norm."""
     training = module.training
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()
-    for parameter in learning:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
         module.train(training)
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Feature imitation where a mask says so, and the mask around objects that detectors use."""
+"""Feature imitation on masked places, and the imitation mask around objects for detectors."""
 
 from __future__ import annotations
 
@@ -11,79 +11,75 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from kd.errors import UserError
-from kd.losses._checks import comparable, mask_fits, name_of, wide_type
+from kd.losses._checks import check_mask, check_pair, dtype_name, wide_dtype
 
-CHUNK = 1 << 22  # overlaps held at a time: 16 MiB of float32
-# Anchors of twice the side around one box have a quarter of its IoU, whatever the place: IoUs equal
-# to the limit are common, and rounding must not let them in.
+CHUNK = 1 << 22  # intersections computed at a time: 16 MiB of float32
+# IoUs equal to the limit are common (anchors of twice a box's side around it have an IoU of 1/4
+# everywhere), and rounding must not let them in.
 TIE = 1e-5
 
 
 def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Half the squared distance between features, per masked place.
+    """Half the squared error between features, averaged over masked places.
 
     Wang et al., 2019, https://arxiv.org/abs/1906.03609: the sum over masked places and all channels
-    of `(teacher - student)^2`, divided by twice the number of masked places in the whole batch. The
-    mask is an imitation mask around objects for detectors, and a ring around an object for what a
-    context teacher knows of its surroundings.
+    of `(teacher - student)^2`, divided by twice the number of masked places in the batch. Detectors
+    use an imitation mask around objects, context teachers a ring around the hidden object.
 
     Args:
         student: Adapted features, (N, C, H, W).
         teacher: Features, (N, C, H, W).
-        mask: Places that count, bool (N, H, W); or their weights, float (N, H, W), 0 or above. What
-            the features are elsewhere does not matter, were they not even finite.
+        mask: Places to include, bool (N, H, W), or their weights, float (N, H, W), not negative.
+            Features elsewhere need not be finite.
 
     Returns:
         Scalar; 0 with a zero gradient where nothing is masked.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers for features or mask.
     """
-    comparable("imitation", student, teacher, dimensions=4)
-    mask_fits("imitation", "mask", mask, student, beside="student", weights=True)
-    wide = wide_type(student, teacher)
+    check_pair("imitation", student, teacher, dimensions=4)
+    check_mask("imitation", "mask", mask, student, like="student", weights=True)
+    dtype = wide_dtype(student, teacher)
     outside = ~(mask > 0)
-    # The compiler fuses the formula by itself.
+    # The compiler fuses the plain formula.
     distances = _distances if torch.compiler.is_compiling() else _Distances.apply
-    chosen: Tensor = distances(student, teacher, outside, wide)
+    squares: Tensor = distances(student, teacher, outside, dtype)
     if mask.dtype != torch.bool:
-        chosen = chosen * mask.to(wide)
-    places = mask.sum(dtype=wide)
-    return chosen.sum() / (2 * places.where(places > 0, 1.0))
+        squares = squares * mask.to(dtype)
+    places = mask.sum(dtype=dtype)
+    return squares.sum() / (2 * places.where(places > 0, 1.0))
 
 
 class _Distances(torch.autograd.Function):
-    """Squared distance at each place, (N, H, W), 0 outside; the difference is taken twice.
+    """Squared distance at each place, (N, H, W), 0 outside; recomputed in the backward pass.
 
-    Left to autograd, a place outside that is not finite has a gradient of 0 times NaN, or else a
-    pass over the maps must fill it, and the difference is held between the two passes.
+    With autograd, places outside that are not finite would get a gradient of 0 times NaN unless
+    another pass filled them, and the difference would be stored between the passes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, outside: Tensor, wide: torch.dtype
+        ctx: Any, student: Tensor, teacher: Tensor, outside: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The sum over channels of the squares."""
+        """Sum the squares over channels."""
         ctx.save_for_backward(student, teacher, outside)
-        ctx.wide = wide
-        gap = student.to(wide) - teacher
+        ctx.dtype = dtype
+        gap = student.to(dtype) - teacher
         return gap.square_().sum(dim=1).masked_fill_(outside, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Twice the difference, and its opposite."""
+        """Twice the difference for the student, its negative for the teacher."""
         student, teacher, outside = ctx.saved_tensors
-        gap = student.to(ctx.wide) - teacher
+        gap = student.to(ctx.dtype) - teacher
         gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)
-        wants_student, wants_teacher = ctx.needs_input_grad[:2]
-        for_student = gap.to(student.dtype) if wants_student else None
-        for_teacher = (-gap).to(teacher.dtype) if wants_teacher else None
-        return for_student, for_teacher, None, None
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = gap.to(student.dtype) if need_student else None
+        teacher_grad = (-gap).to(teacher.dtype) if need_teacher else None
+        return student_grad, teacher_grad, None, None
 
 
-def _distances(student: Tensor, teacher: Tensor, outside: Tensor, wide: torch.dtype) -> Tensor:
-    gap = student.to(wide) - teacher
+def _distances(student: Tensor, teacher: Tensor, outside: Tensor, dtype: torch.dtype) -> Tensor:
+    gap = student.to(dtype) - teacher
     return gap.masked_fill(outside[:, None], 0.0).square().sum(dim=1)
 
 
@@ -96,100 +92,101 @@ def anchor_grid(
     offset: float = 0.5,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Anchors around the middle of each place of a grid, or around another point of it.
+    """Anchors around the centre, or another point, of each cell of a grid.
 
     Args:
-        height: Places down.
-        width: Places across.
-        stride: Pixels between places.
+        height: Number of rows.
+        width: Number of columns.
+        stride: Pixels between cells.
         sides: Width and height of each of the K anchors, pixels.
-        offset: Where in a place the anchors' middle is, in strides; 0 for a detector of
-            torchvision's, whose own anchors lie around the places' upper left corners.
-        device: Where the result lies.
+        offset: Position of the anchors' centre in the cell, in strides; 0 for torchvision's
+            detectors, whose anchors are centred at the upper left corners.
+        device: Device of the result.
 
     Returns:
         (H, W, K, 4), xyxy pixels.
     """
     x, y = ((torch.arange(count, device=device) + offset) * stride for count in (width, height))
-    middles = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
-    half = torch.tensor(sides, device=device, dtype=middles.dtype).view(-1, 2) / 2
-    return torch.cat([middles - half, middles + half], dim=-1)
+    centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
+    half = torch.tensor(sides, device=device, dtype=centres.dtype).view(-1, 2) / 2
+    return torch.cat([centres - half, centres + half], dim=-1)
 
 
 def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5) -> Tensor:
     """Places whose anchors overlap an object nearly as well as the best anchor does.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609: for each box, its IoU with every anchor at
-    every place, outside the picture too; a place counts where any of its anchors has an IoU
-    strictly above `psi` times that box's largest; boxes are united. Coordinates are continuous: a
-    box from 0 to 16 is 16 wide. At psi = 0 these are the places that overlap a box at all, at
-    psi = 1 none.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609: a place is in the mask of a box if any of
+    its anchors has an IoU strictly above `psi` times the box's largest IoU with any anchor,
+    including those outside the image; the result is the union over boxes. Coordinates are
+    continuous: a box from 0 to 16 is 16 wide. psi = 0 selects all places that overlap a box, psi =
+    1 none.
 
-    For a feature pyramid call it once a level, with that level's anchors and the boxes assigned to
-    it: the largest IoU is then that of the level. With all boxes on every level each box finds a
-    "best" anchor on levels that do not fit it, which teaches background.
+    For a feature pyramid, call it once per level with that level's anchors and assigned boxes. With
+    all boxes on every level, each box would find a "best" anchor on levels that do not fit it, and
+    the student would imitate background.
 
-    An anchor's overlap with a box is a width, which the column says, times a height, which the row
-    says. For anchors of one size the IoU rises with that product, so that the largest comes from
-    the largest width and height alone; the rest is a product and a comparison for each place.
+    An anchor's intersection with a box is a width, which depends on the column, times a height,
+    which depends on the row. For anchors of one size the IoU grows with that product, so the
+    largest IoU follows from the largest width and height alone; the rest is one product and
+    comparison per place.
 
     Args:
-        boxes: One (G, 4) for each image, xyxy pixels; G may be 0. They may reach over the picture
-            or lie outside. A box that no anchor overlaps, or without area, chooses nothing.
-        anchors: (H, W, K, 4), xyxy pixels. A grid: x is a function of column and anchor, y of row
-            and anchor, and an anchor has one size everywhere.
-        psi: Share of the largest IoU, 0..1.
+        boxes: One (G, 4) per image, xyxy pixels; G may be 0. Boxes may extend beyond the image. A
+            box without area, or that no anchor overlaps, selects nothing.
+        anchors: (H, W, K, 4), xyxy pixels. A grid: x depends on column and anchor, y on row and
+            anchor, and each anchor has one size everywhere.
+        psi: Fraction of the largest IoU, 0..1.
 
     Returns:
         Bool, (N, H, W); all False for an image without boxes.
 
     Raises:
-        UserError: Shapes that do not fit, psi out of range; and of tensors on the CPU, anchors that
-            are no grid, boxes that are not finite or have their corners swapped. On an accelerator
-            looking would make each step wait: there, and under `torch.compile`, such boxes choose
-            nothing, and such anchors are not noticed.
+        UserError: Shapes that do not fit, psi out of range; on the CPU also anchors that are not a
+            grid, and boxes that are not finite or have swapped corners. On an accelerator, where
+            checking values would synchronise in every step, and under `torch.compile`, such boxes
+            select nothing and such anchors go unnoticed.
     """
     _check_mask(boxes, anchors, psi)
-    wide = wide_type(anchors)
+    dtype = wide_dtype(anchors)
     if anchors.numel() == 0 or not any(len(own) for own in boxes):
         return anchors.new_zeros(len(boxes), *anchors.shape[:2], dtype=torch.bool)
-    # Padded boxes have no area, overlap nothing and so choose nothing.
-    padded = pad_sequence([own.to(anchors.device, wide) for own in boxes], batch_first=True)
-    columns, rows = anchors[0, :, :, 0::2].to(wide), anchors[:, 0, :, 1::2].to(wide)
+    # Padded boxes have no area and select nothing.
+    padded = pad_sequence([own.to(anchors.device, dtype) for own in boxes], batch_first=True)
+    columns, rows = anchors[0, :, :, 0::2].to(dtype), anchors[:, 0, :, 1::2].to(dtype)
     overlap_x = _overlaps(padded[..., 0], padded[..., 2], columns)  # (N, G, K, W)
     overlap_y = _overlaps(padded[..., 1], padded[..., 3], rows)  # (N, G, K, H)
     sizes = (columns[0, :, 1] - columns[0, :, 0]) * (rows[0, :, 1] - rows[0, :, 0])  # (K,)
-    # (N, G, K): of box and anchor together.
+    # (N, G, K), sum of the areas of box and anchor.
     areas = (padded[..., 2:] - padded[..., :2]).prod(dim=-1, keepdim=True) + sizes
     largest = overlap_x.amax(dim=-1) * overlap_y.amax(dim=-1)
     union = areas - largest
     best = (largest / union.where(union > 0, 1.0)).amax(dim=2, keepdim=True)  # (N, G, 1)
-    limit = psi * best * (1 + TIE)  # solved for the overlap: where its IoU is the limit
+    limit = psi * best * (1 + TIE)  # intersection at which the IoU equals the limit
     return _any_above(overlap_x, overlap_y, limit * areas / (1 + limit))
 
 
 def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
-    """Whether any box's overlap with any anchor at a place exceeds its least one: (N, H, W).
+    """Whether any box's intersection with any anchor at a place exceeds its minimum: (N, H, W).
 
     Args:
         overlap_x: (N, G, K, W).
         overlap_y: (N, G, K, H).
         least: (N, G, K).
     """
-    images, boxes, kinds, width = overlap_x.shape
+    images, boxes, anchors_per_place, width = overlap_x.shape
     height = overlap_y.shape[3]
     found = torch.zeros(images, height, width, dtype=torch.bool, device=least.device)
     step = max(1, CHUNK // (boxes * height * width))
     for first in range(0, images, step):
         part = slice(first, first + step)
-        for kind in range(kinds):  # one at a time stays in the processor's cache
-            product = overlap_y[part, :, kind, :, None] * overlap_x[part, :, kind, None, :]
-            found[part] |= (product > least[part, :, kind, None, None]).any(dim=1)
+        for anchor in range(anchors_per_place):  # one at a time fits the processor's cache
+            product = overlap_y[part, :, anchor, :, None] * overlap_x[part, :, anchor, None, :]
+            found[part] |= (product > least[part, :, anchor, None, None]).any(dim=1)
     return found
 
 
 def _overlaps(low: Tensor, high: Tensor, spans: Tensor) -> Tensor:
-    """Length shared by intervals (N, G) and anchors' intervals (L, K, 2): (N, G, K, L)."""
+    """Intersection of intervals (N, G) with anchor intervals (L, K, 2): (N, G, K, L)."""
     spans = spans.transpose(0, 1)  # (K, L, 2)
     first = torch.maximum(low[..., None, None], spans[..., 0])
     last = torch.minimum(high[..., None, None], spans[..., 1])
@@ -205,11 +202,11 @@ def _check_mask(boxes: Sequence[Tensor], anchors: Tensor, psi: float) -> None:
         what = f"imitation_mask: boxes of image {image}"
         if own.ndim != 2 or own.shape[1] != 4:
             raise UserError(
-                f"{what} must be (G, 4), got {tuple(own.shape)}; an image without has (0, 4)"
+                f"{what} must be (G, 4), got {tuple(own.shape)}; (0, 4) if there are no boxes"
             )
         if own.dtype == torch.bool or own.is_complex():
-            raise UserError(f"{what} must be coordinates, got {name_of(own.dtype)}")
-    if torch.compiler.is_compiling():  # values are not there yet
+            raise UserError(f"{what} must be coordinates, got {dtype_name(own.dtype)}")
+    if torch.compiler.is_compiling():  # no values while tracing
         return
     if anchors.is_cpu and not _is_grid(anchors):
         raise UserError(
@@ -226,16 +223,16 @@ def _is_grid(anchors: Tensor) -> bool:
     return bool(
         (anchors[..., 0::2] == anchors[:1, :, :, 0::2]).all()
         and (anchors[..., 1::2] == anchors[:, :1, :, 1::2]).all()
-        # The last bits of a size depend on where it is.
+        # Rounding of a size depends on its position.
         and ((sizes - sizes[:1, :1]).abs() <= 1e-4 * (1 + sizes[:1, :1].abs())).all()
         and (sizes >= 0).all()
     )
 
 
 def _check_corners(boxes: Tensor, what: str) -> None:
-    sound = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
-    if not sound.all():
-        number = int((~sound).nonzero()[0])
+    valid = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+    if not valid.all():
+        number = int((~valid).nonzero()[0])
         raise UserError(
             f"{what} must be finite, with x1 <= x2 and y1 <= y2; box {number} is "
             f"{boxes[number].tolist()}"

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses._checks import comparable, mask_fits, positive, wide_type
+from kd.losses._checks import check_mask, check_pair, check_positive, wide_dtype
 
 
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """KL(teacher || student) of softened class distributions.
 
-    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. The square of the temperature keeps the
-    gradient's size independent of it.
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. The squared temperature makes the size of
+    the gradient independent of it.
 
     Args:
         student: Logits, (N, C).
@@ -25,12 +25,9 @@ def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> 
 
     Returns:
         Scalar, the mean over N; 0 with a zero gradient where N is 0.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers, or a temperature that is not above 0.
     """
-    comparable("kl_logits", student, teacher, dimensions=2)
-    positive("kl_logits", "temperature", temperature)
+    check_pair("kl_logits", student, teacher, dimensions=2)
+    check_positive("kl_logits", "temperature", temperature)
     divergence = _divergence(student, teacher, temperature)
     return divergence.sum() / max(len(divergence), 1) * temperature**2
 
@@ -45,33 +42,29 @@ def pixel_wise(
 ) -> Tensor:
     """KL(teacher || student) of the class distributions at each pixel.
 
-    Liu et al., 2019, https://arxiv.org/abs/1903.04197. The paper prints the divergence the other
-    way round; this direction is the one that its authors trained with.
+    Liu et al., 2019, https://arxiv.org/abs/1903.04197. The paper prints the divergence in the other
+    direction; its authors trained with this one.
 
     Args:
         student: Logits, (N, C, H, W).
         teacher: Logits, (N, C, H, W).
         temperature: Divides both sets of logits.
-        valid: Pixels that take part, bool (N, H, W); all of them where not given.
-        weights: What each pixel counts, (N, H, W), 0 or more; 1 where not given.
+        valid: Pixels to include, bool (N, H, W); None = all.
+        weights: Weight of each pixel, (N, H, W), not negative; None = 1.
 
     Returns:
-        Scalar, the mean over N, H and W, or over the valid pixels, whatever their weights; 0 with
-        a zero gradient where there are none.
-
-    Raises:
-        UserError: Shapes or devices that differ, integers, a mask that is not bool, or a
-            temperature that is not above 0.
+        Scalar, the sum divided by the number of (valid) pixels, whatever their weights; 0 with a
+        zero gradient where there are none.
     """
-    comparable("pixel_wise", student, teacher, dimensions=4)
-    positive("pixel_wise", "temperature", temperature)
+    check_pair("pixel_wise", student, teacher, dimensions=4)
+    check_positive("pixel_wise", "temperature", temperature)
     if valid is not None:
-        mask_fits("pixel_wise", "valid", valid, student, beside="student")
+        check_mask("pixel_wise", "valid", valid, student, like="student")
     if weights is not None:
-        mask_fits("pixel_wise", "weights", weights, student, beside="student", weights=True)
-    # The compiler fuses the formula by itself.
+        check_mask("pixel_wise", "weights", weights, student, like="student", weights=True)
+    # The compiler fuses the plain formula.
     if torch.compiler.is_compiling():
-        total = _chosen(_Maps(student, teacher, temperature, valid, weights))
+        total = _compiled_sum(_Maps(student, teacher, temperature, valid, weights))
     else:
         total = _PixelWise.apply(student, teacher, temperature, valid, weights)
     if valid is None:
@@ -80,7 +73,7 @@ def pixel_wise(
 
 
 class _Maps(NamedTuple):
-    """What is compared; the types are those of `pixel_wise`."""
+    """Arguments of `pixel_wise`."""
 
     student: Tensor
     teacher: Tensor
@@ -89,27 +82,27 @@ class _Maps(NamedTuple):
     weights: Tensor | None
 
     def image(self, number: int) -> _Maps:
-        """Those of one image, (1, ...)."""
+        """Select one image, (1, ...)."""
         part = slice(number, number + 1)
         valid, weights = (None if one is None else one[part] for one in self[3:])
         return _Maps(self.student[part], self.teacher[part], self.temperature, valid, weights)
 
 
 class _PixelWise(torch.autograd.Function):
-    """The sum over pixels, image by image; the backward pass computes each image again.
+    """Sum over pixels, image by image, recomputed in the backward pass.
 
-    Left to autograd, the two passes hold five maps as large as the logits between them.
+    Autograd would store five maps as large as the logits between the two passes.
     """
 
     @staticmethod
     def forward(ctx: Any, *fields: Any) -> Tensor:
-        """Sum of the divergences of the valid pixels; autograd takes the fields of `_Maps`."""
+        """Sum the divergences of the valid pixels; arguments are the fields of `_Maps`."""
         maps = _Maps(*fields)
         ctx.save_for_backward(maps.student, maps.teacher, maps.valid, maps.weights)
         ctx.temperature = maps.temperature
-        total = maps.student.new_zeros((), dtype=wide_type(maps.student, maps.teacher))
+        total = maps.student.new_zeros((), dtype=wide_dtype(maps.student, maps.teacher))
         for i in range(len(maps.student)):
-            total = total + _summed(maps.image(i))
+            total = total + _sum(maps.image(i))
         return total
 
     @staticmethod
@@ -117,41 +110,41 @@ class _PixelWise(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """For the student `(p - q) / T`, for the teacher `q (log q - log p - KL) / T`."""
         student, teacher, valid, weights = ctx.saved_tensors
-        wants_student, wants_teacher = ctx.needs_input_grad[:2]
-        for_student = torch.empty_like(student) if wants_student else None
-        for_teacher = torch.empty_like(teacher) if wants_teacher else None
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = torch.empty_like(student) if need_student else None
+        teacher_grad = torch.empty_like(teacher) if need_teacher else None
         scale = upstream / ctx.temperature
-        wide = wide_type(student, teacher)
+        dtype = wide_dtype(student, teacher)
         for i in range(len(student)):
-            log_p = _log_softmax(student[i], 0, ctx.temperature, wide)
-            log_q = _log_softmax(teacher[i], 0, ctx.temperature, wide)
-            unseen = None if valid is None else ~valid[i]
+            log_p = _log_softmax(student[i], 0, ctx.temperature, dtype)
+            log_q = _log_softmax(teacher[i], 0, ctx.temperature, dtype)
+            void = None if valid is None else ~valid[i]
             q = log_q.exp()
             slope = scale if weights is None else scale * weights[i]
-            if for_teacher is not None:
+            if teacher_grad is not None:
                 gap = log_q.sub_(log_p)
                 gap = gap - (q * gap).sum(dim=0)
-                for_teacher[i] = _kept(gap.mul_(q).mul_(slope), unseen)
-            if for_student is not None:
-                for_student[i] = _kept(log_p.exp_().sub_(q).mul_(slope), unseen)
-        return for_student, for_teacher, None, None, None
+                teacher_grad[i] = _zero_void(gap.mul_(q).mul_(slope), void)
+            if student_grad is not None:
+                student_grad[i] = _zero_void(log_p.exp_().sub_(q).mul_(slope), void)
+        return student_grad, teacher_grad, None, None, None
 
 
-def _kept(gradient: Tensor, unseen: Tensor | None) -> Tensor:
-    """Set to 0 what takes no part, were it not even finite."""
-    return gradient if unseen is None else gradient.masked_fill_(unseen, 0.0)
+def _zero_void(gradient: Tensor, void: Tensor | None) -> Tensor:
+    """Zero the gradient of void pixels, even where it is not finite."""
+    return gradient if void is None else gradient.masked_fill_(void, 0.0)
 
 
-def _chosen(maps: _Maps) -> Tensor:
-    """The sum as autograd may have it: what takes no part is gone before the softmax."""
+def _compiled_sum(maps: _Maps) -> Tensor:
+    """Differentiable sum: void pixels are zeroed before the softmax."""
     if maps.valid is not None:
-        unseen = ~maps.valid[:, None]
-        student, teacher = (one.masked_fill(unseen, 0.0) for one in (maps.student, maps.teacher))
+        void = ~maps.valid[:, None]
+        student, teacher = (one.masked_fill(void, 0.0) for one in (maps.student, maps.teacher))
         maps = maps._replace(student=student, teacher=teacher)
-    return _summed(maps)
+    return _sum(maps)
 
 
-def _summed(maps: _Maps) -> Tensor:
+def _sum(maps: _Maps) -> Tensor:
     divergence = _divergence(maps.student, maps.teacher, maps.temperature)
     if maps.weights is not None:
         divergence = divergence * maps.weights
@@ -159,14 +152,14 @@ def _summed(maps: _Maps) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) over dimension 1, which is gone from the result."""
-    wide = wide_type(student, teacher)
-    log_p = _log_softmax(student, 1, temperature, wide)
-    log_q = _log_softmax(teacher, 1, temperature, wide)
+    """KL(teacher || student) over dimension 1, which is reduced."""
+    dtype = wide_dtype(student, teacher)
+    log_p = _log_softmax(student, 1, temperature, dtype)
+    log_q = _log_softmax(teacher, 1, temperature, dtype)
     return (log_q.exp() * (log_q - log_p)).sum(dim=1)
 
 
-def _log_softmax(logits: Tensor, dim: int, temperature: float, wide: torch.dtype) -> Tensor:
+def _log_softmax(logits: Tensor, dim: int, temperature: float, dtype: torch.dtype) -> Tensor:
     if temperature != 1.0:
-        logits = logits.to(wide) / temperature
-    return F.log_softmax(logits, dim=dim, dtype=wide)
+        logits = logits.to(dtype) / temperature
+    return F.log_softmax(logits, dim=dim, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Divergences between distributions over the places of a picture: where people look."""
+"""Saliency losses: divergences between distributions over the places of an image."""
 
 from __future__ import annotations
 
@@ -7,62 +7,57 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.losses._checks import (
-    comparable,
-    floating,
-    mask_fits,
-    one_device,
-    positive,
-    same_shape,
-    wide_type,
+    check_device,
+    check_floating,
+    check_mask,
+    check_pair,
+    check_positive,
+    check_shapes,
+    wide_dtype,
 )
-from kd.losses.channel_wise import channel_wise, log_shares
+from kd.losses.channel_wise import channel_wise, masked_log_softmax
 
-EPS = 1e-7  # of the published form
+EPS = 1e-7  # in the published form
 
 
 def saliency_kld(
     logits: Tensor, density: Tensor, valid: Tensor | None = None, *, published: bool = False
 ) -> Tensor:
-    """KL(truth || prediction) of distributions over a picture's places.
+    """KL(ground truth || prediction) of distributions over the places of an image.
 
     The prediction is a softmax of the logits over the valid places. As published with MSI-Net
-    (Kroner et al., 2020, https://arxiv.org/abs/1902.06634) a map in 0..1 is divided by its sum
-    instead, `q = y / (eps + sum y)`, `p = m / (eps + sum m)`, loss `sum q log(eps + q / (eps + p))`
-    with eps 1e-7; the map `m` is the sigmoid of the logits here. (MSI-Net's own was scaled to 0..1
-    by its least and largest place.) A sigmoid that is 0 or 1 everywhere has no gradient left; a
-    softmax always has one.
+    (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), a map in 0..1 is divided by its sum
+    instead: `q = y / (eps + sum y)`, `p = m / (eps + sum m)`, loss `sum q log(eps + q / (eps + p))`
+    with eps 1e-7; here the map `m` is the sigmoid of the logits (MSI-Net scales its map to 0..1 by
+    its minimum and maximum). Unlike a softmax, a saturated sigmoid has no gradient.
 
     Args:
-        logits: Of the prediction, (N, 1, H, W).
-        density: The truth, (N, 1, H, W); divided by its sum over the valid places here. That no
-            place is below 0 is not checked.
-        valid: Places that take part, bool (N, H, W); all of them where not given.
-        published: Whether to take the published form.
+        logits: Prediction, (N, 1, H, W).
+        density: Ground truth, (N, 1, H, W), not negative (unchecked); normalised here over the
+            valid places.
+        valid: Places to include, bool (N, H, W); None = all.
+        published: Use the published form.
 
     Returns:
-        Scalar, the mean over the pictures with a density above 0 at a valid place; 0 with a zero
+        Scalar, the mean over the images with a density above 0 at a valid place; 0 with a zero
         gradient where there are none.
-
-    Raises:
-        UserError: Shapes or devices that differ, more than one channel, whole numbers, or a mask
-            that is not bool.
     """
-    same_shape("saliency_kld", logits, density, dimensions=4, names=("logits", "density"))
+    check_shapes("saliency_kld", logits, density, dimensions=4, names=("logits", "density"))
     _one_channel("saliency_kld", logits, "logits")
-    floating("saliency_kld", logits=logits, density=density)
-    one_device("saliency_kld", logits=logits, density=density)
+    check_floating("saliency_kld", logits=logits, density=density)
+    check_device("saliency_kld", logits=logits, density=density)
     if valid is not None:
-        mask_fits("saliency_kld", "valid", valid, logits, beside="logits")
+        check_mask("saliency_kld", "valid", valid, logits, like="logits")
     places = _places(logits, valid)
-    wide = wide_type(logits, density)
-    truth = density.flatten(2).to(wide).masked_fill(~places, 0.0)  # (N, 1, H * W)
+    dtype = wide_dtype(logits, density)
+    truth = density.flatten(2).to(dtype).masked_fill(~places, 0.0)  # (N, 1, H * W)
     mass = truth.sum(dim=2, keepdim=True)
-    empty = mass == 0  # and not "above 0 is not so", which would hide what is no number
+    empty = mass == 0  # not `~(mass > 0)`, which would hide NaN
     if published:
-        divergence = _published(truth, _sigmoid(logits, places, wide))
+        divergence = _published(truth, _sigmoid(logits, places, dtype))
     else:
         q = truth / torch.where(empty, 1.0, mass)
-        log_p = log_shares(logits, places, 1.0, wide)
+        log_p = masked_log_softmax(logits, places, 1.0, dtype)
         divergence = (torch.xlogy(q, q) - q * log_p).sum(dim=2, keepdim=True)
     total = torch.where(empty, 0.0, divergence).sum()
     return total / (~empty).sum().clamp(min=1)
@@ -76,71 +71,67 @@ def saliency_maps(
     temperature: float = 1.0,
     published: bool = False,
 ) -> Tensor:
-    """KL(teacher || student) of softened distributions over a picture's places.
+    """KL(teacher || student) of softened distributions over the places of an image.
 
-    Both are softmaxes over the valid places of logits divided by the temperature, and the square of
-    it keeps the gradient's size: `channel_wise` of the one channel.
+    Both are softmaxes over the valid places of logits divided by the temperature; the loss is
+    multiplied by the squared temperature. This is `channel_wise` of the one channel.
 
-    The published form divides maps by the temperature, and then by their sum, which takes the
-    temperature out again: it has **no effect** there. The student's map is the sigmoid of its
-    logits, the teacher's its density (a sigmoid of a softmax's logits, which are known up to a
-    constant, would be another map). The form is kept to compare with, and the temperature's square
-    is left out of it too.
+    The published form divides maps by the temperature and then by their sum, so the temperature has
+    **no effect**; its square is left out as well. There the student's map is the sigmoid of its
+    logits and the teacher's its density (the logits of a softmax are known up to a constant only,
+    so their sigmoid is arbitrary). The form is meant for comparisons.
 
     Args:
         student: Logits, (N, 1, H, W).
         teacher: Logits, (N, 1, H, W).
-        valid: Places that take part, bool (N, H, W); all of them where not given.
+        valid: Places to include, bool (N, H, W); None = all.
         temperature: Divides both; above 1 softens.
-        published: Whether to take the published form, that of `saliency_kld`.
+        published: Use the published form, as in `saliency_kld`.
 
     Returns:
-        Scalar, the mean over the N pictures, or over those with a valid place; 0 with a zero
-        gradient where there are none.
-
-    Raises:
-        UserError: Shapes or devices that differ, more than one channel, whole numbers, a mask that
-            is not bool, or a temperature that is not above 0.
+        Scalar, the mean over the N images, or over those with a valid place; 0 with a zero gradient
+        where there are none.
     """
-    comparable("saliency_maps", student, teacher, dimensions=4)
+    check_pair("saliency_maps", student, teacher, dimensions=4)
     _one_channel("saliency_maps", student, "student")
-    positive("saliency_maps", "temperature", temperature)
+    check_positive("saliency_maps", "temperature", temperature)
     if valid is not None:
-        mask_fits("saliency_maps", "valid", valid, student, beside="student")
+        check_mask("saliency_maps", "valid", valid, student, like="student")
     if not published:
         return channel_wise(student, teacher, temperature=temperature, valid=valid)
     places = _places(student, valid)
-    wide = wide_type(student, teacher)
-    maps = _sigmoid(student, places, wide) / temperature
-    truth = _density(teacher, places, wide) / temperature
+    dtype = wide_dtype(student, teacher)
+    maps = _sigmoid(student, places, dtype) / temperature
+    truth = _density(teacher, places, dtype) / temperature
     divergence = _published(truth, maps)
-    seen = places.any(dim=2, keepdim=True)
-    return torch.where(seen, divergence, 0.0).sum() / seen.sum().clamp(min=1)
+    non_empty = places.any(dim=2, keepdim=True)
+    return torch.where(non_empty, divergence, 0.0).sum() / non_empty.sum().clamp(min=1)
 
 
 def _places(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Which places take part, (N, 1, H * W)."""
+    """Mask of the places to include, (N, 1, H * W)."""
     if valid is None:
         return torch.ones_like(logits, dtype=torch.bool).flatten(2)
     return valid.flatten(1)[:, None]
 
 
-def _sigmoid(logits: Tensor, places: Tensor, wide: torch.dtype) -> Tensor:
-    """A map in 0..1, (N, 1, H * W), 0 at places that take no part."""
-    rows = logits.flatten(2).to(wide).masked_fill(~places, 0.0)
-    # A sigmoid makes 0 or 1 of an infinite logit; as elsewhere, such must not pass unseen.
+def _sigmoid(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sigmoid map, (N, 1, H * W), 0 at excluded places."""
+    rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
+    # The second term, 0 or NaN, keeps infinite logits noticeable.
     return (rows.sigmoid() + 0.0 * rows).masked_fill(~places, 0.0)
 
 
-def _density(logits: Tensor, places: Tensor, wide: torch.dtype) -> Tensor:
-    """A softmax over places, (N, 1, H * W), 0 at those that take no part."""
-    rows = logits.flatten(2).to(wide).masked_fill(~places, 0.0)
-    # A share makes 0 of a logit of minus infinity; as elsewhere, such must not pass unseen.
-    return log_shares(logits, places, 1.0, wide).exp().masked_fill(~places, 0.0) + 0.0 * rows
+def _density(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax over the included places, (N, 1, H * W), 0 at others."""
+    rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
+    # The second term, 0 or NaN, keeps infinite logits noticeable.
+    density = masked_log_softmax(logits, places, 1.0, dtype).exp()
+    return density.masked_fill(~places, 0.0) + 0.0 * rows
 
 
 def _published(truth: Tensor, maps: Tensor) -> Tensor:
-    """Divergence of maps (N, 1, P), each divided by its sum: (N, 1, 1)."""
+    """Divergence of maps (N, 1, P), each normalised by its sum: (N, 1, 1)."""
     q, p = (one / (EPS + one.sum(dim=2, keepdim=True)) for one in (truth, maps))
     return (q * (EPS + q / (EPS + p)).log()).sum(dim=2, keepdim=True)
 

@@ -113,7 +113,7 @@ def _blur(
     picture: tuple[int, int],
     random: np.random.Generator,
 ) -> list[float]:
-    """A box found a little beside the true one, x, y, width, height, inside the picture."""
+    """A box found a little beside the true one, x, y, width, height, inside the image."""
     sides = box[2:] * np.exp(random.normal(0.0, STRETCH, 2))
     centre = box[:2] + box[2:] / 2 + random.normal(0.0, SHIFT, 2) * box[2:]
     low = np.clip(centre - sides / 2, 0, np.array(picture) - 1.0)

@@ -15,7 +15,7 @@ from kd.errors import UserError
 from kd.formats.coco import CocoIndex
 from kd.formats.fixations import Fixations
 
-OBSERVERS, LOOKS = 10, 8  # fixations of an observer on a picture
+OBSERVERS, LOOKS = 10, 8  # fixations of an observer on an image
 INTEREST = {"person": 4.0, "dog": 3.0, "bird": 3.0, "car": 2.0, "boat": 2.0, "laptop": 2.0,
             "cloud": 0.3, "tree": 0.5, "bench": 0.5}  # fmt: skip
 ORDINARY = 1.0  # of all other classes
@@ -27,10 +27,10 @@ _STREAM = 11  # keeps these random numbers apart from all others
 
 @dataclass(frozen=True)
 class SceneGaze:
-    """The model's fixations on the pictures of an index; the same ones whenever it is asked.
+    """The model's fixations on the images of an index; the same ones whenever it is asked.
 
     Args:
-        index: Annotated pictures.
+        index: Annotated images.
         seed: Of the observers.
     """
 
@@ -38,7 +38,7 @@ class SceneGaze:
     seed: int = 0
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations on the picture at a place in the index."""
+        """Fixations on the image at a place in the index."""
         index = self.index
         own = int(index.heights[number]), int(index.widths[number])
         if own != size:

@@ -2,7 +2,7 @@
 
 A scene is drawn in this order, and every factor is a normalised distribution:
 
-1. its kind (harbour, kitchen, ...), uniform, and its horizon, which matters to the picture only;
+1. its kind (harbour, kitchen, ...), uniform, and its horizon, which matters to the image only;
 2. the number of objects and their centres, blind to kind and class. A centre's height gives its
    place (top, middle, bottom), so that a box alone tells the place;
 3. the classes, from left to right: `p(c_i | kind, c_<i) = softmax_c(log_base[kind, place_i, c] +
@@ -31,9 +31,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Given = Literal["pixels", "annotations", "both"]
 
-CANVAS = 64  # scenes are laid out on 64 x 64 units, whatever the size of the picture
+CANVAS = 64  # scenes are laid out on 64 x 64 units, whatever the size of the image
 SIZES = np.arange(8, 23, 2)  # even, so that a centre is whole
-COLUMNS = (11, 53)  # centres keep the largest box inside the picture
+COLUMNS = (11, 53)  # centres keep the largest box inside the image
 BANDS = ((11, 18), (23, 36), (41, 53))  # centre rows of top, middle, bottom; gaps keep them apart
 BAND_SHARE = (0.25, 0.35, 0.40)
 COUNTS = (4, 7)
@@ -74,7 +74,7 @@ class Scene:
 
     Attributes:
         kind: Index into the world's kinds.
-        horizon: Row of the horizon, in units of the canvas; for the picture only.
+        horizon: Row of the horizon, in units of the canvas; for the image only.
         classes: (n,) class of each object.
         boxes: (n, 4) x, y, width, height in whole units of the canvas.
     """

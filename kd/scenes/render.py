@@ -56,9 +56,9 @@ def paint_scene(
     """Paint a scene.
 
     Args:
-        scene: What to paint; nearer objects (lower in the picture) cover farther ones.
+        scene: What to paint; nearer objects (lower in the image) cover farther ones.
         seed: Of everything random about the painting.
-        size: Side of the picture in pixels, a multiple of 64.
+        size: Side of the image in pixels, a multiple of 64.
         omit: Objects to leave out, everything else staying as it is.
         world: The model, for the look of each class and the name of the kind.
     """

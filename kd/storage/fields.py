@@ -1,9 +1,9 @@
-"""Stored outputs of a teacher as part of a sample, moved as its picture was moved.
+"""Stored outputs of a teacher as part of a sample, moved as its image was moved.
 
-A stored map belongs to the whole picture in its square frame, whatever scale the picture is read
-at. What an augmentation did to the picture is done to the map: each place of the new map is read,
-bilinearly, where the picture's place came from. Whether the teacher itself would give that for the
-moved picture is another matter: `kd.teacher_cache.equivariance` measures it.
+A stored map belongs to the whole image in its square frame, whatever scale the image is read
+at. What an augmentation did to the image is done to the map: each place of the new map is read,
+bilinearly, where the image's place came from. Whether the teacher itself would give that for the
+moved image is another matter: `kd.teacher_cache.equivariance` measures it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CachedField:
 
     Args:
         store: Where it lies, in the field `values`; with `indices` where only the largest were
-            kept; and both again after `mirrored_` where the mirrored picture was shown too.
+            kept; and both again after `mirrored_` where the mirrored image was shown too.
         name: What the sample calls it, after `stored.`.
         channels: Of the output where only the largest of them are stored.
         stride: Pixels of a crop to a place of the map that it gets.
@@ -58,8 +58,8 @@ class CachedField:
 
         Args:
             object_ids: (K,); or the ids of whatever else was stored.
-            plan: What was done to the picture.
-            size: Height and width of the picture before, at any scale.
+            plan: What was done to the image.
+            size: Height and width of the image before, at any scale.
             frame: Side of the square frame, pixels.
         """
         side = ""
@@ -73,12 +73,12 @@ class CachedField:
     def cropped(
         self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int]
     ) -> Tensor:
-        """The output for a crop of a picture, (1, C, h, w) on a grid of its frame.
+        """The output for a crop of an image, (1, C, h, w) on a grid of its frame.
 
         Args:
-            image: Id of the picture.
+            image: Id of the image.
             crop: What was cut out of it.
-            size: Height and width of the picture.
+            size: Height and width of the image.
             frame: Those of the crop.
         """
         side = ""
@@ -100,12 +100,12 @@ class CachedField:
 
 
 def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Tensor:
-    """Do to maps over a frame what a plan did to the picture in it.
+    """Do to maps over a frame what a plan did to the image in it.
 
     Args:
-        maps: (K, C, h, w) over the frame of the whole picture.
+        maps: (K, C, h, w) over the frame of the whole image.
         plan: What was done.
-        size: Height and width of the picture before; its long side is that of the maps' frame.
+        size: Height and width of the image before; its long side is that of the maps' frame.
         frame: Side of the result's frame, pixels.
 
     Returns:
@@ -122,21 +122,21 @@ def resampled(
     frame: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """Read maps over a picture at the places that another frame's places come from.
+    """Read maps over an image at the places that another frame's places come from.
 
     Args:
-        maps: (K, C, h, w) over the picture.
-        sources: (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in those of the picture.
-        size: Height and width of the picture.
+        maps: (K, C, h, w) over the image.
+        sources: (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in those of the image.
+        size: Height and width of the image.
         frame: Those of the frame.
         grid: Places of the result over the frame.
 
     Returns:
-        (K, C, *grid), of the same type; what comes from outside the picture repeats its edge. Where
+        (K, C, *grid), of the same type; what comes from outside the image repeats its edge. Where
         the result is coarser than the maps its places are means of theirs, as where a network's
         features are scaled down.
     """
-    steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # of the picture, down, right
+    steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # of the image, down, right
     maps = _coarser(maps, steps * maps.shape[2:] / size)
     down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
     right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])

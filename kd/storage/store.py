@@ -217,7 +217,7 @@ class Store:
         if odd:
             raise UserError(
                 f"{self.url}: a cache of something else: {'; '.join(odd)}. Ask for what is there, "
-                "delete the folder and it is made anew, or name another one"
+                "delete the folder and it is rebuilt, or name another one"
             )
 
     def present(self) -> dict[int, str]:

@@ -91,7 +91,7 @@ _PROBABILITIES = (*_GEOMETRY, *_COLOURS, "blur")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was drawn for one picture.
+    """What was drawn for one image.
 
     Attributes:
         size: Height and width of the result, pixels.
@@ -120,7 +120,7 @@ class Plan:
             moved = F.horizontal_flip(moved)
         if self.shift != (0, 0):
             right, down = self.shift
-            moved = F.crop(moved, -down, -right, *self.size)  # pads where it leaves the picture
+            moved = F.crop(moved, -down, -right, *self.size)  # pads where it leaves the image
         if self.angle:
             moved = F.rotate(moved, self.angle, interpolation=InterpolationMode.BILINEAR)
         return moved  # type: ignore[no-any-return]
@@ -138,10 +138,10 @@ class Plan:
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 
     def of_mirrored(self, size: tuple[int, int]) -> Plan:
-        """What leads to the same result from the mirrored picture, for a plan that flips.
+        """What leads to the same result from the mirrored image, for a plan that flips.
 
         Args:
-            size: Height and width of the picture before.
+            size: Height and width of the image before.
         """
         crop = self.crop
         if crop is not None:
@@ -153,10 +153,10 @@ class Plan:
         """Where a place of the result comes from, the inverse of `boxes`.
 
         Args:
-            size: Height and width of the picture before.
+            size: Height and width of the image before.
 
         Returns:
-            (2, 3): takes (x, y, 1) in pixels of the result to (x, y) of the picture before.
+            (2, 3): takes (x, y, 1) in pixels of the result to (x, y) of the image before.
         """
         height, width = self.size
         # Undone in the reverse order: rotation about the middle, shift, flip, crop and scale.
@@ -179,7 +179,7 @@ class Plan:
         return moved
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Apply the geometry to (M, 4) xyxy pixels in a picture of `size`; nothing is cut off."""
+        """Apply the geometry to (M, 4) xyxy pixels in an image of `size`; nothing is cut off."""
         canvas: Any = {"format": "XYXY", "canvas_size": size, "clamping_mode": None}
         moved: Tensor = self.move(tv_tensors.BoundingBoxes(boxes, **canvas)).as_subclass(Tensor)
         return moved
@@ -187,7 +187,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random augmentations of a training picture that already has its working size.
+    """Random augmentations of a training image that already has its working size.
 
     `flip` to `jitter` are probabilities, each drawn by itself; the rest are the extents.
 
@@ -202,7 +202,7 @@ class Augment:
         blur: Gaussian blur with a standard deviation of up to `max_blur` pixels.
         jitter: Change brightness, contrast and saturation by factors of 1 +- `max_jitter`, hue by
             up to +-`max_hue` of the colour circle.
-        min_visible: An object of which less than this share of the box stays in the picture is
+        min_visible: An object of which less than this share of the box stays in the image is
             dropped.
     """
 
@@ -245,12 +245,12 @@ class Augment:
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], *, frame: int | None = None
     ) -> Plan:
-        """Decide what to do with one picture.
+        """Decide what to do with one image.
 
         Args:
             random: Drawn from.
-            size: Height and width of the picture.
-            frame: Side of a square that the result must fit in: of a larger picture a part as
+            size: Height and width of the image.
+            frame: Side of a square that the result must fit in: of a larger image a part as
                 large as the square is cut out anywhere, and no other `crop` then; None: as it is.
         """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
@@ -317,11 +317,11 @@ def build_augment(options: dict[str, Any] | None) -> Augment | None:
 def visible(
     boxes: Tensor, size: tuple[int, int], min_visible: float, *, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cut boxes at the picture's border and say which keep enough.
+    """Cut boxes at the image's border and say which keep enough.
 
     Args:
         boxes: (M, 4) xyxy pixels.
-        size: Height and width of the picture.
+        size: Height and width of the image.
         min_visible: Smallest share of a box's area that must stay.
         whole: The same boxes before something else cut them, (M, 4); None: nothing has.
 
@@ -347,7 +347,7 @@ def pad(image: Tensor, size: int) -> Tensor:
 def _draw_window(
     random: np.random.Generator, size: tuple[int, int], part: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of a picture, anywhere in it."""
+    """Top, left, height and width of a part of an image, anywhere in it."""
     top = int(random.integers(size[0] - part[0] + 1))
     left = int(random.integers(size[1] - part[1] + 1))
     return top, left, *part

@@ -1,4 +1,4 @@
-"""Random crops of a picture and its map at random scales, or the whole of both, for training."""
+"""Random crops of an image and its map at random scales, or the whole of both, for training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kd.utils.images import VOID
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """What was drawn for one picture.
+    """What was drawn for one image.
 
     Attributes:
         window: Top, left, height and width of what is cut out, pixels of the file.
@@ -73,10 +73,10 @@ class Crop:
         return np.array([[across, 0.0, left], row])
 
     def of_mirrored(self, size: tuple[int, int]) -> Crop:
-        """What leads to the same result from the mirrored picture, for a crop that flips.
+        """What leads to the same result from the mirrored image, for a crop that flips.
 
         Args:
-            size: Height and width of the picture.
+            size: Height and width of the image.
         """
         top, left, height, width = self.window
         return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
@@ -84,7 +84,7 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """How training pictures are cut; the defaults are those of structured distillation.
+    """How training images are cut; the defaults are those of structured distillation.
 
     Attributes:
         scale: Smallest and largest factor on the working size.
@@ -117,7 +117,7 @@ class Crops:
         *,
         factor: float = 1.0,
     ) -> Crop:
-        """Decide what to do with one picture.
+        """Decide what to do with one image.
 
         Args:
             random: Drawn from.
@@ -149,7 +149,7 @@ class Crops:
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """How whole training pictures are changed; the defaults are those of saliency students.
+    """How whole training images are changed; the defaults are those of saliency students.
 
     Attributes:
         flip: Probability to mirror left and right.
@@ -174,7 +174,7 @@ class Turns:
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
     ) -> Crop:
-        """Decide what to do with one picture.
+        """Decide what to do with one image.
 
         Args:
             random: Drawn from.
@@ -191,7 +191,7 @@ class Turns:
 
 
 def build_turns(options: dict[str, Any] | None) -> Turns:
-    """How whole pictures are changed, from the options; None: not at all.
+    """How whole images are changed, from the options; None: not at all.
 
     Raises:
         UserError: An option is unknown, of a wrong type or out of range.
@@ -215,7 +215,7 @@ def _check_shares(options: Crops | Turns, names: Sequence[str]) -> None:
 
 
 def build_crops(options: dict[str, Any] | None) -> Crops:
-    """How pictures are cut, from the options; None: at one scale, nothing else changed.
+    """How images are cut, from the options; None: at one scale, nothing else changed.
 
     Raises:
         UserError: An option is unknown, of a wrong type or out of range.

@@ -201,10 +201,10 @@ def class_maps(
 
 
 def valid_pixels(sizes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where the picture is, as opposed to the padding below and right of it.
+    """Where the image is, as opposed to the padding below and right of it.
 
     Args:
-        sizes: (N, 2) int64, the pictures' heights and widths.
+        sizes: (N, 2) int64, the images' heights and widths.
         size: Height and width of the frame.
 
     Returns:

@@ -40,7 +40,7 @@ def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def no_picture(size: tuple[int, int]) -> Tensor:
-    """What stands for a picture that nobody shall see: (3, height, width) uint8, all grey."""
+    """What stands for an image that nobody shall see: (3, height, width) uint8, all grey."""
     return torch.full((3, *size), _GREY, dtype=torch.uint8)
 
 
@@ -67,7 +67,7 @@ def read_image(
         path: JPEG, PNG, or another format that Pillow reads.
         size: Long side in pixels; None leaves the stored size.
         expected: Height and width that the annotations give for this file.
-        upright: Turn and mirror the picture as its EXIF orientation says.
+        upright: Turn and mirror the image as its EXIF orientation says.
 
     Returns:
         (3, h, w) uint8, contiguous.
@@ -88,9 +88,7 @@ def read_image(
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: image not found; check the image folder of the data set"
-        ) from None
+        raise UserError(f"{path}: image not found; check the image folder of the dataset") from None
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read this image: {reason}") from None

@@ -139,7 +139,7 @@ def test_a_cut_connection_is_resumed_at_once(
     assert "the connection ended after 300.0 kB of 1.0 MB" in caplog.text
 
 
-def test_attempts_that_bring_bytes_do_not_use_up_the_retries(site: Site, tmp_path: Path) -> None:
+def test_attempts_with_progress_do_not_count_as_retries(site: Site, tmp_path: Path) -> None:
     site.cuts = [100_000] * 8
     assert get(site, tmp_path, md5=MD5, retries=1).read_bytes() == CONTENT
 
@@ -155,7 +155,7 @@ def test_a_later_run_resumes_an_interrupted_download(site: Site, tmp_path: Path)
 
 
 @pytest.mark.parametrize("etag", ['"two"', None])
-def test_a_file_that_changed_meanwhile_is_fetched_afresh(
+def test_a_file_that_changed_on_the_server_is_downloaded_again(
     site: Site, tmp_path: Path, etag: str | None
 ) -> None:
     site.etag = None if etag is None else '"one"'
@@ -175,24 +175,24 @@ def test_a_server_that_ignores_ranges_sends_the_whole_file(site: Site, tmp_path:
     assert [sent for _, sent in site.asked] == [400_000, len(CONTENT)]
 
 
-def test_a_server_that_sends_another_range_is_not_believed(site: Site, tmp_path: Path) -> None:
+def test_a_wrong_range_from_the_server_is_rejected(site: Site, tmp_path: Path) -> None:
     site.shift = 5
     site.cuts = [400_000]
     assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
 
 
-def test_a_partial_file_that_is_whole_needs_no_byte(site: Site, tmp_path: Path) -> None:
+def test_a_complete_partial_file_downloads_nothing(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
     assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
     assert site.asked == [(f"bytes={len(CONTENT)}-", 0)]
 
 
-def test_a_partial_file_longer_than_the_servers_is_dropped(site: Site, tmp_path: Path) -> None:
+def test_a_partial_file_longer_than_the_original_is_discarded(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT + b"more")
     assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_rejected_and_the_file_deleted(site: Site, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"file.bin: wrong checksum: md5 is not 00.*removed"):
         get(site, tmp_path, md5="00" * 16)
     assert names(tmp_path) == []
@@ -204,7 +204,7 @@ def test_a_missing_file_is_reported_at_once(site: Site, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_busy_server_is_asked_again(site: Site, tmp_path: Path) -> None:
+def test_a_busy_server_is_retried(site: Site, tmp_path: Path) -> None:
     site.statuses = [503, 429]
     assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
     site.statuses = [500] * 3
@@ -213,7 +213,7 @@ def test_a_busy_server_is_asked_again(site: Site, tmp_path: Path) -> None:
         get(site, tmp_path)
 
 
-def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]  # free again below
@@ -221,12 +221,12 @@ def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
         fetch(f"http://127.0.0.1:{port}/x", tmp_path / "x", retries=1, backoff=0.001)
 
 
-def test_other_schemes_are_refused(tmp_path: Path) -> None:
+def test_other_schemes_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not an http or https address"):
         fetch("file:///etc/hosts", tmp_path / "x")
 
 
-def test_a_full_disk_is_noticed_before_receiving(
+def test_a_full_disk_is_noticed_before_downloading(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -235,7 +235,7 @@ def test_a_full_disk_is_noticed_before_receiving(
         get(site, tmp_path)
 
 
-def test_a_disk_that_fills_up_keeps_what_was_received(
+def test_a_disk_that_fills_up_leaves_the_partial_file(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(meter: Meter, count: int) -> None:
@@ -273,7 +273,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 
 def tiny_coco(site: Site) -> DataSet:
-    """A data set of two archives, served by `site`."""
+    """A dataset of two archives, served by `site`."""
     contents = {
         "annotations": {f"annotations/{name}.json": b"{}" for name in "abc"},
         "val": {f"val2017/{number}.jpg": bytes(2000) for number in range(5)},
@@ -316,7 +316,7 @@ def test_the_command_reports_a_mistake_in_one_line(
     assert "mirror/zips/annotations.zip: the server says 404" in capsys.readouterr().err
 
 
-def test_an_interrupted_unpacking_goes_on(site: Site, tmp_path: Path) -> None:
+def test_interrupted_unpacking_is_resumed(site: Site, tmp_path: Path) -> None:
     dataset = tiny_coco(site)
     (tmp_path / "val2017").mkdir()
     whole, cut = tmp_path / "val2017" / "0.jpg", tmp_path / "val2017" / "1.jpg.part"
@@ -329,7 +329,7 @@ def test_an_interrupted_unpacking_goes_on(site: Site, tmp_path: Path) -> None:
     assert (tmp_path / "val.zip").exists()
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(
+def test_too_little_space_is_reported_before_downloading(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=9_000)
@@ -347,7 +347,7 @@ def test_the_published_sizes_fit_the_space_check() -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "a/../../outside", "C:/out"])
-def test_an_entry_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_entry_that_leaves_the_folder_is_rejected(tmp_path: Path, name: str) -> None:
     archive = tmp_path / "bad.zip"
     archive.write_bytes(zipped({"good.txt": b"1", name: b"2"}))
     with pytest.raises(UserError, match=r"bad.zip: unsafe entry"):
@@ -355,7 +355,7 @@ def test_an_entry_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -
     assert names(tmp_path) == ["bad.zip"]
 
 
-def test_a_link_in_an_archive_is_refused_and_the_users_own_is_followed(tmp_path: Path) -> None:
+def test_links_in_archives_are_rejected_and_the_users_are_followed(tmp_path: Path) -> None:
     link = zipfile.ZipInfo("link")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
@@ -370,7 +370,7 @@ def test_a_link_in_an_archive_is_refused_and_the_users_own_is_followed(tmp_path:
     assert names(tmp_path / "large_disk") == ["x"]
 
 
-def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
     archive = tmp_path / "damaged.zip"
     data = bytearray(zipped({"file.bin": CONTENT}))
     archive.write_bytes(data[: len(data) // 2])
@@ -399,7 +399,7 @@ def test_sizes_are_readable() -> None:
     assert sizes == ["12 bytes", "1.5 kB", "19.3 GB", "50000.0 GB"]
 
 
-def test_the_notes_of_a_partial_file_hold_what_if_range_needs(site: Site, tmp_path: Path) -> None:
+def test_partial_files_store_the_validator_for_if_range(site: Site, tmp_path: Path) -> None:
     site.cuts = [10]
     with pytest.raises(UserError):
         get(site, tmp_path, retries=0)

@@ -87,7 +87,7 @@ def test_pycocotools_reads_the_set_and_finds_masks_inside_the_boxes(made: Path) 
         assert annotation["iscrowd"] == 0
 
 
-def test_the_stored_posteriors_are_those_of_the_scenes_read_back(made: Path) -> None:
+def test_stored_posteriors_agree_with_the_scenes_read_back(made: Path) -> None:
     for split in ("train", "val"):
         content = coco(made, split)
         stored = np.load(made / f"annotations/posteriors_{split}.npz")
@@ -105,7 +105,7 @@ def test_the_stored_posteriors_are_those_of_the_scenes_read_back(made: Path) -> 
         assert start == len(stored["object_ids"])
 
 
-def test_look_alikes_are_painted_pixel_for_pixel_the_same() -> None:
+def test_confusable_classes_are_painted_identically() -> None:
     world = scene_model.WORLD
     checked = 0
     for seed in range(25):
@@ -146,7 +146,7 @@ def test_every_look_fills_its_box_to_the_edges_or_nearly() -> None:
         assert all(0 <= v <= 16 for flat in outlines for v in flat)
 
 
-def test_the_pictures_match_the_listing(made: Path) -> None:
+def test_images_match_the_annotations(made: Path) -> None:
     content = coco(made)
     assert [c["look"] for c in content["categories"]] == [look for look, _ in CLASSES.values()]
     for image in content["images"]:
@@ -157,7 +157,7 @@ def test_the_pictures_match_the_listing(made: Path) -> None:
         assert 0 < image["scene"]["horizon"] < 64
 
 
-def test_larger_pictures_show_the_same_scenes(made: Path, tmp_path: Path) -> None:
+def test_larger_images_show_the_same_scenes(made: Path, tmp_path: Path) -> None:
     large = make(tmp_path / "large", size=128)
     for small_one, large_one in zip(
         coco(made)["annotations"], coco(large)["annotations"], strict=True
@@ -166,7 +166,7 @@ def test_larger_pictures_show_the_same_scenes(made: Path, tmp_path: Path) -> Non
         assert large_one["category_id"] == small_one["category_id"]
 
 
-def test_an_existing_set_is_reused_and_another_one_refused(made: Path) -> None:
+def test_an_existing_dataset_is_reused_and_another_rejected(made: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
     assert make(made) == made
     assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before
@@ -174,7 +174,7 @@ def test_an_existing_set_is_reused_and_another_one_refused(made: Path) -> None:
         make(made, train=7, val=3)
 
 
-def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
@@ -206,7 +206,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
         ({"workers": 0}, "workers: got 0"),
     ],
 )
-def test_an_argument_out_of_range_is_named(
+def test_an_argument_out_of_range_is_reported(
     argument: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -214,7 +214,7 @@ def test_an_argument_out_of_range_is_named(
     assert not any(tmp_path.iterdir())
 
 
-def test_an_error_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_no_partial_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -224,7 +224,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(tmp_path.iterdir())
 
 
-def test_a_kill_leaves_no_half_done_set(tmp_path: Path) -> None:
+def test_a_kill_leaves_no_partial_dataset(tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     command = [sys.executable, "-m", "kd.data.scenes", "--out", str(out), "--workers", "1"]
     root = Path(scenes.__file__).parents[2]
@@ -243,7 +243,7 @@ def test_a_kill_leaves_no_half_done_set(tmp_path: Path) -> None:
     assert coco(out)["images"]
 
 
-def test_the_command_tells_what_it_made_and_what_was_wrong(
+def test_the_command_reports_success_and_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--out", str(tmp_path / "s"), "--train", "2", "--val", "1", "--workers", "1"]

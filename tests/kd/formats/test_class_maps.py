@@ -51,7 +51,7 @@ def overlapping(content: dict[str, Any]) -> None:
     ]  # fmt: skip
 
 
-def test_smaller_objects_lie_on_top_and_segments_are_exact(index: CocoIndex) -> None:
+def test_smaller_objects_are_drawn_on_top_and_segments_are_exact(index: CocoIndex) -> None:
     index = edited(index, overlapping)
     drawn = draw_class_map(index, 0, (48, 64))
     assert drawn.dtype == np.uint8 and drawn.shape == (48, 64)
@@ -63,16 +63,14 @@ def test_smaller_objects_lie_on_top_and_segments_are_exact(index: CocoIndex) -> 
     assert (drawn == 2).sum() == pytest.approx(50, abs=6)
 
 
-def test_a_map_is_drawn_at_its_own_size_with_no_class_in_between(index: CocoIndex) -> None:
+def test_a_map_is_drawn_at_its_own_size_without_interpolated_classes(index: CocoIndex) -> None:
     index = edited(index, overlapping)
     drawn = draw_class_map(index, 0, (12, 16))
     assert set(np.unique(drawn).tolist()) == {0, 2, 3}
     assert drawn[2, 4] == 3 and drawn[3, 5] == 2
 
 
-def test_maps_are_drawn_once_and_found_again(
-    index: CocoIndex, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_maps_are_drawn_once_and_reused(index: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     maps = ClassMaps(index, 32)
     place = Path(maps.store.url)
@@ -93,7 +91,7 @@ def test_maps_are_drawn_once_and_found_again(
     assert len(pickle.loads(pickle.dumps(again))(0, plan, (24, 32))) == 32
 
 
-def test_maps_of_other_annotations_are_drawn_anew(
+def test_maps_of_other_annotations_are_redrawn(
     index: CocoIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = ClassMaps(index, 64)(0, Plan(size=(48, 64)), (48, 64))
@@ -103,7 +101,7 @@ def test_maps_of_other_annotations_are_drawn_anew(
     assert not torch.equal(before, after) and (after == 3).any()
 
 
-def test_a_damaged_file_is_drawn_anew(index: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_file_is_redrawn(index: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
     maps = ClassMaps(index, 32)
     whole = maps(1, Plan(size=(24, 32)), (24, 32))
     shard = next(Path(maps.store.url).glob("*.safetensors"))
@@ -114,7 +112,7 @@ def test_a_damaged_file_is_drawn_anew(index: CocoIndex, caplog: pytest.LogCaptur
     assert "damaged; it is drawn anew" in caplog.text
 
 
-def test_a_read_only_data_set_keeps_its_maps_in_the_cache(
+def test_maps_of_a_read_only_dataset_are_stored_in_the_cache(
     index: CocoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
@@ -128,7 +126,7 @@ def test_a_read_only_data_set_keeps_its_maps_in_the_cache(
     assert maps(0, Plan(size=(24, 32)), (24, 32)).any()
 
 
-def test_a_flip_moves_the_map_with_its_picture(index: CocoIndex) -> None:
+def test_a_flip_moves_the_map_with_its_image(index: CocoIndex) -> None:
     maps = ClassMaps(index, 64)
     still = maps(2, Plan(size=(48, 64)), (48, 64))
     flipped = maps(2, Plan(size=(48, 64), flip=True), (48, 64))
@@ -137,7 +135,7 @@ def test_a_flip_moves_the_map_with_its_picture(index: CocoIndex) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_map_follows_its_picture_without_new_classes(index: CocoIndex, seed: int) -> None:
+def test_a_map_follows_its_image_without_new_classes(index: CocoIndex, seed: int) -> None:
     maps = ClassMaps(index, 64)
     augment = build_augment(dict(MOVING))
     assert augment is not None
@@ -152,12 +150,12 @@ def test_a_map_follows_its_picture_without_new_classes(index: CocoIndex, seed: i
         assert torch.equal(here, follows & inside)
 
 
-def test_a_prepared_copys_odd_pixel_is_taken_care_of(index: CocoIndex) -> None:
+def test_odd_sizes_of_prepared_copies_are_handled(index: CocoIndex) -> None:
     maps = ClassMaps(index, 32)
     assert maps(0, Plan(size=(25, 32)), (25, 32)).shape == (32, 32)
 
 
-def test_a_batch_brings_maps_where_asked_for(index: CocoIndex) -> None:
+def test_a_batch_has_class_maps_if_requested(index: CocoIndex) -> None:
     dataset = ObjectSamples(
         index, size=32, mode="all", augment=MOVING, class_maps=ClassMaps(index, 32)
     )

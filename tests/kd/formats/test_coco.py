@@ -81,7 +81,7 @@ def load(folder: Path, dataset: Any, **options: Any) -> CocoIndex:
 
 
 def refused(folder: Path, dataset: Any, **options: Any) -> str:
-    """The message of a data set that must be refused; it names the file."""
+    """The message of a dataset that must be refused; it names the file."""
     with pytest.raises(UserError) as caught:
         load(folder, dataset, **options)
     assert "instances_x.json" in str(caught.value)
@@ -162,7 +162,7 @@ def test_a_mask_at_full_size_is_that_of_pycocotools(
     assert index.mask_of(3, (50, 100))[:, 20:22].sum() == 20
 
 
-def test_run_lengths_already_compressed_are_kept(tmp_path: Path) -> None:
+def test_compressed_run_lengths_are_stored_as_they_are(tmp_path: Path) -> None:
     dataset = small()
     counts = [20 * 50, 10, 40, 10, 78 * 50 + 40]
     packed = rle_masks.frPyObjects({"size": [50, 100], "counts": counts}, 50, 100)
@@ -260,7 +260,7 @@ def test_unusable_objects_are_skipped_with_counts_and_one_line(
     assert "skipped: 1 crowd, 1 zero area, 2 outside image, 1 tiny; noted: 1 clipped" in line
 
 
-def test_crowds_are_kept_apart_from_the_objects(tmp_path: Path) -> None:
+def test_crowds_are_separate_from_objects(tmp_path: Path) -> None:
     dataset = small()
     crowds = [
         annotation(100, 10, 1, [4, 2, 10, 10], iscrowd=1, asked=False, area=33),
@@ -282,14 +282,14 @@ def test_crowds_are_kept_apart_from_the_objects(tmp_path: Path) -> None:
         assert kept.mask_of(0, size)[2:12, 4:14].all() and kept.mask_of(0, size).sum() == 100
 
 
-def test_a_missing_json_is_named(tmp_path: Path) -> None:
+def test_a_missing_json_is_reported(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"absent.json: annotation file not found.*kd.data.download"
     ):
         load_coco(tmp_path / "absent.json", tmp_path)
 
 
-def test_a_json_cut_off_says_where(tmp_path: Path) -> None:
+def test_a_truncated_json_reports_the_position(tmp_path: Path) -> None:
     path = write(tmp_path, small())
     text = json.dumps(small(), indent=1)
     for size in (len(text) // 3, len(text) // 2, len(text) - 1):
@@ -298,7 +298,7 @@ def test_a_json_cut_off_says_where(tmp_path: Path) -> None:
             load_coco(path, tmp_path / "images")
 
 
-def test_a_json_cut_off_is_reported_from_the_child_process_too(
+def test_a_truncated_json_is_reported_from_the_child_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coco_files, "IN_PROCESS_BYTES", 0)
@@ -316,13 +316,13 @@ def test_a_json_cut_off_is_reported_from_the_child_process_too(
     [
         (b"", "is empty"),
         (b'{"images": [1,, 2]}', "not valid JSON: .* at byte 14 of 19"),
-        (b"\xff\xd8\xff\xe0 a picture", "not UTF-8 text"),
+        (b"\xff\xd8\xff\xe0 an image", "not UTF-8 text"),
         (b"[]", "a list; is it a file of detection results"),
         (b'{"images": []}', "no 'categories', 'annotations'"),
         (b"3}", "not valid JSON"),
     ],
 )
-def test_a_file_that_is_not_coco_json_is_refused(
+def test_a_file_that_is_not_coco_json_is_rejected(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "instances_x.json"
@@ -332,11 +332,11 @@ def test_a_file_that_is_not_coco_json_is_refused(
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-def test_an_empty_section_is_refused(tmp_path: Path, key: str) -> None:
-    assert f"empty data set: '{key}' has no entry" in refused(tmp_path, small() | {key: []})
+def test_an_empty_section_is_rejected(tmp_path: Path, key: str) -> None:
+    assert f"empty dataset: '{key}' has no entry" in refused(tmp_path, small() | {key: []})
 
 
-def test_a_data_set_with_only_crowds_is_empty(tmp_path: Path) -> None:
+def test_a_dataset_with_only_crowds_is_empty(tmp_path: Path) -> None:
     dataset = small()
     for entry in dataset["annotations"]:
         entry["iscrowd"] = 1
@@ -460,7 +460,7 @@ def test_a_touched_json_keeps_its_index_and_a_changed_one_does_not(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "remove", "version", "garbled"])
-def test_a_damaged_or_outdated_index_is_built_again(tmp_path: Path, damage: str) -> None:
+def test_a_corrupt_or_outdated_index_is_rebuilt(tmp_path: Path, damage: str) -> None:
     folder = load(tmp_path, small()).index_folder
     if damage == "cut":
         os.truncate(folder / "boxes.npy", 140)
@@ -476,7 +476,7 @@ def test_a_damaged_or_outdated_index_is_built_again(tmp_path: Path, damage: str)
     assert index.boxes.shape == (4, 4)
 
 
-def test_the_draft_of_a_killed_build_is_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     draft = tmp_path / ".instances_x.kdindex.0badcafe"
     draft.mkdir()
     (draft / "boxes.npy").write_bytes(b"half")
@@ -566,7 +566,7 @@ def test_decoding_finds_truncated_and_mismatching_images(tmp_path: Path) -> None
     Image.effect_noise((64, 48), 50).save(index.path(0))
     os.truncate(index.path(0), index.path(0).stat().st_size // 2)
     Image.new("RGB", (41, 40)).save(index.path(1))
-    index.path(2).write_bytes(b"no picture")
+    index.path(2).write_bytes(b"no image")
     messages = check_images_decode(index)
     assert len(messages) == 3
     assert "b.jpg (image 30): cannot be decoded: image file is truncated" in messages[0]

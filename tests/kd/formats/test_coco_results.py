@@ -38,7 +38,7 @@ def truth_file(tiny_coco: Callable[..., Path]) -> Path:
         ({"bbox": [1, 2, float("inf"), 5]}, "expected 4 finite numbers"),
     ],
 )
-def test_a_bad_entry_is_named(
+def test_a_bad_entry_is_reported(
     tmp_path: Path, tiny_coco: Callable[..., Path], change: dict[str, Any], words: str
 ) -> None:
     truth = read_truth(truth_file(tiny_coco))
@@ -49,7 +49,7 @@ def test_a_bad_entry_is_named(
     assert words in str(caught.value)
 
 
-def test_many_mistakes_are_counted_and_a_few_shown(
+def test_many_mistakes_are_counted_and_a_few_listed(
     tmp_path: Path, tiny_coco: Callable[..., Path]
 ) -> None:
     path = tmp_path / "results.json"
@@ -71,7 +71,7 @@ def test_many_mistakes_are_counted_and_a_few_shown(
         ('[{"image_id": 1', "cut off"),
     ],
 )
-def test_a_file_that_is_no_results_is_refused(
+def test_a_file_without_results_is_rejected(
     tmp_path: Path, tiny_coco: Callable[..., Path], text: str, words: str
 ) -> None:
     path = tmp_path / "results.json"
@@ -122,7 +122,7 @@ def test_scores_are_any_numbers_unless_probabilities_are_needed(
     assert "result 2: score is 7.5, expected a probability" in first and "result 3" in second
 
 
-def test_scores_are_all_that_changes(tmp_path: Path, tiny_coco: Callable[..., Path]) -> None:
+def test_rescoring_changes_only_scores(tmp_path: Path, tiny_coco: Callable[..., Path]) -> None:
     truth = read_truth(truth_file(tiny_coco))
     entries = [{**GOOD, "score": 0.1 + 0.2, "note": "kept"}, {**GOOD, "image_id": 2}]
     (tmp_path / "in.json").write_text(json.dumps(entries))

@@ -26,7 +26,7 @@ SIZE = (30, 40)
 
 @dataclass(frozen=True)
 class Told:
-    """The same fixations on every picture."""
+    """The same fixations on every image."""
 
     points: list[list[float]]
 
@@ -53,7 +53,7 @@ def test_a_density_is_a_gaussian_around_each_fixation() -> None:
     assert int(density.argmax()) in (9 * 40 + 12, 20 * 40 + 30)
 
 
-def test_a_coarser_grid_tells_the_same() -> None:
+def test_a_density_on_a_coarser_grid_is_the_same() -> None:
     points = np.array([[12.0, 9.0], [30.0, 20.0], [30.0, 22.0]])
     fine = drawn_density(points, SIZE, SIZE, 3.0)[0]
     coarse = drawn_density(points, SIZE, (15, 20), 3.0)[0]
@@ -62,12 +62,12 @@ def test_a_coarser_grid_tells_the_same() -> None:
     assert float(coarse.sum()) == pytest.approx(1)
 
 
-def test_a_gaussian_that_falls_between_places_is_refused() -> None:
+def test_a_gaussian_that_falls_between_places_is_rejected() -> None:
     with pytest.raises(UserError, match=r"a degree of 0\.05 pixels is too narrow.* data\.degree"):
         drawn_density(np.array([[8.0, 8.0]]), (64, 64), (8, 8), 0.05)
 
 
-def test_a_sum_of_one_is_kept_for_tiny_numbers() -> None:
+def test_tiny_densities_still_sum_to_one() -> None:
     assert float(normalised(torch.full((1, 4, 5), 1e-30)).sum()) == pytest.approx(1)
 
 
@@ -77,19 +77,19 @@ def test_fixations_outside_of_the_frame_are_left_out() -> None:
     assert len(found.observers) == 2
 
 
-def test_a_stimulus_without_fixations_is_refused_by_name() -> None:
+def test_a_stimulus_without_fixations_is_rejected() -> None:
     with pytest.raises(UserError, match=r"a\.jpg: nobody's fixation is known for this stimulus"):
         split([]).fixations(0, SIZE)
     with pytest.raises(UserError, match=r"a\.jpg: nobody's fixation"):
         split([]).density(0, SIZE, (15, 20))
 
 
-def test_fixations_on_a_picture_of_another_size_are_refused_by_name() -> None:
+def test_fixations_on_a_image_of_another_size_are_rejected() -> None:
     with pytest.raises(UserError, match=r"a\.jpg: 2 of 3 fixations lie outside .* 40 x 30"):
         split([[5, 5], [70, 20], [60, 50]]).density(0, SIZE, SIZE)
 
 
-def test_a_published_map_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_published_map_is_used_unchanged(tmp_path: Path) -> None:
     values = np.zeros(SIZE, np.uint8)
     values[10, 20], values[20, 30] = 50, 150
     Image.fromarray(values).save(tmp_path / "map.png")
@@ -99,13 +99,13 @@ def test_a_published_map_is_taken_as_it_is(tmp_path: Path) -> None:
     assert float(half.sum()) == pytest.approx(1) and half[5, 10] > 0 and half.min() >= 0
 
 
-def test_wrong_density_maps_are_refused_by_name(tmp_path: Path) -> None:
+def test_wrong_density_maps_are_rejected(tmp_path: Path) -> None:
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "zeros.png")
     Image.fromarray(np.ones((8, 9), np.uint8)).save(tmp_path / "small.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     wrong = {
         "zeros.png": "all zeros, it says that nobody looked",
-        "small.png": "the density map is 9 x 8, its picture 40 x 30",
+        "small.png": "the density map is 9 x 8, its image 40 x 30",
         "broken.png": "cannot be read",
         "missing.png": "is missing",
     }

@@ -32,7 +32,7 @@ REGION = "DontCare -1 -1 -10 40.0 3.0 55.0 9.0 -1 -1 -1 -1000 -1000 -1000 -10\n"
 
 
 def write_kitti(root: Path, **labels: str) -> Path:
-    """`training` with a picture for each label file, and a split `train` of all of them."""
+    """`training` with an image for each label file, and a split `train` of all of them."""
     for name in ("training/image_2", "training/label_2", "ImageSets"):
         (root / name).mkdir(parents=True)
     for key, text in labels.items():
@@ -80,7 +80,7 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     assert marks.truncated.tolist() == [-1, -1, -1, 0.25] and marks.occluded.tolist()[3] == 2
 
 
-def test_evaluation_knows_neighbours_and_regions_apart(tmp_path: Path) -> None:
+def test_evaluation_distinguishes_neighbour_classes_and_regions(tmp_path: Path) -> None:
     path = kitti_file(write_kitti(tmp_path, n1=CAR + VAN + REGION), "train")
     truth = kitti_truth(read_truth(path))
     assert truth.neighbour.tolist() == [False, True, False, False, False]
@@ -110,28 +110,26 @@ def test_a_region_without_an_area_covers_nothing(tmp_path: Path) -> None:
         (CAR.strip() + " 0.9\n", r"1\.txt:2: 16 fields, expected 15"),
         (label("Bus", "1 2 9 8"), r"1\.txt:2: unknown type 'Bus'"),
         (label("Pedestrain", "1 2 9 8"), r"unknown type 'Pedestrain'; did you mean 'Pedestrian'"),
-        (label("Car", "1 2 x 8"), r"1\.txt:2: 'x' is no number"),
-        (label("Car", "1 2 inf 8"), r"1\.txt:2: 'inf' is no number"),
+        (label("Car", "1 2 x 8"), r"1\.txt:2: 'x' is not finite"),
+        (label("Car", "1 2 inf 8"), r"1\.txt:2: 'inf' is not finite"),
         (label("Car", "1 2 9 8", occluded="4"), r"1\.txt:2: occluded is 4, expected 0, 1, 2 or 3"),
         (label("Car", "9 2 9 8"), r"1\.txt:2: a box without an area: x 9 to 9, y 2 to 8"),
         (label("Van", "1 8 9 2"), r"1\.txt:2: a box without an area"),
     ],
 )
-def test_what_is_wrong_with_a_label_is_named_by_file_and_line(
-    tmp_path: Path, line: str, said: str
-) -> None:
+def test_bad_labels_are_reported_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
     root = write_kitti(tmp_path, n1=CAR + line)
     with pytest.raises(UserError, match=said):
         kitti_to_coco(root, "train")
 
 
-def test_what_is_wrong_with_a_split_is_named(tmp_path: Path) -> None:
+def test_a_bad_split_is_reported(tmp_path: Path) -> None:
     root = write_kitti(tmp_path, n1=CAR, n2=TRUCK)
     lists = root / "ImageSets"
     for text, said in (
         ("", r"some\.txt: empty split"),
         ("2", r"some\.txt: not one object of a known class on its 1 images"),
-        ("1\n3", r"some\.txt:2: no picture .*image_2/3\.png"),
+        ("1\n3", r"some\.txt:2: no image .*image_2/3\.png"),
     ):
         (lists / "some.txt").write_text(text)
         with pytest.raises(UserError, match=said):
@@ -141,7 +139,7 @@ def test_what_is_wrong_with_a_split_is_named(tmp_path: Path) -> None:
     (root / "training" / "label_2" / "2.txt").unlink()
     with pytest.raises(UserError, match=r"train\.txt:2: no labels .*2\.txt; those of testing"):
         kitti_to_coco(root, "train")
-    (root / "training" / "image_2" / "1.png").write_bytes(b"not a picture")
+    (root / "training" / "image_2" / "1.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"1\.png: cannot be decoded"):
         kitti_to_coco(root, "train")
     (root / "training" / "label_2" / "1.txt").unlink()

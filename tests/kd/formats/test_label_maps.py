@@ -24,7 +24,7 @@ def written(path: Path, picture: Image.Image) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["grey", "palette"])
-def test_the_numbers_count_not_their_colours(kind: str, tmp_path: Path) -> None:
+def test_palette_indices_are_the_classes(kind: str, tmp_path: Path) -> None:
     picture = Image.fromarray(NUMBERS)
     if kind == "palette":
         picture = Image.fromarray(NUMBERS).convert("L")
@@ -34,12 +34,12 @@ def test_the_numbers_count_not_their_colours(kind: str, tmp_path: Path) -> None:
     assert labels.tolist() == [[0, 1, 2], [VOID, 2, 0]]
 
 
-def test_numbers_are_translated() -> None:
+def test_ids_are_mapped_to_classes() -> None:
     table = id_table({7: 0, 8: 1}, void=(0, 1))
     assert table[[7, 8, 0, 1, 9]].tolist() == [0, 1, VOID, VOID, -1]
 
 
-def test_what_is_no_label_map_is_refused_by_name(tmp_path: Path) -> None:
+def test_files_that_are_not_label_maps_are_rejected(tmp_path: Path) -> None:
     wide = written(tmp_path / "wide.png", Image.fromarray(NUMBERS))
     with pytest.raises(UserError, match=r"wide.png: the label map is 3 x 2, its image 3 x 4"):
         read_label_map(wide, TABLE, expected=(4, 3))
@@ -49,7 +49,7 @@ def test_what_is_no_label_map_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"deep.png: a label map of 16 bits; write it with 8"):
         read_label_map(deep, TABLE)
     colours = written(tmp_path / "rgb.png", Image.fromarray(NUMBERS).convert("RGB"))
-    with pytest.raises(UserError, match=r"rgb.png: a picture of colours \(RGB\), not of class ids"):
+    with pytest.raises(UserError, match=r"rgb.png: an image of colours \(RGB\), not of class ids"):
         read_label_map(colours, TABLE)
     with pytest.raises(UserError, match=r"none.png: the label map is missing"):
         read_label_map(tmp_path / "none.png", TABLE)
@@ -59,9 +59,7 @@ def test_what_is_no_label_map_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_a_grey_map_of_few_bits_is_refused_whose_numbers_pillow_would_change(
-    bits: int, tmp_path: Path
-) -> None:
+def test_low_bit_grey_maps_are_rejected(bits: int, tmp_path: Path) -> None:
     def chunk(kind: bytes, content: bytes) -> bytes:
         whole = kind + content
         return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))

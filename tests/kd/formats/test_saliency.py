@@ -1,4 +1,4 @@
-"""Data sets of fixations as they lie when unpacked, each made small here, and their mistakes."""
+"""Datasets of fixations as they lie when unpacked, each made small here, and their mistakes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def osie(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_salicon_tells_whose_fixations_are_whose_from_pixel_one(salicon: Path) -> None:
+def test_salicon_has_observers_and_one_based_pixels(salicon: Path) -> None:
     train = open_gaze("salicon", salicon, "train", WANTED)
     assert train.names == ("COCO_1", "COCO_2")
     found = train.fixations(0, SIZE)
@@ -122,7 +122,7 @@ def test_salicon_tells_whose_fixations_are_whose_from_pixel_one(salicon: Path) -
     assert open_gaze("salicon", salicon, "val", WANTED).names == ("COCO_3",)
 
 
-def test_published_maps_are_used_where_they_are_asked_for(salicon: Path) -> None:
+def test_published_maps_are_used_if_requested(salicon: Path) -> None:
     wanted = Wanted(degree=3.0, published=True)
     density = open_gaze("salicon", salicon, "train", wanted).density(0, SIZE, SIZE)[0]
     assert density[4, 6] == 1
@@ -133,7 +133,7 @@ def test_published_maps_are_used_where_they_are_asked_for(salicon: Path) -> None
         open_gaze("salicon", salicon, "train", wanted)
 
 
-def test_salicon_of_another_resolution_is_refused_by_name(salicon: Path) -> None:
+def test_salicon_of_another_resolution_is_rejected(salicon: Path) -> None:
     path = salicon / "fixations" / "val" / "COCO_3.mat"
     mat(path, gaze=gaze_of([[1, 1]]), resolution=[480, 640])
     val = open_gaze("salicon", salicon, "val", WANTED)
@@ -141,13 +141,13 @@ def test_salicon_of_another_resolution_is_refused_by_name(salicon: Path) -> None
         val.fixations(0, SIZE)
 
 
-def test_a_picture_that_no_observer_of_salicon_looked_at_is_refused_by_name(salicon: Path) -> None:
+def test_a_salicon_image_without_fixations_is_rejected(salicon: Path) -> None:
     mat(salicon / "fixations" / "val" / "COCO_3.mat", gaze=gaze_of([], []))
     with pytest.raises(UserError, match=r"COCO_3\.jpg: nobody's fixation"):
         open_gaze("salicon", salicon, "val", WANTED).fixations(0, SIZE)
 
 
-def test_broken_files_of_fixations_are_named(salicon: Path) -> None:
+def test_broken_fixation_files_are_reported(salicon: Path) -> None:
     path = salicon / "fixations" / "val" / "COCO_3.mat"
     wrong: dict[str, Callable[[], Any]] = {
         "this .mat file cannot be read": lambda: path.write_bytes(b"no MATLAB at all" * 20),
@@ -164,7 +164,7 @@ def test_broken_files_of_fixations_are_named(salicon: Path) -> None:
         open_gaze("salicon", salicon, "val", WANTED)
 
 
-def test_mit1003_has_points_of_nobody_and_a_split_that_is_drawn(mit1003: Path) -> None:
+def test_mit1003_has_no_observers_and_a_random_split(mit1003: Path) -> None:
     train, val = (open_gaze("mit1003", mit1003, part, WANTED) for part in ("train", "val"))
     assert len(train.names) == 3 and len(val.names) == 2
     assert sorted(train.names + val.names) == [f"i{number}" for number in range(5)]
@@ -184,14 +184,14 @@ def test_cat2000_has_categories_and_no_output_folders(cat2000: Path) -> None:
     assert train.fixations(0, SIZE).points.tolist() == [[7.5, 5.5]]
     path = cat2000 / "trainSet" / "FIXATIONLOCS" / f"{train.names[1]}.mat"
     mat(path, fixLocs=np.ones((10, 12)))
-    with pytest.raises(UserError, match=r"\.mat: fixations on a picture of 12 x 10 pixels, but"):
+    with pytest.raises(UserError, match=r"\.mat: fixations on an image of 12 x 10 pixels, but"):
         train.fixations(1, SIZE)
     mat(path, fixLocs=np.zeros(SIZE))
     with pytest.raises(UserError, match="nobody's fixation"):
         train.fixations(1, SIZE)
 
 
-def test_osie_finds_each_pictures_rows_wherever_they_stand(osie: Callable[..., Path]) -> None:
+def test_osie_rows_are_matched_by_image(osie: Callable[..., Path]) -> None:
     train = open_gaze("osie", osie(), "train", WANTED)
     for number in range(len(train.names)):
         found = train.fixations(number, SIZE)
@@ -199,7 +199,7 @@ def test_osie_finds_each_pictures_rows_wherever_they_stand(osie: Callable[..., P
         assert found.observers.tolist() == [0, 1, 2]
 
 
-def test_a_picture_without_a_row_is_refused_by_name(osie: Callable[..., Path]) -> None:
+def test_an_image_without_rows_is_rejected(osie: Callable[..., Path]) -> None:
     root = osie([[1001, 0, 1, 1, 1], [1002, 0, 1, 1, 1]], names=("1001", "1002", "1003"))
     for part in ("train", "val"):
         split = open_gaze("osie", root, part, WANTED)
@@ -208,7 +208,7 @@ def test_a_picture_without_a_row_is_refused_by_name(osie: Callable[..., Path]) -
                 split.fixations(split.names.index("1003"), SIZE)
 
 
-def test_tables_that_are_none_are_refused(osie: Callable[..., Path]) -> None:
+def test_bad_tables_are_rejected(osie: Callable[..., Path]) -> None:
     root = osie([[1001, 0, 1]], columns=("image", "subject", "x"))
     with pytest.raises(UserError, match=r"fixations\.npz: no column y; it has image, subject, x"):
         open_gaze("osie", root, "train", WANTED)
@@ -219,14 +219,14 @@ def test_tables_that_are_none_are_refused(osie: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"fixations\.npz: no table of fixations"):
         open_gaze("osie", root, "train", WANTED)
     root = osie(names=("1001", "1002", "lake"), rows=[[1001, 0, 1, 1, 1]])
-    with pytest.raises(UserError, match="there is a picture 'lake'"):
+    with pytest.raises(UserError, match="there is an image 'lake'"):
         for part in ("train", "val"):
             open_gaze("osie", root, part, WANTED)
     with pytest.raises(UserError, match="osie has no density maps"):
         open_gaze("osie", root, "train", Wanted(degree=3.0, published=True))
 
 
-def test_folders_that_are_none_and_unknown_splits_are_refused(
+def test_bad_folders_and_unknown_splits_are_rejected(
     salicon: Path, mit1003: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"has no split 'test' there; it has train, val"):
@@ -237,22 +237,22 @@ def test_folders_that_are_none_and_unknown_splits_are_refused(
         open_gaze("salicon", tmp_path, "train", WANTED)
     for path in (salicon / "images" / "val").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="an empty split, there is no picture in it"):
+    with pytest.raises(UserError, match="an empty split, there is no image in it"):
         open_gaze("salicon", salicon, "val", WANTED)
     assert set(LAYOUTS) == {"salicon", "mit1003", "cat2000", "osie"}
 
 
-def test_a_drawn_split_depends_on_names_and_seed_alone() -> None:
+def test_a_random_split_depends_on_names_and_seed_only() -> None:
     names = [f"picture{number}" for number in range(200)]
     val = drawn_split(names, 0.2, 0)
     assert len(val) == 40 and val == drawn_split(names[::-1], 0.2, 0)
     assert val != drawn_split(names, 0.2, 1)
-    # A new picture moves at most one other to the other side.
+    # A new image moves at most one other to the other side.
     assert len(val - drawn_split([*names, "new"], 0.2, 0)) <= 1
     assert len(drawn_split(["a", "b"], 0.01, 0)) == 1 == len(drawn_split(["a", "b"], 0.99, 0))
 
 
-def test_osie_itself_is_read_whole(shared_data: Path) -> None:
+def test_the_real_osie_is_read(shared_data: Path) -> None:
     root = shared_data / "osie"
     if not root.is_dir():
         pytest.skip(f"no osie in {shared_data}")

@@ -72,7 +72,7 @@ def paths(root: Path, layout: str, split: str, name: str) -> tuple[Path, Path]:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a data set of a layout: two images a split, and returns its folder."""
+    """A function that writes a dataset of a layout: two images a split, and returns its folder."""
 
     def write(layout: str) -> Path:
         for name in ("train_a", "train_b", "val_a", "val_b"):
@@ -107,14 +107,14 @@ def test_a_published_folder_gives_its_classes(layout: str, written: Callable[...
         ("voc2012", {0: "background", 1: "aeroplane", 15: "person", 20: "tvmonitor"}),
     ],
 )
-def test_names_are_those_of_the_numbers(
+def test_class_names_match_ids(
     layout: str, names: dict[int, str], written: Callable[..., Path]
 ) -> None:
     known = open_segmented(layout, written(layout), "train").class_names
     assert {number: known[MEANT[layout][number]] for number in names} == names
 
 
-def test_camvids_lists_say_which_images_count_and_in_what_order(
+def test_camvid_lists_select_and_order_images(
     written: Callable[..., Path],
 ) -> None:
     root = written("camvid")
@@ -134,7 +134,7 @@ def test_camvids_lists_say_which_images_count_and_in_what_order(
         open_segmented("camvid", root, "train")
 
 
-def test_ades_list_names_its_classes(written: Callable[..., Path]) -> None:
+def test_class_names_of_ade20k_come_from_its_list(written: Callable[..., Path]) -> None:
     root = written("ade20k")
     assert open_segmented("ade20k", root, "train").class_names[::149] == ("class 1", "class 150")
     # As published: some lines end in a blank, some numbers too; names have others behind them.
@@ -148,7 +148,7 @@ def test_ades_list_names_its_classes(written: Callable[..., Path]) -> None:
         open_segmented("ade20k", root, "train")
 
 
-def test_a_palette_is_not_looked_at(written: Callable[..., Path]) -> None:
+def test_the_palette_is_ignored(written: Callable[..., Path]) -> None:
     split = open_segmented("voc2012", written("voc2012"), "train")
     size = numbers_of("voc2012").shape
     plain = split.label_map(0, size)
@@ -186,13 +186,13 @@ def coloured(path: Path) -> None:
     ("spoil", "message"),
     [
         (smaller, r"the label map is 8 x 7, its image 8 x \d+; scale it without interpolation"),
-        (out_of_range, r"200 not among the ids of this data set, first at x 3, y 1 \(1 pixels\)"),
+        (out_of_range, r"200 not among the ids of this dataset, first at x 3, y 1 \(1 pixels\)"),
         (deep, r"a label map of 16 bits; write it with 8"),
-        (coloured, r"a picture of colours \(RGB\), not of class ids; write a grey or palette PNG"),
+        (coloured, r"an image of colours \(RGB\), not of class ids; write a grey or palette PNG"),
         (Path.unlink, r"this label map is missing \(1 of 2 are\)"),
     ],
 )
-def test_a_wrong_map_is_named_with_what_to_do(
+def test_a_wrong_map_is_reported_with_a_remedy(
     layout: str, spoil: Callable[[Path], None], message: str, written: Callable[..., Path]
 ) -> None:
     root = written(layout)
@@ -202,7 +202,7 @@ def test_a_wrong_map_is_named_with_what_to_do(
         open_maps(section(root, layout))
 
 
-def test_a_missing_or_broken_image_is_named(written: Callable[..., Path]) -> None:
+def test_a_missing_or_broken_image_is_reported(written: Callable[..., Path]) -> None:
     root = written("voc2012")
     image = open_segmented("voc2012", root, "train").images[1]
     image.write_bytes(image.read_bytes()[:300])
@@ -214,7 +214,7 @@ def test_a_missing_or_broken_image_is_named(written: Callable[..., Path]) -> Non
 
 
 @every_layout
-def test_a_split_or_folder_that_is_not_there_is_named(
+def test_a_split_or_folder_that_is_not_there_is_reported(
     layout: str, written: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = written(layout)
@@ -242,13 +242,13 @@ def test_an_empty_split_is_an_error(layout: str, written: Callable[..., Path]) -
         open_segmented(layout, root, "train")
 
 
-def test_mistakes_of_both_splits_come_together(written: Callable[..., Path]) -> None:
+def test_mistakes_of_both_splits_are_reported_together(written: Callable[..., Path]) -> None:
     root = written("camvid")
     train, val = (open_segmented("camvid", root, split) for split in ("train", "val"))
     spoiled = [(train, 0, deep), (train, 1, smaller), (val, 0, coloured), (val, 1, out_of_range)]
     for split, number, spoil in spoiled:
         spoil(split.maps[number])
-    train.images[0].write_bytes(b"no picture")
+    train.images[0].write_bytes(b"no image")
     with pytest.raises(UserError) as caught:
         open_maps(section(root, "camvid"))
     lines = str(caught.value).splitlines()
@@ -256,7 +256,7 @@ def test_mistakes_of_both_splits_come_together(written: Callable[..., Path]) -> 
     assert [line.split(": ")[0] for line in lines] == [str(path) for path in said]
 
 
-def test_of_many_mistakes_five_are_told(written: Callable[..., Path]) -> None:
+def test_of_many_mistakes_five_are_listed(written: Callable[..., Path]) -> None:
     root = written("camvid")
     for number in range(6):
         write_pair(*paths(root, "camvid", "val", f"more{number}"), numbers_of("camvid"))
@@ -267,7 +267,7 @@ def test_of_many_mistakes_five_are_told(written: Callable[..., Path]) -> None:
     assert str(caught.value).splitlines()[5:] == ["... and 3 more"]
 
 
-def test_coco_maps_are_drawn_with_the_smaller_on_top(tiny_coco: Callable[..., Path]) -> None:
+def test_coco_maps_have_smaller_objects_on_top(tiny_coco: Callable[..., Path]) -> None:
     root = tiny_coco(images=2, size=(48, 64))
     file = root / "annotations" / "instances_train2017.json"
     index = load_coco(file, root / "train2017")

@@ -1,4 +1,4 @@
-"""VOC and KITTI opened as they were unpacked: JSONs made once, made anew when something changed."""
+"""VOC and KITTI opened as they were unpacked: JSONs made once, rebuilt when something changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def paint(path: Path, box: tuple[int, int, int, int]) -> None:
-    """A black picture with a white box, x1, y1, x2, y2."""
+    """A black image with a white box, x1, y1, x2, y2."""
     pixels = np.zeros((*SIZE, 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     Image.fromarray(pixels).save(path)
@@ -95,7 +95,7 @@ def opened(root: Path, layout: str) -> ObjectsDataset:
 
 
 @pytest.mark.parametrize(("layout", "write"), [("voc", write_voc), ("kitti", write_kitti)])
-def test_boxes_lie_on_what_is_in_the_pictures(
+def test_boxes_match_the_objects_in_the_images(
     tmp_path: Path, layout: str, write: Callable[[Path], Path]
 ) -> None:
     data = opened(write(tmp_path / "data"), layout)
@@ -170,7 +170,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reads
 
 
-def test_a_json_is_made_once_and_again_when_something_changes(
+def test_a_json_is_written_once_and_rewritten_on_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, reads = write_voc(tmp_path), count_reads(monkeypatch)
@@ -199,11 +199,11 @@ def test_a_json_is_made_once_and_again_when_something_changes(
     boxes()
     assert reads == ["trainval"] and made.stat().st_mtime_ns == before
     (folder / "JPEGImages" / "000003.png").unlink()
-    with pytest.raises(UserError, match=r"trainval\.txt:2: no picture .*000003"):
+    with pytest.raises(UserError, match=r"trainval\.txt:2: no image .*000003"):
         boxes()
 
 
-def test_read_only_data_have_their_json_in_the_cache(
+def test_the_json_of_a_read_only_dataset_is_stored_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, reads = write_voc(tmp_path / "data"), count_reads(monkeypatch)
@@ -218,7 +218,7 @@ def test_read_only_data_have_their_json_in_the_cache(
         folder.chmod(0o755)
 
 
-def test_classes_of_ones_own_are_named_in_the_section(tmp_path: Path) -> None:
+def test_custom_classes_are_set_in_the_section(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     for path in (root / "VOC2007" / "Annotations").glob("*.xml"):
         path.write_text(path.read_text().replace("dog", "fox"))
@@ -234,7 +234,7 @@ def test_classes_of_ones_own_are_named_in_the_section(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_years_of_voc_are_trained_on_together(tmp_path: Path, own: bool) -> None:
+def test_several_years_of_voc_form_one_split(tmp_path: Path, own: bool) -> None:
     root = write_voc(tmp_path)
     second = write_voc(tmp_path / "more") / "VOC2007"
     if own:  # names of its own, as published; else ids would meet
@@ -270,13 +270,13 @@ def test_years_of_voc_are_trained_on_together(tmp_path: Path, own: bool) -> None
         made_split("voc", root, "VOC2007/test+VOC2010/trainval")
 
 
-def test_the_folder_of_a_year_is_a_root_too(tmp_path: Path) -> None:
+def test_the_folder_of_a_year_may_be_the_root(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     path = made_split("voc", root, "VOC2007/test")[0]
     assert made_split("voc", root / "VOC2007", "test") == (path, root / "VOC2007" / "JPEGImages")
 
 
-def test_a_section_leads_to_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_resolves_to_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_voc(tmp_path / "voc")
     named = section(root, "voc")
     assert class_names(named)[:2] == ("aeroplane", "bicycle")
@@ -300,14 +300,14 @@ def test_a_section_leads_to_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
         ("coco", "train", "layout of boxes"),
     ],
 )
-def test_what_is_not_there_is_named_with_what_would_help(
+def test_missing_files_are_reported_with_a_remedy(
     tmp_path: Path, layout: str, split: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         made_split(layout, write_voc(tmp_path), split)
 
 
-def test_kitti_without_its_lists_says_which_file_lacks(tmp_path: Path) -> None:
+def test_a_missing_kitti_list_is_reported(tmp_path: Path) -> None:
     root = write_kitti(tmp_path)
     with pytest.raises(UserError, match=r"ImageSets/valid\.txt: no such split; there are train, v"):
         made_split("kitti", root, "valid")

@@ -36,7 +36,7 @@ PERSON = (
 
 
 def write_voc(root: Path, year: str = "2007", **annotations: str) -> Path:
-    """A folder VOC{year} with a picture for each annotation, all of them in the split `train`."""
+    """A folder VOC{year} with an image for each annotation, all of them in the split `train`."""
     folder = root / f"VOC{year}"
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
@@ -53,7 +53,7 @@ def whole(*objects: str) -> str:
     return HEAD + "".join(objects) + "</annotation>\n"
 
 
-def test_boxes_counted_from_one_become_continuous(tmp_path: Path) -> None:
+def test_one_based_boxes_become_continuous(tmp_path: Path) -> None:
     root = write_voc(tmp_path, n000007=whole(DOG, PERSON), n000012=whole())
     content = voc_to_coco(root, 2007, "train")
     assert content["images"] == [
@@ -89,12 +89,12 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     assert marks.types == ("", "")
 
 
-def test_the_folder_of_a_year_is_as_good_as_the_one_above(tmp_path: Path) -> None:
+def test_the_folder_of_a_year_may_be_given(tmp_path: Path) -> None:
     root = write_voc(tmp_path, n1=whole(DOG))
     assert voc_to_coco(root / "VOC2007", 2007, "train") == voc_to_coco(root, "2007", "train")
 
 
-def test_an_unchanged_file_is_left_alone_and_a_changed_one_written(tmp_path: Path) -> None:
+def test_only_a_changed_file_is_rewritten(tmp_path: Path) -> None:
     root = write_voc(tmp_path, n1=whole(DOG))
     path = voc_file(root, 2007, "train")
     before = path.stat().st_mtime_ns, path.stat().st_ino
@@ -105,7 +105,7 @@ def test_an_unchanged_file_is_left_alone_and_a_changed_one_written(tmp_path: Pat
     assert len(json.loads(path.read_text())["annotations"]) == 2
 
 
-def test_where_the_data_cannot_be_written_the_cache_keeps_the_file(
+def test_the_file_is_stored_in_the_cache_if_the_dataset_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
@@ -141,7 +141,7 @@ def test_where_the_data_cannot_be_written_the_cache_keeps_the_file(
         (whole(DOG).replace("<truncated>1", "<truncated>x"), r"1\.xml:5: <truncated> is 'x'"),
     ],
 )
-def test_what_is_wrong_with_an_annotation_is_named_by_file_and_line(
+def test_bad_annotations_are_reported_with_file_and_line(
     tmp_path: Path, text: str, said: str
 ) -> None:
     root = write_voc(tmp_path, n1=text)
@@ -149,7 +149,7 @@ def test_what_is_wrong_with_an_annotation_is_named_by_file_and_line(
         voc_to_coco(root, 2007, "train")
 
 
-def test_what_is_wrong_with_a_split_is_named(tmp_path: Path) -> None:
+def test_a_bad_split_is_reported(tmp_path: Path) -> None:
     root = write_voc(tmp_path, n1=whole(DOG), n2=whole())
     folder = root / "VOC2007"
     lists = folder / "ImageSets" / "Main"
@@ -157,7 +157,7 @@ def test_what_is_wrong_with_a_split_is_named(tmp_path: Path) -> None:
         ("\n\n", r"some\.txt: empty split: it names no image"),
         ("1\n\n2 -1\n", r"some\.txt:3: '2 -1' is more than a name"),
         ("1\n2\n1\n", r"some\.txt:3: 1 is listed on line 1 too"),
-        ("1\n3\n", r"some\.txt:2: no picture .*JPEGImages/3\.jpg"),
+        ("1\n3\n", r"some\.txt:2: no image .*JPEGImages/3\.jpg"),
         ("2\n", r"some\.txt: not one object of a known class on its 1 images"),
     ):
         (lists / "some.txt").write_text(text)
@@ -180,14 +180,14 @@ def test_other_classes_can_be_named(tmp_path: Path) -> None:
         voc_to_coco(root, 2007, "train", classes=("cat",))
 
 
-def test_ids_are_digits_where_those_tell_names_apart() -> None:
+def test_ids_come_from_digits_if_unique() -> None:
     assert image_ids(["000005", "2008_000002"]) == [5, 2008000002]
     assert image_ids(["1_0", "10"]) == [1, 2]
     assert image_ids(["a", "7"]) == [1, 2]
     assert image_ids(["9" * 30, "7"]) == [1, 2]
 
 
-def test_a_field_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_a_non_numeric_field_is_reported(tmp_path: Path) -> None:
     root = write_voc(tmp_path, n1=whole(DOG))
     content = voc_to_coco(root, 2007, "train")
     content["annotations"][0]["truncated"] = "much"

@@ -1,4 +1,4 @@
-"""Void places out of a critic's sight."""
+"""without_void: void places hidden from the critic."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_with_every_place_valid_the_maps_are_the_students() -> None:
 
 
 @pytest.mark.parametrize("number", [1e30, math.inf, math.nan])
-def test_what_the_student_says_at_void_places_changes_neither_loss(number: float) -> None:
+def test_student_logits_at_void_places_change_neither_loss(number: float) -> None:
     student, teacher, images, valid = maps()
     adversary = small()
     found = []
@@ -72,7 +72,7 @@ def test_the_critic_finds_no_difference_in_an_image_without_a_valid_place() -> N
     torch.testing.assert_close(found, expected)
 
 
-def test_neither_does_the_teacher_learn_nor_does_it_lose_digits() -> None:
+def test_teacher_gets_no_gradient_and_keeps_its_precision() -> None:
     student, teacher, _, valid = maps()
     low = student.bfloat16().requires_grad_()
     seen = without_void(low, teacher.requires_grad_(), valid)
@@ -89,7 +89,7 @@ def test_void_places_have_the_right_gradient() -> None:
     assert torch.autograd.gradcheck(lambda s: without_void(s, teacher.double(), valid), [leaf])
 
 
-def test_a_mask_or_maps_that_do_not_fit_are_named() -> None:
+def test_mismatched_masks_and_maps_are_rejected() -> None:
     student, teacher, _, valid = maps()
     with pytest.raises(UserError, match=r"holistic: valid must be \(2, 8, 8\), got \(1, 8, 8\)"):
         without_void(student, teacher, valid[:1])

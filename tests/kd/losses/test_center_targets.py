@@ -1,4 +1,4 @@
-"""CenterNet's targets: radii by hand and by search, maps against a slow loop, odd boxes."""
+"""CenterNet's targets: radii by hand and by search, maps against a slow loop, invalid boxes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_corners_that_move_by_the_radius_keep_the_overlap_and_one_case_just_does
     assert min(cases) == pytest.approx(0.6, abs=1e-6)
 
 
-def test_an_overlap_out_of_range_is_an_error() -> None:
+def test_overlap_out_of_range_is_rejected() -> None:
     with pytest.raises(UserError, match=r"overlap must be in \(0, 1\), got 1"):
         gaussian_radius(torch.ones(1), torch.ones(1), overlap=1)
 
@@ -130,7 +130,7 @@ def test_an_object_by_hand() -> None:
         [[side**2, side, side**2], [side, 1.0, side], [side**2, side, side**2]]
     )
     torch.testing.assert_close(targets.heatmap, expected)
-    assert targets.counted is None
+    assert targets.loss_mask is None
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
@@ -150,7 +150,7 @@ def test_targets_are_those_of_a_slow_loop(chunk: int, monkeypatch: pytest.Monkey
     assert not targets.heatmap[-1].any()
 
 
-def test_where_two_overlap_the_larger_value_counts_and_one_cell_is_one_peak() -> None:
+def test_overlapping_gaussians_take_the_maximum_and_share_a_peak() -> None:
     boxes = torch.tensor([[0.0, 0.0, 64.0, 48.0], [8.0, 0.0, 64.0, 48.0], [0.0, 0.0, 66.0, 48.0]])
     targets = made(boxes, ints(0, 0, 0), ints(0, 0, 0))
     alone = [made(boxes[n : n + 1], ints(0), ints(0)).heatmap for n in range(3)]
@@ -168,27 +168,27 @@ def test_the_published_radius_spreads_further() -> None:
     assert wide.heatmap[0, 0, 6, 7].item() == pytest.approx(math.exp(-1 / (2 * (5 / 6) ** 2)))
 
 
-def test_an_ignored_region_has_no_peak_and_is_not_blamed() -> None:
+def test_an_ignored_region_has_no_peak_and_no_loss() -> None:
     boxes = torch.tensor([[4.0, 4.0, 20.0, 12.0], [8.0, 4.0, 14.0, 10.0]])
     targets = made(boxes, ints(1, 1), ints(2, 2), torch.tensor([True, False]))
     assert targets.valid.tolist() == [False, True] and int(targets.peaks) == 1
     expected = torch.ones(IMAGES, CLASSES, *GRID, dtype=torch.bool)
     expected[2, 1, 1:3, 1:5] = False
     expected[2, 1, 1, 2] = True  # the other object's peak
-    assert targets.counted is not None and torch.equal(targets.counted, expected)
+    assert targets.loss_mask is not None and torch.equal(targets.loss_mask, expected)
 
 
-def test_a_region_covers_the_cells_whose_middles_it_covers() -> None:
+def test_a_region_covers_cells_whose_centres_it_contains() -> None:
     targets = one([2.0, 2.1, 6.0, 9.0], ignored=True)
-    assert targets.counted is not None
+    assert targets.loss_mask is not None
     # Middles at 2, 6, 10 pixels: across the first only (6 is the far edge), down the second.
-    assert (~targets.counted).nonzero().tolist() == [[0, 0, 1, 0]]
+    assert (~targets.loss_mask).nonzero().tolist() == [[0, 0, 1, 0]]
 
 
-def test_a_region_of_no_known_class_is_not_blamed_for_any() -> None:
+def test_an_ignored_region_of_unknown_class_excludes_all_classes() -> None:
     targets = one([0.0, 0.0, 8.0, 4.0], label=-1, ignored=True)
-    assert targets.counted is not None
-    left_out = (~targets.counted).nonzero().tolist()
+    assert targets.loss_mask is not None
+    left_out = (~targets.loss_mask).nonzero().tolist()
     assert left_out == [[0, c, 0, x] for c in range(CLASSES) for x in range(2)]
 
 
@@ -202,7 +202,7 @@ def test_a_region_of_no_known_class_is_not_blamed_for_any() -> None:
         [10.0, 44.0, 20.0, 52.0],
     ],
 )
-def test_without_an_area_or_a_middle_on_the_grid_an_object_is_left_out(box: list[float]) -> None:
+def test_objects_without_area_or_off_the_grid_are_left_out(box: list[float]) -> None:
     targets = one(box)
     assert not targets.valid.any() and not targets.heatmap.any() and int(targets.peaks) == 0
     assert not targets.size.any() and not targets.offset.any()
@@ -211,7 +211,7 @@ def test_without_an_area_or_a_middle_on_the_grid_an_object_is_left_out(box: list
 def test_no_object_gives_empty_maps() -> None:
     none = made(torch.zeros(0, 4), ints(), ints(), torch.zeros(0, dtype=torch.bool))
     assert none.heatmap.shape == (IMAGES, CLASSES, *GRID) and not none.heatmap.any()
-    assert none.counted is not None and none.counted.all()
+    assert none.loss_mask is not None and none.loss_mask.all()
     assert none.size.shape == none.offset.shape == (0, 2) and none.cell.shape == (0,)
 
 
@@ -226,9 +226,7 @@ def test_no_object_gives_empty_maps() -> None:
         ([0.0, 0.0, 5.0, 5.0], 0, 4, r"image_of must be in 0\.\.3"),
     ],
 )
-def test_an_object_that_cannot_be_is_named(
-    box: list[float], label: int, image: int, said: str
-) -> None:
+def test_invalid_objects_are_rejected(box: list[float], label: int, image: int, said: str) -> None:
     boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], box])
     with pytest.raises(UserError, match=rf"{said}.*; object 1 is \["):
         made(boxes, ints(0, label), ints(0, image))
@@ -243,7 +241,7 @@ def test_an_object_that_cannot_be_is_named(
         ({"ignored": torch.zeros(2)}, "ignored must be bool"),
     ],
 )
-def test_shapes_and_types_that_do_not_fit_are_named(changed: dict[str, Tensor], said: str) -> None:
+def test_mismatched_shapes_and_dtypes_are_rejected(changed: dict[str, Tensor], said: str) -> None:
     given = {"boxes": torch.zeros(2, 4), "labels": ints(0, 0), "image_of": ints(0, 0)}
     with pytest.raises(UserError, match=said):
         made(**(given | changed))

@@ -1,4 +1,4 @@
-"""CenterNet's losses: by hand, against slow loops, gradients, and where there is no object."""
+"""CenterNet's losses: by hand, against slow loops, gradients, and batches without objects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def slow_focal(logits: Tensor, targets: CenterTargets) -> float:
         if y == 1:
             peaks += 1
             total -= (1 - p) ** 2 * math.log(p)
-        elif targets.counted is None or bool(targets.counted[tuple(place)]):
+        elif targets.loss_mask is None or bool(targets.loss_mask[tuple(place)]):
             total -= (1 - y) ** 4 * p**2 * math.log(1 - p)
     return total / max(peaks, 1)
 
@@ -93,7 +93,7 @@ def test_gradients_are_the_numerical_ones() -> None:
     assert torch.autograd.gradcheck(losses, maps)
 
 
-def test_without_any_object_all_is_background_and_nothing_has_a_size() -> None:
+def test_without_objects_all_is_background_and_size_losses_are_zero() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     targets = center_targets(torch.zeros(0, 4), none, none, IMAGES, CLASSES, GRID, 4)
     maps = {name: one.requires_grad_() for name, one in some_maps().items()}
@@ -107,23 +107,23 @@ def test_without_any_object_all_is_background_and_nothing_has_a_size() -> None:
         assert bool(one.grad.any()) == (name == "heatmap")
 
 
-def test_an_empty_batch_costs_nothing() -> None:
+def test_an_empty_batch_has_zero_loss() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     targets = center_targets(torch.zeros(0, 4), none, none, 0, CLASSES, GRID, 4)
     found = centernet_losses({name: one[:0] for name, one in some_maps().items()}, targets)
     assert [value.item() for value in found.values()] == [0.0, 0.0, 0.0]
 
 
-def test_what_takes_no_part_may_be_no_number() -> None:
+def test_excluded_places_may_be_nan() -> None:
     targets = some_targets(ignored=True)
-    assert targets.counted is not None
+    assert targets.loss_mask is not None
     maps = some_maps()
     expected = centernet_losses(maps, targets)
     at_objects = torch.zeros(IMAGES, 1, *GRID, dtype=torch.bool)
     for row in targets.valid.nonzero()[:, 0].tolist():
         at_objects[targets.image_of[row]].view(-1)[targets.cell[row]] = True
     spoiled = {
-        "heatmap": maps["heatmap"].masked_fill(~targets.counted, math.nan).requires_grad_(),
+        "heatmap": maps["heatmap"].masked_fill(~targets.loss_mask, math.nan).requires_grad_(),
         "size": maps["size"].masked_fill(~at_objects, math.nan).requires_grad_(),
         "offset": maps["offset"].masked_fill(~at_objects, math.nan).requires_grad_(),
     }
@@ -133,7 +133,7 @@ def test_what_takes_no_part_may_be_no_number() -> None:
     assert all(one.grad is not None and one.grad.isfinite().all() for one in spoiled.values())
 
 
-def test_sure_logits_cost_finite_amounts() -> None:
+def test_extreme_logits_have_finite_loss() -> None:
     targets = some_targets()
     sure = torch.where(targets.heatmap == 1, 200.0, -200.0)
     right = centernet_losses({**some_maps(), "heatmap": sure}, targets)["heatmap"]
@@ -151,7 +151,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_maps_that_do_not_fit_are_named(name: str) -> None:
+def test_mismatched_maps_are_rejected(name: str) -> None:
     maps = some_maps()
     with pytest.raises(UserError, match=rf"centernet_losses: {name} must be \(2, ., 5, 6\), got"):
         centernet_losses({**maps, name: maps[name][..., 1:]}, some_targets())

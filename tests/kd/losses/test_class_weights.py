@@ -1,4 +1,4 @@
-"""Weights of classes from their shares."""
+"""Class weights from class frequencies."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def test_weights_are_capped_on_both_sides() -> None:
 
 
 def test_presence_weighs_as_much_as_absence() -> None:
-    shares = [0.25, 0.5, 0.1]
-    weights = positive_weights(shares)
-    assert [r * w for r, w in zip(shares, weights, strict=True)] == pytest.approx(
-        [1 - r for r in shares]
+    frequencies = [0.25, 0.5, 0.1]
+    weights = positive_weights(frequencies)
+    assert [r * w for r, w in zip(frequencies, weights, strict=True)] == pytest.approx(
+        [1 - r for r in frequencies]
     )
     assert positive_weights([0.0, 1.0]) == [10.0, 0.1]
     assert positive_weights([0.0, 0.3], power=0.0) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("shares", "options", "message"),
+    ("frequencies", "options", "message"),
     [
         ([], {}, "one above 0"),
-        ([-0.1, 1.0], {}, "must be 0 or above"),
+        ([-0.1, 1.0], {}, "must be at least 0"),
         ([0.5], {"power": 2.0}, r"power must be in 0..1, got 2.0"),
         ([0.5], {"cap": 0.5}, "cap must be at least 1"),
     ],
 )
-def test_bad_shares_and_options_are_named(
-    shares: list[float], options: dict[str, float], message: str
+def test_bad_frequencies_and_options_are_rejected(
+    frequencies: list[float], options: dict[str, float], message: str
 ) -> None:
     for function in (median_frequency, positive_weights):
         with pytest.raises(UserError, match=message):
-            function(shares, **options)
-    with pytest.raises(UserError, match=r"shares must be in 0..1, got 1.5"):
+            function(frequencies, **options)
+    with pytest.raises(UserError, match=r"frequencies must be in 0..1, got 1.5"):
         positive_weights([1.5])

@@ -1,4 +1,4 @@
-"""decoupled: the target against the rest, and the rest among themselves."""
+"""decoupled: by hand and against sums of the definition."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_decoupled_agrees_with_the_papers_sums() -> None:
     assert value == pytest.approx(slow(student, teacher, labels, 0.7, 3.0), rel=1e-9)
 
 
-def test_with_the_teachers_own_share_it_is_the_ordinary_divergence() -> None:
+def test_with_beta_from_the_teacher_it_equals_kl_logits() -> None:
     student, teacher = torch.randn(2, 1, 7, dtype=torch.float64).unbind()
     share = 1 - (teacher / 4).softmax(dim=1)[0, 3].item()
     value = decoupled(student, teacher, torch.tensor([3]), alpha=1.0, beta=share)
     assert value.item() == pytest.approx(kl_logits(student, teacher).item(), rel=1e-9)
 
 
-def test_decoupled_is_zero_at_equality_and_blind_to_shifts() -> None:
+def test_decoupled_is_zero_at_equality_and_invariant_to_shifts() -> None:
     student, teacher = torch.randn(2, 4, 5).unbind()
     labels = torch.tensor([0, 1, 4, 2])
     assert decoupled(teacher, teacher, labels).item() == pytest.approx(0.0, abs=1e-6)
@@ -82,7 +82,7 @@ def test_decoupled_survives_large_logits() -> None:
     assert loss.isfinite() and large.grad is not None and large.grad.isfinite().all()
 
 
-def test_decoupled_names_what_is_wrong() -> None:
+def test_decoupled_rejects_bad_input() -> None:
     rows = torch.zeros(2, 3)
     with pytest.raises(UserError, match=r"labels must be \(2,\), got \(3,\)"):
         decoupled(rows, rows, torch.zeros(3, dtype=torch.long))

@@ -49,7 +49,7 @@ def test_the_critics_loss_by_hand() -> None:
     assert gone.item() == pytest.approx(1.75)
 
 
-def test_the_penalty_is_the_papers_on_lines_between_the_maps() -> None:
+def test_gradient_penalty_agrees_with_the_paper() -> None:
     critic = small().eval()
     student, teacher, images = maps()
     loss = critic_loss(critic, student, teacher, images, generator=torch.Generator().manual_seed(3))
@@ -64,7 +64,7 @@ def test_the_penalty_is_the_papers_on_lines_between_the_maps() -> None:
     assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
 
 
-def test_neither_map_learns_from_the_critics_loss() -> None:
+def test_critic_loss_gives_the_maps_no_gradient() -> None:
     student, teacher, images = maps()
     student.requires_grad_()
     teacher.requires_grad_()
@@ -76,7 +76,7 @@ def test_neither_map_learns_from_the_critics_loss() -> None:
     assert any(bool(g.abs().sum() > 0) for g in grads if g is not None)
 
 
-def test_the_students_loss_moves_the_student_towards_the_critics_liking() -> None:
+def test_the_student_loss_raises_the_critic_score() -> None:
     student, _, images = maps()
     student.requires_grad_()
     critic = small().eval()
@@ -88,7 +88,7 @@ def test_the_students_loss_moves_the_student_towards_the_critics_liking() -> Non
     assert after < before
 
 
-def test_equal_maps_differ_in_nothing_but_the_penalty() -> None:
+def test_for_equal_maps_the_loss_is_the_penalty() -> None:
     student, _, images = maps()
     critic = small().eval()
     assert critic_loss(critic, student, student, images, penalty=0.0).item() == pytest.approx(
@@ -98,7 +98,7 @@ def test_equal_maps_differ_in_nothing_but_the_penalty() -> None:
     torch.testing.assert_close(holistic(shifted, images, critic), holistic(student, images, critic))
 
 
-def test_attention_starts_as_the_identity_and_is_blind_to_where_things_are() -> None:
+def test_attention_starts_as_identity_and_is_permutation_equivariant() -> None:
     attention = SelfAttention(8)
     features = torch.randn(2, 8, 3, 4)
     assert torch.equal(attention(features), features)
@@ -139,7 +139,7 @@ def test_every_convolution_but_the_last_has_spectral_norm_one() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 31), (64, 33)])
-def test_maps_of_any_size_from_the_least_on_are_judged(size: tuple[int, int]) -> None:
+def test_the_critic_accepts_any_size_above_the_minimum(size: tuple[int, int]) -> None:
     critic = small()
     judged = critic(torch.rand(3, 3, *size), torch.randn(3, 3, 20, 50))
     assert judged.shape == (3,) and judged.isfinite().all()
@@ -161,7 +161,7 @@ def test_the_critic_stays_in_float32_under_autocast() -> None:
     assert half.isfinite() and half.dtype == torch.float32
 
 
-def test_a_critic_is_copied_and_stored_whole() -> None:
+def test_critic_copy_and_state_dict_round_trip() -> None:
     critic = small()
     student, _, images = maps()
     critic(student.softmax(dim=1), images)
@@ -180,7 +180,7 @@ def test_a_critic_is_copied_and_stored_whole() -> None:
     [
         (torch.rand(2, 4, 8, 8), torch.rand(2, 3, 8, 8), r"scores must be \(N, 3, h, w\)"),
         (torch.rand(2, 3, 8, 8), torch.rand(1, 3, 8, 8), r"images must be \(2, 3, H, W\)"),
-        (torch.rand(2, 3, 8, 7), torch.rand(2, 3, 8, 8), "need maps of 8 x 8 at least, got 8 x 7"),
+        (torch.rand(2, 3, 8, 7), torch.rand(2, 3, 8, 8), "need maps of at least 8 x 8, got 8 x 7"),
         (
             torch.rand(2, 3, 8, 8),
             torch.rand(2, 3, 8, 8, device="meta"),
@@ -193,26 +193,24 @@ def test_a_critic_is_copied_and_stored_whole() -> None:
         ),
     ],
 )
-def test_what_the_critic_cannot_judge_is_named(
-    scores: Tensor, images: Tensor, message: str
-) -> None:
+def test_the_critic_rejects_bad_input(scores: Tensor, images: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         small()(scores, images)
 
 
-def test_a_critic_without_classes_or_convolutions_is_refused() -> None:
+def test_a_critic_without_classes_or_convolutions_is_rejected() -> None:
     with pytest.raises(UserError, match="at least one class and two widths"):
         Critic(0)
     with pytest.raises(UserError, match="at least one class and two widths"):
         Critic(3, widths=(8,))
 
 
-def test_maps_that_differ_in_shape_are_refused() -> None:
+def test_maps_that_differ_in_shape_are_rejected() -> None:
     with pytest.raises(UserError, match="differ in shape"):
         critic_loss(small(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 9, 8), torch.rand(1, 3, 8, 8))
 
 
-def test_maps_and_images_on_two_devices_are_refused() -> None:
+def test_maps_and_images_on_two_devices_are_rejected() -> None:
     images = torch.rand(1, 3, 8, 8, device="meta")
     with pytest.raises(
         UserError, match="holistic: expected one device, got student on cpu, images"
@@ -223,7 +221,7 @@ def test_maps_and_images_on_two_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("penalty", [-1.0, float("nan"), float("inf")])
-def test_a_penalty_below_nought_or_without_bound_is_refused(penalty: float) -> None:
+def test_a_negative_or_infinite_penalty_is_rejected(penalty: float) -> None:
     maps = torch.rand(1, 3, 8, 8)
     with pytest.raises(UserError, match=f"penalty must be 0 or above and finite, got {penalty}"):
         critic_loss(small(), maps, maps, maps, penalty=penalty)
@@ -248,7 +246,7 @@ def test_the_critics_loss_has_the_right_gradient() -> None:
 @pytest.mark.slow
 # torch's compiler looks at .grad of what a function outside of it returned.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_within_compiled_code_the_critics_loss_is_what_it_is_elsewhere() -> None:
+def test_critic_loss_is_the_same_within_compiled_code() -> None:
     critic = small().eval()
     student, teacher, images = maps()
     found = []

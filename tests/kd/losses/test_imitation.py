@@ -33,7 +33,7 @@ def test_imitation_agrees_with_a_slow_loop() -> None:
     assert value == pytest.approx(total / (2 * places), rel=1e-9)
 
 
-def test_imitation_is_zero_at_equality_and_follows_the_images_order() -> None:
+def test_imitation_is_zero_at_equality_and_ignores_the_order_of_images() -> None:
     student, teacher = torch.randn(2, 4, 3, 5, 5).unbind()
     mask = torch.rand(4, 5, 5) > 0.5
     assert imitation(teacher, teacher, mask).item() == 0.0
@@ -43,7 +43,7 @@ def test_imitation_is_zero_at_equality_and_follows_the_images_order() -> None:
     )
 
 
-def test_whole_weights_are_a_mask_and_halved_weights_change_nothing() -> None:
+def test_weights_of_one_equal_a_mask_and_scaling_weights_changes_nothing() -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 4).unbind()
     mask = torch.rand(2, 4, 4) > 0.5
     by_mask = imitation(student, teacher, mask)
@@ -60,7 +60,7 @@ def test_imitation_of_an_empty_mask_is_zero_with_zero_gradient(kind: torch.dtype
     assert student.grad is not None and not student.grad.any()
 
 
-def test_imitation_names_what_is_wrong() -> None:
+def test_imitation_rejects_bad_input() -> None:
     with pytest.raises(UserError, match=r"student \(1, 2, 4, 4\) and teacher \(1, 3, 4, 4\)"):
         imitation(torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 4, 4), torch.ones(1, 4, 4))
     with pytest.raises(UserError, match=r"mask must be \(1, 4, 4\), got \(4, 4\)"):

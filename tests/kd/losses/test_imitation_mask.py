@@ -50,7 +50,7 @@ def slow_mask(boxes: list[Tensor], anchors: Tensor, psi: float) -> tuple[Tensor,
     return torch.stack(masks), torch.stack(close)
 
 
-def test_anchors_lie_around_the_middles_of_places() -> None:
+def test_anchors_are_centred_on_the_cells() -> None:
     anchors = anchor_grid(2, 3, stride=8.0, sides=[(4.0, 2.0), (16.0, 16.0)])
     assert anchors.shape == (2, 3, 2, 4)
     assert anchors[1, 2, 0].tolist() == [18.0, 11.0, 22.0, 13.0]
@@ -84,7 +84,7 @@ def test_the_mask_agrees_with_the_definition(psi: float) -> None:
     assert not mask[1].any()
 
 
-def test_an_anchor_that_only_ties_with_the_limit_stays_out() -> None:
+def test_an_iou_equal_to_the_limit_is_excluded() -> None:
     # A box inside anchors of side 32 and 64: IoU 1/16 and 1/64, a quarter of the best.
     anchors = grid(1, 5, stride=4.0, sides=((32.0, 32.0), (64.0, 64.0)))
     box = torch.tensor([[6.0, -2.0, 14.0, 6.0]])
@@ -95,7 +95,7 @@ def test_an_anchor_that_only_ties_with_the_limit_stays_out() -> None:
     assert not imitation_mask([torch.cat([box, far])], only, psi=1.0).any()
 
 
-def test_all_places_that_overlap_at_nought_and_none_at_one() -> None:
+def test_psi_0_selects_all_overlapping_places_and_psi_1_none() -> None:
     generator = torch.Generator().manual_seed(5)
     anchors = grid(9, 9, sides=FASTER_RCNN[:2])
     boxes = [random_boxes(4, generator, (144.0, 144.0)) for _ in range(3)]
@@ -107,7 +107,7 @@ def test_all_places_that_overlap_at_nought_and_none_at_one() -> None:
     assert torch.equal(imitation_mask(boxes, anchors, psi=0.0), touched)
 
 
-def test_the_mask_is_a_union_and_blind_to_the_order_of_boxes() -> None:
+def test_the_mask_is_the_union_over_boxes_in_any_order() -> None:
     generator = torch.Generator().manual_seed(7)
     anchors = grid(10, 11, sides=FASTER_RCNN[:4])
     boxes = random_boxes(6, generator, (176.0, 160.0))
@@ -126,7 +126,7 @@ def test_the_mask_moves_with_box_and_scale() -> None:
     assert torch.equal(imitation_mask([box * 3], anchors * 3), mask)
 
 
-def test_no_boxes_no_images_and_boxes_of_no_area_choose_nothing() -> None:
+def test_empty_input_and_boxes_without_area_select_nothing() -> None:
     anchors = grid(4, 5)
     assert not imitation_mask([torch.zeros(0, 4)], anchors).any()
     assert imitation_mask([], anchors).shape == (0, 4, 5)
@@ -136,20 +136,20 @@ def test_no_boxes_no_images_and_boxes_of_no_area_choose_nothing() -> None:
     assert not imitation_mask([point], anchors, psi=0.0).any()
 
 
-def test_a_box_reaching_over_the_picture_counts_whole_and_one_outside_not_at_all() -> None:
-    anchors = grid(4, 5)  # a picture of 80 x 64
+def test_boxes_across_the_border_count_and_those_outside_do_not() -> None:
+    anchors = grid(4, 5)  # an image of 80 x 64
     for outside in ([500.0, 500.0, 520.0, 520.0], [-40.0, -40.0, -8.0, -8.0]):
         assert not imitation_mask([torch.tensor([outside])], anchors, psi=0.0).any()
     # A quarter inside: IoU 64 / (256 + 256 - 64) with the first anchor alone.
     over = imitation_mask([torch.tensor([[-8.0, -8.0, 8.0, 8.0]])], anchors)
     assert over.nonzero().tolist() == [[0, 0, 0]]
-    # Anchors outside the picture count as well, and may fit such a box better.
+    # Anchors outside the image count as well, and may fit such a box better.
     wider = anchors - 16.0
     over = imitation_mask([torch.tensor([[-16.0, -16.0, 0.0, 0.0]])], wider)
     assert over.nonzero().tolist() == [[0, 0, 0]]
 
 
-def test_boxes_in_half_precision_or_of_whole_numbers_are_boxes() -> None:
+def test_boxes_may_be_half_precision_or_integers() -> None:
     anchors = grid(6, 6, sides=((40.0, 24.0),))
     box = torch.tensor([[30.0, 40.0, 62.0, 77.0]])
     expected = imitation_mask([box], anchors)
@@ -158,7 +158,7 @@ def test_boxes_in_half_precision_or_of_whole_numbers_are_boxes() -> None:
 
 
 @pytest.mark.slow
-def test_the_mask_compiles_to_the_same() -> None:
+def test_the_compiled_mask_is_the_same() -> None:
     generator = torch.Generator().manual_seed(9)
     anchors = grid(7, 6, sides=FASTER_RCNN[:2])
     boxes = [random_boxes(3, generator, (96.0, 112.0))]
@@ -167,7 +167,7 @@ def test_the_mask_compiles_to_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_boxes_that_nobody_looked_at_choose_nothing_unless_they_are_sound() -> None:
+def test_unchecked_invalid_boxes_select_nothing() -> None:
     # Compiled, as on an accelerator, the values are not looked at beforehand.
     compiled = torch.compile(imitation_mask, backend="aot_eager", fullgraph=True)
     anchors = grid(6, 6, sides=FASTER_RCNN[:2])
@@ -196,7 +196,7 @@ def test_boxes_that_nobody_looked_at_choose_nothing_unless_they_are_sound() -> N
         ([torch.zeros(3)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(3,\)"),
         ([torch.zeros(1, 4)], torch.zeros(8, 4), 0.5, r"anchors must be \(H, W, K, 4\)"),
         ([torch.zeros(1, 4)], grid(2, 2), 1.5, "psi must be in 0..1, got 1.5"),
-        ([torch.tensor([])], grid(2, 2), 0.5, r"got \(0,\); an image without has \(0, 4\)"),
+        ([torch.tensor([])], grid(2, 2), 0.5, r"got \(0,\); \(0, 4\) if there are no boxes"),
         ([torch.zeros(0, 5)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(0, 5\)"),
         ([torch.ones(1, 4) > 0], grid(2, 2), 0.5, "boxes of image 0 must be coordinates, got bool"),
         ([torch.zeros(1, 4)], grid(2, 2), float("nan"), "psi must be in 0..1, got nan"),
@@ -212,7 +212,7 @@ def test_boxes_that_nobody_looked_at_choose_nothing_unless_they_are_sound() -> N
         ([torch.zeros(1, 4)], grid(2, 2).flip(-1), 0.5, "anchors must be a grid"),
     ],
 )
-def test_what_is_no_mask_is_refused(
+def test_imitation_mask_rejects_bad_input(
     boxes: list[Tensor], anchors: Tensor, psi: float, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -40,7 +40,7 @@ def test_kl_logits_agrees_with_a_slow_loop(temperature: float) -> None:
     assert value == pytest.approx(slow_kl(student, teacher, temperature), rel=1e-9)
 
 
-def test_kl_logits_is_zero_at_equality_and_blind_to_shifts() -> None:
+def test_kl_logits_is_zero_at_equality_and_invariant_to_shifts() -> None:
     student, teacher = torch.randn(2, 5, 7).unbind()
     assert kl_logits(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
     shifted = kl_logits(student + 3, teacher - torch.randn(5, 1))
@@ -64,7 +64,7 @@ def test_kl_logits_survives_large_logits() -> None:
     assert student.grad is not None and student.grad.isfinite().all()
 
 
-def test_logit_losses_name_what_is_wrong() -> None:
+def test_logit_losses_reject_bad_input() -> None:
     with pytest.raises(UserError, match=r"student \(2, 3\) and teacher \(2, 4\)"):
         kl_logits(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(UserError, match="expected 4 dimensions"):
@@ -130,7 +130,7 @@ def test_pixel_wise_of_two_pixels_by_hand() -> None:
     assert pixel_wise(student, teacher, valid=only).item() == pytest.approx(first, rel=1e-6)
 
 
-def test_pixel_wise_is_zero_at_equality_and_blind_to_shifts_and_orders() -> None:
+def test_pixel_wise_is_zero_at_equality_and_invariant_to_shifts_and_orders() -> None:
     student, teacher = torch.randn(2, 2, 5, 3, 4).unbind()
     value = pixel_wise(student, teacher)
     assert pixel_wise(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
@@ -139,7 +139,7 @@ def test_pixel_wise_is_zero_at_equality_and_blind_to_shifts_and_orders() -> None
     torch.testing.assert_close(pixel_wise(student.flip(1), teacher.flip(1)), value)
 
 
-def test_a_pixel_counts_its_weight_and_its_gradient_too() -> None:
+def test_pixel_weights_scale_loss_and_gradient() -> None:
     student, teacher = torch.randn(2, 2, 4, 2, 3, dtype=torch.float64).unbind()
     valid = torch.tensor([True, True, False]).expand(2, 2, 3)
     weights = 3 * torch.rand(2, 2, 3, dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_a_pixel_counts_its_weight_and_its_gradient_too() -> None:
         (functools.partial(decoupled, labels=torch.tensor([0, 1])), (2, 3)),
     ],
 )
-def test_a_temperature_that_is_none_is_refused(
+def test_invalid_temperatures_are_rejected(
     loss: Callable[..., Tensor], shape: tuple[int, ...], temperature: float
 ) -> None:
     message = f"temperature must be above 0 and finite, got {temperature}"

@@ -38,7 +38,7 @@ def test_channel_wise_agrees_with_a_loop_over_channels() -> None:
     assert channel_wise(student, teacher).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_channel_wise_is_blind_to_a_channels_constant_and_to_the_order_of_places() -> None:
+def test_channel_wise_is_invariant_to_a_channels_constant_and_to_the_order_of_places() -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 4).unbind()
     value = channel_wise(student, teacher)
     torch.testing.assert_close(channel_wise(student + torch.randn(2, 3, 1, 1), teacher), value)
@@ -88,7 +88,7 @@ def test_hint_agrees_with_a_loop_over_numbers() -> None:
     assert hint(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_hint_agrees_with_torch_and_keeps_with_a_common_shift() -> None:
+def test_hint_agrees_with_torch_and_is_invariant_to_a_common_shift() -> None:
     student, teacher, shift = torch.randn(3, 2, 3, 4, 4).unbind()
     expected = torch.nn.functional.mse_loss(student, teacher)
     torch.testing.assert_close(hint(student, teacher), expected)
@@ -96,12 +96,12 @@ def test_hint_agrees_with_torch_and_keeps_with_a_common_shift() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_equal_maps_cost_nothing(loss: Loss) -> None:
+def test_equal_maps_have_zero_loss(loss: Loss) -> None:
     maps = torch.randn(2, 3, 4, 4)
     assert loss(maps, maps).item() == pytest.approx(0.0, abs=1e-7)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_maps_of_different_shape_are_refused(loss: Loss) -> None:
+def test_maps_of_different_shape_are_rejected(loss: Loss) -> None:
     with pytest.raises(UserError, match=r"\(1, 2, 3, 3\) and teacher \(1, 2, 3, 4\)"):
         loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4))

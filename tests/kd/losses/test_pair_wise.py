@@ -1,4 +1,4 @@
-"""pair_wise, in both of its forms."""
+"""pair_wise, in both forms."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_pair_wise_of_two_valid_nodes_of_three_by_hand() -> None:
     assert value.item() == pytest.approx(0.25, rel=1e-6)
 
 
-def test_both_forms_of_pair_wise_give_one_number() -> None:
+def test_both_forms_of_pair_wise_agree() -> None:
     student, teacher = (
         torch.nn.functional.normalize(torch.randn(2, c, 30), dim=1) for c in (8, 12)
     )
@@ -102,7 +102,7 @@ def test_both_forms_of_pair_wise_give_one_number() -> None:
 
 
 @pytest.mark.parametrize("pool", ["max", "average"])
-def test_both_forms_of_pair_wise_give_one_number_beside_void_places(
+def test_both_forms_of_pair_wise_agree_with_void_places(
     pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher = (torch.randn(3, c, 6, 6, dtype=torch.float64) for c in (8, 12))
@@ -130,7 +130,7 @@ def test_pair_wise_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> No
     pair_wise(torch.randn(1, 64, 4, 4), torch.randn(1, 64, 4, 4), kernel=1)
 
 
-def test_pair_wise_is_zero_at_equality_and_blind_to_scale_and_rotation() -> None:
+def test_pair_wise_is_zero_at_equality_and_invariant_to_scale_and_rotation() -> None:
     student, teacher = torch.randn(2, 2, 6, 4, 4).unbind()
     assert pair_wise(teacher, teacher, kernel=1).item() == pytest.approx(0.0, abs=1e-6)
     scale = torch.rand(2, 1, 4, 4) + 0.5
@@ -151,7 +151,7 @@ def test_pair_wise_has_a_finite_gradient_where_a_node_is_zero() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("channels", [3, 24])  # the form of channels, that of nodes
 @pytest.mark.parametrize("length", [0.0, 1e-30, 1e-12, 1e-9, 5e-7])
-def test_a_node_without_length_has_no_affinity_and_no_gradient(
+def test_a_zero_node_has_no_affinity_and_no_gradient(
     length: float, channels: int, masked: bool, pool: str
 ) -> None:
     student, teacher = torch.randn(2, 1, channels, 4, 4).unbind()
@@ -167,7 +167,7 @@ def test_a_node_without_length_has_no_affinity_and_no_gradient(
     assert value.item() == pair_wise(student, teacher, kernel=1, pool=pool, valid=valid).item()
 
 
-def test_a_short_node_that_has_a_direction_counts_as_any_other() -> None:
+def test_a_short_node_with_a_direction_counts_fully() -> None:
     student, teacher = torch.randn(2, 1, 3, 4, 4).unbind()
     short = student.clone()
     short[0, :, 1, 2] *= 1e-5
@@ -177,13 +177,13 @@ def test_a_short_node_that_has_a_direction_counts_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_a_node_that_is_not_finite_shows(broken: float) -> None:
+def test_a_nan_node_makes_the_loss_nan(broken: float) -> None:
     student, teacher = torch.randn(2, 1, 3, 4, 4).unbind()
     student[0, 1, 1, 2] = broken
     assert not pair_wise(student, teacher, kernel=1).isfinite()
 
 
-def test_pair_wise_names_what_is_wrong() -> None:
+def test_pair_wise_rejects_bad_input() -> None:
     with pytest.raises(UserError, match=r"differ in batch or grid.*'resize' adapter"):
         pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4))
     with pytest.raises(UserError, match="'max' or 'average', got 'mean'"):
@@ -193,7 +193,7 @@ def test_pair_wise_names_what_is_wrong() -> None:
     with pytest.raises(UserError, match=r"expected features \(N, C, H, W\)"):
         pair_wise(torch.zeros(2, 4), torch.zeros(2, 4))
     for kernel in (1.5, (2, 2, 2), ()):
-        with pytest.raises(UserError, match="kernel must be a whole number or two, got"):
+        with pytest.raises(UserError, match="kernel must be an integer or two, got"):
             pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), kernel=kernel)  # type: ignore[arg-type]
 
 
@@ -207,7 +207,7 @@ def test_a_window_larger_than_the_map_leaves_one_node() -> None:
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
 )
 @pytest.mark.parametrize("pool", ["max", "average"])
-def test_generated_code_gives_the_gradient_of_windows_over_the_edge(pool: str) -> None:
+def test_inductor_gradient_of_windows_over_the_edge(pool: str) -> None:
     torch.compiler.reset()
     student, teacher = torch.randn(2, 2, 3, 5, 7).unbind()
     valid = torch.rand(2, 5, 7) < 0.6

@@ -1,4 +1,4 @@
-"""saliency_kld and saliency_maps: distributions over the places of a picture."""
+"""saliency_kld and saliency_maps: distributions over the places of an image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ every_loss = pytest.mark.parametrize("loss", [saliency_kld, saliency_maps])
 
 
 def row(*values: float) -> Tensor:
-    """One picture of one row."""
+    """One image of one row."""
     return torch.tensor(values, dtype=torch.float64).view(1, 1, 1, -1)
 
 
@@ -95,7 +95,7 @@ def test_maps_agree_with_a_loop_over_valid_places(published: bool) -> None:
     assert value.item() == pytest.approx(total / 3, rel=1e-9)
 
 
-def test_the_temperature_has_an_effect_and_has_none_as_published() -> None:
+def test_temperature_has_no_effect_in_the_published_form_only() -> None:
     student, teacher = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64).unbind()
 
     def values(published: bool) -> list[Tensor]:
@@ -114,7 +114,7 @@ def test_the_temperature_has_an_effect_and_has_none_as_published() -> None:
         assert abs(one[0] / soft[0][0] - 1) > 0.05
 
 
-def test_nothing_is_lost_where_both_agree() -> None:
+def test_saliency_losses_are_zero_at_equality() -> None:
     logits, density = pair()
     truth = logits.flatten(1).softmax(dim=1).view_as(logits)
     assert saliency_kld(logits, 7 * truth).item() == pytest.approx(0, abs=1e-12)
@@ -126,7 +126,7 @@ def test_nothing_is_lost_where_both_agree() -> None:
 
 
 @both_forms
-def test_kld_is_blind_to_the_densitys_scale_and_to_the_order_of_places(published: bool) -> None:
+def test_kld_is_invariant_to_the_densitys_scale_and_to_the_order_of_places(published: bool) -> None:
     logits, density = pair()
     value = saliency_kld(logits, density, published=published)
     scaled = saliency_kld(logits, 255 * density, published=published)
@@ -135,7 +135,7 @@ def test_kld_is_blind_to_the_densitys_scale_and_to_the_order_of_places(published
     torch.testing.assert_close(flipped, value, rtol=1e-5, atol=1e-8)
 
 
-def test_a_constant_on_the_logits_changes_nothing_but_in_the_published_form() -> None:
+def test_shifting_logits_matters_in_the_published_form_only() -> None:
     logits, density = pair()
     torch.testing.assert_close(saliency_kld(logits + 9, density), saliency_kld(logits, density))
     shifted = saliency_kld(logits + 9, density, published=True)
@@ -143,7 +143,7 @@ def test_a_constant_on_the_logits_changes_nothing_but_in_the_published_form() ->
 
 
 @both_forms
-def test_a_picture_without_truth_or_valid_places_does_not_count(published: bool) -> None:
+def test_images_without_density_or_valid_places_do_not_count(published: bool) -> None:
     logits, density = pair(count=4)
     density[1] = 0.0
     valid = torch.ones(4, 4, 5, dtype=torch.bool)
@@ -174,7 +174,7 @@ def test_a_teacher_without_valid_places_does_not_count(published: bool) -> None:
 
 
 @both_forms
-def test_gradients_stay_finite_far_from_the_truth(published: bool) -> None:
+def test_gradients_stay_finite_for_extreme_logits(published: bool) -> None:
     logits = torch.full((1, 1, 6, 6), -60.0)
     logits[0, 0, 0, 0] = 60.0
     logits.requires_grad_()
@@ -208,7 +208,7 @@ def test_gradients_of_the_density_are_the_numerical_ones() -> None:
 
 
 @every_loss
-def test_bad_input_is_named(loss: Loss) -> None:
+def test_saliency_losses_reject_bad_input(loss: Loss) -> None:
     maps, name = torch.rand(2, 1, 4, 4), loss.__name__
     with pytest.raises(UserError, match=rf"{name}: \w+ \(2, 1, 4, 4\) and \w+ \(2, 1, 4, 3\) dif"):
         loss(maps, maps[..., :3])

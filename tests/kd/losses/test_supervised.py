@@ -81,7 +81,7 @@ def test_masked_bce_does_not_depend_on_the_order_of_the_classes() -> None:
     )
 
 
-def test_masked_bce_overlooks_padding() -> None:
+def test_masked_bce_ignores_padding() -> None:
     logits, targets, hidden = case()
     valid = torch.ones(3, 5, 6, dtype=torch.bool)
     valid[:, 3:] = False
@@ -93,7 +93,7 @@ def test_masked_bce_overlooks_padding() -> None:
     )
 
 
-def test_a_region_without_pixels_takes_no_part() -> None:
+def test_a_region_without_pixels_does_not_count() -> None:
     logits, targets, _ = case()
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
     everything = torch.ones(3, 5, 6, dtype=torch.bool)
@@ -111,7 +111,7 @@ def test_masked_bce_of_nothing_is_zero_with_zero_gradient() -> None:
     assert masked_bce(logits[:0], targets[:0], hidden[:0]).item() == 0.0
 
 
-def test_supervised_losses_name_what_is_wrong() -> None:
+def test_supervised_losses_reject_bad_input() -> None:
     logits, targets, hidden = case()
     with pytest.raises(UserError, match=r"hidden must be \(3, 5, 6\)"):
         masked_bce(logits, targets, hidden[0])
@@ -137,7 +137,7 @@ def test_supervised_losses_name_what_is_wrong() -> None:
         cross_entropy_labelled(rows, labels, label_smoothing=1.5)
 
 
-def test_cross_entropy_labelled_by_hand_leaves_out_withheld_labels() -> None:
+def test_cross_entropy_labelled_by_hand_ignores_unlabelled_objects() -> None:
     logits = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]).log()
     labels = torch.tensor([1, -1, 0])
     expected = -(math.log(0.75) + math.log(0.9)) / 2
@@ -165,7 +165,7 @@ def test_cross_entropy_without_labels_is_zero_with_zero_gradient(count: int) -> 
     assert logits.grad is not None and not logits.grad.any()
 
 
-def test_cross_entropy_labelled_is_blind_to_shifts_and_to_the_order_of_objects() -> None:
+def test_cross_entropy_labelled_is_invariant_to_shifts_and_to_the_order_of_objects() -> None:
     logits, labels = torch.randn(6, 5), torch.tensor([0, -1, 4, 2, -1, 3])
     value = cross_entropy_labelled(logits, labels)
     torch.testing.assert_close(cross_entropy_labelled(logits + torch.randn(6, 1), labels), value)
@@ -223,7 +223,7 @@ def test_equal_class_weights_change_nothing() -> None:
     torch.testing.assert_close(same, plain)
 
 
-def test_masked_cross_entropy_does_not_read_what_is_not_valid() -> None:
+def test_masked_cross_entropy_ignores_invalid_pixels() -> None:
     logits, _, hidden = case()
     targets = torch.randint(4, (3, 5, 6))
     valid = torch.ones_like(hidden)
@@ -262,7 +262,7 @@ def test_multilabel_bce_of_nothing_is_zero() -> None:
     assert value.item() == 0 and logits.grad is not None and not logits.grad.any()
 
 
-def test_pixel_and_scene_losses_name_what_does_not_fit() -> None:
+def test_pixel_and_scene_losses_reject_mismatched_input() -> None:
     logits, _, hidden = case()
     ids = torch.zeros(3, 5, 6, dtype=torch.int64)
     with pytest.raises(UserError, match="targets must be int64"):

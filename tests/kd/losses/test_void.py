@@ -1,4 +1,4 @@
-"""Places without a class take no part in a loss for segmentation, whatever stands there."""
+"""Segmentation losses ignore void places."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def with_gradients(loss: Loss, both: list[Tensor], **options: Tensor) -> list[Te
 @every_shape
 @every_loss
 @pytest.mark.parametrize("number", [1e30, -1e30, math.inf, -math.inf, math.nan])
-def test_what_stands_at_void_places_changes_nothing(
+def test_values_at_void_places_change_nothing(
     loss: Loss, shape: tuple[int, ...], number: float
 ) -> None:
     both, valid = sides(shape), void_block(shape)
@@ -75,9 +75,7 @@ def test_what_stands_at_void_places_changes_nothing(
 @every_shape
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_every_place_valid_it_is_the_loss_without_a_mask(
-    loss: Loss, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_a_full_mask_equals_no_mask(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     both = sides(shape, dtype)
     valid = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
     found, expected = with_gradients(loss, both, valid=valid), with_gradients(loss, both)
@@ -88,9 +86,7 @@ def test_with_every_place_valid_it_is_the_loss_without_a_mask(
 @anomalies
 @every_shape
 @every_loss
-def test_with_every_place_void_it_is_zero_with_zero_gradient(
-    loss: Loss, shape: tuple[int, ...]
-) -> None:
+def test_all_void_is_zero_with_zero_gradient(loss: Loss, shape: tuple[int, ...]) -> None:
     valid = torch.zeros(shape[0], *shape[2:], dtype=torch.bool)
     with torch.autograd.detect_anomaly(check_nan=True):
         found = with_gradients(loss, sides(shape), valid=valid)
@@ -100,7 +96,7 @@ def test_with_every_place_void_it_is_zero_with_zero_gradient(
 @anomalies
 @every_shape
 @every_loss
-def test_an_image_without_a_valid_place_is_as_if_absent(loss: Loss, shape: tuple[int, ...]) -> None:
+def test_an_image_without_valid_places_does_not_count(loss: Loss, shape: tuple[int, ...]) -> None:
     both, valid = sides(shape), void_block(shape)
     there = torch.tensor([0, 2])
     with torch.autograd.detect_anomaly(check_nan=True):
@@ -123,13 +119,13 @@ def test_gradients_of_both_sides_are_the_numerical_ones(loss: Loss, shape: tuple
 
 
 @every_loss
-def test_equal_maps_cost_nothing(loss: Loss) -> None:
+def test_equal_maps_have_zero_loss(loss: Loss) -> None:
     maps = torch.randn(3, 4, 5, 7)
     assert loss(maps, maps, valid=void_block(WIDE)).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", [channel_wise, pair_wise])
-def test_one_valid_place_alone_has_nothing_to_be_compared_with(loss: Loss) -> None:
+def test_one_valid_place_alone_has_zero_loss(loss: Loss) -> None:
     valid = torch.zeros(3, 5, 7, dtype=torch.bool)
     valid[:, 2, 3] = True
     found = with_gradients(loss, sides((3, 4, 5, 7)), valid=valid)
@@ -167,7 +163,7 @@ def test_bfloat16_is_compared_in_float32(loss: Loss, shape: tuple[int, ...]) -> 
 @pytest.mark.slow
 @every_loss
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 9, 2, 3)], ids=["narrow", "wide"])
-def test_compiled_it_gives_the_same_value_and_gradients(loss: Loss, shape: tuple[int, ...]) -> None:
+def test_compiled_loss_has_the_same_value_and_gradients(loss: Loss, shape: tuple[int, ...]) -> None:
     torch.compiler.reset()
     both = sides(shape)
     valid = torch.rand(2, *shape[2:]) < 0.6
@@ -177,7 +173,7 @@ def test_compiled_it_gives_the_same_value_and_gradients(loss: Loss, shape: tuple
 
 
 @pytest.mark.parametrize("loss", [channel_wise, pair_wise])
-def test_a_mask_that_does_not_fit_is_named(loss: Loss) -> None:
+def test_mismatched_masks_are_rejected(loss: Loss) -> None:
     maps, name = torch.zeros(1, 2, 3, 4), loss.__name__
     with pytest.raises(UserError, match=rf"{name}: valid must be \(1, 3, 4\), got \(3, 4\)"):
         loss(maps, maps, valid=torch.ones(3, 4, dtype=torch.bool))

@@ -13,7 +13,7 @@ from kd.formats.coco_results import read_detections, read_truth
 from kd.scenes import detector as scene_detector
 
 
-def test_is_read_without_complaint_and_equal_each_time(small_scenes: Path, tmp_path: Path) -> None:
+def test_results_are_valid_and_deterministic(small_scenes: Path, tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         flags = ["--scenes", str(small_scenes), "--out", str(tmp_path / name)]
         assert scene_detector.main(flags) == 0
@@ -25,7 +25,7 @@ def test_is_read_without_complaint_and_equal_each_time(small_scenes: Path, tmp_p
     assert (low + sides <= 64.01).all()
 
 
-def test_look_alikes_are_named_together_whatever_they_are(small_scenes: Path) -> None:
+def test_detections_list_all_confusable_classes(small_scenes: Path) -> None:
     """Swapping the classes of one look in the truth changes nothing that the detector says."""
     content = json.loads((small_scenes / "annotations" / "instances_train.json").read_text())
     looks = {c["id"]: c["look"] for c in content["categories"]}
@@ -50,7 +50,7 @@ def test_look_alikes_are_named_together_whatever_they_are(small_scenes: Path) ->
     assert np.abs(np.log(pairs[:, 0] / pairs[:, 1])).mean() < 1.0  # nearly equal
 
 
-def test_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "annotations"
     folder.mkdir()
     (folder / "instances_val.json").write_text('{"categories": [{"id": 1, "name": "a"}]}')

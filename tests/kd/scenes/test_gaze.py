@@ -19,7 +19,7 @@ def index(small_scenes: Path) -> CocoIndex:
     return load_coco(small_scenes / "annotations" / "instances_train.json", small_scenes / "train")
 
 
-def test_looks_are_the_same_whenever_they_are_asked_for(index: CocoIndex) -> None:
+def test_fixations_are_deterministic(index: CocoIndex) -> None:
     first, again = SceneGaze(index)(3, SIZE), SceneGaze(index)(3, SIZE)
     np.testing.assert_array_equal(first.points, again.points)
     assert len(first.points) == OBSERVERS * LOOKS
@@ -28,7 +28,7 @@ def test_looks_are_the_same_whenever_they_are_asked_for(index: CocoIndex) -> Non
     assert not np.array_equal(first.points, SceneGaze(index)(4, SIZE).points)
 
 
-def test_most_looks_are_at_objects_and_all_on_the_picture(index: CocoIndex) -> None:
+def test_most_fixations_are_on_objects_and_all_in_the_image(index: CocoIndex) -> None:
     at_objects = total = covered = 0.0
     for number in range(len(index)):
         points = SceneGaze(index)(number, SIZE).points
@@ -44,7 +44,7 @@ def test_most_looks_are_at_objects_and_all_on_the_picture(index: CocoIndex) -> N
     assert at_objects / total > 0.75 > 2 * covered / len(index)
 
 
-def test_people_are_looked_at_more_than_clouds(index: CocoIndex) -> None:
+def test_people_attract_more_fixations_than_clouds(index: CocoIndex) -> None:
     looks: dict[str, list[int]] = {"person": [], "cloud": []}
     for number in range(len(index)):
         points = SceneGaze(index)(number, SIZE).points
@@ -57,6 +57,6 @@ def test_people_are_looked_at_more_than_clouds(index: CocoIndex) -> None:
     assert INTEREST["person"] > INTEREST["cloud"]
 
 
-def test_a_picture_of_another_size_is_refused(index: CocoIndex) -> None:
+def test_an_image_of_another_size_is_rejected(index: CocoIndex) -> None:
     with pytest.raises(UserError, match=r"is 32 x 16 pixels, .* says 64 x 64"):
         SceneGaze(index)(0, (16, 32))

@@ -112,7 +112,7 @@ def test_the_posterior_is_calibrated_on_sampled_scenes(
         assert 0.6 < sure.mean() < 0.85  # informative, not trivial
 
 
-def test_knowing_more_gives_a_likelier_truth(
+def test_more_information_raises_the_likelihood_of_the_true_class(
     sampled: list[Scene], posteriors: dict[str, np.ndarray]
 ) -> None:
     labels = np.concatenate([scene.classes for scene in sampled])
@@ -121,7 +121,7 @@ def test_knowing_more_gives_a_likelier_truth(
     assert nll["both"] < min(nll["pixels"], nll["annotations"])
 
 
-def test_companions_tell_look_alikes_apart_where_kind_and_place_cannot(
+def test_neighbours_separate_confusable_classes_where_kind_and_place_do_not(
     sampled: list[Scene], posteriors: dict[str, np.ndarray]
 ) -> None:
     counts = np.full((len(WORLD.kinds), 3, len(WORLD.classes)), 0.5)
@@ -141,7 +141,7 @@ def test_companions_tell_look_alikes_apart_where_kind_and_place_cannot(
     assert np.mean(full) > 0.7
 
 
-def test_look_alikes_share_their_sizes() -> None:
+def test_confusable_classes_have_equal_sizes() -> None:
     for look in np.unique(WORLD.looks):
         for table in (WORLD.log_width, WORLD.log_height):
             same = table[WORLD.looks == look]
@@ -150,7 +150,7 @@ def test_look_alikes_share_their_sizes() -> None:
     assert (members == 2).sum() >= 4
 
 
-def test_scenes_keep_to_the_layout() -> None:
+def test_scenes_follow_the_layout() -> None:
     for seed in range(300):
         scene = model.sample_scene(np.random.default_rng([15, seed]))
         assert model.COUNTS[0] <= len(scene.classes) <= model.COUNTS[1]
@@ -164,7 +164,7 @@ def test_scenes_keep_to_the_layout() -> None:
             assert model.BANDS[place][0] <= row <= model.BANDS[place][1]
 
 
-def test_the_class_of_the_hidden_object_is_not_looked_at() -> None:
+def test_the_posterior_ignores_the_class_of_the_hidden_object() -> None:
     scene = model.sample_scene(np.random.default_rng(3))
     for given in ("pixels", "annotations", "both"):
         before = exact_posterior(scene, 1, given=given)
@@ -174,14 +174,14 @@ def test_the_class_of_the_hidden_object_is_not_looked_at() -> None:
         np.testing.assert_array_equal(exact_posterior(after, 1, given=given), before)
 
 
-def test_annotations_alone_know_no_kind() -> None:
+def test_given_annotations_the_scene_kind_is_unknown() -> None:
     scene = model.sample_scene(np.random.default_rng(4))
     other = Scene((scene.kind + 1) % 6, scene.horizon, scene.classes, scene.boxes)
     first, second = (exact_posteriors(s, given="annotations") for s in (scene, other))
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_scene_comes_back_from_its_coco_entries_in_any_order() -> None:
+def test_a_scene_is_restored_from_coco_entries_in_any_order() -> None:
     scene = model.sample_scene(np.random.default_rng(6))
     image = {"id": 1, "width": 128, "height": 128}
     entries = [
@@ -200,12 +200,12 @@ def test_a_scene_comes_back_from_its_coco_entries_in_any_order() -> None:
     )
 
 
-def test_boxes_of_other_data_are_refused() -> None:
+def test_boxes_of_other_data_are_rejected() -> None:
     with pytest.raises(UserError, match="image 9: its boxes are not those of an embedded scene"):
         model.scene_from_coco({"id": 9, "width": 64}, [{"bbox": [1, 2, 9, 8], "category_id": 1}])
 
 
-def test_a_wrong_given_or_index_is_named() -> None:
+def test_a_wrong_given_or_index_is_reported() -> None:
     scene = model.sample_scene(np.random.default_rng(7))
     with pytest.raises(UserError, match="given: got 'smell', expected one of pixels"):
         exact_posterior(scene, 0, given="smell")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Stored maps move as their picture does; only the largest classes may be kept."""
+"""Stored maps move as their image does; only the largest classes may be kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plans() -> st.SearchStrategy[Plan]:
 
 @given(plans(), st.floats(0, 64), st.floats(0, 48))
 @settings(max_examples=60, deadline=None)
-def test_sources_undo_what_happens_to_boxes(plan: Plan, x: float, y: float) -> None:
+def test_sources_invert_the_augmentation_of_boxes(plan: Plan, x: float, y: float) -> None:
     point = torch.tensor([[x, y, x, y]], dtype=torch.float64)
     moved = plan.boxes(point, SIZE)[0].double()
     back = plan.sources(SIZE) @ np.array([*((moved[:2] + moved[2:]) / 2).tolist(), 1.0])
@@ -41,7 +41,7 @@ def test_sources_undo_what_happens_to_boxes(plan: Plan, x: float, y: float) -> N
 
 @given(plans(), st.floats(0, 64), st.floats(0, 48))
 @settings(max_examples=40, deadline=None)
-def test_a_plan_of_the_mirrored_picture_leads_to_the_same_place(
+def test_a_plan_for_the_mirrored_image_maps_to_the_same_place(
     plan: Plan, x: float, y: float
 ) -> None:
     flipped = dataclasses.replace(plan, flip=True)
@@ -53,7 +53,7 @@ def test_a_plan_of_the_mirrored_picture_leads_to_the_same_place(
 
 
 def smooth(size: tuple[int, int]) -> Tensor:
-    """A picture without fine detail: resampling twice is as good as once."""
+    """An image without fine detail: resampling twice is as good as once."""
     down, right = torch.meshgrid(
         torch.linspace(0, 1, size[0]), torch.linspace(0, 1, size[1]), indexing="ij"
     )
@@ -62,11 +62,11 @@ def smooth(size: tuple[int, int]) -> Tensor:
 
 @given(plans())
 @settings(max_examples=30, deadline=None)
-def test_a_map_as_fine_as_the_picture_moves_with_it(plan: Plan) -> None:
+def test_a_full_resolution_map_moves_with_the_image(plan: Plan) -> None:
     picture = (smooth(SIZE) * 255).round().to(torch.uint8)
     expected = pad(plan.image(picture), FRAME).float()
     moved = move_maps(pad(picture, FRAME)[None].float(), plan, SIZE, FRAME)[0]
-    # What comes in from outside is 0 in the picture and the edge in the map: look inside.
+    # What comes in from outside is 0 in the image and the edge in the map: look inside.
     inside = pad(plan.image(torch.full_like(picture, 255)), FRAME)[0] == 255
     inside &= -torch.nn.functional.max_pool2d(-inside[None].float(), 5, 1, 2)[0] > 0
     assert inside.sum() > 200
@@ -81,14 +81,14 @@ def test_a_flip_of_a_whole_frame_is_exact() -> None:
     torch.testing.assert_close(moved, maps.flip(3), rtol=1e-3, atol=1e-3)
 
 
-def test_a_flip_mirrors_the_picture_and_not_its_padding() -> None:
-    # The picture is the left half of the frame: four of eight columns.
+def test_a_flip_does_not_mirror_padding() -> None:
+    # The image is the left half of the frame: four of eight columns.
     maps = torch.arange(8.0).expand(1, 1, 8, 8).clone()
     moved = move_maps(maps, Plan(size=(64, 32), flip=True), (64, 32), 64)
     assert moved[0, 0, 0, :4].tolist() == pytest.approx([3, 2, 1, 0])
 
 
-def test_a_plan_without_geometry_is_still() -> None:
+def test_a_plan_without_geometry_is_the_identity() -> None:
     assert Plan(size=(4, 4), blur=2.0).still
     assert not any(
         plan.still
@@ -102,7 +102,7 @@ def test_a_plan_without_geometry_is_still() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 7, 3, 4)])
-def test_the_largest_are_kept_and_the_rest_share_what_is_left(shape: tuple[int, ...]) -> None:
+def test_top_k_is_stored_and_the_rest_is_uniform(shape: tuple[int, ...]) -> None:
     logits = 3 * torch.randn(shape)
     log_probs = logits.log_softmax(dim=1)
     values, indices = keep_largest(logits, 3)
@@ -117,7 +117,7 @@ def test_the_largest_are_kept_and_the_rest_share_what_is_left(shape: tuple[int, 
     torch.testing.assert_close(others, expected, rtol=1e-3, atol=1e-3)  # a rest is a difference
 
 
-def test_one_class_kept_of_two_says_all() -> None:
+def test_top_1_of_two_classes_is_lossless() -> None:
     log_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()
     torch.testing.assert_close(expand(*keep_largest(log_probs, 1), 2), log_probs)
 
@@ -128,7 +128,7 @@ def test_many_classes_have_wide_indices() -> None:
 
 
 class Kept:
-    """A store of one record a picture, in memory."""
+    """A store of one record an image, in memory."""
 
     def __init__(self, **values: Tensor) -> None:
         self.values = {name: tensor.numpy() for name, tensor in values.items()}
@@ -143,7 +143,7 @@ def field_of(stride: int = 8, **values: Tensor) -> CachedField:
 
 
 def places_of(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(1, 2, h, w): where the middle of each place of a grid over a picture is, x and y."""
+    """(1, 2, h, w): where the middle of each place of a grid over an image is, x and y."""
     down = (torch.arange(grid[0]) + 0.5) * (size[0] / grid[0])
     right = (torch.arange(grid[1]) + 0.5) * (size[1] / grid[1])
     return torch.stack(torch.meshgrid(right, down, indexing="xy"))[None].float()
@@ -151,10 +151,10 @@ def places_of(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
 
 @given(st.integers(0, 10_000), st.sampled_from([1, 2]))
 @settings(max_examples=40, deadline=None)
-def test_a_crops_map_is_read_where_its_places_come_from(seed: int, stride: int) -> None:
+def test_a_crop_samples_the_map_at_its_source(seed: int, stride: int) -> None:
     size, frame = (45, 62), (40, 56)
     crop = Crops().draw(np.random.default_rng(seed), size, frame)
-    # Bilinear reading is exact for a map that says where it is; the picture's sides are no
+    # Bilinear reading is exact for a map that says where it is; the image's sides are no
     # multiples of a place's.
     maps = torch.cat([torch.zeros(1, 2, 15, 20), places_of((15, 20), size)])
     found = field_of(stride, values=maps).cropped(1, crop, size, frame)
@@ -167,13 +167,13 @@ def test_a_crops_map_is_read_where_its_places_come_from(seed: int, stride: int) 
         assert near == pytest.approx(expected[row].clip(half, side - half).tolist(), abs=1e-3)
 
 
-def test_a_flipped_crop_reads_what_was_said_of_the_mirrored_picture() -> None:
+def test_a_flipped_crop_samples_the_map_of_the_mirrored_image() -> None:
     size, frame = (32, 48), (16, 24)
     plain, mirrored = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6)
     crop = Crop(window=(8, 16, 16, 24), size=frame, flip=True)
     both = field_of(values=plain, mirrored_values=mirrored)
     found = both.cropped(1, crop, size, frame)
-    # Columns 2..4 of the picture are its 1..3 in the mirror.
+    # Columns 2..4 of the image are its 1..3 in the mirror.
     torch.testing.assert_close(found, mirrored[1:, :, 1:3, 1:4])
     alone = field_of(values=plain).cropped(1, crop, size, frame)
     torch.testing.assert_close(alone, plain[1:, :, 1:3, 2:5].flip(3))
@@ -181,7 +181,7 @@ def test_a_flipped_crop_reads_what_was_said_of_the_mirrored_picture() -> None:
     torch.testing.assert_close(both.cropped(1, still, size, frame), plain[1:, :, 1:3, 2:5])
 
 
-def test_places_of_a_coarser_grid_are_means_of_the_maps() -> None:
+def test_a_coarser_grid_averages_the_map() -> None:
     size, frame = (64, 96), (32, 48)
     stripes = torch.arange(48).remainder(2).float().expand(1, 1, 32, 48)  # a place every 2 pixels
     maps = torch.cat([torch.zeros_like(stripes), stripes])

@@ -51,7 +51,7 @@ def memory() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_records_come_back_in_any_order(where: str, tmp_path: Path, memory: str) -> None:
+def test_records_are_read_back_in_any_order(where: str, tmp_path: Path, memory: str) -> None:
     store = fill(tmp_path / "deep" / "cache" if where == "disk" else memory)
     every = np.concatenate([shard(number)["ids"] for number in range(3)])
     assert store.ids().tolist() == sorted(every.tolist())
@@ -88,14 +88,14 @@ def test_workers_read_what_one_process_reads(tmp_path: Path, opened_first: bool)
     assert np.array_equal(np.concatenate(rows), store.column("values"))
 
 
-def test_an_unknown_id_is_named(tmp_path: Path) -> None:
+def test_an_unknown_id_is_reported(tmp_path: Path) -> None:
     store = fill(tmp_path)
     for stranger in (-1, 41, 10_000):
         with pytest.raises(UserError, match=rf"no record of 1 objects, first {stranger}; the data"):
             store.read([100, stranger])
 
 
-def test_what_lacks_is_known_from_the_folder_alone(tmp_path: Path) -> None:
+def test_missing_shards_are_found_from_the_folder_listing(tmp_path: Path) -> None:
     assert Store(tmp_path / "none").missing() == []
     assert Store(tmp_path / "none").manifest() is None
     store = fill(tmp_path, (2, 0))
@@ -134,7 +134,7 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, cut, empty])
-def test_a_damaged_shard_is_named_and_made_again_alone(tmp_path: Path, harm: Any) -> None:
+def test_a_corrupt_shard_is_reported_and_rebuilt_alone(tmp_path: Path, harm: Any) -> None:
     store = fill(tmp_path)
     assert store.remove_damaged() == []
     (victim,) = tmp_path.glob("00001-*")
@@ -149,7 +149,7 @@ def test_a_damaged_shard_is_named_and_made_again_alone(tmp_path: Path, harm: Any
     assert np.array_equal(again.column("values"), record(again.ids())["values"])
 
 
-def test_damage_is_found_where_nothing_has_a_time(memory: str) -> None:
+def test_corruption_is_found_without_modification_times(memory: str) -> None:
     store = fill(memory)
     files = fsspec.filesystem("memory")
     (victim,) = (name for name in files.ls("/caches/one", False) if "00002-" in name)
@@ -158,7 +158,7 @@ def test_damage_is_found_where_nothing_has_a_time(memory: str) -> None:
     assert store.missing() == [2]
 
 
-def test_a_shard_that_was_checked_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
+def test_a_verified_shard_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
     store = fill(tmp_path)
     store.remove_damaged()
     (file,) = tmp_path.glob("00000-*")
@@ -172,7 +172,7 @@ def test_a_shard_that_was_checked_is_not_read_again_until_it_changes(tmp_path: P
     assert store.remove_damaged() == [file.name]
 
 
-def test_a_store_of_something_else_is_refused_with_the_reasons(tmp_path: Path) -> None:
+def test_a_store_of_other_content_is_rejected_with_reasons(tmp_path: Path) -> None:
     store = fill(tmp_path / "one")
     store.check_about({"teacher": "abc", "top_k": 0})
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_a_store_of_something_else_is_refused_with_the_reasons(tmp_path: Path) -
         store.manifest()
 
 
-def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_opened_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere://x: Protocol not known"):
         Store("nowhere://x")
     with pytest.raises(UserError, match="an empty cache"):
@@ -211,13 +211,13 @@ def test_few_files_are_open_at_once(tmp_path: Path) -> None:
     assert len(store.read([3])["values"]) == 1
 
 
-def test_what_a_spawned_worker_is_sent_is_small(tmp_path: Path) -> None:
+def test_a_pickled_store_is_small(tmp_path: Path) -> None:
     store = fill(tmp_path)
     store.read(store.ids())
     assert len(pickle.dumps(store)) < 10_000  # what a worker that is spawned is sent
 
 
-def test_both_of_two_runs_shards_are_checked(tmp_path: Path) -> None:
+def test_shards_written_by_two_runs_are_verified(tmp_path: Path) -> None:
     store = fill(tmp_path)
     (first,) = tmp_path.glob("00001-*")
     twin = tmp_path / f"00001-{'0' * 16}.safetensors"
@@ -227,7 +227,7 @@ def test_both_of_two_runs_shards_are_checked(tmp_path: Path) -> None:
     assert store.missing() == [1]
 
 
-def test_shards_without_their_manifest_are_no_part_of_a_new_store(tmp_path: Path) -> None:
+def test_shards_without_a_manifest_are_not_reused(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "manifest.json").unlink()
     store = Store(tmp_path)
@@ -235,7 +235,7 @@ def test_shards_without_their_manifest_are_no_part_of_a_new_store(tmp_path: Path
     assert store.missing() == [0, 1, 2]
 
 
-def test_a_shard_that_vanishes_is_an_error_of_one_line(tmp_path: Path, memory: str) -> None:
+def test_a_vanished_shard_is_a_user_error(tmp_path: Path, memory: str) -> None:
     for url in (str(tmp_path), memory):
         store = fill(url)
         store.ids()
@@ -245,7 +245,7 @@ def test_a_shard_that_vanishes_is_an_error_of_one_line(tmp_path: Path, memory: s
             store.read([100])
 
 
-def test_notes_that_cannot_be_written_do_not_matter(
+def test_an_unwritable_verification_record_is_harmless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = fill(tmp_path)

@@ -17,7 +17,7 @@ BOXES = torch.tensor([[8.0, 10.0, 28.0, 40.0], [40.0, 20.0, 70.0, 50.0]])
 
 
 def marked() -> tuple[Tensor, Tensor]:
-    """A black picture with each box painted in a channel of its own, and the boxes' masks."""
+    """A black image with each box painted in a channel of its own, and the boxes' masks."""
     masks = hidden_regions(BOXES, SIZE)
     image = torch.zeros(3, *SIZE, dtype=torch.uint8)
     image[:2] = masks.to(torch.uint8) * 255
@@ -56,7 +56,7 @@ def test_image_boxes_and_masks_move_together(plan: Plan, tolerance: float) -> No
         assert agreement > (0.97 if tolerance else 0.9999)
 
 
-def test_what_comes_in_from_outside_is_zero() -> None:
+def test_pixels_from_outside_are_zero() -> None:
     image = torch.full((3, *SIZE), 200, dtype=torch.uint8)
     moved = Plan(size=SIZE, shift=(5, -4)).image(image)
     assert not moved[:, :, :5].any()
@@ -64,7 +64,7 @@ def test_what_comes_in_from_outside_is_zero() -> None:
     assert (moved[:, :-4, 5:] == 200).all()
 
 
-def test_a_box_that_leaves_the_picture_is_dropped_and_others_are_cut() -> None:
+def test_boxes_outside_the_image_are_dropped_and_others_clipped() -> None:
     boxes = torch.tensor(
         [[-30.0, 0.0, -1.0, 20.0], [-10.0, 5.0, 30.0, 25.0], [70.0, 10.0, 110.0, 20.0]]
     )
@@ -121,7 +121,7 @@ def test_hue_turns_colours_and_leaves_greys() -> None:
     assert (ColourChange(hue=0.1)(image).int() - image.int()).abs().max() > 5
 
 
-def test_colours_are_cut_at_the_ends_of_the_scale() -> None:
+def test_colours_are_clipped() -> None:
     white = torch.full((3, 2, 2), 255, dtype=torch.uint8)
     assert (ColourChange(brightness=2.0)(white) == 255).all()
     assert (ColourChange(rgb_shift=(-300.0, -300.0, -300.0))(white) == 0).all()
@@ -133,7 +133,7 @@ def test_equal_seeds_draw_equal_plans() -> None:
     assert plans[0] == plans[1] != plans[2]
 
 
-def test_each_augmentation_is_drawn_with_its_probability() -> None:
+def test_each_augmentation_occurs_with_its_probability() -> None:
     random = np.random.default_rng(0)
     augment = Augment(crop=0.2)
     plans = [augment.draw(random, SIZE) for _ in range(2000)]
@@ -155,7 +155,7 @@ def test_zero_probabilities_do_nothing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_crop_lies_in_the_picture_and_fills_the_long_side(seed: int) -> None:
+def test_a_crop_lies_in_the_image_and_fills_the_long_side(seed: int) -> None:
     plan = Augment(crop=1.0, crop_scale=(0.3, 0.9)).draw(np.random.default_rng(seed), SIZE)
     assert plan.crop is not None
     top, left, height, width = plan.crop
@@ -173,7 +173,7 @@ def test_a_crop_lies_in_the_picture_and_fills_the_long_side(seed: int) -> None:
         ({"fliip": 0.5}, "unknown fliip"),
     ],
 )
-def test_wrong_options_are_named(options: dict[str, object], place: str) -> None:
+def test_wrong_options_are_rejected(options: dict[str, object], place: str) -> None:
     with pytest.raises(UserError, match=place):
         build_augment(options)
 

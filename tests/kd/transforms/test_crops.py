@@ -1,4 +1,4 @@
-"""Random crops: picture and label map agree, places know where they come from."""
+"""Random crops: image and label map agree, places know where they come from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(seed: int, crops: Crops = STILL, size: tuple[int, int] = SIZE, **option
 
 
 def scene(size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor]:
-    """A picture of blocks, each class in its own colour, and its label map with some void."""
+    """An image of blocks, each class in its own colour, and its label map with some void."""
     coarse = torch.randint(4, (1, 1, 4, 5)).float()
     labels = F.interpolate(coarse, size, mode="nearest")[0, 0].long()
     picture = COLOURS[labels].permute(2, 0, 1).to(torch.uint8)
@@ -44,7 +44,7 @@ def away_from_borders(labels: Tensor, width: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_class_of_a_colour_is_the_class_on_the_map(seed: int) -> None:
+def test_image_and_label_map_stay_aligned(seed: int) -> None:
     picture, labels = scene()
     crop = draw(seed)
     colours = crop.image(picture, FRAME).permute(1, 2, 0).float()
@@ -57,7 +57,7 @@ def test_the_class_of_a_colour_is_the_class_on_the_map(seed: int) -> None:
     assert set(moved.unique().tolist()) <= {*range(4), VOID}
 
 
-def test_a_flip_mirrors_what_is_cut_out_and_nothing_else() -> None:
+def test_a_flip_mirrors_the_crop() -> None:
     picture, labels = scene()
     crop = Crop(window=(3, 5, 40, 48), size=FRAME)
     flipped = replace(crop, flip=True)
@@ -69,7 +69,7 @@ def test_a_flip_mirrors_what_is_cut_out_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_frame_larger_than_the_picture_is_filled_below_and_right(flip: bool) -> None:
+def test_a_frame_larger_than_the_image_is_padded_below_and_right(flip: bool) -> None:
     picture, labels = torch.full((3, *SIZE), 200, dtype=torch.uint8), torch.ones(SIZE).byte()
     brighter = ColourChange(brightness=1.0, contrast=0.5)
     crop = Crop(window=(0, 0, *SIZE), size=(20, 30), flip=flip, colour=brighter)
@@ -81,18 +81,18 @@ def test_a_frame_larger_than_the_picture_is_filled_below_and_right(flip: bool) -
 
 @given(st.integers(0, 10_000), st.integers(20, 120), st.integers(20, 120))
 @settings(max_examples=80, deadline=None)
-def test_a_frame_that_the_scaled_picture_covers_is_full(seed: int, height: int, width: int) -> None:
+def test_a_frame_within_the_scaled_image_is_not_padded(seed: int, height: int, width: int) -> None:
     crop = draw(seed, size=(height, width))
     top, left, rows, columns = crop.window
     assert 0 <= top <= height - rows and 0 <= left <= width - columns
     for side, part, scaled, frame in zip(
         (height, width), (rows, columns), crop.size, FRAME, strict=True
     ):
-        # Void is only where the whole side of the picture is there.
+        # Void is only where the whole side of the image is there.
         assert scaled == frame if part < side else scaled <= frame
 
 
-def test_scales_are_those_asked_for_times_the_working_size() -> None:
+def test_scales_are_relative_to_the_working_size() -> None:
     crops = Crops(scale=(0.8, 1.6), flip=0.0, jitter=0.0)
     size = (400, 400)
     for factor in (1.0, 0.5):
@@ -102,7 +102,7 @@ def test_scales_are_those_asked_for_times_the_working_size() -> None:
         assert scales.max() == pytest.approx(1.6, abs=0.05)
 
 
-def test_flips_and_colours_come_as_often_as_asked_for() -> None:
+def test_flips_and_colours_occur_with_their_probability() -> None:
     drawn = [draw(seed, Crops(flip=0.3, jitter=0.8)) for seed in range(400)]
     assert np.mean([crop.flip for crop in drawn]) == pytest.approx(0.3, abs=0.06)
     colours = [crop.colour for crop in drawn if crop.colour is not None]
@@ -113,7 +113,7 @@ def test_flips_and_colours_come_as_often_as_asked_for() -> None:
     assert geometry == [draw(seed, Crops(flip=0.3, jitter=0.0)) for seed in range(400)]
 
 
-def test_without_options_pictures_are_cut_alone() -> None:
+def test_without_options_images_are_only_cropped() -> None:
     crop = draw(4, build_crops(None))
     assert crop.window[2:] == crop.size == FRAME
     assert not crop.flip and crop.colour is None
@@ -121,7 +121,7 @@ def test_without_options_pictures_are_cut_alone() -> None:
 
 @given(st.integers(0, 10_000), st.integers(6, 38), st.integers(6, 55), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_sources_undo_what_happens_to_pixels(seed: int, y: int, x: int, upside_down: bool) -> None:
+def test_sources_invert_the_crop(seed: int, y: int, x: int, upside_down: bool) -> None:
     """A marked point is found at the place that comes from it."""
     picture = torch.zeros(3, *SIZE, dtype=torch.uint8)
     picture[:, y - 2 : y + 3, x - 2 : x + 3] = 255
@@ -140,7 +140,7 @@ def test_sources_undo_what_happens_to_pixels(seed: int, y: int, x: int, upside_d
 
 @given(st.integers(0, 10_000), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_a_mirrored_picture_leads_to_the_same_result(seed: int, upside_down: bool) -> None:
+def test_of_mirrored_gives_the_same_crop(seed: int, upside_down: bool) -> None:
     picture, labels = scene()
     crop = replace(draw(seed), flip=True, upside_down=upside_down)
     mirrored = crop.of_mirrored(SIZE)
@@ -154,7 +154,7 @@ def test_a_mirrored_picture_leads_to_the_same_result(seed: int, upside_down: boo
     assert mirrored.sources() @ place == pytest.approx([SIZE[1] - x, y])
 
 
-def test_whole_pictures_are_turned_as_often_as_asked() -> None:
+def test_flips_of_whole_images_occur_with_their_probability() -> None:
     turns = Turns(flip=0.3, upside_down=0.6, jitter=0.2)
     drawn = [turns.draw(np.random.default_rng(seed), SIZE, FRAME) for seed in range(400)]
     assert all(crop.window == (0, 0, *SIZE) and crop.size == FRAME for crop in drawn)
@@ -180,11 +180,11 @@ def test_whole_pictures_are_turned_as_often_as_asked() -> None:
         ({"max_jitter": 2}, r"augment.max_jitter: 2 is not in 0..1"),
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         build_crops(options)
 
 
-def test_options_are_taken() -> None:
+def test_options_are_used() -> None:
     crops = build_crops({"scale": [0.5, 1], "flip": 1, "max_jitter": 0.1})
     assert (tuple(crops.scale), crops.flip, crops.jitter) == ((0.5, 1), 1, 0.5)

@@ -93,7 +93,7 @@ def test_an_ellipse_has_half_pi_times_the_area_of_its_box() -> None:
 
 
 @pytest.mark.parametrize("shape", ["box", "square", "ellipse"])
-def test_a_share_hides_that_share_about_the_same_centre(shape: str) -> None:
+def test_a_fraction_hides_that_fraction_around_the_same_centre(shape: str) -> None:
     boxes = torch.tensor([[40.0, 60.0, 120.0, 120.0]]).expand(2, 4)
     whole, part = hidden_regions(boxes, (200, 200), shape=shape, share=torch.tensor([1.0, 0.25]))
     assert int(part.sum()) == pytest.approx(int(whole.sum()) / 4, rel=0.02)
@@ -103,7 +103,7 @@ def test_a_share_hides_that_share_about_the_same_centre(shape: str) -> None:
     torch.testing.assert_close(middle, same_middle, atol=0.6, rtol=0)
 
 
-def test_shrinking_a_mask_keeps_the_share_and_its_form() -> None:
+def test_shrinking_a_mask_gives_the_fraction_and_keeps_its_shape() -> None:
     mask = torch.zeros(1, 100, 100, dtype=torch.bool)
     mask[0, 20:60, 30:70] = torch.tril(torch.ones(40, 40, dtype=torch.bool))
     box = torch.tensor([[30.0, 20.0, 70.0, 60.0]])
@@ -131,7 +131,7 @@ def test_hiding_zeroes_the_region_only_and_marks_it() -> None:
         assert torch.equal(inputs[number, 3], region.float())
 
 
-def test_nothing_to_hide_gives_an_empty_batch() -> None:
+def test_no_hidden_objects_give_an_empty_batch() -> None:
     none = torch.zeros(0, dtype=torch.long)
     regions = hidden_regions(torch.zeros(0, 4), SIZE)
     assert hide(torch.zeros(2, 3, *SIZE), none, regions).shape == (0, 4, *SIZE)
@@ -179,20 +179,20 @@ def test_class_maps_agree_with_a_slow_loop(data: st.DataObject) -> None:
     assert torch.equal(used, expected)
 
 
-def test_class_maps_refuse_memory_of_another_shape() -> None:
+def test_class_maps_reject_an_output_of_another_shape() -> None:
     none = torch.zeros(0, dtype=torch.long)
     with pytest.raises(ValueError, match="expected"):
         class_maps(torch.zeros(0, 4), none, none, 2, 3, SIZE, out=torch.zeros(1, dtype=torch.bool))
 
 
-def test_valid_pixels_are_those_of_the_picture() -> None:
+def test_valid_pixels_are_those_of_the_image() -> None:
     valid = valid_pixels(torch.tensor([[3, 5], [4, 2]]), (4, 5))
     assert valid.shape == (2, 4, 5)
     assert valid[0].nonzero().max(0).values.tolist() == [2, 4]
     assert valid.flatten(1).sum(1).tolist() == [15, 8]
 
 
-def test_regions_of_a_batch_follow_its_shape_and_share() -> None:
+def test_hidden_regions_follow_shape_and_fraction() -> None:
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [4.0, 2.0, 12.0, 10.0]])
     batch = {
         "images": torch.zeros(1, 3, *SIZE, dtype=torch.uint8),
@@ -208,7 +208,7 @@ def test_regions_of_a_batch_follow_its_shape_and_share() -> None:
 
 
 @pytest.mark.gpu
-def test_drawing_on_a_gpu_gives_the_same() -> None:
+def test_class_maps_on_a_gpu_are_the_same() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     corners = torch.rand(40, 2, 2, generator=torch.Generator().manual_seed(1)).mul(64)

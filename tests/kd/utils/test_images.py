@@ -68,7 +68,7 @@ def test_a_palette_with_transparency_reads_without_a_warning(tmp_path: Path) -> 
     assert read_image(tmp_path / "clear.png", None).shape == (3, 20, 20)
 
 
-def test_floating_point_files_are_refused_clearly(tmp_path: Path) -> None:
+def test_floating_point_files_are_rejected(tmp_path: Path) -> None:
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match=r"float\.tiff.*floating-point"):
         read_image(tmp_path / "float.tiff", None)
@@ -103,14 +103,14 @@ def test_scaled_jpeg_decoding_differs_little_from_full_decoding(size: int, tmp_p
     assert (scaled.int() - full.int()).abs().float().mean() < 1.0
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.jpg: image not found"):
         read_image(tmp_path / "gone.jpg", 32)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_named(suffix: str, share: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(suffix: str, share: float, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(smooth(100, 120)).save(buffer, "JPEG" if suffix == ".jpg" else "PNG")
     path = tmp_path / f"cut{suffix}"
@@ -119,7 +119,7 @@ def test_a_truncated_file_is_named(suffix: str, share: float, tmp_path: Path) ->
         read_image(path, 48)
 
 
-def test_a_folder_in_an_images_place_is_named(tmp_path: Path) -> None:
+def test_a_folder_in_an_images_place_is_reported(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     with pytest.raises(UserError, match=r"folder\.jpg: cannot read"):
         read_image(tmp_path / "folder.jpg", 48)

@@ -24,7 +24,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
-def test_our_own_mistakes_while_writing_are_not_called_a_full_disk(tmp_path: Path) -> None:
+def test_programming_errors_while_writing_are_not_reported_as_disk_errors(tmp_path: Path) -> None:
     def fail(partial: Path) -> None:
         raise RuntimeError("shapes differ")
 
@@ -32,7 +32,7 @@ def test_our_own_mistakes_while_writing_are_not_called_a_full_disk(tmp_path: Pat
         write_whole(tmp_path / "x", fail)
 
 
-def test_a_folder_below_a_file_is_named(tmp_path: Path) -> None:
+def test_a_folder_below_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run/x: cannot be written"):
         write_whole(tmp_path / "file" / "run" / "x", lambda partial: partial.write_text("new"))

@@ -35,11 +35,11 @@ def pages_touched_anew(way: str) -> int:
 
 
 @glibc
-def test_large_blocks_are_used_again() -> None:
+def test_large_blocks_are_reused() -> None:
     assert pages_touched_anew("as it comes") > 0  # or there is nothing to gain, nor to test
     assert pages_touched_anew("kept") == 0
 
 
-def test_a_users_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_settings_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     assert not keep_freed_memory()

@@ -21,7 +21,7 @@ from kd.engine.state import Objective, Training
 from kd.errors import UserError
 from kd.experiments.connect import adapt_student
 from kd.experiments.connect import task_of as taught_task
-from kd.losses.box_distillation import box_distance, own_numbers
+from kd.losses.box_distillation import box_distance, own_class_deltas
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors.contract import Level
 from kd.nn.detectors.faster_rcnn import FasterRCNN
@@ -276,9 +276,9 @@ def test_a_distance_of_boxes_is_the_mean_over_them() -> None:
 def test_of_boxes_those_of_the_own_class_are_compared() -> None:
     batch = make_batch(BOXES)  # labels 0, 1, 2
     rows = torch.arange(3 * 4 * (CLASSES + 1)).view(3, -1).float()
-    own = own_numbers(rows, batch["labels"])
+    own = own_class_deltas(rows, batch["labels"])
     assert own.tolist() == [[4, 5, 6, 7], [24, 25, 26, 27], [44, 45, 46, 47]]
-    assert own_numbers(rows[:0], batch["labels"][:0]).shape == (0, 4)
+    assert own_class_deltas(rows[:0], batch["labels"][:0]).shape == (0, 4)
     other = rows + 7.0  # of all other classes; of the own one a number is 1 off
     for row in range(3):
         other[row, 4 * (row + 1) : 4 * (row + 2)] -= torch.tensor([7.0, 7.0, 6.0, 7.0])
