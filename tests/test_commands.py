@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,24 @@ def distilled(
     command = ["--student", "resnet18", "--teacher", str(teacher), "--out", str(out)]
     assert distill.main([*command, *flags]) == 0
     return out
+
+
+def test_torchdistill_is_imported_only_for_its_own_losses(
+    small_data: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    code = "import sys; from kd import distill; distill.main(sys.argv[1:]); print(*sys.modules)"
+    term = "{name: torchdistill.DISTLoss, weight: 1, student: logits, teacher: posterior}"
+    imported = []
+    for number, losses in enumerate(([], sets(f"losses=[{term}]"))):
+        flags = sets("train.epochs=1", "seeds=[0]", "variants=[plain, distilled]")
+        ran = subprocess.run(
+            [sys.executable, "-c", code, "--student", "resnet18", "--teacher", str(teacher),
+             *small_data, *STUDENT, *flags, *losses, "--out", str(tmp_path / str(number))],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        imported.append("torchdistill" in ran.stdout.split())
+    assert imported == [False, True]
 
 
 def tags(folder: Path) -> dict[str, set[str]]:

@@ -1,20 +1,17 @@
-"""Intermediate outputs by module path, on torchdistill's forward hooks."""
+"""Intermediate outputs of a model by module path."""
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchdistill.core.forward_hook import ForwardHookManager
 
 from kd.errors import UserError
 from kd.registry import nearest, suggestion
 
-# What the outputs of a pyramid are called has to be said in three places.
+# Recipe, student and teacher must agree on the levels of a pyramid.
 _LEVELS = (
     "A recipe's `levels` must be outputs of both pyramids: as many as student.options.levels "
     "makes, and the teacher's own options.levels"
@@ -22,12 +19,12 @@ _LEVELS = (
 
 
 class FeatureTaps:
-    """Collects the outputs of named layers while a model runs.
+    """Collect the outputs of named layers while a model runs.
 
-    A layer is a path of `model.named_modules()`; where its output is a dict (a feature pyramid,
-    say), `path.key` takes one entry of it. A layer that runs several times in one forward pass
-    gives its last output. A deep copy of the model is not tapped; a deep copy of what holds model
-    and taps is tapped anew.
+    A layer is a path of `model.named_modules()`; where its output is a dict, as a feature
+    pyramid's is, `path.key` takes one entry. A layer that runs several times in one forward pass
+    gives its last output. A deep copy of the model is not tapped; a deep copy of what holds both
+    model and taps has taps of its own.
 
     Args:
         model: The model itself, not a wrapper such as DDP: wrappers change the paths.
@@ -40,107 +37,98 @@ class FeatureTaps:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], *, called: str = "") -> None:
         self.model, self.called = model, called
-        self._said = f"{called}: " if called else ""
+        self._prefix = f"{called}: " if called else ""
         self.layers = tuple(dict.fromkeys(layers))
         modules = dict(model.named_modules())
-        self._places = {layer: _place(layer, modules, self._said) for layer in self.layers}
-        # Outputs are kept where they are: gathering to one device is for nn.DataParallel.
-        self._manager: Any = ForwardHookManager(torch.device("cpu"))
-        for path in dict.fromkeys(path for path, _ in self._places.values()):
-            self._manager.add_hook(model, path, requires_input=False, requires_output=True)
-            _, handle = self._manager.hook_list[-1]
-            hooks = handle.hooks_dict_ref()
-            hooks[handle.id] = _OwnHook(modules[path], hooks[handle.id])
+        self._sources = {layer: _source(layer, modules, self._prefix) for layer in self.layers}
+        self._outputs: dict[str, object] = {}
+        self._handles = [
+            modules[path].register_forward_hook(_Hook(path, self._outputs))
+            for path in dict.fromkeys(path for path, _ in self._sources.values())
+        ]
 
     def collect(self) -> dict[str, Tensor]:
-        """The outputs of the last forward pass by layer, with their gradients; then none are held.
+        """Return the last forward pass's outputs by layer, with their gradients, and drop them.
 
         Raises:
             UserError: A layer did not run, or has no such output.
         """
-        found = self._manager.pop_io_dict()
+        outputs = dict(self._outputs)
+        self.clear()
         return {
-            layer: _output(layer, path, key, found.get(path, {}), self._said)
-            for layer, (path, key) in self._places.items()
+            layer: _output(layer, path, key, outputs, self._prefix)
+            for layer, (path, key) in self._sources.items()
         }
 
     def clear(self) -> None:
-        """Let go of what was collected."""
-        self._manager.pop_io_dict()
+        """Drop what was collected."""
+        self._outputs.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the model; nothing is collected any more."""
-        self._manager.clear()
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatureTaps:
-        """Taps of the copied model; hooks do not survive a copy, see `_OwnHook`."""
+        """Tap the copied model; hooks do not survive a copy, see `_Hook`."""
         return FeatureTaps(copy.deepcopy(self.model, memo), self.layers, called=self.called)
 
 
-class _OwnHook:
-    """A hook that works for one module only.
+class _Hook:
+    """A forward hook that does nothing once copied.
 
-    `copy.deepcopy` copies a module's hooks with it, and the copy would then write over the
-    original's features: an averaged copy of a student, for one. Copied, this hook does nothing.
+    `copy.deepcopy` copies a module's hooks with it, and the copy, an averaged student for
+    instance, would overwrite the original's features.
     """
 
-    def __init__(self, owner: nn.Module | None, hook: Callable[..., None] | None) -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
-        self._hook = hook
+    def __init__(self, path: str, outputs: dict[str, object] | None) -> None:
+        self._path, self._outputs = path, outputs
 
     def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
-        if self._hook is not None and self._owner is not None and self._owner() is module:
-            self._hook(module, inputs, output)
+        if self._outputs is not None:
+            self._outputs[self._path] = output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OwnHook:
-        return _OwnHook(None, None)
-
-    def __reduce__(self) -> tuple[type[_OwnHook], tuple[None, None]]:
-        return _OwnHook, (None, None)  # a pickled model is a copy as well
+    def __reduce__(self) -> tuple[type[_Hook], tuple[str, None]]:
+        return _Hook, (self._path, None)  # used by copy and pickle alike
 
 
-def _place(layer: str, modules: Mapping[str, nn.Module], said: str) -> tuple[str, str | None]:
-    """Split a layer into the path of a module and the key of its output, if there is one.
-
-    Args:
-        layer: As a recipe has it.
-        modules: Of the model, by path.
-        said: What a message begins with.
-    """
+def _source(layer: str, modules: Mapping[str, nn.Module], prefix: str) -> tuple[str, str | None]:
+    """Split a recipe's layer into a module's path and, for a dict output, a key."""
     if layer and layer in modules:
         return layer, None
     path = layer.rpartition(".")[0]
     while path and path not in modules:
         path = path.rpartition(".")[0]
     if not path or isinstance(modules[path], nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise _unknown(layer, modules, said)
-    # What a module returns is known when it runs. To tell mistakes before that: a leaf such as a
-    # convolution gives no dict, and what looks like the name of a child was meant as one.
+        raise _unknown(layer, modules, prefix)
+    # Whether a module returns a dict is known only when it runs. Two mistakes show before: a module
+    # without children, a convolution say, returns none, and a misspelt child is no key.
     key = layer[len(path) + 1 :]
     children = [name for name, _ in modules[path].named_children()]
     if not children or nearest(key.partition(".")[0], children):
-        raise _unknown(layer, modules, said)
+        raise _unknown(layer, modules, prefix)
     return path, key
 
 
-def _unknown(layer: str, modules: Mapping[str, nn.Module], said: str) -> UserError:
+def _unknown(layer: str, modules: Mapping[str, nn.Module], prefix: str) -> UserError:
     return UserError(
-        f"{said}unknown layer {layer!r}{suggestion(layer, (name for name in modules if name))}"
+        f"{prefix}unknown layer {layer!r}{suggestion(layer, (name for name in modules if name))}"
     )
 
 
 def _output(
-    layer: str, path: str, key: str | None, kept: Mapping[str, object], said: str
+    layer: str, path: str, key: str | None, outputs: Mapping[str, object], prefix: str
 ) -> Tensor:
-    if "output" not in kept:
-        raise UserError(f"{said}layer {path!r} did not run in this forward pass")
-    output = kept["output"]
+    if path not in outputs:
+        raise UserError(f"{prefix}layer {path!r} did not run in this forward pass")
+    output = outputs[path]
     if key is not None:
         if not isinstance(output, Mapping) or key not in output:
             known = [str(name) for name in output] if isinstance(output, Mapping) else []
             levels = f". {_LEVELS}" if known and (key.isdigit() or key == "pool") else ""
             raise UserError(
-                f"{said}layer {path!r} has no output {key!r}{suggestion(key, known)}{levels}"
+                f"{prefix}layer {path!r} has no output {key!r}{suggestion(key, known)}{levels}"
             )
         output = output[key]
     if not isinstance(output, Tensor):
@@ -150,6 +138,6 @@ def _output(
             else ""
         )
         raise UserError(
-            f"{said}layer {layer!r} gives a {type(output).__name__}, not a tensor{hint}"
+            f"{prefix}layer {layer!r} gives a {type(output).__name__}, not a tensor{hint}"
         )
     return output

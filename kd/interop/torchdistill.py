@@ -13,13 +13,13 @@ to no optimiser, becomes a part of the module that is trained.
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdistill.losses import mid_level  # noqa: F401  (its import fills the registry)
-from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from kd.errors import UserError
 from kd.losses._checks import check_device, check_floating, wide_dtype
@@ -80,9 +80,8 @@ class Borrow:
     """
 
     def __init__(self, name: str) -> None:
-        known = {key: key for key in MIDDLE_LEVEL_LOSS_DICT}
         self.name = name
-        self._build = MIDDLE_LEVEL_LOSS_DICT[look_up(known, name, what="torchdistill loss")]
+        self._build = look_up(_registry(), name, what="torchdistill loss")
         parameters = [
             parameter
             for parameter in inspect.signature(self._build).parameters.values()
@@ -112,6 +111,12 @@ class Borrow:
     def has_weights(self, **options: Any) -> bool:
         """Whether something of it is to be trained, saved and resumed."""
         return bool(self.module(**options).state_dict())
+
+
+def _registry() -> dict[str, Callable[..., nn.Module]]:
+    """Torchdistill's mid-level losses by name; imported here, for it takes seconds."""
+    importlib.import_module("torchdistill.losses.mid_level")  # fills the registry
+    return dict(importlib.import_module("torchdistill.losses.registry").MIDDLE_LEVEL_LOSS_DICT)
 
 
 def _places(name: str, parameters: list[str]) -> dict[str, Any]:
