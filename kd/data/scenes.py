@@ -1,13 +1,12 @@
-"""The embedded scenes: small images with a known truth, written as COCO JSON plus images.
+"""Generate the embedded scenes: small images with known posteriors, as COCO JSON and PNG.
 
     python -m kd.data.scenes --out datasets/scenes
 
-makes `train/`, `val/` (PNG: JPEG would ring beyond an object's box and give it away when hidden),
-`annotations/instances_{train,val}.json`, `annotations/posteriors_{train,val}.npz` with the exact
-posterior of every object (`object_ids` (K,), `log_probs_pixels` and `log_probs_annotations` (K, C)
-float32; see `kd.scenes.generative_model.exact_posterior`), and `scenes.json`, which says how all
-this was
-made. The same arguments give the same bytes; a longer set begins with the shorter one.
+writes `train/`, `val/` (PNG, since JPEG artefacts outside an object's box would reveal it when
+hidden), `annotations/instances_{train,val}.json`, `annotations/posteriors_{train,val}.npz` with the
+exact posterior of every object (`object_ids` (K,), `log_probs_pixels` and `log_probs_annotations`
+(K, C) float32; see `kd.scenes.generative_model.exact_posteriors`), and `scenes.json` with the
+arguments. The same arguments give the same bytes; a longer dataset begins with the shorter one.
 """
 
 from __future__ import annotations
@@ -35,31 +34,28 @@ from rich.console import Console
 from rich.progress import track
 
 from kd.errors import UserError
-from kd.scenes import generative_model as scene_model
-from kd.scenes import render as scene_paint
-from kd.scenes import shapes as scene_looks
-from kd.scenes import vocabulary as scene_tables
+from kd.scenes import generative_model, render, shapes, vocabulary
 from kd.scenes.generative_model import CANVAS, WORLD, exact_posteriors, sample_scene
 from kd.scenes.render import paint_scene
 
-VERSION = 1  # raise it when the same arguments give other scenes
+VERSION = 1  # increase when the same arguments give other scenes
 SPLITS = ("train", "val")
-FIRST_VAL_IMAGE = 1_000_001  # ids of the two splits never meet, however long they grow
+FIRST_VAL_IMAGE = 1_000_001  # keeps the ids of the two splits disjoint
 OBJECTS_PER_IMAGE = 10  # object id = image id * 10 + position from the left
 
 _log = logging.getLogger(__name__)
-_Json = dict[str, Any]
-_Floats = npt.NDArray[np.float32]
+Json = dict[str, Any]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What one scene adds to the files of its split."""
+class _Rendered:
+    """What one scene adds to its split."""
 
-    image: _Json
-    annotations: list[_Json]
-    log_probs_pixels: _Floats
-    log_probs_annotations: _Floats
+    image: Json
+    annotations: list[Json]
+    log_probs_pixels: Floats
+    log_probs_annotations: Floats
 
 
 def generate_scenes(
@@ -72,39 +68,40 @@ def generate_scenes(
     workers: int = 1,
     progress: bool = False,
 ) -> Path:
-    """Write the embedded scenes, unless `out` holds these very ones already.
+    """Write the embedded scenes, unless `out` already holds the same ones.
 
-    All is written beside `out` and renamed at the end: whatever stops it, `out` is never half done.
+    Everything is written to a temporary folder and renamed at the end, so `out` is never
+    incomplete.
 
     Args:
-        out: Folder to make.
-        train: Scenes to train on.
-        val: Scenes to validate on.
+        out: Folder to create.
+        train: Number of training scenes.
+        val: Number of validation scenes.
         size: Side of the images in pixels, a multiple of 64.
-        seed: Of everything random.
+        seed: Random seed.
         workers: Processes; above 1 the caller's script needs a `__main__` guard.
-        progress: Whether to show a bar.
+        progress: Show a progress bar.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: If an argument is out of range, or `out` holds something else.
+        UserError: An argument is out of range, or `out` holds something else.
     """
     out = Path(out)
     _check(train=train, val=val, size=size, seed=seed, workers=workers)
     recipe = {"train": train, "val": val, "size": size, "seed": seed}
-    about = {"version": VERSION, **recipe, "fingerprint": _fingerprint(recipe)}
-    if _is_there(out, about):
-        _log.info("%s: these scenes are there already", out)
+    metadata = {"version": VERSION, **recipe, "fingerprint": _fingerprint(recipe)}
+    if _is_there(out, metadata):
+        _log.info("%s: already exists", out)
         return out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial_folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
-        raise UserError(f"{out}: cannot make this folder ({error.strerror})") from error
+        raise UserError(f"{out}: cannot create this folder ({error.strerror})") from error
     try:
-        _write_all(partial_folder, out, about, workers=workers, progress=progress)
+        _write_all(partial_folder, out, metadata, workers=workers, progress=progress)
     except OSError as error:
         raise UserError(f"{partial_folder}: cannot write ({error.strerror})") from error
     finally:
@@ -112,16 +109,16 @@ def generate_scenes(
     return out
 
 
-def _write_all(folder: Path, out: Path, about: _Json, *, workers: int, progress: bool) -> None:
-    """Both splits into `folder`, which then becomes `out`."""
+def _write_all(folder: Path, out: Path, metadata: Json, *, workers: int, progress: bool) -> None:
+    """Write both splits to `folder`, which then becomes `out`."""
     with _mapper(workers) as mapper:
         for split in SPLITS:
-            write = partial(_write_scene, folder, split, about["size"], about["seed"])
-            scenes = mapper(write, about[split])
-            _write_split(folder, split, _show(scenes, split, about[split], progress))
-    (folder / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
-    folder.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the set
-    _move_in(folder, out, about)
+            write = partial(_write_scene, folder, split, metadata["size"], metadata["seed"])
+            scenes = mapper(write, metadata[split])
+            _write_split(folder, split, _with_progress(scenes, split, metadata[split], progress))
+    (folder / "scenes.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    folder.chmod(0o755)  # mkdtemp creates 0700, unreadable to others
+    _move_in(folder, out, metadata)
 
 
 def _check(*, train: int, val: int, size: int, seed: int, workers: int) -> None:
@@ -137,62 +134,66 @@ def _check(*, train: int, val: int, size: int, seed: int, workers: int) -> None:
         raise UserError(f"workers: got {workers}, expected 1 or more")
 
 
-def _fingerprint(recipe: _Json) -> str:
-    """Of the recipe and of all constants that shape the scenes."""
+def _fingerprint(recipe: Json) -> str:
+    """Hash of the arguments and of all constants that determine the scenes."""
     constants = {
         f"{module.__name__}.{name}": repr(value)
-        for module in (scene_tables, scene_model, scene_looks, scene_paint)
+        for module in (vocabulary, generative_model, shapes, render)
         for name, value in vars(module).items()
-        # WORLD is made of the others; functions print as their address, another in each process
+        # WORLD follows from the others; functions print as their address
         if name.isupper() and name not in ("WORLD", "_TEXTURES")
     }
     text = json.dumps([VERSION, recipe, constants], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_there(out: Path, about: _Json) -> bool:
-    """Whether `out` holds the scenes asked for; anything else there is the user's to move."""
+def _is_there(out: Path, metadata: Json) -> bool:
+    """Whether `out` holds the requested scenes; raises if it holds anything else."""
     if not out.exists():
         return False
     if not out.is_dir():
-        raise UserError(f"{out}: is a file; choose another folder")
+        raise UserError(f"{out}: is a file, expected a folder; choose another --out")
     if not any(out.iterdir()):
         return False
     try:
         found = json.loads((out / "scenes.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"{out}: holds other files; choose an empty or new folder") from None
+        raise UserError(f"{out}: contains other files; choose an empty or new folder") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{out / 'scenes.json'}: cannot be read ({error})") from error
-    if found == about:
+    if found == metadata:
         return True
-    keys = [k for k in about if not isinstance(found, dict) or found.get(k) != about[k]]
-    told = ", ".join(
-        f"{k} is {found.get(k) if isinstance(found, dict) else None}, asked for {about[k]}"
+    keys = [k for k in metadata if not isinstance(found, dict) or found.get(k) != metadata[k]]
+    differences = ", ".join(
+        f"{k} is {found.get(k) if isinstance(found, dict) else None}, expected {metadata[k]}"
         for k in keys
     )
-    raise UserError(f"{out}: holds other scenes ({told}); delete it or choose another folder")
+    raise UserError(
+        f"{out}: contains other scenes ({differences}); delete it or choose another folder"
+    )
 
 
 @contextmanager
 def _mapper(workers: int) -> Iterator[Any]:
-    """A function (work, count) -> results of work(0), work(1), ... in order."""
+    """Yield a function (work, count) -> results of work(0), work(1), ... in order."""
     if workers == 1:
         yield lambda work, count: map(work, range(count))
         return
-    # Not forked: the caller may hold threads (torch does), and a fork copies their locks as held.
+    # Not forked: the caller may run threads, whose locks a fork would copy in a locked state.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield lambda work, count: pool.imap(work, range(count), chunksize=32)
 
 
-def _show(scenes: Iterator[_Written], split: str, count: int, progress: bool) -> Iterator[_Written]:
+def _with_progress(
+    scenes: Iterator[_Rendered], split: str, count: int, progress: bool
+) -> Iterator[_Rendered]:
     if not progress:
         return scenes
     return iter(track(scenes, f"{split} scenes", total=count, console=Console(stderr=True)))
 
 
-def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> _Written:
-    """Draw, paint and save one scene; its randomness comes from seed, split and index alone."""
+def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> _Rendered:
+    """Sample, render and save one scene, seeded by seed, split and index only."""
     entropy = (seed, SPLITS.index(split), index)
     scene = sample_scene(np.random.default_rng([*entropy, 0]))
     painting = paint_scene(scene, (*entropy, 1), size=size)
@@ -211,7 +212,7 @@ def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> 
             "area": painting.areas[i],
             "segmentation": painting.outlines[i],
             "iscrowd": 0,
-            "place": scene_tables.PLACE_NAMES[kind][place],
+            "place": vocabulary.PLACE_NAMES[kind][place],
         }
         for i, place in enumerate(scene.places)
     ]
@@ -224,17 +225,17 @@ def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> 
     }
     pixels = np.log(exact_posteriors(scene, given="pixels")).astype(np.float32)
     given = np.log(exact_posteriors(scene, given="annotations")).astype(np.float32)
-    return _Written(image, annotations, pixels, given)
+    return _Rendered(image, annotations, pixels, given)
 
 
-def _write_split(folder: Path, split: str, scenes: Iterator[_Written]) -> None:
-    """Gather a split's scenes into its COCO file and its posteriors."""
-    written = list(scenes)
-    annotations = [annotation for scene in written for annotation in scene.annotations]
+def _write_split(folder: Path, split: str, scenes: Iterator[_Rendered]) -> None:
+    """Write a split's COCO file and posteriors."""
+    rendered = list(scenes)
+    annotations = [annotation for scene in rendered for annotation in scene.annotations]
     content = {
         "info": {"description": f"kd embedded scenes, {split}", "version": str(VERSION)},
         "licenses": [],
-        "images": [scene.image for scene in written],
+        "images": [scene.image for scene in rendered],
         "annotations": annotations,
         "categories": categories(),
     }
@@ -244,34 +245,34 @@ def _write_split(folder: Path, split: str, scenes: Iterator[_Written]) -> None:
     np.savez(
         folder / "annotations" / f"posteriors_{split}.npz",
         object_ids=np.array([a["id"] for a in annotations], dtype=np.int64),
-        log_probs_pixels=np.concatenate([s.log_probs_pixels for s in written]),
-        log_probs_annotations=np.concatenate([s.log_probs_annotations for s in written]),
+        log_probs_pixels=np.concatenate([s.log_probs_pixels for s in rendered]),
+        log_probs_annotations=np.concatenate([s.log_probs_annotations for s in rendered]),
     )
 
 
-def categories() -> list[_Json]:
-    """COCO categories; classes of one `look` can be told apart by context only."""
+def categories() -> list[Json]:
+    """COCO categories; classes with the same `look` are separated by context only."""
     return [
         {"id": i, "name": name, "supercategory": group, "look": look}
-        for i, (name, (look, group)) in enumerate(scene_tables.CLASSES.items(), start=1)
+        for i, (name, (look, group)) in enumerate(vocabulary.CLASSES.items(), start=1)
     ]
 
 
-def _move_in(partial_folder: Path, out: Path, about: _Json) -> None:
-    """Put the finished folder in place, unless another process was first with the same scenes."""
+def _move_in(partial_folder: Path, out: Path, metadata: Json) -> None:
+    """Move the finished folder into place, unless another process wrote the same scenes first."""
     try:
         os.replace(partial_folder, out)
     except OSError:
-        if not _is_there(out, about):
+        if not _is_there(out, metadata):
             raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m kd.data.scenes`."""
+    """Run `python -m kd.data.scenes`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kd.data.scenes", description="Write the embedded scenes as COCO JSON + PNG."
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="default 4000")
     parser.add_argument("--val", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--size", type=int, default=CANVAS, help="multiple of 64; default 64 px")
@@ -282,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = generate_scenes(arguments.pop("out"), progress=True, **arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
-    print(f"{out}: {arguments['train']} train and {arguments['val']} val scenes")
+    sys.stdout.write(f"{out}: {arguments['train']} train and {arguments['val']} val scenes\n")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""A synthetic gaze model for annotated scenes, so that saliency runs without any eye tracker.
+"""Synthetic gaze model for annotated scenes, so that saliency runs without eye-tracking data.
 
-Every observer looks at objects, near the centre, and anywhere. People and animals are looked at
-most; observers differ in what they like. It is a model to run and to test with, not one of humans.
+Observers fixate objects, the centre, and random points. People and animals attract most fixations;
+observers differ in their preferences. It serves to run and test the code, not to model humans.
 """
 
 from __future__ import annotations
@@ -15,66 +15,66 @@ from kd.errors import UserError
 from kd.formats.coco import CocoIndex
 from kd.formats.fixations import Fixations
 
-OBSERVERS, LOOKS = 10, 8  # fixations of an observer on an image
+OBSERVERS, FIXATIONS = 10, 8  # fixations per observer and image
 INTEREST = {"person": 4.0, "dog": 3.0, "bird": 3.0, "car": 2.0, "boat": 2.0, "laptop": 2.0,
             "cloud": 0.3, "tree": 0.5, "bench": 0.5}  # fmt: skip
-ORDINARY = 1.0  # of all other classes
+DEFAULT_INTEREST = 1.0  # of all other classes
 TASTE = 0.6  # standard deviation of an observer's log interest in one object
-AT_OBJECTS, AT_CENTRE = 0.75, 0.2  # shares of fixations; the rest lies anywhere
-CENTRE_SPREAD, OBJECT_SPREAD = 0.18, 0.22  # standard deviations as shares of the sides
-_STREAM = 11  # keeps these random numbers apart from all others
+AT_OBJECTS, AT_CENTRE = 0.75, 0.2  # fractions of fixations; the rest is uniform
+CENTRE_SPREAD, OBJECT_SPREAD = 0.18, 0.22  # standard deviations relative to the sides
+_STREAM = 11  # separates this random stream from others
 
 
 @dataclass(frozen=True)
 class SceneGaze:
-    """The model's fixations on the images of an index; the same ones whenever it is asked.
+    """Deterministic fixations on the images of an index.
 
     Args:
         index: Annotated images.
-        seed: Of the observers.
+        seed: Seed of the observers.
     """
 
     index: CocoIndex
     seed: int = 0
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations on the image at a place in the index."""
+        """Fixations on the image at a position in the index."""
         index = self.index
         own = int(index.heights[number]), int(index.widths[number])
         if own != size:
             raise UserError(
-                f"{index.path(number)}: is {size[1]} x {size[0]} pixels, {index.annotation_file} "
+                f"{index.path(number)}: {size[1]} x {size[0]} pixels, but {index.annotation_file} "
                 f"says {own[1]} x {own[0]}"
             )
         random = np.random.default_rng((_STREAM, self.seed, int(index.image_ids[number])))
         rows = slice(int(index.first[number]), int(index.first[number + 1]))
         names = [index.class_names[label] for label in index.labels[rows].tolist()]
-        interest = np.array([INTEREST.get(name, ORDINARY) for name in names])
+        interest = np.array([INTEREST.get(name, DEFAULT_INTEREST) for name in names])
         boxes = index.boxes[rows].astype(np.float64)
         points = [
-            self._looks(random, interest * np.exp(random.normal(0, TASTE, len(names))), boxes, size)
+            _observe(random, interest * np.exp(random.normal(0, TASTE, len(names))), boxes, size)
             for _ in range(OBSERVERS)
         ]
-        return Fixations(np.concatenate(points), np.repeat(np.arange(OBSERVERS), LOOKS))
+        return Fixations(np.concatenate(points), np.repeat(np.arange(OBSERVERS), FIXATIONS))
 
-    def _looks(
-        self,
-        random: np.random.Generator,
-        interest: NDArray[np.float64],
-        boxes: NDArray[np.float64],
-        size: tuple[int, int],
-    ) -> NDArray[np.float64]:
-        """One observer's fixations, (LOOKS, 2)."""
-        sides = np.array([size[1], size[0]], np.float64)
-        points = random.random((LOOKS, 2)) * sides
-        kinds = random.random(LOOKS)
-        centre = (AT_OBJECTS <= kinds) & (kinds < AT_OBJECTS + AT_CENTRE)
-        offsets = random.normal(0, 1, (LOOKS, 2))
-        points[centre] = sides / 2 + CENTRE_SPREAD * sides * offsets[centre]
-        if len(boxes):
-            chosen = random.choice(len(boxes), LOOKS, p=interest / interest.sum())
-            low, high = boxes[chosen, :2], boxes[chosen, 2:]
-            near = (low + high) / 2 + OBJECT_SPREAD * (high - low) * offsets
-            at_objects = kinds < AT_OBJECTS
-            points[at_objects] = np.clip(near, low, high)[at_objects]
-        return np.clip(points, 0, np.nextafter(sides, 0))
+
+def _observe(
+    random: np.random.Generator,
+    interest: NDArray[np.float64],
+    boxes: NDArray[np.float64],
+    size: tuple[int, int],
+) -> NDArray[np.float64]:
+    """Fixations of one observer, (FIXATIONS, 2)."""
+    sides = np.array([size[1], size[0]], np.float64)
+    points = random.random((FIXATIONS, 2)) * sides
+    kinds = random.random(FIXATIONS)
+    centre = (AT_OBJECTS <= kinds) & (kinds < AT_OBJECTS + AT_CENTRE)
+    offsets = random.normal(0, 1, (FIXATIONS, 2))
+    points[centre] = sides / 2 + CENTRE_SPREAD * sides * offsets[centre]
+    if len(boxes):
+        chosen = random.choice(len(boxes), FIXATIONS, p=interest / interest.sum())
+        low, high = boxes[chosen, :2], boxes[chosen, 2:]
+        near = (low + high) / 2 + OBJECT_SPREAD * (high - low) * offsets
+        at_objects = kinds < AT_OBJECTS
+        points[at_objects] = np.clip(near, low, high)[at_objects]
+    return np.clip(points, 0, np.nextafter(sides, 0))

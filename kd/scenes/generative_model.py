@@ -1,22 +1,22 @@
-"""The generative model behind the embedded scenes, and the exact posterior of a hidden object.
+"""Generative model of the embedded scenes, and the exact posterior of a hidden object's class.
 
-A scene is drawn in this order, and every factor is a normalised distribution:
+A scene is sampled in this order; every factor is a normalised distribution:
 
-1. its kind (harbour, kitchen, ...), uniform, and its horizon, which matters to the image only;
-2. the number of objects and their centres, blind to kind and class. A centre's height gives its
-   place (top, middle, bottom), so that a box alone tells the place;
+1. its kind (harbour, kitchen, ...), uniform, and its horizon, which only affects the image;
+2. the number of objects and their centres, independent of kind and class. The height of a centre
+determines its place (top, middle, bottom), so that a box alone gives the place;
 3. the classes, from left to right: `p(c_i | kind, c_<i) = softmax_c(log_base[kind, place_i, c] +
-   sum_j<i pull[c, c_j] * nearness_ij)`: what belongs there, and what comes with its neighbours;
+sum_j<i pull[c, c_j] * nearness_ij)`: what belongs there, and what occurs with its neighbours;
 4. width and height of each box given class and place, on a grid of even numbers.
 
-Centres and sizes are whole, so boxes are written without rounding and the posterior stays exact.
-Classes that share a look share their sizes too: nothing but context tells them apart.
+Centres and sizes are integers, so boxes are stored without rounding and the posterior is exact.
+Classes with the same look have the same sizes: only context separates them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -31,31 +31,29 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Given = Literal["pixels", "annotations", "both"]
 
-CANVAS = 64  # scenes are laid out on 64 x 64 units, whatever the size of the image
-SIZES = np.arange(8, 23, 2)  # even, so that a centre is whole
-COLUMNS = (11, 53)  # centres keep the largest box inside the image
-BANDS = ((11, 18), (23, 36), (41, 53))  # centre rows of top, middle, bottom; gaps keep them apart
+CANVAS = 64  # scenes are laid out on 64 x 64 units, independent of the image size
+SIZES = np.arange(8, 23, 2)  # even, so that centres are integers
+COLUMNS = (11, 53)  # keep the largest box inside the image
+BANDS = ((11, 18), (23, 36), (41, 53))  # centre rows of top, middle, bottom, separated by gaps
 BAND_SHARE = (0.25, 0.35, 0.40)
 COUNTS = (4, 7)
-MIN_DISTANCE = 12.0  # over the largest half box: no object can cover the centre of another
+MIN_DISTANCE = 12.0  # above half the largest box: no object covers another's centre
 HORIZONS = (18, 25)
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything the model knows, as arrays.
-
-    K kinds, P places, C classes, S sizes.
+    """Parameters of the model: K kinds, P places, C classes, S sizes.
 
     Attributes:
-        kinds: Names of the kinds of scene.
+        kinds: Names of the scene kinds.
         classes: Names of the classes.
-        looks: (C,) index of each class's look; equal numbers look alike.
-        log_base: (K, P, C) what belongs where, up to a constant.
-        pull: (C, C) symmetric; how much a class at distance 0 raises the log odds of another.
+        looks: (C,) index of each class's look; classes with equal numbers are confusable.
+        log_base: (K, P, C) log weight of each class, up to a constant.
+        pull: (C, C) symmetric; increase of a class's log odds by another class at distance 0.
         log_width: (C, P, S) log probability of each of `SIZES`.
         log_height: (C, P, S) likewise.
-        reach: How far the pull reaches, in units of the canvas.
+        reach: Range of the pull, in units of the canvas.
     """
 
     kinds: tuple[str, ...]
@@ -70,13 +68,13 @@ class World:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene before it is painted; its objects stand in canonical order, left to right.
+    """A scene before it is painted, with its objects ordered from left to right.
 
     Attributes:
         kind: Index into the world's kinds.
-        horizon: Row of the horizon, in units of the canvas; for the image only.
+        horizon: Row of the horizon, in units of the canvas; affects the image only.
         classes: (n,) class of each object.
-        boxes: (n, 4) x, y, width, height in whole units of the canvas.
+        boxes: (n, 4) x, y, width, height in integer units of the canvas.
     """
 
     kind: int
@@ -86,18 +84,18 @@ class Scene:
 
     @property
     def places(self) -> Ints:
-        """(n,) place of each object, from its box alone."""
+        """(n,) place of each object, determined by its box."""
         return place_of(self.boxes)
 
 
 def build_world() -> World:
-    """Turn the tables into arrays."""
+    """Build the parameters from the tables in `kd.scenes.vocabulary`."""
     classes = tuple(tables.CLASSES)
     number = {name: i for i, name in enumerate(classes)}
     looks = tuple(tables.LOOK_SIZES)
     base = [[[w.get(c, 0.0) for c in classes] for w in places] for places in tables.BASE.values()]
     pull = np.zeros((len(classes), len(classes)))
-    for strength, pairs in ((1.0, tables.FRIENDS), (-1.0, _foes())):
+    for strength, pairs in ((1.0, tables.FRIENDS), (-1.0, _repulsions())):
         for name, others in pairs.items():
             for other in others:
                 pull[number[name], number[other]] += strength * tables.PULL
@@ -116,26 +114,29 @@ def build_world() -> World:
     )
 
 
-def _foes() -> dict[str, list[str]]:
-    """What draws one look-alike keeps the other away: a pull without this would say too little."""
-    foes: dict[str, list[str]] = {}
+def _repulsions() -> dict[str, list[str]]:
+    """A class repels the companions of its confusable partner.
+
+    Attraction alone would separate the two too little.
+    """
+    repulsions: dict[str, list[str]] = {}
     for name, friends in tables.FRIENDS.items():
         look = tables.CLASSES[name][0]
         for other, (other_look, _) in tables.CLASSES.items():
             if other_look == look and other != name:
-                foes.setdefault(other, []).extend(friends)
-    return foes
+                repulsions.setdefault(other, []).extend(friends)
+    return repulsions
 
 
 def _log_sizes(typical: npt.NDArray[Any]) -> Floats:
-    """Discretised log-normal around (C,) typical sizes, larger towards the viewer: (C, P, S)."""
+    """Discretised log-normal around (C,) typical sizes, larger in the foreground: (C, P, S)."""
     centre = np.log(typical[:, None, None] * np.array(tables.PLACE_SCALE)[None, :, None])
     log_weight = -((np.log(SIZES) - centre) ** 2) / (2 * tables.SIZE_SPREAD**2)
     return _log_softmax(log_weight)
 
 
 def _log_softmax(logits: Floats) -> Floats:
-    """Over the last axis."""
+    """Log-softmax over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return log_probs
@@ -145,21 +146,21 @@ WORLD = build_world()
 
 
 def place_of(boxes: Ints) -> Ints:
-    """Index of the place of each (n, 4) box: top, middle or bottom, by its centre's row."""
+    """Index of the place (top, middle, bottom) of each box (n, 4), by its centre's row."""
     rows = boxes[:, 1] + boxes[:, 3] / 2
     edges = [(above[1] + below[0]) / 2 for above, below in pairwise(BANDS)]
     return np.asarray(np.searchsorted(edges, rows), dtype=np.int64)
 
 
 def nearness(boxes: Ints, reach: float) -> Floats:
-    """(n, n) how strongly each pair of (n, 4) boxes attends to one another: 1 at distance 0."""
+    """Strength of interaction between boxes (n, 4): (n, n), 1 at distance 0."""
     centres = boxes[:, :2] + boxes[:, 2:] / 2
     near: Floats = np.exp(-((centres[:, None] - centres) ** 2).sum(axis=2) / (2 * reach**2))
     return near
 
 
 def sample_scene(rng: np.random.Generator, *, world: World = WORLD) -> Scene:
-    """Draw one scene."""
+    """Sample a scene."""
     kind = int(rng.integers(len(world.kinds)))
     horizon = int(rng.integers(HORIZONS[0], HORIZONS[1] + 1))
     centres = _sample_centres(rng)
@@ -177,13 +178,13 @@ def sample_scene(rng: np.random.Generator, *, world: World = WORLD) -> Scene:
 
 
 def _draw(rng: np.random.Generator, log_probs: Floats) -> int:
-    """One draw of a categorical variable."""
+    """Sample a categorical variable."""
     cumulative = np.cumsum(np.exp(log_probs))
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
 def _sample_centres(rng: np.random.Generator) -> Ints:
-    """(n, 2) centres, left to right; too close ones are redrawn before any class is known."""
+    """Sample (n, 2) centres, left to right; centres too close to others are redrawn."""
     count = int(rng.integers(COUNTS[0], COUNTS[1] + 1))
     centres: list[tuple[int, int]] = []
     while len(centres) < count:
@@ -195,34 +196,20 @@ def _sample_centres(rng: np.random.Generator) -> Ints:
     return np.array(sorted(centres), dtype=np.int64)
 
 
-def exact_posterior(
-    scene: Scene, index: int, *, given: Given = "pixels", world: World = WORLD
-) -> Floats:
-    """Exact class probabilities of one hidden object, whose box is known.
+def exact_posteriors(scene: Scene, *, given: Given = "pixels", world: World = WORLD) -> Floats:
+    """Exact class posterior of every object of a scene, hidden one at a time with known box.
 
     Args:
-        scene: The scene; the class of object `index` is not looked at.
-        index: The hidden object.
-        given: What is known of the rest. `pixels`: what a flawless eye sees, the kind of scene, all
-            boxes, and the *look* of the other objects, look-alikes summed over. `annotations`: all
-            boxes and the classes of the other objects, kinds of scene summed over. `both`: kind,
-            boxes and classes.
+        scene: The scene; an object's posterior does not depend on its own class.
+        given: What is observed of the rest. `pixels`: what a perfect observer sees, the scene
+            kind, all boxes, and the *look* of the other objects, with confusable classes summed
+            over. `annotations`: all boxes and the classes of the other objects, with scene kinds
+            summed over. `both`: kind, boxes and classes.
         world: The model.
 
     Returns:
-        (C,) probabilities.
+        (n, C) probabilities.
     """
-    if not 0 <= index < len(scene.classes):
-        raise UserError(f"index: got {index}, the scene has {len(scene.classes)} objects")
-    return np.asarray(_posteriors(scene, [index], given, world)[0])
-
-
-def exact_posteriors(scene: Scene, *, given: Given = "pixels", world: World = WORLD) -> Floats:
-    """(n, C) `exact_posterior` of every object of a scene, each hidden in its turn."""
-    return _posteriors(scene, range(len(scene.classes)), given, world)
-
-
-def _posteriors(scene: Scene, hidden: Sequence[int], given: Given, world: World) -> Floats:
     if given not in get_args(Given):
         raise UserError(f"given: got {given!r}, expected one of {', '.join(get_args(Given))}")
     every = np.arange(len(world.classes))
@@ -230,39 +217,39 @@ def _posteriors(scene: Scene, hidden: Sequence[int], given: Given, world: World)
     known = [np.array([c]) for c in scene.classes]
     if given == "pixels":
         known = [np.flatnonzero(world.looks == world.looks[c]) for c in scene.classes]
-    guesses = [_product([*known[:i], every, *known[i + 1 :]]) for i in hidden]
+    guesses = [_product([*known[:i], every, *known[i + 1 :]]) for i in range(len(known))]
     log_joint = log_density(scene.boxes, np.concatenate(guesses), kinds, world=world)
     posteriors = np.zeros((len(guesses), len(every)))
     start = 0
-    for row, i, rows in zip(posteriors, hidden, guesses, strict=True):
-        mine = log_joint[:, start : start + len(rows)]
-        weight = np.exp(mine - mine.max()).sum(axis=0)
+    for i, (row, rows) in enumerate(zip(posteriors, guesses, strict=True)):
+        own = log_joint[:, start : start + len(rows)]
+        weight = np.exp(own - own.max()).sum(axis=0)
         row += np.bincount(rows[:, i], weights=weight / weight.sum(), minlength=len(every))
         start += len(rows)
     return posteriors
 
 
 def _product(options: Sequence[Ints]) -> Ints:
-    """(A, n) every way to take one of each."""
+    """Cartesian product of the options, (A, n)."""
     picks = np.indices([len(option) for option in options]).reshape(len(options), -1)
     return np.stack([o[pick] for o, pick in zip(options, picks, strict=True)], axis=1)
 
 
 def log_density(boxes: Ints, classes: Ints, kinds: Ints, *, world: World = WORLD) -> Floats:
-    """Joint log density (K, A) of kind, classes and sizes, for many guesses at once.
+    """Joint log density (K, A) of kind, classes and sizes for many class assignments at once.
 
-    The density of the centres is left out, being the same for all.
+    The density of the centres, which is the same for all, is left out.
 
     Args:
-        boxes: (n, 4) in canonical order.
-        classes: (A, n) guesses.
-        kinds: (K,) kinds to try.
+        boxes: (n, 4), left to right.
+        classes: (A, n) assignments.
+        kinds: (K,) kinds to evaluate.
         world: The model.
     """
     count, options = classes.T.shape
-    places, guesses = place_of(boxes), classes.T  # (n, A): object by object is faster
+    places, guesses = place_of(boxes), classes.T  # (n, A)
     which = np.arange(count)[:, None]
-    before = np.tril(nearness(boxes, world.reach), -1)  # left to right: only earlier ones pull
+    before = np.tril(nearness(boxes, world.reach), -1)  # only objects to the left interact
     pulls = (before @ world.pull[guesses].reshape(count, -1)).reshape(count, options, -1)
     columns = np.searchsorted(SIZES, boxes[:, 2:])
     taken = (
@@ -271,29 +258,8 @@ def log_density(boxes: Ints, classes: Ints, kinds: Ints, *, world: World = WORLD
         + world.log_height[guesses, places[:, None], columns[:, 1:]]
     )
     base = world.log_base[kinds][:, places]  # (K, n, C)
-    # The kinds share exp(pulls): each normaliser is then a product of matrices.
+    # All kinds share exp(pulls), so the normalisers are a matrix product.
     norms = np.log(np.exp(pulls) @ np.exp(base).transpose(1, 2, 0))  # (n, A, K)
     chosen = base[:, which, guesses].sum(axis=1)  # (K, A)
     log_joint: Floats = chosen + taken.sum(axis=0) - norms.sum(axis=0).T
     return log_joint - math.log(len(world.kinds))
-
-
-def scene_from_coco(
-    image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], *, world: World = WORLD
-) -> Scene:
-    """Read a scene back from its entries in the COCO file, where category id = class + 1.
-
-    An image without a `scene` entry gets kind 0; the posterior given annotations depends on
-    `width`, `bbox` and `category_id` alone.
-    """
-    unit = image["width"] / CANVAS
-    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4) / unit
-    whole = np.rint(boxes).astype(np.int64)
-    if not np.allclose(whole, boxes) or not np.isin(whole[:, 2:], SIZES).all():
-        raise UserError(f"image {image.get('id')}: its boxes are not those of an embedded scene")
-    order = np.lexsort((whole[:, 1] + whole[:, 3] // 2, whole[:, 0] + whole[:, 2] // 2))
-    about = image.get("scene", {})
-    kind = world.kinds.index(about["kind"]) if "kind" in about else 0
-    classes = np.array([a["category_id"] - 1 for a in annotations], dtype=np.int64)
-    horizon = round(about.get("horizon", HORIZONS[0] * unit) / unit)
-    return Scene(kind, horizon, classes[order], whole[order])

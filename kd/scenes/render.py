@@ -1,8 +1,8 @@
-"""Draws embedded scenes: backgrounds, objects, light and sensor noise.
+"""Render embedded scenes: background, objects, light and sensor noise.
 
-An object is drawn by its look, never its class, and stays inside its box: no shadow, no blur
-across its edge. Each object, the background and the noise have generators of their own, so that
-leaving one object out changes no pixel outside its box.
+An object's appearance depends on its look, not its class, and stays inside its box: no shadow, and
+no blur across the edge. Each object, the background and the noise have their own random generators,
+so that omitting an object changes no pixel outside its box.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kd.scenes.vocabulary import LOOK_SIZES
 
 Floats = npt.NDArray[np.floating[Any]]
 Bytes = npt.NDArray[np.uint8]
-FINE = 4  # objects are drawn this many times larger and averaged down: soft edges
+FINE = 4  # supersampling factor of objects, for soft edges
 NOISE = 5.0  # standard deviation of the sensor noise, of 255
 
 
 @dataclass(frozen=True)
 class Painting:
-    """A painted scene.
+    """A rendered scene.
 
     Attributes:
         image: (size, size, 3) RGB.
         outlines: Per object, polygons as flat x, y lists in pixels, each inside the object's box.
-        areas: Per object, pixels of the drawn shape, what covers it notwithstanding.
+        areas: Per object, pixels of the drawn shape, including occluded ones.
     """
 
     image: Bytes
@@ -53,13 +53,13 @@ def paint_scene(
     omit: Collection[int] = (),
     world: World = WORLD,
 ) -> Painting:
-    """Paint a scene.
+    """Render a scene.
 
     Args:
-        scene: What to paint; nearer objects (lower in the image) cover farther ones.
-        seed: Of everything random about the painting.
+        scene: What to render; nearer objects (lower in the image) occlude farther ones.
+        seed: Random seed of the rendering.
         size: Side of the image in pixels, a multiple of 64.
-        omit: Objects to leave out, everything else staying as it is.
+        omit: Objects to leave out; everything else is unchanged.
         world: The model, for the look of each class and the name of the kind.
     """
     scale = size // CANVAS
@@ -91,38 +91,38 @@ def paint_object(
         Colours (height, width, 3) in 0..255 times cover, cover (height, width) in 0..1, and the
         polygons of its outline as flat x, y lists.
     """
-    compiled = _compile(look)
+    outline = _outline_of(look)
     shift = (rng.normal(0.0, 7.0, 3) + rng.normal(0.0, 9.0)).tolist()
     mirrored = rng.random() < 0.5
-    points = compiled.points + compiled.wobble * rng.standard_normal(compiled.points.shape)
+    points = outline.points + outline.wobble * rng.standard_normal(outline.points.shape)
     if mirrored:
         points[:, 0] = 1 - points[:, 0]
     points = np.minimum(np.maximum(points, 0.0), 1.0)
     drawn = (points * (width * FINE - 1, height * FINE - 1)).ravel().tolist()
     placed = (points * (width, height)).ravel().tolist()
-    # Four plain channels, the last one cover: RGBA would have its alpha divided out when averaged.
-    sheet = Image.new("CMYK", (width * FINE, height * FINE))
-    draw = ImageDraw.Draw(sheet)
+    # Four plain channels, the last one cover: averaging RGBA would divide by alpha.
+    canvas_image = Image.new("CMYK", (width * FINE, height * FINE))
+    draw = ImageDraw.Draw(canvas_image)
     polygons = []
-    for shape, (start, stop) in zip(LOOKS[look], pairwise(compiled.starts), strict=True):
+    for shape, (start, stop) in zip(LOOKS[look], pairwise(outline.starts), strict=True):
         red, green, blue = (
             min(max(round(c + s), 0), 255) for c, s in zip(shape.colour, shift, strict=True)
         )
         draw.polygon(drawn[start:stop], fill=(red, green, blue, 255))
         if shape.outline:
             polygons.append(placed[start:stop])
-    averaged = np.asarray(sheet.reduce(FINE), dtype=np.float32)
+    averaged = np.asarray(canvas_image.reduce(FINE), dtype=np.float32)
     return averaged[:, :, :3], averaged[:, :, 3] / np.float32(255), polygons
 
 
 @dataclass(frozen=True)
-class _Compiled:
-    """The shapes of a look laid end to end, so that one operation moves them all.
+class _Outline:
+    """The shapes of a look, concatenated so that one operation moves them all.
 
     Attributes:
         points: (P, 2) corners in a unit square, ellipses as polygons.
-        wobble: (P, 1) how far each may stray: corners do, ellipses stay round.
-        starts: Where each shape starts in the flattened points, and the end.
+        wobble: (P, 1) standard deviation of each corner; ellipses stay round.
+        starts: Start of each shape in the flattened points, and the end.
     """
 
     points: Floats
@@ -131,17 +131,19 @@ class _Compiled:
 
 
 @cache
-def _compile(look: str) -> _Compiled:
-    corners = [_round_off(s) if s.form == "ellipse" else np.array(s.points) for s in LOOKS[look]]
+def _outline_of(look: str) -> _Outline:
+    corners = [
+        _ellipse_points(s) if s.form == "ellipse" else np.array(s.points) for s in LOOKS[look]
+    ]
     wobble = [
         np.full((len(c), 1), 0.0 if s.form == "ellipse" else 0.02)
         for s, c in zip(LOOKS[look], corners, strict=True)
     ]
     starts = [0, *np.cumsum([c.size for c in corners]).tolist()]
-    return _Compiled(np.concatenate(corners), np.concatenate(wobble), starts)
+    return _Outline(np.concatenate(corners), np.concatenate(wobble), starts)
 
 
-def _round_off(ellipse: Shape) -> Floats:
+def _ellipse_points(ellipse: Shape) -> Floats:
     """(20, 2) points of an ellipse given by its corners."""
     (x0, y0), (x1, y1) = ellipse.points
     turn = np.linspace(0.0, 2 * np.pi, 20, endpoint=False)
@@ -161,11 +163,11 @@ def _background(kind: str, horizon: int, size: int, rng: np.random.Generator) ->
         band = tint.astype(np.float32) + rows * np.float32(rng.normal(0.0, 10.0))
         relief = _TEXTURES[texture](bottom - top, size, rng)
         canvas[top:bottom] = band + relief[:, :, None]
-    return canvas + _clouding(size, rng)[:, :, None]
+    return canvas + _uneven_light(size, rng)[:, :, None]
 
 
-def _clouding(size: int, rng: np.random.Generator) -> Floats:
-    """(size, size) soft unevenness of light."""
+def _uneven_light(size: int, rng: np.random.Generator) -> Floats:
+    """(size, size) smooth variation of light."""
     coarse = Image.fromarray(rng.normal(0.0, 7.0, (6, 6)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
 
@@ -218,7 +220,7 @@ _TEXTURES: dict[Texture, Callable[[int, int, np.random.Generator], Any]] = {
 
 
 def _expose(canvas: Floats, rng: np.random.Generator) -> Bytes:
-    """Brightness, colour cast and sensor noise; each pixel by itself, so that nothing spreads."""
+    """Apply brightness, colour cast and sensor noise, independently per pixel."""
     gain = (rng.normal(1.0, 0.08) * rng.normal(1.0, 0.03, 3)).astype(np.float32)
     noise = rng.normal(0.0, NOISE, canvas.shape).astype(np.float32)
     return np.asarray(np.clip(canvas * gain + noise, 0, 255), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""How things look in the embedded scenes: silhouettes in a unit square, colours, grounds."""
+"""Appearance of the embedded scenes: silhouettes in a unit square, colours, grounds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Shape:
     """One filled shape of a look, in a unit square.
 
     Attributes:
-        form: `ellipse` takes two corners, `polygon` three or more points.
-        colour: RGB before the object's own shift.
+        form: `ellipse` has two corners, `polygon` three or more points.
+        colour: RGB before the object's random shift.
         points: x, y pairs in 0..1.
         outline: Whether it is part of the silhouette rather than a detail within it.
     """

@@ -1,18 +1,18 @@
-"""What the embedded scenes are made of: kinds of scene, classes, where they belong, their company.
+"""Vocabulary of the embedded scenes: scene kinds, classes, where they occur and with what.
 
-Numbers were set by measurement: see `kd.data.scenes`. A change here changes the fingerprint of
-the generated sets.
+The numbers were tuned by measurement: see `kd.data.scenes`. Changing one changes the fingerprint of
+the generated datasets.
 """
 
 from __future__ import annotations
 
 Weights = dict[str, float]
 
-FLOOR = 0.02  # weight of a class where it does not belong: nothing is impossible
-PULL = 1.6  # log odds that a companion adds at distance 0
+FLOOR = 0.02  # weight of a class where it does not belong, above 0
+PULL = 1.6  # log odds added by a companion at distance 0
 REACH = 17.0  # a companion's pull at distance d is PULL * exp(-d^2 / (2 REACH^2))
 SIZE_SPREAD = 0.14  # standard deviation of log width and log height
-PLACE_SCALE = (0.9, 1.0, 1.1)  # things in front are larger
+PLACE_SCALE = (0.9, 1.0, 1.1)  # objects in front are larger
 
 # class: (look, supercategory). Five looks belong to two classes each.
 CLASSES: dict[str, tuple[str, str]] = {
@@ -40,7 +40,7 @@ CLASSES: dict[str, tuple[str, str]] = {
     "kettle": ("kettle", "tableware"),
 }
 
-# look: typical width and height. Look-alikes share them by construction.
+# look: typical width and height, the same for confusable classes by construction.
 LOOK_SIZES: dict[str, tuple[float, float]] = {
     "disc": (11.0, 11.0),
     "wing": (15.0, 10.0),
@@ -70,8 +70,8 @@ PLACE_NAMES: dict[str, tuple[str, str, str]] = {
     "desk": ("shelf", "wall", "desk"),
 }
 
-# kind: what belongs at the top, in the middle, at the bottom. Look-alikes weigh the same in most
-# places, so that there neither kind nor place tells them apart.
+# kind: what belongs at the top, in the middle, at the bottom. Confusable classes have equal weights
+# in most places, so that neither kind nor place separates them there.
 BASE: dict[str, tuple[Weights, Weights, Weights]] = {
     "harbour": (
         {"cloud": 2, "bird": 2, "kite": 2},
@@ -105,7 +105,7 @@ BASE: dict[str, tuple[Weights, Weights, Weights]] = {
     ),
 }
 
-# Companions; they draw each other, and keep a look-alike of theirs away.
+# Companions attract each other and repel each other's confusable partners.
 FRIENDS: dict[str, tuple[str, ...]] = {
     "ball": ("dog", "person"),
     "orange": ("plate", "umbrella"),

@@ -87,6 +87,16 @@ def test_pycocotools_reads_the_set_and_finds_masks_inside_the_boxes(made: Path) 
         assert annotation["iscrowd"] == 0
 
 
+def scene_of(image: dict[str, Any], annotations: list[dict[str, Any]]) -> scene_model.Scene:
+    """The scene of a 64-pixel image, from its COCO entries."""
+    return scene_model.Scene(
+        kind=scene_model.WORLD.kinds.index(image["scene"]["kind"]),
+        horizon=image["scene"]["horizon"],
+        classes=np.array([a["category_id"] - 1 for a in annotations]),
+        boxes=np.array([a["bbox"] for a in annotations]),
+    )
+
+
 def test_stored_posteriors_agree_with_the_scenes_read_back(made: Path) -> None:
     for split in ("train", "val"):
         content = coco(made, split)
@@ -95,7 +105,7 @@ def test_stored_posteriors_agree_with_the_scenes_read_back(made: Path) -> None:
         start = 0
         for image in content["images"]:
             mine = [a for a in content["annotations"] if a["image_id"] == image["id"]]
-            scene = scene_model.scene_from_coco(image, mine)
+            scene = scene_of(image, mine)
             for given in ("pixels", "annotations"):
                 log_probs = stored[f"log_probs_{given}"][start : start + len(mine)]
                 assert log_probs.dtype == np.float32
@@ -170,14 +180,14 @@ def test_an_existing_dataset_is_reused_and_another_rejected(made: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
     assert make(made) == made
     assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before
-    with pytest.raises(UserError, match=r"holds other scenes \(train is 6, asked for 7"):
+    with pytest.raises(UserError, match=r"contains other scenes \(train is 6, expected 7"):
         make(made, train=7, val=3)
 
 
 def test_other_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="contains other files"):
         make(tmp_path / "mine")
     with pytest.raises(UserError, match="is a file"):
         make(tmp_path / "mine/letter.txt")
@@ -185,7 +195,7 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "broken/scenes.json").write_text('{"version":')
     with pytest.raises(UserError, match=r"scenes\.json: cannot be read"):
         make(tmp_path / "broken")
-    with pytest.raises(UserError, match="cannot make this folder"):
+    with pytest.raises(UserError, match="cannot create this folder"):
         make(tmp_path / "mine/letter.txt/below")
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
 

@@ -1,4 +1,4 @@
-"""The plain detector of the embedded scenes: it sees looks, and nothing of context."""
+"""The simulated detector of the embedded scenes: it sees looks and ignores context."""
 
 from __future__ import annotations
 

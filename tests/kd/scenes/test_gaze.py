@@ -1,4 +1,4 @@
-"""The synthetic gaze model: the same looks each time, at objects more than elsewhere."""
+"""The synthetic gaze model: deterministic, and at objects more than elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.scenes.gaze import INTEREST, LOOKS, OBSERVERS, SceneGaze
+from kd.scenes.gaze import FIXATIONS, INTEREST, OBSERVERS, SceneGaze
 
 SIZE = (64, 64)
 
@@ -22,8 +22,8 @@ def index(small_scenes: Path) -> CocoIndex:
 def test_fixations_are_deterministic(index: CocoIndex) -> None:
     first, again = SceneGaze(index)(3, SIZE), SceneGaze(index)(3, SIZE)
     np.testing.assert_array_equal(first.points, again.points)
-    assert len(first.points) == OBSERVERS * LOOKS
-    assert np.bincount(first.observers).tolist() == [LOOKS] * OBSERVERS
+    assert len(first.points) == OBSERVERS * FIXATIONS
+    assert np.bincount(first.observers).tolist() == [FIXATIONS] * OBSERVERS
     assert not np.array_equal(first.points, SceneGaze(index, seed=1)(3, SIZE).points)
     assert not np.array_equal(first.points, SceneGaze(index)(4, SIZE).points)
 
@@ -45,18 +45,20 @@ def test_most_fixations_are_on_objects_and_all_in_the_image(index: CocoIndex) ->
 
 
 def test_people_attract_more_fixations_than_clouds(index: CocoIndex) -> None:
-    looks: dict[str, list[int]] = {"person": [], "cloud": []}
+    fixations: dict[str, list[int]] = {"person": [], "cloud": []}
     for number in range(len(index)):
         points = SceneGaze(index)(number, SIZE).points
         for row in range(int(index.first[number]), int(index.first[number + 1])):
             name = index.class_names[int(index.labels[row])]
-            if name in looks:
+            if name in fixations:
                 box = index.boxes[row]
-                looks[name].append(int(((points >= box[:2]) & (points <= box[2:])).all(1).sum()))
-    assert np.mean(looks["person"]) > 2 * np.mean(looks["cloud"])
+                fixations[name].append(
+                    int(((points >= box[:2]) & (points <= box[2:])).all(1).sum())
+                )
+    assert np.mean(fixations["person"]) > 2 * np.mean(fixations["cloud"])
     assert INTEREST["person"] > INTEREST["cloud"]
 
 
 def test_an_image_of_another_size_is_rejected(index: CocoIndex) -> None:
-    with pytest.raises(UserError, match=r"is 32 x 16 pixels, .* says 64 x 64"):
+    with pytest.raises(UserError, match=r"32 x 16 pixels, but .* says 64 x 64"):
         SceneGaze(index)(0, (16, 32))
