@@ -11,10 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kd.config.reader import data_config
+from kd.problems import problem_of_data
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("student", "teacher")
+PAGES = ("student", "teacher", "dataset")
 # A block of code; a line with a file's name before it says where it is written.
 BLOCK = re.compile(
     r"(?:^`(?P<file>[\w.-]+)`:\n\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -103,4 +107,22 @@ def test_a_teacher_is_trained_with_its_folds_and_teaches(
     for variant in ("distilled", "shuffled"):
         curves = scalars(elsewhere / "runs/student/seed0" / variant)
         assert curves["loss/context_logits"][-1] > 0
+    assert "distilled - plain" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_dataset_opens_with_its_counts_and_is_learned_from(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow("dataset", elsewhere)
+    section = data_config("mine.yaml")
+    data = problem_of_data(section).open(section)
+    assert data.class_names == ("disc", "square")
+    for split, images in (("train", 16), ("val", 8)):
+        index = getattr(data, split)
+        assert (len(index.image_ids), len(index.labels)) == (images, 2 * images)
+        assert np.bincount(index.labels).tolist() == [images, images]
+    summary = json.loads((elsewhere / "runs/teacher/summary.json").read_text())
+    assert summary["count"] == 16  # all objects of val, each hidden in turn
+    assert (elsewhere / "runs/student/seed0/distilled/evaluation/table.md").is_file()
     assert "distilled - plain" in capsys.readouterr().out
