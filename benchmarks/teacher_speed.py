@@ -51,7 +51,7 @@ def picture(size: int, objects: int) -> dict[str, Tensor]:
         "shares": torch.full((objects,), 0.04),
         "usable": torch.ones(objects, dtype=torch.bool),
         "hidden": torch.arange(objects),
-        "hide_share": torch.ones(objects),
+        "hide_fraction": torch.ones(objects),
     }
 
 
@@ -72,7 +72,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
 
     def ask(count: int) -> tuple[float, float]:
         batch = picture(section.size, objects)
-        batch = {**batch, "hidden": batch["hidden"][:count], "hide_share": torch.ones(count)}
+        batch = {**batch, "hidden": batch["hidden"][:count], "hide_fraction": torch.ones(count)}
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             task.decode(named(model(*task.inputs(batch))), batch)

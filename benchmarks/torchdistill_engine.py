@@ -127,7 +127,7 @@ def make_batches(number: int, size: int, side: int) -> list[dict[str, Tensor]]:
                 "shares": torch.ones(size),
                 "usable": torch.ones(size, dtype=torch.bool),
                 "hidden": rows,
-                "hide_share": torch.ones(size),
+                "hide_fraction": torch.ones(size),
             }
         )
     return batches

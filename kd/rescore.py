@@ -23,7 +23,7 @@ from kd.formats.coco_results import write_detections
 from kd.report.style import save_figure
 from kd.report.tables import print_table
 from kd.runs.build import make_accelerator
-from kd.utils.io import write_whole
+from kd.utils.io import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {**change.to_json(), **result.to_json(names), "a": strengths, "curves": curves}
     text = json.dumps(report, indent=2) + "\n"
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")
-    write_whole(metrics, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(metrics, text)
     if args.figures:
         marks = [fit.setting for fit in result.fits]
         save_figure(curve_figure(strengths, curves, marks, title), args.figures / "strength.png")

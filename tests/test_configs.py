@@ -45,7 +45,7 @@ from kd.problems.detection.task import Detection
 from kd.problems.objects.problem import PROBLEM
 from kd.runs.setup import learns
 from kd.transforms.augment import build_augment
-from kd.transforms.crops import build_crops, build_turns
+from kd.transforms.crops import build_crops, build_flips
 
 CLASSES = {"scenes": 12, "scenes_maps": 23, "camvid": 11, "cityscapes": 19, "ade20k": 150,
            "voc2012": 21, "scenes_gaze": 1, "osie": 1, "salicon": 1, "mit1003": 1,
@@ -78,7 +78,7 @@ def check_training(train: Train, data: AnyData, model: nn.Module) -> None:
     optimizer = make_optimizer(model, **train.optimizer.model_dump())
     make_schedule(optimizer, 100, **train.schedule.model_dump())
     if isinstance(data, Gaze):
-        build_turns(data.augment)
+        build_flips(data.augment)
     elif isinstance(data, LabelMaps):
         build_crops(data.augment)
     elif data.augment is not None:
@@ -117,7 +117,7 @@ def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
         "shares": torch.tensor([0.1, 0.1]),
         "usable": torch.tensor([True, True]),
         "hidden": torch.tensor([0, 1]),
-        "hide_share": torch.ones(2),
+        "hide_fraction": torch.ones(2),
         "class_maps": torch.zeros(1, size, size, dtype=torch.uint8),
     }
 

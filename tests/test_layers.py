@@ -146,12 +146,12 @@ def circle_among(imports: list[Import]) -> list[str]:
         if node in finished:
             return []
         for following in sorted(edges.get(node, ())):
-            if found := walk(following, [*trail, node]):
-                return found
+            if circle := walk(following, [*trail, node]):
+                return circle
         finished.add(node)
         return []
 
-    return next((found for start in sorted(edges) if (found := walk(start, []))), [])
+    return next((circle for start in sorted(edges) if (circle := walk(start, []))), [])
 
 
 def test_every_import_points_down() -> None:

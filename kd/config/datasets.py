@@ -196,7 +196,7 @@ class Gaze(DataSet):
     )
     split_seed: Whole = Field(0, description="of that draw")
     augment: dict[str, Any] | None = Field(
-        default_factory=dict, description="options of kd.transforms.crops.Turns; null = none"
+        default_factory=dict, description="options of kd.transforms.crops.Flips; null = none"
     )
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ from kd.formats.splits import fold_of
 from kd.nn.weights import weights_hash
 from kd.runs.load_teacher import TrainedTeacher, fold_models
 from kd.utils.images import read_image
-from kd.utils.io import write_whole
+from kd.utils.io import write_atomic
 
 _log = logging.getLogger("kd")
 _VERSION = 1
@@ -130,7 +130,7 @@ def context_of(
                 answers[rows[start : start + len(part)]] = part.numpy()
                 start, done = start + len(part), done + len(part)
                 advance(Progress(step=done), 0)
-    write_whole(path, lambda file: _save(file, answers, question))
+    write_atomic(path, lambda file: _save(file, answers, question))
     return Context(answers, question)
 
 

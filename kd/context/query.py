@@ -17,7 +17,7 @@ from kd.problems.objects.context import ContextMap, ContextPixels
 from kd.runs.load_teacher import TrainedTeacher
 from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
-from kd.utils.images import no_picture, resize, scaled_size
+from kd.utils.images import grey_image, resize, scaled_size
 
 # Pixel logits that one pass may give, K * C * S * S: half a gigabyte as float32, and decoding takes
 # it once more.
@@ -122,7 +122,7 @@ def _samples(question: Question, data: Data, task: Task, most: int) -> Iterator[
     size = data.size
     height, width = question.picture.shape[1:]
     scaled = scaled_size(height, width, size)
-    picture = resize(question.picture, scaled) if data.pictures else no_picture(scaled)
+    picture = resize(question.picture, scaled) if data.pictures else grey_image(scaled)
     scale = torch.tensor([scaled[1] / width, scaled[0] / height]).repeat(2)
     stored = question.boxes.float()
     boxes = stored * scale
@@ -141,7 +141,7 @@ def _samples(question: Question, data: Data, task: Task, most: int) -> Iterator[
     exact = question.masks is not None or getattr(task, "shape", "box") == "segment"
     for start in range(0, len(question.hidden), most):
         hidden = question.hidden[start : start + most]
-        part = {**sample, "hidden": hidden, "hide_share": torch.ones(len(hidden))}
+        part = {**sample, "hidden": hidden, "hide_fraction": torch.ones(len(hidden))}
         if exact:
             masks = None if question.masks is None else question.masks[start : start + most]
             part["segments"] = _segments(masks, boxes[hidden], scaled, size)
@@ -178,7 +178,7 @@ def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor
     height, width = sample["sizes"].tolist()
     picture = sample["images"][:, :height, :width]
     if getattr(teacher.task, "pictures", "whole") == "none":
-        picture = no_picture((height, width))
+        picture = grey_image((height, width))
     return picture, regions[:, :height, :width]
 
 

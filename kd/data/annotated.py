@@ -17,7 +17,7 @@ from kd.errors import UserError
 from kd.formats.coco import CocoIndex
 from kd.transforms.augment import Plan, visible
 from kd.transforms.hide import SHAPES
-from kd.utils.images import no_picture, read_image, scaled_size
+from kd.utils.images import grey_image, read_image, scaled_size
 
 
 def shares_of(
@@ -143,7 +143,7 @@ class Pictures:
         path, expected = self.file(image)
         side = self.size if size is None else size
         if not self.read_files:
-            return no_picture(scaled_size(*expected, side))
+            return grey_image(scaled_size(*expected, side))
         return read_image(path, side, expected=expected)
 
 

@@ -1,6 +1,6 @@
 """Download public datasets: `python -m kd.data.download coco2017 --out DIR`.
 
-Archives are fetched with resume and checksum, unpacked, and removed; what is complete is skipped.
+Archives are downloaded (resumable, with checksum), unpacked and deleted; complete ones are skipped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kd.errors import UserError
-from kd.utils.byte_progress import Meter, readable
-from kd.utils.download import fetch
+from kd.utils.download import ByteProgress, fetch, readable
 
 __all__ = ["DATASETS", "Archive", "download", "fetch", "main", "unpack"]
 
@@ -34,13 +33,13 @@ class Archive:
     """One zip file of a dataset.
 
     Attributes:
-        name: As given to `--only`.
-        location: Path below the base URL.
-        md5: Of the zip file.
+        name: Name for `--only`.
+        location: Path relative to the base URL.
+        md5: Checksum of the zip file.
         packed: Bytes of the zip file.
-        unpacked: Bytes of its files, about.
-        folder: Where its files lie after unpacking, below the dataset's folder.
-        files: How many they are.
+        unpacked: Bytes of its files, approximately.
+        folder: Folder of its files, relative to the dataset's folder.
+        files: Number of files.
     """
 
     name: str
@@ -53,15 +52,15 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """Archives that make up a dataset, and where they are published."""
+class Source:
+    """The archives of a dataset and where they are published."""
 
     base_url: str
     archives: tuple[Archive, ...]
 
 
 DATASETS = {
-    "coco2017": DataSet(
+    "coco2017": Source(
         "http://images.cocodataset.org",
         (
             Archive(
@@ -105,12 +104,12 @@ def download(
     retries: int = 5,
     backoff: float = 1.0,
 ) -> None:
-    """Fetch and unpack archives, except those whose files are all there.
+    """Download and unpack archives, except those that are complete.
 
     Args:
-        archives: What to fetch, in this order.
+        archives: Archives in order.
         out: The dataset's folder.
-        base_url: Their locations are below it.
+        base_url: Prefix of the archives' locations.
         keep: Keep the zip files.
         retries: As in `fetch`.
         backoff: As in `fetch`, seconds.
@@ -125,7 +124,7 @@ def download(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot make this folder: {error.strerror}") from error
+        raise UserError(f"{out}: cannot create this folder: {error.strerror}") from error
     _check_space(missing, out, keep)
     for archive in missing:
         path = out / PurePosixPath(archive.location).name
@@ -134,15 +133,15 @@ def download(
         unpack(path, out)
         if not _is_complete(archive, out):
             raise UserError(
-                f"{path}: unpacked, but {out / archive.folder} has not the {archive.files} files "
-                "expected; is it the right archive?"
+                f"{path}: unpacked, but {out / archive.folder} has fewer than the expected "
+                f"{archive.files} files; is it the right archive?"
             )
         if not keep:
             path.unlink()
 
 
 def _is_complete(archive: Archive, out: Path) -> bool:
-    # Counting is enough: `unpack` gives a file its name only when all of it is written.
+    # Counting is enough: `unpack` names a file only once it is complete.
     try:
         with os.scandir(out / archive.folder) as entries:
             files = sum(not entry.name.endswith(".part") for entry in entries if entry.is_file())
@@ -155,7 +154,7 @@ def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
     if not archives:
         return
     packed = [archive.packed for archive in archives]
-    # An archive is removed once unpacked, so at most one lies beside the files.
+    # An archive is deleted once unpacked, so at most one exists at a time.
     need = sum(archive.unpacked for archive in archives) + (sum(packed) if keep else max(packed))
     for archive in archives:
         name = PurePosixPath(archive.location).name
@@ -167,31 +166,34 @@ def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(
-            f"{out}: needs {readable(need)}, the disk has {readable(free)} left; "
-            "choose another --out, or fetch less with --only"
+            f"{out}: needs {readable(need)}, but only {readable(free)} are free; "
+            "choose another --out, or download less with --only"
         )
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip file; files that are there with their size are skipped.
+    """Unpack a zip file; existing files of the right size are skipped.
 
     Args:
         archive: The zip file.
-        folder: Receives its files; nothing is written outside it.
+        folder: Target folder; nothing is written outside it.
 
     Raises:
-        UserError: Damaged, an entry points outside `folder` or is a link, or the disk is full.
+        UserError: The archive is corrupt, an entry points outside `folder` or is a link, or the
+            disk is full.
     """
     try:
         with zipfile.ZipFile(archive) as source:
             members = [entry for entry in source.infolist() if not entry.is_dir()]
             targets = [_target(archive, entry, folder) for entry in members]
             total = sum(entry.file_size for entry in members)
-            with Meter(f"unpacking {archive.name}", total) as meter:
+            with ByteProgress(f"unpacking {archive.name}", total) as progress:
                 for entry, target in zip(members, targets, strict=True):
-                    _unpack_one(source, entry, target, meter)
+                    _unpack_one(source, entry, target, progress)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise UserError(f"{archive}: damaged zip file ({error}); remove it, run again") from error
+        raise UserError(
+            f"{archive}: corrupt zip file ({error}); delete it and run again"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{folder}: the disk is full; free some space and run again"
@@ -205,25 +207,25 @@ def _target(archive: Path, entry: zipfile.ZipInfo, folder: Path) -> Path:
     outside = path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
     if outside or stat.S_ISLNK(entry.external_attr >> 16):
         raise UserError(f"{archive}: unsafe entry {entry.filename!r}; nothing was unpacked")
-    return folder.joinpath(*path.parts)  # may lead through links, but only the user's own
+    return folder.joinpath(*path.parts)  # may pass through links, but only the user's own
 
 
 def _unpack_one(
-    source: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, meter: Meter
+    source: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, progress: ByteProgress
 ) -> None:
     if target.is_file() and target.stat().st_size == entry.file_size:
-        meter.advance(entry.file_size)
+        progress.advance(entry.file_size)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f"{target.name}.part")
+    partial = target.with_name(f"{target.name}.part")
     try:
-        with source.open(entry) as packed, draft.open("wb") as file:
-            while chunk := packed.read(_CHUNK):  # checks the entry's CRC at its end
+        with source.open(entry) as packed, partial.open("wb") as file:
+            while chunk := packed.read(_CHUNK):  # verifies the entry's CRC at the end
                 file.write(chunk)
-                meter.advance(len(chunk))
-        draft.replace(target)
+                progress.advance(len(chunk))
+        partial.replace(target)
     finally:
-        draft.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,23 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", choices=sorted(DATASETS))
     parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
     names = sorted({a.name for dataset in DATASETS.values() for a in dataset.archives})
-    parser.add_argument("--only", choices=names, action="append", help="a part; repeatable")
-    parser.add_argument("--base-url", help="a mirror with the same paths")
+    parser.add_argument("--only", choices=names, action="append", help="only this part; repeatable")
+    parser.add_argument("--base-url", help="mirror with the same paths")
     parser.add_argument("--keep", action="store_true", help="keep the zip files")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     dataset = DATASETS[options.dataset]
-    wanted = [a for a in dataset.archives if not options.only or a.name in options.only]
+    selected = [a for a in dataset.archives if not options.only or a.name in options.only]
     base_url = options.base_url or dataset.base_url
     try:
-        download(wanted, options.out, base_url=base_url, keep=options.keep)
+        download(selected, options.out, base_url=base_url, keep=options.keep)
     except UserError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from here", file=sys.stderr)
+        sys.stderr.write("interrupted; run the same command again to resume\n")
         return 130
-    print(f"{options.out}: ready")
+    sys.stdout.write(f"{options.out}: ready\n")
     return 0
 
 

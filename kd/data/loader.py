@@ -18,7 +18,7 @@ from kd.storage.fields import PREFIX
 Sample = dict[str, Tensor]
 _STACKED = ("images", "sizes", "own_sizes", "image_ids", "labelled", "class_maps", "label_maps",
             "density")  # fmt: skip
-_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_share", "segments",
+_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_fraction", "segments",
            "withheld", "crowds")  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.utils.io import write_whole
+from kd.utils.io import write_atomic
 
 FORMAT = 1
 REMEDIES = (
@@ -105,7 +105,7 @@ def save_checkpoint(
         "config": dict(config),
         "parts": dict(parts),
     }
-    write_whole(path, lambda partial: _torch_save(content, partial))
+    write_atomic(path, lambda partial: _torch_save(content, partial))
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> str | None:
@@ -152,7 +152,7 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
 def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
     """Write a model's weights as safetensors."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata=dict(metadata)))
+    write_atomic(path, lambda partial: save_file(tensors, partial, metadata=dict(metadata)))
 
 
 def load_model(path: Path, model: nn.Module) -> None:

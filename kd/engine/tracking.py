@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.utils.io import write_whole
+from kd.utils.io import write_atomic
 
 
 class Tracker:
@@ -38,7 +38,7 @@ class Tracker:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "metrics.jsonl"
-            write_whole(path, lambda p: p.write_text(_lines_up_to(path, resume_step)))
+            write_atomic(path, lambda p: p.write_text(_lines_up_to(path, resume_step)))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error}; name another --out") from error

@@ -14,7 +14,7 @@ from kd.metrics.records import Records
 from kd.problems.objects.tables import Scored
 from kd.report.style import figure_image, save_image
 from kd.report.tables import Table
-from kd.utils.io import write_whole
+from kd.utils.io import write_text
 
 _DPI = 160
 _EVENTS = "events.out.tfevents.*"  # of an earlier evaluation
@@ -101,8 +101,8 @@ def write_tables(folder: Path, evaluation: Tabled) -> str:
     """
     markdown = "\n".join(table.to_markdown() for table in evaluation.all_tables())
     numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
-    write_whole(folder / "table.md", lambda file: file.write_text(markdown, encoding="utf-8"))
-    write_whole(folder / "metrics.json", lambda file: file.write_text(numbers, encoding="utf-8"))
+    write_text(folder / "table.md", markdown)
+    write_text(folder / "metrics.json", numbers)
     return markdown
 
 

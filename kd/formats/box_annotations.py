@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kd.errors import UserError
 from kd.formats.coco_validate import check_layout, is_number, read_json
-from kd.utils.io import in_cache, write_whole
+from kd.utils.io import cache_path, write_atomic
 
 _SHOWN = 5
 Json = dict[str, Any]
@@ -158,7 +158,7 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
             return path
     for path in filter(_may_write, paths):
         with contextlib.suppress(UserError):
-            write_whole(path, lambda partial: partial.write_bytes(data))
+            write_atomic(path, lambda partial: partial.write_bytes(data))
             return path
     raise UserError(
         f"{paths[0]}: cannot be written, and neither can {paths[1]}; set KD_CACHE to a folder with "
@@ -169,7 +169,7 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
 def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
     """Where `instances_file` keeps a JSON: beside the data, or else in the cache."""
     file = f"instances_{name}.json"
-    return root / "annotations" / file, in_cache("boxed", root, file)
+    return root / "annotations" / file, cache_path("boxed", root, file)
 
 
 def _may_write(path: Path) -> bool:

@@ -25,7 +25,7 @@ from kd.formats.coco import CocoIndex
 from kd.storage.store import IDS, Store
 from kd.transforms.augment import Plan, pad
 from kd.utils.images import scaled_size
-from kd.utils.io import in_cache
+from kd.utils.io import cache_path
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class ClassMaps:
             if manifest is not None:
                 log.warning("%s: class maps of other annotations; they are drawn anew", store.url)
             store.create(self.about, -(-len(index) // each))
-        for name in store.remove_damaged():
+        for name in store.remove_corrupt():
             log.warning("%s/%s: damaged; it is drawn anew", store.url, name)
         lacking = store.missing()
         if lacking:
@@ -151,6 +151,6 @@ def _place(index: CocoIndex, size: int) -> Path:
 
 def _candidates(beside: Path) -> Iterator[Path]:
     yield beside
-    elsewhere = in_cache("class_maps", beside, beside.name)
+    elsewhere = cache_path("class_maps", beside, beside.name)
     elsewhere.parent.parent.mkdir(parents=True, exist_ok=True)
     yield elsewhere

@@ -34,7 +34,7 @@ import kd
 from kd.errors import UserError
 from kd.formats.coco_validate import Json, check_layout, check_references, is_number, read_json
 from kd.formats.rle import pixels_of
-from kd.utils.io import in_cache
+from kd.utils.io import cache_path
 
 READER_VERSION = 2
 ERROR_FILE = "error.txt"
@@ -305,7 +305,7 @@ def _places(annotation_file: Path, index_dir: Path | None) -> Iterator[Path]:
         yield index_dir / name
         return
     yield annotation_file.parent / name
-    yield in_cache("coco", annotation_file, name)
+    yield cache_path("coco", annotation_file, name)
 
 
 def _is_fresh(folder: Path, annotation_file: Path) -> bool:

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from kd.errors import UserError
 from kd.formats.coco_validate import check_layout, check_references, is_number, read_json
 from kd.metrics.coco_ap import Boxes
-from kd.utils.io import write_whole
+from kd.utils.io import write_text
 
 _log = logging.getLogger("kd")
 _SHOWN = 5
@@ -157,7 +157,7 @@ def write_detections(path: Path, entries: Sequence[Json], scores: Sequence[float
     """Write results with new scores, in the same order and with the same other fields."""
     changed = [{**entry, "score": score} for entry, score in zip(entries, scores, strict=True)]
     text = json.dumps(changed, separators=(",", ":"))
-    write_whole(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+    write_text(path, text + "\n")
 
 
 def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -24,7 +24,7 @@ from kd.formats.box_annotations import Json, instances_file, instances_paths, jo
 from kd.formats.kitti import EVERY, kitti_to_coco
 from kd.formats.voc import CLASSES, voc_to_coco
 from kd.registry import look_up
-from kd.utils.io import in_cache, write_whole
+from kd.utils.io import cache_path, write_text
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def made_split(
             be written.
     """
     found = look_up(LAYOUTS, layout, what="layout of boxes").open(root, split, classes)
-    lock = in_cache("boxed", found.folder, "lock")  # the data's own folder may be read-only
+    lock = cache_path("boxed", found.folder, "lock")  # the data's own folder may be read-only
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # without a lock each process does the same work
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _made(split: Boxed) -> Path:
     path = instances_file(split.read(), split.folder, split.name)
     note = _note_of(path, stamp)
     with contextlib.suppress(UserError):  # without it the boxes are read again next time
-        write_whole(_note_file(path), lambda file: file.write_text(str(note), encoding="utf-8"))
+        write_text(_note_file(path), str(note))
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.utils.io import write_whole
+from kd.utils.io import write_atomic
 
 Array = NDArray[Any]
 Records = Mapping[str, Array]
@@ -27,4 +27,4 @@ def save_records(records: Records, path: Path, *, compressed: bool = False) -> N
         with partial.open("wb") as file:  # given a name, numpy would append its own suffix
             save(file, **records)
 
-    write_whole(path, write)
+    write_atomic(path, write)

@@ -13,7 +13,7 @@ import yaml
 from kd.config.reader import read_yaml
 from kd.engine.checkpoint import config_differences
 from kd.errors import UserError
-from kd.utils.io import PARTIAL, write_whole
+from kd.utils.io import PARTIAL, write_text
 
 _CLASSES = "classes.json"
 # These may change between a start and its resumption: they do not change the result.
@@ -113,19 +113,19 @@ def check_current(config: Mapping[str, Any], file: Path) -> None:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.yaml`, over an old one."""
     text = yaml.safe_dump(dict(config), sort_keys=False, width=100)
-    write_whole(folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / "config.yaml", text)
 
 
 def write_class_names(folder: Path, names: Sequence[str]) -> None:
     """Write what `class_names` reads."""
     text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / _CLASSES, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / _CLASSES, text)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`; the folder is a finished run then."""
     text = json.dumps(dict(summary), indent=2) + "\n"
-    write_whole(folder / "summary.json", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / "summary.json", text)
 
 
 def class_names(folder: Path) -> tuple[str, ...] | None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from kd.errors import UserError
 from kd.formats.coco_validate import read_json
-from kd.utils.io import write_whole
+from kd.utils.io import write_text
 
 MISSED = 0.05  # fraction of objects without a box
 SHIFT, STRETCH = 0.04, 0.05  # standard deviations of the centre, in sides, and of the log sides
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{annotations}: not embedded scenes: categories have no 'look'")
         results = detect(content, seed=args.seed)
         text = json.dumps(results, separators=(",", ":"))
-        write_whole(args.out, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        write_text(args.out, text + "\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -66,7 +66,7 @@ class CachedField:
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
             side, plan = MIRRORED, plan.of_mirrored(size)
         values = self._read(object_ids, side)
-        if values.ndim == 4 and not (plan.still and max(size) == frame):
+        if values.ndim == 4 and not (plan.is_identity and max(size) == frame):
             values = move_maps(values, plan, size, frame)
         return values
 
@@ -165,7 +165,7 @@ def _coarser(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
     return scaled.to(maps.dtype)
 
 
-def keep_largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_k_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The log-probabilities of the most likely classes, for storage.
 
     Args:
@@ -180,7 +180,7 @@ def keep_largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def expand(values: Tensor, indices: Tensor, channels: int) -> Tensor:
-    """Undo `keep_largest`: the rest of the probability is shared evenly by the other classes.
+    """Undo `top_k_log_probs`: the rest of the probability is shared evenly by the other classes.
 
     Returns:
         Log-probabilities (K, channels, ...), of the values' type.

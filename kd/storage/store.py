@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from kd.errors import UserError
-from kd.utils.io import write_whole
+from kd.utils.io import write_atomic
 
 _TYPES = {
     "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8, "I16": np.int16,
@@ -252,7 +252,7 @@ class Store:
         self._write(f"{number:05d}-{_checksum(content)}.safetensors", content)
         self._shards = None
 
-    def remove_damaged(self) -> list[str]:
+    def remove_corrupt(self) -> list[str]:
         """Check every shard's content against its name and remove those that do not agree.
 
         Shards that were checked once and have not changed since (size and time, or what else the
@@ -301,7 +301,7 @@ class Store:
 
     def _write(self, name: str, content: bytes) -> None:
         if self._local:
-            write_whole(Path(self._path(name)), lambda partial: partial.write_bytes(content))
+            write_atomic(Path(self._path(name)), lambda partial: partial.write_bytes(content))
             return
         try:
             self._files.makedirs(self._root, exist_ok=True)

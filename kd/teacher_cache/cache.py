@@ -188,7 +188,7 @@ class _Cache:
                 new.append(output)
                 continue
             store.check_about(self.about(output))
-            for name in store.remove_damaged():
+            for name in store.remove_corrupt():
                 _log.warning("%s/%s: damaged; it is made anew", store.url, name)
         if not new:
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.problems.base import Batch, TeacherView
-from kd.storage.fields import MIRRORED, keep_largest
+from kd.storage.fields import MIRRORED, top_k_log_probs
 from kd.storage.store import IDS, Store
 
 Rows = dict[str, NDArray[Any]]
@@ -119,7 +119,7 @@ class ShardWriter:
                 f"top_k {self.top_k}: {self.name} has {output.shape[1]} channels; keep fewer, or "
                 "all with 0"
             )
-        values, indices = keep_largest(output, self.top_k)
+        values, indices = top_k_log_probs(output, self.top_k)
         return {"values": values.to(self.dtype), "indices": indices}
 
     def _check(self, values: NDArray[Any], ids: NDArray[np.int64]) -> None:

@@ -133,7 +133,7 @@ class Plan:
         return changed if self.colour is None else self.colour(changed)
 
     @property
-    def still(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether the geometry stays as it is."""
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 

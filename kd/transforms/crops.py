@@ -148,7 +148,7 @@ class Crops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turns:
+class Flips:
     """How whole training images are changed; the defaults are those of saliency students.
 
     Attributes:
@@ -190,16 +190,16 @@ class Turns:
         )  # fmt: skip
 
 
-def build_turns(options: dict[str, Any] | None) -> Turns:
+def build_flips(options: dict[str, Any] | None) -> Flips:
     """How whole images are changed, from the options; None: not at all.
 
     Raises:
         UserError: An option is unknown, of a wrong type or out of range.
     """
     if options is None:
-        return Turns(flip=0.0, upside_down=0.0)
-    check_options(Turns, options, what="augment")
-    return Turns(**options)
+        return Flips(flip=0.0, upside_down=0.0)
+    check_options(Flips, options, what="augment")
+    return Flips(**options)
 
 
 def _jittered(random: np.random.Generator, most: float) -> ColourChange:
@@ -208,7 +208,7 @@ def _jittered(random: np.random.Generator, most: float) -> ColourChange:
     return ColourChange(**dict(zip(names, changes, strict=True)))
 
 
-def _check_shares(options: Crops | Turns, names: Sequence[str]) -> None:
+def _check_shares(options: Crops | Flips, names: Sequence[str]) -> None:
     for name in names:
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"augment.{name}: {getattr(options, name)} is not in 0..1")

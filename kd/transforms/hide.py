@@ -47,7 +47,7 @@ def _shift_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean * 255, 1 / (std * 255)
 
 
-def hide_share(progress: float, *, start: float, until: float) -> float:
+def hide_fraction(progress: float, *, start: float, until: float) -> float:
     """Partial masking's schedule: the share of a region to hide, growing linearly to all of it.
 
     Args:
@@ -128,7 +128,7 @@ def shrink_masks(masks: Tensor, boxes: Tensor, share: Tensor) -> Tensor:
 
 
 def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
-    """The regions to hide in a loader's batch, each reduced to its `hide_share`.
+    """The regions to hide in a loader's batch, each reduced to its `hide_fraction`.
 
     Args:
         batch: As in docs/batch.md, on any device.
@@ -140,7 +140,7 @@ def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
     Raises:
         UserError: The shape is unknown.
     """
-    boxes, share = batch["boxes"][batch["hidden"]], batch["hide_share"]
+    boxes, share = batch["boxes"][batch["hidden"]], batch["hide_fraction"]
     if shape == "segment":
         return shrink_masks(batch["segments"], boxes, share)
     height, width = batch["images"].shape[-2:]

@@ -1,4 +1,4 @@
-"""Fetch a file over HTTP: resumed, retried, verified; then atomically in place."""
+"""Download files over HTTP: resumable, retried, verified and atomic; with a progress bar."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import http.client
 import json
 import logging
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock
+from rich import progress as rich_progress
+from rich.console import Console
 
 from kd.errors import UserError
-from kd.utils.byte_progress import Meter, readable
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_WAITABLE = {408, 425, 429, 500, 502, 503, 504}
+_RETRYABLE = {408, 425, 429, 500, 502, 503, 504}
 
 
-class _TryAgain(Exception):
-    """The connection failed in a way that may pass."""
+class _Retry(Exception):
+    """A connection failure that may be temporary."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Download:
     url: str
     path: Path
     checksum: tuple[str, str] | None  # algorithm, hexadecimal digest
@@ -43,12 +46,12 @@ class _Job:
         return self.path.with_name(f"{self.path.name}.part")
 
     @property
-    def notes(self) -> Path:
+    def validator_file(self) -> Path:
         return self.path.with_name(f"{self.path.name}.part.json")
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         self.part.unlink(missing_ok=True)
-        self.notes.unlink(missing_ok=True)
+        self.validator_file.unlink(missing_ok=True)
 
 
 def fetch(
@@ -61,154 +64,157 @@ def fetch(
     backoff: float = 1.0,
     timeout: float = 30.0,
 ) -> Path:
-    """Download a file, unless it is there; an interrupted download goes on where it stopped.
+    """Download a file unless it exists; an interrupted download is resumed.
 
-    Bytes go into `PATH.part`, continued with HTTP Range if the server still has the same file
-    (If-Range), and are renamed once complete and verified.
+    Bytes go to `PATH.part`, continued with HTTP Range if the server still has the same file
+    (If-Range), which is renamed once complete and verified.
 
     Args:
         url: http or https.
-        path: Where the file shall be; its folder is made.
+        path: Target file; its folder is created.
         md5: Expected digest, hexadecimal.
-        sha256: Expected digest, hexadecimal; used instead of `md5` if both are given.
-        retries: Attempts after the first that may pass without a new byte.
+        sha256: Expected digest, hexadecimal; takes precedence over `md5`.
+        retries: Attempts after the first without any progress.
         backoff: Seconds before the second attempt; doubled for each further one, up to a minute.
-        timeout: Seconds that the server may be silent.
+        timeout: Seconds without data from the server.
 
     Returns:
         `path`.
 
     Raises:
-        UserError: Not found, refused, unreachable, another content than the checksum's, or the
-            disk is full. What was received is kept, except content that is wrong.
+        UserError: Not found, refused, unreachable, wrong checksum, or the disk is full. Received
+            bytes are kept unless they are wrong.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url}: not an http or https address")
     checksum = ("sha256", sha256) if sha256 else ("md5", md5) if md5 else None
-    job = _Job(url, Path(path), checksum, timeout)
+    task = _Download(url, Path(path), checksum, timeout)
     try:
-        job.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(job.path.parent / ".lock"):
-            if job.path.exists() and _is_as_expected(job, job.path):
-                log.info("%s: already there", job.path)
-                return job.path
-            _download(job, retries, backoff)
+        task.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(task.path.parent / ".lock"):
+            if task.path.exists() and _is_as_expected(task, task.path):
+                log.info("%s: already there", task.path)
+                return task.path
+            _download(task, retries, backoff)
     except OSError as error:
-        raise UserError(_disk_message(job.path, error)) from error
-    return job.path
+        raise UserError(_disk_message(task.path, error)) from error
+    return task.path
 
 
 def _disk_message(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{path}: the disk is full; free some space and run again, it will go on from there"
+        return f"{path}: the disk is full; free some space and run again to resume"
     return f"{path}: cannot write: {error.strerror or error}"
 
 
-def _is_as_expected(job: _Job, path: Path) -> bool:
-    if job.checksum is None:
+def _is_as_expected(task: _Download, path: Path) -> bool:
+    if task.checksum is None:
         return True
-    algorithm, expected = job.checksum
+    algorithm, expected = task.checksum
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with path.open("rb") as file, Meter(f"checking {job.path.name}", path.stat().st_size) as meter:
+    with (
+        path.open("rb") as file,
+        ByteProgress(f"checking {task.path.name}", path.stat().st_size) as progress,
+    ):
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-            meter.advance(len(chunk))
+            progress.advance(len(chunk))
     return digest.hexdigest() == expected.lower()
 
 
-def _download(job: _Job, retries: int, backoff: float) -> None:
-    resumed = job.part.exists() and job.part.stat().st_size > 0
-    _receive_all(job, retries, backoff)
-    if not _is_as_expected(job, job.part):
-        job.forget()
+def _download(task: _Download, retries: int, backoff: float) -> None:
+    resumed = task.part.exists() and task.part.stat().st_size > 0
+    _receive_all(task, retries, backoff)
+    if not _is_as_expected(task, task.part):
+        task.discard()
         if not resumed:
-            raise UserError(_checksum_message(job))
-        # The older bytes may be another file's, where the server gave nothing to tell by.
-        log.warning("%s: wrong checksum after resuming; starting afresh", job.path)
-        _receive_all(job, retries, backoff)
-        if not _is_as_expected(job, job.part):
-            job.forget()
-            raise UserError(_checksum_message(job))
-    job.part.replace(job.path)
-    job.notes.unlink(missing_ok=True)
+            raise UserError(_checksum_message(task))
+        # The older bytes may be another file's if the server sent no validator.
+        log.warning("%s: wrong checksum after resuming; downloading again", task.path)
+        _receive_all(task, retries, backoff)
+        if not _is_as_expected(task, task.part):
+            task.discard()
+            raise UserError(_checksum_message(task))
+    task.part.replace(task.path)
+    task.validator_file.unlink(missing_ok=True)
 
 
-def _checksum_message(job: _Job) -> str:
-    algorithm, expected = job.checksum or ("", "")
+def _checksum_message(task: _Download) -> str:
+    algorithm, expected = task.checksum or ("", "")
     return (
-        f"{job.url}: wrong checksum: {algorithm} is not {expected}; what was received is removed. "
-        "Run again; if it stays so, the server has another file"
+        f"{task.url}: wrong checksum: expected {algorithm} {expected}; the received file is "
+        "deleted. Run again; if this persists, the file on the server has changed"
     )
 
 
-def _receive_all(job: _Job, retries: int, backoff: float) -> None:
+def _receive_all(task: _Download, retries: int, backoff: float) -> None:
     failures = 0
     while True:
-        before = job.part.stat().st_size if job.part.exists() else 0
+        before = task.part.stat().st_size if task.part.exists() else 0
         try:
-            _receive(job)
+            _receive(task)
             return
-        except _TryAgain as error:
+        except _Retry as error:
             reason = str(error)
-        now = job.part.stat().st_size if job.part.exists() else 0
+        now = task.part.stat().st_size if task.part.exists() else 0
         failures = 1 if now > before else failures + 1
         if failures > retries:
             raise UserError(
-                f"{job.url}: {reason} ({failures} attempts); {readable(now)} are kept, "
-                "run again to go on from there"
+                f"{task.url}: {reason} ({failures} attempts); run again to resume after "
+                f"{readable(now)}"
             )
         pause = min(backoff * 2 ** (failures - 1), 60.0)
-        log.warning("%s: %s; next attempt in %.0f s", job.url, reason, pause)
+        log.warning("%s: %s; next attempt in %.0f s", task.url, reason, pause)
         time.sleep(pause)
 
 
-def _receive(job: _Job) -> None:
-    have = job.part.stat().st_size if job.part.exists() else 0
-    request = urllib.request.Request(job.url, headers=_headers(job, have))
+def _receive(task: _Download) -> None:
+    received = task.part.stat().st_size if task.part.exists() else 0
+    request = urllib.request.Request(task.url, headers=_headers(task, received))
     try:
-        reply = urllib.request.urlopen(request, timeout=job.timeout)
+        reply = urllib.request.urlopen(request, timeout=task.timeout)
     except urllib.error.HTTPError as error:
         with error:
-            _refused(job, error, have)
+            _handle_error(task, error, received)
         return
     except (OSError, http.client.HTTPException) as error:
-        raise _TryAgain(_reason(error)) from error
+        raise _Retry(_reason(error)) from error
     with reply:
         if reply.status == 206:
-            if _start(reply.headers.get("Content-Range")) != have:
-                job.forget()
-                raise _TryAgain("the server sent another range than asked; starting afresh")
+            if _start(reply.headers.get("Content-Range")) != received:
+                task.discard()
+                raise _Retry("the server sent another range than requested; downloading again")
             total = _total(reply.headers.get("Content-Range"))
         else:
-            if have:
-                log.info("%s: the server does not resume this file; starting afresh", job.url)
+            if received:
+                log.info("%s: the server does not support resuming; downloading again", task.url)
             length = reply.headers.get("Content-Length")
-            have, total = 0, int(length) if length else None
-        _check_space(job.path, None if total is None else total - have)
-        _note(job, reply.headers)
-        _copy(job, reply, have, total)
+            received, total = 0, int(length) if length else None
+        _check_space(task.path, None if total is None else total - received)
+        _save_validator(task, reply.headers)
+        _copy(task, reply, received, total)
 
 
-def _headers(job: _Job, have: int) -> dict[str, str]:
+def _headers(task: _Download, received: int) -> dict[str, str]:
     headers = {"User-Agent": "kd", "Accept-Encoding": "identity"}
-    if not have:
+    if not received:
         return headers
-    headers["Range"] = f"bytes={have}-"
+    headers["Range"] = f"bytes={received}-"
     try:
-        notes: dict[str, Any] = json.loads(job.notes.read_text())
+        stored: dict[str, Any] = json.loads(task.validator_file.read_text())
     except (OSError, ValueError):
-        notes = {}
-    # A weak ETag does not promise equal bytes, so it must not stand in If-Range.
-    etag = notes.get("etag") or ""
-    validator = etag if etag and not etag.startswith("W/") else notes.get("last_modified")
+        stored = {}
+    # A weak ETag does not guarantee equal bytes, so If-Range must not use it.
+    etag = stored.get("etag") or ""
+    validator = etag if etag and not etag.startswith("W/") else stored.get("last_modified")
     if validator:
         headers["If-Range"] = validator
     return headers
 
 
-def _note(job: _Job, headers: http.client.HTTPMessage) -> None:
-    notes = {"etag": headers.get("ETag"), "last_modified": headers.get("Last-Modified")}
-    job.notes.write_text(json.dumps(notes))
+def _save_validator(task: _Download, headers: http.client.HTTPMessage) -> None:
+    validators = {"etag": headers.get("ETag"), "last_modified": headers.get("Last-Modified")}
+    task.validator_file.write_text(json.dumps(validators))
 
 
 def _start(content_range: str | None) -> int:
@@ -223,27 +229,27 @@ def _total(content_range: str | None) -> int | None:
     return int(total) if total.isdigit() else None
 
 
-def _refused(job: _Job, error: urllib.error.HTTPError, have: int) -> None:
-    if error.code == 416 and have:
-        if _total(error.headers.get("Content-Range")) == have:
-            return  # the whole file was here already; its checksum is looked at next
-        job.forget()
-        raise _TryAgain("the partial file does not fit the server's; starting afresh")
-    if error.code in _WAITABLE:
-        raise _TryAgain(f"the server says {error.code} {error.reason}")
+def _handle_error(task: _Download, error: urllib.error.HTTPError, received: int) -> None:
+    if error.code == 416 and received:
+        if _total(error.headers.get("Content-Range")) == received:
+            return  # already complete; the checksum is verified next
+        task.discard()
+        raise _Retry("the partial file does not match the server's; downloading again")
+    if error.code in _RETRYABLE:
+        raise _Retry(f"HTTP {error.code} {error.reason}")
     hint = {
-        401: "; access is refused",
-        403: "; access is refused",
-        404: "; there is no such file, check the address",
+        401: "; access denied",
+        403: "; access denied",
+        404: "; check the address",
         410: "; the file was removed",
     }.get(error.code, "")
-    raise UserError(f"{job.url}: the server says {error.code} {error.reason}{hint}")
+    raise UserError(f"{task.url}: HTTP {error.code} {error.reason}{hint}")
 
 
 def _check_space(path: Path, need: int | None) -> None:
     free = shutil.disk_usage(path.parent).free
     if need is not None and need > free:
-        raise UserError(f"{path}: needs {readable(need)}, the disk has {readable(free)} left")
+        raise UserError(f"{path}: needs {readable(need)}, but only {readable(free)} are free")
 
 
 def _reason(error: Exception) -> str:
@@ -252,24 +258,85 @@ def _reason(error: Exception) -> str:
 
 
 def _read(reply: http.client.HTTPResponse) -> bytes:
-    # Apart from the writing: both fail with OSError, but only this failure may pass.
+    # Separate from writing: both raise OSError, but only reading is worth a retry.
     try:
         return reply.read1(_CHUNK)
     except (OSError, http.client.HTTPException) as error:
-        raise _TryAgain(_reason(error)) from error
+        raise _Retry(_reason(error)) from error
 
 
-def _copy(job: _Job, reply: http.client.HTTPResponse, have: int, total: int | None) -> None:
+def _copy(
+    task: _Download, reply: http.client.HTTPResponse, received: int, total: int | None
+) -> None:
     with (
-        job.part.open("r+b" if have else "wb") as file,
-        Meter(job.path.name, total, have) as meter,
+        task.part.open("r+b" if received else "wb") as file,
+        ByteProgress(task.path.name, total, received) as progress,
     ):
-        file.seek(have)
+        file.seek(received)
         while chunk := _read(reply):
             file.write(chunk)
-            meter.advance(len(chunk))
-    if total is not None and meter.done < total:
-        raise _TryAgain(f"the connection ended after {readable(meter.done)} of {readable(total)}")
-    if total is not None and meter.done > total:
-        job.forget()
-        raise _TryAgain("the server sent more than it announced")
+            progress.advance(len(chunk))
+    if total is not None and progress.done < total:
+        raise _Retry(f"the connection ended after {readable(progress.done)} of {readable(total)}")
+    if total is not None and progress.done > total:
+        task.discard()
+        raise _Retry("the server sent more bytes than announced")
+
+
+class ByteProgress:
+    """Progress in bytes: a bar on a terminal, otherwise a log line every 10 %.
+
+    Args:
+        title: Name of the operation.
+        total: Bytes, None if unknown.
+        done: Bytes already present.
+    """
+
+    def __init__(self, title: str, total: int | None, done: int = 0) -> None:
+        self.title, self.total, self.done = title, total, done
+        self.bar: rich_progress.Progress | None = None
+        self.tenth = 10 * done // total if total else 0
+
+    def __enter__(self) -> ByteProgress:
+        """Show the bar."""
+        if sys.stderr.isatty():
+            self.bar = rich_progress.Progress(
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(),
+                rich_progress.DownloadColumn(),
+                rich_progress.TransferSpeedColumn(),
+                rich_progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.bar.add_task(self.title, total=self.total, completed=self.done)
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Add `count` bytes."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.advance(self.bar.task_ids[0], count)
+        elif self.total and 10 * self.done // self.total > self.tenth:
+            self.tenth = 10 * self.done // self.total
+            log.info("%s: %d %% of %s", self.title, 10 * self.tenth, readable(self.total))
+
+
+def readable(count: int) -> str:
+    """Format a number of bytes: 19.3 GB."""
+    value, unit = float(count), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"

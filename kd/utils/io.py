@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where they go if not where they belong."""
+"""Atomic writes, and the cache folder for files that cannot lie beside their source."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from safetensors import SafetensorError
 
 from kd.errors import UserError
 
-PARTIAL = ".partial"  # how files end that are still being written; a kill leaves them behind
+PARTIAL = ".partial"  # suffix of unfinished files; a kill leaves them behind
 
 
-def in_cache(kind: str, of: Path, name: str) -> Path:
-    """Where what was made from a path is kept that cannot lie beside it.
+def cache_path(kind: str, of: Path, name: str) -> Path:
+    """Where to cache what was derived from a path, if it cannot lie beside it.
 
-    In `$KD_CACHE`, or in `~/.cache/kd` where that is not set.
+    The cache is `$KD_CACHE`, by default `~/.cache/kd`.
 
     Args:
         kind: A folder of the cache.
-        of: The path; two of them never share a place.
-        name: What it would be called beside that.
+        of: The source; different sources never share a path.
+        name: File name, as it would be beside the source.
     """
     cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
-    place = hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:12]
-    return cache / kind / f"{place}-{name}"
+    digest = hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:12]
+    return cache / kind / f"{digest}-{name}"
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Write through a temporary file, so that a kill or a full disk leaves the old one.
+def write_atomic(path: Path, write: Any) -> None:
+    """Write through a temporary file, so that a kill or a full disk leaves the old file intact.
 
     Args:
-        path: The file to be.
+        path: The file to write.
         write: Called with the temporary path.
 
     Raises:
-        UserError: The folder cannot be written or the disk is full.
+        UserError: The folder is not writable or the disk is full.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -51,6 +51,15 @@ def write_whole(path: Path, write: Any) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise UserError(
-            f"{path}: cannot be written: {error}. What was there before is unharmed; "
-            "make room or name another folder with --out, then --resume"
+            f"{path}: cannot be written: {error}. Any previous version is intact; "
+            "free some space or choose another --out, then use --resume"
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically.
+
+    Raises:
+        UserError: As `write_atomic`.
+    """
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))

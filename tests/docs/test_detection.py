@@ -79,7 +79,7 @@ def test_a_live_context_teacher_sees_the_objects_of_a_detector_s_batch(
              "sizes": torch.tensor([[64, 64]])}  # fmt: skip
     other = images.clone()
     other[:, :, 24:40, 24:40] = 255 - other[:, :, 24:40, 24:40]
-    hidden = {"hidden": torch.zeros(1, dtype=torch.int64), "hide_share": torch.ones(1)}
+    hidden = {"hidden": torch.zeros(1, dtype=torch.int64), "hide_fraction": torch.ones(1)}
     around = ring_of(batch)
     with LiveTeacher(loaded.model, loaded.task, ["features.0"], posterior=False) as live:
         seen = [live({**batch, "images": one})["features.0"] for one in (images, other)]

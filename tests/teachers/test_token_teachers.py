@@ -60,7 +60,7 @@ def scene(images: int = 2) -> dict[str, Tensor]:
         "image_of": torch.arange(images).repeat_interleave(3),
         "object_ids": torch.arange(3 * images),
         "hidden": torch.tensor([0, 2, 4])[: 3 if images == 2 else 2],
-        "hide_share": torch.ones(3 if images == 2 else 2),
+        "hide_fraction": torch.ones(3 if images == 2 else 2),
     }
 
 
@@ -121,7 +121,7 @@ def test_one_pass_gives_the_same_as_hiding_one_by_one(name: str) -> None:
     with torch.no_grad():
         together = ask(model, batch)
         for row, hidden in enumerate(batch["hidden"]):
-            alone = {**batch, "hidden": hidden[None], "hide_share": torch.ones(1)}
+            alone = {**batch, "hidden": hidden[None], "hide_fraction": torch.ones(1)}
             torch.testing.assert_close(ask(model, alone)[0], together[row], rtol=1e-4, atol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_objects_without_a_name_are_left_out(name: str) -> None:
     model = awake(fitted(make(name)))
     batch = scene()
     batch["hidden"] = torch.tensor([0, 4])
-    batch["hide_share"] = torch.ones(2)
+    batch["hide_fraction"] = torch.ones(2)
     with torch.no_grad():
         unknown = {**batch, "labels": torch.where(torch.arange(6) == 1, -1, batch["labels"])}
         withheld = {**batch, "withheld": torch.arange(6) == 1}
@@ -145,7 +145,7 @@ def test_a_lone_object_gets_an_answer_too() -> None:
     kept = torch.tensor([0, 3])
     for key in ("boxes", "labels", "image_of", "object_ids"):
         batch[key] = batch[key][kept]
-    batch["hidden"], batch["hide_share"] = torch.tensor([0, 1]), torch.ones(2)
+    batch["hidden"], batch["hide_fraction"] = torch.tensor([0, 1]), torch.ones(2)
     for name in SMALL:
         assert ask(fitted(make(name)).eval(), batch).isfinite().all(), name
 
@@ -153,7 +153,7 @@ def test_a_lone_object_gets_an_answer_too() -> None:
 @pytest.mark.parametrize("name", ["annotations", "patches", "trunk", "prior"])
 def test_nothing_hidden_is_no_error(name: str) -> None:
     batch = scene()
-    batch["hidden"], batch["hide_share"] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    batch["hidden"], batch["hide_fraction"] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     for mode in (True, False):
         assert ask(make(name).train(mode), batch).shape == (0, CLASSES)
 

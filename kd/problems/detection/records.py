@@ -20,7 +20,7 @@ from kd.metrics.classification import confusable_groups
 from kd.metrics.coco_ap import Array, Boxes, Floats, Ints
 from kd.metrics.kitti_ap import KittiTruth
 from kd.metrics.records import Records
-from kd.utils.io import write_whole
+from kd.utils.io import write_atomic
 
 TRUTH = ("truth_images", "truth_labels", "truth_boxes", "truth_areas", "truth_crowds")
 FOUND = ("found_images", "found_labels", "found_boxes", "found_scores")
@@ -140,7 +140,7 @@ def write_results(records: Records, path: Path) -> None:
                 file.write((",\n" if number else "\n") + line)
             file.write("\n]\n")
 
-    write_whole(path, write)
+    write_atomic(path, write)
 
 
 def check(records: Records, where: str) -> None:

@@ -173,7 +173,7 @@ def hidden_scenes(
     count = min(count, len(dataset))
     for number in range(count):
         sample = collate([dataset[0, number * len(dataset) // count]])
-        for name in ("hidden", "hide_share", "segments"):
+        for name in ("hidden", "hide_fraction", "segments"):
             if name in sample:
                 sample[name] = sample[name][:1]
         batch = to_device(sample, device, channels_last=False)

@@ -29,7 +29,7 @@ from kd.formats.class_maps import ClassMaps
 from kd.formats.coco import CocoIndex
 from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.augment import Augment, Plan, build_augment, pad
-from kd.transforms.hide import hidden_regions, hide_share
+from kd.transforms.hide import hidden_regions, hide_fraction
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class ObjectSamples(Dataset[Sample]):
             "shares": scene.shares,
             "usable": scene.usable,
             "hidden": candidates,
-            "hide_share": torch.full((len(candidates),), self._hide_share(epoch)),
+            "hide_fraction": torch.full((len(candidates),), self._hide_fraction(epoch)),
         }
         if self.withhold is not None:
             start, end = self.withhold
@@ -244,11 +244,11 @@ class ObjectSamples(Dataset[Sample]):
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         return (shares >= self.min_share) & (shares <= self.max_share)
 
-    def _hide_share(self, epoch: int) -> float:
+    def _hide_fraction(self, epoch: int) -> float:
         if self.partial is None:
             return 1.0
         start, until = self.partial
-        return hide_share(epoch / max(1, self.epochs), start=start, until=until)
+        return hide_fraction(epoch / max(1, self.epochs), start=start, until=until)
 
     def _segments(self, scene: _Scene, hidden: Tensor, size: tuple[int, int]) -> Tensor:
         """Draw the masks of the hidden objects; an empty one becomes the object's box."""

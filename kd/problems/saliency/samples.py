@@ -14,7 +14,7 @@ from kd.data.images import ImageSamples, check_targets, in_multiples
 from kd.data.loader import Sample
 from kd.formats.fixations import GazeSplit
 from kd.storage.fields import CachedField
-from kd.transforms.crops import Crop, build_turns
+from kd.transforms.crops import Crop, build_flips
 
 
 class SaliencySamples(ImageSamples):
@@ -29,7 +29,7 @@ class SaliencySamples(ImageSamples):
         split: Pictures and fixations.
         size: Height and width that pictures are scaled into, multiples of 8.
         train: Mirrored at random, and padded.
-        augment: Options of `Turns`; None changes nothing.
+        augment: Options of `Flips`; None changes nothing.
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
         cached: Outputs of teachers that go with training samples, as `stored.NAME`.
@@ -51,7 +51,7 @@ class SaliencySamples(ImageSamples):
     ) -> None:
         """Check the options; the arguments are explained above."""
         self.split = split
-        self.turns = build_turns(augment)
+        self.turns = build_flips(augment)
         super().__init__(
             split.images, frame=size, train=train, seed=seed, only=only, cached=cached,
             setting="data.size",

@@ -166,7 +166,7 @@ def test_the_batch_is_the_data_sets(photographs: Data) -> None:
     answers(dataclasses.replace(teacher, task=watched), questions)
     wanted = collate(samples)
     (batch,) = seen
-    for key in ("images", "sizes", "boxes", "labels", "image_of", "hidden", "hide_share"):
+    for key in ("images", "sizes", "boxes", "labels", "image_of", "hidden", "hide_fraction"):
         torch.testing.assert_close(batch[key], wanted[key], atol=0, rtol=0)
     torch.testing.assert_close(batch["shares"], wanted["shares"])
     assert batch.keys() == wanted.keys()

@@ -19,10 +19,9 @@ from typing import Any
 
 import pytest
 
-from kd.data.download import DATASETS, Archive, DataSet, download, main, unpack
+from kd.data.download import DATASETS, Archive, Source, download, main, unpack
 from kd.errors import UserError
-from kd.utils.byte_progress import Meter, readable
-from kd.utils.download import fetch
+from kd.utils.download import ByteProgress, fetch, readable
 
 CONTENT = bytes(range(256)) * 4000  # about a megabyte
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -146,7 +145,7 @@ def test_attempts_with_progress_do_not_count_as_retries(site: Site, tmp_path: Pa
 
 def test_a_later_run_resumes_an_interrupted_download(site: Site, tmp_path: Path) -> None:
     site.cuts = [400_000]
-    with pytest.raises(UserError, match=r"1 attempts.*400.0 kB are kept, run again"):
+    with pytest.raises(UserError, match=r"1 attempts.*run again to resume after 400.0 kB"):
         get(site, tmp_path, md5=MD5, retries=0)
     assert names(tmp_path) == ["file.bin.part", "file.bin.part.json"]
     assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
@@ -193,13 +192,13 @@ def test_a_partial_file_longer_than_the_original_is_discarded(site: Site, tmp_pa
 
 
 def test_a_wrong_checksum_is_rejected_and_the_file_deleted(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"file.bin: wrong checksum: md5 is not 00.*removed"):
+    with pytest.raises(UserError, match=r"file.bin: wrong checksum: expected md5 00.*deleted"):
         get(site, tmp_path, md5="00" * 16)
     assert names(tmp_path) == []
 
 
 def test_a_missing_file_is_reported_at_once(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent.bin: the server says 404 Not Found; there is no"):
+    with pytest.raises(UserError, match=r"absent.bin: HTTP 404 Not Found; check the address"):
         fetch(f"{site.url}/absent.bin", tmp_path / "absent.bin")
     assert names(tmp_path) == []
 
@@ -231,19 +230,19 @@ def test_a_full_disk_is_noticed_before_downloading(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 1.0 MB, the disk has 1.0 kB left"):
+    with pytest.raises(UserError, match=r"needs 1.0 MB, but only 1.0 kB are free"):
         get(site, tmp_path)
 
 
 def test_a_disk_that_fills_up_leaves_the_partial_file(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(meter: Meter, count: int) -> None:
+    def full(progress: ByteProgress, count: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Meter, "advance", full)  # stands for the write before it
-        with pytest.raises(UserError, match=r"file.bin: the disk is full.*go on from there"):
+        patch.setattr(ByteProgress, "advance", full)  # stands for the write before it
+        with pytest.raises(UserError, match=r"file.bin: the disk is full.*run again to resume"):
             get(site, tmp_path)
     assert (tmp_path / "file.bin.part").stat().st_size > 0
     assert get(site, tmp_path, md5=MD5).read_bytes() == CONTENT
@@ -272,7 +271,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def tiny_coco(site: Site) -> DataSet:
+def tiny_coco(site: Site) -> Source:
     """A dataset of two archives, served by `site`."""
     contents = {
         "annotations": {f"annotations/{name}.json": b"{}" for name in "abc"},
@@ -286,7 +285,7 @@ def tiny_coco(site: Site) -> DataSet:
         size = sum(map(len, files.values()))
         location = f"zips/{name}.zip"
         archives.append(Archive(name, location, digest, len(data), size, folder, len(files)))
-    return DataSet(site.url, tuple(archives))
+    return Source(site.url, tuple(archives))
 
 
 def test_the_command_fetches_unpacks_and_skips_what_is_complete(
@@ -313,7 +312,7 @@ def test_the_command_reports_a_mistake_in_one_line(
 ) -> None:
     monkeypatch.setitem(DATASETS, "coco2017", tiny_coco(site))
     assert main(["coco2017", "--out", str(tmp_path), "--base-url", f"{site.url}/mirror"]) == 2
-    assert "mirror/zips/annotations.zip: the server says 404" in capsys.readouterr().err
+    assert "mirror/zips/annotations.zip: HTTP 404" in capsys.readouterr().err
 
 
 def test_interrupted_unpacking_is_resumed(site: Site, tmp_path: Path) -> None:
@@ -335,7 +334,7 @@ def test_too_little_space_is_reported_before_downloading(
     usage = shutil.disk_usage(tmp_path)._replace(free=9_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     dataset = tiny_coco(site)
-    with pytest.raises(UserError, match=r"needs 10.\d kB, the disk has 9.0 kB left; choose"):
+    with pytest.raises(UserError, match=r"needs 10.\d kB, but only 9.0 kB are free; choose"):
         download(dataset.archives, tmp_path, base_url=site.url)
     assert site.asked == []
 
@@ -374,11 +373,11 @@ def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
     archive = tmp_path / "damaged.zip"
     data = bytearray(zipped({"file.bin": CONTENT}))
     archive.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"damaged.zip: damaged zip file.*remove it, run again"):
+    with pytest.raises(UserError, match=r"damaged.zip: corrupt zip file.*delete it and run again"):
         unpack(archive, tmp_path / "out")
     data[len(data) // 3] ^= 0xFF
     archive.write_bytes(data)
-    with pytest.raises(UserError, match=r"damaged.zip: damaged zip file"):
+    with pytest.raises(UserError, match=r"damaged.zip: corrupt zip file"):
         unpack(archive, tmp_path / "out")
     assert names(tmp_path / "out") == []
 
@@ -386,9 +385,9 @@ def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
 def test_progress_is_logged_every_tenth_without_a_terminal(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with caplog.at_level(logging.INFO), Meter("x", 1000, done=150) as meter:
+    with caplog.at_level(logging.INFO), ByteProgress("x", 1000, done=150) as progress:
         for _ in range(85):
-            meter.advance(10)
+            progress.advance(10)
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "x: 20 % of 1.0 kB"
     assert len(lines) == 9

@@ -48,7 +48,7 @@ def scene(size: int = 32) -> dict[str, Tensor]:
         "image_of": torch.tensor([0, 0, 1]),
         "object_ids": torch.tensor([1, 2, 3]),
         "hidden": torch.tensor([0, 1, 2]),
-        "hide_share": torch.ones(3),
+        "hide_fraction": torch.ones(3),
     }
 
 

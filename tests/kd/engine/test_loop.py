@@ -76,7 +76,7 @@ def make_batch(counts: list[int], *, seed: int = 0, withheld: int = 0) -> dict[s
         "shares": torch.full((objects,), 0.1),
         "usable": torch.ones(objects, dtype=torch.bool),
         "hidden": torch.arange(objects),
-        "hide_share": torch.ones(objects),
+        "hide_fraction": torch.ones(objects),
     }
 
 

@@ -50,7 +50,7 @@ def batch() -> dict[str, Tensor]:
         "labels": torch.tensor([0, 1, 2]),
         "image_of": torch.tensor([0, 1, 1]),
         "hidden": torch.tensor([0, 1, 2]),
-        "hide_share": torch.ones(3),
+        "hide_fraction": torch.ones(3),
     }
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.storage.fields import CachedField, expand, keep_largest, move_maps
+from kd.storage.fields import CachedField, expand, move_maps, top_k_log_probs
 from kd.storage.store import Store
 from kd.transforms.augment import Augment, Plan, pad
 from kd.transforms.crops import Crop, Crops
@@ -89,9 +89,9 @@ def test_a_flip_does_not_mirror_padding() -> None:
 
 
 def test_a_plan_without_geometry_is_the_identity() -> None:
-    assert Plan(size=(4, 4), blur=2.0).still
+    assert Plan(size=(4, 4), blur=2.0).is_identity
     assert not any(
-        plan.still
+        plan.is_identity
         for plan in (
             Plan(size=(4, 4), flip=True),
             Plan(size=(4, 4), shift=(0, 1)),
@@ -105,7 +105,7 @@ def test_a_plan_without_geometry_is_the_identity() -> None:
 def test_top_k_is_stored_and_the_rest_is_uniform(shape: tuple[int, ...]) -> None:
     logits = 3 * torch.randn(shape)
     log_probs = logits.log_softmax(dim=1)
-    values, indices = keep_largest(logits, 3)
+    values, indices = top_k_log_probs(logits, 3)
     assert indices.dtype == torch.uint8 and values.shape[1] == 3
     whole = expand(values, indices, 7)
     torch.testing.assert_close(whole.exp().sum(dim=1), torch.ones(shape[0], *shape[2:]))
@@ -119,11 +119,11 @@ def test_top_k_is_stored_and_the_rest_is_uniform(shape: tuple[int, ...]) -> None
 
 def test_top_1_of_two_classes_is_lossless() -> None:
     log_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()
-    torch.testing.assert_close(expand(*keep_largest(log_probs, 1), 2), log_probs)
+    torch.testing.assert_close(expand(*top_k_log_probs(log_probs, 1), 2), log_probs)
 
 
 def test_many_classes_have_wide_indices() -> None:
-    _, indices = keep_largest(torch.randn(2, 300), 4)
+    _, indices = top_k_log_probs(torch.randn(2, 300), 4)
     assert indices.dtype == torch.int16
 
 

@@ -136,15 +136,15 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize("harm", [flip, cut, empty])
 def test_a_corrupt_shard_is_reported_and_rebuilt_alone(tmp_path: Path, harm: Any) -> None:
     store = fill(tmp_path)
-    assert store.remove_damaged() == []
+    assert store.remove_corrupt() == []
     (victim,) = tmp_path.glob("00001-*")
     others = {file: file.stat().st_mtime_ns for file in tmp_path.glob("0000[02]-*")}
     harm(victim)
     again = Store(tmp_path)
-    assert again.remove_damaged() == [victim.name]
+    assert again.remove_corrupt() == [victim.name]
     assert again.missing() == [1]
     again.write_shard(1, shard(1))
-    assert again.remove_damaged() == []
+    assert again.remove_corrupt() == []
     assert {file: file.stat().st_mtime_ns for file in others} == others
     assert np.array_equal(again.column("values"), record(again.ids())["values"])
 
@@ -154,22 +154,22 @@ def test_corruption_is_found_without_modification_times(memory: str) -> None:
     files = fsspec.filesystem("memory")
     (victim,) = (name for name in files.ls("/caches/one", False) if "00002-" in name)
     files.pipe_file(victim, files.cat_file(victim)[:-1] + b"!")
-    assert store.remove_damaged() == [victim.rsplit("/", 1)[-1]]
+    assert store.remove_corrupt() == [victim.rsplit("/", 1)[-1]]
     assert store.missing() == [2]
 
 
 def test_a_verified_shard_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
     store = fill(tmp_path)
-    store.remove_damaged()
+    store.remove_corrupt()
     (file,) = tmp_path.glob("00000-*")
     checked = json.loads((tmp_path / "verified.json").read_text())
     assert checked[file.name] == [file.stat().st_size, file.stat().st_mtime_ns]
     stamp = file.stat()
     flip(file)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert store.remove_damaged() == []  # by its time it is the one that was checked
+    assert store.remove_corrupt() == []  # by its time it is the one that was checked
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    assert store.remove_damaged() == [file.name]
+    assert store.remove_corrupt() == [file.name]
 
 
 def test_a_store_of_other_content_is_rejected_with_reasons(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_shards_written_by_two_runs_are_verified(tmp_path: Path) -> None:
     twin = tmp_path / f"00001-{'0' * 16}.safetensors"
     twin.write_bytes(first.read_bytes())
     flip(first)
-    assert set(store.remove_damaged()) == {first.name, twin.name}
+    assert set(store.remove_corrupt()) == {first.name, twin.name}
     assert store.missing() == [1]
 
 
@@ -254,5 +254,5 @@ def test_an_unwritable_verification_record_is_harmless(
         raise UserError("Read-only file system")
 
     monkeypatch.setattr(store, "_write", refuse)
-    assert store.remove_damaged() == []
+    assert store.remove_corrupt() == []
     assert not (tmp_path / "verified.json").exists()

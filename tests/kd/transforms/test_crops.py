@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.transforms.augment import ColourChange
-from kd.transforms.crops import Crop, Crops, Turns, build_crops, build_turns
+from kd.transforms.crops import Crop, Crops, Flips, build_crops, build_flips
 from kd.utils.images import VOID
 
 SIZE, FRAME = (45, 62), (40, 48)
@@ -155,15 +155,15 @@ def test_of_mirrored_gives_the_same_crop(seed: int, upside_down: bool) -> None:
 
 
 def test_flips_of_whole_images_occur_with_their_probability() -> None:
-    turns = Turns(flip=0.3, upside_down=0.6, jitter=0.2)
+    turns = Flips(flip=0.3, upside_down=0.6, jitter=0.2)
     drawn = [turns.draw(np.random.default_rng(seed), SIZE, FRAME) for seed in range(400)]
     assert all(crop.window == (0, 0, *SIZE) and crop.size == FRAME for crop in drawn)
     shares = np.mean([(crop.flip, crop.upside_down, crop.colour is not None) for crop in drawn], 0)
     assert shares == pytest.approx([0.3, 0.6, 0.2], abs=0.07)
-    assert not any(build_turns(None).draw(np.random.default_rng(s), SIZE, FRAME).flip
+    assert not any(build_flips(None).draw(np.random.default_rng(s), SIZE, FRAME).flip
                    for s in range(20))  # fmt: skip
     with pytest.raises(UserError, match="augment: unknown option 'upsidedown'; did you mean"):
-        build_turns({"upsidedown": 1.0})
+        build_flips({"upsidedown": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kd.transforms.hide import (
     class_maps,
     hidden_regions,
     hide,
-    hide_share,
+    hide_fraction,
     normalise,
     regions_of,
     shrink_masks,
@@ -149,11 +149,11 @@ def test_normalise_gives_zero_mean_colours_zero() -> None:
 
 
 def test_the_schedule_is_linear_and_then_hides_all() -> None:
-    assert hide_share(0.0, start=0.2, until=0.5) == pytest.approx(0.2)
-    assert hide_share(0.25, start=0.2, until=0.5) == pytest.approx(0.6)
-    assert hide_share(0.5, start=0.2, until=0.5) == 1.0
-    assert hide_share(0.9, start=0.2, until=0.5) == 1.0
-    assert hide_share(0.0, start=0.2, until=0.0) == 1.0
+    assert hide_fraction(0.0, start=0.2, until=0.5) == pytest.approx(0.2)
+    assert hide_fraction(0.25, start=0.2, until=0.5) == pytest.approx(0.6)
+    assert hide_fraction(0.5, start=0.2, until=0.5) == 1.0
+    assert hide_fraction(0.9, start=0.2, until=0.5) == 1.0
+    assert hide_fraction(0.0, start=0.2, until=0.0) == 1.0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -198,7 +198,7 @@ def test_hidden_regions_follow_shape_and_fraction() -> None:
         "images": torch.zeros(1, 3, *SIZE, dtype=torch.uint8),
         "boxes": boxes,
         "hidden": torch.tensor([1]),
-        "hide_share": torch.tensor([0.25]),
+        "hide_fraction": torch.tensor([0.25]),
         "segments": hidden_regions(boxes[1:], SIZE),
     }
     quarter = torch.tensor([[6.0, 4.0, 10.0, 8.0]])

@@ -27,7 +27,7 @@ def batch() -> dict[str, Tensor]:
         "labels": torch.tensor([1, 0, -1]),
         "image_of": torch.tensor([0, 0, 1]),
         "hidden": torch.tensor([0, 2]),
-        "hide_share": torch.ones(2),
+        "hide_fraction": torch.ones(2),
         "class_maps": maps,
     }
 

@@ -67,7 +67,7 @@ def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
         "shares": ((objects,), torch.float32),
         "usable": ((objects,), torch.bool),
         "hidden": ((hidden,), torch.int64),
-        "hide_share": ((hidden,), torch.float32),
+        "hide_fraction": ((hidden,), torch.float32),
         "segments": ((hidden, 32, 32), torch.bool),
     }
     assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == expected
@@ -220,9 +220,9 @@ def test_unknown_labelled_images_are_an_error(index: CocoIndex) -> None:
 def test_partial_masking_follows_the_epochs_in_training_only(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 32, "partial": (0.2, 0.5), "epochs": 10}
     training = ObjectSamples(index, **options)
-    shares = [training[epoch, 0]["hide_share"].item() for epoch in (0, 1, 5, 9)]
+    shares = [training[epoch, 0]["hide_fraction"].item() for epoch in (0, 1, 5, 9)]
     assert shares == pytest.approx([0.2, 0.36, 1.0, 1.0])
-    assert ObjectSamples(index, train=False, **options)[0, 0]["hide_share"].item() == 1.0
+    assert ObjectSamples(index, train=False, **options)[0, 0]["hide_fraction"].item() == 1.0
 
 
 def test_a_segment_without_a_pixel_becomes_its_box(index: CocoIndex) -> None:

@@ -25,7 +25,7 @@ def batch() -> dict[str, Tensor]:
         "labels": torch.tensor([1, -1]),
         "image_of": torch.tensor([0, 1]),
         "hidden": torch.tensor([0, 1]),
-        "hide_share": torch.ones(2),
+        "hide_fraction": torch.ones(2),
     }
 
 

@@ -12,7 +12,7 @@ from kd.metrics.saliency import SaliencyTruth
 from kd.problems.base import Classes, count_units
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.saliency.task import Saliency, density_of, within
-from kd.transforms.crops import build_turns
+from kd.transforms.crops import build_flips
 
 
 def batch_of(height: int = 16, width: int = 24) -> dict[str, torch.Tensor]:
@@ -101,5 +101,5 @@ def test_its_metric_needs_fixations() -> None:
 
 
 def test_no_augmentation_changes_nothing() -> None:
-    still = build_turns(None)
+    still = build_flips(None)
     assert (still.flip, still.upside_down, still.jitter) == (0, 0, 0)
