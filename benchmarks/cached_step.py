@@ -40,7 +40,7 @@ from kd.engine.state import Objective
 from kd.experiments.connect import adapt_student, build_terms
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
-from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.setup import start_training
@@ -85,7 +85,7 @@ def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callabl
     """A training; called with an epoch it runs that and gives the seconds a step."""
     accelerator, task = make_accelerator("fp32"), Classification(num_classes=data.num_classes)
     fields = [kept[LAYER]] if kept else []
-    dataset = make_dataset(data, "train", train=True, epochs=100, cached=fields)
+    dataset = data.samples("train", train=True, epochs=100, cached=fields)
     loader: SampleLoader = make_loader(
         dataset, accelerator, batch_size=BATCH, workers=data.section.workers, train=True
     )

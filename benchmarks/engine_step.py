@@ -33,7 +33,7 @@ from kd.distillation.terms import build_term
 from kd.engine.state import Objective
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
-from kd.problems.objects.data import make_dataset, open_objects
+from kd.problems.objects.data import open_objects
 from kd.runs.build import make_accelerator, make_loader
 from kd.transforms.hide import hidden_regions, hide, normalise
 from students.classifiers import build_student
@@ -55,7 +55,7 @@ def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
     )
     data = open_objects(section)
     accelerator = make_accelerator("fp32")
-    dataset = make_dataset(data, "train", train=True, mode="one")
+    dataset = data.samples("train", train=True, mode="one")
     loader = make_loader(dataset, accelerator, batch_size=batch_size, workers=0, train=True)
     loader.set_epoch(0)
     device = accelerator.device

@@ -16,17 +16,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from kd.config.reader import from_plain, read_yaml
 from kd.config.recipes import TeacherRecipe
-from kd.data.loader import collate
+from kd.data.loader import Samples, collate
 from kd.nn.inference import for_answers, in_int8
-from kd.problems.base import Task, hidden_labels, named
-from kd.problems.objects.data import make_dataset, of_objects
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.base import Split, Task, hidden_labels, named
 from kd.runs.build import open_data
 from kd.runs.load_teacher import images_of, load_teacher
 
@@ -43,8 +42,8 @@ class Tally:
     divergence: float = 0.0
 
 
-def batches(dataset: ObjectSamples, images: int) -> Iterator[dict[str, Tensor]]:
-    """The first images, each with all its objects hidden in turn."""
+def batches(dataset: Samples, images: int) -> Iterator[dict[str, Tensor]]:
+    """The first pictures, each with all its objects hidden in turn."""
     for start in range(0, min(images, len(dataset)), BATCH):
         places = range(start, min(start + BATCH, images, len(dataset)))
         yield collate([dataset[0, place] for place in places])
@@ -74,9 +73,9 @@ def main() -> int:
         return 0
     folder = options.teacher if options.teacher.is_dir() else options.teacher.parent
     recipe = from_plain(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
-    data = of_objects(open_data(recipe.data))
+    data = open_data(recipe.data, recipe.task.name)
     teacher = load_teacher(options.teacher, data.num_classes)
-    train, val = (make_dataset(data, split, train=False) for split in ("train", "val"))
+    train, val = (data.problem.evaluation(data, split) for split in get_args(Split))
     samples = [images_of(teacher.task, batch) for batch in batches(train, 32)]
     spared = ["head"] if hasattr(teacher.model, "head") else []
     models = {

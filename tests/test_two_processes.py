@@ -50,7 +50,7 @@ from kd.nn.regions import roi_features
 from kd.problems.detection.task import Detection
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
-from kd.problems.objects.data import make_dataset, open_objects
+from kd.problems.objects.data import open_objects
 from kd.problems.objects.metric import TopN
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
@@ -168,8 +168,8 @@ def _steps(root: Path, out: Path, *, accumulate: int) -> None:
     """Two steps with all kinds of terms, on whole batches of 8; the weights go to a file."""
     accelerator = make_accelerator("fp32")
     data = open_objects(_section(root))
-    dataset = make_dataset(
-        data, "train", train=True, labelled=data.train.image_ids[::3], seed=1, epochs=1
+    dataset = data.samples(
+        "train", train=True, labelled=data.train.image_ids[::3], seed=1, epochs=1
     )
     loader = make_loader(dataset, accelerator, batch_size=8 // accumulate, workers=0, train=True)
     torch.manual_seed(4)
@@ -365,9 +365,7 @@ def _evaluate(root: Path, out: Path) -> None:
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
     norm.running_mean += accelerator.process_index
     metric = TopN(data.num_classes)
-    loader = make_loader(
-        make_dataset(data, "val", train=False), accelerator, batch_size=5, workers=0
-    )
+    loader = make_loader(data.samples("val"), accelerator, batch_size=5, workers=0)
     evaluate(model, Classification(num_classes=data.num_classes), loader, metric, accelerator)
     metric.save_predictions(out / f"{accelerator.num_processes}-{accelerator.process_index}.npz")
     accelerator.wait_for_everyone()
@@ -466,7 +464,7 @@ def _stop(root: Path, out: Path) -> None:
     accelerator = make_accelerator("fp32")
     data = open_objects(_section(root))
     loader = make_loader(
-        make_dataset(data, "train", train=True), accelerator, batch_size=4, workers=0, train=True
+        data.samples("train", train=True), accelerator, batch_size=4, workers=0, train=True
     )
     training: Training = start_training(
         accelerator, AdaptedStudent(Counted(data.num_classes)), Train(), 100

@@ -22,7 +22,7 @@ from kd.formats.coco import CocoIndex
 from kd.formats.coco_validate import is_number, read_json
 from kd.metrics.bootstrap import paired_bootstrap
 from kd.metrics.records import Records
-from kd.problems.objects.data import make_dataset, of_objects
+from kd.problems.objects.data import of_objects
 from kd.problems.objects.metric import TopN
 from kd.report.tables import Table, distill_table
 from kd.runs.build import make_accelerator, make_loader
@@ -113,7 +113,7 @@ def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Rec
         metric = TopN(
             data.num_classes, prior=prior, confusable=index.looks, where=f"{folder}/{name}"
         )
-        samples = make_dataset(replace(data, section=section, val=index), "val", train=False)
+        samples = replace(data, section=section, val=index).samples("val")
         loader = make_loader(
             samples, accelerator, batch_size=int(config["train"]["batch_size"]),
             workers=section.workers,

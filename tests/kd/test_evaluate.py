@@ -32,7 +32,7 @@ from kd.problems.objects.baselines import (
     on_data,
     references,
 )
-from kd.problems.objects.data import of_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.evaluation import Scores
 from kd.runs.build import open_data
 from kd.runs.read import read_run
@@ -158,9 +158,16 @@ def test_runs_side_by_side_share_a_table_and_figures(
     assert first == second
 
 
+def own_data(run: Path) -> ObjectsDataset:
+    """The dataset that a run of objects was trained on."""
+    data = open_data(plain_data(read_run(run).config["data"], str(run)))
+    assert isinstance(data, ObjectsDataset)
+    return data
+
+
 def test_references_answer_the_same_objects(run: Path) -> None:
     records = read_run(run).records
-    data = of_objects(open_data(plain_data(read_run(run).config["data"], str(run))))
+    data = own_data(run)
     known = references(data, records)
     assert list(known) == [PRIOR, COMPANY, EXACT, TOLD]
     ids, log_probs = cooccurrence_log_probs(data)
@@ -190,7 +197,7 @@ def test_objects_of_another_data_set_are_refused(run: Path, small_scenes: Path) 
         generate=Generate(train=24, val=8),
     )
     records = dict(read_run(run).records)
-    data = of_objects(open_data(section))
+    data = open_objects(section)
     records["object_ids"] = records["object_ids"] + 10**6
     with pytest.raises(UserError, match=r"a run: .* of its objects are not in .*instances_train"):
         on_data(data, records, "a run")
@@ -226,7 +233,7 @@ def test_mistakes_are_one_line(
 def test_a_task_that_asks_about_pictures_has_tables_of_its_own_metric(
     run: Path, tmp_path: Path
 ) -> None:
-    data = of_objects(open_data(plain_data(read_run(run).config["data"], str(run))))
+    data = own_data(run)
     classes = data.num_classes
     metric = MultiLabelAP(classes)
     present = torch.zeros(2, classes, dtype=torch.bool)

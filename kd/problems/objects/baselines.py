@@ -14,7 +14,7 @@ from kd.formats.splits import objects_on
 from kd.metrics.classification import prior_records
 from kd.metrics.records import Records
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.problems.objects.data import ObjectsDataset, make_dataset
+from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.records import answered
 
 
@@ -56,7 +56,7 @@ def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDA
     """
     model = fit_cooccurrence(data.train)
     objects = index_objects(data.val)  # all of them, so that an object's place is its row
-    rows = make_dataset(data, "val", train=False).usable_rows()
+    rows = data.samples("val").usable_rows()
     log_probs = model(objects, torch.from_numpy(rows)).numpy()
     ids = data.val.object_ids[rows]
     order = np.argsort(ids)

@@ -156,11 +156,6 @@ def open_objects(section: Data) -> ObjectsDataset:
     return ObjectsDataset(section, *open_annotated(section, pictures=section.pictures))
 
 
-def make_dataset(data: ObjectsDataset, split: Split, **options: Any) -> ObjectSamples:
-    """A split as samples."""
-    return data.samples(split, **options)
-
-
 def of_objects(data: Dataset) -> ObjectsDataset:
     """The same, for commands that ask about objects.
 

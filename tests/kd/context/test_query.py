@@ -17,7 +17,7 @@ from kd.config.recipes import Data, Model, Split, TaskSection, TeacherRecipe
 from kd.context.query import Question, as_seen, expectations
 from kd.data.loader import Sample, collate
 from kd.problems.base import Batch, named
-from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.utils.images import read_image
@@ -64,7 +64,7 @@ def untrained(section: Data, name: str = "cnn", shape: str = "box") -> TrainedTe
 
 def questions_of(data: ObjectsDataset) -> tuple[list[Question], list[Sample]]:
     """Each val picture with all its usable objects asked about, and the data set's own samples."""
-    dataset = make_dataset(data, "val", train=False)
+    dataset = data.samples("val")
     samples = [dataset[0, place] for place in range(len(dataset))]
     questions = []
     for position, sample in enumerate(samples):

@@ -18,7 +18,7 @@ from kd.engine.loop import train_step
 from kd.engine.state import Objective
 from kd.errors import ConfigError, UserError
 from kd.experiments.transfer import Start, starts
-from kd.problems.objects.data import make_dataset, of_objects
+from kd.problems.base import Sampling
 from kd.problems.objects.problem import PROBLEM
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.setup import start_training
@@ -70,10 +70,10 @@ def test_a_mode_can_be_left_out(recipe_of: Any) -> None:
 
 def step(row: Start) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The student's state before and after one step of training."""
-    data = of_objects(open_data(row.recipe.data))
+    data = open_data(row.recipe.data)
     torch.manual_seed(0)
     student = data.problem.build_student(row.recipe.student, data, context=False)
-    dataset = make_dataset(data, "train", train=True)
+    dataset = data.problem.training(data, Sampling(seed=0))
     batch = collate([dataset[0, place] for place in range(4)])
     task = data.problem.task(row.recipe.task, row.recipe.data, data.num_classes)
     training = start_training(

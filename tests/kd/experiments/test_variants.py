@@ -17,8 +17,9 @@ from kd.engine.loop import forward_losses
 from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.experiments.variants import Distillation
+from kd.formats.coco import CocoIndex
 from kd.formats.splits import labelled_images
-from kd.problems.objects.data import of_objects
+from kd.problems.objects.data import ObjectsDataset
 from kd.runs.build import make_accelerator, make_loader, open_data
 
 VARIANTS: tuple[str, ...] = ("plain", "distilled", "no_context", "shuffled", "output_kd")
@@ -52,8 +53,13 @@ def variants(small_data: list[str], small_teacher: Path) -> Distillation:
     return distillation(small_data, small_teacher)
 
 
+def train_index(variants: Distillation) -> CocoIndex:
+    assert isinstance(variants.data, ObjectsDataset)
+    return variants.data.train
+
+
 def weights(variants: Distillation, variant: str, seed: int = 0) -> dict[str, Tensor]:
-    labelled = labelled_images(of_objects(variants.data).train, 0.5, seed)
+    labelled = labelled_images(train_index(variants), 0.5, seed)
     model, _ = variants._assemble(variant, seed, labelled, variants._dataset(seed, labelled))
     return model.state_dict()
 
@@ -82,7 +88,7 @@ def test_every_variant_starts_from_the_same_weights(variants: Distillation) -> N
 def test_every_variant_sees_the_same_pixels_in_the_same_order(variants: Distillation) -> None:
     batches = []
     for _ in range(2):
-        labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+        labelled = labelled_images(train_index(variants), 0.5, 0)
         dataset = variants._dataset(0, labelled)
         loader = make_loader(
             dataset, variants.accelerator, batch_size=8, workers=0, seed=0, train=True
@@ -94,7 +100,7 @@ def test_every_variant_sees_the_same_pixels_in_the_same_order(variants: Distilla
 
 
 def test_labels_are_withheld_but_posteriors_are_not(variants: Distillation) -> None:
-    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    labelled = labelled_images(train_index(variants), 0.5, 0)
     assert labelled is not None and len(labelled) == 12
     dataset = variants._dataset(0, labelled)
     model, objective = variants._assemble("distilled", 0, labelled, dataset)
@@ -128,7 +134,7 @@ def test_shuffled_posteriors_are_all_there_but_nobodys_own(variants: Distillatio
 def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
     variants: Distillation,
 ) -> None:
-    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    labelled = labelled_images(train_index(variants), 0.5, 0)
     dataset = variants._dataset(0, labelled)
     batch = variants._sample(dataset)
     gradients, values = [], []
@@ -150,7 +156,7 @@ def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
 
 def test_twins_write_the_same_tags(variants: Distillation) -> None:
     names = []
-    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    labelled = labelled_images(train_index(variants), 0.5, 0)
     dataset = variants._dataset(0, labelled)
     twins: tuple[str, ...] = ("plain", "distilled", "shuffled")
     for variant in twins:
@@ -192,7 +198,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
     teacher = variants.sources.teacher.model
     layer = teacher.get_submodule("features.2")
     assert len(layer._forward_hooks) == 1
-    labelled = labelled_images(of_objects(variants.data).train, 0.5, 0)
+    labelled = labelled_images(train_index(variants), 0.5, 0)
     dataset = variants._dataset(0, labelled)
     model, objective = variants._assemble("distilled", 0, labelled, dataset)
     before = copy.deepcopy(teacher.state_dict())

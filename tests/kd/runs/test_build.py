@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.problems import problem
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.objects.context import Context
-from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
 from kd.registry import Entry
 from kd.runs.build import (
@@ -59,9 +59,9 @@ def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(
     data: ObjectsDataset,
 ) -> None:
     accelerator = make_accelerator("fp32")
-    val = make_loader(make_dataset(data, "val", train=False), accelerator, batch_size=3, workers=0)
+    val = make_loader(data.samples("val"), accelerator, batch_size=3, workers=0)
     assert sum(len(batch["images"]) for batch in val) == len(val.dataset) == 8
-    dataset = make_dataset(data, "train", train=True)
+    dataset = data.samples("train", train=True)
     train = make_loader(dataset, accelerator, batch_size=7, workers=0, train=True)
     assert [len(batch["images"]) for batch in train] == [7, 7, 7]
 

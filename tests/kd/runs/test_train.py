@@ -25,7 +25,7 @@ from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.nn.regions import roi_features
 from kd.problems.objects.classification import Classification
-from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.runs import train as session_module
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.folder import RunFolder
@@ -98,7 +98,7 @@ def run(
     """Train a student with dropout, batch norm, average, labels on half the images and a term."""
     accelerator = make_accelerator("fp32")
     ids = data.train.image_ids
-    dataset = make_dataset(data, "train", train=True, labelled=ids[::2], seed=seed, epochs=3)
+    dataset = data.samples("train", train=True, labelled=ids[::2], seed=seed, epochs=3)
     loader = make_loader(dataset, accelerator, batch_size=8, workers=workers, seed=seed, train=True)
     rows = torch.from_numpy(data.train.object_ids.astype(np.int64))
     torch.manual_seed(0)

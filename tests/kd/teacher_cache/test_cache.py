@@ -25,7 +25,7 @@ from kd.errors import UserError
 from kd.experiments.connect import adapt_student, build_terms
 from kd.formats.splits import fold_of
 from kd.problems.objects.classification import Classification
-from kd.problems.objects.data import ObjectsDataset, make_dataset, open_objects
+from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.runs.setup import start_training
@@ -54,7 +54,7 @@ def teacher(small_teacher: Path, tmp_path: Path) -> TrainedTeacher:
 def live_rows(teacher: TrainedTeacher, data: ObjectsDataset) -> dict[str, dict[int, Tensor]]:
     """What the teacher says now, by output and object."""
     section = data.section.model_copy(update={"min_share": 0.0, "max_share": 1.0})
-    dataset = make_dataset(ObjectsDataset(section, data.train, data.val), "train", train=False)
+    dataset = ObjectsDataset(section, data.train, data.val).samples("train")
     loader = make_loader(dataset, make_accelerator("fp32"), batch_size=5, workers=0)
     loader.set_epoch(0)
     rows: dict[str, dict[int, Tensor]] = {name: {} for name in BOTH}
@@ -271,8 +271,8 @@ def test_distilling_from_a_cache_gives_the_live_losses(
                          "jitter"), 0.0)  # fmt: skip
     moves = {**off, "flip": 0.5} if augmented else off
     section = data.section.model_copy(update={"augment": moves})
-    dataset = make_dataset(
-        ObjectsDataset(section, data.train, data.val), "train", train=True, cached=[kept[LAYER]]
+    dataset = ObjectsDataset(section, data.train, data.val).samples(
+        "train", train=True, cached=[kept[LAYER]]
     )
     loader = make_loader(dataset, accelerator, batch_size=8, workers=0, train=True)
     curves = []
