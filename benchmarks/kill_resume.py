@@ -41,7 +41,7 @@ STUDENT = [
     "data.repeat_labelled=1",
     "student={name: shufflenet_v2_x0_5, options: {stride: 16, dropout: 0.2}}",
     "train={epochs: 6, batch_size: 8, ema: 0.95, checkpoint_every: 3, evaluate_every: 1}",
-    "train.pictures=1",
+    "train.images=1",
     "variants=[distilled]",
     "seeds=[0]",
 ]

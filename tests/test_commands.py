@@ -30,7 +30,7 @@ def sets(*settings: str) -> list[str]:
 
 STUDENT = sets(
     "student={name: shufflenet_v2_x0_5, options: {stride: 16}}",
-    "train={epochs: 2, batch_size: 8, evaluate_every: 1, log_every: 2, pictures: 2}",
+    "train={epochs: 2, batch_size: 8, evaluate_every: 1, log_every: 2, images: 2}",
     "data.labelled=0.5",
     "data.repeat_labelled=1",
 )
@@ -223,7 +223,7 @@ losses:
     teacher: features.1
     schedule: {name: linear, until: 0.5}
 variants: [plain, distilled]
-train: {epochs: 1, batch_size: 8, accumulate: 2, ema: 0.9, log_every: 1, pictures: 0}
+train: {epochs: 1, batch_size: 8, accumulate: 2, ema: 0.9, log_every: 1, images: 0}
 """
 
 
@@ -275,7 +275,7 @@ losses:
     teacher: features.2
     options: {widths: [4, 8], penalty: 5.0}
 variants: [plain, distilled]
-train: {epochs: 1, batch_size: 8, log_every: 1, pictures: 0}
+train: {epochs: 1, batch_size: 8, log_every: 1, images: 0}
 """
 
 
@@ -330,7 +330,7 @@ def test_a_broken_image_is_named_and_mended_training_goes_on(
     flags = [
         *small_data,
         *sets(f"data.root={scenes}", "teacher={name: cnn, options: {width: 4, downs: 3}}"),
-        *sets("train={epochs: 1, batch_size: 4, pictures: 0}", "hide=one"),
+        *sets("train={epochs: 1, batch_size: 4, images: 0}", "hide=one"),
     ]
     command = ["--teacher", "cnn", "--out", str(tmp_path / "run"), *flags]
     assert run_command(train_teacher.main, command) == 2
@@ -364,7 +364,7 @@ def test_the_demo_runs_the_whole_path(
     small_scenes: Path, small_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    short = sets("train.epochs=1", "train.batch_size=8", "train.pictures=1")
+    short = sets("train.epochs=1", "train.batch_size=8", "train.images=1")
     monkeypatch.setattr(demo, "TEACHER", [*small_data, *short, *sets("teacher.options.width=4")])
     variants = sets("variants=[plain, distilled]", "seeds=[0]", "data.labelled=0.5",
                 "student.name=shufflenet_v2_x0_5")  # fmt: skip

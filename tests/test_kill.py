@@ -54,7 +54,7 @@ def flags(small_data: list[str], small_teacher: Path) -> Iterator[list[str]]:
         "student={name: shufflenet_v2_x0_5, options: {stride: 16, dropout: 0.2}}",
         "train={epochs: 2, batch_size: 4, ema: 0.9, checkpoint_every: 1, evaluate_every: 1}",
         "train.log_every=1",
-        "train.pictures=0",
+        "train.images=0",
         "data.augment={flip: 0.5, jitter: 0.2}",
         "data.workers=1",
         "data.labelled=0.5",

@@ -11,7 +11,7 @@ import pytest
 from kd import distill, evaluate, train_teacher
 from kd.cli import run_command
 
-SHORT = ("train={epochs: 1, batch_size: 8, pictures: 1, evaluate_every: 0}",)
+SHORT = ("train={epochs: 1, batch_size: 8, images: 1, evaluate_every: 0}",)
 
 
 def sets(*settings: str) -> list[str]:
@@ -44,7 +44,7 @@ def test_a_teacher_on_annotations_needs_no_picture(
     options = "teacher={name: scene_transformer, options: {width: 16, depth: 1}}"
     nll = []
     for pictures in ("true", "false"):
-        flags = sets(options, *SHORT, f"data.pictures={pictures}", "data.withhold={start: 0.5}")
+        flags = sets(options, *SHORT, f"data.images={pictures}", "data.withhold={start: 0.5}")
         out = tmp_path / pictures
         command = ["--teacher", "scene_transformer", *small_data, *flags, "--out", str(out)]
         with caplog.at_level(logging.WARNING):

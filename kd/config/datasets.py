@@ -100,8 +100,8 @@ class Data(DataSet):
     shape: Literal["box", "square", "ellipse", "segment"] = "box"
     partial: Partial | None = None
     withhold: Withhold | None = None
-    pictures: bool = Field(
-        True, description="false: pictures are not read, for teachers on annotations alone"
+    images: bool = Field(
+        True, description="false: images are not read, for teachers on annotations alone"
     )
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.augment.Augment; null = none"

@@ -139,7 +139,7 @@ class Train(Section):
     evaluate_every: Whole = Field(5, description="epochs; 0 = only at the end")
     checkpoint_every: Whole = Field(200, description="steps between checkpoints inside an epoch")
     log_every: Count = Field(20, description="steps")
-    pictures: Whole = Field(4, description="val pictures written to TensorBoard")
+    images: Whole = Field(4, description="val images written to TensorBoard")
 
     @model_validator(mode="after")
     def _micro_batches_are_equal(self) -> Train:

@@ -122,7 +122,7 @@ def _samples(question: Question, data: Data, task: Task, most: int) -> Iterator[
     size = data.size
     height, width = question.picture.shape[1:]
     scaled = scaled_size(height, width, size)
-    picture = resize(question.picture, scaled) if data.pictures else grey_image(scaled)
+    picture = resize(question.picture, scaled) if data.images else grey_image(scaled)
     scale = torch.tensor([scaled[1] / width, scaled[0] / height]).repeat(2)
     stored = question.boxes.float()
     boxes = stored * scale

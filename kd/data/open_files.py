@@ -19,7 +19,7 @@ DECODED_FIRST = 2000
 
 
 def open_annotated(
-    section: Data | LabelMaps | Gaze, *, pictures: bool = True
+    section: Data | LabelMaps | Gaze, *, images: bool = True
 ) -> tuple[CocoIndex, CocoIndex]:
     """Both splits of a data set of annotated objects, checked.
 
@@ -27,7 +27,7 @@ def open_annotated(
 
     Args:
         section: Of objects, or of label maps or gaze that follow from annotations.
-        pictures: Whether images are needed.
+        images: Whether images are needed.
 
     Raises:
         UserError: What `load_coco`, `generate_scenes` and `made_split` raise, or no root.
@@ -38,11 +38,11 @@ def open_annotated(
             root_of(section, holds=_known_by(section)), train=made.train, val=made.val,
             size=made.size, seed=made.seed, workers=os.cpu_count() or 1, progress=True,
         )  # fmt: skip
-    first = load_coco(*split_paths(section, section.train), check_images=pictures)
+    first = load_coco(*split_paths(section, section.train), check_images=images)
     second = load_coco(
-        *split_paths(section, section.val), check_images=pictures, categories_from=first
+        *split_paths(section, section.val), check_images=images, categories_from=first
     )
-    if section.generate is None and pictures:  # what was made here is whole
+    if section.generate is None and images:  # what was made here is whole
         for index in (first, second):
             _check_decode(index)
     return first, second

@@ -61,11 +61,11 @@ def drawn(
 def write_overlays(distillation: Distillation) -> None:
     """Draw what each variant's student of the first seed says, beside the teacher, where it can.
 
-    `train.pictures` says how many val pictures. Each is `overlays/<n>.png` in the distillation's
+    `train.images` says how many val pictures. Each is `overlays/<n>.png` in the distillation's
     folder, and an image in its event file.
     """
     recipe, data, out = distillation.recipe, distillation.data, distillation.out
-    count = recipe.train.pictures
+    count = recipe.train.images
     if isinstance(data, DetectionDataset):
         _write_boxes(distillation, data)
         return
@@ -97,7 +97,7 @@ def _write_boxes(distillation: Distillation, data: DetectionDataset) -> None:
         for name, teacher in distillation.sources.teachers.items():
             if isinstance(teacher.task, Detection):  # one of context finds nothing
                 folders[name or "teacher"] = teacher.folder
-    count, task = recipe.train.pictures, distillation.task
+    count, task = recipe.train.images, distillation.task
     assert isinstance(task, Detection)
     imitates = bool(task.levels and {term.kind.mask for term in distillation.terms} - {None})
     masks = mask_pictures(data.samples("val"), task, count=count) if imitates else ()

@@ -58,7 +58,7 @@ FOLDER = "evaluation"  # in a run's folder
 _PREDICTIONS = "predictions.npz"
 PICTURES = 8  # hidden scenes that are drawn
 # How pictures were shown to a run goes with it to another data set.
-_SHOWN = ("size", "shape", "min_share", "max_share", "pictures")
+_SHOWN = ("size", "shape", "min_share", "max_share", "images")
 # Where pictures are and who loads them is nothing that an evaluation is called by.
 _FREE = ("root=", "workers=", "prepared=")
 _SEPARATORS = re.compile(r"[^\w.=-]+")

@@ -190,7 +190,7 @@ def _write_result(
     for tag, figure in problem.figures(data, metric, session.label):
         tracker.figure(tag, figure, step)
     examples = problem.examples(
-        data, training.result, task, count=session.train.pictures,
+        data, training.result, task, count=session.train.images,
         device=training.accelerator.device, teacher=session.teacher,
     )  # fmt: skip
     for number, figure in enumerate(examples):

@@ -29,7 +29,7 @@ def shown() -> str:
 def small(small_scenes: Path) -> list[str]:
     settings = [f"data.root={small_scenes}", "data.workers=0",
                 "data.generate={train: 24, val: 8, size: 64, seed: 0}", "train.epochs=1",
-                "train.batch_size=8", "train.pictures=0", "train.precision=fp32"]  # fmt: skip
+                "train.batch_size=8", "train.images=0", "train.precision=fp32"]  # fmt: skip
     return [text for setting in settings for text in ("--set", setting)]
 
 

@@ -31,7 +31,7 @@ DATA = {
     "augment": None,
     "workers": 0,
 }
-TRAIN = {"epochs": 1, "batch_size": 4, "precision": "fp32", "pictures": 0, "evaluate_every": 0}
+TRAIN = {"epochs": 1, "batch_size": 4, "precision": "fp32", "images": 0, "evaluate_every": 0}
 TEACHER = {
     "data": DATA,
     "task": {"name": "context", "weights": {"cross_entropy": 1.0}},

@@ -81,8 +81,8 @@ class DetectionDataset:
             UserError: The section leaves images out.
         """
         section = self.section
-        if not section.pictures:
-            raise UserError(f"{section.name}: data.pictures is false, but detectors need pictures")
+        if not section.images:
+            raise UserError(f"{section.name}: data.images is false, but detectors need pictures")
         own = {
             "size": section.size,
             "train": False,

@@ -77,7 +77,7 @@ class ObjectsDataset:
             "withhold": (section.withhold.start, section.withhold.end)
             if section.withhold
             else None,
-            "pictures": section.pictures,
+            "read_images": section.images,
             "repeat_labelled": section.repeat_labelled,
             "prepared": Path(section.prepared) / split if section.prepared else None,
         }
@@ -153,7 +153,7 @@ def open_objects(section: Data) -> ObjectsDataset:
     Raises:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.
     """
-    return ObjectsDataset(section, *open_annotated(section, pictures=section.pictures))
+    return ObjectsDataset(section, *open_annotated(section, images=section.images))
 
 
 def of_objects(data: Dataset) -> ObjectsDataset:

@@ -69,7 +69,7 @@ class ObjectSamples(Dataset[Sample]):
             is hidden; None hides all from the start.
         withhold: Share of the objects, at the start and at the end of training, that are withheld
             from the answers to others as well: several are hidden at once. None withholds none.
-        pictures: Whether pictures are read; otherwise they are all grey.
+        read_images: Whether images are read; otherwise they are all grey.
         labelled: Ids of the images whose labels are known; the others' become -1. None: all.
         repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
         only: Ids of the images to keep; None keeps all.
@@ -97,7 +97,7 @@ class ObjectSamples(Dataset[Sample]):
         shape: str = "box",
         partial: tuple[float, float] | None = None,
         withhold: tuple[float, float] | None = None,
-        pictures: bool = True,
+        read_images: bool = True,
         labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
         repeat_labelled: int = 1,
         only: Collection[int] | npt.NDArray[np.int64] | None = None,
@@ -116,7 +116,7 @@ class ObjectSamples(Dataset[Sample]):
         self.withhold = withhold if train else None
         self.seed, self.epochs, self.cached = seed, epochs, tuple(cached)
         self.class_maps = class_maps
-        self.pictures = Pictures.open(index, size, prepared, read_files=pictures)
+        self.pictures = Pictures.open(index, size, prepared, read_files=read_images)
         images = self._images_with_usable_objects(only)
         known = known_labels(index, images, labelled)
         times = 1 if labelled is None else repeat_labelled

@@ -134,7 +134,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
 
 
 def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: Data) -> None:
-    section = photographs.model_copy(update={"pictures": False})
+    section = photographs.model_copy(update={"images": False})
     teacher = untrained(section)
     questions, samples = questions_of(open_objects(section))
     batch = collate(samples)

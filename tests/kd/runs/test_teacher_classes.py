@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 PIXELS = "losses=[{name: pixel_wise, weight: 1.0}]"
 PAIRS = "losses=[{name: pair_wise, weight: 1.0, student: norm3, teacher: pyramid}]"
 AFFINITIES = "losses=[{name: pair_wise, weight: 1.0, student: norm3, teacher: logits}]"
-TRAIN = "train={epochs: 1, batch_size: 8, pictures: 0, precision: fp32, evaluate_every: 0}"
+TRAIN = "train={epochs: 1, batch_size: 8, images: 0, precision: fp32, evaluate_every: 0}"
 
 
 def flags(settings: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ TRAIN = Train(
     evaluate_every=1,
     checkpoint_every=2,
     log_every=1,
-    pictures=0,
+    images=0,
 )
 CONFIG = {"train": TRAIN.model_dump(mode="json"), "seed": 5}
 STEPS = 9

@@ -33,7 +33,7 @@ SMALL = (
 )
 HEAD = SMALL.replace("{trunk: resnet18, ", "{context: true, ")
 VARIANTS = {"plain", "F", "G", "I", "D", "ID"}
-TRAIN = "train={epochs: 1, batch_size: 8, pictures: 2, precision: fp32, evaluate_every: 0}"
+TRAIN = "train={epochs: 1, batch_size: 8, images: 2, precision: fp32, evaluate_every: 0}"
 
 
 def flags(settings: list[str]) -> list[str]:

@@ -101,5 +101,5 @@ def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path
 
 
 def test_a_detector_needs_pictures(data: ObjectsDataset) -> None:
-    with pytest.raises(UserError, match=r"scenes: data\.pictures is false, but detectors need"):
-        boxes(changed(data, pictures=False), 0)
+    with pytest.raises(UserError, match=r"scenes: data\.images is false, but detectors need"):
+        boxes(changed(data, images=False), 0)

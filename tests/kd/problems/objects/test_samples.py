@@ -282,7 +282,7 @@ def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -
 
 def test_without_pictures_only_the_pixels_change(index: CocoIndex) -> None:
     seen = ObjectSamples(index, size=32, train=False)
-    blind = ObjectSamples(index, size=32, train=False, pictures=False)
+    blind = ObjectSamples(index, size=32, train=False, read_images=False)
     for place in range(len(seen)):
         first, second = seen[0, place], blind[0, place]
         assert set(second["images"].unique().tolist()) <= {0, 128}

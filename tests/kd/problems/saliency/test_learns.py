@@ -46,7 +46,7 @@ def test_student_a_is_no_constant_map(tmp_path: Path) -> None:
         "data.workers=0",
         "variants=[plain]",
         "student.options={trunk: resnet18, width: 0.25, weights: null}",
-        "train={epochs: 14, batch_size: 8, precision: fp32, evaluate_every: 0, pictures: 0, "
+        "train={epochs: 14, batch_size: 8, precision: fp32, evaluate_every: 0, images: 0, "
         "optimizer: {lr: 2.0e-3, lr_scale: {trunk: 1.0}}}",
     ]
     recipe = load_recipe(

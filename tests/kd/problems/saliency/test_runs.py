@@ -29,7 +29,7 @@ from kd.scenes.gaze import SceneGaze
 
 pytestmark = pytest.mark.slow
 
-TRAIN = "train={epochs: 1, batch_size: 8, pictures: 2, precision: fp32, evaluate_every: 0}"
+TRAIN = "train={epochs: 1, batch_size: 8, images: 2, precision: fp32, evaluate_every: 0}"
 LIGHT = "{trunk: mobilenet_v2, until: features.6, stride: 8, head: 16, weights: null}"
 STUDENT = "student.options={trunk: mobilenet_v2, width: 0.25, weights: null}"
 

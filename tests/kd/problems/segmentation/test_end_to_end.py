@@ -21,7 +21,7 @@ from kd.runs.read import read_distill, read_run
 
 pytestmark = pytest.mark.slow
 
-TRAIN = "train={epochs: 1, batch_size: 8, pictures: 2, precision: fp32, evaluate_every: 0}"
+TRAIN = "train={epochs: 1, batch_size: 8, images: 2, precision: fp32, evaluate_every: 0}"
 LIGHT = "options: {trunk: mobilenet_v2, width: 0.25, until: features.6, head: 16, stride: 8}"
 # The recipe's own, but for the critic: its maps are too small here.
 TERMS = (
@@ -97,7 +97,7 @@ def test_the_two_commands_of_the_documentation_find_each_other(
         "data.workers=0",
         "train.epochs=1",
         "train.precision=fp32",
-        "train.pictures=0",
+        "train.images=0",
     ]
     model = f"teacher={{name: pspnet, {LIGHT}}}"
     assert train_teacher.main(["--teacher", "pspnet_mobilenet_v2", *sets(*little, model)]) == 0

@@ -19,7 +19,7 @@ from kd.utils.images import VOID
 
 pytestmark = pytest.mark.slow
 
-TRAIN = "train={epochs: 1, batch_size: 8, pictures: 0, precision: fp32, evaluate_every: 0}"
+TRAIN = "train={epochs: 1, batch_size: 8, images: 0, precision: fp32, evaluate_every: 0}"
 VARIANTS = ("plain", "pixel", "pixel_pair", "all", "channel")
 # Maps of 8 x 8 places are too small for the critic's four halvings.
 SMALL = (
