@@ -241,7 +241,7 @@ def test_numbers_that_cannot_be_kept_are_named(
     head = [p for p in teacher.model.parameters() if p.ndim == 1][-1]
     with torch.no_grad():
         head.fill_(1e5)
-    with pytest.raises(UserError, match=r"logits of object \d+ is not finite as float16; keep it"):
+    with pytest.raises(UserError, match=r"logits of object \d+ is not finite as float16; store it"):
         open_cache(teacher, data, make_accelerator("fp32"), Wanted(outputs=("logits",)))
 
 
@@ -328,7 +328,7 @@ def test_other_pictures_under_the_same_names_are_refused(
     picture = min(moved.iterdir())
     with Image.open(picture) as image:
         Image.eval(image, lambda value: value // 3).save(picture)
-    with pytest.raises(UserError, match="pictures is '"):
+    with pytest.raises(UserError, match="images is '"):
         open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, wanted)
 
 
