@@ -21,17 +21,8 @@ from pathlib import Path
 
 import torch
 
-from kd.config.recipes import (
-    Adapter,
-    Data,
-    Generate,
-    Model,
-    Split,
-    TaskSection,
-    TeacherRecipe,
-    Term,
-    Train,
-)
+from kd.config.datasets import Generate, Split
+from kd.config.recipes import Adapter, Model, TaskSection, TeacherRecipe, Term, Train
 from kd.data.loader import SampleLoader, to_device
 from kd.distillation.targets import CachedPosteriors, CachedTeacher
 from kd.distillation.terms import POSTERIOR
@@ -41,6 +32,7 @@ from kd.experiments.connect import adapt_student, build_terms
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.setup import start_training
@@ -52,10 +44,10 @@ from teachers.cnn import cnn
 GOAL, BATCH, LAYER, SEEN = 1.10, 32, "features.4", "trunk.trunk.layer3"
 
 
-def section(folder: Path, images: int, workers: int) -> Data:
+def section(folder: Path, images: int, workers: int) -> ObjectsSection:
     """Scenes, flipped at random."""
     still = dict.fromkeys(("shift", "rotate"), 0.0)
-    return Data(
+    return ObjectsSection(
         name="bench",
         root=str(folder / "scenes"),
         train=Split(annotations="annotations/instances_train.json", images="train"),

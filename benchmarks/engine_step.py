@@ -25,7 +25,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step
-from kd.config.recipes import Data, Generate, Split, Train
+from kd.config.datasets import Generate, Split
+from kd.config.recipes import Train
 from kd.data.loader import to_device
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors, LiveTeacher
@@ -34,6 +35,7 @@ from kd.engine.state import Objective
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import open_objects
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs.build import make_accelerator, make_loader
 from kd.transforms.hide import hidden_regions, hide, normalise
 from students.classifiers import build_student
@@ -44,7 +46,7 @@ LIVE_GOAL, STORED_GOAL = 1.03, 1.10
 
 def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
     """A few batches of scenes in memory, one hidden object an image, and the number of classes."""
-    section = Data(
+    section = ObjectsSection(
         root=str(folder),
         train=Split(annotations="annotations/instances_train.json", images="train"),
         val=Split(annotations="annotations/instances_val.json", images="val"),

@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kd.config.recipes import Data, Model, Split, TaskSection, TeacherRecipe
+from kd.config.datasets import Split
+from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.context.heatmap import ask, heat_maps
 from kd.context.photo import Photograph
 from kd.context.query import Question, expectations
 from kd.context.regions import windows
 from kd.context.session import Wanted
 from kd.problems import problem_of_task
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs.load_teacher import TrainedTeacher
 from kd.utils.malloc import keep_freed_memory
 
@@ -47,7 +49,7 @@ def untrained(name: str) -> TrainedTeacher:
     """A teacher of the catalogue, never trained."""
     torch.manual_seed(0)
     split = Split(annotations="none", images="none")
-    data = Data(name="none", train=split, val=split, size=SIZE)
+    data = ObjectsSection(name="none", train=split, val=split, size=SIZE)
     model, kind = TEACHERS[name]
     task = TaskSection(name=kind, weights={})
     recipe = TeacherRecipe(data=data, task=task, teacher=model)

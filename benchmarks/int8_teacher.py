@@ -21,11 +21,12 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from kd.config.reader import from_plain, read_yaml
+from kd.config.reader import read_yaml
 from kd.config.recipes import TeacherRecipe
 from kd.data.loader import Samples, collate
 from kd.nn.inference import for_answers, in_int8
 from kd.problems.base import Split, Task, hidden_labels, named
+from kd.problems.recipes import recipe_from
 from kd.runs.build import open_data
 from kd.runs.load_teacher import images_of, load_teacher
 
@@ -72,7 +73,7 @@ def main() -> int:
         sys.stdout.write("left out: name a trained teacher with --teacher RUN\n")
         return 0
     folder = options.teacher if options.teacher.is_dir() else options.teacher.parent
-    recipe = from_plain(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
+    recipe = recipe_from(TeacherRecipe, read_yaml(folder / "config.yaml"), str(folder))
     data = open_data(recipe.data, recipe.task.name)
     teacher = load_teacher(options.teacher, data.num_classes)
     train, val = (data.problem.evaluation(data, split) for split in get_args(Split))

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.config.reader import find_config, known_configs, load_recipe
-from kd.config.recipes import Data, TeacherRecipe
+from kd.config.reader import find_config, known_configs
+from kd.config.recipes import TeacherRecipe
 from kd.problems import problem_of_task
 from kd.problems.base import named
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import load_recipe
 from kd.utils.malloc import keep_freed_memory
 
 CLASSES = {"scenes": 22}  # 80 elsewhere
@@ -68,7 +70,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     task = problem_of_task(recipe.task.name).task(recipe.task, recipe.data, classes, model=model)
     section = recipe.data
-    assert isinstance(section, Data)
+    assert isinstance(section, ObjectsSection)
 
     def ask(count: int) -> tuple[float, float]:
         batch = picture(section.size, objects)
@@ -82,7 +84,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = {count: [ask(count) for _ in range(ROUNDS)] for count in (objects, 1)}
     return {
-        "size": recipe.data.size,
+        "size": getattr(recipe.data, "size", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
         "all": [min(column) for column in zip(*times[objects], strict=True)],

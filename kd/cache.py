@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import run_command, set_up_logging
-from kd.config.reader import data_config
 from kd.errors import UserError, at_least
+from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.load_teacher import check_classes, load_teacher_of
 from kd.teacher_cache.cache import Wanted, open_cache

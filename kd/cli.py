@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel
-
-from kd.config.json_schema import file_schema
-from kd.config.reader import find_config, load_recipe, to_yaml
+from kd.config.reader import find_config, to_yaml
+from kd.config.recipes import Recipe as AnyRecipe
 from kd.errors import UserError
+from kd.problems.recipes import load_recipe, recipe_schema
 
-Recipe = TypeVar("Recipe", bound=BaseModel)
+Recipe = TypeVar("Recipe", bound=AnyRecipe)
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -90,7 +89,7 @@ def read_recipe(
 ) -> Recipe | None:
     """The recipe that the flags ask for; None where it or its schema was only to be printed."""
     if args.schema:
-        sys.stdout.write(json.dumps(file_schema(model), indent=2) + "\n")
+        sys.stdout.write(json.dumps(recipe_schema(model), indent=2) + "\n")
         return None
     path = args.config or find_config(kind, args.recipe)
     recipe = load_recipe(model, path, data=args.data, settings=[*args.settings, *settings])

@@ -40,12 +40,14 @@ def _make(args: argparse.Namespace) -> None:
     low, high = args.min_fraction, args.max_fraction
     if not 0 <= low < high <= 1:
         raise UserError(f"--min-fraction {low} must be below --max-fraction {high}, both in 0..1")
-    from kd.config.reader import objects_config
     from kd.context.pasting.make import make_sets
     from kd.problems.objects.data import open_objects
+    from kd.problems.recipes import data_config
 
     options = PasteOptions(**{name: getattr(args, name) for name in vars(PasteOptions())})
-    about = make_sets(open_objects(objects_config(args.data, args.settings)), args.out, options)
+    about = make_sets(
+        open_objects(data_config(args.data, args.settings, needs="context")), args.out, options
+    )
     lift = about["mean_log_lift"]
     sys.stdout.write(
         f"{args.out}: {about['pairs']} objects of {about['classes']} classes in {about['scenes']} "

@@ -12,20 +12,10 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from kd.config.reader import (
-    CONFIGS,
-    data_config,
-    find_config,
-    known_configs,
-    load_recipe,
-    read_yaml,
-    to_yaml,
-)
+from kd.config.datasets import DatasetSection
+from kd.config.reader import CONFIGS, find_config, known_configs, read_yaml, to_yaml
 from kd.config.recipes import (
-    AnyData,
     DistillRecipe,
-    Gaze,
-    LabelMaps,
     Model,
     SoftTargets,
     TaskSection,
@@ -43,6 +33,10 @@ from kd.problems import problem_of_task
 from kd.problems.base import Batch, Task
 from kd.problems.detection.task import Detection
 from kd.problems.objects.problem import PROBLEM
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import data_config, load_recipe
+from kd.problems.saliency.schema import SaliencySection
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.runs.setup import learns
 from kd.transforms.augment import build_augment
 from kd.transforms.crops import build_crops, build_flips
@@ -74,19 +68,19 @@ def offline(model: Model) -> Model:
     return model.model_copy(update={"options": options})
 
 
-def check_training(train: Train, data: AnyData, model: nn.Module) -> None:
+def check_training(train: Train, data: DatasetSection, model: nn.Module) -> None:
     optimizer = make_optimizer(model, **train.optimizer.model_dump())
     make_schedule(optimizer, 100, **train.schedule.model_dump())
-    if isinstance(data, Gaze):
+    if isinstance(data, SaliencySection):
         build_flips(data.augment)
-    elif isinstance(data, LabelMaps):
+    elif isinstance(data, SegmentationSection):
         build_crops(data.augment)
-    elif data.augment is not None:
+    elif isinstance(data, ObjectsSection) and data.augment is not None:
         build_augment(data.augment)
 
 
-def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
-    if isinstance(data, LabelMaps):
+def batch_of(data: DatasetSection, classes: int) -> dict[str, torch.Tensor]:
+    if isinstance(data, SegmentationSection):
         assert not any(side % 8 for side in data.crop)
         height, width = (min(side, 176) for side in data.crop)
         return {
@@ -95,7 +89,7 @@ def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
             "image_ids": torch.arange(2),
             "label_maps": torch.randint(classes, (2, height, width), dtype=torch.uint8),
         }
-    if isinstance(data, Gaze):
+    if isinstance(data, SaliencySection):
         assert not any(side % 8 for side in data.size)
         height, width = (min(side, 96) for side in data.size)
         density = torch.rand(2, 1, height, width)
@@ -106,6 +100,7 @@ def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
             "image_ids": torch.arange(2),
             "density": density / density.sum(dim=(2, 3), keepdim=True),
         }
+    assert isinstance(data, ObjectsSection)
     size = min(data.size, 96)
     return {
         "images": torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8),
@@ -123,7 +118,7 @@ def batch_of(data: AnyData, classes: int) -> dict[str, torch.Tensor]:
 
 
 def check_one_batch(
-    task: Task, model: nn.Module, weights: dict[str, float], data: AnyData, classes: int
+    task: Task, model: nn.Module, weights: dict[str, float], data: DatasetSection, classes: int
 ) -> None:
     """The model takes the task's inputs, and each of the task's losses has a weight."""
     batch = batch_of(data, classes)
@@ -131,7 +126,7 @@ def check_one_batch(
     if finds:
         del batch["hidden"]
     # In training alone a segmentation network gives its auxiliary maps, a detector its losses.
-    trains = finds or isinstance(data, LabelMaps | Gaze)
+    trains = finds or isinstance(data, SegmentationSection | SaliencySection)
     output: Any = model.train(trains)(*task.inputs(batch))
     output = {"logits": output} if isinstance(output, torch.Tensor) else output
     assert task.losses(output, batch).keys() == weights.keys()
@@ -141,11 +136,11 @@ def check_one_batch(
 
 
 def task_of(
-    section: TaskSection, data: AnyData, classes: int, model: nn.Module | None = None
+    section: TaskSection, data: DatasetSection, classes: int, model: nn.Module | None = None
 ) -> Task:
     """A recipe's task, where all classes are as common."""
     equal = np.full(classes, 1 / classes)
-    shares = {"pixel_shares": equal} if isinstance(data, LabelMaps) else {}
+    shares = {"pixel_shares": equal} if isinstance(data, SegmentationSection) else {}
     fractions = {"prior": equal, **shares}
     task: Task = problem_of_task(section.name).task(
         section, data, classes, model=model, fractions=fractions
@@ -175,13 +170,13 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
     classes = CLASSES.get(data, COCO)
     prior = np.full(classes, 1 / classes)
     problem = problem_of_task(recipe.task.name)
-    names_objects = problem.name == "objects"
+    names_objects = problem.spec.name == "objects"
     reads = names_objects or recipe.student.options.get("context", False)
     for variant in ("plain", "no_context") if reads else ("plain",):
         student, options = offline(recipe.student), dict[str, object]()
         if variant != "plain":
             options["context"] = False
-        if problem.name == "saliency":
+        if problem.spec.name == "saliency":
             options["branches"] = "a"
         given = {"prior": prior.tolist()} if reads and variant == "plain" else {}
         model = problem.named_student(

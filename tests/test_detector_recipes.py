@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd.config.datasets import Data
-from kd.config.reader import find_config, known_configs, load_recipe, read_yaml
+from kd.config.reader import find_config, known_configs, read_yaml
 from kd.config.recipes import DistillRecipe, TeacherRecipe
 from kd.distillation.adapters import ADAPTERS
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import load_recipe
 from kd.transforms.augment import build_augment
 
 PHOTOGRAPHS = ("coco", "voc", "voc0712", "kitti")
@@ -28,12 +29,12 @@ def detectors() -> list[tuple[str, str]]:
     ]
 
 
-def data_of(kind: str, name: str, data: str) -> Data:
+def data_of(kind: str, name: str, data: str) -> ObjectsSection:
     recipe: DistillRecipe | TeacherRecipe = load_recipe(
         KINDS[kind], find_config(kind, name), data=data
     )
     section = recipe.data
-    assert isinstance(section, Data)
+    assert isinstance(section, ObjectsSection)
     return section
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd.config.reader import data_config
 from kd.problems import problem_of_data
+from kd.problems.recipes import data_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("student", "teacher", "dataset")

@@ -25,18 +25,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from kd import distill
-from kd.config.recipes import (
-    Critic,
-    Data,
-    Generate,
-    Model,
-    Optimizer,
-    Schedule,
-    Split,
-    TaskSection,
-    TeacherRecipe,
-    Train,
-)
+from kd.config.datasets import Generate, Split
+from kd.config.recipes import Critic, Model, Optimizer, Schedule, TaskSection, TeacherRecipe, Train
 from kd.data.loader import to_device
 from kd.distillation import adapters
 from kd.distillation.adapters import Conv3x3
@@ -52,6 +42,7 @@ from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import open_objects
 from kd.problems.objects.metric import TopN
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.read import read_distill, read_scalars
@@ -122,8 +113,8 @@ def in_two_processes(function: Callable[[], None], folder: Path) -> list[int]:
     return [process.exitcode or 0 for process in ranks]
 
 
-def _section(root: Path) -> Data:
-    return Data(
+def _section(root: Path) -> ObjectsSection:
+    return ObjectsSection(
         root=str(root),
         train=Split(annotations="annotations/instances_train.json", images="train"),
         val=Split(annotations="annotations/instances_val.json", images="val"),

@@ -16,9 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from kd.config.datasets import AnyData, kind_of_data
-from kd.config.json_schema import ALTERNATIVES, KINDS, keys_at, takes_layout
-from kd.config.recipes import Data
+from kd.config.datasets import NAME, PATHS
+from kd.config.json_schema import keys_at
 from kd.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -103,7 +102,7 @@ def shown_name(path: Path) -> str:
 def find_config(kind: str, name: str) -> Path:
     """The file configs/KIND/NAME.yaml; an unknown name lists the near ones.
 
-    A data set of the user's own is the path of its file, `mine.yaml`.
+    A dataset of the user's own is the path of its file, `mine.yaml`.
     """
     if kind == "data" and name.endswith((".yaml", ".yml")):
         return Path(name)
@@ -136,22 +135,19 @@ def _setting(text: str) -> tuple[tuple[str, ...], Any]:
         raise ConfigError(f"--set {text}: {error}") from None
 
 
-def load_recipe(
-    model: type[Recipe], path: Path, *, data: str | None = None, settings: Iterable[str] = ()
-) -> Recipe:
-    """Read a recipe: its file, the data set it names, its variant for that data set, --set.
+def merge_recipe(path: Path, *, data: str | None = None, settings: Iterable[str] = ()) -> Merged:
+    """Merge what a recipe consists of: its file, its dataset, its variant for that, and --set.
 
     What a task starts from, configs/task/TASK.yaml where there is one, comes before all of them.
 
     Args:
-        model: The schema, a pydantic model.
         path: The recipe's YAML. Its `data` is a name of configs/data, a mapping, or both:
             `{name: coco, size: 256}` starts from configs/data/coco.yaml.
-        data: Replaces the recipe's data set, as `--data` does.
+        data: Replaces the recipe's dataset, as `--data` does.
         settings: `a.b=value` texts; the value is YAML.
 
     Raises:
-        ConfigError: One line per mistake, all mistakes at once.
+        ConfigError: A file that cannot be read, an unknown dataset, or a malformed setting.
     """
     content, shown = read_yaml(path), shown_name(path)
     variants = content.pop("per_data", None) or {}
@@ -173,7 +169,7 @@ def load_recipe(
     merged.merge({"data": own}, shown if data is None else f"--data {data}")
     merged.merge(_variant(variants, name, shown), f"{shown} (per_data.{name})")
     apply_settings(merged, settings)
-    return validate(model, merged)
+    return merged
 
 
 def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -187,7 +183,7 @@ def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
-    """The part of `per_data` for a data set; a key that means none is a mistake."""
+    """The part of `per_data` for a dataset; a key that means none is a mistake."""
     known = [*known_configs("data"), name]
     mistakes = []
     for key, part in variants.items():
@@ -220,22 +216,16 @@ def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = ""
 
 
 def validate(model: type[Recipe], merged: Merged) -> Recipe:
-    """Check merged values against the schema, reporting every mistake in one error."""
+    """Check merged values against the schema.
+
+    Raises:
+        ConfigError: One line per mistake, all mistakes at once.
+    """
     try:
-        return model.model_validate(_tuples(merged.values))
+        return model.model_validate(tuples(merged.values))
     except ValidationError as error:
         lines = [_line(model, merged, mistake) for mistake in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-
-
-def from_plain(
-    model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
-) -> Recipe:
-    """Read back the resolved config of a run folder or checkpoint, perhaps with changes."""
-    merged = Merged()
-    merged.merge(values, source)
-    apply_settings(merged, settings, section="data" if model in KINDS.values() else "")
-    return validate(model, merged)
 
 
 def to_yaml(recipe: BaseModel) -> str:
@@ -243,25 +233,23 @@ def to_yaml(recipe: BaseModel) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """YAML has lists where the frozen schema has tuples; strict validation tells them apart."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
+        return {key: tuples(item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
+        return tuple(tuples(item) for item in value)
     return value
 
 
 def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     full = tuple(str(part) for part in mistake["loc"])
-    place = tuple(part for part in full if part not in ALTERNATIVES)
+    place = tuple(part for part in full if part not in (NAME, PATHS))
     message = mistake["msg"].removeprefix("Value error, ")
     if not place:  # a rule across sections: its message begins with the section it is about
         return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
     where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":
-        if what := takes_layout(full):
-            return f"{where}: unknown key; a data set with {what} has a 'layout' beside it"
         known = keys_at(model, full[:-1])
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
@@ -277,34 +265,3 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
         about = merged.source_of((*place, re.split("[ .:]", message)[0]))
         return f"{about}: {'.'.join(place)}: {message}"
     return f"{where}: {message[0].lower()}{message[1:]}, got {got!r:.60}"
-
-
-def data_config(name: str, settings: Iterable[str] = ()) -> AnyData:
-    """A data set's section alone, for commands that take no recipe.
-
-    Args:
-        name: Of configs/data, or the path of a YAML file.
-        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
-    """
-    path = find_config("data", name)
-    merged = Merged()
-    merged.merge({"name": path.stem, **read_yaml(path)}, shown_name(path))
-    apply_settings(merged, settings, section="data")
-    return validate(KINDS[kind_of_data(merged.values)], merged)
-
-
-def objects_config(name: str, settings: Iterable[str] = ()) -> Data:
-    """The same for commands that are about annotated objects.
-
-    Raises:
-        ConfigError: As above, or a data set of label maps.
-    """
-    section = data_config(name, settings)
-    if not isinstance(section, Data):
-        raise ConfigError(f"{name}: a data set of label maps; objects with boxes are needed here")
-    return section
-
-
-def plain_data(values: Mapping[str, Any], source: str, settings: Iterable[str] = ()) -> AnyData:
-    """The data section of a run's config, perhaps with changes."""
-    return from_plain(KINDS[kind_of_data(values)], values, source, settings)

@@ -6,17 +6,20 @@ section is frozen, refuses keys it does not know and takes no value of another t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from kd.config.datasets import AnyData as AnyData
-from kd.config.datasets import Count, NotNegative, Positive, Probability, Section, Share, Whole
-from kd.config.datasets import Data as Data
-from kd.config.datasets import Gaze as Gaze
-from kd.config.datasets import Generate as Generate
-from kd.config.datasets import LabelMaps as LabelMaps
-from kd.config.datasets import Split as Split
+from kd.config.datasets import (
+    Count,
+    DatasetSection,
+    Fraction,
+    NotNegative,
+    Positive,
+    Probability,
+    Section,
+    Whole,
+)
 from kd.config.pyramid_levels import on_levels
 
 
@@ -154,7 +157,7 @@ class Weighted(Section):
     """How a term's weight runs over training (a factor on `weight`)."""
 
     name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
-    until: Share = Field(1.0, description="share of training at which the ramp or the term ends")
+    until: Fraction = Field(1.0, description="share of training at which the ramp or the term ends")
     until_step: Count | None = Field(None, description="the same as a number of steps")
     start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
 
@@ -202,11 +205,26 @@ class TaskSection(Section):
     weights: dict[str, Positive]
 
 
-class TeacherRecipe(Section):
+class Recipe(Section):
+    """What all recipes have; `kd.problems.recipes` binds `data` to the section of their problem.
+
+    Attributes:
+        needs: What the problem must be able to do, see `kd.problems.spec.ProblemSpec.abilities`.
+    """
+
+    needs: ClassVar[str] = ""
+
+    data: SerializeAsAny[DatasetSection]
+    task: TaskSection
+
+    def needed(self) -> dict[str, str]:
+        """Abilities that the problem must have, by the place that asks for them."""
+        return {"data.name": self.needs} if self.needs else {}
+
+
+class TeacherRecipe(Recipe):
     """`python -m kd.train_teacher`: a teacher of objects' context, label maps or gaze."""
 
-    data: AnyData
-    task: TaskSection
     teacher: Model
     train: Train = Train()
     hide: Literal["one", "all"] = Field(
@@ -224,18 +242,14 @@ class TeacherRecipe(Section):
             raise ValueError("one fold leaves no image to train on; 0 (none) or 2 and more")
         return folds
 
-    @model_validator(mode="after")
-    def _folds_are_of_objects(self) -> TeacherRecipe:
-        if self.folds and not isinstance(self.data, Data):
-            raise ValueError("folds: are for teachers of objects' context")
-        return self
+    def needed(self) -> dict[str, str]:
+        """Folds are not for every problem."""
+        return {"folds": "folds"} if self.folds else {}
 
 
-class DistillRecipe(Section):
+class DistillRecipe(Recipe):
     """`python -m kd.distill`: a student, its plain twin, and the comparison."""
 
-    data: AnyData
-    task: TaskSection
     teacher: TeacherReference = TeacherReference()
     more_teachers: dict[str, TeacherReference] = Field(
         default_factory=dict,
@@ -346,11 +360,11 @@ class Finetune(Section):
     )
 
 
-class TransferRecipe(Section):
+class TransferRecipe(Recipe):
     """`python -m kd.transfer`: a student from several starts, as a linear probe and fine-tuned."""
 
-    data: Data
-    task: TaskSection
+    needs: ClassVar[str] = "transfer"
+
     teacher: TeacherReference = TeacherReference()
     student: Model = Field(description="transferred: with the teacher's trunk, whatever it is")
     starts: dict[str, str | None] = Field(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.config.recipes import Data
 from kd.data.loader import Sample, collate, to_device
 from kd.problems.base import Task, named
 from kd.problems.objects.context import ContextMap, ContextPixels
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs.load_teacher import TrainedTeacher
 from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
@@ -117,7 +117,7 @@ def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Ite
     answers[:] = [rows]
 
 
-def _samples(question: Question, data: Data, task: Task, most: int) -> Iterator[Sample]:
+def _samples(question: Question, data: ObjectsSection, task: Task, most: int) -> Iterator[Sample]:
     """A question as samples of docs/batch.md, of at most `most` hidden regions each."""
     size = data.size
     height, width = question.picture.shape[1:]

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 from kd.config.datasets import Split
-from kd.config.recipes import Data, Gaze, LabelMaps
 from kd.data.scenes import categories, generate_scenes
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, check_images_decode, load_coco
 from kd.formats.to_coco import LAYOUTS, made_split
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.saliency.schema import SaliencySection
+from kd.problems.segmentation.schema import SegmentationSection
 
 # Where data sets made here, and the small real one, are looked for below the working folder.
 DATASETS = Path("datasets")
@@ -19,7 +21,7 @@ DECODED_FIRST = 2000
 
 
 def open_annotated(
-    section: Data | LabelMaps | Gaze, *, images: bool = True
+    section: ObjectsSection | SegmentationSection | SaliencySection, *, images: bool = True
 ) -> tuple[CocoIndex, CocoIndex]:
     """Both splits of a data set of annotated objects, checked.
 
@@ -48,7 +50,9 @@ def open_annotated(
     return first, second
 
 
-def split_paths(section: Data | LabelMaps | Gaze, split: str | Split) -> tuple[Path, Path]:
+def split_paths(
+    section: ObjectsSection | SegmentationSection | SaliencySection, split: str | Split
+) -> tuple[Path, Path]:
     """A split's COCO JSON, made if its layout is another, and the folder of its images.
 
     Raises:
@@ -57,11 +61,11 @@ def split_paths(section: Data | LabelMaps | Gaze, split: str | Split) -> tuple[P
     root = root_of(section, holds=_known_by(section))
     if isinstance(split, Split):
         return root / split.annotations, root / split.images
-    classes = section.classes if isinstance(section, Data) else None
+    classes = section.classes if isinstance(section, ObjectsSection) else None
     return made_split(_layout_of(section), root, split, classes)
 
 
-def train_annotations(section: Data) -> Path | None:
+def train_annotations(section: ObjectsSection) -> Path | None:
     """The JSON of the train split; None where it is not, or no longer, there."""
     try:
         path = split_paths(section, section.train)[0]
@@ -70,20 +74,20 @@ def train_annotations(section: Data) -> Path | None:
     return path if path.is_file() else None
 
 
-def _known_by(section: Data | LabelMaps | Gaze) -> str:
+def _known_by(section: ObjectsSection | SegmentationSection | SaliencySection) -> str:
     """A path below its root that a data set has."""
     if isinstance(section.train, Split):
         return section.train.annotations
     return LAYOUTS[_layout_of(section)].holds(section.train)
 
 
-def _layout_of(section: Data | LabelMaps | Gaze) -> str:
+def _layout_of(section: ObjectsSection | SegmentationSection | SaliencySection) -> str:
     """Of boxes that are no COCO JSON; the schema sees to it that only such splits are names."""
-    assert isinstance(section, Data) and section.made_from is not None
+    assert isinstance(section, ObjectsSection) and section.made_from is not None
     return section.made_from
 
 
-def class_names(section: Data) -> tuple[str, ...]:
+def class_names(section: ObjectsSection) -> tuple[str, ...]:
     """The class names of a data set, without its images.
 
     Raises:
@@ -103,7 +107,7 @@ def _check_decode(index: CocoIndex) -> None:
         raise UserError("\n".join(broken[:5]) + more)
 
 
-def root_of(section: Data | LabelMaps | Gaze, *, holds: str) -> Path:
+def root_of(section: ObjectsSection | SegmentationSection | SaliencySection, *, holds: str) -> Path:
     """The folder of a data set: the one that is named, or one that has something in it.
 
     Args:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from kd.config.reader import plain_data
 from kd.config.recipes import Model
 from kd.errors import UserError
 from kd.evaluation.cost_figure import Cost, CostPoint, Kind
 from kd.nn.cost import latency, multiply_adds
+from kd.problems.recipes import section_from
 from kd.problems.records import PICTURES, kind_of
 from kd.problems.segmentation.data import SegmentationDataset
 from kd.registry import build
@@ -145,7 +145,7 @@ def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
 
 def _sides(section: dict[str, Any], where: str) -> tuple[int, int]:
     """Height and width at which most val pictures are seen."""
-    data = open_data(plain_data(section, where))
+    data = open_data(section_from(section, where))
     assert isinstance(data, SegmentationDataset)
     samples = data.whole("val", size=data.section.size)
     seen = Counter(samples.seen(own) for own in samples.file_sizes())

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from kd.config.reader import data_config, plain_data, read_yaml
-from kd.config.recipes import AnyData
+from kd.config.datasets import DatasetSection
+from kd.config.reader import read_yaml
 from kd.distillation.student import AdaptedStudent
 from kd.engine.loop import evaluate
 from kd.errors import UserError
@@ -33,6 +33,7 @@ from kd.problems.objects.data import of_objects
 from kd.problems.objects.draw import hidden_scenes
 from kd.problems.objects.evaluation import Evaluation, Scores, about
 from kd.problems.objects.metric import TopN
+from kd.problems.recipes import data_config, section_from
 from kd.problems.records import DETECTIONS, SALIENCY, kind_of
 from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.evaluation import GazeEvaluation
@@ -209,10 +210,10 @@ def open_run(
 
 def data_section(
     run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
-) -> AnyData:
+) -> DatasetSection:
     """The data set to evaluate on, shown as the run's was: the run's own, or another by name."""
     if name is None:
-        return plain_data(config["data"], str(run / "config.yaml"), settings)
+        return section_from(config, str(run / "config.yaml"), settings)
     own = config["data"]
     shown = [f"{key}={json.dumps(own[key])}" for key in _SHOWN if key in own]
     return data_config(name, [*shown, *settings])
@@ -224,7 +225,7 @@ def data_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> Dataset
     return open_data(section_of(run, name, settings), task)
 
 
-def section_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> AnyData:
+def section_of(run: Run, name: str | None, settings: Sequence[str] = ()) -> DatasetSection:
     """The data set that `stored_predictions` of this run are about, not opened."""
     own = name is None or data_config(name).name == _data_name(run)
     return data_section(run.folder, run.config, None if own else name, settings)

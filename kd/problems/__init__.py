@@ -1,50 +1,85 @@
-"""Problems: kinds of data, each a folder with all that depends on it."""
+"""Kinds of problems by name. Nothing here imports torch before a problem is asked for."""
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
-from kd.registry import suggestion
+from kd.problems.spec import ProblemSpec
+from kd.registry import Entry, all_names, is_foreign, resolve
 
 if TYPE_CHECKING:
     from kd.problems.base import Problem
 
-# Task -> the problem that it belongs to; the first task of data without one is that of their kind.
-PROBLEM_OF_TASK = {
-    "context": "objects",
-    "context_pixels": "objects",
-    "scene_tokens": "objects",
-    "context_map": "objects",
-    "context_scene": "objects",
-    "classification": "objects",
-    "scene_labels": "objects",
-    "segmentation": "segmentation",
-    "detection": "detection",
-    "saliency": "saliency",
+PROBLEMS = {
+    "objects": Entry("kd.problems.objects.schema:SPEC", "objects in scenes, some of them hidden"),
+    "segmentation": Entry("kd.problems.segmentation.schema:SPEC", "the class of each pixel"),
+    "detection": Entry("kd.problems.detection.schema:SPEC", "objects, to be found"),
+    "saliency": Entry("kd.problems.saliency.schema:SPEC", "where people look"),
 }
-PROBLEMS = ("objects", "segmentation", "detection", "saliency")
 
 
-@cache
-def problem(name: str) -> Problem[Any]:
-    """The problem of a folder of this package."""
-    return cast("Problem[Any]", import_module(f"kd.problems.{name}.problem").PROBLEM)
+def specs() -> list[ProblemSpec]:
+    """Every problem of ours, in the order of `PROBLEMS`."""
+    return [entry.load() for entry in PROBLEMS.values()]
 
 
-def problem_of_task(task: str) -> Problem[Any]:
-    """The problem that a task belongs to.
+def tasks() -> dict[str, Entry]:
+    """The tasks of all problems by name."""
+    return {name: task for spec in specs() for name, task in spec.tasks.items()}
+
+
+def spec_of_task(name: str) -> ProblemSpec:
+    """The problem that a task belongs to, without its implementation.
+
+    Args:
+        name: A task of ours, or the user's own problem as `package.module:SPEC`.
 
     Raises:
-        UserError: There is no such task.
+        UserError: No such task; the message lists those there are.
     """
-    if task not in PROBLEM_OF_TASK:
-        raise UserError(f"unknown task {task!r}{suggestion(task, PROBLEM_OF_TASK)}")
-    return problem(PROBLEM_OF_TASK[task])
+    for spec in specs():
+        if name in spec.tasks:
+            return spec
+    if not is_foreign(name):
+        raise UserError(f"unknown task {name!r}{all_names(name, tasks())}")
+    found = resolve({}, name, what="task")
+    if not isinstance(found, ProblemSpec):
+        raise UserError(f"task {name!r}: expected a ProblemSpec, got {found!r:.60}")
+    return found
+
+
+def problem(name: str) -> Problem[Any]:
+    """One of `PROBLEMS`, its implementation imported."""
+    found: Problem[Any] = PROBLEMS[name].load().load()
+    return found
+
+
+def problem_of_task(name: str) -> Problem[Any]:
+    """The problem that a task belongs to; arguments and errors as of `spec_of_task`."""
+    found: Problem[Any] = spec_of_task(name).load()
+    return found
 
 
 def problem_of_data(section: object) -> Problem[Any]:
     """The first problem with data sections of this kind."""
-    return next(known for known in map(problem, PROBLEMS) if known.section_type is type(section))
+    found: Problem[Any] = next(spec for spec in specs() if spec.data is type(section)).load()
+    return found
+
+
+def problem_with(ability: str, spec: ProblemSpec, *, where: str) -> ProblemSpec:
+    """Refuse a problem without an ability.
+
+    Args:
+        ability: One of `ProblemSpec.abilities`.
+        spec: The problem at hand.
+        where: What the user named, for the message: "camvid".
+
+    Raises:
+        UserError: It names the problems that have it, and datasets of theirs.
+    """
+    if ability in spec.abilities:
+        return spec
+    able = [one for one in specs() if ability in one.abilities]
+    named = " or ".join(f"{one.name} are needed here, such as --data {one.example}" for one in able)
+    raise UserError(f"{where}: data of {spec.name}; data of {named}")

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd.config.datasets import DataSet
+from kd.config.datasets import DatasetSection
 from kd.config.recipes import Model, TaskSection
 from kd.data.loader import Samples
 from kd.errors import UserError
@@ -40,7 +40,8 @@ from kd.nn.regions import coverage, expand_boxes
 from kd.problems.detection.metric import BoxTruth, FoundBoxes
 from kd.problems.objects.metric import TopN
 from kd.problems.saliency.baselines import GazeTruth
-from kd.registry import build, check_options, check_problem, look_up
+from kd.problems.spec import ProblemSpec
+from kd.registry import build, check_options, check_problem
 from kd.storage.fields import CachedField
 from kd.utils.images import VOID
 from students import STUDENTS
@@ -187,7 +188,7 @@ class Dataset(Protocol):
         ...
 
     @property
-    def section(self) -> DataSet:
+    def section(self) -> DatasetSection:
         """As the recipe has it."""
         ...
 
@@ -224,7 +225,7 @@ class Teacher(Protocol):
         ...
 
     @property
-    def section(self) -> DataSet:
+    def section(self) -> DatasetSection:
         """Of the data that it was trained on."""
         ...
 
@@ -302,11 +303,7 @@ class Problem(ABC, Generic[D]):
     Methods that not every problem has raise a `UserError` unless they are overridden.
 
     Attributes:
-        name: As in `kd.problems.PROBLEMS`.
-        about: What its data are, for messages: "objects with boxes".
-        example: A fitting name for `--data`, for messages.
-        section_type: Of its datasets' sections in recipes.
-        tasks: Its tasks by name.
+        spec: What can be said of it without torch: name, data section, tasks.
         teacher_output: What is cached of a teacher beside its layers.
         cached_splits: Those that `kd.cache` stores by default.
         hides_objects: Whether teachers see scenes with one object hidden: their posteriors of it
@@ -316,11 +313,7 @@ class Problem(ABC, Generic[D]):
         moves_cached_maps: Whether cached maps are moved with augmented images, which is measured.
     """
 
-    name: ClassVar[str]
-    about: ClassVar[str]
-    example: ClassVar[str]
-    section_type: ClassVar[type[DataSet]]
-    tasks: ClassVar[Mapping[str, Callable[..., Any]]]
+    spec: ClassVar[ProblemSpec]
     teacher_output: ClassVar[str] = "logits"
     cached_splits: ClassVar[tuple[Split, ...]] = ("train",)
     hides_objects: ClassVar[bool] = False
@@ -356,7 +349,9 @@ class Problem(ABC, Generic[D]):
         Raises:
             UserError: Teachers of this problem are not trained by folds.
         """
-        raise UserError(f"folds: are for teachers of hidden objects; these data are {self.about}")
+        raise UserError(
+            f"folds: are for teachers of hidden objects; these data are {self.spec.help}"
+        )
 
     def cached_data(self, data: D) -> Dataset:
         """The dataset whose records are cached for students of this problem."""
@@ -368,7 +363,7 @@ class Problem(ABC, Generic[D]):
         Raises:
             UserError: There are no such objects.
         """
-        raise UserError(f"{data.section.name}: posteriors are of objects, not of {self.about}")
+        raise UserError(f"{data.section.name}: posteriors are of objects, not of {self.spec.help}")
 
     def teacher_view(
         self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
@@ -385,7 +380,7 @@ class Problem(ABC, Generic[D]):
             UserError: Outputs of this problem are not cached, or not at another size.
         """
         raise UserError(
-            f"{data.section.name}: outputs are not cached for {self.about}; set "
+            f"{data.section.name}: outputs are not cached for {self.spec.help}; set "
             "soft_targets.kind=live"
         )
 
@@ -429,7 +424,7 @@ class Problem(ABC, Generic[D]):
         Raises:
             UserError: An unknown name, one for another problem, or wrong options.
         """
-        check_problem(STUDENTS, name, self.name, what="student")
+        check_problem(STUDENTS, name, self.spec.name, what="student")
         student: nn.Module = build(STUDENTS, name, options, what="student", **given)
         return student
 
@@ -467,7 +462,7 @@ class Problem(ABC, Generic[D]):
         Raises:
             UserError: An unknown task or option.
         """
-        builder = look_up(self.tasks, section.name, what="task")
+        builder = self.spec.task(section.name).load()
         known: dict[str, Any] = {"num_classes": num_classes, **self.task_options(data)}
         for name in ("pictures", "levels", "loss_units"):
             if model is not None and hasattr(model, name):
@@ -564,8 +559,8 @@ def hidden_objects(teacher: Teacher) -> Any:
     """
     if not teacher.problem.hides_objects:
         raise UserError(
-            f"{teacher.folder}: trained for {teacher.problem.name}; a teacher of the context of "
-            "objects is needed here"
+            f"{teacher.folder}: trained for {teacher.problem.spec.name}; a teacher of the context "
+            "of objects is needed here"
         )
     return teacher.section
 

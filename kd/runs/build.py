@@ -6,10 +6,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from kd.config.recipes import AnyData
+from kd.config.datasets import DatasetSection
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
-from kd.problems import problem_of_data, problem_of_task
+from kd.problems import problem_of_data, problem_of_task, spec_of_task
 from kd.problems.base import Dataset
 from kd.utils.malloc import keep_freed_memory
 
@@ -36,7 +36,7 @@ def make_loader(
     )
 
 
-def open_data(section: AnyData, task: str | None = None) -> Dataset:
+def open_data(section: DatasetSection, task: str | None = None) -> Dataset:
     """Open a dataset.
 
     Args:
@@ -54,17 +54,17 @@ def open_data(section: AnyData, task: str | None = None) -> Dataset:
     return data
 
 
-def check_kind(task: str, section: AnyData) -> None:
+def check_kind(task: str, section: DatasetSection) -> None:
     """Refuse an unknown task, or one for data of another kind.
 
     Raises:
         UserError: Naming the kinds.
     """
-    problem = problem_of_task(task)
-    if type(section) is not problem.section_type:
+    spec = spec_of_task(task)
+    if not isinstance(section, spec.data):
         raise UserError(
-            f"data {section.name}: has {problem_of_data(section).about}; task {task} is for "
-            f"{problem.about}, such as --data {problem.example}"
+            f"data {section.name}: has {problem_of_data(section).spec.help}; task {task} is for "
+            f"{spec.help}, such as --data {spec.example}"
         )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from kd.config.reader import from_plain
-from kd.config.recipes import AnyData, DistillRecipe, Model
+from kd.config.datasets import DatasetSection
+from kd.config.recipes import DistillRecipe, Model
 from kd.distillation.terms import TERMS
 from kd.engine.checkpoint import load_model
 from kd.errors import UserError
 from kd.problems.base import Dataset, Task
+from kd.problems.recipes import recipe_from
 from kd.runs.build import open_data
 
 BARE = ("no_context", "output_kd")  # variants without a context head
@@ -29,7 +30,7 @@ class TrainedStudent:
     task: Task
 
 
-def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> TrainedStudent:
+def load_student(run: Path, config: Mapping[str, Any], section: DatasetSection) -> TrainedStudent:
     """Load a variant's student.
 
     Args:
@@ -47,7 +48,7 @@ def load_student(run: Path, config: Mapping[str, Any], section: AnyData) -> Trai
         )
     plain = {key: value for key, value in config.items() if key not in ("variant", "seed")}
     values = {**plain, "data": section.model_dump(mode="json")}
-    recipe = from_plain(DistillRecipe, values, str(run / "config.yaml"))
+    recipe = recipe_from(DistillRecipe, values, str(run / "config.yaml"))
     data = open_data(recipe.data, recipe.task.name)
     student = load_network(run, recipe, config["variant"], data, int(config["seed"]))
     task = data.problem.task(recipe.task, recipe.data, data.num_classes)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd.config.reader import known_configs, plain_data, read_yaml
-from kd.config.recipes import AnyData, Data, Model, TeacherRecipe, TeacherReference
+from kd.config.datasets import DatasetSection
+from kd.config.reader import known_configs, read_yaml
+from kd.config.recipes import Model, TeacherRecipe, TeacherReference
 from kd.data.loader import Samples, collate
 from kd.distillation.student import AdaptedStudent
 from kd.engine.checkpoint import load_checkpoint, load_model, load_state
@@ -22,7 +23,9 @@ from kd.errors import UserError
 from kd.nn.inference import for_answers, in_int8
 from kd.problems import problem_of_data, problem_of_task
 from kd.problems.base import Batch, Dataset, Problem, Task, hidden_objects
+from kd.problems.objects.schema import ObjectsSection
 from kd.problems.objects.transfer_trunk import teacher_recipe
+from kd.problems.recipes import section_from
 from kd.runs.folder import class_names
 
 RUNS = Path("runs")
@@ -92,18 +95,18 @@ class TrainedTeacher:
         return problem_of_task(self.recipe.task.name)
 
     @property
-    def section(self) -> AnyData:
+    def section(self) -> DatasetSection:
         """Of the data that it was trained on."""
         return self.recipe.data
 
     @property
-    def objects(self) -> Data:
+    def objects(self) -> ObjectsSection:
         """The section of the data whose objects were hidden in training.
 
         Raises:
             UserError: It was trained on another problem, and cannot be queried about objects.
         """
-        section: Data = hidden_objects(self)
+        section: ObjectsSection = hidden_objects(self)
         return section
 
     @property
@@ -228,7 +231,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
     config = read_yaml(folder / "config.yaml")
     if "data" not in config:
         raise UserError(f"{folder / 'config.yaml'}: not the config of a run")
-    section = plain_data(config["data"], str(folder / "config.yaml"))
+    section = section_from(config["data"], str(folder / "config.yaml"))
     try:
         return problem_of_data(section).class_names(section)
     except UserError as error:

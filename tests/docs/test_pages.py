@@ -13,12 +13,13 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from kd.config.reader import data_config, find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe, TeacherRecipe, TransferRecipe
 from kd.data.loader import collate
 from kd.losses import kl_logits
 from kd.problems import problem
 from kd.problems.base import Sampling
+from kd.problems.recipes import data_config, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
-from kd.config.reader import load_recipe
 from kd.config.recipes import DistillRecipe, TeacherRecipe
 from kd.errors import ConfigError, UserError
+from kd.problems.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from kd import evaluate
 from kd.cli import run_command
-from kd.config.reader import plain_data
-from kd.config.recipes import Data, Generate, Split
+from kd.config.datasets import Generate, Split
 from kd.errors import UserError
 from kd.evaluation import predict as answers
 from kd.evaluation.write import write_tables
@@ -34,6 +33,8 @@ from kd.problems.objects.baselines import (
 )
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.evaluation import Scores
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import section_from
 from kd.runs.build import open_data
 from kd.runs.read import read_run
 
@@ -160,7 +161,7 @@ def test_runs_side_by_side_share_a_table_and_figures(
 
 def own_data(run: Path) -> ObjectsDataset:
     """The dataset that a run of objects was trained on."""
-    data = open_data(plain_data(read_run(run).config["data"], str(run)))
+    data = open_data(section_from(read_run(run).config, str(run)))
     assert isinstance(data, ObjectsDataset)
     return data
 
@@ -189,7 +190,7 @@ def test_references_answer_the_same_objects(run: Path) -> None:
 
 
 def test_objects_of_another_data_set_are_refused(run: Path, small_scenes: Path) -> None:
-    section = Data(
+    section = ObjectsSection(
         name="scenes",
         root=str(small_scenes),
         train=Split(annotations="annotations/instances_train.json", images="train"),

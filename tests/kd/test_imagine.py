@@ -14,9 +14,9 @@ from PIL import Image
 
 from kd import imagine
 from kd.cli import run_command
-from kd.config.reader import objects_config
 from kd.context.session import Imagination, Wanted, names_of_outputs
 from kd.problems.objects.data import open_objects
+from kd.problems.recipes import data_config
 from kd.runs.folder import class_names
 from kd.runs.load_teacher import class_names_of, latest_teacher
 
@@ -48,7 +48,7 @@ def test_a_box_gets_the_runs_own_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The probabilities printed are those of predictions.npz."""
-    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
     with np.load(small_teacher / "predictions.npz") as stored:
         records = dict(stored)
     row = int(np.flatnonzero(data.val.object_ids == records["object_ids"][0])[0])

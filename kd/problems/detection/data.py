@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.config.recipes import Data
 from kd.errors import UserError
 from kd.formats.kitti import kitti_truth
 from kd.formats.splits import objects_on
@@ -20,6 +19,7 @@ from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
 from kd.problems.detection.samples import DetectionSamples
 from kd.problems.objects.data import ObjectsDataset, smoothed
+from kd.problems.objects.schema import ObjectsSection
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DetectionDataset:
         return problem("detection")
 
     @property
-    def section(self) -> Data:
+    def section(self) -> ObjectsSection:
         """As the recipe has it."""
         return self.objects.section
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -10,33 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.config.datasets import DataSet
-from kd.config.recipes import Data, Model
+from kd.config.recipes import Model
 from kd.data.open_files import class_names
 from kd.problems.base import Dataset, Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.samples import DetectionSamples
+from kd.problems.detection.schema import SPEC
 from kd.problems.detection.task import Detection
 from kd.problems.objects.data import open_objects
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.spec import ProblemSpec
 
 
 class DetectionProblem(Problem[DetectionDataset]):
     """Objects with boxes, all of which are to be found."""
 
-    name: ClassVar[str] = "detection"
-    about: ClassVar[str] = "objects with boxes"
-    example: ClassVar[str] = "scenes"
-    section_type: ClassVar[type[DataSet]] = Data
-    tasks: ClassVar[Mapping[str, Any]] = {"detection": Detection}
+    spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = "posterior"
     task_needs_student: ClassVar[bool] = True
     some_posteriors: ClassVar[bool] = True
 
-    def open(self, section: Data) -> DetectionDataset:
+    def open(self, section: ObjectsSection) -> DetectionDataset:
         """Open both splits; the embedded scenes are rendered where they are not there yet."""
         return DetectionDataset(open_objects(section))
 
-    def class_names(self, section: Data) -> tuple[str, ...]:
+    def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
         """The class names, without the images."""
         return class_names(section)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.config.recipes import Data
+from kd.config.datasets import DatasetSection
 from kd.data.open_files import open_annotated
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, visible_objects
@@ -20,13 +20,14 @@ from kd.formats.splits import labelled_images, objects_on
 from kd.problems import problem
 from kd.problems.base import Classes, Dataset, Problem, Split
 from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.schema import ObjectsSection
 
 
 @dataclass(frozen=True)
 class ObjectsDataset:
     """Both splits of a data set of objects, opened."""
 
-    section: Data
+    section: ObjectsSection
     train: CocoIndex
     val: CocoIndex
 
@@ -83,7 +84,7 @@ class ObjectsDataset:
         }
         return ObjectSamples(self.split(split), **{**own, **options})
 
-    def seen_as(self, seen: Data, **changes: Any) -> ObjectsDataset:
+    def seen_as(self, seen: ObjectsSection, **changes: Any) -> ObjectsDataset:
         """The dataset at a teacher's image size and shape of hidden regions.
 
         Args:
@@ -147,12 +148,13 @@ def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(more / more.sum(), dtype=np.float64)
 
 
-def open_objects(section: Data) -> ObjectsDataset:
+def open_objects(section: DatasetSection) -> ObjectsDataset:
     """Open a data set; the embedded scenes are made where they are not there yet.
 
     Raises:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.
     """
+    assert isinstance(section, ObjectsSection)
     return ObjectsDataset(section, *open_annotated(section, images=section.images))
 
 

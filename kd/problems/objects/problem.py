@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.config.datasets import DataSet
-from kd.config.recipes import Data, Model, TaskSection
+from kd.config.recipes import Model, TaskSection
 from kd.data.open_files import class_names
 from kd.errors import UserError
 from kd.formats.class_maps import ClassMaps
@@ -32,16 +31,16 @@ from kd.problems.base import (
     hidden_objects,
 )
 from kd.problems.objects.baselines import EXACT, PRIOR, exact_records, index_objects
-from kd.problems.objects.classification import Classification
-from kd.problems.objects.context import Context, ContextMap, ContextPixels, ContextScene
-from kd.problems.objects.context_tokens import SceneTokens
+from kd.problems.objects.context import ContextMap
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.draw import hidden_scenes
 from kd.problems.objects.metric import TopN
 from kd.problems.objects.samples import ObjectSamples
 from kd.problems.objects.scene_labels import SceneLabels
+from kd.problems.objects.schema import SPEC, ObjectsSection
 from kd.problems.objects.teacher_view import ObjectsView
 from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved, take_trunk
+from kd.problems.spec import ProblemSpec
 from kd.report.curves import share_hidden_figure, top_n_figure
 
 _CEILING = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
@@ -52,28 +51,16 @@ BACKGROUND = "background"  # class 0 of score maps
 class ObjectsProblem(Problem[ObjectsDataset]):
     """Objects in scenes, one of which may be hidden."""
 
-    name: ClassVar[str] = "objects"
-    about: ClassVar[str] = "objects with boxes"
-    example: ClassVar[str] = "scenes"
-    section_type: ClassVar[type[DataSet]] = Data
-    tasks: ClassVar[Mapping[str, Any]] = {
-        "context": Context,
-        "context_pixels": ContextPixels,
-        "scene_tokens": SceneTokens,
-        "context_map": ContextMap,
-        "context_scene": ContextScene,
-        "classification": Classification,
-        "scene_labels": SceneLabels,
-    }
+    spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = "posterior"
     hides_objects: ClassVar[bool] = True
     moves_cached_maps: ClassVar[bool] = True
 
-    def open(self, section: Data) -> ObjectsDataset:
+    def open(self, section: ObjectsSection) -> ObjectsDataset:
         """Open both splits; the embedded scenes are rendered where they are not there yet."""
         return open_objects(section)
 
-    def class_names(self, section: Data) -> tuple[str, ...]:
+    def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
         """The class names, without the images."""
         return class_names(section)
 
@@ -155,7 +142,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         if isinstance(model, Fitted):
             model.fit(index_objects(data.train, images))
 
-    def task_options(self, data: Data) -> dict[str, Any]:
+    def task_options(self, data: ObjectsSection) -> dict[str, Any]:
         """The shape of hidden regions."""
         return {"shape": data.shape}
 
@@ -163,7 +150,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
         """`prior`, `pixel_shares` and `image_shares`, where the task reads any of them."""
-        fields = {field.name for field in dataclasses.fields(self.tasks[section.name])}
+        fields = {field.name for field in dataclasses.fields(self.spec.task(section.name).load())}
         found = {} if "prior" not in fields else {"prior": data.prior(images)}
         if fields & {"pixel_shares", "image_shares"}:
             found |= data.class_fractions(images)

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.config.recipes import Data
 from kd.data.loader import Samples
 from kd.formats.coco import CocoIndex
 from kd.problems.base import Batch, Split, image_rows
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.schema import ObjectsSection
 from kd.problems.teacher_views import files_hash, mirror_images
 from kd.storage.fields import CachedField
 
@@ -35,7 +35,7 @@ class ObjectsView:
     """
 
     data: ObjectsDataset
-    seen: Data
+    seen: ObjectsSection
     split: Split
     unit: str = "objects"
     grid: None = None

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from kd.config.reader import from_plain, read_yaml
+from kd.config.reader import read_yaml
 from kd.config.recipes import Model, TeacherRecipe
 from kd.errors import UserError
 from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.weights import read_weights
+from kd.problems.recipes import recipe_from
 from kd.registry import build, resolve
 from teachers import TEACHERS
 
@@ -34,7 +35,7 @@ def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
     """
     if "student" in config:
         raise UserError(f"{source}: a student's run; a teacher's run is needed")
-    return from_plain(TeacherRecipe, config, str(source))
+    return recipe_from(TeacherRecipe, config, str(source))
 
 
 def resolved(student: Model) -> Model:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.config.datasets import Split as SplitPaths
-from kd.config.recipes import Gaze
 from kd.data.images import file_size, in_multiples
 from kd.data.open_files import open_annotated, root_of
 from kd.formats.coco import CocoIndex
@@ -31,6 +30,7 @@ from kd.problems.saliency.baselines import (
     relative,
 )
 from kd.problems.saliency.samples import SaliencySamples, check_gaze
+from kd.problems.saliency.schema import SaliencySection
 from kd.scenes.gaze import SceneGaze
 from kd.storage.fields import CachedField
 from kd.utils.images import scaled_size
@@ -137,7 +137,7 @@ COUNTED = 1000  # train pictures whose fixations make the centre prior, or somew
 class SaliencyDataset:
     """Both splits of a data set of fixations."""
 
-    section: Gaze
+    section: SaliencySection
     train: GazeSplit
     val: GazeSplit
 
@@ -218,7 +218,7 @@ class SaliencyDataset:
         return SaliencySamples(self.split(split), size=size, train=False, only=only)
 
 
-def open_fixations(section: Gaze) -> SaliencyDataset:
+def open_fixations(section: SaliencySection) -> SaliencyDataset:
     """Open a data set of fixations; small ones are read once, before anything is trained.
 
     Of larger ones the fixations of val and of those train pictures that make the centre prior.
@@ -245,7 +245,7 @@ def _soon_read(split: GazeSplit) -> bool:
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
-def _splits(section: Gaze) -> tuple[GazeSplit, GazeSplit]:
+def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
     if section.layout == "synthetic":
         train, val = open_annotated(section)
         return _looked_at(section, train), _looked_at(section, val)
@@ -263,7 +263,7 @@ def _splits(section: Gaze) -> tuple[GazeSplit, GazeSplit]:
     )
 
 
-def _looked_at(section: Gaze, index: CocoIndex) -> GazeSplit:
+def _looked_at(section: SaliencySection, index: CocoIndex) -> GazeSplit:
     paths = tuple(index.path(number) for number in range(len(index)))
     return GazeSplit(
         str(index.annotation_file),

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.config.datasets import DataSet
-from kd.config.recipes import Gaze, Model
+from kd.config.recipes import Model
 from kd.problems.base import Metric, Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.records import SALIENCY as SALIENCY_RECORDS
 from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS
 from kd.problems.saliency.data import SaliencyDataset, open_fixations
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.saliency.samples import SaliencySamples
-from kd.problems.saliency.task import SALIENCY, Saliency
+from kd.problems.saliency.schema import SPEC, SaliencySection
+from kd.problems.saliency.task import SALIENCY
+from kd.problems.spec import ProblemSpec
 from kd.problems.teacher_views import ImagesView
 
 TEACHER_MAP = "teacher_saliency"  # a student's second map, which imitates the teacher's
@@ -26,15 +27,11 @@ TEACHER_MAP = "teacher_saliency"  # a student's second map, which imitates the t
 class SaliencyProblem(Problem[SaliencyDataset]):
     """Images with people's fixations."""
 
-    name: ClassVar[str] = "saliency"
-    about: ClassVar[str] = "fixations of people"
-    example: ClassVar[str] = "scenes_gaze"
-    section_type: ClassVar[type[DataSet]] = Gaze
-    tasks: ClassVar[Mapping[str, Any]] = {"saliency": Saliency}
+    spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = SALIENCY
     cached_splits: ClassVar[tuple[Split, ...]] = ("train", "val")
 
-    def open(self, section: Gaze) -> SaliencyDataset:
+    def open(self, section: SaliencySection) -> SaliencyDataset:
         """Open both splits; small ones are read once."""
         return open_fixations(section)
 

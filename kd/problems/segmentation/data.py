@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.config.recipes import LabelMaps
 from kd.data.open_files import open_annotated, root_of
 from kd.errors import UserError
 from kd.formats.segmentation import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
 from kd.problems.segmentation.samples import SegmentationSamples, check_pairs
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.storage.fields import CachedField
 from kd.utils.images import VOID
 
@@ -28,7 +28,7 @@ COUNTED = 1000  # train label maps that the classes' shares are counted on, or s
 class SegmentationDataset:
     """Both splits of a data set of label maps."""
 
-    section: LabelMaps
+    section: SegmentationSection
     train: MappedSplit
     val: MappedSplit
 
@@ -100,7 +100,7 @@ class SegmentationDataset:
         )
 
 
-def open_maps(section: LabelMaps) -> SegmentationDataset:
+def open_maps(section: SegmentationSection) -> SegmentationDataset:
     """Open a data set of label maps; small ones are read once, before anything is trained.
 
     Raises:
@@ -120,7 +120,7 @@ def _soon_read(split: MappedSplit) -> bool:
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
-def _splits(section: LabelMaps) -> tuple[MappedSplit, MappedSplit]:
+def _splits(section: SegmentationSection) -> tuple[MappedSplit, MappedSplit]:
     if section.layout == "coco":
         train, val = open_annotated(section)
         if train.num_classes >= 255:

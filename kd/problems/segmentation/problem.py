@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from kd.config.datasets import DataSet
-from kd.config.recipes import LabelMaps, Model, TaskSection
+from kd.config.recipes import Model, TaskSection
 from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.samples import SegmentationSamples
-from kd.problems.segmentation.task import Segmentation
+from kd.problems.segmentation.schema import SPEC, SegmentationSection
+from kd.problems.spec import ProblemSpec
 from kd.problems.teacher_views import ImagesView
 
 
 class SegmentationProblem(Problem[SegmentationDataset]):
     """Images with a label map each."""
 
-    name: ClassVar[str] = "segmentation"
-    about: ClassVar[str] = "label maps"
-    example: ClassVar[str] = "scenes_maps"
-    section_type: ClassVar[type[DataSet]] = LabelMaps
-    tasks: ClassVar[Mapping[str, Any]] = {"segmentation": Segmentation}
+    spec: ClassVar[ProblemSpec] = SPEC
 
-    def open(self, section: LabelMaps) -> SegmentationDataset:
+    def open(self, section: SegmentationSection) -> SegmentationDataset:
         """Open both splits; small ones are read once."""
         return open_maps(section)
 

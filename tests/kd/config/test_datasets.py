@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kd.config.datasets import AnyData
-from kd.config.reader import data_config, find_config, load_recipe, objects_config, plain_data
-from kd.config.recipes import Data, DistillRecipe, Gaze, LabelMaps, Split, TeacherRecipe
-from kd.errors import ConfigError
+from kd.config.datasets import Split
+from kd.config.reader import find_config
+from kd.config.recipes import DistillRecipe, TeacherRecipe
+from kd.errors import ConfigError, UserError
 from kd.problems.detection.data import DetectionDataset
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import data_config, load_recipe, section_from
+from kd.problems.saliency.schema import SaliencySection
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.runs.build import open_data
 
 ESPNET = find_config("distill", "espnet_c")
+OF_OBJECTS = ("coco", "voc", "kitti")
 PATHS = {"annotations": "a.json", "images": "a"}
 MAPS: dict[str, Any] = {"layout": "camvid", "crop": (64, 64)}
 
@@ -35,24 +40,29 @@ def own(tmp_path: Path) -> Callable[[str], Path]:
 
 def mistakes_of(*settings: str, data: str | None = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_recipe(DistillRecipe, ESPNET, data=data, settings=settings)
+        section_of(*settings, data=data)
     return str(caught.value).splitlines()
 
 
-def section_of(*settings: str, data: str | None = None) -> AnyData:
-    return load_recipe(DistillRecipe, ESPNET, data=data, settings=settings).data
+def section_of(*settings: str, data: str | None = None) -> Any:
+    path = find_config("distill", "resnet18") if data in OF_OBJECTS else ESPNET
+    return load_recipe(DistillRecipe, path, data=data, settings=settings).data
 
 
 def test_the_layout_chooses_the_section() -> None:
     camvid, scenes = data_config("camvid"), data_config("scenes")
-    assert isinstance(camvid, LabelMaps) and isinstance(scenes, Data)
-    assert isinstance(section_of(), LabelMaps) and isinstance(section_of(data="coco"), Data)
+    assert isinstance(camvid, SegmentationSection) and isinstance(scenes, ObjectsSection)
+    assert isinstance(section_of(), SegmentationSection) and isinstance(
+        section_of(data="coco"), ObjectsSection
+    )
     for section in (camvid, scenes):
-        assert plain_data(section.model_dump(mode="json"), "run") == section
+        assert section_from({"data": section.model_dump(mode="json")}, "run") == section
     recipe = load_recipe(TeacherRecipe, find_config("teacher", "pspnet"), data="cityscapes")
-    assert isinstance(recipe.data, LabelMaps) and recipe.data.layout == "cityscapes"
-    with pytest.raises(ConfigError, match=r"^camvid: a data set of label maps; objects with boxes"):
-        objects_config("camvid")
+    assert isinstance(recipe.data, SegmentationSection) and recipe.data.layout == "cityscapes"
+    with pytest.raises(
+        UserError, match=r"^camvid: data of segmentation; data of objects .* --data scenes"
+    ):
+        data_config("camvid", needs="context")
 
 
 def test_the_page_s_data_set_of_one_s_own_is_taken(
@@ -70,7 +80,7 @@ def test_the_page_s_data_set_of_one_s_own_is_taken(
         TeacherRecipe, find_config("teacher", "retinanet_resnet50"), data=str(path)
     )
     section = recipe.data
-    assert isinstance(section, Data)
+    assert isinstance(section, ObjectsSection)
     assert (section.name, section.size, section.workers) == ("mine", 512, 4)
     assert section.scales == (0.8, 1.25)  # of photographs, as the page says
     opened = open_data(section, "detection")
@@ -118,17 +128,33 @@ def test_splits_of_coco_are_paths(setting: str, message: str) -> None:
 
 def test_a_data_file_without_its_layout_hears_of_it(own: Callable[[str], Path]) -> None:
     path = str(own("train: train\nval: val\ncrop: [64, 64]\n"))
-    assert (
-        f"{path}: data.crop: unknown key; a data set with label maps has a 'layout' beside it"
-        in (mistakes_of(data=path))
-    )
+    assert mistakes_of(data=path) == [f"--data {path}: data.layout: missing key"]
     path = str(own("layotu: camvid\ntrain: train\nval: val\ncrop: [64, 64]\n"))
     assert f"{path}: data.layotu: unknown key; did you mean 'layout'?" in mistakes_of(data=path)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "data", "message"),
+    [
+        ("espnet_c", "coco", "coco is data of objects; task segmentation needs data of "
+         "segmentation, such as --data scenes_maps"),
+        ("resnet18", "camvid", "camvid is data of segmentation; task classification needs data of "
+         "objects, such as --data scenes"),
+        ("fcos_resnet18", "osie", "osie is data of saliency; task detection needs data of "
+         "detection, such as --data scenes"),
+        ("saliency_resnet18", "scenes", "scenes is data of objects; task saliency needs data of "
+         "saliency, such as --data scenes_gaze"),
+    ],
+)  # fmt: skip
+def test_data_of_another_problem_are_refused(recipe: str, data: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(DistillRecipe, find_config("distill", recipe), data=data)
+    assert str(caught.value) == f"--data {data}: data.name: {message}"
+
+
 def test_a_data_set_of_label_maps_of_the_users_own(own: Callable[[str], Path]) -> None:
     section = data_config(str(own("layout: voc2012\ntrain: trainval\ncrop: [64, 32]\n")))
-    assert isinstance(section, LabelMaps) and section.name == "mine"
+    assert isinstance(section, SegmentationSection) and section.name == "mine"
     assert (section.train, section.val, section.crop) == ("trainval", "val", (64, 32))
 
 
@@ -136,7 +162,7 @@ def test_another_split_is_a_change_to_a_data_set_and_not_a_whole_one(tmp_path: P
     path, named = tmp_path / "recipe.yaml", "data: {name: camvid, train: trainval}"
     path.write_text(ESPNET.read_text().replace("data: scenes_maps", named))
     data = load_recipe(DistillRecipe, path).data
-    assert isinstance(data, LabelMaps)
+    assert isinstance(data, SegmentationSection)
     assert (data.layout, data.train, data.val) == ("camvid", "trainval", "test")
     whole = "data: {name: mine, layout: camvid, crop: [64, 64]}"
     path.write_text(ESPNET.read_text().replace("data: scenes_maps", whole))
@@ -178,27 +204,31 @@ def test_a_mistake_in_a_section_of_boxes_is_told_at_its_place(
 
 
 def test_boxes_of_other_layouts_are_objects(own: Callable[[str], Path]) -> None:
-    voc = objects_config("voc")
+    voc: Any = data_config("voc")
     assert (voc.made_from, voc.train, voc.scales) == ("voc", "VOC2007/trainval", (1.0, 1.0))
-    assert plain_data(voc.model_dump(mode="json"), "run") == voc
-    mine = objects_config(str(own("made_from: kitti\ntrain: mine\nval: all\nscales: [1, 2]\n")))
+    assert section_from({"data": voc.model_dump(mode="json")}, "run") == voc
+    mine: Any = data_config(str(own("made_from: kitti\ntrain: mine\nval: all\nscales: [1, 2]\n")))
     assert (mine.train, mine.val, mine.scales) == ("mine", "all", (1.0, 2.0))
     other = section_of("data.train=VOC2012/train", data="voc")
-    assert isinstance(other, Data) and other.train == "VOC2012/train"
+    assert isinstance(other, ObjectsSection) and other.train == "VOC2012/train"
 
 
 def test_a_recipe_may_have_a_whole_section_of_boxes_in_it(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     whole = "data: {made_from: kitti, train: train, val: val}"
-    path.write_text(ESPNET.read_text().replace("data: scenes_maps", whole))
+    text = find_config("distill", "resnet18").read_text()
+    assert "data: scenes\n" in text
+    path.write_text(text.replace("data: scenes\n", f"{whole}\n"))
     data = load_recipe(DistillRecipe, path).data
-    assert isinstance(data, Data) and (data.made_from, data.name) == ("kitti", "unnamed")
+    assert isinstance(data, ObjectsSection) and (data.made_from, data.name) == ("kitti", "unnamed")
 
 
 def test_splits_fit_the_layout() -> None:
-    section = LabelMaps.model_validate(MAPS)
+    section = SegmentationSection.model_validate(MAPS)
     assert (section.train, section.val, section.size) == ("train", "val", None)
-    drawn = LabelMaps.model_validate({**MAPS, "layout": "coco", "train": PATHS, "val": PATHS})
+    drawn = SegmentationSection.model_validate(
+        {**MAPS, "layout": "coco", "train": PATHS, "val": PATHS}
+    )
     assert drawn.train == Split(annotations="a.json", images="a")
     for change, message in (
         ({"layout": "coco"}, "train: layout coco takes its annotations and images"),
@@ -206,14 +236,17 @@ def test_splits_fit_the_layout() -> None:
         ({"val": PATHS}, "val: layout camvid takes a split's name"),
     ):
         with pytest.raises(ValidationError, match=message):
-            LabelMaps.model_validate({**MAPS, **change})
+            SegmentationSection.model_validate({**MAPS, **change})
 
 
 def test_folds_are_for_objects_alone() -> None:
     path = find_config("teacher", "pspnet")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load_recipe(TeacherRecipe, path, settings=["folds=3"])
-    assert str(caught.value) == "--set folds=3: folds: are for teachers of objects' context"
+    assert str(caught.value) == (
+        "--set folds=3: folds: data of segmentation; data of objects are needed here, "
+        "such as --data scenes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,19 +284,19 @@ def test_terms_of_ablations_are_told_apart_from_those_of_the_distilled_variant()
 
 def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path]) -> None:
     osie, scenes = data_config("osie"), data_config("scenes_gaze")
-    assert isinstance(osie, Gaze) and isinstance(scenes, Gaze)
+    assert isinstance(osie, SaliencySection) and isinstance(scenes, SaliencySection)
     for section in (osie, scenes):
-        assert plain_data(section.model_dump(mode="json"), "run") == section
+        assert section_from({"data": section.model_dump(mode="json")}, "run") == section
     recipe = load_recipe(DistillRecipe, find_config("distill", "saliency_resnet18"), data="salicon")
-    assert isinstance(recipe.data, Gaze) and recipe.data.maps == "published"
+    assert isinstance(recipe.data, SaliencySection) and recipe.data.maps == "published"
     mine = data_config(str(own("layout: mit1003\ndegree: 30.0\nsize: [64, 96]\n")))
-    assert isinstance(mine, Gaze) and (mine.train, mine.val, mine.val_share) == (
+    assert isinstance(mine, SaliencySection) and (mine.train, mine.val, mine.val_share) == (
         "train",
         "val",
         0.2,
     )
-    with pytest.raises(ConfigError, match=r"objects with boxes are needed here"):
-        objects_config("osie")
+    with pytest.raises(UserError, match="data of objects are needed here, such as --data scenes"):
+        data_config("osie", needs="context")
 
 
 @pytest.mark.parametrize(
@@ -288,14 +321,11 @@ def test_a_mistake_in_a_section_of_fixations_is_told_at_its_place(
     assert str(error.value).splitlines() == [f"--set {setting}: {message}"]
 
 
-def test_a_file_of_fixations_without_its_layout_hears_of_it(own: Callable[[str], Path]) -> None:
-    path = str(own("train: train\nval: val\nmaps: published\n"))
-    assert (
-        f"{path}: data.maps: unknown key; a data set with fixations has a 'layout' beside it"
-        in mistakes_of(data=path)
-    )
+def test_a_file_of_fixations_that_is_not_whole_hears_of_it(own: Callable[[str], Path]) -> None:
     path = str(own("degree: 8.0\nsize: [64, 64]\n"))
-    assert f"--data {path}: data.layout: missing key" in mistakes_of(data=path)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(DistillRecipe, find_config("distill", "saliency_resnet18"), data=path)
+    assert str(caught.value) == f"--data {path}: data.layout: missing key"
     with pytest.raises(ConfigError, match="train: layout synthetic takes its annotations and"):
         data_config("osie", ["data.layout=synthetic"])
     with pytest.raises(ConfigError, match="maps: layout synthetic has none that are published"):

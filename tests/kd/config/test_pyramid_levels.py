@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from kd.config.pyramid_levels import on_levels
-from kd.config.reader import find_config, load_recipe, to_yaml
+from kd.config.reader import find_config, to_yaml
 from kd.config.recipes import DistillRecipe
 from kd.errors import UserError
+from kd.problems.recipes import load_recipe
 
 LAYER = "pyramid.{level}"
 NEAR = {"name": "imitation", "label": "near", "weight": 1.0, "student": LAYER, "teacher": LAYER}

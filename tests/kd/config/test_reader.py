@@ -9,18 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from kd.config.reader import (
-    Merged,
-    data_config,
-    find_config,
-    from_plain,
-    known_configs,
-    load_recipe,
-    read_yaml,
-    to_yaml,
-)
-from kd.config.recipes import Data, DistillRecipe, Gaze, LabelMaps, Split, TeacherRecipe
+from kd.config.datasets import Split
+from kd.config.reader import Merged, find_config, known_configs, read_yaml, to_yaml
+from kd.config.recipes import DistillRecipe, TeacherRecipe
 from kd.errors import ConfigError
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import data_config, load_recipe, recipe_from
+from kd.problems.saliency.schema import SaliencySection
+from kd.problems.segmentation.schema import SegmentationSection
 
 RECIPE = """\
 data: scenes
@@ -47,7 +43,7 @@ def mistakes_of(path: Path, *settings: str, data: str | None = None) -> list[str
 
 
 def test_a_recipe_takes_its_data_set_from_configs(recipe: Callable[[str], Path]) -> None:
-    read = load_recipe(TeacherRecipe, recipe(RECIPE))
+    read: Any = load_recipe(TeacherRecipe, recipe(RECIPE))
     assert read.data.name == "scenes"
     assert read.data.generate is not None
     assert read.train.epochs == 3
@@ -55,14 +51,16 @@ def test_a_recipe_takes_its_data_set_from_configs(recipe: Callable[[str], Path])
 
 def test_data_can_be_a_name_with_changes(recipe: Callable[[str], Path]) -> None:
     text = RECIPE.replace("data: scenes", "data: {name: coco, size: 128}")
-    read = load_recipe(TeacherRecipe, recipe(text))
+    read: Any = load_recipe(TeacherRecipe, recipe(text))
     assert (read.data.name, read.data.size, read.data.workers) == ("coco", 128, 4)
 
 
 def test_changes_without_a_name_are_to_the_default_data_set(
     recipe: Callable[[str], Path],
 ) -> None:
-    read = load_recipe(TeacherRecipe, recipe(RECIPE.replace("data: scenes", "data: {size: 32}")))
+    read: Any = load_recipe(
+        TeacherRecipe, recipe(RECIPE.replace("data: scenes", "data: {size: 32}"))
+    )
     assert (read.data.name, read.data.size) == ("scenes", 32)
 
 
@@ -71,17 +69,18 @@ def test_a_data_set_of_the_users_own_is_the_path_of_its_file(
 ) -> None:
     own = tmp_path / "birds.yaml"
     own.write_text("train: {annotations: t.json, images: t}\nval: {annotations: v.json, images: v}")
-    read = load_recipe(TeacherRecipe, recipe(RECIPE), data=str(own))
+    read: Any = load_recipe(TeacherRecipe, recipe(RECIPE), data=str(own))
     assert read.data.name == "birds"
     assert read.data.val == Split(annotations="v.json", images="v")
-    assert data_config(str(own), ["data.size=64"]).size == 64
+    section: Any = data_config(str(own), ["data.size=64"])
+    assert section.size == 64
 
 
 def test_variants_lie_between_the_recipe_and_set(recipe: Callable[[str], Path]) -> None:
     text = RECIPE + "per_data: {coco: {train: {epochs: 7, batch_size: 4}, data: {size: 96}}}\n"
     path = recipe(text)
     assert load_recipe(TeacherRecipe, path).train.epochs == 3
-    read = load_recipe(TeacherRecipe, path, data="coco", settings=["train.batch_size=2"])
+    read: Any = load_recipe(TeacherRecipe, path, data="coco", settings=["train.batch_size=2"])
     assert (read.train.epochs, read.train.batch_size, read.data.size) == (7, 2, 96)
 
 
@@ -96,7 +95,7 @@ def test_what_a_task_starts_from_gives_way_to_the_data_set_and_the_recipe(
 
     def read(text: str, data: str) -> tuple[tuple[float, float], dict[str, Any]]:
         section = load_recipe(TeacherRecipe, recipe(text), data=data).data
-        assert isinstance(section, Data) and section.augment is not None
+        assert isinstance(section, ObjectsSection) and section.augment is not None
         return section.scales, section.augment
 
     scales, augment = read(text, str(own))
@@ -274,19 +273,19 @@ def test_a_printed_teacher_recipe_reads_back_as_itself(name: str, tmp_path: Path
     printed = tmp_path / "printed.yaml"
     printed.write_text(to_yaml(first))
     assert load_recipe(TeacherRecipe, printed) == first
-    assert from_plain(TeacherRecipe, yaml.safe_load(to_yaml(first)), "x") == first
+    assert recipe_from(TeacherRecipe, yaml.safe_load(to_yaml(first)), "x") == first
 
 
 @pytest.mark.parametrize("data", known_configs("data"))
 def test_a_printed_distill_recipe_reads_back_as_itself(data: str, tmp_path: Path) -> None:
     recipe, own = {
-        LabelMaps: ("espnet_c", "data.crop=[64, 32]"),
-        Gaze: ("saliency_resnet18", "data.size=[64, 32]"),
-        Data: ("resnet18", "data.partial={start: 0.5}"),
+        SegmentationSection: ("espnet_c", "data.crop=[64, 32]"),
+        SaliencySection: ("saliency_resnet18", "data.size=[64, 32]"),
+        ObjectsSection: ("resnet18", "data.partial={start: 0.5}"),
     }[type(data_config(data))]
     path = find_config("distill", recipe)
     settings = ["data.augment=null", "seeds=[3, 1]", own]
-    first = load_recipe(DistillRecipe, path, data=data, settings=settings)
+    first: Any = load_recipe(DistillRecipe, path, data=data, settings=settings)
     assert first.data.augment is None
     printed = tmp_path / "printed.yaml"
     printed.write_text(to_yaml(first))
@@ -296,11 +295,11 @@ def test_a_printed_distill_recipe_reads_back_as_itself(data: str, tmp_path: Path
 def test_a_resolved_config_can_be_read_with_changes() -> None:
     first = load_recipe(TeacherRecipe, find_config("teacher", "cnn"))
     plain = first.model_dump(mode="json")
-    assert from_plain(TeacherRecipe, plain, "run", ["train.epochs=2"]).train.epochs == 2
+    assert recipe_from(TeacherRecipe, plain, "run", ["train.epochs=2"]).train.epochs == 2
     with pytest.raises(ConfigError, match=r"^--set train.epochs=two: train.epochs: "):
-        from_plain(TeacherRecipe, plain, "run", ["train.epochs=two"])
+        recipe_from(TeacherRecipe, plain, "run", ["train.epochs=two"])
     with pytest.raises(ConfigError, match=r"^run: train.epochs: "):
-        from_plain(TeacherRecipe, {**plain, "train": {"epochs": -1}}, "run")
+        recipe_from(TeacherRecipe, {**plain, "train": {"epochs": -1}}, "run")
 
 
 def test_an_empty_mapping_replaces_what_was_there() -> None:

@@ -9,21 +9,23 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from kd.config.json_schema import file_schema
 from kd.config.recipes import (
-    Data,
     DistillRecipe,
     Optimizer,
+    Recipe,
     Schedule,
     TeacherRecipe,
     Train,
     TransferRecipe,
     Weighted,
 )
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import bound, recipe_schema
 
 ROOT = Path(__file__).resolve().parents[3]
 SPLIT = {"annotations": "a.json", "images": "a"}
 DATA = {"train": SPLIT, "val": SPLIT}
+Teacher, Distill = bound(TeacherRecipe, ObjectsSection), bound(DistillRecipe, ObjectsSection)
 TASK = {"name": "classification", "weights": {"cross_entropy": 1.0}}
 TERM = {"name": "context_logits", "weight": 1.0}
 DISTILL = {"data": DATA, "task": TASK, "student": {"name": "resnet18"}, "losses": (TERM,)}
@@ -37,16 +39,16 @@ def mistakes_of(model: type[BaseModel], values: dict[str, Any]) -> list[str]:
 
 
 def test_a_recipe_of_the_needed_keys_alone_has_a_default_for_all_others() -> None:
-    recipe = DistillRecipe.model_validate(DISTILL)
+    recipe = Distill.model_validate(DISTILL)
     assert recipe.variants == ("plain", "distilled", "no_context")
     assert recipe.train == Train()
-    assert recipe.data.size == 384
+    assert isinstance(recipe.data, ObjectsSection) and recipe.data.size == 384
 
 
 def test_a_recipe_cannot_be_changed() -> None:
-    recipe = TeacherRecipe.model_validate(TEACHER)
+    recipe = Teacher.model_validate(TEACHER)
     with pytest.raises(ValidationError, match="frozen"):
-        recipe.train.epochs = 3  # type: ignore[misc]
+        recipe.train.epochs = 3
 
 
 @pytest.mark.parametrize(
@@ -91,18 +93,18 @@ def test_a_whole_number_serves_as_a_rate() -> None:
 def test_sections_that_contradict_each_other_are_refused(
     change: dict[str, Any], message: str
 ) -> None:
-    found = mistakes_of(DistillRecipe, {**DISTILL, **change})
+    found = mistakes_of(Distill, {**DISTILL, **change})
     assert len(found) == 1
     assert message in found[0]
 
 
 def test_without_a_taught_variant_no_term_is_needed() -> None:
     values = {**DISTILL, "losses": (), "variants": ("plain", "no_context")}
-    assert DistillRecipe.model_validate(values).losses == ()
+    assert Distill.model_validate(values).losses == ()
 
 
 def test_smallest_share_must_be_below_the_largest() -> None:
-    [message] = mistakes_of(Data, {**DATA, "min_share": 0.4, "max_share": 0.3})
+    [message] = mistakes_of(ObjectsSection, {**DATA, "min_share": 0.4, "max_share": 0.3})
     assert "min_share 0.4 is not below max_share 0.3" in message
 
 
@@ -112,20 +114,20 @@ def test_a_step_must_divide_into_equal_micro_batches() -> None:
 
 
 def test_one_fold_is_refused() -> None:
-    [message] = mistakes_of(TeacherRecipe, {**TEACHER, "folds": 1})
+    [message] = mistakes_of(Teacher, {**TEACHER, "folds": 1})
     assert "one fold leaves no image to train on" in message
-    assert TeacherRecipe.model_validate({**TEACHER, "folds": 2}).folds == 2
+    assert Teacher.model_validate({**TEACHER, "folds": 2}).folds == 2
 
 
 @pytest.mark.parametrize(
     ("name", "model"),
     [("teacher", TeacherRecipe), ("distill", DistillRecipe), ("transfer", TransferRecipe)],
 )
-def test_the_schema_in_configs_is_current(name: str, model: type[BaseModel]) -> None:
+def test_the_schema_in_configs_is_current(name: str, model: type[Recipe]) -> None:
     command = {"teacher": "train_teacher"}.get(name, name)
     written = (ROOT / "configs" / "schema" / f"{name}.json").read_text()
-    assert written == json.dumps(file_schema(model), indent=2) + "\n", (
-        f"write it anew: python -m kd.{command} --schema > configs/schema/{name}.json"
+    assert written == json.dumps(recipe_schema(model), indent=2) + "\n", (
+        f"write it again: python -m kd.{command} --schema > configs/schema/{name}.json"
     )
 
 
@@ -136,7 +138,7 @@ def test_a_weights_end_is_a_share_or_a_step_not_both() -> None:
 
 
 def test_the_file_schema_lets_a_file_say_less_and_still_knows_every_key() -> None:
-    schema = file_schema(TeacherRecipe)
+    schema = recipe_schema(TeacherRecipe)
     assert schema["required"] == ["task", "teacher"]
     assert {"type": "string"} in schema["properties"]["data"]["anyOf"]
     variant = schema["properties"]["per_data"]["additionalProperties"]
@@ -153,6 +155,6 @@ def test_the_file_schema_lets_a_file_say_less_and_still_knows_every_key() -> Non
 
 
 def test_terms_of_a_variant_replace_the_whole_list_and_so_must_be_whole() -> None:
-    schema = file_schema(DistillRecipe)
+    schema = recipe_schema(DistillRecipe)
     losses = schema["properties"]["per_data"]["additionalProperties"]["properties"]["losses"]
     assert losses["items"] == {"$ref": "#/$defs/Term"}

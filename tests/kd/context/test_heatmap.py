@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.config.recipes import Data, Model, Split, TaskSection, TeacherRecipe
+from kd.config.datasets import Split
+from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.context.heatmap import answer_regions, ask, heat_maps, spread
 from kd.context.photo import Photograph
 from kd.context.regions import BoxShape, Region, windows
 from kd.problems.base import Batch
 from kd.problems.objects.problem import PROBLEM
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs.load_teacher import TrainedTeacher
 from kd.utils.images import resize, scaled_size
 
@@ -28,7 +30,7 @@ def teacher(
     model: nn.Module | None = None, shape: Literal["box", "square"] = "box"
 ) -> TrainedTeacher:
     """A CNN at random weights that sees 32 pixels, or any model with its task."""
-    data = Data(name="none", train=SPLIT, val=SPLIT, size=32, shape=shape)
+    data = ObjectsSection(name="none", train=SPLIT, val=SPLIT, size=32, shape=shape)
     name = Model(name="cnn", options={"width": 4, "downs": 2, "hidden": 8, "region": True})
     task = TaskSection(name="context", weights={})
     recipe = TeacherRecipe(data=data, task=task, teacher=name)

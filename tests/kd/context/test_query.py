@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.config.reader import objects_config
-from kd.config.recipes import Data, Model, Split, TaskSection, TeacherRecipe
+from kd.config.datasets import Split
+from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.context.query import Question, as_seen, expectations
 from kd.data.loader import Sample, collate
 from kd.problems.base import Batch, named
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.recipes import data_config
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.utils.images import read_image
 
@@ -38,9 +40,9 @@ TINY: dict[str, Model] = {
 
 
 @pytest.fixture
-def photographs(tiny_coco: Callable[..., Path]) -> Data:
+def photographs(tiny_coco: Callable[..., Path]) -> ObjectsSection:
     """Pictures neither square nor of the teacher's size, and less than twice that."""
-    return Data(
+    return ObjectsSection(
         name="tiny",
         root=str(tiny_coco(images=3, size=(50, 70))),
         train=Split(annotations="annotations/instances_train2017.json", images="train2017"),
@@ -49,7 +51,7 @@ def photographs(tiny_coco: Callable[..., Path]) -> Data:
     )
 
 
-def untrained(section: Data, name: str = "cnn", shape: str = "box") -> TrainedTeacher:
+def untrained(section: ObjectsSection, name: str = "cnn", shape: str = "box") -> TrainedTeacher:
     section = section.model_copy(update={"shape": shape})
     model = PROBLEM.build_teacher(TINY[name], 4).eval().requires_grad_(False)
     for part, parameter in model.named_parameters():
@@ -104,7 +106,7 @@ class Watched:
 
 
 def test_val_objects_get_the_answers_of_the_run(small_teacher: Path, small_data: list[str]) -> None:
-    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
     teacher = load_teacher(small_teacher, data.num_classes)
     questions, samples = questions_of(data)
     with np.load(small_teacher / "predictions.npz") as stored:
@@ -119,7 +121,7 @@ def test_val_objects_get_the_answers_of_the_run(small_teacher: Path, small_data:
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("shape", ["box", "ellipse"])
 def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
-    name: str, shape: str, photographs: Data
+    name: str, shape: str, photographs: ObjectsSection
 ) -> None:
     teacher = untrained(photographs, name, shape)
     questions, samples = questions_of(open_objects(teacher.objects))
@@ -133,7 +135,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
     assert asked.exp().sum(dim=1).allclose(torch.ones(len(asked)))
 
 
-def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: Data) -> None:
+def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: ObjectsSection) -> None:
     section = photographs.model_copy(update={"images": False})
     teacher = untrained(section)
     questions, samples = questions_of(open_objects(section))
@@ -147,7 +149,7 @@ def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: Data) -> No
     assert (seen == 128).all()
 
 
-def test_the_others_names_count_for_a_teacher_that_reads_them(photographs: Data) -> None:
+def test_the_others_names_count_for_a_teacher_that_reads_them(photographs: ObjectsSection) -> None:
     boxes = torch.tensor([[0.0, 0.0, 20.0, 20.0], [30.0, 10.0, 50.0, 40.0]])
     picture = torch.zeros(3, 50, 70, dtype=torch.uint8)
     labels = [torch.tensor(one) for one in ([0, -1], [0, 3], [1, 3], [-1, 3])]
@@ -158,7 +160,7 @@ def test_the_others_names_count_for_a_teacher_that_reads_them(photographs: Data)
     assert not torch.allclose(first, none, atol=1e-4)
 
 
-def test_the_batch_is_the_data_sets(photographs: Data) -> None:
+def test_the_batch_is_the_data_sets(photographs: ObjectsSection) -> None:
     seen: list[Batch] = []
     teacher = untrained(photographs)
     watched: Any = Watched(teacher.task, seen)
@@ -173,7 +175,9 @@ def test_the_batch_is_the_data_sets(photographs: Data) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 64])
-def test_passes_hold_no_more_than_asked_and_change_nothing(most: int, photographs: Data) -> None:
+def test_passes_hold_no_more_than_asked_and_change_nothing(
+    most: int, photographs: ObjectsSection
+) -> None:
     seen: list[Batch] = []
     teacher = untrained(photographs)
     questions, _ = questions_of(open_objects(photographs))
@@ -188,7 +192,7 @@ def test_passes_hold_no_more_than_asked_and_change_nothing(most: int, photograph
         torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=0)
 
 
-def test_answers_come_before_all_questions_are_there(photographs: Data) -> None:
+def test_answers_come_before_all_questions_are_there(photographs: ObjectsSection) -> None:
     questions, _ = questions_of(open_objects(photographs))
     taken = []
 
@@ -202,7 +206,7 @@ def test_answers_come_before_all_questions_are_there(photographs: Data) -> None:
     assert len(taken) < len(questions)
 
 
-def test_a_mask_of_the_boxs_pixels_answers_as_the_box(photographs: Data) -> None:
+def test_a_mask_of_the_boxs_pixels_answers_as_the_box(photographs: ObjectsSection) -> None:
     teacher = untrained(photographs)
     picture = torch.randint(256, (3, 30, 40), dtype=torch.uint8)
     boxes = torch.tensor([[4.0, 6.0, 20.0, 15.0], [22.0, 10.0, 39.0, 28.0]])
@@ -220,7 +224,7 @@ def test_a_mask_of_the_boxs_pixels_answers_as_the_box(photographs: Data) -> None
     torch.testing.assert_close(answers(segments, [question])[0], by_box)
 
 
-def test_masks_are_scaled_by_their_pixels_centres(photographs: Data) -> None:
+def test_masks_are_scaled_by_their_pixels_centres(photographs: ObjectsSection) -> None:
     seen: list[Batch] = []
     teacher = untrained(photographs)
     watched: Any = Watched(teacher.task, seen)
@@ -237,7 +241,7 @@ def test_masks_are_scaled_by_their_pixels_centres(photographs: Data) -> None:
 
 
 def test_another_model_takes_the_teachers_place(small_teacher: Path, small_data: list[str]) -> None:
-    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
     teacher = load_teacher(small_teacher, data.num_classes)
     folds = fold_models(teacher, data.num_classes)
     question = questions_of(data)[0][0]

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kd.config.recipes import LabelMaps
 from kd.distillation.student import AdaptedStudent
 from kd.evaluation.ask_network import Asked
 from kd.evaluation.draw import overlays
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.samples import SegmentationSamples
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator
 
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> SegmentationDataset:
                 pixels = np.full(shape, number, np.uint8)
                 Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
     values = {"root": str(tmp_path), "layout": "camvid", "crop": (24, 32), "workers": 0}
-    return open_maps(LabelMaps.model_validate(values))
+    return open_maps(SegmentationSection.model_validate(values))
 
 
 class Brightness(nn.Module):

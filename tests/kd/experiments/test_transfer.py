@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from kd.config.reader import load_recipe
 from kd.config.recipes import TransferRecipe
 from kd.data.loader import collate
 from kd.distillation.student import AdaptedStudent
@@ -20,6 +19,7 @@ from kd.errors import ConfigError, UserError
 from kd.experiments.transfer import Start, starts
 from kd.problems.base import Sampling
 from kd.problems.objects.problem import PROBLEM
+from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.setup import start_training
 

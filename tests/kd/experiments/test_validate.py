@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kd.config.reader import find_config, known_configs, load_recipe, read_yaml
+from kd.config.reader import find_config, known_configs, read_yaml
 from kd.config.recipes import DistillRecipe
 from kd.errors import UserError
 from kd.experiments.connect import build_terms
 from kd.experiments.validate import check_terms
 from kd.problems.base import Dataset
+from kd.problems.recipes import load_recipe
 from kd.runs.build import open_data
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.config.reader import find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.distillation.terms import weighted_sum
 from kd.engine.loop import forward_losses
@@ -20,6 +20,7 @@ from kd.experiments.variants import Distillation
 from kd.formats.coco import CocoIndex
 from kd.formats.splits import labelled_images
 from kd.problems.objects.data import ObjectsDataset
+from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, make_loader, open_data
 
 VARIANTS: tuple[str, ...] = ("plain", "distilled", "no_context", "shuffled", "output_kd")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.config.recipes import LabelMaps
 from kd.errors import UserError
 from kd.formats.coco import load_coco
 from kd.formats.segmentation import DrawnSplit, open_segmented
 from kd.problems.segmentation.data import open_maps
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.utils.images import VOID
 
 WIDTH = 8
@@ -83,8 +83,8 @@ def written(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def section(root: Path, layout: str) -> LabelMaps:
-    return LabelMaps(name=layout, root=str(root), layout=layout, crop=(8, 8))  # type: ignore[arg-type]
+def section(root: Path, layout: str) -> SegmentationSection:
+    return SegmentationSection(name=layout, root=str(root), layout=layout, crop=(8, 8))  # type: ignore[arg-type]
 
 
 @every_layout
@@ -322,11 +322,11 @@ def test_coco_maps_are_not_all_drawn_before_training(
     }
     values = {"root": str(root), "layout": "coco", "crop": (32, 32), **splits}
     monkeypatch.setattr(DrawnSplit, "label_map", drawn)
-    opened = open_maps(LabelMaps.model_validate(values))
+    opened = open_maps(SegmentationSection.model_validate(values))
     assert opened.num_classes == 5
     Image.new("RGB", (5, 6)).save(opened.val.images[1])
     with pytest.raises(UserError, match=r"is 5 x 6 pixels, instances_val2017.json says 64 x 48"):
-        open_maps(LabelMaps.model_validate(values))
+        open_maps(SegmentationSection.model_validate(values))
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.config.recipes import Data
 from kd.data.loader import collate
 from kd.data.open_files import class_names, split_paths, train_annotations
 from kd.errors import UserError
@@ -24,6 +23,7 @@ from kd.formats.voc import voc_to_coco
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.task import Detection
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.schema import ObjectsSection
 
 SIZE = (40, 60)
 SPACE = "1.5 1.6 3.9 0.1 1.5 20.0 0.0"
@@ -80,12 +80,12 @@ def write_kitti(root: Path) -> Path:
     return root
 
 
-def section(root: Path, layout: str) -> Data:
+def section(root: Path, layout: str) -> ObjectsSection:
     splits = {
         "voc": {"train": "VOC2007/trainval", "val": "VOC2007/test"},
         "kitti": {"train": "train", "val": "val"},
     }
-    return Data.model_validate(
+    return ObjectsSection.model_validate(
         {"root": str(root), "name": layout, "made_from": layout, "size": 64, **splits[layout]}
     )
 
@@ -322,5 +322,5 @@ def test_a_missing_kitti_list_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_schema_offers_the_layouts_that_there_are() -> None:
-    choices = str(Data.model_fields["made_from"].annotation)
+    choices = str(ObjectsSection.model_fields["made_from"].annotation)
     assert all(f"'{name}'" in choices for name in LAYOUTS) and choices.count("'") == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.problems import PROBLEMS, problem
+from kd.problems import tasks
 from kd.problems.base import (
     count_units,
     hidden_boxes,
@@ -87,7 +87,7 @@ def test_a_grids_stride_is_a_power_of_two_where_one_fits(
 
 
 def test_tasks_are_frozen_and_hold_no_model() -> None:
-    for builder in (task for name in PROBLEMS for task in problem(name).tasks.values()):
+    for builder in (entry.load() for entry in tasks().values()):
         task = builder(**accepted(builder, num_classes=3))
         for field in fields(task):
             with pytest.raises(FrozenInstanceError):

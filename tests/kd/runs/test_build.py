@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from torch import nn
 
-from kd.config.reader import objects_config
-from kd.config.recipes import Data, Model, TaskSection
+from kd.config.recipes import Model, TaskSection
 from kd.errors import UserError
 from kd.problems import problem
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
+from kd.problems.recipes import data_config
 from kd.registry import Entry
 from kd.runs.build import (
     make_accelerator,
@@ -24,7 +24,7 @@ from students import STUDENTS
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> ObjectsDataset:
-    section: Data = objects_config(
+    section = data_config(
         "scenes", [text.removeprefix("data.") for text in small_data if text != "--set"]
     )
     return open_objects(section)
@@ -52,7 +52,7 @@ def test_data_that_is_nowhere_says_where_it_was_looked_for(
     monkeypatch.setenv("KD_DATA", str(tmp_path))
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(UserError, match=r"data set coco_mini: not found in .*data\.root=DIR"):
-        open_objects(objects_config("coco_mini"))
+        open_objects(data_config("coco_mini"))
 
 
 def test_evaluation_leaves_no_image_out_and_training_fills_its_batches(

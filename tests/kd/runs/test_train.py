@@ -15,7 +15,8 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from kd.config.recipes import Data, Generate, Optimizer, Split, Train
+from kd.config.datasets import Generate, Split
+from kd.config.recipes import Optimizer, Train
 from kd.data.loader import SampleLoader
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors
@@ -26,6 +27,7 @@ from kd.errors import UserError
 from kd.nn.regions import roi_features
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.schema import ObjectsSection
 from kd.runs import train as session_module
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.folder import RunFolder
@@ -72,7 +74,7 @@ class TinyStudent(nn.Module):
 
 @pytest.fixture(scope="module")
 def data(small_scenes: Path) -> ObjectsDataset:
-    section = Data(
+    section = ObjectsSection(
         name="scenes",
         root=str(small_scenes),
         train=Split(annotations="annotations/instances_train.json", images="train"),

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kd.config.reader import objects_config
 from kd.config.recipes import Adapter, Term, Train
 from kd.data.loader import to_device
 from kd.distillation.student import AdaptedStudent
@@ -26,6 +25,7 @@ from kd.experiments.connect import adapt_student, build_terms
 from kd.formats.splits import fold_of
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.runs.setup import start_training
@@ -40,7 +40,7 @@ BOTH = ("posterior", "logits", LAYER)
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> ObjectsDataset:
-    return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+    return open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.config.reader import objects_config
 from kd.errors import UserError
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator
 from kd.runs.load_teacher import TrainedTeacher, load_teacher
 from kd.teacher_cache.cache import Wanted, open_cache
@@ -48,7 +48,7 @@ class Placed(nn.Module):
 def opened(
     small_data: list[str], small_teacher: Path, tmp_path: Path
 ) -> tuple[Path, ObjectsDataset]:
-    data = open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+    data = open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
     return small_teacher, data
 
 

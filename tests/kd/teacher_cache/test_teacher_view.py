@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kd.config.recipes import LabelMaps, Model, TaskSection, TeacherRecipe
+from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.distillation.targets import CachedTeacher, LiveTeacher
 from kd.errors import UserError
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
 from kd.problems.teacher_views import ImagesView
 from kd.runs.build import make_accelerator, make_loader
@@ -63,9 +64,9 @@ def data(tmp_path: Path) -> SegmentationDataset:
     return open_maps(section(tmp_path / "maps"))
 
 
-def section(root: Path, **changes: Any) -> LabelMaps:
+def section(root: Path, **changes: Any) -> SegmentationSection:
     values = {"name": "maps", "root": str(root), "layout": "camvid", "crop": FRAME, "workers": 0}
-    return LabelMaps.model_validate(values | changes)
+    return SegmentationSection.model_validate(values | changes)
 
 
 def teacher_of(data: SegmentationDataset, folder: Path, *, sided: bool = False) -> TrainedTeacher:

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kd.config.reader import find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.distillation.hooks import FeatureTaps
 from kd.errors import ConfigError, UserError
 from kd.losses.centernet import center_targets, centernet_losses
 from kd.nn.detectors.centernet import CenterNet, bilinear_, centernet, decode_centers
 from kd.nn.networks import DETECTORS
+from kd.problems.recipes import load_recipe
 from kd.registry import build
 
 CLASSES = 3

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd.config.reader import find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import TeacherRecipe
 from kd.errors import UserError
 from kd.nn.networks import DETECTORS
+from kd.problems.recipes import load_recipe
 
 # The rest is small, so that the test is about the trunk.
 SMALL = {"channels": 16, "hidden": 16, "region_size": 3, "sampled_anchors": 16,

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from kd.config.reader import objects_config
 from kd.data.prepare import prepare
 from kd.errors import UserError
 from kd.problems.base import Split, about_boxes, count_units
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.samples import DetectionSamples
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator, make_loader
 
 
 @pytest.fixture(scope="module")
 def data(small_data: list[str]) -> ObjectsDataset:
-    return open_objects(objects_config("scenes", [text for text in small_data if text != "--set"]))
+    return open_objects(data_config("scenes", [text for text in small_data if text != "--set"]))
 
 
 def changed(data: ObjectsDataset, **changes: object) -> ObjectsDataset:

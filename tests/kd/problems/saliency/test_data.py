@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.config.recipes import Gaze
 from kd.errors import UserError
 from kd.formats.fixations import UNKNOWN
 from kd.metrics.saliency import METRICS, measure
@@ -17,12 +16,13 @@ from kd.problems.saliency import data as gaze_truth
 from kd.problems.saliency import data as opened_gaze
 from kd.problems.saliency.baselines import CENTRE, OBSERVERS
 from kd.problems.saliency.data import SaliencyDataset, open_fixations
+from kd.problems.saliency.schema import SaliencySection
 
 PICTURES, PEOPLE = 20, 6
 SIZE = (48, 64)
 
 
-def written(root: Path, *, outside: bool = False) -> Gaze:
+def written(root: Path, *, outside: bool = False) -> SaliencySection:
     """OSIE's layout: people look at a square, wherever it is, and at the centre."""
     (root / "stimuli").mkdir(parents=True)
     random, rows = np.random.default_rng(0), []
@@ -40,7 +40,9 @@ def written(root: Path, *, outside: bool = False) -> Gaze:
     if outside:
         data[data[:, 0] == 7, 2:] += 200
     np.savez(root / "fixations.npz", columns=np.array(["image", "subject", "x", "y"]), data=data)
-    return Gaze(name="squares", root=str(root), layout="osie", size=SIZE, degree=4.0, workers=0)
+    return SaliencySection(
+        name="squares", root=str(root), layout="osie", size=SIZE, degree=4.0, workers=0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd.config.reader import find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.experiments.variants import Distillation
 from kd.metrics.saliency import METRICS
+from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from kd import cache, compare, distill, evaluate, train_teacher
 from kd.cli import run_command
-from kd.config.reader import find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
 from kd.errors import ConfigError, UserError
@@ -23,6 +23,7 @@ from kd.evaluation import predict as answers
 from kd.experiments.variants import Distillation
 from kd.formats.coco import load_coco
 from kd.metrics.saliency import METRICS
+from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.read import read_distill, read_run
 from kd.scenes.gaze import SceneGaze

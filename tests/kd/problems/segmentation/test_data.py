@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd.config.recipes import LabelMaps
 from kd.errors import UserError
 from kd.problems.segmentation import data as opened_maps
+from kd.problems.segmentation.schema import SegmentationSection
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> LabelMaps:
+def broken(tmp_path: Path) -> SegmentationSection:
     """A data set in CamVid's layout whose second train image is no picture."""
     for split in ("train", "val"):
         for folder, channels in ((split, (3,)), (f"{split}annot", ())):
@@ -23,16 +23,16 @@ def broken(tmp_path: Path) -> LabelMaps:
                 pixels = np.zeros((16, 24, *channels), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
     (tmp_path / "train" / "1.png").write_bytes(b"no picture")
-    return LabelMaps(name="maps", root=str(tmp_path), layout="camvid", crop=(16, 24))
+    return SegmentationSection(name="maps", root=str(tmp_path), layout="camvid", crop=(16, 24))
 
 
-def test_a_small_split_is_read_whole_before_training(broken: LabelMaps) -> None:
+def test_a_small_split_is_read_whole_before_training(broken: SegmentationSection) -> None:
     with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
         opened_maps.open_maps(broken)
 
 
 def test_a_large_split_is_read_as_it_is_needed(
-    broken: LabelMaps, monkeypatch: pytest.MonkeyPatch
+    broken: SegmentationSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opened_maps, "READ_FIRST", 0)
     data = opened_maps.open_maps(broken)
@@ -42,7 +42,7 @@ def test_a_large_split_is_read_as_it_is_needed(
 
 
 def test_classes_are_counted_on_train_pixels_without_void(
-    broken: LabelMaps, monkeypatch: pytest.MonkeyPatch
+    broken: SegmentationSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert broken.root is not None
     root = Path(broken.root)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kd import cache, distill, train_teacher
-from kd.config.reader import find_config, load_recipe
+from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
 from kd.errors import ConfigError, UserError
 from kd.experiments.variants import Distillation
+from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 from kd.utils.images import VOID
 

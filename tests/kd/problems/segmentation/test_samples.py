@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.config.recipes import LabelMaps
 from kd.data.loader import Sample, build_loader, collate
 from kd.errors import UserError
 from kd.formats.segmentation import SegmentedSplit, open_segmented
 from kd.problems.segmentation.data import open_maps
 from kd.problems.segmentation.samples import SegmentationSamples
+from kd.problems.segmentation.schema import SegmentationSection
 from kd.runs.build import make_accelerator
 from kd.runs.train import val_loader
 from kd.utils.images import VOID
@@ -138,7 +138,9 @@ def test_only_the_places_asked_for_are_kept_under_their_numbers(split: Segmented
 def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
     root = written([(36, 48)] * 3)
     written([(36, 48), (48, 36), (24, 40)], "val")
-    section = LabelMaps(name="maps", root=str(root), layout="camvid", crop=(24, 32), workers=0)
+    section = SegmentationSection(
+        name="maps", root=str(root), layout="camvid", crop=(24, 32), workers=0
+    )
     data = open_maps(section)
     assert not data.whole("val", size=data.section.size).alike and data.crops(0).alike
     batches = list(val_loader(data, 4, make_accelerator("fp32")))
@@ -156,7 +158,9 @@ def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
 def test_an_opened_data_set_says_what_it_has(written: Written) -> None:
     root = written([(36, 48)] * 3)
     written([(36, 48)] * 2, "val")
-    section = LabelMaps(name="maps", root=str(root), layout="camvid", crop=(24, 32), size=24)
+    section = SegmentationSection(
+        name="maps", root=str(root), layout="camvid", crop=(24, 32), size=24
+    )
     data = open_maps(section)
     assert data.num_classes == CLASSES and data.class_info().names == data.class_names
     assert (len(data.crops(0)), len(data.problem.evaluation(data))) == (3, 2)
@@ -178,7 +182,7 @@ def test_wrong_options_are_named_before_files_are_read(written: Written) -> None
     root = written([(36, 48)])
     written([(36, 48)], "val")
     (root / "train" / "0.png").write_bytes(b"")
-    section = LabelMaps(name="maps", root=str(root), layout="camvid", crop=(24, 32),
+    section = SegmentationSection(name="maps", root=str(root), layout="camvid", crop=(24, 32),
                         augment={"scale": "large"})  # fmt: skip
     with pytest.raises(UserError, match=r"^augment: option 'scale' must be a list of float"):
         open_maps(section)
@@ -198,7 +202,7 @@ def test_a_file_that_broke_later_is_named_in_training_too(split: SegmentedSplit)
 
 def test_as_many_whole_pictures_at_once_as_the_pixels_of_a_batch_of_crops(written: Written) -> None:
     root = written([(32, 64)] * 3)
-    section = LabelMaps(
+    section = SegmentationSection(
         name="maps", root=str(root), layout="camvid", crop=(16, 32), val="train", workers=0
     )
     data = open_maps(section)

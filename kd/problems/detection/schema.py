@@ -1,0 +1,16 @@
+"""Detection: it reads the same data section as objects. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from kd.problems.objects.schema import ObjectsSection
+from kd.problems.spec import ProblemSpec
+from kd.registry import Entry
+
+SPEC = ProblemSpec(
+    name="detection",
+    help="objects with boxes",
+    data=ObjectsSection,
+    tasks={"detection": Entry("kd.problems.detection.task:Detection", "find objects by boxes")},
+    implementation="kd.problems.detection.problem:PROBLEM",
+    example="scenes",
+)

@@ -1,0 +1,150 @@
+"""Read recipes and data sections with the schema of their problem. Nothing here imports torch.
+
+`kd.config` knows no problem: the `data` of its recipes is any `DatasetSection`. Here it becomes the
+section of the problem that the recipe's task belongs to.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError, create_model
+
+from kd.config.datasets import DatasetSection
+from kd.config.json_schema import file_schema
+from kd.config.reader import (
+    Merged,
+    apply_settings,
+    find_config,
+    merge_recipe,
+    read_yaml,
+    shown_name,
+    tuples,
+    validate,
+)
+from kd.config.recipes import Recipe as AnyRecipe
+from kd.errors import ConfigError, UserError
+from kd.problems import problem_with, spec_of_task, specs
+from kd.problems.spec import ProblemSpec
+
+Recipe = TypeVar("Recipe", bound=AnyRecipe)
+
+
+@functools.cache
+def bound(model: type[Recipe], section: Any) -> type[Recipe]:
+    """A recipe's schema whose `data` is a section, or one of a union of them."""
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, data=(section, ...))
+
+
+def load_recipe(
+    model: type[Recipe], path: Path, *, data: str | None = None, settings: Iterable[str] = ()
+) -> Recipe:
+    """Read a recipe; arguments as of `kd.config.reader.merge_recipe`.
+
+    Raises:
+        ConfigError: One line per mistake, all mistakes at once.
+    """
+    return _checked(model, merge_recipe(path, data=data, settings=settings))
+
+
+def recipe_from(
+    model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
+) -> Recipe:
+    """Read back the resolved recipe of a run folder or checkpoint, perhaps with changes."""
+    merged = Merged()
+    merged.merge(values, source)
+    apply_settings(merged, settings)
+    return _checked(model, merged)
+
+
+def recipe_schema(model: type[Recipe]) -> dict[str, Any]:
+    """The JSON schema of a recipe's file, with the data of every problem of ours that fits."""
+    fitting: list[Any] = [one.data for one in specs() if model.needs in ("", *one.abilities)]
+    return file_schema(bound(model, functools.reduce(operator.or_, dict.fromkeys(fitting))))
+
+
+def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> DatasetSection:
+    """A dataset's section alone, for commands that take no recipe.
+
+    Args:
+        name: Of configs/data, or the path of a YAML file.
+        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
+        needs: An ability that its problem must have, see `ProblemSpec.abilities`.
+
+    Raises:
+        ConfigError: One line per mistake.
+        UserError: Data of a problem without that ability.
+    """
+    path = find_config("data", name)
+    merged = Merged()
+    merged.merge({"name": path.stem, **read_yaml(path)}, shown_name(path))
+    apply_settings(merged, settings, section="data")
+    spec = spec_of_data(merged.values)
+    if needs:
+        problem_with(needs, spec, where=name)
+    return validate(spec.data, merged)
+
+
+def section_from(
+    config: Mapping[str, Any], source: str, settings: Iterable[str] = ()
+) -> DatasetSection:
+    """The data section of a run's config, perhaps with changes.
+
+    Args:
+        config: The whole config; the problem is that of its task.
+        source: Its file, for messages.
+        settings: As of `data_config`.
+    """
+    merged = Merged()
+    merged.merge(config["data"], source)
+    apply_settings(merged, settings, section="data")
+    return validate(spec_of_config(config).data, merged)
+
+
+def spec_of_config(config: Mapping[str, Any]) -> ProblemSpec:
+    """The problem of a run's config: its task's, or that whose data section fits best."""
+    task = config.get("task")
+    name = task.get("name") if isinstance(task, Mapping) else None
+    return spec_of_task(name) if isinstance(name, str) else spec_of_data(config.get("data"))
+
+
+def spec_of_data(values: Any) -> ProblemSpec:
+    """The problem of ours whose data section fits values best, the first of several."""
+    return min(specs(), key=lambda spec: len(_mistakes(spec.data, values)))
+
+
+def _mistakes(model: type[BaseModel], values: Any) -> list[Any]:
+    try:
+        model.model_validate(tuples(values))
+    except ValidationError as error:
+        return list(error.errors())
+    return []
+
+
+def _checked(model: type[Recipe], merged: Merged) -> Recipe:
+    """Validate merged values by the data section of the problem that their task belongs to."""
+    data, unknown = merged.values.get("data", {}), ""
+    try:
+        spec = spec_of_config(merged.values)
+    except UserError as error:
+        spec, unknown = spec_of_data(data), f"{merged.source_of(('task', 'name'))}: {error}"
+    other = spec_of_data(data)
+    if len(_mistakes(other.data, data)) < len(_mistakes(spec.data, data)):
+        raise ConfigError(
+            f"{merged.source_of(('data', 'name'))}: data.name: {data.get('name')} is data of "
+            f"{other.name}; task {merged.values['task']['name']} needs data of {spec.name}"
+            + (f", such as --data {spec.example}" if spec.example else "")
+        )
+    try:
+        recipe: Recipe = validate(bound(model, spec.data), merged)
+    except ConfigError as error:
+        raise ConfigError("\n".join(filter(None, [unknown, str(error)]))) from None
+    if unknown:
+        raise ConfigError(unknown)
+    for place, needs in recipe.needed().items():
+        problem_with(needs, spec, where=f"{merged.source_of(tuple(place.split('.')))}: {place}")
+    return recipe

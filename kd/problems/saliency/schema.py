@@ -1,0 +1,65 @@
+"""Saliency: the data section and the task. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kd.config.datasets import (
+    AnySplit,
+    Count,
+    DatasetSection,
+    Generate,
+    Positive,
+    Whole,
+    check_splits,
+)
+from kd.problems.spec import ProblemSpec
+from kd.registry import Entry
+
+
+class SaliencySection(DatasetSection):
+    """Pictures with people's fixations, in the layout that they are published in."""
+
+    layout: Literal["osie", "salicon", "mit1003", "cat2000", "synthetic"] = Field(
+        description="synthetic: a gaze model looks at the objects of COCO-format data"
+    )
+    train: AnySplit = Field("train", description="name of the split; of synthetic: its two paths")
+    val: AnySplit = "val"
+    generate: Generate | None = Field(None, description="only for the embedded scenes")
+    size: tuple[Count, Count] = Field(
+        description="height and width that pictures are scaled into, their aspect kept; training "
+        "pictures are padded to it"
+    )
+    degree: Positive = Field(
+        description="pixels of the files that a degree of visual angle has: the standard deviation "
+        "of the Gaussian around each fixation"
+    )
+    maps: Literal["fixations", "published"] = Field(
+        "fixations", description="densities: drawn around the fixations, or the published maps"
+    )
+    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="of the pictures, drawn by name where a layout has no val split"
+    )
+    split_seed: Whole = Field(0, description="of that draw")
+    augment: dict[str, Any] | None = Field(
+        default_factory=dict, description="options of kd.transforms.crops.Flips; null = none"
+    )
+
+    @model_validator(mode="after")
+    def _splits_fit_layout(self) -> SaliencySection:
+        check_splits(self, self.layout, drawn="synthetic")
+        if self.layout == "synthetic" and self.maps == "published":
+            raise ValueError("maps: layout synthetic has none that are published")
+        return self
+
+
+SPEC = ProblemSpec(
+    name="saliency",
+    help="fixations of people",
+    data=SaliencySection,
+    tasks={"saliency": Entry("kd.problems.saliency.task:Saliency", "map where people look")},
+    implementation="kd.problems.saliency.problem:PROBLEM",
+    example="scenes_gaze",
+)

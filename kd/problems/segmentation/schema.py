@@ -1,0 +1,46 @@
+"""Semantic segmentation: the data section and the task. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kd.config.datasets import AnySplit, Count, DatasetSection, Generate, check_splits
+from kd.problems.spec import ProblemSpec
+from kd.registry import Entry
+
+
+class SegmentationSection(DatasetSection):
+    """Pictures with the class of each pixel, in the layout that they are published in."""
+
+    layout: Literal["camvid", "cityscapes", "ade20k", "voc2012", "coco"] = Field(
+        description="coco: maps are drawn from the annotations, smaller objects on top"
+    )
+    train: AnySplit = Field("train", description="name of the split; of coco: its two paths")
+    val: AnySplit = "val"
+    generate: Generate | None = Field(None, description="only for the embedded scenes")
+    size: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="pixels of the long side that models see; null: as the files are"
+    )
+    crop: tuple[Count, Count] = Field(description="height and width of what is trained on, pixels")
+    augment: dict[str, Any] | None = Field(
+        default_factory=dict, description="options of kd.transforms.crops.Crops; null = crops alone"
+    )
+
+    @model_validator(mode="after")
+    def _splits_fit_layout(self) -> SegmentationSection:
+        check_splits(self, self.layout, drawn="coco")
+        return self
+
+
+SPEC = ProblemSpec(
+    name="segmentation",
+    help="label maps",
+    data=SegmentationSection,
+    tasks={
+        "segmentation": Entry("kd.problems.segmentation.task:Segmentation", "classify each pixel")
+    },
+    implementation="kd.problems.segmentation.problem:PROBLEM",
+    example="scenes_maps",
+)
