@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import BaseModel
 
 from kd.config.reader import find_config
-from kd.config.recipes import DistillRecipe, TeacherRecipe, TransferRecipe
+from kd.config.recipes import DistillRecipe, Recipe, TeacherRecipe, TransferRecipe
 from kd.data.loader import collate
 from kd.losses import kl_logits
 from kd.problems import problem
@@ -32,7 +31,7 @@ IN_TORCHDISTILL = {
     f"kd.{name}"
     for name in ("kl_logits", "pixel_wise", "pair_wise", "channel_wise", "hint", "imitation")
 }
-RECIPES: dict[str, tuple[str, type[BaseModel]]] = {
+RECIPES: dict[str, tuple[str, type[Recipe]]] = {
     "train_teacher": ("teacher", TeacherRecipe),
     "distill": ("student", DistillRecipe),
     "transfer": ("task", TransferRecipe),
