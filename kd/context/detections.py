@@ -20,7 +20,6 @@ import torch
 from pycocotools import mask as coco_masks
 
 from kd.context.query import Question, expectations
-from kd.data.open_files import train_annotations
 from kd.engine.checkpoint import Progress
 from kd.engine.progress import ProgressBar
 from kd.errors import UserError
@@ -141,7 +140,7 @@ def _save(path: Path, answers: npt.NDArray[np.float32], question: Ints) -> None:
 
 def _models(teacher: TrainedTeacher, truth: Truth) -> list[torch.nn.Module]:
     """The teacher, or its fold models where these are the images it was trained on."""
-    train = train_annotations(teacher.objects)
+    train = teacher.problem.train_annotations(teacher.section)
     same = train is not None and read_json(train)[1] == read_json(truth.path)[1]
     if not same:
         return [teacher.model]

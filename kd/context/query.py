@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.data.loader import Sample, collate, to_device
-from kd.problems.base import Task, named
-from kd.problems.objects.context import ContextMap, ContextPixels
-from kd.problems.objects.schema import ObjectsSection
+from kd.problems.base import HiddenObjects, Task, context_task, named
 from kd.runs.load_teacher import TrainedTeacher
 from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
 from kd.utils.images import grey_image, resize, scaled_size
 
-# Pixel logits that one pass may give, K * C * S * S: half a gigabyte as float32, and decoding takes
+# Outputs of one pass, K * C * S * S of pixel logits: half a gigabyte as float32, and decoding takes
 # it once more.
-MOST_PIXEL_LOGITS = 1 << 27
+MOST_OUTPUTS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,9 @@ def expectations(
     Yields:
         Log-probabilities (K, C), float32 on the CPU, for each question, in order.
     """
-    data, task = teacher.objects, teacher.task
-    # Not every task names its classes in the protocol; all of the catalogue have them.
-    num_classes = int(getattr(task, "num_classes"))  # noqa: B009
-    if isinstance(task, ContextPixels | ContextMap):
-        most_inputs = min(most_inputs, MOST_PIXEL_LOGITS // (num_classes * data.size**2))
+    data, task = teacher.objects, context_task(teacher)
+    num_classes = task.num_classes
+    most_inputs = min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(data.size))
     asked = _Asked(teacher, teacher.model if model is None else model, device)
     waiting: list[Sample] = []  # of the next pass
     answers: list[Tensor] = []  # of passes done, not handed out yet
@@ -117,7 +113,7 @@ def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Ite
     answers[:] = [rows]
 
 
-def _samples(question: Question, data: ObjectsSection, task: Task, most: int) -> Iterator[Sample]:
+def _samples(question: Question, data: HiddenObjects, task: Task, most: int) -> Iterator[Sample]:
     """A question as samples of docs/batch.md, of at most `most` hidden regions each."""
     size = data.size
     height, width = question.picture.shape[1:]

@@ -335,6 +335,10 @@ class Problem(ABC, Generic[D]):
         """The class names of a dataset, read without its images where that is possible."""
         return self.open(section).class_names
 
+    def train_annotations(self, section: Any) -> Path | None:
+        """The COCO JSON of the train split, where the data have one that is there."""
+        return None
+
     @abstractmethod
     def training(self, data: D, sampling: Sampling, task: Task | None = None) -> Samples:
         """Training samples; some tasks of teachers want more in them than others."""
@@ -551,8 +555,56 @@ class OnLevels(Protocol):
         ...
 
 
-def hidden_objects(teacher: Teacher) -> Any:
-    """The data section of a context teacher, by which objects are hidden.
+class HiddenObjects(Protocol):
+    """How a context teacher sees scenes: what queries need of its data section."""
+
+    @property
+    def size(self) -> int:
+        """Long side of images, pixels."""
+        ...
+
+    @property
+    def shape(self) -> Literal["box", "square", "ellipse", "segment"]:
+        """Of hidden regions."""
+        ...
+
+    @property
+    def min_share(self) -> float:
+        """Smallest hidden box in training, as a fraction of the image."""
+        ...
+
+    @property
+    def max_share(self) -> float:
+        """Largest."""
+        ...
+
+    @property
+    def images(self) -> bool:
+        """Whether images are read, or all grey."""
+        ...
+
+
+class ContextTask(Task, Protocol):
+    """A task whose outputs are about hidden objects."""
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    def outputs_per_region(self, size: int) -> int:
+        """Numbers that a model gives for one hidden region of square images of this side."""
+        ...
+
+
+def context_task(teacher: Teacher) -> ContextTask:
+    """The task of a context teacher; errors as of `hidden_objects`."""
+    hidden_objects(teacher)
+    return cast("ContextTask", teacher.task)
+
+
+def hidden_objects(teacher: Teacher) -> HiddenObjects:
+    """How a context teacher saw scenes in training.
 
     Raises:
         UserError: It was trained on another problem.
@@ -562,7 +614,7 @@ def hidden_objects(teacher: Teacher) -> Any:
             f"{teacher.folder}: trained for {teacher.problem.spec.name}; a teacher of the context "
             "of objects is needed here"
         )
-    return teacher.section
+    return cast("HiddenObjects", teacher.section)
 
 
 def top_n(classes: Classes) -> TopN:

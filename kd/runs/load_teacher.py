@@ -22,8 +22,7 @@ from kd.engine.checkpoint import load_checkpoint, load_model, load_state
 from kd.errors import UserError
 from kd.nn.inference import for_answers, in_int8
 from kd.problems import problem_of_data, problem_of_task
-from kd.problems.base import Batch, Dataset, Problem, Task, hidden_objects
-from kd.problems.objects.schema import ObjectsSection
+from kd.problems.base import Batch, Dataset, HiddenObjects, Problem, Task, hidden_objects
 from kd.problems.objects.transfer_trunk import teacher_recipe
 from kd.problems.recipes import section_from
 from kd.runs.folder import class_names
@@ -100,14 +99,13 @@ class TrainedTeacher:
         return self.recipe.data
 
     @property
-    def objects(self) -> ObjectsSection:
-        """The section of the data whose objects were hidden in training.
+    def objects(self) -> HiddenObjects:
+        """How it saw scenes in training, with an object hidden.
 
         Raises:
             UserError: It was trained on another problem, and cannot be queried about objects.
         """
-        section: ObjectsSection = hidden_objects(self)
-        return section
+        return hidden_objects(self)
 
     @property
     def called(self) -> str:

@@ -45,6 +45,10 @@ class ContextInputs:
     num_classes: int
     shape: Shape = "box"
 
+    def outputs_per_region(self, size: int) -> int:
+        """Numbers that a model gives for one hidden region of square images of this side."""
+        return self.num_classes
+
     def regions(self, batch: Batch) -> Tensor:
         """Hidden pixels, bool (K, H, W)."""
         return regions_of(batch, shape=self.shape)
@@ -165,6 +169,10 @@ class ContextPixels(ContextInputs):
 
     hidden_weight: float = 5.0
 
+    def outputs_per_region(self, size: int) -> int:
+        """A score of each class at each pixel."""
+        return self.num_classes * size**2
+
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """`masked_bce` over the picture's pixels, padding and inputs without labels left out."""
         rows = image_rows(batch)
@@ -216,6 +224,10 @@ class ContextMap(ContextInputs):
         """
         if not 0 <= self.class_weights <= 1:
             raise UserError(f"class_weights must be in 0..1, got {self.class_weights}")
+
+    def outputs_per_region(self, size: int) -> int:
+        """A score of each class, and of the background, at each pixel."""
+        return (1 + self.num_classes) * size**2
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """`pixel_cross_entropy` over the picture's pixels; padding and withheld labels left out."""

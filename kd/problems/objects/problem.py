@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kd.config.recipes import Model, TaskSection
-from kd.data.open_files import class_names
+from kd.data.open_files import class_names, train_annotations
 from kd.errors import UserError
 from kd.formats.class_maps import ClassMaps
 from kd.formats.splits import fold_of
@@ -63,6 +64,10 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
         """The class names, without the images."""
         return class_names(section)
+
+    def train_annotations(self, section: ObjectsSection) -> Path | None:
+        """The train split's JSON."""
+        return train_annotations(section)
 
     def training(
         self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None
