@@ -18,7 +18,7 @@ from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.coco_results import Truth, read_truth
 from kd.formats.splits import labelled_images, objects_on
 from kd.problems import problem
-from kd.problems.base import Classes, Dataset, Problem, Split
+from kd.problems.base import Classes, Dataset, HiddenObjects, Problem, Split
 from kd.problems.objects.samples import ObjectSamples
 from kd.problems.objects.schema import ObjectsSection
 
@@ -84,11 +84,11 @@ class ObjectsDataset:
         }
         return ObjectSamples(self.split(split), **{**own, **options})
 
-    def seen_as(self, seen: ObjectsSection, **changes: Any) -> ObjectsDataset:
+    def seen_as(self, seen: HiddenObjects, **changes: Any) -> ObjectsDataset:
         """The dataset at a teacher's image size and shape of hidden regions.
 
         Args:
-            seen: The section that the teacher was trained with.
+            seen: How the teacher saw scenes in training.
             changes: Further ones, of this dataset's section.
         """
         update = {"size": seen.size, "shape": seen.shape, **changes}

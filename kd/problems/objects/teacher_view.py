@@ -14,10 +14,9 @@ from torch import Tensor
 
 from kd.data.loader import Samples
 from kd.formats.coco import CocoIndex
-from kd.problems.base import Batch, Split, image_rows
+from kd.problems.base import Batch, HiddenObjects, Split, image_rows
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.samples import ObjectSamples
-from kd.problems.objects.schema import ObjectsSection
 from kd.problems.teacher_views import files_hash, mirror_images
 from kd.storage.fields import CachedField
 
@@ -35,7 +34,7 @@ class ObjectsView:
     """
 
     data: ObjectsDataset
-    seen: ObjectsSection
+    seen: HiddenObjects
     split: Split
     unit: str = "objects"
     grid: None = None

@@ -124,7 +124,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
     name: str, shape: str, photographs: ObjectsSection
 ) -> None:
     teacher = untrained(photographs, name, shape)
-    questions, samples = questions_of(open_objects(teacher.objects))
+    questions, samples = questions_of(PROBLEM.open(teacher.section))
     batch = collate(samples)
     with torch.no_grad():
         output = named(teacher.model(*teacher.task.inputs(batch)))
