@@ -101,6 +101,9 @@ class Watched:
         self.seen.append(batch)
         return dataclasses.replace(self.task, shape=self.shape).inputs(batch)  # type: ignore[no-any-return]
 
+    def outputs_per_region(self, size: int) -> int:
+        return int(self.task.outputs_per_region(size))
+
     def decode(self, output: Any, batch: Batch) -> Tensor:
         return self.task.decode(output, batch)  # type: ignore[no-any-return]
 
@@ -124,7 +127,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
     name: str, shape: str, photographs: ObjectsSection
 ) -> None:
     teacher = untrained(photographs, name, shape)
-    questions, samples = questions_of(PROBLEM.open(teacher.section))
+    questions, samples = questions_of(open_objects(photographs.model_copy(update={"shape": shape})))
     batch = collate(samples)
     with torch.no_grad():
         output = named(teacher.model(*teacher.task.inputs(batch)))
