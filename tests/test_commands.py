@@ -181,7 +181,7 @@ def test_the_cache_command_says_what_is_wrong(
     assert cache.main([*command, *place, "--dtype", "float32"]) == 0
     assert run_command(cache.main, [*command, *place]) == 2
     error = capsys.readouterr().err
-    assert "a cache of something else: dtype is 'float32' there, 'float16' here" in error
+    assert "cache of other content: dtype is 'float32' there, 'float16' here" in error
 
 
 def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(

@@ -1,9 +1,9 @@
-"""Stored outputs of a teacher as part of a sample, moved as its image was moved.
+"""Cached teacher outputs as part of a sample, transformed like its image.
 
-A stored map belongs to the whole image in its square frame, whatever scale the image is read
-at. What an augmentation did to the image is done to the map: each place of the new map is read,
-bilinearly, where the image's place came from. Whether the teacher itself would give that for the
-moved image is another matter: `kd.teacher_cache.equivariance` measures it.
+A cached map covers the whole image in its square frame, at whatever scale the image is read. The
+augmentation of the image is applied to the map by bilinear sampling at the source of each place.
+Whether the teacher would give the same for the transformed image is measured by
+`kd.teacher_cache.equivariance`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from kd.transforms.crops import Crop
 PREFIX = "stored."
 STRIDE = 8
 MIRRORED = "mirrored_"
-FINER = 1.5  # times as fine as the result are maps that are scaled down before they are read
+_DOWNSCALE_FROM = 1.5  # antialias maps that are this many times as fine as the result
 
 
 class CachedField:
     """One output of one teacher, by annotation id.
 
     Args:
-        store: Where it lies, in the field `values`; with `indices` where only the largest were
-            kept; and both again after `mirrored_` where the mirrored image was shown too.
-        name: What the sample calls it, after `stored.`.
-        channels: Of the output where only the largest of them are stored.
-        stride: Pixels of a crop to a place of the map that it gets.
+        store: Holds it in the field `values`; with `indices` if only the top k channels were
+            stored; and both again with the prefix `mirrored_` if outputs for mirrored images were
+            stored.
+        name: Key in the sample, after `stored.`.
+        channels: Channels of the output if only the top k are stored.
+        stride: Pixels of a crop per place of its map.
     """
 
     def __init__(self, store: Store, name: str, *, channels: int = 0, stride: int = STRIDE) -> None:
@@ -40,12 +41,12 @@ class CachedField:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one object's output."""
+        """Shape of one object's output."""
         stored = self.store.fields["values"].shape
         return (self.channels, *stored[1:]) if "indices" in self.store.fields else stored
 
     def whole(self) -> Tensor:
-        """The output for all objects, in the order of the store's ids."""
+        """Output for all objects, in the order of the store's ids."""
         values = torch.from_numpy(self.store.column("values"))
         if "indices" not in self.store.fields:
             return values
@@ -54,18 +55,18 @@ class CachedField:
     def __call__(
         self, object_ids: NDArray[np.int64], plan: Plan, size: tuple[int, int], frame: int
     ) -> Tensor:
-        """The output for the hidden objects of a sample, (K, C, ...).
+        """Output for the hidden objects of a sample, (K, C, ...).
 
         Args:
-            object_ids: (K,); or the ids of whatever else was stored.
-            plan: What was done to the image.
-            size: Height and width of the image before, at any scale.
+            object_ids: (K,) ids of the records.
+            plan: Augmentation of the image.
+            size: Height and width of the input image, at any scale.
             frame: Side of the square frame, pixels.
         """
-        side = ""
+        prefix = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
-            side, plan = MIRRORED, plan.of_mirrored(size)
-        values = self._read(object_ids, side)
+            prefix, plan = MIRRORED, plan.of_mirrored(size)
+        values = self._read(object_ids, prefix)
         if values.ndim == 4 and not (plan.is_identity and max(size) == frame):
             values = move_maps(values, plan, size, frame)
         return values
@@ -73,88 +74,87 @@ class CachedField:
     def cropped(
         self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int]
     ) -> Tensor:
-        """The output for a crop of an image, (1, C, h, w) on a grid of its frame.
+        """Output for a crop of an image, (1, C, h, w) on a grid over its frame.
 
         Args:
             image: Id of the image.
-            crop: What was cut out of it.
+            crop: The crop.
             size: Height and width of the image.
-            frame: Those of the crop.
+            frame: Height and width of the crop.
         """
-        side = ""
+        prefix = ""
         if crop.flip and f"{MIRRORED}values" in self.store.fields:
-            side, crop = MIRRORED, crop.of_mirrored(size)
-        values = self._read(np.array([image]), side)
+            prefix, crop = MIRRORED, crop.of_mirrored(size)
+        values = self._read(np.array([image]), prefix)
         if values.ndim != 4:
             return values
         grid = (-(-frame[0] // self.stride), -(-frame[1] // self.stride))
-        return resampled(values, crop.sources(), size, frame, grid)
+        return resample(values, crop.sources(), size, frame, grid)
 
-    def _read(self, ids: NDArray[np.int64], side: str) -> Tensor:
-        names = [name for name in self.store.fields if name.startswith(MIRRORED) is bool(side)]
+    def _read(self, ids: NDArray[np.int64], prefix: str) -> Tensor:
+        names = [name for name in self.store.fields if name.startswith(MIRRORED) is bool(prefix)]
         records = self.store.read(ids, names)
-        values = torch.from_numpy(records[f"{side}values"])
-        if f"{side}indices" in records:
-            values = expand(values, torch.from_numpy(records[f"{side}indices"]), self.channels)
+        values = torch.from_numpy(records[f"{prefix}values"])
+        if f"{prefix}indices" in records:
+            values = expand(values, torch.from_numpy(records[f"{prefix}indices"]), self.channels)
         return values
 
 
 def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Tensor:
-    """Do to maps over a frame what a plan did to the image in it.
+    """Apply a plan to maps over a frame.
 
     Args:
         maps: (K, C, h, w) over the frame of the whole image.
-        plan: What was done.
-        size: Height and width of the image before; its long side is that of the maps' frame.
+        plan: The plan.
+        size: Height and width of the input image; its long side is that of the maps' frame.
         frame: Side of the result's frame, pixels.
 
     Returns:
-        (K, C, h, w), of the same type; what comes in from outside the frame repeats its edge.
+        (K, C, h, w), same dtype; the edge is repeated outside the frame.
     """
     before, square = (max(size), max(size)), (frame, frame)
-    return resampled(maps, plan.sources(size), before, square, (maps.shape[2], maps.shape[3]))
+    return resample(maps, plan.sources(size), before, square, (maps.shape[2], maps.shape[3]))
 
 
-def resampled(
+def resample(
     maps: Tensor,
     sources: NDArray[np.float64],
     size: tuple[int, int],
     frame: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """Read maps over an image at the places that another frame's places come from.
+    """Sample maps over an image at the source of each place of another frame.
 
     Args:
         maps: (K, C, h, w) over the image.
-        sources: (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in those of the image.
+        sources: (2, 3): maps (x, y, 1) in pixels of the frame to (x, y) in pixels of the image.
         size: Height and width of the image.
-        frame: Those of the frame.
+        frame: Height and width of the frame.
         grid: Places of the result over the frame.
 
     Returns:
-        (K, C, *grid), of the same type; what comes from outside the image repeats its edge. Where
-        the result is coarser than the maps its places are means of theirs, as where a network's
-        features are scaled down.
+        (K, C, *grid), same dtype; the edge is repeated outside the image. If the result is coarser
+        than the maps, its places are averages of theirs.
     """
     steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # of the image, down, right
-    maps = _coarser(maps, steps * maps.shape[2:] / size)
+    maps = _downscale(maps, steps * maps.shape[2:] / size)
     down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
     right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])
     y, x = torch.meshgrid(down, right, indexing="ij")
     places = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # (h, w, 3)
-    came_from = places @ torch.from_numpy(sources).T
+    source_points = places @ torch.from_numpy(sources).T
     whole = torch.tensor([size[1], size[0]], dtype=torch.float64)
-    shares = (came_from / whole * 2 - 1).float()[None].expand(len(maps), -1, -1, -1)
+    coordinates = (source_points / whole * 2 - 1).float()[None].expand(len(maps), -1, -1, -1)
     moved = F.grid_sample(
-        maps.float(), shares, mode="bilinear", padding_mode="border", align_corners=False
+        maps.float(), coordinates, mode="bilinear", padding_mode="border", align_corners=False
     )
     return moved.to(maps.dtype)
 
 
-def _coarser(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    """Maps scaled down by so much along each side where that is a lot; else themselves."""
+def _downscale(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
+    """Scale maps down by the given factors where these are large; otherwise return them."""
     shape = [
-        round(side / factor) if factor > FINER else side
+        round(side / factor) if factor > _DOWNSCALE_FROM else side
         for side, factor in zip(maps.shape[2:], factors.tolist(), strict=True)
     ]
     if shape == list(maps.shape[2:]):
@@ -166,28 +166,28 @@ def _coarser(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
 
 
 def top_k_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the most likely classes, for storage.
+    """Log-probabilities of the most likely classes, for storage.
 
     Args:
         logits: (K, C, ...), or log-probabilities.
-        count: Classes that are kept, below C.
+        count: Number of classes, below C.
 
     Returns:
-        Values and indices, (K, count, ...) each; uint8 or int16 indices.
+        Values and indices, (K, count, ...) each; indices are uint8 or int16.
     """
     values, indices = logits.float().log_softmax(dim=1).topk(count, dim=1)
     return values, indices.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 
 def expand(values: Tensor, indices: Tensor, channels: int) -> Tensor:
-    """Undo `top_k_log_probs`: the rest of the probability is shared evenly by the other classes.
+    """Undo `top_k_log_probs`; the remaining probability is uniform over the other classes.
 
     Returns:
-        Log-probabilities (K, channels, ...), of the values' type.
+        Log-probabilities (K, channels, ...), of the values' dtype.
     """
-    wide = values.float()
-    rest = (1 - wide.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6)
+    values32 = values.float()
+    rest = (1 - values32.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6)
     others = (rest / (channels - values.shape[1])).log()
     whole = others.expand(-1, channels, *(-1,) * (values.ndim - 2)).clone()
-    whole.scatter_(1, indices.long(), wide)
+    whole.scatter_(1, indices.long(), values32)
     return whole.to(values.dtype)

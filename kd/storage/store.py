@@ -1,10 +1,10 @@
-"""A store of records by id: safetensors shards in a folder, on local disk or object storage.
+"""Store of records by id: safetensors shards in a folder, on local disk or object storage.
 
-Every record has the same fields, each of one type and shape; a record is read by its id, in any
-order, from any number of processes. A shard's file is named by its number and the checksum of its
-content, so that what is there is known by listing the folder, an interrupted run goes on with the
-shards that lack, and a damaged one is found, named and made again alone. The measurements by which
-the format was chosen are in `docs/results/cost.md`.
+All records have the same fields, each of one dtype and shape, and are read by id in any order from
+any number of processes. A shard's file name holds its number and the checksum of its content, so
+that listing the folder shows what is there, an interrupted run continues with the missing shards,
+and corrupt ones are found and rebuilt. The measurements behind the format are in
+`docs/results/cost.md`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TYPES = {
     "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8, "I16": np.int16,
     "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
-_FIRST_READ = 1 << 16  # one request brings the header and, in most shards, the ids
+_FIRST_READ = 1 << 16  # one request fetches the header and, in most shards, the ids
 
 
 @dataclass(frozen=True)
 class Field:
-    """Where a tensor of the file lies, and what one row of it is."""
+    """Location of a tensor in the file, and the dtype and shape of one row."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -56,9 +56,9 @@ class Shard:
     """A safetensors file whose tensors have records as their first dimension.
 
     Args:
-        url: Of the store, which tells fsspec the file system.
-        path: Of the file, as that file system names it.
-        local: Whether it can be mapped.
+        url: Of the store, which selects the fsspec file system.
+        path: Of the file, in that file system.
+        local: Whether it can be memory-mapped.
 
     Raises:
         ValueError: Not such a file.
@@ -81,7 +81,7 @@ class Shard:
         }
 
     def all(self, name: str) -> NDArray[Any]:
-        """A whole tensor.
+        """Read a whole tensor.
 
         Raises:
             KeyError: No such field.
@@ -93,7 +93,7 @@ class Shard:
     def read_into(
         self, out: Mapping[str, NDArray[Any]], places: Sequence[int], rows: Sequence[int]
     ) -> None:
-        """Put rows of the fields of `out` at its `places`."""
+        """Copy rows of the fields of `out` to its `places`."""
         starts: list[int] = []
         ends: list[int] = []
         for name in out:
@@ -122,10 +122,10 @@ class Shard:
 
 @functools.lru_cache(maxsize=64)
 def _mapped(path: str, size: int, changed: int) -> NDArray[np.uint8]:
-    """A file in memory; few at once, since each holds a descriptor.
+    """Memory-map a file; the cache limits open descriptors.
 
-    Outside of the shards, which are copied to workers; by size and time, since reading where a file
-    was cut off would end the process.
+    Not an attribute of shards, which are pickled to workers. Keyed by size and time, because
+    reading beyond the end of a truncated file would kill the process.
     """
     return np.memmap(path, np.uint8, "r")
 
@@ -147,14 +147,14 @@ class Store:
     """Records of one folder.
 
     Args:
-        url: A local path, or whatever fsspec opens: `s3://...`, `filecache::https://...`.
+        url: A local path, or any URL of fsspec: `s3://...`, `filecache::https://...`.
     """
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         try:
             _, self._root = fsspec.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # a protocol without its package, or unknown
+        except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
             raise UserError(f"{self.url}: {error}") from error
         self._local = isinstance(self._files, LocalFileSystem)
         self._shards: list[Shard] | None = None
@@ -165,17 +165,17 @@ class Store:
 
     @property
     def _files(self) -> Any:
-        """The file system; fsspec keeps one for each process, which a fork must not share."""
+        """File system; fsspec has one per process, which must not be shared across a fork."""
         return fsspec.url_to_fs(self.url)[0]
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the folder says of itself, None where there is none.
+        """Read the manifest; None if there is none.
 
         Raises:
-            UserError: Another kind of folder, or one that cannot be read.
+            UserError: Another kind of folder, or an unreadable one.
         """
         try:
             content = json.loads(self._files.cat_file(self._path(_MANIFEST)))
@@ -183,18 +183,18 @@ class Store:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.url}/{_MANIFEST}: cannot be read: {error}") from error
-        sound = isinstance(content, dict) and {"about", "shards"} <= content.keys()
-        if not sound or content.get("format") != FORMAT:
-            raise UserError(f"{self.url}: not a cache of this version of kd ({FORMAT})")
+        valid = isinstance(content, dict) and {"about", "shards"} <= content.keys()
+        if not valid or content.get("format") != FORMAT:
+            raise UserError(f"{self.url}: not a cache of format {FORMAT}")
         return dict(content)
 
     def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
-        """Start a store; shards that a deleted one left behind are no part of it.
+        """Start a store, removing shards of an earlier one.
 
         Args:
-            about: What the records follow from; another is refused later.
-            shards: How many there will be.
-            notes: Anything else to keep.
+            about: What the records depend on; `check_about` rejects any other.
+            shards: Number of shards.
+            notes: Further entries of the manifest.
         """
         for name in self._names():
             self._remove(name)
@@ -202,32 +202,32 @@ class Store:
         self._write(_MANIFEST, json.dumps(content, indent=1).encode())
 
     def check_about(self, about: Mapping[str, Any]) -> None:
-        """Refuse a store that was made of something else.
+        """Reject a store with other content.
 
         Raises:
-            UserError: It names each thing that differs.
+            UserError: Lists each difference.
         """
         manifest = self.manifest()
         there = {} if manifest is None else manifest["about"]
-        odd = [
+        differences = [
             f"{key} is {there.get(key)!r} there, {value!r} here"
             for key, value in about.items()
             if there.get(key) != value
         ]
-        if odd:
+        if differences:
             raise UserError(
-                f"{self.url}: a cache of something else: {'; '.join(odd)}. Ask for what is there, "
-                "delete the folder and it is rebuilt, or name another one"
+                f"{self.url}: cache of other content: {'; '.join(differences)}. Use matching "
+                "settings, delete the folder to rebuild it, or choose another one"
             )
 
     def present(self) -> dict[int, str]:
-        """The shards that are there: number to file name."""
+        """Existing shards: number to file name."""
         return {int(name.partition("-")[0]): name for name in self._names()}
 
     def _names(self) -> list[str]:
-        """All shard files, more than one of a number where two runs made it at once."""
+        """All shard files; two runs at once may write several for a number."""
         files = self._files
-        files.invalidate_cache(self._root)  # other processes write here too
+        files.invalidate_cache(self._root)  # other processes may write here
         try:
             names = [str(name).rsplit("/", 1)[-1] for name in files.ls(self._root, False)]
         except FileNotFoundError:
@@ -235,17 +235,17 @@ class Store:
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are still to be made."""
+        """Numbers of the missing shards."""
         manifest = self.manifest()
         there = self.present()
         return [n for n in range(manifest["shards"] if manifest else 0) if n not in there]
 
     def write_shard(self, number: int, records: Mapping[str, NDArray[Any]]) -> None:
-        """Write a shard, whole or not at all.
+        """Write a shard atomically.
 
         Args:
-            number: Which.
-            records: Fields of the same length, `ids` among them.
+            number: Its number.
+            records: Fields of equal length, including `ids`.
         """
         arrays = {name: np.ascontiguousarray(array) for name, array in records.items()}
         content = save(arrays, metadata={"format": FORMAT})
@@ -253,29 +253,29 @@ class Store:
         self._shards = None
 
     def remove_corrupt(self) -> list[str]:
-        """Check every shard's content against its name and remove those that do not agree.
+        """Verify every shard against the checksum in its name and remove corrupt ones.
 
-        Shards that were checked once and have not changed since (size and time, or what else the
-        file system tells them apart by) are not read again.
+        Shards that were verified before and have not changed since (by size and time, or by what
+        the file system offers) are not read again.
 
         Returns:
             Names of the removed shards.
         """
-        known, seen, damaged = self._verified(), {}, []
+        known, verified, corrupt = self._verified(), {}, []
         for name in self._names():
-            stamp = self._stamp(name)
-            if stamp is None or known.get(name) != stamp:
+            fingerprint = self._fingerprint(name)
+            if fingerprint is None or known.get(name) != fingerprint:
                 content = self._files.cat_file(self._path(name))
                 if _checksum(content) not in name:
-                    damaged.append(name)
+                    corrupt.append(name)
                     self._remove(name)
                     continue
-            seen[name] = stamp
-        if damaged or seen != known:
-            with contextlib.suppress(UserError):  # a place that is only read needs no notes
-                self._write(_VERIFIED, json.dumps(seen).encode())
-        self._shards = None if damaged else self._shards
-        return damaged
+            verified[name] = fingerprint
+        if corrupt or verified != known:
+            with contextlib.suppress(UserError):  # a read-only store needs no record
+                self._write(_VERIFIED, json.dumps(verified).encode())
+        self._shards = None if corrupt else self._shards
+        return corrupt
 
     def _remove(self, name: str) -> None:
         try:
@@ -290,8 +290,8 @@ class Store:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _stamp(self, name: str) -> list[int | str] | None:
-        """What changes with the file, None where the file system says nothing of the kind."""
+    def _fingerprint(self, name: str) -> list[int | str] | None:
+        """A value that changes with the file; None if the file system offers none."""
         if self._local:
             status = Path(self._path(name)).stat()
             return [status.st_size, status.st_mtime_ns]
@@ -310,13 +310,13 @@ class Store:
             raise UserError(f"{self.url}/{name}: cannot be written: {error}") from error
 
     def ids(self) -> NDArray[np.int64]:
-        """Ids of all records, in rising order."""
+        """Ids of all records, ascending."""
         self._open()
         return self._sorted
 
     @property
     def fields(self) -> dict[str, Field]:
-        """What a record consists of, its id apart."""
+        """Fields of a record, without its id."""
         self._open()
         return self._fields
 
@@ -338,26 +338,26 @@ class Store:
     def read(
         self, ids: Sequence[int] | NDArray[np.int64], names: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Records by id.
+        """Read records by id.
 
         Args:
             ids: (K,).
-            names: The fields that are wanted; all of them where not given.
+            names: Fields to read; None = all.
 
         Returns:
             Each field, in the order of `ids`: (K, *shape).
 
         Raises:
-            UserError: An id that is not there.
+            UserError: An unknown id.
         """
         shards = self._open()
         wanted = np.asarray(ids, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._sorted, wanted), max(len(self._sorted) - 1, 0))
         if not len(self._sorted) or (self._sorted[places] != wanted).any():
-            lacking = wanted[~np.isin(wanted, self._sorted)]
+            unknown = wanted[~np.isin(wanted, self._sorted)]
             raise UserError(
-                f"{self.url}: no record of {len(lacking)} objects, first {lacking[0]}; the data "
-                "set is another than the one it was made for"
+                f"{self.url}: no record of {len(unknown)} objects, first {unknown[0]}; "
+                "was it built for another dataset?"
             )
         rows = self._order[places]
         owners = np.searchsorted(self._first, rows, side="right") - 1
@@ -373,7 +373,7 @@ class Store:
             try:
                 shards[owner].read_into(found, here, (rows[here] - self._first[owner]).tolist())
             except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{self.url}: a shard that cannot be read: {error}") from error
+                raise UserError(f"{self.url}: unreadable shard: {error}") from error
         return found
 
     def _open(self) -> list[Shard]:
@@ -381,12 +381,12 @@ class Store:
         if self._shards is None:
             names = [name for _, name in sorted(self.present().items())]
             if not names:
-                raise UserError(f"{self.url}: an empty cache")
+                raise UserError(f"{self.url}: empty cache")
             try:
                 shards = [Shard(self.url, self._path(name), local=self._local) for name in names]
                 ids = [shard.all(IDS) for shard in shards]
             except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{self.url}: a shard that cannot be read: {error}") from error
+                raise UserError(f"{self.url}: unreadable shard: {error}") from error
             every = np.concatenate(ids)
             self._order = np.argsort(every, kind="stable")
             self._sorted = every[self._order]

@@ -1,7 +1,7 @@
-"""Augmentations: drawn first, then only what was drawn is done.
+"""Random augmentations: sampled as a plan, then applied.
 
-Geometry goes through torchvision's `transforms.v2.functional`, which dispatches on the type of
-its input, so that images, boxes and masks follow together; colours are `kd.transforms.augment`.
+Geometry uses torchvision's `transforms.v2.functional`, which dispatches on the input type, so that
+images, boxes and masks are moved together. Colour changes are one matrix product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 @dataclass(frozen=True, kw_only=True)
 class ColourChange:
-    """Colour changes in the order they are applied; the defaults change nothing."""
+    """Colour changes in the order of application; the defaults change nothing."""
 
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
     brightness: float = 1.0
@@ -42,21 +42,21 @@ class ColourChange:
     order: tuple[int, int, int] = (0, 1, 2)
 
     def matrix(self, mean: Matrix) -> tuple[Matrix, Matrix]:
-        """Multiply everything out.
+        """Combine all changes into an affine map.
 
         Args:
-            mean: (3,) the image's mean RGB, which contrast is stretched about.
+            mean: (3,) the image's mean RGB, the fixed point of contrast.
 
         Returns:
             Weights (3, 3) and offsets (3,) on the scale 0..255.
         """
         weight = np.eye(3) * self.brightness
         offset = np.array(self.rgb_shift) * self.brightness
-        middle = (_TO_GREY @ (weight @ mean + offset))[0]
+        centre = (_TO_GREY @ (weight @ mean + offset))[0]
         weight, offset = weight * self.contrast, offset * self.contrast
-        offset = offset + (1 - self.contrast) * middle
+        offset = offset + (1 - self.contrast) * centre
         mix = self.saturation * np.eye(3) + (1 - self.saturation) * _TO_GREY
-        mix = _turn_hue(self.hue) @ mix
+        mix = _hue_rotation(self.hue) @ mix
         if self.grey:
             mix = _TO_GREY @ mix
         mix = mix[list(self.order)]
@@ -72,13 +72,13 @@ class ColourChange:
         return changed.to(torch.uint8).view_as(image)
 
 
-def _turn_hue(turn: float) -> Matrix:
-    if not turn:
+def _hue_rotation(angle: float) -> Matrix:
+    if not angle:
         return np.eye(3)
-    cosine, sine = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+    cosine, sine = math.cos(2 * math.pi * angle), math.sin(2 * math.pi * angle)
     rotation = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
-    turned: Matrix = _FROM_YIQ @ rotation @ _TO_YIQ
-    return turned
+    rotated: Matrix = _FROM_YIQ @ rotation @ _TO_YIQ
+    return rotated
 
 
 T = TypeVar("T", bound=Tensor)  # one of torchvision's tv_tensors
@@ -91,14 +91,14 @@ _PROBABILITIES = (*_GEOMETRY, *_COLOURS, "blur")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was drawn for one image.
+    """Sampled augmentation of one image.
 
     Attributes:
         size: Height and width of the result, pixels.
         crop: Top, left, height and width of the part that is scaled to `size`.
         flip: Mirror left and right.
-        shift: Pixels to the right and down; what comes in from outside is 0.
-        angle: Degrees, anticlockwise about the middle; corners that come in are 0.
+        shift: Pixels to the right and down; vacated pixels are 0.
+        angle: Degrees, anticlockwise about the centre; vacated corners are 0.
         blur: Standard deviation in pixels, 0 for none.
         colour: Colour changes, or None.
     """
@@ -120,13 +120,13 @@ class Plan:
             moved = F.horizontal_flip(moved)
         if self.shift != (0, 0):
             right, down = self.shift
-            moved = F.crop(moved, -down, -right, *self.size)  # pads where it leaves the image
+            moved = F.crop(moved, -down, -right, *self.size)  # pads outside the image
         if self.angle:
             moved = F.rotate(moved, self.angle, interpolation=InterpolationMode.BILINEAR)
         return moved  # type: ignore[no-any-return]
 
     def image(self, image: Tensor) -> Tensor:
-        """Apply everything to (3, H, W) uint8; the result is (3, *size) uint8."""
+        """Apply everything to (3, H, W) uint8; returns (3, *size) uint8."""
         changed: Tensor = self.move(tv_tensors.Image(image)).as_subclass(Tensor)
         if self.blur:
             changed = F.gaussian_blur(changed, [_BLUR_KERNEL] * 2, [self.blur] * 2)
@@ -134,14 +134,14 @@ class Plan:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the geometry stays as it is."""
+        """Whether the geometry is unchanged."""
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 
     def of_mirrored(self, size: tuple[int, int]) -> Plan:
-        """What leads to the same result from the mirrored image, for a plan that flips.
+        """Plan that gives the same result from the mirrored image, for a plan that flips.
 
         Args:
-            size: Height and width of the image before.
+            size: Height and width of the input image.
         """
         crop = self.crop
         if crop is not None:
@@ -150,21 +150,21 @@ class Plan:
         return replace(self, flip=False, crop=crop)
 
     def sources(self, size: tuple[int, int]) -> Matrix:
-        """Where a place of the result comes from, the inverse of `boxes`.
+        """Matrix from the result to the input image, the inverse of `boxes`.
 
         Args:
-            size: Height and width of the image before.
+            size: Height and width of the input image.
 
         Returns:
-            (2, 3): takes (x, y, 1) in pixels of the result to (x, y) of the image before.
+            (2, 3): maps (x, y, 1) in pixels of the result to (x, y) of the input image.
         """
         height, width = self.size
-        # Undone in the reverse order: rotation about the middle, shift, flip, crop and scale.
-        turn = math.radians(self.angle)
-        cosine, sine = math.cos(turn), math.sin(turn)
-        middle = _translation(width / 2, height / 2)
+        # In reverse order: rotation about the centre, shift, flip, crop and scale.
+        radians = math.radians(self.angle)
+        cosine, sine = math.cos(radians), math.sin(radians)
+        centre = _translation(width / 2, height / 2)
         rotation = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
-        matrix = middle @ rotation @ np.linalg.inv(middle)
+        matrix = centre @ rotation @ np.linalg.inv(centre)
         matrix = _translation(-self.shift[0], -self.shift[1]) @ matrix
         if self.flip:
             matrix = np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]]) @ matrix
@@ -179,7 +179,7 @@ class Plan:
         return moved
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Apply the geometry to (M, 4) xyxy pixels in an image of `size`; nothing is cut off."""
+        """Apply the geometry to (M, 4) xyxy pixels in an image of `size`, without clipping."""
         canvas: Any = {"format": "XYXY", "canvas_size": size, "clamping_mode": None}
         moved: Tensor = self.move(tv_tensors.BoundingBoxes(boxes, **canvas)).as_subclass(Tensor)
         return moved
@@ -187,23 +187,22 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random augmentations of a training image that already has its working size.
+    """Random augmentation of a training image at its working size.
 
-    `flip` to `jitter` are probabilities, each drawn by itself; the rest are the extents.
+    `flip` to `jitter` are independent probabilities; the rest are magnitudes.
 
     Attributes:
         flip: Mirror left and right.
         shift: Move by up to `max_shift` of each side.
-        rotate: Turn by up to `max_angle` degrees.
-        crop: Cut out a part of `crop_scale` of the area, scale it back to the long side.
+        rotate: Rotate by up to `max_angle` degrees.
+        crop: Crop a part of `crop_scale` of the area and scale it back to the long side.
         rgb_shift: Add up to +-`max_rgb_shift` (of 255) to each channel.
         shuffle: Permute the channels.
-        grey: Drop the colour.
+        grey: Remove the colour.
         blur: Gaussian blur with a standard deviation of up to `max_blur` pixels.
         jitter: Change brightness, contrast and saturation by factors of 1 +- `max_jitter`, hue by
             up to +-`max_hue` of the colour circle.
-        min_visible: An object of which less than this share of the box stays in the image is
-            dropped.
+        min_visible: Drop objects of which less than this fraction of the box stays in the image.
     """
 
     flip: float = 0.5
@@ -225,53 +224,49 @@ class Augment:
     min_visible: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: A probability or an extent is out of range.
-        """
+        """Check the ranges."""
         for name in (*_PROBABILITIES, "max_shift", "max_jitter", "max_hue", "min_visible"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name}: {getattr(self, name)} is not in 0..1")
+                raise UserError(f"augment.{name}: got {getattr(self, name)}, expected 0 to 1")
         for name in ("max_angle", "max_rgb_shift", "max_blur"):
             if getattr(self, name) < 0:
-                raise UserError(f"augment.{name}: {getattr(self, name)} is below 0")
+                raise UserError(f"augment.{name}: got {getattr(self, name)}, expected at least 0")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(
-                f"augment.crop_scale: {self.crop_scale}: expected two shares of the area, "
+                f"augment.crop_scale: got {self.crop_scale}, expected two fractions of the area, "
                 "0 < smallest <= largest <= 1"
             )
 
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], *, frame: int | None = None
     ) -> Plan:
-        """Decide what to do with one image.
+        """Sample the augmentation of one image.
 
         Args:
-            random: Drawn from.
+            random: Random generator.
             size: Height and width of the image.
-            frame: Side of a square that the result must fit in: of a larger image a part as
-                large as the square is cut out anywhere, and no other `crop` then; None: as it is.
+            frame: Side of a square that the result must fit into: larger images are cropped to it
+                at a random position, instead of any other `crop`. None = unlimited.
         """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
-        wanted = {name: value < getattr(self, name) for name, value in chosen.items()}
-        crop = self._draw_crop(random, size) if wanted["crop"] else None
+        enabled = {name: value < getattr(self, name) for name, value in chosen.items()}
+        crop = self._draw_crop(random, size) if enabled["crop"] else None
         after = scaled_size(crop[2], crop[3], max(size)) if crop else size
         if frame is not None and max(size) > frame:
             crop = _draw_window(random, size, (min(size[0], frame), min(size[1], frame)))
             after = crop[2:]
         shift = (0, 0)
-        if wanted["shift"]:
-            across, down = random.uniform(-self.max_shift, self.max_shift, 2).tolist()
-            shift = (round(across * after[1]), round(down * after[0]))
+        if enabled["shift"]:
+            right, down = random.uniform(-self.max_shift, self.max_shift, 2).tolist()
+            shift = (round(right * after[1]), round(down * after[0]))
         return Plan(
             size=after,
             crop=crop,
-            flip=wanted["flip"],
+            flip=enabled["flip"],
             shift=shift,
-            angle=random.uniform(-self.max_angle, self.max_angle) if wanted["rotate"] else 0.0,
-            blur=random.uniform(0.0, self.max_blur) if wanted["blur"] else 0.0,
-            colour=self._draw_colour(random, wanted),
+            angle=random.uniform(-self.max_angle, self.max_angle) if enabled["rotate"] else 0.0,
+            blur=random.uniform(0.0, self.max_blur) if enabled["blur"] else 0.0,
+            colour=self._draw_colour(random, enabled),
         )
 
     def _draw_crop(
@@ -282,25 +277,25 @@ class Augment:
         return _draw_window(random, size, (height, width))
 
     def _draw_colour(
-        self, random: np.random.Generator, wanted: dict[str, bool]
+        self, random: np.random.Generator, enabled: dict[str, bool]
     ) -> ColourChange | None:
-        if not any(wanted[name] for name in _COLOURS):
+        if not any(enabled[name] for name in _COLOURS):
             return None
-        options: dict[str, Any] = {"grey": wanted["grey"]}
-        if wanted["rgb_shift"]:
+        options: dict[str, Any] = {"grey": enabled["grey"]}
+        if enabled["rgb_shift"]:
             shift = random.uniform(-self.max_rgb_shift, self.max_rgb_shift, 3)
             options["rgb_shift"] = tuple(shift.tolist())
-        if wanted["jitter"]:
+        if enabled["jitter"]:
             factors = random.uniform(1 - self.max_jitter, 1 + self.max_jitter, 3).tolist()
             options |= dict(zip(("brightness", "contrast", "saturation"), factors, strict=True))
             options["hue"] = random.uniform(-self.max_hue, self.max_hue)
-        if wanted["shuffle"]:
+        if enabled["shuffle"]:
             options["order"] = tuple(random.permutation(3).tolist())
         return ColourChange(**options)
 
 
 def build_augment(options: dict[str, Any] | None) -> Augment | None:
-    """Make the augmentations from their options; None stays None.
+    """Build the augmentation from its options; None stays None.
 
     Raises:
         UserError: An option is unknown or out of range.
@@ -310,35 +305,35 @@ def build_augment(options: dict[str, Any] | None) -> Augment | None:
     known = [field.name for field in fields(Augment)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise UserError(f"augment: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        raise UserError(f"augment: unknown {', '.join(unknown)}; expected {', '.join(known)}")
     return Augment(**options)
 
 
 def visible(
     boxes: Tensor, size: tuple[int, int], min_visible: float, *, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cut boxes at the image's border and say which keep enough.
+    """Clip boxes to the image and select those that stay visible enough.
 
     Args:
         boxes: (M, 4) xyxy pixels.
         size: Height and width of the image.
-        min_visible: Smallest share of a box's area that must stay.
-        whole: The same boxes before something else cut them, (M, 4); None: nothing has.
+        min_visible: Smallest fraction of a box's area that must stay.
+        whole: The boxes before an earlier clipping, (M, 4); None = `boxes`.
 
     Returns:
-        The cut boxes (M, 4), and (M,) bool: at least `min_visible` and one pixel stays.
+        Clipped boxes (M, 4), and (M,) bool: at least `min_visible` and one pixel stays.
     """
     limit = boxes.new_tensor([size[1], size[0]]).repeat(2)
     cut = torch.minimum(boxes.clamp(min=0), limit)
     sides = cut[:, 2:] - cut[:, :2]
     before = boxes if whole is None else whole
     area = (before[:, 2:] - before[:, :2]).prod(dim=1)
-    enough = sides.prod(dim=1) >= min_visible * area
-    return cut, enough & (sides >= 1).all(dim=1)
+    visible_enough = sides.prod(dim=1) >= min_visible * area
+    return cut, visible_enough & (sides >= 1).all(dim=1)
 
 
 def pad(image: Tensor, size: int) -> Tensor:
-    """Pad (C, h, w) with zeros, below and right, to (C, size, size)."""
+    """Zero-pad (C, h, w) below and on the right to (C, size, size)."""
     padded = image.new_zeros((image.shape[0], size, size))
     padded[:, : image.shape[1], : image.shape[2]] = image
     return padded
@@ -347,7 +342,7 @@ def pad(image: Tensor, size: int) -> Tensor:
 def _draw_window(
     random: np.random.Generator, size: tuple[int, int], part: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of an image, anywhere in it."""
+    """Sample top, left, height and width of a window of the given size."""
     top = int(random.integers(size[0] - part[0] + 1))
     left = int(random.integers(size[1] - part[1] + 1))
     return top, left, *part

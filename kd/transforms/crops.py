@@ -1,4 +1,4 @@
-"""Random crops of an image and its map at random scales, or the whole of both, for training."""
+"""Random crops of an image and its map at random scales, and random flips of whole images."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kd.utils.images import VOID
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """What was drawn for one image.
+    """Sampled crop of one image.
 
     Attributes:
-        window: Top, left, height and width of what is cut out, pixels of the file.
-        size: Height and width it is scaled to; the frame is filled up below and right.
+        window: Top, left, height and width of the crop, pixels of the file.
+        size: Height and width it is scaled to; the rest of the frame is filled.
         flip: Mirror left and right.
         upside_down: Mirror top and bottom.
         colour: Colour changes, or None.
@@ -37,33 +37,33 @@ class Crop:
     upside_down: bool = False
     colour: ColourChange | None = None
 
-    def image(self, picture: Tensor, frame: tuple[int, int]) -> Tensor:
-        """(3, H, W) uint8 to (3, *frame), 0 where nothing is left."""
-        part = F.resized_crop(picture, *self.window, size=list(self.size), antialias=True)
+    def image(self, pixels: Tensor, frame: tuple[int, int]) -> Tensor:
+        """(3, H, W) uint8 to (3, *frame), filled with 0."""
+        part = F.resized_crop(pixels, *self.window, size=list(self.size), antialias=True)
         part = part if self.colour is None else self.colour(part)
         return self.placed(part, frame)
 
     def label_map(self, labels: Tensor, frame: tuple[int, int]) -> Tensor:
-        """(H, W) uint8 to `frame`, by nearest neighbours, `VOID` where nothing is left."""
+        """(H, W) uint8 to `frame`, nearest neighbour, filled with `VOID`."""
         nearest = InterpolationMode.NEAREST_EXACT
         part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
         return self.placed(part, frame, fill=VOID)[0]
 
     def placed(self, part: Tensor, frame: tuple[int, int], *, fill: int = 0) -> Tensor:
-        """What was cut out and scaled, (C, *size), mirrored as drawn and put into a frame.
+        """Mirror a scaled crop (C, *size) as sampled and place it into a frame.
 
         Returns:
-            (C, *frame), `fill` below and right of it.
+            (C, *frame), `fill` below and on the right.
         """
         part = F.horizontal_flip(part) if self.flip else part
         part = F.vertical_flip(part) if self.upside_down else part
-        return _filled(part, frame, fill)
+        return _fit(part, frame, fill)
 
     def sources(self) -> NDArray[np.float64]:
-        """Where a place of the crop's frame comes from.
+        """Matrix from the frame to the file.
 
         Returns:
-            (2, 3): takes (x, y, 1) in pixels of the frame to (x, y) in pixels of the file.
+            (2, 3): maps (x, y, 1) in pixels of the frame to (x, y) in pixels of the file.
         """
         top, left, height, width = self.window
         across, down = width / self.size[1], height / self.size[0]
@@ -73,7 +73,7 @@ class Crop:
         return np.array([[across, 0.0, left], row])
 
     def of_mirrored(self, size: tuple[int, int]) -> Crop:
-        """What leads to the same result from the mirrored image, for a crop that flips.
+        """Crop that gives the same result from the mirrored image, for a crop that flips.
 
         Args:
             size: Height and width of the image.
@@ -84,14 +84,14 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """How training images are cut; the defaults are those of structured distillation.
+    """Distribution of training crops; the defaults are those of structured distillation.
 
     Attributes:
-        scale: Smallest and largest factor on the working size.
-        flip: Probability to mirror.
-        jitter: Probability to change brightness, contrast and saturation by factors of 1 +-
+        scale: Smallest and largest scale, relative to the working size.
+        flip: Probability of mirroring.
+        jitter: Probability of changing brightness, contrast and saturation by factors of 1 +-
             `max_jitter`.
-        max_jitter: See there.
+        max_jitter: See `jitter`.
     """
 
     scale: tuple[float, float] = (0.5, 2.1)
@@ -100,14 +100,10 @@ class Crops:
     max_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: One is out of range.
-        """
+        """Check the ranges."""
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise UserError(f"augment.scale: {self.scale}: expected 0 < smallest <= largest")
-        _check_shares(self, ("flip", "jitter", "max_jitter"))
+            raise UserError(f"augment.scale: got {self.scale}, expected 0 < smallest <= largest")
+        _check_fractions(self, ("flip", "jitter", "max_jitter"))
 
     def draw(
         self,
@@ -117,24 +113,24 @@ class Crops:
         *,
         factor: float = 1.0,
     ) -> Crop:
-        """Decide what to do with one image.
+        """Sample a crop.
 
         Args:
-            random: Drawn from.
+            random: Random generator.
             size: Height and width of the file.
-            frame: Of the result.
-            factor: Working size over the file's size, by which every scale is multiplied.
+            frame: Height and width of the result.
+            factor: Working size over the file's size; multiplies every scale.
         """
         scale = factor * random.uniform(*self.scale)
         places = random.random(2).tolist()
         flip, jitter = (random.random(2) < (self.flip, self.jitter)).tolist()
-        colour = _jittered(random, self.max_jitter)
+        colour = _random_colour(random, self.max_jitter)
         sides = [min(side, max(1, round(to / scale))) for side, to in zip(size, frame, strict=True)]
         starts = [
             round(place * (side - part))
             for place, side, part in zip(places, size, sides, strict=True)
         ]
-        # What is cut out fills the frame: rounding must not leave a line of void in it.
+        # The crop fills the frame: rounding must not leave a line of void.
         scaled = [
             to if part < side else min(to, max(1, round(part * scale)))
             for side, part, to in zip(size, sides, frame, strict=True)
@@ -149,13 +145,13 @@ class Crops:
 
 @dataclass(frozen=True, kw_only=True)
 class Flips:
-    """How whole training images are changed; the defaults are those of saliency students.
+    """Distribution of flips of whole images; the defaults are those of saliency students.
 
     Attributes:
-        flip: Probability to mirror left and right.
-        upside_down: Probability to mirror top and bottom.
-        jitter: As of `Crops`.
-        max_jitter: See there.
+        flip: Probability of mirroring left and right.
+        upside_down: Probability of mirroring top and bottom.
+        jitter: As in `Crops`.
+        max_jitter: As in `Crops`.
     """
 
     flip: float = 0.5
@@ -164,26 +160,22 @@ class Flips:
     max_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: One is out of range.
-        """
-        _check_shares(self, ("flip", "upside_down", "jitter", "max_jitter"))
+        """Check the ranges."""
+        _check_fractions(self, ("flip", "upside_down", "jitter", "max_jitter"))
 
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
     ) -> Crop:
-        """Decide what to do with one image.
+        """Sample the changes of one image.
 
         Args:
-            random: Drawn from.
+            random: Random generator.
             size: Height and width of the file.
-            scaled: Those that it is scaled to.
+            scaled: Height and width of the result.
         """
         chances = (self.flip, self.upside_down, self.jitter)
         flip, upside_down, jitter = (random.random(3) < chances).tolist()
-        colour = _jittered(random, self.max_jitter)
+        colour = _random_colour(random, self.max_jitter)
         return Crop(
             window=(0, 0, *size), size=scaled, flip=flip, upside_down=upside_down,
             colour=colour if jitter else None,
@@ -191,7 +183,7 @@ class Flips:
 
 
 def build_flips(options: dict[str, Any] | None) -> Flips:
-    """How whole images are changed, from the options; None: not at all.
+    """Build flips from options; None = no changes.
 
     Raises:
         UserError: An option is unknown, of a wrong type or out of range.
@@ -202,20 +194,20 @@ def build_flips(options: dict[str, Any] | None) -> Flips:
     return Flips(**options)
 
 
-def _jittered(random: np.random.Generator, most: float) -> ColourChange:
+def _random_colour(random: np.random.Generator, most: float) -> ColourChange:
     changes = random.uniform(1 - most, 1 + most, 3).tolist()
     names = ("brightness", "contrast", "saturation")
     return ColourChange(**dict(zip(names, changes, strict=True)))
 
 
-def _check_shares(options: Crops | Flips, names: Sequence[str]) -> None:
+def _check_fractions(options: Crops | Flips, names: Sequence[str]) -> None:
     for name in names:
         if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"augment.{name}: {getattr(options, name)} is not in 0..1")
+            raise UserError(f"augment.{name}: got {getattr(options, name)}, expected 0 to 1")
 
 
 def build_crops(options: dict[str, Any] | None) -> Crops:
-    """How images are cut, from the options; None: at one scale, nothing else changed.
+    """Build crops from options; None = scale 1 and no other changes.
 
     Raises:
         UserError: An option is unknown, of a wrong type or out of range.
@@ -226,7 +218,7 @@ def build_crops(options: dict[str, Any] | None) -> Crops:
     return Crops(**options)
 
 
-def _filled(part: Tensor, frame: tuple[int, int], value: int) -> Tensor:
+def _fit(part: Tensor, frame: tuple[int, int], value: int) -> Tensor:
     if part.shape[-2:] == torch.Size(frame):
         return part
     filled = part.new_full((part.shape[0], *frame), value)

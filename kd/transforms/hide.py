@@ -1,8 +1,8 @@
-"""Hiding objects and drawing dense targets, on the device the batch lies on.
+"""Hide objects and draw dense targets, on the device of the batch.
 
-One rounding rule everywhere: pixel (row r, column c) belongs to a shape if the shape holds its
-centre, (c + 0.5, r + 0.5); a box includes its left and upper edge, not its right and lower one.
-A shape too small to hold any centre gets the pixel at its middle, so that something is hidden.
+Rounding: pixel (row r, column c) belongs to a shape if its centre (c + 0.5, r + 0.5) does; a box
+includes its left and upper edge and excludes its right and lower edge. A shape that contains no
+pixel centre gets the pixel at its centre, so that something is hidden.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHAPES: tuple[str, ...] = get_args(Shape)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_TINY_SHARE = 1e-6
+_TINY = 1e-6
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -35,28 +35,27 @@ def normalise(images: Tensor) -> Tensor:
     Returns:
         (N, 3, H, W) float32.
     """
-    shift, scale = _shift_and_scale(images.device)
+    shift, scale = _mean_and_scale(images.device)
     return images.float().sub_(shift).mul_(scale)
 
 
-@functools.cache
-def _shift_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kept for good, for a copy to a GPU waits for all that it still has to do."""
+@functools.cache  # a copy to a GPU in each step would synchronise with it
+def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
     return mean * 255, 1 / (std * 255)
 
 
 def hide_fraction(progress: float, *, start: float, until: float) -> float:
-    """Partial masking's schedule: the share of a region to hide, growing linearly to all of it.
+    """Schedule of partial masking: the fraction of a region to hide grows linearly to 1.
 
     Args:
-        progress: Share of training done, 0..1.
-        start: Share hidden at progress 0.
-        until: Progress from which on everything is hidden.
+        progress: Fraction of training done, 0..1.
+        start: Fraction hidden at progress 0.
+        until: Progress from which everything is hidden.
 
     Returns:
-        Share of the region's area, 0..1.
+        Fraction of the region's area, 0..1.
     """
     if progress >= until:
         return 1.0
@@ -68,19 +67,19 @@ def hidden_regions(
     size: tuple[int, int],
     *,
     shape: str = "box",
-    share: Tensor | None = None,
+    fraction: Tensor | None = None,
 ) -> Tensor:
     """Draw the region to hide for each box.
 
-    Every shape covers its whole box, so that no part of the object stays visible: `square` has
-    the box's longer side and its centre; `ellipse` is the smallest ellipse around the box, whose
-    axes are sqrt(2) times the box's sides. What leaves the frame is cut off.
+    Every shape covers its whole box, so that no part of the object stays visible: `square` has the
+    box's longer side and its centre; `ellipse` is the smallest ellipse around the box, with axes
+    sqrt(2) times the box's sides. Regions are clipped to the frame.
 
     Args:
         boxes: (K, 4) xyxy pixels.
         size: Height and width of the frame.
-        shape: `box`, `square` or `ellipse`; exact segments come as masks (`shrink_masks`).
-        share: (K,) share of the region's area to hide, kept at its centre; None hides all.
+        shape: `box`, `square` or `ellipse`; segments come as masks (`shrink_masks`).
+        fraction: (K,) fraction of the region's area to hide, around its centre; None = all.
 
     Returns:
         (K, H, W) bool, at least one pixel in each.
@@ -89,14 +88,16 @@ def hidden_regions(
         UserError: The shape is unknown.
     """
     if shape not in SHAPES or shape == "segment":
-        raise UserError(f"shape {shape!r} cannot be drawn from a box; use box, square or ellipse")
+        raise UserError(
+            f"shape {shape!r} cannot be drawn from a box; expected box, square or ellipse"
+        )
     own_sides = boxes[:, 2:] - boxes[:, :2]
     sides = own_sides
     if shape == "square":
         sides = sides.amax(dim=1, keepdim=True).expand_as(sides)
-    if share is not None:
-        sides = sides * share.clamp(0, 1).sqrt()[:, None]
-    grow = (sides - own_sides) / 2  # exactly 0 where nothing changes, so edges stay on their side
+    if fraction is not None:
+        sides = sides * fraction.clamp(0, 1).sqrt()[:, None]
+    grow = (sides - own_sides) / 2  # exactly 0 if nothing changes, so that edges are not rounded
     drawn = _draw_boxes(torch.cat([boxes[:, :2] - grow, boxes[:, 2:] + grow], dim=1), size)
     if shape == "ellipse":
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -104,18 +105,18 @@ def hidden_regions(
     return drawn
 
 
-def shrink_masks(masks: Tensor, boxes: Tensor, share: Tensor) -> Tensor:
-    """Scale masks about their boxes' centres so that a share of their area remains.
+def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
+    """Scale masks about their boxes' centres so that a fraction of their area remains.
 
     Args:
         masks: (K, H, W) bool.
         boxes: (K, 4) xyxy pixels.
-        share: (K,) share of the area to keep, 1 changes nothing.
+        fraction: (K,) fraction of the area to keep; 1 changes nothing.
 
     Returns:
         (K, H, W) bool.
     """
-    scale = share.clamp(_TINY_SHARE, 1).rsqrt()[:, None]
+    scale = fraction.clamp(_TINY, 1).rsqrt()[:, None]
     height, width = masks.shape[-2:]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     columns = centre[:, :1] + (_centres(width, boxes) - centre[:, :1]) * scale  # (K, W)
@@ -128,11 +129,11 @@ def shrink_masks(masks: Tensor, boxes: Tensor, share: Tensor) -> Tensor:
 
 
 def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
-    """The regions to hide in a loader's batch, each reduced to its `hide_fraction`.
+    """Regions to hide in a batch, each reduced to its `hide_fraction`.
 
     Args:
         batch: As in docs/batch.md, on any device.
-        shape: `box`, `square`, `ellipse`, or `segment` where the batch has `segments`.
+        shape: `box`, `square`, `ellipse`, or `segment` if the batch has `segments`.
 
     Returns:
         (K, H, W) bool, one for each entry of `hidden`.
@@ -140,27 +141,27 @@ def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
     Raises:
         UserError: The shape is unknown.
     """
-    boxes, share = batch["boxes"][batch["hidden"]], batch["hide_fraction"]
+    boxes, fraction = batch["boxes"][batch["hidden"]], batch["hide_fraction"]
     if shape == "segment":
-        return shrink_masks(batch["segments"], boxes, share)
+        return shrink_masks(batch["segments"], boxes, fraction)
     height, width = batch["images"].shape[-2:]
-    return hidden_regions(boxes, (height, width), shape=shape, share=share)
+    return hidden_regions(boxes, (height, width), shape=shape, fraction=fraction)
 
 
 def hide(images: Tensor, image_of: Tensor, regions: Tensor) -> Tensor:
-    """Make a context teacher's input: one copy of an image for each object to hide.
+    """Build a context teacher's input: one copy of an image for each object to hide.
 
     Args:
         images: (N, 3, H, W) normalised.
-        image_of: (K,) int64, which image each region is hidden in.
+        image_of: (K,) int64, the image of each region.
         regions: (K, H, W) bool.
 
     Returns:
-        (K, 4, H, W) of the images' type: RGB, 0 in the region (after normalisation, so neither
-        black nor padding), and a channel that is 1 in the region.
+        (K, 4, H, W) of the images' dtype: RGB, 0 in the region (the mean colour, so neither black
+        nor padding), and a channel that is 1 in the region.
     """
-    seen = images[image_of].mul_(~regions[:, None])
-    return torch.cat([seen, regions[:, None].to(images.dtype)], dim=1)
+    visible = images[image_of].mul_(~regions[:, None])
+    return torch.cat([visible, regions[:, None].to(images.dtype)], dim=1)
 
 
 def class_maps(
@@ -173,17 +174,17 @@ def class_maps(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Draw every object's box on its class's map; boxes that overlap give several classes.
+    """Draw every object's box on its class's map; overlapping boxes give several classes.
 
     Args:
         boxes: (M, 4) xyxy pixels.
-        labels: (M,) int64; an object with label -1 is not drawn.
+        labels: (M,) int64; objects with label -1 are not drawn.
         image_of: (M,) int64.
         num_images: N.
         num_classes: C.
         size: Height and width.
-        out: A result of an earlier call to write over. On a CPU, getting fresh memory for maps
-            costs several times the drawing.
+        out: Result of an earlier call to overwrite. On a CPU, allocating maps costs several times
+            the drawing.
 
     Returns:
         (N, C, H, W) bool.
@@ -197,14 +198,14 @@ def class_maps(
         out.zero_()
     drawn = _draw_boxes(boxes, size, labels >= 0)
     where = (image_of, labels.clamp(min=0))
-    return out.index_put_(where, drawn, accumulate=True)  # adding bools is a logical or
+    return out.index_put_(where, drawn, accumulate=True)  # for bool, accumulation is a logical or
 
 
 def valid_pixels(sizes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where the image is, as opposed to the padding below and right of it.
+    """Mask of the image as opposed to the padding below and right of it.
 
     Args:
-        sizes: (N, 2) int64, the images' heights and widths.
+        sizes: (N, 2) int64, heights and widths of the images.
         size: Height and width of the frame.
 
     Returns:
@@ -224,16 +225,16 @@ def _within(places: Tensor, length: int) -> Tensor:
 
 
 def _draw_boxes(boxes: Tensor, size: tuple[int, int], drawn: Tensor | None = None) -> Tensor:
-    rows = _between(boxes[:, 1:2], boxes[:, 3:4], size[0])
+    rows = _interval(boxes[:, 1:2], boxes[:, 3:4], size[0])
     if drawn is not None:
         rows &= drawn[:, None]
-    columns = _between(boxes[:, 0:1], boxes[:, 2:3], size[1])
-    # as bytes: on a CPU that is vectorised, eight times as fast as for bools
+    columns = _interval(boxes[:, 0:1], boxes[:, 2:3], size[1])
+    # uint8 is vectorised on CPUs, eight times as fast as bool
     crossed = rows.view(torch.uint8)[:, :, None] & columns.view(torch.uint8)[:, None, :]
     return crossed.view(torch.bool)
 
 
-def _between(low: Tensor, high: Tensor, length: int) -> Tensor:
+def _interval(low: Tensor, high: Tensor, length: int) -> Tensor:
     centres = _centres(length, low)
     inside = (centres >= low) & (centres < high)  # (K, length)
     middle = ((low + high) / 2).floor().clamp(0, length - 1)
@@ -241,7 +242,7 @@ def _between(low: Tensor, high: Tensor, length: int) -> Tensor:
 
 
 def _draw_ellipses(centre: Tensor, axes: Tensor, size: tuple[int, int]) -> Tensor:
-    axes = axes.clamp(min=_TINY_SHARE)
+    axes = axes.clamp(min=_TINY)
     across = ((_centres(size[1], axes) - centre[:, :1]) / axes[:, :1]).square()
     down = ((_centres(size[0], axes) - centre[:, 1:]) / axes[:, 1:]).square()
     return down[:, :, None] + across[:, None, :] <= 1

@@ -170,14 +170,14 @@ def test_flips_of_whole_images_occur_with_their_probability() -> None:
     ("options", "message"),
     [
         ({"jiter": 1.0}, "augment: unknown option 'jiter'; did you mean 'jitter'"),
-        ({"scale": (0.0, 1.0)}, r"augment.scale: \(0.0, 1.0\): expected 0 < smallest <= largest"),
+        ({"scale": (0.0, 1.0)}, r"augment.scale: got \(0.0, 1.0\), expected 0 < smallest <= largest"),
         ({"scale": (2.0, 1.0)}, "augment.scale: .*expected 0 < smallest <= largest"),
         ({"scale": (1.0, 1.5, 2.0)}, "augment: option 'scale' must be a list of float, float"),
         ({"scale": 1.5}, "augment: option 'scale' must be a list of float, float, got 1.5"),
-        ({"flip": 1.5}, r"augment.flip: 1.5 is not in 0..1"),
+        ({"flip": 1.5}, r"augment.flip: got 1.5, expected 0 to 1"),
         ({"flip": "often"}, "augment: option 'flip' must be float, got 'often'"),
-        ({"jitter": -0.1}, r"augment.jitter: -0.1 is not in 0..1"),
-        ({"max_jitter": 2}, r"augment.max_jitter: 2 is not in 0..1"),
+        ({"jitter": -0.1}, r"augment.jitter: got -0.1, expected 0 to 1"),
+        ({"max_jitter": 2}, r"augment.max_jitter: got 2, expected 0 to 1"),
     ],
 )
 def test_options_out_of_range_are_rejected(options: dict[str, Any], message: str) -> None:

@@ -66,7 +66,7 @@ def test_box_regions_agree_with_a_slow_loop(
     assert regions.shape == (len(boxes), *SIZE)
     for box, region in zip(boxes.tolist(), regions, strict=True):
         assert torch.equal(region, slow_region(box, SIZE))
-    assert torch.equal(regions, hidden_regions(boxes, SIZE, share=torch.ones(len(boxes))))
+    assert torch.equal(regions, hidden_regions(boxes, SIZE, fraction=torch.ones(len(boxes))))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -95,7 +95,7 @@ def test_an_ellipse_has_half_pi_times_the_area_of_its_box() -> None:
 @pytest.mark.parametrize("shape", ["box", "square", "ellipse"])
 def test_a_fraction_hides_that_fraction_around_the_same_centre(shape: str) -> None:
     boxes = torch.tensor([[40.0, 60.0, 120.0, 120.0]]).expand(2, 4)
-    whole, part = hidden_regions(boxes, (200, 200), shape=shape, share=torch.tensor([1.0, 0.25]))
+    whole, part = hidden_regions(boxes, (200, 200), shape=shape, fraction=torch.tensor([1.0, 0.25]))
     assert int(part.sum()) == pytest.approx(int(whole.sum()) / 4, rel=0.02)
     assert (whole >= part).all()
     assert torch.equal(whole, hidden_regions(boxes[:1], (200, 200), shape=shape)[0])
@@ -110,7 +110,7 @@ def test_shrinking_a_mask_gives_the_fraction_and_keeps_its_shape() -> None:
     assert torch.equal(shrink_masks(mask, box, torch.ones(1)), mask)
     half = shrink_masks(mask, box, torch.tensor([0.5]))
     assert int(half.sum()) == pytest.approx(int(mask.sum()) / 2, rel=0.05)
-    assert (hidden_regions(box, (100, 100), share=torch.tensor([0.5])) >= half).all()
+    assert (hidden_regions(box, (100, 100), fraction=torch.tensor([0.5])) >= half).all()
 
 
 def test_segments_cannot_be_drawn_from_boxes() -> None:
