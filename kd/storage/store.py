@@ -216,7 +216,7 @@ class Store:
         ]
         if differences:
             raise UserError(
-                f"{self.url}: cache of other content: {'; '.join(differences)}. Use matching "
+                f"{self.url}: a cache of other content: {'; '.join(differences)}. Use matching "
                 "settings, delete the folder to rebuild it, or choose another one"
             )
 

@@ -121,7 +121,7 @@ def _rgb_array(file: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uin
 
 def _size_message(path: Path, file: Image.Image, expected: tuple[int, int]) -> str:
     message = (
-        f"{path}: {file.width} x {file.height} pixels, "
+        f"{path}: is {file.width} x {file.height} pixels, "
         f"but the annotations say {expected[1]} x {expected[0]}"
     )
     orientation = file.getexif().get(_EXIF_ORIENTATION, 1)

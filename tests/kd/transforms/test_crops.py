@@ -170,7 +170,10 @@ def test_flips_of_whole_images_occur_with_their_probability() -> None:
     ("options", "message"),
     [
         ({"jiter": 1.0}, "augment: unknown option 'jiter'; did you mean 'jitter'"),
-        ({"scale": (0.0, 1.0)}, r"augment.scale: got \(0.0, 1.0\), expected 0 < smallest <= largest"),
+        (
+            {"scale": (0.0, 1.0)},
+            r"augment.scale: got \(0.0, 1.0\), expected 0 < smallest",
+        ),
         ({"scale": (2.0, 1.0)}, "augment.scale: .*expected 0 < smallest <= largest"),
         ({"scale": (1.0, 1.5, 2.0)}, "augment: option 'scale' must be a list of float, float"),
         ({"scale": 1.5}, "augment: option 'scale' must be a list of float, float, got 1.5"),

@@ -127,7 +127,7 @@ def test_a_folder_in_an_images_place_is_reported(tmp_path: Path) -> None:
 
 def test_another_size_than_annotated_is_named_with_both_sizes(tmp_path: Path) -> None:
     path = saved(tmp_path, "RGB", ".jpg")
-    with pytest.raises(UserError, match=r"80 x 60 pixels, but the annotations say 60 x 80$"):
+    with pytest.raises(UserError, match=r"is 80 x 60 pixels, but the annotations say 60 x 80$"):
         read_image(path, 48, expected=(80, 60))
 
 
