@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import run_command, set_up_logging
+from kd.config.datasets import DatasetSection
 from kd.errors import UserError, at_least
 from kd.problems.recipes import data_config
-from kd.runs.build import make_accelerator, open_data
-from kd.runs.load_teacher import check_classes, load_teacher_of
-from kd.teacher_cache.cache import Wanted, open_cache
-from kd.teacher_cache.summary import cache_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,10 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only_layers and not args.layers:
         raise UserError("--only-layers: name them with --layers")
     at_least("kd.cache", **{"--top-k": (args.top_k, 0), "--size": (args.size, 0)})
+    return _run(data_config(args.data, args.settings), args)
+
+
+def _run(section: DatasetSection, args: argparse.Namespace) -> int:
+    from kd.runs.build import make_accelerator, open_data
+    from kd.runs.load_teacher import check_classes, load_teacher_of
+    from kd.teacher_cache.cache import Wanted, open_cache
+    from kd.teacher_cache.summary import cache_summary
+
     accelerator = make_accelerator("fp32" if args.precision == "int8" else args.precision)
     set_up_logging(rank=accelerator.process_index)
     with accelerator.main_process_first():
-        data = open_data(data_config(args.data, args.settings))
+        data = open_data(section)
     teacher = load_teacher_of(args.teacher, data)
     if not args.only_layers and type(teacher.recipe.data) is type(data.section):
         check_classes(teacher, data.class_names, data.section.name)

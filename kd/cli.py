@@ -1,4 +1,4 @@
-"""Flags that all commands share, and how a user's mistake ends: one line each, exit status 2."""
+"""Parse the flags that commands share; end a user's mistake in one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from kd.config.reader import find_config, to_yaml
+from kd.config.reader import find_config, known_configs, to_yaml
+from kd.config.recipes import Model
 from kd.config.recipes import Recipe as AnyRecipe
 from kd.errors import UserError
+from kd.problems import PROBLEMS, spec_of_task, tasks
 from kd.problems.recipes import load_recipe, recipe_schema
+from kd.registry import Entry, check_problem
+from students import STUDENTS
+from teachers import TEACHERS
 
 Recipe = TypeVar("Recipe", bound=AnyRecipe)
 Main = Callable[[Sequence[str] | None], int]
@@ -29,7 +34,7 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: {line}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; started again it goes on, training with --resume\n")
+        sys.stderr.write("interrupted; run it again to continue, training with --resume\n")
         return 130
     except BrokenPipeError:  # `| head` has seen enough; Python must not complain when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,17 +42,17 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
 
 
 class _Once(logging.Filter):
-    """What was said is not said again: several runs of a command may open the same data set."""
+    """Drop repeated lines: several runs of a command may open the same dataset."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a line is a warning, or new."""
         text = record.getMessage()
-        new = record.levelno > logging.INFO or text not in self._said
-        self._said.add(text)
+        new = record.levelno > logging.INFO or text not in self._seen
+        self._seen.add(text)
         return new
 
 
@@ -60,6 +65,56 @@ def set_up_logging(*, verbose: bool = False, rank: int = 0) -> None:
     logging.getLogger("kd").setLevel(level)
 
 
+class _List(argparse.Action):
+    """Print the names that a command takes, and stop."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        sys.stdout.write(names(self.const))
+        parser.exit()
+
+
+def add_list(parser: argparse.ArgumentParser, *kinds: str) -> None:
+    """Add the flag `--list`; `kinds` are keys of `registries`, or folders of configs/."""
+    text = f"print the names of {', '.join(kinds)}, and stop"
+    parser.add_argument("--list", action=_List, nargs=0, const=kinds, help=text)
+
+
+def registries() -> dict[str, tuple[Mapping[str, Entry], str]]:
+    """Each registry that recipes name things of, and the key that takes its names."""
+    return {
+        "problems": (PROBLEMS, "package.module:SPEC of your own is a task"),
+        "tasks": (tasks(), "task.name"),
+        "students": (STUDENTS, "student.name"),
+        "teachers": (TEACHERS, "teacher.name of configs/teacher"),
+    }
+
+
+def names(kinds: Sequence[str]) -> str:
+    """A list of names with a line of help each, one list for each kind."""
+    blocks = []
+    for kind in kinds:
+        entries, where = registries().get(kind, ({}, f"configs/{kind}"))
+        lines = {name: entry.help for name, entry in entries.items()}
+        lines = lines or {name: _about(kind, name) for name in known_configs(kind)}
+        width = max(map(len, lines))
+        listed = [f"  {name:{width}}  {text}".rstrip() for name, text in lines.items()]
+        blocks.append("\n".join([f"{kind} ({where}):", *listed]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _about(kind: str, name: str) -> str:
+    """The first sentence of the comment that a file of configs/ begins with."""
+    comment = []
+    for line in find_config(kind, name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "yaml-language-server" in line:
+            continue
+        comment.append(line.removeprefix("#").strip())
+    text = " ".join(comment).partition(". ")[0].partition(": ")[0]
+    return f"{text[:76]}..." if len(text) > 79 else text
+
+
 def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags of a command that runs a recipe of configs/KIND."""
     model = {"distill": "student", "transfer": "task"}.get(kind, "teacher")
@@ -70,6 +125,7 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
     )
     which.add_argument("--config", type=Path, metavar="PATH", help="a recipe of your own")
     which.add_argument("--schema", action="store_true", help="print the recipes' JSON schema")
+    add_list(parser, kind, "data", "tasks", "teachers" if kind == "teacher" else "students")
     parser.add_argument(
         "--data", metavar="NAME", help="configs/data/NAME.yaml, or a .yaml file (default: recipe's)"
     )
@@ -78,7 +134,7 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
         help="change one value; repeatable",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: below runs/)")
-    parser.add_argument("--resume", action="store_true", help="go on where --out stopped")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --out")
     parser.add_argument("--print-config", action="store_true", help="print the recipe and stop")
     parser.add_argument("--verbose", action="store_true")
     return parser
@@ -87,16 +143,42 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
 def read_recipe(
     args: argparse.Namespace, model: type[Recipe], kind: str, settings: Sequence[str] = ()
 ) -> Recipe | None:
-    """The recipe that the flags ask for; None where it or its schema was only to be printed."""
+    """Read the recipe that the flags name, and check its keys and all names of ours.
+
+    Returns:
+        None where the recipe or its schema was only to be printed.
+
+    Raises:
+        UserError: One line per mistake.
+    """
     if args.schema:
         sys.stdout.write(json.dumps(recipe_schema(model), indent=2) + "\n")
         return None
     path = args.config or find_config(kind, args.recipe)
     recipe = load_recipe(model, path, data=args.data, settings=[*args.settings, *settings])
+    check_names(recipe)
     if args.print_config:
         sys.stdout.write(to_yaml(recipe))
         return None
     return recipe
+
+
+def check_names(recipe: AnyRecipe) -> None:
+    """Check the names of models that a recipe has; foreign ones are imported later.
+
+    Raises:
+        UserError: One line per mistake, with the names there are.
+    """
+    problem, mistakes = spec_of_task(recipe.task.name).name, []
+    for what, registry in (("student", STUDENTS), ("teacher", TEACHERS)):
+        model = getattr(recipe, what, None)
+        if isinstance(model, Model):
+            try:
+                check_problem(registry, model.name, problem, what=what)
+            except UserError as error:
+                mistakes.append(f"{what}.name: {error}")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
 
 
 def numbers(flag: str, text: str | None) -> tuple[float, ...]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,15 +13,7 @@ from pathlib import Path
 
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config.recipes import DistillRecipe
-from kd.evaluation.draw import write_overlays
-from kd.experiments.variants import Distillation
-from kd.problems.objects.transfer_trunk import resolved
 from kd.registry import look_up
-from kd.report.tables import distill_table, print_table
-from kd.runs.build import make_accelerator, open_data
-from kd.runs.load_teacher import RUNS
-from kd.runs.read import read_distill
-from kd.runs.setup import open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,10 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = read_recipe(args, DistillRecipe, "distill", extra)
     if recipe is None:
         return 0
-    recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
     if args.ablation:
         variants = look_up(recipe.ablations, args.ablation, what="ablation of this recipe")
         recipe = recipe.model_copy(update={"variants": ("plain", *variants)})
+    return _run(recipe, args)
+
+
+def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
+    from kd.evaluation.draw import write_overlays
+    from kd.experiments.variants import Distillation
+    from kd.problems.objects.transfer_trunk import resolved
+    from kd.report.tables import distill_table, print_table
+    from kd.runs.build import make_accelerator, open_data
+    from kd.runs.load_teacher import RUNS
+    from kd.runs.read import read_distill
+    from kd.runs.setup import open_run
+
+    recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

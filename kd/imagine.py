@@ -13,10 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import run_command, set_up_logging
-from kd.context.photo import KnownObjects, open_photograph
-from kd.context.session import Imagination, Wanted, names_of_outputs, read_wanted
 from kd.errors import UserError, at_least
-from kd.runs.load_teacher import latest_teacher
 
 _log = logging.getLogger("kd")
 
@@ -27,6 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     random = 1 if args.random is None else args.random
     at_least("kd.imagine", **{"--top": (args.top, 1), "--random": (random, 1)})
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kd.context.photo import KnownObjects, open_photograph
+    from kd.context.session import Imagination, names_of_outputs, read_wanted
+    from kd.runs.load_teacher import latest_teacher
+
     teacher = args.teacher
     if teacher is None:
         teacher = latest_teacher()
@@ -71,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
                       help="corners in pixels")  # fmt: skip
     what.add_argument("--mask", action="append", default=[], type=Path, metavar="FILE",
                       help="picture of the same size, other than 0 where hidden")  # fmt: skip
-    what.add_argument("--random", type=int, metavar="N", help=Wanted.RANDOM)
+    what.add_argument("--random", type=int, metavar="N", 
+                      help="N random boxes, of 1 %% of the image up to the largest object of the "
+                      "teacher's training (default: 3 if nothing else is given)")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="of the random ones (default: 0)")
     what.add_argument("--top", type=int, default=10, help="classes to list (default: 10)")
     where = parser.add_argument_group("where a class is expected")

@@ -14,16 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import run_command, set_up_logging
-from kd.context.detections import Asking
-from kd.context.fit_rescore import Split, cross_fitted, fitted_elsewhere
-from kd.context.rescore import STRENGTHS, settings_of
-from kd.context.rescore_report import change_of, change_table, curve_figure, curve_of
 from kd.errors import UserError, at_least
-from kd.formats.coco_results import write_detections
-from kd.report.style import save_figure
-from kd.report.tables import print_table
-from kd.runs.build import make_accelerator
-from kd.utils.io import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +22,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     at_least("kd.rescore", **{"--folds": (args.folds, 2), "--most": (args.most, 1),
                               "--resamples": (args.resamples, 0)})  # fmt: skip
-    elsewhere = (args.fit_detections, args.fit_annotations, args.fit_images)
-    if any(elsewhere) and not all(elsewhere):
+    fit = (args.fit_detections, args.fit_annotations, args.fit_images)
+    if any(fit) and not all(fit):
         raise UserError("--fit-detections, --fit-annotations, --fit-images: give all three or none")
     set_up_logging()
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kd.context.detections import Asking
+    from kd.context.fit_rescore import Split, cross_fitted, fitted_elsewhere
+    from kd.context.rescore import STRENGTHS, settings_of
+    from kd.context.rescore_report import change_of, change_table, curve_figure, curve_of
+    from kd.formats.coco_results import write_detections
+    from kd.report.style import save_figure
+    from kd.report.tables import print_table
+    from kd.runs.build import make_accelerator
+    from kd.utils.io import write_text
+
     device = make_accelerator("fp32").device
     asking = Asking(most=args.most, same_place=args.same_place, sure=args.sure)
 
@@ -42,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Split.open(args.teacher, detections, annotations, images, args.out.parent,
                           asking=asking, device=device, shuffled=args.shuffled)  # fmt: skip
 
+    elsewhere = (args.fit_detections, args.fit_annotations, args.fit_images)
     here = split(args.detections, args.annotations, args.images)
     settings = settings_of(args.rule)
     if all(elsewhere):

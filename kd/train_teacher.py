@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config.recipes import TeacherRecipe
-from kd.experiments.teacher import train_one
-from kd.runs.build import make_accelerator, open_data
-from kd.runs.load_teacher import default_folder
-from kd.runs.setup import open_run
-from kd.runs.train import say_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the teacher, and its fold models where the recipe has folds."""
-    about = "Train a teacher: of the context of hidden objects, or of the class of each pixel."
-    parser = recipe_parser("python -m kd.train_teacher", "teacher", about)
+    parser = recipe_parser("python -m kd.train_teacher", "teacher", "Train a teacher.")
     args = parser.parse_args(argv)
     recipe = read_recipe(args, TeacherRecipe, "teacher")
-    if recipe is None:
-        return 0
+    return 0 if recipe is None else _run(recipe, args)
+
+
+def _run(recipe: TeacherRecipe, args: argparse.Namespace) -> int:
+    # Torch takes seconds to import: not before everything is checked that can be without it.
+    from kd.experiments.teacher import train_one
+    from kd.runs.build import make_accelerator, open_data
+    from kd.runs.load_teacher import default_folder
+    from kd.runs.setup import open_run
+    from kd.runs.train import say_summary
+
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

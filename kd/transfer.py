@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,14 +13,6 @@ from pathlib import Path
 
 from kd.cli import read_recipe, recipe_parser, run_command, set_up_logging
 from kd.config.recipes import TransferRecipe
-from kd.experiments.transfer import starts
-from kd.experiments.variants import Distillation
-from kd.problems.objects.data import open_objects
-from kd.report.tables import print_table
-from kd.report.transfer import transfer_table
-from kd.runs.build import make_accelerator
-from kd.runs.load_teacher import RUNS
-from kd.runs.setup import open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
     recipe = read_recipe(args, TransferRecipe, "transfer", extra)
-    if recipe is None:
-        return 0
+    return 0 if recipe is None else _run(recipe, args)
+
+
+def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
+    from kd.experiments.transfer import starts
+    from kd.experiments.variants import Distillation
+    from kd.problems.objects.data import open_objects
+    from kd.report.tables import print_table
+    from kd.report.transfer import transfer_table
+    from kd.runs.build import make_accelerator
+    from kd.runs.load_teacher import RUNS
+    from kd.runs.setup import open_run
+
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

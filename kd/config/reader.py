@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from kd.config.datasets import NAME, PATHS
 from kd.config.json_schema import keys_at
 from kd.errors import ConfigError
+from kd.registry import all_names
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -100,19 +101,17 @@ def shown_name(path: Path) -> str:
 
 
 def find_config(kind: str, name: str) -> Path:
-    """The file configs/KIND/NAME.yaml; an unknown name lists the near ones.
+    """The file configs/KIND/NAME.yaml; an unknown name lists all there are.
 
-    A dataset of the user's own is the path of its file, `mine.yaml`.
+    A dataset of your own is the path of its file, `mine.yaml`.
     """
     if kind == "data" and name.endswith((".yaml", ".yml")):
         return Path(name)
     path = CONFIGS / kind / f"{name}.yaml"
     if not path.is_file():
-        known = known_configs(kind)
-        near = difflib.get_close_matches(name, known, 3, 0.4) or known
         own = "--data PATH.yaml" if kind == "data" else "--config PATH"
         raise ConfigError(
-            f"{name}: no file configs/{kind}/{name}.yaml; there are: {', '.join(near)}. "
+            f"{name}: no file configs/{kind}/{name}.yaml{all_names(name, known_configs(kind))}. "
             f"A file of your own is named with {own}"
         )
     return path

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,11 +49,6 @@ class Wanted:
         scales: Sizes of the regions that slide, shares of width and height.
         stride: How far these move, a share of their sides.
     """
-
-    RANDOM: ClassVar[str] = (
-        f"boxes at random, of {100 * _LEAST_SHARE:g} %% of the picture up to the largest share "
-        f"that the teacher was trained with (default: {_RANDOM} where nothing else is asked for)"
-    )
 
     shapes: tuple[Shape, ...] = ()
     random: int = 0

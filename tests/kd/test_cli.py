@@ -65,7 +65,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
 
     assert run_command(interrupted, []) == 130
     assert (
-        capsys.readouterr().err == "interrupted; started again it goes on, training with --resume\n"
+        capsys.readouterr().err == "interrupted; run it again to continue, training with --resume\n"
     )
 
 

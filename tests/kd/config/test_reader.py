@@ -253,11 +253,13 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path)
 
 
-def test_an_unknown_name_lists_the_near_ones() -> None:
-    with pytest.raises(ConfigError, match=r"configs/data/scens.yaml; there are: scenes, .*--data"):
+def test_an_unknown_name_lists_the_nearest_and_all_others() -> None:
+    with pytest.raises(ConfigError, match=r"scens.yaml; did you mean 'scenes' or .*--data") as data:
         data_config("scens")
-    with pytest.raises(ConfigError, match=r"there are: unet.* --config PATH"):
+    assert all(name in str(data.value) for name in known_configs("data"))
+    with pytest.raises(ConfigError, match=r"did you mean 'unet'.*--config PATH") as teacher:
         find_config("teacher", "une")
+    assert all(name in str(teacher.value) for name in known_configs("teacher"))
 
 
 def test_an_unknown_data_set_of_a_recipe_is_named(recipe: Callable[[str], Path]) -> None:

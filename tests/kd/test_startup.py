@@ -1,0 +1,71 @@
+"""Commands answer before torch is imported: help, lists, schemas, recipes and mistyped names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = (
+    "import runpy, sys\n"
+    "sys.argv = sys.argv[1:]\n"
+    "try:\n"
+    "    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+    "finally:\n"
+    "    heavy = sorted({'torch', 'numpy', 'matplotlib'} & sys.modules.keys())\n"
+    "    sys.stderr.write(f'heavy: {heavy}')\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "answer"),
+    [
+        ("kd --help", 0, "train-teacher"),
+        ("kd.train_teacher --help", 0, "--teacher NAME"),
+        ("kd.distill --help", 0, "--student NAME"),
+        ("kd.transfer --help", 0, "--task NAME"),
+        ("kd.cache --help", 0, "--layers"),
+        ("kd.imagine --help", 0, "--polygon"),
+        ("kd.rescore --help", 0, "--detections"),
+        ("kd.distill --schema", 0, "SegmentationSection"),
+        ("kd.distill --list", 0, "fasterrcnn_resnet18 "),
+        ("kd.train_teacher --list", 0, "scene_transformer "),
+        ("kd.distill --student resnet18 --print-config", 0, "variants:"),
+        ("kd.distill --student nosuch", 2, "no file configs/distill/nosuch.yaml"),
+        ("kd.distill --student resnet18 --set student.name=resnet19", 2, "mean 'resnet18'"),
+        ("kd.distill --student resnet18 --set student.name=espnet", 2, "is for segmentation"),
+        ("kd.distill --student resnet18 --set train.epohcs=3", 2, "did you mean 'epochs'?"),
+        ("kd.distill --student resnet18 --set task.name=contxt", 2, "unknown task 'contxt'"),
+        ("kd.train_teacher --teacher cnn --set teacher.name=unett", 2, "mean 'unet'"),
+        ("kd.cache --teacher x --data scens", 2, "did you mean 'scenes'"),
+        ("kd distil", 2, "did you mean 'distill'"),
+    ],
+)
+def test_an_answer_needs_no_torch(command: str, status: int, answer: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PROBE, *command.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == status, ran.stderr
+    assert answer in ran.stdout + ran.stderr
+    assert ran.stderr.endswith("heavy: []")
+
+
+def test_every_command_is_a_module_that_runs() -> None:
+    for name in COMMANDS:
+        assert (ROOT / "kd" / f"{name.replace(' ', '/').replace('-', '_')}.py").is_file(), name
+    commands = {path.stem for path in (ROOT / "kd").glob("*.py") if "def main(" in path.read_text()}
+    assert commands - {"__main__"} == {
+        name.replace("-", "_") for name in COMMANDS if " " not in name
+    }
+
+
+def test_kd_runs_the_command_that_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-teacher", "--teacher", "cnn", "--print-config"]) == 0
+    assert "name: cnn" in capsys.readouterr().out
+    assert main(["train-teacher", "--teacher", "cnm"]) == 2
+    assert "did you mean 'cnn'" in capsys.readouterr().err
