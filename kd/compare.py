@@ -21,9 +21,7 @@ from kd.cli import run_command
 from kd.errors import UserError
 from kd.evaluation.cost import measured
 from kd.evaluation.cost_figure import cost_figure, cost_table
-from kd.metrics import classification as scores
-from kd.problems.records import OBJECTS, kind_of
-from kd.report.curves import comparison_figure, top_n_figure
+from kd.report.comparison import comparison_figure
 from kd.report.style import save_figure
 from kd.report.tables import Table, distill_table, print_table, runs_table, write_markdown
 from kd.runs.read import (
@@ -45,7 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         read_distill(folder, options.variants) for folder in folders if is_distill(folder)
     ]
     tables = [
-        distill_table(runs.records(), runs.seeds, metrics=options.metrics, title=str(runs.folder))
+        distill_table(
+            runs.results,
+            runs.records(),
+            runs.seeds,
+            metrics=options.metrics,
+            title=str(runs.folder),
+        )
         for runs in distillations
     ]
     singles = [read_run(folder) for folder in folders if not is_distill(folder)]
@@ -83,18 +87,17 @@ def _parser() -> argparse.ArgumentParser:
 def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
     known = {key: number for run in reversed(runs) for key, number in ceilings(run.summary).items()}
     records = {name: run.records for name, run in named_runs(runs).items()}
-    kind = kind_of(runs[0].records)
-    title = f"{len(runs[0].records[kind.ids])} {kind.things}"
-    return runs_table(records, ceilings=known, metrics=metrics, title=title)
+    results = runs[0].results
+    title = results.about(runs[0].records)
+    return runs_table(results, records, ceilings=known, metrics=metrics, title=title)
 
 
 def _drawn(runs: Sequence[Run], table: Table) -> Figure:
-    """Top-n curves where single runs rank classes, bars of the table's accuracies elsewhere."""
-    if not runs or kind_of(runs[0].records) is not OBJECTS:
+    """The figure of one table: of single runs as their task draws it."""
+    if not runs:
         return comparison_figure(table)
-    curves = {name: scores.curve(run.records) for name, run in named_runs(runs).items()}
-    prior = scores.prior_curve(runs[0].records)
-    return top_n_figure(curves, {} if prior is None else {"class prior": prior})
+    records = {name: run.records for name, run in named_runs(runs).items()}
+    return runs[0].results.comparison(records, table)
 
 
 if __name__ == "__main__":

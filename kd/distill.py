@@ -63,7 +63,9 @@ def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
             distillation.run(variant, seed)
     if accelerator.is_main_process and "plain" in recipe.variants:
         runs = read_distill(out, recipe.variants)  # the folder may hold others'
-        table = distill_table(runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}")
+        table = distill_table(
+            runs.results, runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}"
+        )
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
     if accelerator.is_main_process:

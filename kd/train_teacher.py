@@ -23,8 +23,9 @@ def _run(recipe: TeacherRecipe, args: argparse.Namespace) -> int:
     from kd.experiments.teacher import train_one
     from kd.runs.build import make_accelerator, open_data
     from kd.runs.load_teacher import default_folder
+    from kd.runs.read import results_of
     from kd.runs.setup import open_run
-    from kd.runs.train import say_summary
+    from kd.runs.train import print_summary
 
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
@@ -41,7 +42,8 @@ def _run(recipe: TeacherRecipe, args: argparse.Namespace) -> int:
                 train_one(recipe, data, accelerator, folder, f"{name} fold {number + 1}", images)
         train_one(recipe, data, accelerator, whole, name, None)
     if accelerator.is_main_process:
-        say_summary(f"teacher {name} on {recipe.data.name}: {out}", whole.summary())
+        results = results_of(config, out)
+        print_summary(f"teacher {name} on {recipe.data.name}: {out}", whole.summary(), results)
     accelerator.end_training()
     return 0
 

@@ -52,13 +52,6 @@ PENDING = {
     ("kd.data.open_files", "kd.problems.objects.schema"),
     ("kd.data.open_files", "kd.problems.saliency.schema"),
     ("kd.data.open_files", "kd.problems.segmentation.schema"),
-    ("kd.problems.detection.draw", "kd.evaluation.write"),
-    ("kd.problems.detection.draw", "kd.runs.read"),
-    ("kd.problems.saliency.draw", "kd.evaluation.ask_network"),
-    ("kd.problems.detection.evaluation", "kd.runs.read"),
-    ("kd.report.boxes", "kd.problems.detection.scores"),
-    ("kd.report.tables", "kd.problems.records"),
-    ("kd.report.tables", "kd.problems.saliency.baselines"),
     ("kd.teacher_cache.cache", "kd.experiments.connect"),
     ("kd.teacher_cache.equivariance", "kd.experiments.connect"),
 }

@@ -48,7 +48,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
 def to_device(
     batch: Mapping[str, Tensor], device: torch.device, *, channels_last: bool
 ) -> dict[str, Tensor]:
-    """Move a batch; images in the memory format of the model."""
+    """Move a batch to a device, its images in the memory format of the model."""
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     if channels_last:
         moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What networks for label maps cost on this device, beside how good their runs are."""
+"""The cost of networks on this device, beside the accuracy of their runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,23 +15,18 @@ from kd.errors import UserError
 from kd.evaluation.cost_figure import Cost, CostPoint, Kind
 from kd.nn.cost import latency, multiply_adds
 from kd.problems.recipes import section_from
-from kd.problems.records import PICTURES, kind_of
-from kd.problems.segmentation.data import SegmentationDataset
-from kd.registry import build
 from kd.report.tables import value_of
 from kd.runs.build import open_data
 from kd.runs.load_student import to_be_loaded
 from kd.runs.read import DistillRuns, Run, check_same_objects, distinct_names
 from kd.runs.setup import parameters
-from students import STUDENTS
-from teachers import TEACHERS
 
 PLAIN, TEACHER = "plain", "teacher"
 
 
 @dataclass(frozen=True)
 class _Trained:
-    """Runs of one network that was trained in one way."""
+    """Runs of one network, trained in one way, one a seed."""
 
     runs: list[Run]  # one a seed
     variant: str
@@ -64,19 +58,21 @@ class _Trained:
     @property
     def mean_iou(self) -> float:
         """Over seeds."""
-        return sum(value_of("mIoU", run.records) for run in self.runs) / len(self.runs)
+        name = self.runs[0].results.cost_metric
+        assert name is not None
+        return sum(value_of(run.results, name, run.records) for run in self.runs) / len(self.runs)
 
 
 def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> list[Cost]:
-    """Measure the networks of finished runs on pictures of the size that they are evaluated at.
+    """Measure the networks of finished runs on images of the size that they are evaluated at.
 
     Args:
         distillations: Every variant counts, by its mean over seeds.
         singles: Teachers, or single variants.
 
     Raises:
-        UserError: A run is about objects, runs answered about different pictures, or a data set
-            is not there.
+        UserError: A run does not predict label maps, runs have predictions on different images, or
+            a dataset is missing.
     """
     trained = [
         _Trained(runs, variant, one.folder)
@@ -86,9 +82,10 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
     trained += [_single(run) for run in singles]
     runs = [run for one in trained for run in one.runs]
     for run in runs:
-        if kind_of(run.records) is not PICTURES:
-            things = kind_of(run.records).things
-            raise UserError(f"{run.folder}: answers about {things}; --cost is for label maps")
+        if run.results.cost_metric is None:
+            raise UserError(
+                f"{run.folder}: predicts {run.results.things}; --cost is for label maps"
+            )
     check_same_objects(runs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known: dict[str, Cost] = {}  # variants of one student cost the same
@@ -124,12 +121,15 @@ def _names(trained: Sequence[_Trained]) -> list[str]:
 
 def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
     """Build the network at random weights, which cost as much as trained ones."""
-    num_classes = one.runs[0].records["confusion"].shape[1]
-    registry, what = (TEACHERS, "teacher") if one.kind == TEACHER else (STUDENTS, "student")
-    section = one.section
-    model = build(registry, section.name, section.options, what=what, num_classes=num_classes)
-    model = model.to(device)
-    sides = _sides(one.runs[0].config["data"], str(one.runs[0].folder / "config.yaml"))
+    run = one.runs[0]
+    section = section_from(run.config, str(run.folder / "config.yaml"))
+    data = open_data(section, run.config["task"]["name"])
+    model = (
+        data.problem.build_teacher(one.section, data.num_classes)
+        if one.kind == TEACHER
+        else data.problem.build_student(one.section, data)
+    ).to(device)
+    sides = run.results.usual_size(data)
     images = torch.zeros(1, 3, *sides, device=device)
     point = CostPoint(
         name=name,
@@ -141,12 +141,3 @@ def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
     )
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return Cost(point, one.variant, sides, f"{device.type}{threads}")
-
-
-def _sides(section: dict[str, Any], where: str) -> tuple[int, int]:
-    """Height and width at which most val pictures are seen."""
-    data = open_data(section_from(section, where))
-    assert isinstance(data, SegmentationDataset)
-    samples = data.whole("val", size=data.section.size)
-    seen = Counter(samples.seen(own) for own in samples.file_sizes())
-    return seen.most_common(1)[0][0]

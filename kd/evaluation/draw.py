@@ -1,116 +1,93 @@
-"""Pictures of a val split with the truth and what networks say about each pixel."""
+"""Val images with what every variant of a distillation predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 
 from accelerate import Accelerator
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from kd.distillation.student import AdaptedStudent
-from kd.evaluation.ask_network import Asked, answer, spread, val_sample
+from kd.errors import UserError
 from kd.evaluation.write import fresh_tracker, write_figure
 from kd.experiments.variants import Distillation
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.detection.draw import mask_pictures, write_box_overlays
-from kd.problems.detection.task import Detection
-from kd.problems.saliency.data import SaliencyDataset
-from kd.problems.saliency.draw import gaze_overlays
-from kd.problems.segmentation.data import SegmentationDataset
-from kd.report.overlay import overlay_figure
+from kd.metrics.records import Records
+from kd.problems.results import Predictor, Results
 from kd.runs.load_student import load_network
-from kd.utils.images import VOID, read_image
+from kd.runs.read import read_predictions
 
-
-def overlays(
-    data: SegmentationDataset, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
-) -> Iterator[Figure]:
-    """Draw val pictures spread over the split, each beside its truth and every network's answer.
-
-    Args:
-        data: The data set.
-        asked: Name -> network, in the order of the panels.
-        count: How many pictures.
-        accelerator: The device, and the precision of evaluations.
-    """
-    images = data.val.images
-    for place in spread(count, len(images)):
-        picture = read_image(images[place], None)
-        truth = data.val.label_map(place, (picture.shape[1], picture.shape[2]))
-        maps = {"truth": truth}
-        for name, one in asked.items():
-            said = answer(one, val_sample(data, one, place), accelerator)
-            maps[f"{name}{_right(said, truth)}"] = said
-        yield overlay_figure(picture, maps, data.class_names)
-
-
-def drawn(
-    data: SegmentationDataset | SaliencyDataset,
-    asked: Mapping[str, Asked],
-    *,
-    count: int,
-    accelerator: Accelerator,
-) -> Iterator[Figure]:
-    """Draw val pictures with what networks say of their pixels, of whatever kind that is."""
-    if isinstance(data, SaliencyDataset):
-        return gaze_overlays(data, asked, count=count, accelerator=accelerator)
-    return overlays(data, asked, count=count, accelerator=accelerator)
+_log = logging.getLogger("kd")
 
 
 def write_overlays(distillation: Distillation) -> None:
-    """Draw what each variant's student of the first seed says, beside the teacher, where it can.
+    """Draw what each variant's student of the first seed predicts, beside teachers of its task.
 
-    `train.images` says how many val pictures. Each is `overlays/<n>.png` in the distillation's
+    `train.images` is the number of val images. Each is `overlays/<n>.png` in the distillation's
     folder, and an image in its event file.
     """
     recipe, data, out = distillation.recipe, distillation.data, distillation.out
-    count = recipe.train.images
-    if isinstance(data, DetectionDataset):
-        _write_boxes(distillation, data)
+    task, count, seed = distillation.task, recipe.train.images, recipe.seeds[0]
+    results = data.problem.results(recipe.task.name)
+    if not count or results.drawn_from is None:
         return
-    if not isinstance(data, SegmentationDataset | SaliencyDataset) or not count:
-        return
-    accelerator, task = distillation.accelerator, distillation.task
-    first, asked = out / f"seed{recipe.seeds[0]}", {}
-    for variant in recipe.variants:
-        student = load_network(first / variant, recipe, variant, data, recipe.seeds[0])
-        asked[variant] = Asked(_placed(student, accelerator), task, data.section.size)
-    teacher = None if distillation.sources is None else distillation.sources.teacher
-    if teacher is not None and isinstance(teacher.recipe.data, type(data.section)):
-        size = teacher.recipe.data.size
-        asked["teacher"] = Asked(_placed(teacher.model, accelerator), teacher.task, size)
+    folders = {variant: out / f"seed{seed}" / variant for variant in recipe.variants}
+    teachers = {} if distillation.sources is None else distillation.sources.teachers
+    comparable = {
+        name or "teacher": teacher
+        for name, teacher in teachers.items()
+        if type(teacher.problem.results(teacher.recipe.task.name)) is type(results)
+    }
+    predictors: dict[str, Predictor] = {}
+    runs: Mapping[str, Records] = {}
+    if results.drawn_from == "models":
+        size = getattr(data.section, "size", None)
+        for variant, folder in folders.items():
+            student = load_network(folder, recipe, variant, data, seed)
+            predictors[variant] = Predictor(_placed(student, distillation.accelerator), task, size)
+        for name, teacher in comparable.items():
+            model = _placed(teacher.model, distillation.accelerator)
+            size = getattr(teacher.recipe.data, "size", None)
+            predictors[name] = Predictor(model, teacher.task, size)
+    else:
+        folders |= {name: teacher.folder for name, teacher in comparable.items()}
+        runs = stored_records(folders, results)
     tracker = fresh_tracker(out)
-    figures = drawn(data, asked, count=count, accelerator=accelerator)
+    figures = results.draw(
+        data, predictors, runs, count=count, accelerator=distillation.accelerator
+    )
     for number, figure in enumerate(figures):
-        write_figure(
-            figure, out / "overlays" / f"{number}.png", tracker, f"overlays/{number}", step=0
-        )
+        file = out / "overlays" / f"{number}.png"
+        write_figure(figure, file, tracker, f"overlays/{number}", step=0)
+    for name, figure in results.draw_training(data, task, distillation.terms, count=count):
+        write_figure(figure, out / f"{name}.png", tracker, name, step=0)
     tracker.close()
 
 
-def _write_boxes(distillation: Distillation, data: DetectionDataset) -> None:
-    """The same of detectors, from what their runs found."""
-    recipe, out = distillation.recipe, distillation.out
-    folders = {variant: out / f"seed{recipe.seeds[0]}" / variant for variant in recipe.variants}
-    if distillation.sources is not None:
-        for name, teacher in distillation.sources.teachers.items():
-            if isinstance(teacher.task, Detection):  # one of context finds nothing
-                folders[name or "teacher"] = teacher.folder
-    count, task = recipe.train.images, distillation.task
-    assert isinstance(task, Detection)
-    imitates = bool(task.levels and {term.kind.mask for term in distillation.terms} - {None})
-    masks = mask_pictures(data.samples("val"), task, count=count) if imitates else ()
-    write_box_overlays(out, folders, data.objects.val, count=count, more=masks)
+def stored_records(folders: Mapping[str, Path], results: Results) -> dict[str, Records]:
+    """Read the predictions of finished runs on the same images.
+
+    A run on other images than the first, such as a teacher of another dataset, is left out with a
+    warning.
+
+    Raises:
+        UserError: The first run's predictions cannot be read.
+    """
+    runs: dict[str, Records] = {}
+    for name, folder in folders.items():
+        try:
+            records = read_predictions(folder / "predictions.npz", results)
+            for known in list(runs.values())[:1]:
+                results.check_same(records, known, f"{folder} and {next(iter(folders.values()))}")
+        except UserError as error:
+            if not runs:
+                raise
+            _log.warning("not drawn: %s", error)
+            continue
+        runs[name] = records
+    return runs
 
 
 def _placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return AdaptedStudent(model).to(accelerator.device)
-
-
-def _right(said: Tensor, truth: Tensor) -> str:
-    """For a title: the share of the pixels with a class that are right."""
-    known = truth != VOID
-    if not known.any():
-        return ""
-    return f", {100 * float((said[known] == truth[known]).float().mean()):.0f} % right"

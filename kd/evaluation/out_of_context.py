@@ -23,12 +23,14 @@ from kd.formats.coco_validate import is_number, read_json
 from kd.metrics.bootstrap import paired_bootstrap
 from kd.metrics.records import Records
 from kd.problems.objects.data import of_objects
+from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.metric import TopN
 from kd.report.tables import Table, distill_table
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.read import is_distill
 
 _log = logging.getLogger("kd")
+_RESULTS = ObjectResults()
 METRICS = ("top1", "mean_class_top1", "top5", "nll")
 MATCH_IOU = 0.5  # least IoU of a detection with the pasted object
 # Columns; the first is the baseline of the comparison.
@@ -70,7 +72,9 @@ def report_runs(
                     variant: [one[name] for one in many] for variant, many in records.items()
                 }
                 title = f"{run}: variants on {folder.name}/{name}"
-                tables.append(distill_table(by_variant, seeds, metrics=METRICS, title=title))
+                tables.append(
+                    distill_table(_RESULTS, by_variant, seeds, metrics=METRICS, title=title)
+                )
     return tables
 
 
@@ -94,7 +98,7 @@ def _variants_of(run: Path, selected: Sequence[str] | None) -> tuple[list[int], 
 
 def _by_set(title: str, runs: Sequence[Mapping[str, Records]], seeds: Sequence[int]) -> Table:
     by_set = {name: [records[name] for records in runs] for name in _ORDER}
-    return distill_table(by_set, seeds, metrics=METRICS, title=title, baseline=_ORDER[0])
+    return distill_table(_RESULTS, by_set, seeds, metrics=METRICS, title=title, baseline=_ORDER[0])
 
 
 def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Records]:

@@ -1,7 +1,7 @@
 """How sure a difference between two runs is: over seeds, and over the images of one seed.
 
 Two questions, two intervals. Over seeds: would another training give the gain again? Over images:
-would other pictures? Objects of one picture share their scene, so pictures are drawn, not objects.
+would other images? Objects of one image share their scene, so images are drawn, not objects.
 """
 
 from __future__ import annotations

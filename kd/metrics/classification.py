@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.errors import UserError
+from kd.metrics.bootstrap import Interval, bootstrap, paired_bootstrap
 from kd.metrics.records import Array, Records
 
 TOPS = (1, 3, 5, 10, 20)
 CALIBRATION_BINS = 15
-# Bounds of the hidden region's share of the picture, lower one included; on COCO about a quarter
+# Bounds of the hidden region's share of the image, lower one included; on COCO about a quarter
 # of the objects that are usually hidden (0.15 to 30 %) falls into each.
 SHARE_BINS = {
     "tiny": (0.0, 0.005),
@@ -29,7 +30,7 @@ SHARE_BINS = {
     "medium": (0.02, 0.08),
     "large": (0.08, np.inf),
 }
-# Bounds of the number of other objects in the picture, both included.
+# Bounds of the number of other objects in the image, both included.
 VISIBLE_BINS = {
     "0": (0.0, 0.0),
     "1-2": (1.0, 2.0),
@@ -244,6 +245,29 @@ def value(records: Records, name: str) -> float | None:
         return calibration_error(records["log_probs"], records["labels"])
     found = measure(records, name)
     return None if found is None else found.mean()
+
+
+def interval(records: Records, name: str) -> Interval | None:
+    """A metric with its 95 % interval, images resampled; None where no object counts for it.
+
+    `ece` has none: it is no mean over objects.
+    """
+    found = None if name == "ece" else measure(records, name)
+    if found is None:
+        return None
+    images = records["image_ids"][found.selected]
+    return bootstrap(found.values, images, classes=found.classes)
+
+
+def difference(records: Records, twin: Records, name: str) -> Interval:
+    """A metric minus that of a twin on the same objects; `ece` has no bounds."""
+    if name == "ece":
+        own, other = (calibration_error(r["log_probs"], r["labels"]) for r in (records, twin))
+        return Interval(own - other, float("nan"), float("nan"))
+    before, after = measure(twin, name), measure(records, name)
+    assert before is not None and after is not None  # callers have computed both values
+    images = records["image_ids"][after.selected]
+    return paired_bootstrap(before.values, after.values, images, classes=after.classes)
 
 
 def chance(records: Records, name: str) -> float | None:

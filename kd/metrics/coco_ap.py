@@ -156,7 +156,7 @@ _CELLS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes of a data set's images: true objects or detections.
+    """Boxes of a dataset's images: true objects or detections.
 
     Attributes:
         image: (K,) int64, position of the image in ascending order of ids.

@@ -47,7 +47,7 @@ class KittiTruth:
 
     Attributes:
         boxes: Objects, neighbours and regions, each with the class that it concerns.
-        truncated: (K,) float64, share outside the picture.
+        truncated: (K,) float64, share outside the image.
         occluded: (K,) int64, 0 = all in sight to 2 = hardly, 3 = unknown.
         neighbour: (K,) bool, of a class that may be found in place of this one: a van for a car.
         region: (K,) bool, DontCare: a detection mostly inside is not wrong.

@@ -1,4 +1,4 @@
-"""Records: the predictions of a run, one array a name, as `predictions.npz` holds them."""
+"""Records: the predictions of a run as arrays by name, which `predictions.npz` holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a saliency map tells where people look: the seven numbers of one picture.
+"""How well a saliency map tells where people look: the seven numbers of one image.
 
 Definitions are those of Bylinskii et al., 2019, "What do different evaluation metrics tell us about
 saliency models?", https://arxiv.org/abs/1604.03605, and of Kümmerer et al., 2015, for information
@@ -11,7 +11,7 @@ gain, with the choices of the `pysaliency` package where papers leave one:
 * `AUC_Judd` takes the pixels without a fixation as negatives and the values at fixations as
   thresholds. No noise is added to break ties: trapezoids count a tie half, and the number
   does not depend on a seed or on the map's scale.
-* `sAUC` takes where people looked on other pictures as negatives, at all thresholds, ties half.
+* `sAUC` takes where people looked on other images as negatives, at all thresholds, ties half.
 
 Where the truth says nothing a number is NaN: those about fixations without one, `KLD`, `CC` and
 `SIM` of a truth of zeros, `CC` of a constant truth, `sAUC` without others, `IG` without prior.
@@ -54,7 +54,7 @@ def values_at(saliency: Tensor, fixations: Tensor, what: str = "fixation") -> Te
         wrong = int((~inside).nonzero()[0])
         raise UserError(
             f"{what} {wrong} at x {float(x[wrong]):g}, y {float(y[wrong]):g} lies outside of the "
-            f"picture of {width} x {height}; leave such ones out"
+            f"image of {width} x {height}; leave such ones out"
         )
     return saliency[y.long(), x.long()]
 
@@ -84,11 +84,11 @@ def fixation_density(fixations: Tensor, size: Size, sigma: float | tuple[float, 
 
 
 def moved(fixations: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Fixations of one picture at the same relative place of another.
+    """Fixations of one image at the same relative place of another.
 
     Args:
         fixations: (K, 2) x, y in pixels.
-        size: (height, width) of their picture.
+        size: (height, width) of their image.
         to: (height, width) of the other.
 
     Returns:
@@ -109,13 +109,13 @@ NAN: Final = math.nan
 
 @dataclass(frozen=True)
 class SaliencyTruth:
-    """Where people looked on one picture.
+    """Where people looked on one image.
 
     Args:
         density: (H, W) fixations smoothed, of any scale.
-        fixations: (K, 2) x, y in pixels of the picture; a pixel is the floor of both.
-        others: (J, 2) fixations on other pictures, moved to this one's size (`fixations.moved`).
-        prior: (H, W) where people look on any picture, of any scale.
+        fixations: (K, 2) x, y in pixels of the image; a pixel is the floor of both.
+        others: (J, 2) fixations on other images, moved to this one's size (`fixations.moved`).
+        prior: (H, W) where people look on any image, of any scale.
     """
 
     density: Tensor
@@ -209,16 +209,16 @@ def auc_judd(prediction: Tensor, fixations: Tensor) -> float:
 
 
 def shuffled_auc(prediction: Tensor, fixations: Tensor, others: Tensor) -> float:
-    """Area under the curve of fixations here against fixations on other pictures.
+    """Area under the curve of fixations here against fixations on other images.
 
-    Tatler et al., 2005; Zhang et al., 2008. What everybody does on every picture, looking at the
+    Tatler et al., 2005; Zhang et al., 2008. What everybody does on every image, looking at the
     centre, is worth nothing.
 
     Args:
         prediction: As in `kld`.
         fixations: (K, 2) x, y in pixels.
-        others: (J, 2) those on other pictures, in pixels of this one; some may be where this
-            picture was looked at as well.
+        others: (J, 2) those on other images, in pixels of this one; some may be where this
+            image was looked at as well.
     """
     said = _map(prediction, "prediction")
     positives = values_at(said, fixations).sort().values

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -36,9 +36,11 @@ from kd.config.recipes import Model, TaskSection
 from kd.data.loader import Samples
 from kd.errors import UserError
 from kd.metrics.kitti_ap import KittiTruth
+from kd.metrics.registry import Metric as DeclaredMetric
 from kd.nn.regions import coverage, expand_boxes
 from kd.problems.detection.metric import BoxTruth, FoundBoxes
 from kd.problems.objects.metric import TopN
+from kd.problems.results import Results
 from kd.problems.saliency.baselines import GazeTruth
 from kd.problems.spec import ProblemSpec
 from kd.registry import build, check_options, check_problem
@@ -48,7 +50,7 @@ from students import STUDENTS
 from teachers import TEACHERS
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Batch = Mapping[str, Tensor]
 Output = Mapping[str, Tensor]
@@ -115,8 +117,8 @@ class Metric(Collector, Protocol):
         """Every number by name, shares in 0..1."""
         ...
 
-    def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
-        """Name, support and score of each class that occurs, the most frequent first."""
+    def records(self) -> Mapping[str, NDArray[Any]]:
+        """The arrays of `predictions.npz`."""
         ...
 
     def save_predictions(self, path: Path) -> None:
@@ -513,35 +515,14 @@ class Problem(ABC, Generic[D]):
 
     # Results
 
-    def summary(self, data: D, metric: Metric) -> dict[str, float]:
-        """References that `summary.json` has beside the model: `ceiling_*`, `prior_*`, ..."""
-        return {}
-
-    def figures(self, data: D, metric: Metric, label: str) -> Iterator[tuple[str, Figure]]:
-        """Tag and figure of each curve that a run writes."""
-        return iter(())
-
-    def examples(
-        self,
-        data: D,
-        model: nn.Module,
-        task: Task,
-        *,
-        count: int,
-        device: torch.device,
-        teacher: Teacher | None = None,
-    ) -> Iterator[Figure]:
-        """Draw val examples with a model's predictions, for TensorBoard, the same in every run.
+    @abstractmethod
+    def results(self, task: str, metrics: Mapping[str, DeclaredMetric] | None = None) -> Results:
+        """How the predictions of a task are scored, compared and drawn.
 
         Args:
-            data: The dataset.
-            model: An `AdaptedStudent` on the device.
-            task: The model's.
-            count: How many.
-            device: Where the model is.
-            teacher: Its predictions are drawn beside the model's.
+            task: Its name.
+            metrics: The user's by name.
         """
-        return iter(())
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Label maps over their picture: the truth and what networks say, side by side in fixed colours."""
+"""Label maps over their image: the truth and what networks say, side by side in fixed colours."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _COLOURS = (
     *("#9669C3", "#D2004B", "#2D4B1E", "#A50F78", "#0F3C96", "#96FF69", "#00FFD2", "#2D6900"),
 )
 _TURN = 0.61803398875  # of the hue from one further class to the next: far from all before it
-_STRENGTH = 0.75  # of a colour over the picture
+_STRENGTH = 0.75  # of a colour over the image
 _NO_CLASS = "#d0d0d0"
-BACKGROUND = "background"  # the class that is the rest: the picture shows, without a colour
+BACKGROUND = "background"  # the class that is the rest: the image shows, without a colour
 _LETTERS_AN_INCH = 16
 _AT_MOST = 5  # panels of a row
 
@@ -42,11 +42,11 @@ def class_colour(number: int) -> str:
     return str(to_hex(colorsys.hsv_to_rgb(hue, *levels[further % len(levels)])))
 
 
-def painted(picture: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.uint8]:
-    """A grey picture with the colours of classes over it; pale where no class is known.
+def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.uint8]:
+    """A grey image with the colours of classes over it; pale where no class is known.
 
     Args:
-        picture: (3, H, W) uint8.
+        image: (3, H, W) uint8.
         labels: (H, W), classes or `VOID`.
         names: C names.
 
@@ -59,21 +59,21 @@ def painted(picture: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np
         colours[number] = to_rgb(class_colour(number))
         strength[number] = 0.0 if name == BACKGROUND else _STRENGTH
     colours[VOID], strength[VOID] = to_rgb(_NO_CLASS), 0.85
-    grey = picture.float().mean(dim=0).numpy()[..., None] / 255
+    grey = image.float().mean(dim=0).numpy()[..., None] / 255
     own = labels.long().numpy()
     share = strength[own][..., None]
     return np.asarray(np.round(255 * ((1 - share) * grey + share * colours[own])), np.uint8)
 
 
-def overlay_figure(picture: Tensor, maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """The picture, then each label map over it, with the names of the classes that occur.
+def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """The image, then each label map over it, with the names of the classes that occur.
 
     Args:
-        picture: (3, H, W) uint8.
+        image: (3, H, W) uint8.
         maps: Title -> (H, W), classes or `VOID`.
         names: C names.
     """
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     count = 1 + len(maps)
     rows = -(-count // _AT_MOST)
     columns = -(-count // rows)
@@ -86,12 +86,12 @@ def overlay_figure(picture: Tensor, maps: Mapping[str, Tensor], names: Sequence[
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    shown = {"picture": picture.permute(1, 2, 0).numpy()}
-    shown |= {title: painted(picture, labels, names) for title, labels in maps.items()}
+    drawn = {"image": image.permute(1, 2, 0).numpy()}
+    drawn |= {title: painted(image, labels, names) for title, labels in maps.items()}
     for axes in panels:
         axes.set_axis_off()
-    for axes, (title, image) in zip(panels, shown.items(), strict=False):
-        axes.imshow(image, interpolation="nearest" if height * width < 40_000 else "antialiased")
+    for axes, (title, pixels) in zip(panels, drawn.items(), strict=False):
+        axes.imshow(pixels, interpolation="nearest" if height * width < 40_000 else "antialiased")
         axes.set_title(title, fontsize=8.5, color=INK, pad=3)
     if handles:
         figure.legend(

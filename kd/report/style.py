@@ -121,7 +121,7 @@ def save_figure(figure: Figure, file: str | Path) -> None:
 
 
 def save_image(image: Tensor, file: Path) -> None:
-    """Write a picture, uint8 (3, H, W), as PNG.
+    """Write an image, uint8 (3, H, W), as PNG.
 
     Raises:
         UserError: The file cannot be written.

@@ -1,13 +1,13 @@
-"""Comparison tables: plain and distilled twins over seeds, or several runs side by side."""
+"""Tables of metrics: variants over seeds, runs side by side, one run beside its references."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Protocol, TextIO
 
 import rich.box
 import rich.table
@@ -16,121 +16,122 @@ from rich.text import Text
 
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, paired_interval
-from kd.metrics.classification import prior_records
 from kd.metrics.records import Records
-from kd.problems.records import kind_of
-from kd.problems.saliency.baselines import notes
-
-# Everything that is not listed here is an accuracy, shown in percent. Of saliency not even areas
-# under curves are: papers write them as 0.86.
-_UNITS = {"nll": " (nats)", "ece": "", "area": "", "KLD": " (nats)", "IG": " (bits)",
-          **dict.fromkeys(("CC", "SIM", "NSS", "AUC_Judd", "sAUC"), "")}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One metric of one variant, and how far it is from the variant it is compared with."""
-
-    metric: str
-    variant: str
-    values: tuple[float, ...]  # one a seed
-    difference: Interval | None = None  # None: this is the variant that others are compared with
-    by_seed: tuple[Interval, ...] = ()  # differences of each seed, over images
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return sum(self.values) / len(self.values)
-
-
-def compare(
-    name: str, variant: str, runs: Sequence[Records], twins: Sequence[Records] | None
-) -> Comparison:
-    """One metric of one variant; one seed alone is judged over images, not over seeds.
-
-    Args:
-        name: The metric.
-        variant: What the runs are called.
-        runs: Predictions, one a seed.
-        twins: Those to compare with, None for the variant that others are compared with.
-
-    Raises:
-        UserError: The metric cannot be had.
-    """
-    values = tuple(value_of(name, run) for run in runs)
-    if twins is None:
-        return Comparison(name, variant, values)
-    for twin in twins:
-        value_of(name, twin)
-    by_seed = tuple(
-        kind_of(run).difference(run, twin, name) for twin, run in zip(twins, runs, strict=True)
-    )
-    if len(by_seed) == 1:
-        return Comparison(name, variant, values, by_seed[0], by_seed)
-    return Comparison(name, variant, values, paired_interval([i.mean for i in by_seed]), by_seed)
-
-
-def value_of(name: str, records: Records) -> float:
-    """A metric that must be there.
-
-    Raises:
-        UserError: There is no such metric, or nothing counts for it.
-    """
-    kind = kind_of(records)
-    number = kind.value(records, name)
-    if number is None:
-        raise UserError(f"metric {name!r}: none of these {kind.things} counts for it")
-    return number
-
-
-def interval_of(name: str, records: Records) -> Interval | None:
-    """A metric of one run with its 95 % interval over images; None where none can be had."""
-    return kind_of(records).interval(records, name)
-
-
-def label_of(name: str) -> str:
-    """A metric with its unit."""
-    return name + _UNITS.get(name, " (%)")
-
-
-def scale_of(name: str) -> int:
-    """What a metric is multiplied by to be shown: 100 for those in percent."""
-    return 1 if name in _UNITS else 100
-
-
-def number_cell(name: str, number: float | None) -> str:
-    """A metric's number as tables show it, nothing where there is none."""
-    if number is None:
-        return ""
-    return f"{number:.3f}" if scale_of(name) == 1 else f"{100 * number:.1f}"
-
-
-def bounds_cell(name: str, interval: Interval | None) -> str:
-    """[low, high] of a metric, nothing where nothing is known about them."""
-    if interval is None or interval.low != interval.low:  # NaN
-        return ""
-    return f"[{number_cell(name, interval.low)}, {number_cell(name, interval.high)}]"
-
-
-def difference_cell(name: str, interval: Interval) -> str:
-    """A difference with its sign and bounds, and a star where it is clear of zero."""
-    scale = scale_of(name)
-    digits = 1 if scale == 100 else 3
-    mean, low, high = (f"{scale * bound:+z.{digits}f}" for bound in interval)
-    if interval.low != interval.low:  # NaN: nothing is known about the bounds
-        return f"{mean} "
-    return f"{mean} [{low}, {high}]{'*' if interval.clear_of_zero else ' '}"
-
+from kd.metrics.registry import Metric, direction_note
 
 CLEAR = "*: the 95 % interval does not touch zero"
-_OVER_IMAGES = "the 95 % interval of images drawn again"
+RESAMPLED = "95 % interval: images resampled"
+OVER_IMAGES = f"[low, high]: {RESAMPLED}"
 
 Row = tuple[str, ...]
 
 
+class Scorer(Protocol):
+    """Scores records of one kind; tables and figures know records by it alone."""
+
+    @property
+    def things(self) -> str:
+        """What is scored, in the plural: `objects`."""
+        ...
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the metrics of a table, unless others are chosen."""
+        ...
+
+    def metric(self, name: str) -> Metric:
+        """The declaration of a metric."""
+        ...
+
+    def value(self, records: Records, name: str) -> float | None:
+        """A metric; None where no row counts for it.
+
+        Raises:
+            UserError: An unknown metric.
+        """
+        ...
+
+    def interval(self, records: Records, name: str) -> Interval | None:
+        """A metric with its 95 % interval over images; None where there is none."""
+        ...
+
+    def difference(self, records: Records, twin: Records, name: str) -> Interval:
+        """A metric minus a twin's on the same images; NaN bounds where there are none."""
+        ...
+
+    def references(self, records: Records) -> Mapping[str, Records]:
+        """Predictions that others are compared with, by name: the same rows with their values."""
+        ...
+
+    def notes(self, records: Records) -> Sequence[str]:
+        """What a table says about the references."""
+        ...
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one variant, and its difference from the baseline."""
+
+    metric: Metric
+    variant: str
+    values: tuple[float, ...]  # one a seed
+    difference: Interval | None = None  # None: this is the baseline
+    by_seed: tuple[Interval, ...] = ()  # differences of each seed, over images
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return sum(self.values) / len(self.values)
+
+
+def compare(
+    scorer: Scorer,
+    name: str,
+    variant: str,
+    runs: Sequence[Records],
+    twins: Sequence[Records] | None,
+) -> Comparison:
+    """Compare one metric of a variant with the baseline; a single seed is compared over images.
+
+    Args:
+        scorer: Scores these records.
+        name: The metric.
+        variant: What the runs are called.
+        runs: Predictions, one a seed.
+        twins: The baseline's, None for the baseline itself.
+
+    Raises:
+        UserError: An unknown metric, or one that no row counts for.
+    """
+    metric = scorer.metric(name)
+    values = tuple(value_of(scorer, name, run) for run in runs)
+    if twins is None:
+        return Comparison(metric, variant, values)
+    for twin in twins:
+        value_of(scorer, name, twin)
+    by_seed = tuple(
+        scorer.difference(run, twin, name) for twin, run in zip(twins, runs, strict=True)
+    )
+    if len(by_seed) == 1:
+        return Comparison(metric, variant, values, by_seed[0], by_seed)
+    return Comparison(metric, variant, values, paired_interval([i.mean for i in by_seed]), by_seed)
+
+
+def value_of(scorer: Scorer, name: str, records: Records) -> float:
+    """The value of a metric.
+
+    Raises:
+        UserError: An unknown metric, or one that no row counts for.
+    """
+    number = scorer.value(records, name)
+    if number is None:
+        raise UserError(f"metric {name!r}: none of these {scorer.things} counts for it")
+    return number
+
+
 @dataclass(frozen=True)
 class Table:
-    """Text to print, and the numbers behind it."""
+    """The cells of a table, and the numbers behind them."""
 
     title: str
     header: Row
@@ -139,7 +140,7 @@ class Table:
     comparisons: tuple[Comparison, ...] = ()
 
     def to_text(self) -> str:
-        """Aligned lines without colours."""
+        """Format aligned lines without colours."""
         rows = [self.header, *(row for group in self.groups for row in group)]
         widths = [max(len(row[place]) for row in rows) for place in range(len(self.header))]
 
@@ -155,7 +156,7 @@ class Table:
         return "\n".join([*lines, *self.notes]) + "\n"
 
     def to_markdown(self) -> str:
-        """A heading, a table and a list of notes."""
+        """Format a heading, a table and a list of notes."""
         dashes = ["---", *["---:"] * (len(self.header) - 1)]
         rows = [self.header, tuple(dashes), *(row for group in self.groups for row in group)]
         cells = [
@@ -167,7 +168,7 @@ class Table:
 
 
 def print_table(table: Table, stream: TextIO | None = None) -> None:
-    """Print with rules and colours on a terminal wide enough, as plain aligned lines elsewhere."""
+    """Print with rules and colours on a wide enough terminal, else as plain aligned lines."""
     stream = stream or sys.stdout
     text = table.to_text()
     width = max(map(len, text.splitlines()))
@@ -188,7 +189,7 @@ def print_table(table: Table, stream: TextIO | None = None) -> None:
 
 
 def write_markdown(tables: Sequence[Table], path: Path) -> None:
-    """Write tables one below the other.
+    """Write tables to one Markdown file.
 
     Raises:
         UserError: The file cannot be written.
@@ -201,6 +202,7 @@ def write_markdown(tables: Sequence[Table], path: Path) -> None:
 
 
 def distill_table(
+    scorer: Scorer,
     variants: Mapping[str, Sequence[Records]],
     seeds: Sequence[int],
     *,
@@ -208,48 +210,48 @@ def distill_table(
     title: str = "Plain and distilled",
     baseline: str = "plain",
 ) -> Table:
-    """Each variant against its plain twin: mean over seeds with a t interval, then each seed alone.
+    """Compare each variant with the plain one: means over seeds with a t interval, then each seed.
 
     Args:
-        variants: Variant -> predictions, one a seed, in the columns' order; all answer the same.
+        scorer: Scores these records.
+        variants: Variant -> predictions of the same rows, one a seed; in the columns' order.
         seeds: One number for each place of those lists.
-        metrics: Rows; by default those of the answers' kind that can be had.
+        metrics: Rows; by default the scorer's that these records allow.
         title: Above the table.
         baseline: The variant that others are compared with.
 
     Raises:
-        UserError: No such variant, unequal numbers of seeds, or a metric that cannot be had.
+        UserError: No such variant, unequal numbers of seeds, or a metric that cannot be computed.
     """
     _check_variants(variants, seeds, baseline)
-    names = _chosen(metrics, variants[baseline][0])
+    first = variants[baseline][0]
+    names = _chosen(scorer, metrics, first)
     columns = [baseline, *(variant for variant in variants if variant != baseline)]
     found = {
         (name, variant): compare(
-            name, variant, variants[variant], None if variant == baseline else variants[baseline]
+            scorer, name, variant, variants[variant],
+            None if variant == baseline else variants[baseline],
         )
         for name in names
         for variant in columns
-    }
-    first = variants[baseline][0]
-    references = kind_of(first).references(first)
+    }  # fmt: skip
+    references = scorer.references(first)
+    beside = {name: _reference_cells(scorer, name, references) for name in names}
     lines = {name: [found[name, variant] for variant in columns] for name in names}
-    means = [
-        _row(label_of(name), line, seed=None) + _reference_cells(name, references)
-        for name, line in lines.items()
-    ]
+    means = [_row(scorer.metric(n).label, line, None) + beside[n] for n, line in lines.items()]
     by_seed = [
-        _row(f"{label_of(name)}, seed {seed}", line, place) + _reference_cells(name, references)
+        _row(f"{scorer.metric(name).label}, seed {seed}", line, place) + beside[name]
         for name, line in lines.items()
         for place, seed in enumerate(seeds)
     ]
     header = ["metric", baseline]
     header += [cell for variant in columns[1:] for cell in (variant, f"{variant} - {baseline}")]
-    header += references
+    notes = (CLEAR, _seed_note(len(seeds)), *direction_note(map(scorer.metric, names)))
     return Table(
         title=title,
-        header=tuple(header),
+        header=(*header, *references),
         groups=(tuple(means), tuple(by_seed)) if len(seeds) > 1 else (tuple(means),),
-        notes=(CLEAR, _seed_note(len(seeds)), *_prior_note(names, first), *notes(first)),
+        notes=(*notes, *scorer.notes(first)),
         comparisons=tuple(found.values()),
     )
 
@@ -261,100 +263,177 @@ def _check_variants(
         raise UserError(
             f"no run {baseline!r} to compare with; there are {', '.join(variants) or 'none'}"
         )
-    if wrong := [variant for variant, runs in variants.items() if len(runs) != len(seeds)]:
-        raise UserError(
-            f"variant {wrong[0]!r} has {len(variants[wrong[0]])} runs for {len(seeds)} seeds"
-        )
+    for variant, runs in variants.items():
+        if len(runs) != len(seeds):
+            raise UserError(f"variant {variant!r} has {len(runs)} runs for {len(seeds)} seeds")
 
 
 def runs_table(
+    scorer: Scorer,
     runs: Mapping[str, Records],
     *,
     ceilings: Mapping[str, float] | None = None,
     metrics: Sequence[str] | None = None,
     title: str = "Runs",
 ) -> Table:
-    """Single runs side by side, each compared with the first over the same images.
+    """Set single runs side by side, each compared with the first over the same images.
 
     Args:
-        runs: Name -> predictions, all of the same objects or pictures.
+        scorer: Scores these records.
+        runs: Name -> predictions of the same rows.
         ceilings: Metric -> what the exact posterior reaches, where it is known.
-        metrics: Rows; by default those of the answers' kind that can be had.
+        metrics: Rows; by default the scorer's that these records allow.
         title: Above the table.
 
     Raises:
-        UserError: No run, or a metric that cannot be had.
+        UserError: No run, or a metric that cannot be computed.
     """
     if not runs:
         raise UserError("no run to show")
     first, *others = runs
-    names = _chosen(metrics, runs[first])
-    prior = prior_records(runs[first])
-    references = kind_of(runs[first]).references(runs[first])
-    ceilings = ceilings or {}
+    names = _chosen(scorer, metrics, runs[first])
+    references, ceilings = scorer.references(runs[first]), ceilings or {}
     found, rows = [], []
     for name in names:
         line = [
-            compare(name, run, [runs[run]], [runs[first]] if run != first else None) for run in runs
+            compare(scorer, name, run, [runs[run]], [runs[first]] if run != first else None)
+            for run in runs
         ]
-        cells = list(_row(label_of(name), line, seed=None))
-        if prior is not None:
-            number = None if name == "ece" else kind_of(prior).value(prior, name)
-            cells.append(number_cell(name, number))
-        cells += _reference_cells(name, references)
-        if ceilings:
-            cells.append(number_cell(name, ceilings.get(name)))
-        rows.append(tuple(cells))
+        metric = scorer.metric(name)
+        cells = _row(metric.label, line, None) + _reference_cells(scorer, name, references)
+        rows.append((*cells, metric.text(ceilings.get(name))) if ceilings else cells)
         found += line
     header = ["metric", first]
-    for run in others:
-        header += [run, f"{run} - {first}"]
-    header += ["prior"] * (prior is not None) + [*references] + ["ceiling"] * bool(ceilings)
-    said = [CLEAR, f"differences: {_OVER_IMAGES}"] if others else []
+    header += [cell for run in others for cell in (run, f"{run} - {first}")]
+    header += [*references, *["ceiling"] * bool(ceilings)]
+    notes = [CLEAR, f"differences: {RESAMPLED}"] if others else []
+    notes += direction_note(map(scorer.metric, names))
     if ceilings:
-        said.append("ceiling: the exact posterior of the scenes' own generative model")
-    said += notes(runs[first])
-    return Table(title, tuple(header), (tuple(rows),), tuple(said), tuple(found))
+        notes.append("ceiling: the exact posterior of the scenes' own generative model")
+    notes += scorer.notes(runs[first])
+    return Table(title, tuple(header), (tuple(rows),), tuple(notes), tuple(found))
 
 
-def _chosen(metrics: Sequence[str] | None, records: Records) -> list[str]:
-    """The metrics asked for, checked; or those of the default that these records allow."""
+def _chosen(scorer: Scorer, metrics: Sequence[str] | None, records: Records) -> list[str]:
+    """The chosen metrics, checked; or the scorer's that these records allow."""
     if metrics is None:
-        kind = kind_of(records)
-        return [name for name in kind.rows if kind.value(records, name) is not None]
+        return [name for name in scorer.rows if scorer.value(records, name) is not None]
     for name in metrics:
-        value_of(name, records)
+        value_of(scorer, name, records)
     return list(dict.fromkeys(metrics))
 
 
 def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
-    """Cells of a metric: of the mean over seeds, or of the seed at one place."""
+    """Cells of a metric: the mean over seeds, or the seed at one place."""
     cells = [label]
     for entry in line:
-        cells.append(number_cell(entry.metric, entry.mean if seed is None else entry.values[seed]))
+        cells.append(entry.metric.text(entry.mean if seed is None else entry.values[seed]))
         if entry.difference is not None:
-            interval = entry.difference if seed is None else entry.by_seed[seed]
-            cells.append(difference_cell(entry.metric, interval))
+            cells.append(
+                entry.metric.change(entry.difference if seed is None else entry.by_seed[seed])
+            )
     return tuple(cells)
 
 
-def _reference_cells(name: str, references: Mapping[str, Records]) -> Row:
-    """A metric of what answers are held against."""
-    return tuple(number_cell(name, kind_of(one).value(one, name)) for one in references.values())
+def _reference_cells(scorer: Scorer, name: str, references: Mapping[str, Records]) -> Row:
+    metric = scorer.metric(name)
+    return tuple(metric.text(scorer.value(one, name)) for one in references.values())
 
 
 def _seed_note(seeds: int) -> str:
     if seeds == 1:
-        return f"one seed only: {_OVER_IMAGES}; nothing is known about other seeds"
-    return f"means over {seeds} seeds, t interval; each seed: {_OVER_IMAGES}"
+        return f"one seed only: {RESAMPLED}; nothing is known about other seeds"
+    return f"means over {seeds} seeds, t interval; each seed: {RESAMPLED}"
 
 
-def _prior_note(names: Sequence[str], records: Records) -> list[str]:
-    prior = prior_records(records)
-    if prior is None:
-        return []
-    known = [(name, kind_of(prior).value(prior, name)) for name in names if name != "ece"]
-    return [
-        "class prior: "
-        + ", ".join(f"{label_of(n)} {number_cell(n, number)}" for n, number in known)
+@dataclass(frozen=True)
+class Scored:
+    """The metrics of one run or reference."""
+
+    name: str
+    values: dict[str, float]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Plain values for `metrics.json`."""
+        return {
+            **self.values,
+            "intervals": {name: [one.low, one.high] for name, one in self.intervals.items()},
+        }
+
+
+def score(
+    scorer: Scorer, name: str, records: Records, metrics: Sequence[str], *, intervals: bool = True
+) -> Scored:
+    """Compute those of some metrics that these records allow."""
+    found = {metric: scorer.value(records, metric) for metric in metrics}
+    values = {metric: number for metric, number in found.items() if number is not None}
+    bounds = {m: scorer.interval(records, m) for m in values} if intervals else {}
+    return Scored(name, values, {m: one for m, one in bounds.items() if one is not None})
+
+
+def run_table(
+    scorer: Scorer, rows: Sequence[Scored], title: str, notes: Sequence[str] = ()
+) -> Table:
+    """One run: a line for each metric with its interval, and a column for each reference."""
+    run, *references = rows
+    metrics = {name: scorer.metric(name) for name in run.values}
+    lines = [
+        (
+            metric.label,
+            metric.text(run.values[name]),
+            metric.bounds(run.intervals.get(name)),
+            *(metric.text(one.values.get(name)) for one in references),
+        )
+        for name, metric in metrics.items()
     ]
+    header = ("metric", run.name, "95 % interval", *(one.name for one in references))
+    below = (RESAMPLED, *direction_note(metrics.values()), *notes)
+    return Table(title, header, (tuple(lines),), below)
+
+
+def side_by_side_table(
+    scorer: Scorer,
+    rows: Sequence[Scored],
+    title: str,
+    notes: Sequence[str] = (),
+    *,
+    bounded: Sequence[str] = (),
+) -> Table:
+    """Several runs: a line for each, and below them a line for each reference.
+
+    Args:
+        scorer: Declares the metrics.
+        rows: Runs with intervals, then references without.
+        title: Above the table.
+        notes: Below it.
+        bounded: Metrics that show their intervals; there is no room for all.
+    """
+    metrics = [scorer.metric(name) for name in rows[0].values]
+    lines = []
+    for one in rows:
+        cells = [one.name]
+        for metric in metrics:
+            bounds = metric.bounds(one.intervals.get(metric.name)) if metric.name in bounded else ""
+            cells.append(f"{metric.text(one.values.get(metric.name))} {bounds}".strip())
+        lines.append(tuple(cells))
+    runs = sum(bool(one.intervals) for one in rows)
+    groups = tuple(group for group in (tuple(lines[:runs]), tuple(lines[runs:])) if group)
+    header = ("run", *(metric.label for metric in metrics))
+    return Table(title, header, groups, (OVER_IMAGES, *direction_note(metrics), *notes))
+
+
+def difference_notes(
+    scorer: Scorer, records: Records, references: Mapping[str, Records], metrics: Sequence[str]
+) -> list[str]:
+    """How far a run is from each reference on the same images, with 95 % intervals."""
+    notes = []
+    for name, reference in references.items():
+        parts = [
+            f"{scorer.metric(metric).label} "
+            f"{scorer.metric(metric).change(scorer.difference(records, reference, metric)).strip()}"
+            for metric in metrics
+        ]
+        notes.append(f"difference from the {name}: {', '.join(parts)}")
+    return [*notes, CLEAR] if notes else []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kd.metrics.bootstrap import Interval, paired_interval
-from kd.report.tables import CLEAR, Comparison, Table, difference_cell, label_of, number_cell
+from kd.metrics.registry import METRICS, direction_note
+from kd.report.tables import CLEAR, Comparison, Table
 
-METRICS = ("mAP", "micro_AP", "top1", "mean_class_top1", "nll")
+_ROWS = ("mAP", "micro_AP", "top1", "mean_class_top1", "nll")
 
 
 def transfer_table(
@@ -25,7 +26,7 @@ def transfer_table(
     """
     first = next(iter(numbers))
     baseline, chance = first[1], numbers[first][0]
-    metrics = [name for name in METRICS if name in chance]
+    metrics = [name for name in _ROWS if name in chance]
     found = {
         (key, name): _compare(name, key, numbers, baseline) for key in numbers for name in metrics
     }
@@ -38,15 +39,18 @@ def transfer_table(
     )
     header = ["mode: start"]
     for name in metrics:
-        header += [label_of(name), f"- {baseline}"]
+        header += [METRICS[name].label, f"- {baseline}"]
     spread = f"means over {len(seeds)} seeds, t interval" if len(seeds) > 1 else "one seed only"
     notes = [CLEAR, spread] if len(seeds) > 1 else [spread]
     known = [(name, prefix + name) for name in metrics for prefix in ("chance_", "prior_")]
     constant = [
-        f"{label_of(name)} {number_cell(name, chance[key])}" for name, key in known if key in chance
+        f"{METRICS[name].label} {METRICS[name].text(chance[key])}"
+        for name, key in known
+        if key in chance
     ]
+    notes += direction_note(METRICS[name] for name in metrics)
     if constant:
-        notes.append(f"one answer for all, the class shares: {', '.join(constant)}")
+        notes.append(f"one prediction for all, the class fractions: {', '.join(constant)}")
     return Table(title, tuple(header), groups, tuple(notes), tuple(found.values()))
 
 
@@ -59,18 +63,18 @@ def _compare(
     mode, start = key
     values = tuple(summary[metric] for summary in numbers[key])
     if start == baseline:
-        return Comparison(metric, f"{mode}: {start}", values)
+        return Comparison(METRICS[metric], f"{mode}: {start}", values)
     twins = [summary[metric] for summary in numbers[mode, baseline]]
     gaps = [own - twin for own, twin in zip(values, twins, strict=True)]
     unknown = float("nan")
     interval = paired_interval(gaps) if len(gaps) > 1 else Interval(gaps[0], unknown, unknown)
-    return Comparison(metric, f"{mode}: {start}", values, interval)
+    return Comparison(METRICS[metric], f"{mode}: {start}", values, interval)
 
 
 def _row(key: tuple[str, str], line: Sequence[Comparison]) -> tuple[str, ...]:
     cells = [f"{key[0]}: {key[1]}"]
     for entry in line:
-        cells.append(number_cell(entry.metric, entry.mean))
+        cells.append(entry.metric.text(entry.mean))
         interval = entry.difference
-        cells.append("" if interval is None else difference_cell(entry.metric, interval))
+        cells.append("" if interval is None else entry.metric.change(interval))
     return tuple(cells)

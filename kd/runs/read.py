@@ -16,7 +16,9 @@ import yaml
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.records import check_same, kind_of
+from kd.metrics.registry import load_metrics
+from kd.problems import problem_of_task
+from kd.problems.results import Results
 from kd.runs.folder import check_current, class_names
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Run:
     config: dict[str, Any]
     summary: dict[str, Any]
     records: Records
+    results: Results
 
     @property
     def name(self) -> str:
@@ -46,6 +49,11 @@ class DistillRuns:
     folder: Path
     seeds: tuple[int, ...]
     variants: dict[str, list[Run]]
+
+    @property
+    def results(self) -> Results:
+        """Of the task of all runs."""
+        return next(iter(self.variants.values()))[0].results
 
     def records(self) -> dict[str, list[Records]]:
         """Predictions by variant, one a seed."""
@@ -71,12 +79,31 @@ def read_run(folder: str | Path) -> Run:
             )
     config = _read_mapping(path / "config.yaml")
     check_current(config, path / "config.yaml")
+    results = results_of(config, path)
     return Run(
         folder=path,
         config=config,
         summary=_read_mapping(path / "summary.json"),
-        records=read_predictions(path / "predictions.npz", class_names(path)),
+        records=read_predictions(path / "predictions.npz", results, class_names(path)),
+        results=results,
     )
+
+
+def results_of(config: Mapping[str, Any], run: Path) -> Results:
+    """The results side of a run's task, with the user's metrics.
+
+    Args:
+        config: The run's.
+        run: Its folder, for messages.
+
+    Raises:
+        UserError: The config names no task or an unknown one, or a metric that cannot be imported.
+    """
+    task = config.get("task")
+    if not isinstance(task, dict) or "name" not in task:
+        raise UserError(f"{run / 'config.yaml'}: not the config of a run, it names no task")
+    metrics = load_metrics(config.get("metrics", ()))
+    return problem_of_task(task["name"]).results(task["name"], metrics)
 
 
 def results_hint(path: Path) -> str:
@@ -200,14 +227,22 @@ def check_same_objects(runs: Sequence[Run]) -> None:
     """
     first = runs[0]
     for run in runs[1:]:
-        check_same(run.records, first.records, f"{run.folder} and {first.folder}")
+        pair, own, others = f"{run.folder} and {first.folder}", run.results, first.results
+        if type(own) is not type(others):
+            raise UserError(
+                f"{pair} predict different things: about {own.things} and about {others.things}"
+            )
+        own.check_same(run.records, first.records, pair)
 
 
-def read_predictions(path: str | Path, names: Sequence[str] | None = None) -> Records:
-    """Read and check a `predictions.npz` of any kind; its rows come back in order of their id.
+def read_predictions(
+    path: str | Path, results: Results, names: Sequence[str] | None = None
+) -> Records:
+    """Read and check a `predictions.npz`; its rows come back in order of their id.
 
     Args:
         path: The file.
+        results: Of the run's task.
         names: Those of the classes; metrics of single classes are known by them.
 
     Raises:
@@ -222,14 +257,12 @@ def read_predictions(path: str | Path, names: Sequence[str] | None = None) -> Re
         raise UserError(f"{path}: no such file") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged, or no predictions: {error}") from error
-    kind = kind_of(records)
-    if names is not None and "names" in kind.not_by_id:
-        records["names"] = np.array(names)
-    kind.check(records, str(path))
-    ids, order = np.unique(records[kind.ids], return_index=True)
-    if twice := len(records[kind.ids]) - len(ids):
-        raise UserError(f"{path}: {twice} {kind.things} occur twice")
-    return {name: part if name in kind.not_by_id else part[order] for name, part in records.items()}
+    named = results.named(records, names)
+    results.check(named, str(path))
+    ids, order = np.unique(named[results.ids], return_index=True)
+    if twice := len(named[results.ids]) - len(ids):
+        raise UserError(f"{path}: {twice} {results.things} occur twice")
+    return {n: part if n in results.not_by_id else part[order] for n, part in named.items()}
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:

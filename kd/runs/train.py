@@ -5,46 +5,53 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from matplotlib.figure import Figure
 from torch import nn
 
 from kd.config.recipes import Train
 from kd.data.loader import SampleLoader
+from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import modules_of
 from kd.engine.checkpoint import save_model
 from kd.engine.loop import evaluate, fit
 from kd.engine.progress import CleanStop, ProgressBar
 from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.engine.tracking import Tracker, flatten
+from kd.metrics.registry import METRICS
 from kd.problems.base import Dataset, Metric, Task, Teacher
-from kd.problems.records import DETECTIONS, SALIENCY
-from kd.report.tables import number_cell, scale_of
+from kd.problems.results import Predictor, Results
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
-from kd.runs.read import read_scalars
+from kd.runs.read import read_scalars, results_of
 from kd.runs.setup import learns, parameters, start_training
 
 _log = logging.getLogger("kd")
 
 
-def summary_of(data: Dataset, metric: Metric, model: nn.Module, steps: int) -> dict[str, Any]:
-    """The content of `summary.json`: the model's metrics and the references beside them.
+def summary_of(
+    results: Results, data: Dataset, metric: Metric, model: nn.Module, steps: int
+) -> dict[str, Any]:
+    """The content of `summary.json`: the model's metrics, and those of references beside them.
 
     Args:
-        data: The dataset, on whose val split the model was evaluated.
+        results: Of the run's task.
+        data: The dataset on whose val split the model was evaluated.
         metric: Holds the predictions.
         model: As it is used, without adapters.
         steps: Of training.
     """
+    records = metric.records()
     return {
         **metric.compute(),
-        **data.problem.summary(data, metric),
+        **results.own_values(records),
+        **results.summary(data, records),
         "parameters": parameters(model),
         "steps": steps,
     }
@@ -72,11 +79,16 @@ class Session:
     label: str
     teacher: Teacher | None = None
 
+    @property
+    def results(self) -> Results:
+        """The results side of the run's task."""
+        return results_of(self.folder.config, self.folder.path)
+
 
 def run_training(
     session: Session, model: torch.nn.Module, objective: Objective, loader: SampleLoader
 ) -> dict[str, Any]:
-    """Train, or go on training, then evaluate and write the result.
+    """Train, or resume training, then evaluate and write the result.
 
     Returns:
         The summary that was written.
@@ -94,13 +106,14 @@ def run_training(
     set_seed(session.seed + accelerator.process_index)
     if session.folder.checkpoint.is_file():
         resume_training(training, session.folder.checkpoint)
-        _log.info("%s: goes on at step %d of %d", session.label, training.progress.step, steps)
+        _log.info("%s: resuming at step %d of %d", session.label, training.progress.step, steps)
     first, main = training.progress.step, accelerator.is_main_process
     tracker = Tracker(session.folder.path, enabled=main, resume_step=first)
     val = val_loader(session.data, session.train.batch_size, accelerator)
     seconds = _train(session, training, objective, loader, val, tracker, steps)
     metric = _evaluate(session, training, objective, val)
-    summary = summary_of(session.data, metric, training.exported, training.progress.step)
+    results = session.results
+    summary = summary_of(results, session.data, metric, training.exported, training.progress.step)
     if training.progress.step > first:
         summary["steps_per_second"] = (training.progress.step - first) / seconds
     if main:
@@ -131,7 +144,8 @@ def _train(
             began = time.perf_counter()
             metric = _evaluate(session, training, objective, val)
             if main:
-                tracker.scalars(_tags(metric.compute()), training.progress.step)
+                own = session.results.own_values(metric.records())
+                tracker.scalars(_tags({**metric.compute(), **own}), training.progress.step)
             evaluating += time.perf_counter() - began
 
     stop = CleanStop()
@@ -179,22 +193,19 @@ def _write_result(
     metric: Metric,
     summary: dict[str, Any],
 ) -> None:
-    """Weights without adapters, predictions, curves and pictures; the summary last."""
+    """Weights without adapters, predictions, curves and images; the summary last."""
     step = training.progress.step
     metadata = {"config": str(session.folder.path / "config.yaml"), "format": "kd-model-1"}
     save_model(session.folder.model, training.exported, metadata)
     session.folder.name_classes(session.data.class_names)
     metric.save_predictions(session.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    problem, data = session.data.problem, session.data
-    for tag, figure in problem.figures(data, metric, session.label):
+    results, data = session.results, session.data
+    for tag, figure in results.training_figures(data, metric.records(), session.label):
         tracker.figure(tag, figure, step)
-    examples = problem.examples(
-        data, training.result, task, count=session.train.images,
-        device=training.accelerator.device, teacher=session.teacher,
-    )  # fmt: skip
-    for number, figure in enumerate(examples):
-        tracker.figure(f"pictures/{number}", figure, step)
+    if results.drawn_in_training:
+        for number, figure in enumerate(_drawn(session, training, task)):
+            tracker.figure(f"images/{number}", figure, step)
     finals = {f"eval/{name}": float(value) for name, value in summary.items()}
     tracker.hparams(flatten(session.folder.config), finals)
     session.folder.finish(summary)
@@ -204,13 +215,22 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
-def new_metric(task: Task, data: Dataset) -> Metric:
-    """What a task's answers on a data set's val split are scored by."""
-    return task.metric(data.class_info())
+def _drawn(session: Session, training: Training, task: Task) -> Iterator[Figure]:
+    """Val images with the predictions of the model, and of its teacher if it has one."""
+    teacher, predictors = session.teacher, {}
+    if teacher is not None:
+        model = AdaptedStudent(teacher.model)
+        size = getattr(teacher.section, "size", None)
+        predictors["teacher"] = Predictor(model, teacher.task, size)
+    predictors["model" if teacher is None else "student"] = Predictor(training.result, task)
+    return session.results.draw(
+        session.data, predictors, {}, count=session.train.images,
+        accelerator=session.accelerator,
+    )  # fmt: skip
 
 
 def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> SampleLoader:
-    """The val split in batches; pictures of different sizes go one by one."""
+    """The val split in batches; images of different sizes one by one."""
     samples = data.problem.evaluation(data)
     processes = accelerator.num_processes
     each = samples.together(max(1, batch_size // processes))
@@ -222,7 +242,7 @@ def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> Samp
 def _evaluate(
     session: Session, training: Training, objective: Objective, loader: SampleLoader
 ) -> Metric:
-    metric = new_metric(objective.task, session.data)
+    metric = objective.task.metric(session.data.class_info())
     evaluate(
         training.result,
         objective.task,
@@ -234,26 +254,16 @@ def _evaluate(
     return metric
 
 
-def say_summary(title: str, summary: Mapping[str, Any]) -> None:
-    """A run's figures on stdout, the class prior's and the ceiling's beside them."""
-    shown = ("top1", "top3", "top5", "top10", "top20", "mean_class_top1", "topn_auc", "nll", "ece",
-             "confusable_top1", "confusable_pair_top1", "mAP", "micro_AP",
-             "mIoU", "mean_accuracy", "pixel_accuracy", *DETECTIONS.rows,
-             *SALIENCY.rows)  # fmt: skip
+def print_summary(title: str, summary: Mapping[str, Any], results: Results) -> None:
+    """Print a run's metrics beside those of references."""
     titles = {"": "model", "prior_": "prior", "observers_": "other observers",
-              "ceiling_": "exact posterior"}  # fmt: skip
+              "ceiling_": "exact posterior", "chance_": "chance"}  # fmt: skip
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
-    names = [name for name in shown if name in summary]
-    width = max(len(name) for name in names)
+    metrics = [results.metric(n) for n in (*METRICS, *results.own_metrics) if n in summary]
+    width = max(len(metric.label) for metric in metrics)
     heads = "".join(f"{titles[column]:>17}" for column in columns)
     sys.stdout.write(f"{title}\n  {'':<{width}}{heads}\n")
-    for name in names:
-        cells = [_number(name, summary.get(prefix + name)) for prefix in columns]
-        sys.stdout.write(f"  {name:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + "\n")
-
-
-def _number(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    told = number_cell(name, value)
-    return told if scale_of(name) == 1 else f"{told} %"
+    for metric in metrics:
+        cells = [metric.text(summary.get(prefix + metric.name)) or "-" for prefix in columns]
+        line = "".join(f"{cell:>17}" for cell in cells)
+        sys.stdout.write(f"  {metric.label:<{width}}{line}\n")

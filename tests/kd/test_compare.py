@@ -26,7 +26,7 @@ def make_run(folder: Path, strength: float, seed: int = 0, *, objects: int = 60)
     log_probs = torch.log_softmax(logits, 1)
     metric.update(log_probs, labels, torch.full((objects,), 0.01), ids, ids // 3)
     metric.save_predictions(folder / "predictions.npz")
-    (folder / "config.yaml").write_text("data: {name: scenes}\n")
+    (folder / "config.yaml").write_text("data: {name: scenes}\ntask: {name: context}\n")
     summary = {**metric.compute(), "ceiling_top1": 0.9}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -72,7 +72,7 @@ def test_single_runs_share_a_table_with_prior_and_ceiling(
     printed = capsys.readouterr().out
     header = printed.splitlines()[1].split("  ")
     assert [cell.strip() for cell in header if cell] == [
-        "metric", "unet", "cnn", "cnn - unet", "prior", "ceiling",
+        "metric", "unet", "cnn", "cnn - unet", "class prior", "ceiling",
     ]  # fmt: skip
     assert "90.0" in printed
     assert "ece" not in printed
@@ -84,7 +84,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(
     runs = [make_run(tmp_path / place / "unet", 2.0) for place in ("a", "b")]
     assert main([*map(str, runs), "--metrics", "top1"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == [
-        "metric", "a", "b", "b", "-", "a", "prior", "ceiling",
+        "metric", "a", "b", "b", "-", "a", "class", "prior", "ceiling",
     ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def make_maps_run(folder: Path, right: int) -> Path:
     confusion = [[[right + n, 40 - right], [20 - right, 20 + right]] for n in range(8)]
     np.savez(folder / "predictions.npz", image_ids=np.arange(8), confusion=np.array(confusion))
     (folder / "classes.json").write_text('{"names": ["sky", "road"]}')
-    (folder / "config.yaml").write_text("data: {name: maps}\n")
+    (folder / "config.yaml").write_text("data: {name: maps}\ntask: {name: segmentation}\n")
     (folder / "summary.json").write_text("{}")
     return folder
 
@@ -128,11 +128,11 @@ def test_students_of_label_maps_are_compared_by_the_same_command(
     flags = ["--metrics", "iou/road,mIoU", "--figure", figure]
     assert main([*single, *flags]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("8 pictures")
+    assert printed.startswith("8 images")
     assert "iou/road (%)" in printed and "prior" not in printed
     unet = make_run(tmp_path / "unet", 2.0)
     assert run_command(main, [*single, str(unet)]) == 2
-    assert "about objects and about pictures" in capsys.readouterr().err
+    assert "about objects and about images" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_exit_status_two(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from kd import evaluate
 from kd.cli import run_command
 from kd.config.datasets import Generate, Split
 from kd.errors import UserError
-from kd.evaluation import predict as answers
-from kd.evaluation.write import write_tables
+from kd.evaluation import predict
+from kd.evaluation.write import write_evaluation
 from kd.metrics import classification as scores
 from kd.metrics.multilabel import MultiLabelAP
 from kd.problems.objects.baselines import (
@@ -32,7 +33,7 @@ from kd.problems.objects.baselines import (
     references,
 )
 from kd.problems.objects.data import ObjectsDataset, open_objects
-from kd.problems.objects.evaluation import Scores
+from kd.problems.objects.evaluation import SceneLabelResults
 from kd.problems.objects.schema import ObjectsSection
 from kd.problems.recipes import section_from
 from kd.runs.build import open_data
@@ -52,7 +53,7 @@ def run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "events.out.tfevents.1.earlier").write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "PICTURES", 2)
+        patch.setattr(predict, "IMAGES", 2)
         assert evaluate.main([str(folder)]) == 0
     return folder
 
@@ -67,6 +68,13 @@ def another(small_scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "val: {annotations: annotations/instances_val.json, images: val}\n"
     )
     return file
+
+
+def own_data(run: Path) -> ObjectsDataset:
+    """The dataset that a run of objects was trained on."""
+    data = open_data(section_from(read_run(run).config, str(run)))
+    assert isinstance(data, ObjectsDataset)
+    return data
 
 
 def said_and_wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -120,12 +128,12 @@ def test_another_data_set_has_a_folder_of_its_own_and_no_exact_posterior(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(answers, "PICTURES", 0)
+    monkeypatch.setattr(predict, "IMAGES", 0)
     assert evaluate.main([str(run), "--data", str(another), "--per-class"]) == 0
     said = capsys.readouterr().out
     assert "on photographs val: " in said
     assert EXACT not in said
-    assert "says instead" in said
+    assert "predicted instead" in said
     folder = run / "evaluation" / "photographs"
     assert (folder / "table.md").is_file() and (folder / "predictions.npz").is_file()
     assert evaluate.main(["--all", str(run), "--data", str(another)]) == 0
@@ -145,25 +153,19 @@ def test_runs_side_by_side_share_a_table_and_figures(
     assert evaluate.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.startswith("run "))
-    columns = ["top1", "top3", "top5", "top10", "top20", "mean_class_top1", "nll", "ece",
-               "confusable_top1", "confusable_pair_top1"]  # fmt: skip
-    assert header.split() == ["run", *columns]
+    columns = ["top1 (%)", "top3 (%)", "top5 (%)", "top10 (%)", "top20 (%)", "mean_class_top1 (%)",
+               "nll (nats)", "ece", "confusable_top1 (%)",
+               "confusable_pair_top1 (%)"]  # fmt: skip
+    assert re.split("  +", header) == ["run", *columns]
     names = [line.split("  ")[0] for line in lines[lines.index(header) :]]
     for name in ("random", PRIOR, COMPANY, EXACT, TOLD):
         assert name in names
-    assert "other objects in the picture" in "\n".join(lines)
+    assert "other objects in the image" in "\n".join(lines)
     drawn = {path.stem for path in out.glob("*.png")}
     assert drawn == FIGURES - OF_CLASSES
     numbers = json.loads((out / "metrics.json").read_text())
     first, second = numbers["runs"].values()
     assert first == second
-
-
-def own_data(run: Path) -> ObjectsDataset:
-    """The dataset that a run of objects was trained on."""
-    data = open_data(section_from(read_run(run).config, str(run)))
-    assert isinstance(data, ObjectsDataset)
-    return data
 
 
 def test_references_answer_the_same_objects(run: Path) -> None:
@@ -224,14 +226,14 @@ def test_mistakes_are_one_line(
     wrong = said_and_wrong(capsys, "--all", str(tmp_path / "empty"))
     assert "no finished run in it or below it" in wrong
     wrong = said_and_wrong(capsys, "--all", str(never), "--data", str(another))
-    assert f"no run has answers about {another}" in wrong
-    assert "2 runs: --all sets several side by side" in said_and_wrong(capsys, str(run), str(run))
+    assert f"no run has predictions on {another}" in wrong
+    assert "2 runs: --all compares several" in said_and_wrong(capsys, str(run), str(run))
     (tmp_path / "file").write_text("")
     wrong = said_and_wrong(capsys, "--all", str(run), "--out", str(tmp_path / "file" / "x"))
     assert "cannot be written" in wrong
 
 
-def test_a_task_that_asks_about_pictures_has_tables_of_its_own_metric(
+def test_scene_labels_have_tables_of_average_precision_beside_chance(
     run: Path, tmp_path: Path
 ) -> None:
     data = own_data(run)
@@ -242,12 +244,20 @@ def test_a_task_that_asks_about_pictures_has_tables_of_its_own_metric(
     sure = torch.where(present, -0.1, -3.0)
     sure[:, 1] = torch.tensor([-0.1, -3.0])  # the second class is ranked the wrong way round
     metric.update(sure, present, torch.tensor([4, 7]))
-    write_tables(tmp_path, Scores("labels on scenes val", data, metric))
+    records = metric.records()
+    evaluation = SceneLabelResults().evaluation("labels", {"model": records}, {}, lambda: data)
+    write_evaluation(tmp_path, evaluation)
     numbers = json.loads((tmp_path / "metrics.json").read_text())
-    assert numbers["mAP"] == pytest.approx(0.75)
-    first = data.val.class_names[0]
-    assert numbers["by_class"][0] == {"name": first, "support": 1, "score": 1.0}
+    computed = metric.compute()
+    for name in ("mAP", "weighted_AP", "micro_AP"):
+        assert numbers["runs"]["model"][name] == pytest.approx(computed[name], abs=1e-12)
+    for name in ("mAP", "micro_AP"):
+        chance = numbers["references"]["chance"][name]
+        assert chance == pytest.approx(computed[f"chance_{name}"], abs=1e-12)
+    assert numbers["runs"]["model"]["mAP"] == pytest.approx(0.75)
+    first = data.class_names[0]
+    assert numbers["classes"][0] == {"name": first, "images": 1, "AP": {"model": 1.0}}
     table = (tmp_path / "table.md").read_text()
-    assert "| mAP (%) | 75.0 | 50.0 |" in table
+    assert "| mAP (%) | 75.0 |  | 50.0 |" in table
     assert f"| {first} | 1 | 100.0 |" in table
-    assert "- count: 2" in table
+    assert numbers["images"] == 2

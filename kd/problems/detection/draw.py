@@ -1,61 +1,70 @@
-"""Pictures of a val split with the boxes that runs found on them, from their predictions."""
+"""Images with boxes: the true ones, what each network finds, and where features are imitated."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from kd.errors import UserError
-from kd.evaluation.write import fresh_tracker, write_figure
 from kd.formats.coco import CocoIndex
+from kd.losses.imitation import imitation_mask
+from kd.metrics.coco_ap import Array, Bools, Ints
 from kd.metrics.records import Records
 from kd.problems.detection.samples import DetectionSamples
+from kd.problems.detection.scores import right_at_half
 from kd.problems.detection.task import Detection, anchors_of, assigned
-from kd.problems.records import check_same
-from kd.report.boxes import found_figures, imitation_figure
-from kd.runs.read import read_predictions
+from kd.report.overlay import class_colour
+from kd.report.style import BLUE, GREY, INK, ORANGE, letters_on
 from kd.utils.images import read_image
 
-_log = logging.getLogger("kd")
+LEAST_SCORE = 0.3  # of a detection that is drawn
+_LETTERS_AN_INCH = 14
+_AT_MOST = 4  # panels of a row
+_ACROSS = 3.0  # inches of a panel
 
 
 def box_overlays(runs: Mapping[str, Records], index: CocoIndex, *, count: int) -> Iterator[Figure]:
-    """Draw val pictures, each with its true boxes and those of every run.
+    """Draw val images, each with its true boxes and those of every run.
 
     Args:
-        runs: Name -> predictions of the same pictures, in the order of the panels.
-        index: Where the pictures lie.
+        runs: Name -> predictions on the same images, in the order of the panels.
+        index: Where the images are.
         count: How many.
     """
     order = np.argsort(index.image_ids, kind="stable")
 
-    def picture(image_id: int) -> Tensor:
+    def read(image_id: int) -> Tensor:
         place = int(order[np.searchsorted(index.image_ids, image_id, sorter=order)])
         return read_image(index.path(place), None)
 
-    return found_figures(runs, picture, count=count)
+    return found_figures(runs, read, count=count)
 
 
-def mask_pictures(
-    data: DetectionSamples, task: Detection, *, count: int
+def mask_figures(
+    data: DetectionSamples, task: object, *, count: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw where a task's imitation masks are on pictures with objects, by the figure's name.
+    """Draw where a task's imitation masks are on images with objects, by the figure's name.
 
     Args:
-        data: Whole pictures.
+        data: Whole images.
         task: Has the levels of the network that imitates.
-        count: How many pictures at most; they are spread over those with objects.
+        count: How many images at most; they are spread over those with objects.
     """
+    if not isinstance(task, Detection) or not task.levels:
+        return
     counted = np.diff(data.index.first)[data.images]
     places = np.flatnonzero(counted)
     for number, place in enumerate(places[:: max(1, -(-len(places) // max(1, count)))][:count]):
         sample = data[0, int(place)]
-        picture, boxes = sample["images"], sample["boxes"]
+        image, boxes = sample["images"], sample["boxes"]
         mine = assigned(boxes, task.levels)
         own = [boxes[mine == level] for level in range(len(task.levels))]
         side = data.size
@@ -66,49 +75,246 @@ def mask_pictures(
             for level, grid in zip(task.levels, grids, strict=True)
         ]
         size = (int(sample["sizes"][0]), int(sample["sizes"][1]))
-        yield f"masks/{number}", imitation_figure(picture, own, anchors, size=size)
+        yield f"masks/{number}", imitation_figure(image, own, anchors, size=size)
 
 
-def write_box_overlays(
-    out: Path,
-    folders: Mapping[str, Path],
-    index: CocoIndex,
+@dataclass(frozen=True)
+class Marked:
+    """Boxes to be drawn over an image.
+
+    Attributes:
+        xywh: (n, 4), pixels of the image.
+        labels: (n,), 0..C-1.
+        scores: (n,) of detections, None of true objects.
+        wrong: (n,) bool, drawn dashed; None where nobody says.
+        crowd: (n,) bool, regions of many objects, hatched; None where there are none.
+        ignored: (n,) bool, detections that count neither way, dotted grey; None where nobody says.
+    """
+
+    xywh: Array
+    labels: Ints
+    scores: Array | None = None
+    wrong: Bools | None = None
+    crowd: Bools | None = None
+    ignored: Bools | None = None
+
+
+def boxes_figure(
+    image: Tensor,
+    panels: Mapping[str, Marked],
+    names: Sequence[str],
     *,
-    count: int,
-    more: Iterable[tuple[str, Figure]] = (),
-) -> None:
-    """Write what finished runs found side by side: `overlays/<n>.png` and an event file.
-
-    A run that was asked about other pictures, as a teacher of another data set, is left out.
+    least: float | None = None,
+) -> Figure:
+    """An image several times, each with other boxes, in the colours of their classes.
 
     Args:
-        out: The folder, a distillation's say.
-        folders: Name -> run folder with a `predictions.npz`; the first one says which pictures.
-        index: Where the pictures lie.
-        count: How many; of 0 nothing is written.
-        more: Further figures by name: `masks/0` becomes `masks/0.png`.
-
-    Raises:
-        UserError: The first run's predictions cannot be read.
+        image: (3, H, W) uint8.
+        panels: Title -> boxes.
+        names: C names.
+        least: Smallest score of a detection that is drawn, for the legend; None: all are.
     """
-    if not count:
-        return
-    runs: dict[str, Records] = {}
-    for name, folder in folders.items():
-        try:
-            records = read_predictions(folder / "predictions.npz")
-            for known in list(runs.values())[:1]:
-                check_same(records, known, f"{folder} and {next(iter(folders.values()))}")
-        except UserError as error:
-            if not runs:
-                raise
-            _log.warning("not in the pictures: %s", error)
+    height, width = image.shape[1:]
+    rows = -(-len(panels) // _AT_MOST)
+    columns = -(-len(panels) // rows)
+    handles = _legend(panels, names, least)
+    across = columns * _ACROSS
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
+    by_line = max(1, int(across * _LETTERS_AN_INCH / longest))
+    lines = -(-len(handles) // by_line)
+    inches = rows * (_ACROSS * height / width + 0.26) + 0.2 * lines + 0.1
+    figure = Figure(figsize=(across, inches))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    shown = figure.subplots(rows, columns, squeeze=False).ravel()
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    for axes in shown:
+        axes.set_axis_off()
+    for axes, (title, marked) in zip(shown, panels.items(), strict=False):
+        axes.imshow(pixels, interpolation="nearest" if height * width < 40_000 else "antialiased")
+        axes.set_title(title, fontsize=8.5, color=INK, pad=3)
+        _draw(axes, marked, (height, width))
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=by_line, frameon=False, fontsize=8,
+            handlelength=1.4, columnspacing=1.2,
+        )  # fmt: skip
+    return figure
+
+
+def found_figures(
+    runs: Mapping[str, Records],
+    read: Callable[[int], Tensor],
+    *,
+    count: int,
+    least: float = LEAST_SCORE,
+) -> Iterator[Figure]:
+    """Draw images spread over a split, each with its true boxes and those of every run.
+
+    Only records and images are needed, no network: boxes are in pixels of the files.
+
+    Args:
+        runs: Name -> predictions of the same images, in the order of the panels.
+        read: Image id -> (3, H, W) uint8, as large as its file.
+        count: How many images, of those with an object.
+        least: Smallest score of a detection that is drawn.
+    """
+    first = next(iter(runs.values()))
+    names = [str(name) for name in first["names"]]
+    right = {name: right_at_half(records) for name, records in runs.items()}
+    places = np.unique(first["truth_images"])
+    count = min(count, len(places))
+    for number in range(count):
+        place = int(places[number * len(places) // count])
+        there = first["truth_images"] == place
+        crowd = first["truth_crowds"][there]
+        objects = int((~crowd).sum())
+        panels = {
+            f"truth, {objects} object{'s' * (objects != 1)}": Marked(
+                first["truth_boxes"][there], first["truth_labels"][there], crowd=crowd
+            )
+        }
+        for name, records in runs.items():
+            hit, ignored = right[name]
+            rows = np.flatnonzero(
+                (records["found_images"] == place) & (records["found_scores"] >= least)
+            )
+            rows = rows[np.argsort(records["found_scores"][rows], kind="stable")]  # best on top
+            counted = ~ignored[rows]  # not in crowds, which KITTI's DontCare regions are, too
+            wrong = ~hit[rows] & counted
+            good = int((hit[rows] & counted).sum())
+            panels[f"{name}, {good} found, {int(wrong.sum())} wrong"] = Marked(
+                records["found_boxes"][rows],
+                records["found_labels"][rows],
+                records["found_scores"][rows],
+                wrong,
+                ignored=~counted,
+            )
+        yield boxes_figure(read(int(first["image_ids"][place])), panels, names, least=least)
+
+
+def imitation_figure(
+    image: Tensor,
+    boxes: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    *,
+    psis: Sequence[float] = (0.2, 0.5, 0.8),
+    size: tuple[int, int] | None = None,
+) -> Figure:
+    """Where features are imitated, for each level of a network and several thresholds.
+
+    Args:
+        image: (3, H, W) uint8, as the network sees it, padding included.
+        boxes: Of each level: the objects assigned to it, (G, 4), xyxy pixels.
+        anchors: Of each level: `anchor_grid`, (h, w, K, 4).
+        psis: Thresholds of `imitation_mask`, a column each.
+        size: Height and width of the image inside the padding, (H, W) by default.
+    """
+    frame = (int(image.shape[1]), int(image.shape[2]))
+    height, width = size or frame
+    across = 2.4
+    inches = len(anchors) * (across * height / width + 0.24) + 0.05
+    figure = Figure(figsize=(across * len(psis), inches))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    panels = figure.subplots(len(anchors), len(psis), squeeze=False)
+    grey = image.float().mean(dim=0, keepdim=True).permute(1, 2, 0).cpu().numpy() / 255
+    for level, (own, grid, line) in enumerate(zip(boxes, anchors, panels, strict=True)):
+        nearest, stride = _nearest_places(grid, frame)
+        for psi, axes in zip(psis, line, strict=True):
+            mask = imitation_mask([own], grid, psi=psi)[0]
+            shown = _masked(grey, mask, nearest)[:height, :width]
+            axes.imshow(shown, interpolation="nearest")
+            for x1, y1, x2, y2 in own.tolist():
+                axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False,
+                                         edgecolor=ORANGE, linewidth=1.2))  # fmt: skip
+            axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+            places = int(mask.sum())
+            where = f"level {level}, stride {stride:g}: " if len(anchors) > 1 else ""
+            axes.set_title(f"{where}psi {psi:g}, {places} places", fontsize=7.5, color=INK, pad=3)
+            axes.set_axis_off()
+    return figure
+
+
+def _nearest_places(anchors: Tensor, frame: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], float]:
+    """Which place each pixel of a frame is nearest to, by the middles of the places' anchors.
+
+    These middles are what imitation looks at, wherever in a place a level's offset puts them.
+
+    Args:
+        anchors: `anchor_grid`, (h, w, K, 4).
+        frame: H and W.
+
+    Returns:
+        The row of each row of pixels (H,) and the column of each column (W,), and the stride.
+    """
+    first = anchors[:, :, 0].cpu()
+    sides = (first[:, 0, 1::2].mean(dim=1), first[0, :, 0::2].mean(dim=1))
+    down, across = (
+        torch.searchsorted((middles[1:] + middles[:-1]) / 2, torch.arange(pixels) + 0.5, right=True)
+        for middles, pixels in zip(sides, frame, strict=True)
+    )
+    longer, pixels = max(zip(sides, frame, strict=True), key=lambda side: len(side[0]))
+    stride = float(longer[1] - longer[0]) if len(longer) > 1 else float(pixels)
+    return (down, across), stride
+
+
+def _masked(grey: Array, mask: Tensor, nearest: tuple[Tensor, Tensor]) -> Array:
+    """A grey image, (H, W, 3) in 0..1, blue where a mask chooses the nearest place."""
+    rows, columns = nearest
+    chosen = mask.cpu()[rows][:, columns, None].numpy()
+    blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    return np.asarray(np.where(chosen, 0.45 * grey + 0.55 * blue, 0.35 + 0.65 * grey))
+
+
+def _draw(axes: Axes, marked: Marked, size: tuple[int, int]) -> None:
+    for row, (x, y, across, down) in enumerate(marked.xywh.tolist()):
+        colour = class_colour(int(marked.labels[row]))
+        if marked.crowd is not None and marked.crowd[row]:
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), across, down, fill=False, hatch="///",
+                                     edgecolor=GREY, linewidth=0.8))  # fmt: skip
             continue
-        runs[name] = records
-    tracker = fresh_tracker(out)
-    for number, figure in enumerate(box_overlays(runs, index, count=count)):
-        file = out / "overlays" / f"{number}.png"
-        write_figure(figure, file, tracker, f"overlays/{number}", step=0)
-    for name, figure in more:
-        write_figure(figure, out / f"{name}.png", tracker, name, step=0)
-    tracker.close()
+        dashes = "--" if marked.wrong is not None and marked.wrong[row] else "-"
+        if marked.ignored is not None and marked.ignored[row]:
+            colour, dashes = GREY, ":"
+        for edge, wide, style in (("white", 2.6, "-"), (colour, 1.5, dashes)):
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), across, down, fill=False, edgecolor=edge,
+                                     linewidth=wide, linestyle=style))  # fmt: skip
+        if marked.scores is not None:
+            above = y > 0.05 * size[0]
+            axes.text(
+                min(max(x, 0.0), 0.95 * size[1]), y if above else y + 1,
+                f"{100 * float(marked.scores[row]):.0f}", fontsize=5.5, color=letters_on(colour),
+                va="bottom" if above else "top", ha="left",
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )  # fmt: skip
+
+
+def _legend(
+    panels: Mapping[str, Marked], names: Sequence[str], least: float | None
+) -> list[Patch | Line2D]:
+    """A patch for each class that is drawn, in their order, and what lines and numbers mean."""
+    drawn: set[int] = set()
+    crowds = wrong = ignored = False
+    for marked in panels.values():
+        none = np.zeros(len(marked.labels), np.bool_)
+        crowd, missed, left_out = (
+            none if part is None else part for part in (marked.crowd, marked.wrong, marked.ignored)
+        )
+        drawn |= set(marked.labels[~crowd & ~left_out].tolist())
+        crowds |= bool(crowd.any())
+        wrong |= bool(missed.any())
+        ignored |= bool(left_out.any())
+    handles: list[Patch | Line2D] = [
+        Patch(color=class_colour(label), label=names[label]) for label in sorted(drawn)
+    ]
+    if wrong:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label="wrong"))
+    if ignored:
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="not counted"))
+    if crowds:
+        handles.append(Patch(facecolor="none", edgecolor=GREY, hatch="///", label="crowd"))
+    if least is not None:
+        handles.append(Line2D([], [], linestyle="none", label=f"score {least:g} or more, in %"))
+    return handles

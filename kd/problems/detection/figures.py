@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 
 from kd.metrics.coco_ap import AREAS
 from kd.metrics.records import Records
-from kd.problems.detection.scores import COCO, SIZES, BoxRow, objects_of
-from kd.problems.records import DETECTIONS
+from kd.metrics.registry import METRICS
+from kd.problems.detection.scores import COCO, SIZES, BoxRow, interval, objects_of, value
 from kd.report.style import GREY, INK, colours, legend_above, letters_on, new_figure, new_stack
-from kd.report.tables import Table, bounds_cell, interval_of, number_cell
+from kd.report.tables import OVER_IMAGES, RESAMPLED, Table
 
 _LETTERS, _GAP = 7.5, 2  # points: of a number, and between it and the error bar below it
 _ROOM, _ABOVE = 1.05, 1.12  # axes end so much above an error bar; and above one with a number on it
 _NAMES_AT_MOST = 60  # more groups of bars cannot be read
-_OVER_PICTURES = "[low, high]: 95 % interval, pictures drawn again"
+_AP = METRICS["AP"]
 
 
 def box_class_table(rows: Sequence[BoxRow], records: Records, names: Sequence[str]) -> Table:
@@ -31,13 +31,13 @@ def box_class_table(rows: Sequence[BoxRow], records: Records, names: Sequence[st
     lines = []
     for row in rows:
         cells = [names[row.label], str(row.objects)]
-        cells += [number_cell(name, row.numbers.get(name)) for name in COCO]
-        bounds = bounds_cell("AP", interval_of(f"AP/{row.label}", records))
+        cells += [_AP.text(row.numbers.get(name)) for name in COCO]
+        bounds = _AP.bounds(interval(records, f"AP/{row.label}"))
         lines.append((*cells[:3], bounds, *cells[3:]))
     ap, *others = COCO
     header = ("class", "objects", ap, "95 % interval", *others)
     notes = ("in percent; nothing where a class has no object of a size",
-             "95 % interval: pictures drawn again")  # fmt: skip
+             RESAMPLED)  # fmt: skip
     return Table("By class", header, (tuple(lines),), notes)
 
 
@@ -45,7 +45,7 @@ def box_classes_side_by_side(runs: Mapping[str, Sequence[BoxRow]], names: Sequen
     """AP of every class with an object, a column for each run.
 
     Args:
-        runs: Name -> rows, from `box_scores.per_class` of the same pictures.
+        runs: Name -> rows, from `box_scores.per_class` of the same images.
         names: C names.
     """
     columns = [{row.label: row.numbers for row in rows} for rows in runs.values()]
@@ -53,7 +53,7 @@ def box_classes_side_by_side(runs: Mapping[str, Sequence[BoxRow]], names: Sequen
         (
             names[row.label],
             str(row.objects),
-            *(number_cell("AP", column[row.label]["AP"]) for column in columns),
+            *(_AP.text(column[row.label]["AP"]) for column in columns),
         )
         for row in next(iter(runs.values()))
     ]
@@ -64,26 +64,25 @@ def size_table(runs: Mapping[str, Records]) -> Table:
     """AP of small, medium and large objects, with how many there are.
 
     Args:
-        runs: Name -> predictions on the same pictures.
+        runs: Name -> predictions on the same images.
     """
     first = next(iter(runs.values()))
     lines = []
     for metric, size in SIZES.items():
         cells = [_size_title(size).replace("\n", ", "), str(int(objects_of(first, size).sum()))]
         for records in runs.values():
-            number = DETECTIONS.value(records, metric)
-            bounds = bounds_cell(metric, interval_of(metric, records))
-            cells.append(f"{number_cell(metric, number)} {bounds}".strip())
+            bounds = _AP.bounds(interval(records, metric))
+            cells.append(f"{_AP.text(value(records, metric))} {bounds}".strip())
         lines.append(tuple(cells))
     header = ("size of the object", "objects", *runs)
-    return Table("AP (%) by size", header, (tuple(lines),), (_OVER_PICTURES,))
+    return Table("AP (%) by size", header, (tuple(lines),), (OVER_IMAGES,))
 
 
 def class_ap_figure(runs: Mapping[str, Sequence[BoxRow]], names: Sequence[str]) -> Figure:
     """AP of each class above its number of objects, the most frequent first; AP50 as a line.
 
     Args:
-        runs: Name -> rows, from `box_scores.per_class` of the same pictures.
+        runs: Name -> rows, from `box_scores.per_class` of the same images.
         names: C names.
     """
     first = next(iter(runs.values()))
@@ -121,15 +120,15 @@ def size_figure(runs: Mapping[str, Records]) -> Figure:
     """AP of all, small, medium and large objects with their 95 % intervals.
 
     Args:
-        runs: Name -> predictions on the same pictures.
+        runs: Name -> predictions on the same images.
     """
     figure, axes = new_figure(5.6, 3.8)
     first = next(iter(runs.values()))
     sizes = {"AP": "all", **SIZES}
-    shown = [metric for metric in sizes if DETECTIONS.value(first, metric) is not None]
+    shown = [metric for metric in sizes if value(first, metric) is not None]
     place, width, top = np.arange(len(shown)), 0.8 / len(runs), 0.0
     for row, ((name, run), colour) in enumerate(zip(runs.items(), colours(len(runs)), strict=True)):
-        known = [interval_of(metric, run) for metric in shown]
+        known = [interval(run, metric) for metric in shown]
         found = [one for one in known if one is not None]
         heights = [100 * one.mean for one in found]
         reach = [[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]]

@@ -53,7 +53,7 @@ class FoundBoxes:
         names: C class names.
         confusable: C group names, None for none; classes of one group look alike.
         kitti: The same objects as KITTI's difficulties ask for them.
-        where: What messages begin with: a run, a data set.
+        where: What messages begin with: a run, a dataset.
 
     Raises:
         UserError: Not as many names or groups as the truth has categories.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,13 +12,16 @@ from torch import nn
 
 from kd.config.recipes import Model
 from kd.data.open_files import class_names
+from kd.metrics.registry import Metric
 from kd.problems.base import Dataset, Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.detection.data import DetectionDataset
+from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.samples import DetectionSamples
 from kd.problems.detection.schema import SPEC
 from kd.problems.detection.task import Detection
 from kd.problems.objects.data import open_objects
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec
 
 
@@ -89,6 +92,10 @@ class DetectionProblem(Problem[DetectionDataset]):
         pyramid = all(output.startswith("network.backbone") for output in outputs)
         wanted: Literal["features", "objects"] = "features" if pyramid else "objects"
         return replace(task, wanted=wanted).asking(outputs)
+
+    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
+        """Boxes are matched image by image."""
+        return DetectionResults(metrics or {})
 
 
 PROBLEM = DetectionProblem()

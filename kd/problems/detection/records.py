@@ -151,7 +151,7 @@ def check(records: Records, where: str) -> None:
         where: What the message begins with: a file, or what was evaluated.
 
     Raises:
-        UserError: A missing array, wrong shapes, a picture or class that is not there, numbers that
+        UserError: A missing array, wrong shapes, an image or class that is not there, numbers that
             are not finite, sides below 0, or not one object to find.
     """
     required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
@@ -173,7 +173,7 @@ def check(records: Records, where: str) -> None:
     for name in ("truth_boxes", "truth_areas", "found_boxes", "found_scores"):
         _check_numbers(records, name, where)
     if not (~records["truth_crowds"]).any():
-        raise UserError(f"{where}: not one object to find; are the annotations of these pictures?")
+        raise UserError(f"{where}: not one object to find; are the annotations of these images?")
 
 
 def _check_shapes(records: Records, where: str, classes: int) -> None:
@@ -201,3 +201,21 @@ def _check_numbers(records: Records, name: str, where: str) -> None:
         row = int(np.flatnonzero(wrong)[0])
         image = records["image_ids"][records[f"{name.partition('_')[0]}_images"][row]]
         raise UserError(f"{where}: {name}[{row}] on image {image} {problem}: {values[row]}")
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that two have the same classes and true objects.
+
+    Raises:
+        UserError: They differ; the message begins with `pair`, which names both.
+    """
+    own, others = (len(one["category_ids"]) for one in (records, other))
+    if own != others:
+        raise UserError(f"{pair} know different numbers of classes: {own} and {others}")
+    own, others = (len(one["truth_images"]) for one in (records, other))
+    if own != others:
+        raise UserError(f"{pair} have different numbers of objects: {own} and {others}")
+    for name in TRUTH:
+        differing = (records[name] != other[name]).nonzero()[0]
+        if wrong := len(set(differing.tolist())):
+            raise UserError(f"{pair} disagree on {name} of {wrong} objects: other data")

@@ -22,7 +22,7 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
     """The objects of an index end to end, images counted on from 0.
 
     Args:
-        index: The data set.
+        index: The dataset.
         images: Only those of images with these ids; all where not given.
     """
     rows, owners = objects_on(index, images)
@@ -82,11 +82,11 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
     """Everything that is known for these val objects, the weakest first.
 
     Args:
-        data: Their data set.
+        data: Their dataset.
         records: A run's predictions.
 
     Raises:
-        UserError: The objects are not those of the data set.
+        UserError: The objects are not those of the dataset.
     """
     known = {
         PRIOR: prior_records(records),
@@ -100,7 +100,7 @@ def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
     """Stored predictions with the number of visible objects, which older ones lack.
 
     Raises:
-        UserError: The objects or their labels are not those of the data set's val split.
+        UserError: The objects or their labels are not those of the dataset's val split.
     """
     val = data.val
     order = np.argsort(val.object_ids, kind="stable")
@@ -110,7 +110,7 @@ def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
     if wrong := int((~same | (val.labels[rows] != records["labels"])).sum()):
         raise UserError(
             f"{where}: {wrong} of its objects are not in {val.annotation_file}, or have another "
-            "label there; name the run's own data set with --set data.root=DIR"
+            "label there; name the run's own dataset with --set data.root=DIR"
         )
     return {**records, "visible": visible_objects(val, records["image_ids"])}
 

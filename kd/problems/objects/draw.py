@@ -1,4 +1,4 @@
-"""The picture of a run: a scene with an object hidden, and what each model makes of it."""
+"""Images of hidden objects: the scene with one object covered, and what each model expects."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd.data.loader import collate, to_device
-from kd.nn.freeze import evaluating
-from kd.problems.base import Task, Teacher, hidden_objects, named
+from kd.data.loader import Sample, collate
 from kd.problems.objects.data import ObjectsDataset
+from kd.problems.results import Predictor, spread
 from kd.report.style import BLUE, GREY, ORANGE, PALE
 
-# The object itself is shown with a little of what is around it.
+# Around the crop of the object itself, in sides of its box.
 _CROP_MARGIN = 0.15
 
 
@@ -36,7 +36,7 @@ def hidden_scene_figure(
     heat_map: Tensor | None = None,
     top: int = 5,
 ) -> Figure:
-    """The scene as the teacher sees it, the object that was hidden, and top-n bars of each model.
+    """Draw the scene as the teacher sees it, the hidden object, and top-n bars of each model.
 
     Args:
         image: (3, H, W) uint8, nothing hidden yet.
@@ -44,8 +44,8 @@ def hidden_scene_figure(
         truth: Its class.
         beliefs: Model -> (C,) probabilities, such as {"teacher": ..., "student": ...}.
         names: C class names.
-        size: Height and width of the picture inside the padding, (H, W) by default.
-        heat_map: (H, W), drawn over the scene: where a model looks, or expects the class.
+        size: Height and width of the image inside the padding, (H, W) by default.
+        heat_map: (H, W), drawn over the scene.
         top: Bars of each model.
     """
     height, width = size or (int(image.shape[1]), int(image.shape[2]))
@@ -59,12 +59,12 @@ def hidden_scene_figure(
     heat = None if heat_map is None else heat_map[:height, :width].detach().float().cpu().numpy()
     _scene(panels[0], pixels, corners, heat)
     _object(panels[1], pixels, corners, truth)
-    shown = {model: belief.detach().double().cpu().numpy() for model, belief in beliefs.items()}
+    known = {model: belief.detach().double().cpu().numpy() for model, belief in beliefs.items()}
     # One scale for all: a model that hardly knows must not look as sure as one that does.
-    reach = max([0.05, *(float(belief.max()) for belief in shown.values())])
-    for axes, (model, belief) in zip(panels[2:], shown.items(), strict=True):
+    reach = max([0.05, *(float(belief.max()) for belief in known.values())])
+    for axes, (model, belief) in zip(panels[2:], known.items(), strict=True):
         bars(axes, belief, names, top, truth=truth)
-        axes.set_title(f"the {model} says", fontsize=9)
+        axes.set_title(f"the {model} expects", fontsize=9)
         axes.set_xlim(0, 122 * reach)
     return figure
 
@@ -72,7 +72,7 @@ def hidden_scene_figure(
 def _scene(
     axes: Axes, pixels: NDArray[Any], corners: Sequence[float], heat: NDArray[Any] | None
 ) -> None:
-    """What is left of the picture when the object's box is covered."""
+    """Draw the scene with the object's box covered."""
     axes.imshow(pixels)
     x1, y1, x2, y2 = corners
     place, across, down = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
@@ -82,7 +82,7 @@ def _scene(
     axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=ORANGE, linewidth=1.8))
     height, width = pixels.shape[:2]
     size = 100 * min(across / width, down / height)
-    if size > 6:  # a smaller sign would cover the outline
+    if size > 6:  # a smaller one would cover the outline
         middle = ((x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2)
         axes.text(*middle, "?", color="white", ha="center", va="center", fontsize=min(size, 26))
     axes.set_title("the scene, object hidden", fontsize=9)
@@ -111,16 +111,16 @@ def bars(
     usual: NDArray[Any] | None = None,
     digits: int = 0,
 ) -> None:
-    """The likeliest classes, the true one in colour.
+    """Draw the likeliest classes as bars, the true one in colour.
 
     Args:
         axes: Where to draw.
         belief: (C,) probabilities.
         names: C names.
         top: How many bars.
-        truth: The true class, where it is known; all bars have its colour where it is not.
-        usual: (C,) shares of the classes wherever they are, a mark in each bar.
-        digits: Behind the point of a percentage.
+        truth: The true class; without it all bars are coloured.
+        usual: (C,) average fractions of the classes, a mark in each bar.
+        digits: Decimal places of a percentage.
     """
     order = np.argsort(-belief, kind="stable")[:top]
     place = np.arange(len(order))
@@ -130,7 +130,7 @@ def bars(
     if usual is not None:
         marks = 100 * usual[order]
         axes.vlines(marks, place - 0.42, place + 0.42, color=ORANGE, linewidth=1.6)
-        room = 0.25 * max(ends.max(), 1e-9)  # a number's width: it goes behind a mark in its way
+        room = 0.25 * max(ends.max(), 1e-9)  # a number's width: it moves behind a mark in its way
         ends = np.where((marks > ends) & (marks < ends + room), marks, ends)
     for end, row in zip(ends, place, strict=True):
         text = f"{100 * belief[order[row]]:.{digits}f} %"
@@ -148,40 +148,32 @@ def bars(
     axes.tick_params(length=0)
 
 
-@torch.no_grad()
 def hidden_scenes(
-    model: nn.Module,
-    task: Task,
+    predictors: Mapping[str, Predictor],
     data: ObjectsDataset,
     *,
     count: int,
-    device: torch.device,
-    teacher: Teacher | None = None,
+    accelerator: Accelerator,
 ) -> Iterator[Figure]:
-    """Draw val objects spread over the split, one figure each.
+    """Draw val objects spread over the split, one figure each with what every model expects.
 
     Args:
-        model: An `AdaptedStudent`.
-        task: How it is asked and read.
-        data: The data set.
-        count: How many objects.
-        device: Where the model lies.
-        teacher: A context teacher, whose posterior is drawn beside the model's.
+        predictors: Name -> model.
+        data: The dataset.
+        count: How many objects at most.
+        accelerator: Device and precision.
     """
     dataset = data.samples("val")
     names = list(data.val.class_names)
-    count = min(count, len(dataset))
-    for number in range(count):
-        sample = collate([dataset[0, number * len(dataset) // count]])
+    for place in spread(count, len(dataset)):
+        sample = collate([dataset[0, place]])
         for name in ("hidden", "hide_fraction", "segments"):
             if name in sample:
                 sample[name] = sample[name][:1]
-        batch = to_device(sample, device, channels_last=False)
-        with evaluating(model):
-            output, _ = model(*task.inputs(batch))
-        own = "teacher" if teacher is None else "student"
-        beliefs = {} if teacher is None else {"teacher": expectation(teacher, batch)[0]}
-        beliefs[own] = task.decode(output, batch).exp()[0]
+        beliefs = {
+            name: one(_resized(sample, one.size), accelerator).exp()
+            for name, one in predictors.items()
+        }
         row = int(sample["hidden"][0])
         yield hidden_scene_figure(
             sample["images"][0],
@@ -193,13 +185,12 @@ def hidden_scenes(
         )
 
 
-def expectation(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
-    """The teacher's probabilities for a batch's hidden objects, (K, C), at its own image size."""
-    images, size = batch["images"], hidden_objects(teacher).size
-    if images.shape[-1] != size:
-        small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-        boxes = batch["boxes"] * (size / images.shape[-1])
-        batch = {**batch, "images": small.round().to(torch.uint8), "boxes": boxes}
-    with torch.no_grad():
-        output = teacher.model(*teacher.task.inputs(batch))
-    return teacher.task.decode(named(output), batch).exp()
+def _resized(sample: Sample, size: int | tuple[int, int] | None) -> Sample:
+    """A batch of square images at another side."""
+    images = sample["images"]
+    if size is None or images.shape[-1] == size:
+        return sample
+    assert isinstance(size, int)
+    small = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    boxes = sample["boxes"] * (size / images.shape[-1])
+    return {**sample, "images": small.round().to(torch.uint8), "boxes": boxes}

@@ -1,188 +1,338 @@
-"""An evaluation's tables, figures and numbers, put together."""
+"""Results of tasks about objects: hidden objects, objects in scenes, and scene labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from kd.errors import UserError
 from kd.metrics import classification as scores
+from kd.metrics.bootstrap import Interval
 from kd.metrics.confusion import ClassRow, beyond_prior, confusions, per_class
+from kd.metrics.multilabel import average_precision
 from kd.metrics.records import Records
-from kd.problems.base import Dataset, Metric
-from kd.problems.objects import tables
-from kd.problems.objects.baselines import ABOUT, PRIOR
-from kd.problems.objects.class_figures import (
-    beyond_prior_figure,
-    class_share_figure,
-    confusion_figure,
-    per_class_figure,
-)
+from kd.metrics.registry import METRICS
+from kd.problems.objects import figures, tables
+from kd.problems.objects import records as object_records
+from kd.problems.objects.baselines import ABOUT, EXACT, PRIOR, exact_records, on_data, references
 from kd.problems.objects.data import ObjectsDataset
-from kd.problems.objects.tables import Scored
-from kd.report.curves import reliability_figure, share_hidden_figure, top_n_figure, visible_figure
-from kd.report.tables import Table
+from kd.problems.objects.draw import hidden_scenes
+from kd.problems.results import Evaluation, Predictor, Results
+from kd.report.tables import Scored, Table, difference_notes
+
+CHANCE = "random"
+# Metrics that are also computed of the exact posterior for `summary.json`.
+CEILINGS = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
+            "topn_auc")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Answers of one or several runs about the same val objects, and what they are held against.
+class ObjectResults(Results):
+    """Class probabilities of objects."""
+
+    things: ClassVar[str] = "objects"
+    ids: ClassVar[str] = "object_ids"
+    not_by_id: ClassVar[tuple[str, ...]] = object_records.BY_CLASS
+    our_rows: ClassVar[tuple[str, ...]] = (
+        "top1", "mean_class_top1", "top5", "nll", "ece", "confusable_top1", "confusable_pair_top1",
+    )  # fmt: skip
+    our_bounded: ClassVar[tuple[str, ...]] = ("top1", "top5", "nll")
+    image_name: ClassVar[str] = "hidden_scene"
+    drawn_in_training: ClassVar[bool] = True
+
+    check = staticmethod(object_records.check)
+    check_same_truth = staticmethod(object_records.check_same_truth)
+    our_value = staticmethod(scores.value)
+    our_interval = staticmethod(scores.interval)
+    our_difference = staticmethod(scores.difference)
+
+    def named(self, records: Records, names: Sequence[str] | None) -> Records:
+        """The records themselves: no metric of ours has the name of a class in it."""
+        return records
+
+    def about(self, records: Records) -> str:
+        """The numbers of objects and of images."""
+        images = len(set(records["image_ids"].tolist()))
+        return f"{len(records['labels'])} objects in {images} images"
+
+    def references(self, records: Records) -> Mapping[str, Records]:
+        """The class prior, where it is known."""
+        prior = scores.prior_records(records)
+        return {} if prior is None else {PRIOR: prior}
+
+    def summary(self, data: ObjectsDataset, records: Records) -> dict[str, float]:
+        """`ceiling_<metric>`: the exact posterior of the embedded scenes."""
+        exact = exact_records(data, records)
+        if EXACT not in exact:
+            return {}
+        values = scores.evaluate(exact[EXACT])
+        return {f"ceiling_{name}": values[name] for name in CEILINGS if name in values}
+
+    def evaluation(
+        self,
+        title: str,
+        runs: Mapping[str, Records],
+        section: Mapping[str, Any],
+        opened: Callable[[], ObjectsDataset] | None = None,
+    ) -> Evaluation:
+        """Tables and figures beside the class prior, co-occurrence and the exact posterior."""
+        assert opened is not None
+        data = opened()
+        runs = {name: on_data(data, one, name) for name, one in runs.items()}
+        known = references(data, next(iter(runs.values())))
+        return ObjectsEvaluation(self, title, section, runs, data.class_names, known, data)
+
+    def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
+        """Top-n curves of the runs, with the class prior's."""
+        known = self.references(next(iter(runs.values())))
+        curves, lines = (
+            {name: scores.curve(one) for name, one in part.items()} for part in (runs, known)
+        )
+        return figures.top_n_figure(curves, lines)
+
+    def training_figures(
+        self, data: ObjectsDataset, records: Records, label: str
+    ) -> Iterator[tuple[str, Figure]]:
+        """Top-n beside the references, and top-1 by hidden fraction."""
+        exact = exact_records(data, records)
+        known = {**self.references(records), **{n: r for n, r in exact.items() if n == EXACT}}
+        lines = {name: scores.curve(one) for name, one in known.items()}
+        yield "eval/top_n", figures.top_n_figure({"model": scores.curve(records)}, lines)
+        yield "eval/share_hidden", figures.share_hidden_figure({label: records})
+
+    def draw(
+        self,
+        data: ObjectsDataset,
+        predictors: Mapping[str, Predictor],
+        runs: Mapping[str, Records],
+        *,
+        count: int,
+        accelerator: Accelerator,
+    ) -> Iterator[Figure]:
+        """Draw hidden objects with what each model expects."""
+        return hidden_scenes(predictors, data, count=count, accelerator=accelerator)
+
+
+@dataclass(frozen=True)
+class ObjectsEvaluation(Evaluation):
+    """Hidden objects, with tables by bins and by class, and confusions.
 
     Args:
-        title: Above the first table.
-        data: The data set.
-        runs: Name -> predictions.
-        references: Name -> the same objects as the reference answers them.
+        dataset: The opened dataset.
     """
 
-    title: str
-    data: ObjectsDataset
-    runs: Mapping[str, Records]
-    references: Mapping[str, Records]
-    picture = "hidden_scene"
+    dataset: ObjectsDataset | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """More metrics than where runs are compared."""
+        return (*(f"top{n}" for n in scores.TOPS),
+                *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of runs and references."""
-        return tables.scored(self.runs, self.references)
+        """Metrics of runs, of uniform guesses, then of the references."""
+        found = super().scored
+        runs, known = found[: len(self.runs)], found[len(self.runs) :]
+        ours = [name for name in runs[0].values if name not in self.results.own_metrics]
+        guesses = {name: scores.chance(self.first, name) for name in ours}
+        chance = Scored(CHANCE, {name: n for name, n in guesses.items() if n is not None})
+        return [*runs, chance, *known]
 
     @cached_property
     def classes(self) -> list[ClassRow]:
-        """Class by class, of the first run."""
-        return per_class(self._first)
+        """Rows of the first run, class by class."""
+        return per_class(self.first)
 
     @cached_property
     def train_counts(self) -> NDArray[np.int64]:
         """(C,) usable objects of each class in the train split."""
-        return self.data.train_counts()
+        assert self.dataset is not None
+        return self.dataset.train_counts()
 
-    @property
-    def _first(self) -> Records:
-        return next(iter(self.runs.values()))
-
-    def summary_tables(self) -> list[Table]:
-        """Metrics, and top-1 by share hidden and by number of visible objects."""
+    def notes(self) -> Sequence[str]:
+        """What the references know, and how far a single run is from them."""
         notes = [ABOUT[name] for name in self.references if name in ABOUT]
         if len(self.runs) > 1:
-            main = tables.side_by_side_table(self.scored, self.title, notes)
-        else:
-            notes += tables.difference_notes(self._first, self.references)
-            main = tables.run_table(self.scored, self.title, notes)
+            return notes
+        known = self.references
+        return [*notes, *difference_notes(self.results, self.first, known, ("top1", "nll"))]
+
+    def summary_tables(self) -> list[Table]:
+        """Metrics, and top-1 by hidden fraction and by number of visible objects."""
         bins = [tables.bins_table(kind, self.runs, self.references) for kind in scores.BINS]
-        return [main, *(table for table in bins if table is not None)]
+        return [*super().summary_tables(), *(table for table in bins if table is not None)]
 
     def class_table(self) -> Table:
         """Class by class: one run in full, of several the top-1."""
-        names = self.data.val.class_names
         if len(self.runs) > 1:
-            return tables.classes_side_by_side(self.runs, names)
-        return tables.class_table(self.classes, names, self.train_counts)
-
-    def confusion_tables(self) -> list[Table]:
-        """One run's most frequent confusions, and those that the class prior does not explain."""
-        names, first = self.data.val.class_names, self._first
-        return [
-            tables.confusion_table(confusions(first), names, "Most frequent confusions"),
-            tables.confusion_table(beyond_prior(first), names, "Beyond what the prior would say"),
-        ]
+            return tables.classes_side_by_side(self.runs, self.names)
+        return tables.class_table(self.classes, self.names, self.train_counts)
 
     def all_tables(self) -> list[Table]:
-        """What `table.md` holds."""
-        parts = [*self.summary_tables(), self.class_table()]
-        return parts if len(self.runs) > 1 else [*parts, *self.confusion_tables()]
+        """The tables of `table.md`; of one run with confusions."""
+        parts, names = super().all_tables(), self.names
+        if len(self.runs) > 1:
+            return parts
+        frequent, unexpected = confusions(self.first), beyond_prior(self.first)
+        return [
+            *parts,
+            tables.confusion_table(frequent, names, "Most frequent confusions"),
+            tables.confusion_table(unexpected, names, "Confusions beyond the class prior"),
+        ]
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Every figure with its name; those of classes for a single run only."""
-        runs, known = self.runs, self.references
+        runs, known, names = self.runs, self.references, self.names
         curves, lines = ({n: scores.curve(r) for n, r in part.items()} for part in (runs, known))
-        yield "top_n", top_n_figure(curves, lines)
-        yield "share_hidden", share_hidden_figure(runs, known)
-        if "visible" in self._first:
-            yield "visible_objects", visible_figure(runs, known)
-        yield "calibration", reliability_figure(runs)
-        names = self.data.val.class_names
-        val_counts = np.bincount(self._first["labels"], minlength=len(names))
-        yield "class_shares", class_share_figure(self.train_counts, val_counts, names)
+        yield "top_n", figures.top_n_figure(curves, lines)
+        yield "share_hidden", figures.share_hidden_figure(runs, known)
+        if "visible" in self.first:
+            yield "visible_objects", figures.visible_figure(runs, known)
+        yield "calibration", figures.reliability_figure(runs)
+        val_counts = np.bincount(self.first["labels"], minlength=len(names))
+        yield "class_shares", figures.class_share_figure(self.train_counts, val_counts, names)
         if len(runs) > 1:
             return
         # The prior is right about one class and wrong about all others: no line worth drawing.
         others = {name: per_class(one) for name, one in known.items() if name != PRIOR}
-        yield "per_class", per_class_figure(self.classes, names, others)
-        yield "confusions", confusion_figure(self._first, names)
-        yield "beyond_prior", beyond_prior_figure(beyond_prior(self._first), names)
+        yield "per_class", figures.per_class_figure(self.classes, names, others)
+        yield "confusions", figures.confusion_figure(self.first, names)
+        yield "beyond_prior", figures.beyond_prior_figure(beyond_prior(self.first), names)
+
+    def details(self, name: str) -> dict[str, float]:
+        """Top-1 in each bin."""
+        records = {**self.runs, **self.references}.get(name)
+        if records is None:  # uniform guesses
+            return {}
+        bins = [f"{kind}/{one}_top1" for kind, found in scores.BINS.items() for one in found]
+        values = {metric: scores.value(records, metric) for metric in bins}
+        return {metric: number for metric, number in values.items() if number is not None}
 
     def numbers(self) -> dict[str, Any]:
         """Everything in the tables, in full precision, for `metrics.json`."""
-        found: dict[str, Any] = {
-            "title": self.title,
-            "data": self.data.section.model_dump(mode="json"),
-            "objects": len(self._first["labels"]),
-        }
-        for one in self.scored:
-            part = "runs" if one.name in self.runs else "references"
-            found.setdefault(part, {})[one.name] = {
-                **one.plain,
-                **self._bins({**self.runs, **self.references}.get(one.name)),
-            }
-        if len(self.runs) == 1:
-            names = self.data.val.class_names
-            found["classes"] = [
-                {"name": names[row.label], "support": row.support, "top1": row.top1,
-                 "top5": row.top5, "instead": {names[p.said]: p.count for p in row.instead}}
-                for row in self.classes
-            ]  # fmt: skip
-            found["confusions"] = [
-                {"hidden": names[pair.true], "said": names[pair.said], "objects": pair.count,
-                 "share": pair.share, "prior": pair.expected, "lift": pair.lift}
-                for pair in confusions(self._first)
-            ]  # fmt: skip
+        found, names = super().numbers(), self.names
+        if len(self.runs) > 1:
+            return found
+        found["classes"] = [
+            {"name": names[row.label], "support": row.support, "top1": row.top1,
+             "top5": row.top5, "instead": {names[p.said]: p.count for p in row.instead}}
+            for row in self.classes
+        ]  # fmt: skip
+        found["confusions"] = [
+            {"hidden": names[pair.true], "predicted": names[pair.said], "objects": pair.count,
+             "fraction": pair.share, "prior": pair.expected, "lift": pair.lift}
+            for pair in confusions(self.first)
+        ]  # fmt: skip
         return found
-
-    def _bins(self, records: Records | None) -> dict[str, float]:
-        if records is None:  # uniform guesses have none
-            return {}
-        names = [f"{kind}/{name}_top1" for kind, bins in scores.BINS.items() for name in bins]
-        found = {name: scores.value(records, name) for name in names}
-        return {name: number for name, number in found.items() if number is not None}
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a task scores that does not ask about objects; it has tables, no figures."""
+class SceneLabelResults(Results):
+    """Which classes are in an image."""
 
-    title: str
-    data: Dataset
-    metric: Metric
+    things: ClassVar[str] = "images with labels"
+    our_rows: ClassVar[tuple[str, ...]] = ("mAP", "weighted_AP", "micro_AP")
 
-    def summary_tables(self) -> list[Table]:
-        """Every number."""
-        return [tables.numbers_table(self.metric.compute(), self.title)]
+    def check(self, records: Records, where: str) -> None:
+        """Check that the arrays are there and fit each other."""
+        if missing := [n for n in ("image_ids", "log_probs", "present") if n not in records]:
+            raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions of labels")
+        shapes = {name: records[name].shape for name in ("log_probs", "present")}
+        if len(set(shapes.values())) > 1 or len(records["image_ids"]) != len(records["present"]):
+            raise UserError(f"{where}: arrays of different lengths: {shapes}")
+
+    def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
+        """Check that the classes and the labels of each image are the same."""
+        own, others = records["present"], other["present"]
+        if own.shape != others.shape:
+            raise UserError(
+                f"{pair} know different numbers of classes: {own.shape[1]} and {others.shape[1]}"
+            )
+        if wrong := int((own != others).any(axis=1).sum()):
+            raise UserError(f"{pair} disagree on the labels of {wrong} images: other data")
+
+    def named(self, records: Records, names: Sequence[str] | None) -> Records:
+        """The records themselves: no metric of ours has the name of a class in it."""
+        return records
+
+    def our_value(self, records: Records, name: str) -> float | None:
+        """A metric; None where no image shows any class."""
+        log_probs, present = records["log_probs"], records["present"]
+        support = present.sum(axis=0)
+        if name not in self.our_rows:
+            raise UserError(f"metric {name!r}: unknown; there are {', '.join(self.our_rows)}")
+        if not support.any():
+            return None
+        if name == "micro_AP":
+            return average_precision(log_probs.ravel(), present.ravel())
+        there = np.flatnonzero(support)
+        own = [average_precision(log_probs[:, c], present[:, c]) for c in there]
+        return float(np.average(own, weights=support[there] if name == "weighted_AP" else None))
+
+    def our_interval(self, records: Records, name: str) -> Interval | None:
+        """None: every resample would have to be ranked again."""
+        self.our_value(records, name)
+        return None
+
+    def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
+        """The difference without bounds."""
+        own, other = (self.our_value(one, name) for one in (records, twin))
+        if own is None or other is None:
+            raise UserError(f"metric {name!r}: none of these images counts for it")
+        return Interval(own - other, float("nan"), float("nan"))
+
+    def references(self, records: Records) -> Mapping[str, Records]:
+        """Chance: the same score for every class and image."""
+        return {"chance": {**records, "log_probs": np.zeros_like(records["log_probs"])}}
+
+    def evaluation(
+        self,
+        title: str,
+        runs: Mapping[str, Records],
+        section: Mapping[str, Any],
+        opened: Callable[[], ObjectsDataset] | None = None,
+    ) -> Evaluation:
+        """Average precision beside chance."""
+        known = self.references(next(iter(runs.values())))
+        assert opened is not None
+        names = opened().class_names
+        return SceneLabelsEvaluation(self, title, section, runs, names, known)
+
+
+@dataclass(frozen=True)
+class SceneLabelsEvaluation(Evaluation):
+    """Scene labels; there are tables and no figures."""
+
+    @cached_property
+    def classes(self) -> list[dict[str, Any]]:
+        """Name, images and each run's average precision of every class that occurs."""
+        support = self.first["present"].sum(axis=0)
+        order = [c for c in np.argsort(-support, kind="stable").tolist() if support[c]]
+        return [
+            {"name": self.names[c], "images": int(support[c]), "AP": {
+                name: average_precision(one["log_probs"][:, c], one["present"][:, c])
+                for name, one in self.runs.items()
+            }}
+            for c in order
+        ]  # fmt: skip
 
     def class_table(self) -> Table:
-        """Every class that occurs."""
-        return tables.scores_table(self.metric.per_class(self.data.class_names))
-
-    def all_tables(self) -> list[Table]:
-        """What `table.md` holds."""
-        return [*self.summary_tables(), self.class_table()]
+        """Images and average precision of each class that occurs."""
+        ap = METRICS["AP"]
+        lines = [
+            (row["name"], str(row["images"]), *(ap.text(row["AP"][name]) for name in self.runs))
+            for row in self.classes
+        ]
+        return Table("AP (%) by class", ("class", "images", *self.runs), (tuple(lines),))
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers of the tables, in full precision."""
-        rows = self.metric.per_class(self.data.class_names)
-        return {
-            "title": self.title,
-            "data": self.data.section.model_dump(mode="json"),
-            **self.metric.compute(),
-            "by_class": [{"name": row[0], "support": row[1], "score": row[2]} for row in rows],
-        }
-
-
-def about(data: ObjectsDataset, records: Records) -> str:
-    """What the answers are about, for a title."""
-    objects, images = len(records["labels"]), len(set(records["image_ids"].tolist()))
-    return f"{data.section.name} val: {objects} objects in {images} images"
+        """Everything in the tables, in full precision, for `metrics.json`."""
+        return {**super().numbers(), "classes": self.classes}

@@ -15,7 +15,7 @@ from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.confusion import per_class
 from kd.metrics.records import Array, save_records
-from kd.problems.objects.records import REQUIRED, check_records
+from kd.problems.objects.records import REQUIRED, check
 
 # Device tensors are kept until this many objects are there: one wait for the device for all.
 _FLUSH_AT = 4096
@@ -36,7 +36,7 @@ class TopN:
         prior: (C,) class shares of the training labels; adds the `prior_` metrics.
         confusable: C group names, None for none; classes of one group look alike.
         visible: Image ids (K,) -> how many other objects the image of each holds, (K,).
-        where: What messages begin with: a run, a data set.
+        where: What messages begin with: a run, a dataset.
 
     Raises:
         UserError: `prior` or `confusable` do not fit C.
@@ -83,8 +83,8 @@ class TopN:
         Args:
             log_probs: (K, C), any floating type, any device.
             labels: (K,) int64, -1 where withheld.
-            shares: (K,) box area / picture area.
-            object_ids: (K,) int64, unique in the data set.
+            shares: (K,) box area / image area.
+            object_ids: (K,) int64, unique in the dataset.
             image_ids: (K,) int64.
         """
         expected = (len(labels), self.num_classes)
@@ -137,7 +137,7 @@ class TopN:
         records = {**self._merged(), **self._extra}
         if self._visible is not None:
             records["visible"] = self._visible(records["image_ids"])
-        check_records(records, self._where)
+        check(records, self._where)
         return records
 
     def compute(self) -> dict[str, float]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,11 +16,9 @@ from kd.data.open_files import class_names, train_annotations
 from kd.errors import UserError
 from kd.formats.class_maps import ClassMaps
 from kd.formats.splits import fold_of
-from kd.metrics import classification as scores
-from kd.metrics.classification import prior_records
+from kd.metrics.registry import Metric
 from kd.nn.cooccurrence import Fitted
 from kd.problems.base import (
-    Metric,
     Problem,
     Sampling,
     Split,
@@ -31,21 +27,17 @@ from kd.problems.base import (
     TeacherView,
     hidden_objects,
 )
-from kd.problems.objects.baselines import EXACT, PRIOR, exact_records, index_objects
+from kd.problems.objects.baselines import index_objects
 from kd.problems.objects.context import ContextMap
 from kd.problems.objects.data import ObjectsDataset, open_objects
-from kd.problems.objects.draw import hidden_scenes
-from kd.problems.objects.metric import TopN
+from kd.problems.objects.evaluation import ObjectResults, SceneLabelResults
 from kd.problems.objects.samples import ObjectSamples
-from kd.problems.objects.scene_labels import SceneLabels
 from kd.problems.objects.schema import SPEC, ObjectsSection
 from kd.problems.objects.teacher_view import ObjectsView
 from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved, take_trunk
+from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec
-from kd.report.curves import share_hidden_figure, top_n_figure
 
-_CEILING = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
-            "topn_auc")  # fmt: skip
 BACKGROUND = "background"  # class 0 of score maps
 
 
@@ -168,40 +160,9 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         maps = isinstance(task, ContextMap) and others[0] == BACKGROUND != names[0]
         return (BACKGROUND, *names) if maps else tuple(names)
 
-    def summary(self, data: ObjectsDataset, metric: Metric) -> dict[str, float]:
-        """What the exact posterior of the embedded scenes scores on the same objects."""
-        if not isinstance(metric, TopN):
-            return {}
-        exact = exact_records(data, metric.records()).get(EXACT)
-        values = {} if exact is None else scores.evaluate(exact)
-        return {f"ceiling_{name}": values[name] for name in _CEILING if name in values}
-
-    def figures(
-        self, data: ObjectsDataset, metric: Metric, label: str
-    ) -> Iterator[tuple[str, Figure]]:
-        """Top-n curves beside prior and exact posterior, and accuracy by the fraction hidden."""
-        if not isinstance(metric, TopN):
-            return
-        records = metric.records()
-        known = {PRIOR: prior_records(records), EXACT: exact_records(data, records).get(EXACT)}
-        references = {name: scores.curve(one) for name, one in known.items() if one is not None}
-        yield "eval/top_n", top_n_figure({"model": scores.curve(records)}, references)
-        yield "eval/share_hidden", share_hidden_figure({label: records})
-
-    def examples(
-        self,
-        data: ObjectsDataset,
-        model: nn.Module,
-        task: Task,
-        *,
-        count: int,
-        device: torch.device,
-        teacher: Teacher | None = None,
-    ) -> Iterator[Figure]:
-        """Scenes with an object hidden, and the likeliest classes."""
-        if isinstance(task, SceneLabels):
-            return iter(())
-        return hidden_scenes(model, task, data, count=count, device=device, teacher=teacher)
+    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
+        """Scene labels are scored image by image, other tasks object by object."""
+        return (SceneLabelResults if task == "scene_labels" else ObjectResults)(metrics or {})
 
 
 PROBLEM = ObjectsProblem()

@@ -1,7 +1,7 @@
 """Records: what a run answered for each object, the arrays of a `predictions.npz`.
 
-`object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,) of the picture that is hidden,
-`log_probs` (K, C), and, where they are known, `visible` (K,), how many other objects the picture
+`object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,) of the image that is hidden,
+`log_probs` (K, C), and, where they are known, `visible` (K,), how many other objects the image
 holds, `prior` (C,), the class fractions of the training labels, and `confusable` (C,), the number
 of the group of confusable classes that a class belongs to, -1 for none.
 """
@@ -48,7 +48,7 @@ def answered(
     return {**records, "log_probs": log_probs[rows]}
 
 
-def check_records(records: Records, where: str) -> None:
+def check(records: Records, where: str) -> None:
     """Say what is wrong with records before a number is taken from them.
 
     Args:
@@ -88,3 +88,16 @@ def check_records(records: Records, where: str) -> None:
             f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
             "not 1 (NaN, or scores that were not normalised)"
         )
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that two have the same classes and labels.
+
+    Raises:
+        UserError: They differ; the message begins with `pair`, which names both.
+    """
+    own, others = (one["log_probs"].shape[1] for one in (records, other))
+    if own != others:
+        raise UserError(f"{pair} know different numbers of classes: {own} and {others}")
+    if wrong := int((records["labels"] != other["labels"]).sum()):
+        raise UserError(f"{pair} disagree on the labels of {wrong} objects: other data")

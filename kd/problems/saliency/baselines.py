@@ -1,7 +1,7 @@
-"""What saliency maps are held against: where people look on any picture, and what others looked at.
+"""What saliency maps are held against: where people look on any image, and what others looked at.
 
-The floor is the **centre prior**: fixations of the training pictures, whatever is on them. It is a
-smoothed histogram over relative places. On OSIE (500 pictures to learn from, 100 to ask about) it
+The floor is the **centre prior**: fixations of the training images, whatever is on them. It is a
+smoothed histogram over relative places. On OSIE (500 images to learn from, 100 to ask about) it
 foretells fixations by 0.54 bits better than a uniform map, a fitted Gaussian of any direction by
 0.50: people look at the centre, but not in the shape of a Gaussian.
 
@@ -22,45 +22,45 @@ from kd.errors import UserError
 from kd.metrics.records import Records
 from kd.metrics.saliency import METRICS, NAN, SaliencyTruth, Size, density_of, fixation_density
 
-# Of the prior, in sides of the picture. On OSIE 0.03 and 0.05 are worse by 0.001 and 0.003 bits.
+# Of the prior, in sides of the image. On OSIE 0.03 and 0.05 are worse by 0.001 and 0.003 bits.
 PRIOR_SIGMA = 0.04
 # Share of a uniform map in the prior, so that no place is impossible.
 PRIOR_UNIFORM = 0.01
 # Share of the prior in what others foretell: they are few, and not all that is looked at. On OSIE
-# (12 pictures) KLD is best at it, of 0.05, 0.1, 0.2, 0.3; IG at 0.05, by 0.02 bits.
+# (12 images) KLD is best at it, of 0.05, 0.1, 0.2, 0.3; IG at 0.05, by 0.02 bits.
 OTHERS_PRIOR = 0.1
 _BY_MAP = ("KLD", "CC", "SIM")
 
 
 def relative(fixations: Tensor, size: Size) -> Tensor:
-    """(K, 2) places in 0..1, of fixations in pixels of a picture of (height, width)."""
+    """(K, 2) places in 0..1, of fixations in pixels of an image of (height, width)."""
     return fixations.double() / torch.tensor([size[1], size[0]], dtype=torch.float64)
 
 
 class CentrePrior:
-    """Where people look on a picture that nobody knows anything of, but its size.
+    """Where people look on an image that nobody knows anything of, but its size.
 
     Args:
-        places: (K, 2) `relative` places of all fixations on training pictures.
-        sigma: Of the smoothing, in sides of the picture.
+        places: (K, 2) `relative` places of all fixations on training images.
+        sigma: Of the smoothing, in sides of the image.
         uniform: Share of a uniform map in it.
 
     Raises:
-        UserError: No fixation, or one outside of its picture.
+        UserError: No fixation, or one outside of its image.
     """
 
     def __init__(
         self, places: Tensor, *, sigma: float = PRIOR_SIGMA, uniform: float = PRIOR_UNIFORM
     ) -> None:
         if not len(places):
-            raise UserError("the centre prior: no fixation on any training picture")
+            raise UserError("the centre prior: no fixation on any training image")
         if not ((places >= 0) & (places < 1)).all():
             raise UserError("the centre prior: places of fixations have to be from 0 to below 1")
         self._places, self._sigma, self._uniform = places.double(), sigma, uniform
         self._known: dict[Size, Tensor] = {}
 
     def density(self, size: Size) -> Tensor:
-        """(H, W) float64 of sum 1 for a picture of (height, width); the same tensor each time."""
+        """(H, W) float64 of sum 1 for an image of (height, width); the same tensor each time."""
         if size not in self._known:
             height, width = size
             # Rounding may bring a place just below 1 to the border.
@@ -76,13 +76,13 @@ def foretold(
     fixations: Tensor, size: Size, *, sigma: float, prior: Tensor | None = None,
     share: float = OTHERS_PRIOR,
 ) -> Tensor:  # fmt: skip
-    """What some people's fixations on a picture say of where another one will look.
+    """What some people's fixations on an image say of where another one will look.
 
     Args:
         fixations: (K, 2) theirs.
         size: (height, width).
         sigma: Of the smoothing, in pixels.
-        prior: (H, W) where people look on any picture; a uniform map where none is given.
+        prior: (H, W) where people look on any image; a uniform map where none is given.
         share: Of the prior in it.
 
     Returns:
@@ -131,7 +131,7 @@ def inter_observer(
     other person by number, are noisier than everybody, so a model can be above these.
 
     Args:
-        truth: Everybody's fixations on one picture.
+        truth: Everybody's fixations on one image.
         subjects: (K,) whose each fixation is.
         sigma: Of the smoothing, in pixels: that of `truth.density`.
         share: Of the prior in what others foretell.
@@ -176,7 +176,7 @@ Float = NDArray[np.float64]
 CENTRE, OBSERVERS = "centre_prior", "other_observers"  # arrays of records
 NAMES = {CENTRE: "centre prior", OBSERVERS: "other observers"}
 ABOUT = {
-    CENTRE: "centre prior: where people look on train pictures, whatever is shown",
+    CENTRE: "centre prior: where people look on train images, whatever is shown",
     OBSERVERS: "other observers: each person's fixations foretold by all others'; KLD, CC and SIM "
     "are of halves of them, noisier than the truth of everybody: models may be above",
 }
@@ -186,17 +186,17 @@ class GazeTruth(Protocol):
     """A split's truth."""
 
     def __call__(self, number: int) -> SaliencyTruth:
-        """Of the picture at a place in the split."""
+        """Of the image at a place in the split."""
         ...
 
     @property
     def references(self) -> Mapping[str, Float]:
-        """By name of an array, (pictures of the split, M)."""
+        """By name of an array, (images of the split, M)."""
         ...
 
 
 def references(records: Records) -> dict[str, Records]:
-    """The same pictures as each reference would have answered, by its name in tables.
+    """The same images as each reference would have answered, by its name in tables.
 
     Those that the records do not hold are left out, as are other observers where nobody's
     fixations could be foretold.
@@ -210,12 +210,12 @@ def references(records: Records) -> dict[str, Records]:
 
 
 def notes(records: Records) -> list[str]:
-    """What a table says of the references that it shows, and on how many pictures they are."""
+    """What a table says of the references that it shows, and on how many images they are."""
     lines = []
     for array in NAMES:
         if array not in records or np.isnan(records[array]).all():
             continue
         known = int((~np.isnan(records[array])).any(axis=1).sum())
         whole = len(records["image_ids"])
-        lines.append(ABOUT[array] + (f" (on {known} of {whole} pictures)" if known < whole else ""))
+        lines.append(ABOUT[array] + (f" (on {known} of {whole} images)" if known < whole else ""))
     return lines

@@ -1,37 +1,45 @@
-"""Pictures of a val split with fixations, truth, and where networks say that people look."""
+"""Images of a val split with fixations, and the true and predicted densities of fixations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
-from kd.evaluation.ask_network import Asked, answer, spread, val_sample
+from kd.data.loader import collate
 from kd.metrics.saliency import kld
+from kd.problems.results import Predictor, spread
 from kd.problems.saliency.data import SaliencyDataset
-from kd.problems.saliency.figures import gaze_figure
+from kd.problems.saliency.figures import density_figure
 from kd.utils.images import read_image
 
 
-def gaze_overlays(
-    data: SaliencyDataset, asked: Mapping[str, Asked], *, count: int, accelerator: Accelerator
+def saliency_overlays(
+    data: SaliencyDataset,
+    predictors: Mapping[str, Predictor],
+    *,
+    count: int,
+    accelerator: Accelerator,
 ) -> Iterator[Figure]:
-    """Draw val pictures spread over the split, each beside fixations, truth and every answer.
+    """Draw val images spread over the split, each with fixations, true and predicted densities.
 
     Args:
-        data: The data set.
-        asked: Name -> network, in the order of the panels.
-        count: How many pictures.
-        accelerator: The device, and the precision of evaluations.
+        data: The dataset.
+        predictors: Name -> network, in the order of the panels.
+        count: How many images at most.
+        accelerator: Device and precision.
     """
     images = data.val.images
     for place in spread(count, len(images)):
-        picture = read_image(images[place], None)
-        size = (picture.shape[1], picture.shape[2])
+        image = read_image(images[place], None)
+        size = (image.shape[1], image.shape[2])
         truth = data.val.density(place, size, size)[0]
         maps = {"truth": truth}
-        for name, one in asked.items():
-            said = answer(one, val_sample(data, one, place), accelerator)[0]
-            maps[f"{name}, KLD {kld(said, truth):.2f}"] = said
-        yield gaze_figure(picture, data.val.fixations(place, size).points, maps)
+        for name, one in predictors.items():
+            # This image alone: a whole split would read the size of each of its files first.
+            samples = data.whole("val", size=one.size, only=np.array([place]))
+            predicted = one(collate([samples[0, 0]]), accelerator)[0]
+            maps[f"{name}, KLD {kld(predicted, truth):.2f}"] = predicted
+        yield density_figure(image, data.val.fixations(place, size).points, maps)

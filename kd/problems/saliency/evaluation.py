@@ -1,81 +1,96 @@
-"""An evaluation of saliency maps: tables, figures and numbers, put together from their records."""
+"""Results of saliency maps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 
 from kd.metrics.records import Records
-from kd.problems.objects import tables
-from kd.problems.objects.tables import Scored, scored_run
-from kd.problems.records import SALIENCY
-from kd.problems.saliency.baselines import notes
-from kd.problems.saliency.figures import picture_figure, pictures_table
+from kd.problems.results import Evaluation, Predictor, Results
+from kd.problems.saliency import baselines
+from kd.problems.saliency import records as saliency_records
+from kd.problems.saliency.data import SaliencyDataset
+from kd.problems.saliency.draw import saliency_overlays
+from kd.problems.saliency.figures import image_figure, images_table
 from kd.report.tables import Table
+
+# References in `summary.json`: prefix -> name.
+_PREFIXES = {
+    "prior": baselines.NAMES[baselines.CENTRE],
+    "observers": baselines.NAMES[baselines.OBSERVERS],
+}
 
 
 @dataclass(frozen=True)
-class GazeEvaluation:
-    """Where one or several runs say that people look on the same val pictures.
+class SaliencyResults(Results):
+    """Numbers of each image's saliency map."""
 
-    Args:
-        title: Above the first table.
-        data: What the pictures are, plain values for `metrics.json`.
-        runs: Name -> predictions.
-    """
+    things: ClassVar[str] = "images with fixations"
+    our_rows: ClassVar[tuple[str, ...]] = saliency_records.ROWS
+    our_bounded: ClassVar[tuple[str, ...]] = ("KLD", "CC", "NSS", "sAUC")
+    image_name: ClassVar[str] = "gaze"
+    drawn_from: ClassVar[Literal["models", "records"] | None] = "models"
 
-    title: str
-    data: Mapping[str, Any]
-    runs: Mapping[str, Records]
-    picture = "gaze"
+    check = staticmethod(saliency_records.check)
+    check_same_truth = staticmethod(saliency_records.check_same_truth)
+    our_value = staticmethod(saliency_records.value)
+    our_interval = staticmethod(saliency_records.interval)
+    our_difference = staticmethod(saliency_records.difference)
+    references = staticmethod(baselines.references)
+    notes = staticmethod(baselines.notes)
 
-    @cached_property
-    def scored(self) -> list[Scored]:
-        """Metrics of every run with intervals, then of what they are held against."""
-        known = SALIENCY.references(self._first)
-        runs = [scored_run(name, one, SALIENCY.rows) for name, one in self.runs.items()]
-        beside = [
-            scored_run(name, one, SALIENCY.rows, intervals=False) for name, one in known.items()
-        ]
-        return [*runs, *beside]
+    def named(self, records: Records, names: Sequence[str] | None) -> Records:
+        """The records themselves: there are no classes."""
+        return records
 
-    @property
-    def _first(self) -> Records:
-        return next(iter(self.runs.values()))
+    def summary(self, data: SaliencyDataset, records: Records) -> dict[str, float]:
+        """`prior_<metric>`: the centre prior; `observers_<metric>`: other observers."""
+        known = self.references(records)
+        found = {
+            f"{prefix}_{name}": self.our_value(known[reference], name)
+            for prefix, reference in _PREFIXES.items()
+            if reference in known
+            for name in self.our_rows
+        }
+        return {name: number for name, number in found.items() if number is not None}
 
-    def summary_tables(self) -> list[Table]:
-        """Metrics with their intervals, beside the references."""
-        said = notes(self._first)
-        if len(self.runs) > 1:
-            return [tables.side_by_side_table(self.scored, self.title, said)]
-        return [tables.run_table(self.scored, self.title, said)]
+    def evaluation(
+        self,
+        title: str,
+        runs: Mapping[str, Records],
+        section: Mapping[str, Any],
+        opened: Callable[[], SaliencyDataset] | None = None,
+    ) -> Evaluation:
+        """Tables and figures; the records hold all that is needed."""
+        known = self.references(next(iter(runs.values())))
+        return SaliencyEvaluation(self, title, section, runs, (), known)
+
+    def draw(
+        self,
+        data: SaliencyDataset,
+        predictors: Mapping[str, Predictor],
+        runs: Mapping[str, Records],
+        *,
+        count: int,
+        accelerator: Accelerator,
+    ) -> Iterator[Figure]:
+        """Draw densities over their images."""
+        return saliency_overlays(data, predictors, count=count, accelerator=accelerator)
+
+
+@dataclass(frozen=True)
+class SaliencyEvaluation(Evaluation):
+    """Saliency maps, image by image."""
 
     def class_table(self) -> Table:
-        """There are no classes: the pictures that the first run knows least and most about."""
-        return pictures_table(self._first)
-
-    def all_tables(self) -> list[Table]:
-        """What `table.md` holds."""
-        return [*self.summary_tables(), self.class_table()]
+        """There are no classes: the images that the first run predicts worst and best."""
+        return images_table(self.first)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """How a number is spread over the pictures, beside the references."""
-        every = {**self.runs, **SALIENCY.references(self._first)}
+        """How metrics are distributed over the images, beside the references."""
         for metric in ("KLD", "NSS", "IG"):
-            yield f"pictures_{metric}", picture_figure(every, metric)
-
-    def numbers(self) -> dict[str, Any]:
-        """Everything in the tables, in full precision, for `metrics.json`."""
-        found: dict[str, Any] = {
-            "title": self.title,
-            "data": dict(self.data),
-            "pictures": len(self._first["image_ids"]),
-        }
-        for one in self.scored:
-            part = "runs" if one.name in self.runs else "references"
-            found.setdefault(part, {})[one.name] = one.plain
-        return found
+            yield f"images_{metric}", image_figure({**self.runs, **self.references}, metric)

@@ -1,4 +1,4 @@
-"""Collects how well saliency maps tell where people look, picture by picture, over ranks."""
+"""Collects how well saliency maps tell where people look, image by image, over ranks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Row = dict[str, float]
 
 
 class SaliencyMaps:
-    """Scores each picture's map once, however often a sampler repeats it.
+    """Scores each image's map once, however often a sampler repeats it.
 
     Args:
         truth: Image id -> where people looked on it, in the pixels in which it is scored.
-        where: What messages begin with: a run, a data set.
+        where: What messages begin with: a run, a dataset.
         references: Gives what maps are held against, `kd.problems.saliency.baselines`: arrays with
             a row for each image id 0, 1, ...; asked when records are.
     """
@@ -34,28 +34,28 @@ class SaliencyMaps:
         references: Callable[[], Mapping[str, Array]] = dict,
     ) -> None:
         self._truth, self._where, self._references = truth, where, references
-        self._pictures: dict[int, _Row] = {}
+        self._images: dict[int, _Row] = {}
 
     def take(self, decoded: Tensor | Sequence[Tensor], batch: Mapping[str, Tensor]) -> None:
         """Add a batch.
 
         Args:
-            decoded: For each picture a map (H, W) or (1, H, W), not negative, of any scale, of the
+            decoded: For each image a map (H, W) or (1, H, W), not negative, of any scale, of the
                 truth's size: (N, 1, H, W), (N, H, W), or a sequence where sizes differ.
             batch: Its `image_ids` (N,).
 
         Raises:
-            UserError: A map that cannot be scored, with its picture.
+            UserError: A map that cannot be scored, with its image.
         """
         for said, number in zip(decoded, batch["image_ids"].tolist(), strict=True):
-            if number in self._pictures:
+            if number in self._images:
                 continue
             flat = said[0] if said.ndim == 3 and len(said) == 1 else said
             try:
-                row = saliency_scores.picture(flat.detach().cpu(), self._truth(number))
+                row = saliency_scores.image(flat.detach().cpu(), self._truth(number))
             except UserError as error:
-                raise UserError(f"{self._where}: picture {number}: {error}") from None
-            self._pictures[number] = row
+                raise UserError(f"{self._where}: image {number}: {error}") from None
+            self._images[number] = row
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected; alone, does nothing."""
@@ -64,15 +64,15 @@ class SaliencyMaps:
         gathered: list[dict[int, dict[str, float]]] = [
             {} for _ in range(dist.get_world_size(group))
         ]
-        dist.all_gather_object(gathered, self._pictures, group=group)
-        self._pictures = {number: one for part in gathered for number, one in part.items()}
+        dist.all_gather_object(gathered, self._images, group=group)
+        self._images = {number: one for part in gathered for number, one in part.items()}
 
     def compute(self) -> dict[str, float]:
-        """Every number that can be had by name, means over pictures, and the `count` of these."""
+        """Every number that can be had by name, means over images, and the `count` of these."""
         records = self._own()
         found = {name: saliency_scores.value(records, name) for name in saliency_scores.ROWS}
         numbers = {name: number for name, number in found.items() if number is not None}
-        return {**numbers, "count": float(len(self._pictures))}
+        return {**numbers, "count": float(len(self._images))}
 
     def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
         """Nothing: maps of saliency know no classes."""
@@ -89,7 +89,7 @@ class SaliencyMaps:
         return {**own, **{name: rows[own["image_ids"]] for name, rows in known.items()}}
 
     def _own(self) -> dict[str, Array]:
-        records = saliency_scores.records_of(self._pictures)
+        records = saliency_scores.records_of(self._images)
         saliency_scores.check(records, self._where)
         return records
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kd.config.recipes import Model
-from kd.problems.base import Metric, Problem, Sampling, Split, Task, Teacher, TeacherView
-from kd.problems.records import SALIENCY as SALIENCY_RECORDS
-from kd.problems.saliency.baselines import CENTRE, NAMES, OBSERVERS
+from kd.metrics.registry import Metric
+from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.results import Results
 from kd.problems.saliency.data import SaliencyDataset, open_fixations
-from kd.problems.saliency.metric import SaliencyMaps
+from kd.problems.saliency.evaluation import SaliencyResults
 from kd.problems.saliency.samples import SaliencySamples
 from kd.problems.saliency.schema import SPEC, SaliencySection
 from kd.problems.saliency.task import SALIENCY
@@ -68,18 +68,9 @@ class SaliencyProblem(Problem[SaliencyDataset]):
         options = {**model.options, "branches": "b" if TEACHER_MAP in outputs else "a"}
         return self.named_student(model.name, options)
 
-    def summary(self, data: SaliencyDataset, metric: Metric) -> dict[str, float]:
-        """What the centre prior and other observers reach on the same images."""
-        assert isinstance(metric, SaliencyMaps)
-        found = SALIENCY_RECORDS.references(metric.records())
-        columns = {"prior": NAMES[CENTRE], "observers": NAMES[OBSERVERS]}
-        known = {
-            f"{column}_{name}": SALIENCY_RECORDS.value(found[reference], name)
-            for column, reference in columns.items()
-            if reference in found
-            for name in SALIENCY_RECORDS.rows
-        }
-        return {name: number for name, number in known.items() if number is not None}
+    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
+        """Saliency is scored image by image."""
+        return SaliencyResults(metrics or {})
 
 
 PROBLEM = SaliencyProblem()

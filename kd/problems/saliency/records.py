@@ -1,7 +1,7 @@
-"""Numbers of saliency maps from those of each picture: the arrays of a `predictions.npz`.
+"""Numbers of saliency maps from those of each image: the arrays of a `predictions.npz`.
 
 `image_ids` (N,) and, (N,) each, every number of `kd.metrics.saliency.METRICS` by its name, NaN
-where a picture's truth says nothing. What the truth was, so that no two are compared that were
+where an image's truth says nothing. What the truth was, so that no two are compared that were
 held against different ones: `fixation_counts` (N,), `other_counts` (N,), the fixations of shuffled
 AUC, `truth_entropy` (N,) of the density in bits, and `prior_bits` (N,), what the prior says of a
 fixation: its mean logarithm to the base 2. Counts are 0 and numbers NaN where there is none.
@@ -30,8 +30,8 @@ _ALIKE = 1e-3
 Float = NDArray[np.float64]
 
 
-def picture(prediction: Tensor, truth: SaliencyTruth) -> dict[str, float]:
-    """One picture's row of all arrays but `image_ids`.
+def image(prediction: Tensor, truth: SaliencyTruth) -> dict[str, float]:
+    """One image's row of all arrays but `image_ids`.
 
     Args:
         prediction: (H, W), not negative, of any scale.
@@ -62,10 +62,10 @@ def row_of(numbers: dict[str, float], truth: SaliencyTruth) -> dict[str, float]:
 
 
 def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
-    """Records of pictures by id, in its order.
+    """Records of images by id, in its order.
 
     Args:
-        rows: Image id -> as `picture` gives it.
+        rows: Image id -> as `image` gives it.
     """
     numbers = sorted(rows)
     found: dict[str, Array] = {"image_ids": np.array(numbers, np.int64)}
@@ -76,7 +76,7 @@ def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
 
 
 def number_of(name: str, records: Records) -> Float:
-    """A metric of each picture, (N,); NaN where nothing counts for it.
+    """A metric of each image, (N,); NaN where nothing counts for it.
 
     Raises:
         UserError: There is no such metric.
@@ -87,28 +87,28 @@ def number_of(name: str, records: Records) -> Float:
 
 
 def value(records: Records, name: str) -> float | None:
-    """A metric's mean over the pictures that have it; None where none has."""
+    """A metric's mean over the images that have it; None where none has."""
     numbers = number_of(name, records)
     there = ~np.isnan(numbers)
     return float(numbers[there].mean()) if there.any() else None
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric of one run with its 95 % interval, pictures drawn again; None where none has it."""
+    """A metric of one run with its 95 % interval, images drawn again; None where none has it."""
     numbers = number_of(name, records)
     return None if np.isnan(numbers).all() else _drawn(numbers)
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric less that of a twin on the same pictures; both are given the same ones again.
+    """A metric less that of a twin on the same images; both are given the same ones again.
 
-    A picture counts where both have the metric.
+    An image counts where both have the metric.
     """
     return _drawn(number_of(name, records) - number_of(name, twin))
 
 
 def scored(records: Records, name: str) -> int:
-    """On how many pictures a metric could be had."""
+    """On how many images a metric could be had."""
     return int((~np.isnan(number_of(name, records))).sum())
 
 
@@ -124,18 +124,18 @@ def check(records: Records, where: str) -> None:
     """
     if missing := [name for name in REQUIRED if name not in records]:
         raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions")
-    pictures = len(records["image_ids"])
+    images = len(records["image_ids"])
     for name in REQUIRED:
-        if records[name].shape != (pictures,):
+        if records[name].shape != (images,):
             raise UserError(
-                f"{where}: {name} is {records[name].shape} for {pictures} pictures, expected (N,)"
+                f"{where}: {name} is {records[name].shape} for {images} images, expected (N,)"
             )
     for name in ROWS:
         if (wrong := np.isinf(records[name])).any():
             first = records["image_ids"][int(np.flatnonzero(wrong)[0])]
-            raise UserError(f"{where}: {name} of picture {first} is infinite")
+            raise UserError(f"{where}: {name} of image {first} is infinite")
     if not records["fixation_counts"].sum():
-        raise UserError(f"{where}: not one fixation was scored; did nobody look at any picture?")
+        raise UserError(f"{where}: not one fixation was scored; did nobody look at any image?")
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
@@ -143,7 +143,7 @@ def check_same_truth(records: Records, other: Records, pair: str) -> None:
 
     Args:
         records: Of one run.
-        other: Of another, about the same pictures.
+        other: Of another, about the same images.
         pair: Names both, for the message.
 
     Raises:
@@ -151,20 +151,20 @@ def check_same_truth(records: Records, other: Records, pair: str) -> None:
     """
     words = {
         "fixation_counts": "the fixations: other data",
-        "other_counts": "the fixations on other pictures, of sAUC: another split",
+        "other_counts": "the fixations on other images, of sAUC: another split",
         "truth_entropy": "the density of fixations: another smoothing",
-        "prior_bits": "the prior, of IG: fitted to other pictures",
+        "prior_bits": "the prior, of IG: fitted to other images",
     }
     for name, what in words.items():
         own, others = (np.asarray(one[name], np.float64) for one in (records, other))
         differing = ~np.isclose(own, others, rtol=0, atol=_ALIKE, equal_nan=True)
         if wrong := int(differing.sum()):
             whose, _, why = what.partition(": ")
-            raise UserError(f"{pair} disagree on {whose} on {wrong} pictures: {why}")
+            raise UserError(f"{pair} disagree on {whose} on {wrong} images: {why}")
 
 
 def _drawn(numbers: Float) -> Interval:
-    """The mean over pictures that have a number, and its bounds as all pictures are drawn again."""
+    """The mean over images that have a number, and its bounds as all images are drawn again."""
     there = ~np.isnan(numbers)
     known = np.where(there, numbers, 0.0)
 

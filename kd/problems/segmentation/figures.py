@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kd.metrics.records import Array, Records
-from kd.problems.objects.class_figures import matrix_figure
-from kd.problems.segmentation.records import IOU, ClassRow
+from kd.metrics.registry import METRICS
+from kd.problems.objects.figures import matrix_figure
+from kd.problems.segmentation.records import IOU, ClassRow, interval
 from kd.report.style import GREY, INK, colours, legend_above, new_stack
-from kd.report.tables import Table, bounds_cell, interval_of
+from kd.report.tables import RESAMPLED, Table
 
 _NAMES_AT_MOST = 60  # more groups of bars cannot be read
 
@@ -32,13 +33,13 @@ def map_class_table(rows: Sequence[ClassRow], records: Records, names: Sequence[
                 names[row.label],
                 _percent(row.share, 2),
                 _percent(row.iou),
-                bounds_cell(metric, interval_of(metric, records)),
+                METRICS["mIoU"].bounds(interval(records, metric)),
                 _percent(row.accuracy),
                 ", ".join(f"{names[c]} {100 * share:.0f} %" for c, share in row.instead),
             )
         )
     header = ("class", "pixels (%)", "IoU (%)", "95 % interval", "accuracy (%)", "says instead")
-    notes = ("pixels: share of those that are scored", "95 % interval: pictures drawn again")
+    notes = ("pixels: share of those that are scored", RESAMPLED)
     return Table("By class", header, (tuple(lines),), notes)
 
 
@@ -46,7 +47,7 @@ def map_classes_side_by_side(runs: Mapping[str, Sequence[ClassRow]], names: Sequ
     """IoU of every class that is there, a column for each run.
 
     Args:
-        runs: Name -> rows, from `map_scores.per_class` of the same pictures.
+        runs: Name -> rows, from `map_scores.per_class` of the same images.
         names: C names.
     """
     columns = [{row.label: row.iou for row in rows} for rows in runs.values()]
@@ -67,7 +68,7 @@ def iou_figure(runs: Mapping[str, Sequence[ClassRow]], names: Sequence[str]) -> 
     """IoU of each class that is there above its share of the pixels, the most frequent first.
 
     Args:
-        runs: Name -> rows, from `map_scores.per_class` of the same pictures.
+        runs: Name -> rows, from `map_scores.per_class` of the same images.
         names: C names.
     """
     shown = [row for row in next(iter(runs.values())) if row.share > 0][:_NAMES_AT_MOST]

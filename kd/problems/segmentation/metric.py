@@ -33,40 +33,40 @@ def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
 
 
 class MeanIoU:
-    """Collects the confusion of each picture, so that one that is seen twice counts once.
+    """Collects the confusion of each image, so that one that is seen twice counts once.
 
     Args:
         num_classes: C.
-        where: What messages begin with: a run, a data set.
+        where: What messages begin with: a run, a dataset.
     """
 
     def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
         self.num_classes, self._where = num_classes, where
-        self._pictures: dict[int, Counts] = {}
+        self._images: dict[int, Counts] = {}
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Add a batch: class ids (N, H, W) beside its `label_maps` and `image_ids`."""
         for own, truth, number in zip(
             decoded, batch["label_maps"], batch["image_ids"].tolist(), strict=True
         ):
-            self._pictures[number] = confusion(own, truth, self.num_classes).cpu().numpy()
+            self._images[number] = confusion(own, truth, self.num_classes).cpu().numpy()
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected; alone, does nothing."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return
         gathered: list[dict[int, Counts]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, self._pictures, group=group)
-        self._pictures = {number: one for part in gathered for number, one in part.items()}
+        dist.all_gather_object(gathered, self._images, group=group)
+        self._images = {number: one for part in gathered for number, one in part.items()}
 
     def counts(self) -> Counts:
-        """The confusion of all pictures, (C, C).
+        """The confusion of all images, (C, C).
 
         Raises:
             UserError: Not one pixel was scored.
         """
         total = np.zeros((self.num_classes, self.num_classes), np.int64)
-        for one in self._pictures.values():
+        for one in self._images.values():
             total += one
         if not total.sum():
             raise UserError(f"{self._where}: not one pixel was scored; are the maps all void?")
@@ -76,13 +76,13 @@ class MeanIoU:
         """Every number by name, in 0..1.
 
         `mIoU`, the mean over the classes that are there or said; `pixel_accuracy`; `mean_accuracy`,
-        over the classes that are there; `count` of pictures.
+        over the classes that are there; `count` of images.
         """
         whole = {"confusion": self.counts()[None]}
         found = map_scores.pixels(whole)
         values = {name: map_scores.number_of(name, found, whole)[0] for name in map_scores.ROWS}
         return {**{name: float(value) for name, value in values.items()},
-                "count": float(len(self._pictures))}  # fmt: skip
+                "count": float(len(self._images))}  # fmt: skip
 
     def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
         """Name, pixels and IoU of each class that is there or said, the most frequent first."""
@@ -91,15 +91,15 @@ class MeanIoU:
         return [(names[row.label], int(there[row.label]), row.iou) for row in rows]
 
     def records(self) -> dict[str, Counts]:
-        """The confusion of each picture: `image_ids` (N,), ascending, and `confusion` (N, C, C)."""
+        """The confusion of each image: `image_ids` (N,), ascending, and `confusion` (N, C, C)."""
         self.counts()  # says so where there is nothing
-        numbers = sorted(self._pictures)
+        numbers = sorted(self._images)
         return {
             "image_ids": np.array(numbers, np.int64),
-            "confusion": np.stack([self._pictures[number] for number in numbers]),
+            "confusion": np.stack([self._images[number] for number in numbers]),
         }
 
     def save_predictions(self, path: Path) -> None:
         """Write `records`."""
-        # A picture has few of all pairs of classes: most of its confusion are zeros.
+        # An image has few of all pairs of classes: most of its confusion are zeros.
         save_records(self.records(), path, compressed=True)

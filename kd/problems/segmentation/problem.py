@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kd.config.recipes import Model, TaskSection
+from kd.metrics.registry import Metric
 from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.results import Results
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
+from kd.problems.segmentation.evaluation import SegmentationResults
 from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.schema import SPEC, SegmentationSection
 from kd.problems.spec import ProblemSpec
@@ -69,6 +72,10 @@ class SegmentationProblem(Problem[SegmentationDataset]):
     ) -> dict[str, NDArray[np.float64]]:
         """`pixel_shares`, counted where classes have weights."""
         return data.class_fractions() if section.options.get("class_weights") else {}
+
+    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
+        """Label maps are scored by the confusions of each image."""
+        return SegmentationResults(metrics or {})
 
 
 PROBLEM = SegmentationProblem()

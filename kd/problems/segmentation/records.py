@@ -1,4 +1,4 @@
-"""Numbers of label maps from the confusion of each picture: the arrays of a `predictions.npz`.
+"""Numbers of label maps from the confusion of each image: the arrays of a `predictions.npz`.
 
 `image_ids` (N,), `confusion` (N, C, C), pixels by true class (rows) and predicted class (columns),
 and, where they are known, `names` (C,).
@@ -23,19 +23,19 @@ Float = NDArray[np.float64]
 
 
 class Pixels(NamedTuple):
-    """Pixels of each class in each of R sets of pictures, (R, C) each."""
+    """Pixels of each class in each of R sets of images, (R, C) each."""
 
     right: Float  # of a class that is said
     true: Float  # of a class
     said: Float
 
     def drawn(self, counts: Float) -> Pixels:
-        """Their sums where the picture of row n counts `counts[:, n]` times."""
+        """Their sums where the image of row n counts `counts[:, n]` times."""
         return Pixels(*(counts @ part for part in self))
 
 
 def pixels(records: Records) -> Pixels:
-    """Of each picture, (N, C)."""
+    """Of each image, (N, C)."""
     confusion = records["confusion"]
     parts = (np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1))
     return Pixels(*(part.astype(np.float64) for part in parts))
@@ -116,14 +116,21 @@ def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
     return rows
 
 
+def value(records: Records, name: str) -> float | None:
+    """A metric of all images; None for a class that is neither true nor predicted anywhere."""
+    found = pixels(records).drawn(np.ones((1, len(records["image_ids"]))))
+    number = float(number_of(name, found, records)[0])
+    return None if np.isnan(number) else number
+
+
 def interval(records: Records, name: str) -> Interval:
-    """A metric of one run with its 95 % interval, pictures drawn again."""
+    """A metric of one run with its 95 % interval, images drawn again."""
     found = pixels(records)
     return drawn_again(lambda n: number_of(name, found.drawn(n), records), len(found.true))
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric less that of a twin on the same pictures; both are given the same ones again."""
+    """A metric less that of a twin on the same images; both are given the same ones again."""
     own, other = pixels(records), pixels(twin)
 
     def gap(counts: Float) -> Float:
@@ -148,7 +155,7 @@ def check(records: Records, where: str) -> None:
     confusion, ids = records["confusion"], records["image_ids"]
     if confusion.ndim != 3 or len(confusion) != len(ids) or len(set(confusion.shape[1:])) > 1:
         raise UserError(
-            f"{where}: confusion is {confusion.shape} for {len(ids)} pictures, expected (N, C, C)"
+            f"{where}: confusion is {confusion.shape} for {len(ids)} images, expected (N, C, C)"
         )
     if "names" in records and len(records["names"]) != confusion.shape[1]:
         raise UserError(
@@ -171,3 +178,18 @@ def _mean(shares: Float) -> Float:
     """Over the classes that there are, (R,)."""
     there = ~np.isnan(shares)
     return _share(np.where(there, shares, 0.0).sum(axis=1), there.sum(axis=1))
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that two have the same classes, and the same pixels of each in every image.
+
+    Raises:
+        UserError: They differ; the message begins with `pair`, which names both.
+    """
+    own, others = (pixels(one).true for one in (records, other))
+    if own.shape != others.shape:
+        raise UserError(
+            f"{pair} know different numbers of classes: {own.shape[1]} and {others.shape[1]}"
+        )
+    if wrong := int((own != others).any(axis=1).sum()):
+        raise UserError(f"{pair} disagree on the label maps of {wrong} images: other data")

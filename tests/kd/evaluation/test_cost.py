@@ -21,6 +21,7 @@ from kd.runs.setup import parameters
 
 pytestmark = pytest.mark.slow
 TEACHER = {"name": "pspnet", "options": {"trunk": "mobilenet_v2", "width": 0.25, "weights": "no"}}
+TASK = {"name": "segmentation"}
 STUDENT = {"name": "espnet_c", "options": {}}
 
 
@@ -37,7 +38,7 @@ def data(small_scenes: Path) -> Mapping[str, object]:
 
 
 def make_run(folder: Path, config: Mapping[str, object], right: int) -> Path:
-    """A finished run on two pictures."""
+    """A finished run on two images."""
     folder.mkdir(parents=True)
     confusion = np.zeros((2, 23, 23), np.int64)
     confusion[:, 0, 0], confusion[:, 0, 1] = right, 100 - right
@@ -51,7 +52,13 @@ def distillation(folder: Path, data: Mapping[str, object], student: Mapping[str,
     """Two seeds of two variants."""
     for seed in (0, 1):
         for variant, right in (("plain", 50), ("all", 70)):
-            config = {"data": data, "student": student, "variant": variant, "seed": seed}
+            config = {
+                "data": data,
+                "task": TASK,
+                "student": student,
+                "variant": variant,
+                "seed": seed,
+            }
             make_run(folder / f"seed{seed}" / variant, config, right + 10 * seed)
     return folder
 
@@ -60,7 +67,7 @@ def test_every_variant_and_the_teacher_become_points(
     tmp_path: Path, data: Mapping[str, object]
 ) -> None:
     student = distillation(tmp_path / "espnet", data, STUDENT)
-    teacher = make_run(tmp_path / "teacher", {"data": data, "teacher": TEACHER}, 90)
+    teacher = make_run(tmp_path / "teacher", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
     costs = measured([read_distill(student)], [read_run(teacher)])
     assert [(cost.point.name, cost.variant, cost.point.kind) for cost in costs] == [
         ("espnet_c", "plain", "plain"), ("espnet_c", "all", "distilled"),
@@ -85,7 +92,7 @@ def test_networks_of_one_name_are_called_by_their_folders(
 ) -> None:
     light = {"name": "pspnet", "options": {"trunk": "mobilenet_v2", "width": 0.25}}
     student = distillation(tmp_path / "small", data, light)
-    teacher = make_run(tmp_path / "large", {"data": data, "teacher": TEACHER}, 90)
+    teacher = make_run(tmp_path / "large", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
     variant = read_run(student / "seed0" / "plain")
     costs = measured([read_distill(student)], [variant, read_run(teacher)])
     assert [cost.point.name for cost in costs] == ["small", "small", "small", "large"]
@@ -102,15 +109,15 @@ def test_the_command_draws_and_prints_them(
     assert figure.stat().st_size > 5000
 
 
-def test_runs_about_objects_or_other_pictures_are_refused(
+def test_runs_about_objects_or_other_images_are_refused(
     tmp_path: Path, data: Mapping[str, object], small_teacher: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert run_command(main, [str(small_teacher), "--cost", str(tmp_path / "x.png")]) == 2
-    assert "answers about objects; --cost is for label maps" in capsys.readouterr().err
-    teacher = make_run(tmp_path / "teacher", {"data": data, "teacher": TEACHER}, 90)
-    other = make_run(tmp_path / "other", {"data": data, "teacher": TEACHER}, 90)
+    assert "predicts objects; --cost is for label maps" in capsys.readouterr().err
+    teacher = make_run(tmp_path / "teacher", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
+    other = make_run(tmp_path / "other", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
     confusion = np.ones((2, 23, 23), np.int64)
     np.savez(other / "predictions.npz", image_ids=np.arange(2), confusion=confusion)
-    with pytest.raises(UserError, match="label maps of 2 pictures"):
+    with pytest.raises(UserError, match="label maps of 2 images"):
         measured([], [read_run(teacher), read_run(other)])

@@ -106,8 +106,8 @@ def test_one_network_alone_has_no_arrow_and_its_own_legend(tmp_path: Path) -> No
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["teacher"]
     assert all(len(axes.texts) == 1 for axes in figure.axes)
     save_figure(figure, tmp_path / "cost.png")
-    with Image.open(tmp_path / "cost.png") as picture:
-        assert picture.format == "PNG" and picture.width > 2 * picture.height
+    with Image.open(tmp_path / "cost.png") as image:
+        assert image.format == "PNG" and image.width > 2 * image.height
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from kd.errors import UserError
 from kd.problems.detection import scores as box_scores
-from kd.problems.detection.evaluation import results_records
+from kd.problems.detection.evaluation import DetectionResults
 
 # In the order of COCOeval's stats.
 TWELVE = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -43,14 +43,14 @@ def published(annotations: Path, results: Path) -> list[float]:
 
 
 def ours(annotations: Path, results: Path) -> list[float]:
-    records = results_records(annotations, results)
+    records = DetectionResults().read_file(annotations, results)
     values = box_scores.evaluate(records)
     assert values["AR10"] == box_scores.value(records, "AR10")
     return [values[name] for name in TWELVE]
 
 
 def small_files(folder: Path, seed: int) -> tuple[Path, Path]:
-    """Objects of all sizes, crowds, equal scores, over a hundred boxes of a class on a picture."""
+    """Objects of all sizes, crowds, equal scores, over a hundred boxes of a class on an image."""
     random = np.random.default_rng(seed)
     images = [{"id": n, "file_name": f"{n}.png", "width": 300, "height": 300} for n in (7, 3, 11)]
     objects: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ def test_twelve_numbers_of_a_small_case(tmp_path: Path, seed: int) -> None:
 def test_twelve_numbers_with_boxes_without_an_area_and_logits_for_scores(
     tmp_path: Path, seed: int
 ) -> None:
-    """What detectors write that clip boxes to the picture, some of them the surest of all."""
+    """What detectors write that clip boxes to the image, some of them the surest of all."""
     annotations, results = small_files(tmp_path, seed)
     whole = ours(annotations, results)
     entries = json.loads(results.read_text())
@@ -121,7 +121,7 @@ def test_twelve_numbers_of_a_real_detector(coco_mini: Path) -> None:
 
 
 def test_recalls_have_intervals_and_classes_as_other_numbers(tmp_path: Path) -> None:
-    records = results_records(*small_files(tmp_path, 0))
+    records = DetectionResults().read_file(*small_files(tmp_path, 0))
     for name in ("AR1", "AR_small", "AR_large/5"):
         bounds = box_scores.interval(records, name)
         assert bounds is not None and bounds.low <= bounds.mean <= bounds.high

@@ -58,13 +58,13 @@ def truth_of(seed: int) -> SaliencyTruth:
 def test_numbers_are_those_of_pysaliency(said: str) -> None:
     with np.load(CASES) as file:
         stored = {name: torch.from_numpy(file[name].astype(np.float64)) for name in file}
-    expected, pictures = stored[f"expected_{said}"], stored["n"].long()
+    expected, images = stored[f"expected_{said}"], stored["n"].long()
     points = torch.stack([stored["x"], stored["y"]], dim=1)
     sizes = [(len(one), one.shape[1]) for one in (stored[f"truth{k}"] for k in range(3))]
     for k, size in enumerate(sizes):
-        elsewhere = [moved(points[pictures == n], sizes[n], size) for n in range(3) if n != k]
+        elsewhere = [moved(points[images == n], sizes[n], size) for n in range(3) if n != k]
         truth = SaliencyTruth(
-            stored[f"truth{k}"], points[pictures == k], torch.cat(elsewhere), stored[f"prior{k}"]
+            stored[f"truth{k}"], points[images == k], torch.cat(elsewhere), stored[f"prior{k}"]
         )
         found = measure(stored[f"{said}{k}"], truth)
         for row, name in enumerate(METRICS):
@@ -208,7 +208,7 @@ def test_moved_fixations_keep_their_relative_place(size: tuple[int, int]) -> Non
         (lambda: sim(drawn(1), drawn(1) * math.nan), "the truth holds values that are not finite"),
         (lambda: kld(drawn(1)[None], drawn(1)), r"prediction is \(1, 13, 17\), expected \(H, W\)"),
         (lambda: nss(drawn(1), torch.tensor([[3.0, 2.0], [17.0, 2.5]])),
-         "fixation 1 at x 17, y 2.5 lies outside of the picture of 17 x 13"),
+         "fixation 1 at x 17, y 2.5 lies outside of the image of 17 x 13"),
         (lambda: auc_judd(drawn(1), torch.tensor([[-0.5, 2.0]])), "fixation 0 at x -0.5"),
         (lambda: nss(drawn(1), torch.tensor([[math.nan, 2.0]])), "fixation 0 at x nan"),
         (lambda: shuffled_auc(drawn(1), looked(1, 2), looked(1, 30, (99, 99))),

@@ -14,11 +14,13 @@ from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import paired_interval
 from kd.metrics.records import Records
+from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.metric import TopN
 from kd.report.tables import distill_table, print_table, runs_table
 
 LABELS = torch.arange(60) % 3
-LOOKS = ("cup", "cup", None)
+GROUPS = ("cup", "cup", None)
+RESULTS = ObjectResults()
 
 
 def records_of(strength: float, seed: int, *, confusable: bool = True) -> Records:
@@ -26,7 +28,7 @@ def records_of(strength: float, seed: int, *, confusable: bool = True) -> Record
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(60, 3, generator=generator)
     logits[torch.arange(60), LABELS] += strength
-    metric = TopN(3, prior=[0.5, 0.3, 0.2], confusable=LOOKS if confusable else None)
+    metric = TopN(3, prior=[0.5, 0.3, 0.2], confusable=GROUPS if confusable else None)
     ids = torch.arange(60)
     metric.update(torch.log_softmax(logits, 1), LABELS, torch.full((60,), 0.01), ids, ids // 3)
     return metric.records()
@@ -42,7 +44,7 @@ def variants(seeds: int) -> dict[str, list[Records]]:
 
 def test_the_row_of_a_metric_is_the_mean_over_seeds_and_its_t_interval() -> None:
     runs = variants(4)
-    table = distill_table(runs, [0, 1, 2, 3], metrics=["top1"])
+    table = distill_table(RESULTS, runs, [0, 1, 2, 3], metrics=["top1"])
     plain = np.array([scores.value(run, "top1") for run in runs["plain"]])
     distilled = np.array([scores.value(run, "top1") for run in runs["distilled"]])
     mean, low, high = paired_interval(distilled - plain)
@@ -56,7 +58,7 @@ def test_the_row_of_a_metric_is_the_mean_over_seeds_and_its_t_interval() -> None
 
 
 def test_every_seed_has_a_row_of_its_own_with_an_interval_over_images() -> None:
-    table = distill_table(variants(2), [3, 8], metrics=["top1", "nll"])
+    table = distill_table(RESULTS, variants(2), [3, 8], metrics=["top1", "nll"])
     assert [row[0] for row in table.groups[1]] == [
         "top1 (%), seed 3",
         "top1 (%), seed 8",
@@ -72,7 +74,7 @@ def test_every_seed_has_a_row_of_its_own_with_an_interval_over_images() -> None:
 
 
 def test_one_seed_is_judged_over_images_and_says_so() -> None:
-    table = distill_table(variants(1), [0])
+    table = distill_table(RESULTS, variants(1), [0])
     assert len(table.groups) == 1
     assert "one seed only" in table.to_text()
     entry = next(c for c in table.comparisons if c.variant == "distilled")
@@ -81,7 +83,7 @@ def test_one_seed_is_judged_over_images_and_says_so() -> None:
 
 def test_equal_variants_differ_by_nothing() -> None:
     runs = [records_of(1.0, seed) for seed in range(3)]
-    table = distill_table({"plain": runs, "copy": runs}, range(3))
+    table = distill_table(RESULTS, {"plain": runs, "copy": runs}, range(3))
     assert {row[3].rstrip(" *") for row in table.groups[0]} == {
         "+0.0 [+0.0, +0.0]",
         "+0.000 [+0.000, +0.000]",
@@ -91,37 +93,38 @@ def test_equal_variants_differ_by_nothing() -> None:
 
 def test_metrics_that_the_objects_do_not_allow_are_left_out_unless_asked_for() -> None:
     runs = {"plain": [records_of(1.0, 0, confusable=False)]}
-    names = {entry.metric for entry in distill_table(runs, [0]).comparisons}
+    names = {entry.metric.name for entry in distill_table(RESULTS, runs, [0]).comparisons}
     assert names == {"top1", "mean_class_top1", "nll", "ece"}  # no top5: three classes
     with pytest.raises(UserError, match="'confusable_top1': none of these objects"):
-        distill_table(runs, [0], metrics=["confusable_top1"])
+        distill_table(RESULTS, runs, [0], metrics=["confusable_top1"])
     with pytest.raises(UserError, match="'accuracy': unknown"):
-        distill_table(runs, [0], metrics=["accuracy"])
+        distill_table(RESULTS, runs, [0], metrics=["accuracy"])
 
 
 def test_wrong_variants_are_refused() -> None:
     with pytest.raises(UserError, match="no run 'plain'"):
-        distill_table({"distilled": []}, [])
+        distill_table(RESULTS, {"distilled": []}, [])
     runs = [records_of(1.0, 0)]
     with pytest.raises(UserError, match="'plain' has 1 runs for 2 seeds"):
-        distill_table({"plain": runs}, [0, 1])
+        distill_table(RESULTS, {"plain": runs}, [0, 1])
     with pytest.raises(UserError, match="no run to show"):
-        runs_table({})
+        runs_table(RESULTS, {})
 
 
 def test_single_runs_stand_side_by_side_with_prior_and_ceiling() -> None:
     runs = {"unet": records_of(2.0, 0), "cnn": records_of(0.5, 1)}
-    table = runs_table(runs, ceilings={"top1": 0.95}, metrics=["top1", "nll", "ece"])
-    assert table.header == ("metric", "unet", "cnn", "cnn - unet", "prior", "ceiling")
+    table = runs_table(RESULTS, runs, ceilings={"top1": 0.95}, metrics=["top1", "nll", "ece"])
+    assert table.header == ("metric", "unet", "cnn", "cnn - unet", "class prior", "ceiling")
     top1, nll, ece = table.groups[0]
     assert top1[4:] == ("33.3", "95.0")
     assert nll[4:] == (f"{-np.log([0.5, 0.3, 0.2]).mean():.3f}", "")
-    assert ece[4:] == ("", "")
+    assert ece[4:] == ("0.167", "")  # always 0.5 sure, right in a third
+    assert "lower is better: nll, ece" in table.notes
     assert math.isnan(table.comparisons[-1].difference.low)  # type: ignore[union-attr]
 
 
 def test_the_text_is_aligned_and_the_markdown_is_a_table() -> None:
-    table = distill_table(variants(2), [0, 1], title="a | b")
+    table = distill_table(RESULTS, variants(2), [0, 1], title="a | b")
     lines = table.to_text().splitlines()
     rule = next(line for line in lines if set(line) == {"-"})
     assert lines[0] == "a | b"
@@ -144,7 +147,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_rules_and_other_streams_plain_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = distill_table(variants(1), [0], metrics=["top1"])
+    table = distill_table(RESULTS, variants(1), [0], metrics=["top1"])
     plain = io.StringIO()
     print_table(table, plain)
     assert plain.getvalue() == table.to_text()

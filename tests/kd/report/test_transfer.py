@@ -30,10 +30,10 @@ def test_starts_are_compared_with_the_first_of_their_mode() -> None:
     # Differences 30 and 32: mean 31, t(1) = 12.706 times 1.
     assert table.groups[0][1][1:3] == ("56.0", "+31.0 [+18.3, +43.7]*")
     assert table.groups[1][1][2].startswith("+0.0 [") and table.groups[1][1][2].endswith("] ")
-    assert table.notes[-1] == "one answer for all, the class shares: mAP (%) 10.0"
+    assert table.notes[-1] == "one prediction for all, the class fractions: mAP (%) 10.0"
     assert "means over 2 seeds, t interval" in table.to_markdown()
     found = next(
-        c for c in table.comparisons if c.variant == "probe: context" and c.metric == "mAP"
+        c for c in table.comparisons if c.variant == "probe: context" and c.metric.name == "mAP"
     )
     assert found.difference is not None
     assert found.difference.mean == pytest.approx(0.31)

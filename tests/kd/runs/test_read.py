@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from kd.errors import UserError
+from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.metric import TopN
+from kd.problems.segmentation.evaluation import SegmentationResults
 from kd.runs.read import (
     ceilings,
     check_same_objects,
@@ -34,7 +36,7 @@ def make_run(folder: Path, *, first: int = 0, shift: int = 0, classes: int = 3) 
     log_probs = torch.log_softmax(torch.randn(6, classes), 1)
     metric.update(log_probs, (ids + shift) % classes, torch.full((6,), 0.01), ids, ids // 2)
     metric.save_predictions(folder / "predictions.npz")
-    (folder / "config.yaml").write_text("data: {name: scenes}\n")
+    (folder / "config.yaml").write_text("data: {name: scenes}\ntask: {name: context}\n")
     (folder / "summary.json").write_text(json.dumps({"top1": 0.5, "ceiling_top1": 0.7}))
     return folder
 
@@ -42,7 +44,7 @@ def make_run(folder: Path, *, first: int = 0, shift: int = 0, classes: int = 3) 
 def test_a_finished_run_is_read(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "unet"))
     assert run.name == "unet"
-    assert run.config == {"data": {"name": "scenes"}}
+    assert run.config == {"data": {"name": "scenes"}, "task": {"name": "context"}}
     assert ceilings(run.summary) == {"top1": 0.7}
     assert run.records["log_probs"].shape == (6, 3)
 
@@ -59,7 +61,7 @@ def test_objects_come_back_in_order_of_their_id(tmp_path: Path) -> None:
     by_class = ("prior", "confusable")
     backwards: dict[str, Any] = {k: v if k in by_class else v[::-1] for k, v in records.items()}
     np.savez(tmp_path / "backwards.npz", **backwards)
-    found = read_predictions(tmp_path / "backwards.npz")
+    found = read_predictions(tmp_path / "backwards.npz", ObjectResults())
     np.testing.assert_array_equal(found["log_probs"], records["log_probs"])
 
 
@@ -98,18 +100,18 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
         records = dict(stored)
     np.savez(file, labels=records["labels"])
     with pytest.raises(UserError, match=r"no object_ids, image_ids, shares, log_probs"):
-        read_predictions(file)
+        read_predictions(file, ObjectResults())
     np.savez(file, **{**records, "object_ids": np.zeros(6, dtype=np.int64)})
     with pytest.raises(UserError, match="5 objects occur twice"):
-        read_predictions(file)
+        read_predictions(file, ObjectResults())
     np.savez(file, **{**records, "labels": records["labels"][:4]})
     with pytest.raises(UserError, match="different lengths"):
-        read_predictions(file)
+        read_predictions(file, ObjectResults())
     np.savez(file, **{**records, "labels": np.array([object()] * 6)})
     with pytest.raises(UserError, match="damaged"):  # pickled objects are never loaded
-        read_predictions(file)
+        read_predictions(file, ObjectResults())
     with pytest.raises(UserError, match="no such file"):
-        read_predictions(tmp_path / "none.npz")
+        read_predictions(tmp_path / "none.npz", ObjectResults())
     (tmp_path / "run" / "summary.json").write_text("[1]")
     with pytest.raises(UserError, match="a mapping was expected, got list"):
         np.savez(file, **records)
@@ -193,25 +195,26 @@ def test_runs_of_other_data_are_not_compared(tmp_path: Path) -> None:
 
 
 def make_maps_run(folder: Path, right: int) -> Path:
-    """A finished run that answered two pictures of two classes."""
+    """A finished run that predicted two images of two classes."""
     make_run(folder)
     confusion = np.array([[[right, 4], [2, 8]], [[5, 1], [right, 9]]])
     ids = np.array([7, 3])  # written in any order
     np.savez(folder / "predictions.npz", image_ids=ids, confusion=confusion)
     (folder / "classes.json").write_text(json.dumps({"names": ["sky", "road"]}))
+    (folder / "config.yaml").write_text("data: {name: maps}\ntask: {name: segmentation}\n")
     return folder
 
 
-def test_answers_about_pictures_are_read_with_their_class_names(tmp_path: Path) -> None:
+def test_label_maps_are_read_with_their_class_names(tmp_path: Path) -> None:
     run = read_run(make_maps_run(tmp_path / "run", 6))
     assert run.records["image_ids"].tolist() == [3, 7]
     assert run.records["confusion"][0, 1].tolist() == [6, 9]
     assert run.records["names"].tolist() == ["sky", "road"]
-    with pytest.raises(UserError, match="about pictures and about objects"):
+    with pytest.raises(UserError, match="about images and about objects"):
         check_same_objects([read_run(make_run(tmp_path / "objects")), run])
     np.savez(tmp_path / "twice.npz", image_ids=[3, 3], confusion=np.ones((2, 2, 2), np.int64))
-    with pytest.raises(UserError, match="1 pictures occur twice"):
-        read_predictions(tmp_path / "twice.npz")
+    with pytest.raises(UserError, match="1 images occur twice"):
+        read_predictions(tmp_path / "twice.npz", SegmentationResults())
 
 
 def test_scalars_are_read_up_to_the_line_being_written(tmp_path: Path) -> None:

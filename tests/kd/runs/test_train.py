@@ -27,12 +27,13 @@ from kd.errors import UserError
 from kd.nn.regions import roi_features
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.schema import ObjectsSection
 from kd.runs import train as session_module
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.folder import RunFolder
 from kd.runs.read import read_scalars
-from kd.runs.train import Session, run_training, say_summary
+from kd.runs.train import Session, print_summary, run_training
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ TRAIN = Train(
     log_every=1,
     images=0,
 )
-CONFIG = {"train": TRAIN.model_dump(mode="json"), "seed": 5}
+CONFIG = {"task": {"name": "classification"}, "train": TRAIN.model_dump(mode="json"), "seed": 5}
 STEPS = 9
 
 
@@ -191,8 +192,10 @@ def test_a_run_writes_all_its_files_and_its_summary_last(
     assert summary["ceiling_top1"] > summary["top1"]
     assert summary["steps_per_second"] > 0
     assert len(read_scalars(undisturbed)["eval/nll"]) == 3
-    say_summary("title", summary)
-    assert "exact posterior" in capsys.readouterr().out
+    print_summary("title", summary, ObjectResults())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split()[-2:] == ["exact", "posterior"]
+    assert any(line.split()[:2] == ["nll", "(nats)"] for line in printed)
 
 
 def test_workers_change_nothing(undisturbed: Path, data: ObjectsDataset, tmp_path: Path) -> None:

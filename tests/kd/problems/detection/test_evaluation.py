@@ -1,4 +1,4 @@
-"""Detectors' answers from run folders and results files to tables, figures and pictures."""
+"""Detectors' answers from run folders and results files to tables, figures and images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from PIL import Image
 
 from kd import compare, evaluate
 from kd.errors import UserError
+from kd.evaluation.draw import stored_records
+from kd.evaluation.predict import results_files
 from kd.formats.coco import load_coco
 from kd.metrics.records import Records, save_records
-from kd.problems.detection.draw import write_box_overlays
-from kd.problems.detection.evaluation import BoxEvaluation, results_evaluation, results_records
+from kd.problems.detection.draw import box_overlays
+from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.scores import VOC
-from kd.problems.records import DETECTIONS
 from kd.runs.read import read_predictions
+
+DETECTIONS = DetectionResults()
 
 
 def results_of(root: Path, file: Path, *, off: float, seed: int = 0) -> Path:
@@ -47,7 +50,7 @@ def data(tiny_coco: Callable[..., Path]) -> Path:
 
 def records_of(root: Path, *, off: float, seed: int = 0) -> Records:
     file = results_of(root, root / f"{off}-{seed}.json", off=off, seed=seed)
-    return results_records(root / "annotations" / "instances_val2017.json", file)
+    return DETECTIONS.read_file(root / "annotations" / "instances_val2017.json", file)
 
 
 def run_folder(folder: Path, records: Records, root: Path) -> Path:
@@ -57,7 +60,11 @@ def run_folder(folder: Path, records: Records, root: Path) -> Path:
         split: {"annotations": f"annotations/instances_{split}2017.json", "images": f"{split}2017"}
         for split in ("train", "val")
     }
-    config = {"data": {"name": "tiny", "root": str(root), **splits}, "task": {}, "train": {}}
+    config = {
+        "data": {"name": "tiny", "root": str(root), **splits},
+        "task": {"name": "detection"},
+        "train": {},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "classes.json").write_text(json.dumps({"names": ["ball", "box", "tent", "kite"]}))
     save_records(records, folder / "predictions.npz", compressed=True)
@@ -74,18 +81,18 @@ def test_a_results_file_is_evaluated_by_the_command(
     assert evaluate.main([str(file), *flags]) == 0
     said = capsys.readouterr().out
     objects = len(json.loads(annotations.read_text())["annotations"])
-    assert f"instances_val2017: {objects} objects in 6 pictures" in said
+    assert f"instances_val2017: {objects} objects in 6 images" in said
     assert "AP50 (%)" in said and "AP (%) by size" in said and "By class" in said
     numbers = json.loads((out / "metrics.json").read_text())
-    known = DETECTIONS.value(results_records(annotations, file), "AP75")
+    known = DETECTIONS.value(DETECTIONS.read_file(annotations, file), "AP75")
     run = numbers["runs"]["results"]
     assert run["AP75"] == known and run["intervals"]["AP"][0] < run["AP"]
     assert {row["name"] for row in run["classes"]} <= {"ball", "box", "tent", "kite"}
     assert set(VOC) <= run.keys()
     assert "| AP50 (%) |" in (out / "table.md").read_text()
     for name in ("class_ap.png", "size_ap.png"):
-        with Image.open(out / name) as picture:
-            assert picture.size[0] > 500
+        with Image.open(out / name) as image:
+            assert image.size[0] > 500
 
 
 def test_of_a_results_file_nothing_is_written_unless_a_folder_is_named(
@@ -117,13 +124,13 @@ def test_several_results_files_stand_side_by_side(
         for name in ("good", "bad")
     )
     assert good_ap > bad_ap
-    both = results_evaluation(annotations, [good, bad])
+    both = results_files(annotations, [good, bad])
     assert both.class_table().header == ("class", "objects", "good", "bad")
     with pytest.raises(UserError, match="the same results twice"):
-        results_evaluation(annotations, [good, good])
+        results_files(annotations, [good, good])
     with pytest.raises(UserError, match=r"bad\.json: not COCO results"):
         bad.write_text("{}")
-        results_evaluation(annotations, [bad])
+        results_files(annotations, [bad])
 
 
 def test_runs_are_compared_without_their_data(
@@ -142,7 +149,7 @@ def test_runs_are_compared_without_their_data(
     single = [str(tmp_path / "run" / "seed0" / variant) for variant in ("plain", "distilled")]
     assert compare.main(single) == 0
     said = capsys.readouterr().out
-    assert said.startswith("6 pictures with boxes") and "AP_small (%)" in said
+    assert " objects in 6 images" in said.splitlines()[0] and "AP_small (%)" in said
     assert "confusable" not in said and "KITTI" not in said
     assert evaluate.main(["--all", *single, "--out", str(tmp_path / "both")]) == 0
     assert "tiny val: " in capsys.readouterr().out
@@ -152,7 +159,7 @@ def test_runs_are_compared_without_their_data(
 
 def test_one_run_has_its_class_table_in_full(data: Path) -> None:
     records = records_of(data, off=0.1)
-    evaluation = BoxEvaluation("title", {"name": "tiny"}, {"run": records})
+    evaluation = DETECTIONS.evaluation("title", {"run": records}, {"name": "tiny"})
     table = evaluation.class_table()
     assert table.header[:4] == ("class", "objects", "AP", "95 % interval")
     support = np.bincount(records["truth_labels"], minlength=4)
@@ -166,17 +173,17 @@ def test_predictions_keep_their_own_class_names_unless_the_run_has_others(
 ) -> None:
     records = records_of(data, off=0.1)
     folder = run_folder(tmp_path / "run", records, data)
-    read = read_predictions(folder / "predictions.npz")
+    read = read_predictions(folder / "predictions.npz", DETECTIONS)
     assert all(np.array_equal(read[name], part) for name, part in records.items())
-    other = read_predictions(folder / "predictions.npz", ["a", "b", "c", "d"])
+    other = read_predictions(folder / "predictions.npz", DETECTIONS, ["a", "b", "c", "d"])
     assert other["names"].tolist() == ["a", "b", "c", "d"]
     broken = {**records, "found_labels": records["found_labels"] + 9}
     save_records(broken, folder / "predictions.npz")
     with pytest.raises(UserError, match=r"predictions\.npz: found_labels\[0\] is \d+, expected 0"):
-        read_predictions(folder / "predictions.npz")
+        read_predictions(folder / "predictions.npz", DETECTIONS)
 
 
-def test_pictures_show_every_run_that_saw_them(
+def test_images_show_every_run_that_saw_them(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = load_coco(data / "annotations" / "instances_val2017.json", data / "val2017")
@@ -188,10 +195,12 @@ def test_pictures_show_every_run_that_saw_them(
     other["image_ids"] = other["image_ids"] + 1
     folders["teacher"] = run_folder(tmp_path / "teacher", other, data)
     with caplog.at_level(logging.WARNING):
-        write_box_overlays(tmp_path / "out", folders, index, count=2)
-    assert "not in the pictures: " in caplog.text and "teacher" in caplog.text
-    shown = sorted(file.name for file in (tmp_path / "out" / "overlays").iterdir())
-    assert shown == ["0.png", "1.png"]
-    assert list((tmp_path / "out").glob("events.out.tfevents.*"))
-    write_box_overlays(tmp_path / "none", folders, index, count=0)
-    assert not (tmp_path / "none").exists()
+        runs = stored_records(folders, DETECTIONS)
+    assert list(runs) == ["plain", "distilled"]
+    assert "not drawn: " in caplog.text and "teacher" in caplog.text
+    titles = [
+        [a.get_title().split(",")[0] for a in f.axes] for f in box_overlays(runs, index, count=2)
+    ]
+    assert titles == [["truth", "plain", "distilled"]] * 2
+    with pytest.raises(UserError, match="no such file"):
+        stored_records({"plain": tmp_path / "none"}, DETECTIONS)

@@ -23,7 +23,7 @@ NAMES = ("cup", "mug", "jar")
 
 
 def records_of(share: float) -> Records:
-    """Eight pictures, a small cup and a large mug on each; a share of both is found."""
+    """Eight images, a small cup and a large mug on each; a share of both is found."""
     image = np.repeat(np.arange(8), 2)
     xywh = np.tile(np.array([[5.0, 5.0, 20.0, 20.0], [50.0, 50.0, 120.0, 120.0]]), (8, 1))
     sides = Boxes(image, np.tile([0, 1], 8), xywh, xywh[:, 2] * xywh[:, 3], np.zeros(16, np.bool_))

@@ -1,4 +1,4 @@
-"""What detectors are scored by: numbers of a results file, ranks, padding, pictures seen twice."""
+"""What detectors are scored by: numbers of a results file, ranks, padding, images seen twice."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from kd.errors import UserError
 from kd.formats.coco_results import Truth, read_detections, read_truth
 from kd.metrics.kitti_ap import KittiTruth
 from kd.problems.base import Classes, found_boxes
+from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.metric import FoundBoxes
 from kd.runs.read import read_predictions
 
@@ -32,7 +33,7 @@ FILES = [(160, 160), (320, 200), (80, 60), (160, 120), (200, 320)]
 
 
 def small_truth(folder: Path) -> Truth:
-    """Three classes, crowds, areas below the boxes', a picture without objects."""
+    """Three classes, crowds, areas below the boxes', an image without objects."""
     random = np.random.default_rng(4)
     images = [
         {"id": 40 - 3 * i, "file_name": f"{i}.png", "height": h, "width": w}
@@ -54,9 +55,9 @@ def small_truth(folder: Path) -> Truth:
 
 
 def asked(truth: Truth) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noisy copies of the objects in the frame's pixels, 30 rows a picture, the last ones padding.
+    """Noisy copies of the objects in the frame's pixels, 30 rows an image, the last ones padding.
 
-    The batch has the pictures in an order of their own.
+    The batch has the images in an order of their own.
     """
     random = np.random.default_rng(8)
     order = np.array([3, 0, 4, 1, 2])
@@ -113,7 +114,7 @@ def test_numbers_are_those_of_pycocotools_on_the_file_that_is_written(tmp_path: 
     assert values["count"] == 5
     # Read back, the file is what this package's own reader takes, and the records say the same.
     results = read_detections(tmp_path / "run" / "detections.json", truth)
-    records = read_predictions(tmp_path / "run" / "predictions.npz")
+    records = read_predictions(tmp_path / "run" / "predictions.npz", DetectionResults())
     assert np.array_equal(records["found_boxes"], results.boxes.xywh)
     assert np.array_equal(records["found_scores"], results.scores)
     assert records["found_boxes"].dtype == np.float32
@@ -130,7 +131,7 @@ def test_boxes_go_back_to_the_files_pixels(tmp_path: Path) -> None:
     metric = metric_of(truth)
     found = torch.zeros(1, 3, 6)
     found[0, 0] = torch.tensor([10.0, 20.0, 40.0, 60.0, 0.9, 1.0])
-    found[0, 1] = torch.tensor([0.0, 0.0, 100.01, 160.0, 0.5, 2.0])  # rounding, beyond the picture
+    found[0, 1] = torch.tensor([0.0, 0.0, 100.01, 160.0, 0.5, 2.0])  # rounding, beyond the image
     batch = {
         "image_ids": torch.tensor([37]),
         "sizes": torch.tensor([[160, 100]]),
@@ -170,7 +171,9 @@ def test_a_network_that_finds_nothing_scores_nothing(tmp_path: Path) -> None:
     assert values["AP"] == values["AP50"] == values["AR100"] == values["VOC_mAP"] == 0
     metric.save_predictions(tmp_path / "predictions.npz")
     assert json.loads((tmp_path / "detections.json").read_text()) == []
-    assert read_predictions(tmp_path / "predictions.npz")["found_boxes"].shape == (0, 4)
+    assert read_predictions(tmp_path / "predictions.npz", DetectionResults())[
+        "found_boxes"
+    ].shape == (0, 4)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
 OTHER_RANK = """
 import sys, pathlib, torch, torch.distributed as dist
 from kd.formats.coco_results import read_truth
+from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.metric import FoundBoxes
 folder = pathlib.Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=1, world_size=2)
@@ -246,7 +250,7 @@ def test_two_processes_hold_the_union(tmp_path: Path) -> None:
     found, batch = asked(truth)
     expected = metric_of(truth)
     expected.take(found, batch)
-    # The third picture is on both ranks, as a sampler that pads would give it.
+    # The third image is on both ranks, as a sampler that pads would give it.
     torch.save({**part(batch, slice(2, 5)), "found": found[2:]}, tmp_path / "batch.pt")
     metric = metric_of(truth)
     metric.take(found[:3], part(batch, slice(0, 3)))
@@ -258,13 +262,13 @@ def test_two_processes_hold_the_union(tmp_path: Path) -> None:
     finally:
         dist.destroy_process_group()
         child.kill()
-    there = read_predictions(tmp_path / "rank1.npz")
+    there = read_predictions(tmp_path / "rank1.npz", DetectionResults())
     for name, values in expected.records().items():
         assert np.array_equal(metric.records()[name], values)
         assert np.array_equal(there[name], values)
 
 
-def test_pictures_of_the_truth_that_were_not_asked_about_do_not_count(tmp_path: Path) -> None:
+def test_images_of_the_truth_that_were_not_asked_about_do_not_count(tmp_path: Path) -> None:
     truth = small_truth(tmp_path)
     found, batch = asked(truth)
     metric = metric_of(truth)

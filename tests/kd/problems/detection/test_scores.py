@@ -15,13 +15,13 @@ from kd.metrics.kitti_ap import KittiTruth, kitti_ap
 from kd.metrics.records import Records
 from kd.metrics.voc_ap import VocAP, mean_over_classes
 from kd.problems.detection import scores as box_scores
-from kd.problems.detection.evaluation import results_records
+from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.records import box_records, kitti_truth
-from kd.problems.records import DETECTIONS, PICTURES, check_same, kind_of
 
+DETECTIONS = DetectionResults()
 NAMES = ("cup", "mug", "tie", "jar")
-LOOKS = ("drink", "drink", None, "alone")
-PICTURES_OF = 24
+GROUPS = ("drink", "drink", None, "alone")
+IMAGES_OF = 24
 
 
 def boxes_of(image: Any, label: Any, xywh: Floats, crowd: Any = None) -> Boxes:
@@ -33,13 +33,13 @@ def boxes_of(image: Any, label: Any, xywh: Floats, crowd: Any = None) -> Boxes:
 def records_of(seed: int, *, right: float = 0.7, kitti: bool = False, ids: int = 5) -> Records:
     """Three classes of four are there, in all three sizes; the truth is the same for each seed."""
     random = np.random.default_rng(99)
-    image = np.repeat(np.arange(PICTURES_OF), 4)
+    image = np.repeat(np.arange(IMAGES_OF), 4)
     label = random.integers(0, 3, len(image))
     side = random.choice([12.0, 50.0, 130.0], (len(image), 1)) * np.ones(2)
     xywh = np.concatenate([random.uniform(0, 300, (len(image), 2)), side], axis=1)
     truth = boxes_of(image, label, xywh, random.random(len(image)) < 0.05)
     random = np.random.default_rng(seed)
-    rows = random.integers(0, len(image), 6 * PICTURES_OF)
+    rows = random.integers(0, len(image), 6 * IMAGES_OF)
     said = np.where(random.random(len(rows)) < right, label[rows], random.integers(0, 4, len(rows)))
     near = xywh[rows] * random.uniform(0.92, 1.08, (len(rows), 4))
     marks = None
@@ -49,8 +49,8 @@ def records_of(seed: int, *, right: float = 0.7, kitti: bool = False, ids: int =
         marks = KittiTruth(truth, 0.2 * (occluded == 1), occluded, np.zeros_like(region), region)
     return box_records(
         truth, boxes_of(image[rows], said, near), random.random(len(rows)), names=NAMES,
-        image_ids=np.arange(PICTURES_OF) * 3 + ids, category_ids=np.array([1, 4, 5, 9]),
-        confusable=LOOKS, kitti=marks,
+        image_ids=np.arange(IMAGES_OF) * 3 + ids, category_ids=np.array([1, 4, 5, 9]),
+        confusable=GROUPS, kitti=marks,
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def meter_of(records: Records) -> tuple[MeanAP, Floats]:
                  records[f"{side}_boxes"].astype(float), crowd)
         for side, crowd in (("truth", records["truth_crowds"]), ("found", None))
     ]  # fmt: skip
-    return MeanAP(sides[0], sides[1], PICTURES_OF, 4), records["found_scores"]
+    return MeanAP(sides[0], sides[1], IMAGES_OF, 4), records["found_scores"]
 
 
 def test_every_name_is_what_it_says() -> None:
@@ -79,7 +79,7 @@ def test_every_name_is_what_it_says() -> None:
     half = averages[0, 0, 0, :2].mean()
     assert box_scores.value(run, "confusable_AP50") == pytest.approx(half)
     ours = {"truth": meter.truth, "found": meter.found}
-    voc = VocAP(ours["truth"], ours["found"], PICTURES_OF, 4)
+    voc = VocAP(ours["truth"], ours["found"], IMAGES_OF, 4)
     for name, points in box_scores.VOC.items():
         average = voc.average(voc.match(scores), points=points)
         assert box_scores.value(run, name) == pytest.approx(mean_over_classes(average)[0])
@@ -87,7 +87,7 @@ def test_every_name_is_what_it_says() -> None:
     assert box_scores.value(run, "KITTI_easy") is None
     values = box_scores.evaluate(run)
     assert {"AP", "AR100", "VOC07_mAP", "confusable_AP50", "count"} <= values.keys()
-    assert "KITTI_easy" not in values and values["count"] == PICTURES_OF
+    assert "KITTI_easy" not in values and values["count"] == IMAGES_OF
 
 
 def test_without_look_alikes_there_is_no_number_of_them() -> None:
@@ -118,13 +118,13 @@ def test_intervals_are_percentiles_of_averages_taken_anew() -> None:
     for one in (run, twin):
         meter, scores = meter_of(one)
         matches = meter.match(scores)
-        parts = [meter.average(matches, weights) for weights in resamples(PICTURES_OF)]
+        parts = [meter.average(matches, weights) for weights in resamples(IMAGES_OF)]
         drawn.append(np.concatenate([summary(part)["AP"] for part in parts]))
     assert len(drawn[0]) == 2000
     number = box_scores.value(run, "AP")
     bounds = box_scores.interval(run, "AP")
     assert bounds is not None and number is not None
-    # Resamples lie higher than what was observed: repeated pictures make AP larger.
+    # Resamples lie higher than what was observed: repeated images make AP larger.
     bias = drawn[0].mean() - number
     assert bias > 0
     assert bounds[1:] == pytest.approx(np.quantile(drawn[0], [0.025, 0.975]) - bias, abs=1e-6)
@@ -140,7 +140,7 @@ def test_intervals_are_percentiles_of_averages_taken_anew() -> None:
     assert rare is not None and 0 <= rare.low <= rare.mean <= rare.high <= 1
 
 
-def test_equal_runs_differ_by_nothing_and_one_picture_has_no_bounds() -> None:
+def test_equal_runs_differ_by_nothing_and_one_image_has_no_bounds() -> None:
     run = records_of(0)
     for name in ("AP", "confusable_AP50", "AP_large", "VOC07_mAP", "AR100"):
         assert box_scores.difference(run, records_of(0), name) == (0.0, 0.0, 0.0)
@@ -228,28 +228,24 @@ def test_damage_is_named() -> None:
 
 def test_only_detections_of_the_same_objects_are_compared() -> None:
     run = records_of(0)
-    check_same(records_of(1), run, "a and b")
-    assert kind_of(run) is DETECTIONS
+    DETECTIONS.check_same(records_of(1), run, "a and b")
     fewer = {
         **run,
         **{name: part[1:] for name, part in run.items() if name.startswith("truth_")},
     }
     moved = {**run, "truth_boxes": run["truth_boxes"] + np.eye(96, 4)}
-    maps = {"image_ids": run["image_ids"], "confusion": np.ones((PICTURES_OF, 2, 2))}
-    assert kind_of(maps) is PICTURES
     wrong = {
-        r"different pictures with boxes \(24 and 24, 0 in both\)": records_of(1, ids=6),
+        r"different images with boxes \(24 and 24, 0 in both\)": records_of(1, ids=6),
         "numbers of objects: 95 and 96": fewer,
         "disagree on truth_boxes of 4 objects": moved,
-        "about pictures and about pictures with boxes": maps,
     }
     for message, records in wrong.items():
         with pytest.raises(UserError, match=message):
-            check_same(records, run, "a and b")
+            DETECTIONS.check_same(records, run, "a and b")
 
 
 def test_a_real_detectors_results_give_its_numbers(coco_mini: Path) -> None:
-    records = results_records(
+    records = DETECTIONS.read_file(
         coco_mini / "annotations" / "instances_val2017.json",
         coco_mini / "detections" / "nanodet_m_val2017.json",
     )

@@ -141,7 +141,7 @@ def test_look_alikes_are_counted_among_all_classes_and_within_their_group() -> N
     assert metric.compute()["confusable_pair_top1"] == pytest.approx(2 / 3)
 
 
-def test_objects_are_binned_by_how_many_others_their_picture_holds() -> None:
+def test_objects_are_binned_by_how_many_others_their_image_holds() -> None:
     others = np.array([0, 2, 2, 3, 11])
     metric = TopN(2, visible=lambda images: others[images])
     ids = torch.arange(5)

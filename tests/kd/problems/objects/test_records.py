@@ -7,7 +7,7 @@ import pytest
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.objects.records import answered, check_records
+from kd.problems.objects.records import answered, check
 
 
 def three() -> Records:
@@ -43,7 +43,7 @@ def test_an_object_without_an_answer_is_named(ids: list[int], classes: int, said
 
 
 def test_a_number_of_visible_objects_for_each_object() -> None:
-    check_records({**three(), "visible": np.array([1, 1, 0])}, "run")
-    check_records(three(), "an older run")
+    check({**three(), "visible": np.array([1, 1, 0])}, "run")
+    check(three(), "an older run")
     with pytest.raises(UserError, match="run: arrays of different lengths"):
-        check_records({**three(), "visible": np.array([1])}, "run")
+        check({**three(), "visible": np.array([1])}, "run")

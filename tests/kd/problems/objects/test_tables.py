@@ -11,6 +11,8 @@ from kd.metrics.classification import prior_records
 from kd.metrics.confusion import beyond_prior, confusions, per_class
 from kd.metrics.records import Records
 from kd.problems.objects import tables
+from kd.problems.objects.evaluation import ObjectResults, ObjectsEvaluation
+from kd.report.tables import difference_notes
 
 NAMES = ("cup", "fork", "person")
 
@@ -39,9 +41,14 @@ def known(records: Records) -> dict[str, Records]:
     return {"class prior": prior}
 
 
+def evaluated(runs: dict[str, Records]) -> ObjectsEvaluation:
+    references = known(next(iter(runs.values())))
+    return ObjectsEvaluation(ObjectResults(), "title", {}, runs, NAMES, references)
+
+
 def test_one_run_has_a_line_for_each_metric_and_a_column_for_each_reference() -> None:
     run = records_of(0)
-    table = tables.run_table(tables.scored({"cnn": run}, known(run)), "title", ["a note"])
+    table = evaluated({"cnn": run}).summary_tables()[0]
     assert table.header == ("metric", "cnn", "95 % interval", "random", "class prior")
     rows = {row[0]: row[1:] for row in table.groups[0]}
     assert list(rows) == ["top1 (%)", "top3 (%)", "mean_class_top1 (%)", "nll (nats)", "ece",
@@ -54,19 +61,20 @@ def test_one_run_has_a_line_for_each_metric_and_a_column_for_each_reference() ->
     assert rows["nll (nats)"][2:] == ("1.099", f"{-np.log([0.5, 0.3, 0.2]).mean():.3f}")
     assert rows["ece"][1:3] == ("", "")  # no mean over objects; nothing to guess
     assert rows["confusable_pair_top1 (%)"][2] == "50.0"
-    assert "a note" in table.notes
+    assert "lower is better: nll, ece" in table.notes
+    assert any(note.startswith("difference from the class prior: ") for note in table.notes)
 
 
 def test_several_runs_have_a_line_each_and_the_references_below() -> None:
     runs = {"cnn": records_of(0), "unet": records_of(1)}
-    table = tables.side_by_side_table(tables.scored(runs, known(runs["cnn"])), "title")
+    table = evaluated(runs).summary_tables()[0]
     above, below = table.groups
     assert [row[0] for row in above] == ["cnn", "unet"]
     assert [row[0] for row in below] == ["random", "class prior"]
-    top1 = table.header.index("top1")
+    top1 = table.header.index("top1 (%)")
     for row, run in zip(above, runs.values(), strict=True):
         assert row[top1].startswith(f"{100 * (scores.value(run, 'top1') or 0):.1f} [")
-        assert "[" not in row[table.header.index("mean_class_top1")]
+        assert "[" not in row[table.header.index("mean_class_top1 (%)")]
     assert all("[" not in cell for row in below for cell in row)
 
 
@@ -74,7 +82,7 @@ def test_bins_count_their_objects_and_leave_out_what_is_not_known() -> None:
     run = records_of(0)
     table = tables.bins_table("visible", {"cnn": run}, known(run))
     assert table is not None
-    assert table.header == ("other objects in the picture", "objects", "cnn", "class prior")
+    assert table.header == ("other objects in the image", "objects", "cnn", "class prior")
     assert [(row[0], row[1]) for row in table.groups[0]] == [("1 to 2", "21"), ("3 to 4", "39")]
     few = run["visible"] == 2
     hits = (scores.ranks(run["log_probs"], run["labels"]) == 0)[few]
@@ -92,11 +100,11 @@ def test_classes_say_their_shares_and_what_is_said_instead() -> None:
     table = tables.class_table(rows, NAMES, np.array([5, 3, 2]))
     line = dict(zip(table.header, table.groups[0][0], strict=True))
     assert line["class"] == "cup"
-    assert (line["val objects"], line["share of val (%)"], line["share of train (%)"]) == (
+    assert (line["val objects"], line["val (%)"], line["train (%)"]) == (
         "20", "33.3", "50.0",
     )  # fmt: skip
     first = rows[0].instead[0]
-    assert line["says instead"].startswith(f"{NAMES[first.said]} {100 * first.share:.0f} %")
+    assert line["predicted instead"].startswith(f"{NAMES[first.said]} {100 * first.share:.0f} %")
     both = tables.classes_side_by_side({"cnn": run, "unet": records_of(1)}, NAMES)
     assert both.header == ("class", "val objects", "cnn", "unet")
     assert both.groups[0][0][2] == line["top1 (%)"]
@@ -117,11 +125,12 @@ def test_confusions_are_listed_in_their_order_with_lift() -> None:
 
 def test_the_notes_say_how_far_a_run_is_from_each_reference() -> None:
     run = records_of(0, strength=5.0)
-    notes = tables.difference_notes(run, known(run))
+    results, references = ObjectResults(), known(run)
+    notes = difference_notes(results, run, references, ("top1", "nll"))
     gap = 100 * ((scores.value(run, "top1") or 0) - 1 / 3)
-    assert notes[0].startswith(f"less the class prior: top1 (%) {gap:+.1f} [")
+    assert notes[0].startswith(f"difference from the class prior: top1 (%) {gap:+.1f} [")
     assert "]*, nll (nats) -" in notes[0]
-    assert tables.difference_notes(run, {}) == []
+    assert difference_notes(results, run, {}, ("top1", "nll")) == []
 
 
 @pytest.mark.parametrize("kind", ["share", "visible"])

@@ -172,9 +172,9 @@ def wrong_subjects() -> object:
     [
         (wrong_subjects, r"subjects are \(39,\) for 40 fixations"),
         (lambda: fixation_density(torch.tensor([[40.0, 3.0]]), SIZE, 2.0),
-         "fixation 0 at x 40, y 3 lies outside of the picture of 40 x 30"),
+         "fixation 0 at x 40, y 3 lies outside of the image of 40 x 30"),
         (lambda: fixation_density(NOBODY, SIZE, 0.0), "sigma is 0.0"),
-        (lambda: CentrePrior(NOBODY), "no fixation on any training picture"),
+        (lambda: CentrePrior(NOBODY), "no fixation on any training image"),
         (lambda: CentrePrior(torch.tensor([[0.2, 1.0]])), "from 0 to below 1"),
     ],
 )  # fmt: skip
@@ -184,7 +184,7 @@ def test_bad_input_is_refused_by_name(ask: Callable[[], object], message: str) -
 
 
 @pytest.mark.slow
-def test_on_real_pictures_the_prior_beats_chance_and_people_beat_the_prior(
+def test_on_real_images_the_prior_beats_chance_and_people_beat_the_prior(
     shared_data: Path,
 ) -> None:
     file = shared_data / "osie" / "fixations.npz"

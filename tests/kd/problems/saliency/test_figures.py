@@ -1,4 +1,4 @@
-"""Pictures of gaze: panels in order, densities on one scale, tables and curves of pictures."""
+"""Pictures of gaze: panels in order, densities on one scale, tables and curves of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd.metrics.records import Array
-from kd.problems.saliency.figures import gaze_figure, heated, picture_figure, pictures_table
+from kd.problems.saliency.figures import density_figure, heated, image_figure, images_table
 from kd.problems.saliency.records import ROWS
 from kd.report.style import figure_image
 
@@ -15,12 +15,12 @@ HEIGHT, WIDTH = 30, 40
 
 
 def test_panels_are_stimulus_fixations_and_each_map() -> None:
-    picture = torch.full((3, HEIGHT, WIDTH), 120, dtype=torch.uint8)
+    image = torch.full((3, HEIGHT, WIDTH), 120, dtype=torch.uint8)
     density = torch.zeros(HEIGHT, WIDTH)
     density[10, 12] = 1
     points = np.array([[12.5, 10.5], [3.0, 4.0]])
     maps = {"truth": density, "plain": density / 2, "distilled": density, "teacher": density}
-    figure = gaze_figure(picture, points, maps)
+    figure = density_figure(image, points, maps)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["stimulus", "2 fixations", "truth", "plain", "distilled", "teacher"]
     (dots,) = figure.axes[1].lines
@@ -30,14 +30,14 @@ def test_panels_are_stimulus_fixations_and_each_map() -> None:
 
 
 def test_a_flat_map_is_dark_on_the_scale_of_the_truth() -> None:
-    picture = torch.full((3, HEIGHT, WIDTH), 120, dtype=torch.uint8)
+    image = torch.full((3, HEIGHT, WIDTH), 120, dtype=torch.uint8)
     peaked = torch.zeros(HEIGHT, WIDTH)
     peaked[10, 12] = 0.5
     flat = torch.full((HEIGHT, WIDTH), 1 / (HEIGHT * WIDTH))
-    bright = heated(picture, peaked, top=0.5)
+    bright = heated(image, peaked, top=0.5)
     assert bright.shape == (HEIGHT, WIDTH, 3) and bright.dtype == np.uint8
     assert bright[10, 12].sum() > 2 * bright[0, 0].sum()
-    assert heated(picture, flat, top=0.5).max() < bright[10, 12].max() / 2
+    assert heated(image, flat, top=0.5).max() < bright[10, 12].max() / 2
 
 
 @pytest.fixture
@@ -49,17 +49,17 @@ def records() -> dict[str, Array]:
     return {**found, "image_ids": np.arange(12) + 100, "fixation_counts": np.full(12, 7)}
 
 
-def test_the_least_and_the_best_foretold_pictures_are_listed(records: dict[str, Array]) -> None:
-    table = pictures_table(records, most=3)
+def test_the_least_and_the_best_foretold_images_are_listed(records: dict[str, Array]) -> None:
+    table = images_table(records, most=3)
     least, best = ([row[0] for row in group] for group in table.groups)
     assert least == ["111", "110", "109"] and best == ["102", "101", "100"]
-    assert table.header[:3] == ("picture", "fixations", "KLD")
-    few = pictures_table({name: part[:2] for name, part in records.items()}, most=3)
+    assert table.header[:3] == ("image", "fixations", "KLD")
+    few = images_table({name: part[:2] for name, part in records.items()}, most=3)
     assert len(few.groups) == 1 and len(few.groups[0]) == 2
 
 
-def test_numbers_of_single_pictures_are_drawn_in_rising_order(records: dict[str, Array]) -> None:
-    figure = picture_figure({"model": records, "centre prior": records}, "KLD")
+def test_numbers_of_single_images_are_drawn_in_rising_order(records: dict[str, Array]) -> None:
+    figure = image_figure({"model": records, "centre prior": records}, "KLD")
     model, prior = figure.axes[0].lines
     heights = np.asarray(model.get_ydata())
     assert len(heights) == 11 and (np.diff(heights) > 0).all()

@@ -1,4 +1,4 @@
-"""Numbers of saliency maps over pictures: means, bounds, what is compared with what, files."""
+"""Numbers of saliency maps over images: means, bounds, what is compared with what, files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import torch.distributed as dist
 from kd.errors import UserError
 from kd.metrics.records import Records, save_records
 from kd.metrics.saliency import METRICS, SaliencyTruth, fixation_density, measure
-from kd.problems.records import PICTURES, SALIENCY, check_same, kind_of
 from kd.problems.saliency import records as saliency_scores
 from kd.problems.saliency.baselines import inter_observer
+from kd.problems.saliency.evaluation import SaliencyResults
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.report.tables import distill_table
 from kd.runs.read import read_predictions
 
 ROOT = Path(__file__).resolve().parents[4]
 SIZE = (12, 16)
+SALIENCY = SaliencyResults()
 
 
 def truth_of(number: int, *, sigma: float = 1.5, others: int = 30) -> SaliencyTruth:
-    """Where people looked on a picture; on every fifth from 4 on, nobody looked at it."""
+    """Where people looked on an image; on every fifth from 4 on, nobody looked at it."""
     generator = torch.Generator().manual_seed(number)
     frame = torch.tensor([16.0, 12.0])
     fixations = torch.rand(0 if number % 5 == 4 else 9, 2, generator=generator) * frame
@@ -46,18 +47,17 @@ def said_of(number: int, seed: int) -> torch.Tensor:
     return (noise / 192 + (1 + seed) * truth).float()[None]
 
 
-def filled(seed: int = 0, pictures: range = range(12)) -> SaliencyMaps:
+def filled(seed: int = 0, images: range = range(12)) -> SaliencyMaps:
     metric = SaliencyMaps(truth_of, where="run")
-    for start in range(pictures.start, pictures.stop, 5):
-        ids = [number for number in pictures if start <= number < start + 5]
+    for start in range(images.start, images.stop, 5):
+        ids = [number for number in images if start <= number < start + 5]
         maps = torch.stack([said_of(number, seed) for number in ids])
         metric.take(maps, {"image_ids": torch.tensor(ids)})
     return metric
 
 
-def test_a_record_is_what_a_picture_scores() -> None:
+def test_a_record_is_what_an_image_scores() -> None:
     records = filled().records()
-    assert kind_of(records) is SALIENCY and kind_of({"confusion": np.zeros(1)}) is PICTURES
     assert records["image_ids"].tolist() == list(range(12))
     assert records["fixation_counts"].tolist() == [0 if n % 5 == 4 else 9 for n in range(12)]
     for number in (0, 7):
@@ -68,7 +68,7 @@ def test_a_record_is_what_a_picture_scores() -> None:
     assert 0 < float(records["truth_entropy"][0]) < math.log2(192)
 
 
-def test_means_are_over_the_pictures_that_were_looked_at() -> None:
+def test_means_are_over_the_images_that_were_looked_at() -> None:
     records, computed = filled().records(), filled().compute()
     assert computed["count"] == 12
     for name in METRICS:
@@ -77,7 +77,7 @@ def test_means_are_over_the_pictures_that_were_looked_at() -> None:
         assert computed[name] == SALIENCY.value(records, name) == pytest.approx(np.mean(looked))
 
 
-def test_a_picture_that_comes_twice_counts_once() -> None:
+def test_an_image_that_comes_twice_counts_once() -> None:
     metric = filled()
     before = metric.compute()
     metric.take(said_of(3, 7)[None], {"image_ids": torch.tensor([3])})
@@ -95,7 +95,7 @@ def test_maps_come_with_or_without_a_channel_and_of_several_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", ["KLD", "IG"])
-def test_bounds_are_those_of_pictures_drawn_again(name: str) -> None:
+def test_bounds_are_those_of_images_drawn_again(name: str) -> None:
     run, twin = filled(2).records(), filled(0).records()
     a, b = (np.asarray(one[name], np.float64) for one in (run, twin))
     found = SALIENCY.difference(run, twin, name)
@@ -109,14 +109,14 @@ def test_bounds_are_those_of_pictures_drawn_again(name: str) -> None:
     assert bounds is not None and bounds.low < np.nanmean(a) < bounds.high
 
 
-def test_pictures_that_only_one_run_has_a_number_of_do_not_count() -> None:
+def test_images_that_only_one_run_has_a_number_of_do_not_count() -> None:
     run, twin = dict(filled(2).records()), filled(0).records()
     run["NSS"] = np.where(np.arange(12) < 6, run["NSS"], np.nan)
     found = SALIENCY.difference(run, twin, "NSS")
     assert found.mean == pytest.approx(np.nanmean((run["NSS"] - twin["NSS"])[:6]))
 
 
-def test_a_number_that_no_picture_has_is_none() -> None:
+def test_a_number_that_no_image_has_is_none() -> None:
     def alone(number: int) -> SaliencyTruth:
         truth = truth_of(number)
         return SaliencyTruth(truth.density, truth.fixations)
@@ -131,7 +131,7 @@ def test_a_number_that_no_picture_has_is_none() -> None:
 def test_records_come_back_from_their_file_to_the_last_bit(tmp_path: Path) -> None:
     metric = filled()
     metric.save_predictions(tmp_path / "predictions.npz")
-    found = read_predictions(tmp_path / "predictions.npz")
+    found = read_predictions(tmp_path / "predictions.npz", SALIENCY)
     for name, expected in metric.records().items():
         assert np.array_equal(found[name], expected, equal_nan=name not in ("image_ids",))
 
@@ -141,7 +141,7 @@ def test_variants_are_compared_in_the_tables_of_a_distillation() -> None:
         "plain": [filled(s).records() for s in (0, 1)],
         "B": [filled(s).records() for s in (3, 4)],
     }
-    text = str(distill_table(runs, [0, 1]))
+    text = str(distill_table(SALIENCY, runs, [0, 1]))
     assert "KLD (nats)" in text and "IG (bits)" in text and "sAUC" in text
 
 
@@ -157,7 +157,7 @@ def test_what_people_foretell_is_a_row_like_any_other() -> None:
 
 
 def changed(name: str, number: Any) -> Records:
-    """Records with one array replaced at picture 1."""
+    """Records with one array replaced at image 1."""
     records = {key: part.copy() for key, part in filled().records().items()}
     records[name][1] = number
     return records
@@ -166,24 +166,21 @@ def changed(name: str, number: Any) -> Records:
 @pytest.mark.parametrize(
     ("name", "number", "message"),
     [
-        ("fixation_counts", 8, "two disagree on the fixations on 1 pictures: other data"),
-        ("other_counts", 3, "fixations on other pictures, of sAUC on 1 pictures: another split"),
-        ("truth_entropy", 3.0, "the density of fixations on 1 pictures: another smoothing"),
-        ("prior_bits", math.nan, "the prior, of IG on 1 pictures: fitted to other pictures"),
+        ("fixation_counts", 8, "two disagree on the fixations on 1 images: other data"),
+        ("other_counts", 3, "fixations on other images, of sAUC on 1 images: another split"),
+        ("truth_entropy", 3.0, "the density of fixations on 1 images: another smoothing"),
+        ("prior_bits", math.nan, "the prior, of IG on 1 images: fitted to other images"),
     ],
 )
 def test_other_truths_are_not_compared(name: str, number: float, message: str) -> None:
-    check_same(filled().records(), filled(1).records(), "two")
+    SALIENCY.check_same(filled().records(), filled(1).records(), "two")
     with pytest.raises(UserError, match=message):
-        check_same(filled().records(), changed(name, number), "two")
+        SALIENCY.check_same(filled().records(), changed(name, number), "two")
 
 
-def test_other_pictures_and_other_kinds_are_not_compared() -> None:
-    with pytest.raises(UserError, match=r"different pictures with fixations \(12 and 3, 3 in both"):
-        check_same(filled().records(), filled(0, range(3)).records(), "two")
-    maps = {"image_ids": np.arange(12), "confusion": np.ones((12, 2, 2), np.int64)}
-    with pytest.raises(UserError, match="about pictures with fixations and about pictures"):
-        check_same(filled().records(), maps, "two")
+def test_other_images_are_not_compared() -> None:
+    with pytest.raises(UserError, match=r"different images with fixations \(12 and 3, 3 in both"):
+        SALIENCY.check_same(filled().records(), filled(0, range(3)).records(), "two")
 
 
 def without(name: str) -> Records:
@@ -195,17 +192,17 @@ def without(name: str) -> Records:
     [
         (lambda: saliency_scores.check(without("CC"), "run"), "run: no CC; these are no pred"),
         (lambda: saliency_scores.check({**without("CC"), "CC": np.ones(3)}, "run"),
-         r"run: CC is \(3,\) for 12 pictures"),
-        (lambda: saliency_scores.check(changed("IG", -math.inf), "run"), "IG of picture 1 is inf"),
+         r"run: CC is \(3,\) for 12 images"),
+        (lambda: saliency_scores.check(changed("IG", -math.inf), "run"), "IG of image 1 is inf"),
         (lambda: filled(0, range(4, 5)).compute(), "run: not one fixation was scored"),
         (lambda: SaliencyMaps(truth_of, where="run").records(), "not one fixation was scored"),
         (lambda: SALIENCY.value(filled().records(), "mIoU"), "metric 'mIoU': unknown; there are K"),
         (lambda: SaliencyMaps(truth_of, where="run").take(
             torch.ones(1, 1, 3, 4), {"image_ids": torch.tensor([7])}),
-         "run: picture 7: the prediction is 4 x 3, the truth 16 x 12"),
+         "run: image 7: the prediction is 4 x 3, the truth 16 x 12"),
         (lambda: SaliencyMaps(truth_of, where="run").take(
             torch.ones(1, 2, 12, 16), {"image_ids": torch.tensor([7])}),
-         r"run: picture 7: the prediction is \(2, 12, 16\)"),
+         r"run: image 7: the prediction is \(2, 12, 16\)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(ask: Callable[[], object], message: str) -> None:
@@ -216,6 +213,7 @@ def test_bad_input_is_refused_by_name(ask: Callable[[], object], message: str) -
 OTHER_RANK = """
 import pathlib, sys, torch, torch.distributed as dist
 from kd.metrics.saliency import SaliencyTruth
+from kd.problems.saliency.evaluation import SaliencyResults
 from kd.problems.saliency.metric import SaliencyMaps
 folder = pathlib.Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=1, world_size=2)
@@ -230,7 +228,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes_hold_the_union(tmp_path: Path) -> None:
-    # Picture 5 is on both ranks, as a sampler that pads would give it.
+    # Image 5 is on both ranks, as a sampler that pads would give it.
     there = range(5, 12)
     truths = {number: vars(truth_of(number)) for number in there}
     said = torch.stack([said_of(number, 0) for number in there])
@@ -247,7 +245,9 @@ def test_two_processes_hold_the_union(tmp_path: Path) -> None:
         child.kill()
     assert metric.compute() == filled().compute()
     save_records(filled().records(), tmp_path / "alone.npz")
-    other, alone = (read_predictions(tmp_path / f"{name}.npz") for name in ("rank1", "alone"))
+    other, alone = (
+        read_predictions(tmp_path / f"{name}.npz", SALIENCY) for name in ("rank1", "alone")
+    )
     assert all(np.array_equal(other[n], alone[n], equal_nan=True) for n in alone)
 
 

@@ -19,7 +19,7 @@ from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
 from kd.errors import ConfigError, UserError
-from kd.evaluation import predict as answers
+from kd.evaluation import predict
 from kd.experiments.variants import Distillation
 from kd.formats.coco import load_coco
 from kd.metrics.saliency import METRICS
@@ -179,10 +179,10 @@ def test_maps_of_both_splits_are_stored_by_one_command(
     command = ["--teacher", str(teacher), "--data", "scenes_gaze", *sets(*gaze)]
     assert cache.main([*command, "--out", str(tmp_path / "both")]) == 0
     said = capsys.readouterr().out
-    assert "saliency: 24 pictures, " in said and "saliency: 8 pictures of val, " in said
+    assert "saliency: 24 images, " in said and "saliency: 8 images of val, " in said
     assert cache.main([*command, "--split", "val", "--size", "32", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "24 pictures" not in said and "saliency: 8 pictures of val" in said
+    assert "24 images" not in said and "saliency: 8 images of val" in said
     assert "soft_targets.size=32" in said
 
 
@@ -224,11 +224,11 @@ def test_pictures_of_many_sizes_are_stored_and_taught_too(
 def test_an_evaluation_has_tables_numbers_and_pictures(
     distilled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "PICTURES", 2)
+    monkeypatch.setattr(predict, "IMAGES", 2)
     run = distilled / "seed0" / "distilled"
     assert evaluate.main([str(run), "--per-class"]) == 0
     said = capsys.readouterr().out
-    assert "centre prior  other observers" in said and "By picture" in said
+    assert "centre prior  other observers" in said and "By image" in said
     folder = run / "evaluation"
     numbers = json.loads((folder / "metrics.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
@@ -239,8 +239,8 @@ def test_an_evaluation_has_tables_numbers_and_pictures(
         assert low <= found[name] <= high
     assert set(numbers["references"]) == {"centre prior", "other observers"}
     names = {file.stem for file in folder.glob("*.png")}
-    assert names == {"pictures_KLD", "pictures_NSS", "pictures_IG", "gaze_0", "gaze_1"}
-    assert images_of(folder) >= {"pictures/0", "pictures/1", "evaluation/pictures_KLD"}
+    assert names == {"images_KLD", "images_NSS", "images_IG", "gaze_0", "gaze_1"}
+    assert images_of(folder) >= {"images/0", "images/1", "evaluation/images_KLD"}
 
 
 def test_runs_side_by_side_share_a_table(
@@ -248,7 +248,7 @@ def test_runs_side_by_side_share_a_table(
 ) -> None:
     runs = [str(distilled / "seed0"), str(teacher)]
     assert evaluate.main(["--all", *runs, "--out", str(tmp_path)]) == 0
-    assert "scenes_gaze val: 8 pictures" in capsys.readouterr().out
+    assert "scenes_gaze val: 8 images" in capsys.readouterr().out
     table = json.loads((tmp_path / "metrics.json").read_text())
     assert len(table["runs"]) == 3 and len(table["references"]) == 2
     figure = tmp_path / "bars.png"
@@ -265,7 +265,7 @@ def test_mistakes_are_one_line(
         "has label maps; task saliency is for fixations of people, such as --data scenes_gaze": (
             distill.main, [*command, "--teacher", str(teacher)]
         ),
-        "answers about gaze; --scales and --flip are for label maps": (
+        "predicts images with fixations; --scales and --flip are for label maps": (
             evaluate.main, [str(teacher), "--flip"]
         ),
     }  # fmt: skip

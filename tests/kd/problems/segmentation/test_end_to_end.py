@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from kd import compare, distill, evaluate, train_teacher
 from kd.cli import run_command
 from kd.errors import UserError
-from kd.evaluation import predict as answers
+from kd.evaluation import predict
 from kd.runs.read import read_distill, read_run
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def evaluated(distilled: Path) -> Path:
     """One variant's run, evaluated."""
     run = distilled / "seed0" / "pixels"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "PICTURES", 2)
+        patch.setattr(predict, "IMAGES", 2)
         assert evaluate.main([str(run)]) == 0
     return run
 
@@ -150,21 +150,21 @@ def test_an_evaluation_has_tables_numbers_and_figures(evaluated: Path) -> None:
         low, high = found["intervals"][name]
         assert low <= found[name] <= high
     assert sum(row["pixels"] for row in found["classes"]) == pytest.approx(1)
-    assert numbers["pictures"] == 8
+    assert numbers["images"] == 8
     table = (folder / "table.md").read_text()
     assert "| metric | espnet_c, pixels | 95 % interval |" in table
     assert "| class | pixels (%) | IoU (%) |" in table
     drawn = {"class_iou", "confusions"}
     files = {file.stem for file in folder.glob("*.png")}
     assert files == {*drawn, "overlay_0", "overlay_1"}
-    tags = {f"evaluation/{name}" for name in drawn} | {"pictures/0", "pictures/1"}
+    tags = {f"evaluation/{name}" for name in drawn} | {"images/0", "images/1"}
     assert images_of(folder) == tags
 
 
 def test_scales_and_mirror_are_averaged_into_a_folder_of_their_own(
     teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "PICTURES", 0)
+    monkeypatch.setattr(predict, "IMAGES", 0)
     assert evaluate.main([str(teacher), "--scales", "1"]) == 0
     stored = read_run(teacher).records
     with np.load(teacher / "evaluation" / "scales_1" / "predictions.npz") as again:
@@ -180,7 +180,7 @@ def test_scales_and_mirror_are_averaged_into_a_folder_of_their_own(
 def test_answers_about_another_split_are_a_run_that_costs_are_drawn_with(
     evaluated: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "PICTURES", 0)
+    monkeypatch.setattr(predict, "IMAGES", 0)
     table = teacher / "evaluation" / "table.md"
     before = table.read_text() if table.is_file() else None
     split = "data.val={annotations: annotations/instances_train.json, images: train}"
@@ -194,7 +194,7 @@ def test_answers_about_another_split_are_a_run_that_costs_are_drawn_with(
     own, others = read_run(teacher), read_run(asked)
     assert own.summary["parameters"] == others.summary["parameters"]
     assert compare.main([str(student), str(asked), "--cost", str(tmp_path / "cost.png")]) == 0
-    with pytest.raises(UserError, match="scored different pictures"):
+    with pytest.raises(UserError, match="scored different images"):
         compare.main([str(student), str(teacher), "--cost", str(tmp_path / "cost.png")])
 
 
@@ -204,7 +204,7 @@ def test_runs_side_by_side_share_tables_and_a_figure(
     runs = [str(evaluated.parent), str(teacher)]
     assert evaluate.main(["--all", *runs, "--out", str(tmp_path), "--per-class"]) == 0
     said = capsys.readouterr().out
-    assert "scenes_maps val: 8 pictures" in said and "IoU (%) by class" in said
+    assert "scenes_maps val: 8 images" in said and "IoU (%) by class" in said
     assert {file.name for file in tmp_path.glob("*.png")} == {"class_iou.png"}
     assert len(json.loads((tmp_path / "metrics.json").read_text())["runs"]) == 4
 
@@ -215,10 +215,10 @@ def test_mistakes_are_one_line(
     objects = tmp_path / "objects"
     shutil.copytree(small_teacher, objects, ignore=shutil.ignore_patterns("fold*", "cache"))
     mistakes = {
-        "answers about objects; --scales and --flip are for label maps": [str(objects), "--flip"],
+        "predicts objects; --scales and --flip are for label maps": [str(objects), "--flip"],
         "numbers are needed, such as 0.75,1,1.25": [str(teacher), "--scales", "1;2"],
         "scales must be above 0, got -1": [str(teacher), "--scales", "1,-1"],
-        "--all reads what runs have answered": ["--all", str(teacher), "--flip"],
+        "--all reads stored predictions": ["--all", str(teacher), "--flip"],
         "name it, such as --data scenes": ["--all", str(teacher), str(objects)],
     }
     for message, arguments in mistakes.items():

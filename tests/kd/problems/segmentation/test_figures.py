@@ -17,7 +17,7 @@ from kd.problems.segmentation.records import per_class
 from kd.report.style import figure_image
 
 NAMES = ("sky", "road", "car", "tree", "bin")
-# Of two pictures; trees are said but never there, bins neither.
+# Of two images; trees are said but never there, bins neither.
 CONFUSION = np.array(
     [
         [[60, 3, 1, 0, 0], [2, 20, 0, 2, 0], [0, 1, 1, 0, 0], [0] * 5, [0] * 5],

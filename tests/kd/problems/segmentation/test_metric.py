@@ -1,4 +1,4 @@
-"""Mean IoU and its company: a slow loop, a published implementation, ranks, pictures seen twice."""
+"""Mean IoU and its company: a slow loop, a published implementation, ranks, images seen twice."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CLASSES = 6
 NAMES = ("sky", "road", "tree", "car", "sign", "pole")
 
 
-def random_case(pictures: int = 7) -> tuple[Tensor, dict[str, Tensor]]:
+def random_case(images: int = 7) -> tuple[Tensor, dict[str, Tensor]]:
     """Answers and truth with void; class 4 is only said, 5 neither there nor said."""
     random = torch.Generator().manual_seed(5)
-    truth = torch.randint(4, (pictures, 9, 11), generator=random)
+    truth = torch.randint(4, (images, 9, 11), generator=random)
     wrong = torch.rand(truth.shape, generator=random) < 0.4
     said = torch.where(wrong, torch.randint(5, truth.shape, generator=random), truth)
     truth[torch.rand(truth.shape, generator=random) < 0.2] = VOID
-    batch = {"label_maps": truth.to(torch.uint8), "image_ids": torch.arange(pictures)}
+    batch = {"label_maps": truth.to(torch.uint8), "image_ids": torch.arange(images)}
     return said, batch
 
 
@@ -114,7 +114,7 @@ def test_what_is_said_of_void_changes_nothing() -> None:
     assert filled(other, batch).compute() == filled(said, batch).compute()
 
 
-def test_a_picture_that_is_seen_twice_counts_once() -> None:
+def test_a_image_that_is_seen_twice_counts_once() -> None:
     said, batch = random_case()
     metric = filled(said, batch)
     expected = metric.compute()
@@ -141,7 +141,7 @@ def test_without_a_scored_pixel_there_is_no_number() -> None:
         MeanIoU(CLASSES).compute()
 
 
-def test_a_picture_all_void_beside_others_is_harmless() -> None:
+def test_a_image_all_void_beside_others_is_harmless() -> None:
     said, batch = random_case()
     expected = filled(said[1:], {name: part[1:] for name, part in batch.items()}).compute()
     batch["label_maps"][0] = VOID
@@ -149,7 +149,7 @@ def test_a_picture_all_void_beside_others_is_harmless() -> None:
     assert values == {**expected, "count": 7.0}
 
 
-def test_the_confusion_of_each_picture_is_written(tmp_path: Path) -> None:
+def test_the_confusion_of_each_image_is_written(tmp_path: Path) -> None:
     said, batch = random_case()
     batch["image_ids"] = batch["image_ids"].flip(0)
     metric = filled(said, batch)

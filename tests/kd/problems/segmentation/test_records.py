@@ -1,4 +1,4 @@
-"""Numbers from the confusions of pictures, and how sure they are."""
+"""Numbers from the confusions of images, and how sure they are."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.records import OBJECTS, PICTURES, check_same, kind_of
 from kd.problems.segmentation import records as map_scores
+from kd.problems.segmentation.evaluation import SegmentationResults
 from kd.problems.segmentation.metric import MeanIoU
 
+RESULTS = SegmentationResults()
 NAMES = ("sky", "road", "car")
 
 
-def records_of(seed: int, *, pictures: int = 12, right: float = 0.6, first: int = 0) -> Records:
+def records_of(seed: int, *, images: int = 12, right: float = 0.6, first: int = 0) -> Records:
     """Maps of three classes, of which a share is right; the truth is the same for every seed."""
-    truth = np.random.default_rng(99).integers(0, 3, (pictures, 40))
+    truth = np.random.default_rng(99).integers(0, 3, (images, 40))
     rng = np.random.default_rng(seed)
     said = np.where(rng.random(truth.shape) < right, truth, rng.integers(0, 3, truth.shape))
-    confusion = np.zeros((pictures, 3, 3), np.int64)
-    for picture in range(pictures):
-        np.add.at(confusion[picture], (truth[picture], said[picture]), 1)
-    ids = np.arange(first, first + pictures)
+    confusion = np.zeros((images, 3, 3), np.int64)
+    for image in range(images):
+        np.add.at(confusion[image], (truth[image], said[image]), 1)
+    ids = np.arange(first, first + images)
     return {"image_ids": ids, "confusion": confusion, "names": np.array(NAMES)}
 
 
@@ -51,8 +52,8 @@ def slowly(confusion: Any, name: str) -> float:
 def test_numbers_and_their_bounds_are_those_of_summed_confusions(name: str) -> None:
     run, twin = records_of(0, right=0.8), records_of(1)
     expected = slowly(run["confusion"].sum(axis=0), name)
-    assert PICTURES.value(run, name) == pytest.approx(expected)
-    found = PICTURES.difference(run, twin, name)
+    assert RESULTS.value(run, name) == pytest.approx(expected)
+    found = RESULTS.difference(run, twin, name)
     assert found.mean == pytest.approx(expected - slowly(twin["confusion"].sum(axis=0), name))
     rng = np.random.default_rng(5)
     gaps = []
@@ -61,48 +62,48 @@ def test_numbers_and_their_bounds_are_those_of_summed_confusions(name: str) -> N
         a, b = (one["confusion"][drawn].sum(axis=0) for one in (run, twin))
         gaps.append(slowly(a, name) - slowly(b, name))
     assert found[1:] == pytest.approx(np.quantile(gaps, [0.025, 0.975]), abs=0.015)
-    bounds = PICTURES.interval(run, name)
+    bounds = RESULTS.interval(run, name)
     assert bounds is not None and bounds.low < expected < bounds.high
 
 
 def test_numbers_are_those_that_an_evaluation_writes() -> None:
     metric = MeanIoU(4)
-    for picture in range(5):
+    for image in range(5):
         maps = torch.randint(0, 3, (2, 1, 6, 6))
-        batch = {"label_maps": maps[0], "image_ids": torch.tensor([picture])}
+        batch = {"label_maps": maps[0], "image_ids": torch.tensor([image])}
         metric.take(maps[1], batch)
     records = metric.records()
     for name in map_scores.ROWS:
-        assert PICTURES.value(records, name) == pytest.approx(metric.compute()[name])
-    assert PICTURES.value(records, "iou/3") is None  # neither there nor said
+        assert RESULTS.value(records, name) == pytest.approx(metric.compute()[name])
+    assert RESULTS.value(records, "iou/3") is None  # neither there nor said
 
 
 def test_a_class_is_asked_for_by_name_or_number() -> None:
     run = records_of(0)
-    assert PICTURES.value(run, "iou/car") == PICTURES.value(run, "iou/2")
+    assert RESULTS.value(run, "iou/car") == RESULTS.value(run, "iou/2")
     with pytest.raises(UserError, match="no such class; there are sky, road, car"):
-        PICTURES.value(run, "iou/tree")
+        RESULTS.value(run, "iou/tree")
     nameless = {name: part for name, part in run.items() if name != "names"}
     with pytest.raises(UserError, match="no such class among 3"):
-        PICTURES.value(nameless, "iou/3")
+        RESULTS.value(nameless, "iou/3")
     with pytest.raises(UserError, match="'top1': unknown; there are mIoU"):
-        PICTURES.value(run, "top1")
+        RESULTS.value(run, "top1")
 
 
-def test_equal_runs_differ_by_nothing_and_one_picture_has_no_bounds() -> None:
+def test_equal_runs_differ_by_nothing_and_one_image_has_no_bounds() -> None:
     run = records_of(0)
-    assert PICTURES.difference(run, run, "mIoU") == (0.0, 0.0, 0.0)
-    one, other = (records_of(seed, pictures=1) for seed in (0, 1))
-    alone = PICTURES.difference(one, other, "mIoU")
+    assert RESULTS.difference(run, run, "mIoU") == (0.0, 0.0, 0.0)
+    one, other = (records_of(seed, images=1) for seed in (0, 1))
+    alone = RESULTS.difference(one, other, "mIoU")
     assert np.isnan(alone.low) and not np.isnan(alone.mean)
 
 
-def test_a_class_of_few_pictures_is_left_out_of_draws_that_lack_it() -> None:
+def test_a_class_of_few_images_is_left_out_of_draws_that_lack_it() -> None:
     confusion = np.zeros((2, 2, 2), np.int64)
     confusion[:, 0, 0] = 10
     confusion[1, 1] = (1, 3)
     rare = {"image_ids": np.arange(2), "confusion": confusion}
-    bounds = PICTURES.interval(rare, "iou/1")
+    bounds = RESULTS.interval(rare, "iou/1")
     assert bounds is not None
     assert tuple(bounds) == pytest.approx((0.75, 0.75, 0.75))
 
@@ -111,7 +112,7 @@ def test_damage_is_named() -> None:
     run = records_of(0)
     wrong = {
         "no confusion": {"image_ids": run["image_ids"]},
-        r"\(12, 3, 3\) for 4 pictures": {**run, "image_ids": np.arange(4)},
+        r"\(12, 3, 3\) for 4 images": {**run, "image_ids": np.arange(4)},
         r"expected \(N, C, C\)": {**run, "confusion": run["confusion"][:, :2]},
         "not one pixel": {**run, "confusion": np.zeros_like(run["confusion"])},
         "2 class names, there are 3": {**run, "names": np.array(["a", "b"])},
@@ -119,23 +120,20 @@ def test_damage_is_named() -> None:
     }
     for message, records in wrong.items():
         with pytest.raises(UserError, match=message):
-            PICTURES.check(records, "here")
-    PICTURES.check(run, "here")
+            RESULTS.check(records, "here")
+    RESULTS.check(run, "here")
 
 
-def test_only_answers_about_the_same_pictures_are_compared() -> None:
+def test_only_answers_about_the_same_images_are_compared() -> None:
     run = records_of(0)
-    check_same(records_of(1), run, "a and b")
+    RESULTS.check_same(records_of(1), run, "a and b")
     other = {**run, "confusion": run["confusion"][::-1]}
     four = {**run, "confusion": np.pad(run["confusion"], ((0, 0), (0, 1), (0, 1)))}
-    objects = {"log_probs": np.zeros((2, 3)), "object_ids": np.arange(2)}
-    assert kind_of(objects) is OBJECTS and kind_of(run) is PICTURES
     wrong = {
-        r"different pictures \(12 and 12, 2 in both\)": records_of(0, first=10),
-        "label maps of 12 pictures": other,
+        r"different images \(12 and 12, 2 in both\)": records_of(0, first=10),
+        "label maps of 12 images": other,
         "numbers of classes: 4 and 3": four,
-        "about objects and about pictures": objects,
     }
     for message, records in wrong.items():
         with pytest.raises(UserError, match=message):
-            check_same(records, run, "a and b")
+            RESULTS.check_same(records, run, "a and b")

@@ -13,10 +13,13 @@ from PIL import Image
 from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.records import Records
+from kd.problems.objects import figures
 from kd.problems.objects.draw import hidden_scene_figure
+from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.metric import TopN
 from kd.problems.saliency import records as saliency_scores
-from kd.report import curves as figures
+from kd.problems.saliency.evaluation import SaliencyResults
+from kd.report.comparison import comparison_figure
 from kd.report.style import BLUE, ORANGE, figure_image, letters_on, save_figure
 from kd.report.tables import distill_table
 
@@ -35,7 +38,7 @@ def records_of(strength: float, seed: int) -> Records:
 
 
 def drawn(figure: Figure) -> torch.Tensor:
-    """The picture, which must hold more than white."""
+    """The image, which must hold more than white."""
     image = figure_image(figure)
     assert image.dtype == torch.uint8
     assert image.shape[0] == 3
@@ -107,31 +110,31 @@ def test_letters_are_read_on_every_colour() -> None:
 
 def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_variant() -> None:
     runs = {"plain": [records_of(0.5, s) for s in (0, 1)], "distilled": [records_of(2, 2)] * 2}
-    table = distill_table(runs, [0, 1])
-    figure = figures.comparison_figure(table)
+    table = distill_table(ObjectResults(), runs, [0, 1])
+    figure = comparison_figure(table)
     titles = [axes.get_xlabel() for axes in figure.axes]
     assert titles == ["top1 (%)", "mean_class_top1 (%)", "top5 (%)"]
     assert [len(axes.patches) for axes in figure.axes] == [2, 2, 2]
     drawn(figure)
-    drawn(figures.comparison_figure(table, metrics=["nll"]))
-    alone = figures.comparison_figure(distill_table(runs, [0, 1], metrics=["nll"]))
+    drawn(comparison_figure(table, metrics=["nll"]))
+    alone = comparison_figure(distill_table(ObjectResults(), runs, [0, 1], metrics=["nll"]))
     assert [axes.get_xlabel() for axes in alone.axes] == ["nll (nats)"]
     with pytest.raises(UserError, match="no metric to draw; the table has top1"):
-        figures.comparison_figure(table, metrics=["AP"])
+        comparison_figure(table, metrics=["AP"])
 
 
 def test_a_comparison_of_saliency_has_a_panel_for_each_number_also_below_zero() -> None:
     def records(seed: int, mean: float) -> Records:
         rows = {
-            picture: dict.fromkeys(saliency_scores.TRUTH, 3.0)
-            | {name: mean + 0.01 * ((picture + seed) % 5) for name in saliency_scores.ROWS}
-            for picture in range(12)
+            image: dict.fromkeys(saliency_scores.TRUTH, 3.0)
+            | {name: mean + 0.01 * ((image + seed) % 5) for name in saliency_scores.ROWS}
+            for image in range(12)
         }
         return saliency_scores.records_of(rows)
 
     runs = {"plain": [records(s, -0.2) for s in (0, 1)], "B": [records(s, -0.1) for s in (2, 3)]}
-    table = distill_table(runs, [0, 1])
-    figure = figures.comparison_figure(table)
+    table = distill_table(SaliencyResults(), runs, [0, 1])
+    figure = comparison_figure(table)
     titles = [axes.get_xlabel() for axes in figure.axes]
     assert titles == ["KLD (nats)", "CC", "SIM", "NSS", "AUC_Judd", "sAUC", "IG (bits)"]
     for axes in figure.axes:
@@ -152,7 +155,7 @@ def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:
     cover = scene.patches[0]
     assert cover.get_alpha() is None
     assert thing.get_title() == "hidden: fork"
-    assert teacher.get_title() == "the teacher says"
+    assert teacher.get_title() == "the teacher expects"
     assert "fork: place 2" in [text.get_text() for text in student.texts][-1]
     assert teacher.get_xlim() == student.get_xlim()
     drawn(figure)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from kd.metrics.confusion import Confusion, per_class
 from kd.metrics.records import Records
-from kd.problems.objects.class_figures import (
+from kd.problems.objects.figures import (
     beyond_prior_figure,
     class_share_figure,
     confusion_figure,
@@ -36,7 +36,7 @@ def said(labels: list[int], answers: list[int], classes: int = 3) -> Records:
 
 
 def drawn(figure: Figure) -> None:
-    """Nothing warns, and the picture holds more than white."""
+    """Nothing warns, and the image holds more than white."""
     assert (figure_image(figure) != 255).any()
 
 

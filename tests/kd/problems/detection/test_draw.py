@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.metrics.coco_ap import Boxes
 from kd.metrics.records import Records
+from kd.problems.detection.draw import Marked, boxes_figure, found_figures, imitation_figure
 from kd.problems.detection.records import box_records
-from kd.report.boxes import Marked, boxes_figure, found_figures, imitation_figure
 from kd.report.overlay import class_colour
 from kd.report.style import GREY, figure_image
 
@@ -35,7 +35,7 @@ def boxes_of(image: list[int], label: list[int], xywh: Any, crowd: list[bool]) -
 
 
 def records_of(scores: list[float]) -> Records:
-    """Two pictures; on the second a cup, a crowd of mugs, and four detections."""
+    """Two images; on the second a cup, a crowd of mugs, and four detections."""
     truth = boxes_of([1, 1, 0], [0, 1, 2], [[10, 10, 20, 20], [30, 30, 20, 20], [0, 0, 9, 9]],
                      [False, True, False])  # fmt: skip
     found = boxes_of([1, 1, 1, 1], [0, 2, 1, 0],
@@ -46,7 +46,7 @@ def records_of(scores: list[float]) -> Records:
 
 
 def test_a_box_is_where_it_is_in_the_colour_of_its_class() -> None:
-    picture = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     marked = Marked(
         np.array([[5.0, 6.0, 20.0, 10.0], [30.0, 0.0, 9.0, 9.0], [1.0, 1.0, 5.0, 5.0]]),
         np.array([1, 2, 0]),
@@ -55,7 +55,7 @@ def test_a_box_is_where_it_is_in_the_colour_of_its_class() -> None:
         crowd=np.array([False, False, True]),
     )
     nothing = Marked(marked.xywh[:0], marked.labels[:0])
-    figure = boxes_figure(picture, {"plain": marked, "truth": nothing}, NAMES)
+    figure = boxes_figure(image, {"plain": marked, "truth": nothing}, NAMES)
     first, second = figure.axes
     mug, jar, crowd = rectangles(first)
     assert mug.get_bbox().bounds == (4.5, 5.5, 20.0, 10.0)
@@ -69,15 +69,15 @@ def test_a_box_is_where_it_is_in_the_colour_of_its_class() -> None:
     assert figure_image(figure, dpi=50).shape[0] == 3
 
 
-def test_found_pictures_say_what_is_right() -> None:
+def test_found_images_say_what_is_right() -> None:
     asked: list[int] = []
 
-    def picture(image_id: int) -> torch.Tensor:
+    def image(image_id: int) -> torch.Tensor:
         asked.append(image_id)
         return torch.zeros(3, 64, 64, dtype=torch.uint8)
 
     runs = {"plain": records_of([0.9, 0.8, 0.7, 0.1]), "distilled": records_of([0.9, 0.1, 0.1, 0])}
-    _, figure = found_figures(runs, picture, count=5)
+    _, figure = found_figures(runs, image, count=5)
     assert asked == [3, 8]
     truth, plain, distilled = figure.axes
     assert truth.get_title() == "truth, 1 object" and len(rectangles(truth)) == 2
@@ -91,20 +91,20 @@ def test_found_pictures_say_what_is_right() -> None:
         "cup", "jar", "wrong", "not counted", "crowd", "score 0.3 or more, in %"]  # fmt: skip
     assert distilled.get_title() == "distilled, 1 found, 0 wrong"
     assert len(rectangles(distilled)) == 1
-    (lowered,) = found_figures({"plain": records_of([0.9] * 4)}, picture, count=1, least=0.95)
+    (lowered,) = found_figures({"plain": records_of([0.9] * 4)}, image, count=1, least=0.95)
     assert asked[-1] == 3 and not rectangles(lowered.axes[1])
     shown = [text.get_text() for text in lowered.legends[0].get_texts()]
-    assert shown == ["jar", "score 0.95 or more, in %"]  # nothing that is not in the picture
+    assert shown == ["jar", "score 0.95 or more, in %"]  # nothing that is not in the image
 
 
 def test_masks_are_those_of_imitation() -> None:
-    picture = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+    image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
     boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.tensor([[0.0, 0.0, 48.0, 40.0]])]
     grids = [
         anchor_grid(64 // stride, 64 // stride, stride=stride, sides=[(side, side)])
         for stride, side in ((8, 16.0), (16, 40.0))
     ]
-    figure = imitation_figure(picture, boxes, grids, psis=(0.2, 0.6), size=(64, 48))
+    figure = imitation_figure(image, boxes, grids, psis=(0.2, 0.6), size=(64, 48))
     assert len(figure.axes) == 4
     for place, axes in enumerate(figure.axes):
         level, psi = place // 2, (0.2, 0.6)[place % 2]
@@ -117,7 +117,7 @@ def test_masks_are_those_of_imitation() -> None:
         blue = shown[..., 2] > shown[..., 0] + 0.1
         assert np.array_equal(blue, whole)
         assert len(axes.patches) == 1
-    alone = imitation_figure(picture, boxes[:1], grids[:1], psis=(0.5,))
+    alone = imitation_figure(image, boxes[:1], grids[:1], psis=(0.5,))
     assert alone.axes[0].get_title().startswith("psi 0.5")
 
 
@@ -130,8 +130,8 @@ def test_a_mask_is_painted_around_the_middles_of_its_anchors(stride: int, offset
     side, places = 2.0 * stride, -(-100 // stride)  # the last places are not whole
     grid = anchor_grid(places, places, stride=stride, sides=[(side, side)], offset=offset)
     box = grid[2, 4, 0]
-    picture = torch.full((3, 100, 100), 200, dtype=torch.uint8)
-    figure = imitation_figure(picture, [box[None]], [grid], psis=(0.99,))
+    image = torch.full((3, 100, 100), 200, dtype=torch.uint8)
+    figure = imitation_figure(image, [box[None]], [grid], psis=(0.99,))
     (axes,) = figure.axes
     assert axes.get_title() == "psi 0.99, 1 places"
     shown = np.asarray(axes.images[0].get_array())
@@ -141,18 +141,18 @@ def test_a_mask_is_painted_around_the_middles_of_its_anchors(stride: int, offset
     assert (columns.mean() + 0.5, rows.mean() + 0.5) == (x, y)  # pixel 3 is from 3 to 4
 
 
-def test_the_title_has_the_stride_where_a_picture_is_no_multiple_of_it() -> None:
+def test_the_title_has_the_stride_where_a_image_is_no_multiple_of_it() -> None:
     grids = [anchor_grid(-(-100 // s), -(-100 // s), stride=s, sides=[(16.0, 16.0)], offset=0.0)
              for s in (8, 64)]  # fmt: skip
     boxes = [torch.tensor([[90.0, 90.0, 100.0, 100.0]])] * 2
-    picture = torch.full((3, 100, 100), 200, dtype=torch.uint8)
-    figure = imitation_figure(picture, boxes, grids, psis=(0.5,))
+    image = torch.full((3, 100, 100), 200, dtype=torch.uint8)
+    figure = imitation_figure(image, boxes, grids, psis=(0.5,))
     titles = [axes.get_title().split(":")[0] for axes in figure.axes]
     assert titles == ["level 0, stride 8", "level 1, stride 64"]
 
 
-def test_a_picture_without_objects_has_an_empty_mask() -> None:
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+def test_a_image_without_objects_has_an_empty_mask() -> None:
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     grid = anchor_grid(4, 4, stride=8, sides=[(16.0, 16.0)])
-    figure = imitation_figure(picture, [torch.zeros(0, 4)], [grid])
+    figure = imitation_figure(image, [torch.zeros(0, 4)], [grid])
     assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["0 places"] * 3

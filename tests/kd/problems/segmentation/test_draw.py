@@ -1,4 +1,4 @@
-"""Overlays of val pictures: what they cost beside asking the networks."""
+"""Overlays of val images: only the images drawn are read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd.distillation.student import AdaptedStudent
-from kd.evaluation.ask_network import Asked
-from kd.evaluation.draw import overlays
+from kd.problems.results import Predictor
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
+from kd.problems.segmentation.draw import overlays
 from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator
 
-CLASSES, PICTURES = 11, 6
+CLASSES, IMAGES = 11, 6
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> SegmentationDataset:
     for split in ("train", "val"):
         for folder, shape in ((split, (24, 32, 3)), (f"{split}annot", (24, 32))):
             (tmp_path / folder).mkdir()
-            for number in range(PICTURES):
+            for number in range(IMAGES):
                 pixels = np.full(shape, number, np.uint8)
                 Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
     values = {"root": str(tmp_path), "layout": "camvid", "crop": (24, 32), "workers": 0}
@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> SegmentationDataset:
 
 
 class Brightness(nn.Module):
-    """Says of the picture of number n that it is class n."""
+    """Says of the image of number n that it is class n."""
 
     def forward(self, images: Tensor) -> Tensor:
         grey = images[:, :1] * 0.229 * 255 + 0.485 * 255
@@ -43,7 +43,7 @@ class Brightness(nn.Module):
         return -(grey - classes).square()
 
 
-def test_each_picture_is_asked_about_alone(
+def test_each_image_is_asked_about_alone(
     data: SegmentationDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[int] = []
@@ -55,8 +55,8 @@ def test_each_picture_is_asked_about_alone(
 
     monkeypatch.setattr(SegmentationSamples, "file_sizes", counted)
     model = AdaptedStudent(Brightness())
-    asked = {"model": Asked(model, Segmentation(num_classes=CLASSES), None)}
+    asked = {"model": Predictor(model, Segmentation(num_classes=CLASSES), None)}
     figures = list(overlays(data, asked, count=3, accelerator=make_accelerator("fp32")))
     titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
-    assert titles == [["picture", "truth", "model, 100 % right"]] * 3
+    assert titles == [["image", "truth", "model, 100 % right"]] * 3
     assert looked_at == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""Figures of classes: how frequent they are, how often they are right, what is said instead."""
+"""Figures of objects: top-n curves, accuracy by bins, calibration, classes and confusions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from kd.metrics import classification as scores
+from kd.metrics.bootstrap import Interval
 from kd.metrics.confusion import ClassRow, Confusion, confusion_matrix
 from kd.metrics.records import Array, Records
 from kd.report.style import (
@@ -15,9 +18,12 @@ from kd.report.style import (
     GREY,
     INK,
     ORANGE,
+    PALE,
     RED,
     SKY,
+    colours,
     legend_above,
+    letters_on,
     new_figure,
     new_stack,
     reference_style,
@@ -26,6 +32,113 @@ from kd.report.style import (
 # More class names than this below an axis cannot be read.
 _NAMES_AT_MOST = 90
 _DARK = 0.6  # a cell filled by more than this needs white letters
+
+
+def top_n_figure(
+    curves: Mapping[str, Array], references: Mapping[str, Array] | None = None
+) -> Figure:
+    """Draw top-n accuracy for n = 1..C beside chance, the ideal and references.
+
+    Args:
+        curves: Name -> (C,) accuracy in 0..1.
+        references: The same of references: the class prior, the exact posterior.
+    """
+    figure, axes = new_figure(5.6, 4.0)
+    num_classes = len(next(iter(curves.values())))
+    n = np.arange(1, num_classes + 1)
+    axes.plot(n, n / num_classes, color=PALE, label="random")
+    axes.plot(n, np.ones(num_classes), color=PALE, linestyle=":", label="ideal")
+    for name, curve in (references or {}).items():
+        axes.plot(n, curve, **reference_style(name), label=_with_top1(name, curve))
+    for (name, curve), colour in zip(curves.items(), colours(len(curves)), strict=True):
+        axes.plot(n, curve, color=colour, linewidth=2, label=_with_top1(name, curve))
+    axes.set(xlim=(1, max(num_classes, 2)), ylim=(0, 1.02))
+    axes.set(xlabel="n", ylabel="true class among the first n")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    return figure
+
+
+def share_hidden_figure(
+    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
+) -> Figure:
+    """Draw top-1 by the fraction of the image that is hidden, with the number of objects below.
+
+    Args:
+        runs: Name -> predictions.
+        references: The same of what runs are compared with.
+    """
+    figure = _binned_figure("share", runs, references or {})
+    figure.axes[0].set_xlabel("fraction of the image that is hidden")
+    return figure
+
+
+def visible_figure(
+    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
+) -> Figure:
+    """Draw top-1 by the number of other objects in the image, as `share_hidden_figure`."""
+    figure = _binned_figure("visible", runs, references or {})
+    figure.axes[0].set_xlabel("other objects in the image")
+    return figure
+
+
+def _binned_figure(
+    kind: str, runs: Mapping[str, Records], references: Mapping[str, Records]
+) -> Figure:
+    """Bars of runs with their 95 % intervals, a line across each bin for each reference."""
+    figure, axes = new_figure(5.6, 3.8)
+    first = next(iter(runs.values()))
+    bins = [b for b in scores.BINS[kind] if scores.value(first, f"{kind}/{b}_top1") is not None]
+    place, width = np.arange(len(bins)), 0.8 / len(runs)
+    for row, ((name, run), colour) in enumerate(zip(runs.items(), colours(len(runs)), strict=True)):
+        found = [_top1(run, f"{kind}/{b}_top1") for b in bins]
+        heights = [100 * one.mean for one in found]
+        reach = [[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]]
+        offset = (row - (len(runs) - 1) / 2) * width
+        bars = axes.bar(
+            place + offset, heights, width * 0.92, color=colour, alpha=0.85, label=name,
+            yerr=np.nan_to_num(reach), error_kw={"elinewidth": 0.8, "ecolor": INK},
+        )  # fmt: skip
+        for bar, height, above in zip(bars, heights, reach[1], strict=True):
+            middle, inside = bar.get_x() + bar.get_width() / 2, height >= 10
+            axes.text(
+                middle, height / 2 if inside else height + np.nan_to_num(above) + 1.5,
+                f"{height:.0f}", ha="center", va="center" if inside else "bottom", fontsize=7.5,
+                color=letters_on(colour) if inside else INK,
+            )  # fmt: skip
+    for name, run in references.items():
+        heights = [100 * (scores.value(run, f"{kind}/{b}_top1") or 0.0) for b in bins]
+        style = reference_style(name)
+        axes.hlines(
+            heights, place - 0.46, place + 0.46, colors=style["color"],
+            linestyles=style["linestyle"], label=name, zorder=3,
+        )  # fmt: skip
+    axes.set_xticks(place, [_bin_label(first, kind, name) for name in bins])
+    axes.set(ylabel="top-1 (%)")
+    axes.set_ylim(0, max(10.0, axes.get_ylim()[1]))  # numbers above low bars are inside
+    legend_above(axes)
+    return figure
+
+
+def reliability_figure(runs: Mapping[str, Records]) -> Figure:
+    """Draw accuracy against confidence, one point a bin; a calibrated run is on the diagonal.
+
+    Args:
+        runs: Name -> predictions.
+    """
+    figure, axes = new_figure(4.4, 4.2)
+    axes.plot([0, 1], [0, 1], color=PALE, zorder=0)
+    for (name, run), colour in zip(runs.items(), colours(len(runs)), strict=True):
+        points = scores.reliability(run["log_probs"], run["labels"])
+        error = scores.calibration_error(run["log_probs"], run["labels"])
+        label = f"{name} (error {error:.3f})"
+        axes.plot(points.confidence, points.accuracy, color=colour, linewidth=1.2, label=label)
+        # Areas are proportional to the objects of a bin.
+        sizes = 4 + 120 * points.objects / points.objects.sum()
+        axes.scatter(points.confidence, points.accuracy, s=sizes, color=colour, zorder=3)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
+    axes.legend(loc="upper left", frameon=False)
+    return figure
 
 
 def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
@@ -194,6 +307,20 @@ def beyond_prior_figure(
         axes.text(0.5, 0.5, "no mistake is more frequent than the prior would make it",
                   transform=axes.transAxes, ha="center", color=GREY)  # fmt: skip
     return figure
+
+
+def _with_top1(name: str, curve: Array) -> str:
+    return f"{name} (top-1 {100 * float(curve[0]):.1f} %)"
+
+
+def _top1(records: Records, name: str) -> Interval:
+    return scores.interval(records, name) or Interval(0.0, np.nan, np.nan)
+
+
+def _bin_label(records: Records, kind: str, name: str) -> str:
+    found = scores.measure(records, f"{kind}/{name}_top1")
+    objects = f"{0 if found is None else len(found.values)} objects"
+    return f"{scores.bin_title(kind, name)}\n{objects}"
 
 
 def _width(classes: int) -> float:

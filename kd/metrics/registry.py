@@ -1,0 +1,183 @@
+"""What every number is: its unit, its direction, and how it is written. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kd.errors import UserError
+from kd.registry import resolve
+
+if TYPE_CHECKING:
+    from kd.metrics.bootstrap import Interval
+    from kd.metrics.records import Array, Records
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says how good predictions are.
+
+    A metric of your own is an instance with `per_item`; `metrics: [package.module:ATTRIBUTE]` in a
+    recipe adds it to the evaluation. Its value is the mean of `per_item`, and its intervals and
+    differences draw images again, as for any other metric:
+
+        def brier(records):  # (K,) of the K hidden objects
+            errors = np.exp(records["log_probs"])
+            errors[np.arange(len(errors)), records["labels"]] -= 1
+            return (errors**2).sum(axis=1)
+
+        BRIER = Metric("brier", "squared error of the probabilities", per_item=brier,
+                       higher_is_better=False)
+
+    Attributes:
+        name: Its name in tables and in `summary.json`.
+        help: One line about it.
+        unit: `%` for a fraction that is written in percent; otherwise written as it is: `nats`,
+            `px`, or nothing.
+        higher_is_better: Its direction.
+        digits: Decimal places; by default 1 in percent and 3 otherwise.
+        per_item: Records to one value for each row (an object or image), (N,) of the N ids; NaN
+            leaves the row out.
+    """
+
+    name: str
+    help: str = ""
+    unit: str = ""
+    higher_is_better: bool = True
+    digits: int | None = None
+    per_item: Callable[[Records], Array] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name with its unit."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    @property
+    def scale(self) -> int:
+        """The factor between a value and the number that is written."""
+        return 100 if self.unit == "%" else 1
+
+    def text(self, value: float | None, sign: str = "") -> str:
+        """Write a value in the metric's unit, without the unit; nothing for None."""
+        if value is None:
+            return ""
+        digits = self.digits if self.digits is not None else 1 if self.unit == "%" else 3
+        return f"{self.scale * value:{sign}.{digits}f}"
+
+    def bounds(self, interval: Interval | None) -> str:
+        """Write `[low, high]`; nothing where the bounds are unknown."""
+        if interval is None or interval.low != interval.low:  # NaN
+            return ""
+        return f"[{self.text(interval.low)}, {self.text(interval.high)}]"
+
+    def change(self, difference: Interval) -> str:
+        """Write a signed difference and its bounds, with a star where they exclude zero."""
+        mean, low, high = (self.text(bound, "+z") for bound in difference)
+        if difference.low != difference.low:  # NaN
+            return f"{mean} "
+        return f"{mean} [{low}, {high}]{'*' if difference.clear_of_zero else ' '}"
+
+
+def _fractions(**helps: str) -> list[Metric]:
+    return [Metric(name, text, "%") for name, text in helps.items()]
+
+
+_LISTED = [
+    *(Metric(f"top{n}", f"true class among the {n} likeliest", "%") for n in (1, 3, 5, 10, 20)),
+    Metric("mean_class_top1", "mean over classes of top1", "%"),
+    Metric("topn_auc", "area under the curve of top<n> over n, 0.5 by chance"),
+    Metric("nll", "negative log-likelihood of the true class", "nats", higher_is_better=False),
+    Metric("ece", "expected calibration error, 15 bins (Guo 2017)", higher_is_better=False),
+    *_fractions(
+        confusable_top1="top1 of objects whose class others look like",
+        confusable_pair_top1="the same where only classes of one group can be predicted",
+        mAP="mean over classes of average precision, of the classes in an image",
+        weighted_AP="the same weighted by the images of each class",
+        micro_AP="average precision of all pairs of image and class",
+        mIoU="mean intersection over union of the classes",
+        mean_accuracy="mean over classes of the pixels that are right",
+        pixel_accuracy="pixels that are right",
+        AP="COCO: mean over overlaps of 0.5 to 0.95",
+        AP50="COCO: at an overlap of 0.5",
+        AP75="COCO: at an overlap of 0.75",
+        AP_small="COCO: objects below 32 x 32 pixels",
+        AP_medium="COCO: objects of 32 x 32 to 96 x 96 pixels",
+        AP_large="COCO: objects above 96 x 96 pixels",
+        AR1="COCO: recall of one detection of a class an image",
+        AR10="COCO: recall of 10 detections of a class an image",
+        AR100="COCO: recall of 100 detections of a class an image",
+        AR_small="COCO: AR100 of objects below 32 x 32 pixels",
+        AR_medium="COCO: AR100 of objects of 32 x 32 to 96 x 96 pixels",
+        AR_large="COCO: AR100 of objects above 96 x 96 pixels",
+        confusable_AP50="AP50 of classes that others look like",
+        VOC07_mAP="Pascal VOC 2007: mean AP at 11 recalls, overlap 0.5",
+        VOC_mAP="Pascal VOC since 2010: mean AP, overlap 0.5",
+        KITTI_easy="KITTI: mean AP at 40 recalls, easy objects",
+        KITTI_moderate="KITTI: mean AP at 40 recalls, moderate objects",
+        KITTI_hard="KITTI: mean AP at 40 recalls, hard objects",
+    ),
+    Metric("KLD", "KL divergence of the fixation density from the map", "nats",
+           higher_is_better=False),
+    Metric("CC", "correlation of the map with the fixation density"),
+    Metric("SIM", "overlap of the map with the fixation density"),
+    Metric("NSS", "mean of the standardised map at fixations"),
+    Metric("AUC_Judd", "fixations against all pixels of the image"),
+    Metric("sAUC", "fixations against those on other images"),
+    Metric("IG", "information gain over the centre prior", "bits"),
+]  # fmt: skip
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
+# Names with a number, a bin or a class in them, and the listed metric that they are one of.
+_FAMILIES = {
+    r"top[1-9]\d*": "top1",
+    r"(share|visible)/\w.*_top1": "top1",
+    r"iou/.+": "mIoU",
+    r"confusable_A\w+": "AP",
+    r"KITTI11_\w+": "KITTI_easy",
+    r"(A[PR]|VOC|KITTI)\w*/.+": "AP",
+}
+
+
+def metric_named(name: str, own: Mapping[str, Metric] | None = None) -> Metric:
+    """The declaration of a metric; a plain number where nobody declares it.
+
+    Args:
+        name: A key of `METRICS` or `own`, or one with a class or bin such as `iou/car`.
+        own: The user's metrics, which come first.
+    """
+    if own and name in own:
+        return own[name]
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, family in _FAMILIES.items():
+        if re.fullmatch(pattern, name):
+            return replace(METRICS[family], name=name, help="")
+    return Metric(name)
+
+
+def direction_note(metrics: Iterable[Metric]) -> list[str]:
+    """The note below a table that names the metrics of which less is better; none without."""
+    lower = dict.fromkeys(metric.name for metric in metrics if not metric.higher_is_better)
+    return [f"lower is better: {', '.join(lower)}"] if lower else []
+
+
+def load_metrics(paths: Iterable[str]) -> dict[str, Metric]:
+    """The user's metrics by name.
+
+    Args:
+        paths: `package.module:ATTRIBUTE` each.
+
+    Raises:
+        UserError: A path that cannot be imported or is no `Metric` with `per_item`, or a name that
+            another metric has.
+    """
+    found: dict[str, Metric] = {}
+    for path in paths:
+        metric = resolve(METRICS, path, what="metric")
+        if not isinstance(metric, Metric) or metric.per_item is None:
+            raise UserError(f"metrics: {path}: expected a Metric with per_item, got {metric!r:.60}")
+        if metric.name in found or metric_named(metric.name) != Metric(metric.name):
+            raise UserError(f"metrics: {path}: another metric is called {metric.name!r}")
+        found[metric.name] = metric
+    return found
