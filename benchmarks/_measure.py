@@ -81,7 +81,7 @@ def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: i
 def engine_step(model: AdaptedStudent, objective: Objective, train: Train) -> Step:
     """The engine's step as `fit` takes it, log lines left out."""
     accelerator = make_accelerator("fp32")
-    critics = modules_of(objective.terms, images=True)
+    critics = modules_of(objective.terms, trained="critic")
     training = start_training(accelerator, model, train, 100_000, critics)
     training.model.train()
     window = Window(accelerator)

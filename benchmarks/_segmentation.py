@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd.formats.coco import CocoIndex, load_coco
 from kd.nn.freeze import evaluating
 from kd.nn.trunk import build_trunk
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.problems.base import Batch, Classes, Mean, Metric, Output, Rows, Task
 from kd.transforms.hide import normalise
 from kd.utils.images import read_image, resize
 
@@ -40,7 +40,7 @@ class Photos:
         )
         own = torch.arange(len(rows))
         return {
-            "images": images, "maps": maps, "hidden": own, "image_of": own, "labels": own * 0,
+            "images": images, "maps": maps, "labels": own * 0,
             "pictures": rows + len(self.ids) * flips,
         }  # fmt: skip
 
@@ -95,7 +95,7 @@ class Order:
             yield self.photos.batch(rows[part], flips[part])
 
 
-class Segmentation:
+class Segmentation(Task):
     """Label maps at the grid of the score maps; an image is a row."""
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -103,10 +103,7 @@ class Segmentation:
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         loss = F.cross_entropy(output["logits"], batch["maps"])
-        return {"cross_entropy": Mean(loss, "hidden")}
-
-    def masks(self, batch: Batch) -> dict[str, Mask]:
-        return {}
+        return {"cross_entropy": Mean(loss, "images")}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         return output["logits"].mean(dim=(2, 3)).log_softmax(dim=1)
@@ -190,7 +187,7 @@ class Answers:
                         parts.append(output[name])
         self.said = {name: torch.cat(parts) for name, parts in said.items()}
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+    def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
         """Both maps of each image of a batch."""
         return {name: known[batch["pictures"]] for name, known in self.said.items()}
 

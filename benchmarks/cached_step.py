@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 from kd.config.datasets import Generate, Split
-from kd.config.recipes import Adapter, Model, TaskSection, TeacherRecipe, Term, Train
+from kd.config.recipes import Adapter, Model, TaskSection, TeacherRecipe, TermSection, Train
 from kd.data.loader import SampleLoader, to_device
+from kd.distillation.registry import POSTERIOR
+from kd.distillation.student import adapt_student
 from kd.distillation.targets import CachedPosteriors, CachedTeacher
-from kd.distillation.terms import POSTERIOR
+from kd.distillation.terms import build_term
 from kd.engine.loop import train_step
 from kd.engine.state import Objective
-from kd.experiments.connect import adapt_student, build_terms
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
 from kd.problems.objects.data import ObjectsDataset, open_objects
@@ -86,12 +87,13 @@ def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callabl
     terms, source = [], None
     if kept:
         source = CachedTeacher(CachedPosteriors.read(kept[POSTERIOR]), [LAYER])
-        terms = build_terms(
-            [
-                Term(name="context_logits", weight=1.0),
-                Term(name="hint", weight=0.1, student=SEEN, teacher=LAYER),
+        terms = [
+            build_term(one)
+            for one in [
+                TermSection(name="context_logits", weight=1.0),
+                TermSection(name="hint", weight=0.1, student=SEEN, teacher=LAYER),
             ]
-        )
+        ]
     loader.set_epoch(0)
     adapters = {SEEN: Adapter(kind="resize", to=LAYER)} if kept else {}
     model, terms = adapt_student(student, terms, adapters, source, task, next(iter(loader)))

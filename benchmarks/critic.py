@@ -48,7 +48,7 @@ from benchmarks._segmentation import (
     iou,
     read_photos,
 )
-from kd.config.recipes import Critic, Optimizer, Schedule, Train
+from kd.config.recipes import Critic, Optimizer, Schedule, TermSection, Train
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import build_term, draw_modules, modules_of
 from kd.engine.checkpoint import load_checkpoint, load_model, save_model
@@ -91,11 +91,17 @@ def begin(
     """A student, its critic and the recipe, always from the same random numbers."""
     torch.manual_seed(0)
     terms = [
-        build_term("pixel_wise", weight=10.0, student="logits"),
-        build_term("pair_wise", weight=0.5, student="features", teacher="features"),
+        build_term(TermSection(name="pixel_wise", weight=10.0, student="logits")),
+        build_term(
+            TermSection(name="pair_wise", weight=0.5, student="features", teacher="features")
+        ),
     ]
     if critic:
-        terms.append(build_term("holistic", weight=0.1, student="logits", options=options))
+        terms.append(
+            build_term(
+                TermSection(name="holistic", weight=0.1, student="logits", options=dict(options))
+            )
+        )
     num_classes = answers.said["logits"].shape[1]
     small = Small()
     student = AdaptedStudent(Segmenter(small, small.channels, num_classes))
@@ -103,7 +109,7 @@ def begin(
     learning = Critic(optimizer=Optimizer(**{**ADAM, **optimizer}))
     training = start_training(
         make_accelerator("fp32"), student, RECIPE.model_copy(update={"critic": learning}),
-        PLANNED, modules_of(terms, images=True),
+        PLANNED, modules_of(terms, trained="critic"),
     )  # fmt: skip
     return training, Objective(Segmentation(), {"cross_entropy": 1.0}, terms, answers)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step
-from kd.config.recipes import Optimizer, Schedule, Train
+from kd.config.recipes import Optimizer, Schedule, TermSection, Train
 from kd.distillation.adapters import Conv3x3
 from kd.distillation.hooks import FeatureTaps
 from kd.distillation.student import AdaptedStudent
@@ -71,7 +71,11 @@ def adapters(device: torch.device) -> dict[str, nn.Module]:
 def terms() -> list[Term]:
     """Imitation on each level."""
     return [
-        build_term("imitation", label=f"near_{number}", weight=1.0, student=layer, teacher=layer)
+        build_term(
+            TermSection(
+                name="imitation", label=f"near_{number}", weight=1.0, student=layer, teacher=layer
+            )
+        )
         for number, layer in enumerate(LAYERS)
     ]
 

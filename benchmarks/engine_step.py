@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.datasets import Generate, Split
-from kd.config.recipes import Train
+from kd.config.recipes import TermSection, Train
 from kd.data.loader import to_device
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors, LiveTeacher
@@ -115,7 +115,9 @@ def main() -> int:
     device = batches[0]["images"].device
     task, weights = Classification(num_classes=classes), {"cross_entropy": 1.0}
     teacher = make_teacher(classes, device)
-    terms = [build_term("context_logits", weight=1.0, options={"temperature": 1.0})]
+    terms = [
+        build_term(TermSection(name="context_logits", weight=1.0, options={"temperature": 1.0}))
+    ]
     live = Objective(task, weights, terms, LiveTeacher(teacher, Context(num_classes=classes)))
     ids = torch.cat([batch["object_ids"] for batch in batches])
     posteriors = CachedPosteriors(ids, torch.randn(len(ids), classes).log_softmax(dim=1))

@@ -25,7 +25,8 @@ from kd.config.reader import read_yaml
 from kd.config.recipes import TeacherRecipe
 from kd.data.loader import Samples, collate
 from kd.nn.inference import for_answers, in_int8
-from kd.problems.base import Split, Task, hidden_labels, named
+from kd.problems.base import Split, Task, named
+from kd.problems.objects.batch import hidden_labels
 from kd.problems.recipes import recipe_from
 from kd.runs.build import open_data
 from kd.runs.load_teacher import images_of, load_teacher

@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step
-from kd.config.recipes import Model, Optimizer, Schedule, Train
+from kd.config.recipes import Model, Optimizer, Schedule, TermSection, Train
 from kd.data.loader import collate
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedTeacher
@@ -87,7 +87,7 @@ def step_of(trunk: str, branches: str) -> Step:
     )
     if branches == "a":
         return engine_step(student, Objective(Saliency(), {"kld": 1.0}), TRAIN)
-    terms = [build_term("saliency", weight=2.5)]
+    terms = [build_term(TermSection(name="saliency", weight=2.5))]
     source = CachedTeacher(None, ["saliency"])
     return engine_step(student, Objective(Saliency(), {"kld": 1.0}, terms, source), TRAIN)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
 
 from benchmarks._measure import Batch, Step, compare, engine_step, peak_memory
-from kd.config.recipes import Optimizer, Schedule, Train
+from kd.config.recipes import Optimizer, Schedule, TermSection, Train
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import Term, build_term, draw_modules
@@ -62,10 +62,10 @@ def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 def terms(pair_wise: Callable[..., Tensor] | None = None, kernel: int = 2) -> list[Term]:
     """The three terms; the pair-wise one perhaps by another function."""
     built = [
-        build_term("pixel_wise", weight=10.0),
-        build_term("pair_wise", weight=10.0, student="pyramid", teacher="pyramid",
-                   options={"kernel": kernel}),
-        build_term("holistic", weight=0.1),
+        build_term(TermSection(name="pixel_wise", weight=10.0)),
+        build_term(TermSection(name="pair_wise", weight=10.0, student="pyramid", teacher="pyramid",
+                   options={"kernel": kernel})),
+        build_term(TermSection(name="holistic", weight=0.1)),
     ]  # fmt: skip
     if pair_wise is not None:
         built[1] = replace(built[1], function=pair_wise)

@@ -26,7 +26,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from torchdistill import __version__ as VERSION
 from torchdistill.core.distillation import get_distillation_box
 from torchvision.models import resnet18, resnet34
 
+from kd.config.recipes import TermSection
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term
@@ -43,7 +44,8 @@ from kd.engine.loop import fit
 from kd.engine.optim import make_schedule
 from kd.engine.state import Hooks, Objective, Training
 from kd.losses.supervised import cross_entropy_labelled
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
+from kd.problems.objects.batch import hidden_labels, object_counts, object_rows
 from kd.runs.build import make_accelerator
 from kd.transforms.hide import normalise
 
@@ -58,7 +60,7 @@ Epoch = Callable[[], list[float]]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Task):
     """Which class is the image? Its one object is as large as it is."""
 
     dtype: torch.dtype
@@ -72,9 +74,15 @@ class Pictures:
         value = cross_entropy_labelled(output["logits"], hidden_labels(batch))
         return {"cross_entropy": Mean(value, "labelled")}
 
-    def masks(self, batch: Batch) -> dict[str, Mask]:
-        """None."""
-        return {}
+    def rows(self, batch: Batch) -> Rows:
+        """An object each."""
+        return object_rows(batch)
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Of objects."""
+        return object_counts(batch, units)
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities (N, C); softened they are what softened logits are."""
@@ -163,7 +171,9 @@ def by_kd(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
     schedule = make_schedule(optimizer, len(epochs.batches), name="cosine")
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
     task = Pictures(next(teacher.parameters()).dtype)
-    term = build_term("output_kd", weight=1 - SHARE, options={"temperature": TEMPERATURE})
+    term = build_term(
+        TermSection(name="output_kd", weight=1 - SHARE, options={"temperature": TEMPERATURE})
+    )
     known = LiveTeacher(teacher.to(accelerator.device), task)
     objective = Objective(task, {"cross_entropy": SHARE}, [term], known)
     losses: list[float] = []

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
     from kd.evaluation.draw import write_overlays
-    from kd.experiments.variants import Distillation
+    from kd.experiments.distillation import Distillation
     from kd.problems.objects.transfer_trunk import resolved
     from kd.report.tables import distill_table, print_table
     from kd.runs.build import make_accelerator, open_data

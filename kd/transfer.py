@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
+    from kd.experiments.distillation import Distillation
     from kd.experiments.transfer import starts
-    from kd.experiments.variants import Distillation
     from kd.problems.objects.data import open_objects
     from kd.report.tables import print_table
     from kd.report.transfer import transfer_table

@@ -23,14 +23,15 @@ from kd.config.recipes import (
     Train,
     TransferRecipe,
 )
+from kd.distillation.student import adapt_student
 from kd.distillation.targets import LiveTeacher
-from kd.distillation.terms import TEACHER_OUTPUTS, distillation_losses
+from kd.distillation.terms import build_term, distillation_losses, layers_among
+from kd.distillation.variants import Variant, variants_of
 from kd.engine.optim import make_optimizer, make_schedule
-from kd.experiments.connect import adapt_student, build_terms, layers_among
+from kd.experiments.distillation import train_section
 from kd.experiments.transfer import starts
-from kd.experiments.variants import train_section
 from kd.problems import problem_of_task
-from kd.problems.base import Batch, Task
+from kd.problems.base import Batch, Rows, Task
 from kd.problems.detection.task import Detection
 from kd.problems.objects.problem import PROBLEM
 from kd.problems.objects.schema import ObjectsSection
@@ -184,21 +185,23 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
         )
         task = task_of(recipe.task, recipe.data, classes, model)
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
-        check_training(train_section(recipe.train, variant), recipe.data, model)
-    built = build_terms(recipe.all_losses)
+        check_training(
+            train_section(recipe.train, variants_of(recipe)[variant]), recipe.data, model
+        )
+    built = [build_term(one) for one in recipe.all_losses]
     assert {term.name for term in built} == {term.curve for term in recipe.all_losses}
 
 
 class Kept:
     """A teacher's outputs as they come with crops: each on a grid of so many pixels a place."""
 
-    def __init__(self, live: LiveTeacher, told: SoftTargets) -> None:
-        self.live, self.told = live, told
+    def __init__(self, live: LiveTeacher, settings: SoftTargets) -> None:
+        self.live, self.settings = live, settings
 
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Batch, rows: Rows) -> dict[str, torch.Tensor]:
         found = {}
         for name, maps in self.live(batch).items():
-            stride = self.told.stride_of(layer=name not in TEACHER_OUTPUTS)
+            stride = self.settings.stride_of(layer=name not in self.live.task.outputs)
             grid = [-(-side // stride) for side in batch["images"].shape[2:]]
             found[name] = F.interpolate(maps, grid)
         return found
@@ -212,7 +215,7 @@ def test_every_term_of_a_recipe_on_pixels_computes(name: str, data: str) -> None
     """The layers that terms name are there, on grids that can be compared."""
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=data)
     teaches = load_recipe(TeacherRecipe, find_config("teacher", recipe.teacher.name), data=data)
-    classes, terms = CLASSES[data], build_terms(recipe.all_losses)
+    classes, terms = CLASSES[data], [build_term(one) for one in recipe.all_losses]
     task = task_of(recipe.task, recipe.data, classes)
     section = offline(recipe.student)
     options = {"branches": "b"} if data in LOOKED_AT else {}
@@ -222,15 +225,15 @@ def test_every_term_of_a_recipe_on_pixels_computes(name: str, data: str) -> None
     )
     teacher = problem.build_teacher(offline(teaches.teacher), classes)
     batch = batch_of(recipe.data, classes)
-    layers = layers_among([term.teacher for term in terms])
+    layers = layers_among([term.teacher for term in terms], task)
     with torch.no_grad(), LiveTeacher(teacher, task, layers, posterior=False) as live:
         runs = recipe.soft_targets.kind == "live"
         source = live if runs else Kept(live, recipe.soft_targets)
         model, terms = adapt_student(student, terms, recipe.adapters, source, task, batch)
         output, features = model.eval()(*task.inputs(batch))
-        known = source(batch)
+        known = source(batch, task.rows(batch))
     every = {**output, **features}
-    losses = distillation_losses(terms, every, known, task.masks(batch), batch)
+    losses = distillation_losses(terms, every, known, task, batch, task.masks(batch))
     assert losses.keys() == {term.curve for term in recipe.all_losses}
     assert all(loss.value.isfinite() for loss in losses.values())
 
@@ -250,7 +253,11 @@ def test_every_transfer_recipe_builds(name: str, data: str, tmp_path: Path) -> N
             offline(row.recipe.student), np.full(classes, 1 / classes), context=False
         )
         check_one_batch(task, model, recipe.task.weights, recipe.data, classes)
-        check_training(train_section(row.recipe.train, "no_context"), recipe.data, model)
+        check_training(
+            train_section(row.recipe.train, Variant("no_context", context_head=False)),
+            recipe.data,
+            model,
+        )
 
 
 @pytest.mark.parametrize("kind", ["teacher", "distill", "transfer"])

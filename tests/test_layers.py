@@ -52,8 +52,6 @@ PENDING = {
     ("kd.data.open_files", "kd.problems.objects.schema"),
     ("kd.data.open_files", "kd.problems.saliency.schema"),
     ("kd.data.open_files", "kd.problems.segmentation.schema"),
-    ("kd.teacher_cache.cache", "kd.experiments.connect"),
-    ("kd.teacher_cache.equivariance", "kd.experiments.connect"),
 }
 
 

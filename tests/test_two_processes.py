@@ -26,15 +26,26 @@ from torch import nn
 
 from kd import distill
 from kd.config.datasets import Generate, Split
-from kd.config.recipes import Critic, Model, Optimizer, Schedule, TaskSection, TeacherRecipe, Train
+from kd.config.recipes import (
+    Critic,
+    Model,
+    Optimizer,
+    Schedule,
+    TaskSection,
+    TeacherRecipe,
+    TermSection,
+    Train,
+)
 from kd.data.loader import to_device
 from kd.distillation import adapters
 from kd.distillation.adapters import Conv3x3
+from kd.distillation.registry import TermKind
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term, draw_modules, modules_of
 from kd.engine.loop import evaluate, train_step
 from kd.engine.state import Objective, Training
+from kd.losses.hint import hint
 from kd.nn.networks import DETECTORS
 from kd.nn.regions import roi_features
 from kd.problems.detection.task import Detection
@@ -43,11 +54,13 @@ from kd.problems.objects.context import Context
 from kd.problems.objects.data import open_objects
 from kd.problems.objects.metric import TopN
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.read import read_distill, read_scalars
 from kd.runs.setup import open_run, start_training
 from kd.teacher_cache import cache as teacher_cache
+from kd.utils.images import VOID
 from teachers.cnn import cnn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,22 +180,23 @@ def _steps(root: Path, out: Path, *, accumulate: int) -> None:
     teacher = cnn(data.num_classes, width=4, downs=3, hidden=8)
     student = NormFree(data.num_classes)
     live = LiveTeacher(teacher, Context(num_classes=data.num_classes), ["features.3"])
+    layers: dict[str, Any] = {"student": "trunk", "teacher": "features.3"}
     terms = [
-        build_term("context_logits", weight=1.0),
-        build_term("context_features", weight=1.0, student="trunk", teacher="features.3"),
-        build_term("pair_wise", weight=1.0, student="trunk", teacher="features.3"),
-        build_term("holistic", weight=1.0, student="trunk", teacher="features.3",
-                   options={"widths": [4, 8]}),
-    ]  # fmt: skip
+        build_term(TermSection(name="context_logits", weight=1.0)),
+        build_term(TermSection(name="context_features", weight=1.0, **layers)),
+        build_term(TermSection(name="pair_wise", weight=1.0, **layers)),
+        build_term(TermSection(name="holistic", weight=1.0, **layers, options={"widths": [4, 8]})),
+    ]
     terms = draw_modules(terms, {"features.3": torch.zeros(1, 32, 4, 4)})
-    scaled = build_term("hint", label="scaled", weight=1.0, student="trunk", teacher="features.3")
-    terms.append(dataclasses.replace(scaled, function=Scaled()))
-    critics = modules_of(terms, images=True)
+    scaled = build_term(TermSection(name="hint", label="scaled", weight=1.0, **layers))
+    own = dataclasses.replace(scaled.kind, trained="student")
+    terms.append(dataclasses.replace(scaled, kind=own, function=Scaled()))
+    critics = modules_of(terms, trained="critic")
     model = AdaptedStudent(
         student,
         ["trunk"],
         {"trunk": nn.Conv2d(8, 32, 3, stride=2, padding=1)},
-        modules_of(terms, images=False),
+        modules_of(terms, trained="student"),
     )
     # The points of the penalty are each rank's own; at a third of the way they are everybody's.
     torch.rand = lambda *size, **_: torch.full(size, 1 / 3)
@@ -259,8 +273,8 @@ def _detector_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> Non
     known: Any = {"num_classes": 3, "levels": student.levels, "loss_units": student.loss_units}
     live = LiveTeacher(teacher, Detection(**known, wanted="features"), layers, posterior=False)
     terms = [
-        build_term(kind, label=f"{kind}{place}", weight=1.0, student=layers[place],
-                   teacher=layers[place], options=options)
+        build_term(TermSection(name=kind, label=f"{kind}{place}", weight=1.0, student=layers[place],
+                   teacher=layers[place], options=options))
         for kind, place, options in (
             ("imitation", 0, {"psi": 0.8}), ("imitation_inside", 0, {}),
             ("context_features", 0, {}), ("imitation_inside", 1, {}),
@@ -296,6 +310,77 @@ def test_two_ranks_imitate_a_detector_as_one_process_does_though_one_has_no_box(
     adapter = one["adapters.network/backbone/0.convolution.bias"]
     assert adapter.abs().sum() > 0  # it began at zero
     for name in one:
+        torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def own_hint(
+    student: torch.Tensor, teacher: torch.Tensor, *, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A user's own loss, a mean over the valid places."""
+    return hint(student, teacher, valid=valid)
+
+
+OWN_HINT = TermKind(own_hint, "a copy of hint", unit="place", valid=True)
+
+
+class Scores(nn.Module):
+    """Score maps from squares of 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Conv2d(3, 3, 8, stride=8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images to logits, (N, 3, H/8, W/8)."""
+        scores: torch.Tensor = self.scores(images)
+        return scores
+
+
+def _label_maps(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Images with label maps; the first one is void but for a strip."""
+    random = torch.Generator().manual_seed(6)
+    images = torch.randint(256, (4, 3, 32, 32), generator=random, dtype=torch.uint8)
+    maps = torch.randint(3, (4, 32, 32), generator=random)
+    maps[0, :, 8:] = VOID
+    return {"images": images[list(chosen)], "label_maps": maps[list(chosen)]}
+
+
+def _own_loss_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Two steps of a user's own loss on each rank's label maps; the weights go to a file."""
+    accelerator = make_accelerator("fp32")
+    torch.manual_seed(4)
+    student, teacher, task = Scores(), Scores(), Segmentation(num_classes=3)
+    section = TermSection(
+        name=f"{__name__}:OWN_HINT", weight=1.0, student="logits", teacher="logits"
+    )
+    live = LiveTeacher(teacher, task, posterior=False)
+    train = Train(
+        optimizer=Optimizer(name="sgd", lr=0.01, momentum=0.0, weight_decay=0.0),
+        schedule=Schedule(name="constant", warmup=0.0),
+    )
+    training = start_training(accelerator, AdaptedStudent(student), train, 2)
+    training.model.train()
+    objective = Objective(task, {"cross_entropy": 1.0}, [build_term(section)], live)
+    for _ in range(2):
+        group = [_label_maps(chosen) for chosen in groups[accelerator.process_index]]
+        train_step(training, group, objective, objective.weights_at(0.0))
+    if accelerator.is_main_process:
+        torch.save(training.bare.state_dict(), out)
+    accelerator.wait_for_everyone()
+
+
+def test_a_loss_of_the_users_own_has_one_gradient_however_the_batch_is_split(
+    tmp_path: Path,
+) -> None:
+    _own_loss_steps(tmp_path / "one.pt", [[range(4)]])
+    _own_loss_steps(tmp_path / "parts.pt", [[[0], [1, 2, 3]]])
+    two = functools.partial(_own_loss_steps, tmp_path / "two.pt", [[[0]], [[1, 2, 3]]])
+    assert in_two_processes(two, tmp_path) == [0, 0]
+    one, parts, both = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "parts", "two")
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], parts[name], rtol=1e-4, atol=1e-6, msg=name)
         torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
 
 

@@ -6,6 +6,7 @@ section is frozen, refuses keys it does not know and takes no value of another t
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -77,6 +78,7 @@ class TeacherReference(Section):
     )
 
 
+Unit = Literal["place", "image", "box", "object"]
 VARIANTS = ("plain", "distilled", "no_context", "shuffled", "output_kd")
 
 
@@ -161,6 +163,17 @@ class Weighted(Section):
     until_step: Count | None = Field(None, description="the same as a number of steps")
     start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
 
+    def factor(self, progress: float, step: int = 0) -> float:
+        """The factor at a fraction 0..1 of training, after so many steps."""
+        way = progress / self.until if self.until_step is None else step / self.until_step
+        if self.name == "off_after":
+            return 1.0 if way < 1.0 else 0.0
+        if self.name == "constant" or way >= 1.0:
+            return 1.0
+        if self.name == "cosine":
+            way = 0.5 - 0.5 * math.cos(math.pi * way)
+        return self.start + (1.0 - self.start) * way
+
     @model_validator(mode="after")
     def _one_end(self) -> Weighted:
         if self.until_step is not None and self.until != 1.0:
@@ -170,23 +183,28 @@ class Weighted(Section):
         return self
 
 
-class Term(Section):
+class TermSection(Section):
     """A distillation term: a loss, what it compares and its weight."""
 
-    name: str
+    name: str = Field(
+        description="of kd.distill --list, torchdistill.NAME or package.module:attribute"
+    )
     label: str | None = Field(
         None, description="what its curve is called; needed where a loss is there twice"
     )
     weight: Positive
     student: str | None = Field(None, description="output or layer of the student")
     teacher: str | None = Field(None, description="output or layer of the teacher")
+    unit: Unit | None = Field(
+        None, description="what the mean of a loss of your own is over, if it does not declare it"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: Weighted = Weighted()
 
     @property
     def curve(self) -> str:
         """What tells it from the recipe's other terms."""
-        return self.label or self.name
+        return self.label or self.name.rpartition(":")[2]
 
 
 class Adapter(Section):
@@ -262,8 +280,8 @@ class DistillRecipe(Recipe):
         description="of pyramids: a term or adapter with {level} in its layers is there for each",
     )
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    losses: tuple[Term, ...] = Field((), description="terms of the distilled variant")
-    more_losses: tuple[Term, ...] = Field((), description="terms that only ablations have")
+    losses: tuple[TermSection, ...] = Field((), description="terms of the distilled variant")
+    more_losses: tuple[TermSection, ...] = Field((), description="terms that only ablations have")
     ablations: dict[str, dict[str, tuple[str, ...]]] = Field(
         default_factory=dict,
         description="for --ablation NAME: variants beside plain, each with its terms' labels",
@@ -329,7 +347,7 @@ class DistillRecipe(Recipe):
         return (self.teachers[teacher].kind or self.soft_targets.kind) == "stored"
 
     @property
-    def all_losses(self) -> tuple[Term, ...]:
+    def all_losses(self) -> tuple[TermSection, ...]:
         """Every term of any variant."""
         return (*self.losses, *self.more_losses)
 

@@ -1,4 +1,4 @@
-"""A student together with its adapters: the one module that is wrapped for several processes."""
+"""A student with its adapters: the module that DDP wraps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kd.distillation.adapters import Conv3x3
+from kd.config.recipes import Adapter
+from kd.distillation.adapters import ADAPTERS, Conv3x3
 from kd.distillation.hooks import FeatureTaps
-from kd.problems.base import Mask, named
+from kd.distillation.targets import SoftTargetSource
+from kd.distillation.terms import Term, draw_modules, modules_of, tapped_layers
+from kd.errors import UserError
+from kd.nn.freeze import evaluating
+from kd.problems.base import Batch, Mask, Task, named
+from kd.registry import check_options, look_up
 
 
 class AdaptedStudent(nn.Module):
@@ -77,6 +83,66 @@ class AdaptedStudent(nn.Module):
         return adapted
 
     def taps_off(self) -> None:
-        """Take the hooks off the student, so that it can be wrapped anew."""
+        """Take the hooks off the student, so that it can be wrapped again."""
         if self._taps is not None:
             self._taps.remove()
+
+
+def adapt_student(
+    student: nn.Module,
+    terms: Sequence[Term],
+    adapters: Mapping[str, Adapter],
+    source: SoftTargetSource | None,
+    task: Task,
+    batch: Batch,
+) -> tuple[AdaptedStudent, list[Term]]:
+    """Wrap a student with all that its terms need, shapes found on one batch.
+
+    Args:
+        student: On the device of teachers and batch.
+        terms: What it learns by.
+        adapters: By layer of the student; those of layers that no term reads are left out.
+        source: The teachers; None without terms.
+        task: Its inputs.
+        batch: Any.
+
+    Returns:
+        The student with taps, adapters and the losses that have weights; the terms with new
+        weights where they have some.
+
+    Raises:
+        UserError: An adapter that is unknown, or to a layer that no term reads.
+    """
+    layers = tapped_layers(terms, task)
+    if source is None or not (layers or any(term.kind.trained for term in terms)):
+        return AdaptedStudent(student), list(terms)
+    ours, theirs = _features(student, layers, source, task, batch)
+    built: dict[str, nn.Module] = {}
+    for layer, adapter in adapters.items():
+        if layer not in layers:
+            continue
+        if adapter.to not in theirs:
+            raise UserError(f"adapters.{layer}.to: no term reads teacher layer {adapter.to!r}")
+        build_adapter = look_up(ADAPTERS, adapter.kind, what="adapter")
+        given = dict(adapter.options)
+        if adapter.kind == "resize":
+            given.setdefault("size", tuple(theirs[adapter.to].shape[2:]))
+        check_options(build_adapter, given, what=f"adapters.{layer}")
+        channels = ours[layer].shape[1], theirs[adapter.to].shape[1]
+        built[layer] = build_adapter(*channels, **given)
+    drawn = draw_modules(terms, theirs)
+    return AdaptedStudent(student, layers, built, modules_of(drawn, trained="student")), drawn
+
+
+def _features(
+    student: nn.Module, layers: Sequence[str], source: SoftTargetSource, task: Task, batch: Batch
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Features of the student's layers and outputs of the teachers on a batch."""
+    probe = AdaptedStudent(student, layers)
+    try:
+        with torch.no_grad(), evaluating(probe):
+            _, ours = probe(*task.inputs(batch))
+            theirs = source(batch, task.rows(batch))
+    finally:
+        probe.taps_off()
+    return ours, theirs

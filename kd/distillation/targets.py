@@ -1,7 +1,7 @@
-"""Where targets of distillation come from: live teachers, or what they said before.
+"""Soft targets: outputs of teachers that run in each step, or that were computed before.
 
-All are callables from a batch to named tensors, one row per hidden object (of a detector's batch:
-per object); `posterior` holds log-probabilities (K, C). The engine cannot tell them apart.
+All are callables from a batch to named tensors; `posterior` holds log-probabilities (K, C), a row
+for each object. The engine cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -14,35 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from kd.distillation.hooks import FeatureTaps
+from kd.distillation.registry import MEAN, POSTERIOR
 from kd.errors import UserError
-from kd.problems.base import KNOWN, Batch, Task, about_boxes, about_objects, asked, named
+from kd.problems.base import KNOWN, Batch, Rows, Task, named
 from kd.storage.fields import PREFIX, CachedField
-
-MEAN = "mean"  # what stands for all teachers together in the name of an output
 
 
 class SoftTargetSource(Protocol):
     """A batch to the teacher's named outputs."""
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Targets of the batch's hidden objects."""
+    def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
+        """Targets of a batch; `rows` is what the student's rows are about."""
         ...
 
 
 @runtime_checkable
 class Partial(Protocol):
-    """A source that may have nothing to say about some boxes of a detector's batch."""
+    """A source that may lack targets of some rows."""
 
-    def known(self, batch: Batch) -> dict[str, Tensor]:
-        """By unit, `known` or `NAME.known`, the objects that have a posterior: bool (M,)."""
+    def known(self, rows: Rows) -> dict[str, Tensor]:
+        """By unit, `known` or `NAME.known`, the rows that have a posterior: bool (R,)."""
         ...
 
 
-def known_counts(source: object, batch: Batch) -> dict[str, Tensor]:
-    """How many boxes of a detector's batch have a posterior, by unit, where some may lack one."""
-    if not isinstance(source, Partial) or not about_boxes(batch):
+def known_counts(source: object, rows: Rows) -> dict[str, Tensor]:
+    """How many rows have a posterior, by unit, where some may lack one."""
+    if not isinstance(source, Partial) or not rows.partial:
         return {}
-    return {unit: rows.sum().float() for unit, rows in source.known(batch).items()}
+    return {unit: known.sum().float() for unit, known in source.known(rows).items()}
 
 
 class LiveTeacher:
@@ -50,10 +49,10 @@ class LiveTeacher:
 
     Args:
         model: The teacher; it is frozen and put in evaluation mode.
-        task: The teacher's task: how it is shown the batch, how its output reads.
-        layers: Layers whose features are wanted.
+        task: The teacher's: its inputs, and how its outputs are decoded.
+        layers: Layers whose features are needed.
         autocast: Whether it runs in bfloat16.
-        posterior: Whether its answers about hidden objects are wanted.
+        posterior: Whether posteriors of hidden objects are needed.
         called: What messages call it.
     """
 
@@ -80,11 +79,8 @@ class LiveTeacher:
         if self._taps is not None:
             self._taps.remove()
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """What the model gives by name, its `posterior` (K, C), the layers' features (K, ...).
-
-        Rows are the hidden objects, or the images where a batch is not about objects.
-        """
+    def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
+        """Outputs by name, `posterior` (R, C), features of layers (R, ...); rows are its task's."""
         device = batch["images"].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             output = self.model(*self.task.inputs(batch))
@@ -92,7 +88,7 @@ class LiveTeacher:
         features = self._taps.collect() if self._taps else {}
         given = {name: tensor.float() for name, tensor in (outputs | features).items()}
         if self._posterior:
-            given["posterior"] = self.task.decode(outputs, batch)
+            given[POSTERIOR] = self.task.decode(outputs, batch)
         return given
 
 
@@ -117,35 +113,37 @@ class Teachers:
         self.sources = ({} if first is None else {"": first}) | dict(more)
         if len(weights) != len(self.sources):
             raise UserError(f"{len(self.sources)} teachers have {len(weights)} weights")
-        self.shares = [weight / sum(weights) for weight in weights]
+        self.fractions = [weight / sum(weights) for weight in weights]
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Everything that each of them gives, and the means."""
-        every = [source(batch) for source in self.sources.values()]
+    def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
+        """All outputs of each, and the means."""
+        every = [source(batch, rows) for source in self.sources.values()]
         found: dict[str, Tensor] = {}
         for name, given in zip(self.sources, every, strict=True):
             found |= {_called(name, output): tensor for output, tensor in given.items()}
-        for output in ("posterior", "logits"):
+        for output in (POSTERIOR, "logits"):
             sides = [given[output] for given in every if output in given]
             if len({side.shape for side in sides}) == 1 and len(sides) == len(every):
-                mean = torch.stack([s * w for s, w in zip(sides, self.shares, strict=True)]).sum(0)
-                normal = mean.log_softmax(dim=1) if output == "posterior" else mean
+                mean = torch.stack([s * w for s, w in zip(sides, self.fractions, strict=True)]).sum(
+                    0
+                )
+                normal = mean.log_softmax(dim=1) if output == POSTERIOR else mean
                 found[f"{MEAN}.{output}"] = normal
         return found
 
-    def known(self, batch: Batch) -> dict[str, Tensor]:
-        """Of each by its name, and of their mean what all of them know."""
+    def known(self, rows: Rows) -> dict[str, Tensor]:
+        """Of each by its name; the mean has the rows that all of them have."""
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
             if isinstance(source, Partial):
-                found |= {_called(name, unit): rows for unit, rows in source.known(batch).items()}
+                found |= {_called(name, unit): known for unit, known in source.known(rows).items()}
         if len(found) == len(self.sources):
             found[_called(MEAN, KNOWN)] = torch.stack(list(found.values())).all(dim=0)
         return found
 
 
 def _called(teacher: str, output: str) -> str:
-    """What is said of a teacher's output: its name, after the teacher's where that has one."""
+    """A teacher's output by its full name."""
     return f"{teacher}.{output}" if teacher else output
 
 
@@ -170,32 +168,34 @@ class CachedPosteriors:
         self.log_probs = log_probs[order].contiguous()
         self.source = source
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`posterior` (K, C) of the hidden objects; of all where none is hidden.
+    def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
+        """`posterior`, (R, C).
 
-        A detector's boxes may be of objects that nobody asked the teacher about (too small for it,
-        say): their rows are NaN.
+        Where no object is hidden some may have no posterior (too small for the teacher, say): their
+        rows are NaN.
 
         Raises:
-            UserError: A hidden object that was not there when the posteriors were made.
+            UserError: A hidden object that was not there when the posteriors were computed.
         """
-        wanted, places = self._places(batch)
-        rows = self.log_probs[places].float()
-        if not about_objects(batch):
+        wanted, places = self._places(rows)
+        log_probs = self.log_probs[places].float()
+        if rows.partial:
             unknown = self.object_ids[places] != wanted
-            return {"posterior": rows.masked_fill(unknown[:, None], math.nan)}
+            return {POSTERIOR: log_probs.masked_fill(unknown[:, None], math.nan)}
         if wanted.device.type == "cpu":  # on a GPU the comparison would wait for the device
             self._check(wanted, places)
-        return {"posterior": rows}
+        return {POSTERIOR: log_probs}
 
-    def known(self, batch: Batch) -> dict[str, Tensor]:
-        """Which of a detector's boxes have a posterior."""
-        wanted, places = self._places(batch)
+    def known(self, rows: Rows) -> dict[str, Tensor]:
+        """Which rows have a posterior."""
+        wanted, places = self._places(rows)
         return {KNOWN: self.object_ids[places] == wanted}
 
-    def _places(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids of the objects asked about, and where they are or would be."""
-        wanted = batch["object_ids"][asked(batch)]
+    def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Ids of the rows, and where they are or would be."""
+        if rows.ids is None:
+            raise UserError(f"{self.source}: are of objects, and this task has none")
+        wanted = rows.ids
         if self.object_ids.device != wanted.device:
             self.object_ids = self.object_ids.to(wanted.device)
             self.log_probs = self.log_probs.to(wanted.device)
@@ -211,12 +211,12 @@ class CachedPosteriors:
             )
 
     def check_covers(self, object_ids: Tensor) -> None:
-        """Before training: all these objects must be known."""
+        """Refuse posteriors that lack one of these objects."""
         places = torch.searchsorted(self.object_ids, object_ids)
         self._check(object_ids, places.clamp(max=len(self.object_ids) - 1))
 
     def check_knows(self, object_ids: Tensor) -> None:
-        """Before training of a detector: some of these objects must be known."""
+        """Refuse posteriors of none of these objects."""
         if not torch.isin(object_ids, self.object_ids).any():
             raise UserError(
                 f"{self.source}: no posterior for any object; the data set is another than the one "
@@ -254,12 +254,12 @@ class CachedPosteriors:
 
 
 class CachedTeacher:
-    """A teacher that was asked before: posteriors from memory, maps that came with the batch.
+    """Outputs computed before training: posteriors from memory, maps that come with the batch.
 
     Args:
-        posteriors: Of all objects; None where it was not asked about any.
-        layers: What else it gives, by name.
-        prefix: What the batch calls these, before their names.
+        posteriors: Of all objects; None where there are none.
+        layers: Names of the maps.
+        prefix: Of their names in the batch.
     """
 
     def __init__(
@@ -271,11 +271,11 @@ class CachedTeacher:
     ) -> None:
         self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
 
-    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`posterior` (K, C) and the layers (K, ...), whose rows are images without objects."""
+    def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
+        """`posterior` (R, C) and the maps, with a row for each input of the teacher."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
-        return maps if self.posteriors is None else {**self.posteriors(batch), **maps}
+        return maps if self.posteriors is None else {**self.posteriors(batch, rows), **maps}
 
-    def known(self, batch: Batch) -> dict[str, Tensor]:
-        """Which of a detector's boxes have a posterior."""
-        return {} if self.posteriors is None else self.posteriors.known(batch)
+    def known(self, rows: Rows) -> dict[str, Tensor]:
+        """Which rows have a posterior."""
+        return {} if self.posteriors is None else self.posteriors.known(rows)

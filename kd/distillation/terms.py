@@ -1,10 +1,9 @@
-"""What is minimised: supervised losses and distillation terms, named, unweighted, then summed."""
+"""Distillation terms: built from a recipe's sections, computed unweighted, summed with weights."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,227 +11,160 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.config.recipes import TermSection
+from kd.distillation.registry import MEAN, POSTERIOR, TORCHDISTILL, TermKind, term_kind
 from kd.errors import UserError
-from kd.interop.torchdistill import PREFIX, Borrow
-from kd.losses.box_distillation import box_distance, known_rows, own_class_deltas
-from kd.losses.channel_wise import channel_wise
-from kd.losses.decoupled_kd import decoupled
-from kd.losses.hint import hint
-from kd.losses.holistic import Adversary, without_void
-from kd.losses.imitation import imitation
-from kd.losses.logits import kl_logits, pixel_wise
-from kd.losses.pair_wise import pair_wise
-from kd.losses.saliency import saliency_maps
-from kd.problems.base import (
-    KNOWN,
-    Batch,
-    Mask,
-    Mean,
-    about_boxes,
-    about_objects,
-    hidden_labels,
-    image_rows,
-    psi_mask,
-    stride_of,
-)
-from kd.registry import check_options, look_up
+from kd.losses.box_distillation import known_rows, own_class_deltas
+from kd.losses.holistic import without_void
+from kd.problems.base import KNOWN, Batch, Mask, Mean, Rows, Task
+from kd.registry import check_options
 from kd.transforms.hide import normalise
-
-# Gives a scalar; where a kind `draws`, the module that does.
-Loss = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of distillation term.
-
-    Args:
-        function: The loss: student, teacher[, mask].
-        student: Output of the student it reads unless told otherwise.
-        teacher: Output of the teacher likewise.
-        mask: Name of the task's mask that it needs.
-        maps: Whether it compares feature maps; else rows, one per hidden object.
-        labels: Whether it asks for the rows' labels, and so speaks for the labelled ones.
-        images: Whether it asks for the rows' images: a critic does, which learns from its own loss.
-        draws: Whether it has weights of its own: `function` then makes a module of the teacher's
-            number of channels, see `draw_modules`.
-        valid: Whether it is told where there is a class, where the task knows.
-        boxes: Whether it is about what detectors say of objects.
-        weights: Name of the task's mask that says what each pixel counts.
-        own: Whether of numbers for every class it compares those of the box's own.
-        psi: Share of the largest IoU that its mask asks for, where a term has one of its own
-            (option `psi`) rather than the task's.
-    """
-
-    function: Loss
-    student: str | None = None
-    teacher: str | None = None
-    mask: str | None = None
-    maps: bool = False
-    labels: bool = False
-    images: bool = False
-    draws: bool = False
-    valid: bool = False
-    boxes: bool = False
-    weights: str | None = None
-    own: bool = False
-    psi: float | None = None
-
-
-TERMS = {
-    # KL from the blind teacher's posterior to the context branch (METHODS 7).
-    "context_logits": Kind(kl_logits, "context", "posterior"),
-    # The ablation: the same target for the output of a student that sees the object.
-    "output_kd": Kind(kl_logits, "logits", "posterior"),
-    "decoupled": Kind(decoupled, "logits", "posterior", labels=True),
-    "context_features": Kind(imitation, mask="ring", maps=True),
-    # Wang et al.'s ablation: near objects' anchors, inside the boxes, the whole map.
-    "imitation": Kind(imitation, mask="imitation", maps=True),
-    "imitation_inside": Kind(imitation, mask="inside", maps=True),
-    "imitation_whole": Kind(imitation, mask="whole", maps=True),
-    # What detectors say of objects: a second stage of boxes near the true ones.
-    "object_logits": Kind(kl_logits, "object_logits", "object_logits", boxes=True),
-    "object_boxes": Kind(box_distance, "object_deltas", "object_deltas", boxes=True, own=True),
-    "pixel_wise": Kind(pixel_wise, "logits", "logits", maps=True, valid=True),
-    "pixel_wise_weighted": Kind(
-        pixel_wise, "logits", "logits", maps=True, valid=True, weights="class_weights"
-    ),
-    "pair_wise": Kind(pair_wise, maps=True, valid=True),
-    "holistic": Kind(Adversary, "logits", "logits", maps=True, images=True, draws=True),
-    "channel_wise": Kind(channel_wise, "logits", "logits", maps=True, valid=True),
-    "hint": Kind(hint, maps=True, valid=True),
-    # The second map of a saliency student, which says what the teacher says (METHODS 4).
-    "saliency": Kind(saliency_maps, "teacher_saliency", "saliency", maps=True, valid=True),
-}
-
-
-def of_psi(kind: Kind, psi: object, *, what: str) -> Kind:
-    """The kind of a term whose imitation mask reaches as far as it says itself.
-
-    Args:
-        kind: One with an imitation mask.
-        psi: As a recipe has it.
-        what: Of the term, for messages.
-
-    Raises:
-        UserError: It has another mask, or psi is no share.
-    """
-    if kind.mask != "imitation":
-        raise UserError(f"{what}: psi is an option of imitation alone")
-    if isinstance(psi, bool) or not isinstance(psi, int | float) or not 0 <= psi <= 1:
-        raise UserError(f"{what}: psi must be a number in 0..1, got {psi!r}")
-    return replace(kind, mask=psi_mask(psi), psi=float(psi))
-
-
-# What takes a softmax of what it compares, so that logits and log-probabilities are one to it.
-SOFTMAXED = (kl_logits, decoupled, pixel_wise, Adversary)
-# Outputs with a row for each hidden object, box or picture, as asked; others are layers.
-ROWS = ("logits", "context", "appearance", "object_logits", "object_deltas", "saliency",
-        "teacher_saliency")  # fmt: skip
-# What a teacher gives beside its layers.
-POSTERIOR = "posterior"
-TEACHER_OUTPUTS = (POSTERIOR, "logits", "dense", "object_logits", "object_deltas", "saliency")
-# Of these, those with a number, or a box, for each class.
-OF_CLASSES = frozenset(TEACHER_OUTPUTS) - {"saliency"}
-
-
-Ramp = Literal["constant", "linear", "cosine", "off_after"]
 
 
 @dataclass(frozen=True)
 class Term:
-    """A distillation term, ready to compute."""
+    """A distillation term, ready to compute.
 
-    name: str
-    kind: Kind
-    function: Loss
+    Args:
+        section: The recipe's section: weight, schedule, label.
+        kind: What its loss declares.
+        function: The loss with its options; a module if it has weights of its own.
+        student: Output or layer of the student.
+        teacher: Output or layer of the teacher; `NAME.output` of a further one.
+        mask_value: Of a mask with a number of its own, that number.
+    """
+
+    section: TermSection
+    kind: TermKind
+    function: Callable[..., Any]
     student: str
     teacher: str
-    weight: float
-    ramp: Ramp = "constant"
-    until: float = 1.0
-    start: float = 0.0
-    until_step: int | None = None
+    mask_value: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What its curve is called."""
+        return self.section.curve
+
+    @property
+    def mask(self) -> str | None:
+        """The task's mask that it needs."""
+        if self.mask_value is None:
+            return self.kind.mask
+        return f"{self.kind.mask}_{self.mask_value:g}"
+
+    @property
+    def reads_posterior(self) -> bool:
+        """Whether it compares with what a teacher says of hidden objects."""
+        return self.teacher.rpartition(".")[2] == POSTERIOR
+
+    @property
+    def count(self) -> str | None:
+        """What a task has to count for its mean: a mask, `valid`, `frame` or nothing further."""
+        if self.kind.unit != "place":
+            return None
+        return self.mask or ("valid" if self.kind.valid else "frame")
 
     def weight_at(self, progress: float, step: int = 0) -> float:
-        """The weight at a share 0..1 of training, the number of steps taken so far."""
-        way = progress / self.until if self.until_step is None else step / self.until_step
-        if self.ramp == "off_after":
-            return self.weight if way < 1.0 else 0.0
-        if self.ramp == "constant" or way >= 1.0:
-            return self.weight
-        if self.ramp == "cosine":
-            way = 0.5 - 0.5 * math.cos(math.pi * way)
-        return self.weight * (self.start + (1.0 - self.start) * way)
+        """The weight at a fraction 0..1 of training, after so many steps."""
+        return self.section.weight * self.section.schedule.factor(progress, step)
 
 
-def build_term(
-    name: str,
-    *,
-    weight: float,
-    label: str | None = None,
-    student: str | None = None,
-    teacher: str | None = None,
-    options: Mapping[str, object] | None = None,
-    ramp: Ramp = "constant",
-    until: float = 1.0,
-    start: float = 0.0,
-    until_step: int | None = None,
-) -> Term:
-    """A term by name; its options are the loss's keyword-only parameters, `label` names its curve.
-
-    `imitation` has the option `psi` as well, which says how near objects its mask is.
-    `torchdistill.NAME` is a mid-level loss of torchdistill's.
+def build_term(section: TermSection) -> Term:
+    """A term from a recipe's section; `options` are the loss's keyword-only parameters.
 
     Raises:
         UserError: An unknown name or option, or a layer that must be named and is not.
     """
-    borrowed = Borrow(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    if borrowed is not None:
-        kind = Kind(borrowed, maps=student not in ROWS)
-    else:
-        kind = look_up(TERMS, name, what="distillation term")
-    options = dict(options or {})
-    if "psi" in options:
-        kind = of_psi(kind, options.pop("psi"), what=f"losses: {name}")
-    check_options(kind.function, options, what=f"losses: {name}")
-    if borrowed is not None and borrowed.has_weights(**options):
-        kind = replace(kind, function=borrowed.module, draws=True)
-    student, teacher = student or kind.student, teacher or kind.teacher
+    what = f"losses: {section.name}"
+    kind = term_kind(section)
+    loss, options, mask_value = kind.load(), dict(section.options), None
+    if kind.mask_option in options:
+        mask_value = _fraction(options.pop(kind.mask_option), f"{what}: {kind.mask_option}")
+    if not section.name.startswith(TORCHDISTILL):  # checked by `term_kind`
+        check_options(loss, options, what=what)
+    student, teacher = section.student or kind.student, section.teacher or kind.teacher
     if student is None or teacher is None:
-        raise UserError(f"losses: {name}: name the layers: student: ..., teacher: ...")
-    function = functools.partial(kind.function, **options)
-    return Term(label or name, kind, function, student, teacher, weight, ramp, until, start,
-                until_step)  # fmt: skip
+        raise UserError(f"{what}: name the layers: student: ..., teacher: ...")
+    function = functools.partial(loss, **options)
+    return Term(section, kind, function, student, teacher, mask_value)
+
+
+def _fraction(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{what} must be a number in 0..1, got {value!r}")
+    return float(value)
+
+
+def tapped_layers(terms: Sequence[Term], task: Task) -> list[str]:
+    """The student's layers that terms read; a task's outputs are none."""
+    return [term.student for term in terms if term.kind.maps and term.student not in task.outputs]
+
+
+def layers_among(outputs: Sequence[str], task: Task) -> list[str]:
+    """Those of a teacher's outputs that are layers, which have to be tapped."""
+    return [output for output in outputs if output != POSTERIOR and output not in task.outputs]
+
+
+def outputs_by_teacher(terms: Sequence[Term], teachers: Collection[str]) -> dict[str, list[str]]:
+    """What terms read of each teacher; the name of the recipe's `teacher` is empty.
+
+    Args:
+        terms: `NAME.output` is an output or a layer of a further teacher.
+        teachers: Names of the further ones.
+
+    Raises:
+        UserError: A mean of teachers over something else than posteriors or logits.
+    """
+    outputs: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
+    for term in terms:
+        first, _, rest = term.teacher.partition(".")
+        if first == MEAN and rest not in (POSTERIOR, "logits"):
+            raise UserError(
+                f"losses: {term.name}: teachers are averaged in {MEAN}.{POSTERIOR} and "
+                f"{MEAN}.logits alone, not in {term.teacher!r}"
+            )
+        whose, output = (first, rest) if first in teachers else ("", term.teacher)
+        for reader in outputs if first == MEAN else [whose]:
+            wanted = rest if first == MEAN else output
+            if wanted not in outputs[reader]:
+                outputs[reader].append(wanted)
+    return outputs
 
 
 def distillation_losses(
     terms: Sequence[Term],
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
-    masks: Mapping[str, Mask],
+    task: Task,
     batch: Batch,
+    masks: Mapping[str, Mask],
 ) -> dict[str, Mean]:
     """Every term's value, unweighted.
 
     Args:
         terms: What to compute.
-        student: Outputs and adapted features. Rows are per hidden object (K, ...), feature maps
-            per image (N, C, h, w).
-        teacher: The same of the teacher, both per hidden object: it saw K inputs.
-        masks: The task's masks.
-        batch: Says which image each hidden object is on, and its label and pixels where a term
-            asks for those.
+        student: Outputs, a row for each of `task.rows`, and adapted features, (N, C, h, w).
+        teacher: The same of the teacher; where objects are hidden it saw an input for each row.
+        task: Says what rows are, and what means are over.
+        batch: What both have seen.
+        masks: The task's masks of the batch.
 
     Raises:
         UserError: An output that student or teacher does not give.
     """
-    losses: dict[str, Mean] = {}
+    rows, losses = task.rows(batch), {}
     for term in terms:
         ours = _take(student, term.student, term.name, "student")
         theirs = _take(teacher, term.teacher, term.name, "teacher")
-        ours = _stand_beside(term, ours, theirs, batch)
-        losses[term.name] = _loss_of(term, ours, theirs, masks, batch)
+        is_output = term.student in task.outputs or not term.kind.maps
+        if not is_output and rows.hidden and rows.images is not None:
+            ours = ours[rows.images]  # the teacher's maps have a row for each object
+        elif is_output and ours.ndim == theirs.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
+            grid = (theirs.shape[2], theirs.shape[3])
+            ours = F.interpolate(ours, grid, mode="bilinear", align_corners=False, antialias=True)
+        own = rows if is_output or rows.hidden else Rows()
+        losses[term.name] = _loss_of(term, ours, theirs, own, task, batch, masks)
     return losses
 
 
@@ -245,7 +177,7 @@ def looked_at(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mas
     """
     readers: dict[str, set[str | None]] = {}
     for term in terms:
-        readers.setdefault(term.student, set()).add(term.kind.mask)
+        readers.setdefault(term.student, set()).add(term.mask)
 
     def joined(names: Sequence[str]) -> Mask:
         return lambda grid: torch.stack([masks[name](grid) > 0 for name in names]).any(dim=0)
@@ -257,58 +189,67 @@ def looked_at(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mas
     }
 
 
-def _stand_beside(term: Term, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
-    """The student's side row by row as the teacher's, its score maps on the teacher's grid."""
-    if not term.kind.maps:
-        return ours
-    if about_objects(batch):  # a student has one map for each image, a teacher for each object
-        return ours[image_rows(batch)]
-    if term.student in ROWS and ours.ndim == 4 and ours.shape[2:] != theirs.shape[2:]:
-        grid = (theirs.shape[2], theirs.shape[3])
-        return F.interpolate(ours, grid, mode="bilinear", align_corners=False, antialias=True)
-    return ours
-
-
 def _loss_of(
-    term: Term, ours: Tensor, theirs: Tensor, masks: Mapping[str, Mask], batch: Batch
+    term: Term,
+    ours: Tensor,
+    theirs: Tensor,
+    rows: Rows,
+    task: Task,
+    batch: Batch,
+    masks: Mapping[str, Mask],
 ) -> Mean:
-    kind, unit = term.kind, "hidden" if about_objects(batch) else "images"
-    if kind.boxes and ours.shape != theirs.shape:
+    kind = term.kind
+    if kind.unit == "box" and ours.shape != theirs.shape:
         raise UserError(
             f"losses: {term.name}: student {tuple(ours.shape)} and teacher {tuple(theirs.shape)} "
-            "differ in shape: what is said of boxes can be compared between heads of one kind; a "
-            "second stage's has a background beside the classes, a detector's of one stage has none"
+            "differ in shape: box outputs can be compared between heads of one kind; those of a "
+            "second stage have a background beside the classes, a one-stage detector's have none"
         )
-    if not kind.maps and about_boxes(batch):
-        unit = "boxes"
     maps = kind.maps and ours.ndim == 4
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
     valid = masks["valid"](grid) if maps and "valid" in masks else None
-    if kind.own:
-        ours, theirs = (own_class_deltas(rows, batch["labels"]) for rows in (ours, theirs))
+    if kind.own_class:
+        ours, theirs = (own_class_deltas(side, _labels(term, rows)) for side in (ours, theirs))
     if kind.labels:
-        return Mean(term.function(ours, theirs, hidden_labels(batch)), "labelled")
-    if unit == "boxes" and term.teacher.rpartition(".")[2] == POSTERIOR:
-        ours, theirs, share = known_rows(ours, theirs)
+        return Mean(term.function(ours, theirs, _labels(term, rows)), "labelled")
+    if rows.partial and term.reads_posterior:
+        ours, theirs, scale = known_rows(ours, theirs)
         owner = term.teacher.removesuffix(POSTERIOR)
-        return Mean(term.function(ours, theirs) * share, f"{owner}{KNOWN}")
-    place = f"/{stride_of(batch['images'].shape[-2], grid[0])}" if about_boxes(batch) else ""
-    if kind.mask is not None:
-        return Mean(term.function(ours, theirs, masks[kind.mask](grid)), f"{kind.mask}{place}")
+        return Mean(term.function(ours, theirs) * scale, f"{owner}{KNOWN}")
+    if term.mask is not None:
+        mask = _mask(masks, term.mask, term, task)(grid)
+        unit = task.place_unit(term.mask, grid, batch)
+        return Mean(term.function(ours, theirs, mask), unit)
     if kind.images:
         images = normalise(batch["images"])
-        images = images[image_rows(batch)] if about_objects(batch) else images
+        images = images if rows.images is None else images[rows.images]
         ours = ours if valid is None else without_void(ours, theirs, valid)
-        judged = ours.detach(), theirs.detach(), images
-        return Mean(term.function(ours, theirs, images), unit, judged)
-    told = {"weights": masks[kind.weights](grid)} if kind.weights else {}
+        judged = (ours.detach(), theirs.detach(), images) if kind.trained == "critic" else ()
+        return Mean(term.function(ours, theirs, images), rows.unit, judged)
+    given: dict[str, Tensor] = {}
+    if kind.place_weights:
+        given["weights"] = _mask(masks, kind.place_weights, term, task)(grid)
+    unit = rows.unit
     if kind.valid and valid is not None:
-        by_place = kind.function in (pixel_wise, hint)
-        units = ("pixels", "valid_images")
-        if about_boxes(batch):  # every picture has a valid place
-            units = (f"valid{place}", "images")
-        unit, told["valid"] = units[0 if by_place else 1], valid
-    return Mean(term.function(ours, theirs, **told), unit)
+        unit, given["valid"] = "valid_images", valid
+    if kind.unit == "place" and maps:
+        unit = task.place_unit("valid" if "valid" in given else "frame", grid, batch)
+    return Mean(term.function(ours, theirs, **given), unit)
+
+
+def _labels(term: Term, rows: Rows) -> Tensor:
+    if rows.labels is None:
+        raise UserError(f"losses: {term.name}: needs labels of objects, which there are none of")
+    return rows.labels
+
+
+def _mask(masks: Mapping[str, Mask], name: str, term: Term, task: Task) -> Mask:
+    if name not in masks:
+        raise UserError(
+            f"losses: {term.name}: needs the mask {name!r}; {type(task).__name__} has "
+            f"{', '.join(masks) or 'none'}"
+        )
+    return masks[name]
 
 
 def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[Term]:
@@ -318,23 +259,22 @@ def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[T
         terms: As built.
         teacher: Outputs like those that they will compare: channels are in dimension 1.
     """
-    return [
-        replace(
-            term,
-            function=term.function(_take(teacher, term.teacher, term.name, "teacher").shape[1]),
-        )
-        if term.kind.draws
-        else term
-        for term in terms
-    ]
+
+    def drawn(term: Term) -> Term:
+        channels = _take(teacher, term.teacher, term.name, "teacher").shape[1]
+        return replace(term, function=term.function(channels))
+
+    return [drawn(term) if term.kind.trained else term for term in terms]
 
 
-def modules_of(terms: Sequence[Term], *, images: bool) -> dict[str, nn.Module]:
-    """Modules of the terms by name: the critics' (`images`), or those that learn with a student."""
+def modules_of(
+    terms: Sequence[Term], *, trained: Literal["student", "critic"]
+) -> dict[str, nn.Module]:
+    """Losses with weights by term: those that learn with the student, or the critics."""
     return {
         term.name: term.function
         for term in terms
-        if isinstance(term.function, nn.Module) and term.kind.images is images
+        if isinstance(term.function, nn.Module) and term.kind.trained == trained
     }
 
 
@@ -347,7 +287,7 @@ def _take(outputs: Mapping[str, Tensor], name: str, term: str, who: str) -> Tens
 
 
 def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) -> None:
-    """A loss without a weight, or a weight without a loss, is a mistake."""
+    """Refuse a loss without a weight, or a weight without a loss."""
     if losses.keys() != weights.keys():
         alone = sorted(losses.keys() ^ weights.keys())
         raise UserError(
@@ -359,7 +299,7 @@ def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) ->
 def weighted_sum(
     losses: Mapping[str, Mean], weights: Mapping[str, float], scale: Mapping[str, Tensor | float]
 ) -> Tensor:
-    """The total: each loss by its weight and by the share of the whole batch that it speaks for.
+    """The total: each loss by its weight and by its unit's fraction of the whole batch.
 
     Args:
         losses: Named means.

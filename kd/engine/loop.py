@@ -1,7 +1,7 @@
 """The only training loop: `fit`, `train_step`, `evaluate`, for teachers and students alike.
 
 Gradients are those of the whole batch: with several processes, or several micro-batches a step,
-each loss is scaled by the share of labelled objects, hidden objects, ... that it speaks for.
+each loss is scaled by its fraction of the labelled objects, hidden objects, ... of them all.
 """
 
 from __future__ import annotations
@@ -23,17 +23,7 @@ from kd.engine.optim import update_average
 from kd.engine.state import EpochLoader, Hooks, Objective, Sums, Training, Window, add
 from kd.errors import UserError
 from kd.nn.freeze import evaluating
-from kd.problems.base import (
-    Batch,
-    Collector,
-    Mask,
-    Mean,
-    OnLevels,
-    Task,
-    about_objects,
-    count_units,
-    remembered,
-)
+from kd.problems.base import Batch, Collector, Mask, Mean, Task, remembered
 
 
 def forward_losses(
@@ -44,33 +34,32 @@ def forward_losses(
 ) -> dict[str, Mean]:
     """Supervised losses and distillation terms of one batch, unweighted.
 
-    `masks` are the batch's, where they were made already.
+    Args:
+        model: An `AdaptedStudent`, wrapped or not.
+        batch: On the model's device.
+        objective: What is minimised.
+        masks: The task's masks of the batch, if they were made already.
     """
     task = objective.task
     masks = task.masks(batch) if masks is None else masks
-    where = {} if about_objects(batch) else looked_at(objective.terms, masks)
+    rows = task.rows(batch)
+    where = {} if rows.hidden else looked_at(objective.terms, masks)
     output, features = model(*task.inputs(batch), where=where)
     losses = task.losses(output, batch)
     if objective.terms and objective.soft_targets is not None:
         with torch.no_grad():
-            known = objective.soft_targets(batch)
+            targets = objective.soft_targets(batch, rows)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not objective.watched):
             losses |= distillation_losses(
-                objective.terms,
-                {**output, **features},
-                known,
-                masks,
-                batch,
+                objective.terms, {**output, **features}, targets, task, batch, masks
             )
     return losses
 
 
-def _held(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
-    """How much of each unit a batch holds, of those that losses and terms are means over."""
-    if not isinstance(objective.task, OnLevels):
-        return count_units(batch, objective.masks)
-    counts = count_units(batch) | objective.task.counts(batch, objective.map_units, masks)
-    return counts | known_counts(objective.soft_targets, batch)
+def _counts(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+    """How much a batch holds of each unit that losses are means over."""
+    counts = objective.task.counts(batch, objective.units, masks)
+    return counts | known_counts(objective.soft_targets, objective.task.rows(batch))
 
 
 def _scales(
@@ -105,7 +94,7 @@ def train_step(
     sums: Sums = {}
     counts: Sums = {}
     masks = [remembered(objective.task.masks(batch)) for batch in batches]
-    held = [_held(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
+    held = [_counts(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
     scales = _scales(held, accelerator)
     taken: list[dict[str, Mean]] = []
     for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):
@@ -256,11 +245,11 @@ def evaluate(
     *,
     channels_last: bool = False,
 ) -> None:
-    """Put what a task decodes of every batch of `loader` into `metric`, over all ranks.
+    """Give the decoded predictions for every batch of `loader` to `metric`, over all ranks.
 
     Args:
         model: An `AdaptedStudent`, not wrapped; rank 0's statistics of batch norm count.
-        task: How it is asked and read.
+        task: Its inputs, and how its outputs are decoded.
         loader: Batches of this process.
         metric: Takes the predictions; ranks are put together at the end.
         accelerator: Devices and processes.

@@ -70,19 +70,14 @@ class Objective:
     watched: bool = False
 
     def weights_at(self, progress: float, step: int = 0) -> dict[str, float]:
-        """Weights of all losses at a share 0..1 of training, the number of steps taken so far."""
+        """Weights of all losses at a fraction 0..1 of training, after so many steps."""
         own = {t.name: 0.0 if self.watched else t.weight_at(progress, step) for t in self.terms}
         return {**self.weights, **own}
 
     @property
-    def masks(self) -> set[str]:
-        """Masks that its terms need, which are units of their own; see `count_units`."""
-        return {term.kind.mask for term in self.terms if term.kind.mask}
-
-    @property
-    def map_units(self) -> set[str]:
-        """Those of a task on levels, whose terms on maps may also be means over valid places."""
-        return self.masks | ({"valid"} if any(term.kind.valid for term in self.terms) else set())
+    def units(self) -> set[str]:
+        """What the task has to count for the terms, beside its own units."""
+        return {term.count for term in self.terms if term.count}
 
 
 @dataclass
@@ -178,7 +173,7 @@ def resume_training(training: Training, path: Path) -> None:
     streams = parts["streams"]
     if len(streams) != accelerator.num_processes:
         raise UserError(
-            f"{path}: written by {len(streams)} processes, cannot go on with "
+            f"{path}: written by {len(streams)} processes, cannot be resumed with "
             f"{accelerator.num_processes}"
         )
     load_state(training.bare, parts["model"], path)
@@ -198,7 +193,7 @@ def add(sums: Sums, name: str, value: Tensor) -> None:
 
 
 def not_finite(what: str, step: int) -> UserError:
-    """The error for a number that is none."""
+    """The error for a loss that is not finite."""
     return UserError(
         f"{what} not finite at step {step}; training stopped, the last good checkpoint, if one was "
         f"written by then, is kept. {REMEDIES}"
@@ -222,7 +217,7 @@ class Window:
             add(self._counts, name, counts[name])
 
     def close(self, step: int) -> dict[str, float]:
-        """Means by tag, with the rate of the last step; a number that is none stops training."""
+        """Means by tag, with the rate of the last step; a loss that is not finite is an error."""
         if not self._sums:
             return {}
         names = sorted(self._sums)

@@ -12,7 +12,7 @@ from torch import nn
 from kd.distillation.student import AdaptedStudent
 from kd.errors import UserError
 from kd.evaluation.write import fresh_tracker, write_figure
-from kd.experiments.variants import Distillation
+from kd.experiments.distillation import Distillation
 from kd.metrics.records import Records
 from kd.problems.results import Predictor, Results
 from kd.runs.load_student import load_network

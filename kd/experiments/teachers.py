@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from kd.config.recipes import DistillRecipe
 from kd.distillation.hooks import FeatureTaps
+from kd.distillation.registry import POSTERIOR
 from kd.distillation.targets import (
     CachedPosteriors,
     CachedTeacher,
@@ -18,11 +19,9 @@ from kd.distillation.targets import (
     SoftTargetSource,
     Teachers,
 )
-from kd.distillation.terms import OF_CLASSES, POSTERIOR, ROWS, TEACHER_OUTPUTS, Term
+from kd.distillation.terms import Term, layers_among, outputs_by_teacher
 from kd.errors import UserError
-from kd.experiments.connect import layers_among, outputs_by_teacher
-from kd.losses.pair_wise import pair_wise
-from kd.problems.base import Dataset
+from kd.problems.base import Dataset, Task
 from kd.runs.load_teacher import TrainedTeacher, check_classes, find_teacher, load_teacher_of
 from kd.storage.fields import PREFIX, CachedField
 from kd.teacher_cache.cache import Wanted, open_cache
@@ -130,6 +129,7 @@ def find_teachers(
 def open_teachers(
     recipe: DistillRecipe,
     terms: Sequence[Term],
+    task: Task,
     data: Dataset,
     accelerator: Accelerator,
     found: Mapping[str, FoundTeacher],
@@ -139,6 +139,7 @@ def open_teachers(
     Args:
         recipe: As the user wrote it.
         terms: Those that any of its variants has.
+        task: The students'.
         data: What they are computed on.
         accelerator: Devices and processes.
         found: Of `find_teachers`.
@@ -148,10 +149,14 @@ def open_teachers(
             maps that differ too much from those of moved images.
     """
     teachers = {name: load_teacher_of(one.path, data) for name, one in found.items()}
-    by_class = _read_by_class(terms, recipe)
+    by_class = [t for t in terms if t.kind.by_class and t.student in task.outputs]
+    compared = outputs_by_teacher(by_class, recipe.more_teachers)
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
         _check_layers(teacher, name, found[name].outputs, recipe)
-        if name in by_class or (data.problem.hides_objects and not name):
+        if recipe.keeps(name) and recipe.soft_targets.top_k:
+            _check_softmax(teacher, name, terms, recipe)
+        read, always = compared[name], data.problem.hides_objects and not name
+        if always or len(layers_among(read, teacher.task)) < len(read):
             check_classes(teacher, data.class_names, recipe.data.name)
         if recipe.keeps(name):
             _check_labels_known(teacher, recipe, data)
@@ -177,7 +182,8 @@ def _check_layers(
 ) -> None:
     """A layer that a teacher lacks may mean that another kind of teacher was to be named."""
     try:
-        FeatureTaps(teacher.model, layers_among(outputs), called=teacher.called).remove()
+        layers = layers_among(outputs, teacher.task)
+        FeatureTaps(teacher.model, layers, called=teacher.called).remove()
     except UserError as error:
         reference, key = recipe.teachers[name], f"more_teachers.{name}" if name else "teacher"
         if (
@@ -191,16 +197,17 @@ def _check_layers(
         ) from error
 
 
-def _read_by_class(terms: Sequence[Term], recipe: DistillRecipe) -> set[str]:
-    """Teachers whose answers are held against the student's class by class.
-
-    Others' classes may be any: layers have none, and `pair_wise` compares affinities.
-    """
-    compared = [
-        term for term in terms if term.student in ROWS and term.kind.function is not pair_wise
-    ]
-    outputs = outputs_by_teacher(compared, recipe.more_teachers)
-    return {name for name, read in outputs.items() if not OF_CLASSES.isdisjoint(read)}
+def _check_softmax(
+    teacher: TrainedTeacher, name: str, terms: Sequence[Term], recipe: DistillRecipe
+) -> None:
+    """Refuse a loss on raw outputs where only the largest log-probabilities are stored."""
+    for term in (term for term in terms if not term.kind.softmax):
+        read = outputs_by_teacher([term], recipe.more_teachers)[name]
+        if layers_among(read, teacher.task) != read:
+            raise UserError(
+                f"losses: {term.name}: soft_targets.top_k stores {', '.join(read)} as "
+                "probabilities, which this loss does not compare; 0 stores all as it is"
+            )
 
 
 def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
@@ -255,7 +262,7 @@ def _cached(
     return {
         output: CachedField(
             one.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=one.channels,
-            stride=targets.stride_of(layer=output not in TEACHER_OUTPUTS),
+            stride=targets.stride_of(layer=bool(layers_among([output], teacher.task))),
         )
         for output, one in found.items()
     }  # fmt: skip
@@ -271,7 +278,7 @@ def _live(
             f"data.size {size}: the teacher saw {own}; a live teacher sees the student's images"
         )
     return LiveTeacher(
-        teacher.model, teacher.problem.teacher_task(teacher.task, outputs), layers_among(outputs),
+        teacher.model, teacher.task.for_teaching(outputs), layers_among(outputs, teacher.task),
         autocast=accelerator.mixed_precision == "bf16", posterior=POSTERIOR in outputs,
         called=teacher.called,
     )  # fmt: skip

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kd.config.recipes import DistillRecipe, SoftTargets
-from kd.distillation.terms import POSTERIOR, SOFTMAXED, TEACHER_OUTPUTS, Term
+from kd.distillation.terms import Term, outputs_by_teacher
+from kd.distillation.variants import Variant
 from kd.errors import UserError
-from kd.experiments.connect import outputs_by_teacher
 from kd.problems.base import Dataset
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.segmentation.data import SegmentationDataset
 
 _log = logging.getLogger("kd")
-_CONTROLS = {"no_context", "shuffled", "output_kd"}  # variants
 # Of the soft targets' settings those that say something of live teachers too, or belong to recipes
 # whose teachers are either: folds are of posteriors alone.
 _ALSO_LIVE = {"kind", "out_of_fold"}
 
 
-def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
-    """Refuse terms and controls that cannot be had.
+def check_terms(
+    recipe: DistillRecipe, variants: Collection[Variant], terms: Sequence[Term], data: Dataset
+) -> None:
+    """Refuse terms and variants that the data or the cache do not go with.
 
     Args:
         recipe: As the user wrote it.
-        terms: Those that any of its variants has.
+        variants: Those of the recipe.
+        terms: Those that any of them has.
         data: What they are to be computed on.
 
     Raises:
@@ -34,19 +36,10 @@ def check_terms(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> 
     """
     _check_targets(recipe, terms, data)
     if not isinstance(data, ObjectsDataset):
-        _check_pictures(recipe, terms, data)
-    if "shuffled" in recipe.variants:
-        _check_shuffled(recipe, terms)
-    if recipe.soft_targets.top_k:  # kept as log-probabilities
-        for term in terms:
-            output = term.teacher.rpartition(".")[2]
-            if not _all_kept(recipe, [term]):
-                continue
-            if output in TEACHER_OUTPUTS and term.kind.function not in SOFTMAXED:
-                raise UserError(
-                    f"losses: {term.name}: soft_targets.top_k keeps {output} as probabilities, "
-                    "which this loss does not compare; 0 keeps all as they are"
-                )
+        _check_images(recipe, variants, terms, data)
+    for variant in variants:
+        if variant.shuffled:
+            _check_shuffled(recipe, [term for term in terms if term.section in variant.terms])
 
 
 def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
@@ -79,9 +72,7 @@ def _all_kept(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
 
 
 def _check_shuffled(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
-    """The control has the distilled variant's terms, and can only exchange stored posteriors."""
-    own = {term.curve for term in recipe.losses}
-    terms = [term for term in terms if term.name in own]
+    """The control has the distilled variant's terms, and can only exchange cached posteriors."""
     if not _all_kept(recipe, terms):
         raise UserError("variants: shuffled needs soft_targets.kind=stored")
     if maps := [term.name for term in terms if term.kind.maps]:
@@ -90,15 +81,18 @@ def _check_shuffled(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
         )
 
 
-def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
-    """What detectors do not go with: they see boxes of all pictures in a step, and hide none."""
-    if "no_context" in recipe.variants and not recipe.student.options.get("context", False):
+def _check_boxes(
+    recipe: DistillRecipe, variants: Collection[Variant], terms: Sequence[Term]
+) -> None:
+    """What detectors do not go with: they see all boxes of an image in a step, and hide none."""
+    heads = [variant.name for variant in variants if not variant.context_head]
+    if heads and not recipe.student.options.get("context", False):
         raise UserError(
-            "variants: no_context: a student without its context head, but "
+            f"variants: {heads[0]}: a student without its context head, but "
             "student.options.context is not true, so that plain has none either"
         )
     for term in terms:
-        about = term.teacher.rpartition(".")[2] == POSTERIOR
+        about = term.reads_posterior
         if about and not _all_kept(recipe, [term]):
             raise UserError(
                 f"losses: {term.name}: posteriors are asked for once, each object hidden in turn; "
@@ -111,24 +105,31 @@ def _check_boxes(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
             )
 
 
-def _check_pictures(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
-    """What label maps, gaze and detectors do not go with."""
+def _check_images(
+    recipe: DistillRecipe, variants: Collection[Variant], terms: Sequence[Term], data: Dataset
+) -> None:
+    """What segmentation, saliency and detection do not go with."""
     finds = isinstance(data, DetectionDataset)
-    refused = {"output_kd"} if finds else _CONTROLS
-    if controls := sorted(set(recipe.variants) & refused):
+    controls = sorted(
+        variant.name
+        for variant in variants
+        if (not finds and variant.shuffled)
+        or (not variant.context_head and (variant.terms or not finds))
+    )
+    if controls:
         raise UserError(f"variants: {', '.join(controls)}: for students that name objects only")
     if finds:
-        _check_boxes(recipe, terms)
+        _check_boxes(recipe, variants, terms)
     for term in terms:
-        kind, output = term.kind, term.teacher.rpartition(".")[2]
-        hidden = output == POSTERIOR or kind.mask == "ring"
+        kind = term.kind
+        hidden = term.reads_posterior or kind.mask == "ring"
         if kind.labels or (hidden and not finds):
             raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
-        if kind.weights and not recipe.task.options.get("class_weights"):
+        if kind.place_weights and not recipe.task.options.get("class_weights"):
             raise UserError(
                 f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
                 "--set task.options.class_weights=0.5"
             )
-        if (kind.boxes or kind.mask) and not finds:
+        if (kind.unit == "box" or kind.mask) and not finds:
             what = "label maps" if isinstance(data, SegmentationDataset) else "gaze"
             raise UserError(f"losses: {term.name}: is about a detector's boxes, not {what}")

@@ -1,8 +1,6 @@
-"""What a task is, and what travels: images (N, 3, H, W), boxes (M, 4) xyxy pixels, labels (M,).
+"""What a task is, and what it works on: batches, masks, means with their units.
 
-A batch is a dict of tensors; `docs/batch.md` lists its keys. Of its M objects K are `hidden`: the
-ones that are asked about, one row of output each. A detector's batch hides none: its outputs' rows
-are the images, and all M objects are asked about. Label -1 means withheld.
+A batch is a dict of tensors, `images` (N, 3, H, W) among them; `docs/batch.md` lists its keys.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ from typing import (
     Literal,
     NamedTuple,
     Protocol,
+    Self,
     TypeVar,
     cast,
-    runtime_checkable,
 )
 
 import numpy as np
@@ -37,15 +35,12 @@ from kd.data.loader import Samples
 from kd.errors import UserError
 from kd.metrics.kitti_ap import KittiTruth
 from kd.metrics.registry import Metric as DeclaredMetric
-from kd.nn.regions import coverage, expand_boxes
-from kd.problems.detection.metric import BoxTruth, FoundBoxes
-from kd.problems.objects.metric import TopN
+from kd.problems.detection.metric import BoxTruth
 from kd.problems.results import Results
 from kd.problems.saliency.baselines import GazeTruth
 from kd.problems.spec import ProblemSpec
 from kd.registry import build, check_options, check_problem
 from kd.storage.fields import CachedField
-from kd.utils.images import VOID
 from students import STUDENTS
 from teachers import TEACHERS
 
@@ -57,12 +52,11 @@ Output = Mapping[str, Tensor]
 # Height and width of a feature map to the weights (K, h, w) of a mask on it.
 Mask = Callable[[tuple[int, int]], Tensor]
 
-RING_MARGIN = 0.5
 KNOWN = "known"  # a unit: boxes about which a teacher was asked
 
 
 class Mean(NamedTuple):
-    """A scalar mean and the unit it was taken over, a key of `count_units`.
+    """A scalar mean and the unit it was taken over, a key of `Task.counts`.
 
     Ranks and micro-batches hold unequal numbers of objects; with the unit their means can be put
     together to the mean of the whole batch. `judged` is what a critic learns from afterwards: both
@@ -126,34 +120,112 @@ class Metric(Collector, Protocol):
         ...
 
 
-# What losses and terms are means of, see `count_units`: about hidden objects, boxes, pixels.
-_OBJECT_UNITS = ("hidden", "images", "labelled", "labelled_images")
-_BOX_UNITS = ("boxes", "images", "labelled", "labelled_images")
-_PIXEL_UNITS = ("images", "valid_images", "pixels")
+class Rows(NamedTuple):
+    """What one row of a batch's outputs is about; without arguments, an image.
+
+    Args:
+        unit: What a row is: `images`, `hidden` (objects) or `boxes`, a key of a task's counts.
+        images: The image that each row is on, (R,) int64; None: row n is image n.
+        labels: Of the rows, (R,) int64, -1 where unlabelled.
+        ids: Under which a teacher's outputs about the rows are cached, (R,) int64.
+        hidden: Whether the teacher sees an input for each row, with its object hidden: then its
+            feature maps have these rows as well, and it says something of every one.
+    """
+
+    unit: str = "images"
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+    hidden: bool = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether a teacher of hidden objects may have nothing to say about some rows."""
+        return self.images is not None and not self.hidden
+
+
+class ReadsOutputs(Protocol):
+    """What a task must know of a distillation term."""
+
+    @property
+    def student(self) -> str:
+        """The output or layer of the student that it reads."""
+        ...
+
+    @property
+    def mask_value(self) -> float | None:
+        """Of a mask with a number of its own, that number."""
+        ...
 
 
 class Task(Protocol):
-    """One kind of problem. A task is frozen and holds no model."""
+    """One kind of problem: inputs, losses and decoding. A task is frozen and holds no model.
 
+    Subclass it: the methods with a body are right where each row of an output is an image.
+    """
+
+    # What models give by name; what else a term names is a layer.
+    outputs: ClassVar[Collection[str]] = ("logits",)
+
+    @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """What the model is called with; None for what it is not told."""
-        ...
+        """The arguments of the model; None for an input that it does not get."""
 
+    @abstractmethod
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """Supervised losses, unweighted."""
-        ...
+
+    @abstractmethod
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Predictions for `metric`: of most tasks log-probabilities of the rows, (R, C)."""
+
+    @abstractmethod
+    def metric(self, classes: Classes) -> Metric:
+        """The metric of its predictions."""
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Masks for imitation, by name."""
-        ...
+        """Masks for distillation by name, with a row for each input of the teacher.
 
-    def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities for `metric`: of most tasks of the K hidden objects, (K, C)."""
-        ...
+        `valid`, bool: the places where there is something to compare.
+        """
+        return {}
 
-    def metric(self, classes: Classes) -> Metric:
-        """What its answers are scored by."""
-        ...
+    def rows(self, batch: Batch) -> Rows:
+        """What a row of the model's outputs is about."""
+        return Rows()
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """How much of each unit a batch holds, known before any model runs.
+
+        Losses are means; with the counts those of micro-batches and processes are put together to
+        the mean of the whole batch.
+
+        Args:
+            batch: On its device.
+            units: Further units: masks that terms are means over, `valid`, or `frame` (all places).
+            masks: Of the batch, if they were made already.
+        """
+        size = (batch["images"].shape[-2], batch["images"].shape[-1])
+        found = self.masks(batch) if masks is None else masks
+        counts = {name: found[name](size).sum().float() for name in units if name in found}
+        if "valid" in found:
+            images = found["valid"](size).flatten(1).any(dim=1)
+            counts["valid_images"] = images.sum().float()
+        return {"images": full_count(batch, "images"), **counts}
+
+    def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
+        """The unit of a mean over a mask's places on a grid; `frame`: over all places."""
+        return self.rows(batch).unit if mask == "frame" else mask
+
+    def for_terms(self, terms: Sequence[ReadsOutputs]) -> Self:
+        """The task of a student that learns from these terms, with the masks that they need."""
+        return self
+
+    def for_teaching(self, outputs: Collection[str]) -> Self:
+        """The task of a teacher of which these outputs and layers alone are read in each step."""
+        return self
 
 
 Split = Literal["train", "val"]
@@ -497,10 +569,6 @@ class Problem(ABC, Generic[D]):
         """
         return {}
 
-    def teacher_task(self, task: Task, outputs: Collection[str]) -> Task:
-        """The task of a teacher that runs in each step, computing no more than these outputs."""
-        return task
-
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
@@ -523,17 +591,6 @@ class Problem(ABC, Generic[D]):
             task: Its name.
             metrics: The user's by name.
         """
-
-
-@runtime_checkable
-class OnLevels(Protocol):
-    """A task whose masks are on the levels of a pyramid, each level's places a unit of its own."""
-
-    def counts(
-        self, batch: Batch, names: Collection[str], masks: Mapping[str, Mask] | None = None
-    ) -> dict[str, Tensor]:
-        """Places of each mask on each level, as `NAME/STRIDE`; `masks` are the batch's, if made."""
-        ...
 
 
 class HiddenObjects(Protocol):
@@ -598,32 +655,10 @@ def hidden_objects(teacher: Teacher) -> HiddenObjects:
     return cast("HiddenObjects", teacher.section)
 
 
-def top_n(classes: Classes) -> TopN:
-    """The metric of tasks that name the hidden objects."""
-    return TopN(
-        len(classes.names),
-        prior=classes.prior,
-        confusable=classes.confusable,
-        visible=classes.visible,
-        where=classes.where,
-    )
-
-
-def found_boxes(classes: Classes) -> FoundBoxes:
-    """The metric of tasks that find objects.
-
-    Raises:
-        UserError: The data set has no boxes.
-    """
-    if classes.truth is None:
-        raise UserError(f"{classes.where}: has no boxes of objects that could be found")
-    return FoundBoxes(
-        classes.truth(),
-        classes.names,
-        confusable=classes.confusable,
-        kitti=None if classes.kitti is None else classes.kitti(),
-        where=classes.where,
-    )
+def full_count(batch: Batch, name: str) -> Tensor:
+    """How many rows an entry of a batch has, on its device."""
+    # Filled there: a copy to a GPU would wait for all that it still has to do.
+    return torch.full((), float(len(batch[name])), device=batch["images"].device)
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:
@@ -631,70 +666,9 @@ def named(output: Tensor | Output) -> dict[str, Tensor]:
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
 
 
-def about_objects(batch: Batch) -> bool:
-    """Whether a batch's rows are its hidden objects; otherwise they are its images."""
-    return "hidden" in batch
-
-
-def about_boxes(batch: Batch) -> bool:
-    """Whether a batch is a detector's: its rows are images, with boxes on them and none hidden."""
-    return "boxes" in batch and not about_objects(batch)
-
-
-def about_gaze(batch: Batch) -> bool:
-    """Whether a batch's rows are whole pictures that somebody looked at."""
-    return "label_maps" not in batch and "labels" not in batch
-
-
-def asked(batch: Batch) -> Tensor:
-    """The objects asked about, (K,) indices into all M: the hidden ones, or every one."""
-    if about_objects(batch):
-        return batch["hidden"]
-    return torch.arange(len(batch["boxes"]), device=batch["boxes"].device)
-
-
-def image_rows(batch: Batch) -> Tensor:
-    """The image that each object asked about is on, (K,)."""
-    return batch["image_of"][asked(batch)]
-
-
-def hidden_boxes(batch: Batch) -> Tensor:
-    """Boxes of the objects asked about, (K, 4)."""
-    return batch["boxes"][asked(batch)]
-
-
-def hidden_labels(batch: Batch) -> Tensor:
-    """Labels of the objects asked about, (K,); -1 where withheld."""
-    return batch["labels"][asked(batch)]
-
-
 def remembered(masks: Mapping[str, Mask]) -> dict[str, Mask]:
     """Masks of a batch that are computed once for each grid, whoever asks for them how often."""
     return {name: functools.cache(mask) for name, mask in masks.items()}
-
-
-def psi_mask(psi: float) -> str:
-    """What an imitation mask of a psi of its own is called."""
-    return f"imitation_{psi:g}"
-
-
-def ring_mask(batch: Batch) -> Mask:
-    """The surroundings of each hidden object: a ring of half its size, where there is picture."""
-
-    def on_grid(grid: tuple[int, int]) -> Tensor:
-        stride = stride_of(batch["images"].shape[-2], grid[0])
-        boxes = hidden_boxes(batch)
-        ring = coverage(outer_boxes(batch), grid, stride) - coverage(boxes, grid, stride)
-        return ring.clamp(min=0.0)
-
-    return on_grid
-
-
-def outer_boxes(batch: Batch) -> Tensor:
-    """Outer edges of the rings, (K, 4), within the picture: padding is no surroundings."""
-    outer = expand_boxes(hidden_boxes(batch), RING_MARGIN)
-    sizes = batch["sizes"][image_rows(batch)].to(outer.dtype)
-    return outer.clamp(min=0.0).minimum(sizes[:, [1, 0, 1, 0]])
 
 
 def stride_of(pixels: int, places: int) -> int:
@@ -706,51 +680,3 @@ def stride_of(pixels: int, places: int) -> int:
     up = [stride for stride in strides if -(-pixels // stride) == places]
     down = [stride for stride in strides if pixels // stride == places]
     return next(iter(up + down), -(-pixels // places))
-
-
-def count_units(batch: Batch, masks: Collection[str] = ()) -> dict[str, Tensor]:
-    """How much of each unit a batch holds; from the batch alone, before any model runs.
-
-    `masks` are names of further units. Of a detector's batch `labelled` are the boxes with labels,
-    `labelled_images` the pictures whose labels are known, also those without a box. `ring` is the
-    area of all rings in pixels; its scale cancels in the engine, which only compares counts of one
-    unit.
-    """
-    counts: dict[str, Tensor] = {}
-    device = batch["images"].device
-    for unit in (*_units(batch), *sorted(masks)):
-        rows = "images" if unit == "valid_images" and about_gaze(batch) else unit
-        if rows in ("images", "hidden", "boxes"):
-            # Filled there: a copy to a GPU would wait for all that it still has to do.
-            count = torch.full((), float(len(batch[rows])), device=device)
-        elif unit == "pixels":  # of whole pictures all but padding
-            known = batch["sizes"].prod(1) if about_gaze(batch) else batch["label_maps"] != VOID
-            count = known.sum().float()
-        elif unit == "valid_images":
-            count = (batch["label_maps"] != VOID).flatten(1).any(dim=1).sum().float()
-        elif unit == "labelled":
-            count = (hidden_labels(batch) >= 0).sum().float()
-        elif unit == "labelled_images" and about_boxes(batch):
-            count = batch["labelled"].sum().float()
-        elif unit == "labelled_images":
-            told = (batch["labels"] >= 0).float()
-            images = told.new_zeros(len(batch["images"]))
-            count = (images.index_add(0, batch["image_of"], told) > 0).sum().float()
-        elif unit == "ring":
-            count = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
-        else:
-            raise KeyError(unit)
-        counts[unit] = count
-    return counts
-
-
-def _units(batch: Batch) -> tuple[str, ...]:
-    """What every batch of this kind has."""
-    if about_objects(batch):
-        return _OBJECT_UNITS
-    return _BOX_UNITS if about_boxes(batch) else _PIXEL_UNITS
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
-    return sides[:, 0] * sides[:, 1]

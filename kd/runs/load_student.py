@@ -11,14 +11,12 @@ from torch import nn
 
 from kd.config.datasets import DatasetSection
 from kd.config.recipes import DistillRecipe, Model
-from kd.distillation.terms import TERMS
+from kd.distillation.variants import variants_of
 from kd.engine.checkpoint import load_model
 from kd.errors import UserError
 from kd.problems.base import Dataset, Task
 from kd.problems.recipes import recipe_from
 from kd.runs.build import open_data
-
-BARE = ("no_context", "output_kd")  # variants without a context head
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,6 @@ def load_student(run: Path, config: Mapping[str, Any], section: DatasetSection) 
     return TrainedStudent(data, student, task)
 
 
-def outputs_read(recipe: DistillRecipe, variant: str) -> set[str]:
-    """The student's outputs and layers that a variant's terms compare with a teacher's."""
-    terms = recipe.terms_of(variant)
-    if terms is None:
-        terms = () if variant == "plain" else tuple(term.curve for term in recipe.losses)
-    read = {
-        term.student or TERMS[term.name].student
-        for term in recipe.all_losses
-        if term.name in TERMS and term.curve in terms
-    }
-    return {output for output in read if output is not None}
-
-
 def load_network(
     run: Path, recipe: DistillRecipe, variant: str, data: Dataset, seed: int
 ) -> nn.Module:
@@ -83,12 +68,13 @@ def load_network(
     Raises:
         UserError: The folder is unfinished, or of another model.
     """
+    one = variants_of(recipe)[variant]
     student = data.problem.build_student(
         to_be_loaded(recipe.student),
         data,
         labelled=data.labelled(seed),
-        context=variant not in BARE,
-        outputs=outputs_read(recipe, variant),
+        context=one.context_head,
+        outputs=one.outputs,
     )
     load_model(run / "model.safetensors", student)
     return student

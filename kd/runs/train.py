@@ -101,7 +101,7 @@ def run_training(
         session = replace(session, train=session.train.model_copy(update={"epochs": 0}))
     train, accelerator = session.train, session.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
-    critics = modules_of(objective.terms, images=True)
+    critics = modules_of(objective.terms, trained="critic")
     training = start_training(accelerator, model, train, steps, critics)
     set_seed(session.seed + accelerator.process_index)
     if session.folder.checkpoint.is_file():

@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.data.loader import build_loader, collate, to_device
+from kd.distillation.registry import POSTERIOR
 from kd.distillation.targets import LiveTeacher
-from kd.distillation.terms import POSTERIOR, TEACHER_OUTPUTS
+from kd.distillation.terms import layers_among
 from kd.engine.checkpoint import Progress
 from kd.engine.progress import ProgressBar
 from kd.errors import UserError
-from kd.experiments.connect import layers_among
 from kd.formats.splits import fold_of
 from kd.nn.weights import weights_hash
-from kd.problems.base import Dataset, TeacherView
+from kd.problems.base import Dataset, Task, TeacherView
 from kd.runs.load_teacher import TrainedTeacher, answering, fold_models
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
@@ -155,7 +155,7 @@ class _Cache:
 
     def _top_k(self, output: str) -> int:
         """How many classes are kept; layers are kept whole."""
-        return self.wanted.top_k if output in TEACHER_OUTPUTS else 0
+        return 0 if layers_among([output], self.teacher.task) else self.wanted.top_k
 
     @property
     def _autocast(self) -> bool:
@@ -203,11 +203,11 @@ class _Cache:
     def _image_bytes(self, stores: Mapping[str, Store], outputs: Sequence[str]) -> list[float]:
         """Bytes that an image takes on average, of each output; found on one image."""
         device = self.accelerator.device
-        with self._asked(self.models[0], layers_among(outputs), outputs) as live:
+        with self._asked(self.models[0], layers_among(outputs, self.teacher.task), outputs) as live:
             self.models[0].to(device)
             with torch.no_grad():
                 batch = to_device(collate([self.samples[0, 0]]), device, channels_last=False)
-                given = in_one_shape(live(batch), self.grid)
+                given = in_one_shape(live(batch), self.grid, self.teacher.task)
         objects = self.shown.records_per_image
         each = [self._writer(name, stores[name]).record_bytes(given) for name in outputs]
         sides = [2 if self.mirrored(name) else 1 for name in outputs]
@@ -253,8 +253,8 @@ class _Cache:
             workers=self.shown.data.section.workers,
         )
         loader.set_epoch(0)
-        outputs = [writer.name for writer in writers]
-        layers = layers_among(outputs)
+        outputs, task = [writer.name for writer in writers], self.teacher.task
+        layers = layers_among(outputs, task)
         both = any(self.mirrored(writer.name) for writer in writers)
         if not layers:
             model = answering(model, self.teacher.task, self.samples, int8=self.wanted.int8)
@@ -262,10 +262,11 @@ class _Cache:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)
                 with torch.no_grad():
-                    given = in_one_shape(live(moved), self.grid)
+                    given = in_one_shape(live(moved), self.grid, task)
                     again = None
                     if both:
-                        again = in_one_shape(live(self.shown.mirrored(moved)), self.grid)
+                        other = live(self.shown.mirrored(moved))
+                        again = in_one_shape(other, self.grid, task)
                 for writer in writers:
                     writer.take(batch, given, again if self.mirrored(writer.name) else None)
                 done += len(batch["images"])
@@ -298,17 +299,20 @@ def _together() -> Iterator[None]:
         raise UserError(every[0])
 
 
-def in_one_shape(given: Mapping[str, Tensor], grid: tuple[int, int] | None) -> Mapping[str, Tensor]:
-    """Score maps of pictures of different sizes on one grid, so that they can be stored.
+def in_one_shape(
+    given: Mapping[str, Tensor], grid: tuple[int, int] | None, task: Task
+) -> Mapping[str, Tensor]:
+    """Score maps of images of different sizes on one grid, so that they can be stored.
 
     Args:
-        given: What a teacher says; layers are left out where there is a grid.
+        given: A teacher's outputs; layers are left out where there is a grid.
         grid: Of the result; None leaves all as it is.
+        task: The teacher's.
     """
     if grid is None:
         return given
     return {
         name: F.interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=True)
         for name, maps in given.items()
-        if name in TEACHER_OUTPUTS
+        if name in task.outputs
     }

@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 
 from kd.data.loader import collate, to_device
+from kd.distillation.registry import POSTERIOR
 from kd.distillation.targets import LiveTeacher
-from kd.distillation.terms import POSTERIOR
+from kd.distillation.terms import layers_among
 from kd.errors import UserError
-from kd.experiments.connect import layers_among
 from kd.problems.base import Dataset
 from kd.runs.load_teacher import TrainedTeacher
 from kd.storage.fields import PREFIX, CachedField
@@ -53,7 +53,7 @@ def moved_map_errors(
     view = data.problem.teacher_view(teacher, data, "train")
     moves = [move for move in MOVES if getattr(augment, move) > 0]
     still = {**asdict(augment), **dict.fromkeys((*MOVES, *_COLOURS), 0.0)}
-    with LiveTeacher(teacher.model, teacher.task, layers_among(list(maps))) as live:
+    with LiveTeacher(teacher.model, teacher.task, layers_among(list(maps), teacher.task)) as live:
         for move in moves:
             samples = view.moved(list(maps.values()), {**still, move: 1.0})
             batch = collate([samples[0, place] for place in range(min(_IMAGES, len(samples)))])

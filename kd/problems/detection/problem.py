@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,6 @@ from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.samples import DetectionSamples
 from kd.problems.detection.schema import SPEC
-from kd.problems.detection.task import Detection
 from kd.problems.objects.data import open_objects
 from kd.problems.objects.schema import ObjectsSection
 from kd.problems.results import Results
@@ -84,14 +82,6 @@ class DetectionProblem(Problem[DetectionDataset]):
         if options.get("context") and "prior" not in options:
             given["prior"] = data.prior(labelled).tolist()
         return self.named_student(model.name, options, **given)
-
-    def teacher_task(self, task: Task, outputs: Collection[str]) -> Task:
-        """Neither detections nor, where maps of the pyramid are enough, any head is computed."""
-        if not isinstance(task, Detection):
-            return task
-        pyramid = all(output.startswith("network.backbone") for output in outputs)
-        wanted: Literal["features", "objects"] = "features" if pyramid else "objects"
-        return replace(task, wanted=wanted).asking(outputs)
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
         """Boxes are matched image by image."""

@@ -1,11 +1,11 @@
-"""Object detection: which objects are where, each in its box."""
+"""Object detection: the class and the box of each object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,31 +21,36 @@ from kd.problems.base import (
     Mean,
     Metric,
     Output,
-    found_boxes,
-    outer_boxes,
-    psi_mask,
+    ReadsOutputs,
+    Rows,
+    Task,
+    full_count,
     stride_of,
 )
+from kd.problems.detection.metric import FoundBoxes
+from kd.problems.objects.batch import object_counts, object_rows, outer_boxes
 from kd.transforms.hide import normalise, valid_pixels
 
 LOSS = "loss."  # what a network's outputs that are losses begin with
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detection:
-    """What a detector answers, and what it learns by: its own losses, computed inside it.
+class Detection(Task):
+    """Detections, and the losses that a network computes itself in training.
 
     Args:
         num_classes: C.
         levels: Of the network that learns: its maps' strides and anchors, for the masks.
-        psi: Share of a box's largest IoU that the imitation mask asks for.
-        psis: Further ones that terms ask for; each has a mask of its own, `psi_mask`.
-        loss_units: What each of its losses is a mean of.
-        wanted: What is asked of a network in evaluation: detections; or, of a teacher in each step,
-            its raw maps and rows for objects; or the maps of its pyramid alone.
-        asked: Whether a second stage is asked about boxes near the true ones, in training as well:
-            nothing but terms needs its answers, see `asking`.
+        psi: Fraction of a box's largest IoU from which on an anchor is in the imitation mask.
+        psis: Those of terms with an option `psi`; each has a mask of its own, `imitation_PSI`.
+        loss_units: What each of its losses is a mean over.
+        wanted: What a network computes in evaluation mode: detections; or, of a teacher in each
+            step, its raw maps and rows for objects; or the maps of its pyramid alone.
+        near_boxes: Whether a second stage's heads also run on boxes near the true ones, in training
+            as well: terms alone read these outputs.
     """
+
+    outputs: ClassVar[Collection[str]] = ("object_logits", "object_deltas", "context")
 
     num_classes: int
     levels: tuple[Level, ...] = ()
@@ -53,7 +58,7 @@ class Detection:
     psis: tuple[float, ...] = ()
     loss_units: Mapping[str, str] = field(default_factory=dict)
     wanted: Literal["detections", "objects", "features"] = "detections"
-    asked: bool = False
+    near_boxes: bool = False
 
     def __post_init__(self) -> None:
         """Check the share.
@@ -78,12 +83,25 @@ class Detection:
         sizes = batch["sizes"] if self.wanted == "detections" else None
         crowds = batch.get("crowds"), batch.get("crowd_of")
         known = batch["boxes"], batch["labels"], batch["image_of"]
-        near = moved_boxes(batch["boxes"], size) if self.asked else None
+        near = moved_boxes(batch["boxes"], size) if self.near_boxes else None
         return shown, sizes, *known, *crowds, near
 
-    def asking(self, outputs: Iterable[str]) -> Detection:
-        """This task, a second stage asked where these outputs or layers have one of its answers."""
-        return replace(self, asked=not set(ANSWERS).isdisjoint(outputs))
+    def rows(self, batch: Batch) -> Rows:
+        """A row for each box."""
+        return object_rows(batch)
+
+    def for_terms(self, terms: Sequence[ReadsOutputs]) -> Detection:
+        """The task with the imitation masks and box outputs that terms read."""
+        psis = {term.mask_value for term in terms if term.mask_value is not None}
+        return self._reading([term.student for term in terms], psis=tuple(sorted(psis)))
+
+    def for_teaching(self, outputs: Collection[str]) -> Detection:
+        """The task of a live teacher; its heads need not run where its pyramid alone is read."""
+        pyramid = all(output.startswith("network.backbone") for output in outputs)
+        return self._reading(outputs, wanted="features" if pyramid else "objects")
+
+    def _reading(self, outputs: Iterable[str], **changes: Any) -> Detection:
+        return replace(self, near_boxes=not set(ANSWERS).isdisjoint(outputs), **changes)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """The network's own, which it computes in training: `classes`, `boxes`, ..."""
@@ -99,7 +117,7 @@ class Detection:
         """
         kinds: dict[str, Callable[[int, tuple[int, int], Batch], Tensor]] = {
             "imitation": partial(self._imitation, self.psi),
-            **{psi_mask(psi): partial(self._imitation, psi) for psi in self.psis},
+            **{f"imitation_{psi:g}": partial(self._imitation, psi) for psi in self.psis},
             "inside": self._inside,
             "whole": self._whole,
             "valid": _valid,
@@ -116,13 +134,15 @@ class Detection:
         return {kind: of(kind) for kind in kinds}
 
     def counts(
-        self, batch: Batch, names: Collection[str], masks: Mapping[str, Mask] | None = None
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Places of each mask on each level, as `NAME/STRIDE`: units of terms on maps.
+        """Boxes, images, and the places of masks on each level as `MASK/STRIDE`.
 
-        Of `valid`, which is no matter of levels, on every grid of a power of two.
+        Those of `valid` and `frame`, which levels do not matter to, on every grid of a power of
+        two.
         """
         height, width = batch["images"].shape[-2:]
+        images = full_count(batch, "images")
         made = self.masks(batch) if masks is None else masks
         found = {
             f"{name}/{level.stride}": made[name](
@@ -130,14 +150,20 @@ class Detection:
             )
             .sum()
             .float()
-            for name in sorted(set(names) - {"valid"})
+            for name in sorted(set(units) & set(made) - {"valid"})
             for level in self.levels
         }
-        if "valid" in names:
-            for stride in (1 << power for power in range(max(height, width).bit_length() + 1)):
+        for stride in (1 << power for power in range(max(height, width).bit_length() + 1)):
+            if "valid" in units:
                 places = -(-batch["sizes"] // stride)
                 found[f"valid/{stride}"] = places.prod(dim=1).sum().float()
-        return found
+            if "frame" in units:
+                found[f"frame/{stride}"] = images * (-(-height // stride) * -(-width // stride))
+        return object_counts(batch) | {"valid_images": images} | found
+
+    def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
+        """Places of each stride are counted by themselves."""
+        return f"{mask}/{stride_of(batch['images'].shape[-2], grid[0])}"
 
     def _imitation(self, psi: float, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         boxes, images = self._of_level(stride, batch)
@@ -188,8 +214,20 @@ class Detection:
         return output["detections"]
 
     def metric(self, classes: Classes) -> Metric:
-        """COCO's average precision and its company."""
-        return found_boxes(classes)
+        """COCO's average precision and what goes with it.
+
+        Raises:
+            UserError: The dataset has no boxes.
+        """
+        if classes.truth is None:
+            raise UserError(f"{classes.where}: has no boxes of objects that could be found")
+        return FoundBoxes(
+            classes.truth(),
+            classes.names,
+            confusable=classes.confusable,
+            kitti=None if classes.kitti is None else classes.kitti(),
+            where=classes.where,
+        )
 
 
 def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kd.losses.supervised import cross_entropy_labelled
-from kd.problems.base import (
-    Batch,
-    Classes,
-    Mask,
-    Mean,
-    Metric,
-    Output,
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
+from kd.problems.objects.batch import (
     hidden_boxes,
     hidden_labels,
     image_rows,
+    object_counts,
+    object_rows,
     ring_mask,
     top_n,
 )
@@ -25,14 +24,16 @@ from kd.transforms.hide import normalise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(Task):
     """Which class is the object in this box?
 
     Args:
         num_classes: C.
         label_smoothing: Share of the target spread over all classes.
-        appearance: Also ask the appearance head alone for the label.
+        appearance: Whether the appearance head alone learns the label, too.
     """
+
+    outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
 
     num_classes: int
     label_smoothing: float = 0.0
@@ -44,7 +45,7 @@ class Classification:
         return normalise(batch["images"]), torch.cat([rows[:, None], hidden_boxes(batch)], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the combined answer; `appearance` of that head alone."""
+        """`cross_entropy` of the combined logits; `appearance`, that of that head alone."""
         labels = hidden_labels(batch)
         names = {"cross_entropy": "logits"}
         if self.appearance:
@@ -61,10 +62,20 @@ class Classification:
         """`ring`: the surroundings of each object."""
         return {"ring": ring_mask(batch)}
 
+    def rows(self, batch: Batch) -> Rows:
+        """A row for each object that the batch is about."""
+        return object_rows(batch)
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Objects and images, with labels and without."""
+        return object_counts(batch, units)
+
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities (K, C)."""
         return output["logits"].float().log_softmax(dim=1)
 
     def metric(self, classes: Classes) -> Metric:
-        """Top-n accuracy and its company."""
+        """Top-n accuracy and what goes with it."""
         return top_n(classes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +19,12 @@ from kd.losses.supervised import (
     multilabel_bce,
 )
 from kd.metrics.multilabel import present_classes
-from kd.problems.base import (
-    Batch,
-    Classes,
-    Mask,
-    Mean,
-    Metric,
-    Output,
-    about_objects,
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
+from kd.problems.objects.batch import (
     hidden_labels,
     image_rows,
+    object_counts,
+    object_rows,
     ring_mask,
     top_n,
 )
@@ -34,13 +32,15 @@ from kd.transforms.hide import Shape, class_maps, hide, normalise, regions_of, v
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextInputs:
+class ContextInputs(Task):
     """What the context tasks share: the input with one object hidden in each.
 
     Args:
         num_classes: C.
         shape: Shape of the hidden region; `segment` reads the batch's exact masks.
     """
+
+    outputs: ClassVar[Collection[str]] = ("logits", "dense")
 
     num_classes: int
     shape: Shape = "box"
@@ -56,10 +56,10 @@ class ContextInputs:
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Normalised RGB with the region at 0, and the region: (K, 4, H, W).
 
-        Where a batch is not about objects nothing is hidden: (N, 4, H, W).
+        Of a batch of whole images nothing is hidden: (N, 4, H, W).
         """
         images = normalise(batch["images"])
-        if not about_objects(batch):
+        if "hidden" not in batch:
             return (F.pad(images, (0, 0, 0, 0, 0, 1)),)
         return (hide(images, image_rows(batch), self.regions(batch)),)
 
@@ -67,8 +67,18 @@ class ContextInputs:
         """`ring`: the surroundings of the hidden object."""
         return {"ring": ring_mask(batch)}
 
+    def rows(self, batch: Batch) -> Rows:
+        """A row for each object that the batch is about."""
+        return object_rows(batch)
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Objects and images, with labels and without."""
+        return object_counts(batch, units)
+
     def metric(self, classes: Classes) -> Metric:
-        """Top-n accuracy and its company."""
+        """Top-n accuracy and what goes with it."""
         return top_n(classes)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kd.losses.supervised import masked_bce
 from kd.nn.cooccurrence import Objects
-from kd.problems.base import Batch, Mean, Output, image_rows
+from kd.problems.base import Batch, Mean, Output
+from kd.problems.objects.batch import image_rows
 from kd.problems.objects.context import Context, label_maps, picture_pixels
 from kd.transforms.hide import normalise
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kd.data.loader import Samples
 from kd.formats.coco import CocoIndex
-from kd.problems.base import Batch, HiddenObjects, Split, image_rows
+from kd.problems.base import Batch, HiddenObjects, Split
+from kd.problems.objects.batch import image_rows
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.samples import ObjectSamples
 from kd.problems.teacher_views import files_hash, mirror_images

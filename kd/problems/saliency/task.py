@@ -1,8 +1,10 @@
-"""Saliency: where people look on a picture, as a density over its pixels."""
+"""Saliency: where people look on an image, as a density over its pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +12,17 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.losses.saliency import EPS, saliency_kld
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Task, full_count
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.segmentation.task import on_grid
 from kd.transforms.hide import normalise
 
-SALIENCY = "saliency"  # what a network calls its map of logits
+SALIENCY = "saliency"  # a network's map of logits
+SECOND_MAP = "teacher_saliency"  # a student's second map, which learns the teacher's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saliency:
+class Saliency(Task):
     """KL divergence of the density of fixations from what a network says, a softmax over pixels.
 
     Padding takes no part.
@@ -27,6 +30,8 @@ class Saliency:
     Args:
         published: The map is sigmoids divided by their sum, as published, in place of a softmax.
     """
+
+    outputs: ClassVar[Collection[str]] = (SALIENCY, SECOND_MAP)
 
     published: bool = False
 
@@ -37,7 +42,7 @@ class Saliency:
         return (images * within(batch, frame)[:, None],)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`kld`, the mean over pictures."""
+        """`kld`, the mean over images."""
         density = batch["density"]
         logits = on_grid(output[SALIENCY], (density.shape[2], density.shape[3])).float()
         valid = within(batch, (density.shape[2], density.shape[3]))
@@ -45,14 +50,26 @@ class Saliency:
         return {"kld": Mean(value, "images")}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """For distillation: `valid`, (N, h, w) bool, where there is picture and not padding."""
+        """For distillation: `valid`, (N, h, w) bool, within the images."""
         return {"valid": lambda grid: within(batch, grid)}
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Images, and their pixels without padding."""
+        images = full_count(batch, "images")
+        pixels = batch["sizes"].prod(1).sum().float()
+        return {"images": images, "valid_images": images, "pixels": pixels}
+
+    def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
+        """Places within the image count as its pixels."""
+        return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Densities at the size of the files, (N, 1, H, W) float32.
 
-        Of whole pictures that fill what the network saw, as evaluation shows them; those of one
-        batch are of one size.
+        Of whole images that fill the network's input, as in evaluation; those of one batch are
+        of one size.
         """
         height, width = batch["own_sizes"][0].tolist()
         # Probabilities of large maps are too small for half precision.
@@ -63,13 +80,13 @@ class Saliency:
     def metric(self, classes: Classes) -> Metric:
         """KLD, CC, SIM, NSS, both areas under the curve, information gain."""
         if classes.gaze is None:
-            raise UserError(f"{classes.where}: has no fixations that could be foretold")
+            raise UserError(f"{classes.where}: has no fixations to be predicted")
         truth = classes.gaze
         return SaliencyMaps(truth, where=classes.where, references=lambda: truth.references)
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
-    """Where a grid over the padded frame shows the picture, (N, h, w) bool."""
+    """Where a grid over the padded frame is within the image, (N, h, w) bool."""
     frame, sizes = batch["images"].shape[2:], batch["sizes"]
     inside = []
     for axis in (0, 1):

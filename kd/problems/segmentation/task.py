@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +13,14 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.losses.class_weights import median_frequency
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, stride_of
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Task, full_count, stride_of
 from kd.problems.segmentation.metric import MeanIoU
 from kd.transforms.hide import normalise
 from kd.utils.images import VOID
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation:
+class Segmentation(Task):
     """Cross-entropy of every pixel that has a class; void counts nowhere.
 
     Logits are on a network's own grid, and brought to that of the label maps bilinearly.
@@ -30,6 +32,8 @@ class Segmentation:
             train pixels, scaled so that a pixel weighs 1 on average; 0 = none.
         pixel_shares: Those shares, C of them; needed for the loss where there are weights.
     """
+
+    outputs: ClassVar[Collection[str]] = ("logits", "auxiliary")
 
     num_classes: int
     label_smoothing: float = 0.0
@@ -104,6 +108,21 @@ class Segmentation:
             found["class_weights"] = weights
         return found
 
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Pixels with a class, images, and those of them with such a pixel."""
+        known = batch["label_maps"] != VOID
+        return {
+            "images": full_count(batch, "images"),
+            "valid_images": known.flatten(1).any(dim=1).sum().float(),
+            "pixels": known.sum().float(),
+        }
+
+    def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
+        """Places with a class count as the pixels with one; crops are of one size."""
+        return "pixels" if mask == "valid" else "images"
+
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """The likeliest class of each pixel, int64 of the label maps' shape."""
         truth = batch["label_maps"]
@@ -112,7 +131,7 @@ class Segmentation:
         return on_grid(logits, (truth.shape[1], truth.shape[2])).argmax(dim=1)
 
     def metric(self, classes: Classes) -> Metric:
-        """Mean intersection over union and its company."""
+        """Mean intersection over union and what goes with it."""
         return MeanIoU(len(classes.names), where=classes.where)
 
 

@@ -157,4 +157,4 @@ def test_the_file_schema_lets_a_file_say_less_and_still_knows_every_key() -> Non
 def test_terms_of_a_variant_replace_the_whole_list_and_so_must_be_whole() -> None:
     schema = recipe_schema(DistillRecipe)
     losses = schema["properties"]["per_data"]["additionalProperties"]["properties"]["losses"]
-    assert losses["items"] == {"$ref": "#/$defs/Term"}
+    assert losses["items"] == {"$ref": "#/$defs/TermSection"}

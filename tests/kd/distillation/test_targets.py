@@ -17,7 +17,7 @@ from kd.distillation.targets import (
 )
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
-from kd.problems.base import Batch
+from kd.problems.base import Batch, Rows
 from kd.problems.objects.context import Context
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
@@ -26,10 +26,10 @@ from teachers import TEACHERS
 CLASSES = 5
 
 
-def batch_of(*object_ids: int) -> dict[str, Tensor]:
-    """A batch whose hidden objects have these ids; another object lies before each."""
-    ids = torch.tensor([value for one in object_ids for value in (-1, one)])
-    return {"object_ids": ids, "hidden": torch.arange(1, len(ids), 2)}
+def batch_of(*object_ids: int) -> Rows:
+    """Rows of hidden objects of these ids."""
+    ids = torch.tensor(object_ids, dtype=torch.int64)
+    return Rows("hidden", torch.zeros_like(ids), ids=ids, hidden=True)
 
 
 def stored(count: int = 6) -> CachedPosteriors:
@@ -55,14 +55,13 @@ def scene(size: int = 32) -> dict[str, Tensor]:
 def test_each_hidden_object_gets_its_own_posterior() -> None:
     logits = torch.eye(3).log_softmax(1)
     source = CachedPosteriors(torch.tensor([30, 10, 20]), logits)
-    rows = source(batch_of(20, 30, 20, 10))["posterior"]
+    rows = source({}, batch_of(20, 30, 20, 10))["posterior"]
     assert rows.dtype == torch.float32
     assert torch.allclose(rows, logits[[2, 0, 2, 1]], atol=1e-3)
 
 
 def test_a_batch_without_hidden_objects_gets_none() -> None:
-    batch = {"object_ids": torch.tensor([3]), "hidden": torch.zeros(0, dtype=torch.long)}
-    assert stored()(batch)["posterior"].shape == (0, CLASSES)
+    assert stored()({}, batch_of())["posterior"].shape == (0, CLASSES)
 
 
 @pytest.mark.parametrize("stranger", [0, 101, 10_000])
@@ -70,7 +69,7 @@ def test_an_unknown_object_is_named(stranger: int) -> None:
     source = stored()
     message = rf"posteriors: no posterior for 1 objects, first annotation {stranger};"
     with pytest.raises(UserError, match=message):
-        source(batch_of(100, stranger))
+        source({}, batch_of(100, stranger))
     with pytest.raises(UserError, match=message):
         source.check_covers(torch.tensor([100, stranger]))
     source.check_covers(torch.tensor([121, 100]))
@@ -108,7 +107,7 @@ def test_posteriors_come_back_from_a_cache(tmp_path: Path) -> None:
 def test_a_teacher_that_was_asked_before_brings_the_batchs_maps() -> None:
     teacher = CachedTeacher(stored(), ["neck"], prefix="stored.big.")
     maps = torch.rand(2, 3, 4, 4).half()
-    known = teacher({**batch_of(100, 121), "stored.big.neck": maps})
+    known = teacher({"stored.big.neck": maps}, batch_of(100, 121))
     assert torch.equal(known["neck"], maps.float())
     assert known["posterior"].shape == (2, CLASSES)
 
@@ -119,7 +118,7 @@ class Says:
     def __init__(self, **answers: Tensor) -> None:
         self.answers = answers
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         return self.answers
 
 
@@ -130,7 +129,7 @@ def test_several_teachers_are_told_apart_and_averaged_in_logits() -> None:
         {"big": Says(posterior=logits[1].log_softmax(1), neck=torch.zeros(4))},
         [1.0, 3.0],
     )
-    known = teachers({})
+    known = teachers({}, Rows())
     assert set(known) == {"posterior", "neck", "big.posterior", "big.neck", "mean.posterior"}
     assert torch.equal(known["big.neck"], torch.zeros(4))
     expected = (0.25 * logits[0] + 0.75 * logits[1]).log_softmax(1)
@@ -139,9 +138,11 @@ def test_several_teachers_are_told_apart_and_averaged_in_logits() -> None:
 
 def test_logits_are_averaged_only_where_all_give_them_in_one_shape() -> None:
     one, two = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 4, 4)
-    same = Teachers(Says(logits=one), {"big": Says(logits=3 * one)}, [1.0, 1.0])({})
+    same = Teachers(Says(logits=one), {"big": Says(logits=3 * one)}, [1.0, 1.0])({}, Rows())
     torch.testing.assert_close(same["mean.logits"], 2 * one)
-    assert "mean.logits" not in Teachers(Says(logits=one), {"b": Says(logits=two)}, [1.0, 1.0])({})
+    assert "mean.logits" not in Teachers(Says(logits=one), {"b": Says(logits=two)}, [1.0, 1.0])(
+        {}, Rows()
+    )
     with pytest.raises(UserError, match="2 teachers have 1 weights"):
         Teachers(Says(), {"b": Says()}, [1.0])
 
@@ -181,18 +182,16 @@ def test_a_live_teacher_answers_in_float32_from_bfloat16() -> None:
     assert torch.allclose(rough, exact, atol=0.1)
 
 
-def boxes_of(*object_ids: int) -> dict[str, Tensor]:
-    """A detector's batch: every box is asked about, none is hidden."""
-    count = len(object_ids)
-    return {"object_ids": torch.tensor(object_ids, dtype=torch.int64),
-            "boxes": torch.zeros(count, 4)}  # fmt: skip
+def boxes_of(*object_ids: int) -> Rows:
+    """Rows of a detector's boxes, none of which is hidden."""
+    return batch_of(*object_ids)._replace(unit="boxes", hidden=False)
 
 
 def test_boxes_that_nobody_asked_about_have_no_posterior_and_are_not_counted() -> None:
     source = stored()  # of 10**2 to 15**2
-    rows = source(boxes_of(121, 7, 100, 10_000))["posterior"]
+    rows = source({}, boxes_of(121, 7, 100, 10_000))["posterior"]
     assert rows[[1, 3]].isnan().all()
-    assert torch.equal(rows[[0, 2]], source(batch_of(121, 100))["posterior"])
+    assert torch.equal(rows[[0, 2]], source({}, batch_of(121, 100))["posterior"])
     teacher = CachedTeacher(source)
     assert known_counts(teacher, boxes_of(121, 7, 100)) == {"known": 2.0}
     assert known_counts(teacher, boxes_of()) == {"known": 0.0}
@@ -208,7 +207,7 @@ def test_each_stored_teacher_knows_its_own_boxes_and_their_mean_those_of_all() -
     both = Teachers(CachedTeacher(one), {"more": CachedTeacher(two)}, [1.0, 1.0])
     batch = boxes_of(100, 121, 7)
     assert known_counts(both, batch) == {"known": 2.0, "more.known": 2.0, "mean.known": 1.0}
-    mean = both(batch)["mean.posterior"]
+    mean = both({}, batch)["mean.posterior"]
     assert mean.isnan().any(dim=1).tolist() == [False, True, True]
     # Beside a teacher that runs in each step, there is no mean to count.
     mixed = Teachers(Says(neck=torch.ones(1)), {"more": CachedTeacher(two)}, [1.0, 1.0])
@@ -217,6 +216,6 @@ def test_each_stored_teacher_knows_its_own_boxes_and_their_mean_those_of_all() -
 
 def test_without_the_first_teacher_the_others_keep_their_names() -> None:
     alone = Teachers(None, {"more": Says(neck=torch.ones(1))}, [2.0])
-    assert set(alone({})) == {"more.neck"}
+    assert set(alone({}, Rows())) == {"more.neck"}
     with pytest.raises(UserError, match="1 teachers have 2 weights"):
         Teachers(None, {"more": Says()}, [1.0, 1.0])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kd.config.recipes import TermSection, Weighted
+from kd.distillation.registry import TERMS
 from kd.distillation.terms import (
-    TERMS,
-    Ramp,
     Term,
     build_term,
     check_weights,
@@ -23,6 +24,9 @@ from kd.distillation.terms import (
 from kd.errors import UserError
 from kd.losses import channel_wise, decoupled, hint, imitation, kl_logits, pair_wise
 from kd.problems.base import Mean
+from kd.problems.objects.classification import Classification
+
+TASK = Classification(num_classes=4)
 
 
 def asked(image_of: list[int], labels: list[int] | None = None) -> dict[str, Tensor]:
@@ -38,13 +42,17 @@ def asked(image_of: list[int], labels: list[int] | None = None) -> dict[str, Ten
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_builds_and_computes(name: str) -> None:
     kind = TERMS[name]
-    term = build_term(name, weight=1.0, student=kind.student or "ours", teacher="theirs")
+    term = build_term(
+        TermSection(
+            name=name, weight=1.0, student="ours" if kind.maps else kind.student, teacher="theirs"
+        )
+    )
     if kind.maps:
         channels = 1 if name == "saliency" else 4
         ours = torch.rand(2, channels, 16, 16, requires_grad=True)
         theirs = torch.rand(3, channels, 16, 16)
     else:
-        count = 12 if kind.own else 6  # numbers of four for each class and the background
+        count = 12 if kind.own_class else 6  # numbers of four for each class and the background
         ours = torch.randn(3, count, requires_grad=True)
         theirs = torch.randn(3, count).log_softmax(1)
     names = ("ring", "imitation", "inside", "whole", "class_weights")
@@ -53,8 +61,9 @@ def test_every_term_builds_and_computes(name: str) -> None:
         draw_modules([term], {"theirs": theirs}),
         {term.student: ours},
         {"theirs": theirs},
-        masks,
+        TASK,
         asked([0, 1, 1], [1, -1, 0]),
+        masks,
     )
     value = losses[name].value
     assert value.ndim == 0
@@ -65,10 +74,10 @@ def test_every_term_builds_and_computes(name: str) -> None:
 
 
 def test_logit_terms_compare_rows_of_hidden_objects() -> None:
-    term = build_term("context_logits", weight=2.0, options={"temperature": 2.0})
+    term = build_term(TermSection(name="context_logits", weight=2.0, options={"temperature": 2.0}))
     ours, theirs = torch.randn(3, 6), torch.randn(3, 6)
     losses = distillation_losses(
-        [term], {"context": ours}, {"posterior": theirs}, {}, asked([0, 1, 2])
+        [term], {"context": ours}, {"posterior": theirs}, TASK, asked([0, 1, 2]), {}
     )
     expected = kl_logits(ours, theirs, temperature=2.0)
     assert losses == {"context_logits": Mean(losses["context_logits"].value, "hidden")}
@@ -86,11 +95,13 @@ def test_a_feature_term_repeats_an_images_map_for_each_of_its_objects() -> None:
         return ring
 
     terms = [
-        build_term("context_features", weight=1.0, student="layer4", teacher="neck"),
-        build_term("pair_wise", weight=1.0, student="layer4", teacher="neck"),
+        build_term(
+            TermSection(name="context_features", weight=1.0, student="layer4", teacher="neck")
+        ),
+        build_term(TermSection(name="pair_wise", weight=1.0, student="layer4", teacher="neck")),
     ]
     losses = distillation_losses(
-        terms, {"layer4": ours}, {"neck": theirs}, {"ring": mask}, asked(image_of.tolist())
+        terms, {"layer4": ours}, {"neck": theirs}, TASK, asked(image_of.tolist()), {"ring": mask}
     )
     assert sizes == [(3, 3)]
     assert losses["context_features"].unit == "ring"
@@ -102,7 +113,9 @@ def test_a_feature_term_repeats_an_images_map_for_each_of_its_objects() -> None:
 def test_a_layer_is_looked_at_where_any_of_its_readers_masks_says_so() -> None:
     def term(name: str, layer: str) -> Term:
         return build_term(
-            name, label=f"{name}_{layer}", weight=1.0, student=layer, teacher="theirs"
+            TermSection(
+                name=name, label=f"{name}_{layer}", weight=1.0, student=layer, teacher="theirs"
+            )
         )
 
     terms = [term("imitation", "both"), term("context_features", "both"), term("hint", "all"),
@@ -119,32 +132,32 @@ def test_a_layer_is_looked_at_where_any_of_its_readers_masks_says_so() -> None:
 
 
 def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:
-    term = build_term("context_logits", weight=1.0)
+    term = build_term(TermSection(name="context_logits", weight=1.0))
     logits = torch.zeros(1, 2)
     with pytest.raises(UserError, match="the student gives no 'context'; it gives: logits"):
-        distillation_losses([term], {"logits": logits}, {"posterior": logits}, {}, asked([0]))
+        distillation_losses([term], {"logits": logits}, {"posterior": logits}, TASK, asked([0]), {})
     with pytest.raises(UserError, match="the teacher gives no 'posterior'; it gives: neck"):
-        distillation_losses([term], {"context": logits}, {"neck": logits}, {}, asked([0]))
+        distillation_losses([term], {"context": logits}, {"neck": logits}, TASK, asked([0]), {})
 
 
 @pytest.mark.parametrize(("name", "ours"), [("object_logits", 6), ("object_boxes", 24)])
 def test_what_is_said_of_boxes_is_compared_between_heads_of_one_kind(name: str, ours: int) -> None:
-    term = build_term(name, weight=1.0)
+    term = build_term(TermSection(name=name, weight=1.0))
     given = {term.student: torch.randn(3, ours)}, {term.teacher: torch.randn(3, 5)}
     said = rf"{name}: student \(3, {ours}\) and teacher \(3, 5\) differ .*one kind.*background"
     with pytest.raises(UserError, match=said):
-        distillation_losses([term], *given, {}, asked([0, 1, 1]))
+        distillation_losses([term], *given, TASK, asked([0, 1, 1]), {})
 
 
 def test_a_wrong_term_is_refused_when_it_is_built() -> None:
     with pytest.raises(UserError, match=r"unknown distillation term 'context_logit'.*did you mean"):
-        build_term("context_logit", weight=1.0)
+        build_term(TermSection(name="context_logit", weight=1.0))
     with pytest.raises(UserError, match="losses: context_logits: unknown option 'temprature'"):
-        build_term("context_logits", weight=1.0, options={"temprature": 2.0})
+        build_term(TermSection(name="context_logits", weight=1.0, options={"temprature": 2.0}))
     with pytest.raises(UserError, match="option 'temperature' must be float, got '2'"):
-        build_term("context_logits", weight=1.0, options={"temperature": "2"})
+        build_term(TermSection(name="context_logits", weight=1.0, options={"temperature": "2"}))
     with pytest.raises(UserError, match="losses: pair_wise: name the layers"):
-        build_term("pair_wise", weight=1.0, student="layer4")
+        build_term(TermSection(name="pair_wise", weight=1.0, student="layer4"))
 
 
 @pytest.mark.parametrize(
@@ -159,17 +172,25 @@ def test_a_wrong_term_is_refused_when_it_is_built() -> None:
     ],
 )
 def test_a_weight_runs_over_training(
-    ramp: Ramp, until: float, start: float, expected: list[float]
+    ramp: Any, until: float, start: float, expected: list[float]
 ) -> None:
-    term = build_term("output_kd", weight=2.0, ramp=ramp, until=until, start=start)
+    term = build_term(
+        TermSection(
+            name="output_kd", weight=2.0, schedule=Weighted(name=ramp, until=until, start=start)
+        )
+    )
     weights = [term.weight_at(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert weights == pytest.approx(expected)
 
 
 def test_a_weight_may_run_over_a_number_of_steps() -> None:
-    off = build_term("output_kd", weight=2.0, ramp="off_after", until_step=3)
+    off = build_term(
+        TermSection(name="output_kd", weight=2.0, schedule=Weighted(name="off_after", until_step=3))
+    )
     assert [off.weight_at(step / 9, step) for step in range(5)] == [2.0, 2.0, 2.0, 0.0, 0.0]
-    rise = build_term("output_kd", weight=2.0, ramp="linear", until_step=4)
+    rise = build_term(
+        TermSection(name="output_kd", weight=2.0, schedule=Weighted(name="linear", until_step=4))
+    )
     assert [rise.weight_at(0.9, step) for step in (0, 1, 4, 9)] == [0.0, 0.5, 2.0, 2.0]
 
 
@@ -194,21 +215,21 @@ def test_a_loss_without_a_weight_or_the_reverse_is_refused() -> None:
 def test_losses_between_maps_compare_each_hidden_object_with_its_image(
     name: str, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    term = build_term(name, weight=1.0, student="layer4", teacher="neck")
+    term = build_term(TermSection(name=name, weight=1.0, student="layer4", teacher="neck"))
     ours, theirs = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4)
     image_of = torch.tensor([0, 1, 1])
     losses = distillation_losses(
-        [term], {"layer4": ours}, {"neck": theirs}, {}, asked(image_of.tolist())
+        [term], {"layer4": ours}, {"neck": theirs}, TASK, asked(image_of.tolist()), {}
     )
     assert losses[name].unit == "hidden"
     assert torch.equal(losses[name].value, loss(ours[image_of], theirs))
 
 
 def test_a_term_that_needs_labels_speaks_for_the_labelled() -> None:
-    term = build_term("decoupled", weight=1.0, options={"beta": 2.0})
+    term = build_term(TermSection(name="decoupled", weight=1.0, options={"beta": 2.0}))
     ours, theirs = torch.randn(2, 3, 4).unbind()
     labels = torch.tensor([3, -1, 0])
     batch = asked([0, 1, 2], labels.tolist())
-    losses = distillation_losses([term], {"logits": ours}, {"posterior": theirs}, {}, batch)
+    losses = distillation_losses([term], {"logits": ours}, {"posterior": theirs}, TASK, batch, {})
     assert losses["decoupled"].unit == "labelled"
     assert torch.equal(losses["decoupled"].value, decoupled(ours, theirs, labels, beta=2.0))

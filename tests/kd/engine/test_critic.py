@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.config.recipes import Critic, Optimizer, Schedule, Train
+from kd.config.recipes import Critic, Optimizer, Schedule, TermSection, Train
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import Term, build_term, draw_modules, modules_of
 from kd.engine.loop import fit, train_step
 from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.errors import UserError
 from kd.losses.holistic import Adversary, critic_loss, holistic
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.problems.base import Batch, Classes, Mean, Metric, Output, Rows, Task
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training
 
@@ -34,17 +34,16 @@ RECIPE = Train(
 )
 
 
-class Painting:
-    """Every image is one row; the task itself asks for nothing but small scores."""
+class Painting(Task):
+    """Every image is one row; the supervised loss makes scores small."""
+
+    outputs = ("scores",)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (batch["images"].float() / 255,)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        return {"size": Mean(output["scores"].square().mean(), "hidden")}
-
-    def masks(self, batch: Batch) -> dict[str, Mask]:
-        return {}
+        return {"size": Mean(output["scores"].square().mean(), "images")}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         return output["scores"].mean(dim=(2, 3)).log_softmax(dim=1)
@@ -63,7 +62,7 @@ class Painter(nn.Module):
         return {"scores": self.paint(images)}
 
 
-def bright(batch: Batch) -> dict[str, Tensor]:
+def bright(batch: Batch, rows: Rows | None = None) -> dict[str, Tensor]:
     """The teacher: scores that follow from the colours."""
     return {"logits": batch["images"].float() / 64}
 
@@ -72,7 +71,7 @@ def make_batch(count: int = 4, seed: int = 0) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 3, SIZE, SIZE), generator=random, dtype=torch.uint8)
     rows = torch.arange(count)
-    return {"images": images, "hidden": rows, "image_of": rows, "labels": rows % CLASSES}
+    return {"images": images, "labels": rows % CLASSES}
 
 
 class Loader:
@@ -94,10 +93,10 @@ def start(
 ) -> tuple[Training, Objective]:
     torch.manual_seed(1)
     options = {"widths": [4, 8], **options}
-    term = build_term("holistic", weight=0.5, student="scores", options=options)
+    term = build_term(TermSection(name="holistic", weight=0.5, student="scores", options=options))
     model = AdaptedStudent(Painter())
     terms = draw_modules([term, *more], bright(make_batch()))
-    critics = modules_of(terms, images=True)
+    critics = modules_of(terms, trained="critic")
     training = start_training(make_accelerator("fp32"), model, train, steps, critics)
     return training, Objective(Painting(), {"size": 1.0}, terms, bright)
 
@@ -259,7 +258,7 @@ def test_a_critic_at_the_rates_of_the_segmentation_recipe_stays_finite(tmp_path:
     train = Train(
         optimizer=descent, schedule=poly, clip_norm=0.0, channels_last=False, precision="fp32"
     )
-    pixels = build_term("pixel_wise", weight=10.0, student="scores")
+    pixels = build_term(TermSection(name="pixel_wise", weight=10.0, student="scores"))
     training, objective = start(train, steps, [pixels])
     logged: list[dict[str, float]] = []
     hooks = Hooks(

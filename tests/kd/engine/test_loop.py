@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.config.recipes import Optimizer, Schedule, Train
+from kd.config.recipes import Optimizer, Schedule, TermSection, Train
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import build_term
 from kd.engine.checkpoint import Progress
@@ -20,7 +20,7 @@ from kd.engine.loop import evaluate, fit, forward_losses, train_step
 from kd.engine.state import Hooks, Objective, Training
 from kd.errors import UserError
 from kd.nn.freeze import FrozenBatchNorm, evaluating
-from kd.problems.base import Batch, Task
+from kd.problems.base import Batch, Rows, Task
 from kd.problems.objects.classification import Classification
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training
@@ -114,18 +114,18 @@ class Loader:
 class Hearsay:
     """Soft targets and a feature map that follow from the objects' ids alone."""
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         ids = batch["object_ids"][batch["hidden"]]
-        rows = torch.stack([torch.sin(ids * (c + 1.0)) for c in range(CLASSES)], dim=1)
+        log_probs = torch.stack([torch.sin(ids * (c + 1.0)) for c in range(CLASSES)], dim=1)
         maps = torch.stack([torch.cos(ids * (c + 2.0)) for c in range(6)], dim=1)
         grid = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
-        return {"posterior": rows.log_softmax(dim=1), "map": maps[:, :, None, None] * grid}
+        return {"posterior": log_probs.log_softmax(dim=1), "map": maps[:, :, None, None] * grid}
 
 
 TERMS = [
-    build_term("context_logits", weight=0.7, options={"temperature": 1.0}),
-    build_term("context_features", weight=0.3, student="trunk", teacher="map"),
-    build_term("pair_wise", weight=0.5, student="trunk", teacher="map"),
+    build_term(TermSection(name="context_logits", weight=0.7, options={"temperature": 1.0})),
+    build_term(TermSection(name="context_features", weight=0.3, student="trunk", teacher="map")),
+    build_term(TermSection(name="pair_wise", weight=0.5, student="trunk", teacher="map")),
 ]
 
 
@@ -261,7 +261,8 @@ def test_a_batch_without_labels_leaves_the_supervised_weights_alone() -> None:
 
 
 def test_terms_at_weight_zero_change_no_bit() -> None:
-    off = [dataclasses.replace(term, weight=0.0) for term in TERMS]
+    sections = [term.section.model_copy(update={"weight": 0.0}) for term in TERMS]
+    off = [build_term(section) for section in sections]
     goal = objective(distilled=True)
     batches = [make_batch([2, 1, 3], seed=seed, withheld=1) for seed in range(3)]
     recipe = PLAIN_SGD.model_copy(update={"clip_norm": 1.0})
@@ -382,7 +383,7 @@ def test_checkpoints_come_at_their_steps_and_at_each_epochs_end() -> None:
     assert saved == [(0, 2, 2), (1, 0, 4), (1, 2, 6), (2, 0, 8)]
 
 
-class Rows:
+class Collected:
     """A metric that keeps what it is given."""
 
     def __init__(self) -> None:
@@ -404,7 +405,7 @@ def test_evaluation_gives_every_part_of_the_model_its_own_mode_back() -> None:
     assert isinstance(student, SmallStudent)
     student.appearance.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    metric = Rows()
+    metric = Collected()
     batch = make_batch([1, 2])
     args = (Classification(num_classes=CLASSES), Loader([batch]), metric, make_accelerator("fp32"))
     evaluate(model, *args)
@@ -422,5 +423,5 @@ def test_evaluation_draws_no_random_number() -> None:
     model = AdaptedStudent(SmallStudent(dropout=0.5))
     before = torch.get_rng_state()
     task = Classification(num_classes=CLASSES)
-    evaluate(model, task, Loader([make_batch([1, 2])]), Rows(), make_accelerator("fp32"))
+    evaluate(model, task, Loader([make_batch([1, 2])]), Collected(), make_accelerator("fp32"))
     assert torch.equal(before, torch.get_rng_state())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.config.recipes import Adapter, Term
+from kd.config.recipes import Adapter, TermSection
+from kd.distillation.student import adapt_student
 from kd.distillation.targets import LiveTeacher
-from kd.distillation.terms import modules_of
+from kd.distillation.terms import build_term, modules_of, outputs_by_teacher
 from kd.errors import UserError
-from kd.experiments.connect import adapt_student, build_terms, outputs_by_teacher
 from kd.nn.regions import roi_features
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.context import Context
@@ -32,8 +32,8 @@ class Seer(nn.Module):
         return {"logits": self.head(self.dropout(seen))}
 
 
-def term(student: str, teacher: str) -> list[Term]:
-    return [Term(name="context_features", weight=1.0, student=student, teacher=teacher)]
+def term(student: str, teacher: str) -> list[TermSection]:
+    return [TermSection(name="context_features", weight=1.0, student=student, teacher=teacher)]
 
 
 def teacher_of(layer: str) -> LiveTeacher:
@@ -65,7 +65,12 @@ def test_adapters_get_their_shapes_from_a_batch_and_nothing_else_changes(
     stream = torch.get_rng_state()
     adapters = {"trunk": Adapter(kind="conv1x1", to="features.2")}
     model, _ = adapt_student(
-        student, build_terms(term("trunk", "features.2")), adapters, teacher, task, batch
+        student,
+        [build_term(one) for one in term("trunk", "features.2")],
+        adapters,
+        teacher,
+        task,
+        batch,
     )
     adapter = model.adapters["trunk"]
     assert isinstance(adapter, nn.Conv2d)
@@ -80,7 +85,10 @@ def test_adapters_get_their_shapes_from_a_batch_and_nothing_else_changes(
 
 
 def test_adapters_that_lead_nowhere_are_refused(batch: dict[str, Tensor]) -> None:
-    task, terms = Classification(num_classes=5), build_terms(term("trunk", "features.2"))
+    task, terms = (
+        Classification(num_classes=5),
+        [build_term(one) for one in term("trunk", "features.2")],
+    )
     teacher = LiveTeacher(
         cnn(5, width=4, downs=3, hidden=8), Context(num_classes=5), ["features.2"]
     )
@@ -89,21 +97,35 @@ def test_adapters_that_lead_nowhere_are_refused(batch: dict[str, Tensor]) -> Non
         adapt_student(Seer(), terms, wrong, teacher, task, batch)
     student = Seer()
     with pytest.raises(UserError, match=r"trank.*trunk"):
-        adapt_student(student, build_terms(term("trank", "features.2")), {}, teacher, task, batch)
+        adapt_student(
+            student,
+            [build_term(one) for one in term("trank", "features.2")],
+            {},
+            teacher,
+            task,
+            batch,
+        )
     assert not student.trunk._forward_hooks
 
 
 def test_layers_are_sorted_by_teacher_and_outputs_are_no_layers() -> None:
-    terms = build_terms(
-        [
-            Term(name="hint", label="first", weight=1.0, student="trunk", teacher="features.2"),
-            Term(name="hint", label="second", weight=1.0, student="trunk", teacher="big.layer4.1"),
-            Term(name="hint", label="third", weight=1.0, student="head", teacher="big.layer4.1"),
-            Term(name="context_logits", weight=1.0),
-            Term(name="output_kd", weight=1.0, teacher="mean.posterior"),
-            Term(name="pixel_wise", weight=1.0, student="trunk", teacher="big.logits"),
+    terms = [
+        build_term(one)
+        for one in [
+            TermSection(
+                name="hint", label="first", weight=1.0, student="trunk", teacher="features.2"
+            ),
+            TermSection(
+                name="hint", label="second", weight=1.0, student="trunk", teacher="big.layer4.1"
+            ),
+            TermSection(
+                name="hint", label="third", weight=1.0, student="head", teacher="big.layer4.1"
+            ),
+            TermSection(name="context_logits", weight=1.0),
+            TermSection(name="output_kd", weight=1.0, teacher="mean.posterior"),
+            TermSection(name="pixel_wise", weight=1.0, student="trunk", teacher="big.logits"),
         ]
-    )
+    ]
     assert [term.name for term in terms[:3]] == ["first", "second", "third"]
     assert outputs_by_teacher(terms, ["big"]) == {
         "": ["features.2", "posterior"],
@@ -116,9 +138,14 @@ def test_a_critic_is_drawn_for_the_teachers_channels_and_anew_each_time(
 ) -> None:
     task = Classification(num_classes=5)
     options = {"widths": [4, 8]}
-    terms = build_terms(
-        [Term(name="holistic", weight=1.0, student="trunk", teacher="features.2", options=options)]
-    )
+    terms = [
+        build_term(one)
+        for one in [
+            TermSection(
+                name="holistic", weight=1.0, student="trunk", teacher="features.2", options=options
+            )
+        ]
+    ]
     adapters = {"trunk": Adapter(kind="conv1x1", to="features.2")}
     teacher = teacher_of("features.2")
     drawn = []
@@ -126,7 +153,7 @@ def test_a_critic_is_drawn_for_the_teachers_channels_and_anew_each_time(
         torch.manual_seed(seed)
         model, made = adapt_student(Seer(), terms, adapters, teacher, task, batch)
         assert not list(model.losses.parameters())  # a critic has an optimiser of its own
-        (critic,) = modules_of(made, images=True).values()
+        (critic,) = modules_of(made, trained="critic").values()
         drawn.append(torch.cat([p.detach().flatten() for p in critic.parameters()]))
         assert critic.critic.num_classes == 16  # type: ignore[union-attr]
     assert torch.equal(drawn[0], drawn[1])

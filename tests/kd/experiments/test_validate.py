@@ -9,8 +9,8 @@ import pytest
 
 from kd.config.reader import find_config, known_configs, read_yaml
 from kd.config.recipes import DistillRecipe
+from kd.distillation.terms import build_term
 from kd.errors import UserError
-from kd.experiments.connect import build_terms
 from kd.experiments.validate import check_terms
 from kd.problems.base import Dataset
 from kd.problems.recipes import load_recipe
@@ -35,7 +35,7 @@ def warned(
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=on, settings=settings)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="kd"):
-        check_terms(recipe, build_terms(recipe.all_losses), data)
+        check_terms(recipe, (), [build_term(one) for one in recipe.all_losses], data)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -86,4 +86,4 @@ def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Dataset) -
         with pytest.raises(
             UserError, match=r"moved_error: .*not here: scenes_maps .*mirrored=true"
         ):
-            check_terms(recipe, build_terms(recipe.losses), maps)
+            check_terms(recipe, (), [build_term(one) for one in recipe.losses], maps)

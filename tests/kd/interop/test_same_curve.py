@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdistill.core.distillation import get_distillation_box
 
+from kd.config.recipes import TermSection
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term
@@ -20,7 +21,8 @@ from kd.engine.loop import fit
 from kd.engine.optim import make_schedule
 from kd.engine.state import Hooks, Objective, Training
 from kd.losses.supervised import cross_entropy_labelled
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, hidden_labels
+from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
+from kd.problems.objects.batch import hidden_labels, object_counts, object_rows
 from kd.runs.build import make_accelerator
 from kd.transforms.hide import normalise
 
@@ -30,7 +32,7 @@ SHARE = 0.3  # of cross-entropy in the loss
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Task):
     """Which class is the image?"""
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -42,9 +44,15 @@ class Pictures:
         value = cross_entropy_labelled(output["logits"], hidden_labels(batch))
         return {"cross_entropy": Mean(value, "labelled")}
 
-    def masks(self, batch: Batch) -> dict[str, Mask]:
-        """None."""
-        return {}
+    def rows(self, batch: Batch) -> Rows:
+        """An object each."""
+        return object_rows(batch)
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Of objects."""
+        return object_counts(batch, units)
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities."""
@@ -144,7 +152,9 @@ def by_kd(job: Job, temperature: float) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     schedule = make_schedule(optimizer, EPOCHS * STEPS, name="cosine")
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
-    term = build_term("output_kd", weight=1 - SHARE, options={"temperature": temperature})
+    term = build_term(
+        TermSection(name="output_kd", weight=1 - SHARE, options={"temperature": temperature})
+    )
     known = LiveTeacher(teacher.to(accelerator.device), Pictures())
     objective = Objective(Pictures(), {"cross_entropy": SHARE}, [term], known)
     losses: list[float] = []

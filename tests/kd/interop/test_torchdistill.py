@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
+from kd.config.recipes import TermSection
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import build_term, distillation_losses, draw_modules, modules_of
 from kd.engine.optim import make_optimizer
 from kd.errors import ConfigError, UserError
 from kd.interop.torchdistill import Borrow
 from kd.losses import kl_logits, pixel_wise
+from kd.problems.objects.classification import Classification
 
 # Options that have no default there.
 NEEDED: dict[str, dict[str, object]] = {
@@ -26,6 +28,7 @@ NEEDED: dict[str, dict[str, object]] = {
     "SPKDLoss": {"reduction": "batchmean"},
     "CCKDLoss": {"kernel_config": {"type": "bilinear"}, "reduction": "batchmean"},
 }
+TASK = Classification(num_classes=4)
 ROWS = ("KDLoss", "LogitStdKDLoss", "PKTLoss", "CCKDLoss", "DISTLoss", "SKDInstanceLoss")
 MAPS = ("ATLoss", "RKDLoss", "SPKDLoss", "AffinityLoss", "ChSimLoss", "AltActTransferLoss")
 
@@ -75,18 +78,22 @@ def test_the_options_are_the_losss_own_without_paths_and_labels() -> None:
 
 def test_a_term_takes_it_by_name() -> None:
     term = build_term(
-        "torchdistill.DISTLoss",
-        weight=1.0,
-        student="logits",
-        teacher="posterior",
-        options={"tau": 2.0},
+        TermSection(
+            name="torchdistill.DISTLoss",
+            weight=1.0,
+            student="logits",
+            teacher="posterior",
+            options={"tau": 2.0},
+        )
     )
     rows, known = torch.randn(3, 4), torch.randn(3, 4)
     batch = {name: torch.arange(3) for name in ("hidden", "image_of", "labels")}
-    losses = distillation_losses([term], {"logits": rows}, {"posterior": known}, {}, batch)
+    losses = distillation_losses([term], {"logits": rows}, {"posterior": known}, TASK, batch, {})
     expected = Borrow("DISTLoss")(rows, known, tau=2.0)
     assert torch.equal(losses["torchdistill.DISTLoss"].value, expected)
-    maps = build_term("torchdistill.ATLoss", weight=1.0, student="layer4", teacher="neck")
+    maps = build_term(
+        TermSection(name="torchdistill.ATLoss", weight=1.0, student="layer4", teacher="neck")
+    )
     assert maps.kind.maps and not term.kind.maps
 
 
@@ -106,7 +113,9 @@ def test_what_cannot_be_borrowed_says_why(
     name: str, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises((UserError, ConfigError), match=message):
-        build_term(name, weight=1.0, student="logits", teacher="logits", options=options)
+        build_term(
+            TermSection(name=name, weight=1.0, student="logits", teacher="logits", options=options)
+        )
 
 
 def test_a_borrowed_loss_refuses_whole_numbers_and_two_devices() -> None:
@@ -156,17 +165,25 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_loss_with_weights_is_drawn_trained_and_saved_with_the_student(scaled: None) -> None:
     term = build_term(
-        "torchdistill.Scaled", label="scaled", weight=0.5, student="logits", teacher="posterior",
-        options={"channels": 4, "slope": 3.0},
-    )  # fmt: skip
+        TermSection(
+            name="torchdistill.Scaled",
+            label="scaled",
+            weight=0.5,
+            student="logits",
+            teacher="posterior",
+            options={"channels": 4, "slope": 3.0},
+        )
+    )
     drawn = draw_modules([term], {"posterior": torch.zeros(1, 4)})
-    (loss,) = modules_of(drawn, images=False).values()
+    (loss,) = modules_of(drawn, trained="student").values()
     model = AdaptedStudent(nn.Linear(3, 4), losses={"scaled": loss})
     optimizer = make_optimizer(model, name="sgd", lr=0.1)
     rows, known = torch.randn(5, 3), torch.randn(5, 4)
     batch = {name: torch.arange(5) for name in ("hidden", "image_of", "labels")}
     outputs, _ = model.train()(rows)
-    value = distillation_losses(drawn, outputs, {"posterior": known}, {}, batch)["scaled"].value
+    value = distillation_losses(drawn, outputs, {"posterior": known}, TASK, batch, {})[
+        "scaled"
+    ].value
     expected = (outputs["logits"] * 3.0 - known).square().mean()
     torch.testing.assert_close(value, expected)
     value.backward()
@@ -178,4 +195,8 @@ def test_a_loss_with_weights_is_drawn_trained_and_saved_with_the_student(scaled:
 
 def test_a_loss_with_weights_asks_for_its_options(scaled: None) -> None:
     with pytest.raises((UserError, ConfigError), match="option 'channels' is missing"):
-        build_term("torchdistill.Scaled", weight=1.0, student="logits", teacher="posterior")
+        build_term(
+            TermSection(
+                name="torchdistill.Scaled", weight=1.0, student="logits", teacher="posterior"
+            )
+        )

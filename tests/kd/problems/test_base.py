@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from kd.errors import UserError
 from kd.problems import tasks
-from kd.problems.base import (
-    count_units,
+from kd.problems.base import stride_of
+from kd.problems.objects.batch import (
     hidden_boxes,
     hidden_labels,
     image_rows,
+    object_counts,
     ring_mask,
-    stride_of,
 )
 from kd.registry import accepted
 
@@ -40,13 +41,13 @@ def test_hidden_objects_are_rows_of_the_batch() -> None:
 
 
 def test_units_are_counted_from_the_batch_alone() -> None:
-    counts = count_units(make_batch(), {"hidden", "labelled", "ring"})
+    counts = object_counts(make_batch(), {"hidden", "labelled", "ring"})
     assert counts["hidden"] == 2
     assert counts["labelled"] == 1
     # Box of 16 grown to 32; box of 20 grown to 40, cut at x 48 and y 64: 34 by 34.
     assert counts["ring"] == (32 * 32 - 16 * 16) + (34 * 34 - 20 * 20)
-    with pytest.raises(KeyError):
-        count_units(make_batch(), {"pixels"})
+    with pytest.raises(UserError, match="no mask 'pixels'"):
+        object_counts(make_batch(), {"pixels"})
 
 
 @pytest.mark.parametrize("grid", [2, 4, 8, 16, 64])
@@ -56,7 +57,7 @@ def test_the_ring_has_its_area_on_every_grid(grid: int) -> None:
     assert ring.shape == (2, grid, grid)
     assert (ring >= 0).all()
     area = ring.sum() * (64 / grid) ** 2
-    torch.testing.assert_close(area, count_units(batch, {"ring"})["ring"], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(area, object_counts(batch, {"ring"})["ring"], rtol=1e-4, atol=1e-2)
 
 
 def test_the_ring_leaves_out_the_object_and_the_padding() -> None:

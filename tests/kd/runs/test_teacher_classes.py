@@ -13,7 +13,7 @@ from kd import cache, distill, evaluate, train_teacher
 from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.errors import UserError
-from kd.experiments.variants import Distillation
+from kd.experiments.distillation import Distillation
 from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.folder import class_names, write_class_names

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from kd.config.datasets import Generate, Split
-from kd.config.recipes import Optimizer, Train
+from kd.config.recipes import Optimizer, TermSection, Train
 from kd.data.loader import SampleLoader
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors
@@ -108,7 +108,9 @@ def run(
     posteriors = CachedPosteriors(rows, torch.rand(len(rows), data.num_classes).log_softmax(dim=1))
     set_seed(seed)
     student = TinyStudent(data.num_classes)
-    terms = [build_term("context_logits", weight=1.0, options={"temperature": 1.0})]
+    terms = [
+        build_term(TermSection(name="context_logits", weight=1.0, options={"temperature": 1.0}))
+    ]
     objective = Objective(
         Classification(num_classes=data.num_classes), {"cross_entropy": 1.0}, terms, posteriors
     )

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kd.config.recipes import Adapter, Term, Train
+from kd.config.recipes import Adapter, TermSection, Train
 from kd.data.loader import to_device
-from kd.distillation.student import AdaptedStudent
+from kd.distillation.student import AdaptedStudent, adapt_student
 from kd.distillation.targets import CachedPosteriors, CachedTeacher, LiveTeacher
+from kd.distillation.terms import build_term
 from kd.engine.loop import train_step
 from kd.engine.state import Objective
 from kd.errors import UserError
-from kd.experiments.connect import adapt_student, build_terms
 from kd.formats.splits import fold_of
 from kd.problems.objects.classification import Classification
 from kd.problems.objects.data import ObjectsDataset, open_objects
@@ -291,13 +291,14 @@ def curve(data: ObjectsDataset, source: Any, loader: Any) -> list[float]:
     """The total loss of each step of an epoch."""
     torch.manual_seed(0)
     student = build_student("shufflenet_v2_x0_5", num_classes=22, stride=16)
-    terms = build_terms(
-        [
-            Term(name="context_logits", weight=1.0),
-            Term(name="context_features", weight=0.1, student=SEEN, teacher=LAYER),
-            Term(name="pair_wise", weight=0.5, student=SEEN, teacher=LAYER),
+    terms = [
+        build_term(one)
+        for one in [
+            TermSection(name="context_logits", weight=1.0),
+            TermSection(name="context_features", weight=0.1, student=SEEN, teacher=LAYER),
+            TermSection(name="pair_wise", weight=0.5, student=SEEN, teacher=LAYER),
         ]
-    )
+    ]
     task = Classification(num_classes=22)
     loader.set_epoch(0)
     first = next(iter(loader))

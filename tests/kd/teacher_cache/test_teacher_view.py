@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.distillation.targets import CachedTeacher, LiveTeacher
 from kd.errors import UserError
+from kd.problems.base import Rows
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
@@ -146,7 +147,7 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
     samples = data.crops(0, cached=list(kept.values()))
     loader = make_loader(samples, accelerator, batch_size=5, workers=0, train=True)
     batch = next(iter(loader))
-    stored = CachedTeacher(None, BOTH)(batch)
+    stored = CachedTeacher(None, BOTH)(batch, Rows())
     with LiveTeacher(teacher.model, teacher.task, ["features"], posterior=False) as source:
         live = source(batch)
     for name in BOTH:

@@ -21,9 +21,10 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.formats.coco_results import Truth, read_detections, read_truth
 from kd.metrics.kitti_ap import KittiTruth
-from kd.problems.base import Classes, found_boxes
+from kd.problems.base import Classes
 from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.metric import FoundBoxes
+from kd.problems.detection.task import Detection
 from kd.runs.read import read_predictions
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -200,7 +201,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=where):
             metric.compute()
     with pytest.raises(UserError, match="here: has no boxes"):
-        found_boxes(Classes(("a",), where="here"))
+        Detection(num_classes=1).metric(Classes(("a",), where="here"))
 
 
 def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
     found, batch = asked(truth)
     confusable = ("drink", "drink", None)
     classes = Classes(truth.class_names, confusable=confusable, where="here", truth=lambda: truth)
-    metric = found_boxes(classes)
+    metric = Detection(num_classes=3).metric(classes)
     metric.take(found, batch)
     values = metric.compute()
     assert values["confusable_AP50"] == pytest.approx(values["AP50"])  # jars are not there
@@ -221,7 +222,8 @@ def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
         np.zeros(count, np.bool_),
         truth.boxes.crowd,
     )
-    metric = found_boxes(classes._replace(kitti=lambda: kitti))
+    metric = Detection(num_classes=3).metric(classes._replace(kitti=lambda: kitti))
+    assert isinstance(metric, FoundBoxes)
     metric.take(found[1:], part(batch, slice(1, 5)))
     assert set(metric.records()["truth_roles"].tolist()) == {0, 2}
     assert 0 < metric.compute()["KITTI_moderate"] < 1

@@ -20,8 +20,8 @@ from kd.config.recipes import DistillRecipe
 from kd.data.loader import SampleLoader
 from kd.engine.checkpoint import load_checkpoint
 from kd.errors import UserError
-from kd.experiments import variants as variants
-from kd.experiments.variants import Distillation
+from kd.experiments import distillation as variants
+from kd.experiments.distillation import Distillation
 from kd.runs.build import make_accelerator, make_loader, open_data
 
 pytestmark = pytest.mark.slow

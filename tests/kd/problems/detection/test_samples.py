@@ -19,8 +19,8 @@ from kd.data.prepare import prepare
 from kd.distillation.targets import CachedPosteriors
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.base import about_boxes, about_objects, asked, count_units
 from kd.problems.detection.samples import DetectionSamples
+from kd.problems.objects.batch import chosen, object_counts, object_rows
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
 
@@ -249,10 +249,10 @@ def test_a_batch_without_a_box_works_everywhere(index: CocoIndex) -> None:
             assert batch[key].shape == (0, 4) and batch[key].dtype == torch.float32
         for key in ("labels", "object_ids", "image_of", "crowd_of"):
             assert batch[key].shape == (0,) and batch[key].dtype == torch.int64
-        counts = {name: float(count) for name, count in count_units(batch, {"ring"}).items()}
+        counts = {name: float(count) for name, count in object_counts(batch, {"ring"}).items()}
         assert counts == {"boxes": 0, "images": 2, "labelled": 0, "labelled_images": 2, "ring": 0}
         posteriors = CachedPosteriors(torch.tensor([50]), torch.zeros(1, 2))
-        assert posteriors(batch)["posterior"].shape == (0, 2)
+        assert posteriors({}, object_rows(batch))["posterior"].shape == (0, 2)
 
 
 def test_an_annotated_data_set_may_have_no_crowd(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_labels_that_are_withheld_leave_regions_and_a_picture_that_says_so(
     batch = collate([dataset[0, place] for place in range(3)])
     assert batch["labels"].tolist() == [-1, -1, 0, 1] and len(batch["boxes"]) == 4
     assert batch["labelled"].tolist() == [False, True, True]
-    counts = {name: float(count) for name, count in count_units(batch).items()}
+    counts = {name: float(count) for name, count in object_counts(batch).items()}
     assert counts == {"boxes": 4, "images": 3, "labelled": 2, "labelled_images": 2}
     with pytest.raises(UserError, match="has no image 99"):
         DetectionSamples(index, size=64, labelled=[99])
@@ -281,19 +281,20 @@ def test_labels_that_are_withheld_leave_regions_and_a_picture_that_says_so(
 def test_every_object_is_asked_about_where_none_is_hidden(index: CocoIndex) -> None:
     dataset = DetectionSamples(index, size=64, train=False)
     batch = collate([dataset[0, place] for place in range(3)])
-    assert about_boxes(batch) and not about_objects(batch)
-    assert asked(batch).tolist() == [0, 1, 2, 3]
+    rows = object_rows(batch)
+    assert rows.unit == "boxes" and rows.partial
+    assert chosen(batch).tolist() == [0, 1, 2, 3]
     hidden = {**batch, "hidden": torch.tensor([2])}
-    assert asked(hidden).tolist() == [2] and not about_boxes(hidden)
+    assert chosen(hidden).tolist() == [2] and not object_rows(hidden).partial
     logits = torch.eye(4)[:, :2].log_softmax(1)
     posteriors = CachedPosteriors(torch.tensor([71, 50, 70, 51]), logits)
-    torch.testing.assert_close(posteriors(batch)["posterior"], logits[[1, 3, 2, 0]])
-    torch.testing.assert_close(posteriors(hidden)["posterior"], logits[[2]])
+    torch.testing.assert_close(posteriors({}, rows)["posterior"], logits[[1, 3, 2, 0]])
+    torch.testing.assert_close(posteriors({}, object_rows(hidden))["posterior"], logits[[2]])
     some = CachedPosteriors(torch.tensor([50, 51]), logits[:2])
-    rows = some(batch)["posterior"]  # a detector's boxes may be of objects nobody asked about
-    assert torch.equal(rows[[0, 1]], logits[:2]) and rows[[2, 3]].isnan().all()
+    found = some({}, rows)["posterior"]  # a detector's boxes may have no posterior
+    assert torch.equal(found[[0, 1]], logits[:2]) and found[[2, 3]].isnan().all()
     with pytest.raises(UserError, match="no posterior for 1 objects, first annotation 70"):
-        some(hidden)
+        some({}, object_rows(hidden))
 
 
 class Kept:

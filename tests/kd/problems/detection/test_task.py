@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from kd.config.recipes import Adapter, Optimizer, Schedule, Train
+from kd.config.recipes import Adapter, Optimizer, Schedule, TermSection, Train
 from kd.distillation import adapters
-from kd.distillation.student import AdaptedStudent
+from kd.distillation.student import AdaptedStudent, adapt_student
 from kd.distillation.targets import CachedPosteriors, CachedTeacher, LiveTeacher, Teachers
 from kd.distillation.terms import Term, build_term, distillation_losses
 from kd.engine.loop import forward_losses, train_step
 from kd.engine.state import Objective, Training
 from kd.errors import UserError
-from kd.experiments.connect import adapt_student
-from kd.experiments.connect import task_of as taught_task
 from kd.losses.box_distillation import box_distance, own_class_deltas
 from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors.contract import Level
@@ -71,11 +69,11 @@ def task_of(
     model: FasterRCNN,
     *,
     wanted: Literal["detections", "objects", "features"] = "detections",
-    asked: bool = False,
+    near_boxes: bool = False,
 ) -> Detection:
     return Detection(
         num_classes=CLASSES, levels=model.levels, loss_units=model.loss_units, wanted=wanted,
-        asked=asked,
+        near_boxes=near_boxes,
     )  # fmt: skip
 
 
@@ -115,32 +113,36 @@ def test_the_imitation_mask_of_a_level_is_that_of_its_boxes_and_anchors() -> Non
 def test_terms_of_a_psi_of_their_own_have_masks_of_their_own() -> None:
     layer: dict[str, Any] = dict.fromkeys(("student", "teacher"), "network.backbone.0")
     terms = [
-        build_term("imitation", weight=1.0, label=f"at {psi}", options={"psi": psi}, **layer)
+        build_term(
+            TermSection(
+                name="imitation", weight=1.0, label=f"at {psi}", options={"psi": psi}, **layer
+            )
+        )
         for psi in (0.8, 0.2)
-    ] + [build_term("imitation", weight=1.0, **layer)]  # fmt: skip
+    ] + [build_term(TermSection(name="imitation", weight=1.0, **layer))]
     batch, plain = make_batch(BOXES), Detection(num_classes=CLASSES, levels=LEVELS)
-    task = taught_task(plain, terms)
-    assert isinstance(task, Detection) and task.psis == (0.2, 0.8)
+    task = plain.for_terms(terms)
+    assert task.psis == (0.2, 0.8)
     masks = task.masks(batch)
     for term, psi in zip(terms, (0.8, 0.2, 0.5), strict=True):
-        assert term.kind.mask is not None
+        assert term.mask is not None
         alone = replace(plain, psi=psi).masks(batch)["imitation"]((16, 16))
-        assert torch.equal(masks[term.kind.mask]((16, 16)), alone)
-    counts = task.counts(batch, {term.kind.mask or "" for term in terms})
+        assert torch.equal(masks[term.mask]((16, 16)), alone)
+    counts = task.counts(batch, {term.mask or "" for term in terms})
     assert counts["imitation_0.2/4"] > counts["imitation/4"] >= counts["imitation_0.8/4"] > 0
     ours = torch.randn(3, 2, 16, 16)
     losses = distillation_losses(
-        terms, {layer["student"]: ours}, {layer["teacher"]: 0 * ours}, masks, batch
+        terms, {layer["student"]: ours}, {layer["teacher"]: 0 * ours}, task, batch, masks
     )
     for term in terms:
-        where = masks[term.kind.mask or ""]((16, 16))
+        where = masks[term.mask or ""]((16, 16))
         by_hand = ours.square().sum(dim=1)[where].sum() / (2 * where.sum())
         assert losses[term.name].value.item() == pytest.approx(by_hand.item(), rel=1e-5)
-        assert losses[term.name].unit == f"{term.kind.mask}/4"
+        assert losses[term.name].unit == f"{term.mask}/4"
     with pytest.raises(UserError, match=r"imitation: psi must be a number in 0\.\.1, got 2"):
-        build_term("imitation", weight=1.0, options={"psi": 2}, **layer)
-    with pytest.raises(UserError, match="imitation_inside: psi is an option of imitation alone"):
-        build_term("imitation_inside", weight=1.0, options={"psi": 0.5}, **layer)
+        build_term(TermSection(name="imitation", weight=1.0, options={"psi": 2}, **layer))
+    with pytest.raises(UserError, match="imitation_inside: unknown option 'psi'"):
+        build_term(TermSection(name="imitation_inside", weight=1.0, options={"psi": 0.5}, **layer))
 
 
 def test_inside_are_the_places_whose_middle_is_in_a_box_or_that_hold_its_middle() -> None:
@@ -159,14 +161,15 @@ def test_the_whole_map_ends_with_the_pictures() -> None:
 
 def test_places_of_each_level_are_counted() -> None:
     batch, task = make_batch(BOXES), Detection(num_classes=CLASSES, levels=LEVELS)
-    counts = task.counts(batch, {"whole", "inside"})
+    own = task.counts(batch)
+    counts = {k: v for k, v in task.counts(batch, {"whole", "inside"}).items() if k not in own}
     masks = task.masks(batch)
     assert counts.keys() == {"whole/4", "whole/8", "inside/4", "inside/8"}
     for name, count in counts.items():
         kind, stride = name.split("/")
         grid = (SIZE // int(stride), SIZE // int(stride))
         assert count == masks[kind](grid).sum()
-    assert task.counts(batch, ()) == {}
+    assert own.keys() == {"boxes", "images", "valid_images", "labelled", "labelled_images"}
 
 
 def test_a_ring_is_near_a_box_and_in_none() -> None:
@@ -209,7 +212,8 @@ def test_masks_of_a_batch_are_computed_once() -> None:
 
     made = remembered({"inside": mask})
     counts = Detection(num_classes=CLASSES, levels=LEVELS).counts(batch, {"inside"}, made)
-    assert counts == {"inside/4": 3 * 256, "inside/8": 3 * 64}
+    places = {name: count for name, count in counts.items() if "/" in name}
+    assert places == {"inside/4": 3 * 256, "inside/8": 3 * 64}
     assert made["inside"]((8, 8)) is made["inside"]((8, 8))
     assert calls == [(16, 16), (8, 8)]
 
@@ -229,7 +233,7 @@ def test_padding_is_zero_after_normalising_and_a_teacher_is_asked_for_maps_alone
     assert torch.equal(images[:, :, :48], normalise(batch["images"])[:, :, :48])
     assert sizes is batch["sizes"]
     model = detector()
-    task = task_of(model, wanted="objects", asked=True)
+    task = task_of(model, wanted="objects", near_boxes=True)
     teacher = LiveTeacher(model, task, posterior=False)
     given = teacher(batch)
     assert "detections" not in given and given["object_logits"].shape == (3, CLASSES + 1)
@@ -242,8 +246,8 @@ def test_padding_is_zero_after_normalising_and_a_teacher_is_asked_for_maps_alone
 
 def test_a_second_stage_answers_about_the_same_moved_boxes_on_both_sides() -> None:
     student, teacher, batch = detector(context=True), detector(channels=24), make_batch(BOXES)
-    ours = task_of(student).asking(["network.backbone.0", "object_deltas"])
-    theirs = task_of(teacher, wanted="objects").asking(["object_logits"])
+    ours = task_of(student).for_terms([TERMS[0], TERMS[7]])
+    theirs = task_of(teacher).for_teaching(["object_logits"])
     (*_, asked), (*_, again) = ours.inputs(batch), theirs.inputs(batch)
     assert asked is not None and again is not None and torch.equal(asked, again)
     assert asked.shape == (3, 4)
@@ -258,8 +262,8 @@ def test_a_second_stage_answers_about_the_same_moved_boxes_on_both_sides() -> No
         said = teacher.eval()(theirs.inputs(batch)[0], **known)
     given = LiveTeacher(teacher, theirs, posterior=False)(batch)
     assert torch.equal(given["object_deltas"], said["object_deltas"])
-    # Without such a term nobody is asked.
-    assert ours.asking(["context", "network.backbone.0"]).inputs(batch)[-1] is None
+    # Without such a term the heads do not run on them.
+    assert ours.for_terms([TERMS[0], TERMS[8]]).inputs(batch)[-1] is None
     output = student.train()(*task_of(student).inputs(batch))
     assert "context" in output and "object_logits" not in output
 
@@ -282,30 +286,72 @@ def test_of_boxes_those_of_the_own_class_are_compared() -> None:
     other = rows + 7.0  # of all other classes; of the own one a number is 1 off
     for row in range(3):
         other[row, 4 * (row + 1) : 4 * (row + 2)] -= torch.tensor([7.0, 7.0, 6.0, 7.0])
-    term = build_term("object_boxes", weight=1.0)
+    term = build_term(TermSection(name="object_boxes", weight=1.0))
     given = {"object_deltas": rows.requires_grad_()}
-    losses = distillation_losses([term], given, {"object_deltas": other}, {}, batch)
+    losses = distillation_losses(
+        [term], given, {"object_deltas": other}, Detection(num_classes=CLASSES), batch, {}
+    )
     assert losses["object_boxes"].value.item() == pytest.approx(0.5)
     assert losses["object_boxes"].unit == "boxes"
 
 
 TERMS = [
-    build_term("imitation", weight=0.3, label="near", student="network.backbone.0",
-               teacher="network.backbone.0"),
-    build_term("imitation_inside", weight=0.2, label="inside", student="network.backbone.1",
-               teacher="network.backbone.1"),
-    build_term("context_features", weight=0.2, label="around", student="network.backbone.1",
-               teacher="network.backbone.1"),
-    build_term("hint", weight=0.2, student="network.backbone.0", teacher="network.backbone.0"),
-    build_term("pair_wise", weight=0.2, student="network.backbone.1",
-               teacher="network.backbone.1"),
-    build_term("channel_wise", weight=0.2, student="network.backbone.0",
-               teacher="network.backbone.0"),
-    build_term("object_logits", weight=1.0),
-    build_term("object_boxes", weight=1.0),
-    build_term("context_logits", weight=1.0, teacher="scene.posterior",
-               options={"temperature": 1.0}),
-]  # fmt: skip
+    build_term(
+        TermSection(
+            name="imitation",
+            weight=0.3,
+            label="near",
+            student="network.backbone.0",
+            teacher="network.backbone.0",
+        )
+    ),
+    build_term(
+        TermSection(
+            name="imitation_inside",
+            weight=0.2,
+            label="inside",
+            student="network.backbone.1",
+            teacher="network.backbone.1",
+        )
+    ),
+    build_term(
+        TermSection(
+            name="context_features",
+            weight=0.2,
+            label="around",
+            student="network.backbone.1",
+            teacher="network.backbone.1",
+        )
+    ),
+    build_term(
+        TermSection(
+            name="hint", weight=0.2, student="network.backbone.0", teacher="network.backbone.0"
+        )
+    ),
+    build_term(
+        TermSection(
+            name="pair_wise", weight=0.2, student="network.backbone.1", teacher="network.backbone.1"
+        )
+    ),
+    build_term(
+        TermSection(
+            name="channel_wise",
+            weight=0.2,
+            student="network.backbone.0",
+            teacher="network.backbone.0",
+        )
+    ),
+    build_term(TermSection(name="object_logits", weight=1.0)),
+    build_term(TermSection(name="object_boxes", weight=1.0)),
+    build_term(
+        TermSection(
+            name="context_logits",
+            weight=1.0,
+            teacher="scene.posterior",
+            options={"temperature": 1.0},
+        )
+    ),
+]
 SAID = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()  # of objects 0 and 2, not of 1
 
 
@@ -316,11 +362,11 @@ def assembled(taught: Sequence[Term] = TERMS) -> tuple[AdaptedStudent, Objective
     teacher = detector(channels=24)
     levels = ("network.backbone.0", "network.backbone.1")
     layers = [layer for layer in levels if any(term.student == layer for term in taught)]
-    asked = task_of(teacher, wanted="objects", asked=True)
+    asked = task_of(teacher, wanted="objects", near_boxes=True)
     live = LiveTeacher(teacher, asked, layers, posterior=False)
     scene = CachedTeacher(CachedPosteriors(torch.tensor([0, 2]), SAID))
     source = Teachers(live, {"scene": scene}, [1.0, 1.0])
-    task = task_of(student, asked=True)
+    task = task_of(student, near_boxes=True)
     own = {layer: Adapter(kind="conv3x3", to=layer) for layer in layers}
     model, terms = adapt_student(student, taught, own, source, task, make_batch(BOXES))
     return model, Objective(task, dict.fromkeys(LOSSES, 1.0), terms, source)
@@ -407,7 +453,9 @@ def test_trunks_that_round_their_maps_down_learn_from_maps(side: int) -> None:
     layers = ["network.backbone.0", "network.backbone.1"]
     live = LiveTeacher(teacher, task_of(teacher, wanted="features"), layers, posterior=False)
     terms = [
-        build_term(name, label=f"{name}{layer}", weight=1.0, student=layer, teacher=layer)
+        build_term(
+            TermSection(name=name, label=f"{name}{layer}", weight=1.0, student=layer, teacher=layer)
+        )
         for name in ("imitation", "imitation_whole", "hint", "context_features")
         for layer in layers
     ]
@@ -430,15 +478,16 @@ def test_a_grid_without_a_power_of_two_is_refused() -> None:
 
 def test_context_logits_are_of_the_boxes_that_have_a_posterior() -> None:
     said = torch.randn(3, CLASSES, requires_grad=True)
-    term = build_term("context_logits", weight=1.0, options={"temperature": 1.0})
-    batch = make_batch(BOXES)
+    term = build_term(TermSection(name="context_logits", weight=1.0, options={"temperature": 1.0}))
+    batch, task = make_batch(BOXES), Detection(num_classes=CLASSES)
+    rows = task.rows(batch)
     source = CachedPosteriors(torch.tensor([0, 2]), SAID)
-    losses = distillation_losses([term], {"context": said}, source(batch), {}, batch)
+    losses = distillation_losses([term], {"context": said}, source({}, rows), task, batch, {})
     value, unit, _ = losses["context_logits"]
     by_hand = (SAID.exp() * (SAID - said[[0, 2]].log_softmax(dim=1))).sum(dim=1).mean()
     assert value.item() == pytest.approx(by_hand.item(), rel=1e-5) and unit == "known"
     value.backward()
     assert said.grad is not None and said.grad[[0, 2]].all() and not said.grad[1].any()
     nobody = CachedPosteriors(torch.tensor([77]), SAID[:1])
-    none = distillation_losses([term], {"context": said}, nobody(batch), {}, batch)
+    none = distillation_losses([term], {"context": said}, nobody({}, rows), task, batch, {})
     assert none["context_logits"].value == 0

@@ -11,9 +11,10 @@ import torch
 
 from kd.data.prepare import prepare
 from kd.errors import UserError
-from kd.problems.base import Split, about_boxes, count_units
+from kd.problems.base import Split
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.samples import DetectionSamples
+from kd.problems.objects.batch import object_counts, object_rows
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator, make_loader
@@ -47,7 +48,9 @@ def test_detectors_train_and_are_scored_on_every_image(data: ObjectsDataset) -> 
     assert sum(len(batch["images"]) for batch in batches) == 8
     found = torch.cat([batch["object_ids"] for batch in batches])
     assert sorted(found.tolist()) == sorted(data.val.object_ids.tolist())
-    assert all(about_boxes(batch) and count_units(batch)["boxes"] > 0 for batch in batches)
+    assert all(
+        object_rows(batch).partial and object_counts(batch)["boxes"] > 0 for batch in batches
+    )
     assert len(evaluated(data, "train")) == 24
     assert len(evaluated(data, only=[int(data.val.image_ids[2])])) == 1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd.metrics.multilabel import MultiLabelAP
-from kd.problems.base import Classes, count_units
+from kd.problems.base import Classes
 from kd.problems.objects.scene_labels import SceneLabels
 
 
@@ -48,7 +48,7 @@ def test_the_loss_by_hand(batch: dict[str, Tensor]) -> None:
 
 
 def test_pictures_with_labels_are_its_unit(batch: dict[str, Tensor]) -> None:
-    assert count_units(batch, {"labelled_images"})["labelled_images"] == 2
+    assert SceneLabels(num_classes=3).counts(batch)["labelled_images"] == 2
 
 
 def test_answers_are_probabilities_class_by_class(batch: dict[str, Tensor]) -> None:

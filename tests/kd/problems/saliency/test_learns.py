@@ -11,7 +11,7 @@ from PIL import Image
 
 from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
-from kd.experiments.variants import Distillation
+from kd.experiments.distillation import Distillation
 from kd.metrics.saliency import METRICS
 from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data

@@ -20,7 +20,7 @@ from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
 from kd.errors import ConfigError, UserError
 from kd.evaluation import predict
-from kd.experiments.variants import Distillation
+from kd.experiments.distillation import Distillation
 from kd.formats.coco import load_coco
 from kd.metrics.saliency import METRICS
 from kd.problems.recipes import load_recipe
@@ -128,14 +128,12 @@ def test_variants_start_alike_and_see_the_same_pictures(
     variants = distillation(gaze, teacher, tmp_path)
     starts = {}
     for variant in ("plain", "distilled"):
-        model, _ = variants._assemble(variant, 3, None, variants._dataset(3, None, variant))
+        model, _ = variants.assemble(variant, 3, variants.samples(variant, 3))
         starts[variant] = model.state_dict()
     own = starts["distilled"].keys() - starts["plain"].keys()
     assert own and all("teacher_saliency" in name for name in own)
     assert all(torch.equal(value, starts["distilled"][n]) for n, value in starts["plain"].items())
-    plain, taught = (
-        variants._dataset(3, None, variant)[2, 5] for variant in ("plain", "distilled")
-    )
+    plain, taught = (variants.samples(variant, 3)[2, 5] for variant in ("plain", "distilled"))
     assert all(torch.equal(value, taught[name]) for name, value in plain.items())
     assert taught.keys() - plain.keys() == {"stored.saliency"}
 
@@ -149,10 +147,10 @@ def test_stored_and_live_teachers_teach_alike(
         variants = distillation(
             gaze, teacher, tmp_path, *still, f"soft_targets.kind={kind}", "variants=[distilled]"
         )
-        dataset = variants._dataset(0, None, "distilled")
-        model, objective = variants._assemble("distilled", 0, None, dataset)
+        dataset = variants.samples("distilled", 0)
+        model, objective = variants.assemble("distilled", 0, dataset)
         with torch.no_grad():
-            losses = forward_losses(model.eval(), variants._sample(dataset), objective)
+            losses = forward_losses(model.eval(), variants.first_batch(dataset), objective)
         values.append(torch.stack([losses[name].value for name in ("kld", "saliency")]))
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
     assert (values[0] > 0).all()
@@ -164,10 +162,10 @@ def test_each_variant_of_the_temperature_learns_by_a_term_of_its_own(
     variants = distillation(gaze, teacher, tmp_path, "variants=[plain, cool, warm3, published]")
     values = {}
     for variant, term in (("cool", "saliency"), ("warm3", "warm"), ("published", "quirk")):
-        dataset = variants._dataset(0, None, variant)
-        model, objective = variants._assemble(variant, 0, None, dataset)
+        dataset = variants.samples(variant, 0)
+        model, objective = variants.assemble(variant, 0, dataset)
         with torch.no_grad():
-            losses = forward_losses(model.eval(), variants._sample(dataset), objective)
+            losses = forward_losses(model.eval(), variants.first_batch(dataset), objective)
         assert set(losses) == {"kld", term}
         values[variant] = float(losses[term].value)
     assert len({round(value, 6) for value in values.values()}) == 3

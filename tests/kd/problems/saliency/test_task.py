@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kd.errors import UserError
 from kd.metrics.saliency import SaliencyTruth
-from kd.problems.base import Classes, count_units
+from kd.problems.base import Classes
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.saliency.task import Saliency, density_of, within
 from kd.transforms.crops import build_flips
@@ -80,7 +80,7 @@ def test_half_precision_keeps_a_density_of_a_large_map() -> None:
 
 
 def test_whole_pictures_count_their_pixels_without_padding() -> None:
-    counts = count_units(batch_of())
+    counts = Saliency().counts(batch_of())
     assert int(counts["images"]) == 2 == int(counts["valid_images"])
     assert int(counts["pixels"]) == 16 * 24 + 11 * 15
 

@@ -13,7 +13,7 @@ from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
 from kd.errors import ConfigError, UserError
-from kd.experiments.variants import Distillation
+from kd.experiments.distillation import Distillation
 from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 from kd.utils.images import VOID
@@ -67,7 +67,7 @@ def distillation(maps: list[str], teacher: Path, *settings: str) -> Distillation
 
 
 def start(variants: Distillation, variant: str) -> dict[str, Tensor]:
-    model, _ = variants._assemble(variant, 0, None, variants._dataset(0, None, variant))
+    model, _ = variants.assemble(variant, 0, variants.samples(variant, 0))
     return model.state_dict()
 
 
@@ -106,7 +106,7 @@ def test_all_variants_have_the_same_weights_and_see_the_same_pixels(
     for variant in ("all", "channel"):
         other = start(variants, variant)
         assert all(torch.equal(plain[name], other[name]) for name in plain)
-    samples = [variants._dataset(0, None, variant)[2, 5] for variant in ("plain", "all", "channel")]
+    samples = [variants.samples(variant, 0)[2, 5] for variant in ("plain", "all", "channel")]
     for other in samples[1:]:
         assert all(torch.equal(samples[0][name], other[name]) for name in samples[0])
     assert {name for name in samples[1] if name.startswith("stored.")} == {
@@ -125,16 +125,16 @@ def test_stored_and_live_teachers_teach_alike(
         maps, mapped_teacher, "variants=[distilled]", still, f"soft_targets.kind={kind}",
         "soft_targets.dtype=float32",
     )  # fmt: skip
-    dataset = variants._dataset(0, None, "distilled")
-    model, objective = variants._assemble("distilled", 0, None, dataset)
+    dataset = variants.samples("distilled", 0)
+    model, objective = variants.assemble("distilled", 0, dataset)
     with torch.no_grad():
-        losses = forward_losses(model.eval(), variants._sample(dataset), objective)
+        losses = forward_losses(model.eval(), variants.first_batch(dataset), objective)
     live = distillation(
         maps, mapped_teacher, "variants=[distilled]", still, "soft_targets.kind=live"
     )
-    model, objective = live._assemble("distilled", 0, None, dataset)
+    model, objective = live.assemble("distilled", 0, dataset)
     with torch.no_grad():
-        expected = forward_losses(model.eval(), live._sample(dataset), objective)
+        expected = forward_losses(model.eval(), live.first_batch(dataset), objective)
     for name in ("cross_entropy", "pixel_wise", "pair_wise"):
         torch.testing.assert_close(losses[name].value, expected[name].value, rtol=1e-4, atol=1e-5)
 
@@ -146,10 +146,10 @@ def test_stored_maps_of_mirrored_pictures_are_what_a_live_teacher_says_of_them(
 
     def losses_of(*settings: str) -> list[float]:
         variants = distillation(maps, mapped_teacher, "variants=[distilled]", turned, *settings)
-        dataset = variants._dataset(0, None, "distilled")
-        model, objective = variants._assemble("distilled", 0, None, dataset)
+        dataset = variants.samples("distilled", 0)
+        model, objective = variants.assemble("distilled", 0, dataset)
         with torch.no_grad():
-            losses = forward_losses(model.eval(), variants._sample(dataset), objective)
+            losses = forward_losses(model.eval(), variants.first_batch(dataset), objective)
         return [float(losses[name].value) for name in ("pixel_wise", "pair_wise")]
 
     live = losses_of("soft_targets.kind=live")
@@ -164,21 +164,21 @@ def test_score_maps_may_be_finer_than_layers(maps: list[str], mapped_teacher: Pa
     variants = distillation(
         maps, mapped_teacher, "variants=[distilled]", "soft_targets.score_stride=2"
     )
-    dataset = variants._dataset(0, None, "distilled")
+    dataset = variants.samples("distilled", 0)
     sample = dataset[0, 0]
     height, width = sample["images"].shape[1:]
     assert sample["stored.logits"].shape[2:] == (height // 2, width // 2)
     assert sample["stored.pyramid"].shape[2:] == (height // 8, width // 8)
-    model, objective = variants._assemble("distilled", 0, None, dataset)
-    losses = forward_losses(model.eval(), variants._sample(dataset), objective)
+    model, objective = variants.assemble("distilled", 0, dataset)
+    losses = forward_losses(model.eval(), variants.first_batch(dataset), objective)
     assert losses["pixel_wise"].value > 0 and losses["pair_wise"].value > 0
 
 
 def test_void_reaches_no_loss(maps: list[str], mapped_teacher: Path) -> None:
     variants = distillation(maps, mapped_teacher, "variants=[distilled]")
-    dataset = variants._dataset(0, None, "distilled")
-    model, objective = variants._assemble("distilled", 0, None, dataset)
-    batch = variants._sample(dataset)
+    dataset = variants.samples("distilled", 0)
+    model, objective = variants.assemble("distilled", 0, dataset)
+    batch = variants.first_batch(dataset)
     batch["label_maps"] = torch.full_like(batch["label_maps"], VOID)
     losses = forward_losses(model.eval(), batch, objective)
     for name in ("cross_entropy", "pixel_wise", "pair_wise"):

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.config.recipes import Optimizer, Schedule, Train
+from kd.config.recipes import Optimizer, Schedule, TermSection, Train
+from kd.distillation.registry import TERMS as TERMS_BY_NAME
+from kd.distillation.registry import TermKind
 from kd.distillation.student import AdaptedStudent
 from kd.distillation.terms import Term, build_term, distillation_losses, draw_modules
 from kd.engine.loop import train_step
 from kd.engine.state import Objective
 from kd.errors import UserError
-from kd.losses import pixel_wise
-from kd.problems.base import Batch, Classes, count_units
+from kd.losses import hint, pixel_wise
+from kd.problems.base import Batch, Classes, Rows
 from kd.problems.segmentation import task as segmentation
 from kd.problems.segmentation.task import Segmentation, on_grid
 from kd.runs.build import make_accelerator
@@ -108,9 +110,11 @@ def test_a_divergence_may_weigh_pixels_as_cross_entropy_does() -> None:
     shares, batch = (0.7, 0.2, 0.08, 0.02), make_batch()
     task = Segmentation(num_classes=CLASSES, class_weights=0.5, pixel_shares=shares)
     ours, theirs = torch.randn(2, 3, CLASSES, 24, 32).unbind()
-    term = build_term("pixel_wise_weighted", weight=1.0)
+    term = build_term(TermSection(name="pixel_wise_weighted", weight=1.0))
     both = {"logits": ours}, {"logits": theirs}
-    found = distillation_losses([term], *both, task.masks(batch), batch)["pixel_wise_weighted"]
+    found = distillation_losses([term], *both, task, batch, task.masks(batch))[
+        "pixel_wise_weighted"
+    ]
     truth, p, q = batch["label_maps"], ours.log_softmax(1), theirs.log_softmax(1)
     weights = F.one_hot(truth.long() % VOID, CLASSES).float() @ torch.tensor(shares) ** -0.5
     weights = weights / sum(share**0.5 for share in shares)
@@ -222,7 +226,7 @@ def test_the_valid_mask_says_where_there_is_a_class_on_any_grid() -> None:
 def test_units_are_pixels_with_a_class_and_images() -> None:
     batch = make_batch()
     batch["label_maps"][2] = VOID
-    counts = count_units(batch)
+    counts = TASK.counts(batch)
     assert counts["images"] == 3 and counts["valid_images"] == 2
     assert counts["pixels"] == (batch["label_maps"] != VOID).sum()
     assert "hidden" not in counts
@@ -234,7 +238,9 @@ TERMS = ("pixel_wise", "pair_wise", "channel_wise", "hint", "holistic")
 def term_of(name: str) -> Term:
     options: dict[str, Any] = {"widths": [4, 8]} if name == "holistic" else {}
     options |= {"kernel": 1} if name == "pair_wise" else {}
-    return build_term(name, weight=1.0, student="logits", teacher="logits", options=options)
+    return build_term(
+        TermSection(name=name, weight=1.0, student="logits", teacher="logits", options=options)
+    )
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -247,7 +253,7 @@ def test_a_term_never_sees_void(name: str) -> None:
     def value_and_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         leaf = student.clone().requires_grad_()
         both = {"logits": leaf}, {"logits": teacher}
-        loss = distillation_losses([term], *both, TASK.masks(batch), batch)[name].value
+        loss = distillation_losses([term], *both, TASK, batch, TASK.masks(batch))[name].value
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     value, gradient = value_and_gradient(ours, theirs)
@@ -260,14 +266,16 @@ def test_score_maps_of_another_grid_are_brought_to_the_teachers() -> None:
     batch = make_batch()
     ours, theirs = torch.randn(3, CLASSES, 12, 16), torch.randn(3, CLASSES, 3, 4)
     outputs = {"logits": ours, "norm3": ours}, {"logits": theirs, "pyramid": theirs}
-    found = distillation_losses([term_of("pixel_wise")], *outputs, TASK.masks(batch), batch)
+    found = distillation_losses([term_of("pixel_wise")], *outputs, TASK, batch, TASK.masks(batch))
     small = F.interpolate(ours, (3, 4), mode="bilinear", align_corners=False, antialias=True)
     valid = TASK.masks(batch)["valid"]((3, 4))
     assert found["pixel_wise"].unit == "pixels"
     assert torch.equal(found["pixel_wise"].value, pixel_wise(small, theirs, valid=valid))
-    layers = build_term("pair_wise", weight=1.0, student="norm3", teacher="pyramid")
+    layers = build_term(
+        TermSection(name="pair_wise", weight=1.0, student="norm3", teacher="pyramid")
+    )
     with pytest.raises(UserError, match=r"pair_wise: .*12.*16.*3.*4"):  # adapters are for that
-        distillation_losses([layers], *outputs, TASK.masks(batch), batch)
+        distillation_losses([layers], *outputs, TASK, batch, TASK.masks(batch))
 
 
 class SmallNetwork(nn.Module):
@@ -287,22 +295,24 @@ class SmallNetwork(nn.Module):
 class Hearsay:
     """A teacher whose maps follow from the images alone."""
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         pooled = F.avg_pool2d(normalise(batch["images"]), STRIDE)
         maps = torch.cat([torch.sin(3 * pooled), torch.cos(5 * pooled)], dim=1)
         return {"logits": 4 * maps[:, :CLASSES], "map": maps}
 
 
-def after_one_step(batches: Sequence[Batch], names: tuple[str, ...]) -> dict[str, Tensor]:
+def after_one_step(batches: Sequence[Batch], names: tuple[str | Term, ...]) -> dict[str, Tensor]:
     """Weights after a step at rate 1 without momentum: the start less the gradient."""
     torch.manual_seed(3)
     terms = [
-        build_term("pair_wise", weight=9.0, student="trunk", teacher="map")
+        build_term(TermSection(name="pair_wise", weight=9.0, student="trunk", teacher="map"))
         if name == "pair_wise"
+        else name
+        if isinstance(name, Term)
         else term_of(name)
         for name in names
     ]
-    terms = draw_modules(terms, Hearsay()(batches[0]))
+    terms = draw_modules(terms, Hearsay()(batches[0], Rows()))
     train = Train(
         optimizer=Optimizer(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0),
         schedule=Schedule(name="constant", warmup=0.0),
@@ -317,6 +327,59 @@ def after_one_step(batches: Sequence[Batch], names: tuple[str, ...]) -> dict[str
     training.model.train()
     train_step(training, batches, objective, objective.weights_at(0.0))
     return {name: tensor.clone() for name, tensor in training.bare.state_dict().items()}
+
+
+def copied_hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """A user's own loss, a mean over the valid places."""
+    return hint(student, teacher, valid=valid)
+
+
+OWN = TermKind(copied_hint, "a copy of hint", unit="place", valid=True)
+
+
+def channel_means(student: Tensor, teacher: Tensor) -> Tensor:
+    """A user's own loss, a mean over images, that says nothing of itself."""
+    return (student.mean(dim=(2, 3)) - teacher.mean(dim=(2, 3))).square().mean()
+
+
+def own_term(name: str, **more: Any) -> Term:
+    return build_term(
+        TermSection(name=name, weight=1.0, student="logits", teacher="logits", **more)
+    )
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["in TERMS", "by its path"])
+def test_a_loss_of_the_users_own_has_the_whole_batchs_gradient(
+    listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mine" if listed else f"{__name__}:OWN"
+    if listed:
+        monkeypatch.setitem(TERMS_BY_NAME, "mine", OWN)
+    whole = make_batch(4)
+    whole["label_maps"][0, :, 8:] = VOID
+    parts = [{key: value[part] for key, value in whole.items()}
+             for part in (slice(0, 1), slice(1, 4))]  # fmt: skip
+    built_in = after_one_step([whole], ("hint",))
+    expected, found = (after_one_step(part, (own_term(name),)) for part in ([whole], parts))
+    for key, value in built_in.items():
+        assert torch.equal(expected[key], value)
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_function_is_a_loss_if_the_recipe_says_what_its_mean_is_over() -> None:
+    name = f"{__name__}:channel_means"
+    with pytest.raises(UserError, match="say what its mean is over"):
+        own_term(name)
+    with pytest.raises(UserError, match="its unit is 'place', leave `unit` out"):
+        own_term(f"{__name__}:OWN", unit="image")
+    whole = make_batch(4)
+    parts = [{key: value[part] for key, value in whole.items()}
+             for part in (slice(0, 1), slice(1, 4))]  # fmt: skip
+    term = own_term(name, unit="image")
+    assert term.name == "channel_means"
+    expected, found = (after_one_step(part, (term,)) for part in ([whole], parts))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["", "one image all void"])

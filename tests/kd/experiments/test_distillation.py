@@ -16,7 +16,7 @@ from kd.distillation.terms import weighted_sum
 from kd.engine.loop import forward_losses
 from kd.engine.state import Objective
 from kd.errors import UserError
-from kd.experiments.variants import Distillation
+from kd.experiments.distillation import Distillation
 from kd.formats.coco import CocoIndex
 from kd.formats.splits import labelled_images
 from kd.problems.objects.data import ObjectsDataset
@@ -60,8 +60,7 @@ def train_index(variants: Distillation) -> CocoIndex:
 
 
 def weights(variants: Distillation, variant: str, seed: int = 0) -> dict[str, Tensor]:
-    labelled = labelled_images(train_index(variants), 0.5, seed)
-    model, _ = variants._assemble(variant, seed, labelled, variants._dataset(seed, labelled))
+    model, _ = variants.assemble(variant, seed, variants.samples(variant, seed))
     return model.state_dict()
 
 
@@ -89,8 +88,7 @@ def test_every_variant_starts_from_the_same_weights(variants: Distillation) -> N
 def test_every_variant_sees_the_same_pixels_in_the_same_order(variants: Distillation) -> None:
     batches = []
     for _ in range(2):
-        labelled = labelled_images(train_index(variants), 0.5, 0)
-        dataset = variants._dataset(0, labelled)
+        dataset = variants.samples("plain", 0)
         loader = make_loader(
             dataset, variants.accelerator, batch_size=8, workers=0, seed=0, train=True
         )
@@ -103,14 +101,17 @@ def test_every_variant_sees_the_same_pixels_in_the_same_order(variants: Distilla
 def test_labels_are_withheld_but_posteriors_are_not(variants: Distillation) -> None:
     labelled = labelled_images(train_index(variants), 0.5, 0)
     assert labelled is not None and len(labelled) == 12
-    dataset = variants._dataset(0, labelled)
-    model, objective = variants._assemble("distilled", 0, labelled, dataset)
-    batch = variants._sample(dataset)
+    dataset = variants.samples("plain", 0)
+    model, objective = variants.assemble("distilled", 0, dataset)
+    batch = variants.first_batch(dataset)
     known = batch["labels"] >= 0
     owners = batch["image_ids"][batch["image_of"]]
     assert torch.equal(known, torch.isin(owners, torch.from_numpy(labelled)))
     assert objective.soft_targets is not None
-    assert objective.soft_targets(batch)["posterior"].shape == (len(batch["hidden"]), 22)
+    assert objective.soft_targets(batch, objective.task.rows(batch))["posterior"].shape == (
+        len(batch["hidden"]),
+        22,
+    )
     without = {**batch, "labels": torch.full_like(batch["labels"], -1)}
     losses = forward_losses(model.eval(), without, objective)
     assert losses["cross_entropy"].value == 0
@@ -120,8 +121,9 @@ def test_labels_are_withheld_but_posteriors_are_not(variants: Distillation) -> N
 def test_shuffled_posteriors_are_all_there_but_nobodys_own(variants: Distillation) -> None:
     assert variants.sources is not None
     own = variants.sources.posteriors[""].log_probs
+    samples = variants.samples("shuffled", 0)
     for seed in (0, 1):
-        source = variants._source("shuffled", seed)
+        source = variants.assemble("shuffled", seed, samples)[1].soft_targets
         assert source is not None
         other = source.posteriors.log_probs  # type: ignore[attr-defined]
         same = (own == other).all(dim=1)
@@ -129,18 +131,17 @@ def test_shuffled_posteriors_are_all_there_but_nobodys_own(variants: Distillatio
         assert twice or not same.any()
         key = np.lexsort(own.numpy().T), np.lexsort(other.numpy().T)
         assert np.array_equal(own.numpy()[key[0]], other.numpy()[key[1]])
-    assert variants._source("no_context", 0) is None
+    assert variants.assemble("no_context", 0, samples)[1].soft_targets is None
 
 
 def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
     variants: Distillation,
 ) -> None:
-    labelled = labelled_images(train_index(variants), 0.5, 0)
-    dataset = variants._dataset(0, labelled)
-    batch = variants._sample(dataset)
+    dataset = variants.samples("plain", 0)
+    batch = variants.first_batch(dataset)
     gradients, values = [], []
     for terms in (True, False):
-        model, objective = variants._assemble("plain", 0, labelled, dataset)
+        model, objective = variants.assemble("plain", 0, dataset)
         model.eval()
         if not terms:
             objective = Objective(objective.task, objective.weights)
@@ -157,12 +158,11 @@ def test_a_plain_student_shows_the_terms_curves_and_learns_nothing_from_them(
 
 def test_twins_write_the_same_tags(variants: Distillation) -> None:
     names = []
-    labelled = labelled_images(train_index(variants), 0.5, 0)
-    dataset = variants._dataset(0, labelled)
+    dataset = variants.samples("plain", 0)
     twins: tuple[str, ...] = ("plain", "distilled", "shuffled")
     for variant in twins:
-        model, objective = variants._assemble(variant, 0, labelled, dataset)
-        names.append(list(forward_losses(model, variants._sample(dataset), objective)))
+        model, objective = variants.assemble(variant, 0, dataset)
+        names.append(list(forward_losses(model, variants.first_batch(dataset), objective)))
     assert names[0] == names[1] == names[2]
 
 
@@ -199,12 +199,11 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
     teacher = variants.sources.teacher.model
     layer = teacher.get_submodule("features.2")
     assert len(layer._forward_hooks) == 1
-    labelled = labelled_images(train_index(variants), 0.5, 0)
-    dataset = variants._dataset(0, labelled)
-    model, objective = variants._assemble("distilled", 0, labelled, dataset)
+    dataset = variants.samples("plain", 0)
+    model, objective = variants.assemble("distilled", 0, dataset)
     before = copy.deepcopy(teacher.state_dict())
     model.train()
-    losses = forward_losses(model, variants._sample(dataset), objective)
+    losses = forward_losses(model, variants.first_batch(dataset), objective)
     losses["context_features"].value.backward()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -230,7 +229,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
          "the student gives no 'kontext'"),
         (["losses=[{name: hint, weight: 1.0, student: logits, teacher: logits}]",
           "variants=[distilled]", "soft_targets.top_k=5"],
-         "top_k keeps logits as probabilities, which this loss does not"),
+         "top_k stores logits as probabilities, which this loss does not"),
         (["soft_targets={out_of_fold: false}", "teacher={run: nowhere}"], "no such run"),
     ],
 )  # fmt: skip

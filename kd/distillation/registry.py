@@ -1,0 +1,216 @@
+"""Distillation terms by name: what each compares and what its mean is over. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kd.config.recipes import TermSection, Unit
+from kd.errors import UserError
+from kd.registry import check_options, is_foreign, load_target, look_up
+
+POSTERIOR = "posterior"  # log-probabilities of a hidden object, decoded from a teacher's output
+MEAN = "mean"  # stands for all teachers together in the name of an output
+TORCHDISTILL = "torchdistill."
+
+
+@dataclass(frozen=True)
+class TermKind:
+    """A kind of distillation term; everything the engine needs to know of a loss is declared here.
+
+    A loss is called with the student's and the teacher's tensor, then what else is declared: a
+    mask, labels or images. It returns a scalar mean.
+
+    Args:
+        loss: `package.module:attribute`, or the function itself.
+        help: One line for `--list`.
+        unit: What the mean is over. `place`: places of feature maps, those of `mask` or, where the
+            task knows them, the valid ones. `image`: images, or what a teacher sees of one with an
+            object hidden. `box`, `object`: rows of outputs, one for each box or hidden object.
+            Micro-batches and processes are weighted by it.
+        student: The student's output that is compared unless a recipe names another output or
+            layer; None: a recipe must name it.
+        teacher: The teacher's output likewise.
+        mask: Name of the task's mask that the loss takes as its third argument.
+        mask_option: Name of a term's option, a number in 0..1, that goes to that mask.
+        valid: Whether the loss takes `valid`, the places where there is something to compare.
+        place_weights: Name of the task's mask that goes to the loss as `weights`.
+        labels: Whether the loss takes the rows' labels, and counts those that have one.
+        images: Whether the loss takes the rows' images.
+        trained: Who trains the loss's own weights: `student`, together with the student's, or
+            `critic`, in a step of their own. `loss` is then called with the teacher's number of
+            channels and makes a module. None: it has none.
+        softmax: Whether the loss takes a softmax, so that log-probabilities serve as logits.
+        by_class: Whether outputs are compared class by class, so that classes must be the same.
+        own_class: Whether of numbers for every class those of the box's own are compared.
+    """
+
+    loss: str | Callable[..., Any]
+    help: str
+    unit: Unit
+    student: str | None = None
+    teacher: str | None = None
+    mask: str | None = None
+    mask_option: str | None = None
+    valid: bool = False
+    place_weights: str | None = None
+    labels: bool = False
+    images: bool = False
+    trained: Literal["student", "critic"] | None = None
+    softmax: bool = False
+    by_class: bool = True
+    own_class: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what cannot be had together.
+
+        Raises:
+            UserError: An unknown unit, or a mask of places for a mean over something else.
+        """
+        if self.unit not in ("place", "image", "box", "object"):
+            raise UserError(f"unit must be place, image, box or object, got {self.unit!r}")
+        if self.unit != "place" and (self.mask or self.place_weights):
+            raise UserError(f"a loss with a mask is a mean over places, not unit {self.unit!r}")
+
+    @property
+    def maps(self) -> bool:
+        """Whether it compares maps of whole images rather than rows of objects or boxes."""
+        return self.unit in ("place", "image")
+
+    def load(self) -> Callable[..., Any]:
+        """Import the loss."""
+        return load_target(self.loss) if isinstance(self.loss, str) else self.loss
+
+
+TERMS: dict[str, TermKind] = {
+    "context_logits": TermKind(
+        "kd.losses.logits:kl_logits",
+        "KL from the context teacher's posterior to the student's context head",
+        unit="object", student="context", teacher=POSTERIOR, softmax=True,
+    ),
+    "output_kd": TermKind(
+        "kd.losses.logits:kl_logits",
+        "KL from the context teacher's posterior to the student's own output, an ablation",
+        unit="object", student="logits", teacher=POSTERIOR, softmax=True,
+    ),
+    "decoupled": TermKind(
+        "kd.losses.decoupled_kd:decoupled",
+        "decoupled distillation: target class and the others apart",
+        unit="object", student="logits", teacher=POSTERIOR, labels=True, softmax=True,
+    ),
+    "context_features": TermKind(
+        "kd.losses.imitation:imitation",
+        "features of a teacher around each object, imitated",
+        unit="place", mask="ring", by_class=False,
+    ),
+    "imitation": TermKind(
+        "kd.losses.imitation:imitation",
+        "features of a detector near the objects' anchors, imitated; option psi: how near",
+        unit="place", mask="imitation", mask_option="psi", by_class=False,
+    ),
+    "imitation_inside": TermKind(
+        "kd.losses.imitation:imitation",
+        "features of a detector inside the boxes, imitated",
+        unit="place", mask="inside", by_class=False,
+    ),
+    "imitation_whole": TermKind(
+        "kd.losses.imitation:imitation",
+        "features of a detector everywhere, imitated",
+        unit="place", mask="whole", by_class=False,
+    ),
+    "object_logits": TermKind(
+        "kd.losses.logits:kl_logits",
+        "KL between what two detectors say of boxes near the true ones",
+        unit="box", student="object_logits", teacher="object_logits", softmax=True,
+    ),
+    "object_boxes": TermKind(
+        "kd.losses.box_distillation:box_distance",
+        "smooth L1 distance between two detectors' box regressions",
+        unit="box", student="object_deltas", teacher="object_deltas", own_class=True,
+    ),
+    "pixel_wise": TermKind(
+        "kd.losses.logits:pixel_wise",
+        "KL between the class distributions of each pixel",
+        unit="place", student="logits", teacher="logits", valid=True, softmax=True,
+    ),
+    "pixel_wise_weighted": TermKind(
+        "kd.losses.logits:pixel_wise",
+        "pixel_wise, each pixel weighted as in the supervised loss",
+        unit="place", student="logits", teacher="logits", valid=True, softmax=True,
+        place_weights="class_weights",
+    ),
+    "pair_wise": TermKind(
+        "kd.losses.pair_wise:pair_wise",
+        "squared difference of the affinities of all pairs of places",
+        unit="image", valid=True, by_class=False,
+    ),
+    "holistic": TermKind(
+        "kd.losses.holistic:Adversary",
+        "a critic that tells the teacher's score maps from the student's",
+        unit="image", student="logits", teacher="logits", images=True, trained="critic",
+        softmax=True,
+    ),
+    "channel_wise": TermKind(
+        "kd.losses.channel_wise:channel_wise",
+        "KL between the places' distributions within each channel",
+        unit="image", student="logits", teacher="logits", valid=True,
+    ),
+    "hint": TermKind(
+        "kd.losses.hint:hint",
+        "squared distance between features",
+        unit="place", valid=True,
+    ),
+    "saliency": TermKind(
+        "kd.losses.saliency:saliency_maps",
+        "the teacher's saliency map, learned by a second map of the student's",
+        unit="image", student="teacher_saliency", teacher="saliency", valid=True, by_class=False,
+    ),
+}  # fmt: skip
+
+
+def term_kind(section: TermSection) -> TermKind:
+    """The kind of term that a recipe's section names.
+
+    Its `name` is one of `TERMS`; `torchdistill.NAME`, a mid-level loss of torchdistill's; or
+    `package.module:attribute`, a `TermKind` of the user's own or a plain function `(student,
+    teacher, *, options)`, whose `unit` the section then says. torchdistill's losses compare a
+    posterior object by object, anything else image by image, unless the section says otherwise.
+
+    Raises:
+        UserError: An unknown name, or a unit that is missing or given twice.
+    """
+    name, unit = section.name, section.unit
+    if name.startswith(TORCHDISTILL):
+        return _borrowed(section)
+    if is_foreign(name):
+        found = load_target(name, what="distillation term")
+    else:
+        found = look_up(TERMS, name, what="distillation term")
+    if isinstance(found, TermKind):
+        if unit is not None:
+            raise UserError(f"losses: {name}: its unit is {found.unit!r}, leave `unit` out")
+        return found
+    if not callable(found):
+        raise UserError(f"losses: {name}: neither a function nor a TermKind")
+    if unit is None:
+        raise UserError(
+            f"losses: {name}: say what its mean is over, `unit: place`, image, box or object; or "
+            "name a kd.distillation.registry.TermKind, which declares it"
+        )
+    return TermKind(found, "a loss of the user's own", unit=unit)
+
+
+def _borrowed(section: TermSection) -> TermKind:
+    from kd.interop.torchdistill import Borrow  # imports torchdistill, which nothing else does
+
+    loss = Borrow(section.name.removeprefix(TORCHDISTILL))
+    check_options(loss, section.options, what=f"losses: {section.name}")
+    learns = loss.has_weights(**section.options)
+    of_objects = (section.teacher or "").rpartition(".")[2] == POSTERIOR
+    return TermKind(
+        loss.module if learns else loss,
+        "a loss of torchdistill's",
+        unit=section.unit or ("object" if of_objects else "image"),
+        trained="student" if learns else None,
+    )

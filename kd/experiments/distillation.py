@@ -1,0 +1,240 @@
+"""A distillation: the variants of one student, trained alike but for what is compared.
+
+All variants of a seed share initial weights, data order, pixels, labels and steps. A head that only
+some variants have is drawn last, so that all others start from the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kd.config.recipes import DistillRecipe, Train
+from kd.data.loader import Samples, collate, to_device
+from kd.distillation.hooks import FeatureTaps
+from kd.distillation.student import adapt_student
+from kd.distillation.terms import (
+    Term,
+    build_term,
+    check_weights,
+    outputs_by_teacher,
+    tapped_layers,
+)
+from kd.distillation.variants import Variant, variants_of
+from kd.engine.loop import forward_losses
+from kd.engine.optim import make_optimizer
+from kd.engine.state import Objective
+from kd.errors import UserError
+from kd.experiments.teachers import RecipeTeachers, find_teachers, open_teachers
+from kd.experiments.validate import check_terms
+from kd.problems.base import Dataset, Mean, Sampling, Task
+from kd.runs.build import check_kind, make_loader
+from kd.runs.setup import open_run
+from kd.runs.train import Session, run_training
+
+
+def train_section(train: Train, variant: Variant) -> Train:
+    """The training settings of a variant: without a context head those of that head fall away."""
+    if variant.context_head:
+        return train
+    optimizer = train.optimizer
+    scales = {
+        name: {k: v for k, v in getattr(optimizer, name).items() if not k.startswith("context")}
+        for name in ("lr_scale", "decay_scale")
+    }
+    return train.model_copy(update={"optimizer": optimizer.model_copy(update=scales)})
+
+
+@dataclass
+class Distillation:
+    """What the variants of a recipe share; teachers are opened once, before any variant trains.
+
+    Attributes:
+        variants: Those of the recipe by name.
+        terms: The terms of all of them.
+        task: The students' task.
+        sources: The teachers; None where none is needed.
+
+    Raises:
+        UserError: Whatever can be found wrong before the first step, quick checks first.
+    """
+
+    recipe: DistillRecipe
+    data: Dataset
+    accelerator: Accelerator
+    out: Path
+    label: str = ""  # of a student and its variant in progress lines; empty: their names
+    labelled_alone: bool = False  # leave out unlabelled images: no term reads them
+    data_typed: str | None = None  # the argument of --data, for messages
+
+    def __post_init__(self) -> None:
+        """Check the recipe, find the teachers, build the task and open the teachers."""
+        recipe, data = self.recipe, self.data
+        check_kind(recipe.task.name, recipe.data)
+        every = variants_of(recipe)
+        self.variants = {name: every[name] for name in recipe.variants}
+        wanted = [section for one in self.variants.values() for section in one.terms + one.watched]
+        own = [section for section in recipe.all_losses if section in wanted]
+        others = [section for section in wanted if section not in own]
+        self.terms = [build_term(section) for section in own + others]
+        self.sources: RecipeTeachers | None = None
+        check_terms(recipe, self.variants.values(), self.terms, data)
+        taught = any(variant.terms for variant in self.variants.values())
+        paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
+        self.task = self._task()
+        if taught:
+            if layers := tapped_layers(self.terms, self.task):  # before a teacher works for hours
+                student = self.student(self._any_variant, None)
+                FeatureTaps(student, layers, called="student").remove()
+            self.sources = open_teachers(
+                recipe, self.terms, self.task, data, self.accelerator, paths
+            )
+
+    @property
+    def _any_variant(self) -> Variant:
+        """One with every head that any of the variants has."""
+        return Variant("any", tuple(term.section for term in self.terms))
+
+    def _task(self) -> Task:
+        section, data = self.recipe.task, self.data
+        problem = data.problem
+        model = self.student(self._any_variant, None) if problem.task_needs_student else None
+        fractions = problem.class_fractions(section, data)
+        return problem.task(
+            section, data.section, data.num_classes, model=model, fractions=fractions
+        )
+
+    def check(self) -> None:
+        """Build every variant and compute its losses on two images, before any of them trains.
+
+        Raises:
+            UserError: A layer, an output or a weight that does not fit, shapes that differ.
+        """
+        seed = self.recipe.seeds[0]
+        for name, variant in self.variants.items():
+            samples = self.samples(name, seed)
+            model, objective = self.assemble(name, seed, samples)
+            losses = _first_losses(model, self.first_batch(samples), objective)
+            check_weights(losses, objective.weights_at(0.0))
+            settings = train_section(self.recipe.train, variant).optimizer.model_dump()
+            make_optimizer(model, **settings)
+
+    def run(self, variant: str, seed: int) -> None:
+        """Train one variant of one seed, unless its folder has it already."""
+        recipe, accelerator = self.recipe, self.accelerator
+        config = {**recipe.model_dump(mode="json"), "variant": variant, "seed": seed}
+        folder = open_run(accelerator, self.out / f"seed{seed}" / variant, config, resume=True)
+        if folder.finished:
+            return
+        samples = self.samples(variant, seed)
+        loader = make_loader(
+            samples,
+            accelerator,
+            batch_size=recipe.train.batch_size // recipe.train.accumulate,
+            workers=recipe.data.workers,
+            seed=seed,
+            train=True,
+        )
+        model, objective = self.assemble(variant, seed, samples)
+        label = f"{self.label or f'{recipe.student.name} {variant}'} seed {seed}"
+        train = train_section(recipe.train, self.variants[variant])
+        teacher = None if self.sources is None else self.sources.teacher
+        session = Session(folder, accelerator, self.data, train, seed, label, teacher)
+        run_training(session, model, objective, loader)
+
+    def assemble(self, variant: str, seed: int, samples: Samples) -> tuple[nn.Module, Objective]:
+        """A variant's student at its seed's initial weights, and what it learns.
+
+        Args:
+            variant: Its name.
+            seed: Of the weights; those of adapters are drawn after the student's.
+            samples: Of `samples`.
+
+        Returns:
+            An `AdaptedStudent` and its objective.
+        """
+        one, terms, source = self.variants[variant], self._terms(variant), None
+        if self.sources is not None and terms:
+            source = self.sources.targets(
+                self._outputs(variant), shuffled=seed if one.shuffled else None
+            )
+        task = self.task.for_terms(terms)
+        set_seed(seed)
+        student = self.student(one, self.data.labelled(seed)).to(self.accelerator.device)
+        batch = self.first_batch(samples)
+        model, terms = adapt_student(student, terms, self.recipe.adapters, source, task, batch)
+        weights = self.recipe.task.weights
+        objective = Objective(task, weights, terms, source, watched=not one.terms)
+        return model.to(self.accelerator.device), objective
+
+    def student(self, variant: Variant, labelled: NDArray[np.int64] | None) -> nn.Module:
+        """A variant's student at initial weights, told which labels it may use."""
+        return self.data.problem.build_student(
+            self.recipe.student,
+            self.data,
+            labelled=labelled,
+            context=variant.context_head,
+            outputs=variant.outputs,
+        )
+
+    def first_batch(self, samples: Samples) -> dict[str, Tensor]:
+        """A batch of two, or of a process's own, that shapes and mistakes are found on."""
+        train = self.recipe.train
+        own = train.batch_size // train.accumulate // self.accelerator.num_processes
+        batch = collate([samples[0, place] for place in range(min(2, max(1, own), len(samples)))])
+        return to_device(batch, self.accelerator.device, channels_last=False)
+
+    def samples(self, variant: str, seed: int) -> Samples:
+        """The same samples for every variant, with the cached maps that its terms read."""
+        recipe, data = self.recipe, self.data
+        labelled = data.labelled(seed)
+        sampling = Sampling(
+            seed=seed,
+            epochs=recipe.train.epochs,
+            images=labelled if self.labelled_alone else None,
+            labelled=labelled,
+            hide="all" if all(map(recipe.keeps, recipe.teachers)) else "one",
+            cached=[] if self.sources is None else self.sources.fields(self._outputs(variant)),
+        )
+        return data.problem.training(data, sampling, self.task)
+
+    def _terms(self, variant: str) -> list[Term]:
+        """A variant's terms, and those that it shows without learning from them."""
+        one = self.variants[variant]
+        if one.terms:
+            return [term for term in self.terms if term.section in one.terms]
+        if self.sources is None or not self.sources.stored:
+            return []
+        # Maps would go through adapters that nobody trains.
+        return [t for t in self.terms if t.section in one.watched and not t.kind.maps]
+
+    def _outputs(self, variant: str) -> dict[str, list[str]]:
+        return outputs_by_teacher(self._terms(variant), self.recipe.more_teachers)
+
+
+def _first_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], objective: Objective
+) -> dict[str, Mean]:
+    """Losses in training mode, where some models give more outputs; batch statistics change.
+
+    Raises:
+        UserError: Too few images for a batch norm after global pooling.
+    """
+    try:
+        with torch.no_grad():
+            return forward_losses(model.train(), batch, objective)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "train.batch_size: batch norm needs at least 2 images per process and micro-batch, got "
+            f"{len(batch['images'])}"
+        ) from error
