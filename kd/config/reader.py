@@ -156,7 +156,7 @@ def merge_recipe(path: Path, *, data: str | None = None, settings: Iterable[str]
         raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
-    whole = bool(own.keys() & {"layout", "made_from"}) or isinstance(own.get("train"), Mapping)
+    whole = bool(own.keys() & {"layout"}) or isinstance(own.get("train"), Mapping)
     name = str(own.get("name", "unnamed" if whole else "scenes"))
     merged = Merged()
     merged.merge(*_of_task(content))

@@ -1,105 +1,153 @@
-"""Where a data set lies: its folder found, its two splits read and checked."""
+"""Find a dataset's folder; read and check its two splits."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from kd.config.datasets import Split
+from kd.config.datasets import Generate, Split
 from kd.data.scenes import categories, generate_scenes
 from kd.errors import UserError
+from kd.formats import LAYOUTS
 from kd.formats.coco import CocoIndex, check_images_decode, load_coco
-from kd.formats.to_coco import LAYOUTS, made_split
-from kd.problems.objects.schema import ObjectsSection
-from kd.problems.saliency.schema import SaliencySection
-from kd.problems.segmentation.schema import SegmentationSection
+from kd.formats.to_coco import made_split
+from kd.registry import is_foreign, resolve
 
-# Where data sets made here, and the small real one, are looked for below the working folder.
+# Where generated datasets and the small real one are looked for, below the working directory.
 DATASETS = Path("datasets")
 # Images of a split that are all decoded before training starts: two seconds for so many.
 DECODED_FIRST = 2000
 
 
-def open_annotated(
-    section: ObjectsSection | SegmentationSection | SaliencySection, *, images: bool = True
-) -> tuple[CocoIndex, CocoIndex]:
-    """Both splits of a data set of annotated objects, checked.
+class AnnotatedSection(Protocol):
+    """A data section whose splits are COCO JSONs, or names in another layout."""
 
-    The scenes are made where they are not there, COCO JSONs where the layout is another.
+    @property
+    def name(self) -> str:
+        """The dataset's."""
+        ...
+
+    @property
+    def root(self) -> str | None:
+        """Its folder."""
+        ...
+
+    @property
+    def generate(self) -> Generate | None:
+        """Of the embedded scenes: what is rendered."""
+        ...
+
+    @property
+    def train(self) -> str | Split:
+        """The train split."""
+        ...
+
+    @property
+    def val(self) -> str | Split:
+        """The val split."""
+        ...
+
+
+def open_annotated(
+    section: AnnotatedSection,
+    *,
+    layout: str = "coco",
+    classes: Sequence[str] | None = None,
+    images: bool = True,
+) -> tuple[CocoIndex, CocoIndex]:
+    """Open both splits of a dataset of annotated objects and check them.
+
+    The embedded scenes are rendered if they are missing; COCO JSONs are written for other layouts.
 
     Args:
-        section: Of objects, or of label maps or gaze that follow from annotations.
+        section: Where the dataset lies.
+        layout: "coco", one of `kd.formats.LAYOUTS` or `package.module:attribute`.
+        classes: The user's own class names, for layouts that allow them.
         images: Whether images are needed.
 
     Raises:
-        UserError: What `load_coco`, `generate_scenes` and `made_split` raise, or no root.
+        UserError: The dataset is not found, or a file of it is missing or damaged.
     """
     if section.generate is not None:
         made = section.generate
         generate_scenes(
-            root_of(section, holds=_known_by(section)), train=made.train, val=made.val,
+            root_of(section, holds=_known_by(section, layout)), train=made.train, val=made.val,
             size=made.size, seed=made.seed, workers=os.cpu_count() or 1, progress=True,
         )  # fmt: skip
-    first = load_coco(*split_paths(section, section.train), check_images=images)
-    second = load_coco(
-        *split_paths(section, section.val), check_images=images, categories_from=first
+    train, val = (
+        split_paths(section, split, layout=layout, classes=classes)
+        for split in (section.train, section.val)
     )
-    if section.generate is None and images:  # what was made here is whole
+    first = load_coco(*train, check_images=images)
+    second = load_coco(*val, check_images=images, categories_from=first)
+    if section.generate is None and images:  # generated files are intact
         for index in (first, second):
             _check_decode(index)
     return first, second
 
 
 def split_paths(
-    section: ObjectsSection | SegmentationSection | SaliencySection, split: str | Split
+    section: AnnotatedSection,
+    split: str | Split,
+    *,
+    layout: str = "coco",
+    classes: Sequence[str] | None = None,
 ) -> tuple[Path, Path]:
-    """A split's COCO JSON, made if its layout is another, and the folder of its images.
+    """A split's COCO JSON, written if its layout is another, and the folder of its images.
 
     Raises:
-        UserError: The data set is not there, or what `made_split` raises.
+        UserError: The dataset is not found, or what `made_split` raises.
     """
-    root = root_of(section, holds=_known_by(section))
+    root = root_of(section, holds=_known_by(section, layout))
     if isinstance(split, Split):
         return root / split.annotations, root / split.images
-    classes = section.classes if isinstance(section, ObjectsSection) else None
-    return made_split(_layout_of(section), root, split, classes)
+    return made_split(layout, root, split, classes)
 
 
-def train_annotations(section: ObjectsSection) -> Path | None:
-    """The JSON of the train split; None where it is not, or no longer, there."""
+def train_annotations(
+    section: AnnotatedSection, *, layout: str = "coco", classes: Sequence[str] | None = None
+) -> Path | None:
+    """The JSON of the train split; None where it is missing."""
     try:
-        path = split_paths(section, section.train)[0]
+        path = split_paths(section, section.train, layout=layout, classes=classes)[0]
     except UserError:
         return None
     return path if path.is_file() else None
 
 
-def _known_by(section: ObjectsSection | SegmentationSection | SaliencySection) -> str:
-    """A path below its root that a data set has."""
-    if isinstance(section.train, Split):
-        return section.train.annotations
-    return LAYOUTS[_layout_of(section)].holds(section.train)
-
-
-def _layout_of(section: ObjectsSection | SegmentationSection | SaliencySection) -> str:
-    """Of boxes that are no COCO JSON; the schema sees to it that only such splits are names."""
-    assert isinstance(section, ObjectsSection) and section.made_from is not None
-    return section.made_from
-
-
-def class_names(section: ObjectsSection) -> tuple[str, ...]:
-    """The class names of a data set, without its images.
+def class_names(
+    section: AnnotatedSection, *, layout: str = "coco", classes: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The class names of a dataset, read without its images.
 
     Raises:
-        UserError: It is not there.
+        UserError: The dataset is not found.
     """
     if section.generate is not None:
         return tuple(entry["name"] for entry in categories())
-    return load_coco(*split_paths(section, section.train), check_images=False).class_names
+    paths = split_paths(section, section.train, layout=layout, classes=classes)
+    return load_coco(*paths, check_images=False).class_names
+
+
+def _known_by(section: AnnotatedSection, layout: str) -> str:
+    """A path in its folder by which a dataset is recognised."""
+    if isinstance(section.train, Split):
+        return section.train.annotations
+    return layout_holds(layout, section.train)
+
+
+def layout_holds(layout: str, split: str) -> str:
+    """A path that a folder in some layout has; empty for a layout of the user's own."""
+    if is_foreign(layout):
+        return ""
+    holds = resolve(LAYOUTS, layout, what="layout").holds
+    return str(holds(split) if callable(holds) else holds)
 
 
 def _check_decode(index: CocoIndex) -> None:
-    """Decode every image of a small data set now, rather than stop in the middle of training."""
+    """Decode every image of a small dataset now, rather than fail in the middle of training."""
     if len(index) > DECODED_FIRST:
         return
     if broken := check_images_decode(index):
@@ -107,12 +155,12 @@ def _check_decode(index: CocoIndex) -> None:
         raise UserError("\n".join(broken[:5]) + more)
 
 
-def root_of(section: ObjectsSection | SegmentationSection | SaliencySection, *, holds: str) -> Path:
-    """The folder of a data set: the one that is named, or one that has something in it.
+def root_of(section: AnnotatedSection, *, holds: str) -> Path:
+    """The folder of a dataset: the one that is named, or one in the usual places.
 
     Args:
-        section: The data set.
-        holds: A path in the folder by which it is known.
+        section: The dataset's.
+        holds: A path in the folder by which it is recognised.
 
     Raises:
         UserError: None is named, and there is none in the usual places.
@@ -128,6 +176,6 @@ def root_of(section: ObjectsSection | SegmentationSection | SaliencySection, *, 
         if (folder / section.name / holds).exists():
             return folder / section.name
     raise UserError(
-        f"data set {section.name}: not found in {', '.join(map(str, tried))}; name its folder with "
+        f"dataset {section.name}: not found in {', '.join(map(str, tried))}; name its folder with "
         "--set data.root=DIR"
     )

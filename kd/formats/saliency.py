@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd.errors import UserError
+from kd.formats import LAYOUTS
 from kd.formats.fixations import (
     FixationReader,
     GazeSplit,
@@ -26,7 +27,7 @@ from kd.formats.fixations import (
     read_table,
 )
 from kd.formats.splits import drawn_split
-from kd.registry import look_up
+from kd.registry import resolve
 
 SPLITS = ("train", "val")
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -76,7 +77,7 @@ def open_gaze(layout: str, root: Path, split: str, wanted: Wanted) -> GazeSplit:
     Raises:
         UserError: An unknown layout, no such split, no image in it, files that are missing.
     """
-    made = look_up(LAYOUTS, layout, what="layout of fixations")
+    made: Layout = resolve(LAYOUTS, layout, what="layout")
     if not (root / made.holds).exists():
         raise UserError(
             f"{root}: no {made.holds} in it, so it is not the folder of {layout}; name that with "
@@ -127,12 +128,10 @@ def _folders(root: Path) -> list[str]:
     return [path.name for path in (root / "images").glob("*") if path.is_dir()]
 
 
-LAYOUTS = {
-    "salicon": Layout(_salicon, "fixations", _folders),
-    "mit1003": Layout(_mit1003, "ALLFIXATIONMAPS"),
-    "cat2000": Layout(_cat2000, "trainSet/FIXATIONLOCS"),
-    "osie": Layout(_osie, "fixations.npz"),
-}
+SALICON = Layout(_salicon, "fixations", _folders)
+MIT1003 = Layout(_mit1003, "ALLFIXATIONMAPS")
+CAT2000 = Layout(_cat2000, "trainSet/FIXATIONLOCS")
+OSIE = Layout(_osie, "fixations.npz")
 
 
 def _by_name(folder: Path, before: str) -> dict[str, Path]:

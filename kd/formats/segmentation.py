@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.formats import LAYOUTS
 from kd.formats.class_maps import draw_class_map
 from kd.formats.coco import CocoIndex
-from kd.registry import look_up
+from kd.registry import resolve
 from kd.utils.images import UNREADABLE, VOID
 
 _IDS = ("L", "P", "1")  # Pillow's kinds whose pixels are numbers of up to 8 bits
@@ -99,17 +100,19 @@ def _wrong_kind(path: Path, mode: str) -> str:
     )
 
 
-CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
           "pedestrian", "cyclist")  # fmt: skip
-CITYSCAPES = {
+CITYSCAPES_CLASSES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
     19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
     24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
     33: "bicycle",
 }  # fmt: skip
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-       "train", "tvmonitor")  # fmt: skip
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
+    *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+    *("sheep", "sofa", "train", "tvmonitor"),
+)
 _ADE_FOLDERS = {"train": "training", "val": "validation"}
 _PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -210,7 +213,7 @@ def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
     Raises:
         UserError: An unknown layout, no such split, no image in it, or images without label maps.
     """
-    made = look_up(LAYOUTS, layout, what="layout of label maps")
+    made: Layout = resolve(LAYOUTS, layout, what="layout")
     if not (root / made.holds).is_dir():
         raise UserError(
             f"{root}: no {made.holds} in it, so it is not the folder of {layout}; name that with "
@@ -246,7 +249,7 @@ def _camvid(root: Path, split: str) -> SegmentedSplit:
         wanted = [Path(words[0]).stem for words in lines if words]
         found = _chosen(found, wanted, listing, images)
     pairs = [(name, path, maps / f"{name}.png") for name, path in found.items()]
-    return _split(images, pairs, CAMVID, id_table(len(CAMVID), void=(11, 255)))
+    return _split(images, pairs, CAMVID_CLASSES, id_table(len(CAMVID_CLASSES), void=(11, 255)))
 
 
 def _cityscapes(root: Path, split: str) -> SegmentedSplit:
@@ -257,9 +260,11 @@ def _cityscapes(root: Path, split: str) -> SegmentedSplit:
         name = path.name.removesuffix(end)
         labels = root / "gtFine" / split / path.parent.name / f"{name}_gtFine_labelIds.png"
         pairs.append((name, path, labels))
-    classes = {number: label for label, number in enumerate(CITYSCAPES)}
+    classes = {number: label for label, number in enumerate(CITYSCAPES_CLASSES)}
     others = tuple(number for number in range(34) if number not in classes)
-    return _split(images, pairs, tuple(CITYSCAPES.values()), id_table(classes, void=(*others, 255)))
+    return _split(
+        images, pairs, tuple(CITYSCAPES_CLASSES.values()), id_table(classes, void=(*others, 255))
+    )
 
 
 def _ade20k(root: Path, split: str) -> SegmentedSplit:
@@ -282,7 +287,7 @@ def _voc2012(root: Path, split: str) -> SegmentedSplit:
         (name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
         for name in names
     ]
-    return _split(listing, pairs, VOC, id_table(len(VOC), void=255))
+    return _split(listing, pairs, VOC_CLASSES, id_table(len(VOC_CLASSES), void=255))
 
 
 def _folders(folder: Path) -> list[str]:
@@ -306,12 +311,10 @@ def _voc_splits(root: Path) -> list[str]:
     return [path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")]
 
 
-LAYOUTS = {
-    "camvid": Layout(_camvid, "trainannot", _camvid_splits),
-    "cityscapes": Layout(_cityscapes, "leftImg8bit", _cityscapes_splits),
-    "ade20k": Layout(_ade20k, "annotations/training", _ade_splits),
-    "voc2012": Layout(_voc2012, "ImageSets/Segmentation", _voc_splits),
-}
+CAMVID = Layout(_camvid, "trainannot", _camvid_splits)
+CITYSCAPES = Layout(_cityscapes, "leftImg8bit", _cityscapes_splits)
+ADE20K = Layout(_ade20k, "annotations/training", _ade_splits)
+VOC2012 = Layout(_voc2012, "ImageSets/Segmentation", _voc_splits)
 
 
 def _ade_names(root: Path) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from kd.errors import UserError
+from kd.formats import LAYOUTS
 from kd.formats.box_annotations import Json, instances_file, instances_paths, joined
 from kd.formats.kitti import EVERY, kitti_to_coco
 from kd.formats.voc import CLASSES, voc_to_coco
-from kd.registry import look_up
+from kd.registry import is_foreign, resolve
 from kd.utils.io import cache_path, write_text
 
 log = logging.getLogger(__name__)
 
+_SEPARATORS = re.compile(r"[^\w.+-]+")
 _VERSION = 1  # of what is made: another one makes all JSONs anew
 
 
@@ -73,7 +76,7 @@ def made_split(
     """A split's COCO JSON, made where there is none or its sources have changed, and its images.
 
     Args:
-        layout: `voc` or `kitti`.
+        layout: `voc`, `kitti` or `package.module:attribute`, as `kd.formats` says.
         root: The folder that the dataset was unpacked to: of VOC `VOCdevkit`.
         split: Its name: of VOC with its folder, `VOC2007/trainval`; of several years together
             `VOC2007/trainval+VOC2012/trainval`.
@@ -83,7 +86,11 @@ def made_split(
         UserError: An unknown layout, what the layout's reader finds wrong, or a JSON that cannot
             be written.
     """
-    found = look_up(LAYOUTS, layout, what="layout of boxes").open(root, split, classes)
+    made = resolve(LAYOUTS, layout, what="layout")
+    if is_foreign(layout):
+        content, images = made(root, split)
+        return instances_file(content, root, _SEPARATORS.sub("_", f"{layout}_{split}")), images
+    found = made.open(root, split, classes)
     lock = cache_path("boxed", found.folder, "lock")  # the data's own folder may be read-only
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # without a lock each process does the same work
@@ -219,7 +226,5 @@ def _voc_holds(split: str) -> str:
     return f"{head or '.'}/Annotations"
 
 
-LAYOUTS = {
-    "voc": Layout(_voc_holds, _voc),
-    "kitti": Layout(lambda split: "training/label_2", _kitti),
-}
+VOC = Layout(_voc_holds, _voc)
+KITTI = Layout(lambda split: "training/label_2", _kitti)

@@ -22,10 +22,10 @@ from kd.formats.box_annotations import (
     pictures_in,
     split_names,
 )
-from kd.formats.segmentation import VOC
+from kd.formats.segmentation import VOC_CLASSES
 from kd.registry import suggestion
 
-CLASSES = VOC[1:]  # without the background
+CLASSES = VOC_CLASSES[1:]  # without the background
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _FLAGS = ("difficult", "truncated", "occluded")
 

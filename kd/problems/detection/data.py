@@ -51,7 +51,7 @@ class DetectionDataset:
     def class_info(self) -> Classes:
         """What a metric is told; KITTI's files say how hard each object is to see, too."""
         known = self.objects.class_info(self.prior())
-        if self.section.made_from != "kitti":
+        if self.section.layout != "kitti":
             return known
         return known._replace(kitti=lambda: self._val_kitti)
 

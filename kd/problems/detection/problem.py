@@ -37,7 +37,7 @@ class DetectionProblem(Problem[DetectionDataset]):
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
         """The class names, without the images."""
-        return class_names(section)
+        return class_names(section, layout=section.layout, classes=section.classes)
 
     def training(
         self, data: DetectionDataset, sampling: Sampling, task: Task | None = None

@@ -155,7 +155,10 @@ def open_objects(section: DatasetSection) -> ObjectsDataset:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.
     """
     assert isinstance(section, ObjectsSection)
-    return ObjectsDataset(section, *open_annotated(section, images=section.images))
+    opened = open_annotated(
+        section, layout=section.layout, classes=section.classes, images=section.images
+    )
+    return ObjectsDataset(section, *opened)
 
 
 def of_objects(data: Dataset) -> ObjectsDataset:

@@ -55,11 +55,11 @@ class ObjectsProblem(Problem[ObjectsDataset]):
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
         """The class names, without the images."""
-        return class_names(section)
+        return class_names(section, layout=section.layout, classes=section.classes)
 
     def train_annotations(self, section: ObjectsSection) -> Path | None:
         """The train split's JSON."""
-        return train_annotations(section)
+        return train_annotations(section, layout=section.layout, classes=section.classes)
 
     def training(
         self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kd.config.datasets import (
     AnySplit,
@@ -14,7 +14,9 @@ from kd.config.datasets import (
     Generate,
     Scale,
     Section,
+    check_splits,
 )
+from kd.formats import check_layout
 from kd.problems.spec import ProblemSpec
 from kd.registry import Entry
 
@@ -38,15 +40,18 @@ class Withhold(Section):
 class ObjectsSection(DatasetSection):
     """Annotated objects: where they lie, and how they are hidden or, for detectors, shown."""
 
-    made_from: Literal["voc", "kitti"] | None = Field(
-        None, description="layout of boxes that COCO JSONs are made from once; null: they are there"
+    layout: str = Field(
+        "coco",
+        description="coco, or a layout from which COCO JSONs are written once: voc, kitti or "
+        "package.module:attribute",
+        examples=["coco", "voc", "kitti"],
     )
     classes: tuple[str, ...] | None = Field(
         None,
-        description="with made_from voc: names of one's own classes, in order; null: VOC's 20",
+        description="with layout voc: names of one's own classes, in order; null: VOC's 20",
     )
     train: AnySplit = Field(
-        description="its two paths; with made_from a name: VOC2007/trainval of voc, "
+        description="of coco its two paths; of other layouts a name: VOC2007/trainval of voc, "
         "with + between several; train of kitti"
     )
     val: AnySplit
@@ -80,6 +85,11 @@ class ObjectsSection(DatasetSection):
         None, description="folder with train/ and val/, each made by kd.data.prepare"
     )
 
+    @field_validator("layout")
+    @classmethod
+    def _layout_is_known(cls, name: str) -> str:
+        return check_layout(name, "objects", annotated="coco")
+
     @model_validator(mode="after")
     def _limits_in_order(self) -> ObjectsSection:
         if self.min_share >= self.max_share:
@@ -89,20 +99,12 @@ class ObjectsSection(DatasetSection):
         return self
 
     @model_validator(mode="after")
-    def _splits_fit_their_source(self) -> ObjectsSection:
-        for name in ("train", "val"):
-            named = isinstance(getattr(self, name), str)
-            if named and self.made_from is None:
-                raise ValueError(
-                    f"{name}: expected a mapping with annotations, images; a name goes with "
-                    "made_from, a layout that is no COCO JSON"
-                )
-            if not named and self.made_from is not None:
-                raise ValueError(f"{name}: made_from {self.made_from} takes a split's name")
-        if self.classes is not None and (self.made_from != "voc" or not self.classes):
-            raise ValueError("classes: names, one or more, for made_from voc; others bring theirs")
-        if self.made_from is not None and self.generate is not None:
-            raise ValueError("generate: is for the embedded scenes; made_from is not")
+    def _splits_fit_layout(self) -> ObjectsSection:
+        check_splits(self, self.layout, drawn="coco")
+        if self.classes is not None and (self.layout != "voc" or not self.classes):
+            raise ValueError("classes: names, one or more, for layout voc; others bring theirs")
+        if self.layout != "coco" and self.generate is not None:
+            raise ValueError(f"generate: is for the embedded scenes, not for layout {self.layout}")
         return self
 
 

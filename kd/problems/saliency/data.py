@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.config.datasets import Split as SplitPaths
 from kd.data.images import file_size, in_multiples
-from kd.data.open_files import open_annotated, root_of
+from kd.data.open_files import layout_holds, open_annotated, root_of
 from kd.formats.coco import CocoIndex
 from kd.formats.fixations import UNKNOWN, GazeSplit
-from kd.formats.saliency import LAYOUTS, Wanted, open_gaze
+from kd.formats.saliency import Wanted, open_gaze
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
@@ -31,6 +31,7 @@ from kd.problems.saliency.baselines import (
 )
 from kd.problems.saliency.samples import SaliencySamples, check_gaze
 from kd.problems.saliency.schema import SaliencySection
+from kd.registry import is_foreign, load_target
 from kd.scenes.gaze import SceneGaze
 from kd.storage.fields import CachedField
 from kd.utils.images import scaled_size
@@ -255,12 +256,18 @@ def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
         val_share=section.val_share,
         seed=section.split_seed,
     )
-    root = root_of(section, holds=LAYOUTS[section.layout].holds)
-    assert not isinstance(section.train, SplitPaths) and not isinstance(section.val, SplitPaths)
+    root = root_of(section, holds=layout_holds(section.layout, str(section.train)))
     return (
-        open_gaze(section.layout, root, section.train, wanted),
-        open_gaze(section.layout, root, section.val, wanted),
+        _open_split(section.layout, root, str(section.train), wanted),
+        _open_split(section.layout, root, str(section.val), wanted),
     )
+
+
+def _open_split(layout: str, root: Path, split: str, wanted: Wanted) -> GazeSplit:
+    if not is_foreign(layout):
+        return open_gaze(layout, root, split, wanted)
+    opened: GazeSplit = load_target(layout, what="layout")(root, split, wanted)
+    return opened
 
 
 def _looked_at(section: SaliencySection, index: CocoIndex) -> GazeSplit:

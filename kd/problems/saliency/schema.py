@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kd.config.datasets import (
     AnySplit,
@@ -15,6 +15,7 @@ from kd.config.datasets import (
     Whole,
     check_splits,
 )
+from kd.formats import check_layout
 from kd.problems.spec import ProblemSpec
 from kd.registry import Entry
 
@@ -22,8 +23,10 @@ from kd.registry import Entry
 class SaliencySection(DatasetSection):
     """Pictures with people's fixations, in the layout that they are published in."""
 
-    layout: Literal["osie", "salicon", "mit1003", "cat2000", "synthetic"] = Field(
-        description="synthetic: a gaze model looks at the objects of COCO-format data"
+    layout: str = Field(
+        description="osie, salicon, mit1003, cat2000 or package.module:attribute; synthetic: a "
+        "gaze model looks at the objects of COCO-format data",
+        examples=["osie", "salicon", "mit1003", "cat2000", "synthetic"],
     )
     train: AnySplit = Field("train", description="name of the split; of synthetic: its two paths")
     val: AnySplit = "val"
@@ -46,6 +49,11 @@ class SaliencySection(DatasetSection):
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.crops.Flips; null = none"
     )
+
+    @field_validator("layout")
+    @classmethod
+    def _layout_is_known(cls, name: str) -> str:
+        return check_layout(name, "saliency", annotated="synthetic")
 
     @model_validator(mode="after")
     def _splits_fit_layout(self) -> SaliencySection:

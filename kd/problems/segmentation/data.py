@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.data.open_files import open_annotated, root_of
+from kd.data.open_files import layout_holds, open_annotated, root_of
 from kd.errors import UserError
-from kd.formats.segmentation import LAYOUTS, DrawnSplit, MappedSplit, open_segmented
+from kd.formats.segmentation import DrawnSplit, MappedSplit, open_segmented
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
 from kd.problems.segmentation.samples import SegmentationSamples, check_pairs
 from kd.problems.segmentation.schema import SegmentationSection
+from kd.registry import is_foreign, load_target
 from kd.storage.fields import CachedField
 from kd.utils.images import VOID
 
@@ -126,8 +128,15 @@ def _splits(section: SegmentationSection) -> tuple[MappedSplit, MappedSplit]:
         if train.num_classes >= 255:
             raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
         return DrawnSplit(train), DrawnSplit(val)
-    root = root_of(section, holds=LAYOUTS[section.layout].holds)
+    root = root_of(section, holds=layout_holds(section.layout, str(section.train)))
     return (
-        open_segmented(section.layout, root, str(section.train)),
-        open_segmented(section.layout, root, str(section.val)),
+        _open_split(section.layout, root, str(section.train)),
+        _open_split(section.layout, root, str(section.val)),
     )
+
+
+def _open_split(layout: str, root: Path, split: str) -> MappedSplit:
+    if not is_foreign(layout):
+        return open_segmented(layout, root, split)
+    opened: MappedSplit = load_target(layout, what="layout")(root, split)
+    return opened

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kd.config.datasets import AnySplit, Count, DatasetSection, Generate, check_splits
+from kd.formats import check_layout
 from kd.problems.spec import ProblemSpec
 from kd.registry import Entry
 
@@ -14,8 +15,10 @@ from kd.registry import Entry
 class SegmentationSection(DatasetSection):
     """Pictures with the class of each pixel, in the layout that they are published in."""
 
-    layout: Literal["camvid", "cityscapes", "ade20k", "voc2012", "coco"] = Field(
-        description="coco: maps are drawn from the annotations, smaller objects on top"
+    layout: str = Field(
+        description="camvid, cityscapes, ade20k, voc2012 or package.module:attribute; coco: maps "
+        "are drawn from the annotations, smaller objects on top",
+        examples=["camvid", "cityscapes", "ade20k", "voc2012", "coco"],
     )
     train: AnySplit = Field("train", description="name of the split; of coco: its two paths")
     val: AnySplit = "val"
@@ -27,6 +30,11 @@ class SegmentationSection(DatasetSection):
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.crops.Crops; null = crops alone"
     )
+
+    @field_validator("layout")
+    @classmethod
+    def _layout_is_known(cls, name: str) -> str:
+        return check_layout(name, "segmentation", annotated="coco")
 
     @model_validator(mode="after")
     def _splits_fit_layout(self) -> SegmentationSection:

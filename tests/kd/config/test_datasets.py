@@ -98,8 +98,8 @@ def test_the_page_s_data_set_of_one_s_own_is_taken(
         ("data.size=x", "data.size: input should be a valid integer, got 'x'"),
         ("data.crop=[64]", "data.crop.1: missing key"),
         ("data.crop=64", "data.crop: input should be a valid tuple, got 64"),
-        ("data.layout=camvd", "data.layout: input should be 'camvid', 'cityscapes', 'ade20k', "
-         "'voc2012' or 'coco', got 'camvd'"),
+        ("data.layout=camvd", "data.layout: unknown layout 'camvd'; did you mean 'camvid'? "
+         "The others are ade20k, cityscapes, coco, voc2012, got 'camvd'"),
         ("data.train=3", "data.train: input should be a valid string, got 3"),
         ("data.train=[a, b]", "data.train: input should be a valid string, got ('a', 'b')"),
         ("data.val={annotations: a, images: b}",
@@ -179,21 +179,22 @@ def test_another_split_is_a_change_to_a_data_set_and_not_a_whole_one(tmp_path: P
          "data.scales.1: input should be less than or equal to 10, got 11"),
         ("coco", "data.scales=1", "data.scales: input should be a valid tuple, got 1"),
         ("coco", "data.scale=[1, 2]", "data.scale: unknown key; did you mean 'scales'?"),
-        ("coco", "data.made_from=voc", "data: train: made_from voc takes a split's name"),
-        ("coco", "data.train=train2017", "data: train: expected a mapping with annotations, "
-         "images; a name goes with made_from, a layout that is no COCO JSON"),
-        ("voc", "data.made_from=vic",
-         "data.made_from: input should be 'voc' or 'kitti', got 'vic'"),
+        ("coco", "data.layout=voc", "data: train: layout voc takes a split's name"),
+        ("coco", "data.train=train2017",
+         "data: train: layout coco takes its annotations and images"),
+        ("voc", "data.layout=vic",
+         "data.layout: unknown layout 'vic'; did you mean 'voc'? The others are coco, kitti, "
+         "got 'vic'"),
         ("coco", "data.classes=[fox]",
-         "data: classes: names, one or more, for made_from voc; others bring theirs"),
+         "data: classes: names, one or more, for layout voc; others bring theirs"),
         ("voc", "data.classes=[]",
-         "data: classes: names, one or more, for made_from voc; others bring theirs"),
-        ("voc", "data.made_form=voc", "data.made_form: unknown key; did you mean 'made_from'?"),
+         "data: classes: names, one or more, for layout voc; others bring theirs"),
+        ("voc", "data.layuot=voc", "data.layuot: unknown key; did you mean 'layout'?"),
         ("voc", "data.val={annotations: a, images: b}",
-         "data: val: made_from voc takes a split's name"),
+         "data: val: layout voc takes a split's name"),
         ("kitti", "data.val=3", "data.val: input should be a valid string, got 3"),
         ("kitti", "data.generate={train: 3}",
-         "data: generate: is for the embedded scenes; made_from is not"),
+         "data: generate: is for the embedded scenes, not for layout kitti"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_section_of_boxes_is_told_at_its_place(
@@ -205,9 +206,9 @@ def test_a_mistake_in_a_section_of_boxes_is_told_at_its_place(
 
 def test_boxes_of_other_layouts_are_objects(own: Callable[[str], Path]) -> None:
     voc: Any = data_config("voc")
-    assert (voc.made_from, voc.train, voc.scales) == ("voc", "VOC2007/trainval", (1.0, 1.0))
+    assert (voc.layout, voc.train, voc.scales) == ("voc", "VOC2007/trainval", (1.0, 1.0))
     assert section_from({"data": voc.model_dump(mode="json")}, "run") == voc
-    mine: Any = data_config(str(own("made_from: kitti\ntrain: mine\nval: all\nscales: [1, 2]\n")))
+    mine: Any = data_config(str(own("layout: kitti\ntrain: mine\nval: all\nscales: [1, 2]\n")))
     assert (mine.train, mine.val, mine.scales) == ("mine", "all", (1.0, 2.0))
     other = section_of("data.train=VOC2012/train", data="voc")
     assert isinstance(other, ObjectsSection) and other.train == "VOC2012/train"
@@ -215,12 +216,12 @@ def test_boxes_of_other_layouts_are_objects(own: Callable[[str], Path]) -> None:
 
 def test_a_recipe_may_have_a_whole_section_of_boxes_in_it(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    whole = "data: {made_from: kitti, train: train, val: val}"
+    whole = "data: {layout: kitti, train: train, val: val}"
     text = find_config("distill", "resnet18").read_text()
     assert "data: scenes\n" in text
     path.write_text(text.replace("data: scenes\n", f"{whole}\n"))
     data = load_recipe(DistillRecipe, path).data
-    assert isinstance(data, ObjectsSection) and (data.made_from, data.name) == ("kitti", "unnamed")
+    assert isinstance(data, ObjectsSection) and (data.layout, data.name) == ("kitti", "unnamed")
 
 
 def test_splits_fit_the_layout() -> None:
@@ -305,8 +306,8 @@ def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path])
         ("data.degre=8.0", "data.degre: unknown key; did you mean 'degree'?"),
         ("data.degree=0.0", "data.degree: input should be greater than 0, got 0.0"),
         ("data.size=240", "data.size: input should be a valid tuple, got 240"),
-        ("data.layout=osi", "data.layout: input should be 'osie', 'salicon', 'mit1003', "
-         "'cat2000' or 'synthetic', got 'osi'"),
+        ("data.layout=osi", "data.layout: unknown layout 'osi'; did you mean 'osie'? "
+         "The others are cat2000, mit1003, salicon, synthetic, got 'osi'"),
         ("data.val_share=1.0", "data.val_share: input should be less than 1, got 1.0"),
         ("data.maps=drawn", "data.maps: input should be 'fixations' or 'published', got 'drawn'"),
         ("data.val={annotations: a, images: b}", "data: val: layout osie takes a split's name"),

@@ -84,7 +84,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 
 
 def section(root: Path, layout: str) -> SegmentationSection:
-    return SegmentationSection(name=layout, root=str(root), layout=layout, crop=(8, 8))  # type: ignore[arg-type]
+    return SegmentationSection(name=layout, root=str(root), layout=layout, crop=(8, 8))
 
 
 @every_layout

@@ -12,18 +12,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 
 from kd.data.loader import collate
-from kd.data.open_files import class_names, split_paths, train_annotations
+from kd.data.open_files import split_paths
 from kd.errors import UserError
+from kd.formats import LAYOUTS
 from kd.formats import box_annotations as boxed
 from kd.formats import to_coco as box_layouts
-from kd.formats.to_coco import LAYOUTS, made_split
+from kd.formats.to_coco import made_split
 from kd.formats.voc import voc_to_coco
+from kd.problems.base import Sampling
 from kd.problems.detection.data import DetectionDataset
 from kd.problems.detection.task import Detection
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.problem import PROBLEM
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.saliency.schema import SaliencySection
+from kd.problems.segmentation.schema import SegmentationSection
+from kd.runs.build import open_data
 
 SIZE = (40, 60)
 SPACE = "1.5 1.6 3.9 0.1 1.5 20.0 0.0"
@@ -86,7 +93,7 @@ def section(root: Path, layout: str) -> ObjectsSection:
         "kitti": {"train": "train", "val": "val"},
     }
     return ObjectsSection.model_validate(
-        {"root": str(root), "name": layout, "made_from": layout, "size": 64, **splits[layout]}
+        {"root": str(root), "name": layout, "layout": layout, "size": 64, **splits[layout]}
     )
 
 
@@ -226,7 +233,7 @@ def test_custom_classes_are_set_in_the_section(tmp_path: Path) -> None:
         open_objects(section(root, "voc"))
     mine = section(root, "voc").model_copy(update={"classes": ("owl", "fox")})
     data = DetectionDataset(open_objects(mine))
-    assert data.class_names == ("owl", "fox") == class_names(mine)
+    assert data.class_names == ("owl", "fox") == PROBLEM.class_names(mine)
     assert set(data.objects.train.labels.tolist()) == {1}
     # In another order nothing of what was made holds.
     other = DetectionDataset(open_objects(mine.model_copy(update={"classes": ("fox", "owl")})))
@@ -245,7 +252,7 @@ def test_several_years_of_voc_form_one_split(tmp_path: Path, own: bool) -> None:
             path.write_text("".join(f"2008_{line}\n" for line in lines))
     second.rename(root / "VOC2012")
     both = section(root, "voc").model_copy(update={"train": "VOC2007/trainval+VOC2012/trainval"})
-    path, images = split_paths(both, both.train)
+    path, images = split_paths(both, both.train, layout=both.layout, classes=both.classes)
     assert images == root and path == root / "annotations" / (
         "instances_voc2007_trainval+voc2012_trainval.json"
     )
@@ -263,7 +270,7 @@ def test_several_years_of_voc_form_one_split(tmp_path: Path, own: bool) -> None:
     assert [one["image_id"] for one in content["annotations"]] == ids
     assert [one["id"] for one in content["annotations"]] == [1, 2, 3, 4]
     # Found again, and refused where a part is there twice or not at all.
-    assert train_annotations(both) == path
+    assert PROBLEM.train_annotations(both) == path
     with pytest.raises(UserError, match="has voc2007_test twice"):
         made_split("voc", root, "VOC2007/test+VOC2007/test")
     with pytest.raises(UserError, match="VOC2010: no Annotations in it"):
@@ -279,15 +286,18 @@ def test_the_folder_of_a_year_may_be_the_root(tmp_path: Path) -> None:
 def test_a_section_resolves_to_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_voc(tmp_path / "voc")
     named = section(root, "voc")
-    assert class_names(named)[:2] == ("aeroplane", "bicycle")
-    path, images = split_paths(named, named.train)
-    assert train_annotations(named) == path and images == root / "VOC2007" / "JPEGImages"
+    assert PROBLEM.class_names(named)[:2] == ("aeroplane", "bicycle")
+    path, images = split_paths(named, named.train, layout=named.layout, classes=named.classes)
+    assert PROBLEM.train_annotations(named) == path and images == root / "VOC2007" / "JPEGImages"
     # Without a root it is looked for by what it holds.
     found = named.model_copy(update={"root": None})
     monkeypatch.setenv("KD_DATA", str(tmp_path))
-    assert split_paths(found, found.train) == (path, images)
+    assert split_paths(found, found.train, layout=found.layout, classes=found.classes) == (
+        path,
+        images,
+    )
     lost = named.model_copy(update={"root": str(tmp_path / "elsewhere")})
-    assert train_annotations(lost) is None
+    assert PROBLEM.train_annotations(lost) is None
 
 
 @pytest.mark.parametrize(
@@ -297,7 +307,7 @@ def test_a_section_resolves_to_its_files(tmp_path: Path, monkeypatch: pytest.Mon
         ("voc", "trainval", r"no Annotations in it; .* VOC2007/trainval"),
         ("voc", "VOC2007/val", r"val\.txt: no such split; there are test, trainval"),
         ("kitti", "train", r"label_2: no such folder; data\.root is the folder that KITTI's"),
-        ("coco", "train", "layout of boxes"),
+        ("coco", "train", "unknown layout 'coco'"),
     ],
 )
 def test_missing_files_are_reported_with_a_remedy(
@@ -321,6 +331,66 @@ def test_a_missing_kitti_list_is_reported(tmp_path: Path) -> None:
         made_split("kitti", root, "train")
 
 
-def test_the_schema_offers_the_layouts_that_there_are() -> None:
-    choices = str(ObjectsSection.model_fields["made_from"].annotation)
-    assert all(f"'{name}'" in choices for name in LAYOUTS) and choices.count("'") == 4
+def test_every_layout_is_there_and_its_section_offers_it() -> None:
+    sections: dict[str, type[BaseModel]] = {
+        "objects": ObjectsSection, "segmentation": SegmentationSection, "saliency": SaliencySection
+    }  # fmt: skip
+    for name, layout in LAYOUTS.items():
+        assert callable(layout.load().open)
+        assert name in (sections[layout.problem].model_fields["layout"].examples or ())
+
+
+def boxes_of_mine(root: Path, split: str) -> tuple[dict[str, Any], Path]:
+    """A layout of the user's own: a line for each image, its boxes after its name."""
+    images: list[Any] = []
+    annotations: list[Any] = []
+    for number, line in enumerate((root / f"{split}.txt").read_text().splitlines()):
+        name, *boxes = line.split()
+        with Image.open(root / "photos" / name) as image:
+            size = {"width": image.width, "height": image.height}
+        images.append({"id": number, "file_name": name, **size})
+        for box in boxes:
+            kind, *xywh = (int(part) for part in box.split(","))
+            identity = {"id": len(annotations) + 1, "image_id": number, "category_id": kind}
+            annotations.append({**identity, "bbox": xywh})
+    categories = [{"id": 1, "name": "fox"}, {"id": 2, "name": "owl"}]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    return content, root / "photos"
+
+
+def test_boxes_in_a_layout_of_ones_own_are_opened_by_its_function(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "train.txt").write_text("0.png 1,2,3,20,10 2,5,5,9,9\n1.png 2,0,0,40,30\n")
+    (tmp_path / "val.txt").write_text("2.png 1,4,4,8,8\n")
+    values = {"name": "mine", "root": str(tmp_path), "layout": f"{__name__}:boxes_of_mine",
+              "train": "train", "val": "val", "max_share": 1.0}  # fmt: skip
+    section = ObjectsSection.model_validate(values)
+    data = open_data(section, "classification")
+    assert data.class_names == ("fox", "owl") and data.num_classes == 2
+    sample = data.problem.training(data, Sampling(seed=0))[0, 0]
+    assert sorted(sample["labels"].tolist()) == [0, 1]
+    assert data.problem.class_names(section) == ("fox", "owl")
+    found = open_data(section, "detection").problem.evaluation(open_data(section, "detection"))
+    torch.testing.assert_close(
+        found[0, 0]["boxes"] * (40 / found[0, 0]["sizes"][1]), torch.tensor([[4.0, 4, 12, 12]])
+    )
+    (tmp_path / "val.txt").write_text("2.png 2,4,4,8,8\n")  # read again: it may have changed
+    assert PROBLEM.open(section).val.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": "vco"}, r"unknown layout 'vco'.*voc"),
+        ({"layout": "camvid"}, r"unknown layout 'camvid'.*kitti"),
+        ({"layout": "nowhere:boxes"}, "no module 'nowhere'"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    values = {"name": "mine", "root": str(tmp_path), "train": "train", "val": "val", **changes}
+    with pytest.raises(ValueError, match=message):
+        open_data(ObjectsSection.model_validate(values), "classification")

@@ -215,7 +215,7 @@ def test_maps_of_pictures_are_kept_ahead_of_training(
     command = ["--teacher", str(mapped_teacher), "--data", "scenes_maps", *flags(data)]
     assert cache.main([*command, "--layers", "pyramid", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "logits: 24 pictures" in said and "pyramid: 24 pictures" in said
+    assert "logits: 24 images" in said and "pyramid: 24 pictures" in said
 
 
 def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
@@ -225,7 +225,7 @@ def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
     command = ["--teacher", str(small_teacher), "--data", "scenes_maps", *flags(data)]
     layers = ["--only-layers", "--layers", "features.2", "--in-fold", "--out", str(tmp_path)]
     assert cache.main([*command, *layers]) == 0
-    assert "features.2: 24 pictures" in capsys.readouterr().out
+    assert "features.2: 24 images" in capsys.readouterr().out
 
 
 def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_task_says_which_kind_of_data_it_is_for(maps: list[str], small_scenes:
 
 
 def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher: Path) -> None:
-    with pytest.raises(UserError, match="unknown segmentation student 'resnet18'"):
+    with pytest.raises(UserError, match="student 'resnet18' is for objects, not segmentation"):
         distillation(maps, mapped_teacher, "student={name: resnet18}").check()
 
 
