@@ -47,10 +47,6 @@ MODELS_MAY_IMPORT = {"kd.nn", "kd.errors", "kd.registry", "torch", "torchvision"
 WITHOUT_TORCH = ("config", "registry", "errors")
 HEAVY = ("torch", "torchvision", "accelerate", "torchdistill", "timm")
 
-# Imports that still run upwards; each leaves this list with the change that mends it.
-PENDING = {
-}
-
 
 class Import(NamedTuple):
     """One import: the module that has it, its line, and the full dotted name imported."""
@@ -116,7 +112,7 @@ def mistake_in(found: Import) -> str | None:
     if top not in PACKAGES:
         return f"{where}: packages do not import {top}" if top in ("tests", "benchmarks") else None
     there = room_of(found.name)
-    if (found.importer, found.name) in PENDING or here == there:
+    if here == there:
         return None
     if FLOOR[there] <= FLOOR[here]:
         return f"{where}: up, from {here} to {there}"
@@ -152,10 +148,6 @@ def test_every_import_points_down() -> None:
 def test_every_room_has_a_floor() -> None:
     rooms = {path.name for path in (ROOT / "kd").iterdir() if (path / "__init__.py").is_file()}
     assert rooms - set(FLOOR) == set()
-
-
-def test_no_pending_import_is_mended_already() -> None:
-    assert PENDING - {(found.importer, found.name) for found in all_imports(ROOT)} == set()
 
 
 def test_files_do_not_import_each_other_in_a_circle() -> None:
