@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
     from kd.evaluation.draw import write_overlays
     from kd.experiments.distillation import Distillation
+    from kd.metrics.registry import load_metrics
     from kd.problems.objects.transfer_trunk import resolved
     from kd.report.tables import distill_table, print_table
     from kd.runs.build import make_accelerator, open_data
@@ -49,6 +50,7 @@ def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
     from kd.runs.setup import open_run
 
     recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
+    load_metrics(recipe.metrics)  # before the data are opened
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

@@ -21,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(recipe: TeacherRecipe, args: argparse.Namespace) -> int:
     # Torch takes seconds to import: not before everything is checked that can be without it.
     from kd.experiments.teacher import train_one
+    from kd.metrics.registry import load_metrics
     from kd.runs.build import make_accelerator, open_data
     from kd.runs.load_teacher import default_folder
     from kd.runs.read import results_of
     from kd.runs.setup import open_run
     from kd.runs.train import print_summary
 
+    load_metrics(recipe.metrics)  # before the data are opened
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
     from kd.experiments.distillation import Distillation
     from kd.experiments.transfer import starts
+    from kd.metrics.registry import load_metrics
     from kd.problems.objects.data import open_objects
     from kd.report.tables import print_table
     from kd.report.transfer import transfer_table
@@ -40,6 +41,7 @@ def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
     from kd.runs.load_teacher import RUNS
     from kd.runs.setup import open_run
 
+    load_metrics(recipe.metrics)  # before the data are opened
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)
     name = args.recipe or Path(args.config).stem

@@ -18,7 +18,7 @@ from kd.problems import problem_of_data
 from kd.problems.recipes import data_config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("student", "teacher", "dataset")
+PAGES = ("student", "teacher", "dataset", "metric")
 # A block of code; a line with a file's name before it says where it is written.
 BLOCK = re.compile(
     r"(?:^`(?P<file>[\w.-]+)`:\n\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -126,3 +126,27 @@ def test_a_dataset_opens_with_its_counts_and_is_learned_from(
     assert summary["count"] == 16  # all objects of val, each hidden in turn
     assert (elsewhere / "runs/student/seed0/distilled/evaluation/table.md").is_file()
     assert "distilled - plain" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_metric_shows_with_its_unit_everywhere_and_is_compared_over_images(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow("metric", elsewhere)
+    printed = capsys.readouterr().out
+    one, two = (elsewhere / "runs" / name for name in ("one", "two"))
+    values = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+    for run, summary in zip((one, two), values, strict=True):
+        # The same as the NLL, in bits.
+        assert summary["surprise"] == pytest.approx(summary["nll"] / np.log(2), rel=1e-9)
+        assert scalars(run)["eval/surprise"][-1] == pytest.approx(summary["surprise"])
+    lines = printed.splitlines()
+    shown = [line.split() for line in lines if line.strip().startswith("surprise (bits)")]
+    assert [words[2] for words in shown] == [
+        f"{values[n]['surprise']:.2f}" for n in (0, 1, 0, 0)
+    ]  # two trainings, an evaluation, the comparison
+    assert shown[3][4].startswith(f"{values[1]['surprise'] - values[0]['surprise']:+z.2f}")
+    assert "lower is better: nll, ece, surprise" in lines
+    numbers = json.loads((one / "evaluation/metrics.json").read_text())["runs"]["cnn"]
+    nats, bits = (numbers["intervals"][name] for name in ("nll", "surprise"))
+    assert bits == pytest.approx([bound / np.log(2) for bound in nats])

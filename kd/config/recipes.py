@@ -234,6 +234,9 @@ class Recipe(Section):
 
     data: SerializeAsAny[DatasetSection]
     task: TaskSection
+    metrics: tuple[str, ...] = Field(
+        (), description="metrics of your own, package.module:ATTRIBUTE each"
+    )
 
     def needed(self) -> dict[str, str]:
         """Abilities that the problem must have, by the place that asks for them."""

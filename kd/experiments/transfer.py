@@ -55,6 +55,7 @@ def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[St
                 DistillRecipe(
                     data=recipe.data,
                     task=recipe.task,
+                    metrics=recipe.metrics,
                     student=student.model_copy(update={"options": options}),
                     variants=("no_context",),
                     seeds=recipe.seeds,
