@@ -12,7 +12,7 @@ from kd.data.scenes import categories, generate_scenes
 from kd.errors import UserError
 from kd.formats import LAYOUTS
 from kd.formats.coco import CocoIndex, check_images_decode, load_coco
-from kd.formats.to_coco import made_split
+from kd.formats.to_coco import coco_split
 from kd.registry import is_foreign, resolve
 
 # Where generated datasets and the small real one are looked for, below the working directory.
@@ -98,12 +98,12 @@ def split_paths(
     """A split's COCO JSON, written if its layout is another, and the folder of its images.
 
     Raises:
-        UserError: The dataset is not found, or what `made_split` raises.
+        UserError: The dataset is not found, or what `coco_split` raises.
     """
     root = root_of(section, holds=_known_by(section, layout))
     if isinstance(split, Split):
         return root / split.annotations, root / split.images
-    return made_split(layout, root, split, classes)
+    return coco_split(layout, root, split, classes)
 
 
 def train_annotations(

@@ -114,9 +114,8 @@ def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Rec
     predictions: dict[str, Records] = {}
     for name in SETS:
         index = open_set(folder, name, categories_from=data.train)
-        metric = TopN(
-            data.num_classes, prior=prior, confusable=index.looks, where=f"{folder}/{name}"
-        )
+        confusable, where = index.confusable_groups, f"{folder}/{name}"
+        metric = TopN(data.num_classes, prior=prior, confusable=confusable, where=where)
         samples = replace(data, section=section, val=index).samples("val")
         loader = make_loader(
             samples, accelerator, batch_size=int(config["train"]["batch_size"]),

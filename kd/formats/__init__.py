@@ -1,11 +1,11 @@
 """Readers and writers of dataset files: COCO, VOC, KITTI, label maps, fixations.
 
-`LAYOUTS` lists the layouts that datasets are published in. Nothing here imports torch. A layout of
-one's own is `package.module:attribute`, a function of the dataset's folder and a split's name:
+`LAYOUTS` registers the published layouts, without importing torch. A custom layout is a function
+`package.module:attribute` of the dataset's folder and a split's name:
 
 - of boxes: (root, split) -> the content of a COCO instances JSON and the folder of its images;
-- of label maps: (root, split) -> `kd.formats.segmentation.MappedSplit`;
-- of fixations: (root, split, how) -> `kd.formats.fixations.GazeSplit`.
+- of label maps: (root, split) -> `kd.formats.segmentation.LabelMapSplit`;
+- of fixations: (root, split, options) -> `kd.formats.fixations.GazeSplit`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, Entry] = {
     "cityscapes": _maps("CITYSCAPES", "Cityscapes, 19 classes"),
     "ade20k": _maps("ADE20K", "ADE20K's 150 classes"),
     "voc2012": _maps("VOC2012", "Pascal VOC 2012's label maps, 21 classes"),
-    "salicon": _fixations("SALICON", "SALICON's fixations of mice"),
+    "salicon": _fixations("SALICON", "SALICON, mouse tracking"),
     "mit1003": _fixations("MIT1003", "MIT1003"),
     "cat2000": _fixations("CAT2000", "CAT2000's train set"),
     "osie": _fixations("OSIE", "OSIE"),
@@ -40,18 +40,18 @@ LAYOUTS: dict[str, Entry] = {
 
 
 def check_layout(name: str, problem: str, *, annotated: str) -> str:
-    """Refuse a name that is no layout of a problem's data.
+    """Check that a layout's name fits a problem's data.
 
     Args:
         name: The user's.
-        problem: Of `kd.problems.PROBLEMS`.
-        annotated: What the problem calls data in COCO's format.
+        problem: A name in `kd.problems.PROBLEMS`.
+        annotated: Name of the problem's layout in COCO format.
 
     Returns:
         The name.
 
     Raises:
-        ValueError: It lists the names that there are.
+        ValueError: Unknown; lists the known names.
     """
     known = [annotated, *(one for one, entry in LAYOUTS.items() if entry.problem == problem)]
     if name not in known and not is_foreign(name):

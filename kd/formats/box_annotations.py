@@ -1,9 +1,8 @@
-"""Box annotations of other layouts as COCO JSONs: what the readers of each layout share.
+"""Box annotations of other layouts as COCO JSONs: what their readers share.
 
-A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) makes the content; `instances_file`
-keeps it beside the data, where `kd.formats.coco` and `kd.formats.coco_results` read it like any
-other. What
-a layout wants left out of counting is a crowd there, and its reasons are fields of their own.
+A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) builds the content, `instances_file` stores
+it beside the data for `kd.formats.coco` and `kd.formats.coco_results`. Objects that a benchmark
+ignores are crowds in the JSON, with the reasons in fields of their own.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ from kd.errors import UserError
 from kd.formats.coco_validate import check_layout, is_number, read_json
 from kd.utils.io import cache_path, write_atomic
 
-_SHOWN = 5
+_LISTED = 5
 Json = dict[str, Any]
 Corners = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Marks:
-    """What layouts say of objects beside class and box; in the order of a JSON's annotations.
+class ObjectFlags:
+    """Properties of objects beside class and box, in the order of a JSON's annotations.
 
     Attributes:
         difficult: (K,) bool.
-        truncated: (K,) float64, share outside the image; of VOC 0 or 1.
-        occluded: (K,) int64; of KITTI 0 = all in sight to 2 = hardly, 3 = unknown; of VOC 0 or 1.
-        types: K names as the layout has them, "" where it has no more than classes.
+        truncated: (K,) float64, fraction outside the image; for VOC 0 or 1.
+        occluded: (K,) int64; for KITTI 0 = fully visible to 2 = largely occluded, 3 = unknown; for
+            VOC 0 or 1.
+        types: K class names of the original layout, "" if the same.
     """
 
     difficult: npt.NDArray[np.bool_]
@@ -46,11 +46,11 @@ class Marks:
 
 
 class CocoContent:
-    """Collects images and objects; `done` is the JSON's content.
+    """Builder of a COCO JSON's content.
 
     Args:
-        classes: Names; their ids count from 1.
-        description: What the data are, for the JSON's `info`.
+        classes: Names; ids count from 1.
+        description: For the JSON's `info`.
     """
 
     def __init__(self, classes: Sequence[str], description: str) -> None:
@@ -60,19 +60,19 @@ class CocoContent:
         self._objects: list[Json] = []
 
     def add_image(self, image_id: int, file_name: str, *, height: int, width: int) -> None:
-        """The image that the next objects are on."""
+        """Add an image; further objects belong to it."""
         self._images.append(
             {"id": image_id, "file_name": file_name, "height": height, "width": width}
         )
 
     def add_object(self, name: str, corners: Corners, *, crowd: bool, **fields: object) -> None:
-        """An object of the last image.
+        """Add an object to the last image.
 
         Args:
-            name: Of its class.
+            name: Its class.
             corners: x1, y1, x2, y2, pixels, continuous: 0 to 16 is 16 wide.
-            crowd: Whether what is found there counts neither way.
-            fields: Anything else.
+            crowd: Whether detections there are ignored.
+            fields: Further fields.
         """
         x1, y1, x2, y2 = corners
         self._objects.append(
@@ -88,14 +88,14 @@ class CocoContent:
         )
 
     def done(self, where: Path) -> Json:
-        """The content of the JSON.
+        """Return the content.
 
         Raises:
-            UserError: There is not one object; begins with `where`.
+            UserError: There are no objects; the message begins with `where`.
         """
         if not self._objects:
             count = len(self._images)
-            raise UserError(f"{where}: not one object of a known class on its {count} images")
+            raise UserError(f"{where}: no object of a known class in {count} images")
         categories = [{"id": number, "name": name} for name, number in self._ids.items()]
         return {
             "info": self._info,
@@ -106,26 +106,24 @@ class CocoContent:
 
 
 def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
-    """Several JSONs of the same classes as one.
+    """Concatenate JSONs of the same classes.
 
-    Images keep their ids where no two share one, and count from 1 on where some do; objects count
-    from 1 on.
+    Image ids are kept if unique, otherwise images are numbered from 1; objects are numbered from 1.
 
     Args:
-        contents: Of the JSONs.
-        folders: Where the images of each are, seen from the folder of all: it becomes a part of
-            their file names.
+        contents: Contents of the JSONs.
+        folders: Image folder of each, relative to the common folder; prefixes the file names.
     """
     images = [(n, image) for n, content in enumerate(contents) for image in content["images"]]
-    kept = len({image["id"] for _, image in images}) == len(images)
+    unique = len({image["id"] for _, image in images}) == len(images)
     ids = {
-        (n, image["id"]): image["id"] if kept else place
+        (n, image["id"]): image["id"] if unique else place
         for place, (n, image) in enumerate(images, start=1)
     }
     objects = [(n, one) for n, content in enumerate(contents) for one in content["annotations"]]
-    said = " + ".join(content["info"]["description"] for content in contents)
+    description = " + ".join(content["info"]["description"] for content in contents)
     return {
-        "info": {"description": said},
+        "info": {"description": description},
         "images": [
             {**image, "id": ids[n, image["id"]], "file_name": f"{folders[n]}/{image['file_name']}"}
             for n, image in images
@@ -139,17 +137,17 @@ def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
 
 
 def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
-    """Keep a JSON in `root/annotations`; where that is read-only, in `$KD_CACHE` or `~/.cache/kd`.
+    """Write a JSON to `root/annotations`, or to `$KD_CACHE` (`~/.cache/kd`) if that is read-only.
 
-    One that is there and the same is left alone, so that its index stays up to date.
+    An identical file is left alone, so that its index stays up to date.
 
     Args:
-        content: Of the JSON.
-        root: Of the dataset.
-        name: Of the split: the file is `instances_NAME.json`.
+        content: Content of the JSON.
+        root: Folder of the dataset.
+        name: Name of the split: the file is `instances_NAME.json`.
 
     Raises:
-        UserError: It cannot be written in either place.
+        UserError: It cannot be written to either folder.
     """
     data = json.dumps(content, separators=(",", ":")).encode()
     paths = instances_paths(root, name)
@@ -161,28 +159,28 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
             write_atomic(path, lambda partial: partial.write_bytes(data))
             return path
     raise UserError(
-        f"{paths[0]}: cannot be written, and neither can {paths[1]}; set KD_CACHE to a folder with "
-        "space that can be written"
+        f"{paths[0]}: cannot be written, and neither can {paths[1]}; set KD_CACHE to a "
+        "writable folder with enough space"
     )
 
 
 def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Where `instances_file` keeps a JSON: beside the data, or else in the cache."""
+    """Candidate paths of `instances_file`: beside the data, and in the cache."""
     file = f"instances_{name}.json"
     return root / "annotations" / file, cache_path("boxed", root, file)
 
 
 def _may_write(path: Path) -> bool:
-    """Whether the folder was not made read-only on purpose, which root would not notice."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    return bool(there.stat().st_mode & 0o222)
+    """Whether the folder is not read-only; root could write anyway."""
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    return bool(existing.stat().st_mode & 0o222)
 
 
-def read_marks(path: Path) -> Marks:
-    """The fields of a JSON's annotations; where one lacks, its object is an ordinary one.
+def read_flags(path: Path) -> ObjectFlags:
+    """Read the flags of a JSON's annotations; missing fields mean an ordinary object.
 
     Raises:
-        UserError: What is wrong with the file, or a field that is not finite.
+        UserError: The file is invalid, or a field is not a finite number.
     """
     content, _ = read_json(path)
     check_layout(content, path)
@@ -197,7 +195,7 @@ def read_marks(path: Path) -> Marks:
                 )
         return np.array(values, dtype=np.float64)
 
-    return Marks(
+    return ObjectFlags(
         difficult=field("difficult") > 0,
         truncated=field("truncated"),
         occluded=field("occluded").astype(np.int64),
@@ -206,47 +204,47 @@ def read_marks(path: Path) -> Marks:
 
 
 def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
-    """The lines of a split's file that name an image: number and name of each.
+    """Line numbers and image names of a split's file.
 
     Args:
-        path: The file, one name a line.
-        folder: Where it lies; its other files are named if this one lacks.
+        path: The file, one name per line.
+        folder: Its folder, whose other files are suggested if it is missing.
 
     Raises:
-        UserError: It is missing, not text, empty, or a line that is more than a name or the same
-            as another.
+        UserError: The file is missing, not text or empty, or a line holds more than a name or
+            repeats another.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         others = sorted(one.stem for one in folder.glob("*.txt"))
-        more = ", ..." if len(others) > _SHOWN else ""
-        known = f"; there are {', '.join(others[:_SHOWN])}{more}" if others else ""
+        more = ", ..." if len(others) > _LISTED else ""
+        known = f"; there are {', '.join(others[:_LISTED])}{more}" if others else ""
         raise UserError(f"{path}: no such split{known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    seen: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
         if not words:
             continue
         if len(words) > 1:
             raise UserError(
-                f"{path}:{number}: {line.strip()!r} is more than a name; is it the list of one "
-                "class?"
+                f"{path}:{number}: {line.strip()!r}, expected one image name; is this a list of "
+                "one class?"
             )
-        if words[0] in seen:
-            raise UserError(f"{path}:{number}: {words[0]} is listed on line {seen[words[0]]} too")
-        seen[words[0]] = number
-    if not seen:
-        raise UserError(f"{path}: empty split: it names no image")
-    return [(number, name) for name, number in seen.items()]
+        if words[0] in lines:
+            raise UserError(f"{path}:{number}: {words[0]} is also listed on line {lines[words[0]]}")
+        lines[words[0]] = number
+    if not lines:
+        raise UserError(f"{path}: empty split: no image names")
+    return [(number, name) for name, number in lines.items()]
 
 
 def image_ids(names: Sequence[str]) -> list[int]:
-    """An id for each name: its digits, 2007000027 of 2007_000027; places from 1 on if not enough.
+    """Id of each name: its digits (2007000027 for 2007_000027), else its position from 1.
 
-    Digits are the same in every split; they will do where each name has some and no two agree.
+    Digits are the same in every split; they are used if each name has some and all differ.
     """
     digits = ["".join(letter for letter in name if letter in "0123456789") for name in names]
     if all(digits) and len(set(map(int, digits))) == len(names) and max(map(len, digits)) < 19:
@@ -254,8 +252,8 @@ def image_ids(names: Sequence[str]) -> list[int]:
     return list(range(1, len(names) + 1))
 
 
-def pictures_in(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """Stem to file name of the images of a folder.
+def images_in(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """Map stem to file name of the images in a folder.
 
     Raises:
         UserError: There is no such folder.

@@ -1,8 +1,8 @@
-"""One class id for each pixel of an image: drawn once from the annotations, stored, loaded.
+"""Class-id maps: drawn once from the annotations, stored, and loaded.
 
-0 is background, 1 + c the class c. Where objects overlap the smaller one lies on top. Each object
-is its exact segment where it has one, else its box, drawn at the size of the map, which is never
-interpolated: it moves with its image by nearest neighbours.
+0 is background, 1 + c is class c. Smaller objects are drawn over larger ones. Each object is its
+exact segment if it has one, else its box, drawn at the size of the map, which is only resampled by
+nearest neighbour.
 """
 
 from __future__ import annotations
@@ -29,55 +29,56 @@ from kd.utils.io import cache_path
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same annotations give other maps
+VERSION = 1  # increase when the same annotations give other maps
 SHARD_BYTES = 64 << 20
 
 Map = npt.NDArray[np.uint8 | np.int16]
 
 
 class ClassMaps:
-    """The stored maps of a dataset at one size.
+    """Stored maps of a dataset at one size.
 
-    They are kept beside the dataset's index, and say what they follow from: the annotations'
-    fingerprint, the size, the version of the drawing. Others are drawn anew.
+    They lie beside the dataset's index with the annotations' fingerprint, the size and the version;
+    others are redrawn.
 
     Args:
         index: The dataset.
         size: Long side of the maps, pixels.
-        folder: Where they are kept; beside the index, or in the cache where that is read-only.
+        folder: Folder of the maps; by default beside the index, or in the cache if that is
+            read-only.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder is not writable.
     """
 
     def __init__(self, index: CocoIndex, size: int, *, folder: Path | None = None) -> None:
         self.index, self.size = index, size
-        self.store = Store(folder or _place(index, size))
+        self.store = Store(folder or _folder_of(index, size))
         parent = Path(self.store.url).parent
         parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(parent / ".lock"):  # one process draws, the others find
+        with FileLock(parent / ".lock"):  # one process draws, the others wait
             self._draw()
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the maps follow from."""
+        """What the maps depend on."""
         return {"maps": VERSION, "data": self.index.fingerprint, "size": self.size}
 
     def __call__(self, image: int, plan: Plan, size: tuple[int, int]) -> Tensor:
-        """The map of an image, moved as its image was.
+        """Load the map of an image and apply the plan of its image.
 
         Args:
             image: Position in the index.
-            plan: What was done to the image.
-            size: Height and width of the image before, its long side that of the maps.
+            plan: Augmentation of the image.
+            size: Height and width of the input image, whose long side is that of the maps.
 
         Returns:
-            (size, size) uint8, or int16 where there are many classes; 0 in the padding too.
+            (size, size) uint8, or int16 for 256 or more classes; 0 in the padding.
         """
         ids = self.index.image_ids[image : image + 1].astype(np.int64)
         own = self._own_size(image)
         stored = torch.from_numpy(self.store.read(ids)["values"])[:, : own[0], : own[1]]
-        if own != size:  # a prepared copy's sides are rounded twice
+        if own != size:  # sides of a prepared copy are rounded twice
             stored = F.interpolate(stored[None].float(), size, mode="nearest")[0].to(stored.dtype)
         return pad(plan.masks(stored), self.size)[0]
 
@@ -86,23 +87,23 @@ class ClassMaps:
         return scaled_size(int(index.heights[image]), int(index.widths[image]), self.size)
 
     def _draw(self) -> None:
-        """Draw what lacks; maps of something else, or damaged ones, are drawn anew."""
+        """Draw missing, outdated and corrupt maps."""
         store, index = self.store, self.index
         manifest = store.manifest()
-        each = max(1, SHARD_BYTES // (self.size**2 * _type(index).itemsize))
+        per_shard = max(1, SHARD_BYTES // (self.size**2 * _dtype(index).itemsize))
         if manifest is None or manifest["about"] != self.about:
             if manifest is not None:
-                log.warning("%s: class maps of other annotations; they are drawn anew", store.url)
-            store.create(self.about, -(-len(index) // each))
+                log.warning("%s: class maps of other annotations, redrawing", store.url)
+            store.create(self.about, -(-len(index) // per_shard))
         for name in store.remove_corrupt():
-            log.warning("%s/%s: damaged; it is drawn anew", store.url, name)
-        lacking = store.missing()
-        if lacking:
-            log.info("class maps of %s are drawn once, then kept in %s", index.annotation_file,
+            log.warning("%s/%s: corrupt shard, redrawing", store.url, name)
+        missing = store.missing()
+        if missing:
+            log.info("drawing class maps of %s (once), storing them in %s", index.annotation_file,
                      store.url)  # fmt: skip
-        for number in lacking:
-            images = range(number * each, min((number + 1) * each, len(index)))
-            values = np.zeros((len(images), self.size, self.size), _type(index))
+        for number in missing:
+            images = range(number * per_shard, min((number + 1) * per_shard, len(index)))
+            values = np.zeros((len(images), self.size, self.size), _dtype(index))
             for row, image in zip(values, images, strict=True):
                 drawn = draw_class_map(index, image, self._own_size(image))
                 row[: drawn.shape[0], : drawn.shape[1]] = drawn
@@ -115,14 +116,14 @@ def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd
 
     Args:
         index: The dataset.
-        image: Position in it.
+        image: Position in the index.
         size: Height and width of the map.
-        crowd: The number of crowds' pixels, below all objects; that of background by default.
+        crowd: Value of crowds' pixels, below all objects; background by default.
 
     Returns:
         (height, width), 0 for background, 1 + c for class c.
     """
-    drawn = np.zeros(size, _type(index))
+    drawn = np.zeros(size, _dtype(index))
     if crowd and index.crowds is not None:
         for row in range(int(index.crowds.first[image]), int(index.crowds.first[image + 1])):
             drawn[index.crowds.mask_of(row, size)] = crowd
@@ -132,25 +133,24 @@ def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd
     return drawn
 
 
-def _type(index: CocoIndex) -> np.dtype[Any]:
+def _dtype(index: CocoIndex) -> np.dtype[Any]:
     return np.dtype(np.uint8 if index.num_classes < 256 else np.int16)
 
 
-def _place(index: CocoIndex, size: int) -> Path:
-    """Beside the index, or in the cache where nothing can be written there."""
+def _folder_of(index: CocoIndex, size: int) -> Path:
+    """Beside the index, or in the cache if that is read-only."""
     beside = index.index_folder.with_name(f"{index.annotation_file.stem}.class_maps-{size}")
     for folder in _candidates(beside):
         parent = folder.parent if folder.parent.exists() else folder.parent.parent
         if folder.exists() or (os.access(parent, os.W_OK) and parent.stat().st_mode & 0o222):
             return folder
     raise UserError(
-        f"{beside.parent}: class maps cannot be kept here; set KD_CACHE to a folder that can be "
-        "written"
+        f"{beside.parent}: cannot store class maps here; set KD_CACHE to a writable folder"
     )
 
 
 def _candidates(beside: Path) -> Iterator[Path]:
     yield beside
-    elsewhere = cache_path("class_maps", beside, beside.name)
-    elsewhere.parent.parent.mkdir(parents=True, exist_ok=True)
-    yield elsewhere
+    cached = cache_path("class_maps", beside, beside.name)
+    cached.parent.parent.mkdir(parents=True, exist_ok=True)
+    yield cached

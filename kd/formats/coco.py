@@ -54,7 +54,7 @@ class CocoIndex:
         rle_first: (M + 1,) int64, where each object's run lengths start.
         class_names: C names.
         category_ids: C ids of the JSON, ascending.
-        looks: C groups of look-alike classes, None for a class without one.
+        confusable_groups: C groups of look-alike classes, None for a class without one.
         skipped: Objects left out, by reason: crowd, zero_area, outside_image, tiny (below a pixel).
         notes: What was mended or is remarkable: clipped, bad_ring, bad_run_lengths,
             without_segment, images_without_object.
@@ -85,7 +85,7 @@ class CocoIndex:
     rle_first: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    looks: tuple[str | None, ...]
+    confusable_groups: tuple[str | None, ...]
     skipped: dict[str, int]
     notes: dict[str, int]
     fingerprint: str
@@ -206,7 +206,7 @@ def _open(folder: Path, annotation_file: Path, image_folder: Path) -> CocoIndex:
         **objects,
         class_names=tuple(entry["name"] for entry in categories),
         category_ids=tuple(entry["id"] for entry in categories),
-        looks=tuple(entry["look"] for entry in categories),
+        confusable_groups=tuple(entry["look"] for entry in categories),
         skipped=meta["skipped"],
         notes=meta["notes"],
         fingerprint=f"{meta['sha256'][:32]}-v{meta['reader_version']}",

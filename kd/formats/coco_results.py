@@ -35,7 +35,7 @@ class Truth:
         sizes: (I, 2) int64, height and width in pixels.
         category_ids: (C,) int64, ascending.
         class_names: C names.
-        looks: C groups of look-alike classes, None for a class without one.
+        confusable_groups: C groups of look-alike classes, None for a class without one.
         boxes: All objects.
     """
 
@@ -45,7 +45,7 @@ class Truth:
     sizes: npt.NDArray[np.int64]
     category_ids: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
-    looks: tuple[str | None, ...]
+    confusable_groups: tuple[str | None, ...]
     boxes: Boxes
 
 
@@ -96,7 +96,7 @@ def read_truth(path: Path) -> Truth:
         sizes=np.array([[entry["height"], entry["width"]] for entry in images], dtype=np.int64),
         category_ids=category_ids,
         class_names=tuple(str(entry["name"]) for entry in categories),
-        looks=tuple(entry.get("look") for entry in categories),
+        confusable_groups=tuple(entry.get("look") for entry in categories),
         boxes=Boxes(
             image=boxes.image,
             label=boxes.label,

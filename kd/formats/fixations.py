@@ -1,4 +1,4 @@
-"""Where people looked: fixations of an image, checked, and the density map drawn from them."""
+"""Fixations of images, their readers, and the density maps drawn from them."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from torchvision.transforms.v2 import functional as F
 from kd.errors import UserError
 from kd.utils.images import UNREADABLE
 
-UNKNOWN = -1  # an observer whom the dataset does not tell apart from others
-INSIDE = 0.5  # share of an image's fixations that lie on it; with fewer, sizes disagree
+UNKNOWN = -1  # observer not identified by the dataset
+INSIDE = 0.5  # least fraction of fixations inside the image; otherwise sizes disagree
 
 
 class Fixations(NamedTuple):
-    """Of one image.
+    """Fixations on one image.
 
     `points` (F, 2) float64: x and y in pixels from the upper left corner of the file, so that
-    column c covers c..c+1. `observers` (F,) int64, who looked; `UNKNOWN` where nobody knows.
+    column c covers c..c+1. `observers` (F,) int64; `UNKNOWN` if not identified.
     """
 
     points: NDArray[np.float64]
     observers: NDArray[np.int64]
 
     def of(self, chosen: NDArray[np.bool_]) -> Fixations:
-        """Some of them."""
+        """Select some fixations."""
         return Fixations(self.points[chosen], self.observers[chosen])
 
 
 class FixationReader(Protocol):
-    """Fixations of a dataset's images, as its files have them."""
+    """Reads the fixations of a dataset's images."""
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Of the image at a place in the split, of a height and width; perhaps outside of it.
+        """Fixations on the image at a position in the split, perhaps outside of it.
 
         Raises:
-            UserError: A file is missing, broken, or of another size than the image.
+            UserError: A file is missing, corrupt, or of another size than the image.
         """
         ...
 
 
 @dataclass(frozen=True)
 class GazeSplit:
-    """One split: images and who looked where.
+    """A split of images with fixations.
 
     Attributes:
-        where: What messages begin with.
-        names: Of the images, without ending.
-        images: Files.
-        read: Their fixations.
-        degree: Pixels of the files that a degree of visual angle has, the standard deviation of
-            the Gaussian around each fixation.
-        maps: Published density maps, in the same order; without any they are drawn.
+        where: Start of messages.
+        names: Names of the images, without suffix.
+        images: Image files.
+        read: Reads their fixations.
+        degree: Pixels of the files per degree of visual angle, the standard deviation of the
+            Gaussian around each fixation.
+        maps: Published density maps, in the same order; if empty, densities are drawn.
     """
 
     where: str
@@ -73,20 +73,19 @@ class GazeSplit:
     maps: tuple[Path, ...] = ()
 
     def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Those on the image: blinks and looks beside it, which lie outside, are left out.
+        """Fixations inside the image; others (blinks, glances beside it) are dropped.
 
         Args:
-            number: Place in the split.
+            number: Position in the split.
             size: Height and width of the file.
 
         Raises:
-            UserError: There is none, more than half are outside, or what the reader raises.
+            UserError: There are none, more than half are outside, or the reader fails.
         """
         found, path = self.read(number, size), self.images[number]
         if not len(found.points):
             raise UserError(
-                f"{path}: nobody's fixation is known for this stimulus ({self.where}); take it out "
-                "of the dataset"
+                f"{path}: no fixations on this image ({self.where}); remove it from the dataset"
             )
         x, y = found.points.T
         inside = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
@@ -99,77 +98,77 @@ class GazeSplit:
         return found.of(inside)
 
     def density(self, number: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """Where people look, on a grid over the image: (1, *grid) float32, its sum is 1.
+        """Fixation density on a grid over the image: (1, *grid) float32, sum 1.
 
         Args:
-            number: Place in the split.
+            number: Position in the split.
             size: Height and width of the file.
-            grid: Of the result.
+            grid: Height and width of the result.
 
         Raises:
-            UserError: As `fixations` and `drawn_density`, or the published map is missing, broken,
-                of another size or all zeros.
+            UserError: As `fixations` and `gaussian_density`, or the published map is missing,
+                corrupt, of another size or all zeros.
         """
         if not self.maps:
-            return drawn_density(self.fixations(number, size).points, size, grid, self.degree)
+            return gaussian_density(self.fixations(number, size).points, size, grid, self.degree)
         published = read_density(self.maps[number], expected=size)
         return normalised(F.resize(published, list(grid), antialias=True).clamp(min=0))
 
 
-def drawn_density(
+def gaussian_density(
     points: NDArray[np.float64], size: tuple[int, int], grid: tuple[int, int], degree: float
 ) -> Tensor:
-    """A Gaussian around each fixation, added up, of what lies on the image.
+    """Sum of Gaussians around the fixations, normalised over the image.
 
-    Gaussians are separable: the map is one product of two narrow matrices, exact on any grid.
+    Gaussians are separable: the map is a product of two narrow matrices, exact on any grid.
 
     Args:
         points: Fixations, (F, 2) x, y in pixels of the file.
         size: Height and width of the file.
-        grid: Of the result.
+        grid: Height and width of the result.
         degree: Standard deviation, pixels of the file.
 
     Returns:
-        (1, *grid) float32, its sum is 1.
+        (1, *grid) float32, sum 1.
 
     Raises:
-        UserError: The Gaussians are so narrow that they lie between the grid's places.
+        UserError: The Gaussians are so narrow that they fall between places of the grid.
     """
     sides = []
     for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):
-        middles = (torch.arange(places, dtype=torch.float64) + 0.5) * (pixels / places)
-        away = middles - torch.from_numpy(points[:, 1 - axis, None].astype(np.float64))
+        centres = (torch.arange(places, dtype=torch.float64) + 0.5) * (pixels / places)
+        away = centres - torch.from_numpy(points[:, 1 - axis, None].astype(np.float64))
         sides.append((-0.5 * (away / degree).square()).exp().float())  # (F, places)
     rows, columns = sides
     density = (rows.T @ columns)[None]
     if not density.any():
         raise UserError(
-            f"a degree of {degree:g} pixels is too narrow to be seen on a grid of "
-            f"{grid[1]} x {grid[0]} over {size[1]} x {size[0]} pixels; correct data.degree, or "
-            "take a larger data.size"
+            f"a degree of {degree:g} pixels is too small for a grid of "
+            f"{grid[1]} x {grid[0]} over {size[1]} x {size[0]} pixels; correct data.degree or "
+            "increase data.size"
         )
     return normalised(density)
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """Maps (..., h, w), none below 0 and none all zeros, each with a sum of 1."""
-    whole = maps.double().sum(dim=(-2, -1), keepdim=True)
-    return (maps / whole).float()
+    """Maps (..., h, w), not negative and not all zeros, divided by their sums."""
+    total = maps.double().sum(dim=(-2, -1), keepdim=True)
+    return (maps / total).float()
 
 
 def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
-    """Decode a published density map, grey, of 8 bits or more: (1, H, W) float32, not normalised.
+    """Decode a published grey density map of 8 bits or more: (1, H, W) float32, not normalised.
 
     Args:
         path: An image file.
         expected: Height and width of its image.
 
     Raises:
-        UserError: It is missing, broken, of another size, or all zeros: nobody looked anywhere.
+        UserError: It is missing, corrupt, of another size, or all zeros.
     """
     try:
-        with Image.open(path) as picture:
-            grey = picture if picture.mode.startswith(("I", "F")) else picture.convert("L")
+        with Image.open(path) as file:
+            grey = file if file.mode.startswith(("I", "F")) else file.convert("L")
             values = np.asarray(grey).astype(np.float32)
     except FileNotFoundError as error:
         raise UserError(f"{path}: the density map is missing") from error
@@ -181,33 +180,33 @@ def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
             f"{expected[1]} x {expected[0]}"
         )
     if not values.any():
-        raise UserError(f"{path}: this density map is all zeros, it says that nobody looked")
+        raise UserError(f"{path}: this density map is all zeros")
     return torch.from_numpy(values)[None]
 
 
-_POINT = 128  # a JPEG of single points blurs them: what is at least so bright is one
+_POINT = 128  # least brightness of a fixation, blurred by JPEG
 _COLUMNS = ("image", "subject", "x", "y")
 
 
 @dataclass(frozen=True)
 class SaliconGaze:
-    """SALICON's .mat files: `gaze`, one a observer, with `fixations` (F, 2); `resolution`.
+    """SALICON's .mat files: `gaze`, one per observer, with `fixations` (F, 2); `resolution`.
 
-    Coordinates are MATLAB's, pixel 1 is the first.
+    Coordinates start at 1, as in MATLAB.
 
     Args:
-        files: Of the split's images.
+        files: One for each image of the split.
     """
 
     files: tuple[Path, ...]
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """All observers' fixations."""
+        """Fixations of all observers."""
         path = self.files[number]
         content = _read_mat(path, "gaze")
         if "resolution" in content:
-            told = tuple(int(side) for side in np.ravel(content["resolution"]))
-            _check_size(path, told, size)
+            stated = tuple(int(side) for side in np.ravel(content["resolution"]))
+            _check_size(path, stated, size)
         points, observers = [], []
         for observer, one in enumerate(np.ravel(content["gaze"])):
             try:
@@ -223,36 +222,36 @@ class SaliconGaze:
 
 @dataclass(frozen=True)
 class MatPoints:
-    """CAT2000's .mat files: `fixLocs` (H, W), 1 where somebody looked.
+    """CAT2000's .mat files: `fixLocs` (H, W), 1 at fixations.
 
     Args:
-        files: Of the split's images.
+        files: One for each image of the split.
     """
 
     files: tuple[Path, ...]
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Nobody knows whose."""
+        """Fixations without observers."""
         path = self.files[number]
         return _points(path, np.asarray(_read_mat(path, "fixLocs")["fixLocs"]) > 0, size)
 
 
 @dataclass(frozen=True)
 class PointMaps:
-    """MIT1003's `_fixPts.jpg`: white where somebody looked.
+    """MIT1003's `_fixPts.jpg`: white at fixations.
 
     Args:
-        files: Of the split's images.
+        files: One for each image of the split.
     """
 
     files: tuple[Path, ...]
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Nobody knows whose."""
+        """Fixations without observers."""
         path = self.files[number]
         try:
-            with Image.open(path) as picture:
-                there = np.asarray(picture.convert("L")) >= _POINT
+            with Image.open(path) as file:
+                there = np.asarray(file.convert("L")) >= _POINT
         except UNREADABLE as error:
             raise UserError(f"{path}: this map of fixations cannot be read: {error}") from error
         return _points(path, there, size)
@@ -265,7 +264,7 @@ class Table:
     Args:
         points: (F, 2), in the order of the split's images.
         observers: (F,).
-        first: (N + 1,), where each image's begin.
+        first: (N + 1,), start of each image.
     """
 
     points: NDArray[np.float64]
@@ -273,7 +272,7 @@ class Table:
     first: NDArray[np.int64]
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """A copy-free part of the table."""
+        """A view of the table."""
         part = slice(int(self.first[number]), int(self.first[number + 1]))
         return Fixations(self.points[part], self.observers[part])
 
@@ -283,11 +282,11 @@ def read_table(path: Path, names: Sequence[str]) -> Table:
 
     Args:
         path: The file.
-        names: Of a split's images; they are numbers, as `image` is.
+        names: Names of a split's images: numbers, as in the column `image`.
 
     Raises:
-        UserError: It is missing, broken, lacks a column, holds what is not finite; an image's
-            name is not finite.
+        UserError: It is missing or corrupt, lacks a column, holds values that are not finite; an
+            image name is not a number.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -295,19 +294,19 @@ def read_table(path: Path, names: Sequence[str]) -> Table:
     except FileNotFoundError as error:
         raise UserError(f"{path}: the table of fixations is missing") from error
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no table of fixations, columns and data: {error}") from error
-    if lacking := [name for name in _COLUMNS if name not in columns]:
-        raise UserError(f"{path}: no column {', '.join(lacking)}; it has {', '.join(columns)}")
+        raise UserError(f"{path}: not a table of fixations (columns, data): {error}") from error
+    if missing := [name for name in _COLUMNS if name not in columns]:
+        raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(columns)}")
     if data.ndim != 2 or data.shape[1] != len(columns):
         raise UserError(f"{path}: data is {data.shape}, expected a column for each of {columns}")
     image, subject, x, y = (data[:, columns.index(name)].astype(np.float64) for name in _COLUMNS)
     if not (np.isfinite(image) & np.isfinite(subject) & np.isfinite(x) & np.isfinite(y)).all():
         raise UserError(f"{path}: holds numbers that are not finite")
     if wrong := [name for name in names if not name.isdecimal()]:
-        raise UserError(f"{path}: tells images by number, but there is an image {wrong[0]!r}")
-    wanted = np.array([int(name) for name in names], np.int64)
+        raise UserError(f"{path}: identifies images by number, but there is an image {wrong[0]!r}")
+    ids = np.array([int(name) for name in names], np.int64)
     order = np.argsort(image, kind="stable")
-    low, high = (np.searchsorted(image[order], wanted, side=side) for side in ("left", "right"))
+    low, high = (np.searchsorted(image[order], ids, side=side) for side in ("left", "right"))
     rows = [order[a:b] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
     taken = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     first = np.concatenate([[0], np.cumsum(high - low)]).astype(np.int64)
@@ -322,9 +321,9 @@ def _points(path: Path, there: NDArray[np.bool_], size: tuple[int, int]) -> Fixa
     return Fixations(points, np.full(len(points), UNKNOWN))
 
 
-def _check_size(path: Path, told: tuple[int, ...], size: tuple[int, int]) -> None:
-    if tuple(told) != tuple(size):
-        sides = " x ".join(str(side) for side in reversed(told))
+def _check_size(path: Path, stated: tuple[int, ...], size: tuple[int, int]) -> None:
+    if tuple(stated) != tuple(size):
+        sides = " x ".join(str(side) for side in reversed(stated))
         raise UserError(
             f"{path}: fixations on an image of {sides} pixels, but it has {size[1]} x {size[0]}"
         )

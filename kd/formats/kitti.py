@@ -20,8 +20,8 @@ from kd.formats.box_annotations import (
     Corners,
     Json,
     image_ids,
-    pictures_in,
-    read_marks,
+    images_in,
+    read_flags,
     split_names,
 )
 from kd.formats.coco_results import Truth
@@ -62,7 +62,7 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
     root = Path(root)
     labels, pictures = root / "training" / "label_2", root / "training" / "image_2"
     where, listed = _listed(root, labels, split)
-    files = pictures_in(pictures, _SUFFIXES)
+    files = images_in(pictures, _SUFFIXES)
     content = CocoContent(CLASSES, f"KITTI object detection {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
         if name not in files:
@@ -79,7 +79,7 @@ def kitti_truth(truth: Truth) -> KittiTruth:
     Raises:
         UserError: The JSON is not of KITTI: an annotation has no type.
     """
-    marks = read_marks(truth.path)
+    marks = read_flags(truth.path)
     if unknown := {one for one in marks.types if one not in _TYPES}:
         raise UserError(f"{truth.path}: not of KITTI: an annotation has the type {min(unknown)!r}")
     types = np.array(marks.types)

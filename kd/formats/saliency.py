@@ -1,4 +1,4 @@
-"""Datasets of fixations, in the layouts that they are published in.
+"""Fixation datasets in their published layouts.
 
 salicon  `images/train/*.jpg`, `fixations/train/*.mat`, `maps/train/*.png`; `val` likewise
 mit1003  `ALLSTIMULI/*.jpeg`, `ALLFIXATIONMAPS/*_fixPts.jpg` and `*_fixMap.jpg`
@@ -6,8 +6,8 @@ cat2000  `trainSet/Stimuli/CATEGORY/*.jpg`, `trainSet/FIXATIONLOCS/CATEGORY/*.ma
          `trainSet/FIXATIONMAPS/CATEGORY/*.jpg`
 osie     `stimuli/*.jpg` and `fixations.npz`: `columns` image, subject, x, y, ... and `data`
 
-Who looked is known of SALICON and OSIE. The others come without a split whose fixations are all
-public: theirs is drawn by the names of the images, see `drawn_split`.
+SALICON and OSIE identify observers. The others have no split with public fixations: theirs is drawn
+from the image names, see `random_split`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from kd.formats.fixations import (
     SaliconGaze,
     read_table,
 )
-from kd.formats.splits import drawn_split
+from kd.formats.splits import random_split
 from kd.registry import resolve
 
 SPLITS = ("train", "val")
-_PICTURES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class SplitOptions:
     """How a split is opened.
 
     Attributes:
-        degree: Pixels of a degree of visual angle in the files.
-        published: Whether densities are the published maps; else they are drawn from fixations.
-        val_share: Of the images, where a split has to be drawn.
-        seed: Of that.
+        degree: Pixels of the files per degree of visual angle.
+        published: Use the published density maps instead of drawing them from fixations.
+        val_share: Fraction of the images in a random val split.
+        seed: Seed of a random split.
     """
 
     degree: float
@@ -52,76 +52,76 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published dataset lies in its folder.
+    """A published layout.
 
     Attributes:
-        open: Of the folder, a split's name and how.
-        holds: A path in the folder by which it is known.
-        splits: Names of its own splits, none where they are drawn.
+        open: Opens a split, from the folder, its name and options.
+        holds: A path in the folder that identifies the layout.
+        splits: Lists the splits in a folder; None if they are random.
     """
 
-    open: Callable[[Path, str, Wanted], GazeSplit]
+    open: Callable[[Path, str, SplitOptions], GazeSplit]
     holds: str
     splits: Callable[[Path], Iterable[str]] | None = None
 
 
-def open_gaze(layout: str, root: Path, split: str, wanted: Wanted) -> GazeSplit:
+def open_gaze(layout: str, root: Path, split: str, options: SplitOptions) -> GazeSplit:
     """A split of a published dataset.
 
     Args:
         layout: `salicon`, `mit1003`, `cat2000` or `osie`.
         root: The folder that the dataset was unpacked to.
         split: `train` or `val`, or a folder's name of SALICON.
-        wanted: How.
+        options: How.
 
     Raises:
         UserError: An unknown layout, no such split, no image in it, files that are missing.
     """
-    made: Layout = resolve(LAYOUTS, layout, what="layout")
-    if not (root / made.holds).exists():
+    found: Layout = resolve(LAYOUTS, layout, what="layout")
+    if not (root / found.holds).exists():
         raise UserError(
-            f"{root}: no {made.holds} in it, so it is not the folder of {layout}; name that with "
+            f"{root}: no {found.holds} in it, so it is not the folder of {layout}; set it with "
             "--set data.root=DIR"
         )
-    known = SPLITS if made.splits is None else sorted(made.splits(root))
+    known = SPLITS if found.splits is None else sorted(found.splits(root))
     if split not in known:
         raise UserError(f"{root}: {layout} has no split {split!r} there; it has {', '.join(known)}")
-    return made.open(root, split, wanted)
+    return found.open(root, split, options)
 
 
-def _salicon(root: Path, split: str, wanted: Wanted) -> GazeSplit:
+def _salicon(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     images = _by_name(root / "images" / split, "")
     gaze = {name: root / "fixations" / split / f"{name}.mat" for name in images}
     maps = {name: root / "maps" / split / f"{name}.png" for name in images}
     reader = SaliconGaze(tuple(gaze.values()))
-    return _split(root / "images" / split, images, gaze, maps, reader, wanted)
+    return _split(root / "images" / split, images, gaze, maps, reader, options)
 
 
-def _mit1003(root: Path, split: str, wanted: Wanted) -> GazeSplit:
-    images = _chosen(_by_name(root / "ALLSTIMULI", ""), split, wanted)
+def _mit1003(root: Path, split: str, options: SplitOptions) -> GazeSplit:
+    images = _random(_by_name(root / "ALLSTIMULI", ""), split, options)
     folder = root / "ALLFIXATIONMAPS"
     points = {name: folder / f"{name}_fixPts.jpg" for name in images}
     maps = {name: folder / f"{name}_fixMap.jpg" for name in images}
-    return _split(root, images, points, maps, PointMaps(tuple(points.values())), wanted)
+    return _split(root, images, points, maps, PointMaps(tuple(points.values())), options)
 
 
-def _cat2000(root: Path, split: str, wanted: Wanted) -> GazeSplit:
+def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     folder = root / "trainSet"
     found: dict[str, Path] = {}
     for category in sorted(path for path in (folder / "Stimuli").iterdir() if path.is_dir()):
-        found |= _by_name(category, f"{category.name}/")  # not its folder Output
-    images = _chosen(found, split, wanted)
+        found |= _by_name(category, f"{category.name}/")  # skips its subfolder Output
+    images = _random(found, split, options)
     points = {name: folder / "FIXATIONLOCS" / f"{name}.mat" for name in images}
     maps = {name: folder / "FIXATIONMAPS" / f"{name}.jpg" for name in images}
-    return _split(root, images, points, maps, MatPoints(tuple(points.values())), wanted)
+    return _split(root, images, points, maps, MatPoints(tuple(points.values())), options)
 
 
-def _osie(root: Path, split: str, wanted: Wanted) -> GazeSplit:
-    if wanted.published:
+def _osie(root: Path, split: str, options: SplitOptions) -> GazeSplit:
+    if options.published:
         raise UserError(f"{root}: osie has no density maps; --set data.maps=fixations draws them")
-    images = _chosen(_by_name(root / "stimuli", ""), split, wanted)
+    images = _random(_by_name(root / "stimuli", ""), split, options)
     table = read_table(root / "fixations.npz", list(images))
-    return _split(root, images, {}, {}, table, wanted)
+    return _split(root, images, {}, {}, table, options)
 
 
 def _folders(root: Path) -> list[str]:
@@ -136,15 +136,15 @@ OSIE = Layout(_osie, "fixations.npz")
 
 def _by_name(folder: Path, before: str) -> dict[str, Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; stimuli are expected in it")
+        raise UserError(f"{folder}: no such folder; it should contain the images")
     return {
-        f"{before}{p.stem}": p for p in sorted(folder.iterdir()) if p.suffix.lower() in _PICTURES
+        f"{before}{p.stem}": p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES
     }
 
 
-def _chosen(images: dict[str, Path], split: str, wanted: Wanted) -> dict[str, Path]:
-    """The images of a split that is drawn."""
-    val = drawn_split(list(images), wanted.val_share, wanted.seed)
+def _random(images: dict[str, Path], split: str, options: SplitOptions) -> dict[str, Path]:
+    """Images of a random split."""
+    val = random_split(list(images), options.val_share, options.seed)
     return {name: path for name, path in images.items() if (name in val) is (split == "val")}
 
 
@@ -154,17 +154,17 @@ def _split(
     points: dict[str, Path],
     maps: dict[str, Path],
     reader: FixationReader,
-    wanted: Wanted,
+    options: SplitOptions,
 ) -> GazeSplit:
     if not images:
-        raise UserError(f"{where}: an empty split, there is no image in it")
+        raise UserError(f"{where}: empty split: no images")
     needed = [("file of fixations", points)]
-    needed += [("density map", maps)] if wanted.published else []
+    needed += [("density map", maps)] if options.published else []
     for what, files in needed:
         _check_there(what, list(files.values()))
-    published = tuple(maps.values()) if wanted.published else ()
+    published = tuple(maps.values()) if options.published else ()
     return GazeSplit(
-        str(where), tuple(images), tuple(images.values()), reader, wanted.degree, published
+        str(where), tuple(images), tuple(images.values()), reader, options.degree, published
     )
 
 

@@ -1,4 +1,4 @@
-"""Datasets with a label map for each image, in the layouts that they are published in."""
+"""Label-map datasets in their published layouts, and maps drawn from COCO annotations."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from kd.formats.coco import CocoIndex
 from kd.registry import resolve
 from kd.utils.images import UNREADABLE, VOID
 
-_IDS = ("L", "P", "1")  # Pillow's kinds whose pixels are numbers of up to 8 bits
-_STRETCHED = ("L;2", "L;4")  # grey PNGs of 2 and 4 bits, whose numbers Pillow spreads over 0..255
-UNKNOWN = -1  # in a table: a number that may not be in a file
+_IDS = ("L", "P", "1")  # Pillow modes with up to 8 bits per pixel
+_FEW_BITS = ("L;2", "L;4")  # grey PNGs of 2 and 4 bits, which Pillow rescales to 0..255
+UNKNOWN = -1  # in a table: an id that must not occur
 
-Table = NDArray[np.int16]  # (256,): what a number in a file means
+Table = NDArray[np.int16]  # (256,): class of each id in a file
 
 
 def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = ()) -> Table:
-    """What each number in a file means: a class, `VOID`, or that it may not be there.
+    """Build the table from ids in files to classes, `VOID` or `UNKNOWN`.
 
     Args:
-        classes: Numbers to classes, or C where 0..C-1 are the classes themselves.
-        void: Numbers that are no class.
+        classes: Ids to classes, or C if 0..C-1 are the classes themselves.
+        void: Ids of unlabelled pixels.
     """
     table = np.full(256, UNKNOWN, np.int16)
     pairs = {c: c for c in range(classes)} if isinstance(classes, int) else dict(classes)
@@ -44,31 +44,31 @@ def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = 
 
 
 def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None = None) -> Tensor:
-    """Decode a label map; palettes are ignored, the numbers count.
+    """Decode a label map; palette colours are ignored.
 
     Args:
-        path: A PNG of 8 bits, grey or with a palette.
-        table: What the numbers mean.
+        path: An 8-bit PNG, grey or with a palette.
+        table: Maps ids to classes.
         expected: Height and width of its image.
 
     Returns:
-        (H, W) uint8: classes, `VOID` where there is none.
+        (H, W) uint8: classes and `VOID`.
 
     Raises:
-        UserError: The file is missing or broken, holds colours, 16 bits or grey of 2 or 4, is of
-            another size than its image, or has a number that the table does not know.
+        UserError: The file is missing or corrupt, has colours, 16 bits or grey of 2 or 4 bits,
+            another size than its image, or ids that are not in the table.
     """
     try:
-        with Image.open(path) as picture:
-            mode = picture.mode
+        with Image.open(path) as file:
+            mode = file.mode
             if mode not in _IDS:
-                raise UserError(_wrong_kind(path, mode))
-            if picture.tile and picture.tile[0].args in _STRETCHED:
+                raise UserError(_mode_message(path, mode))
+            if file.tile and file.tile[0].args in _FEW_BITS:
                 raise UserError(
-                    f"{path}: a grey label map of {picture.tile[0].args[-1]} bits; write it with 8"
+                    f"{path}: a grey label map of {file.tile[0].args[-1]} bits; write it with 8"
                 )
-            numbers = np.asarray(picture).astype(np.uint8)
-    except UserError:  # a ValueError too
+            numbers = np.asarray(file).astype(np.uint8)
+    except UserError:  # is a ValueError too
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: the label map is missing") from error
@@ -91,7 +91,7 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
     return torch.from_numpy(labels.astype(np.uint8))
 
 
-def _wrong_kind(path: Path, mode: str) -> str:
+def _mode_message(path: Path, mode: str) -> str:
     if mode.startswith("I"):
         return f"{path}: a label map of 16 bits; write it with 8 (ids of 0 to 255)"
     return (
@@ -114,20 +114,20 @@ VOC_CLASSES = (
     *("sheep", "sofa", "train", "tvmonitor"),
 )
 _ADE_FOLDERS = {"train": "training", "val": "validation"}
-_PICTURES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-class MappedSplit(Protocol):
-    """One split of images with a label map each; whoever reads samples needs no more of it."""
+class LabelMapSplit(Protocol):
+    """A split of images with a label map each."""
 
     @property
     def where(self) -> str:
-        """What messages begin with."""
+        """Start of messages."""
         ...
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """Files."""
+        """Image files."""
         ...
 
     @property
@@ -136,25 +136,25 @@ class MappedSplit(Protocol):
         ...
 
     def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
-        """The map of an image of `size` (height, width): (H, W) uint8, classes and `VOID`.
+        """Label map of an image of `size` (height, width): (H, W) uint8, classes and `VOID`.
 
         Raises:
-            UserError: It is missing, broken or of another size; see `read_label_map`.
+            UserError: It is missing, corrupt or of another size; see `read_label_map`.
         """
         ...
 
 
 @dataclass(frozen=True)
-class SegmentedSplit:
-    """One split: images, their label maps, what the numbers in these mean.
+class PublishedSplit:
+    """A split of a published dataset.
 
     Attributes:
-        where: What messages begin with.
-        names: Of the images, without ending.
-        images: Files.
-        maps: Files, in the same order.
-        class_names: C of them.
-        table: What a number in a label map means (`kd.formats.segmentation`).
+        where: Start of messages.
+        names: Names of the images, without suffix.
+        images: Image files.
+        maps: Label-map files, in the same order.
+        class_names: C names.
+        table: Maps ids in the files to classes.
     """
 
     where: str
@@ -170,8 +170,8 @@ class SegmentedSplit:
 
 
 @dataclass(frozen=True)
-class DrawnSplit:
-    """One split of a COCO-format dataset: background is class 0, smaller objects lie on top."""
+class CocoMapSplit:
+    """A split of a COCO-format dataset: background is class 0, smaller objects are on top."""
 
     index: CocoIndex
 
@@ -182,16 +182,16 @@ class DrawnSplit:
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """In the file's order."""
+        """Image files, in the JSON's order."""
         return tuple(self.index.path(number) for number in range(len(self.index)))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Background and the classes of objects."""
+        """Background and the object classes."""
         return ("background", *self.index.class_names)
 
     def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Draw the map of an image; crowds are void, nobody said which pixels are whose."""
+        """Draw the map of an image; crowds are void."""
         own = int(self.index.heights[number]), int(self.index.widths[number])
         if own != size:
             raise UserError(
@@ -202,57 +202,57 @@ class DrawnSplit:
         return torch.from_numpy(drawn.astype(np.uint8))
 
 
-def open_segmented(layout: str, root: Path, split: str) -> SegmentedSplit:
-    """A split of a published dataset.
+def open_label_maps(layout: str, root: Path, split: str) -> PublishedSplit:
+    """Open a split of a published dataset.
 
     Args:
-        layout: `camvid`, `cityscapes`, `ade20k` or `voc2012`.
-        root: The folder that the dataset was unpacked to.
+        layout: A name in `kd.formats.LAYOUTS["label_maps"]`, or `package.module:LAYOUT`.
+        root: The folder of the dataset.
         split: `train`, `val` or `test`.
 
     Raises:
-        UserError: An unknown layout, no such split, no image in it, or images without label maps.
+        UserError: An unknown layout or split, a split without images, or images without label maps.
     """
-    made: Layout = resolve(LAYOUTS, layout, what="layout")
-    if not (root / made.holds).is_dir():
+    found: Layout = resolve(LAYOUTS, layout, what="layout")
+    if not (root / found.holds).is_dir():
         raise UserError(
-            f"{root}: no {made.holds} in it, so it is not the folder of {layout}; name that with "
+            f"{root}: no {found.holds} in it, so it is not the folder of {layout}; set it with "
             "--set data.root=DIR"
         )
-    if split not in (known := sorted(made.splits(root))):
+    if split not in (known := sorted(found.splits(root))):
         raise UserError(f"{root}: {layout} has no split {split!r} there; it has {', '.join(known)}")
-    return made.open(root, split)
+    return found.open(root, split)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published dataset lies in its folder.
+    """A published layout.
 
     Attributes:
-        open: Of the folder and a split's name.
-        holds: A path in the folder by which it is known.
-        splits: Names of the splits that are there.
+        open: Opens a split, from the folder and its name.
+        holds: A path in the folder that identifies the layout.
+        splits: Lists the splits in a folder.
     """
 
-    open: Callable[[Path, str], SegmentedSplit]
+    open: Callable[[Path, str], PublishedSplit]
     holds: str
     splits: Callable[[Path], Iterable[str]]
 
 
-def _camvid(root: Path, split: str) -> SegmentedSplit:
-    """`train/*.png`, `trainannot/*.png`; `train.txt` names the images where it is there."""
+def _camvid(root: Path, split: str) -> PublishedSplit:
+    """`train/*.png`, `trainannot/*.png`; `train.txt` lists the images if present."""
     images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
     found = _by_stem(images)
     if listing.is_file():
-        # Some copies list paths of images and maps, others bare names.
+        # Some copies list paths of images and maps, others names.
         lines = [line.split() for line in listing.read_text().splitlines()]
-        wanted = [Path(words[0]).stem for words in lines if words]
-        found = _chosen(found, wanted, listing, images)
+        names = [Path(words[0]).stem for words in lines if words]
+        found = _listed(found, names, listing, images)
     pairs = [(name, path, maps / f"{name}.png") for name, path in found.items()]
     return _split(images, pairs, CAMVID_CLASSES, id_table(len(CAMVID_CLASSES), void=(11, 255)))
 
 
-def _cityscapes(root: Path, split: str) -> SegmentedSplit:
+def _cityscapes(root: Path, split: str) -> PublishedSplit:
     """`leftImg8bit/train/CITY/*_leftImg8bit.png`, `gtFine/train/CITY/*_gtFine_labelIds.png`."""
     images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
     pairs = []
@@ -267,7 +267,7 @@ def _cityscapes(root: Path, split: str) -> SegmentedSplit:
     )
 
 
-def _ade20k(root: Path, split: str) -> SegmentedSplit:
+def _ade20k(root: Path, split: str) -> PublishedSplit:
     """`images/training/*.jpg`, `annotations/training/*.png`: 0 is void, 1..150 are the classes."""
     folder = _ADE_FOLDERS[split]
     images = root / "images" / folder
@@ -279,7 +279,7 @@ def _ade20k(root: Path, split: str) -> SegmentedSplit:
     return _split(images, pairs, _ade_names(root), id_table(classes, void=0))
 
 
-def _voc2012(root: Path, split: str) -> SegmentedSplit:
+def _voc2012(root: Path, split: str) -> PublishedSplit:
     """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
     listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     names = listing.read_text().split()
@@ -318,7 +318,7 @@ VOC2012 = Layout(_voc2012, "ImageSets/Segmentation", _voc_splits)
 
 
 def _ade_names(root: Path) -> tuple[str, ...]:
-    """From `objectInfo150.txt`, first name of each class; numbers where the file is not there."""
+    """First name of each class in `objectInfo150.txt`; numbers without that file."""
     listing = root / "objectInfo150.txt"
     if not listing.is_file():
         return tuple(f"class {number}" for number in range(1, 151))
@@ -330,13 +330,13 @@ def _ade_names(root: Path) -> tuple[str, ...]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _PICTURES}
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
 
 
-def _chosen(
-    found: dict[str, Path], wanted: Iterable[str], listing: Path, folder: Path
+def _listed(
+    found: dict[str, Path], names: Iterable[str], listing: Path, folder: Path
 ) -> dict[str, Path]:
-    chosen = {name: found.get(name) for name in wanted}
+    chosen = {name: found.get(name) for name in names}
     if missing := [name for name, path in chosen.items() if path is None]:
         raise UserError(
             f"{listing}: {len(missing)} of its images are not in {folder}, {missing[0]} the first"
@@ -346,13 +346,13 @@ def _chosen(
 
 def _split(
     where: Path, pairs: list[tuple[str, Path, Path]], names: tuple[str, ...], table: Table
-) -> SegmentedSplit:
+) -> PublishedSplit:
     if not pairs:
-        raise UserError(f"{where}: an empty split, there is no image in it")
+        raise UserError(f"{where}: empty split: no images")
     stems, images, maps = zip(*pairs, strict=True)
     for what, files in (("image", images), ("label map", maps)):
         if missing := [file for file in files if not file.is_file()]:
             raise UserError(
                 f"{missing[0]}: this {what} is missing ({len(missing)} of {len(files)} are)"
             )
-    return SegmentedSplit(str(where), stems, images, maps, names, table)
+    return PublishedSplit(str(where), stems, images, maps, names, table)

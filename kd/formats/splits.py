@@ -1,4 +1,4 @@
-"""Parts of a dataset drawn by image id, whatever the order of the file."""
+"""Subsets of a dataset chosen by image id or name, independent of the order of files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from kd.formats.coco import CocoIndex
 
 
-def labelled_images(index: CocoIndex, share: float, seed: int) -> NDArray[np.int64] | None:
-    """Ids of the images whose labels a student may see; None = all.
+def labelled_images(index: CocoIndex, fraction: float, seed: int) -> NDArray[np.int64] | None:
+    """Ids of the labelled images; None = all.
 
-    Drawn by (seed, image id), so that the choice does not depend on the order of the file.
+    Chosen by (seed, image id), independent of the order of the file.
     """
-    if share >= 1.0:
+    if fraction >= 1.0:
         return None
-    places = np.array([_hash_to_unit(f"labelled/{seed}/{i}") for i in index.image_ids.tolist()])
-    count = max(1, round(share * len(places)))
-    return np.asarray(index.image_ids[np.argsort(places, kind="stable")[:count]], dtype=np.int64)
+    positions = np.array([_hash_to_unit(f"labelled/{seed}/{i}") for i in index.image_ids.tolist()])
+    count = max(1, round(fraction * len(positions)))
+    return np.asarray(index.image_ids[np.argsort(positions, kind="stable")[:count]], dtype=np.int64)
 
 
 def objects_on(
     index: CocoIndex, images: Collection[int] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of the objects on images with these ids, or on all, and the place of each image."""
+    """Rows of the objects on images with these ids (None = all), and the position of each image."""
     owners = np.repeat(np.arange(len(index)), np.diff(index.first))
     rows = np.arange(len(owners))
     if images is not None:
@@ -35,9 +35,9 @@ def objects_on(
 
 
 def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
-    """The fold of each image, a function of its id alone."""
-    places = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
-    return np.minimum((np.array(places) * folds).astype(np.int64), folds - 1)
+    """Fold of each image, a function of its id only."""
+    positions = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
+    return np.minimum((np.array(positions) * folds).astype(np.int64), folds - 1)
 
 
 def _hash_to_unit(text: str) -> float:
@@ -45,17 +45,17 @@ def _hash_to_unit(text: str) -> float:
     return float(int.from_bytes(digest[:7], "big")) / float(1 << 56)
 
 
-def drawn_split(names: Sequence[str], share: float, seed: int) -> set[str]:
-    """The names that make up a val split where a dataset comes without one.
+def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Names in the val split of a dataset without splits.
 
-    Drawn by (seed, name): no other image's presence moves an image to the other side by more
-    than the limit's rounding.
+    Chosen by (seed, name): adding or removing an image moves another one only by the rounding of
+    the limit.
 
     Args:
-        names: Of all images.
-        share: Of the val split; at least one image stays on either side where there are two.
-        seed: Another one draws others.
+        names: All image names.
+        fraction: Fraction of the val split; both splits get at least one image if there are two.
+        seed: Random seed.
     """
     order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))
-    count = min(max(1, round(share * len(order))), max(1, len(order) - 1))
+    count = min(max(1, round(fraction * len(order))), max(1, len(order) - 1))
     return set(order[:count])

@@ -1,9 +1,8 @@
-"""Published layouts of boxes, opened as COCO-format datasets: their JSONs are made once.
+"""Box datasets in published layouts, converted to COCO JSONs on first use.
 
 A JSON lies beside the data (`kd.formats.box_annotations`), and beside it, in `instances_x.made`,
-what the files
-that it was made from looked like: names, sizes and times. While these are the same nothing is read
-again, which for ten thousand small files takes most of a minute on a network's disk.
+the names, sizes and times of its source files. While these are unchanged nothing is read again,
+which for ten thousand small files on a network disk would take most of a minute.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from kd.utils.io import cache_path, write_text
 log = logging.getLogger(__name__)
 
 _SEPARATORS = re.compile(r"[^\w.+-]+")
-_VERSION = 1  # of what is made: another one makes all JSONs anew
+_VERSION = 1  # increase to rebuild all JSONs
 
 
 @dataclass(frozen=True)
-class Boxed:
+class BoxSplit:
     """A split in a published layout.
 
     Attributes:
-        read: Gives the content of its COCO JSON.
-        folder: Whose `annotations` the JSON goes to.
-        name: Of the JSON, after `instances_`.
+        read: Returns the content of its COCO JSON.
+        folder: Folder whose `annotations` receives the JSON.
+        name: Name of the JSON after `instances_`.
         images: Folder of the images.
-        sources: What it is read from: a file, or all files of a folder.
-        listed: Folders of which no more than the names of files matters.
-        told: What the JSON follows from beside the files.
+        sources: Files the JSON is built from, or folders of such files.
+        listed: Folders of which only the file names matter.
+        parameters: Other inputs of the JSON.
     """
 
     read: Callable[[], Json]
@@ -54,103 +53,102 @@ class Boxed:
     images: Path
     sources: tuple[Path, ...]
     listed: tuple[Path, ...] = ()
-    told: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset lies in its folder.
+    """A published layout.
 
     Attributes:
-        holds: Of a split's name: a path by which the folder is known.
-        open: Of the folder, a split's name, and the names of the classes where they are the user's.
+        holds: Maps a split's name to a path that identifies the folder.
+        open: Opens a split, from the folder, its name, and the user's class names, if any.
     """
 
     holds: Callable[[str], str]
-    open: Callable[[Path, str, Sequence[str] | None], Boxed]
+    open: Callable[[Path, str, Sequence[str] | None], BoxSplit]
 
 
-def made_split(
+def coco_split(
     layout: str, root: Path, split: str, classes: Sequence[str] | None = None
 ) -> tuple[Path, Path]:
-    """A split's COCO JSON, made where there is none or its sources have changed, and its images.
+    """Return a split's COCO JSON, built if missing or outdated, and its image folder.
 
     Args:
-        layout: `voc`, `kitti` or `package.module:attribute`, as `kd.formats` says.
-        root: The folder that the dataset was unpacked to: of VOC `VOCdevkit`.
-        split: Its name: of VOC with its folder, `VOC2007/trainval`; of several years together
+        layout: A name in `kd.formats.LAYOUTS["boxes"]`, or `package.module:LAYOUT`.
+        root: The folder of the dataset; for VOC `VOCdevkit`.
+        split: Name of the split; for VOC with its folder, `VOC2007/trainval`, or several years as
             `VOC2007/trainval+VOC2012/trainval`.
-        classes: Of a dataset in VOC's layout with classes of its own, their names.
+        classes: Class names of a custom dataset in VOC's layout.
 
     Raises:
-        UserError: An unknown layout, what the layout's reader finds wrong, or a JSON that cannot
-            be written.
+        UserError: An unknown layout, a mistake in the data, or a JSON that cannot be written.
     """
     made = resolve(LAYOUTS, layout, what="layout")
     if is_foreign(layout):
         content, images = made(root, split)
         return instances_file(content, root, _SEPARATORS.sub("_", f"{layout}_{split}")), images
     found = made.open(root, split, classes)
-    lock = cache_path("boxed", found.folder, "lock")  # the data's own folder may be read-only
+    lock = cache_path("boxed", found.folder, "lock")  # the dataset's folder may be read-only
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # without a lock each process does the same work
+        with contextlib.suppress(OSError):  # without a lock every process builds it
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock))
-        return _made(found), found.images
+        return _coco_json(found), found.images
 
 
-def _made(split: Boxed) -> Path:
-    stamp = _stamp(split)
+def _coco_json(split: BoxSplit) -> Path:
+    fingerprint = _fingerprint(split)
     for path in instances_paths(split.folder, split.name):
-        if _note_of(path, stamp) == _read_note(path):
+        if _record_of(path, fingerprint) == _read_record(path):
             return path
-    log.info("%s: reading its boxes; once", split.folder)
+    log.info("%s: converting boxes to COCO JSON (once)", split.folder)
     path = instances_file(split.read(), split.folder, split.name)
-    note = _note_of(path, stamp)
-    with contextlib.suppress(UserError):  # without it the boxes are read again next time
-        write_text(_note_file(path), str(note))
+    record = _record_of(path, fingerprint)
+    with contextlib.suppress(UserError):  # without it the boxes are read again
+        write_text(_record_file(path), str(record))
     return path
 
 
-def _note_file(path: Path) -> Path:
+def _record_file(path: Path) -> Path:
     return path.with_suffix(".made")
 
 
-def _note_of(path: Path, stamp: str) -> str | None:
-    """What is noted of a JSON made from such sources; None where there is no JSON."""
+def _record_of(path: Path, fingerprint: str) -> str | None:
+    """Record of a JSON built from such sources; None if there is no JSON."""
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return json.dumps({"sources": stamp, "size": about.st_size, "time": about.st_mtime_ns})
+    return json.dumps({"sources": fingerprint, "size": status.st_size, "time": status.st_mtime_ns})
 
 
-def _read_note(path: Path) -> str:
+def _read_record(path: Path) -> str:
     try:
-        return _note_file(path).read_text(encoding="utf-8")
+        return _record_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _stamp(split: Boxed) -> str:
-    """Of all that a JSON follows from; a change that keeps a file's size and time is not seen."""
-    lines = [str(_VERSION), *split.told]
+def _fingerprint(split: BoxSplit) -> str:
+    """Hash of all inputs of a JSON; changes that keep size and time go unnoticed."""
+    lines = [str(_VERSION), *split.parameters]
     for path in split.sources:
-        lines += sorted(_looks(path))
+        lines += sorted(_file_states(path))
     for folder in split.listed:
         lines += sorted(_names(folder))
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _looks(path: Path) -> Iterator[str]:
-    """Name, size and time of a file, or of all files of a folder; of what is not there nothing."""
+def _file_states(path: Path) -> Iterator[str]:
+    """Name, size and time of a file, or of all files of a folder; nothing if it does not exist."""
     with contextlib.suppress(OSError):
         if not path.is_dir():
             yield f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
             return
         with os.scandir(path) as entries:
             for entry in entries:
-                # Where case does not count, VOC's Annotations are the folder of JSONs too.
+                # On case-insensitive disks VOC's Annotations also holds the JSONs.
                 if entry.name.startswith("instances_"):
                     continue
                 yield f"{entry.name} {entry.stat().st_size} {entry.stat().st_mtime_ns}"
@@ -163,61 +161,61 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _voc(root: Path, split: str, classes: Sequence[str] | None) -> Boxed:
-    """A year's split, or several with `+` between them, whose images are then told by folder."""
+def _voc(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
+    """Open a split of one year, or of several joined by `+`."""
     parts = [_voc_year(root, one, classes) for one in split.split("+")]
     if len(parts) == 1:
         return parts[0]
     if twice := [one.name for one in parts if [each.name for each in parts].count(one.name) > 1]:
         raise UserError(f"{root}: train or val {split!r} has {twice[0]} twice")
     folders = [one.images.relative_to(root).as_posix() for one in parts]
-    return Boxed(
+    return BoxSplit(
         read=lambda: joined([part.read() for part in parts], folders),
         folder=root,
         name="+".join(part.name for part in parts),
         images=root,
         sources=tuple(dict.fromkeys(path for part in parts for path in part.sources)),
         listed=tuple(dict.fromkeys(path for part in parts for path in part.listed)),
-        told=parts[0].told,
+        parameters=parts[0].parameters,
     )
 
 
-def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> Boxed:
+def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
     head, _, name = split.rpartition("/")
     folder = root / head
     if not (folder / "Annotations").is_dir():
         raise UserError(
-            f"{folder}: no Annotations in it; data.root is the folder VOCdevkit, and a split is "
-            "named with its folder there: VOC2007/trainval"
+            f"{folder}: no Annotations in it; expected VOCdevkit as data.root, and splits "
+            "with their folder: VOC2007/trainval"
         )
     year = folder.absolute().name.removeprefix("VOC")
     images, annotations = folder / "JPEGImages", folder / "Annotations"
-    return Boxed(
+    return BoxSplit(
         read=lambda: voc_to_coco(folder, year, name, classes=classes or CLASSES),
         folder=folder,
         name=f"voc{year}_{name}",
         images=images,
         sources=(folder / "ImageSets" / "Main" / f"{name}.txt", annotations),
         listed=(images,),
-        told=tuple(classes or ()),
+        parameters=tuple(classes or ()),
     )
 
 
-def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> Boxed:
-    assert classes is None  # the schema's rule: KITTI has classes of its own
+def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
+    assert classes is None  # ensured by the schema
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
     if not labels.is_dir():
         raise UserError(
-            f"{labels}: no such folder; data.root is the folder that KITTI's object detection was "
-            "unpacked to, training/ in it"
+            f"{labels}: no such folder; expected the folder of KITTI's object detection, which "
+            "contains training/, as data.root"
         )
     lists = () if split == EVERY else (root / "ImageSets" / f"{split}.txt",)
-    return Boxed(
+    return BoxSplit(
         read=lambda: kitti_to_coco(root, split),
         folder=root,
         name=f"kitti_{split}",
         images=images,
-        sources=(*lists, labels, images),  # whose sizes are in the JSON
+        sources=(*lists, labels, images),  # their sizes are in the JSON
     )
 
 

@@ -19,7 +19,7 @@ from kd.formats.box_annotations import (
     Corners,
     Json,
     image_ids,
-    pictures_in,
+    images_in,
     split_names,
 )
 from kd.formats.segmentation import VOC_CLASSES
@@ -67,7 +67,7 @@ def voc_to_coco(
     lists = folder / "ImageSets" / "Main"
     where = lists / f"{split}.txt"
     listed = split_names(where, lists)
-    pictures = pictures_in(folder / "JPEGImages", _SUFFIXES)
+    pictures = images_in(folder / "JPEGImages", _SUFFIXES)
     content = CocoContent(classes, f"Pascal VOC {year} {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
         if name not in pictures:

@@ -76,7 +76,7 @@ class DetectionResults(Results):
             image_ids=truth.image_ids,
             names=truth.class_names,
             category_ids=truth.category_ids,
-            confusable=truth.looks,
+            confusable=truth.confusable_groups,
         )
         self.check(records, str(annotations))
         return records

@@ -50,7 +50,7 @@ class ObjectsDataset:
         """Names, prior, by default that of usable objects, and look-alikes."""
         known = partial(visible_objects, self.val)
         prior = self.prior() if prior is None else prior
-        names, confusable = self.class_names, self.val.looks
+        names, confusable = self.class_names, self.val.confusable_groups
         where = self.section.name
         return Classes(names, prior, confusable, known, where, truth=lambda: self.val_truth)
 

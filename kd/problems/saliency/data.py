@@ -17,7 +17,7 @@ from kd.data.images import file_size, in_multiples
 from kd.data.open_files import layout_holds, open_annotated, root_of
 from kd.formats.coco import CocoIndex
 from kd.formats.fixations import UNKNOWN, GazeSplit
-from kd.formats.saliency import Wanted, open_gaze
+from kd.formats.saliency import SplitOptions, open_gaze
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
@@ -250,7 +250,7 @@ def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
     if section.layout == "synthetic":
         train, val = open_annotated(section)
         return _looked_at(section, train), _looked_at(section, val)
-    wanted = Wanted(
+    wanted = SplitOptions(
         degree=section.degree,
         published=section.maps == "published",
         val_share=section.val_share,
@@ -263,7 +263,7 @@ def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
     )
 
 
-def _open_split(layout: str, root: Path, split: str, wanted: Wanted) -> GazeSplit:
+def _open_split(layout: str, root: Path, split: str, wanted: SplitOptions) -> GazeSplit:
     if not is_foreign(layout):
         return open_gaze(layout, root, split, wanted)
     opened: GazeSplit = load_target(layout, what="layout")(root, split, wanted)

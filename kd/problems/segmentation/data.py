@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kd.data.open_files import layout_holds, open_annotated, root_of
 from kd.errors import UserError
-from kd.formats.segmentation import DrawnSplit, MappedSplit, open_segmented
+from kd.formats.segmentation import CocoMapSplit, LabelMapSplit, open_label_maps
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
 from kd.problems.segmentation.samples import SegmentationSamples, check_pairs
@@ -31,8 +31,8 @@ class SegmentationDataset:
     """Both splits of a data set of label maps."""
 
     section: SegmentationSection
-    train: MappedSplit
-    val: MappedSplit
+    train: LabelMapSplit
+    val: LabelMapSplit
 
     @property
     def problem(self) -> Problem[Any]:
@@ -75,7 +75,7 @@ class SegmentationDataset:
         """All of the train images have labels."""
         return None
 
-    def split(self, name: Split) -> MappedSplit:
+    def split(self, name: Split) -> LabelMapSplit:
         """Images and label maps of a split."""
         return self.train if name == "train" else self.val
 
@@ -106,7 +106,7 @@ def open_maps(section: SegmentationSection) -> SegmentationDataset:
     """Open a data set of label maps; small ones are read once, before anything is trained.
 
     Raises:
-        UserError: What `open_segmented` and `open_annotated` raise, an image or a map that cannot
+        UserError: What `open_label_maps` and `open_annotated` raise, an image or a map that cannot
             be read or does not fit the other.
     """
     opened = SegmentationDataset(section, *_splits(section))
@@ -117,17 +117,17 @@ def open_maps(section: SegmentationSection) -> SegmentationDataset:
     return opened
 
 
-def _soon_read(split: MappedSplit) -> bool:
+def _soon_read(split: LabelMapSplit) -> bool:
     """Whether all of a split is read in seconds: a large picture takes as long as many small."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
-def _splits(section: SegmentationSection) -> tuple[MappedSplit, MappedSplit]:
+def _splits(section: SegmentationSection) -> tuple[LabelMapSplit, LabelMapSplit]:
     if section.layout == "coco":
         train, val = open_annotated(section)
         if train.num_classes >= 255:
             raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
-        return DrawnSplit(train), DrawnSplit(val)
+        return CocoMapSplit(train), CocoMapSplit(val)
     root = root_of(section, holds=layout_holds(section.layout, str(section.train)))
     return (
         _open_split(section.layout, root, str(section.train)),
@@ -135,8 +135,8 @@ def _splits(section: SegmentationSection) -> tuple[MappedSplit, MappedSplit]:
     )
 
 
-def _open_split(layout: str, root: Path, split: str) -> MappedSplit:
+def _open_split(layout: str, root: Path, split: str) -> LabelMapSplit:
     if not is_foreign(layout):
-        return open_segmented(layout, root, split)
-    opened: MappedSplit = load_target(layout, what="layout")(root, split)
+        return open_label_maps(layout, root, split)
+    opened: LabelMapSplit = load_target(layout, what="layout")(root, split)
     return opened

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kd.data.images import ImageSamples, check_targets, in_multiples
 from kd.data.loader import Sample
-from kd.formats.segmentation import MappedSplit
+from kd.formats.segmentation import LabelMapSplit
 from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_crops
 from kd.utils.images import scaled_size
@@ -40,7 +40,7 @@ class SegmentationSamples(ImageSamples):
 
     def __init__(
         self,
-        split: MappedSplit,
+        split: LabelMapSplit,
         *,
         size: int | None,
         crop: tuple[int, int],
@@ -73,7 +73,7 @@ class SegmentationSamples(ImageSamples):
         return {"label_maps": labels if cut is None else cut.label_map(labels, self.frame)}
 
 
-def check_pairs(splits: Iterable[MappedSplit]) -> None:
+def check_pairs(splits: Iterable[LabelMapSplit]) -> None:
     """Read all images and label maps once.
 
     Raises:

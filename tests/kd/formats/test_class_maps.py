@@ -75,7 +75,7 @@ def test_maps_are_drawn_once_and_reused(index: CocoIndex, caplog: pytest.LogCapt
     maps = ClassMaps(index, 32)
     place = Path(maps.store.url)
     assert place.parent == index.annotation_file.parent and place.name.endswith("class_maps-32")
-    assert "drawn once" in caplog.text
+    assert "(once)" in caplog.text
     files = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
     caplog.clear()
     again = ClassMaps(index, 32)
@@ -97,7 +97,7 @@ def test_maps_of_other_annotations_are_redrawn(
     before = ClassMaps(index, 64)(0, Plan(size=(48, 64)), (48, 64))
     other = edited(index, overlapping)
     after = ClassMaps(other, 64)(0, Plan(size=(48, 64)), (48, 64))
-    assert "class maps of other annotations; they are drawn anew" in caplog.text
+    assert "class maps of other annotations, redrawing" in caplog.text
     assert not torch.equal(before, after) and (after == 3).any()
 
 
@@ -109,7 +109,7 @@ def test_a_corrupt_file_is_redrawn(index: CocoIndex, caplog: pytest.LogCaptureFi
     content[-500] ^= 1
     shard.write_bytes(bytes(content))
     assert torch.equal(ClassMaps(index, 32)(1, Plan(size=(24, 32)), (24, 32)), whole)
-    assert "damaged; it is drawn anew" in caplog.text
+    assert "corrupt shard, redrawing" in caplog.text
 
 
 def test_maps_of_a_read_only_dataset_are_stored_in_the_cache(

@@ -116,7 +116,7 @@ def test_categories_are_ordered_by_id_and_keep_their_look(tmp_path: Path) -> Non
     index = load(tmp_path, small())
     assert index.category_ids == (1, 44, 90)
     assert index.class_names == ("person", "ball", "cup")
-    assert index.looks == (None, "round", "round")
+    assert index.confusable_groups == (None, "round", "round")
     assert index.num_classes == 3
 
 

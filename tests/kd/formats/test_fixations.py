@@ -16,7 +16,7 @@ from kd.formats.fixations import (
     UNKNOWN,
     Fixations,
     GazeSplit,
-    drawn_density,
+    gaussian_density,
     normalised,
     read_density,
 )
@@ -41,7 +41,7 @@ def split(points: list[list[float]], maps: tuple[Path, ...] = ()) -> GazeSplit:
 
 def test_a_density_is_a_gaussian_around_each_fixation() -> None:
     points = np.array([[12.5, 9.5], [30.5, 20.5]])
-    density = drawn_density(points, SIZE, SIZE, 3.0)
+    density = gaussian_density(points, SIZE, SIZE, 3.0)
     slow = torch.zeros(SIZE, dtype=torch.float64)
     for row in range(SIZE[0]):
         for column in range(SIZE[1]):
@@ -55,16 +55,16 @@ def test_a_density_is_a_gaussian_around_each_fixation() -> None:
 
 def test_a_density_on_a_coarser_grid_is_the_same() -> None:
     points = np.array([[12.0, 9.0], [30.0, 20.0], [30.0, 22.0]])
-    fine = drawn_density(points, SIZE, SIZE, 3.0)[0]
-    coarse = drawn_density(points, SIZE, (15, 20), 3.0)[0]
+    fine = gaussian_density(points, SIZE, SIZE, 3.0)[0]
+    coarse = gaussian_density(points, SIZE, (15, 20), 3.0)[0]
     pooled = fine.view(15, 2, 20, 2).sum(dim=(1, 3))
     assert float((pooled - coarse).abs().sum()) < 0.03
     assert float(coarse.sum()) == pytest.approx(1)
 
 
 def test_a_gaussian_that_falls_between_places_is_rejected() -> None:
-    with pytest.raises(UserError, match=r"a degree of 0\.05 pixels is too narrow.* data\.degree"):
-        drawn_density(np.array([[8.0, 8.0]]), (64, 64), (8, 8), 0.05)
+    with pytest.raises(UserError, match=r"a degree of 0\.05 pixels is too small.* data\.degree"):
+        gaussian_density(np.array([[8.0, 8.0]]), (64, 64), (8, 8), 0.05)
 
 
 def test_tiny_densities_still_sum_to_one() -> None:
@@ -78,9 +78,9 @@ def test_fixations_outside_of_the_frame_are_left_out() -> None:
 
 
 def test_a_stimulus_without_fixations_is_rejected() -> None:
-    with pytest.raises(UserError, match=r"a\.jpg: nobody's fixation is known for this stimulus"):
+    with pytest.raises(UserError, match=r"a\.jpg: no fixations on this image"):
         split([]).fixations(0, SIZE)
-    with pytest.raises(UserError, match=r"a\.jpg: nobody's fixation"):
+    with pytest.raises(UserError, match=r"a\.jpg: no fixations on this image"):
         split([]).density(0, SIZE, (15, 20))
 
 
@@ -104,7 +104,7 @@ def test_wrong_density_maps_are_rejected(tmp_path: Path) -> None:
     Image.fromarray(np.ones((8, 9), np.uint8)).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     wrong = {
-        "zeros.png": "all zeros, it says that nobody looked",
+        "zeros.png": "all zeros",
         "small.png": "the density map is 9 x 8, its image 40 x 30",
         "broken.png": "cannot be read",
         "missing.png": "is missing",

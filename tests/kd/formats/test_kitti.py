@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kd.errors import UserError
-from kd.formats.box_annotations import instances_file, read_marks
+from kd.formats.box_annotations import instances_file, read_flags
 from kd.formats.coco import load_coco
 from kd.formats.coco_results import read_truth
 from kd.formats.kitti import CLASSES, kitti_to_coco, kitti_truth
@@ -74,7 +74,7 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     index = load_coco(path, root / "training" / "image_2")
     assert len(index) == 2 and index.boxes.tolist() == [[10.5, 20.0, 30.5, 28.25]]
     assert index.skipped == {"crowd": 3} and index.class_names == CLASSES
-    marks, truth = read_marks(path), read_truth(path)
+    marks, truth = read_flags(path), read_truth(path)
     assert marks.types == ("DontCare", "DontCare", "DontCare", "Car")
     assert truth.boxes.crowd.tolist() == [True, True, True, False]
     assert marks.truncated.tolist() == [-1, -1, -1, 0.25] and marks.occluded.tolist()[3] == 2
@@ -128,7 +128,7 @@ def test_a_bad_split_is_reported(tmp_path: Path) -> None:
     lists = root / "ImageSets"
     for text, said in (
         ("", r"some\.txt: empty split"),
-        ("2", r"some\.txt: not one object of a known class on its 1 images"),
+        ("2", r"some\.txt: no object of a known class in 1 images"),
         ("1\n3", r"some\.txt:2: no image .*image_2/3\.png"),
     ):
         (lists / "some.txt").write_text(text)

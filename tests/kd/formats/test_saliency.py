@@ -13,12 +13,12 @@ from scipy.io import savemat
 
 from kd.errors import UserError
 from kd.formats.fixations import UNKNOWN
-from kd.formats.saliency import Wanted, open_gaze
-from kd.formats.splits import drawn_split
+from kd.formats.saliency import SplitOptions, open_gaze
+from kd.formats.splits import random_split
 
 HEIGHT, WIDTH = 24, 32
 SIZE = (HEIGHT, WIDTH)
-WANTED = Wanted(degree=3.0, val_share=0.4)
+WANTED = SplitOptions(degree=3.0, val_share=0.4)
 
 
 def picture(path: Path, size: tuple[int, int] = SIZE, value: int = 90) -> None:
@@ -123,7 +123,7 @@ def test_salicon_has_observers_and_one_based_pixels(salicon: Path) -> None:
 
 
 def test_published_maps_are_used_if_requested(salicon: Path) -> None:
-    wanted = Wanted(degree=3.0, published=True)
+    wanted = SplitOptions(degree=3.0, published=True)
     density = open_gaze("salicon", salicon, "train", wanted).density(0, SIZE, SIZE)[0]
     assert density[4, 6] == 1
     drawn = open_gaze("salicon", salicon, "train", WANTED).density(0, SIZE, SIZE)[0]
@@ -143,7 +143,7 @@ def test_salicon_of_another_resolution_is_rejected(salicon: Path) -> None:
 
 def test_a_salicon_image_without_fixations_is_rejected(salicon: Path) -> None:
     mat(salicon / "fixations" / "val" / "COCO_3.mat", gaze=gaze_of([], []))
-    with pytest.raises(UserError, match=r"COCO_3\.jpg: nobody's fixation"):
+    with pytest.raises(UserError, match=r"COCO_3\.jpg: no fixations on this image"):
         open_gaze("salicon", salicon, "val", WANTED).fixations(0, SIZE)
 
 
@@ -187,7 +187,7 @@ def test_cat2000_has_categories_and_no_output_folders(cat2000: Path) -> None:
     with pytest.raises(UserError, match=r"\.mat: fixations on an image of 12 x 10 pixels, but"):
         train.fixations(1, SIZE)
     mat(path, fixLocs=np.zeros(SIZE))
-    with pytest.raises(UserError, match="nobody's fixation"):
+    with pytest.raises(UserError, match="no fixations on this image"):
         train.fixations(1, SIZE)
 
 
@@ -204,7 +204,7 @@ def test_an_image_without_rows_is_rejected(osie: Callable[..., Path]) -> None:
     for part in ("train", "val"):
         split = open_gaze("osie", root, part, WANTED)
         if "1003" in split.names:
-            with pytest.raises(UserError, match=r"1003\.jpg: nobody's fixation is known"):
+            with pytest.raises(UserError, match=r"1003\.jpg: no fixations on this image"):
                 split.fixations(split.names.index("1003"), SIZE)
 
 
@@ -216,14 +216,14 @@ def test_bad_tables_are_rejected(osie: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"fixations\.npz: holds numbers that are not finite"):
         open_gaze("osie", root, "train", WANTED)
     (root / "fixations.npz").write_bytes(b"PK nothing")
-    with pytest.raises(UserError, match=r"fixations\.npz: no table of fixations"):
+    with pytest.raises(UserError, match=r"fixations\.npz: not a table of fixations"):
         open_gaze("osie", root, "train", WANTED)
     root = osie(names=("1001", "1002", "lake"), rows=[[1001, 0, 1, 1, 1]])
     with pytest.raises(UserError, match="there is an image 'lake'"):
         for part in ("train", "val"):
             open_gaze("osie", root, part, WANTED)
     with pytest.raises(UserError, match="osie has no density maps"):
-        open_gaze("osie", root, "train", Wanted(degree=3.0, published=True))
+        open_gaze("osie", root, "train", SplitOptions(degree=3.0, published=True))
 
 
 def test_bad_folders_and_unknown_splits_are_rejected(
@@ -237,25 +237,27 @@ def test_bad_folders_and_unknown_splits_are_rejected(
         open_gaze("salicon", tmp_path, "train", WANTED)
     for path in (salicon / "images" / "val").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="an empty split, there is no image in it"):
+    with pytest.raises(UserError, match="empty split: no images"):
         open_gaze("salicon", salicon, "val", WANTED)
 
 
 def test_a_random_split_depends_on_names_and_seed_only() -> None:
     names = [f"picture{number}" for number in range(200)]
-    val = drawn_split(names, 0.2, 0)
-    assert len(val) == 40 and val == drawn_split(names[::-1], 0.2, 0)
-    assert val != drawn_split(names, 0.2, 1)
+    val = random_split(names, 0.2, 0)
+    assert len(val) == 40 and val == random_split(names[::-1], 0.2, 0)
+    assert val != random_split(names, 0.2, 1)
     # A new image moves at most one other to the other side.
-    assert len(val - drawn_split([*names, "new"], 0.2, 0)) <= 1
-    assert len(drawn_split(["a", "b"], 0.01, 0)) == 1 == len(drawn_split(["a", "b"], 0.99, 0))
+    assert len(val - random_split([*names, "new"], 0.2, 0)) <= 1
+    assert len(random_split(["a", "b"], 0.01, 0)) == 1 == len(random_split(["a", "b"], 0.99, 0))
 
 
 def test_the_real_osie_is_read(shared_data: Path) -> None:
     root = shared_data / "osie"
     if not root.is_dir():
         pytest.skip(f"no osie in {shared_data}")
-    train, val = (open_gaze("osie", root, part, Wanted(degree=12.0)) for part in ("train", "val"))
+    train, val = (
+        open_gaze("osie", root, part, SplitOptions(degree=12.0)) for part in ("train", "val")
+    )
     assert (len(train.names), len(val.names)) == (480, 120)
     assert not set(train.names) & set(val.names)
     found = [val.fixations(number, (300, 400)) for number in range(len(val.names))]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kd.errors import UserError
 from kd.formats.coco import load_coco
-from kd.formats.segmentation import DrawnSplit, open_segmented
+from kd.formats.segmentation import CocoMapSplit, open_label_maps
 from kd.problems.segmentation.data import open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.utils.images import VOID
@@ -89,7 +89,7 @@ def section(root: Path, layout: str) -> SegmentationSection:
 
 @every_layout
 def test_a_published_folder_gives_its_classes(layout: str, written: Callable[..., Path]) -> None:
-    split = open_segmented(layout, written(layout), "val")
+    split = open_label_maps(layout, written(layout), "val")
     assert split.names == ("val_a", "val_b")
     assert all(path.is_file() for path in split.images + split.maps)
     assert len(split.class_names) == len(MEANT[layout]) == len(set(split.class_names))
@@ -110,7 +110,7 @@ def test_a_published_folder_gives_its_classes(layout: str, written: Callable[...
 def test_class_names_match_ids(
     layout: str, names: dict[int, str], written: Callable[..., Path]
 ) -> None:
-    known = open_segmented(layout, written(layout), "train").class_names
+    known = open_label_maps(layout, written(layout), "train").class_names
     assert {number: known[MEANT[layout][number]] for number in names} == names
 
 
@@ -125,31 +125,31 @@ def test_camvid_lists_select_and_order_images(
         "/SegNet/CamVid/train/train_a.png /SegNet/CamVid/trainannot/train_a.png\n",
     ):
         listing.write_text(text)
-        assert open_segmented("camvid", root, "train").names == ("train_b", "train_a")
+        assert open_label_maps("camvid", root, "train").names == ("train_b", "train_a")
     listing.write_text("train_b\n")
-    split = open_segmented("camvid", root, "train")
+    split = open_label_maps("camvid", root, "train")
     assert [path.name for path in split.images + split.maps] == ["train_b.png"] * 2
     listing.write_text("train_c\ntrain_b\ntrain_d\n")
     with pytest.raises(UserError, match=r"train.txt: 2 of its images are not in .*/train, train_c"):
-        open_segmented("camvid", root, "train")
+        open_label_maps("camvid", root, "train")
 
 
 def test_class_names_of_ade20k_come_from_its_list(written: Callable[..., Path]) -> None:
     root = written("ade20k")
-    assert open_segmented("ade20k", root, "train").class_names[::149] == ("class 1", "class 150")
+    assert open_label_maps("ade20k", root, "train").class_names[::149] == ("class 1", "class 150")
     # As published: some lines end in a blank, some numbers too; names have others behind them.
     rows = [f"{n} \t0.01\t7\t3\tthing {n}, object {n} " for n in range(1, 151)]
     (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows, ""]))
-    assert open_segmented("ade20k", root, "train").class_names == tuple(
+    assert open_label_maps("ade20k", root, "train").class_names == tuple(
         f"thing {n}" for n in range(1, 151)
     )
     (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows[1:]]))
     with pytest.raises(UserError, match=r"objectInfo150.txt: 149 classes, expected 150"):
-        open_segmented("ade20k", root, "train")
+        open_label_maps("ade20k", root, "train")
 
 
 def test_the_palette_is_ignored(written: Callable[..., Path]) -> None:
-    split = open_segmented("voc2012", written("voc2012"), "train")
+    split = open_label_maps("voc2012", written("voc2012"), "train")
     size = numbers_of("voc2012").shape
     plain = split.label_map(0, size)
     with Image.open(split.maps[0]) as picture:
@@ -196,7 +196,7 @@ def test_a_wrong_map_is_reported_with_a_remedy(
     layout: str, spoil: Callable[[Path], None], message: str, written: Callable[..., Path]
 ) -> None:
     root = written(layout)
-    path = open_segmented(layout, root, "val").maps[1]
+    path = open_label_maps(layout, root, "val").maps[1]
     spoil(path)
     with pytest.raises(UserError, match=rf"^{path}: {message}"):
         open_maps(section(root, layout))
@@ -204,7 +204,7 @@ def test_a_wrong_map_is_reported_with_a_remedy(
 
 def test_a_missing_or_broken_image_is_reported(written: Callable[..., Path]) -> None:
     root = written("voc2012")
-    image = open_segmented("voc2012", root, "train").images[1]
+    image = open_label_maps("voc2012", root, "train").images[1]
     image.write_bytes(image.read_bytes()[:300])
     with pytest.raises(UserError, match=rf"^{image}: cannot read this image"):
         open_maps(section(root, "voc2012"))
@@ -221,13 +221,13 @@ def test_a_split_or_folder_that_is_not_there_is_reported(
     with pytest.raises(
         UserError, match=rf"^{root}: {layout} has no split 'tryout' there; it has train, val"
     ):
-        open_segmented(layout, root, "tryout")
+        open_label_maps(layout, root, "tryout")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with pytest.raises(
         UserError, match=rf"^{elsewhere}: no .* folder of {layout}; .*data.root=DIR"
     ):
-        open_segmented(layout, elsewhere, "train")
+        open_label_maps(layout, elsewhere, "train")
 
 
 @every_layout
@@ -236,15 +236,15 @@ def test_an_empty_split_is_an_error(layout: str, written: Callable[..., Path]) -
     if layout == "voc2012":
         (root / "ImageSets" / "Segmentation" / "train.txt").write_text("\n")
     else:
-        for path in open_segmented(layout, root, "train").images:
+        for path in open_label_maps(layout, root, "train").images:
             path.unlink()
-    with pytest.raises(UserError, match=r"train.*: an empty split, there is no image in it"):
-        open_segmented(layout, root, "train")
+    with pytest.raises(UserError, match=r"train.*: empty split: no images"):
+        open_label_maps(layout, root, "train")
 
 
 def test_mistakes_of_both_splits_are_reported_together(written: Callable[..., Path]) -> None:
     root = written("camvid")
-    train, val = (open_segmented("camvid", root, split) for split in ("train", "val"))
+    train, val = (open_label_maps("camvid", root, split) for split in ("train", "val"))
     spoiled = [(train, 0, deep), (train, 1, smaller), (val, 0, coloured), (val, 1, out_of_range)]
     for split, number, spoil in spoiled:
         spoil(split.maps[number])
@@ -271,7 +271,7 @@ def test_coco_maps_have_smaller_objects_on_top(tiny_coco: Callable[..., Path]) -
     root = tiny_coco(images=2, size=(48, 64))
     file = root / "annotations" / "instances_train2017.json"
     index = load_coco(file, root / "train2017")
-    split = DrawnSplit(index)
+    split = CocoMapSplit(index)
     assert split.class_names == ("background", "ball", "box", "tent", "kite")
     assert len(split.images) == 2 and split.where == str(file)
     for image in range(2):
@@ -290,7 +290,7 @@ def test_crowds_are_void_where_no_object_lies_on_them(tiny_coco: Callable[..., P
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
     first = content["images"][0]["id"]
-    before = DrawnSplit(load_coco(file, root / "train2017"))
+    before = CocoMapSplit(load_coco(file, root / "train2017"))
     maps = [before.label_map(image, (48, 64)) for image in range(2)]
     content["annotations"].append(
         {"id": 900, "image_id": first, "category_id": 3, "iscrowd": 1, "area": 480.0,
@@ -298,7 +298,7 @@ def test_crowds_are_void_where_no_object_lies_on_them(tiny_coco: Callable[..., P
          "segmentation": {"size": [48, 64], "counts": [0, *[24, 24] * 9, 24, 24 + 48 * 54]}}
     )  # fmt: skip
     file.write_text(json.dumps(content))
-    split = DrawnSplit(load_coco(file, root / "train2017"))
+    split = CocoMapSplit(load_coco(file, root / "train2017"))
     drawn = split.label_map(0, (48, 64))
     crowd = torch.zeros(48, 64, dtype=torch.bool)
     crowd[:24, :10] = True
@@ -321,7 +321,7 @@ def test_coco_maps_are_not_all_drawn_before_training(
         for name in ("train", "val")
     }
     values = {"root": str(root), "layout": "coco", "crop": (32, 32), **splits}
-    monkeypatch.setattr(DrawnSplit, "label_map", drawn)
+    monkeypatch.setattr(CocoMapSplit, "label_map", drawn)
     opened = open_maps(SegmentationSection.model_validate(values))
     assert opened.num_classes == 5
     Image.new("RGB", (5, 6)).save(opened.val.images[1])
@@ -336,7 +336,7 @@ def test_the_real_camvid_is_as_published(shared_data: Path) -> None:
         pytest.skip(f"no camvid in {shared_data}")
     sizes = {"train": 367, "val": 101, "test": 233}
     for name, count in sizes.items():
-        split = open_segmented("camvid", root, name)
+        split = open_label_maps("camvid", root, name)
         assert len(split.images) == count
         maps = torch.stack([split.label_map(n, (360, 480)) for n in range(0, count, 20)])
         assert 0.005 < (maps == VOID).float().mean() < 0.12

@@ -20,7 +20,7 @@ from kd.errors import UserError
 from kd.formats import LAYOUTS
 from kd.formats import box_annotations as boxed
 from kd.formats import to_coco as box_layouts
-from kd.formats.to_coco import made_split
+from kd.formats.to_coco import coco_split
 from kd.formats.voc import voc_to_coco
 from kd.problems.base import Sampling
 from kd.problems.detection.data import DetectionDataset
@@ -146,7 +146,7 @@ def test_kitti_has_regions_as_crowds(tmp_path: Path) -> None:
     sample = DetectionDataset(data).samples("train")[0, 0]
     assert sample["labels"].tolist() == [0] and len(sample["crowds"]) == 3
     assert DetectionDataset(data).samples("val")[0, 0]["labels"].tolist() == [2]
-    everything = made_split("kitti", tmp_path, "all")[0]
+    everything = coco_split("kitti", tmp_path, "all")[0]
     assert everything.name == "instances_kitti_all.json"
 
 
@@ -217,9 +217,9 @@ def test_the_json_of_a_read_only_dataset_is_stored_in_the_cache(
     folder = root / "VOC2007"
     folder.chmod(0o555)
     try:
-        path, images = made_split("voc", root, "VOC2007/test")
+        path, images = coco_split("voc", root, "VOC2007/test")
         assert path.parent == tmp_path / "cache" / "boxed" and images == folder / "JPEGImages"
-        assert made_split("voc", root, "VOC2007/test")[0] == path
+        assert coco_split("voc", root, "VOC2007/test")[0] == path
         assert reads == ["test"] and not (folder / "annotations").exists()
     finally:
         folder.chmod(0o755)
@@ -272,15 +272,15 @@ def test_several_years_of_voc_form_one_split(tmp_path: Path, own: bool) -> None:
     # Found again, and refused where a part is there twice or not at all.
     assert PROBLEM.train_annotations(both) == path
     with pytest.raises(UserError, match="has voc2007_test twice"):
-        made_split("voc", root, "VOC2007/test+VOC2007/test")
+        coco_split("voc", root, "VOC2007/test+VOC2007/test")
     with pytest.raises(UserError, match="VOC2010: no Annotations in it"):
-        made_split("voc", root, "VOC2007/test+VOC2010/trainval")
+        coco_split("voc", root, "VOC2007/test+VOC2010/trainval")
 
 
 def test_the_folder_of_a_year_may_be_the_root(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
-    path = made_split("voc", root, "VOC2007/test")[0]
-    assert made_split("voc", root / "VOC2007", "test") == (path, root / "VOC2007" / "JPEGImages")
+    path = coco_split("voc", root, "VOC2007/test")[0]
+    assert coco_split("voc", root / "VOC2007", "test") == (path, root / "VOC2007" / "JPEGImages")
 
 
 def test_a_section_resolves_to_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,10 +303,10 @@ def test_a_section_resolves_to_its_files(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("layout", "split", "message"),
     [
-        ("voc", "VOC2012/train", r"VOC2012: no Annotations in it; data\.root is the folder VOCdev"),
+        ("voc", "VOC2012/train", r"VOC2012: no Annotations in it; expected VOCdevkit"),
         ("voc", "trainval", r"no Annotations in it; .* VOC2007/trainval"),
         ("voc", "VOC2007/val", r"val\.txt: no such split; there are test, trainval"),
-        ("kitti", "train", r"label_2: no such folder; data\.root is the folder that KITTI's"),
+        ("kitti", "train", r"label_2: no such folder; expected the folder of KITTI's"),
         ("coco", "train", "unknown layout 'coco'"),
     ],
 )
@@ -314,21 +314,21 @@ def test_missing_files_are_reported_with_a_remedy(
     tmp_path: Path, layout: str, split: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        made_split(layout, write_voc(tmp_path), split)
+        coco_split(layout, write_voc(tmp_path), split)
 
 
 def test_a_missing_kitti_list_is_reported(tmp_path: Path) -> None:
     root = write_kitti(tmp_path)
     with pytest.raises(UserError, match=r"ImageSets/valid\.txt: no such split; there are train, v"):
-        made_split("kitti", root, "valid")
+        coco_split("kitti", root, "valid")
     for path in (root / "ImageSets").iterdir():  # as downloaded
         path.unlink()
     words = r"ImageSets/train\.txt: no such split; .* not part of KITTI's download: .* a line, such"
     with pytest.raises(UserError, match=words):
-        made_split("kitti", root, "train")
+        coco_split("kitti", root, "train")
     (root / "ImageSets").rmdir()
     with pytest.raises(UserError, match=words):
-        made_split("kitti", root, "train")
+        coco_split("kitti", root, "train")
 
 
 def test_every_layout_is_there_and_its_section_offers_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kd.errors import UserError
-from kd.formats.box_annotations import image_ids, instances_file, read_marks
+from kd.formats.box_annotations import image_ids, instances_file, read_flags
 from kd.formats.coco import load_coco
 from kd.formats.coco_results import corners, read_truth
 from kd.formats.voc import CLASSES, voc_folder, voc_to_coco
@@ -83,7 +83,7 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     assert index.class_names[index.labels[0]] == "dog"
     truth = read_truth(path)
     assert corners(truth.boxes.xywh).tolist() == [[40.5, 39.0, 60.0, 40.0], [0.0, 2.0, 16.0, 22.0]]
-    marks = read_marks(path)
+    marks = read_flags(path)
     assert marks.difficult.tolist() == truth.boxes.crowd.tolist() == [True, False]
     assert marks.truncated.tolist() == [0.0, 1.0] and marks.occluded.tolist() == [1, 0]
     assert marks.types == ("", "")
@@ -154,11 +154,11 @@ def test_a_bad_split_is_reported(tmp_path: Path) -> None:
     folder = root / "VOC2007"
     lists = folder / "ImageSets" / "Main"
     for text, said in (
-        ("\n\n", r"some\.txt: empty split: it names no image"),
-        ("1\n\n2 -1\n", r"some\.txt:3: '2 -1' is more than a name"),
-        ("1\n2\n1\n", r"some\.txt:3: 1 is listed on line 1 too"),
+        ("\n\n", r"some\.txt: empty split: no image names"),
+        ("1\n\n2 -1\n", r"some\.txt:3: '2 -1', expected one image name"),
+        ("1\n2\n1\n", r"some\.txt:3: 1 is also listed on line 1"),
         ("1\n3\n", r"some\.txt:2: no image .*JPEGImages/3\.jpg"),
-        ("2\n", r"some\.txt: not one object of a known class on its 1 images"),
+        ("2\n", r"some\.txt: no object of a known class in 1 images"),
     ):
         (lists / "some.txt").write_text(text)
         with pytest.raises(UserError, match=said):
@@ -193,7 +193,7 @@ def test_a_non_numeric_field_is_reported(tmp_path: Path) -> None:
     content["annotations"][0]["truncated"] = "much"
     path = instances_file(content, root, "x")
     with pytest.raises(UserError, match="annotation 1: 'truncated' is 'much', expected a number"):
-        read_marks(path)
+        read_flags(path)
 
 
 def test_a_plain_coco_json_has_ordinary_objects(tmp_path: Path) -> None:
@@ -201,6 +201,6 @@ def test_a_plain_coco_json_has_ordinary_objects(tmp_path: Path) -> None:
     content = voc_to_coco(root, 2007, "train")
     for name in ("difficult", "truncated", "occluded"):
         del content["annotations"][0][name]
-    marks = read_marks(instances_file(content, root, "x"))
+    marks = read_flags(instances_file(content, root, "x"))
     assert not marks.difficult.any() and not marks.truncated.any() and not marks.occluded.any()
     assert marks.occluded.dtype == np.int64
