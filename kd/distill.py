@@ -42,14 +42,15 @@ def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
     from kd.evaluation.draw import write_overlays
     from kd.experiments.distillation import Distillation
     from kd.metrics.registry import load_metrics
-    from kd.problems.objects.transfer_trunk import resolved
+    from kd.problems import problem_of_task
     from kd.report.tables import distill_table, print_table
     from kd.runs.build import make_accelerator, open_data
     from kd.runs.load_teacher import RUNS
     from kd.runs.read import read_distill
     from kd.runs.setup import open_run
 
-    recipe = recipe.model_copy(update={"student": resolved(recipe.student)})
+    problem = problem_of_task(recipe.task.name)
+    recipe = recipe.model_copy(update={"student": problem.resolve_student(recipe.student)})
     load_metrics(recipe.metrics)  # before the data are opened
     accelerator = make_accelerator(recipe.train.precision)
     set_up_logging(verbose=args.verbose, rank=accelerator.process_index)

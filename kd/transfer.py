@@ -34,10 +34,9 @@ def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
     from kd.experiments.distillation import Distillation
     from kd.experiments.transfer import starts
     from kd.metrics.registry import load_metrics
-    from kd.problems.objects.data import open_objects
     from kd.report.tables import print_table
     from kd.report.transfer import transfer_table
-    from kd.runs.build import make_accelerator
+    from kd.runs.build import make_accelerator, open_data
     from kd.runs.load_teacher import RUNS
     from kd.runs.setup import open_run
 
@@ -48,7 +47,7 @@ def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
     out = args.out or RUNS / "transfer" / name / recipe.data.name
     rows = list(starts(recipe, args.data))
     with accelerator.main_process_first():
-        data = open_objects(recipe.data)
+        data = open_data(recipe.data, recipe.task.name)
     runs = [
         Distillation(row.recipe, data, accelerator, out / row.path, f"{row.mode} {row.name}", True)
         for row in rows

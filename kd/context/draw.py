@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.context.regions import Region
-from kd.problems.objects.draw import bars
+from kd.report.class_bars import bars
 from kd.report.style import GREY, ORANGE, SKY
 from kd.transforms.hide import IMAGENET_MEAN
 from kd.utils.images import resize, scaled_size

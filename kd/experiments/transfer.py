@@ -9,7 +9,7 @@ from typing import Any
 
 from kd.config.recipes import DistillRecipe, Finetune, Model, Probe, Train, TransferRecipe
 from kd.errors import UserError
-from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved
+from kd.problems import problem_of_task
 from kd.runs.load_teacher import find_teacher
 
 TEACHER = "teacher"
@@ -67,7 +67,8 @@ def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[St
 def _student(recipe: TransferRecipe, data_typed: str | None) -> tuple[Model, dict[str, str | None]]:
     """The student without weights, and the weights of each start."""
     student, weights = recipe.student, dict(recipe.starts)
-    alike = student.name == TRANSFERRED and "like" not in student.options
+    problem = problem_of_task(recipe.task.name)
+    alike = student.name == problem.transferred and "like" not in student.options
     if alike or TEACHER in weights.values():
         run = str(find_teacher(recipe.teacher, recipe.data.name, typed=data_typed))
         weights = {name: run if source == TEACHER else source for name, source in weights.items()}
@@ -76,7 +77,7 @@ def _student(recipe: TransferRecipe, data_typed: str | None) -> tuple[Model, dic
     for name, source in weights.items():
         if source not in (None, "imagenet") and not Path(str(source)).exists():
             raise UserError(f"starts.{name}: {source}: no such run folder or file of weights")
-    return resolved(student), weights
+    return problem.resolve_student(student), weights
 
 
 def _frozen(section: Probe | Finetune) -> dict[str, Any]:

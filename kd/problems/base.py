@@ -384,6 +384,7 @@ class Problem(ABC, Generic[D]):
             are always cached, and they answer queries about the context of any region.
         task_needs_student: Whether a student's task depends on the network, say on its levels.
         some_posteriors: Whether objects may lack a cached posterior.
+        transferred: The student that has the trunk of a teacher's run; empty: none has.
         moves_cached_maps: Whether cached maps are moved with augmented images, which is measured.
     """
 
@@ -394,6 +395,7 @@ class Problem(ABC, Generic[D]):
     task_needs_student: ClassVar[bool] = False
     some_posteriors: ClassVar[bool] = False
     moves_cached_maps: ClassVar[bool] = False
+    transferred: ClassVar[str] = ""
 
     # Data
 

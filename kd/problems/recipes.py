@@ -27,6 +27,7 @@ from kd.config.reader import (
     validate,
 )
 from kd.config.recipes import Recipe as AnyRecipe
+from kd.config.recipes import TeacherRecipe
 from kd.errors import ConfigError, UserError
 from kd.problems import problem_with, spec_of_task, specs
 from kd.problems.spec import ProblemSpec
@@ -148,3 +149,14 @@ def _checked(model: type[Recipe], merged: Merged) -> Recipe:
     for place, needs in recipe.needed().items():
         problem_with(needs, spec, where=f"{merged.source_of(tuple(place.split('.')))}: {place}")
     return recipe
+
+
+def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
+    """The recipe of a teacher's run, from its resolved config.
+
+    Raises:
+        UserError: It is not a teacher's.
+    """
+    if "student" in config:
+        raise UserError(f"{source}: a student's run; a teacher's run is needed")
+    return recipe_from(TeacherRecipe, config, str(source))

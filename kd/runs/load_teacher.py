@@ -23,8 +23,7 @@ from kd.errors import UserError
 from kd.nn.inference import for_answers, in_int8
 from kd.problems import problem_of_data, problem_of_task
 from kd.problems.base import Batch, Dataset, HiddenObjects, Problem, Task, hidden_objects
-from kd.problems.objects.transfer_trunk import teacher_recipe
-from kd.problems.recipes import section_from
+from kd.problems.recipes import section_from, teacher_recipe
 from kd.runs.folder import class_names
 
 RUNS = Path("runs")

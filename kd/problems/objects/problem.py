@@ -48,6 +48,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     teacher_output: ClassVar[str] = "posterior"
     hides_objects: ClassVar[bool] = True
     moves_cached_maps: ClassVar[bool] = True
+    transferred: ClassVar[str] = TRANSFERRED
 
     def open(self, section: ObjectsSection) -> ObjectsDataset:
         """Open both splits; the embedded scenes are rendered where they are not there yet."""

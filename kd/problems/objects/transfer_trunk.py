@@ -14,28 +14,17 @@ from typing import Any
 from torch import nn
 
 from kd.config.reader import read_yaml
-from kd.config.recipes import Model, TeacherRecipe
+from kd.config.recipes import Model
 from kd.errors import UserError
 from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.weights import read_weights
-from kd.problems.recipes import recipe_from
+from kd.problems.recipes import teacher_recipe
 from kd.registry import build, resolve
 from teachers import TEACHERS
 
 TRANSFERRED = "transferred"
 # A teacher's options that say how it was trained rather than what its trunk is.
 _OF_TRAINING = {"weights": None, "frozen": None, "batch_norm_frozen": False, "remember": False}
-
-
-def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
-    """The recipe of a teacher's run, from its resolved config.
-
-    Raises:
-        UserError: It is not a teacher's.
-    """
-    if "student" in config:
-        raise UserError(f"{source}: a student's run; a teacher's run is needed")
-    return recipe_from(TeacherRecipe, config, str(source))
 
 
 def resolved(student: Model) -> Model:
