@@ -75,6 +75,15 @@ def test_nearest_overlooks_capitals_and_puts_the_best_first() -> None:
 def test_good_options_pass_and_a_list_fits_a_tuple() -> None:
     options = {"width": 8, "rate": 1, "kind": "average", "deep": True, "margins": [1, 2.5]}
     check_options(example, options | {"path": None}, what="model 'example'")
+    built = build({"example": example}, "example", options, what="model", size=3)
+    assert built == {
+        "size": 3,
+        "width": 8,
+        "rate": 1,
+        "kind": "average",
+        "deep": True,
+        "path": None,
+    }
 
 
 def test_all_mistakes_come_at_once_with_the_nearest_keyword() -> None:

@@ -82,8 +82,12 @@ def test_imagenet_weights_are_those_of_the_backbones_name(monkeypatch: pytest.Mo
 
 
 def test_a_whole_file_makes_the_backbones_weights_needless(tmp_path: Path) -> None:
-    torch.save(torchvision_net(3).state_dict(), tmp_path / "whole.pth")
-    torchvision_net(3, weights="imagenet", file=str(tmp_path / "whole.pth"))  # without a download
+    stored = torchvision_net(3).state_dict()
+    torch.save(stored, tmp_path / "whole.pth")
+    model = torchvision_net(3, weights="imagenet", file=str(tmp_path / "whole.pth"))  # no download
+    found = model.state_dict()
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], value) for name, value in stored.items())
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ def test_a_run_of_an_earlier_version_must_be_trained_again(tmp_path: Path) -> No
 def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
     folder = begun(tmp_path / "a")
     other = {**CONFIG, "data": {"root": "b", "size": 64, "workers": 4}, "seeds": [0, 1]}
-    RunFolder(folder.path, other, resume=True)
+    resumed = RunFolder(folder.path, other, resume=True)
+    assert resumed.config == other
+    assert resumed.checkpoint.read_bytes() == b"kept"
+    assert yaml.safe_load((folder.path / "config.yaml").read_text()) == CONFIG
 
 
 def test_a_start_that_trained_nothing_does_not_block_another_config(tmp_path: Path) -> None:

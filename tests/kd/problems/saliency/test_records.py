@@ -146,14 +146,20 @@ def test_variants_are_compared_in_the_tables_of_a_distillation() -> None:
 
 
 def test_what_people_foretell_is_a_row_like_any_other() -> None:
-    rows = {}
+    rows, numbers = {}, []
     for number in range(3):
         truth = truth_of(number)
-        found = inter_observer(truth, torch.arange(9) % 3, sigma=1.5)
-        rows[number] = saliency_scores.row_of(found, truth)
+        numbers.append(inter_observer(truth, torch.arange(9) % 3, sigma=1.5))
+        rows[number] = saliency_scores.row_of(numbers[-1], truth)
     records = saliency_scores.records_of(rows)
     saliency_scores.check(records, "observers")
-    saliency_scores.check_same_truth(records, filled(0, range(3)).records(), "two")
+    models = filled(0, range(3)).records()
+    saliency_scores.check_same_truth(records, models, "two")
+    for name in METRICS:
+        own = [found[name] for found in numbers]
+        assert records[name].tolist() == own
+        gap = SALIENCY.difference(models, records, name).mean
+        assert gap == pytest.approx(np.mean(models[name]) - np.mean(own))
 
 
 def changed(name: str, number: Any) -> Records:
