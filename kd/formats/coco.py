@@ -1,7 +1,7 @@
-"""COCO-format datasets as flat arrays that all workers of a machine share.
+"""COCO-format datasets as flat arrays shared by all workers of a machine.
 
-The JSON is read once, into an index of .npy files beside it (`instances_x.kdindex/`), and mapped
-into memory from then on: a start takes seconds, and workers hold no copies.
+The JSON is read once into an index of .npy files beside it (`instances_x.kdindex/`), which is
+memory-mapped from then on: opening takes seconds, and workers hold no copies.
 """
 
 from __future__ import annotations
@@ -23,46 +23,47 @@ from kd.formats.rle import decode, resize_nearest
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5
+_LISTED = 5
 
 
 @dataclass(frozen=True, eq=False)
 class CocoIndex:
     """The images and usable objects of one COCO JSON: I images, M objects, C classes.
 
-    Arrays are read-only maps of files; pickling sends only the paths. Row `r` is one object; the
+    Arrays are read-only memory maps; pickling sends only the paths. Row `r` is one object; the
     objects of image `i` are the rows `first[i]:first[i + 1]`.
 
     Attributes:
         annotation_file: The JSON.
-        image_folder: Where the images lie.
-        index_folder: Where the arrays lie.
+        image_folder: Folder of the images.
+        index_folder: Folder of the arrays.
         image_ids: (I,) int64, in the JSON's order.
         heights: (I,) int32, pixels.
         widths: (I,) int32, pixels.
-        name_bytes: File names end to end, UTF-8, uint8.
-        name_first: (I + 1,) int64, where each name starts in `name_bytes`.
+        name_bytes: Concatenated file names, UTF-8, uint8.
+        name_first: (I + 1,) int64, start of each name in `name_bytes`.
         first: (I + 1,) int64.
         object_ids: (M,) int64, the annotations' ids.
-        boxes: (M, 4) float32, xyxy pixels of the image as it lies on disk, clipped to it.
+        boxes: (M, 4) float32, xyxy pixels of the stored image, clipped to it.
         labels: (M,) int16, 0..C-1 by ascending category id.
         areas: (M,) float32, square pixels: the JSON's area of the segment, else the box's.
         points: (P, 2) float32, the polygons' corners x, y in pixels.
-        ring_first: Where each polygon ring starts in `points`, int64.
-        rings_of: (M + 1,) int64, where each object's rings start.
-        rle_bytes: Compressed run lengths of objects that have them instead of polygons, uint8.
-        rle_first: (M + 1,) int64, where each object's run lengths start.
+        ring_first: Start of each polygon ring in `points`, int64.
+        rings_of: (M + 1,) int64, start of each object's rings.
+        rle_bytes: Compressed run lengths of objects without polygons, uint8.
+        rle_first: (M + 1,) int64, start of each object's run lengths.
         class_names: C names.
         category_ids: C ids of the JSON, ascending.
-        confusable_groups: C groups of look-alike classes, None for a class without one.
-        skipped: Objects left out, by reason: crowd, zero_area, outside_image, tiny (below a pixel).
-        notes: What was mended or is remarkable: clipped, bad_ring, bad_run_lengths,
+        confusable_groups: C names of groups of confusable classes, None for a class in no group.
+        skipped: Number of objects left out, by reason: crowd, zero_area, outside_image, tiny (below
+            a pixel).
+        notes: Number of corrections and oddities: clipped, bad_ring, bad_run_lengths,
             without_segment, images_without_object.
         fingerprint: Of the JSON's content and the reader's version.
-        scored: (M,) bool, False for objects that are company only, never hidden and never scored
-            (`"scored": false` in the JSON); None where all may be.
-        crowds: The same images with their crowds (`iscrowd`) for objects, regions of many that
-            nobody told apart; None where there are none.
+        scored: (M,) bool, False for objects that only serve as context, never hidden or scored
+            (`"scored": false` in the JSON); None if all may be.
+        crowds: An index of the same images with crowds (`iscrowd`), regions of several objects, in
+            place of objects; None if there are none.
     """
 
     annotation_file: Path
@@ -98,11 +99,11 @@ class CocoIndex:
         return len(self.class_names)
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Number of images."""
         return len(self.image_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the paths; a worker maps the same files again."""
+        """Pickle the paths; workers map the same files."""
         arguments = (self.index_folder, self.annotation_file, self.image_folder, self.fingerprint)
         return _reopen, arguments
 
@@ -112,27 +113,27 @@ class CocoIndex:
         return self.name_bytes[start:end].tobytes().decode("utf-8", "surrogateescape")
 
     def path(self, image: int) -> Path:
-        """The image's file."""
+        """Path of the image."""
         return self.image_folder / self.file_name(image)
 
     def image_of(self, row: int) -> int:
-        """The position in `image_ids` of the image that object `row` belongs to."""
+        """Position in `image_ids` of the image of object `row`."""
         return int(np.searchsorted(self.first, row, side="right")) - 1
 
     def polygons_of(self, row: int) -> list[npt.NDArray[np.float32]]:
-        """The polygons of object `row`, each (n, 2) x, y pixels; empty if it has none."""
+        """Polygons of object `row`, each (n, 2) x, y pixels; empty if it has none."""
         rings = range(int(self.rings_of[row]), int(self.rings_of[row + 1]))
         return [self.points[self.ring_first[r] : self.ring_first[r + 1]] for r in rings]
 
     def mask_of(self, row: int, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
         """Draw object `row` in its image scaled to `size`.
 
-        An object without a segmentation gets its box. A mask can be empty where the object is
+        An object without a segmentation gets its box. The mask may be empty if the object is
         thinner than a pixel of `size`.
 
         Args:
             row: The object.
-            size: Height and width to scale the image to, pixels.
+            size: Height and width of the scaled image, pixels.
 
         Returns:
             (height, width), True on the object.
@@ -144,7 +145,7 @@ class CocoIndex:
         if end > start:
             rle = {"size": list(whole), "counts": self.rle_bytes[start:end].tobytes()}
             return resize_nearest(decode(rle), size)
-        # Decimals as in the JSON: float32's own noise moves corners that lie between two pixels.
+        # Rounded as in the JSON: float32 noise would move corners that lie between two pixels.
         exact = [ring.astype(np.float64).round(3) for ring in self.polygons_of(row)]
         rings = [(ring * scale).ravel().tolist() for ring in exact]
         if not rings:
@@ -162,18 +163,18 @@ def load_coco(
     check_images: bool = True,
     categories_from: CocoIndex | None = None,
 ) -> CocoIndex:
-    """Open a COCO-format dataset; read its JSON if there is no index of it yet.
+    """Open a COCO-format dataset, indexing its JSON if necessary.
 
     Args:
         annotation_file: COCO instances JSON.
         image_folder: Holds the images under the JSON's file names.
-        index_dir: Folder for the index; by default the JSON's, or where that is read-only
-            `$KD_CACHE` or `~/.cache/kd`.
-        check_images: Look for every image in the folder's listing (its content is not read).
+        index_dir: Folder of the index; by default the JSON's, or if that is read-only `$KD_CACHE`
+            or `~/.cache/kd`.
+        check_images: Check that every image is listed in the folder (without reading it).
         categories_from: A dataset whose categories this one must have.
 
     Returns:
-        The index. What was skipped is logged in one line.
+        The index. Skipped objects are logged in one line.
 
     Raises:
         UserError: The JSON is missing, broken or inconsistent; images are missing; categories
@@ -229,14 +230,14 @@ def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
     ]
     if not differing:
         return
-    shown = "; ".join(
+    listed = "; ".join(
         f"id {key}: {here.get(key, '(none)')} here, {there.get(key, '(none)')} there"
-        for key in differing[:_SHOWN]
+        for key in differing[:_LISTED]
     )
-    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    more = f"; and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
     raise UserError(
         f"{index.annotation_file}: categories differ from those of {other.annotation_file}: "
-        f"{shown}{more}. Use files of one dataset"
+        f"{listed}{more}. Use files of one dataset"
     )
 
 
@@ -264,14 +265,14 @@ def _report(index: CocoIndex) -> None:
 
 
 def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> list[str]:
-    """Decode images completely, to find truncated ones and those of another size. Slow.
+    """Decode images completely to find truncated ones and wrong sizes. Slow.
 
     Args:
         index: The dataset.
-        rows: Which images, as positions in `index.image_ids`; all by default.
+        rows: Positions of images in `index.image_ids`; None = all.
 
     Returns:
-        One message for each bad image, with its path and image id; empty if all are good.
+        One message for each bad image, with its path and id.
     """
     mistakes = []
     for image in range(len(index)) if rows is None else rows:
@@ -293,7 +294,7 @@ def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> 
 
 
 def visible_objects(index: CocoIndex, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many objects beside the hidden one images hold, (K,) for (K,) image ids."""
+    """Number of objects besides the hidden one, (K,) for (K,) image ids."""
     order = np.argsort(index.image_ids, kind="stable")
     images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
     return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""COCO JSON to flat arrays: the slow reader, run once per file, in a process of its own.
+"""Convert a COCO JSON to flat arrays: the slow reader, run once per file in its own process.
 
-`kd.formats.coco` starts it (`python -m kd.formats.coco_index JSON FOLDER`) and opens what it wrote.
-The JSON of COCO's training set needs several gigabytes as Python objects; a process of its own
-gives them all back.
+`kd.formats.coco` runs it (`python -m kd.formats.coco_index JSON FOLDER`) and opens the result. As
+Python objects, the JSON of COCO's training set needs several gigabytes, which a separate process
+returns to the system.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from kd.utils.io import cache_path
 
 READER_VERSION = 2
 ERROR_FILE = "error.txt"
-CROWD_PREFIX = "crowd_"  # of the arrays of regions of many objects
+CROWD_PREFIX = "crowd_"  # prefix of the arrays of crowds
 USER_ERROR_EXIT = 3
-_BOX_TOLERANCE = 0.01  # pixels outside the image that are rounding, not worth a line
-_SMALLEST_SIDE = 1.0  # pixels; a thinner box shows nothing that could be hidden or recognised
+_BOX_TOLERANCE = 0.01  # pixels outside the image that count as rounding
+_SMALLEST_SIDE = 1.0  # pixels; thinner boxes show nothing to hide or recognise
 _SKIP_CROWD, _SKIP_ZERO, _SKIP_OUTSIDE, _SKIP_TINY = "crowd", "zero_area", "outside_image", "tiny"
 
 Array = npt.NDArray[Any]
@@ -55,11 +55,11 @@ def build_index(annotation_file: Path, folder: Path) -> None:
         folder: Receives one .npy per array.
 
     Raises:
-        UserError: The JSON is missing, cut off, of another layout or inconsistent.
+        UserError: The JSON is missing, truncated, of another layout or inconsistent.
     """
     dataset, digest = read_json(annotation_file)
     check_layout(dataset, annotation_file)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
         coco.dataset = dataset
         coco.createIndex()
@@ -112,9 +112,9 @@ def _image_arrays(images: list[Json]) -> dict[str, Array]:
 
 
 class _ObjectReader:
-    """Appends the usable objects of one image after another to growing typed arrays.
+    """Collects the usable objects, image by image, in growing typed arrays.
 
-    One reader takes the objects and counts what it leaves out; another takes the crowds.
+    One reader takes the objects and counts what it skips; another takes the crowds.
     """
 
     def __init__(self, coco: COCO, *, crowds: bool = False) -> None:
@@ -186,8 +186,8 @@ class _ObjectReader:
 
     def _read_ring(self, ring: Any) -> bool:
         start = len(self.coordinates)
-        good = isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0
-        if good:
+        valid = isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0
+        if valid:
             try:
                 self.coordinates.extend(ring)
                 self.ring_lengths.append(len(ring) // 2)
@@ -207,7 +207,7 @@ class _ObjectReader:
             elif isinstance(counts, str):
                 packed = counts.encode("ascii")
         except (TypeError, ValueError, OverflowError):
-            pass  # pycocotools on counts that are no numbers; UnicodeEncodeError is a ValueError
+            pass  # counts that are not numbers; UnicodeEncodeError is a ValueError
         if pixels_of(packed) == size[0] * size[1]:
             return packed
         self.notes["bad_run_lengths"] += 1
@@ -216,10 +216,10 @@ class _ObjectReader:
     def arrays(self, path: Path) -> dict[str, Array]:
         points = np.frombuffer(self.coordinates, np.float32).reshape(-1, 2)
         if not np.isfinite(points).all():
-            raise UserError(self._endless_polygon(path, points))
+            raise UserError(self._infinite_polygon(path, points))
         scored = np.frombuffer(self.scored, np.bool_)
         return {
-            **({} if scored.all() else {"scored": scored}),  # the index of most files lacks it
+            **({} if scored.all() else {"scored": scored}),  # omitted if all are
             "first": _offsets(self.counts),
             "object_ids": np.frombuffer(self.ids, np.int64),
             "labels": np.frombuffer(self.labels, np.int16),
@@ -232,7 +232,7 @@ class _ObjectReader:
             "rle_first": _offsets(self.rle_lengths),
         }
 
-    def _endless_polygon(self, path: Path, points: Array) -> str:
+    def _infinite_polygon(self, path: Path, points: Array) -> str:
         point = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
         ring = int(np.searchsorted(_offsets(self.ring_lengths), point, side="right")) - 1
         row = int(np.searchsorted(_offsets(self.rings_of), ring, side="right")) - 1
@@ -240,8 +240,8 @@ class _ObjectReader:
 
 
 def main(arguments: list[str]) -> int:
-    """Build an index in this process; a user's mistake goes into a file for the parent."""
-    gc.disable()  # millions of small objects, none in cycles: collecting only slows it, by half
+    """Build an index in this process; writes a user's mistake to a file for the parent."""
+    gc.disable()  # millions of small objects without cycles: collection costs half the time
     annotation_file, folder = map(Path, arguments)
     try:
         build_index(annotation_file, folder)
@@ -257,8 +257,8 @@ if __name__ == "__main__":
 
 log = logging.getLogger(__name__)
 
-IN_PROCESS_BYTES = 8 << 20  # a smaller JSON is read here: it needs little memory
-_SHOWN = 5
+IN_PROCESS_BYTES = 8 << 20  # smaller JSONs are read in this process
+_LISTED = 5
 
 
 def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
@@ -266,40 +266,40 @@ def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
 
     Args:
         annotation_file: COCO instances JSON.
-        index_dir: Folder for the index; by default beside the JSON, else in the cache.
+        index_dir: Folder of the index; by default beside the JSON, else in the cache.
 
     Returns:
         The index folder.
 
     Raises:
-        UserError: The JSON is missing or broken, or no folder can be written.
+        UserError: The JSON is missing or broken, or no folder is writable.
     """
     if not annotation_file.is_file():
         raise UserError(
             f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
             "COCO with: python -m kd.data.download coco2017 --out DIR"
         )
-    places = list(_places(annotation_file, index_dir))
-    for folder in places:
+    folders = list(_candidates(annotation_file, index_dir))
+    for folder in folders:
         if _is_fresh(folder, annotation_file):
             return folder
     failures = []
-    for folder in places:
+    for folder in folders:
         try:
             _build(annotation_file, folder)
         except OSError as error:
             failures.append(f"{folder.parent}: {error.strerror or error}")
             continue
         if failures:
-            log.warning("%s: the index is kept in %s (%s)", annotation_file, folder, failures[-1])
+            log.warning("%s: storing the index in %s (%s)", annotation_file, folder, failures[-1])
         return folder
     raise UserError(
         f"{annotation_file}: cannot write an index ({'; '.join(failures)}); "
-        "set KD_CACHE to a folder with space that can be written"
+        "set KD_CACHE to a writable folder with enough space"
     )
 
 
-def _places(annotation_file: Path, index_dir: Path | None) -> Iterator[Path]:
+def _candidates(annotation_file: Path, index_dir: Path | None) -> Iterator[Path]:
     name = f"{annotation_file.stem}.kdindex"
     if index_dir is not None:
         yield index_dir / name
@@ -312,30 +312,30 @@ def _is_fresh(folder: Path, annotation_file: Path) -> bool:
     try:
         _, meta = open_arrays(folder)
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # none, or left damaged by a full disk: built again
+        return False  # missing, or corrupt after a full disk: rebuilt
     stat = annotation_file.stat()
     if meta["reader_version"] != READER_VERSION or meta["json_bytes"] != stat.st_size:
         return False
     if meta["json_mtime_ns"] == stat.st_mtime_ns:
         return True
-    with annotation_file.open("rb") as file:  # copied or touched: the content decides
+    with annotation_file.open("rb") as file:  # copied or touched: compare the content
         if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
             return False
     try:
         _write_meta(folder, meta | {"json_mtime_ns": stat.st_mtime_ns})
     except OSError:
-        pass  # a read-only index is as good, only hashed at each start
+        pass  # a read-only index is as valid, only hashed at each start
     return True
 
 
 def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    draft = folder / f"meta.json.{secrets.token_hex(4)}"
-    draft.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    draft.replace(folder / "meta.json")
+    partial = folder / f"meta.json.{secrets.token_hex(4)}"
+    partial.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    partial.replace(folder / "meta.json")
 
 
 def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Map the arrays of an index, read-only, without reading them.
+    """Memory-map the arrays of an index, read-only.
 
     Args:
         folder: The index.
@@ -344,13 +344,13 @@ def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
         The arrays by name, and the content of `meta.json`.
 
     Raises:
-        OSError: Something is missing.
-        ValueError: Something is damaged.
+        OSError: A file is missing.
+        ValueError: A file is corrupt.
     """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {}
     for name, shape in meta["arrays"].items():
-        # asarray drops the memmap subclass, whose indexing is slow; the pages stay mapped.
+        # asarray drops the slow memmap subclass; the pages stay mapped.
         arrays[name] = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
         if list(arrays[name].shape) != shape:
             raise ValueError(f"{folder / name}.npy: shape {arrays[name].shape}, expected {shape}")
@@ -360,53 +360,53 @@ def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
 def _build(annotation_file: Path, folder: Path) -> None:
     parent = folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    if not parent.stat().st_mode & 0o222:  # root could write; it was made read-only on purpose
+    if not parent.stat().st_mode & 0o222:  # root could write, but it is read-only on purpose
         raise PermissionError(0, "read-only folder")
     with FileLock(parent / f"{folder.name}.lock"):
-        if _is_fresh(folder, annotation_file):  # another rank built it meanwhile
+        if _is_fresh(folder, annotation_file):  # another process built it meanwhile
             return
-        for orphan in parent.glob(f".{folder.name}.*"):  # of a killed build
-            shutil.rmtree(orphan, ignore_errors=True)
-        draft = parent / f".{folder.name}.{secrets.token_hex(4)}"
-        draft.mkdir()
+        for leftover in parent.glob(f".{folder.name}.*"):  # of a killed build
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = parent / f".{folder.name}.{secrets.token_hex(4)}"
+        partial.mkdir()
         try:
-            _fill(annotation_file, draft)
-            if folder.exists():  # stale; processes that have it mapped keep their pages
-                folder.rename(draft / "replaced")
-            draft.rename(folder)
+            _build_into(annotation_file, partial)
+            if folder.exists():  # outdated; processes that map it keep their pages
+                folder.rename(partial / "replaced")
+            partial.rename(folder)
             shutil.rmtree(folder / "replaced", ignore_errors=True)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fill(annotation_file: Path, draft: Path) -> None:
+def _build_into(annotation_file: Path, partial: Path) -> None:
     stat = annotation_file.stat()
     if stat.st_size <= IN_PROCESS_BYTES:
-        build_index(annotation_file, draft)
+        build_index(annotation_file, partial)
     else:
         size = stat.st_size / 1e6
         log.info("%s: indexing %.0f MB; once, up to a minute", annotation_file, size)
-        _build_in_child(annotation_file, draft)
-    meta = json.loads((draft / "meta.json").read_text(encoding="utf-8"))
-    # The stamp from before the reading: a change during it makes the index stale, not wrong.
-    _write_meta(draft, meta | {"json_bytes": stat.st_size, "json_mtime_ns": stat.st_mtime_ns})
+        _build_in_child(annotation_file, partial)
+    meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
+    # The state before reading: a change meanwhile makes the index outdated, not wrong.
+    _write_meta(partial, meta | {"json_bytes": stat.st_size, "json_mtime_ns": stat.st_mtime_ns})
 
 
-def _build_in_child(annotation_file: Path, draft: Path) -> None:
-    # A plain subprocess: multiprocessing's spawn would run the caller's main module again.
+def _build_in_child(annotation_file: Path, partial: Path) -> None:
+    # A plain subprocess: multiprocessing's spawn would rerun the caller's main module.
     source = str(Path(kd.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "kd.formats.coco_index", str(annotation_file), str(draft)]
+    command = [sys.executable, "-m", "kd.formats.coco_index", str(annotation_file), str(partial)]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False
     )
     if done.returncode == USER_ERROR_EXIT:
-        raise UserError((draft / ERROR_FILE).read_text(encoding="utf-8"))
+        raise UserError((partial / ERROR_FILE).read_text(encoding="utf-8"))
     if done.returncode == -signal.SIGKILL:
         need = 7 * annotation_file.stat().st_size / 1e9
         raise UserError(
-            f"{annotation_file}: the process reading it was killed, most likely for memory; "
-            f"it needs about {need:.0f} GB once"
+            f"{annotation_file}: the process reading it was killed, most likely out of memory; "
+            f"reading needs about {need:.0f} GB once"
         )
     if done.returncode != 0:
         text = done.stderr.decode(errors="replace")
@@ -416,15 +416,15 @@ def _build_in_child(annotation_file: Path, draft: Path) -> None:
 
 
 def check_images_exist(names: Iterable[str], folder: Path, annotation_file: Path) -> None:
-    """Compare image names with folder listings: one listing a folder, not a look-up an image.
+    """Compare image names with folder listings, one listing per folder.
 
     Args:
         names: File names relative to `folder`.
-        folder: Where the images should lie.
-        annotation_file: Named in messages.
+        folder: Folder of the images.
+        annotation_file: For messages.
 
     Raises:
-        UserError: The folder or images are missing; the first few names and the count.
+        UserError: The folder or images are missing; lists the first few names and the count.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: image folder not found (for {annotation_file})")
@@ -440,15 +440,15 @@ def check_images_exist(names: Iterable[str], folder: Path, annotation_file: Path
             missing.append(name)
     if not missing:
         return
-    shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+    listed = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
     if len(missing) == count:
         raise UserError(
             f"{folder}: wrong image folder: none of the {count} images of {annotation_file} "
-            f"is here ({shown}){_hint(folder, missing[0])}"
+            f"is here ({listed}){_hint(folder, missing[0])}"
         )
     raise UserError(
         f"{folder}: {len(missing)} of the {count} images of {annotation_file} are missing: "
-        f"{shown}; fetch them again, or remove them from the JSON"
+        f"{listed}; fetch them again, or remove them from the JSON"
     )
 
 

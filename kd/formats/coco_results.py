@@ -1,4 +1,4 @@
-"""A detector's results in COCO's format and the truth they are compared with, read and checked."""
+"""A detector's results in COCO format and their ground truth: read, checked, written."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from kd.metrics.coco_ap import Boxes
 from kd.utils.io import write_text
 
 _log = logging.getLogger("kd")
-_SHOWN = 5
+_LISTED = 5
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A COCO JSON as evaluation reads it: crowds stay, and every image counts.
+    """Ground truth for evaluation: includes crowds and images without objects.
 
     Attributes:
         path: The JSON.
@@ -35,7 +35,7 @@ class Truth:
         sizes: (I, 2) int64, height and width in pixels.
         category_ids: (C,) int64, ascending.
         class_names: C names.
-        confusable_groups: C groups of look-alike classes, None for a class without one.
+        confusable_groups: C names of groups of confusable classes, None for a class in no group.
         boxes: All objects.
     """
 
@@ -55,9 +55,9 @@ class Detections:
 
     Attributes:
         path: The file.
-        entries: As they stand in it.
-        boxes: The same as arrays.
-        scores: (D,) float64; larger is surer.
+        entries: Its entries.
+        boxes: The boxes as arrays.
+        scores: (D,) float64.
         sha256: Of the file's bytes.
     """
 
@@ -72,7 +72,7 @@ def read_truth(path: Path) -> Truth:
     """Read annotations for evaluation.
 
     Raises:
-        UserError: What is wrong with the file, entry by entry.
+        UserError: The file is invalid; lists the mistakes.
     """
     content, _ = read_json(path)
     check_layout(content, path)
@@ -108,19 +108,19 @@ def read_truth(path: Path) -> Truth:
 
 
 def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
-    """Read a results file of the images and classes of a truth.
+    """Read a results file for the images and classes of the ground truth.
 
-    Boxes without an area, as detectors leave where they clip what lies outside of an image, stay:
-    they overlap nothing, and count as wrong ones as in pycocotools. How many is said in the log.
+    Boxes without an area, which detectors produce by clipping, are kept: they match nothing and
+    count as false positives, as in pycocotools. Their number is logged.
 
     Args:
         path: The file.
-        truth: Of the same images.
-        probabilities: Whether scores must be in 0..1; ranking takes any numbers, logits too.
+        truth: Ground truth of the same images.
+        probabilities: Require scores in 0..1; ranking accepts any numbers, such as logits.
 
     Raises:
-        UserError: Not a list of results, empty, or entries that name an unknown image or category,
-            have a score that is no such number, or no box; the first few are named.
+        UserError: Not a list of results, empty, or entries with an unknown image or category, an
+            invalid score, or no box; the first few are listed.
     """
     entries, digest = read_json(path)
     if not isinstance(entries, list):
@@ -137,31 +137,31 @@ def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) ->
         mistake = _mistake(entry, images, categories, truth.path, probabilities)
         if mistake is not None:
             count += 1
-            if len(mistakes) < _SHOWN:
+            if len(mistakes) < _LISTED:
                 mistakes.append(f"{path}: result {place}: {mistake}")
-    if count > _SHOWN:
-        mistakes.append(f"... and {count - _SHOWN} more results with mistakes")
+    if count > _LISTED:
+        mistakes.append(f"... and {count - _LISTED} more results with mistakes")
     if mistakes:
         raise UserError("\n".join(mistakes))
     scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
     boxes = _boxes(entries, truth.image_ids, truth.category_ids)
     if empty := int((boxes.xywh[:, 2:] == 0).any(axis=1).sum()):
         _log.warning(
-            "%s: %d of %d results have a box without an area; they can find nothing and count as "
-            "wrong, as in pycocotools", path, empty, len(entries),
+            "%s: %d of %d results have a box without an area; they match nothing and count as "
+            "false positives, as in pycocotools", path, empty, len(entries),
         )  # fmt: skip
     return Detections(path, entries, boxes, scores, digest)
 
 
 def write_detections(path: Path, entries: Sequence[Json], scores: Sequence[float]) -> None:
-    """Write results with new scores, in the same order and with the same other fields."""
+    """Write results with new scores, everything else unchanged."""
     changed = [{**entry, "score": score} for entry, score in zip(entries, scores, strict=True)]
     text = json.dumps(changed, separators=(",", ":"))
     write_text(path, text + "\n")
 
 
 def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:
-    """The rows of each image in turn, in their order."""
+    """Rows of each image in turn, in their order."""
     order = np.argsort(boxes.image, kind="stable")
     bounds = np.searchsorted(boxes.image[order], np.arange(images + 1))
     for start, end in pairwise(bounds.tolist()):
@@ -169,36 +169,36 @@ def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """x, y, width, height to x1, y1, x2, y2."""
+    """Convert x, y, width, height to x1, y1, x2, y2."""
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
 def _mistake(
     entry: Any, images: set[int], categories: set[int], truth: Path, probabilities: bool
 ) -> str | None:
-    """What is wrong with a result, None if nothing is."""
+    """Describe what is wrong with a result; None if nothing."""
     if not isinstance(entry, Mapping):
         return f"is {str(entry)[:60]!r}, expected an object with image_id, category_id, bbox, score"
-    lacking = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
-    if lacking:
-        return f"has no {' and no '.join(map(repr, lacking))}"
+    missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
+    if missing:
+        return f"has no {' and no '.join(map(repr, missing))}"
     if type(entry["image_id"]) is not int or entry["image_id"] not in images:
         return f"image_id {entry['image_id']!r} is not in {truth}; are they of one split?"
     if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
         return (
-            f"category_id {entry['category_id']!r} is not in {truth}; results name categories by "
-            "their ids there, not by their place"
+            f"category_id {entry['category_id']!r} is not in {truth}; results refer to categories "
+            "by id, not by position"
         )
     score = entry["score"]
     if not is_number(score):
         return f"score is {score!r}, expected a finite number"
     if probabilities and not 0 <= score <= 1:
-        return f"score is {score!r}, expected a probability, 0..1; of a logit it is the sigmoid"
+        return f"score is {score!r}, expected a probability, 0..1; apply a sigmoid to logits"
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return f"bbox is {str(box)[:60]}, expected 4 finite numbers x, y, width, height"
     if box[2] < 0 or box[3] < 0:
-        return f"bbox {box} has a side below 0; it is x, y, width, height in pixels"
+        return f"bbox {box} has a negative side; expected x, y, width, height in pixels"
     return None
 
 
@@ -207,7 +207,7 @@ def _boxes(
     image_ids: npt.NDArray[np.int64],
     category_ids: npt.NDArray[np.int64],
 ) -> Boxes:
-    """Entries as arrays; the area of a box is that of its sides."""
+    """Convert entries to arrays; the area is that of the box."""
     images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
     labels = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
     xywh = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
@@ -221,7 +221,7 @@ def _boxes(
 
 
 def _index_quietly(coco: COCO) -> None:
-    """`COCO.createIndex` without what it prints."""
+    """`COCO.createIndex` without its output."""
     dataset = coco.dataset
     coco.anns = {entry["id"]: entry for entry in dataset["annotations"]}
     coco.imgs = {entry["id"]: entry for entry in dataset["images"]}

@@ -1,4 +1,4 @@
-"""What a COCO JSON must be before it is read: each mistake named by file, entry and id."""
+"""Validation of COCO JSONs before they are read: mistakes are reported by file, entry and id."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pycocotools.coco import COCO
 
 from kd.errors import UserError
 
-_SHOWN = 5
+_LISTED = 5
 
 Json = dict[str, Any]
 
 
 def read_json(path: Path) -> tuple[Any, str]:
-    """Parse a JSON file, and say where it breaks if it does.
+    """Parse a JSON file.
 
     Args:
         path: The file.
@@ -28,7 +28,7 @@ def read_json(path: Path) -> tuple[Any, str]:
         The value, and the SHA-256 of the file's bytes in hexadecimal.
 
     Raises:
-        UserError: Missing, unreadable, empty, cut off or malformed, with line and byte.
+        UserError: Missing, unreadable, empty, truncated or malformed, with line and byte.
     """
     try:
         data = path.read_bytes()
@@ -51,7 +51,7 @@ def read_json(path: Path) -> tuple[Any, str]:
 
 
 def _json_mistake(text: str, error: json.JSONDecodeError) -> str:
-    end = text.rstrip("\0 \t\r\n")  # a crash of the file system can leave zeros at the end
+    end = text.rstrip("\0 \t\r\n")  # a file system crash may leave zeros at the end
     if not end:
         return "the annotation file is empty; fetch it again"
     size = len(text.encode())
@@ -63,7 +63,7 @@ def _json_mistake(text: str, error: json.JSONDecodeError) -> str:
 
 
 class _Mistakes:
-    """Collects the mistakes of one kind of entry, to show the first few and the count."""
+    """Collects mistakes of one kind; reports the first few and the count."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,7 +72,7 @@ class _Mistakes:
 
     def add(self, line: str) -> None:
         self.count += 1
-        if len(self.lines) < _SHOWN:
+        if len(self.lines) < _LISTED:
             self.lines.append(line)
 
     def raise_any(self) -> None:
@@ -81,7 +81,7 @@ class _Mistakes:
         if self.count == 1:
             raise UserError(f"{self.path}: {self.lines[0]}")
         head = f"{self.path}: {self.count} mistakes"
-        more = f"; the first {_SHOWN}" if self.count > _SHOWN else ""
+        more = f"; the first {_LISTED}" if self.count > _LISTED else ""
         raise UserError("\n".join([f"{head}{more}:", *(f"  {line}" for line in self.lines)]))
 
 
@@ -90,8 +90,8 @@ def _is_id(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is an int or float, finite, and no bool."""
-    # Bounds, not isfinite: they refuse NaN and infinity too, and huge integers do not raise.
+    """Whether a value is a finite int or float, not a bool."""
+    # Bounds instead of isfinite: they exclude NaN and infinity, and accept huge integers.
     return type(value) in (int, float) and -1e18 < value < 1e18  # type: ignore[operator]
 
 
@@ -121,7 +121,7 @@ def _category_mistake(entry: Json) -> str | None:
     if not isinstance(entry.get("name"), str):
         return f"'name' is {entry.get('name')!r}; expected text"
     if not isinstance(entry.get("look"), str | None):
-        return f"'look' is {entry['look']!r}; expected the name of a group of look-alikes"
+        return f"'look' is {entry['look']!r}; expected the name of a group of confusable classes"
     return None
 
 
@@ -138,7 +138,7 @@ def check_layout(dataset: Any, path: Path) -> None:
 
     Args:
         dataset: The parsed JSON.
-        path: Named in messages.
+        path: For messages.
 
     Raises:
         UserError: The first few mistakes of a section, with ids.
@@ -166,11 +166,11 @@ def check_layout(dataset: Any, path: Path) -> None:
 
 
 def check_references(coco: COCO, path: Path) -> None:
-    """Check that ids differ, and that annotations name listed images and categories.
+    """Check that ids are unique, and that annotations refer to listed images and categories.
 
     Args:
         coco: Indexed by pycocotools.
-        path: Named in messages.
+        path: For messages.
 
     Raises:
         UserError: The first few mistakes of a kind, with ids.

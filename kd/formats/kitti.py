@@ -1,9 +1,9 @@
 """KITTI's object boxes as a COCO JSON (Geiger et al., 2012, doi:10.1109/CVPR.2012.6248074).
 
-`training/image_2`, `training/label_2` and, for splits, `ImageSets/*.txt`. Boxes are continuous and
-count from 0, as COCO's. The benchmark asks for cars, pedestrians and cyclists, and lets a detector
-find vans for cars, seated people for pedestrians, and anything in regions marked DontCare: those
-are crowds in the JSON, which training skips and `kd.metrics.kitti_ap` ignores.
+Reads `training/image_2`, `training/label_2` and, for splits, `ImageSets/*.txt`. Boxes are
+continuous and zero-based, as in COCO. The benchmark evaluates cars, pedestrians and cyclists, and
+ignores detections of vans as cars, of seated people as pedestrians, and anything in DontCare
+regions: those are crowds in the JSON, which training skips and `kd.metrics.kitti_ap` ignores.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from kd.metrics.kitti_ap import KittiTruth
 from kd.registry import suggestion
 
 CLASSES = ("car", "pedestrian", "cyclist")
-EVERY = "all"  # the split of all images with labels
+ALL = "all"  # split of all labelled images
 REGION = "DontCare"
-# What may be found in place of a class, without a penalty.
+# Detected as that class without a penalty.
 NEIGHBOURS = {"Van": "car", "Person_sitting": "pedestrian"}
 _OWN = {"Car": "car", "Pedestrian": "pedestrian", "Cyclist": "cyclist"}
 _OTHERS = ("Truck", "Tram", "Misc")
@@ -45,39 +45,39 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
 
     Args:
         root: Holds `training` and `ImageSets`.
-        split: A file of `ImageSets`, train or val say; "all" for every image that has labels.
+        split: A file of `ImageSets`, such as train or val; "all" for every labelled image.
 
     Returns:
-        The content of a COCO JSON, file names as in `image_2`, classes car, pedestrian and cyclist.
-        An annotation has `truncated` (0..1), `occluded` (0..3) and `type`, the name as KITTI has
-        it, too. Vans and seated people are crowds of their neighbouring class; a DontCare region is
-        three, one of each class, truncated and occluded -1. Trucks, trams and the rest are left
-        out.
+        The content of a COCO JSON with file names as in `image_2` and classes car, pedestrian and
+        cyclist. Annotations also have `truncated` (0..1), `occluded` (0..3) and `type`, KITTI's
+        class name. Vans and seated people are crowds of their neighbouring class; a DontCare region
+        becomes three crowds, one of each class, with truncated and occluded -1. Trucks, trams and
+        others are left out.
 
     Raises:
-        UserError: A split that is missing or empty, an image or label file that is missing or
-            broken, an unknown type, a number that is none, or a box without an area (a region
-            without one is left out); with file and line.
+        UserError: A split is missing or empty, an image or label file is missing or broken, a type
+            is unknown, a number is invalid, or a box has no area (such regions are left out); with
+            file and line.
     """
     root = Path(root)
-    labels, pictures = root / "training" / "label_2", root / "training" / "image_2"
-    where, listed = _listed(root, labels, split)
-    files = images_in(pictures, _SUFFIXES)
+    labels, images = root / "training" / "label_2", root / "training" / "image_2"
+    where, names = _list_split(root, labels, split)
+    files = images_in(images, _SUFFIXES)
     content = CocoContent(CLASSES, f"KITTI object detection {split}")
-    for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
+    for image_id, (line, name) in zip(image_ids([name for _, name in names]), names, strict=True):
         if name not in files:
-            raise UserError(f"{where}:{line}: no image {pictures / name}.png")
-        width, height = _size(pictures / files[name])
+            raise UserError(f"{where}:{line}: no image {images / name}.png")
+        width, height = _size(images / files[name])
         content.add_image(image_id, files[name], height=height, width=width)
         _add(content, labels / f"{name}.txt", f"{where}:{line}")
     return content.done(where)
 
 
 def kitti_truth(truth: Truth) -> KittiTruth:
-    """What `kd.metrics.kitti_ap` needs of a JSON of `kitti_to_coco`, as `read_truth` has read it.
+    """Ground truth for `kd.metrics.kitti_ap`, from a JSON of `kitti_to_coco`.
 
     Raises:
-        UserError: The JSON is not of KITTI: an annotation has no type.
+        UserError: The JSON is not from KITTI: an annotation has no type.
     """
     marks = read_flags(truth.path)
     if unknown := {one for one in marks.types if one not in _TYPES}:
@@ -92,11 +92,11 @@ def kitti_truth(truth: Truth) -> KittiTruth:
     )
 
 
-def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
+def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
     """Where a split is listed, and line and name of each image."""
     if not labels.is_dir():
         raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
-    if split != EVERY:
+    if split != ALL:
         where = root / "ImageSets" / f"{split}.txt"
         if not any(where.parent.glob("*.txt")):
             raise UserError(
@@ -111,7 +111,7 @@ def _listed(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int,
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, from its first bytes."""
+    """Width and height of an image, from its header."""
     try:
         with Image.open(path) as picture:
             return picture.size
@@ -119,12 +119,12 @@ def _size(path: Path) -> tuple[int, int]:
         raise UserError(f"{path}: cannot be decoded: {error}") from None
 
 
-def _add(content: CocoContent, path: Path, listed: str) -> None:
+def _add(content: CocoContent, path: Path, names: str) -> None:
     """Add the objects of one label file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(f"{listed}: no labels {path}; those of testing are not public") from None
+        raise UserError(f"{names}: no labels {path}; those of testing are not public") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -132,7 +132,7 @@ def _add(content: CocoContent, path: Path, listed: str) -> None:
         if not words:
             continue
         kind, truncated, occluded, corners = _read(words, f"{path}:{number}")
-        if kind in _OTHERS or (kind == REGION and _flat(corners)):
+        if kind in _OTHERS or (kind == REGION and _has_no_area(corners)):
             continue
         for name in CLASSES if kind == REGION else (_OWN.get(kind) or NEIGHBOURS[kind],):
             content.add_object(
@@ -154,12 +154,12 @@ def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
     truncated, occluded, _, x1, y1, x2, y2 = (_number(word, where) for word in words[1:8])
     if occluded not in (-1, 0, 1, 2, 3):
         raise UserError(f"{where}: occluded is {words[2]}, expected 0, 1, 2 or 3")
-    if kind != REGION and _flat((x1, y1, x2, y2)):
+    if kind != REGION and _has_no_area((x1, y1, x2, y2)):
         raise UserError(f"{where}: a box without an area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}")
     return kind, truncated, int(occluded), (x1, y1, x2, y2)
 
 
-def _flat(corners: Corners) -> bool:
+def _has_no_area(corners: Corners) -> bool:
     """Whether a box has no area."""
     x1, y1, x2, y2 = corners
     return x2 <= x1 or y2 <= y1

@@ -22,7 +22,7 @@ from filelock import FileLock
 from kd.errors import UserError
 from kd.formats import LAYOUTS
 from kd.formats.box_annotations import Json, instances_file, instances_paths, joined
-from kd.formats.kitti import EVERY, kitti_to_coco
+from kd.formats.kitti import ALL, kitti_to_coco
 from kd.formats.voc import CLASSES, voc_to_coco
 from kd.registry import is_foreign, resolve
 from kd.utils.io import cache_path, write_text
@@ -209,7 +209,7 @@ def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
             f"{labels}: no such folder; expected the folder of KITTI's object detection, which "
             "contains training/, as data.root"
         )
-    lists = () if split == EVERY else (root / "ImageSets" / f"{split}.txt",)
+    lists = () if split == ALL else (root / "ImageSets" / f"{split}.txt",)
     return BoxSplit(
         read=lambda: kitti_to_coco(root, split),
         folder=root,

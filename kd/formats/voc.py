@@ -1,7 +1,7 @@
 """Pascal VOC's boxes as a COCO JSON (Everingham et al., 2010, doi:10.1007/s11263-009-0275-4).
 
-`VOCdevkit/VOC2007` and its like: `Annotations/*.xml`, `ImageSets/Main/*.txt`, `JPEGImages`. VOC
-counts pixels from 1 and includes the last: a box from 1 to 16 is 0 to 16 here, 16 wide. Objects
+Reads `VOCdevkit/VOC2007` and the like: `Annotations/*.xml`, `ImageSets/Main/*.txt`, `JPEGImages`.
+VOC's pixels are one-based and inclusive: a box from 1 to 16 becomes 0 to 16, 16 wide. Objects
 marked difficult are crowds in the JSON, which training skips and `kd.metrics.voc_ap` ignores.
 """
 
@@ -32,7 +32,7 @@ _FLAGS = ("difficult", "truncated", "occluded")
 
 @dataclass
 class _Node:
-    """An element of an XML file, and the line that it starts on."""
+    """An XML element and the line it starts on."""
 
     tag: str
     line: int
@@ -52,40 +52,39 @@ def voc_to_coco(
         root: Holds `VOC{year}`, or is that folder.
         year: 2007, 2012, ...
         split: A file of `ImageSets/Main`: train, val, trainval, test.
-        classes: Names that objects may have; ids count from 1 in their order.
+        classes: Class names; ids count from 1 in their order.
 
     Returns:
-        The content of a COCO JSON, file names as in `JPEGImages`. An annotation has `difficult`,
-        `truncated` and `occluded` of 0 or 1 too; `iscrowd` is `difficult`.
+        The content of a COCO JSON with file names as in `JPEGImages`. Annotations also have
+        `difficult`, `truncated` and `occluded`, 0 or 1; `iscrowd` is `difficult`.
 
     Raises:
-        UserError: A split that is missing or empty, an image or annotation file that is missing,
-            XML that is broken, a class that is not known, or a box that is none; with file and
-            line.
+        UserError: A split is missing or empty, an image or annotation file is missing, XML is
+            malformed, a class is unknown, or a box is invalid; with file and line.
     """
     folder = voc_folder(root, year)
     lists = folder / "ImageSets" / "Main"
     where = lists / f"{split}.txt"
     listed = split_names(where, lists)
-    pictures = images_in(folder / "JPEGImages", _SUFFIXES)
+    images = images_in(folder / "JPEGImages", _SUFFIXES)
     content = CocoContent(classes, f"Pascal VOC {year} {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
-        if name not in pictures:
+        if name not in images:
             raise UserError(f"{where}:{line}: no image {folder / 'JPEGImages' / name}.jpg")
         path = folder / "Annotations" / f"{name}.xml"
         if not path.is_file():
             raise UserError(
                 f"{where}:{line}: no annotations {path}; those of some test splits are not public"
             )
-        _add(content, path, image_id, pictures[name], classes)
+        _add(content, path, image_id, images[name], classes)
     return content.done(where)
 
 
 def voc_folder(root: str | Path, year: str | int) -> Path:
-    """The folder of a year.
+    """Find the folder of a year.
 
     Raises:
-        UserError: It is not there.
+        UserError: It does not exist.
     """
     for folder in (Path(root) / f"VOC{year}", Path(root)):
         if (folder / "Annotations").is_dir():
@@ -96,11 +95,11 @@ def voc_folder(root: str | Path, year: str | int) -> Path:
 def _add(
     content: CocoContent, path: Path, image_id: int, file_name: str, classes: Sequence[str]
 ) -> None:
-    """Add the image and the objects of one XML file."""
+    """Add the image and objects of one XML file."""
     top = _parse(path)
     if top.tag != "annotation":
         raise UserError(f"{path}:{top.line}: expected <annotation>, got <{top.tag}>")
-    size = _needed(top, "size", path)
+    size = _required(top, "size", path)
     height, width = (int(_number(size, side, path)) for side in ("height", "width"))
     if height < 1 or width < 1:
         raise UserError(f"{path}:{size.line}: the image is {width} x {height} pixels")
@@ -108,10 +107,10 @@ def _add(
     for entry in top.children:
         if entry.tag != "object":
             continue
-        name = _needed(entry, "name", path)
+        name = _required(entry, "name", path)
         if name.text not in classes:
             hint = suggestion(name.text, list(classes))
-            own = ". Classes of your own are named in the data's `classes: [...]`"
+            own = ". Set custom classes with `classes: [...]` in the data section"
             raise UserError(f"{path}:{name.line}: unknown class {name.text!r}{hint}{own}")
         flags = {flag: _flag(entry, flag, path) for flag in _FLAGS}
         crowd = bool(flags["difficult"])
@@ -119,8 +118,8 @@ def _add(
 
 
 def _corners(entry: _Node, path: Path) -> Corners:
-    """The box of an object, continuous."""
-    box = _needed(entry, "bndbox", path)
+    """Box of an object, continuous."""
+    box = _required(entry, "bndbox", path)
     x1, y1, x2, y2 = (_number(box, side, path) for side in ("xmin", "ymin", "xmax", "ymax"))
     if x2 < x1 or y2 < y1:
         raise UserError(
@@ -129,7 +128,7 @@ def _corners(entry: _Node, path: Path) -> Corners:
     return x1 - 1, y1 - 1, x2, y2
 
 
-def _needed(parent: _Node, tag: str, path: Path) -> _Node:
+def _required(parent: _Node, tag: str, path: Path) -> _Node:
     found = parent.child(tag)
     if found is None:
         raise UserError(f"{path}:{parent.line}: <{parent.tag}> has no <{tag}>")
@@ -137,7 +136,7 @@ def _needed(parent: _Node, tag: str, path: Path) -> _Node:
 
 
 def _number(parent: _Node, tag: str, path: Path) -> float:
-    found = _needed(parent, tag, path)
+    found = _required(parent, tag, path)
     try:
         value = float(found.text)
     except ValueError:
@@ -148,7 +147,7 @@ def _number(parent: _Node, tag: str, path: Path) -> float:
 
 
 def _flag(parent: _Node, tag: str, path: Path) -> int:
-    """0 or 1; older files leave out what is 0."""
+    """0 or 1; missing means 0."""
     found = parent.child(tag)
     if found is None:
         return 0
@@ -158,22 +157,22 @@ def _flag(parent: _Node, tag: str, path: Path) -> int:
 
 
 def _parse(path: Path) -> _Node:
-    """The elements of an XML file, with the lines that `xml.etree` forgets."""
+    """Parse an XML file with line numbers, which `xml.etree` does not keep."""
     parser = expat.ParserCreate()
     parser.buffer_text = True
-    above = [_Node("", 0)]
+    stack = [_Node("", 0)]
 
     def start(tag: str, _: object) -> None:
         node = _Node(tag, parser.CurrentLineNumber)
-        above[-1].children.append(node)
-        above.append(node)
+        stack[-1].children.append(node)
+        stack.append(node)
 
     def end(_: str) -> None:
-        node = above.pop()
+        node = stack.pop()
         node.text = node.text.strip()
 
     def text(data: str) -> None:
-        above[-1].text += data
+        stack[-1].text += data
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = text
@@ -184,4 +183,4 @@ def _parse(path: Path) -> _Node:
         raise UserError(f"{path}:{error.lineno}: not valid XML: {reason}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return above[0].children[0]
+    return stack[0].children[0]
