@@ -52,8 +52,8 @@ def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
         val=Split(annotations="annotations/instances_val.json", images="val"),
         generate=Generate(train=4 * batch_size, val=8),
         size=64,
-        min_share=0.0,
-        max_share=1.0,
+        min_fraction=0.0,
+        max_fraction=1.0,
     )
     data = open_objects(section)
     accelerator = make_accelerator("fp32")

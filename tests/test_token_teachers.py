@@ -44,7 +44,7 @@ def test_a_teacher_on_annotations_needs_no_picture(
     options = "teacher={name: scene_transformer, options: {width: 16, depth: 1}}"
     nll = []
     for pictures in ("true", "false"):
-        flags = sets(options, *SHORT, f"data.images={pictures}", "data.withhold={start: 0.5}")
+        flags = sets(options, *SHORT, f"data.images={pictures}", "data.hide_several={start: 0.5}")
         out = tmp_path / pictures
         command = ["--teacher", "scene_transformer", *small_data, *flags, "--out", str(out)]
         with caplog.at_level(logging.WARNING):

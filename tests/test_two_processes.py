@@ -133,8 +133,8 @@ def _section(root: Path) -> ObjectsSection:
         val=Split(annotations="annotations/instances_val.json", images="val"),
         generate=Generate(train=24, val=8),
         size=32,
-        min_share=0.0,
-        max_share=1.0,
+        min_fraction=0.0,
+        max_fraction=1.0,
         workers=0,
     )
 

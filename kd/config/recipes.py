@@ -1,7 +1,7 @@
-"""What can be configured: the schema, the defaults and their documentation.
+"""The schema of recipes with its defaults and descriptions.
 
-A recipe is YAML, read by `kd.config.reader` into `TeacherRecipe` or `DistillRecipe`. Every
-section is frozen, refuses keys it does not know and takes no value of another type.
+A recipe is YAML, read by `kd.problems.recipes`. Every section is frozen and refuses unknown keys
+and values of another type.
 """
 
 from __future__ import annotations
@@ -42,28 +42,29 @@ class SoftTargets(Section):
         None, description="folder or URL of stored outputs; null: in the teacher's run folder"
     )
     mirrored: bool = Field(
-        False, description="also store layers and logits of mirrored pictures, for flips"
+        False, description="also store layers and logits of mirrored images, for flips"
     )
-    moved_error: NotNegative = Field(
-        0.1, description="largest relative error of stored maps that are moved with the picture"
+    equivariance_error: NotNegative = Field(
+        0.1, description="largest relative error of stored maps that are moved with the image"
     )
     stride: Count = Field(
-        8, description="pixels a place of stored maps that crops of label-map data get"
+        8, description="stride in pixels of stored maps, for crops of data with label maps"
     )
     score_stride: Count | None = Field(
-        None, description="the same of score maps, which may be finer than layers; null: stride"
+        None, description="the same for score maps, which may be finer than layers; null: stride"
     )
     size: Count | None = Field(
         None,
-        description="long side at which a teacher of label maps sees pictures whose outputs "
-        "are stored: larger ones are told in more detail; null: that of its training",
+        description="long side at which a teacher sees whole images when its outputs are stored: "
+        "larger gives more detail; null: as in its training",
     )
     balance: Probability = Field(
-        0.0, description="share of the posteriors' mean taken out, so that rare classes count more"
+        0.0,
+        description="how much of the posteriors' mean is removed, so that rare classes count more",
     )
 
     def stride_of(self, *, layer: bool) -> int:
-        """Pixels a place that crops get of a layer, or of a score map."""
+        """Stride in pixels of the stored maps that crops get: of layers, or of score maps."""
         return self.stride if layer or self.score_stride is None else self.score_stride
 
 
@@ -111,8 +112,8 @@ class Schedule(Section):
     """The learning rate over the steps of training."""
 
     name: Literal["constant", "cosine", "linear", "poly"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="share of the steps")
-    final: Probability = Field(0.0, description="last rate, as a share of the first")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="fraction of the steps")
+    final: Probability = Field(0.0, description="last rate, as a fraction of the first")
     power: Positive = Field(0.9, description="of the poly schedule")
 
 
@@ -159,7 +160,9 @@ class Weighted(Section):
     """How a term's weight runs over training (a factor on `weight`)."""
 
     name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
-    until: Fraction = Field(1.0, description="share of training at which the ramp or the term ends")
+    until: Fraction = Field(
+        1.0, description="fraction of training at which the ramp or the term ends"
+    )
     until_step: Count | None = Field(None, description="the same as a number of steps")
     start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
 
@@ -179,7 +182,7 @@ class Weighted(Section):
         if self.until_step is not None and self.until != 1.0:
             raise ValueError("until and until_step: give one of them")
         if self.name == "off_after" and self.until_step is None and self.until == 1.0:
-            raise ValueError("off_after: say when, by until (a share) or until_step")
+            raise ValueError("off_after: say when, by until (a fraction) or until_step")
         return self
 
 
@@ -367,7 +370,7 @@ class Probe(Section):
     lr: Positive | None = Field(None, description="rate; null: that of train")
     epochs: Count | None = Field(None, description="null: those of train")
     remember: bool = Field(
-        False, description="keep the trunk's maps in memory: for pictures that come unchanged"
+        False, description="keep the trunk's maps in memory: for images that are not augmented"
     )
 
 

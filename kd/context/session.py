@@ -176,7 +176,7 @@ class Imagination:
     def _regions(self, photo: Photograph) -> list[Region]:
         wanted, section = self.wanted, self.teacher.objects
         regions = [shape.on(str(photo.path), photo.size) for shape in wanted.shapes]
-        shares = (max(section.min_share, _LEAST_SHARE), max(section.max_share, _LEAST_SHARE))
+        shares = (max(section.min_fraction, _LEAST_SHARE), max(section.max_fraction, _LEAST_SHARE))
         random = np.random.default_rng(wanted.seed)
         return regions + random_boxes(wanted.random, photo.size, shares, random)
 

@@ -49,7 +49,9 @@ def check_options(
     if shape not in SHAPES:
         raise UserError(f"shape: {shape!r} is unknown; use one of {', '.join(SHAPES)}")
     if not 0 <= shares[0] <= shares[1] <= 1:
-        raise UserError(f"min_share {shares[0]}, max_share {shares[1]}: expected 0 <= min <= max")
+        raise UserError(
+            f"min_fraction {shares[0]}, max_fraction {shares[1]}: expected 0 <= min <= max"
+        )
     if partial is not None and not (0 <= partial[0] <= 1 and 0 <= partial[1] <= 1):
         raise UserError(f"partial: {partial}: expected a share and a progress, both in 0..1")
 

@@ -108,7 +108,9 @@ def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Rec
     accelerator = make_accelerator(config["train"]["precision"])
     prior = data.prior()
     # Score every pasted object, whatever object sizes the run was evaluated on.
-    section = data.section.model_copy(update={"min_share": 0.0, "max_share": 1.0, "prepared": None})
+    section = data.section.model_copy(
+        update={"min_fraction": 0.0, "max_fraction": 1.0, "prepared": None}
+    )
     model = AdaptedStudent(model).to(accelerator.device)
     sources = source_photos(folder)
     predictions: dict[str, Records] = {}

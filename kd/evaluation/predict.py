@@ -50,7 +50,7 @@ FOLDER = "evaluation"  # in a run's folder
 _PREDICTIONS = "predictions.npz"
 IMAGES = 8  # that are drawn
 # How a run sees images; another dataset is seen in the same way.
-_SEEN = ("size", "shape", "min_share", "max_share", "images")
+_SEEN = ("size", "shape", "min_fraction", "max_fraction", "images")
 # Settings that do not change predictions; folders of evaluations are not named by them.
 _FREE = ("root=", "workers=", "prepared=")
 _SEPARATORS = re.compile(r"[^\w.=-]+")

@@ -171,7 +171,7 @@ def open_teachers(
         if POSTERIOR in cached:
             posteriors = _posteriors(cached.pop(POSTERIOR), data)
             opened.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
-        limit = recipe.soft_targets.moved_error
+        limit = recipe.soft_targets.equivariance_error
         check_moved_maps(teacher, data, cached, accelerator, limit=limit)
         opened.maps[name] = cached
     return opened

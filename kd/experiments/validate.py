@@ -49,12 +49,12 @@ def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) 
         for name, field in SoftTargets.model_fields.items()
         if name not in _ALSO_LIVE and getattr(recipe.soft_targets, name) != field.default
     ]
-    if "moved_error" in set_here and not isinstance(data, ObjectsDataset):
+    if "equivariance_error" in set_here and not isinstance(data, ObjectsDataset):
         raise UserError(
-            "soft_targets.moved_error: stored maps are measured where objects are hidden, not "
-            f"here: {data.section.name} has its maps moved with the picture as they are; leave it "
-            "out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live asks about "
-            "the student's own pictures"
+            "soft_targets.equivariance_error: stored maps are measured where objects are hidden, "
+            f"not here: {data.section.name} has its maps moved with the image as they are; leave "
+            "it out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live runs on "
+            "the student's own images"
         )
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     if set_here and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):

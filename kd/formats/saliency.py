@@ -40,13 +40,13 @@ class SplitOptions:
     Attributes:
         degree: Pixels of the files per degree of visual angle.
         published: Use the published density maps instead of drawing them from fixations.
-        val_share: Fraction of the images in a random val split.
+        val_fraction: Fraction of the images in a random val split.
         seed: Seed of a random split.
     """
 
     degree: float
     published: bool = False
-    val_share: float = 0.2
+    val_fraction: float = 0.2
     seed: int = 0
 
 
@@ -144,7 +144,7 @@ def _by_name(folder: Path, before: str) -> dict[str, Path]:
 
 def _random(images: dict[str, Path], split: str, options: SplitOptions) -> dict[str, Path]:
     """Images of a random split."""
-    val = random_split(list(images), options.val_share, options.seed)
+    val = random_split(list(images), options.val_fraction, options.seed)
     return {name: path for name, path in images.items() if (name in val) is (split == "val")}
 
 

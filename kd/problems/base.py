@@ -609,12 +609,12 @@ class HiddenObjects(Protocol):
         ...
 
     @property
-    def min_share(self) -> float:
+    def min_fraction(self) -> float:
         """Smallest hidden box in training, as a fraction of the image."""
         ...
 
     @property
-    def max_share(self) -> float:
+    def max_fraction(self) -> float:
         """Largest."""
         ...
 

@@ -88,7 +88,7 @@ def check_moved_maps(
             raise UserError(
                 f"losses: stored maps of {name!r} do not follow the picture: moved with it they "
                 f"differ from the teacher's maps of the moved picture by {said} (limit {limit:.0%},"
-                f" soft_targets.moved_error); set data.augment to 0 for {off}, take "
+                f" soft_targets.equivariance_error); set data.augment to 0 for {off}, take "
                 "soft_targets.mirrored=true for flips, or soft_targets.kind=live"
             )
         if said:

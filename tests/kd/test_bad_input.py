@@ -27,7 +27,7 @@ DATA = {
     "train": {"annotations": "annotations/instances_train2017.json", "images": "train2017"},
     "val": {"annotations": "annotations/instances_val2017.json", "images": "val2017"},
     "size": 32,
-    "max_share": 1.0,
+    "max_fraction": 1.0,
     "augment": None,
     "workers": 0,
 }
@@ -207,10 +207,10 @@ def test_a_file_that_contradicts_itself_is_named_with_the_place(
 
 
 def test_a_data_set_without_a_usable_object_is_named(command: Command, data: Path) -> None:
-    limits = ("--set", "data.min_share=0.98", "--set", "data.max_share=0.99")
+    limits = ("--set", "data.min_fraction=0.98", "--set", "data.max_fraction=0.99")
     line = only_error(teacher(command, data, *limits))
     assert "instances_train2017.json: no image has an object between 98" in line
-    assert "min_share and max_share" in line
+    assert "min_fraction and max_fraction" in line
 
 
 def test_a_json_cut_off_is_named_with_the_place(command: Command, data: Path) -> None:

@@ -120,7 +120,7 @@ def test_pycocotools_reads_the_annotations(made: Path, capsys: pytest.CaptureFix
 
 def test_only_the_pasted_object_is_scored(made: Path) -> None:
     index = open_set(made, "out")
-    dataset = ObjectSamples(index, size=64, mode="all", train=False, min_share=0, max_share=1)
+    dataset = ObjectSamples(index, size=64, mode="all", train=False, min_fraction=0, max_fraction=1)
     assert len(dataset) == len(scored(made, "out"))
     for position in range(len(dataset)):
         sample = dataset[0, position]

@@ -113,8 +113,8 @@ def _rows_to_cut(
     counts = np.diff(index.first)
     areas = np.repeat(index.heights.astype(np.float64) * index.widths, counts)
     fractions = (index.boxes[:, 2:] - index.boxes[:, :2]).astype(np.float64).prod(axis=1) / areas
-    low = max(options.min_fraction, data.section.min_share)
-    high = min(options.max_fraction, data.section.max_share)
+    low = max(options.min_fraction, data.section.min_fraction)
+    high = min(options.max_fraction, data.section.max_fraction)
     fits = np.flatnonzero(with_outline & (fractions >= low) & (fractions <= high))
     found: list[int] = []
     for row in interleave_classes(index, fits, random).tolist():

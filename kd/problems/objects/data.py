@@ -71,12 +71,12 @@ class ObjectsDataset:
             "train": False,
             "mode": "all",
             "augment": section.augment,
-            "min_share": section.min_share,
-            "max_share": section.max_share,
+            "min_fraction": section.min_fraction,
+            "max_fraction": section.max_fraction,
             "shape": section.shape,
             "partial": (partial.start, partial.until) if partial else None,
-            "withhold": (section.withhold.start, section.withhold.end)
-            if section.withhold
+            "hide_several": (section.hide_several.start, section.hide_several.end)
+            if section.hide_several
             else None,
             "read_images": section.images,
             "repeat_labelled": section.repeat_labelled,

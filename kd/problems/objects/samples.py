@@ -62,13 +62,13 @@ class ObjectSamples(Dataset[Sample]):
         train: Augment, and follow the schedule of partial masking; otherwise every epoch
             is the same.
         augment: Options of `Augment`; None leaves pictures as they are.
-        min_share: Smallest share of the picture that a usable object's box has.
-        max_share: Largest share.
+        min_fraction: Smallest share of the picture that a usable object's box has.
+        max_fraction: Largest share.
         shape: What will be hidden; `segment` adds exact masks to the samples.
         partial: Share hidden at the start of training, and the progress (0..1) at which all
             is hidden; None hides all from the start.
-        withhold: Share of the objects, at the start and at the end of training, that are withheld
-            from the answers to others as well: several are hidden at once. None withholds none.
+        hide_several: Fraction of the other objects that are hidden as well, at the start and at
+            the end of training; None hides one at a time.
         read_images: Whether images are read; otherwise they are all grey.
         labelled: Ids of the images whose labels are known; the others' become -1. None: all.
         repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
@@ -92,11 +92,11 @@ class ObjectSamples(Dataset[Sample]):
         mode: Mode = "one",
         train: bool = True,
         augment: dict[str, Any] | None = None,
-        min_share: float = 0.0015,
-        max_share: float = 0.30,
+        min_fraction: float = 0.0015,
+        max_fraction: float = 0.30,
         shape: str = "box",
         partial: tuple[float, float] | None = None,
-        withhold: tuple[float, float] | None = None,
+        hide_several: tuple[float, float] | None = None,
         read_images: bool = True,
         labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
         repeat_labelled: int = 1,
@@ -108,12 +108,12 @@ class ObjectSamples(Dataset[Sample]):
         class_maps: ClassMaps | None = None,
     ) -> None:
         """Choose the images; the arguments are explained above."""
-        check_options(size, mode, shape, (min_share, max_share), partial, seed)
+        check_options(size, mode, shape, (min_fraction, max_fraction), partial, seed)
         self.index, self.size, self.mode, self.train = index, size, mode, train
         self.augment: Augment | None = build_augment(augment) if train else None
-        self.min_share, self.max_share, self.shape = min_share, max_share, shape
+        self.min_fraction, self.max_fraction, self.shape = min_fraction, max_fraction, shape
         self.partial = partial if train else None
-        self.withhold = withhold if train else None
+        self.hide_several = hide_several if train else None
         self.seed, self.epochs, self.cached = seed, epochs, tuple(cached)
         self.class_maps = class_maps
         self.pictures = Pictures.open(index, size, prepared, read_files=read_images)
@@ -165,8 +165,8 @@ class ObjectSamples(Dataset[Sample]):
             "hidden": candidates,
             "hide_fraction": torch.full((len(candidates),), self._hide_fraction(epoch)),
         }
-        if self.withhold is not None:
-            start, end = self.withhold
+        if self.hide_several is not None:
+            start, end = self.hide_several
             company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
             share = start + (end - start) * epoch / max(1, self.epochs - 1)
             sample["withheld"] = torch.from_numpy(company.random(len(labels)) < share)
@@ -202,11 +202,11 @@ class ObjectSamples(Dataset[Sample]):
         images = np.unique(self._usable_rows()[1]).astype(np.int64)
         if only is not None:
             images = images[np.isin(index.image_ids[images], np.asarray(list(only)))]
-        limits = f"{self.min_share:.2%} and {self.max_share:.2%} of the image"
+        limits = f"{self.min_fraction:.2%} and {self.max_fraction:.2%} of the image"
         if not len(images):
             raise UserError(
                 f"{index.annotation_file}: no image has an object between {limits}; "
-                "widen min_share and max_share"
+                "widen min_fraction and max_fraction"
             )
         if len(images) < len(index) and only is None:
             log.info(
@@ -242,7 +242,7 @@ class ObjectSamples(Dataset[Sample]):
         return _Scene(plan, found.rows, found.boxes, shown, torch.from_numpy(usable))
 
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        return (shares >= self.min_share) & (shares <= self.max_share)
+        return (shares >= self.min_fraction) & (shares <= self.max_fraction)
 
     def _hide_fraction(self, epoch: int) -> float:
         if self.partial is None:

@@ -22,23 +22,23 @@ from kd.registry import Entry
 
 
 class Partial(Section):
-    """Partial masking: hide a share of the object first, all of it later."""
+    """Partial masking: hide a fraction of the object first, all of it later."""
 
-    start: Fraction = Field(0.3, description="share of the region hidden at the first step")
-    until: Fraction = Field(0.5, description="share of training after which all of it is hidden")
+    start: Fraction = Field(0.3, description="fraction of the region hidden at the first step")
+    until: Fraction = Field(0.5, description="fraction of training after which all of it is hidden")
 
 
-class Withhold(Section):
-    """Hide several objects of a scene at once, for teachers that read scenes as tokens."""
+class HideSeveral(Section):
+    """Hide several objects of a scene at once; only for the task scene_tokens."""
 
     start: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the objects withheld from the others' answers in the first epoch"
+        0.0, description="fraction of the other objects that are hidden too, in the first epoch"
     )
     end: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="the same in the last epoch")
 
 
 class ObjectsSection(DatasetSection):
-    """Annotated objects: where they lie, and how they are hidden or, for detectors, shown."""
+    """Objects with boxes in COCO's format, and how they are hidden or presented to detectors."""
 
     layout: str = Field(
         "coco",
@@ -48,41 +48,43 @@ class ObjectsSection(DatasetSection):
     )
     classes: tuple[str, ...] | None = Field(
         None,
-        description="with layout voc: names of one's own classes, in order; null: VOC's 20",
+        description="with layout voc: names of your own classes, in order; null: VOC's 20",
     )
     train: AnySplit = Field(
-        description="of coco its two paths; of other layouts a name: VOC2007/trainval of voc, "
-        "with + between several; train of kitti"
+        description="for coco: annotations and images; for other layouts a name, such as "
+        "VOC2007/trainval of voc (several joined by +) or train of kitti"
     )
     val: AnySplit
     generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: Annotated[int, Field(ge=16)] = Field(384, description="pixels of the long side")
-    min_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+    min_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0015,
-        description="smallest box, as a share of the picture, that is hidden and scored; detectors "
-        "take all",
+        description="area of the smallest box that is hidden and scored, as a fraction of the "
+        "image; detectors use all boxes",
     )
-    max_share: Fraction = Field(0.30, description="largest such box")
+    max_fraction: Fraction = Field(0.30, description="area of the largest such box")
     shape: Literal["box", "square", "ellipse", "segment"] = "box"
     partial: Partial | None = None
-    withhold: Withhold | None = None
+    hide_several: HideSeveral | None = None
     images: bool = Field(
-        True, description="false: images are not read, for teachers on annotations alone"
+        True, description="whether to read images; false for teachers that use annotations alone"
     )
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.augment.Augment; null = none"
     )
     scales: tuple[Scale, Scale] = Field(
         (1.0, 1.0),
-        description="detectors only: smallest and largest long side of train pictures, as factors "
-        "on size; what is larger than size is cut anywhere, what is smaller padded",
+        description="detectors only: range of the long side of training images as factors of "
+        "size; larger images are cropped at random, smaller ones padded",
     )
-    labelled: Fraction = Field(1.0, description="share of train images whose labels a student sees")
+    labelled: Fraction = Field(
+        1.0, description="fraction of train images whose labels students use"
+    )
     repeat_labelled: Count = Field(
-        1, description="times that a labelled image comes in a student's epoch; unlabelled: once"
+        1, description="how often a labelled image occurs in a student's epoch; unlabelled: once"
     )
     prepared: str | None = Field(
-        None, description="folder with train/ and val/, each made by kd.data.prepare"
+        None, description="folder with train/ and val/, each written by kd.data.prepare"
     )
 
     @field_validator("layout")
@@ -92,8 +94,10 @@ class ObjectsSection(DatasetSection):
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> ObjectsSection:
-        if self.min_share >= self.max_share:
-            raise ValueError(f"min_share {self.min_share} is not below max_share {self.max_share}")
+        if self.min_fraction >= self.max_fraction:
+            raise ValueError(
+                f"min_fraction {self.min_fraction} is not below max_fraction {self.max_fraction}"
+            )
         if self.scales[0] > self.scales[1]:
             raise ValueError(f"scales {list(self.scales)} are not in order, the smaller one first")
         return self
@@ -102,9 +106,11 @@ class ObjectsSection(DatasetSection):
     def _splits_fit_layout(self) -> ObjectsSection:
         check_splits(self, self.layout, drawn="coco")
         if self.classes is not None and (self.layout != "voc" or not self.classes):
-            raise ValueError("classes: names, one or more, for layout voc; others bring theirs")
+            raise ValueError("classes: one or more names, and only with layout voc")
         if self.layout != "coco" and self.generate is not None:
-            raise ValueError(f"generate: is for the embedded scenes, not for layout {self.layout}")
+            raise ValueError(
+                f"generate: only for the embedded scenes, not for layout {self.layout}"
+            )
         return self
 
 

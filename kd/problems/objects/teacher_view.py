@@ -88,7 +88,7 @@ class ObjectsView:
 
     @property
     def _shown(self) -> ObjectsDataset:
-        return self.data.seen_as(self.seen, min_share=0.0, max_share=1.0)
+        return self.data.seen_as(self.seen, min_fraction=0.0, max_fraction=1.0)
 
     @cached_property
     def _whole(self) -> ObjectSamples:

@@ -253,7 +253,7 @@ def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
     wanted = SplitOptions(
         degree=section.degree,
         published=section.maps == "published",
-        val_share=section.val_share,
+        val_fraction=section.val_fraction,
         seed=section.split_seed,
     )
     root = root_of(section, holds=layout_holds(section.layout, str(section.train)))

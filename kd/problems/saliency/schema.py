@@ -21,31 +21,33 @@ from kd.registry import Entry
 
 
 class SaliencySection(DatasetSection):
-    """Pictures with people's fixations, in the layout that they are published in."""
+    """Images with people's fixations, in the published layout."""
 
     layout: str = Field(
         description="osie, salicon, mit1003, cat2000 or package.module:attribute; synthetic: a "
         "gaze model looks at the objects of COCO-format data",
         examples=["osie", "salicon", "mit1003", "cat2000", "synthetic"],
     )
-    train: AnySplit = Field("train", description="name of the split; of synthetic: its two paths")
+    train: AnySplit = Field(
+        "train", description="name of the split; for synthetic: annotations and images"
+    )
     val: AnySplit = "val"
     generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: tuple[Count, Count] = Field(
-        description="height and width that pictures are scaled into, their aspect kept; training "
-        "pictures are padded to it"
+        description="height and width that images are scaled to fit, keeping their aspect ratio; "
+        "training images are padded to it"
     )
     degree: Positive = Field(
-        description="pixels of the files that a degree of visual angle has: the standard deviation "
-        "of the Gaussian around each fixation"
+        description="pixels of the files per degree of visual angle: the standard deviation of the "
+        "Gaussian at each fixation"
     )
     maps: Literal["fixations", "published"] = Field(
-        "fixations", description="densities: drawn around the fixations, or the published maps"
+        "fixations", description="densities: computed from the fixations, or the published maps"
     )
-    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="of the pictures, drawn by name where a layout has no val split"
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="fraction of the images, chosen by name if a layout has no val split"
     )
-    split_seed: Whole = Field(0, description="of that draw")
+    split_seed: Whole = Field(0, description="seed of that choice")
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.crops.Flips; null = none"
     )
@@ -59,7 +61,7 @@ class SaliencySection(DatasetSection):
     def _splits_fit_layout(self) -> SaliencySection:
         check_splits(self, self.layout, drawn="synthetic")
         if self.layout == "synthetic" and self.maps == "published":
-            raise ValueError("maps: layout synthetic has none that are published")
+            raise ValueError("maps: layout synthetic has no published maps")
         return self
 
 

@@ -13,20 +13,20 @@ from kd.registry import Entry
 
 
 class SegmentationSection(DatasetSection):
-    """Pictures with the class of each pixel, in the layout that they are published in."""
+    """Images with the class of each pixel, in the published layout."""
 
     layout: str = Field(
         description="camvid, cityscapes, ade20k, voc2012 or package.module:attribute; coco: maps "
-        "are drawn from the annotations, smaller objects on top",
+        "drawn from the annotations, smaller objects on top",
         examples=["camvid", "cityscapes", "ade20k", "voc2012", "coco"],
     )
-    train: AnySplit = Field("train", description="name of the split; of coco: its two paths")
+    train: AnySplit = Field("train", description="name of the split; for coco: its two paths")
     val: AnySplit = "val"
     generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="pixels of the long side that models see; null: as the files are"
+        None, description="pixels of the long side; null: as the files are"
     )
-    crop: tuple[Count, Count] = Field(description="height and width of what is trained on, pixels")
+    crop: tuple[Count, Count] = Field(description="height and width of training crops, pixels")
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.crops.Crops; null = crops alone"
     )

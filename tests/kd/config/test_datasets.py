@@ -91,8 +91,8 @@ def test_the_page_s_data_set_of_one_s_own_is_taken(
     ("setting", "message"),
     [
         ("data.crp=8", "data.crp: unknown key; did you mean 'crop'?"),
-        ("data.min_share=0.1", "data.min_share: unknown key; known keys: name, root, workers, "
-         "layout, train, val, generate, size, crop, augment"),
+        ("data.min_fraction=0.1", "data.min_fraction: unknown key; known keys: name, root, "
+         "workers, layout, train, val, generate, size, crop, augment"),
         ("data.label_maps=1", "data.label_maps: unknown key; known keys: name, root, workers, "
          "layout, train, val, generate, size, crop, augment"),
         ("data.size=x", "data.size: input should be a valid integer, got 'x'"),
@@ -186,15 +186,15 @@ def test_another_split_is_a_change_to_a_data_set_and_not_a_whole_one(tmp_path: P
          "data.layout: unknown layout 'vic'; did you mean 'voc'? The others are coco, kitti, "
          "got 'vic'"),
         ("coco", "data.classes=[fox]",
-         "data: classes: names, one or more, for layout voc; others bring theirs"),
+         "data: classes: one or more names, and only with layout voc"),
         ("voc", "data.classes=[]",
-         "data: classes: names, one or more, for layout voc; others bring theirs"),
+         "data: classes: one or more names, and only with layout voc"),
         ("voc", "data.layuot=voc", "data.layuot: unknown key; did you mean 'layout'?"),
         ("voc", "data.val={annotations: a, images: b}",
          "data: val: layout voc takes a split's name"),
         ("kitti", "data.val=3", "data.val: input should be a valid string, got 3"),
         ("kitti", "data.generate={train: 3}",
-         "data: generate: is for the embedded scenes, not for layout kitti"),
+         "data: generate: only for the embedded scenes, not for layout kitti"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_section_of_boxes_is_told_at_its_place(
@@ -291,7 +291,7 @@ def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path])
     recipe = load_recipe(DistillRecipe, find_config("distill", "saliency_resnet18"), data="salicon")
     assert isinstance(recipe.data, SaliencySection) and recipe.data.maps == "published"
     mine = data_config(str(own("layout: mit1003\ndegree: 30.0\nsize: [64, 96]\n")))
-    assert isinstance(mine, SaliencySection) and (mine.train, mine.val, mine.val_share) == (
+    assert isinstance(mine, SaliencySection) and (mine.train, mine.val, mine.val_fraction) == (
         "train",
         "val",
         0.2,
@@ -308,7 +308,7 @@ def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path])
         ("data.size=240", "data.size: input should be a valid tuple, got 240"),
         ("data.layout=osi", "data.layout: unknown layout 'osi'; did you mean 'osie'? "
          "The others are cat2000, mit1003, salicon, synthetic, got 'osi'"),
-        ("data.val_share=1.0", "data.val_share: input should be less than 1, got 1.0"),
+        ("data.val_fraction=1.0", "data.val_fraction: input should be less than 1, got 1.0"),
         ("data.maps=drawn", "data.maps: input should be 'fixations' or 'published', got 'drawn'"),
         ("data.val={annotations: a, images: b}", "data: val: layout osie takes a split's name"),
     ],
@@ -329,5 +329,5 @@ def test_a_file_of_fixations_that_is_not_whole_hears_of_it(own: Callable[[str], 
     assert str(caught.value) == f"--data {path}: data.layout: missing key"
     with pytest.raises(ConfigError, match="train: layout synthetic takes its annotations and"):
         data_config("osie", ["data.layout=synthetic"])
-    with pytest.raises(ConfigError, match="maps: layout synthetic has none that are published"):
+    with pytest.raises(ConfigError, match="maps: layout synthetic has no published maps"):
         data_config("scenes_gaze", ["data.maps=published"])

@@ -81,9 +81,9 @@ def test_no_shipped_recipe_says_what_has_no_effect(
 def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Dataset) -> None:
     path = find_config("distill", "espnet")
     for kind in ("stored", "live"):
-        settings = ["soft_targets.moved_error=0.02", f"soft_targets.kind={kind}"]
+        settings = ["soft_targets.equivariance_error=0.02", f"soft_targets.kind={kind}"]
         recipe = load_recipe(DistillRecipe, path, settings=settings)
         with pytest.raises(
-            UserError, match=r"moved_error: .*not here: scenes_maps .*mirrored=true"
+            UserError, match=r"equivariance_error: .*not here: scenes_maps .*mirrored=true"
         ):
             check_terms(recipe, (), [build_term(one) for one in recipe.losses], maps)

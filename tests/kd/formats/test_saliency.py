@@ -18,7 +18,7 @@ from kd.formats.splits import random_split
 
 HEIGHT, WIDTH = 24, 32
 SIZE = (HEIGHT, WIDTH)
-WANTED = SplitOptions(degree=3.0, val_share=0.4)
+WANTED = SplitOptions(degree=3.0, val_fraction=0.4)
 
 
 def picture(path: Path, size: tuple[int, int] = SIZE, value: int = 90) -> None:

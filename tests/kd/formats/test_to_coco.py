@@ -365,7 +365,7 @@ def test_boxes_in_a_layout_of_ones_own_are_opened_by_its_function(tmp_path: Path
     (tmp_path / "train.txt").write_text("0.png 1,2,3,20,10 2,5,5,9,9\n1.png 2,0,0,40,30\n")
     (tmp_path / "val.txt").write_text("2.png 1,4,4,8,8\n")
     values = {"name": "mine", "root": str(tmp_path), "layout": f"{__name__}:boxes_of_mine",
-              "train": "train", "val": "val", "max_share": 1.0}  # fmt: skip
+              "train": "train", "val": "val", "max_fraction": 1.0}  # fmt: skip
     section = ObjectsSection.model_validate(values)
     data = open_data(section, "classification")
     assert data.class_names == ("fox", "owl") and data.num_classes == 2

@@ -82,8 +82,8 @@ def data(small_scenes: Path) -> ObjectsDataset:
         val=Split(annotations="annotations/instances_val.json", images="val"),
         generate=Generate(train=24, val=8),
         size=32,
-        min_share=0.0,
-        max_share=1.0,
+        min_fraction=0.0,
+        max_fraction=1.0,
         augment={"flip": 0.5, "shift": 0.1, "jitter": 0.2},
         workers=1,
     )

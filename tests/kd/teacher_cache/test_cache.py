@@ -53,7 +53,7 @@ def teacher(small_teacher: Path, tmp_path: Path) -> TrainedTeacher:
 
 def live_rows(teacher: TrainedTeacher, data: ObjectsDataset) -> dict[str, dict[int, Tensor]]:
     """What the teacher says now, by output and object."""
-    section = data.section.model_copy(update={"min_share": 0.0, "max_share": 1.0})
+    section = data.section.model_copy(update={"min_fraction": 0.0, "max_fraction": 1.0})
     dataset = ObjectsDataset(section, data.train, data.val).samples("train")
     loader = make_loader(dataset, make_accelerator("fp32"), batch_size=5, workers=0)
     loader.set_epoch(0)

@@ -70,7 +70,7 @@ def test_the_sections_settings_are_those_of_the_samples(data: ObjectsDataset) ->
 
 
 def test_objects_too_small_to_be_hidden_are_boxes_all_the_same(data: ObjectsDataset) -> None:
-    other = changed(data, min_share=0.2, max_share=0.9)
+    other = changed(data, min_fraction=0.2, max_fraction=0.9)
     counts = np.diff(data.val.first)
     found = [len(evaluated(other)[0, place]["boxes"]) for place in range(len(data.val))]
     assert found == counts.tolist()
@@ -80,7 +80,7 @@ def test_detectors_classes_are_counted_on_objects_of_all_sizes(
     data: ObjectsDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     # None of the objects could be hidden.
-    detected = DetectionDataset(changed(data, min_share=0.98, max_share=0.99))
+    detected = DetectionDataset(changed(data, min_fraction=0.98, max_fraction=0.99))
     with caplog.at_level("INFO"):
         prior = detected.class_info().prior
     assert prior is not None and not caplog.records  # nor is any picture left out

@@ -175,14 +175,14 @@ def test_images_without_a_usable_object_are_left_out_and_counted(
                 entry["bbox"] = [5, 5, 2, 2]
 
     with caplog.at_level(logging.INFO, logger="kd.problems.objects.samples"):
-        dataset = ObjectSamples(edited(index, shrink, "shrunk.json"), size=32, min_share=0.01)
+        dataset = ObjectSamples(edited(index, shrink, "shrunk.json"), size=32, min_fraction=0.01)
     assert dataset.images.tolist() == [0, 2, 3, 4, 5]
     assert "1 of 6 images left out" in caplog.text
 
 
 def test_no_usable_object_at_all_is_an_error(index: CocoIndex) -> None:
     with pytest.raises(UserError, match=r"no image has an object between 90.00% and 95.00%"):
-        ObjectSamples(index, size=32, min_share=0.9, max_share=0.95)
+        ObjectSamples(index, size=32, min_fraction=0.9, max_fraction=0.95)
 
 
 def test_a_share_on_the_limit_is_usable_at_any_size(index: CocoIndex) -> None:
@@ -191,7 +191,7 @@ def test_a_share_on_the_limit_is_usable_at_any_size(index: CocoIndex) -> None:
     sides = index.boxes[first:last, 2:] - index.boxes[first:last, :2]
     share = float(sides.astype(np.float64).prod(axis=1).max() / (48 * 64))
     for size in (31, 32, 57):
-        sample = ObjectSamples(index, size=size, min_share=share, max_share=1.0)[0, 0]
+        sample = ObjectSamples(index, size=size, min_fraction=share, max_fraction=1.0)[0, 0]
         assert sample["usable"].sum() == 1
 
 
@@ -245,7 +245,7 @@ def test_a_segment_without_a_pixel_becomes_its_box(index: CocoIndex) -> None:
         ({"size": 0}, "size"),
         ({"mode": "two"}, "mode"),
         ({"shape": "circle"}, "shape"),
-        ({"min_share": 0.5}, "min_share"),
+        ({"min_fraction": 0.5}, "min_fraction"),
         ({"partial": (0.2, 1.5)}, "partial"),
         ({"seed": -1}, "seed"),
         ({"augment": {"turn": 1}}, "augment"),
@@ -268,7 +268,7 @@ def test_bad_images_are_named(index: CocoIndex) -> None:
 
 
 def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -> None:
-    options: dict[str, Any] = {"size": 32, "withhold": (0.0, 0.6), "epochs": 11}
+    options: dict[str, Any] = {"size": 32, "hide_several": (0.0, 0.6), "epochs": 11}
     dataset = ObjectSamples(index, train=True, **options)
     shares = []
     for epoch in (0, 5, 10):
