@@ -1,4 +1,4 @@
-"""Look-ups through fsspec for `cache_formats.py`: files in memory, each request takes a while."""
+"""Simulated remote reads for `cache_formats.py`: fsspec from memory with a latency per request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stores that `cache_formats.py` compares: how each is written, opened and read."""
+"""Storage formats compared by `cache_formats.py`: writing, opening and reading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]
 
 
 class Format(NamedTuple):
-    """How to write a folder, and to look up in it or to go through it in an order of its own."""
+    """How to write a folder, look records up, and stream it in its own order."""
 
     name: str
     package: str

@@ -1,4 +1,4 @@
-"""Time and memory of two ways of doing one thing: what several benchmarks measure by."""
+"""Paired measurements of time and memory, shared by the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photographs with label maps, and two networks for them: what benchmarks of segmentation share."""
+"""Photographs with label maps and two networks, shared by the segmentation benchmarks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Gain of reusing freed memory on a CPU (`kd.utils.malloc`), in time and peak memory.
+"""Benchmark reusing freed memory on a CPU (`kd.utils.malloc`): time and peak memory.
 
-The same work in processes of their own, in turns, once as glibc comes and once as every command of
-ours sets it: answers of MobileNetV2, and training steps of ResNet-18. CPU time, the system's
-included, is what counts: the time that is lost is the system's, filling pages with zeros.
+The same work runs in separate processes in turn, with glibc's defaults and with the setting of our
+commands: inference of MobileNetV2, and training steps of ResNet-18. CPU time including the system's
+is compared, since the loss is the system's zeroing of pages.
 
     python benchmarks/allocator.py [--size 384] [--batch-size 16] [--steps 4] [--rounds 3]
 """

@@ -1,4 +1,4 @@
-"""Which format a cache of teacher outputs should have: writing, random look-up, damage, requests.
+"""Compare formats for caches of teacher outputs: writing, random access, corruption, requests.
 
 A record has an int64 id, a `posterior` float16 (80,) and a `map` float16 (320, 12, 12), half of it
 zero: 92 kB. Training looks records up by id, in a new order each epoch that depends on seed, epoch

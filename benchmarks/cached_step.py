@@ -1,10 +1,10 @@
-"""A distilled step from a cache beside a plain step, loading included, and what the cache takes.
+"""Compare a distilled step from a cache with a plain step, loading included, and report cache size.
 
-Student resnet18 on scenes of 128 pixels with every object hidden, batches of 32, two workers. The
-distilled side learns from stored posteriors (context_logits) and from a stored layer of a CNN
-teacher (hint, through a resizing adapter), whose maps the workers read, move with the image's
-flips and collate. Both sides run whole epochs through `fit`'s step, in turns; the median of the
-paired ratios counts.
+Student resnet18 on 128-pixel scenes with every object hidden, batches of 32, two workers. The
+distilled side learns from cached posteriors (context_logits) and a cached layer of a CNN teacher
+(hint, through a resizing adapter), whose maps the workers read, transform with the image and
+collate. Both sides run whole epochs through `fit`'s step, in turn; reported is the median of paired
+ratios.
 
     python benchmarks/cached_step.py [--rounds 5] [--images 512] [--workers 2]
 """

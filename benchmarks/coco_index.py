@@ -1,8 +1,8 @@
-"""How long a COCO index of the training set's size takes, and what it holds in memory.
+"""Measure time and memory of a COCO index of the size of the training set.
 
-Writes a generated JSON of COCO train2017's size, builds its index, opens it again in a fresh
-process, and measures the memory of that process and of two workers. Linux only (proportional set
-size). Needs about 1 GB of disk.
+Generates a JSON of COCO train2017's size, builds its index, opens it in a fresh process, and
+measures the memory of that process and of two workers. Linux only (proportional set size); needs
+about 1 GB of disk.
 
     python benchmarks/coco_index.py [--images 118287] [--objects 860001] [--folder DIR]
 """

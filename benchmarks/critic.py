@@ -1,4 +1,4 @@
-"""Whether a critic stays sound: 2,000 steps of the segmentation recipe on real photographs.
+"""Test the stability of the critic: 2,000 steps of the segmentation recipe on photographs.
 
 A small student at random weights learns from a teacher on ImageNet's MobileNetV2: cross-entropy +
 10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay, the critic as
@@ -10,9 +10,9 @@ score maps have 32 x 32 places and 13 classes: COCO's twelve groups and the back
     KD_DATA=DATA python benchmarks/critic.py --out DIR --stress [--steps 300]
     KD_DATA=DATA python benchmarks/critic.py --out DIR --time
 
-The first call trains the teacher and keeps it in DIR. An interrupted run goes on from its
+The first call trains the teacher and stores it in DIR. An interrupted run resumes from its
 checkpoint; `metrics.jsonl` grows as it runs, and `judged.npz` holds score maps and the critic's
-opinion of them, which `docs/figures.py` draws. With --stress each setting of STRESS has its own
+scores of them, which `docs/figures.py` draws. With --stress each setting of STRESS has its own
 short run, at the rates of the first steps of 2,000; with --time steps with and without the critic
 take turns.
 """
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when run as a file
 
 from benchmarks._segmentation import (
     EPOCH,

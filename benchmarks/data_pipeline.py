@@ -1,4 +1,4 @@
-"""Images per second per core: the published pipeline against ours, side by side in one run.
+"""Compare images per second and core of the published input pipeline and ours.
 
     python benchmarks/data_pipeline.py [--images 48] [--rounds 5]
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it looks for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise it checks for updates
 
 import albumentations as A
 import cv2

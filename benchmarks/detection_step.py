@@ -1,4 +1,4 @@
-"""What a step of fine-grained feature imitation costs beside the two detectors, and its masks.
+"""Measure the overhead of feature imitation over the two detectors, and of its masks.
 
 Student and teacher are Faster R-CNNs on pyramids of five levels, with imitation on each level:
 
@@ -7,7 +7,7 @@ step      the engine's step against the bare passes: the teacher's forward to it
           alone, or (`--with-adapters`) the bare side's as well
 masks     the masks of all levels, from the batch's boxes, against the same bare step
 
-The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
+The two sides of a pair alternate and swap their order; reported is the median of paired ratios.
 
     python benchmarks/detection_step.py [--size 256] [--batch-size 4] [--boxes 7] [--pairs 10]
         [--student fasterrcnn_resnet18] [--teacher fasterrcnn_resnet50] [--with-adapters]
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.recipes import Optimizer, Schedule, TermSection, Train

@@ -1,12 +1,12 @@
-"""What a step of the engine costs beside a bare loop, and a distilled step beside a plain one.
+"""Measure the overhead of the engine over a bare loop, and of a distilled over a plain step.
 
 Student resnet18, scenes of 64 pixels, batches of 64, all in one process:
 
 live      engine and bare loop do the same work: a live context teacher, two losses, clipping, AdamW
 stored    a distilled step with stored posteriors against the plain step, both by the engine
 
-The two sides of a pair take turns and swap their order, and the median of the paired ratios counts:
-what else runs on the machine slows both.
+The two sides of a pair alternate and swap their order; reported is the median of paired ratios, since
+other load on the machine slows both.
 
     python benchmarks/engine_step.py [--pairs 20] [--batch-size 64]
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.datasets import Generate, Split

@@ -1,8 +1,8 @@
-"""Seconds for a heat map of a 384 x 384 image, beside asking about one window at a time.
+"""Measure the time of a heat map of a 384 x 384 image, against one query per window.
 
-Teachers as their recipes build them, at random weights, 80 classes, images of 384 pixels; windows
-as `python -m kd.imagine --class` slides them by default. The other way, which is what a loop over
-single regions comes to, is measured on some of the windows, in turns with ours; ratios are paired.
+Teachers as in their recipes, at random weights, 80 classes, images of 384 pixels; windows as
+`python -m kd.imagine --class` slides them by default. The baseline, a loop over single regions, is
+measured on some of the windows, alternating with ours; ratios are paired.
 
     python benchmarks/imagine.py [--rounds 3] [--windows 12] [--threads 2] [--teachers cnn trunk]
 """

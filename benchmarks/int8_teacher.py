@@ -1,4 +1,4 @@
-"""What int8 does to a trained teacher's posteriors, and what it saves.
+"""Measure the effect of int8 on a trained teacher's posteriors and speed.
 
 The run's teacher answers for all objects of some val images as it is, with batch norms folded
 (kd.nn.inference) and in int8 (kd.nn.inference, ranges from 32 train images): top-1, NLL, the KL

@@ -1,11 +1,11 @@
-"""Kill a training with `kill -9` at random moments, resume it, compare with an undisturbed one.
+"""Kill a training with `kill -9` at random moments, resume it, compare with an undisturbed run.
 
     python benchmarks/kill_resume.py [--kills 20] [--seed 0]
 
-Each round starts `python -m kd.distill ... --resume` as a user would and kills it, workers and all,
-after a random time; when a run finishes before its kill, the next one starts afresh. Each finished
-run must have the undisturbed run's weights bit for bit: those of the last step, their average and
-the exported file. The tally counts the kills whose run ended in the same weights.
+Each round starts `python -m kd.distill ... --resume` and kills it, including workers, after a
+random time; a run that finishes first is followed by a fresh one. Every finished run must have
+exactly the weights of the undisturbed run: those of the last step, their average and the exported
+file. Reported is the number of kills whose run ended in the same weights.
 """
 
 from __future__ import annotations

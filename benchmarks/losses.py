@@ -1,12 +1,12 @@
-"""What the losses cost beside their formulas written out plainly.
+"""Compare the losses with straightforward implementations of their formulas.
 
 pair_wise       65 x 65 nodes, 512 channels, no pooling, forward and backward: time and peak memory
 imitation_mask  8 images of 20 boxes, 38 x 57 x 9 anchors, against box_iou in a loop over boxes;
                 then a five-level pyramid at 800 x 1333: peak memory
 pixel_wise      8 x 19 x 512 x 512, forward and backward: peak memory in score maps; on a GPU, under
-                compile, the bandwidth reached as a share of a copy's
+                compile, the bandwidth reached as a fraction of a copy's
 
-The two sides of a pair take turns; the median of the paired ratios counts.
+The two sides of a pair alternate; reported is the median of paired ratios.
 
     python benchmarks/losses.py [--pairs 5] [--device cuda]
 """
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when run as a file
 
 from benchmarks._measure import Work, peak_memory
 from kd.losses import anchor_grid, imitation_mask, pair_wise, pixel_wise

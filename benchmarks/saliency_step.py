@@ -1,10 +1,10 @@
-"""What distillation adds to a step of a saliency student: a second map, a stored one beside it.
+"""Measure the overhead of distilling a saliency student from cached maps.
 
 step      student B on batches that bring a teacher's stored maps, beside student A on the same
           images: forward, backward and optimiser, as `fit` takes them
 loading   a training sample with its stored map beside one without, as loaders make them
 
-The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
+The two sides of a pair alternate and swap their order; reported is the median of paired ratios.
 
     python benchmarks/saliency_step.py [--size 120,160] [--batch-size 8] [--pairs 12]
         [--trunk resnet18]
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step
 from kd.config.recipes import Model, Optimizer, Schedule, TermSection, Train

@@ -1,4 +1,4 @@
-"""What a step of structured distillation costs beside the networks that it runs, and its memory.
+"""Measure the overhead and memory of a structured distillation step over its networks.
 
 Student and teacher are PSPNets, the losses cross-entropy, pixel-wise, pair-wise and holistic:
 
@@ -6,7 +6,7 @@ step      the engine's step against the bare forward and backward passes: the te
           student's both ways through cross-entropy and critic, the critic's own, both optimisers
 memory    the same step's peak beside one whose pair-wise term forms the affinities of all nodes
 
-The two sides of a pair take turns and swap their order; the median of the paired ratios counts.
+The two sides of a pair alternate and swap their order; reported is the median of paired ratios.
 
     python benchmarks/segmentation_step.py [--crop 128] [--batch-size 4] [--pairs 10]
         [--student resnet18] [--teacher resnet50]
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when run as a file
 
 from benchmarks._measure import Batch, Step, compare, engine_step, peak_memory
 from kd.config.recipes import Optimizer, Schedule, TermSection, Train

@@ -1,4 +1,4 @@
-"""Each teacher's speed and memory: the posteriors of all objects of an image, in one batch.
+"""Measure each teacher's speed and memory for the posteriors of all objects of an image.
 
 Every recipe of configs/teacher is built as its dataset has it, at random weights (speed does not
 depend on them), and asked about an image of that size with `--objects` hidden in turn. Each runs

@@ -1,4 +1,4 @@
-"""The same job in torchdistill's engine and in ours: the curve of the loss, the time of a step.
+"""Compare torchdistill's engine with ours on the same job: loss curve and time per step.
 
 ResNet-34 teaches ResNet-18 (torchvision's; the teacher's weights are random too, for neither curve
 nor time asks for a good one) as torchdistill's own example of KD does it: the mean of cross-entropy

@@ -1,4 +1,4 @@
-"""The U-Net teacher at 384 x 384, as it answers here, beside the same network written plainly.
+"""Compare the U-Net teacher at 384 x 384 with a plain implementation of the same network.
 
 Both have the same weights (width 64, transposed convolutions, 31 M parameters) and give the same
 logits; `plain` is float32 in torch's default layout, in evaluation, without gradients. What ours

@@ -1,4 +1,4 @@
-"""What all tests share: fixed seeds, one thread, real data where it is, a tiny dataset."""
+"""Shared fixtures: fixed seeds, one thread, real data if available, tiny datasets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-# Before torch and matplotlib are imported: processes that tests start inherit both.
+# Before torch and matplotlib are imported; inherited by child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -21,11 +21,10 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20
 
-# Threads add in an order of their own, which changes last bits; with one, equal seeds give equal
-# numbers.
+# The order of additions depends on threads; with one, equal seeds give equal bits.
 torch.set_num_threads(1)
 
-# id in the file -> name. The gaps are deliberate, as in COCO, where a label is not an id.
+# id -> name; with gaps, as in COCO, so that labels and ids differ.
 CATEGORIES = {1: "ball", 3: "box", 7: "tent", 18: "kite"}
 CORNERS = {1: 16, 3: 4, 7: 3, 18: 4}
 COLOURS = {1: (214, 60, 48), 3: (52, 120, 200), 7: (60, 160, 80), 18: (232, 196, 60)}
@@ -33,7 +32,7 @@ COLOURS = {1: (214, 60, 48), 3: (52, 120, 200), 7: (60, 160, 80), 18: (232, 196,
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Start each test from the same random state, whatever ran before it in this process."""
+    """Start each test from the same random state."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -42,7 +41,7 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data, `KD_DATA` or ../shared/data beside the project; skips if missing."""
+    """Folder of real data, `KD_DATA` or ../shared/data beside the project; skips if missing."""
     folder = Path(os.environ.get("KD_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (KD_DATA names another folder)")
@@ -51,7 +50,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def coco_mini(shared_data: Path) -> Path:
-    """The small COCO dataset of photographs, laid out as COCO 2017; skips if it is missing."""
+    """Small COCO dataset of photographs, laid out as COCO 2017; skips if missing."""
     folder = shared_data / "coco_mini"
     if not folder.is_dir():
         pytest.skip(f"no coco_mini in {shared_data}")
@@ -59,11 +58,11 @@ def coco_mini(shared_data: Path) -> Path:
 
 
 def outline(category: int, x: float, y: float, radius: float) -> list[float]:
-    """The polygon of a shape as COCO writes it: x1, y1, x2, y2, ..., pixels, two decimals."""
+    """Polygon of a shape in COCO format: x1, y1, x2, y2, ..., pixels, two decimals."""
     corners = CORNERS[category]
     turn = (
         math.pi / 4 if category == 3 else -math.pi / 2
-    )  # a box stands on its side, a kite on its tip
+    )  # a box stands on its side, others on a tip
     angles = [turn + 2 * math.pi * corner / corners for corner in range(corners)]
     points = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
     return [round(value, 2) for point in points for value in point]
@@ -72,7 +71,7 @@ def outline(category: int, x: float, y: float, radius: float) -> list[float]:
 def annotation(
     number: int, image_id: int, category: int, polygon: list[float]
 ) -> dict[str, object]:
-    """One object of a COCO file: its box and area are those of the polygon."""
+    """COCO annotation of one object, with box and area from the polygon."""
     xs, ys = np.asarray(polygon[0::2]), np.asarray(polygon[1::2])
     area = 0.5 * abs(float(xs @ np.roll(ys, -1) - ys @ np.roll(xs, -1)))
     left, top = float(xs.min()), float(ys.min())
@@ -88,7 +87,7 @@ def annotation(
 
 
 def write_split(root: Path, split: str, images: int, size: tuple[int, int], first_id: int) -> None:
-    """Write `images` JPEGs of two to four shapes that do not overlap, and their annotation file."""
+    """Write `images` JPEGs of two to four separate shapes, and their annotation file."""
     height, width = size
     rng = np.random.default_rng(first_id)
     (root / split).mkdir(parents=True)
@@ -96,8 +95,8 @@ def write_split(root: Path, split: str, images: int, size: tuple[int, int], firs
     rows: list[dict[str, object]] = []
     objects: list[dict[str, object]] = []
     for image_id in range(first_id, first_id + images):
-        picture = Image.new("RGB", (width, height), tuple(rng.integers(90, 160, 3).tolist()))
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (width, height), tuple(rng.integers(90, 160, 3).tolist()))
+        draw = ImageDraw.Draw(image)
         slots = rng.permutation(4)[: rng.integers(2, 5)]  # the image's four quarters
         for slot in slots.tolist():
             category = int(rng.choice(list(CATEGORIES)))
@@ -107,7 +106,7 @@ def write_split(root: Path, split: str, images: int, size: tuple[int, int], firs
             draw.polygon(polygon, fill=COLOURS[category])
             objects.append(annotation(10 * image_id + slot, image_id, category, polygon))
         name = f"{image_id:012d}.jpg"
-        picture.save(root / split / name, quality=95)
+        image.save(root / split / name, quality=95)
         rows.append({"id": image_id, "file_name": name, "height": height, "width": width})
     categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in CATEGORIES.items()]
     content = {"info": {}, "images": rows, "annotations": objects, "categories": categories}
@@ -141,7 +140,7 @@ def tiny_coco(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def small_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded scenes, 24 for training and 8 for evaluation, made once."""
+    """The embedded scenes, 24 for training and 8 for validation."""
     from kd.data.scenes import generate_scenes
 
     root = tmp_path_factory.mktemp("small") / "scenes"
@@ -162,7 +161,7 @@ def small_data(small_scenes: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def small_teacher(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny CNN teacher, trained for a step on `small_scenes`, and a fold's each."""
+    """Run folder of a tiny CNN teacher with two folds, trained on `small_scenes`."""
     from kd import train_teacher
 
     out = tmp_path_factory.mktemp("small") / "teacher"
