@@ -5,8 +5,8 @@ Student resnet18, scenes of 64 pixels, batches of 64, all in one process:
 live      engine and bare loop do the same work: a live context teacher, two losses, clipping, AdamW
 stored    a distilled step with stored posteriors against the plain step, both by the engine
 
-The two sides of a pair alternate and swap their order; reported is the median of paired ratios, since
-other load on the machine slows both.
+The two sides of a pair alternate and swap their order; reported is the median of paired ratios,
+since other load on the machine slows both.
 
     python benchmarks/engine_step.py [--pairs 20] [--batch-size 64]
 """
