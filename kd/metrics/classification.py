@@ -295,12 +295,6 @@ def curve(records: Records) -> NDArray[np.float64]:
     return top_n_curve(places, records["log_probs"].shape[1])
 
 
-def prior_curve(records: Records) -> NDArray[np.float64] | None:
-    """(C,) top-n accuracy of the class prior on the same objects."""
-    prior = prior_records(records)
-    return None if prior is None else curve(prior)
-
-
 def evaluate(records: Records) -> dict[str, float]:
     """Every metric that these records allow, and those of the prior as `prior_<metric>`.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.metrics.records import save_records
+from kd.metrics.records import gathered, save_records
 
 Array = NDArray[Any]
-
-
-class ClassRow(NamedTuple):
-    """One line of the per-class table: pictures that show the class, and its average precision."""
-
-    name: str
-    support: int
-    average_precision: float
 
 
 def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
@@ -83,11 +75,8 @@ class MultiLabelAP:
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected, so that each holds the union; alone, does nothing."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return
-        gathered: list[list[dict[str, Array]]] = [[] for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, self._chunks, group=group)
-        self._chunks = [chunk for chunks in gathered for chunk in chunks]
+        parts = gathered(self._chunks, group)
+        self._chunks = [chunk for chunks in parts for chunk in chunks]
 
     def records(self) -> dict[str, Array]:
         """`log_probs` (N, C), `present` (N, C) and `image_ids` (N,), in order of image id.
@@ -129,21 +118,6 @@ class MultiLabelAP:
             "classes": float(len(occurring)),
             "count": float(len(scores)),
         }
-
-    def per_class(self, names: Sequence[str] | None = None) -> list[ClassRow]:
-        """Support and average precision of each class that occurs, the most frequent first."""
-        records = self.records()
-        scores, present = records["log_probs"], records["present"]
-        support = present.sum(axis=0)
-        order = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
-        return [
-            ClassRow(
-                names[c] if names else str(c),
-                int(support[c]),
-                average_precision(scores[:, c], present[:, c]),
-            )
-            for c in order
-        ]
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file: whole, or not at all."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from kd.utils.io import write_atomic
 
 Array = NDArray[Any]
 Records = Mapping[str, Array]
+T = TypeVar("T")
 
 
 def save_records(records: Records, path: Path, *, compressed: bool = False) -> None:
@@ -28,3 +30,15 @@ def save_records(records: Records, path: Path, *, compressed: bool = False) -> N
             save(file, **records)
 
     write_atomic(path, write)
+
+
+def gathered(part: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank collected, in order of rank; alone, only this one's.
+
+    Every rank must call it. The values are pickled.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return [part]
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part, group=group)
+    return parts

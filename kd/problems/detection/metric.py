@@ -14,7 +14,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.metrics.coco_ap import Array, Bools, Boxes, Ints
 from kd.metrics.kitti_ap import KittiTruth
-from kd.metrics.records import Records, save_records
+from kd.metrics.records import Records, gathered, save_records
 from kd.problems.detection import records as box_records
 from kd.problems.detection import scores as box_scores
 
@@ -105,11 +105,7 @@ class FoundBoxes:
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected, so that each holds the union; alone, does nothing."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return
-        gathered: list[dict[str, Array]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, self._merged(), group=group)
-        self._chunks, self._records = gathered, None
+        self._chunks, self._records = gathered(self._merged(), group), None
 
     def records(self) -> Records:
         """Arrays as `predictions.npz` holds them, see `kd.problems.detection.records`.
@@ -126,11 +122,6 @@ class FoundBoxes:
     def compute(self) -> dict[str, float]:
         """Every number by name, in 0..1; see `box_scores.evaluate`."""
         return box_scores.evaluate(self.records())
-
-    def per_class(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
-        """Name, objects and AP of each class with an object, the most frequent first."""
-        rows = box_scores.per_class(self.records())
-        return [(names[row.label], row.objects, row.numbers["AP"]) for row in rows]
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file, and `detections.json` beside it, in COCO's format.

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics import classification as scores
-from kd.metrics.confusion import per_class
-from kd.metrics.records import Array, save_records
+from kd.metrics.records import Array, gathered, save_records
 from kd.problems.objects.records import REQUIRED, check
 
 # Device tensors are kept until this many objects are there: one wait for the device for all.
@@ -63,10 +62,6 @@ class TopN:
                     f"{where}: {len(confusable)} confusable groups for {num_classes} classes"
                 )
             self._extra["confusable"] = scores.confusable_groups(tuple(confusable))
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was collected."""
         self._pending: list[dict[str, Tensor]] = []
         self._chunks: list[dict[str, Array]] = []
 
@@ -122,11 +117,7 @@ class TopN:
 
         Every rank must call it. accelerate sets torch.distributed up, so this is all it needs.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return
-        gathered: list[dict[str, Array]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, self._merged(), group=group)
-        self._chunks = gathered
+        self._chunks = gathered(self._merged(), group)
 
     def records(self) -> dict[str, Array]:
         """Arrays as `predictions.npz` holds them, in order of object id.
@@ -143,18 +134,6 @@ class TopN:
     def compute(self) -> dict[str, float]:
         """Every metric by name, accuracies in 0..1; see `kd.metrics.classification.evaluate`."""
         return scores.evaluate(self.records())
-
-    def curve(self) -> NDArray[np.float64]:
-        """(C,) top-n accuracy for n = 1..C."""
-        return scores.curve(self.records())
-
-    def prior_curve(self) -> NDArray[np.float64] | None:
-        """(C,) the same for the class prior, None where it was not given."""
-        return scores.prior_curve(self.records())
-
-    def per_class(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
-        """Name, support and top-1 of each class that occurs, the most frequent first."""
-        return [(names[row.label], row.support, row.top1) for row in per_class(self.records())]
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file: whole, or not at all.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.metrics.records import Array, save_records
+from kd.metrics.records import Array, gathered, save_records
 from kd.metrics.saliency import SaliencyTruth
 from kd.problems.saliency import records as saliency_scores
 
@@ -59,13 +59,8 @@ class SaliencyMaps:
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected; alone, does nothing."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return
-        gathered: list[dict[int, dict[str, float]]] = [
-            {} for _ in range(dist.get_world_size(group))
-        ]
-        dist.all_gather_object(gathered, self._images, group=group)
-        self._images = {number: one for part in gathered for number, one in part.items()}
+        parts = gathered(self._images, group)
+        self._images = {number: one for part in parts for number, one in part.items()}
 
     def compute(self) -> dict[str, float]:
         """Every number that can be had by name, means over images, and the `count` of these."""
@@ -73,10 +68,6 @@ class SaliencyMaps:
         found = {name: saliency_scores.value(records, name) for name in saliency_scores.ROWS}
         numbers = {name: number for name, number in found.items() if number is not None}
         return {**numbers, "count": float(len(self._images))}
-
-    def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
-        """Nothing: maps of saliency know no classes."""
-        return []
 
     def records(self) -> dict[str, Array]:
         """As `kd.problems.saliency.records` describes, and the references.

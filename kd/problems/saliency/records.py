@@ -107,11 +107,6 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
     return _drawn(number_of(name, records) - number_of(name, twin))
 
 
-def scored(records: Records, name: str) -> int:
-    """On how many images a metric could be had."""
-    return int((~np.isnan(number_of(name, records))).sum())
-
-
 def check(records: Records, where: str) -> None:
     """Say what is wrong with records before a number is taken from them.
 

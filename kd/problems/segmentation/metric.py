@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.metrics.records import save_records
+from kd.metrics.records import gathered, save_records
 from kd.problems.segmentation import records as map_scores
 from kd.utils.images import VOID
 
@@ -53,11 +53,8 @@ class MeanIoU:
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what all ranks collected; alone, does nothing."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return
-        gathered: list[dict[int, Counts]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, self._images, group=group)
-        self._images = {number: one for part in gathered for number, one in part.items()}
+        parts = gathered(self._images, group)
+        self._images = {number: one for part in parts for number, one in part.items()}
 
     def counts(self) -> Counts:
         """The confusion of all images, (C, C).
@@ -83,12 +80,6 @@ class MeanIoU:
         values = {name: map_scores.number_of(name, found, whole)[0] for name in map_scores.ROWS}
         return {**{name: float(value) for name, value in values.items()},
                 "count": float(len(self._images))}  # fmt: skip
-
-    def per_class(self, names: Sequence[str]) -> Sequence[tuple[str, int, float]]:
-        """Name, pixels and IoU of each class that is there or said, the most frequent first."""
-        counts = self.counts()
-        there, rows = counts.sum(axis=1), map_scores.per_class({"confusion": counts[None]})
-        return [(names[row.label], int(there[row.label]), row.iou) for row in rows]
 
     def records(self) -> dict[str, Counts]:
         """The confusion of each image: `image_ids` (N,), ascending, and `confusion` (N, C, C)."""

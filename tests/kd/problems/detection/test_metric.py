@@ -24,6 +24,7 @@ from kd.metrics.kitti_ap import KittiTruth
 from kd.problems.base import Classes
 from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.metric import FoundBoxes
+from kd.problems.detection.scores import per_class
 from kd.problems.detection.task import Detection
 from kd.runs.read import read_predictions
 
@@ -120,11 +121,11 @@ def test_numbers_are_those_of_pycocotools_on_the_file_that_is_written(tmp_path: 
     assert np.array_equal(records["found_scores"], results.scores)
     assert records["found_boxes"].dtype == np.float32
     assert [str(name) for name in records["names"]] == ["cup", "mug", "jar"]
-    rows = metric.per_class(truth.class_names)
+    rows = per_class(metric.records())
     cups, mugs, _ = np.bincount(truth.boxes.label[~truth.boxes.crowd], minlength=3).tolist()
     assert cups < mugs  # no jar is there, and crowds are no objects
-    assert [(name, objects) for name, objects, _ in rows] == [("mug", mugs), ("cup", cups)]
-    assert np.mean([ap for *_, ap in rows]) == pytest.approx(values["AP"])
+    assert [(row.label, row.objects) for row in rows] == [(1, mugs), (0, cups)]
+    assert np.mean([row.numbers["AP"] for row in rows]) == pytest.approx(values["AP"])
 
 
 def test_boxes_go_back_to_the_files_pixels(tmp_path: Path) -> None:
@@ -233,6 +234,7 @@ OTHER_RANK = """
 import sys, pathlib, torch, torch.distributed as dist
 from kd.formats.coco_results import read_truth
 from kd.problems.detection.evaluation import DetectionResults
+from kd.problems.detection.scores import per_class
 from kd.problems.detection.metric import FoundBoxes
 folder = pathlib.Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=1, world_size=2)

@@ -66,7 +66,7 @@ def test_a_constant_scorer_is_never_right_and_has_half_the_topn_auc() -> None:
     metric = filled(torch.full((80, 80), -math.log(80)), torch.arange(80))
     assert metric.compute()["top1"] == metric.compute()["top20"] == 0.0
     assert metric.compute()["topn_auc"] == pytest.approx(0.5)
-    assert metric.curve()[-1] == 1.0
+    assert scores.curve(metric.records())[-1] == 1.0
 
 
 def test_a_class_that_ties_with_others_stands_in_their_middle_rounded_down_the_list() -> None:
@@ -107,7 +107,7 @@ def test_numbers_agree_with_torchmetrics() -> None:
 
 def test_the_area_under_the_curve_is_the_mean_of_the_curve() -> None:
     metric = filled(*random_case())
-    assert metric.compute()["topn_auc"] == pytest.approx(metric.curve().mean())
+    assert metric.compute()["topn_auc"] == pytest.approx(scores.curve(metric.records()).mean())
 
 
 def test_the_prior_is_worked_by_hand() -> None:
@@ -119,8 +119,9 @@ def test_the_prior_is_worked_by_hand() -> None:
     assert found["prior_top3"] == 1.0
     assert found["prior_mean_class_top1"] == pytest.approx(1 / 3)
     assert found["prior_nll"] == pytest.approx(-np.mean(np.log([0.5, 0.5, 0.3, 0.2])))
-    assert metric.prior_curve() == pytest.approx([0.5, 0.75, 1.0])
-    assert filled(*random_case()).prior_curve() is None
+    known = scores.prior_records(metric.records())
+    assert known is not None and scores.curve(known) == pytest.approx([0.5, 0.75, 1.0])
+    assert scores.prior_records(filled(*random_case()).records()) is None
 
 
 def test_a_class_without_training_labels_has_a_finite_prior() -> None:

@@ -73,7 +73,7 @@ def test_means_are_over_the_images_that_were_looked_at() -> None:
     assert computed["count"] == 12
     for name in METRICS:
         looked = [float(records[name][n]) for n in range(12) if n % 5 != 4]
-        assert len(looked) == saliency_scores.scored(records, name) == 10
+        assert len(looked) == int((~np.isnan(records[name])).sum()) == 10
         assert computed[name] == SALIENCY.value(records, name) == pytest.approx(np.mean(looked))
 
 

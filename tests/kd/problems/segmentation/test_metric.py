@@ -19,6 +19,7 @@ from torchmetrics.classification import (
 
 from kd.errors import UserError
 from kd.problems.segmentation.metric import MeanIoU, confusion
+from kd.problems.segmentation.records import per_class
 from kd.utils.images import VOID
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -69,12 +70,12 @@ def test_every_number_is_that_of_a_loop_over_pixels() -> None:
     hits = sum(hits for hits, _, _ in counts.values())
     assert values["pixel_accuracy"] == pytest.approx(hits / pixels)
     assert values["count"] == 7
-    rows = metric.per_class(NAMES)
-    assert {name: there for name, there, _ in rows} == {NAMES[c]: counts[c][1] for c in iou}
-    assert {name: share for name, _, share in rows} == pytest.approx(
-        {NAMES[c]: share for c, share in iou.items()}
+    rows = per_class(metric.records())
+    assert {row.label: row.share * pixels for row in rows} == pytest.approx(
+        {c: counts[c][1] for c in iou}
     )
-    assert [there for _, there, _ in rows] == sorted((row[1] for row in rows), reverse=True)
+    assert {row.label: row.iou for row in rows} == pytest.approx(iou)
+    assert [row.share for row in rows] == sorted((row.share for row in rows), reverse=True)
 
 
 def test_numbers_are_those_of_torchmetrics() -> None:
@@ -86,7 +87,7 @@ def test_numbers_are_those_of_torchmetrics() -> None:
     mean = MulticlassJaccardIndex(CLASSES, ignore_index=VOID)(said, truth)
     assert values["mIoU"] == pytest.approx(float(mean), abs=1e-6)
     each = MulticlassJaccardIndex(CLASSES, ignore_index=VOID, average="none")(said, truth)
-    ours = {name: iou for name, _, iou in filled(said, batch).per_class(NAMES)}
+    ours = {NAMES[row.label]: row.iou for row in per_class(filled(said, batch).records())}
     assert "pole" not in ours and each[5] == 0  # it has a number for a class of no pixel
     expected = dict(zip(NAMES[:5], each[:5].tolist(), strict=True))
     assert ours == pytest.approx(expected, abs=1e-6)
@@ -104,7 +105,7 @@ def test_a_confusion_worked_by_hand() -> None:
     assert counts.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     metric = MeanIoU(3)
     metric.take(said[None], {"label_maps": truth[None], "image_ids": torch.arange(1)})
-    iou = {name: share for name, _, share in metric.per_class("abc")}
+    iou = {"abc"[row.label]: row.iou for row in per_class(metric.records())}
     assert iou == pytest.approx({"a": 1 / 2, "b": 1 / 3, "c": 1 / 2})
 
 
@@ -163,6 +164,7 @@ def test_the_confusion_of_each_image_is_written(tmp_path: Path) -> None:
 
 OTHER_RANK = """
 import sys, pathlib, torch, torch.distributed as dist
+from kd.problems.segmentation.records import per_class
 from kd.problems.segmentation.metric import MeanIoU
 folder = pathlib.Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=1, world_size=2)
