@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.cli import run_command, set_up_logging
+from kd.cli import add_list, run_command, set_up_logging
 from kd.config.datasets import DatasetSection
 from kd.errors import UserError, at_least
 from kd.problems.recipes import data_config
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="posteriors by the teacher itself, not its folds")  # fmt: skip
     parser.add_argument("--out", metavar="URL", help="folder or fsspec URL; default: in the run")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto")
+    add_list(parser, "data")
     return parser
 
 

@@ -14,10 +14,12 @@ from typing import TypeVar
 from kd.config.reader import find_config, known_configs, to_yaml
 from kd.config.recipes import Model
 from kd.config.recipes import Recipe as AnyRecipe
+from kd.distillation.registry import TERMS, TORCHDISTILL, TermKind
 from kd.errors import UserError
+from kd.metrics.registry import METRICS, Metric
 from kd.problems import PROBLEMS, spec_of_task, tasks
 from kd.problems.recipes import load_recipe, recipe_schema
-from kd.registry import Entry, check_problem
+from kd.registry import Entry, check_problem, find
 from students import STUDENTS
 from teachers import TEACHERS
 
@@ -79,13 +81,15 @@ def add_list(parser: argparse.ArgumentParser, *kinds: str) -> None:
     parser.add_argument("--list", action=_List, nargs=0, const=kinds, help=text)
 
 
-def registries() -> dict[str, tuple[Mapping[str, Entry], str]]:
+def registries() -> dict[str, tuple[Mapping[str, Entry | TermKind | Metric], str]]:
     """Each registry that recipes name things of, and the key that takes its names."""
     return {
         "problems": (PROBLEMS, "package.module:SPEC of your own is a task"),
         "tasks": (tasks(), "task.name"),
         "students": (STUDENTS, "student.name"),
         "teachers": (TEACHERS, "teacher.name of configs/teacher"),
+        "terms": (TERMS, "losses, or package.module:attribute"),
+        "metrics": (METRICS, "metrics, or package.module:METRIC of your own"),
     }
 
 
@@ -125,7 +129,8 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
     )
     which.add_argument("--config", type=Path, metavar="PATH", help="a recipe of your own")
     which.add_argument("--schema", action="store_true", help="print the recipes' JSON schema")
-    add_list(parser, kind, "data", "tasks", "teachers" if kind == "teacher" else "students")
+    more = ("teachers",) if kind == "teacher" else ("students", "terms", "metrics")
+    add_list(parser, kind, "data", "tasks", *more)
     parser.add_argument(
         "--data", metavar="NAME", help="configs/data/NAME.yaml, or a .yaml file (default: recipe's)"
     )
@@ -177,8 +182,19 @@ def check_names(recipe: AnyRecipe) -> None:
                 check_problem(registry, model.name, problem, what=what)
             except UserError as error:
                 mistakes.append(f"{what}.name: {error}")
+    for term in getattr(recipe, "all_losses", ()):
+        try:
+            check_term(term.name)
+        except UserError as error:
+            mistakes.append(f"losses: {error}")
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
+
+
+def check_term(name: str) -> None:
+    """Refuse an unknown distillation term; torchdistill's and the user's own are read later."""
+    if not name.startswith(TORCHDISTILL):
+        find(TERMS, name, what="distillation term")
 
 
 def numbers(flag: str, text: str | None) -> tuple[float, ...]:

@@ -14,30 +14,31 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from kd.cli import run_command
+from kd.cli import add_list, run_command
 from kd.errors import UserError
-from kd.evaluation.cost import measured
-from kd.evaluation.cost_figure import cost_figure, cost_table
-from kd.report.comparison import comparison_figure
-from kd.report.style import save_figure
-from kd.report.tables import Table, distill_table, print_table, runs_table, write_markdown
-from kd.runs.read import (
-    Run,
-    ceilings,
-    check_same_objects,
-    is_distill,
-    named_runs,
-    read_distill,
-    read_run,
-)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from kd.report.tables import Table
+    from kd.runs.read import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 where all runs could be compared."""
-    options = _parser().parse_args(argv)
+    return _run(_parser().parse_args(argv))
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Torch takes seconds to import: not before the arguments are checked.
+    from kd.evaluation.cost import measured
+    from kd.evaluation.cost_figure import cost_figure, cost_table
+    from kd.report.style import save_figure
+    from kd.report.tables import distill_table, print_table, write_markdown
+    from kd.runs.read import check_same_objects, is_distill, read_distill, read_run
+
     folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in options.runs))
     distillations = [
         read_distill(folder, options.variants) for folder in folders if is_distill(folder)
@@ -81,10 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
     cost = "label maps: draw mIoU against parameters, multiply-adds and latency here"
     add("--cost", type=Path, metavar="FILE", help=cost)
+    add_list(parser, "metrics")
     return parser
 
 
 def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
+    from kd.report.tables import runs_table
+    from kd.runs.read import ceilings, named_runs
+
     known = {key: number for run in reversed(runs) for key, number in ceilings(run.summary).items()}
     records = {name: run.records for name, run in named_runs(runs).items()}
     results = runs[0].results
@@ -94,6 +99,9 @@ def _side_by_side(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
 
 def _drawn(runs: Sequence[Run], table: Table) -> Figure:
     """The figure of one table: of single runs as their task draws it."""
+    from kd.report.comparison import comparison_figure
+    from kd.runs.read import named_runs
+
     if not runs:
         return comparison_figure(table)
     records = {name: run.records for name, run in named_runs(runs).items()}

@@ -15,20 +15,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kd.cli import numbers, run_command, set_up_logging
+from kd.cli import add_list, numbers, run_command, set_up_logging
 from kd.errors import UserError
-from kd.evaluation.predict import (
-    Predictions,
-    predict_run,
-    results_files,
-    side_by_side,
-    stored_predictions,
-)
-from kd.evaluation.write import write_evaluation
-from kd.problems.results import Evaluation
-from kd.report.tables import print_table
-from kd.runs.read import find_runs
+
+if TYPE_CHECKING:
+    from kd.evaluation.predict import Predictions
+    from kd.problems.results import Evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,16 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     set_up_logging()
     scales = numbers("--scales", args.scales)
+    if args.all and (scales or args.flip):
+        raise UserError("--scales, --flip: --all reads stored predictions, it runs no model")
+    if len(args.runs) > 1 and not (args.all or args.annotations):
+        raise UserError(f"{len(args.runs)} runs: --all compares several")
+    return _run(args, scales)
+
+
+def _run(args: argparse.Namespace, scales: Sequence[float]) -> int:
+    # Torch takes seconds to import: not before the arguments are checked.
+    from kd.evaluation.predict import predict_run, results_files, side_by_side, stored_predictions
+    from kd.runs.read import find_runs
+
     if args.annotations:
         return _show(results_files(args.annotations, args.runs), args, args.out)
     if args.all:
-        if scales or args.flip:
-            raise UserError("--scales, --flip: --all reads stored predictions, it runs no model")
         runs = stored_predictions(find_runs(args.runs), args.data)
         return _show(side_by_side(runs, args.data, args.settings), args, args.out)
-    run, *more = args.runs
-    if more:
-        raise UserError(f"{len(args.runs)} runs: --all compares several")
+    [run] = args.runs
     predictions = predict_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
     if predictions is None:  # another process writes
         return 0
@@ -61,6 +63,9 @@ def _show(
     predictions: Predictions | None = None,
 ) -> int:
     """Print, and write where a folder is named."""
+    from kd.evaluation.write import write_evaluation
+    from kd.report.tables import print_table
+
     for table in evaluation.summary_tables():
         print_table(table)
     if args.per_class:
@@ -96,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--flip", action="store_true", help="label maps: average over mirrored images, too")
     out = "output folder (default: RUN/evaluation; with --all and of results files: none)"
     add("--out", type=Path, metavar="DIR", help=out)
+    add_list(parser, "data", "metrics")
     return parser
 
 
