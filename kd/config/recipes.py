@@ -207,7 +207,7 @@ class TermSection(Section):
     @property
     def curve(self) -> str:
         """What tells it from the recipe's other terms."""
-        return self.label or self.name.rpartition(":")[2]
+        return self.label or self.name
 
 
 class Adapter(Section):

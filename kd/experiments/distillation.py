@@ -76,7 +76,7 @@ class Distillation:
     data_typed: str | None = None  # the argument of --data, for messages
 
     def __post_init__(self) -> None:
-        """Check the recipe, find the teachers, build the task and open the teachers."""
+        """Build the task, check the recipe, find the teachers and open them."""
         recipe, data = self.recipe, self.data
         check_kind(recipe.task.name, recipe.data)
         every = variants_of(recipe)
@@ -86,10 +86,10 @@ class Distillation:
         others = [section for section in wanted if section not in own]
         self.terms = [build_term(section) for section in own + others]
         self.sources: RecipeTeachers | None = None
-        check_terms(recipe, self.variants.values(), self.terms, data)
+        self.task = self._task()
+        check_terms(recipe, self.variants.values(), self.terms, self.task, data)
         taught = any(variant.terms for variant in self.variants.values())
         paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
-        self.task = self._task()
         if taught:
             if layers := tapped_layers(self.terms, self.task):  # before a teacher works for hours
                 student = self.student(self._any_variant, None)

@@ -1,4 +1,4 @@
-"""Which variants and terms go with which data, found out before anything trains."""
+"""Check before anything trains that terms and variants fit the task, the data and the cache."""
 
 from __future__ import annotations
 
@@ -9,127 +9,132 @@ from kd.config.recipes import DistillRecipe, SoftTargets
 from kd.distillation.terms import Term, outputs_by_teacher
 from kd.distillation.variants import Variant
 from kd.errors import UserError
-from kd.problems.base import Dataset
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.objects.data import ObjectsDataset
-from kd.problems.segmentation.data import SegmentationDataset
+from kd.problems.base import Dataset, Task
 
 _log = logging.getLogger("kd")
-# Of the soft targets' settings those that say something of live teachers too, or belong to recipes
-# whose teachers are either: folds are of posteriors alone.
+# Settings of soft targets that also concern live teachers, or recipes whose teachers may be either.
 _ALSO_LIVE = {"kind", "out_of_fold"}
 
 
 def check_terms(
-    recipe: DistillRecipe, variants: Collection[Variant], terms: Sequence[Term], data: Dataset
+    recipe: DistillRecipe,
+    variants: Collection[Variant],
+    terms: Sequence[Term],
+    task: Task,
+    data: Dataset,
 ) -> None:
-    """Refuse terms and variants that the data or the cache do not go with.
+    """Refuse terms and variants that do not fit the task, the data or the cache.
 
     Args:
         recipe: As the user wrote it.
         variants: Those of the recipe.
         terms: Those that any of them has.
-        data: What they are to be computed on.
+        task: The students'.
+        data: The dataset.
 
     Raises:
-        UserError: One of them; the message names it.
+        UserError: The first that does not fit.
     """
-    _check_targets(recipe, terms, data)
-    if not isinstance(data, ObjectsDataset):
-        _check_images(recipe, variants, terms, data)
-    for variant in variants:
-        if variant.shuffled:
-            _check_shuffled(recipe, [term for term in terms if term.section in variant.terms])
+    _check_soft_targets(recipe, terms, data)
+    _check_variants(recipe, variants, terms, data)
+    for term in terms:
+        _check_term(recipe, term, task, data)
 
 
-def _check_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
-    """What is said of stored outputs must be about some; what is not is named."""
-    set_here = [
+def _has_posteriors(data: Dataset) -> bool:
+    """Whether teachers have posteriors of objects in these data."""
+    return data.problem.hides_objects or data.problem.some_posteriors
+
+
+def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
+    """Refuse settings of cached outputs that are impossible, and name those without effect."""
+    changed = [
         name
         for name, field in SoftTargets.model_fields.items()
         if name not in _ALSO_LIVE and getattr(recipe.soft_targets, name) != field.default
     ]
-    if "equivariance_error" in set_here and not isinstance(data, ObjectsDataset):
+    if "equivariance_error" in changed and not data.problem.moves_cached_maps:
         raise UserError(
-            "soft_targets.equivariance_error: stored maps are measured where objects are hidden, "
-            f"not here: {data.section.name} has its maps moved with the image as they are; leave "
-            "it out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live runs on "
-            "the student's own images"
+            "soft_targets.equivariance_error: cached maps are measured where objects are hidden, not "
+            f"here: maps of {data.section.name} are moved with their images as they are; leave it "
+            "out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live runs the "
+            "teacher on the student's own images"
         )
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
-    if set_here and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):
-        names = ", ".join(f"soft_targets.{name}" for name in set_here)
+    if changed and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):
         _log.warning(
             "%s: of stored outputs, without effect here: a live teacher sees the student's own "
-            "pictures, at their size", names,
-        )  # fmt: skip
+            "images, at their size",
+            ", ".join(f"soft_targets.{name}" for name in changed),
+        )
 
 
-def _all_kept(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
-    """Whether all that terms read is stored."""
+def _all_cached(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
+    """Whether all that terms read is cached."""
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     return all(recipe.keeps(teacher) for teacher, read in outputs.items() if read)
 
 
-def _check_shuffled(recipe: DistillRecipe, terms: Sequence[Term]) -> None:
-    """The control has the distilled variant's terms, and can only exchange cached posteriors."""
-    if not _all_kept(recipe, terms):
-        raise UserError("variants: shuffled needs soft_targets.kind=stored")
-    if maps := [term.name for term in terms if term.kind.maps]:
-        raise UserError(
-            f"variants: shuffled is the control of posteriors, not of {', '.join(maps)}"
-        )
-
-
-def _check_boxes(
-    recipe: DistillRecipe, variants: Collection[Variant], terms: Sequence[Term]
-) -> None:
-    """What detectors do not go with: they see all boxes of an image in a step, and hide none."""
-    heads = [variant.name for variant in variants if not variant.context_head]
-    if heads and not recipe.student.options.get("context", False):
-        raise UserError(
-            f"variants: {heads[0]}: a student without its context head, but "
-            "student.options.context is not true, so that plain has none either"
-        )
-    for term in terms:
-        about = term.reads_posterior
-        if about and not _all_kept(recipe, [term]):
-            raise UserError(
-                f"losses: {term.name}: posteriors are asked for once, each object hidden in turn; "
-                "say kind: stored of that teacher, or --set soft_targets.kind=stored for all"
-            )
-        if not about and _all_kept(recipe, [term]):
-            raise UserError(
-                f"losses: {term.name}: but for posteriors detectors are taught in each step; say "
-                "kind: live of that teacher, or --set soft_targets.kind=live for all"
-            )
-
-
-def _check_images(
+def _check_variants(
     recipe: DistillRecipe, variants: Collection[Variant], terms: Sequence[Term], data: Dataset
 ) -> None:
-    """What segmentation, saliency and detection do not go with."""
-    finds = isinstance(data, DetectionDataset)
-    controls = sorted(
+    objects, posteriors = data.problem.hides_objects, _has_posteriors(data)
+    refused = sorted(
         variant.name
         for variant in variants
-        if (not finds and variant.shuffled)
-        or (not variant.context_head and (variant.terms or not finds))
+        if (variant.shuffled and not posteriors)
+        or (not variant.context_head and not objects and (variant.terms or not posteriors))
     )
-    if controls:
-        raise UserError(f"variants: {', '.join(controls)}: for students that name objects only")
-    if finds:
-        _check_boxes(recipe, variants, terms)
-    for term in terms:
-        kind = term.kind
-        hidden = term.reads_posterior or kind.mask == "ring"
-        if kind.labels or (hidden and not finds):
-            raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
-        if kind.place_weights and not recipe.task.options.get("class_weights"):
+    if refused:
+        raise UserError(f"variants: {', '.join(refused)}: for students that name objects only")
+    for variant in variants:
+        if not variant.context_head and not objects and not recipe.student.options.get("context"):
             raise UserError(
-                f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
-                "--set task.options.class_weights=0.5"
+                f"variants: {variant.name}: a student without its context head, but "
+                "student.options.context is not true, so that plain has none either"
             )
-        if (kind.unit == "box" or kind.mask) and not finds:
-            what = "label maps" if isinstance(data, SegmentationDataset) else "gaze"
-            raise UserError(f"losses: {term.name}: is about a detector's boxes, not {what}")
+        if variant.shuffled:
+            own = [term for term in terms if term.section in variant.terms]
+            if not _all_cached(recipe, own):
+                raise UserError(f"variants: {variant.name} needs soft_targets.kind=stored")
+            if maps := [term.name for term in own if term.kind.maps]:
+                raise UserError(
+                    f"variants: {variant.name} is the control of posteriors, not of "
+                    f"{', '.join(maps)}"
+                )
+
+
+def _check_term(recipe: DistillRecipe, term: Term, task: Task, data: Dataset) -> None:
+    kind, name = term.kind, type(task).__name__
+    if term.reads_posterior and not _has_posteriors(data):
+        raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
+    by_itself = not kind.maps or term.student == kind.student
+    if by_itself and term.student not in task.outputs:
+        raise UserError(
+            f"losses: {term.name}: the student gives no {term.student!r}; it gives: "
+            f"{', '.join(task.outputs)}"
+        )
+    if kind.mask is not None and kind.mask not in task.mask_names:
+        raise UserError(
+            f"losses: {term.name}: needs the mask {kind.mask!r}; {name} has "
+            f"{', '.join(task.mask_names) or 'none'}"
+        )
+    if kind.place_weights and not recipe.task.options.get(kind.place_weights):
+        raise UserError(
+            f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
+            f"--set task.options.{kind.place_weights}=0.5"
+        )
+    if not data.problem.some_posteriors:
+        return
+    # Students see all objects of an image in a step; the teacher of context hides each in turn.
+    cached = _all_cached(recipe, [term])
+    if term.reads_posterior and not cached:
+        raise UserError(
+            f"losses: {term.name}: posteriors are of objects hidden in turn, and computed once; "
+            "say kind: stored of that teacher, or --set soft_targets.kind=stored for all"
+        )
+    if cached and not term.reads_posterior:
+        raise UserError(
+            f"losses: {term.name}: but for posteriors detectors are taught in each step; say "
+            "kind: live of that teacher, or --set soft_targets.kind=live for all"
+        )

@@ -166,6 +166,8 @@ class Task(Protocol):
 
     # What models give by name; what else a term names is a layer.
     outputs: ClassVar[Collection[str]] = ("logits",)
+    # Masks that terms may name.
+    mask_names: ClassVar[Collection[str]] = ()
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
@@ -383,8 +385,8 @@ class Problem(ABC, Generic[D]):
         hides_objects: Whether teachers see scenes with one object hidden: their posteriors of it
             are always cached, and they answer queries about the context of any region.
         task_needs_student: Whether a student's task depends on the network, say on its levels.
-        some_posteriors: Whether objects may lack a cached posterior.
-        transferred: The student that has the trunk of a teacher's run; empty: none has.
+        some_posteriors: Whether students see all objects at once while a context teacher hides each
+            in turn: then posteriors are cached, of some objects, and all other outputs are live.
         moves_cached_maps: Whether cached maps are moved with augmented images, which is measured.
     """
 

@@ -51,6 +51,7 @@ class Detection(Task):
     """
 
     outputs: ClassVar[Collection[str]] = ("object_logits", "object_deltas", "context")
+    mask_names: ClassVar[Collection[str]] = ("imitation", "inside", "whole", "valid", "ring")
 
     num_classes: int
     levels: tuple[Level, ...] = ()

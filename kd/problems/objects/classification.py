@@ -34,6 +34,7 @@ class Classification(Task):
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
+    mask_names: ClassVar[Collection[str]] = ("ring",)
 
     num_classes: int
     label_smoothing: float = 0.0

@@ -41,6 +41,7 @@ class ContextInputs(Task):
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "dense")
+    mask_names: ClassVar[Collection[str]] = ("ring",)
 
     num_classes: int
     shape: Shape = "box"

@@ -32,6 +32,7 @@ class Saliency(Task):
     """
 
     outputs: ClassVar[Collection[str]] = (SALIENCY, SECOND_MAP)
+    mask_names: ClassVar[Collection[str]] = ("valid",)
 
     published: bool = False
 

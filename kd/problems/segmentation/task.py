@@ -34,6 +34,7 @@ class Segmentation(Task):
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "auxiliary")
+    mask_names: ClassVar[Collection[str]] = ("valid", "class_weights")
 
     num_classes: int
     label_smoothing: float = 0.0

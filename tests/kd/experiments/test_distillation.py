@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
+from kd.distillation.registry import TERMS, TermKind
 from kd.distillation.terms import weighted_sum
 from kd.engine.loop import forward_losses
 from kd.engine.state import Objective
@@ -19,6 +20,7 @@ from kd.errors import UserError
 from kd.experiments.distillation import Distillation
 from kd.formats.coco import CocoIndex
 from kd.formats.splits import labelled_images
+from kd.losses import kl_logits
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, make_loader, open_data
@@ -238,3 +240,24 @@ def test_mistakes_are_found_before_anything_trains(
 ) -> None:
     with pytest.raises(UserError, match=message):
         distillation(small_data, small_teacher, *settings).check()
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_loss_of_ones_own_says_whether_it_compares_probabilities(
+    softmax: bool, small_data: list[str], small_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        return kl_logits(student, teacher)
+
+    kind = TermKind(divergence, "like kl_logits", unit="object", softmax=softmax)
+    monkeypatch.setitem(TERMS, "divergence", kind)
+    settings = [
+        "losses=[{name: divergence, weight: 1.0, student: context, teacher: posterior}]",
+        "variants=[distilled]",
+        "soft_targets.top_k=5",
+    ]
+    if softmax:
+        distillation(small_data, small_teacher, *settings).check()
+    else:
+        with pytest.raises(UserError, match=r"divergence: soft_targets\.top_k stores posterior as"):
+            distillation(small_data, small_teacher, *settings)

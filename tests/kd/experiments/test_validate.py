@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from kd.config.reader import find_config, known_configs, read_yaml
-from kd.config.recipes import DistillRecipe
+from kd.config.recipes import DistillRecipe, TermSection
 from kd.distillation.terms import build_term
 from kd.errors import UserError
 from kd.experiments.validate import check_terms
@@ -28,6 +29,11 @@ def maps(small_scenes: Path) -> Dataset:
     return open_data(recipe.data)
 
 
+def check(recipe: DistillRecipe, sections: Sequence[TermSection], data: Dataset) -> None:
+    task = data.problem.task(recipe.task, data.section, data.num_classes)
+    check_terms(recipe, (), [build_term(section) for section in sections], task, data)
+
+
 def warned(
     caplog: pytest.LogCaptureFixture, data: Dataset, name: str, on: str | None, *settings: str
 ) -> list[str]:
@@ -35,7 +41,7 @@ def warned(
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=on, settings=settings)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="kd"):
-        check_terms(recipe, (), [build_term(one) for one in recipe.all_losses], data)
+        check(recipe, recipe.all_losses, data)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -45,7 +51,7 @@ def test_settings_of_stored_maps_are_named_where_the_teacher_is_live(
     assert warned(caplog, maps, "espnet", "camvid") == []
     (line,) = warned(caplog, maps, "espnet", "camvid", "soft_targets.kind=live")
     assert line.startswith("soft_targets.score_stride, soft_targets.size: of stored outputs")
-    assert "a live teacher sees the student's own pictures" in line
+    assert "a live teacher sees the student's own images" in line
 
 
 def test_one_stored_teacher_is_enough_for_them(
@@ -84,6 +90,6 @@ def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Dataset) -
         settings = ["soft_targets.equivariance_error=0.02", f"soft_targets.kind={kind}"]
         recipe = load_recipe(DistillRecipe, path, settings=settings)
         with pytest.raises(
-            UserError, match=r"equivariance_error: .*not here: scenes_maps .*mirrored=true"
+            UserError, match=r"equivariance_error: .*not here: maps of scenes_maps .*mirrored=true"
         ):
-            check_terms(recipe, (), [build_term(one) for one in recipe.losses], maps)
+            check(recipe, recipe.losses, maps)

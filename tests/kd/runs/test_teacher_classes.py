@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from kd import cache, distill, evaluate, train_teacher
 from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
+from kd.distillation.registry import TERMS, TermKind
 from kd.errors import UserError
 from kd.experiments.distillation import Distillation
+from kd.losses import pair_wise
 from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
 from kd.runs.folder import class_names, write_class_names
@@ -191,3 +194,21 @@ def test_names_that_cannot_be_read_are_named(small_teacher: Path, tmp_path: Path
     (broken / "classes.json").write_text(json.dumps({"names": 3}))
     with pytest.raises(UserError, match="not a run's class names"):
         check_classes(load_teacher(broken, 22), ["a"], "mine")
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_a_loss_of_ones_own_says_whether_classes_are_compared(
+    maps: list[str], mapped: Path, tmp_path: Path, by_class: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def affinities(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        return pair_wise(student, teacher, valid=valid)
+
+    kind = TermKind(affinities, "like pair_wise", unit="image", valid=True, by_class=by_class)
+    monkeypatch.setitem(TERMS, "affinities", kind)
+    other = renamed(mapped, tmp_path / "other", exchanged(mapped))
+    losses = "losses=[{name: affinities, weight: 1.0, student: logits, teacher: logits}]"
+    if by_class:
+        with pytest.raises(UserError, match=r"class 2 \(from 0\) of this teacher"):
+            opened(maps, other, losses, "soft_targets.kind=live")
+    else:
+        assert opened(maps, other, losses, "soft_targets.kind=live").sources is not None

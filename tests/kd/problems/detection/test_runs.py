@@ -213,7 +213,7 @@ def test_a_context_teacher_may_be_the_further_one(
         (["student.options.context=false"], "no_context: a student without its context head, but"),
         (["student.options.context=false", "variants=[distilled]"],
          "the student gives no 'context'"),
-        (["teacher.kind=live"], "context_logits: posteriors are asked for once, each object"),
+        (["teacher.kind=live"], "context_logits: posteriors are of objects hidden in turn"),
         (["variants=[plain, output_kd]"], "output_kd: for students that name objects only"),
         (["variants=[plain, I]", "more_teachers.detector.kind=stored"],
          "near_0: but for posteriors detectors are taught in each step; say kind: live"),

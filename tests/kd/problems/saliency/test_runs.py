@@ -280,7 +280,7 @@ def test_terms_about_classes_or_boxes_are_refused(
 ) -> None:
     wrong = {
         "output_kd": "is about hidden objects",
-        "imitation": "is about a detector's boxes",
+        "imitation": "needs the mask 'imitation'; Saliency has valid",
         "pixel_wise": "the student gives no 'logits'",
     }
     for name, message in wrong.items():

@@ -235,15 +235,20 @@ def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher
         distillation(maps, mapped_teacher, "variants=[plain, no_context, shuffled]")
 
 
-@pytest.mark.parametrize("name", ["output_kd", "decoupled", "context_features"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("output_kd", "is about hidden objects, which are not here"),
+        ("decoupled", "is about hidden objects, which are not here"),
+        ("context_features", "needs the mask 'ring'; Segmentation has valid, class_weights"),
+    ],
+)
 def test_terms_about_hidden_objects_are_refused(
-    maps: list[str], mapped_teacher: Path, name: str
+    maps: list[str], mapped_teacher: Path, name: str, message: str
 ) -> None:
     layers = "student: norm3, teacher: pyramid, " if name == "context_features" else ""
     losses = f"losses=[{{name: {name}, {layers}weight: 1.0}}]"
-    with pytest.raises(
-        UserError, match=f"losses: {name}: is about hidden objects, which are not here"
-    ):
+    with pytest.raises(UserError, match=f"losses: {name}: {message}"):
         distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
 
 

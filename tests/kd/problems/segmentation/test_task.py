@@ -376,7 +376,7 @@ def test_a_plain_function_is_a_loss_if_the_recipe_says_what_its_mean_is_over() -
     parts = [{key: value[part] for key, value in whole.items()}
              for part in (slice(0, 1), slice(1, 4))]  # fmt: skip
     term = own_term(name, unit="image")
-    assert term.name == "channel_means"
+    assert term.name == name
     expected, found = (after_one_step(part, (term,)) for part in ([whole], parts))
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
