@@ -387,6 +387,7 @@ class Problem(ABC, Generic[D]):
         task_needs_student: Whether a student's task depends on the network, say on its levels.
         some_posteriors: Whether students see all objects at once while a context teacher hides each
             in turn: then posteriors are cached, of some objects, and all other outputs are live.
+        transferred: The student that has the trunk of a teacher's run; empty: none has.
         moves_cached_maps: Whether cached maps are moved with augmented images, which is measured.
     """
 
