@@ -55,10 +55,10 @@ def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Data
     ]
     if "equivariance_error" in changed and not data.problem.moves_cached_maps:
         raise UserError(
-            "soft_targets.equivariance_error: cached maps are measured where objects are hidden, not "
-            f"here: maps of {data.section.name} are moved with their images as they are; leave it "
-            "out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live runs the "
-            "teacher on the student's own images"
+            "soft_targets.equivariance_error: cached maps are measured where objects are hidden, "
+            f"not here: maps of {data.section.name} are moved with their images as they are; "
+            "leave it out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live "
+            "runs the teacher on the student's own images"
         )
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     if changed and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):
