@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import runpy
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
+from kd import distill
 from kd.problems import problem_of_data
 from kd.problems.recipes import data_config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("student", "teacher", "dataset", "metric")
+PAGES = ("student", "teacher", "loss", "dataset", "metric")
 # A block of code; a line with a file's name before it says where it is written.
 BLOCK = re.compile(
     r"(?:^`(?P<file>[\w.-]+)`:\n\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -58,7 +65,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for name in [name for name in sys.modules if name == "mine"]:
+    for name in [name for name in sys.modules if name in ("mine", "network")]:
         del sys.modules[name]
 
 
@@ -108,6 +115,91 @@ def test_a_teacher_is_trained_with_its_folds_and_teaches(
         curves = scalars(elsewhere / "runs/student/seed0" / variant)
         assert curves["loss/context_logits"][-1] > 0
     assert "distilled - plain" in capsys.readouterr().out
+
+
+# A segmentation network without batch norms, whose statistics micro-batches do not share.
+NETWORK = """
+from torch import nn
+
+class Plain(nn.Module):
+    stride = 8
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 9, stride=8, padding=4), nn.ReLU(), nn.Conv2d(8, num_classes, 1)
+        )
+
+    def forward(self, images):
+        return {"logits": self.layers(images)}
+
+def network(*, num_classes):
+    return Plain(num_classes)
+"""
+# One step of plain gradient descent; crops at several scales, so that images differ in void.
+ONE_STEP = [
+    "student={name: 'network:network', options: {}}", "variants=[distilled]", "seeds=[0]",
+    "data.crop=[96, 96]", "data.augment={scale: [0.5, 2.0]}",
+    "train={epochs: 1, batch_size: 24, precision: fp32, clip_norm: 0.0, images: 0}",
+    "train.optimizer={name: sgd, lr: 0.1, momentum: 0.0, weight_decay: 0.0}",
+    "train.schedule={name: constant, warmup: 0.0}",
+]  # fmt: skip
+
+
+def one_step(out: Path, term: str, *settings: str) -> list[str]:
+    """A command that takes one step with a term."""
+    losses = f"losses=[{{name: '{term}', student: logits, teacher: logits, weight: 1.0}}]"
+    texts = [text for one in [*ONE_STEP, losses, *settings] for text in ("--set", one)]
+    return ["--config", "student.yaml", "--out", str(out), *texts]
+
+
+def _as_rank(rank: int, port: int, command: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    for state in (PartialState, AcceleratorState, GradientState):
+        state._reset_state()  # what a fork inherits of accelerate knows one process
+    os._exit(distill.main(command))
+
+
+def in_two_processes(command: list[str]) -> None:
+    """Run a command as rank 0 and rank 1."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = int(server.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_as_rank, args=(rank, port, command)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_loss_has_the_built_in_one_s_gradient_whole_split_and_on_two_ranks(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow("loss", elsewhere)
+    curves = scalars(elsewhere / "runs/student/seed0/distilled")
+    assert curves["loss/DISTANCE"][-1] > 0
+    assert "distilled - plain" in capsys.readouterr().out
+    (elsewhere / "network.py").write_text(NETWORK)
+    out = elsewhere / "steps"
+    assert distill.main(one_step(out / "hint", "hint")) == 0
+    assert distill.main(one_step(out / "mine", "mine:DISTANCE")) == 0
+    assert distill.main(one_step(out / "micro", "mine:DISTANCE", "train.accumulate=2")) == 0
+    in_two_processes(one_step(out / "ranks", "mine:DISTANCE"))
+    assert distill.main(one_step(out / "none", "hint", "variants=[plain]")) == 0
+    built_in = load_file(out / "hint/seed0/distilled/model.safetensors")
+    untaught = load_file(out / "none/seed0/plain/model.safetensors")
+    for name, weight in built_in.items():
+        moved = (weight - untaught[name]).abs().max()
+        assert moved > 1e-5  # what the term does
+        for run in ("mine", "micro", "ranks"):
+            added = load_file(out / run / "seed0/distilled/model.safetensors")[name]
+            # Places count as the pixels with a class: at the rims of void that is rounded.
+            torch.testing.assert_close(added, weight, rtol=0, atol=float(0.005 * moved))
 
 
 @pytest.mark.slow
