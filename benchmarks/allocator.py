@@ -52,7 +52,7 @@ WORK = {"answering": answering, "training": training}
 def measure_here(options: argparse.Namespace) -> None:
     """CPU seconds of a step and the peak of memory, printed for the process that asked."""
     if options.kept and not keep_freed_memory():
-        raise SystemExit("this C library cannot be told to keep memory, or was told otherwise")
+        raise SystemExit("this C library is not glibc, or glibc is tuned already")
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     images = torch.rand(options.batch_size, 3, options.size, options.size)

@@ -45,7 +45,7 @@ class Tally:
 
 
 def batches(dataset: Samples, images: int) -> Iterator[dict[str, Tensor]]:
-    """The first pictures, each with all its objects hidden in turn."""
+    """The first images, each with all its objects hidden in turn."""
     for start in range(0, min(images, len(dataset)), BATCH):
         places = range(start, min(start + BATCH, images, len(dataset)))
         yield collate([dataset[0, place] for place in places])

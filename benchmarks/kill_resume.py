@@ -61,7 +61,7 @@ def start(module: str, flags: list[str], settings: list[str], log: Path) -> subp
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.wait() != 0:
         sys.stdout.write(log.read_text()[-3000:])
-        raise SystemExit("a run failed that nobody killed")
+        raise SystemExit("a run failed without being killed")
 
 
 def student(folder: Path, out: Path) -> subprocess.Popen[bytes]:

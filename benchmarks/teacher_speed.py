@@ -35,7 +35,7 @@ CLASSES = {"scenes": 22}  # 80 elsewhere
 ROUNDS = 3
 
 
-def picture(size: int, objects: int) -> dict[str, Tensor]:
+def batch_of(size: int, objects: int) -> dict[str, Tensor]:
     """A batch of one square image with objects all over it, each hidden in its turn."""
     random = np.random.default_rng(0)
     corners = random.uniform(0, 0.7 * size, (objects, 2))
@@ -73,7 +73,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
     assert isinstance(section, ObjectsSection)
 
     def ask(count: int) -> tuple[float, float]:
-        batch = picture(section.size, objects)
+        batch = batch_of(section.size, objects)
         batch = {**batch, "hidden": batch["hidden"][:count], "hide_fraction": torch.ones(count)}
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
@@ -102,7 +102,7 @@ def main() -> int:
     options = parser.parse_args()
     sys.stdout.write(
         f"{options.objects} objects of an image of {options.data}, {torch.get_num_threads()} "
-        f"threads, best of {ROUNDS}\n{'':<20}{'px':>5}{'M':>7}{'pictures/s':>12}{'s CPU each':>12}"
+        f"threads, best of {ROUNDS}\n{'':<20}{'px':>5}{'M':>7}{'images/s':>12}{'s CPU each':>12}"
         f"{'s CPU alone':>13}{'MiB':>8}\n"
     )
     context = multiprocessing.get_context("spawn")

@@ -278,9 +278,9 @@ def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> 
     for image in range(len(index)) if rows is None else rows:
         path = index.path(image)
         try:
-            with Image.open(path) as picture:
-                picture.load()
-                size = picture.size
+            with Image.open(path) as file:
+                file.load()
+                size = file.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             mistakes.append(f"{path} (image {index.image_ids[image]}): cannot be decoded: {error}")
             continue

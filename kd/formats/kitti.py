@@ -113,8 +113,8 @@ def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[
 def _size(path: Path) -> tuple[int, int]:
     """Width and height of an image, from its header."""
     try:
-        with Image.open(path) as picture:
-            return picture.size
+        with Image.open(path) as image:
+            return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be decoded: {error}") from None
 
