@@ -14,7 +14,7 @@ from typing import TypeVar
 from kd.config.reader import find_config, known_configs, to_yaml
 from kd.config.recipes import Model
 from kd.config.recipes import Recipe as AnyRecipe
-from kd.distillation.registry import TERMS, TORCHDISTILL, TermKind
+from kd.distillation.registry import ADAPTERS, TERMS, TORCHDISTILL, TermKind
 from kd.errors import UserError
 from kd.metrics.registry import METRICS, Metric
 from kd.problems import PROBLEMS, spec_of_task, tasks
@@ -89,6 +89,7 @@ def registries() -> dict[str, tuple[Mapping[str, Entry | TermKind | Metric], str
         "students": (STUDENTS, "student.name"),
         "teachers": (TEACHERS, "teacher.name of configs/teacher"),
         "terms": (TERMS, "losses, or package.module:attribute"),
+        "adapters": (ADAPTERS, "adapters.LAYER.kind"),
         "metrics": (METRICS, "metrics, or package.module:METRIC of your own"),
     }
 
@@ -129,7 +130,7 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
     )
     which.add_argument("--config", type=Path, metavar="PATH", help="a recipe of your own")
     which.add_argument("--schema", action="store_true", help="print the recipes' JSON schema")
-    more = ("teachers",) if kind == "teacher" else ("students", "terms", "metrics")
+    more = ("teachers",) if kind == "teacher" else ("students", "terms", "adapters", "metrics")
     add_list(parser, kind, "data", "tasks", *more)
     parser.add_argument(
         "--data", metavar="NAME", help="configs/data/NAME.yaml, or a .yaml file (default: recipe's)"
@@ -169,32 +170,30 @@ def read_recipe(
 
 
 def check_names(recipe: AnyRecipe) -> None:
-    """Check the names of models that a recipe has; foreign ones are imported later.
+    """Check the names of models, terms and adapters; foreign ones are imported later.
 
     Raises:
         UserError: One line per mistake, with the names there are.
     """
     problem, mistakes = spec_of_task(recipe.task.name).name, []
+
+    def check(place: str, finds: Callable[..., object], *args: object, what: str) -> None:
+        try:
+            finds(*args, what=what)
+        except UserError as error:
+            mistakes.append(f"{place}: {error}")
+
     for what, registry in (("student", STUDENTS), ("teacher", TEACHERS)):
         model = getattr(recipe, what, None)
         if isinstance(model, Model):
-            try:
-                check_problem(registry, model.name, problem, what=what)
-            except UserError as error:
-                mistakes.append(f"{what}.name: {error}")
+            check(f"{what}.name", check_problem, registry, model.name, problem, what=what)
     for term in getattr(recipe, "all_losses", ()):
-        try:
-            check_term(term.name)
-        except UserError as error:
-            mistakes.append(f"losses: {error}")
+        if not term.name.startswith(TORCHDISTILL):
+            check("losses", find, TERMS, term.name, what="distillation term")
+    for layer, adapter in getattr(recipe, "adapters", {}).items():
+        check(f"adapters.{layer}.kind", find, ADAPTERS, adapter.kind, what="adapter")
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-
-
-def check_term(name: str) -> None:
-    """Refuse an unknown distillation term; torchdistill's and the user's own are read later."""
-    if not name.startswith(TORCHDISTILL):
-        find(TERMS, name, what="distillation term")
 
 
 def numbers(flag: str, text: str | None) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ import torch
 
 from kd.config.reader import find_config, known_configs, read_yaml
 from kd.config.recipes import DistillRecipe, TeacherRecipe
-from kd.distillation.adapters import ADAPTERS
+from kd.distillation.registry import ADAPTERS
 from kd.problems.objects.schema import ObjectsSection
 from kd.problems.recipes import load_recipe
 from kd.transforms.augment import build_augment
@@ -68,5 +68,5 @@ def test_what_imitates_a_pyramid_s_maps_can_be_negative_as_they_are(name: str) -
     adapters = [one for one in recipe.adapters.values() if "network.backbone" in one.to]
     assert adapters
     for one in adapters:
-        adapter = ADAPTERS[one.kind](8, 8, **one.options)
+        adapter = ADAPTERS[one.kind].load()(8, 8, **one.options)
         assert adapter(torch.randn(1, 8, 4, 4)).min() < 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +106,3 @@ class Resize(nn.Module):
             features, self.size, mode="bilinear", align_corners=False, antialias=shrinks
         )
         return self.project(features) if shrinks else features
-
-
-ADAPTERS: dict[str, Callable[..., nn.Module]] = {
-    "conv1x1": conv1x1,
-    "conv3x3": Conv3x3,
-    "linear": linear,
-    "resize": Resize,
-}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kd.config.recipes import TermSection, Unit
 from kd.errors import UserError
-from kd.registry import check_options, is_foreign, load_target, look_up
+from kd.registry import Entry, check_options, is_foreign, load_target, look_up
 
 POSTERIOR = "posterior"  # log-probabilities of a hidden object, decoded from a teacher's output
 MEAN = "mean"  # stands for all teachers together in the name of an output
@@ -214,3 +214,15 @@ def _borrowed(section: TermSection) -> TermKind:
         unit=section.unit or ("object" if of_objects else "image"),
         trained="student" if learns else None,
     )
+
+
+def _adapter(target: str, text: str) -> Entry:
+    return Entry(f"kd.distillation.adapters:{target}", text)
+
+
+ADAPTERS: dict[str, Entry] = {
+    "conv1x1": _adapter("conv1x1", "1x1 convolution"),
+    "conv3x3": _adapter("Conv3x3", "3x3 convolution, with a ReLU if wanted"),
+    "linear": _adapter("linear", "linear layer, for vectors"),
+    "resize": _adapter("Resize", "1x1 convolution and interpolation to a grid"),
+}

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from kd.config.recipes import Adapter
-from kd.distillation.adapters import ADAPTERS, Conv3x3
+from kd.distillation.adapters import Conv3x3
 from kd.distillation.hooks import FeatureTaps
+from kd.distillation.registry import ADAPTERS
 from kd.distillation.targets import SoftTargetSource
 from kd.distillation.terms import Term, draw_modules, modules_of, tapped_layers
 from kd.errors import UserError
 from kd.nn.freeze import evaluating
 from kd.problems.base import Batch, Mask, Task, named
-from kd.registry import check_options, look_up
+from kd.registry import check_options, resolve
 
 
 class AdaptedStudent(nn.Module):
@@ -123,7 +124,7 @@ def adapt_student(
             continue
         if adapter.to not in theirs:
             raise UserError(f"adapters.{layer}.to: no term reads teacher layer {adapter.to!r}")
-        build_adapter = look_up(ADAPTERS, adapter.kind, what="adapter")
+        build_adapter = resolve(ADAPTERS, adapter.kind, what="adapter")
         given = dict(adapter.options)
         if adapter.kind == "resize":
             given.setdefault("size", tuple(theirs[adapter.to].shape[2:]))

@@ -46,6 +46,11 @@ PROBE = (
         ("kd.distill --student resnet18 --set train.epohcs=3", 2, "did you mean 'epochs'?"),
         ("kd.distill --student resnet18 --set task.name=contxt", 2, "unknown task 'contxt'"),
         ('kd.distill --student resnet18 --set losses=[{"name":"hnt","weight":1.0}]', 2, "'hint'"),
+        (
+            'kd.distill --student espnet_c --set adapters={"norm3":{"kind":"con1x1","to":"pyramid"}}',
+            2,
+            "'conv1x1'",
+        ),
         ("kd.train_teacher --teacher cnn --set teacher.name=unett", 2, "mean 'unet'"),
         ("kd.cache --teacher x --data scens", 2, "did you mean 'scenes'"),
         ("kd distil", 2, "did you mean 'distill'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd.distillation.adapters import ADAPTERS
+from kd.distillation.registry import ADAPTERS
 from kd.errors import ConfigError, UserError
 from kd.registry import build
 
@@ -22,9 +22,9 @@ def test_convolutions_change_the_channels_and_keep_an_odd_grid(name: str) -> Non
 
 def test_conv3x3_starts_near_zero_and_ends_in_a_relu_unless_told_otherwise() -> None:
     features = torch.randn(2, 64, 8, 8)
-    adapted = ADAPTERS["conv3x3"](64, 8)(features)
+    adapted = ADAPTERS["conv3x3"].load()(64, 8)(features)
     assert adapted.min() >= 0 and adapted.max() < 2
-    assert ADAPTERS["conv3x3"](64, 8, relu=False)(features).min() < 0
+    assert ADAPTERS["conv3x3"].load()(64, 8, relu=False)(features).min() < 0
 
 
 def both_ways(
@@ -32,7 +32,7 @@ def both_ways(
 ) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
     """Results and gradients of one convolution: everywhere, and where it counts; both maps."""
     torch.manual_seed(0)
-    adapter = ADAPTERS["conv3x3"](3, 5, relu=relu, init_std=0.5)
+    adapter = ADAPTERS["conv3x3"].load()(3, 5, relu=relu, init_std=0.5)
     features, factor = torch.randn(2, 3, 6, 7), torch.randn(2, 5, 6, 7)
     found, maps = [], []
     for given in ((), (where,)):
@@ -71,15 +71,15 @@ def test_conv3x3_where_nothing_or_much_counts() -> None:
 
 
 def test_conv3x3_takes_places_of_its_own_grid_alone_and_no_picture_at_all() -> None:
-    adapter = ADAPTERS["conv3x3"](3, 5)
+    adapter = ADAPTERS["conv3x3"].load()(3, 5)
     with pytest.raises(UserError, match=r"places \(2, 4, 6\) do not fit features \(2, 3, 6, 4\)"):
         adapter(torch.randn(2, 3, 6, 4), torch.ones(2, 4, 6))
     assert adapter(torch.randn(0, 3, 6, 4), torch.ones(0, 6, 4)).shape == (0, 5, 6, 4)
 
 
 def test_linear_works_on_vectors() -> None:
-    assert ADAPTERS["linear"](6, 4)(torch.randn(5, 6)).shape == (5, 4)
-    assert ADAPTERS["linear"](6, 4)(torch.randn(0, 6)).shape == (0, 4)
+    assert ADAPTERS["linear"].load()(6, 4)(torch.randn(5, 6)).shape == (5, 4)
+    assert ADAPTERS["linear"].load()(6, 4)(torch.randn(0, 6)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("size", [[3, 4], [12, 10], [5, 9]])
@@ -92,7 +92,7 @@ def test_resize_gives_the_grid_that_was_asked_for(size: list[int]) -> None:
 
 
 def test_resize_without_new_channels_has_no_weights_and_keeps_constants() -> None:
-    adapter = ADAPTERS["resize"](3, 3, size=(4, 4))
+    adapter = ADAPTERS["resize"].load()(3, 3, size=(4, 4))
     assert not list(adapter.parameters())
     torch.testing.assert_close(
         adapter(torch.full((1, 3, 9, 7), 2.0)), torch.full((1, 3, 4, 4), 2.0)
@@ -101,7 +101,7 @@ def test_resize_without_new_channels_has_no_weights_and_keeps_constants() -> Non
 
 def test_adapters_survive_a_state_dict() -> None:
     for name, options in (("conv1x1", {}), ("conv3x3", {}), ("resize", {"size": (2, 2)})):
-        first, second = (ADAPTERS[name](3, 5, **options) for _ in range(2))
+        first, second = (ADAPTERS[name].load()(3, 5, **options) for _ in range(2))
         second.load_state_dict(first.state_dict())
         features = torch.randn(1, 3, 4, 4)
         torch.testing.assert_close(first(features), second(features))
@@ -109,6 +109,6 @@ def test_adapters_survive_a_state_dict() -> None:
 
 def test_a_wrong_size_or_option_is_named() -> None:
     with pytest.raises(UserError, match=r"size must be \(height, width\), got \[3\]"):
-        ADAPTERS["resize"](3, 5, size=[3])
+        ADAPTERS["resize"].load()(3, 5, size=[3])
     with pytest.raises(ConfigError, match="did you mean 'init_std'"):
         build(ADAPTERS, "conv3x3", {"init": 1.0}, what="adapter", in_channels=3, out_channels=5)
