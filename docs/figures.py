@@ -31,7 +31,8 @@ from torchvision.ops import box_iou
 
 from kd.formats.coco import CocoIndex, load_coco
 from kd.losses import anchor_grid, imitation_mask, pair_wise
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import Trunk
 from kd.report.style import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, SKY, figure_image
 from kd.transforms.hide import normalise
 from kd.utils.images import read_image

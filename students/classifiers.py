@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kd.errors import UserError, at_least
 from kd.nn.multi_stride_trunk import LevelledTrunk, levelled
 from kd.nn.regions import Surroundings, crop_regions, picture_extents, roi_features, standardised
-from kd.nn.teacher_trunk import AnyTrunk
 from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import Trunk
 
 
 class ContextHead(nn.Module):
@@ -132,7 +132,7 @@ class SceneClassifier(nn.Module):
 
 def build_student(
     name: str,
-    trunk: AnyTrunk | None = None,
+    trunk: Trunk | None = None,
     *,
     num_classes: int,
     prior: Sequence[float] | Tensor | None = None,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.saliency import WIDTHS, LogitMap, NormedDecoder, padded
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import Trunk
 from kd.nn.weights import load_network
 
 BRANCHES = ("a", "b")

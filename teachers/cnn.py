@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.teacher_trunk import BlindTrunk
+from kd.nn.trunk_base import BlindTrunk
 
 
 class ContextCNN(nn.Module):

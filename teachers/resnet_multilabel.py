@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.teacher_trunk import BlindTrunk, grey_and_region
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region
 
 
 class SceneTrunk(nn.Module):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.teacher_trunk import BlindTrunk, grey_and_region
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region
 
 
 class PixelTrunk(nn.Module):

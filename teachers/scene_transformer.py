@@ -25,7 +25,7 @@ from kd.nn.scene_transformer import (
     place_features,
     relations,
 )
-from kd.nn.teacher_trunk import AnyTrunk, BlindTrunk, picture_alone
+from kd.nn.trunk_base import BlindTrunk, Trunk, picture_alone
 
 Pixels = Literal["patches", "trunk"]
 
@@ -142,7 +142,7 @@ class SceneTransformer(nn.Module):
             logits = self.kinds(asked, sources[0]._replace(tokens=said), logits)
         return logits if dense is None else {"logits": logits, "dense": dense}
 
-    def scene_trunk(self) -> AnyTrunk:
+    def scene_trunk(self) -> Trunk:
         """What sees the picture, as the trunk of a student: the patches or the torchvision trunk.
 
         Raises:

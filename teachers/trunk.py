@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kd.errors import UserError, at_least
 from kd.nn.multi_stride_trunk import LevelledTrunk, build_levels
 from kd.nn.regions import Surroundings, mask_boxes, picture_extents
-from kd.nn.teacher_trunk import AnyTrunk
+from kd.nn.trunk_base import Trunk
 
 
 class ContextTrunk(nn.Module):
@@ -58,7 +58,7 @@ class ContextTrunk(nn.Module):
         logits: Tensor = self.head(self.around(maps, boxes, rows, picture_extents(picture)))
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
 
-    def scene_trunk(self) -> AnyTrunk:
+    def scene_trunk(self) -> Trunk:
         """The torchvision trunk itself, which is a student's as it is."""
         return self.trunk.trunk
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.teacher_trunk import BlindTrunk
+from kd.nn.trunk_base import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):

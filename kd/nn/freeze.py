@@ -1,4 +1,4 @@
-"""Keep a part of a network as it is while the rest learns."""
+"""Freeze part of a network while the rest learns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from torch import nn
 
 from kd.errors import UserError
-from kd.nn.teacher_trunk import AnyTrunk
+from kd.nn.trunk_base import Trunk
 from kd.registry import suggestion
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm that stays in evaluation, whatever its parents are told; same state-dict keys."""
+    """Batch norm that always uses its stored statistics; same state-dict keys."""
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
         """Stay in evaluation."""
@@ -21,35 +21,25 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return self
 
 
-def freeze_batch_norm(module: nn.Module) -> nn.Module:
+# Each kind of batch norm with one that stays in evaluation, made when it is first frozen.
+_FROZEN: dict[type, type[nn.BatchNorm2d]] = {nn.BatchNorm2d: FrozenBatchNorm}
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
     """Use the stored statistics of all batch norms inside, and stop learning their scales.
 
     For small batches, and for fine-tuning on few images. Works in place.
-
-    Args:
-        module: A module with batch norms inside.
-
-    Returns:
-        The module; a new one where it is a batch norm itself.
     """
-    if isinstance(module, FrozenBatchNorm):
-        return module
-    if isinstance(module, nn.BatchNorm2d):
-        frozen = FrozenBatchNorm(module.num_features, module.eps, module.momentum)
-        for name, parameter in module.named_parameters(recurse=False):
-            frozen.register_parameter(name, parameter)
-            parameter.requires_grad_(False)
-        for name, buffer in module.named_buffers(recurse=False):
-            frozen.register_buffer(name, buffer)
-        return frozen.train()
-    for name, child in list(module.named_children()):
-        kept = freeze_batch_norm(child)
-        if kept is not child:
-            setattr(module, name, kept)
-    return module
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            if not isinstance(norm, FrozenBatchNorm):
+                kind = type(norm)  # timm's subclasses have an activation inside
+                frozen = type(f"Frozen{kind.__name__}", (FrozenBatchNorm, kind), {})
+                norm.__class__ = _FROZEN.setdefault(kind, frozen)
+            norm.requires_grad_(False).train()
 
 
-def freeze_parts(trunk: AnyTrunk, frozen: str | None, batch_norm_frozen: bool) -> None:
+def freeze_parts(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool) -> None:
     """Freeze as much of a trunk as its options ask for.
 
     Args:
@@ -66,7 +56,7 @@ def freeze_parts(trunk: AnyTrunk, frozen: str | None, batch_norm_frozen: bool) -
         freeze_batch_norm(trunk)
 
 
-def freeze(trunk: AnyTrunk, until: str | None = None) -> None:
+def freeze(trunk: Trunk, until: str | None = None) -> None:
     """Stop the learning of a trunk's first steps, batch norms included.
 
     Args:
@@ -81,14 +71,13 @@ def freeze(trunk: AnyTrunk, until: str | None = None) -> None:
     if until is not None and until not in paths:
         raise UserError(f"{trunk.name} has no step {until!r} to freeze{suggestion(until, paths)}")
     last = len(steps) if until is None else paths.index(until) + 1
-    for path, step in steps[:last]:
+    for _, step in steps[:last]:
         step.requires_grad_(False)
-        kept = freeze_batch_norm(step)
-        if kept is not step:
-            parent, _, child = path.rpartition(".")
-            setattr(trunk.get_submodule(parent), child, kept)
-    for parameter in trunk.parameters(recurse=False):  # a transformer's class token is read first
-        parameter.requires_grad_(False)
+        freeze_batch_norm(step)
+    inside = tuple(f"{path}." for path in paths)
+    for path, parameter in trunk.named_parameters():
+        if not path.startswith(inside):  # a transformer's class token, which is read first
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from kd.errors import UserError
-from kd.nn.trunk import Trunk
+from kd.nn.trunk import TorchvisionTrunk
 
 Place = tuple[nn.Module, str]  # a module and the name of a child
 
@@ -60,7 +60,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[Place, Place]]:
         for number in (1, 2, 3):
             if hasattr(module, f"conv{number}"):
                 yield (module, f"conv{number}"), (module, f"bn{number}")
-    elif isinstance(module, Trunk) and not module.tokens:
+    elif isinstance(module, TorchvisionTrunk) and not module.tokens:
         yield from pairwise([(module, child) for child in module.order])
 
 
@@ -69,6 +69,7 @@ def _can_fold(first: nn.Module, second: nn.Module) -> bool:
     return (
         isinstance(first, nn.Conv2d | nn.ConvTranspose2d)
         and isinstance(second, nn.BatchNorm2d)
+        and type(second).forward is nn.BatchNorm2d.forward  # timm's has an activation inside
         and isinstance(second.running_var, torch.Tensor)
         and not first._forward_hooks
         and not second._forward_hooks

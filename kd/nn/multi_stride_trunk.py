@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.freeze import freeze_parts
-from kd.nn.teacher_trunk import AnyTrunk
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import TorchvisionTrunk, build_trunk
+from kd.nn.trunk_base import Trunk
 from kd.nn.weights import weights_hash
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class LevelledTrunk(nn.Module):
         level_strides: Pixels per place of each map.
     """
 
-    def __init__(self, trunk: AnyTrunk, levels: int = 1) -> None:
+    def __init__(self, trunk: Trunk, levels: int = 1) -> None:
         super().__init__()
         if not 1 <= levels <= len(trunk.level_strides):
             raise UserError(
@@ -86,7 +86,7 @@ class RememberedTrunk(LevelledTrunk):
         UserError: The trunk learns.
     """
 
-    def __init__(self, trunk: AnyTrunk, levels: int = 1) -> None:
+    def __init__(self, trunk: Trunk, levels: int = 1) -> None:
         super().__init__(trunk.eval(), levels)
         if any(parameter.requires_grad for parameter in trunk.parameters()):
             raise UserError(f"trunk {trunk.name}: remember needs frozen: all, but the trunk learns")
@@ -177,7 +177,7 @@ def build_levels(
 
 
 def levelled(
-    trunk: AnyTrunk,
+    trunk: Trunk,
     *,
     levels: int = 1,
     frozen: str | None = None,
@@ -215,8 +215,11 @@ class JoinedStages(nn.Module):
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk, self.stride = trunk, trunk.stride
-        # VGG's stages end in the pooling that begins the next grid.
-        found = trunk.stages(first=trunk.name.startswith("vgg"))[-COUNT:]
+        if isinstance(trunk, TorchvisionTrunk) and trunk.name.startswith("vgg"):
+            # VGG's stages end in the pooling that begins the next grid.
+            found = trunk.stages(first=True)[-COUNT:]
+        else:
+            found = trunk.stages()[-COUNT:]
         if len(found) < COUNT:
             raise UserError(f"{trunk.name} has {len(found)} grids, where {COUNT} are joined")
         self.paths = tuple(path for path, _ in found)
@@ -255,6 +258,7 @@ def joined_stages(
         trunk = build_trunk(name, weights=weights, stride=stride, dilate=True, until=until)
         return JoinedStages(trunk)
     trunk = build_trunk(name, weights=weights, until=until)
+    assert isinstance(trunk, TorchvisionTrunk)
     if stride not in trunk.level_strides:
         known = ", ".join(map(str, trunk.level_strides))
         raise UserError(f"{name}: stride must be one of {known}, got {stride}")
@@ -262,7 +266,7 @@ def joined_stages(
     return JoinedStages(trunk)
 
 
-def _keep_pools(trunk: Trunk, stride: int) -> None:
+def _keep_pools(trunk: TorchvisionTrunk, stride: int) -> None:
     """Poolings of a VGG beyond a stride take steps of 1; convolutions after them are dilated."""
     dilation = 1
     for (path, step), own in list(zip(trunk.steps(), trunk.step_strides, strict=True)):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from kd.errors import UserError
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import Trunk
 from kd.nn.weights import imagenet_weights, load_network, load_trunk_weights
 from kd.registry import look_up
 
@@ -89,6 +90,7 @@ class PSPNet(nn.Module):
         self.tap = ""
         if auxiliary:
             self.tap, before = trunk.middle()
+            self.last = trunk.last_step(trunk.stride)
             self.auxiliary = nn.Sequential(
                 block(before, width, 3), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1)
             )
@@ -101,7 +103,7 @@ class PSPNet(nn.Module):
         """
         if not self.training or self.auxiliary is None:
             return {"logits": self.classifier(self.pyramid(self.trunk(images)))}
-        maps, earlier = self.trunk.forward_with(images, self.tap)
+        earlier, maps = self.trunk.forward_at(images, (self.tap, self.last))
         logits = self.classifier(self.pyramid(maps))
         return {"logits": logits, "auxiliary": self.auxiliary(earlier)}
 

@@ -1,11 +1,11 @@
-"""Any torchvision classifier, cut before its pooling: a feature trunk by name."""
+"""Feature trunks by name: any torchvision classifier before its pooling, or any model of timm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from torchvision import models
 
 from kd.errors import UserError
+from kd.nn.timm_trunk import PREFIX as TIMM
+from kd.nn.timm_trunk import build_timm_trunk
+from kd.nn.trunk_base import Trunk
 from kd.nn.weights import imagenet_weights, load_trunk_weights, widen_first_convolution
 from kd.registry import look_up, suggestion
+from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 
 
 def slim(network: nn.Module, width: float, *, what: str) -> None:
@@ -75,7 +79,7 @@ CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # their children
 PROBE = 896  # side of the image whose shapes give a trunk's strides: large, for unpadded stems
 
 
-class Trunk(nn.Module):
+class TorchvisionTrunk(Trunk):
     """The convolutional (or token) part of a torchvision classifier.
 
     Children keep torchvision's names, so that files of torchvision weights load. `forward` maps
@@ -83,10 +87,6 @@ class Trunk(nn.Module):
     layout; tap the trunk itself for its output in this form.
 
     Attributes:
-        channels: Of the output.
-        stride: Pixels per place of the output.
-        level_strides: Strides of what `forward_levels` returns, finest first.
-        level_channels: Channels of the same.
         step_strides: Strides after each of `steps`.
     """
 
@@ -105,9 +105,6 @@ class Trunk(nn.Module):
         if isinstance(classifier, models.VisionTransformer):
             self.order = ("conv_proj", "encoder")
             self.class_token = classifier.class_token
-        self.channels, self.stride = 0, 0
-        self.level_strides: tuple[int, ...] = ()
-        self.level_channels: tuple[int, ...] = ()
         self.measure()
         self._published_strides = dict(
             zip((path for path, _ in self.steps()), self.step_strides, strict=True)
@@ -136,38 +133,22 @@ class Trunk(nn.Module):
         """The last map at each of `level_strides`, finest first; the last one is `forward`'s."""
         if self.tokens:
             return [self._token_grid(images)]
-        last = dict(zip(self.step_strides, (path for path, _ in self.steps()), strict=True))
-        return self.forward_at(images, [last[stride] for stride in self.level_strides])
-
-    def forward_with(self, images: Tensor, path: str) -> tuple[Tensor, Tensor]:
-        """`forward`'s map, and the map after the step of this path; not of a transformer."""
-        kept, last = self.forward_at(images, (path, [name for name, _ in self.steps()][-1]))
-        return last, kept
+        return self.forward_at(images, [self.last_step(stride) for stride in self.level_strides])
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps after the steps of these paths, (N, C, h, w); not of a transformer."""
+        """The maps after the steps of these paths; not of a transformer, which has one map only."""
         features = self._to_half_range(images)
-        kept: dict[str, Tensor] = {}
+        maps: dict[str, Tensor] = {}
         for name, step in self.steps():
             features = step(features)
             if name in paths:
-                kept[name] = features.permute(0, 3, 1, 2) if self.channels_last else features
-        if name in kept:
-            kept[name] = self._finish(features)
-        return [kept[path] for path in paths]
-
-    def middle(self) -> tuple[str, int]:
-        """Path and channels of the last step before the published trunk's coarsest grid.
-
-        Where a coarser grid was kept from coming about, the step is the same.
-        """
-        found = self.stages()
-        if len(found) < 2:
-            raise UserError(f"{self.name} has one grid only, and nothing before it")
-        return found[-2]
+                maps[name] = features.permute(0, 3, 1, 2) if self.channels_last else features
+        if name in maps:
+            maps[name] = self._finish(features)
+        return [maps[path] for path in paths]
 
     def stages(self, *, first: bool = False) -> list[tuple[str, int]]:
-        """Path and channels of the last step on each of the published trunk's grids, finest first.
+        """Path and channels of the last step on each of the published grids, finest first.
 
         Args:
             first: The first step on each instead.
@@ -179,6 +160,10 @@ class Trunk(nn.Module):
             if not (first and stride in found):
                 found[stride] = (path, channels)
         return [found[stride] for stride in sorted(found)]
+
+    def last_step(self, stride: int) -> str:
+        """Path of the last step at a stride."""
+        return dict(zip(self.step_strides, (path for path, _ in self.steps()), strict=True))[stride]
 
     def measure(self) -> None:
         """Find channels and strides by running shapes, without data, through the trunk."""
@@ -196,11 +181,7 @@ class Trunk(nn.Module):
         self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
 
     def cut(self, until: str) -> None:
-        """Drop all steps after the one of this path: for a finer grid and less work.
-
-        Raises:
-            UserError: The trunk has no such step.
-        """
+        """Drop all steps after the one of this path."""
         paths = [path for path, _ in self.steps()]
         if until not in paths or self.tokens:
             raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")
@@ -232,8 +213,8 @@ class Trunk(nn.Module):
         """From ImageNet's mean and deviation to the -1..1 that Inception was trained on."""
         if not self.half_range or images.shape[1] != 3:
             return images
-        deviation = images.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-        mean = images.new_tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+        deviation = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+        mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         return (images * deviation + mean - 0.5) / 0.5
 
     def _finish(self, features: Tensor) -> Tensor:
@@ -257,7 +238,7 @@ class Trunk(nn.Module):
 class _EveryStep(nn.Module):
     """The outputs of all steps of a trunk, for `measure`."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: TorchvisionTrunk) -> None:
         super().__init__()
         self.trunk = trunk
 
@@ -282,31 +263,41 @@ def build_trunk(
     width: float = 1.0,
     until: str | None = None,
 ) -> Trunk:
-    """A torchvision classifier by name, as a feature trunk.
+    """Build a feature trunk.
+
+    Models bound to one input size cannot serve. `kd.nn.timm_trunk` has a word on licences.
 
     Args:
-        name: Any name of `torchvision.models.list_models`, except models bound to one input size.
-        weights: None for random ones; "imagenet" for torchvision's own, downloaded into torch's hub
-            cache; or a file of torchvision weights (.pth, .pt or .safetensors).
+        name: Of `torchvision.models.list_models`, with "torchvision/" before it or without; or
+            "timm/" and a name of `timm.list_models`.
+        weights: None for random ones; "imagenet" for the library's own, downloaded into its cache;
+            or a file of such weights (.pth, .pt or .safetensors).
         in_channels: Of the images; where it is not 3, weights are summed or padded with zeros.
-        grey: Whether the first channel is a grey picture rather than the red of one.
+        grey: Whether the first channel is a grey image rather than red.
         stride: Keep the output at this stride at most, by giving later steps stride 1. The
             receptive field shrinks with it: for small images and training from scratch.
-        dilate: Keep the receptive field instead: convolutions after a stride that was taken away
-            are dilated by it, and pretrained weights see what they have learned to see.
-        width: Share of the channels of every convolution; weights of files do not fit then.
-        until: Path of the last step that is kept, as "layer2"; all without it.
+        dilate: Keep the receptive field instead: convolutions after a removed stride are dilated
+            by it, so that pretrained weights see what they were trained on. timm always does.
+        width: Fraction of the channels of every convolution, without weights; not of timm's.
+        until: Path of the last step to keep, such as "layer2"; all by default.
 
     Raises:
-        UserError: Unknown name, weights not to be had or of others, a stride that cannot be kept.
+        UserError: Unknown name, weights that cannot be had or do not fit, a stride that cannot be
+            kept.
     """
     if width != 1.0 and weights is not None:
         raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
+    if name.startswith(TIMM):
+        if width != 1.0:
+            raise UserError(f"{name}: width is for torchvision's; timm has narrower models by name")
+        return build_timm_trunk(
+            name, weights=weights, in_channels=in_channels, grey=grey, stride=stride, until=until
+        )
     name = name.removeprefix("torchvision/")
     classifier = _classifier(name)
     if width != 1.0:
         slim(classifier, width, what=name)
-    trunk = Trunk(name, classifier)
+    trunk = TorchvisionTrunk(name, classifier)
     if weights == "imagenet":
         load_trunk_weights(trunk, imagenet_weights(name), source=f"torchvision's weights of {name}")
     elif weights is not None:
@@ -351,11 +342,7 @@ def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-if TYPE_CHECKING:
-    from kd.nn.trunk import Trunk
-
-
-def keep_stride(trunk: Trunk, stride: int, *, dilate: bool) -> None:
+def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
     """Give stride 1 to the steps that would bring the output beyond `stride` pixels a place.
 
     Args:
@@ -419,7 +406,7 @@ def _dilate(step: nn.Module, dilation: int, last: int) -> None:
         dilation = max(dilation, here * stride)
 
 
-def _drop_pooling(trunk: Trunk, path: str) -> None:
+def _drop_pooling(trunk: TorchvisionTrunk, path: str) -> None:
     """Leave out a step's pooling of windows side by side: only the grid is finer without it."""
     for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
         pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import http.client
 import pickle
@@ -88,6 +89,31 @@ def load_trunk_weights(
     trunk.load_state_dict(state, strict=False)
 
 
+def load_timm_weights(trunk: nn.Module, path: Path, *, source: str) -> None:
+    """Load timm's weights, or a run's with the same trunk inside; strict, but for the head's keys.
+
+    Args:
+        trunk: Of timm, whose extractor writes some dots of a path as underscores.
+        path: A file or a run's folder.
+        source: What to call it in a message.
+
+    Raises:
+        UserError: Keys are missing, or shapes differ; names the first few.
+    """
+    expected = trunk.state_dict()
+    state = _part(read_weights(path), set(expected))
+    names = {_folded(key): key for key in expected}
+    state = {names[_folded(key)]: value for key, value in state.items() if _folded(key) in names}
+    what = str(getattr(trunk, "name", ""))
+    _same_names(state, expected, source=source, what=what)
+    _same_shapes(state, expected, source=source, what=what)
+    trunk.load_state_dict(state, strict=False)
+
+
+def _folded(key: str) -> str:
+    return key.removeprefix("network.").removeprefix("model.").replace(".", "_")
+
+
 def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
     """Load all weights of a network from a file; strict.
 
@@ -169,21 +195,16 @@ def widen_first_convolution(
 ) -> None:
     """Replace the first convolution by one for another number of input channels.
 
-    With pretrained weights, the trunk starts out as it was: of grey pictures (`grey`, or one
-    channel) the first channel gets the sum over RGB, else the first three get RGB; the others get
-    zeros.
+    Pretrained weights are kept: for grey images (`grey`, or one channel) the first channel gets the
+    sum over RGB, else the first three get RGB; the other channels get zeros.
     """
     path, old = next(
         (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
     )
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        old.stride,  # type: ignore[arg-type]
-        old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
+    new = copy.deepcopy(old)
+    new.in_channels = in_channels
+    new.weight = nn.Parameter(old.weight.new_empty(len(old.weight), in_channels, *old.kernel_size))
+    new.reset_parameters()
     with torch.no_grad():
         if pretrained and (grey or in_channels == 1):
             new.weight.zero_()

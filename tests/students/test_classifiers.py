@@ -22,6 +22,7 @@ SLOW = [
 ]
 FAMILIES = [
     *("shufflenet_v2_x0_5", "resnet18", "squeezenet1_1", "mobilenet_v3_small"),
+    *("timm/resnet10t", "timm/mobilenetv3_small_050"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
 ]
 QUICK = "shufflenet_v2_x0_5"

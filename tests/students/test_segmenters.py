@@ -68,7 +68,14 @@ def test_logits_lie_on_the_grid_that_the_stride_says(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("trunk", "stride"),
-    [("resnet18", 8), ("resnet18", 16), ("mobilenet_v2", 8), ("mobilenet_v2", 16)],
+    [
+        ("resnet18", 8),
+        ("resnet18", 16),
+        ("mobilenet_v2", 8),
+        ("mobilenet_v2", 16),
+        ("timm/resnet10t", 8),
+        ("timm/mobilenetv3_small_050", 16),
+    ],
 )
 def test_a_pspnet_keeps_the_stride_that_it_is_told(trunk: str, stride: int) -> None:
     model = make("pspnet", trunk=trunk, stride=stride).eval()

@@ -18,7 +18,8 @@ from kd.errors import UserError, at_least
 from kd.losses.centernet import center_targets, centernet_losses
 from kd.nn.detectors.contract import Level, check_call, logits_at
 from kd.nn.freeze import freeze_parts
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import Trunk
 from kd.nn.weights import load_network
 
 STRIDE = 4  # pixels a cell of all maps

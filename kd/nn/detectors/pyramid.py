@@ -21,7 +21,8 @@ from torchvision.ops.feature_pyramid_network import (
 from kd.errors import UserError, at_least
 from kd.nn.detectors.contract import Level
 from kd.nn.freeze import freeze_parts
-from kd.nn.trunk import Trunk, build_trunk
+from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import Trunk
 
 
 class Pyramid(nn.Module):
@@ -131,8 +132,7 @@ def build_pyramid(
             "more can be added after the last"
         )
     if seen.level_strides[-1] > own[-1]:
-        paths = [path for path, _ in seen.steps()]
-        seen.cut(paths[max(n for n, one in enumerate(seen.step_strides) if one == own[-1])])
+        seen.cut(seen.last_step(own[-1]))
     freeze_parts(seen, frozen, batch_norm_frozen)
     return Pyramid(seen, len(own), extra, channels)
 

@@ -16,7 +16,7 @@ from torch import nn
 from kd.config.reader import read_yaml
 from kd.config.recipes import Model
 from kd.errors import UserError
-from kd.nn.teacher_trunk import AnyTrunk
+from kd.nn.trunk_base import Trunk
 from kd.nn.weights import read_weights
 from kd.problems.recipes import teacher_recipe
 from kd.registry import build, resolve
@@ -49,7 +49,7 @@ def resolved(student: Model) -> Model:
     return student.model_copy(update={"options": {**student.options, "like": described}})
 
 
-def take_trunk(student: Model) -> tuple[AnyTrunk, dict[str, Any]]:
+def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
     """The trunk of a transferred student, and the options that are left for its heads.
 
     Raises:
@@ -64,7 +64,7 @@ def take_trunk(student: Model) -> tuple[AnyTrunk, dict[str, Any]]:
     return teachers_trunk(like, weights), options
 
 
-def teachers_trunk(like: Model, weights: str | None) -> AnyTrunk:
+def teachers_trunk(like: Model, weights: str | None) -> Trunk:
     """The trunk of a teacher of the catalogue.
 
     Args:
@@ -89,7 +89,7 @@ def teachers_trunk(like: Model, weights: str | None) -> AnyTrunk:
     scene_trunk: Any = getattr(teacher, "scene_trunk", None)
     if scene_trunk is None:
         raise UserError(f"student transferred: teacher {like.name!r} has no trunk to begin with")
-    trunk: AnyTrunk = scene_trunk()
+    trunk: Trunk = scene_trunk()
     if run:
         _load_part(teacher, trunk, Path(str(weights)))
     return trunk

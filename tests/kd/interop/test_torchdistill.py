@@ -29,7 +29,9 @@ NEEDED: dict[str, dict[str, object]] = {
     "CCKDLoss": {"kernel_config": {"type": "bilinear"}, "reduction": "batchmean"},
 }
 TASK = Classification(num_classes=4)
-ROWS = ("KDLoss", "LogitStdKDLoss", "PKTLoss", "CCKDLoss", "DISTLoss", "SKDInstanceLoss")
+ROWS = ("KDLoss", "LogitStdKDLoss", "PKTLoss", "CCKDLoss", "DISTLoss")
+# Since 1.1.5, which needs torch 2.12.
+ROWS += tuple({"SKDInstanceLoss"} & MIDDLE_LEVEL_LOSS_DICT.keys())
 MAPS = ("ATLoss", "RKDLoss", "SPKDLoss", "AffinityLoss", "ChSimLoss", "AltActTransferLoss")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torchvision import models
 
-from kd.nn.teacher_trunk import LUMA, grey_and_region
 from kd.nn.trunk import build_trunk
+from kd.nn.trunk_base import LUMA, grey_and_region
 
 
 def test_luma_lies_beside_the_region_and_hidden_stays_zero() -> None:

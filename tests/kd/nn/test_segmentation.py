@@ -68,7 +68,7 @@ def test_a_trunk_of_any_layout_will_do(trunk: str, stride: int) -> None:
         assert output["logits"].shape == (2, 3, 64 // stride, 96 // stride)
         assert output["auxiliary"].shape[:2] == (2, 3)
         model.eval()
-        last, _ = model.trunk.forward_with(images, model.tap)
+        _, last = model.trunk.forward_at(images, (model.tap, model.last))
         torch.testing.assert_close(last, model.trunk(images), rtol=0, atol=0)
 
 

@@ -70,7 +70,14 @@ def test_what_its_heads_read_is_a_layer_that_fits_other_detectors_maps() -> None
 
 @pytest.mark.parametrize(
     ("trunk", "steps"),
-    [("resnet18", 3), ("mobilenet_v2", 3), ("squeezenet1_1", 2), ("vit_b_16", 2), ("vgg11_bn", 3)],
+    [
+        ("resnet18", 3),
+        ("mobilenet_v2", 3),
+        ("squeezenet1_1", 2),
+        ("vit_b_16", 2),
+        ("vgg11_bn", 3),
+        ("timm/resnet10t", 3),
+    ],
 )
 def test_any_trunk_will_do(trunk: str, steps: int) -> None:
     with torch.device("meta"):

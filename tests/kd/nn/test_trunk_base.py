@@ -10,7 +10,7 @@ from torch import nn
 
 from kd.errors import UserError
 from kd.nn.multi_stride_trunk import RememberedTrunk, levelled
-from kd.nn.teacher_trunk import LUMA, BlindTrunk
+from kd.nn.trunk_base import LUMA, BlindTrunk
 from teachers import TEACHERS
 from teachers.cnn import cnn
 from teachers.resnet_multilabel import resnet_multilabel

@@ -1,0 +1,249 @@
+"""Any model of timm as a feature trunk.
+
+timm is imported here only when a trunk is built. Its code is under Apache-2.0; each file of weights
+has a licence of its own, some of them for non-commercial use only, named in `pretrained_cfg`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.nn.trunk_base import Trunk
+from kd.nn.weights import load_timm_weights, widen_first_convolution
+from kd.registry import suggestion
+from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
+
+log = logging.getLogger(__name__)
+
+PREFIX = "timm/"
+# Lets transformers take images of any size; each family has a word of its own for it.
+_ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
+_ODD = (97, 129)  # sides of the image that shows whether a network takes any size
+
+
+class TimmTrunk(Trunk):
+    """timm's feature extractor of a model, `timm.create_model(..., features_only=True)`.
+
+    Images are expected with ImageNet's mean and deviation and brought to those of the model's
+    weights. Where a network takes only multiples of its stride, images are padded at the right and
+    at the bottom with the mean colour.
+
+    Args:
+        name: What messages call it.
+        build: Builds the network, given the indices of its feature maps.
+        network: What it built.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, build: Callable[..., nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.network, self._build = name, network, build
+        about: dict[str, Any] = dict(vars(network).get("pretrained_cfg") or {})
+        mean, std = about.get("mean", IMAGENET_MEAN), about.get("std", IMAGENET_STD)
+        self._scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
+        self._shift = [(a - b) / s for a, b, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
+        self._rescaled = tuple(mean) != IMAGENET_MEAN or tuple(std) != IMAGENET_STD
+        self._read_shapes()
+
+    def _read_shapes(self) -> None:
+        """Set what follows from the network's description of its feature maps."""
+        about: Any = self.network.feature_info
+        self._channels = tuple(about.channels())
+        self._strides = tuple(about.reduction())
+        steps = [path for path, _ in self.steps()]
+        self._paths = tuple(_step_of(name, steps) for name in about.module_name())
+        last = {stride: place for place, stride in enumerate(self._strides)}
+        self._last = {stride: last[stride] for stride in sorted(last) if stride > 1}
+        self.level_strides = tuple(self._last)
+        self.level_channels = tuple(self._channels[place] for place in self._last.values())
+        self.channels, self.stride = self._channels[-1], self._strides[-1]
+        self._multiple = 1
+        self._multiple = _multiple(self)
+
+    def steps(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that run one after the other, with their paths."""
+        path, network = "network", self.network
+        if isinstance(getattr(network, "model", None), nn.Module):  # timm's wrapper of transformers
+            path, network = "network.model", network.get_submodule("model")
+        for name, child in network.named_children():
+            if name in ("blocks", "stages") and isinstance(child, nn.Sequential | nn.ModuleList):
+                for number, inner in child.named_children():
+                    yield f"{path}.{name}.{number}", inner
+            else:
+                yield f"{path}.{name}", child
+
+    def forward_levels(self, images: Tensor) -> list[Tensor]:
+        """The last map at each of `level_strides`, finest first."""
+        maps = self._maps(images)
+        return [maps[place] for place in self._last.values()]
+
+    def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
+        """The maps after the steps of these paths, (N, C, h, w)."""
+        maps = self._maps(images)
+        return [maps[self._paths.index(path)] for path in paths]
+
+    def stages(self) -> list[tuple[str, int]]:
+        """Path and channels of each feature map, finest first; of a transformer's the last."""
+        if len(set(self._strides)) == 1:
+            return [(self._paths[-1], self.channels)]
+        return list(zip(self._paths, self._channels, strict=True))
+
+    def last_step(self, stride: int) -> str:
+        """Path of the last step at a stride."""
+        return self._paths[self._last[stride]]
+
+    def cut(self, until: str) -> None:
+        """Drop all that follows a feature map, named by its step's path.
+
+        Raises:
+            UserError: No feature map ends in such a step.
+        """
+        paths = [path for path, _ in self.stages()]
+        if until not in paths or self._build is None:
+            raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")
+        if until == paths[-1]:
+            return
+        state = self.network.state_dict()
+        smaller = self._build(out_indices=tuple(range(paths.index(until) + 1)))
+        smaller.load_state_dict({name: state[name] for name in smaller.state_dict()})
+        self.network = smaller
+        self._read_shapes()
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """All feature maps, (N, C, h, w)."""
+        if self._rescaled and images.shape[1] == 3:
+            scale, shift = images.new_tensor(self._scale), images.new_tensor(self._shift)
+            images = images * scale.view(1, 3, 1, 1) + shift.view(1, 3, 1, 1)
+        if self._multiple > 1:
+            height, width = images.shape[2:]
+            images = F.pad(images, (0, -width % self._multiple, 0, -height % self._multiple))
+        maps: list[Tensor] = self.network(images)
+        last = getattr(self.network, "output_fmt", None)
+        if last is not None and str(getattr(last, "value", last)) == "NHWC":
+            maps = [one.permute(0, 3, 1, 2) for one in maps]
+        return maps
+
+
+def build_timm_trunk(
+    name: str,
+    *,
+    weights: str | None = None,
+    in_channels: int = 3,
+    grey: bool = False,
+    stride: int | None = None,
+    until: str | None = None,
+) -> TimmTrunk:
+    """A trunk of timm, by "timm/NAME"; the arguments are those of `kd.nn.trunk.build_trunk`.
+
+    Raises:
+        UserError: An unknown name, weights that cannot be downloaded or do not fit, a model that
+            works at one input size only, or a stride that it does not have.
+    """
+    import timm  # here, for it takes seconds
+
+    model = name.removeprefix(PREFIX)
+    try:
+        known = timm.is_model(model)
+    except (RuntimeError, ValueError):
+        known = False
+    if not known:
+        raise UserError(f"unknown timm model {model!r}{suggestion(model, timm.list_models())}")
+    pretrained = weights == "imagenet"
+    channels = 3 if weights is not None else in_channels
+    build = functools.partial(_create, model, in_chans=channels, output_stride=stride)
+    try:
+        network = build(pretrained=pretrained)
+    except Exception as error:  # timm refuses in as many ways as it has families
+        raise UserError(_refusal(name, error, pretrained=pretrained, stride=stride)) from error
+    trunk = TimmTrunk(name, network, build)
+    if pretrained:
+        about = network.pretrained_cfg
+        log.info("%s: weights %s, licence %s", name, about.get("tag"), about.get("license"))
+    if stride is not None and trunk.stride != stride:
+        raise UserError(f"{name}: cannot keep stride {stride}; up-sample the input instead")
+    if weights is not None and not pretrained:
+        load_timm_weights(trunk, Path(weights), source=weights)
+    if channels != in_channels:
+        widen_first_convolution(trunk, in_channels, pretrained=True, grey=grey)
+    if until is not None:
+        trunk.cut(until)
+    return trunk
+
+
+def _create(model: str, *, pretrained: bool = False, **options: Any) -> Any:
+    """Timm's feature extractor; of a plain transformer the last tokens, normalised."""
+    import timm
+
+    options = {key: value for key, value in options.items() if value is not None}
+    network: Any
+    for flags in (*_ANY_SIZE, {}):
+        arguments: dict[str, Any] = {"pretrained": pretrained, **options, **flags}
+        try:
+            network = timm.create_model(model, features_only=True, **arguments)
+            break
+        except TypeError:
+            if not flags:
+                raise
+    getter: Any = type(network)
+    if getter.__name__ == "FeatureGetterNet" and len(set(network.feature_info.reduction())) == 1:
+        about = network.pretrained_cfg
+        network = getter(timm.create_model(model, **arguments), out_indices=1, norm=True)
+        network.pretrained_cfg = about
+    return network
+
+
+def _refusal(name: str, error: Exception, *, pretrained: bool, stride: int | None) -> str:
+    """Say in one line why timm built nothing."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if pretrained and not isinstance(error, TypeError | AssertionError):
+        return (
+            f"weights: imagenet: timm's weights of {name} cannot be had ({reason}). Without a "
+            "connection give a file of such weights, weights: FILE, or weights: null, random ones"
+        )
+    if stride is not None:
+        return f"{name}: cannot keep stride {stride} ({reason}); up-sample the input instead"
+    return f"{name} cannot serve as a trunk: {reason}"
+
+
+def _multiple(trunk: TimmTrunk) -> int:
+    """1 where a network takes images of any size, or else its stride.
+
+    Raises:
+        UserError: It takes images of one size only.
+    """
+    first = next(m for m in trunk.modules() if isinstance(m, nn.Conv2d))
+    images = first.weight.new_zeros(1, first.in_channels, *_ODD)
+    training, stride = trunk.training, trunk.level_strides[-1]
+    trunk.eval()
+    for multiple in (1, stride):
+        sides = [-side % multiple for side in _ODD]
+        try:
+            with torch.no_grad():
+                trunk._maps(F.pad(images, (0, sides[1], 0, sides[0])))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error)
+        else:
+            trunk.train(training)
+            return multiple
+    raise UserError(f"{trunk.name} works at one input size only and cannot be a trunk ({reason})")
+
+
+def _step_of(feature: str, steps: Sequence[str]) -> str:
+    """Path of the step that gives a feature map which timm calls so."""
+
+    def folded(path: str) -> str:
+        path = path.removeprefix("network.").removeprefix("model.")
+        return f"{path.replace('.', '_')}_"
+
+    fitting = [path for path in steps if folded(feature).startswith(folded(path))]
+    return max(fitting, key=len) if fitting else f"network.{feature}"

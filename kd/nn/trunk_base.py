@@ -1,0 +1,138 @@
+"""What all feature trunks have in common, and a context teacher's own trunk as a student's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError
+
+
+class Trunk(nn.Module):
+    """A network from images to feature maps, in steps that run one after the other.
+
+    Attributes:
+        name: What messages call it.
+        channels: Of the output.
+        stride: Pixels per place of the output.
+        level_strides: Strides of what `forward_levels` returns, finest first.
+        level_channels: Channels of the same.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    level_strides: tuple[int, ...]
+    level_channels: tuple[int, ...]
+
+    def steps(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that run one after the other, with their paths."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, in, H, W) to features (N, channels, H/stride, W/stride)."""
+        return self.forward_levels(images)[-1]
+
+    def forward_levels(self, images: Tensor) -> list[Tensor]:
+        """The last map at each of `level_strides`, finest first; the last one is `forward`'s."""
+        raise NotImplementedError
+
+    def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
+        """The maps after the steps of these paths, (N, C, h, w)."""
+        raise NotImplementedError
+
+    def stages(self) -> list[tuple[str, int]]:
+        """Path and channels of the last step on each of the published grids, finest first.
+
+        Where a coarser grid was avoided by a kept stride, its steps are still found.
+        """
+        raise NotImplementedError
+
+    def middle(self) -> tuple[str, int]:
+        """Path and channels of the last step before the published trunk's coarsest grid."""
+        found = self.stages()
+        if len(found) < 2:
+            raise UserError(f"{self.name} has one grid only, and nothing before it")
+        return found[-2]
+
+    def last_step(self, stride: int) -> str:
+        """Path of the last step at one of `level_strides`."""
+        raise NotImplementedError
+
+    def cut(self, until: str) -> None:
+        """Drop all steps after the one of this path: for a finer grid and less work.
+
+        Raises:
+            UserError: The trunk has no such step.
+        """
+        raise NotImplementedError
+
+
+class BlindTrunk(Trunk):
+    """The first steps of a context teacher, on images in which nothing is hidden.
+
+    The teacher's input has a fourth channel, 1 where an object is hidden; here it is 0 everywhere.
+
+    Args:
+        name: What messages call it.
+        steps: Each step with its channels and its stride in pixels, on grids that only get coarser.
+        see: What the teacher does to its input (N, 4, H, W) before the first step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: Iterable[tuple[nn.Module, int, int]],
+        see: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        modules, channels, strides = zip(*steps, strict=True)
+        self.name, self._see, self._step_strides = name, see, tuple(strides)
+        self.path = nn.Sequential(*modules)
+        last_of = dict(zip(strides, channels, strict=True))
+        self.level_strides = tuple(sorted(last_of))
+        self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
+        self.channels, self.stride = channels[-1], strides[-1]
+
+    def steps(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that run one after the other, with their paths."""
+        for name, step in self.path.named_children():
+            yield f"path.{name}", step
+
+    def forward_levels(self, images: Tensor) -> list[Tensor]:
+        """The last map at each of `level_strides`, finest first."""
+        count, _, height, width = images.shape
+        maps = torch.cat([images, images.new_zeros(count, 1, height, width)], dim=1)
+        if self._see is not None:
+            maps = self._see(maps)
+        last: dict[int, Tensor] = {}
+        for (_, step), stride in zip(self.steps(), self._step_strides, strict=True):
+            maps = step(maps)
+            last[stride] = maps
+        return [last[stride] for stride in self.level_strides]
+
+
+def picture_alone(images: Tensor) -> Tensor:
+    """RGB of (N, 4, H, W): for `see`, where a teacher has no use for the fourth channel."""
+    return images[:, :3]
+
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's grey
+
+
+def grey_and_region(images: Tensor) -> Tensor:
+    """Luma of normalised RGB beside the region's channel.
+
+    The hidden region, 0 in all three channels, stays 0. A trunk whose first convolution was summed
+    over RGB gives the same features as for the grey image in three equal channels.
+
+    Args:
+        images: Normalised RGB and the region, (K, 4, H, W).
+
+    Returns:
+        (K, 2, H, W).
+    """
+    luma = images.new_tensor(LUMA).view(1, 3, 1, 1)
+    return torch.cat([(images[:, :3] * luma).sum(dim=1, keepdim=True), images[:, 3:]], dim=1)
