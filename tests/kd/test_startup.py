@@ -47,7 +47,7 @@ PROBE = (
         ("kd.distill --student resnet18 --set task.name=contxt", 2, "unknown task 'contxt'"),
         ('kd.distill --student resnet18 --set losses=[{"name":"hnt","weight":1.0}]', 2, "'hint'"),
         (
-            'kd.distill --student espnet_c --set adapters={"norm3":{"kind":"con1x1","to":"pyramid"}}',
+            'kd.distill --student espnet_c --set adapters={"norm3":{"kind":"con1x1","to":"x"}}',
             2,
             "'conv1x1'",
         ),
