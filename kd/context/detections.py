@@ -231,18 +231,18 @@ def group_boxes(overlaps: Floats, least: float) -> Ints:
 def _questions(
     plans: Sequence[_Plan], truth: Truth, found: Detections, images: Path, size: int
 ) -> Iterator[Question]:
-    """One question for each asked box, its own neighbours told; of one reading of the picture."""
+    """One question for each asked box, its own neighbours told; of one reading of the image."""
     for plan in plans:
         height, width = truth.sizes[plan.image].tolist()
         path = images / truth.file_names[plan.image]
-        picture = read_image(path, size, expected=(height, width))
-        scale = np.array([picture.shape[2] / width, picture.shape[1] / height] * 2)
+        image = read_image(path, size, expected=(height, width))
+        scale = np.array([image.shape[2] / width, image.shape[1] / height] * 2)
         for asked, told in zip(plan.asked, plan.told, strict=True):
             rows = np.append(told, asked)
             boxes = corners(found.boxes.xywh[rows]) * scale
             labels = np.append(found.boxes.label[told], -1)
             yield Question(
-                picture=picture,
+                image=image,
                 boxes=torch.from_numpy(boxes).float(),
                 labels=torch.from_numpy(labels),
                 hidden=torch.tensor([len(told)]),

@@ -1,4 +1,4 @@
-"""Pictures of what a teacher imagines: what is behind a cover, and where a class would be."""
+"""Images of what a teacher imagines: what is behind a cover, and where a class would be."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def regions_figure(
     usual: NDArray[Any] | None = None,
     top: int = 10,
 ) -> Figure:
-    """A row for each region: where it is, the picture without it, and what is expected there.
+    """A row for each region: where it is, the image without it, and what is expected there.
 
     Args:
         photo: (3, H, W) uint8.
         regions: In pixels of `photo`.
-        seen: What the teacher saw of each: its picture (3, h, w) and what of it was hidden (h, w).
+        seen: What the teacher saw of each: its image (3, h, w) and what of it was hidden (h, w).
         beliefs: (C,) probabilities each.
         names: C class names.
         told: For each region the classes and boxes of other objects that the teacher was told of.
@@ -58,11 +58,11 @@ def regions_figure(
     shares = None if usual is None else np.asarray(usual, dtype=np.float64)
     pixels = _array(_shown(photo))
     rows = zip(panels, regions, seen, beliefs, told or [()] * len(regions), strict=True)
-    for line, region, (picture, hidden), belief, company in rows:
+    for line, region, (image, hidden), belief, company in rows:
         _photograph(line[0], pixels, (height, width))
         _outline(line[0], region)
         line[0].set_title(region.name, fontsize=8)
-        _seen(line[1], picture, hidden, (height, width), company)
+        _seen(line[1], image, hidden, (height, width), company)
         expected = belief.detach().double().cpu().numpy()
         bars(line[2], expected, names, top, usual=shares, digits=1)
         line[2].set_xlim(0, 122 * reach)
@@ -121,7 +121,7 @@ def heat_figure(
 def _colour_bar(
     figure: Figure, beside: Axes, colours: ScalarMappable, name: str, usual: float | None
 ) -> None:
-    """The scale of a map without the map's transparency, as high as the picture beside it."""
+    """The scale of a map without the map's transparency, as high as the image beside it."""
     place = beside.inset_axes((1.02, 0.0, 0.03, 1.0))
     scale = figure.colorbar(colours, cax=place, format="%.3g %%")
     scale.ax.tick_params(labelsize=7, length=2)
@@ -134,7 +134,7 @@ def _colour_bar(
 
 
 def _photograph(axes: Axes, pixels: NDArray[Any], size: tuple[int, int]) -> None:
-    """Pixels of any resolution, in coordinates of a picture of `size` = (height, width)."""
+    """Pixels of any resolution, in coordinates of a image of `size` = (height, width)."""
     axes.imshow(pixels, extent=(0, size[1], size[0], 0), interpolation="antialiased")
     axes.set_anchor("N")
     axes.set_axis_off()
@@ -147,7 +147,7 @@ def _outline(axes: Axes, region: Region) -> None:
         if region.mask is None:
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                      linewidth=thickness, clip_on=False))  # fmt: skip
-        else:  # a border of 0 closes what ends at the picture's
+        else:  # a border of 0 closes what ends at the image's
             height, width = region.mask.shape
             padded = np.pad(region.mask.astype(np.float32), 1)
             places = np.arange(-1, width + 1) + 0.5, np.arange(-1, height + 1) + 0.5
@@ -157,13 +157,13 @@ def _outline(axes: Axes, region: Region) -> None:
 
 def _seen(
     axes: Axes,
-    picture: Tensor,
+    image: Tensor,
     hidden: Tensor,
     size: tuple[int, int],
     objects: Sequence[tuple[str, Sequence[float]]],
 ) -> None:
-    """The picture without what is hidden, and the objects that the teacher was told of."""
-    covered = _array(picture).copy()
+    """The image without what is hidden, and the objects that the teacher was told of."""
+    covered = _array(image).copy()
     covered[hidden.cpu().numpy()] = [round(255 * mean) for mean in IMAGENET_MEAN]
     _photograph(axes, covered, size)
     axes.set_title(f"as the teacher sees it, {covered.shape[1]} x {covered.shape[0]}", fontsize=8)
@@ -178,8 +178,8 @@ def _shown(photo: Tensor) -> Tensor:
     return resize(photo, scaled_size(height, width, min(_SHOWN, max(height, width))))
 
 
-def _array(picture: Tensor) -> NDArray[Any]:
-    pixels: NDArray[Any] = picture.permute(1, 2, 0).cpu().numpy()
+def _array(image: Tensor) -> NDArray[Any]:
+    pixels: NDArray[Any] = image.permute(1, 2, 0).cpu().numpy()
     return pixels
 
 

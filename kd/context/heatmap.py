@@ -32,7 +32,7 @@ class Answer:
     Attributes:
         region: As asked.
         probabilities: (C,).
-        picture: (3, h, w) uint8 as the teacher sees it, nothing hidden yet.
+        image: (3, h, w) uint8 as the teacher sees it, nothing hidden yet.
         hidden: (h, w) bool, what of it is hidden.
         told: (M,) int64 classes of the photograph's known objects as the teacher is told them, -1
             for one that it is not told of; None for a teacher that reads pixels only.
@@ -40,7 +40,7 @@ class Answer:
 
     region: Region
     probabilities: Tensor
-    picture: Tensor
+    image: Tensor
     hidden: Tensor
     told: Tensor | None = None
 
@@ -84,9 +84,9 @@ def answer_regions(
             masks = torch.stack([torch.from_numpy(regions[row].mask) for row in rows])
         told = _told(photo, boxes) if teacher.reads_labels else None
         probabilities = ask(teacher, photo, boxes, masks=masks, device=device)
-        picture, hidden = as_seen(teacher, _question(photo, boxes, masks, photo.labels))
+        image, hidden = as_seen(teacher, _question(photo, boxes, masks, photo.labels))
         for number, row in enumerate(rows):
-            seen = (probabilities[number], picture, hidden[number])
+            seen = (probabilities[number], image, hidden[number])
             answers[row] = Answer(regions[row], *seen, None if told is None else told[number])
     return [answers[row] for row in range(len(regions))]
 
@@ -103,7 +103,7 @@ def ask(
 
     Args:
         teacher: It is told the photograph's known objects but for those that a region covers.
-        photo: The picture.
+        photo: The image.
         boxes: (K, 4) xyxy pixels of it.
         device: Where to compute.
         masks: (K, H, W) bool, exact regions.
@@ -133,13 +133,13 @@ def _told(photo: Photograph, boxes: Tensor) -> Tensor:
 
 
 def _question(photo: Photograph, boxes: Tensor, masks: Tensor | None, labels: Tensor) -> Question:
-    """Regions of the photograph as the teacher's picture size has it."""
+    """Regions of the photograph as the teacher's image size has it."""
     small = (int(photo.scaled.shape[1]), int(photo.scaled.shape[2]))
     height, width = photo.size
     scale = torch.tensor([small[1] / width, small[0] / height]).repeat(2)
     first, count = len(photo.boxes), len(boxes)
     return Question(
-        picture=photo.scaled,
+        image=photo.scaled,
         boxes=torch.cat([photo.boxes, boxes]) * scale,
         labels=torch.cat([labels, labels.new_full((count,), -1)]),
         hidden=torch.arange(first, first + count),
@@ -165,9 +165,9 @@ def heat_maps(
 
     Args:
         teacher: Who is asked.
-        photo: The picture.
+        photo: The image.
         labels: Classes, each with a map of its own, from the same passes.
-        scales: Sizes of the region, shares of the picture's width and height.
+        scales: Sizes of the region, shares of the image's width and height.
         stride: Most that a region moves on from its neighbour, as a share of its sides.
         device: Where to compute.
         places: How many of the best places to name.
@@ -190,12 +190,12 @@ def heat_maps(
 
 
 def spread(values: Tensor, slid: Windows, size: tuple[int, int], fine: tuple[int, int]) -> Tensor:
-    """From the middles of windows to all of the picture.
+    """From the middles of windows to all of the image.
 
     Args:
         values: One for each window.
         slid: The windows.
-        size: Height and width of the picture.
+        size: Height and width of the image.
         fine: Those of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A user's own pictures: upright, in full and at a model's size, and what is known to be there."""
+"""A user's own images: upright, in full and at a model's size, and what is known to be there."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
-    """One picture, decoded.
+    """One image, decoded.
 
     Attributes:
         path: Its file.
         pixels: (3, H, W) uint8 RGB, all of them.
-        scaled: (3, h, w), the same read for a model's picture size.
+        scaled: (3, h, w), the same read for a model's image size.
         boxes: (M, 4) xyxy pixels of `pixels`: the objects known to be there.
         labels: (M,) int64, -1 for a class that the model does not know.
     """
@@ -43,7 +43,7 @@ class Photograph:
 
 
 class KnownObjects:
-    """What a COCO file says is in some pictures, which are found by their file names.
+    """What a COCO file says is in some images, which are found by their file names.
 
     Args:
         file: COCO instances JSON; its images need not be there.
@@ -69,23 +69,23 @@ class KnownObjects:
             self.rows.setdefault(Path(self.index.file_name(image)).name, []).append(image)
 
     def row(self, path: Path) -> int | None:
-        """The index's row of a picture; of several with its name the one with its folders too."""
+        """The index's row of a image; of several with its name the one with its folders too."""
         found = self.rows.get(path.name, [])
         whole = "/" + path.resolve().as_posix()
         close = [row for row in found if whole.endswith("/" + self.index.file_name(row))]
         if len(found) > 1 and len(close) != 1:
             raise UserError(
-                f"{path}: {self.index.annotation_file} has {len(found)} pictures of that name"
+                f"{path}: {self.index.annotation_file} has {len(found)} images of that name"
             )
         found = close or found
         return found[0] if found else None
 
 
 def open_photograph(path: Path, size: int, known: KnownObjects | None = None) -> Photograph:
-    """Read a picture, turned upright as its EXIF orientation says.
+    """Read a image, turned upright as its EXIF orientation says.
 
     Boxes of a COCO file are those of the pixels as they are stored, and where they fit these, the
-    picture is not turned.
+    image is not turned.
 
     Args:
         path: JPEG, PNG, or another format that Pillow reads.

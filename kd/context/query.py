@@ -1,4 +1,4 @@
-"""A trained teacher asked about any region of any picture, as it is asked about a val object."""
+"""A trained teacher asked about any region of any image, as it is asked about a val object."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MOST_OUTPUTS = 1 << 27
 
 @dataclass(frozen=True)
 class Question:
-    """Regions of one picture; frames, scales and padding are the teacher's and not to be cared for.
+    """Regions of one image; frames, scales and padding are the teacher's and not to be cared for.
 
     Attributes:
-        picture: (3, H, W) uint8 RGB, any size. Of a JPEG at least twice as large as the teacher's
-            pictures, `read_image` with their size decodes what the data set would, to the bit.
-        boxes: (M, 4) xyxy pixels of that picture: all objects known, the asked ones too.
+        image: (3, H, W) uint8 RGB, any size. Of a JPEG at least twice as large as the teacher's
+            images, `read_image` with their size decodes what the dataset would, to the bit.
+        boxes: (M, 4) xyxy pixels of that image: all objects known, the asked ones too.
         labels: (M,) int64, -1 = unknown: an asked region, or a neighbour without a name.
         hidden: (K,) int64, indices into M: the regions asked about, each in a pass of its own.
         masks: (K, H, W) bool, exact regions in place of the boxes; an empty one is its box.
     """
 
-    picture: Tensor
+    image: Tensor
     boxes: Tensor
     labels: Tensor
     hidden: Tensor
@@ -44,8 +44,8 @@ class Question:
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
         objects, asked = len(self.boxes), len(self.hidden)
-        if self.picture.dtype != torch.uint8 or self.picture.ndim != 3 or len(self.picture) != 3:
-            raise ValueError("picture must be (3, H, W) uint8")
+        if self.image.dtype != torch.uint8 or self.image.ndim != 3 or len(self.image) != 3:
+            raise ValueError("image must be (3, H, W) uint8")
         if self.boxes.shape != (objects, 4) or self.labels.shape != (objects,):
             raise ValueError(
                 f"boxes {tuple(self.boxes.shape)} and labels {tuple(self.labels.shape)} "
@@ -53,7 +53,7 @@ class Question:
             )
         if asked and not (0 <= int(self.hidden.min()) and int(self.hidden.max()) < objects):
             raise ValueError(f"hidden must be indices of the {objects} boxes")
-        expected = (asked, *self.picture.shape[1:])
+        expected = (asked, *self.image.shape[1:])
         if self.masks is not None and tuple(self.masks.shape) != expected:
             raise ValueError(f"masks are {tuple(self.masks.shape)}, expected {expected}")
 
@@ -69,11 +69,11 @@ def expectations(
 ) -> Iterator[Tensor]:
     """What the teacher expects in each region.
 
-    Pictures are scaled and padded as the data set's are for evaluation; questions that come one
+    Images are scaled and padded as the dataset's are for evaluation; questions that come one
     after another share a pass where they fit.
 
     Args:
-        teacher: Its picture size, its task and, by default, its model are used.
+        teacher: Its image size, its task and, by default, its model are used.
         questions: Taken as they are needed, a pass ahead at most.
         device: Where to compute; the model is moved there.
         model: In place of the teacher's own, such as a fold's.
@@ -116,16 +116,16 @@ def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Ite
 def _samples(question: Question, data: HiddenObjects, task: Task, most: int) -> Iterator[Sample]:
     """A question as samples of docs/batch.md, of at most `most` hidden regions each."""
     size = data.size
-    height, width = question.picture.shape[1:]
+    height, width = question.image.shape[1:]
     scaled = scaled_size(height, width, size)
-    picture = resize(question.picture, scaled) if data.images else grey_image(scaled)
+    image = resize(question.image, scaled) if data.images else grey_image(scaled)
     scale = torch.tensor([scaled[1] / width, scaled[0] / height]).repeat(2)
     stored = question.boxes.float()
     boxes = stored * scale
     usable = torch.zeros(len(boxes), dtype=torch.bool)
     usable[question.hidden] = True
     sample = {
-        "images": pad(picture, size),
+        "images": pad(image, size),
         "sizes": torch.tensor(scaled),
         "image_ids": torch.tensor(0),
         "boxes": boxes,
@@ -165,17 +165,17 @@ def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor
     """What the teacher is shown, without the padding.
 
     Returns:
-        The picture (3, h, w) uint8 with nothing hidden, grey where none is shown, and the pixels
+        The image (3, h, w) uint8 with nothing hidden, grey where none is shown, and the pixels
         that each region hides, (K, h, w) bool, by the teacher's shape of regions.
     """
     shape = getattr(teacher.task, "shape", "box")
     (sample,) = _samples(question, teacher.objects, teacher.task, len(question.hidden))
     regions = regions_of(sample, shape="segment" if "segments" in sample else shape)
     height, width = sample["sizes"].tolist()
-    picture = sample["images"][:, :height, :width]
+    image = sample["images"][:, :height, :width]
     if getattr(teacher.task, "pictures", "whole") == "none":
-        picture = grey_image((height, width))
-    return picture, regions[:, :height, :width]
+        image = grey_image((height, width))
+    return image, regions[:, :height, :width]
 
 
 class _Asked:

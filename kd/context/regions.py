@@ -1,4 +1,4 @@
-"""Regions of a picture that somebody names, draws or leaves to chance, and windows sliding over it.
+"""Regions of a image that somebody names, draws or leaves to chance, and windows sliding over it.
 
 Pixel (row r, column c) belongs to a region that holds its centre, as everywhere
 (`kd.transforms.hide`).
@@ -28,11 +28,11 @@ _ASPECTS = (0.5, 2.0)  # width / height of random boxes
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A part of one picture.
+    """A part of one image.
 
     Attributes:
         name: As it was given: "box 10,20,30,40", "sky.png".
-        box: xyxy pixels, within the picture; around `mask` where there is one.
+        box: xyxy pixels, within the image; around `mask` where there is one.
         mask: (H, W) bool, where the region is not the box itself.
     """
 
@@ -43,12 +43,12 @@ class Region:
 
 @dataclass(frozen=True)
 class BoxShape:
-    """A box as the user gave it, for any picture: xyxy pixels."""
+    """A box as the user gave it, for any image: xyxy pixels."""
 
     corners: Box
 
-    def on(self, picture: str, size: tuple[int, int]) -> Region:
-        """The part of it that lies in a picture of `size` = (height, width).
+    def on(self, image: str, size: tuple[int, int]) -> Region:
+        """The part of it that lies in a image of `size` = (height, width).
 
         Raises:
             UserError: None does.
@@ -57,7 +57,7 @@ class BoxShape:
         box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0])))
         name = "box " + _spell(self.corners)
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise UserError(_outside(picture, name, size))
+            raise UserError(_outside(image, name, size))
         return Region(name, box)
 
 
@@ -67,8 +67,8 @@ class PolygonShape:
 
     corners: tuple[tuple[float, float], ...]
 
-    def on(self, picture: str, size: tuple[int, int]) -> Region:
-        """The part of it that lies in a picture of `size`.
+    def on(self, image: str, size: tuple[int, int]) -> Region:
+        """The part of it that lies in a image of `size`.
 
         Raises:
             UserError: It holds no pixel's centre there.
@@ -76,7 +76,7 @@ class PolygonShape:
         mask = polygon_mask(np.array(self.corners), size)
         name = f"polygon of {len(self.corners)} corners"
         if not mask.any():
-            raise UserError(_outside(picture, name, size))
+            raise UserError(_outside(image, name, size))
         return Region(name, _box_around(mask), mask)
 
 
@@ -87,15 +87,15 @@ class MaskShape:
     file: Path
     mask: Mask
 
-    def on(self, picture: str, size: tuple[int, int]) -> Region:
-        """Itself, for a picture of its own size.
+    def on(self, image: str, size: tuple[int, int]) -> Region:
+        """Itself, for a image of its own size.
 
         Raises:
-            UserError: The picture has another size.
+            UserError: The image has another size.
         """
         if self.mask.shape != size:
             have, want = (f"{wide} x {high}" for high, wide in (self.mask.shape, size))
-            raise UserError(f"{self.file}: is {have} pixels, but {picture} is {want}")
+            raise UserError(f"{self.file}: is {have} pixels, but {image} is {want}")
         return Region(self.file.name, _box_around(self.mask), self.mask)
 
 
@@ -133,14 +133,14 @@ def parse_polygon(text: str) -> PolygonShape:
 
 
 def read_mask(file: Path) -> MaskShape:
-    """Read a picture whose pixels are hidden where they are not 0; transparency does not count.
+    """Read a image whose pixels are hidden where they are not 0; transparency does not count.
 
     Raises:
-        UserError: Missing, not a picture, or 0 everywhere.
+        UserError: Missing, not a image, or 0 everywhere.
     """
     try:
-        with Image.open(file) as picture:
-            pixels = np.asarray(_without_alpha(picture))
+        with Image.open(file) as image:
+            pixels = np.asarray(_without_alpha(image))
     except FileNotFoundError:
         raise UserError(f"{file}: mask not found") from None
     except UNREADABLE as error:
@@ -151,11 +151,11 @@ def read_mask(file: Path) -> MaskShape:
     return MaskShape(file, mask)
 
 
-def _without_alpha(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        return picture.convert("RGB" if picture.mode.upper() == "RGBA" else "L")
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return image.convert("RGB" if image.mode.upper() == "RGBA" else "L")
     # The palette's colours count, not their numbers: number 0 may be white.
-    return picture.convert("RGB") if picture.mode == "P" else picture
+    return image.convert("RGB") if image.mode == "P" else image
 
 
 def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mask:
@@ -181,15 +181,15 @@ def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mas
 def random_boxes(
     count: int, size: tuple[int, int], shares: tuple[float, float], random: np.random.Generator
 ) -> list[Region]:
-    """Boxes anywhere within a picture.
+    """Boxes anywhere within a image.
 
-    The logarithm of a box's share of the picture and that of its proportions (1:2 to 2:1) are
+    The logarithm of a box's share of the image and that of its proportions (1:2 to 2:1) are
     uniform, as is its place.
 
     Args:
         count: How many.
-        size: Height and width of the picture.
-        shares: The smallest and the largest share of the picture.
+        size: Height and width of the image.
+        shares: The smallest and the largest share of the image.
         random: Numbers to draw from.
     """
     regions = []
@@ -208,7 +208,7 @@ def random_boxes(
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Boxes of one size at the places of an even grid; outer ones touch the picture's borders.
+    """Boxes of one size at the places of an even grid; outer ones touch the image's borders.
 
     Attributes:
         boxes: (rows * columns, 4) xyxy pixels, row by row.
@@ -220,7 +220,7 @@ class Windows:
 
 
 def parse_scale(text: str) -> tuple[float, float]:
-    """Read "WxH", shares of the picture's width and height, above 0 and at most 1.
+    """Read "WxH", shares of the image's width and height, above 0 and at most 1.
 
     Raises:
         UserError: Anything else.
@@ -232,7 +232,7 @@ def parse_scale(text: str) -> tuple[float, float]:
         width = height = math.nan
     if not (0 < width <= 1 and 0 < height <= 1):
         raise UserError(
-            f"region {text!r}: expected WxH, shares of the picture's width and height above 0 and "
+            f"region {text!r}: expected WxH, shares of the image's width and height above 0 and "
             "at most 1, such as 0.2x0.2"
         )
     return width, height
@@ -249,10 +249,10 @@ def check_stride(stride: float) -> None:
 
 
 def windows(size: tuple[int, int], scale: tuple[float, float], stride: float) -> Windows:
-    """Slide a box over a picture.
+    """Slide a box over a image.
 
     Args:
-        size: Height and width of the picture.
+        size: Height and width of the image.
         scale: Shares of its width and height that the box has.
         stride: Most that a box moves on from its neighbour, as a share of its sides.
 
@@ -292,5 +292,5 @@ def _spell(numbers: Sequence[float]) -> str:
     return ",".join(f"{number:g}" for number in numbers)
 
 
-def _outside(picture: str, what: str, size: tuple[int, int]) -> str:
-    return f"{picture}: {what} lies outside of the picture, which is {size[1]} x {size[0]} pixels"
+def _outside(image: str, what: str, size: tuple[int, int]) -> str:
+    return f"{image}: {what} lies outside of the image, which is {size[1]} x {size[0]} pixels"

@@ -1,4 +1,4 @@
-"""What `kd.imagine` does with one picture: asks about its regions, slides windows, draws, tells."""
+"""What `kd.imagine` does with one image: asks about its regions, slides windows, draws, tells."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from kd.runs.load_teacher import TrainedTeacher, class_names_of, load_teacher
 
 _log = logging.getLogger("kd")
 _RANDOM = 3  # regions where none is named
-_LEAST_SHARE = 0.01  # of the picture, of a random region: smaller ones are hardly seen
+_LEAST_SHARE = 0.01  # of the image, of a random region: smaller ones are hardly seen
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of each picture.
+    """What is asked of each image.
 
     Attributes:
         shapes: Regions given by the user.
@@ -82,7 +82,7 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
 
 
 def names_of_outputs(images: Sequence[Path]) -> list[str]:
-    """A name for each picture's outputs: its own, with a number where two have the same."""
+    """A name for each image's outputs: its own, with a number where two have the same."""
     totals, used = Counter(path.stem for path in images), Counter[str]()
     names = []
     for path in images:
@@ -94,7 +94,7 @@ def names_of_outputs(images: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Imagination:
-    """A teacher ready to be asked about pictures.
+    """A teacher ready to be asked about images.
 
     Attributes:
         teacher: Who is asked.
@@ -102,7 +102,7 @@ class Imagination:
         usual: (C,) the classes' shares among the train objects, where the run kept them.
         wanted: What is asked.
         labels: Of the wanted classes.
-        out: Folder of the pictures drawn.
+        out: Folder of the images drawn.
         top: Classes to list.
         device: Where to compute.
     """
@@ -136,7 +136,7 @@ class Imagination:
 
     @property
     def size(self) -> int:
-        """Long side of the pictures that the teacher sees."""
+        """Long side of the images that the teacher sees."""
         return self.teacher.objects.size
 
     def warn_of_blindness(self, annotated: bool) -> None:
@@ -156,14 +156,14 @@ class Imagination:
         """Ask, draw, and tell.
 
         Args:
-            photo: The picture.
+            photo: The image.
             output: Name of the files drawn, without ending.
 
         Returns:
             What there is to say, lines.
 
         Raises:
-            UserError: A region outside of the picture, a mask of another size, no place to write.
+            UserError: A region outside of the image, a mask of another size, no place to write.
         """
         regions = self._regions(photo)
         lines = [str(photo.path)]
@@ -185,7 +185,7 @@ class Imagination:
         figure = regions_figure(
             photo.pixels,
             regions,
-            [(answer.picture, answer.hidden) for answer in answers],
+            [(answer.image, answer.hidden) for answer in answers],
             [answer.probabilities for answer in answers],
             self.names,
             told=[self._told(photo, answer) for answer in answers],

@@ -1,4 +1,4 @@
-"""What all samples of annotated pictures share: reading a picture, moving its objects with it."""
+"""What all samples of annotated images share: reading a image, moving its objects with it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from kd.utils.images import grey_image, read_image, scaled_size
 
 
 def shares_of(
-    boxes: npt.NDArray[np.float32], pictures: npt.NDArray[np.int64] | int
+    boxes: npt.NDArray[np.float32], files: npt.NDArray[np.int64] | int
 ) -> npt.NDArray[np.float64]:
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-    shares: npt.NDArray[np.float64] = sides.prod(axis=1) / pictures
+    shares: npt.NDArray[np.float64] = sides.prod(axis=1) / files
     return shares
 
 
@@ -82,14 +82,14 @@ def repeated(
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of a data set at a working size, from its folder or from a prepared copy.
+class ImageFiles:
+    """The images of a dataset at a working size, from its folder or from a prepared copy.
 
     Attributes:
-        index: The data set.
+        index: The dataset.
         size: Long side in pixels.
         prepared: The copy.
-        read_files: Whether files are read; otherwise all pictures are grey.
+        read_files: Whether files are read; otherwise all images are grey.
     """
 
     index: CocoIndex
@@ -105,13 +105,13 @@ class Pictures:
         *,
         largest: int | None = None,
         read_files: bool = True,
-    ) -> Pictures:
+    ) -> ImageFiles:
         """Find the prepared copy, if there is one.
 
         Args:
-            index: The data set.
+            index: The dataset.
             size: Long side in pixels.
-            prepared: Folder made by `python -m kd.data.prepare` from this data set.
+            prepared: Folder made by `python -m kd.data.prepare` from this dataset.
             largest: Long side that the copy must have where it is more than `size`.
             read_files: As above.
 
@@ -122,7 +122,7 @@ class Pictures:
         if prepared is not None:
             at_least = size if largest is None else largest
             copy = PreparedCopy.open(prepared, at_least=at_least, fingerprint=index.fingerprint)
-        return Pictures(index, size, copy, read_files)
+        return ImageFiles(index, size, copy, read_files)
 
     def file(self, image: int) -> tuple[Path, tuple[int, int]]:
         """The file of an image of the index, prepared or not, and its height and width."""
@@ -133,11 +133,11 @@ class Pictures:
         return path, self.prepared.image_size(*stored)
 
     def own_size(self, image: int) -> tuple[int, int]:
-        """Height and width of the data set's own file."""
+        """Height and width of the dataset's own file."""
         return int(self.index.heights[image]), int(self.index.widths[image])
 
     def read(self, image: int, size: int | None = None) -> Tensor:
-        """The picture (3, h, w) uint8, its long side `size` or the working size.
+        """The image (3, h, w) uint8, its long side `size` or the working size.
 
         Raises:
             UserError: The file is missing, broken, or not of the size the JSON says.
@@ -152,7 +152,7 @@ class Pictures:
 class Objects(NamedTuple):
     """Objects of one image in the frame of one sample.
 
-    `rows` (K,) are the index's, `boxes` (K, 4) xyxy pixels, `shares` (K,) of the picture's area.
+    `rows` (K,) are the index's, `boxes` (K, 4) xyxy pixels, `shares` (K,) of the image's area.
     """
 
     rows: npt.NDArray[np.int64]
@@ -185,12 +185,12 @@ def moved_objects(
     """Those of a scaled image that are still to be seen after a plan, cut at the border.
 
     Args:
-        index: The data set, or its crowds.
+        index: The dataset, or its crowds.
         image: Position in the index.
-        size: Height and width of the picture that the plan is for.
+        size: Height and width of the image that the plan is for.
         plan: What happens to it.
         min_visible: Share of a box that must stay; of what stays no side may be below a pixel.
-        cut_at_crop: Whether boxes are also cut where the plan's crop cuts the picture, so that they
+        cut_at_crop: Whether boxes are also cut where the plan's crop cuts the image, so that they
             never reach into the black that a shift or a turn then brings in.
     """
     rows, boxes, _ = objects_of(index, image, size)

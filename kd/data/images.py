@@ -1,4 +1,4 @@
-"""Whole pictures, or parts of them, with something to learn about their pixels, as samples."""
+"""Whole images, or parts of them, with something to learn about their pixels, as samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ImageSamples(Dataset[Sample], ABC):
     Args:
         images: Files.
         frame: Height and width of training samples, multiples of 8.
-        train: Otherwise whole pictures, whose targets keep their own size.
+        train: Otherwise whole images, whose targets keep their own size.
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
         cached: Outputs of teachers that go with training samples, as `stored.NAME`.
@@ -59,28 +59,28 @@ class ImageSamples(Dataset[Sample], ABC):
         self.places = np.arange(len(images)) if only is None else only
         self.cached = tuple(cached)
         sizes = set() if train else set(self.file_sizes())
-        # Whole pictures of different sizes have no common shape.
+        # Whole images of different sizes have no common shape.
         self.alike = len(sizes) <= 1
         self._whole = next(iter(sizes), frame)
 
     @abstractmethod
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """What is done to a training picture of a height and width."""
+        """What is done to a training image of a height and width."""
 
     @abstractmethod
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which a model sees a whole picture: multiples of 8."""
+        """Height and width at which a model sees a whole image: multiples of 8."""
 
     @abstractmethod
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """What is to be learned or scored; of a whole picture of evaluation `cut` is None."""
+        """What is to be learned or scored; of a whole image of evaluation `cut` is None."""
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.places)
 
     def together(self, batch_size: int) -> int:
-        """Whole pictures are larger than crops: fewer of them take the same memory."""
+        """Whole images are larger than crops: fewer of them take the same memory."""
         if self.train:
             return batch_size
         height, width = self.seen(self._whole)
@@ -99,18 +99,18 @@ class ImageSamples(Dataset[Sample], ABC):
         """
         epoch, position = place
         image = int(self.places[position])
-        picture = read_image(self.images[image], None)
-        own = (picture.shape[1], picture.shape[2])
+        pixels = read_image(self.images[image], None)
+        own = (pixels.shape[1], pixels.shape[2])
         cut = None
         if self.train:
             random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
             cut = self.draw(random, own)
-            picture = cut.image(picture, self.frame)
+            pixels = cut.image(pixels, self.frame)
         else:
-            picture = resize(picture, self.seen(own))
+            pixels = resize(pixels, self.seen(own))
         sample = {
-            "images": picture.contiguous(),
-            "sizes": torch.tensor(picture.shape[1:]),
+            "images": pixels.contiguous(),
+            "sizes": torch.tensor(pixels.shape[1:]),
             "image_ids": torch.tensor(image),
             **self.targets(image, own, cut),
         }
@@ -131,8 +131,8 @@ def file_size(path: Path) -> tuple[int, int]:
         UserError: It cannot be read.
     """
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
+        with Image.open(path) as pixels:
+            return pixels.height, pixels.width
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot read this image: {error}") from None
 
@@ -158,8 +158,8 @@ def check_targets(
     for images, target in splits:
         for number, path in enumerate(images):
             try:
-                picture = read_image(path, None)
-                target(number, (picture.shape[1], picture.shape[2]))
+                pixels = read_image(path, None)
+                target(number, (pixels.shape[1], pixels.shape[2]))
             except UserError as error:
                 mistakes.append(str(error))
     if mistakes:

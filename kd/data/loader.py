@@ -29,7 +29,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
     for key in samples[0]:
         if key in _JOINED or key.startswith(PREFIX):
             batch[key] = torch.cat([sample[key] for sample in samples])
-    if "labels" not in samples[0]:  # pictures that are not asked about by objects
+    if "labels" not in samples[0]:  # images that are not asked about by objects
         return batch
     counts = _counts(samples, "labels")
     batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)

@@ -1,4 +1,4 @@
-"""Make a resized copy of a data set, which loads several times as fast.
+"""Make a resized copy of a dataset, which loads several times as fast.
 
     python -m kd.data.prepare --annotations JSON --images DIR --size 384 --out DIR
 
@@ -251,7 +251,7 @@ class _Job:
             return None
         small = max(self.expected) <= self.size
         try:
-            picture = read_image(self.source, None if small else self.size, expected=self.expected)
+            pixels = read_image(self.source, None if small else self.size, expected=self.expected)
         except UserError as error:
             return str(error)
         self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -259,8 +259,8 @@ class _Job:
         if small and self.source.suffix.lower() in _JPEG:
             shutil.copyfile(self.source, unfinished)  # decoding it again would only lose
         else:
-            pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
-            Image.fromarray(pixels).save(unfinished, "JPEG", quality=_QUALITY)
+            array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+            Image.fromarray(array).save(unfinished, "JPEG", quality=_QUALITY)
         unfinished.replace(self.target)
         return None
 

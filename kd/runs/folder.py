@@ -57,7 +57,7 @@ class RunFolder:
         if "config.yaml" in held:
             if not resume:
                 raise UserError(
-                    f"{path}: there is a run already; --resume goes on with it, "
+                    f"{path}: there is a run already; --resume resumes it, "
                     "--out DIR names another folder"
                 )
             check_same_config(written, self.config)

@@ -21,7 +21,7 @@ from kd.runs.build import open_data
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A student as its run left it, and the data set it is to be asked about."""
+    """A student as its run left it, and the dataset it is to be asked about."""
 
     data: Dataset
     model: nn.Module
@@ -34,7 +34,7 @@ def load_student(run: Path, config: Mapping[str, Any], section: DatasetSection) 
     Args:
         run: Its folder, seed<k>/<variant> of a comparison.
         config: The folder's config.
-        section: The data set to open.
+        section: The dataset to open.
 
     Raises:
         UserError: The folder is that of a whole comparison, unfinished, or of another model.

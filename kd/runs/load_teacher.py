@@ -1,4 +1,4 @@
-"""Trained teachers: loaded, held against a data set, and asked."""
+"""Trained teachers: loaded, held against a dataset, and asked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_teacher(
 
     Args:
         reference: As the recipe has it.
-        data: Name of the recipe's data set.
+        data: Name of the recipe's dataset.
         further: Its name in `more_teachers`; empty for the recipe's `teacher`.
         typed: What `--data` was given, for the command that the message advises.
 
@@ -66,7 +66,7 @@ def find_teacher(
 
 
 def _flag(data: str, typed: str | None) -> str:
-    """What `--data` must be given for the same data set."""
+    """What `--data` must be given for the same dataset."""
     if typed is not None:
         return shlex.quote(typed)
     if data in known_configs("data"):
@@ -75,7 +75,7 @@ def _flag(data: str, typed: str | None) -> str:
 
 
 _log = logging.getLogger("kd")
-SAMPLES = 32  # pictures by which int8 learns its ranges
+SAMPLES = 32  # images by which int8 learns its ranges
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
 
     Args:
         path: One of those.
-        num_classes: Classes of the data set that it is wanted for.
+        num_classes: Classes of the dataset that it is wanted for.
 
     Raises:
         UserError: Not a teacher's run, unfinished, or of another number of classes.
@@ -165,7 +165,7 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
         else:
             load_model(file, model)
     except UserError as error:
-        raise UserError(f"{error} (the data set has {num_classes} classes)") from error
+        raise UserError(f"{error} (the dataset has {num_classes} classes)") from error
     task = problem.task(recipe.task, recipe.data, num_classes, model=model)
     return TrainedTeacher(folder, recipe, model.eval().requires_grad_(False), task)
 
@@ -189,8 +189,8 @@ def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> 
 
     Args:
         teacher: One whose answers are taken class by class.
-        names: Of the data set's classes, in order.
-        where: What the data set is called.
+        names: Of the dataset's classes, in order.
+        where: What the dataset is called.
 
     Raises:
         UserError: It names the first class that differs.
@@ -206,7 +206,7 @@ def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> 
                 f"{teacher.folder}: class {place} (from 0) of this teacher is {said[0]}, of "
                 f"{where} {said[1]}; what it says would be taken for other classes: name a teacher "
                 "that was trained on these classes in this order. Where they are the same by other "
-                f"names, write the data set's into {teacher.folder / 'classes.json'}"
+                f"names, write the dataset's into {teacher.folder / 'classes.json'}"
             )
 
 
@@ -217,7 +217,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
         path: As for `load_teacher`.
 
     Raises:
-        UserError: Not a teacher's run; or a run without its `classes.json`, and its data set is
+        UserError: Not a teacher's run; or a run without its `classes.json`, and its dataset is
             not there either.
     """
     folder = path if path.is_dir() else path.parent
@@ -233,7 +233,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
         return problem_of_data(section).class_names(section)
     except UserError as error:
         raise UserError(
-            f"{folder}: no classes.json there to name the classes, nor the data set: {error}"
+            f"{folder}: no classes.json there to name the classes, nor the dataset: {error}"
         ) from error
 
 
@@ -249,7 +249,7 @@ def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = Fa
     Args:
         model: Stays as it is.
         task: How it is asked.
-        dataset: What it will be asked about: a few pictures show int8 its ranges.
+        dataset: What it will be asked about: a few images show int8 its ranges.
         int8: In 8-bit integers, on the CPU, but for its head; else batch norms are folded.
     """
     if not int8:
@@ -270,7 +270,7 @@ def _to_be_loaded(recipe: TeacherRecipe) -> Model:
     """The model's section for a run's weights.
 
     They replace whatever it started from, which need not be here any more. A trunk that remembers
-    pictures computes instead: what a trained teacher is shown seldom comes twice, and only layers
+    images computes instead: what a trained teacher is shown seldom comes twice, and only layers
     that run can be tapped.
     """
     replaced = {"weights": None, "remember": False, "file": None}

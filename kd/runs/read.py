@@ -220,7 +220,7 @@ def _unfinished(place: Path, variants: Sequence[str]) -> str | None:
 
 
 def check_same_objects(runs: Sequence[Run]) -> None:
-    """Refuse to compare runs that did not score the same objects or pictures by the same truth.
+    """Refuse to compare runs that did not score the same objects or images by the same truth.
 
     Raises:
         UserError: Naming the first run that differs from the first of all, and how.

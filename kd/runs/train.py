@@ -64,7 +64,7 @@ class Session:
     Args:
         folder: Where it is written.
         accelerator: Devices and processes.
-        data: The data set; its val split is what metrics are of.
+        data: The dataset; its val split is what metrics are of.
         train: Settings of the loop.
         seed: Of dropout and whatever else is random beside the data.
         label: What progress lines call the run.

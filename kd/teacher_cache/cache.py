@@ -52,16 +52,16 @@ class Wanted:
 
     Args:
         outputs: `posterior`, what else the teacher gives by name, or its layers.
-        split: Of the data set.
+        split: Of the dataset.
         out_of_fold: Posteriors of each image by the fold model that did not train on it; layers and
             the rest are always the teacher's own.
         dtype: Of the numbers.
         top_k: Keep only so many of the most likely classes of posteriors and logits; 0 = all.
-        mirrored: Also show the mirrored picture, and keep what is said of it but for posteriors:
+        mirrored: Also show the mirrored image, and keep what is said of it but for posteriors:
             a flipped sample then gets that, where else its map would only be mirrored.
         location: Folder or URL of the stores; the teacher's run folder where not given.
         int8: Compute posteriors in 8-bit integers, on a CPU; layers cannot be had then.
-        size: Long side at which the teacher sees pictures of label maps or gaze; None: as in its
+        size: Long side at which the teacher sees images of label maps or gaze; None: as in its
             training.
     """
 
@@ -89,7 +89,7 @@ def open_cache(
     """The outputs by name, read from where they are kept; what lacks is computed now.
 
     Raises:
-        UserError: A cache of another teacher, data set or transform; a teacher without folds; a
+        UserError: A cache of another teacher, dataset or transform; a teacher without folds; a
             layer that it has not; an output that is not finite.
     """
     if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
@@ -167,7 +167,7 @@ class _Cache:
         return self.shown.provenance
 
     def mirrored(self, output: str) -> bool:
-        """Whether the mirrored picture's is kept too."""
+        """Whether the mirrored image's is kept too."""
         return self.wanted.mirrored and output != POSTERIOR
 
     def _place(self, output: str) -> str:
@@ -189,7 +189,7 @@ class _Cache:
                 continue
             store.check_about(self.about(output))
             for name in store.remove_corrupt():
-                _log.warning("%s/%s: damaged; it is made anew", store.url, name)
+                _log.warning("%s/%s: damaged; it is rebuilt", store.url, name)
         if not new:
             return
         # Outputs of one pass have the same images in a shard, so that processes can share them out.

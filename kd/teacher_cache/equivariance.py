@@ -1,7 +1,7 @@
-"""How far a teacher's maps of a moved picture are from its maps moved with the picture.
+"""How far a teacher's maps of a moved image are from its maps moved with the image.
 
 A convolution with padding nearly follows a shift; nothing makes it follow a mirror, and a plain
-vision transformer's tokens carry their place. So it is measured, on the teacher and the pictures at
+vision transformer's tokens carry their place. So it is measured, on the teacher and the images at
 hand, before stored maps are used with augmentations that move them.
 """
 
@@ -36,11 +36,11 @@ def moved_map_errors(
     cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> dict[str, dict[str, float]]:
-    """The relative error of each stored map under each move that the data set's augmentation makes.
+    """The relative error of each stored map under each move that the dataset's augmentation makes.
 
     Returns:
         By output and move: the norm of the difference over the norm of the live maps, on a few
-        train pictures that are all moved. What has no places of its own is compared as it is;
+        train images that are all moved. What has no places of its own is compared as it is;
         posteriors, which belong to the object, are left out.
     """
     maps = {name: one for name, one in cached.items() if name != POSTERIOR}
@@ -86,10 +86,10 @@ def check_moved_maps(
         if any(error > limit for error in errors.values()):
             off = ", ".join(move for move, error in errors.items() if error > limit)
             raise UserError(
-                f"losses: stored maps of {name!r} do not follow the picture: moved with it they "
-                f"differ from the teacher's maps of the moved picture by {said} (limit {limit:.0%},"
+                f"losses: stored maps of {name!r} do not follow the image: moved with it they "
+                f"differ from the teacher's maps of the moved image by {said} (limit {limit:.0%},"
                 f" soft_targets.equivariance_error); set data.augment to 0 for {off}, take "
                 "soft_targets.mirrored=true for flips, or soft_targets.kind=live"
             )
         if said:
-            _log.info("stored maps of %s, moved with the picture, are off by %s", name, said)
+            _log.info("stored maps of %s, moved with the image, are off by %s", name, said)

@@ -1,4 +1,4 @@
-"""A data set of objects, opened for detectors: pictures with all their boxes, none hidden."""
+"""A dataset of objects, opened for detectors: images with all their boxes, none hidden."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kd.problems.objects.schema import ObjectsSection
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """The same data set of objects, asked about as detectors are."""
+    """The same dataset of objects, asked about as detectors are."""
 
     objects: ObjectsDataset
 
@@ -82,7 +82,7 @@ class DetectionDataset:
         """
         section = self.section
         if not section.images:
-            raise UserError(f"{section.name}: data.images is false, but detectors need pictures")
+            raise UserError(f"{section.name}: data.images is false, but detectors need images")
         own = {
             "size": section.size,
             "train": False,

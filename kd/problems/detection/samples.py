@@ -1,4 +1,4 @@
-"""Pictures with boxes as samples, for detectors: a sample for each image, also without objects."""
+"""Images with boxes as samples, for detectors: a sample for each image, also without objects."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd.data.annotated import (
+    ImageFiles,
     Objects,
-    Pictures,
     check_frame,
     known_labels,
     moved_objects,
@@ -37,26 +37,26 @@ _SMALLEST_CROWD = 0.0  # share of a crowd that must stay: any part of one is as 
 class DetectionSamples(Dataset[Sample]):
     """Samples of docs/batch.md, looked up by (epoch, position).
 
-    In training a picture's long side is the frame's times a scale drawn anew each time: of a larger
-    picture a part as large as the frame is cut out anywhere, a smaller one is padded. Boxes are cut
+    In training a image's long side is the frame's times a scale drawn anew each time: of a larger
+    image a part as large as the frame is cut out anywhere, a smaller one is padded. Boxes are cut
     at the border; one of which too little stays (`augment.min_visible`), or that is below a pixel,
-    is dropped. Evaluation shows whole pictures and every box.
+    is dropped. Evaluation shows whole images and every box.
 
     Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
 
     Args:
-        index: The data set. Its crowds come as `crowds`, never as boxes.
+        index: The dataset. Its crowds come as `crowds`, never as boxes.
         size: Side of the square frame, pixels.
         train: Augment; otherwise every epoch is the same.
         augment: Options of `Augment`; None changes nothing but the scale.
-        scales: Smallest and largest long side of training pictures, as factors on `size`.
+        scales: Smallest and largest long side of training images, as factors on `size`.
         labelled: Ids of the images whose labels are known; the others' become -1, boxes stay as
             regions. None: all.
         repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
         only: Ids of the images to keep; None keeps all.
         seed: Of everything random, 0 or more.
-        prepared: Folder made by `python -m kd.data.prepare` from this data set.
-        cached: Outputs of teachers by image id that go with the pictures, as `stored.NAME`.
+        prepared: Folder made by `python -m kd.data.prepare` from this dataset.
+        cached: Outputs of teachers by image id that go with the images, as `stored.NAME`.
 
     Raises:
         UserError: An option is out of range, no image is left, or the prepared copy does not fit.
@@ -85,7 +85,7 @@ class DetectionSamples(Dataset[Sample]):
         self.augment: Augment = build_augment(augment) or _NO_CHANGE
         self.scales, self.seed, self.cached = scales, seed, tuple(cached)
         largest = max(size, self._side(scales[1])) if train else size
-        self.pictures = Pictures.open(index, size, prepared, largest=largest)
+        self.files = ImageFiles.open(index, size, prepared, largest=largest)
         images = np.arange(len(index))
         if only is not None:
             images = images[np.isin(index.image_ids, np.asarray(list(only)))]
@@ -116,8 +116,8 @@ class DetectionSamples(Dataset[Sample]):
         epoch, position = place
         image = int(self.images[position])
         image_id = int(self.index.image_ids[image])
-        picture, plan = self._draw(image, epoch, position)
-        size = (picture.shape[1], picture.shape[2])
+        pixels, plan = self._draw(image, epoch, position)
+        size = (pixels.shape[1], pixels.shape[2])
         found = self._objects(self.index, image, size, plan, self.augment.min_visible)
         labels = self.index.labels[found.rows].astype(np.int64)
         if not self.known[position]:
@@ -130,9 +130,9 @@ class DetectionSamples(Dataset[Sample]):
             for output in self.cached
         }
         return {
-            "images": pad(plan.image(picture), self.size),
+            "images": pad(plan.image(pixels), self.size),
             "sizes": torch.tensor(plan.size),
-            "own_sizes": torch.tensor(self.pictures.own_size(image)),
+            "own_sizes": torch.tensor(self.files.own_size(image)),
             "image_ids": torch.tensor(image_id),
             "labelled": torch.tensor(bool(self.known[position])),
             "boxes": found.boxes,
@@ -143,19 +143,19 @@ class DetectionSamples(Dataset[Sample]):
             **kept,
         }
 
-    def picture(self, image: int) -> tuple[Path, tuple[int, int]]:
+    def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
         """The file of an image of the index, prepared or not, and its height and width."""
-        return self.pictures.file(image)
+        return self.files.file(image)
 
     def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
-        """The picture at a scale, and what will be done to it."""
+        """The image at a scale, and what will be done to it."""
         if not self.train:
-            picture = self.pictures.read(image)
-            return picture, Plan(size=(picture.shape[1], picture.shape[2]))
+            pixels = self.files.read(image)
+            return pixels, Plan(size=(pixels.shape[1], pixels.shape[2]))
         random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
-        picture = self.pictures.read(image, self._side(random.uniform(*self.scales)))
-        size = (picture.shape[1], picture.shape[2])
-        return picture, self.augment.draw(random, size, frame=self.size)
+        pixels = self.files.read(image, self._side(random.uniform(*self.scales)))
+        size = (pixels.shape[1], pixels.shape[2])
+        return pixels, self.augment.draw(random, size, frame=self.size)
 
     def _side(self, scale: float) -> int:
         return max(1, round(self.size * scale))

@@ -1,4 +1,4 @@
-"""A data set of objects, opened: both splits of annotated images, and the samples made of them."""
+"""A dataset of objects, opened: both splits of annotated images, and the samples made of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kd.problems.objects.schema import ObjectsSection
 
 @dataclass(frozen=True)
 class ObjectsDataset:
-    """Both splits of a data set of objects, opened."""
+    """Both splits of a dataset of objects, opened."""
 
     section: ObjectsSection
     train: CocoIndex
@@ -110,22 +110,22 @@ class ObjectsDataset:
     def class_fractions(
         self, images: Collection[int] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """How common each class is among the train pictures, for the weights of classes.
+        """How common each class is among the train images, for the weights of classes.
 
         Args:
             images: Only those with these ids.
 
         Returns:
-            `pixel_shares` (1 + C,): of the pictures' area, background first, which has what the
+            `pixel_shares` (1 + C,): of the images' area, background first, which has what the
             segments leave and at least 1 %; where they overlap both count. `image_shares` (C,): of
-            the pictures, those with the class.
+            the images, those with the class.
         """
         index, classes = self.train, self.num_classes
         kept, owners = objects_on(index, images)
         taken = len(index) if images is None else np.isin(index.image_ids, list(images)).sum()
         labels = index.labels[kept].astype(np.int64)
-        pictures = index.heights.astype(np.float64) * index.widths
-        areas = np.bincount(labels, index.areas[kept] / pictures[owners], classes) / taken
+        pixels = index.heights.astype(np.float64) * index.widths
+        areas = np.bincount(labels, index.areas[kept] / pixels[owners], classes) / taken
         shown = np.unique(np.stack([owners, labels]), axis=1)[1]
         return {
             "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
@@ -149,7 +149,7 @@ def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def open_objects(section: DatasetSection) -> ObjectsDataset:
-    """Open a data set; the embedded scenes are made where they are not there yet.
+    """Open a dataset; the embedded scenes are made where they are not there yet.
 
     Raises:
         UserError: What `load_coco` and `generate_scenes` raise, or no root.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd.data.annotated import (
-    Pictures,
+    ImageFiles,
     check_options,
     known_labels,
     moved_objects,
@@ -56,13 +56,13 @@ class ObjectSamples(Dataset[Sample]):
     Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
 
     Args:
-        index: The data set.
+        index: The dataset.
         size: Side of the square frame, pixels.
         mode: Which usable objects to hide: `one`, drawn anew each epoch, or `all`, one by one.
         train: Augment, and follow the schedule of partial masking; otherwise every epoch
             is the same.
-        augment: Options of `Augment`; None leaves pictures as they are.
-        min_fraction: Smallest share of the picture that a usable object's box has.
+        augment: Options of `Augment`; None leaves images as they are.
+        min_fraction: Smallest share of the image that a usable object's box has.
         max_fraction: Largest share.
         shape: What will be hidden; `segment` adds exact masks to the samples.
         partial: Share hidden at the start of training, and the progress (0..1) at which all
@@ -75,9 +75,9 @@ class ObjectSamples(Dataset[Sample]):
         only: Ids of the images to keep; None keeps all.
         seed: Of everything random, 0 or more.
         epochs: Length of the training, for the schedule.
-        prepared: Folder made by `python -m kd.data.prepare` from this data set.
+        prepared: Folder made by `python -m kd.data.prepare` from this dataset.
         cached: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
-        class_maps: Stored class ids that go with the pictures, as `class_maps`.
+        class_maps: Stored class ids that go with the images, as `class_maps`.
 
     Raises:
         UserError: An option is out of range, no image has a usable object, or the prepared
@@ -116,7 +116,7 @@ class ObjectSamples(Dataset[Sample]):
         self.hide_several = hide_several if train else None
         self.seed, self.epochs, self.cached = seed, epochs, tuple(cached)
         self.class_maps = class_maps
-        self.pictures = Pictures.open(index, size, prepared, read_files=read_images)
+        self.files = ImageFiles.open(index, size, prepared, read_files=read_images)
         images = self._images_with_usable_objects(only)
         known = known_labels(index, images, labelled)
         times = 1 if labelled is None else repeat_labelled
@@ -145,8 +145,8 @@ class ObjectSamples(Dataset[Sample]):
             (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
         )
         image = int(self.images[position])
-        picture = self.pictures.read(image)
-        scene = self._draw_scene(image, (picture.shape[1], picture.shape[2]), random)
+        pixels = self.files.read(image)
+        scene = self._draw_scene(image, (pixels.shape[1], pixels.shape[2]), random)
         candidates = scene.usable.nonzero()[:, 0]
         if self.mode == "one":
             candidates = candidates[int(random.integers(len(candidates)))][None]
@@ -154,7 +154,7 @@ class ObjectSamples(Dataset[Sample]):
         if not self.known[position]:
             labels[:] = -1
         sample = {
-            "images": pad(scene.plan.image(picture), self.size),
+            "images": pad(scene.plan.image(pixels), self.size),
             "sizes": torch.tensor(scene.plan.size),
             "image_ids": torch.tensor(int(self.index.image_ids[image])),
             "boxes": scene.boxes,
@@ -170,7 +170,7 @@ class ObjectSamples(Dataset[Sample]):
             company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
             share = start + (end - start) * epoch / max(1, self.epochs - 1)
             sample["withheld"] = torch.from_numpy(company.random(len(labels)) < share)
-        original = (picture.shape[1], picture.shape[2])
+        original = (pixels.shape[1], pixels.shape[2])
         if self.class_maps is not None:
             sample["class_maps"] = self.class_maps(image, scene.plan, original)
         if self.shape == "segment":
@@ -189,8 +189,8 @@ class ObjectSamples(Dataset[Sample]):
     def _usable_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         index = self.index
         counts = np.diff(index.first)
-        pictures = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
-        usable = self._usable(shares_of(index.boxes, pictures))
+        files = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
+        usable = self._usable(shares_of(index.boxes, files))
         if index.scored is not None:
             usable &= index.scored
         return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
@@ -215,12 +215,12 @@ class ObjectSamples(Dataset[Sample]):
             )
         return images
 
-    def picture(self, image: int) -> tuple[Path, tuple[int, int]]:
+    def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
         """The file of an image of the index, prepared or not, and its height and width."""
-        return self.pictures.file(image)
+        return self.files.file(image)
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
-        """Draw an augmentation; keep the plain picture where it loses every usable object."""
+        """Draw an augmentation; keep the plain image where it loses every usable object."""
         if self.augment is not None:
             scene = self._place(image, self.augment.draw(random, size), size)
             if scene.usable.any():

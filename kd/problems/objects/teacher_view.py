@@ -58,7 +58,7 @@ class ObjectsView:
             "data": self._index.fingerprint,
             "split": self.split,
             "images": files_hash(
-                len(whole.images), lambda n: whole.picture(int(whole.images[n]))[0]
+                len(whole.images), lambda n: whole.image_file(int(whole.images[n]))[0]
             ),
             "transform": f"size {self.seen.size}, {self.seen.shape}, rescaled and padded",
         }

@@ -1,4 +1,4 @@
-"""A data set of fixations, opened: both splits, checked, the samples made of them, their truth."""
+"""A dataset of fixations, opened: both splits, checked, the samples made of them, their truth."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from kd.scenes.gaze import SceneGaze
 from kd.storage.fields import CachedField
 from kd.utils.images import scaled_size
 
-LOOKS = 20_000  # fixations on other pictures that a picture's own are told from, or a few more
-REFERRED = 300  # val pictures that the references are scored on, at most
+LOOKS = 20_000  # fixations on other images that a image's own are told from, or a few more
+REFERRED = 300  # val images that the references are scored on, at most
 DEALT = 10  # people that fixations are dealt to at random where nobody knows whose they are
 _STREAM = 12  # keeps these random numbers apart from all others
 
@@ -48,14 +48,14 @@ class ValTruth:
 
     Args:
         val: The split.
-        centre: Gives the centre prior, of train pictures.
+        centre: Gives the centre prior, of train images.
     """
 
     val: GazeSplit
     centre: Callable[[], CentrePrior]
 
     def __call__(self, number: int) -> SaliencyTruth:
-        """Of the picture at a place in the split, in pixels of its file."""
+        """Of the image at a place in the split, in pixels of its file."""
         size = file_size(self.val.images[number])
         return SaliencyTruth(
             self.val.density(number, size, size)[0],
@@ -65,36 +65,36 @@ class ValTruth:
         )
 
     def others(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Fixations on other val pictures, (J, 2) in pixels of a picture: at its relative places.
+        """Fixations on other val images, (J, 2) in pixels of a image: at its relative places.
 
         Args:
-            number: The picture's place in the split.
+            number: The image's place in the split.
             size: Its height and width.
         """
-        places, pictures = self._looks
+        places, numbers = self._looks
         sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
-        moved = places[pictures != number] * sides
+        moved = places[numbers != number] * sides
         return torch.minimum(moved, torch.nextafter(sides, torch.zeros_like(sides)))
 
     @cached_property
     def _looks(self) -> tuple[Tensor, Tensor]:
-        """Relative places and pictures: of all, or of some where these are enough."""
-        places, pictures, count = [], [], 0
+        """Relative places and images: of all, or of some where these are enough."""
+        places, numbers, count = [], [], 0
         random = np.random.default_rng(_STREAM)
         for number in random.permutation(len(self.val.images)).tolist():
             if count >= LOOKS:
                 break
             own = relative_places(self.val, number)
             places.append(own)
-            pictures.append(torch.full((len(own),), number))
+            numbers.append(torch.full((len(own),), number))
             count += len(own)
-        return torch.cat(places), torch.cat(pictures)
+        return torch.cat(places), torch.cat(numbers)
 
     @cached_property
     def references(self) -> dict[str, Float]:
-        """Numbers of the centre prior and of other observers, (pictures, M) each.
+        """Numbers of the centre prior and of other observers, (images, M) each.
 
-        Of a large split on some pictures, spread evenly; the others are NaN.
+        Of a large split on some images, spread evenly; the others are NaN.
         """
         images = len(self.val.images)
         found = {name: np.full((images, len(METRICS)), np.nan) for name in (CENTRE, OBSERVERS)}
@@ -114,8 +114,8 @@ def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     """Whose each fixation is, (F,); where nobody knows, each is dealt to one of a few at random.
 
     Args:
-        observers: As the data set says, `UNKNOWN` where it does not.
-        number: Of the picture, the seed of the deal.
+        observers: As the dataset says, `UNKNOWN` where it does not.
+        number: Of the image, the seed of the deal.
     """
     if not (observers == UNKNOWN).all():
         return observers
@@ -124,19 +124,19 @@ def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
 
 
 def relative_places(split: GazeSplit, number: int) -> Tensor:
-    """Fixations on a picture as shares of its sides, (F, 2)."""
+    """Fixations on a image as shares of its sides, (F, 2)."""
     size = file_size(split.images[number])
     return relative(torch.from_numpy(split.fixations(number, size).points), size)
 
 
 # Bytes of a split's image files that are all read before training starts: about five seconds.
 READ_FIRST = 128 << 20
-COUNTED = 1000  # train pictures whose fixations make the centre prior, or somewhat fewer
+COUNTED = 1000  # train images whose fixations make the centre prior, or somewhat fewer
 
 
 @dataclass(frozen=True)
 class SaliencyDataset:
-    """Both splits of a data set of fixations."""
+    """Both splits of a dataset of fixations."""
 
     section: SaliencySection
     train: GazeSplit
@@ -167,7 +167,7 @@ class SaliencyDataset:
 
     @cached_property
     def truth(self) -> ValTruth:
-        """What maps of val pictures are held against; made once, every evaluation asks for it."""
+        """What maps of val images are held against; made once, every evaluation asks for it."""
         return ValTruth(self.val, lambda: self.prior)
 
     @property
@@ -177,13 +177,13 @@ class SaliencyDataset:
 
     @property
     def counted(self) -> range:
-        """Train pictures that make the centre prior; of a large split some, spread evenly."""
+        """Train images that make the centre prior; of a large split some, spread evenly."""
         images = len(self.train.images)
         return range(0, images, -(-images // COUNTED))
 
     @cached_property
     def prior(self) -> CentrePrior:
-        """Where people look on train pictures."""
+        """Where people look on train images."""
         places = [relative_places(self.train, number) for number in self.counted]
         return CentrePrior(torch.cat(places))
 
@@ -220,12 +220,12 @@ class SaliencyDataset:
 
 
 def open_fixations(section: SaliencySection) -> SaliencyDataset:
-    """Open a data set of fixations; small ones are read once, before anything is trained.
+    """Open a dataset of fixations; small ones are read once, before anything is trained.
 
-    Of larger ones the fixations of val and of those train pictures that make the centre prior.
+    Of larger ones the fixations of val and of those train images that make the centre prior.
 
     Raises:
-        UserError: What `open_gaze` and `open_annotated` raise; a picture or its fixations that
+        UserError: What `open_gaze` and `open_annotated` raise; a image or its fixations that
             cannot be read or do not fit each other, a stimulus without any.
     """
     opened = SaliencyDataset(section, *_splits(section))
@@ -242,7 +242,7 @@ def open_fixations(section: SaliencySection) -> SaliencyDataset:
 
 
 def _soon_read(split: GazeSplit) -> bool:
-    """Whether all of a split is read in seconds: a large picture takes as long as many small."""
+    """Whether all of a split is read in seconds: a large image takes as long as many small."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 

@@ -1,4 +1,4 @@
-"""Pictures with the density of fixations as samples, whole in training and in evaluation."""
+"""Images with the density of fixations as samples, whole in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kd.transforms.crops import Crop, build_flips
 
 
 class SaliencySamples(ImageSamples):
-    """Training samples with `density` (1, h, w) float32, whose sum is 1; whole pictures.
+    """Training samples with `density` (1, h, w) float32, whose sum is 1; whole images.
 
-    Training pictures are scaled into a frame, their aspect kept, and padded below and right, where
-    the density is 0; `sizes` is the picture within. Evaluation pictures fill what they are scaled
+    Training images are scaled into a frame, their aspect kept, and padded below and right, where
+    the density is 0; `sizes` is the image within. Evaluation images fill what they are scaled
     to and come without a density: what is said of them is scored in pixels of the files, whose
     `own_sizes` (2,) come with them.
 
     Args:
-        split: Pictures and fixations.
-        size: Height and width that pictures are scaled into, multiples of 8.
+        split: Images and fixations.
+        size: Height and width that images are scaled into, multiples of 8.
         train: Mirrored at random, and padded.
         augment: Options of `Flips`; None changes nothing.
         seed: Of everything random, 0 or more.
@@ -58,13 +58,13 @@ class SaliencySamples(ImageSamples):
         )  # fmt: skip
 
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """The whole picture."""
+        """The whole image."""
         scale = self._scale(own)
         height, width = (max(1, round(side * scale)) for side in own)
         return self.turns.draw(random, own, (height, width))
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which a model sees a whole picture: multiples of 8."""
+        """Height and width at which a model sees a whole image: multiples of 8."""
         scale = self._scale(own)
         return in_multiples(own[0] * scale, own[1] * scale)
 
@@ -80,7 +80,7 @@ class SaliencySamples(ImageSamples):
 
 
 def check_gaze(splits: Iterable[GazeSplit]) -> None:
-    """Read all pictures, their fixations and their published maps once.
+    """Read all images, their fixations and their published maps once.
 
     Raises:
         UserError: As for a sample, of the first five that are wrong.

@@ -1,4 +1,4 @@
-"""A data set of label maps, opened: both splits, checked, and the samples made of them."""
+"""A dataset of label maps, opened: both splits, checked, and the samples made of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNTED = 1000  # train label maps that the classes' shares are counted on, or s
 
 @dataclass(frozen=True)
 class SegmentationDataset:
-    """Both splits of a data set of label maps."""
+    """Both splits of a dataset of label maps."""
 
     section: SegmentationSection
     train: LabelMapSplit
@@ -63,8 +63,8 @@ class SegmentationDataset:
         counts = np.zeros(VOID + 1, np.int64)
         images = len(self.train.images)
         some = np.arange(0, images, -(-images // COUNTED))
-        pictures = SegmentationSamples(self.train, size=None, crop=self.section.crop, only=some)
-        for number, size in zip(some.tolist(), pictures.file_sizes(), strict=True):
+        samples = SegmentationSamples(self.train, size=None, crop=self.section.crop, only=some)
+        for number, size in zip(some.tolist(), samples.file_sizes(), strict=True):
             counts += np.bincount(self.train.label_map(number, size).flatten(), minlength=VOID + 1)
         told = counts[: self.num_classes].astype(np.float64)
         if not told.any():
@@ -103,7 +103,7 @@ class SegmentationDataset:
 
 
 def open_maps(section: SegmentationSection) -> SegmentationDataset:
-    """Open a data set of label maps; small ones are read once, before anything is trained.
+    """Open a dataset of label maps; small ones are read once, before anything is trained.
 
     Raises:
         UserError: What `open_label_maps` and `open_annotated` raise, an image or a map that cannot
@@ -118,7 +118,7 @@ def open_maps(section: SegmentationSection) -> SegmentationDataset:
 
 
 def _soon_read(split: LabelMapSplit) -> bool:
-    """Whether all of a split is read in seconds: a large picture takes as long as many small."""
+    """Whether all of a split is read in seconds: a large image takes as long as many small."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 

@@ -1,4 +1,4 @@
-"""Pictures with label maps as samples: crops for training, whole pictures for evaluation."""
+"""Images with label maps as samples: crops for training, whole images for evaluation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_crops
 from kd.utils.images import scaled_size
 
-# Sides of whole pictures. A network of a place every 16 pixels answers for all of its last place:
-# were that cut off at the picture's end, its map would be stretched by the rest.
+# Sides of whole images. A network of a place every 16 pixels answers for all of its last place:
+# were that cut off at the image's end, its map would be stretched by the rest.
 WHOLE = 16
 
 
@@ -28,7 +28,7 @@ class SegmentationSamples(ImageSamples):
         size: Long side in pixels that models see; None: that of each file. Scales of crops are
             factors on it.
         crop: Height and width of training samples, multiples of 8.
-        train: Random crops; otherwise whole pictures, whose label maps keep their own size.
+        train: Random crops; otherwise whole images, whose label maps keep their own size.
         augment: Options of `Crops`; None cuts at one scale and changes nothing else.
         seed: Of everything random, 0 or more.
         only: Positions of the images to keep; None keeps all.
@@ -64,7 +64,7 @@ class SegmentationSamples(ImageSamples):
         return self.crops.draw(random, own, self.frame, factor=factor)
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which a model sees a whole picture: multiples of 16."""
+        """Height and width at which a model sees a whole image: multiples of 16."""
         return in_multiples(*(own if self.size is None else scaled_size(*own, self.size)), WHOLE)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:

@@ -96,7 +96,7 @@ def test_boxes_and_exact_regions_come_back_in_order() -> None:
     wanted = torch.zeros(24, 32, dtype=torch.bool)
     wanted[5:10, 15:25] = True
     assert torch.equal(first.hidden, wanted) and torch.equal(second.hidden, wanted)
-    assert torch.equal(first.picture, photo.scaled)
+    assert torch.equal(first.image, photo.scaled)
 
 
 def test_what_is_hidden_is_shown_in_the_teachers_shape() -> None:

@@ -75,7 +75,7 @@ def questions_of(data: ObjectsDataset) -> tuple[list[Question], list[Sample]]:
         rows = slice(int(index.first[image]), int(index.first[image + 1]))
         questions.append(
             Question(
-                picture=read_image(index.path(image), None),
+                image=read_image(index.path(image), None),
                 boxes=torch.from_numpy(np.array(index.boxes[rows])),
                 labels=torch.from_numpy(index.labels[rows].astype(np.int64)),
                 hidden=sample["hidden"],
@@ -256,7 +256,7 @@ def test_another_model_takes_the_teachers_place(small_teacher: Path, small_data:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"picture": torch.zeros(3, 8, 8)}, "uint8"),
+        ({"image": torch.zeros(3, 8, 8)}, "uint8"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, r"must be \(M, 4\) and \(M,\)"),
         ({"hidden": torch.tensor([1])}, "indices of the 1 boxes"),
         ({"masks": torch.zeros(1, 8, 9, dtype=torch.bool)}, r"expected \(1, 8, 8\)"),
@@ -266,7 +266,7 @@ def test_a_question_that_does_not_fit_together_is_refused(
     changes: dict[str, Any], message: str
 ) -> None:
     right: dict[str, Any] = {
-        "picture": torch.zeros(3, 8, 8, dtype=torch.uint8),
+        "image": torch.zeros(3, 8, 8, dtype=torch.uint8),
         "boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
         "labels": torch.tensor([-1]),
         "hidden": torch.tensor([0]),
