@@ -1,7 +1,7 @@
-"""How sure a difference between two runs is: over seeds, and over the images of one seed.
+"""Confidence intervals of metrics and differences: over seeds, and over the images of one seed.
 
-Two questions, two intervals. Over seeds: would another training give the gain again? Over images:
-would other images? Objects of one image share their scene, so images are drawn, not objects.
+Over seeds: would another training give the gain again? Over images: would other images? Objects of
+one image share its scene, so whole images are resampled, not objects.
 """
 
 from __future__ import annotations

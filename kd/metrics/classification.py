@@ -1,4 +1,4 @@
-"""Numbers of a set of predictions: ranks, top-n, per class, look-alikes, by share, calibration.
+"""Metrics of class probabilities: top-n, per class, confusable classes, by size, calibration.
 
 Everything here is a function of *records* (`kd.problems.objects.records`), the arrays of a
 `predictions.npz`.
@@ -59,7 +59,7 @@ class Measure(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """Bins of confidence that hold objects."""
+    """Bins of confidence that are not empty."""
 
     confidence: Array  # (B,) mean of the bin's objects
     accuracy: Array  # (B,)
@@ -91,7 +91,7 @@ def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
 
 
 def top_n_curve(places: Array, num_classes: int) -> NDArray[np.float64]:
-    """(C,) share of the objects whose true class is among the first n, for n = 1..C."""
+    """(C,) fraction of the objects whose true class is among the first n, for n = 1..C."""
     counts = np.bincount(places, minlength=num_classes)
     return np.asarray(np.cumsum(counts) / max(len(places), 1), dtype=np.float64)
 

@@ -1,8 +1,8 @@
-"""Class by class: how often a model is right, what it says instead, and which mistakes make sense.
+"""Accuracy class by class, and confusions beside those that the class prior explains.
 
-A model's *answer* is its likeliest class. That it takes forks for persons says little where every
-third object is a person; that it takes them for knives does. So each confusion comes with the share
-that the class prior alone would give it, and the *lift*, how many times more often it was said.
+A model predicts its likeliest class. Forks taken for persons say little where every third object is
+a person; forks taken for knives do. Each confusion comes with the fraction that the class prior
+alone would give it, and the *lift*: how many times more often it was predicted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from kd.metrics.records import Array, Records
 
 @dataclass(frozen=True)
 class Confusion:
-    """Objects of the class `true` that were answered by `said`."""
+    """Objects of the class `true` that were predicted as `said`."""
 
     true: int
     said: int
     count: int
     share: float  # of the objects of `true`
-    expected: float  # the share that answers drawn from the class prior would have
+    expected: float  # the fraction among predictions drawn from the class prior
 
     @property
     def lift(self) -> float:
@@ -45,11 +45,11 @@ class ClassRow(NamedTuple):
     support: int
     top1: float
     top5: float
-    instead: tuple[Confusion, ...]  # the most frequent wrong answers first
+    instead: tuple[Confusion, ...]  # the most frequent wrong predictions first
 
 
 def confusion_matrix(records: Records) -> NDArray[np.int64]:
-    """(C, C) objects by true class (row) and answer (column)."""
+    """(C, C) objects by true class (row) and predicted class (column)."""
     num_classes = records["log_probs"].shape[1]
     cell = records["labels"].astype(np.int64) * num_classes + records["log_probs"].argmax(axis=1)
     counts = np.bincount(cell, minlength=num_classes**2)
@@ -57,7 +57,7 @@ def confusion_matrix(records: Records) -> NDArray[np.int64]:
 
 
 def confusions(records: Records, *, at_least: int = 1) -> list[Confusion]:
-    """Every pair of a class and a wrong answer to it, the most frequent first.
+    """Every pair of a true and a wrongly predicted class, the most frequent first.
 
     Args:
         records: Predictions; without `prior`, the shares of their own labels stand in for it.
@@ -87,11 +87,11 @@ def beyond_prior(records: Records, *, at_least: int = 3) -> list[Confusion]:
 
 
 def per_class(records: Records, *, instead: int = 3) -> list[ClassRow]:
-    """Support, accuracy and wrong answers of each class that occurs, the most frequent first.
+    """Support, accuracy and wrong predictions of each class that occurs, the most frequent first.
 
     Args:
         records: Predictions.
-        instead: How many wrong answers of each class.
+        instead: How many wrong predictions of each class.
     """
     places, labels = ranks(records["log_probs"], records["labels"]), records["labels"]
     num_classes = records["log_probs"].shape[1]

@@ -144,7 +144,7 @@ def write_results(records: Records, path: Path) -> None:
 
 
 def check(records: Records, where: str) -> None:
-    """Say what is wrong with records before a number is taken from them.
+    """Check records before a number is computed from them.
 
     Args:
         records: As this module describes.

@@ -1,4 +1,4 @@
-"""What a model is held against: the same objects as somebody answers who sees less, or all."""
+"""Reference predictions: the class prior, co-occurrence of classes, and the exact posterior."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kd.problems.objects.records import answered
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
-    """The objects of an index end to end, images counted on from 0.
+    """Concatenate the objects of an index; images are numbered from 0.
 
     Args:
         index: The dataset.
-        images: Only those of images with these ids; all where not given.
+        images: Ids of the images to take; None: all.
     """
     rows, owners = objects_on(index, images)
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
@@ -38,7 +38,7 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
 
 
 def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
-    """Naive Bayes over the other objects, place and size, of all objects of the train images.
+    """Fit naive Bayes over the other objects, place and size, to all objects of the train images.
 
     Args:
         index: The train split.
@@ -49,7 +49,7 @@ def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
 
 
 def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """What co-occurrence says of every usable val object, given all the others of its image.
+    """Predict every usable val object from all other objects of its image, by co-occurrence.
 
     Returns:
         Annotation ids (K,) ascending, and log-probabilities (K, C).
@@ -66,20 +66,20 @@ def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDA
 PRIOR, COMPANY = "class prior", "co-occurrence"
 EXACT, TOLD = "exact posterior", "exact, annotations"
 
-# What each of them knows, for the notes below a table.
+# What each of them knows, for notes below tables.
 ABOUT = {
-    PRIOR: "class prior: the classes' shares of the training objects",
+    PRIOR: "class prior: how frequent each class is among the training objects",
     COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
     "around the hidden one; no pixels",
-    EXACT: "exact posterior: of the scenes' own generative model, given what can be seen; who sees "
-    "pixels alone is not better on average",
-    TOLD: "exact, annotations: the same model's given the boxes and classes of the other objects "
-    "and no pixel; who reads annotations alone is not better on average, who has both may be",
+    EXACT: "exact posterior: of the scenes' own generative model, given what is visible; no model "
+    "that sees pixels alone is better on average",
+    TOLD: "exact, annotations: the same given the boxes and classes of the other objects and no "
+    "pixel; a model that has pixels as well can be better",
 }
 
 
 def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """Everything that is known for these val objects, the weakest first.
+    """All reference predictions of these val objects, the weakest first.
 
     Args:
         data: Their dataset.
@@ -97,7 +97,7 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
 
 
 def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
-    """Stored predictions with the number of visible objects, which older ones lack.
+    """Check that stored predictions are about a dataset, and count the visible objects.
 
     Raises:
         UserError: The objects or their labels are not those of the dataset's val split.
@@ -116,7 +116,7 @@ def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
 
 
 def exact_records(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """The objects as the exact posteriors answer them; empty for other data than the scenes."""
+    """The exact posteriors as predictions; empty for data other than the embedded scenes."""
     stored = data.ceiling("val")
     if stored is None:
         return {}

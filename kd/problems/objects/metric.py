@@ -1,4 +1,4 @@
-"""Top-n accuracy and its company, gathered object by object and over ranks."""
+"""Collects class probabilities of objects over batches and ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PRIOR_FLOOR = 1e-8
 
 
 class TopN:
-    """Collects predictions and tells how often the true class is among the first n.
+    """Collects class probabilities; scores how often the true class is among the first n.
 
     Ties count against the scorer (`kd.metrics.classification.ranks`). An object that is seen twice,
     as

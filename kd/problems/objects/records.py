@@ -1,4 +1,4 @@
-"""Records: what a run answered for each object, the arrays of a `predictions.npz`.
+"""Predictions of objects: arrays of `predictions.npz`.
 
 `object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,) of the image that is hidden,
 `log_probs` (K, C), and, where they are known, `visible` (K,), how many other objects the image
@@ -22,16 +22,16 @@ _NORMALISED_WITHIN = 0.05
 def answered(
     records: Records, object_ids: Array, log_probs: Array, where: str = "answers"
 ) -> Records:
-    """The same objects as somebody else answers them.
+    """The same objects with other predictions.
 
     Args:
         records: Whose objects are taken, in their order.
-        object_ids: (N,) of the other's answers, in any order; more than are asked for will do.
+        object_ids: (N,) of the other predictions, in any order; there may be more than needed.
         log_probs: (N, C).
         where: What the message begins with.
 
     Raises:
-        UserError: An object has no answer, or the answers are about another number of classes.
+        UserError: An object has no prediction, or the number of classes differs.
     """
     num_classes = records["log_probs"].shape[1]
     if log_probs.shape != (len(object_ids), num_classes):
@@ -44,16 +44,16 @@ def answered(
     rows = order[np.minimum(place, len(order) - 1)] if len(order) else place
     if not len(order) or (lacking := object_ids[rows] != wanted).any():
         row = int(np.flatnonzero(lacking)[0]) if len(order) else 0
-        raise UserError(f"{where}: no answer for object {wanted[row]}; other data?")
+        raise UserError(f"{where}: no prediction for object {wanted[row]}; other data?")
     return {**records, "log_probs": log_probs[rows]}
 
 
 def check(records: Records, where: str) -> None:
-    """Say what is wrong with records before a number is taken from them.
+    """Check records before a number is computed from them.
 
     Args:
         records: As this module describes.
-        where: What the message begins with: a file, or what was evaluated.
+        where: What messages begin with: a file, or what was evaluated.
 
     Raises:
         UserError: No object, a missing array or wrong length, a label out of range, a NaN, or rows

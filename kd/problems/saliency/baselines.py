@@ -1,4 +1,4 @@
-"""What saliency maps are held against: where people look on any image, and what others looked at.
+"""References of saliency maps: the centre prior and other observers.
 
 The floor is the **centre prior**: fixations of the training images, whatever is on them. It is a
 smoothed histogram over relative places. On OSIE (500 images to learn from, 100 to ask about) it
@@ -76,7 +76,7 @@ def foretold(
     fixations: Tensor, size: Size, *, sigma: float, prior: Tensor | None = None,
     share: float = OTHERS_PRIOR,
 ) -> Tensor:  # fmt: skip
-    """What some people's fixations on an image say of where another one will look.
+    """Predict where a person will look from the fixations of others on the same image.
 
     Args:
         fixations: (K, 2) theirs.
@@ -196,7 +196,7 @@ class GazeTruth(Protocol):
 
 
 def references(records: Records) -> dict[str, Records]:
-    """The same images as each reference would have answered, by its name in tables.
+    """The references as records of the same images, by their names in tables.
 
     Those that the records do not hold are left out, as are other observers where nobody's
     fixations could be foretold.
@@ -210,7 +210,7 @@ def references(records: Records) -> dict[str, Records]:
 
 
 def notes(records: Records) -> list[str]:
-    """What a table says of the references that it shows, and on how many images they are."""
+    """Notes about the references of a table, with the number of images that have them."""
     lines = []
     for array in NAMES:
         if array not in records or np.isnan(records[array]).all():

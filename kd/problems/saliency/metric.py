@@ -1,4 +1,4 @@
-"""Collects how well saliency maps tell where people look, image by image, over ranks."""
+"""Collects the metrics of saliency maps, image by image, over batches and ranks."""
 
 from __future__ import annotations
 

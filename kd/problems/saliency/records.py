@@ -108,7 +108,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def check(records: Records, where: str) -> None:
-    """Say what is wrong with records before a number is taken from them.
+    """Check records before a number is computed from them.
 
     Args:
         records: As this module describes.

@@ -1,4 +1,4 @@
-"""How well label maps agree: the confusion of all pixels, and what follows from it."""
+"""Collects the confusions of label maps over batches and ranks."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ def test_other_answers_are_put_in_order_of_the_objects() -> None:
 @pytest.mark.parametrize(
     ("ids", "classes", "said"),
     [
-        ([5, 9], 2, "posterior: no answer for object 7; other data?"),
-        ([5, 7], 2, "posterior: no answer for object 9; other data?"),
-        ([], 2, "posterior: no answer for object 5; other data?"),
+        ([5, 9], 2, "posterior: no prediction for object 7; other data?"),
+        ([5, 7], 2, "posterior: no prediction for object 9; other data?"),
+        ([], 2, "posterior: no prediction for object 5; other data?"),
         ([5, 7, 9], 3, r"posterior: \(3, 3\) for 3 objects of 2 classes"),
     ],
 )
