@@ -51,7 +51,7 @@ def test_data_that_is_nowhere_says_where_it_was_looked_for(
 ) -> None:
     monkeypatch.setenv("KD_DATA", str(tmp_path))
     monkeypatch.chdir(str(tmp_path))
-    with pytest.raises(UserError, match=r"data set coco_mini: not found in .*data\.root=DIR"):
+    with pytest.raises(UserError, match=r"dataset coco_mini: not found in .*data\.root=DIR"):
         open_objects(data_config("coco_mini"))
 
 
