@@ -16,32 +16,31 @@ from kd.errors import UserError
 from kd.storage.fields import PREFIX
 
 Sample = dict[str, Tensor]
-_STACKED = ("images", "sizes", "own_sizes", "image_ids", "labelled", "class_maps", "label_maps",
-            "density")  # fmt: skip
-_JOINED = ("boxes", "labels", "object_ids", "shares", "usable", "hide_fraction", "segments",
-           "withheld", "crowds")  # fmt: skip
+# Keys with rows of objects, of which images have unequal numbers; all others are stacked.
+_ROWS = ("boxes", "labels", "object_ids", "shares", "usable", "hide_fraction", "segments",
+         "withheld", "crowds", "hidden")  # fmt: skip
+_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # the image of each row of a key
+_POINTERS = {"hidden": "labels"}  # positions among the rows of another key
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples to the batch of docs/batch.md: objects end to end, `hidden` counting on."""
-    stacked = [key for key in _STACKED if key in samples[0]]
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in stacked}
+    """Join samples to the batch of docs/batch.md: rows of objects end to end, the rest stacked."""
+    counts = {
+        key: torch.tensor([len(sample[key]) for sample in samples])
+        for key in {*_OWNERS.values(), *_POINTERS.values()} & samples[0].keys()
+    }
+    batch = {}
     for key in samples[0]:
-        if key in _JOINED or key.startswith(PREFIX):
-            batch[key] = torch.cat([sample[key] for sample in samples])
-    if "labels" not in samples[0]:  # images that are not asked about by objects
-        return batch
-    counts = _counts(samples, "labels")
-    batch["image_of"] = torch.arange(len(samples)).repeat_interleave(counts)
-    if "crowds" in samples[0]:
-        crowds = _counts(samples, "crowds")
-        batch["crowd_of"] = torch.arange(len(samples)).repeat_interleave(crowds)
-    if "hidden" not in samples[0]:  # all objects are asked about
-        return batch
-    before = (counts.cumsum(0) - counts).tolist()
-    batch["hidden"] = torch.cat(
-        [sample["hidden"] + start for sample, start in zip(samples, before, strict=True)]
-    )
+        parts = [sample[key] for sample in samples]
+        if key in _POINTERS:
+            rows = counts[_POINTERS[key]]
+            before = (rows.cumsum(0) - rows).tolist()
+            parts = [part + start for part, start in zip(parts, before, strict=True)]
+        joined = key in _ROWS or key.startswith(PREFIX)
+        batch[key] = torch.cat(parts) if joined else torch.stack(parts)
+    for owner, key in _OWNERS.items():
+        if key in counts:
+            batch[owner] = torch.arange(len(samples)).repeat_interleave(counts[key])
     return batch
 
 
@@ -53,11 +52,6 @@ def to_device(
     if channels_last:
         moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
     return moved
-
-
-def _counts(samples: Sequence[Sample], key: str) -> Tensor:
-    """How many rows of a key each sample has."""
-    return torch.tensor([len(sample[key]) for sample in samples])
 
 
 _ORDER_STREAM = 2  # keeps the order's random numbers apart from the samples'
