@@ -98,8 +98,9 @@ class Results(ABC):
         self.check_same_truth(records, other, pair)
 
     def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """The same records with the names of the classes, where this kind has them."""
-        return records if names is None else {**records, "names": np.array(names)}
+        """The same records with the names of the classes, if `not_by_id` lists `names`."""
+        wanted = names is not None and "names" in self.not_by_id
+        return {**records, "names": np.array(names)} if wanted else records
 
     def about(self, records: Records) -> str:
         """What was scored, for titles."""

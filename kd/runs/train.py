@@ -259,7 +259,8 @@ def print_summary(title: str, summary: Mapping[str, Any], results: Results) -> N
     titles = {"": "model", "prior_": "prior", "observers_": "other observers",
               "ceiling_": "exact posterior", "chance_": "chance"}  # fmt: skip
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
-    metrics = [results.metric(n) for n in (*METRICS, *results.own_metrics) if n in summary]
+    names = dict.fromkeys((*METRICS, *results.rows))
+    metrics = [results.metric(name) for name in names if name in summary]
     width = max(len(metric.label) for metric in metrics)
     heads = "".join(f"{titles[column]:>17}" for column in columns)
     sys.stdout.write(f"{title}\n  {'':<{width}}{heads}\n")

@@ -124,8 +124,8 @@ class BrightnessMetric:
 
     def records(self) -> Records:
         """Ids, predictions and targets in the order of ids."""
-        ids, values, targets = (np.array(column) for column in zip(*sorted(set(self.rows))))
-        return {"image_ids": ids, "values": values, "targets": targets}
+        rows = np.array(sorted(set(self.rows)))
+        return {"image_ids": rows[:, 0].astype(int), "values": rows[:, 1], "targets": rows[:, 2]}
 
     def compute(self) -> dict[str, float]:
         """The mean absolute error."""
@@ -138,7 +138,7 @@ class BrightnessMetric:
     def save_predictions(self, path: Path) -> None:
         """Write the records."""
         with path.open("wb") as file:
-            np.savez_compressed(file, **self.records())
+            np.savez_compressed(file, allow_pickle=False, **self.records())
 
 
 def errors_of(records: Records) -> NDArray[np.float64]:
@@ -152,8 +152,9 @@ class BrightnessEvaluation(Evaluation):
 
     def class_table(self) -> Table:
         """The error of each image by the first run."""
-        rows = zip(self.first["image_ids"].tolist(), errors_of(self.first).tolist(), strict=True)
-        return Table("image by image", ("image", "error"), [(str(a), f"{b:.1f}") for a, b in rows])
+        ids, errors = self.first["image_ids"].tolist(), errors_of(self.first).tolist()
+        rows = tuple((str(one), f"{error:.1f}") for one, error in zip(ids, errors, strict=True))
+        return Table("image by image", ("image", "error"), (rows,))
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,6 @@ class ObjectResults(Results):
     our_interval = staticmethod(scores.interval)
     our_difference = staticmethod(scores.difference)
 
-    def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """The records themselves: no metric of ours has the name of a class in it."""
-        return records
-
     def about(self, records: Records) -> str:
         """The numbers of objects and of images."""
         images = len(set(records["image_ids"].tolist()))
@@ -258,10 +254,6 @@ class SceneLabelResults(Results):
             )
         if wrong := int((own != others).any(axis=1).sum()):
             raise UserError(f"{pair} disagree on the labels of {wrong} images: other data")
-
-    def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """The records themselves: no metric of ours has the name of a class in it."""
-        return records
 
     def our_value(self, records: Records, name: str) -> float | None:
         """A metric; None where no image shows any class."""

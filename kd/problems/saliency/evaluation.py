@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,10 +42,6 @@ class SaliencyResults(Results):
     our_difference = staticmethod(saliency_records.difference)
     references = staticmethod(baselines.references)
     notes = staticmethod(baselines.notes)
-
-    def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """The records themselves: there are no classes."""
-        return records
 
     def summary(self, data: SaliencyDataset, records: Records) -> dict[str, float]:
         """`prior_<metric>`: the centre prior; `observers_<metric>`: other observers."""
