@@ -38,7 +38,7 @@ from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.setup import start_training
 from kd.storage.fields import CachedField
-from kd.teacher_cache.cache import Wanted, open_cache
+from kd.teacher_cache.cache import CacheOptions, open_cache
 from students.classifiers import build_student
 from teachers.cnn import cnn
 
@@ -71,7 +71,7 @@ def cached(data: ObjectsDataset, folder: Path) -> dict[str, CachedField]:
     model = cnn(data.num_classes, width=32).eval().requires_grad_(False)
     teacher = TrainedTeacher(folder, recipe, model, Context(num_classes=data.num_classes))
     accelerator = make_accelerator("fp32")
-    return open_cache(teacher, data, accelerator, Wanted(outputs=(POSTERIOR, LAYER)))
+    return open_cache(teacher, data, accelerator, CacheOptions(outputs=(POSTERIOR, LAYER)))
 
 
 def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callable[[int], float]:

@@ -138,8 +138,8 @@ class Watch:
             return
         adversary = self.training.critics[0].adversary
         images = normalise(self.batch["images"])
-        with evaluating(self.training.bare), evaluating(adversary), torch.no_grad():
-            own = self.training.bare(images)[0]["logits"]
+        with evaluating(self.training.unwrapped), evaluating(adversary), torch.no_grad():
+            own = self.training.unwrapped(images)[0]["logits"]
             sides = [adversary.critic(side.softmax(1), images) for side in (self.teacher, own)]
         real, fake = (float(side.mean()) for side in sides)
         won = float((sides[0] > sides[1]).float().mean())
@@ -279,7 +279,7 @@ def main() -> int:
         steps = args.steps or (PLANNED if args.stress is None else 300)
         say(f"{name}: {run(folder, training, objective, train, watch, steps)}")
         if args.stress is None:
-            say(f"student: {iou(training.bare, val)}")
+            say(f"student: {iou(training.unwrapped, val)}")
             write_judged(folder, val, seen, training, training.critics[0].adversary)
     return 0
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(section: DatasetSection, args: argparse.Namespace) -> int:
     from kd.runs.build import make_accelerator, open_data
     from kd.runs.load_teacher import check_classes, load_teacher_of
-    from kd.teacher_cache.cache import Wanted, open_cache
+    from kd.teacher_cache.cache import CacheOptions, open_cache
     from kd.teacher_cache.summary import cache_summary
 
     accelerator = make_accelerator("fp32" if args.precision == "int8" else args.precision)
@@ -42,7 +42,7 @@ def _run(section: DatasetSection, args: argparse.Namespace) -> int:
     teacher.model.to(accelerator.device)
     own = [] if args.only_layers else [data.problem.teacher_output]
     for split in (args.split,) if args.split else data.problem.cached_splits:
-        wanted = Wanted(
+        options = CacheOptions(
             outputs=tuple(dict.fromkeys([*own, *args.layers])),
             split=split,
             out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and split == "train",
@@ -53,12 +53,12 @@ def _run(section: DatasetSection, args: argparse.Namespace) -> int:
             int8=args.precision == "int8",
             size=args.size or None,
         )
-        cached = open_cache(teacher, data, accelerator, wanted)
+        cached = open_cache(teacher, data, accelerator, options)
         lines = list(cache_summary(teacher, data, split, cached, accelerator))
         if accelerator.is_main_process:
             sys.stdout.writelines(lines)
     if accelerator.is_main_process:
-        sys.stdout.write(f"kd.distill reads it with: {wanted.settings}\n")
+        sys.stdout.write(f"kd.distill reads it with: {options.settings}\n")
     accelerator.end_training()
     return 0
 

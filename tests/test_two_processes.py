@@ -218,7 +218,7 @@ def _steps(root: Path, out: Path, *, accumulate: int) -> None:
         train_step(training, group, objective, objective.weights_at(0.0))
     if accelerator.is_main_process:
         judged = critics["holistic"].state_dict(prefix="critic.")
-        torch.save({**training.bare.state_dict(), **judged}, out)
+        torch.save({**training.unwrapped.state_dict(), **judged}, out)
     accelerator.wait_for_everyone()
 
 
@@ -294,7 +294,7 @@ def _detector_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> Non
         group = [_pictures(chosen) for chosen in groups[accelerator.process_index]]
         train_step(training, group, objective, objective.weights_at(0.0))
     if accelerator.is_main_process:
-        torch.save(training.bare.state_dict(), out)
+        torch.save(training.unwrapped.state_dict(), out)
     accelerator.wait_for_everyone()
 
 
@@ -365,7 +365,7 @@ def _own_loss_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> Non
         group = [_label_maps(chosen) for chosen in groups[accelerator.process_index]]
         train_step(training, group, objective, objective.weights_at(0.0))
     if accelerator.is_main_process:
-        torch.save(training.bare.state_dict(), out)
+        torch.save(training.unwrapped.state_dict(), out)
     accelerator.wait_for_everyone()
 
 
@@ -397,7 +397,7 @@ def _keep(root: Path, out: Path) -> None:
     model = cnn(data.num_classes, width=4, downs=3, hidden=8).eval()
     teacher = TrainedTeacher(out, recipe, model, Context(num_classes=data.num_classes))
     kept = teacher_cache.open_cache(
-        teacher, data, accelerator, teacher_cache.Wanted(outputs=("posterior", "features.3"))
+        teacher, data, accelerator, teacher_cache.CacheOptions(outputs=("posterior", "features.3"))
     )
     for output in kept.values():  # every rank reads what both have written
         assert output.store.ids().tolist() == sorted(data.train.object_ids.tolist())

@@ -348,7 +348,7 @@ class DistillRecipe(Recipe):
         """All teachers by name; that of the recipe's `teacher` is empty."""
         return {"": self.teacher, **self.more_teachers}
 
-    def keeps(self, teacher: str) -> bool:
+    def caches(self, teacher: str) -> bool:
         """Whether what a teacher says is computed once rather than in each step."""
         return (self.teachers[teacher].kind or self.soft_targets.kind) == "stored"
 

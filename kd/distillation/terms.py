@@ -168,7 +168,7 @@ def distillation_losses(
     return losses
 
 
-def looked_at(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mask]:
+def layer_masks(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mask]:
     """Where terms look at a student's layers, of those that all of their readers have masks for.
 
     Args:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from kd.data.loader import to_device
 from kd.distillation.targets import known_counts
-from kd.distillation.terms import distillation_losses, looked_at, weighted_sum
+from kd.distillation.terms import distillation_losses, layer_masks, weighted_sum
 from kd.engine.optim import update_average
 from kd.engine.state import EpochLoader, Hooks, Objective, Sums, Training, Window, add
 from kd.errors import UserError
 from kd.nn.freeze import evaluating
-from kd.problems.base import Batch, Collector, Mask, Mean, Task, remembered
+from kd.problems.base import Batch, Collector, Mask, Mean, Task, cached_masks
 
 
 def forward_losses(
@@ -43,7 +43,7 @@ def forward_losses(
     task = objective.task
     masks = task.masks(batch) if masks is None else masks
     rows = task.rows(batch)
-    where = {} if rows.hidden else looked_at(objective.terms, masks)
+    where = {} if rows.hidden else layer_masks(objective.terms, masks)
     output, features = model(*task.inputs(batch), where=where)
     losses = task.losses(output, batch)
     if objective.terms and objective.soft_targets is not None:
@@ -93,7 +93,7 @@ def train_step(
     accelerator = training.accelerator
     sums: Sums = {}
     counts: Sums = {}
-    masks = [remembered(objective.task.masks(batch)) for batch in batches]
+    masks = [cached_masks(objective.task.masks(batch)) for batch in batches]
     held = [_counts(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
     scales = _scales(held, accelerator)
     taken: list[dict[str, Mean]] = []
@@ -115,7 +115,7 @@ def train_step(
     training.schedule.step()
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema is not None:
-        update_average(training.ema, training.bare, training.ema_decay, training.progress.step)
+        update_average(training.ema, training.unwrapped, training.ema_decay, training.progress.step)
     for critic in training.critics:
         units = [losses[critic.name].unit for losses in taken]
         shares = [scale[unit] for scale, unit in zip(scales, units, strict=True)]

@@ -96,14 +96,14 @@ class Training:
     progress: Progress = field(default_factory=Progress)
 
     @cached_property
-    def bare(self) -> nn.Module:
+    def unwrapped(self) -> nn.Module:
         """The model without the wrapper for several processes."""
         return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
 
     @property
     def result(self) -> nn.Module:
         """What is evaluated and exported: the averaged weights where there are some."""
-        return self.bare if self.ema is None else self.ema
+        return self.unwrapped if self.ema is None else self.ema
 
     @property
     def exported(self) -> nn.Module:
@@ -151,7 +151,7 @@ def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> 
     if not accelerator.is_main_process:
         return
     parts: dict[str, Any] = {
-        "model": training.bare.state_dict(),
+        "model": training.unwrapped.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "schedule": training.schedule.state_dict(),
         "streams": streams,
@@ -176,7 +176,7 @@ def resume_training(training: Training, path: Path) -> None:
             f"{path}: written by {len(streams)} processes, cannot be resumed with "
             f"{accelerator.num_processes}"
         )
-    load_state(training.bare, parts["model"], path)
+    load_state(training.unwrapped, parts["model"], path)
     if training.ema is not None:
         load_state(training.ema, parts["ema"], path)
     training.optimizer.load_state_dict(parts["optimizer"])

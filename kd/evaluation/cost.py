@@ -19,7 +19,7 @@ from kd.report.tables import value_of
 from kd.runs.build import open_data
 from kd.runs.load_student import to_be_loaded
 from kd.runs.read import DistillRuns, Run, check_same_objects, distinct_names
-from kd.runs.setup import parameters
+from kd.runs.setup import count_parameters
 
 PLAIN, TEACHER = "plain", "teacher"
 
@@ -133,7 +133,7 @@ def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
     images = torch.zeros(1, 3, *sides, device=device)
     point = CostPoint(
         name=name,
-        parameters=parameters(model),
+        parameters=count_parameters(model),
         multiply_adds=multiply_adds(model, images),
         latency=1000 * latency(model, images),
         mean_iou=one.mean_iou,

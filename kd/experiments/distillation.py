@@ -38,7 +38,7 @@ from kd.experiments.validate import check_terms
 from kd.problems.base import Dataset, Mean, Sampling, Task
 from kd.runs.build import check_kind, make_loader
 from kd.runs.setup import open_run
-from kd.runs.train import Session, run_training
+from kd.runs.train import RunSetup, run_training
 
 
 def train_section(train: Train, variant: Variant) -> Train:
@@ -147,8 +147,8 @@ class Distillation:
         label = f"{self.label or f'{recipe.student.name} {variant}'} seed {seed}"
         train = train_section(recipe.train, self.variants[variant])
         teacher = None if self.sources is None else self.sources.teacher
-        session = Session(folder, accelerator, self.data, train, seed, label, teacher)
-        run_training(session, model, objective, loader)
+        setup = RunSetup(folder, accelerator, self.data, train, seed, label, teacher)
+        run_training(setup, model, objective, loader)
 
     def assemble(self, variant: str, seed: int, samples: Samples) -> tuple[nn.Module, Objective]:
         """A variant's student at its seed's initial weights, and what it learns.
@@ -201,7 +201,7 @@ class Distillation:
             epochs=recipe.train.epochs,
             images=labelled if self.labelled_alone else None,
             labelled=labelled,
-            hide="all" if all(map(recipe.keeps, recipe.teachers)) else "one",
+            hide="all" if all(map(recipe.caches, recipe.teachers)) else "one",
             cached=[] if self.sources is None else self.sources.fields(self._outputs(variant)),
         )
         return data.problem.training(data, sampling, self.task)

@@ -13,7 +13,7 @@ from kd.engine.state import Objective
 from kd.problems.base import Dataset, Sampling
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
-from kd.runs.train import Session, run_training
+from kd.runs.train import RunSetup, run_training
 
 
 def train_one(
@@ -44,5 +44,5 @@ def train_one(
         batch_size=recipe.train.batch_size // recipe.train.accumulate,
         workers=recipe.data.workers, seed=recipe.seed, train=True,
     )  # fmt: skip
-    session = Session(folder, accelerator, data, recipe.train, recipe.seed, label)
-    run_training(session, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
+    setup = RunSetup(folder, accelerator, data, recipe.train, recipe.seed, label)
+    run_training(setup, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)

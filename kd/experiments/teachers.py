@@ -24,7 +24,7 @@ from kd.errors import UserError
 from kd.problems.base import Dataset, Task
 from kd.runs.load_teacher import TrainedTeacher, check_classes, find_teacher, load_teacher_of
 from kd.storage.fields import PREFIX, CachedField
-from kd.teacher_cache.cache import Wanted, open_cache
+from kd.teacher_cache.cache import CacheOptions, open_cache
 from kd.teacher_cache.equivariance import check_moved_maps
 
 
@@ -153,18 +153,18 @@ def open_teachers(
     compared = outputs_by_teacher(by_class, recipe.more_teachers)
     for name, teacher in teachers.items():  # all of them, before one of them works for hours
         _check_layers(teacher, name, found[name].outputs, recipe)
-        if recipe.keeps(name) and recipe.soft_targets.top_k:
+        if recipe.caches(name) and recipe.soft_targets.top_k:
             _check_softmax(teacher, name, terms, recipe)
         read, always = compared[name], data.problem.hides_objects and not name
         if always or len(layers_among(read, teacher.task)) < len(read):
             check_classes(teacher, data.class_names, recipe.data.name)
-        if recipe.keeps(name):
+        if recipe.caches(name):
             _check_labels_known(teacher, recipe, data)
         teacher.model.to(accelerator.device)
     opened = RecipeTeachers(teachers, [recipe.teachers[name].weight for name in teachers])
     for name, teacher in teachers.items():
         outputs = found[name].outputs
-        if not recipe.keeps(name):
+        if not recipe.caches(name):
             opened.live[name] = _live(teacher, outputs, recipe, accelerator)
             continue
         cached = _cached(teacher, name, outputs, recipe, data, accelerator)
@@ -251,7 +251,7 @@ def _cached(
     location = targets.cache
     if location is not None and name:
         location = f"{location.rstrip('/')}/{name}"
-    wanted = Wanted(
+    wanted = CacheOptions(
         outputs=[*always, *(output for output in outputs if output not in always)],
         out_of_fold=targets.out_of_fold and hides,
         dtype=targets.dtype, top_k=targets.top_k,

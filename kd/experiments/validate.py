@@ -61,7 +61,7 @@ def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Data
             "runs the teacher on the student's own images"
         )
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
-    if changed and terms and not any(recipe.keeps(name) for name, read in outputs.items() if read):
+    if changed and terms and not any(recipe.caches(name) for name, read in outputs.items() if read):
         _log.warning(
             "%s: of stored outputs, without effect here: a live teacher sees the student's own "
             "images, at their size",
@@ -72,7 +72,7 @@ def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Data
 def _all_cached(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
     """Whether all that terms read is cached."""
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
-    return all(recipe.keeps(teacher) for teacher, read in outputs.items() if read)
+    return all(recipe.caches(teacher) for teacher, read in outputs.items() if read)
 
 
 def _check_variants(

@@ -671,7 +671,7 @@ def named(output: Tensor | Output) -> dict[str, Tensor]:
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
 
 
-def remembered(masks: Mapping[str, Mask]) -> dict[str, Mask]:
+def cached_masks(masks: Mapping[str, Mask]) -> dict[str, Mask]:
     """Masks of a batch that are computed once for each grid, whoever asks for them how often."""
     return {name: functools.cache(mask) for name, mask in masks.items()}
 

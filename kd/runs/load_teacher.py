@@ -243,7 +243,9 @@ def _hides_objects(run: Path) -> bool:
     return problem_of_task(config["task"]["name"]).hides_objects
 
 
-def answering(model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False) -> nn.Module:
+def fast_teacher(
+    model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False
+) -> nn.Module:
     """A copy of a frozen teacher that answers as fast as it can; none of its layers can be tapped.
 
     Args:

@@ -73,7 +73,7 @@ def start_training(
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.sync_batch_norm and accelerator.num_processes > 1:
-        model = share_batch_norm(model)
+        model = sync_batch_norms(model)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
     if train.compile:
         model.compile()
@@ -103,7 +103,7 @@ def _start_critic(
     return CriticTraining(name, adversary, optimizer, schedule, section.clip_norm)
 
 
-def share_batch_norm(module: nn.Module) -> nn.Module:
+def sync_batch_norms(module: nn.Module) -> nn.Module:
     """Batch norms with statistics over all processes; those that are frozen stay frozen."""
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         if isinstance(module, FrozenBatchNorm):
@@ -111,7 +111,7 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
         shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return shared
     for name, child in module.named_children():
-        setattr(module, name, share_batch_norm(child))
+        setattr(module, name, sync_batch_norms(child))
     return module
 
 
@@ -120,6 +120,6 @@ def learns(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Number of weights."""
     return sum(parameter.numel() for parameter in model.parameters())

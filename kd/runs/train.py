@@ -30,7 +30,7 @@ from kd.problems.results import Predictor, Results
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
 from kd.runs.read import read_scalars, results_of
-from kd.runs.setup import learns, parameters, start_training
+from kd.runs.setup import count_parameters, learns, start_training
 
 _log = logging.getLogger("kd")
 
@@ -52,13 +52,13 @@ def summary_of(
         **metric.compute(),
         **results.own_values(records),
         **results.summary(data, records),
-        "parameters": parameters(model),
+        "parameters": count_parameters(model),
         "steps": steps,
     }
 
 
 @dataclass
-class Session:
+class RunSetup:
     """Everything one run needs beside its objective.
 
     Args:
@@ -86,7 +86,7 @@ class Session:
 
 
 def run_training(
-    session: Session, model: torch.nn.Module, objective: Objective, loader: SampleLoader
+    run: RunSetup, model: torch.nn.Module, objective: Objective, loader: SampleLoader
 ) -> dict[str, Any]:
     """Train, or resume training, then evaluate and write the result.
 
@@ -98,26 +98,26 @@ def run_training(
     """
     if not learns(model):
         # A baseline that only counts: it has been fitted, and is evaluated and written as others.
-        session = replace(session, train=session.train.model_copy(update={"epochs": 0}))
-    train, accelerator = session.train, session.accelerator
+        run = replace(run, train=run.train.model_copy(update={"epochs": 0}))
+    train, accelerator = run.train, run.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
     critics = modules_of(objective.terms, trained="critic")
     training = start_training(accelerator, model, train, steps, critics)
-    set_seed(session.seed + accelerator.process_index)
-    if session.folder.checkpoint.is_file():
-        resume_training(training, session.folder.checkpoint)
-        _log.info("%s: resuming at step %d of %d", session.label, training.progress.step, steps)
+    set_seed(run.seed + accelerator.process_index)
+    if run.folder.checkpoint.is_file():
+        resume_training(training, run.folder.checkpoint)
+        _log.info("%s: resuming at step %d of %d", run.label, training.progress.step, steps)
     first, main = training.progress.step, accelerator.is_main_process
-    tracker = Tracker(session.folder.path, enabled=main, resume_step=first)
-    val = val_loader(session.data, session.train.batch_size, accelerator)
-    seconds = _train(session, training, objective, loader, val, tracker, steps)
-    metric = _evaluate(session, training, objective, val)
-    results = session.results
-    summary = summary_of(results, session.data, metric, training.exported, training.progress.step)
+    tracker = Tracker(run.folder.path, enabled=main, resume_step=first)
+    val = val_loader(run.data, run.train.batch_size, accelerator)
+    seconds = _train(run, training, objective, loader, val, tracker, steps)
+    metric = _evaluate(run, training, objective, val)
+    results = run.results
+    summary = summary_of(results, run.data, metric, training.exported, training.progress.step)
     if training.progress.step > first:
         summary["steps_per_second"] = (training.progress.step - first) / seconds
     if main:
-        _write_result(session, training, objective.task, tracker, metric, summary)
+        _write_result(run, training, objective.task, tracker, metric, summary)
     tracker.close()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -125,7 +125,7 @@ def run_training(
 
 
 def _train(
-    session: Session,
+    run: RunSetup,
     training: Training,
     objective: Objective,
     loader: SampleLoader,
@@ -134,17 +134,17 @@ def _train(
     steps: int,
 ) -> float:
     """Run `fit` with evaluations between epochs; the seconds that training itself took."""
-    train, folder = session.train, session.folder
-    main = session.accelerator.is_main_process
+    train, folder = run.train, run.folder
+    main = run.accelerator.is_main_process
     evaluating = 0.0
 
     def epoch_end(epoch: int) -> None:
         nonlocal evaluating
         if train.evaluate_every and epoch % train.evaluate_every == 0 and epoch < train.epochs:
             began = time.perf_counter()
-            metric = _evaluate(session, training, objective, val)
+            metric = _evaluate(run, training, objective, val)
             if main:
-                own = session.results.own_values(metric.records())
+                own = run.results.own_values(metric.records())
                 tracker.scalars(_tags({**metric.compute(), **own}), training.progress.step)
             evaluating += time.perf_counter() - began
 
@@ -155,9 +155,9 @@ def _train(
         epoch_end=epoch_end,
         stop=stop,
     )
-    with ProgressBar(session.label, steps, training.progress.step, enabled=main) as advance, stop:
+    with ProgressBar(run.label, steps, training.progress.step, enabled=main) as advance, stop:
         hooks.progress = advance
-        if _evaluation_missing(session, training):
+        if _evaluation_missing(run, training):
             epoch_end(training.progress.epoch)
         started, evaluating = time.perf_counter(), 0.0
         fit(
@@ -173,12 +173,12 @@ def _train(
     return time.perf_counter() - started - evaluating
 
 
-def _evaluation_missing(session: Session, training: Training) -> bool:
+def _evaluation_missing(run: RunSetup, training: Training) -> bool:
     """Whether an earlier start was ended after an epoch's checkpoint, before its evaluation."""
     place = training.progress
     missing = [place.batch == 0 and place.epoch > 0]
-    if missing[0] and session.accelerator.is_main_process:
-        curves = read_scalars(session.folder.path)
+    if missing[0] and run.accelerator.is_main_process:
+        curves = read_scalars(run.folder.path)
         scored = [curve for tag, curve in curves.items() if tag.startswith("eval/")]
         missing = [all(step != place.step for curve in scored for step, _ in curve)]
     broadcast_object_list(missing)
@@ -186,7 +186,7 @@ def _evaluation_missing(session: Session, training: Training) -> bool:
 
 
 def _write_result(
-    session: Session,
+    run: RunSetup,
     training: Training,
     task: Task,
     tracker: Tracker,
@@ -195,37 +195,37 @@ def _write_result(
 ) -> None:
     """Weights without adapters, predictions, curves and images; the summary last."""
     step = training.progress.step
-    metadata = {"config": str(session.folder.path / "config.yaml"), "format": "kd-model-1"}
-    save_model(session.folder.model, training.exported, metadata)
-    session.folder.name_classes(session.data.class_names)
-    metric.save_predictions(session.folder.path / "predictions.npz")
+    metadata = {"config": str(run.folder.path / "config.yaml"), "format": "kd-model-1"}
+    save_model(run.folder.model, training.exported, metadata)
+    run.folder.name_classes(run.data.class_names)
+    metric.save_predictions(run.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
-    results, data = session.results, session.data
-    for tag, figure in results.training_figures(data, metric.records(), session.label):
+    results, data = run.results, run.data
+    for tag, figure in results.training_figures(data, metric.records(), run.label):
         tracker.figure(tag, figure, step)
     if results.drawn_in_training:
-        for number, figure in enumerate(_drawn(session, training, task)):
+        for number, figure in enumerate(_drawn(run, training, task)):
             tracker.figure(f"images/{number}", figure, step)
     finals = {f"eval/{name}": float(value) for name, value in summary.items()}
-    tracker.hparams(flatten(session.folder.config), finals)
-    session.folder.finish(summary)
+    tracker.hparams(flatten(run.folder.config), finals)
+    run.folder.finish(summary)
 
 
 def _tags(values: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
-def _drawn(session: Session, training: Training, task: Task) -> Iterator[Figure]:
+def _drawn(run: RunSetup, training: Training, task: Task) -> Iterator[Figure]:
     """Val images with the predictions of the model, and of its teacher if it has one."""
-    teacher, predictors = session.teacher, {}
+    teacher, predictors = run.teacher, {}
     if teacher is not None:
         model = AdaptedStudent(teacher.model)
         size = getattr(teacher.section, "size", None)
         predictors["teacher"] = Predictor(model, teacher.task, size)
     predictors["model" if teacher is None else "student"] = Predictor(training.result, task)
-    return session.results.draw(
-        session.data, predictors, {}, count=session.train.images,
-        accelerator=session.accelerator,
+    return run.results.draw(
+        run.data, predictors, {}, count=run.train.images,
+        accelerator=run.accelerator,
     )  # fmt: skip
 
 
@@ -240,16 +240,16 @@ def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> Samp
 
 
 def _evaluate(
-    session: Session, training: Training, objective: Objective, loader: SampleLoader
+    run: RunSetup, training: Training, objective: Objective, loader: SampleLoader
 ) -> Metric:
-    metric = objective.task.metric(session.data.class_info())
+    metric = objective.task.metric(run.data.class_info())
     evaluate(
         training.result,
         objective.task,
         loader,
         metric,
-        session.accelerator,
-        channels_last=session.train.channels_last,
+        run.accelerator,
+        channels_last=run.train.channels_last,
     )
     return metric
 

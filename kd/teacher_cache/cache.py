@@ -35,7 +35,7 @@ from kd.errors import UserError
 from kd.formats.splits import fold_of
 from kd.nn.weights import weights_hash
 from kd.problems.base import Dataset, Task, TeacherView
-from kd.runs.load_teacher import TrainedTeacher, answering, fold_models
+from kd.runs.load_teacher import TrainedTeacher, fast_teacher, fold_models
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
 from kd.teacher_cache.writer import ShardWriter
@@ -47,7 +47,7 @@ MOST_IMAGES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class CacheOptions:
     """What is to be kept.
 
     Args:
@@ -84,7 +84,7 @@ class Wanted:
 
 
 def open_cache(
-    teacher: TrainedTeacher, data: Dataset, accelerator: Accelerator, wanted: Wanted
+    teacher: TrainedTeacher, data: Dataset, accelerator: Accelerator, options: CacheOptions
 ) -> dict[str, CachedField]:
     """The outputs by name, read from where they are kept; what lacks is computed now.
 
@@ -92,16 +92,16 @@ def open_cache(
         UserError: A cache of another teacher, dataset or transform; a teacher without folds; a
             layer that it has not; an output that is not finite.
     """
-    if wanted.int8 and tuple(wanted.outputs) != (POSTERIOR,):
+    if options.int8 and tuple(options.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; keep layers in float32, in a cache of their own")
-    shown = data.problem.teacher_view(teacher, data, wanted.split, size=wanted.size)
-    alone = [name for name in wanted.outputs if name != POSTERIOR or not wanted.out_of_fold]
+    shown = data.problem.teacher_view(teacher, data, options.split, size=options.size)
+    alone = [name for name in options.outputs if name != POSTERIOR or not options.out_of_fold]
     found: dict[str, CachedField] = {}
-    if len(alone) < len(wanted.outputs):
+    if len(alone) < len(options.outputs):
         models = fold_models(teacher, data.num_classes)
-        found |= _Cache(teacher, models, shown, accelerator, wanted).open([POSTERIOR])
+        found |= _Cache(teacher, models, shown, accelerator, options).open([POSTERIOR])
     if alone:
-        found |= _Cache(teacher, [teacher.model], shown, accelerator, wanted).open(alone)
+        found |= _Cache(teacher, [teacher.model], shown, accelerator, options).open(alone)
     return found
 
 
@@ -113,7 +113,7 @@ class _Cache:
     models: Sequence[torch.nn.Module]
     shown: TeacherView
     accelerator: Accelerator
-    wanted: Wanted
+    options: CacheOptions
 
     def __post_init__(self) -> None:
         self.samples, self.grid = self.shown.samples(), self.shown.grid
@@ -141,8 +141,8 @@ class _Cache:
             "teacher": self._weights,
             "output": output,
             **self._shown_about,
-            "precision": "int8" if self.wanted.int8 else "bf16" if self._autocast else "fp32",
-            "dtype": self.wanted.dtype,
+            "precision": "int8" if self.options.int8 else "bf16" if self._autocast else "fp32",
+            "dtype": self.options.dtype,
             "top_k": self._top_k(output),
             "mirrored": self.mirrored(output),
         }
@@ -155,7 +155,7 @@ class _Cache:
 
     def _top_k(self, output: str) -> int:
         """How many classes are kept; layers are kept whole."""
-        return 0 if layers_among([output], self.teacher.task) else self.wanted.top_k
+        return 0 if layers_among([output], self.teacher.task) else self.options.top_k
 
     @property
     def _autocast(self) -> bool:
@@ -168,14 +168,14 @@ class _Cache:
 
     def mirrored(self, output: str) -> bool:
         """Whether the mirrored image's is kept too."""
-        return self.wanted.mirrored and output != POSTERIOR
+        return self.options.mirrored and output != POSTERIOR
 
     def _place(self, output: str) -> str:
         """Where it is kept: told apart by its key where nobody named the place."""
-        name = f"{self.shown.data.section.name}-{self.wanted.split}-{output}"
+        name = f"{self.shown.data.section.name}-{self.options.split}-{output}"
         name = re.sub(r"[^\w.-]+", "_", name).lstrip(".")
-        if self.wanted.location is not None:
-            return f"{self.wanted.location.rstrip('/')}/{name}"
+        if self.options.location is not None:
+            return f"{self.options.location.rstrip('/')}/{name}"
         text = json.dumps(self.about(output), sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         return str(self.teacher.folder / "cache" / f"{name}-{key}")
@@ -214,7 +214,7 @@ class _Cache:
         return [objects * count * size for count, size in zip(sides, each, strict=True)]
 
     def _writer(self, output: str, store: Store) -> ShardWriter:
-        return ShardWriter(output, store, self.shown, self.wanted.dtype, self._top_k(output))
+        return ShardWriter(output, store, self.shown, self.options.dtype, self._top_k(output))
 
     def _fill(self, stores: dict[str, Store]) -> None:
         """Compute this process's part of the shards that lack."""
@@ -257,7 +257,7 @@ class _Cache:
         layers = layers_among(outputs, task)
         both = any(self.mirrored(writer.name) for writer in writers)
         if not layers:
-            model = answering(model, self.teacher.task, self.samples, int8=self.wanted.int8)
+            model = fast_teacher(model, self.teacher.task, self.samples, int8=self.options.int8)
         with self._asked(model.to(device), layers, outputs) as live:
             for batch in loader:
                 moved = to_device(batch, device, channels_last=True)

@@ -18,7 +18,7 @@ from kd.distillation.terms import (
     check_weights,
     distillation_losses,
     draw_modules,
-    looked_at,
+    layer_masks,
     weighted_sum,
 )
 from kd.errors import UserError
@@ -125,7 +125,7 @@ def test_a_layer_is_looked_at_where_any_of_its_readers_masks_says_so() -> None:
         "ring": lambda grid: torch.tensor([[[0.0, 0.5, 0.0]]]),
         "inside": lambda grid: torch.tensor([[[False, False, True]]]),
     }
-    found = looked_at(terms, masks)
+    found = layer_masks(terms, masks)
     assert found.keys() == {"both", "boxes"}
     assert found["both"]((1, 3)).tolist() == [[[True, True, False]]]
     assert found["boxes"]((1, 3)).tolist() == [[[False, False, True]]]

@@ -109,7 +109,7 @@ def adversary(objective: Objective) -> Adversary:
 
 def test_student_and_critic_take_the_steps_of_a_loop_written_by_hand() -> None:
     training, objective = start()
-    student = copy.deepcopy(training.bare.student)
+    student = copy.deepcopy(training.unwrapped.student)
     assert isinstance(student, nn.Module)
     mine = copy.deepcopy(adversary(objective))
     sgd = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -135,7 +135,7 @@ def test_student_and_critic_take_the_steps_of_a_loop_written_by_hand() -> None:
         sgd.zero_grad(), adam.zero_grad()
         for group in adam.param_groups:  # poly
             group["lr"] = 1e-3 * (1 - (seed + 1) / 10) ** 0.9
-    ours = dict(training.bare.student.state_dict())  # type: ignore[union-attr]
+    ours = dict(training.unwrapped.student.state_dict())  # type: ignore[union-attr]
     for name, tensor in student.state_dict().items():
         torch.testing.assert_close(ours[name], tensor, msg=name)
     learned = adversary(objective).state_dict()
@@ -182,7 +182,7 @@ def test_a_critic_resumes_to_the_same_bits(tmp_path: Path) -> None:
     ):
         assert torch.equal(one, two), name
     for (name, one), two in zip(
-        whole.bare.state_dict().items(), second.bare.state_dict().values(), strict=True
+        whole.unwrapped.state_dict().items(), second.unwrapped.state_dict().values(), strict=True
     ):
         assert torch.equal(one, two), name
     assert "loss/holistic_critic" in logged[0] and "loss/holistic" in logged[0]

@@ -166,7 +166,7 @@ def test_fit_ends_in_the_weights_of_a_loop_written_by_hand() -> None:
     )
     batches = [make_batch([2, 1, 3], seed=seed) for seed in range(4)]
     training = start(recipe, steps=8, dropout=0.2)
-    student = copy.deepcopy(training.bare.student)
+    student = copy.deepcopy(training.unwrapped.student)
     assert isinstance(student, SmallStudent)
     torch.manual_seed(7)
     fit(training, objective(), Loader(batches), epochs=2, hooks=quiet())
@@ -197,7 +197,7 @@ def test_fit_ends_in_the_weights_of_a_loop_written_by_hand() -> None:
         decay = min(0.9, (1 + step) / (10 + step))
         for mine, its in zip(average.parameters(), student.parameters(), strict=True):
             mine.data.lerp_(its.data, 1 - decay)
-    ours = training.bare.student
+    ours = training.unwrapped.student
     assert isinstance(ours, nn.Module)
     for (name, mine), its in zip(ours.named_parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6, msg=name)
@@ -218,8 +218,8 @@ def test_micro_batches_add_up_to_the_whole_batch(parts: int) -> None:
     one, many = start(), start()
     whole_sums, whole_counts = train_step(one, [join(*small)], goal, weights)
     sums, totals = train_step(many, small, goal, weights)
-    for name, tensor in one.bare.state_dict().items():
-        torch.testing.assert_close(tensor, many.bare.state_dict()[name], msg=name)
+    for name, tensor in one.unwrapped.state_dict().items():
+        torch.testing.assert_close(tensor, many.unwrapped.state_dict()[name], msg=name)
     for name in whole_sums:  # and so do the losses that are logged
         torch.testing.assert_close(
             sums[name] / totals[name], whole_sums[name] / whole_counts[name], msg=name
@@ -236,7 +236,7 @@ def test_a_short_last_group_still_takes_its_step() -> None:
 def test_unlabelled_images_move_the_distillation_terms_alone() -> None:
     labelled = make_batch([2, 3], seed=1)
     unlabelled = make_batch([1, 4], seed=2, withheld=2)
-    model = start().bare
+    model = start().unwrapped
     goal = objective(distilled=True)
     alone = forward_losses(model, labelled, goal)
     both = forward_losses(model, join(labelled, unlabelled), goal)
@@ -246,16 +246,16 @@ def test_unlabelled_images_move_the_distillation_terms_alone() -> None:
     plain = [start(), start()]
     for training, batch in zip(plain, (labelled, join(labelled, unlabelled)), strict=True):
         train_step(training, [batch], objective(), {"cross_entropy": 1.0})
-    for name, tensor in plain[0].bare.state_dict().items():
-        torch.testing.assert_close(tensor, plain[1].bare.state_dict()[name], msg=name)
+    for name, tensor in plain[0].unwrapped.state_dict().items():
+        torch.testing.assert_close(tensor, plain[1].unwrapped.state_dict()[name], msg=name)
 
 
 def test_a_batch_without_labels_leaves_the_supervised_weights_alone() -> None:
     training = start()
-    before = state(training.bare)
+    before = state(training.unwrapped)
     batch = make_batch([1, 2], withheld=2)
     sums, counts = train_step(training, [batch], objective(), {"cross_entropy": 1.0})
-    assert_equal(before, state(training.bare))
+    assert_equal(before, state(training.unwrapped))
     assert sums["cross_entropy"] == 0
     assert counts["cross_entropy"] == 0
 
@@ -273,7 +273,7 @@ def test_terms_at_weight_zero_change_no_bit() -> None:
     ):
         torch.manual_seed(5)
         fit(training, aim, Loader(batches), epochs=2, hooks=quiet())
-    assert_equal(state(distilled.bare), state(plain.bare))
+    assert_equal(state(distilled.unwrapped), state(plain.unwrapped))
 
 
 def test_the_average_follows_statistics_and_copies_counters() -> None:
@@ -282,7 +282,7 @@ def test_the_average_follows_statistics_and_copies_counters() -> None:
     assert training.ema is not None
     first = state(training.ema)
     fit(training, objective(), Loader([make_batch([1, 2])] * 3), epochs=1, hooks=quiet())
-    own, averaged = state(training.bare), state(training.ema)
+    own, averaged = state(training.unwrapped), state(training.ema)
     assert averaged["student.norm.num_batches_tracked"] == 3
     expected = first["student.norm.running_mean"]
     assert not torch.equal(averaged["student.norm.running_mean"], expected)
@@ -323,7 +323,7 @@ def test_logged_losses_are_means_over_all_objects_since_the_last_line() -> None:
     lines: list[dict[str, float]] = []
     hooks = quiet(log=lambda values, step: lines.append(values))
     fit(training, objective(), Loader(batches), epochs=1, hooks=hooks)
-    model = training.bare
+    model = training.unwrapped
     whole = forward_losses(model, join(*batches), objective())["cross_entropy"].value.item()
     means = [forward_losses(model, b, objective())["cross_entropy"].value.item() for b in batches]
     assert lines[0]["loss/cross_entropy"] == pytest.approx(whole, rel=1e-4)

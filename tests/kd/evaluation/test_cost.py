@@ -17,7 +17,7 @@ from kd.evaluation.cost import measured
 from kd.evaluation.cost_figure import cost_table
 from kd.problems import problem
 from kd.runs.read import read_distill, read_run
-from kd.runs.setup import parameters
+from kd.runs.setup import count_parameters
 
 pytestmark = pytest.mark.slow
 TEACHER = {"name": "pspnet", "options": {"trunk": "mobilenet_v2", "width": 0.25, "weights": "no"}}
@@ -75,7 +75,9 @@ def test_every_variant_and_the_teacher_become_points(
     ]  # fmt: skip
     plain, taught, above = (cost.point for cost in costs)
     assert {cost.sides for cost in costs} == {(48, 48)}
-    expected = parameters(problem("segmentation").named_student("espnet_c", {}, num_classes=23))
+    expected = count_parameters(
+        problem("segmentation").named_student("espnet_c", {}, num_classes=23)
+    )
     assert plain.parameters == taught.parameters == expected != above.parameters
     assert plain.latency == taught.latency > 0 and plain.multiply_adds > 1e6
     assert plain.mean_iou == pytest.approx((50 / 100 + 60 / 100) / 4)  # of two classes, one at 0

@@ -33,7 +33,7 @@ from kd.runs import train as session_module
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.folder import RunFolder
 from kd.runs.read import read_scalars
-from kd.runs.train import Session, print_summary, run_training
+from kd.runs.train import RunSetup, print_summary, run_training
 
 pytestmark = pytest.mark.slow
 
@@ -115,8 +115,8 @@ def run(
         Classification(num_classes=data.num_classes), {"cross_entropy": 1.0}, terms, posteriors
     )
     opened = RunFolder(folder, CONFIG, resume=True)
-    session = Session(opened, accelerator, data, TRAIN, seed, "run")
-    return run_training(session, AdaptedStudent(student), objective, wrap(loader))
+    setup = RunSetup(opened, accelerator, data, TRAIN, seed, "run")
+    return run_training(setup, AdaptedStudent(student), objective, wrap(loader))
 
 
 @pytest.fixture(scope="module")

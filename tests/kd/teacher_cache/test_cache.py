@@ -30,7 +30,7 @@ from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.runs.setup import start_training
 from kd.teacher_cache import cache as teacher_cache
-from kd.teacher_cache.cache import Wanted, open_cache
+from kd.teacher_cache.cache import CacheOptions, open_cache
 from kd.teacher_cache.writer import ShardWriter
 from students.classifiers import build_student
 
@@ -71,7 +71,9 @@ def live_rows(teacher: TrainedTeacher, data: ObjectsDataset) -> dict[str, dict[i
 def test_what_is_kept_is_what_the_teacher_says(
     teacher: TrainedTeacher, data: ObjectsDataset, dtype: Any
 ) -> None:
-    kept = open_cache(teacher, data, make_accelerator("fp32"), Wanted(outputs=BOTH, dtype=dtype))
+    kept = open_cache(
+        teacher, data, make_accelerator("fp32"), CacheOptions(outputs=BOTH, dtype=dtype)
+    )
     rows = live_rows(teacher, data)
     tolerance = 1e-3 if dtype == "float16" else 1e-5
     for name in BOTH:
@@ -89,7 +91,7 @@ def test_out_of_fold_posteriors_are_each_images_own_fold(
     teacher: TrainedTeacher, data: ObjectsDataset
 ) -> None:
     accelerator = make_accelerator("fp32")
-    kept = open_cache(teacher, data, accelerator, Wanted(outputs=BOTH[::2], out_of_fold=True))
+    kept = open_cache(teacher, data, accelerator, CacheOptions(outputs=BOTH[::2], out_of_fold=True))
     rows = live_rows(teacher, data)
     ids = kept["posterior"].store.ids()
     layer = torch.stack([rows[LAYER][int(one)] for one in kept[LAYER].store.ids()])
@@ -136,8 +138,8 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
     asked: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    accelerator, wanted = make_accelerator("fp32"), Wanted(outputs=("posterior", LAYER))
-    whole = open_cache(teacher, data, accelerator, wanted)
+    accelerator, options = make_accelerator("fp32"), CacheOptions(outputs=("posterior", LAYER))
+    whole = open_cache(teacher, data, accelerator, options)
     expected = {name: kept.whole() for name, kept in whole.items()}
     shutil.rmtree(teacher.folder / "cache")
     with monkeypatch.context() as patch:
@@ -151,19 +153,19 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
 
         patch.setattr(ShardWriter, "_write", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            open_cache(teacher, data, accelerator, wanted)
+            open_cache(teacher, data, accelerator, options)
     finished = {
         file: file.stat().st_mtime_ns for file in (teacher.folder / "cache").rglob("*.safetensors")
     }
     assert len(finished) == 5
     asked.clear()
-    again = open_cache(teacher, data, accelerator, wanted)
+    again = open_cache(teacher, data, accelerator, options)
     assert sum(asked) == 24 - 2 * 5  # posteriors of three shards are there, maps of two
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     for name, kept in again.items():
         assert torch.equal(kept.whole(), expected[name])
     asked.clear()
-    open_cache(teacher, data, accelerator, wanted)
+    open_cache(teacher, data, accelerator, options)
     assert asked == []
 
 
@@ -174,14 +176,14 @@ def test_a_damaged_shard_is_named_and_made_anew_alone(
     asked: list[int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    accelerator, wanted = make_accelerator("fp32"), Wanted(outputs=(LAYER,))
-    before = open_cache(teacher, data, accelerator, wanted)[LAYER].whole()
+    accelerator, options = make_accelerator("fp32"), CacheOptions(outputs=(LAYER,))
+    before = open_cache(teacher, data, accelerator, options)[LAYER].whole()
     (victim,) = (teacher.folder / "cache").rglob("00003-*")
     content = bytearray(victim.read_bytes())
     content[-1] ^= 255
     victim.write_bytes(content)
     asked.clear()
-    after = open_cache(teacher, data, accelerator, wanted)[LAYER].whole()
+    after = open_cache(teacher, data, accelerator, options)[LAYER].whole()
     assert asked == [4, 1]
     assert torch.equal(before, after)
     assert f"{victim.name}: damaged; it is made anew" in caplog.text
@@ -190,8 +192,10 @@ def test_a_damaged_shard_is_named_and_made_anew_alone(
 
 def test_only_the_likeliest_classes_are_kept(teacher: TrainedTeacher, data: ObjectsDataset) -> None:
     accelerator = make_accelerator("fp32")
-    exact = open_cache(teacher, data, accelerator, Wanted(dtype="float32"))["posterior"]
-    kept = open_cache(teacher, data, accelerator, Wanted(dtype="float32", top_k=5))["posterior"]
+    exact = open_cache(teacher, data, accelerator, CacheOptions(dtype="float32"))["posterior"]
+    kept = open_cache(teacher, data, accelerator, CacheOptions(dtype="float32", top_k=5))[
+        "posterior"
+    ]
     values, indices = exact.whole().topk(5, dim=1)
     torch.testing.assert_close(kept.whole().gather(1, indices), values)
     assert kept.shape == (22,)
@@ -204,26 +208,26 @@ def test_another_teacher_transform_or_data_set_is_refused(
     teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     accelerator = make_accelerator("fp32")
-    wanted = Wanted(location=str(tmp_path / "kept"))
-    open_cache(teacher, data, accelerator, wanted)
+    options = CacheOptions(location=str(tmp_path / "kept"))
+    open_cache(teacher, data, accelerator, options)
     with torch.no_grad():
         next(iter(teacher.model.parameters())).add_(1e-3)
     with pytest.raises(UserError, match=r"kept/scenes-train-posterior: a cache of.*teacher is '"):
-        open_cache(teacher, data, accelerator, wanted)
+        open_cache(teacher, data, accelerator, options)
     teacher = load_teacher(teacher.folder, 22)
     section = teacher.recipe.data.model_copy(update={"size": 48})
     recipe = teacher.recipe.model_copy(update={"data": section})
     other = TrainedTeacher(teacher.folder, recipe, teacher.model, teacher.task)
     with pytest.raises(UserError, match=r"transform is 'size 32, box.*' there, 'size 48, box"):
-        open_cache(other, data, accelerator, wanted)
+        open_cache(other, data, accelerator, options)
     half = make_accelerator("bf16")
     with pytest.raises(UserError, match=r"precision is 'fp32' there, 'bf16' here"):
-        open_cache(teacher, data, half, wanted)
+        open_cache(teacher, data, half, options)
     make_accelerator("fp32")
     swapped = ObjectsDataset(data.section, data.val, data.train)
     with pytest.raises(UserError, match=r"data is '.*' there, '.*' here"):
-        open_cache(teacher, swapped, accelerator, wanted)
-    open_cache(teacher, data, accelerator, wanted)
+        open_cache(teacher, swapped, accelerator, options)
+    open_cache(teacher, data, accelerator, options)
 
 
 def test_objects_are_hidden_at_the_size_of_the_training(
@@ -232,7 +236,7 @@ def test_objects_are_hidden_at_the_size_of_the_training(
     with pytest.raises(
         UserError, match=r"a size of 64 pixels is for label maps and gaze; .* leave soft_targ"
     ):
-        open_cache(teacher, data, make_accelerator("fp32"), Wanted(size=64))
+        open_cache(teacher, data, make_accelerator("fp32"), CacheOptions(size=64))
 
 
 def test_numbers_that_cannot_be_kept_are_named(
@@ -242,7 +246,7 @@ def test_numbers_that_cannot_be_kept_are_named(
     with torch.no_grad():
         head.fill_(1e5)
     with pytest.raises(UserError, match=r"logits of object \d+ is not finite as float16; store it"):
-        open_cache(teacher, data, make_accelerator("fp32"), Wanted(outputs=("logits",)))
+        open_cache(teacher, data, make_accelerator("fp32"), CacheOptions(outputs=("logits",)))
 
 
 class Mirrorable(nn.Module):
@@ -266,7 +270,7 @@ def test_distilling_from_a_cache_gives_the_live_losses(
     if augmented:  # by mirroring, which this teacher follows
         mirrored = Mirrorable().eval()
         teacher = TrainedTeacher(teacher.folder, teacher.recipe, mirrored, teacher.task)
-    kept = open_cache(teacher, data, accelerator, Wanted(outputs=("posterior", LAYER)))
+    kept = open_cache(teacher, data, accelerator, CacheOptions(outputs=("posterior", LAYER)))
     off = dict.fromkeys(("flip", "shift", "rotate", "rgb_shift", "shuffle", "grey", "blur",
                          "jitter"), 0.0)  # fmt: skip
     moves = {**off, "flip": 0.5} if augmented else off
@@ -321,16 +325,16 @@ def curve(data: ObjectsDataset, source: Any, loader: Any) -> list[float]:
 def test_other_pictures_under_the_same_names_are_refused(
     teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
-    accelerator, wanted = make_accelerator("fp32"), Wanted(location=str(tmp_path / "kept"))
-    open_cache(teacher, data, accelerator, wanted)
+    accelerator, options = make_accelerator("fp32"), CacheOptions(location=str(tmp_path / "kept"))
+    open_cache(teacher, data, accelerator, options)
     moved = shutil.copytree(data.train.image_folder, tmp_path / "pictures")
     index = dataclasses.replace(data.train, image_folder=moved)
-    open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, wanted)
+    open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, options)
     picture = min(moved.iterdir())
     with Image.open(picture) as image:
         Image.eval(image, lambda value: value // 3).save(picture)
     with pytest.raises(UserError, match="images is '"):
-        open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, wanted)
+        open_cache(teacher, ObjectsDataset(data.section, index, data.val), accelerator, options)
 
 
 def test_posteriors_in_int8_come_near_and_are_kept_apart(
@@ -339,15 +343,15 @@ def test_posteriors_in_int8_come_near_and_are_kept_apart(
     accelerator = make_accelerator("fp32")
     places = {int8: str(tmp_path / str(int8)) for int8 in (False, True)}
     exact, rough = (
-        open_cache(teacher, data, accelerator, Wanted(int8=int8, dtype="float32", location=place))[
-            "posterior"
-        ].whole()
+        open_cache(
+            teacher, data, accelerator, CacheOptions(int8=int8, dtype="float32", location=place)
+        )["posterior"].whole()
         for int8, place in places.items()
     )
     divergence = (exact.exp() * (exact - rough)).sum(dim=1)
     assert not torch.equal(exact, rough) and divergence.mean().abs() < 0.05
     with pytest.raises(UserError, match=r"precision is 'fp32' there, 'int8' here"):
-        open_cache(teacher, data, accelerator, Wanted(int8=True, dtype="float32",
+        open_cache(teacher, data, accelerator, CacheOptions(int8=True, dtype="float32",
                                                       location=places[False]))  # fmt: skip
     with pytest.raises(UserError, match="int8: posteriors only"):
-        open_cache(teacher, data, accelerator, Wanted(outputs=BOTH, int8=True))
+        open_cache(teacher, data, accelerator, CacheOptions(outputs=BOTH, int8=True))

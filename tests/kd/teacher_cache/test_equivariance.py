@@ -13,7 +13,7 @@ from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator
 from kd.runs.load_teacher import TrainedTeacher, load_teacher
-from kd.teacher_cache.cache import Wanted, open_cache
+from kd.teacher_cache.cache import CacheOptions, open_cache
 from kd.teacher_cache.equivariance import check_moved_maps, moved_map_errors
 
 OFF = dict.fromkeys(("rgb_shift", "shuffle", "grey", "blur", "jitter"), 0.5)
@@ -71,8 +71,8 @@ def errors_of(
     loaded = load_teacher(folder, 22)
     teacher = TrainedTeacher(tmp_path, loaded.recipe, Mapped(placed=placed).eval(), loaded.task)
     accelerator = make_accelerator("fp32")
-    wanted = Wanted(outputs=("posterior", *outputs), mirrored=mirrored, top_k=top_k)
-    kept = open_cache(teacher, data, accelerator, wanted)
+    options = CacheOptions(outputs=("posterior", *outputs), mirrored=mirrored, top_k=top_k)
+    kept = open_cache(teacher, data, accelerator, options)
     check_moved_maps(teacher, data, kept, accelerator, limit=limit)
     found = moved_map_errors(teacher, data, kept, accelerator)
     assert set(found) == set(outputs)  # posteriors belong to the object

@@ -23,7 +23,7 @@ from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.storage.fields import CachedField
 from kd.teacher_cache import cache as teacher_cache
-from kd.teacher_cache.cache import Wanted, open_cache
+from kd.teacher_cache.cache import CacheOptions, open_cache
 from kd.teacher_cache.writer import ShardWriter
 from kd.transforms.crops import Crop
 from kd.utils.images import read_image
@@ -98,7 +98,7 @@ def test_a_teacher_may_see_larger_pictures_than_in_training(
     data: SegmentationDataset, tmp_path: Path
 ) -> None:
     teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
-    large = Wanted(outputs=("logits",), dtype="float32", size=2 * max(SIZE))
+    large = CacheOptions(outputs=("logits",), dtype="float32", size=2 * max(SIZE))
     kept = open_cache(teacher, data, accelerator, large)["logits"]
     crop = Crop(window=(0, 0, *SIZE), size=SIZE)
     view = data.problem.teacher_view(teacher, data, "train", size=large.size)
@@ -108,7 +108,7 @@ def test_a_teacher_may_see_larger_pictures_than_in_training(
         live = source({"images": picture[None]})["logits"]
     finer = CachedField(kept.store, "logits", stride=STRIDE // 2)
     torch.testing.assert_close(finer.cropped(1, crop, SIZE, SIZE), live)
-    own = open_cache(teacher, data, accelerator, Wanted(outputs=("logits",), dtype="float32"))
+    own = open_cache(teacher, data, accelerator, CacheOptions(outputs=("logits",), dtype="float32"))
     assert own["logits"].store.url != kept.store.url  # each is kept by itself
 
 
@@ -118,8 +118,8 @@ def test_a_crop_on_the_grid_gets_what_the_teacher_says_of_it(
     data: SegmentationDataset, tmp_path: Path, sided: bool, flip: bool
 ) -> None:
     teacher = teacher_of(data, tmp_path, sided=sided)
-    wanted = Wanted(outputs=BOTH, dtype="float32", mirrored=sided)
-    kept = open_cache(teacher, data, make_accelerator("fp32"), wanted)
+    options = CacheOptions(outputs=BOTH, dtype="float32", mirrored=sided)
+    kept = open_cache(teacher, data, make_accelerator("fp32"), options)
     for image, top, left in ((0, 0, 0), (3, 16, 8), (4, 24, 24)):
         crop = Crop(window=(top, left, *FRAME), size=FRAME, flip=flip)
         picture = crop.image(read_image(data.train.images[image], None), FRAME)[None]
@@ -142,8 +142,8 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
     data = open_maps(section(tmp_path / "maps", crop=SIZE, augment=still))
     teacher = teacher_of(data, tmp_path, sided=True)
     accelerator = make_accelerator("fp32")
-    wanted = Wanted(outputs=BOTH, dtype="float32", mirrored=True)
-    kept = open_cache(teacher, data, accelerator, wanted)
+    options = CacheOptions(outputs=BOTH, dtype="float32", mirrored=True)
+    kept = open_cache(teacher, data, accelerator, options)
     samples = data.crops(0, cached=list(kept.values()))
     loader = make_loader(samples, accelerator, batch_size=5, workers=0, train=True)
     batch = next(iter(loader))
@@ -162,7 +162,9 @@ def test_only_the_likeliest_classes_are_kept_of_each_place(
     teacher = teacher_of(data, tmp_path)
     accelerator = make_accelerator("fp32")
     exact, kept = (
-        open_cache(teacher, data, accelerator, Wanted(outputs=("logits",), top_k=top_k))["logits"]
+        open_cache(teacher, data, accelerator, CacheOptions(outputs=("logits",), top_k=top_k))[
+            "logits"
+        ]
         for top_k in (0, 3)
     )
     crop = Crop(window=(0, 0, *SIZE), size=SIZE)
@@ -178,8 +180,8 @@ def test_an_interrupted_pass_over_pictures_goes_on(
 ) -> None:
     monkeypatch.setattr(teacher_cache, "MOST_IMAGES", 2)  # 5 images: three shards
     monkeypatch.setattr(teacher_cache, "IMAGES_A_BATCH", 2)
-    accelerator, wanted = make_accelerator("fp32"), Wanted(outputs=("logits",))
-    expected = open_cache(teacher_of(data, tmp_path / "whole"), data, accelerator, wanted)
+    accelerator, options = make_accelerator("fp32"), CacheOptions(outputs=("logits",))
+    expected = open_cache(teacher_of(data, tmp_path / "whole"), data, accelerator, options)
     teacher, write = teacher_of(data, tmp_path / "cut"), ShardWriter._write
     with monkeypatch.context() as patch:
 
@@ -190,7 +192,7 @@ def test_an_interrupted_pass_over_pictures_goes_on(
 
         patch.setattr(ShardWriter, "_write", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            open_cache(teacher, data, accelerator, wanted)
+            open_cache(teacher, data, accelerator, options)
     shown: list[list[int]] = []
     call = LiveTeacher.__call__
 
@@ -199,7 +201,7 @@ def test_an_interrupted_pass_over_pictures_goes_on(
         return call(self, batch)
 
     monkeypatch.setattr(LiveTeacher, "__call__", counted)
-    found = open_cache(teacher, data, accelerator, wanted)
+    found = open_cache(teacher, data, accelerator, options)
     assert shown == [[4]]
     assert found["logits"].store.ids().tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(found["logits"].whole(), expected["logits"].whole())
@@ -209,17 +211,17 @@ def test_other_pictures_another_size_or_split_are_refused(
     data: SegmentationDataset, tmp_path: Path
 ) -> None:
     teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
-    wanted = Wanted(outputs=("logits",), location=str(tmp_path / "kept"))
-    open_cache(teacher, data, accelerator, wanted)
+    options = CacheOptions(outputs=("logits",), location=str(tmp_path / "kept"))
+    open_cache(teacher, data, accelerator, options)
     smaller = open_maps(data.section.model_copy(update={"size": 32}))
     with pytest.raises(UserError, match=r"transform is 'size None, .*' there, 'size 32, "):
-        open_cache(teacher_of(smaller, tmp_path), data, accelerator, wanted)
+        open_cache(teacher_of(smaller, tmp_path), data, accelerator, options)
     other = open_maps(data.section.model_copy(update={"train": "val"}))
     with pytest.raises(UserError, match=r"images is '\w+' there, '\w+' here"):
-        open_cache(teacher, other, accelerator, wanted)
+        open_cache(teacher, other, accelerator, options)
     Image.new("RGB", SIZE[::-1], (7, 7, 7)).save(data.train.images[1])
     with pytest.raises(UserError, match=r"kept/maps-train-logits: .*images is '\w+' there"):
-        open_cache(teacher, data, accelerator, wanted)
+        open_cache(teacher, data, accelerator, options)
 
 
 def test_pictures_of_different_sizes_want_a_live_teacher(tmp_path: Path) -> None:
@@ -228,5 +230,8 @@ def test_pictures_of_different_sizes_want_a_live_teacher(tmp_path: Path) -> None
     data = open_maps(section(tmp_path / "maps"))
     with pytest.raises(UserError, match=r"^maps: images of different sizes .*kind=live$"):
         open_cache(
-            teacher_of(data, tmp_path), data, make_accelerator("fp32"), Wanted(outputs=("logits",))
+            teacher_of(data, tmp_path),
+            data,
+            make_accelerator("fp32"),
+            CacheOptions(outputs=("logits",)),
         )

@@ -24,7 +24,7 @@ from kd.losses.imitation import anchor_grid, imitation_mask
 from kd.nn.detectors.contract import Level
 from kd.nn.detectors.faster_rcnn import FasterRCNN
 from kd.nn.networks import DETECTORS
-from kd.problems.base import remembered
+from kd.problems.base import cached_masks
 from kd.problems.detection.task import Detection, anchor_sides, assigned
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training
@@ -210,7 +210,7 @@ def test_masks_of_a_batch_are_computed_once() -> None:
         calls.append(grid)
         return torch.ones(3, *grid)
 
-    made = remembered({"inside": mask})
+    made = cached_masks({"inside": mask})
     counts = Detection(num_classes=CLASSES, levels=LEVELS).counts(batch, {"inside"}, made)
     places = {name: count for name, count in counts.items() if "/" in name}
     assert places == {"inside/4": 3 * 256, "inside/8": 3 * 64}

@@ -326,7 +326,7 @@ def after_one_step(batches: Sequence[Batch], names: tuple[str | Term, ...]) -> d
     objective = Objective(TASK, WEIGHTS, terms, Hearsay())
     training.model.train()
     train_step(training, batches, objective, objective.weights_at(0.0))
-    return {name: tensor.clone() for name, tensor in training.bare.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in training.unwrapped.state_dict().items()}
 
 
 def copied_hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
