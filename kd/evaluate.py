@@ -5,15 +5,15 @@
     python -m kd.evaluate --all runs/teacher --data scenes --out teachers
     python -m kd.evaluate results.json --annotations instances_val.json --out DIR     # any detector
 
-Of one run the model is evaluated again; tables and figures go to RUN/evaluation.
-With --all, stored predictions are read: of each RUN, or of every finished run below a folder.
+One run's model is evaluated again; tables and figures go to RUN/evaluation.
+With --all, stored predictions of each RUN, or of every finished run below a folder, are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,7 @@ from kd.cli import add_list, numbers, run_command, set_up_logging
 from kd.errors import UserError
 
 if TYPE_CHECKING:
-    from kd.evaluation.predict import Predictions
-    from kd.problems.results import Evaluation
+    from matplotlib.figure import Figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,44 +39,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, scales: Sequence[float]) -> int:
     # Torch takes seconds to import: not before the arguments are checked.
     from kd.evaluation.predict import predict_run, results_files, side_by_side, stored_predictions
-    from kd.runs.read import find_runs
-
-    if args.annotations:
-        return _show(results_files(args.annotations, args.runs), args, args.out)
-    if args.all:
-        runs = stored_predictions(find_runs(args.runs), args.data)
-        return _show(side_by_side(runs, args.data, args.settings), args, args.out)
-    [run] = args.runs
-    predictions = predict_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
-    if predictions is None:  # another process writes
-        return 0
-    if not predictions.of_training:
-        predictions.save()
-    return _show(predictions.evaluation(run), args, args.out or predictions.folder, predictions)
-
-
-def _show(
-    evaluation: Evaluation,
-    args: argparse.Namespace,
-    folder: Path | None,
-    predictions: Predictions | None = None,
-) -> int:
-    """Print, and write where a folder is named."""
     from kd.evaluation.write import write_evaluation
     from kd.report.tables import print_table
+    from kd.runs.read import find_runs
 
+    images: Iterable[Figure] = ()
+    folder, step = args.out, 0
+    if args.annotations:
+        evaluation = results_files(args.annotations, args.runs)
+    elif args.all:
+        runs = stored_predictions(find_runs(args.runs), args.data)
+        evaluation = side_by_side(runs, args.data, args.settings)
+    else:
+        [run] = args.runs
+        predictions = predict_run(run, args.data, args.settings, scales=scales, mirror=args.flip)
+        if predictions is None:  # another process writes
+            return 0
+        if not predictions.of_training:
+            predictions.save()
+        evaluation, folder = predictions.evaluation(run), folder or predictions.folder
+        step, images = predictions.step, predictions.images(predictions.records)
     for table in evaluation.summary_tables():
         print_table(table)
     if args.per_class:
         print_table(evaluation.class_table())
-    if folder is None:
-        return 0
-    if predictions is None:
-        write_evaluation(folder, evaluation)
-    else:
-        images = predictions.images(predictions.records)
-        write_evaluation(folder, evaluation, step=predictions.step, images=images)
-    sys.stdout.write(f"tables, figures and numbers: {folder}\n")
+    if folder is not None:
+        write_evaluation(folder, evaluation, step=step, images=images)
+        sys.stdout.write(f"tables, figures and numbers: {folder}\n")
     return 0
 
 
@@ -88,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, or with --all one of several"
-    )
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder; with --all one of several")
     add("--all", action="store_true", help="compare finished runs of one dataset")
     add("--data", metavar="NAME", help="another dataset with the same classes")
     add("--set", action="append", default=[], dest="settings", metavar="data.a=value",
