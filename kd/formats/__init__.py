@@ -40,19 +40,7 @@ LAYOUTS: dict[str, Entry] = {
 
 
 def check_layout(name: str, problem: str, *, annotated: str) -> str:
-    """Check that a layout's name fits a problem's data.
-
-    Args:
-        name: The user's.
-        problem: A name in `kd.problems.PROBLEMS`.
-        annotated: Name of the problem's layout in COCO format.
-
-    Returns:
-        The name.
-
-    Raises:
-        ValueError: Unknown; lists the known names.
-    """
+    """Return a layout's name, which must fit a problem; `annotated` is its COCO-format layout."""
     known = [annotated, *(one for one, entry in LAYOUTS.items() if entry.problem == problem)]
     if name not in known and not is_foreign(name):
         raise ValueError(f"unknown layout {name!r}{all_names(name, known)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +45,7 @@ class ObjectFlags:
 
 
 class CocoContent:
-    """Builder of a COCO JSON's content.
-
-    Args:
-        classes: Names; ids count from 1.
-        description: For the JSON's `info`.
-    """
+    """Builder of a COCO JSON's content; category ids count from 1."""
 
     def __init__(self, classes: Sequence[str], description: str) -> None:
         self._ids = {name: number for number, name in enumerate(classes, start=1)}
@@ -61,18 +55,14 @@ class CocoContent:
 
     def add_image(self, image_id: int, file_name: str, *, height: int, width: int) -> None:
         """Add an image; further objects belong to it."""
-        self._images.append(
-            {"id": image_id, "file_name": file_name, "height": height, "width": width}
-        )
+        image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
+        self._images.append(image)
 
     def add_object(self, name: str, corners: Corners, *, crowd: bool, **fields: object) -> None:
         """Add an object to the last image.
 
-        Args:
-            name: Its class.
-            corners: x1, y1, x2, y2, pixels, continuous: 0 to 16 is 16 wide.
-            crowd: Whether detections there are ignored.
-            fields: Further fields.
+        `corners` are x1, y1, x2, y2 in pixels, continuous: 0 to 16 is 16 wide. Detections on a
+        crowd are ignored.
         """
         x1, y1, x2, y2 = corners
         self._objects.append(
@@ -88,31 +78,19 @@ class CocoContent:
         )
 
     def done(self, where: Path) -> Json:
-        """Return the content.
-
-        Raises:
-            UserError: There are no objects; the message begins with `where`.
-        """
+        """Return the content; raises a UserError beginning with `where` if there are no objects."""
         if not self._objects:
             count = len(self._images)
             raise UserError(f"{where}: no object of a known class in {count} images")
         categories = [{"id": number, "name": name} for name, number in self._ids.items()]
-        return {
-            "info": self._info,
-            "images": self._images,
-            "categories": categories,
-            "annotations": self._objects,
-        }
+        return {"info": self._info, "images": self._images, "categories": categories,
+                "annotations": self._objects}  # fmt: skip
 
 
 def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
-    """Concatenate JSONs of the same classes.
+    """Concatenate JSONs of the same classes; `folders` prefix each one's file names.
 
     Image ids are kept if unique, otherwise images are numbered from 1; objects are numbered from 1.
-
-    Args:
-        contents: Contents of the JSONs.
-        folders: Image folder of each, relative to the common folder; prefixes the file names.
     """
     images = [(n, image) for n, content in enumerate(contents) for image in content["images"]]
     unique = len({image["id"] for _, image in images}) == len(images)
@@ -139,15 +117,8 @@ def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
 def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
     """Write a JSON to `root/annotations`, or to `$KD_CACHE` (`~/.cache/kd`) if that is read-only.
 
-    An identical file is left alone, so that its index stays up to date.
-
-    Args:
-        content: Content of the JSON.
-        root: Folder of the dataset.
-        name: Name of the split: the file is `instances_NAME.json`.
-
-    Raises:
-        UserError: It cannot be written to either folder.
+    The file is `instances_NAME.json`. An identical one is left alone, so that its index stays
+    valid.
     """
     data = json.dumps(content, separators=(",", ":")).encode()
     paths = instances_paths(root, name)
@@ -177,11 +148,7 @@ def _may_write(path: Path) -> bool:
 
 
 def read_flags(path: Path) -> ObjectFlags:
-    """Read the flags of a JSON's annotations; missing fields mean an ordinary object.
-
-    Raises:
-        UserError: The file is invalid, or a field is not a finite number.
-    """
+    """Read the flags of a JSON's annotations; missing fields mean an ordinary object."""
     content, _ = read_json(path)
     check_layout(content, path)
     objects = content["annotations"]
@@ -204,15 +171,9 @@ def read_flags(path: Path) -> ObjectFlags:
 
 
 def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
-    """Line numbers and image names of a split's file.
+    """Line numbers and image names of a split's file, which holds one name per line.
 
-    Args:
-        path: The file, one name per line.
-        folder: Its folder, whose other files are suggested if it is missing.
-
-    Raises:
-        UserError: The file is missing, not text or empty, or a line holds more than a name or
-            repeats another.
+    If it is missing, the other files of `folder` are suggested.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -229,10 +190,8 @@ def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
         if not words:
             continue
         if len(words) > 1:
-            raise UserError(
-                f"{path}:{number}: {line.strip()!r}, expected one image name; is this a list of "
-                "one class?"
-            )
+            message = f"{line.strip()!r}, expected one image name; is this a list of one class?"
+            raise UserError(f"{path}:{number}: {message}")
         if words[0] in lines:
             raise UserError(f"{path}:{number}: {words[0]} is also listed on line {lines[words[0]]}")
         lines[words[0]] = number
@@ -250,17 +209,3 @@ def image_ids(names: Sequence[str]) -> list[int]:
     if all(digits) and len(set(map(int, digits))) == len(names) and max(map(len, digits)) < 19:
         return [int(one) for one in digits]
     return list(range(1, len(names) + 1))
-
-
-def images_in(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """Map stem to file name of the images in a folder.
-
-    Raises:
-        UserError: There is no such folder.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            files = sorted(entry.name for entry in entries)
-    except OSError as error:
-        raise UserError(f"{folder}: image folder cannot be read: {error.strerror}") from None
-    return {Path(name).stem: name for name in files if Path(name).suffix.lower() in suffixes}

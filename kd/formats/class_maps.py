@@ -36,19 +36,10 @@ Map = npt.NDArray[np.uint8 | np.int16]
 
 
 class ClassMaps:
-    """Stored maps of a dataset at one size.
+    """Stored maps of a dataset at one size (of the long side, pixels).
 
-    They lie beside the dataset's index with the annotations' fingerprint, the size and the version;
-    others are redrawn.
-
-    Args:
-        index: The dataset.
-        size: Long side of the maps, pixels.
-        folder: Folder of the maps; by default beside the index, or in the cache if that is
-            read-only.
-
-    Raises:
-        UserError: The folder is not writable.
+    They lie in `folder`, by default beside the dataset's index, or in the cache if that is
+    read-only, with the annotations' fingerprint, the size and the version; others are redrawn.
     """
 
     def __init__(self, index: CocoIndex, size: int, *, folder: Path | None = None) -> None:
@@ -112,16 +103,10 @@ class ClassMaps:
 
 
 def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd: int = 0) -> Map:
-    """Draw an image's objects, the largest first.
-
-    Args:
-        index: The dataset.
-        image: Position in the index.
-        size: Height and width of the map.
-        crowd: Value of crowds' pixels, below all objects; background by default.
+    """Draw the objects of an image (a position in the index), the largest first.
 
     Returns:
-        (height, width), 0 for background, 1 + c for class c.
+        (height, width): 0 for background, 1 + c for class c, `crowd` where only crowds are.
     """
     drawn = np.zeros(size, _dtype(index))
     if crowd and index.crowds is not None:

@@ -126,17 +126,10 @@ class CocoIndex:
         return [self.points[self.ring_first[r] : self.ring_first[r + 1]] for r in rings]
 
     def mask_of(self, row: int, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-        """Draw object `row` in its image scaled to `size`.
+        """Draw object `row` in its image scaled to `size`: (height, width), True on the object.
 
         An object without a segmentation gets its box. The mask may be empty if the object is
         thinner than a pixel of `size`.
-
-        Args:
-            row: The object.
-            size: Height and width of the scaled image, pixels.
-
-        Returns:
-            (height, width), True on the object.
         """
         image = self.image_of(row)
         whole = (int(self.heights[image]), int(self.widths[image]))
@@ -163,7 +156,7 @@ def load_coco(
     check_images: bool = True,
     categories_from: CocoIndex | None = None,
 ) -> CocoIndex:
-    """Open a COCO-format dataset, indexing its JSON if necessary.
+    """Open a COCO-format dataset, indexing its JSON if necessary; skipped objects are logged.
 
     Args:
         annotation_file: COCO instances JSON.
@@ -172,9 +165,6 @@ def load_coco(
             or `~/.cache/kd`.
         check_images: Check that every image is listed in the folder (without reading it).
         categories_from: A dataset whose categories this one must have.
-
-    Returns:
-        The index. Skipped objects are logged in one line.
 
     Raises:
         UserError: The JSON is missing, broken or inconsistent; images are missing; categories
@@ -265,15 +255,7 @@ def _report(index: CocoIndex) -> None:
 
 
 def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> list[str]:
-    """Decode images completely to find truncated ones and wrong sizes. Slow.
-
-    Args:
-        index: The dataset.
-        rows: Positions of images in `index.image_ids`; None = all.
-
-    Returns:
-        One message for each bad image, with its path and id.
-    """
+    """Decode images completely to find truncated ones and wrong sizes; return their messages."""
     mistakes = []
     for image in range(len(index)) if rows is None else rows:
         path = index.path(image)

@@ -48,15 +48,7 @@ Array = npt.NDArray[Any]
 
 
 def build_index(annotation_file: Path, folder: Path) -> None:
-    """Read a COCO JSON and write its arrays and `meta.json` into an existing empty folder.
-
-    Args:
-        annotation_file: COCO instances JSON.
-        folder: Receives one .npy per array.
-
-    Raises:
-        UserError: The JSON is missing, truncated, of another layout or inconsistent.
-    """
+    """Read a COCO JSON and write its arrays and `meta.json` into an existing empty folder."""
     dataset, digest = read_json(annotation_file)
     check_layout(dataset, annotation_file)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -262,18 +254,7 @@ _LISTED = 5
 
 
 def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
-    """Find the index of a JSON, or build it.
-
-    Args:
-        annotation_file: COCO instances JSON.
-        index_dir: Folder of the index; by default beside the JSON, else in the cache.
-
-    Returns:
-        The index folder.
-
-    Raises:
-        UserError: The JSON is missing or broken, or no folder is writable.
-    """
+    """Find or build the index of a JSON in `index_dir`, else beside the JSON or in the cache."""
     if not annotation_file.is_file():
         raise UserError(
             f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
@@ -335,13 +316,7 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Memory-map the arrays of an index, read-only.
-
-    Args:
-        folder: The index.
-
-    Returns:
-        The arrays by name, and the content of `meta.json`.
+    """Memory-map the arrays of an index, read-only; returns them by name, and `meta.json`.
 
     Raises:
         OSError: A file is missing.
@@ -416,16 +391,7 @@ def _build_in_child(annotation_file: Path, partial: Path) -> None:
 
 
 def check_images_exist(names: Iterable[str], folder: Path, annotation_file: Path) -> None:
-    """Compare image names with folder listings, one listing per folder.
-
-    Args:
-        names: File names relative to `folder`.
-        folder: Folder of the images.
-        annotation_file: For messages.
-
-    Raises:
-        UserError: The folder or images are missing; lists the first few names and the count.
-    """
+    """Compare image names with folder listings, one listing per folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: image folder not found (for {annotation_file})")
     listings: dict[str, set[str]] = {}

@@ -69,11 +69,7 @@ class Detections:
 
 
 def read_truth(path: Path) -> Truth:
-    """Read annotations for evaluation.
-
-    Raises:
-        UserError: The file is invalid; lists the mistakes.
-    """
+    """Read annotations for evaluation."""
     content, _ = read_json(path)
     check_layout(content, path)
     coco = COCO()
@@ -111,16 +107,8 @@ def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) ->
     """Read a results file for the images and classes of the ground truth.
 
     Boxes without an area, which detectors produce by clipping, are kept: they match nothing and
-    count as false positives, as in pycocotools. Their number is logged.
-
-    Args:
-        path: The file.
-        truth: Ground truth of the same images.
-        probabilities: Require scores in 0..1; ranking accepts any numbers, such as logits.
-
-    Raises:
-        UserError: Not a list of results, empty, or entries with an unknown image or category, an
-            invalid score, or no box; the first few are listed.
+    count as false positives, as in pycocotools. Their number is logged. `probabilities` requires
+    scores in 0..1; ranking accepts any numbers, such as logits.
     """
     entries, digest = read_json(path)
     if not isinstance(entries, list):
@@ -176,7 +164,7 @@ def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _mistake(
     entry: Any, images: set[int], categories: set[int], truth: Path, probabilities: bool
 ) -> str | None:
-    """Describe what is wrong with a result; None if nothing."""
+    """Describe a result's mistake; None if there is none."""
     if not isinstance(entry, Mapping):
         return f"is {str(entry)[:60]!r}, expected an object with image_id, category_id, bbox, score"
     missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
@@ -203,9 +191,7 @@ def _mistake(
 
 
 def _boxes(
-    entries: Sequence[Json],
-    image_ids: npt.NDArray[np.int64],
-    category_ids: npt.NDArray[np.int64],
+    entries: Sequence[Json], image_ids: npt.NDArray[np.int64], category_ids: npt.NDArray[np.int64]
 ) -> Boxes:
     """Convert entries to arrays; the area is that of the box."""
     images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
@@ -221,7 +207,6 @@ def _boxes(
 
 
 def _index_quietly(coco: COCO) -> None:
-    """`COCO.createIndex` without its output."""
     dataset = coco.dataset
     coco.anns = {entry["id"]: entry for entry in dataset["annotations"]}
     coco.imgs = {entry["id"]: entry for entry in dataset["images"]}

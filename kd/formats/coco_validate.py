@@ -19,17 +19,7 @@ Json = dict[str, Any]
 
 
 def read_json(path: Path) -> tuple[Any, str]:
-    """Parse a JSON file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The value, and the SHA-256 of the file's bytes in hexadecimal.
-
-    Raises:
-        UserError: Missing, unreadable, empty, truncated or malformed, with line and byte.
-    """
+    """Parse a JSON file; returns the value and the SHA-256 of the file's bytes in hexadecimal."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -134,15 +124,7 @@ _SECTIONS: dict[str, tuple[str, _Check]] = {
 
 
 def check_layout(dataset: Any, path: Path) -> None:
-    """Check keys and types of everything that is read later.
-
-    Args:
-        dataset: The parsed JSON.
-        path: For messages.
-
-    Raises:
-        UserError: The first few mistakes of a section, with ids.
-    """
+    """Check keys and types of everything that is read later."""
     if isinstance(dataset, list):
         raise UserError(
             f"{path}: not COCO layout: a list; is it a file of detection results? "
@@ -166,15 +148,7 @@ def check_layout(dataset: Any, path: Path) -> None:
 
 
 def check_references(coco: COCO, path: Path) -> None:
-    """Check that ids are unique, and that annotations refer to listed images and categories.
-
-    Args:
-        coco: Indexed by pycocotools.
-        path: For messages.
-
-    Raises:
-        UserError: The first few mistakes of a kind, with ids.
-    """
+    """Check that ids are unique, and that annotations refer to listed images and categories."""
     known = {"images": coco.imgs, "categories": coco.cats, "annotations": coco.anns}
     for key, (word, _) in _SECTIONS.items():
         entries = coco.dataset[key]

@@ -73,15 +73,7 @@ class GazeSplit:
     maps: tuple[Path, ...] = ()
 
     def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations inside the image; others (blinks, glances beside it) are dropped.
-
-        Args:
-            number: Position in the split.
-            size: Height and width of the file.
-
-        Raises:
-            UserError: There are none, more than half are outside, or the reader fails.
-        """
+        """Fixations inside an image of `size` (height, width), without blinks or glances beside."""
         found, path = self.read(number, size), self.images[number]
         if not len(found.points):
             raise UserError(
@@ -98,17 +90,7 @@ class GazeSplit:
         return found.of(inside)
 
     def density(self, number: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """Fixation density on a grid over the image: (1, *grid) float32, sum 1.
-
-        Args:
-            number: Position in the split.
-            size: Height and width of the file.
-            grid: Height and width of the result.
-
-        Raises:
-            UserError: As `fixations` and `gaussian_density`, or the published map is missing,
-                corrupt, of another size or all zeros.
-        """
+        """Fixation density on a `grid` (h, w) over an image of `size`: (1, h, w) float32, sum 1."""
         if not self.maps:
             return gaussian_density(self.fixations(number, size).points, size, grid, self.degree)
         published = read_density(self.maps[number], expected=size)
@@ -130,9 +112,6 @@ def gaussian_density(
 
     Returns:
         (1, *grid) float32, sum 1.
-
-    Raises:
-        UserError: The Gaussians are so narrow that they fall between places of the grid.
     """
     sides = []
     for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):
@@ -157,15 +136,7 @@ def normalised(maps: Tensor) -> Tensor:
 
 
 def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
-    """Decode a published grey density map of 8 bits or more: (1, H, W) float32, not normalised.
-
-    Args:
-        path: An image file.
-        expected: Height and width of its image.
-
-    Raises:
-        UserError: It is missing, corrupt, of another size, or all zeros.
-    """
+    """Decode a published grey density map of 8 bits or more: (1, H, W) float32, not normalised."""
     try:
         with Image.open(path) as file:
             grey = file if file.mode.startswith(("I", "F")) else file.convert("L")
@@ -193,9 +164,6 @@ class SaliconGaze:
     """SALICON's .mat files: `gaze`, one per observer, with `fixations` (F, 2); `resolution`.
 
     Coordinates start at 1, as in MATLAB.
-
-    Args:
-        files: One for each image of the split.
     """
 
     files: tuple[Path, ...]
@@ -222,11 +190,7 @@ class SaliconGaze:
 
 @dataclass(frozen=True)
 class MatPoints:
-    """CAT2000's .mat files: `fixLocs` (H, W), 1 at fixations.
-
-    Args:
-        files: One for each image of the split.
-    """
+    """CAT2000's .mat files: `fixLocs` (H, W), 1 at fixations."""
 
     files: tuple[Path, ...]
 
@@ -238,11 +202,7 @@ class MatPoints:
 
 @dataclass(frozen=True)
 class PointMaps:
-    """MIT1003's `_fixPts.jpg`: white at fixations.
-
-    Args:
-        files: One for each image of the split.
-    """
+    """MIT1003's `_fixPts.jpg`: white at fixations."""
 
     files: tuple[Path, ...]
 
@@ -259,12 +219,9 @@ class PointMaps:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """All fixations of a dataset in one array.
+    """All fixations of a dataset: `points` (F, 2) in the order of the images, `observers` (F,).
 
-    Args:
-        points: (F, 2), in the order of the split's images.
-        observers: (F,).
-        first: (N + 1,), start of each image.
+    `first` (N + 1,) is the start of each image.
     """
 
     points: NDArray[np.float64]
@@ -280,13 +237,7 @@ class Table:
 def read_table(path: Path, names: Sequence[str]) -> Table:
     """Read a .npz of `columns` (names) and `data` (rows): image, subject, x, y in any order.
 
-    Args:
-        path: The file.
-        names: Names of a split's images: numbers, as in the column `image`.
-
-    Raises:
-        UserError: It is missing or corrupt, lacks a column, holds values that are not finite; an
-            image name is not a number.
+    The names of the split's images must be numbers, as in the column `image`.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:

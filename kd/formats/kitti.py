@@ -20,11 +20,11 @@ from kd.formats.box_annotations import (
     Corners,
     Json,
     image_ids,
-    images_in,
     read_flags,
     split_names,
-)
+)  # fmt: skip
 from kd.formats.coco_results import Truth
+from kd.formats.splits import images_in
 from kd.metrics.kitti_ap import KittiTruth
 from kd.registry import suggestion
 
@@ -37,15 +37,10 @@ _OWN = {"Car": "car", "Pedestrian": "pedestrian", "Cyclist": "cyclist"}
 _OTHERS = ("Truck", "Tram", "Misc")
 _TYPES = (*_OWN, *NEIGHBOURS, *_OTHERS, REGION)
 _FIELDS = 15
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def kitti_to_coco(root: str | Path, split: str) -> Json:
-    """Read a split of KITTI's object detection.
-
-    Args:
-        root: Holds `training` and `ImageSets`.
-        split: A file of `ImageSets`, such as train or val; "all" for every labelled image.
+    """Read a split of KITTI's object detection: a file of `ImageSets`, or "all" labelled images.
 
     Returns:
         The content of a COCO JSON with file names as in `image_2` and classes car, pedestrian and
@@ -53,32 +48,23 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
         class name. Vans and seated people are crowds of their neighbouring class; a DontCare region
         becomes three crowds, one of each class, with truncated and occluded -1. Trucks, trams and
         others are left out.
-
-    Raises:
-        UserError: A split is missing or empty, an image or label file is missing or broken, a type
-            is unknown, a number is invalid, or a box has no area (such regions are left out); with
-            file and line.
     """
     root = Path(root)
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
     where, names = _list_split(root, labels, split)
-    files = images_in(images, _SUFFIXES)
+    files = images_in(images)
     content = CocoContent(CLASSES, f"KITTI object detection {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in names]), names, strict=True):
         if name not in files:
             raise UserError(f"{where}:{line}: no image {images / name}.png")
-        width, height = _size(images / files[name])
-        content.add_image(image_id, files[name], height=height, width=width)
+        width, height = _size(files[name])
+        content.add_image(image_id, files[name].name, height=height, width=width)
         _add(content, labels / f"{name}.txt", f"{where}:{line}")
     return content.done(where)
 
 
 def kitti_truth(truth: Truth) -> KittiTruth:
-    """Ground truth for `kd.metrics.kitti_ap`, from a JSON of `kitti_to_coco`.
-
-    Raises:
-        UserError: The JSON is not from KITTI: an annotation has no type.
-    """
+    """Ground truth for `kd.metrics.kitti_ap`, from a JSON of `kitti_to_coco`."""
     marks = read_flags(truth.path)
     if unknown := {one for one in marks.types if one not in _TYPES}:
         raise UserError(f"{truth.path}: not of KITTI: an annotation has the type {min(unknown)!r}")
@@ -93,7 +79,7 @@ def kitti_truth(truth: Truth) -> KittiTruth:
 
 
 def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
-    """Where a split is listed, and line and name of each image."""
+    """File that lists a split, and line and name of each image."""
     if not labels.is_dir():
         raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
     if split != ALL:
@@ -160,7 +146,6 @@ def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
 
 
 def _has_no_area(corners: Corners) -> bool:
-    """Whether a box has no area."""
     x1, y1, x2, y2 = corners
     return x2 <= x1 or y2 <= y1
 

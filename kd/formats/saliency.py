@@ -12,7 +12,6 @@ from the image names, see `random_split`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +24,9 @@ from kd.formats.fixations import (
     PointMaps,
     SaliconGaze,
     read_table,
-)
-from kd.formats.splits import random_split
+)  # fmt: skip
+from kd.formats.splits import Layout, check_files, images_in, random_split
 from kd.registry import resolve
-
-SPLITS = ("train", "val")
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,47 +46,16 @@ class SplitOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A published layout.
-
-    Attributes:
-        open: Opens a split, from the folder, its name and options.
-        holds: A path in the folder that identifies the layout.
-        splits: Lists the splits in a folder; None if they are random.
-    """
-
-    open: Callable[[Path, str, SplitOptions], GazeSplit]
-    holds: str
-    splits: Callable[[Path], Iterable[str]] | None = None
-
-
 def open_gaze(layout: str, root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    """A split of a published dataset.
-
-    Args:
-        layout: `salicon`, `mit1003`, `cat2000` or `osie`.
-        root: The folder that the dataset was unpacked to.
-        split: `train` or `val`, or a folder's name of SALICON.
-        options: How.
-
-    Raises:
-        UserError: An unknown layout, no such split, no image in it, files that are missing.
-    """
+    """Open a split of a published dataset: `train` or `val`, or a folder's name of SALICON."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
-    if not (root / found.holds).exists():
-        raise UserError(
-            f"{root}: no {found.holds} in it, so it is not the folder of {layout}; set it with "
-            "--set data.root=DIR"
-        )
-    known = SPLITS if found.splits is None else sorted(found.splits(root))
-    if split not in known:
-        raise UserError(f"{root}: {layout} has no split {split!r} there; it has {', '.join(known)}")
-    return found.open(root, split, options)
+    found.check(root, layout, split)
+    opened: GazeSplit = found.open(root, split, options)
+    return opened
 
 
 def _salicon(root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    images = _by_name(root / "images" / split, "")
+    images = images_in(root / "images" / split)
     gaze = {name: root / "fixations" / split / f"{name}.mat" for name in images}
     maps = {name: root / "maps" / split / f"{name}.png" for name in images}
     reader = SaliconGaze(tuple(gaze.values()))
@@ -98,7 +63,7 @@ def _salicon(root: Path, split: str, options: SplitOptions) -> GazeSplit:
 
 
 def _mit1003(root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    images = _random(_by_name(root / "ALLSTIMULI", ""), split, options)
+    images = _random(images_in(root / "ALLSTIMULI"), split, options)
     folder = root / "ALLFIXATIONMAPS"
     points = {name: folder / f"{name}_fixPts.jpg" for name in images}
     maps = {name: folder / f"{name}_fixMap.jpg" for name in images}
@@ -109,7 +74,8 @@ def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     folder = root / "trainSet"
     found: dict[str, Path] = {}
     for category in sorted(path for path in (folder / "Stimuli").iterdir() if path.is_dir()):
-        found |= _by_name(category, f"{category.name}/")  # skips its subfolder Output
+        images = images_in(category)  # skips its subfolder Output
+        found |= {f"{category.name}/{name}": path for name, path in images.items()}
     images = _random(found, split, options)
     points = {name: folder / "FIXATIONLOCS" / f"{name}.mat" for name in images}
     maps = {name: folder / "FIXATIONMAPS" / f"{name}.jpg" for name in images}
@@ -119,7 +85,7 @@ def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
 def _osie(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     if options.published:
         raise UserError(f"{root}: osie has no density maps; --set data.maps=fixations draws them")
-    images = _random(_by_name(root / "stimuli", ""), split, options)
+    images = _random(images_in(root / "stimuli"), split, options)
     table = read_table(root / "fixations.npz", list(images))
     return _split(root, images, {}, {}, table, options)
 
@@ -134,16 +100,7 @@ CAT2000 = Layout(_cat2000, "trainSet/FIXATIONLOCS")
 OSIE = Layout(_osie, "fixations.npz")
 
 
-def _by_name(folder: Path, before: str) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it should contain the images")
-    return {
-        f"{before}{p.stem}": p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES
-    }
-
-
 def _random(images: dict[str, Path], split: str, options: SplitOptions) -> dict[str, Path]:
-    """Images of a random split."""
     val = random_split(list(images), options.val_fraction, options.seed)
     return {name: path for name, path in images.items() if (name in val) is (split == "val")}
 
@@ -158,18 +115,8 @@ def _split(
 ) -> GazeSplit:
     if not images:
         raise UserError(f"{where}: empty split: no images")
-    needed = [("file of fixations", points)]
-    needed += [("density map", maps)] if options.published else []
-    for what, files in needed:
-        _check_there(what, list(files.values()))
     published = tuple(maps.values()) if options.published else ()
+    check_files({"file of fixations": tuple(points.values()), "density map": published})
     return GazeSplit(
         str(where), tuple(images), tuple(images.values()), reader, options.degree, published
     )
-
-
-def _check_there(what: str, files: Sequence[Path]) -> None:
-    if missing := [file for file in files if not file.is_file()]:
-        raise UserError(
-            f"{missing[0]}: this {what} is missing ({len(missing)} of {len(files)} are)"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from kd.errors import UserError
 from kd.formats import LAYOUTS
 from kd.formats.class_maps import draw_class_map
 from kd.formats.coco import CocoIndex
+from kd.formats.splits import Layout, check_files, images_in
 from kd.registry import resolve
 from kd.utils.images import UNREADABLE, VOID
 
@@ -30,9 +31,8 @@ Table = NDArray[np.int16]  # (256,): class of each id in a file
 def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = ()) -> Table:
     """Build the table from ids in files to classes, `VOID` or `UNKNOWN`.
 
-    Args:
-        classes: Ids to classes, or C if 0..C-1 are the classes themselves.
-        void: Ids of unlabelled pixels.
+    `classes` maps ids to classes, or is C if 0..C-1 are the classes themselves; `void` are the ids
+    of unlabelled pixels.
     """
     table = np.full(256, UNKNOWN, np.int16)
     pairs = {c: c for c in range(classes)} if isinstance(classes, int) else dict(classes)
@@ -44,19 +44,9 @@ def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = 
 
 
 def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None = None) -> Tensor:
-    """Decode a label map; palette colours are ignored.
+    """Decode an 8-bit PNG, grey or with a palette, whose colours are ignored: (H, W) uint8.
 
-    Args:
-        path: An 8-bit PNG, grey or with a palette.
-        table: Maps ids to classes.
-        expected: Height and width of its image.
-
-    Returns:
-        (H, W) uint8: classes and `VOID`.
-
-    Raises:
-        UserError: The file is missing or corrupt, has colours, 16 bits or grey of 2 or 4 bits,
-            another size than its image, or ids that are not in the table.
+    `table` maps ids to classes and `VOID`; `expected` is the height and width of the image.
     """
     try:
         with Image.open(path) as file:
@@ -113,8 +103,8 @@ VOC_CLASSES = (
     *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
     *("sheep", "sofa", "train", "tvmonitor"),
 )
+_LISTS = "ImageSets/Segmentation"
 _ADE_FOLDERS = {"train": "training", "val": "validation"}
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class LabelMapSplit(Protocol):
@@ -203,46 +193,17 @@ class CocoMapSplit:
 
 
 def open_label_maps(layout: str, root: Path, split: str) -> PublishedSplit:
-    """Open a split of a published dataset.
-
-    Args:
-        layout: A name in `kd.formats.LAYOUTS["label_maps"]`, or `package.module:LAYOUT`.
-        root: The folder of the dataset.
-        split: `train`, `val` or `test`.
-
-    Raises:
-        UserError: An unknown layout or split, a split without images, or images without label maps.
-    """
+    """Open a split, `train`, `val` or `test`, of a published dataset."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
-    if not (root / found.holds).is_dir():
-        raise UserError(
-            f"{root}: no {found.holds} in it, so it is not the folder of {layout}; set it with "
-            "--set data.root=DIR"
-        )
-    if split not in (known := sorted(found.splits(root))):
-        raise UserError(f"{root}: {layout} has no split {split!r} there; it has {', '.join(known)}")
-    return found.open(root, split)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A published layout.
-
-    Attributes:
-        open: Opens a split, from the folder and its name.
-        holds: A path in the folder that identifies the layout.
-        splits: Lists the splits in a folder.
-    """
-
-    open: Callable[[Path, str], PublishedSplit]
-    holds: str
-    splits: Callable[[Path], Iterable[str]]
+    found.check(root, layout, split)
+    opened: PublishedSplit = found.open(root, split)
+    return opened
 
 
 def _camvid(root: Path, split: str) -> PublishedSplit:
     """`train/*.png`, `trainannot/*.png`; `train.txt` lists the images if present."""
     images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
-    found = _by_stem(images)
+    found = images_in(images)
     if listing.is_file():
         # Some copies list paths of images and maps, others names.
         lines = [line.split() for line in listing.read_text().splitlines()]
@@ -273,7 +234,7 @@ def _ade20k(root: Path, split: str) -> PublishedSplit:
     images = root / "images" / folder
     pairs = [
         (name, path, root / "annotations" / folder / f"{name}.png")
-        for name, path in _by_stem(images).items()
+        for name, path in images_in(images).items()
     ]
     classes = {number: number - 1 for number in range(1, 151)}
     return _split(images, pairs, _ade_names(root), id_table(classes, void=0))
@@ -281,7 +242,7 @@ def _ade20k(root: Path, split: str) -> PublishedSplit:
 
 def _voc2012(root: Path, split: str) -> PublishedSplit:
     """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
-    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    listing = root / _LISTS / f"{split}.txt"
     names = listing.read_text().split()
     pairs = [
         (name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
@@ -294,27 +255,19 @@ def _folders(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*") if path.is_dir()]
 
 
-def _camvid_splits(root: Path) -> list[str]:
-    return [name for name in _folders(root) if not name.endswith("annot")]
-
-
-def _cityscapes_splits(root: Path) -> list[str]:
-    return _folders(root / "leftImg8bit")
-
-
 def _ade_splits(root: Path) -> list[str]:
     there = _folders(root / "images")
     return [split for split, folder in _ADE_FOLDERS.items() if folder in there]
 
 
-def _voc_splits(root: Path) -> list[str]:
-    return [path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")]
+def _camvid_splits(root: Path) -> list[str]:
+    return [name for name in _folders(root) if not name.endswith("annot")]
 
 
 CAMVID = Layout(_camvid, "trainannot", _camvid_splits)
-CITYSCAPES = Layout(_cityscapes, "leftImg8bit", _cityscapes_splits)
+CITYSCAPES = Layout(_cityscapes, "leftImg8bit", lambda root: _folders(root / "leftImg8bit"))
 ADE20K = Layout(_ade20k, "annotations/training", _ade_splits)
-VOC2012 = Layout(_voc2012, "ImageSets/Segmentation", _voc_splits)
+VOC2012 = Layout(_voc2012, _LISTS, lambda root: [p.stem for p in (root / _LISTS).glob("*.txt")])
 
 
 def _ade_names(root: Path) -> tuple[str, ...]:
@@ -329,19 +282,15 @@ def _ade_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _SUFFIXES}
-
-
 def _listed(
     found: dict[str, Path], names: Iterable[str], listing: Path, folder: Path
 ) -> dict[str, Path]:
-    chosen = {name: found.get(name) for name in names}
-    if missing := [name for name, path in chosen.items() if path is None]:
+    names = list(dict.fromkeys(names))
+    if missing := [name for name in names if name not in found]:
         raise UserError(
             f"{listing}: {len(missing)} of its images are not in {folder}, {missing[0]} the first"
         )
-    return {name: path for name, path in chosen.items() if path is not None}
+    return {name: found[name] for name in names}
 
 
 def _split(
@@ -350,9 +299,5 @@ def _split(
     if not pairs:
         raise UserError(f"{where}: empty split: no images")
     stems, images, maps = zip(*pairs, strict=True)
-    for what, files in (("image", images), ("label map", maps)):
-        if missing := [file for file in files if not file.is_file()]:
-            raise UserError(
-                f"{missing[0]}: this {what} is missing ({len(missing)} of {len(files)} are)"
-            )
+    check_files({"image": images, "label map": maps})
     return PublishedSplit(str(where), stems, images, maps, names, table)

@@ -1,14 +1,21 @@
-"""Subsets of a dataset chosen by image id or name, independent of the order of files."""
+"""Splits of published datasets, and subsets chosen by image id or name."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.errors import UserError
 from kd.formats.coco import CocoIndex
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def labelled_images(index: CocoIndex, fraction: float, seed: int) -> NDArray[np.int64] | None:
@@ -46,16 +53,56 @@ def _hash_to_unit(text: str) -> float:
 
 
 def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """Names in the val split of a dataset without splits.
+    """Names in the val split of a dataset without splits; both get one if there are two.
 
     Chosen by (seed, name): adding or removing an image moves another one only by the rounding of
     the limit.
-
-    Args:
-        names: All image names.
-        fraction: Fraction of the val split; both splits get at least one image if there are two.
-        seed: Random seed.
     """
     order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))
     count = min(max(1, round(fraction * len(order))), max(1, len(order) - 1))
     return set(order[:count])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published layout.
+
+    Attributes:
+        open: Opens a split, from the folder, its name and further options.
+        holds: A path in the folder that identifies the layout.
+        splits: Lists the splits in a folder; by default they are random.
+    """
+
+    open: Callable[..., Any]
+    holds: str
+    splits: Callable[[Path], Iterable[str]] = lambda root: ("train", "val")
+
+    def check(self, root: Path, layout: str, split: str) -> None:
+        """Check that a folder is in this layout, whose name is `layout`, and has a split."""
+        if not (root / self.holds).exists():
+            raise UserError(
+                f"{root}: no {self.holds} in it, so it is not the folder of {layout}; set it with "
+                "--set data.root=DIR"
+            )
+        if split not in (known := sorted(self.splits(root))):
+            known_splits = ", ".join(known)
+            raise UserError(f"{root}: {layout} has no split {split!r} there; it has {known_splits}")
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """Map stem to path of the images in a folder."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: image folder cannot be read: {error.strerror}") from None
+    paths = [folder / name for name in names]
+    return {path.stem: path for path in paths if path.suffix.lower() in _SUFFIXES}
+
+
+def check_files(files: Mapping[str, Sequence[Path]]) -> None:
+    """Check that files of each kind exist."""
+    for kind, paths in files.items():
+        if missing := [path for path in paths if not path.is_file()]:
+            raise UserError(
+                f"{missing[0]}: this {kind} is missing ({len(missing)} of {len(paths)} are)"
+            )

@@ -60,9 +60,8 @@ class BoxSplit:
 class Layout:
     """A published layout.
 
-    Attributes:
-        holds: Maps a split's name to a path that identifies the folder.
-        open: Opens a split, from the folder, its name, and the user's class names, if any.
+    `holds` maps a split's name to a path that identifies the folder; `open` opens a split, from the
+    folder, its name and the user's class names, if any.
     """
 
     holds: Callable[[str], str]
@@ -75,14 +74,11 @@ def coco_split(
     """Return a split's COCO JSON, built if missing or outdated, and its image folder.
 
     Args:
-        layout: A name in `kd.formats.LAYOUTS["boxes"]`, or `package.module:LAYOUT`.
+        layout: A name in `kd.formats.LAYOUTS`, or `package.module:attribute`.
         root: The folder of the dataset; for VOC `VOCdevkit`.
         split: Name of the split; for VOC with its folder, `VOC2007/trainval`, or several years as
             `VOC2007/trainval+VOC2012/trainval`.
         classes: Class names of a custom dataset in VOC's layout.
-
-    Raises:
-        UserError: An unknown layout, a mistake in the data, or a JSON that cannot be written.
     """
     made = resolve(LAYOUTS, layout, what="layout")
     if is_foreign(layout):

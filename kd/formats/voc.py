@@ -14,19 +14,12 @@ from pathlib import Path
 from xml.parsers import expat
 
 from kd.errors import UserError
-from kd.formats.box_annotations import (
-    CocoContent,
-    Corners,
-    Json,
-    image_ids,
-    images_in,
-    split_names,
-)
+from kd.formats.box_annotations import CocoContent, Corners, Json, image_ids, split_names
 from kd.formats.segmentation import VOC_CLASSES
+from kd.formats.splits import images_in
 from kd.registry import suggestion
 
 CLASSES = VOC_CLASSES[1:]  # without the background
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 _FLAGS = ("difficult", "truncated", "occluded")
 
 
@@ -46,27 +39,18 @@ class _Node:
 def voc_to_coco(
     root: str | Path, year: str | int, split: str, *, classes: Sequence[str] = CLASSES
 ) -> Json:
-    """Read a split of Pascal VOC, or of a dataset in its layout.
-
-    Args:
-        root: Holds `VOC{year}`, or is that folder.
-        year: 2007, 2012, ...
-        split: A file of `ImageSets/Main`: train, val, trainval, test.
-        classes: Class names; ids count from 1 in their order.
+    """Read a split of Pascal VOC (a file of `ImageSets/Main`), or of a dataset in its layout.
 
     Returns:
-        The content of a COCO JSON with file names as in `JPEGImages`. Annotations also have
-        `difficult`, `truncated` and `occluded`, 0 or 1; `iscrowd` is `difficult`.
-
-    Raises:
-        UserError: A split is missing or empty, an image or annotation file is missing, XML is
-            malformed, a class is unknown, or a box is invalid; with file and line.
+        The content of a COCO JSON with file names as in `JPEGImages`; category ids count from 1 in
+        the order of `classes`. Annotations also have `difficult`, `truncated` and `occluded`, 0 or
+        1; `iscrowd` is `difficult`.
     """
     folder = voc_folder(root, year)
     lists = folder / "ImageSets" / "Main"
     where = lists / f"{split}.txt"
     listed = split_names(where, lists)
-    images = images_in(folder / "JPEGImages", _SUFFIXES)
+    images = images_in(folder / "JPEGImages")
     content = CocoContent(classes, f"Pascal VOC {year} {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
         if name not in images:
@@ -76,16 +60,12 @@ def voc_to_coco(
             raise UserError(
                 f"{where}:{line}: no annotations {path}; those of some test splits are not public"
             )
-        _add(content, path, image_id, images[name], classes)
+        _add(content, path, image_id, images[name].name, classes)
     return content.done(where)
 
 
 def voc_folder(root: str | Path, year: str | int) -> Path:
-    """Find the folder of a year.
-
-    Raises:
-        UserError: It does not exist.
-    """
+    """Find the folder of a year."""
     for folder in (Path(root) / f"VOC{year}", Path(root)):
         if (folder / "Annotations").is_dir():
             return folder

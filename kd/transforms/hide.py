@@ -63,11 +63,7 @@ def hide_fraction(progress: float, *, start: float, until: float) -> float:
 
 
 def hidden_regions(
-    boxes: Tensor,
-    size: tuple[int, int],
-    *,
-    shape: str = "box",
-    fraction: Tensor | None = None,
+    boxes: Tensor, size: tuple[int, int], *, shape: str = "box", fraction: Tensor | None = None
 ) -> Tensor:
     """Draw the region to hide for each box.
 

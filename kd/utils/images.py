@@ -52,11 +52,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def read_image(
-    path: Path,
-    size: int | None,
-    *,
-    expected: tuple[int, int] | None = None,
-    upright: bool = False,
+    path: Path, size: int | None, *, expected: tuple[int, int] | None = None, upright: bool = False
 ) -> Tensor:
     """Decode an image file to 8-bit RGB and scale its long side to `size`.
 
