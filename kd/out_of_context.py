@@ -41,13 +41,13 @@ def _make(args: argparse.Namespace) -> None:
     if not 0 <= low < high <= 1:
         raise UserError(f"--min-fraction {low} must be below --max-fraction {high}, both in 0..1")
     from kd.context.pasting.make import make_sets
-    from kd.problems.objects.data import open_objects
+    from kd.problems.base import object_scenes
     from kd.problems.recipes import data_config
+    from kd.runs.build import open_data
 
     options = PasteOptions(**{name: getattr(args, name) for name in vars(PasteOptions())})
-    about = make_sets(
-        open_objects(data_config(args.data, args.settings, needs="context")), args.out, options
-    )
+    data = open_data(data_config(args.data, args.settings, needs="context"))
+    about = make_sets(object_scenes(data), args.out, options)
     lift = about["mean_log_lift"]
     sys.stdout.write(
         f"{args.out}: {about['pairs']} objects of {about['classes']} classes in {about['scenes']} "

@@ -29,7 +29,7 @@ class SoftTargetSource(Protocol):
 
 
 @runtime_checkable
-class Partial(Protocol):
+class PartialSource(Protocol):
     """A source that may lack targets of some rows."""
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class Partial(Protocol):
 
 def known_counts(source: object, rows: Rows) -> dict[str, Tensor]:
     """How many rows have a posterior, by unit, where some may lack one."""
-    if not isinstance(source, Partial) or not rows.partial:
+    if not isinstance(source, PartialSource) or not rows.partial:
         return {}
     return {unit: known.sum().float() for unit, known in source.known(rows).items()}
 
@@ -135,7 +135,7 @@ class Teachers:
         """Of each by its name; the mean has the rows that all of them have."""
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
-            if isinstance(source, Partial):
+            if isinstance(source, PartialSource):
                 found |= {_called(name, unit): known for unit, known in source.known(rows).items()}
         if len(found) == len(self.sources):
             found[_called(MEAN, KNOWN)] = torch.stack(list(found.values())).all(dim=0)

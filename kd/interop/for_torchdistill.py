@@ -94,11 +94,14 @@ class _LentImitation(_Lent):
     def forward(self, student: Kept, teacher: Kept, targets: object = None, *_: Any) -> Tensor:
         """As `_Lent`, with the boxes that say where."""
         ours, theirs = self._sides(student, teacher)
-        if not isinstance(targets, Sequence) or not all("boxes" in one for one in targets):
-            raise UserError('kd.imitation: targets must be a list of {"boxes": (G, 4), ...}')
+        try:
+            boxes = [one["boxes"] for one in targets]  # type: ignore[attr-defined]
+        except (TypeError, KeyError, IndexError):
+            message = 'kd.imitation: targets must be a list of {"boxes": (G, 4), ...}'
+            raise UserError(message) from None
         grid = theirs.shape[2], theirs.shape[3]
         anchors = anchor_grid(*grid, stride=self.stride, sides=self.sides, device=theirs.device)
-        mask = imitation_mask([one["boxes"] for one in targets], anchors, psi=self.psi)
+        mask = imitation_mask(boxes, anchors, psi=self.psi)
         return self.loss(ours, theirs, mask)
 
 

@@ -33,6 +33,7 @@ from kd.config.datasets import DatasetSection
 from kd.config.recipes import Model, TaskSection
 from kd.data.loader import Samples
 from kd.errors import UserError
+from kd.formats.coco import CocoIndex
 from kd.metrics.kitti_ap import KittiTruth
 from kd.metrics.registry import Metric as DeclaredMetric
 from kd.problems.detection.metric import BoxTruth
@@ -596,6 +597,47 @@ class Problem(ABC, Generic[D]):
             task: Its name.
             metrics: The user's by name.
         """
+
+
+class ObjectScenes(Dataset, Protocol):
+    """A dataset of objects in scenes, see `object_scenes`."""
+
+    @property
+    def section(self) -> Any:
+        """Its section of the recipe, with `min_fraction` and `max_fraction` of objects."""
+        ...
+
+    @property
+    def train(self) -> CocoIndex:
+        """The train split."""
+        ...
+
+    @property
+    def val(self) -> CocoIndex:
+        """The val split."""
+        ...
+
+    def prior(self) -> NDArray[np.float64]:
+        """Fractions of the classes among the train objects, (C,)."""
+        ...
+
+    def evaluated_on(self, val: CocoIndex) -> ObjectScenes:
+        """The dataset with another val split, all of whose objects are scored at any size."""
+        ...
+
+
+def object_scenes(data: Dataset) -> ObjectScenes:
+    """Return the dataset of a problem that hides objects.
+
+    Raises:
+        UserError: It is of another problem.
+    """
+    if not data.problem.hides_objects:
+        raise UserError(
+            f"{data.section.name}: data of {data.problem.spec.name}; objects with boxes are needed "
+            "here"
+        )
+    return cast("ObjectScenes", data)
 
 
 class HiddenObjects(Protocol):

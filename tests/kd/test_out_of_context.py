@@ -238,7 +238,7 @@ def test_a_detector_is_scored_on_the_pasted_boxes_alone(made: Path) -> None:
     assert found[1:3] == (f"{100 * (count - 2) / count:.1f}", "100.0")
     assert named[1:3] == (f"{100 * (count - 5) / count:.1f}", "100.0")
     assert found[3].startswith(f"+{100 * 2 / count:.1f} [")
-    with pytest.raises(UserError, match="entry 0: image 99 is not in"):
+    with pytest.raises(UserError, match="result 0: image_id 99 is not in"):
         entry = {"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}
         files[0].write_text(json.dumps([entry]))
         report_detections(made, *files)

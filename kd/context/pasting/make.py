@@ -38,8 +38,7 @@ from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
 from kd.formats.coco_validate import read_json
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.problems.objects.baselines import fit_cooccurrence
-from kd.problems.objects.data import ObjectsDataset
+from kd.problems.base import ObjectScenes
 from kd.report.style import save_figure
 from kd.utils.images import read_image
 from kd.utils.io import PARTIAL
@@ -51,7 +50,7 @@ _CANDIDATES = 1.5  # candidate objects per pair
 _DRAWN = 6  # pairs in the figure
 
 
-def make_sets(data: ObjectsDataset, out: Path, options: PasteOptions) -> dict[str, Any]:
+def make_sets(data: ObjectScenes, out: Path, options: PasteOptions) -> dict[str, Any]:
     """Choose pairs, write the three datasets and draw examples; `out` appears only when complete.
 
     Returns:
@@ -67,7 +66,9 @@ def make_sets(data: ObjectsDataset, out: Path, options: PasteOptions) -> dict[st
     rows = _rows_to_cut(index, data, options, random)
     _log.info("counting co-occurrences in %d train images", len(data.train))
     log_prior = np.log(data.prior())
-    score = cooccurrence_score(fit_cooccurrence(data.train), index, log_prior)
+    model = NaiveBayes(data.num_classes, evidence=("company", "place", "size"))
+    data.problem.fit(model, data)
+    score = cooccurrence_score(model.eval(), index, log_prior)
     filled = np.flatnonzero(np.diff(index.first))
     scenes = np.sort(random.permutation(filled)[: options.scenes])
     choices = score_placements(index, rows, scenes, score, _bar("scenes"))
@@ -101,7 +102,7 @@ def make_sets(data: ObjectsDataset, out: Path, options: PasteOptions) -> dict[st
 
 
 def _rows_to_cut(
-    index: CocoIndex, data: ObjectsDataset, options: PasteOptions, random: np.random.Generator
+    index: CocoIndex, data: ObjectScenes, options: PasteOptions, random: np.random.Generator
 ) -> Ints:
     """Whole objects with an outline, interleaved by class."""
     rows = np.arange(len(index.object_ids))
@@ -163,7 +164,7 @@ def _bar(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
 
 def _describe(
-    data: ObjectsDataset, index: CocoIndex, pairs: list[Pair], options: PasteOptions
+    data: ObjectScenes, index: CocoIndex, pairs: list[Pair], options: PasteOptions
 ) -> dict[str, Any]:
     lifts = {
         "in": [pair.inside.lift for pair in pairs],

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from kd.config.datasets import DatasetSection
 from kd.data.open_files import open_annotated
-from kd.errors import UserError
 from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.coco_results import Truth, read_truth
 from kd.formats.splits import labelled_images, objects_on
 from kd.problems import problem
-from kd.problems.base import Classes, Dataset, HiddenObjects, Problem, Split
+from kd.problems.base import Classes, HiddenObjects, Problem, Split
 from kd.problems.objects.samples import ObjectSamples
 from kd.problems.objects.schema import ObjectsSection
 
@@ -94,6 +93,11 @@ class ObjectsDataset:
         update = {"size": seen.size, "shape": seen.shape, **changes}
         return replace(self, section=self.section.model_copy(update=update))
 
+    def evaluated_on(self, val: CocoIndex) -> ObjectsDataset:
+        """The dataset with another val split, all of whose objects are scored at any size."""
+        update = {"min_fraction": 0.0, "max_fraction": 1.0, "prepared": None}
+        return replace(self, section=self.section.model_copy(update=update), val=val)
+
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
         """Ids of the train images whose labels a student of this seed sees; None: all."""
         return labelled_images(self.train, self.section.labelled, seed)
@@ -159,14 +163,3 @@ def open_objects(section: DatasetSection) -> ObjectsDataset:
         section, layout=section.layout, classes=section.classes, images=section.images
     )
     return ObjectsDataset(section, *opened)
-
-
-def of_objects(data: Dataset) -> ObjectsDataset:
-    """The same, for commands that ask about objects.
-
-    Raises:
-        UserError: It has label maps.
-    """
-    if not isinstance(data, ObjectsDataset):
-        raise UserError(f"{data.section.name}: has label maps; objects with boxes are needed here")
-    return data
