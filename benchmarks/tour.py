@@ -38,9 +38,9 @@ SETTINGS = ("data.generate.train=16", "data.generate.val=8", "data.workers=0", "
 SCENES = ["--data", "scenes", *(word for one in SETTINGS for word in ("--set", one))]
 # Functions that hand a term on, by file and name; what they call counts, too.
 TERM_STATIONS = {
-    ("kd/config/reader.py", "load_recipe"),
-    ("kd/distillation/terms.py", "build_terms"),
-    ("kd/experiments/connect.py", "adapt_student"),
+    ("kd/problems/recipes.py", "load_recipe"),
+    ("kd/distillation/terms.py", "build_term"),
+    ("kd/distillation/student.py", "adapt_student"),
     ("kd/distillation/terms.py", "distillation_losses"),
     ("kd/distillation/terms.py", "weighted_sum"),
 }
@@ -59,6 +59,7 @@ class Trip:
     ) -> None:
         self._begins, self._ends = begins, ends
         self._inside = 0  # calls of beginning functions that have not returned
+        self._importing = 0  # modules that are being imported: what runs then is no visit
         self._over = False
         self.calls: dict[tuple[str, str], str] = {}  # caller's and called file: first function
 
@@ -67,7 +68,9 @@ class Trip:
         if self._over or event not in ("call", "return"):
             return
         code = frame.f_code
-        if not code.co_filename.startswith(PACKAGES):
+        if code.co_name == "<module>":
+            self._importing += 1 if event == "call" else -1
+        if self._importing > 0 or not code.co_filename.startswith(PACKAGES):
             return
         if event == "return":
             self._inside -= self._begins(code) and self._inside > 0
