@@ -1,15 +1,18 @@
-"""The likeliest classes as bars."""
+"""Bars of classes: probabilities, and metrics above the frequencies of classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kd.report.style import BLUE, GREY, ORANGE, PALE
+from kd.report.style import BLUE, GREY, INK, ORANGE, PALE, colours, new_stack
+
+NAMED_CLASSES = 60  # more groups of bars cannot be labelled
 
 
 def bars(
@@ -35,8 +38,8 @@ def bars(
     """
     order = np.argsort(-belief, kind="stable")[:top]
     place = np.arange(len(order))
-    colours = [BLUE if truth in (None, names[c]) else PALE for c in order]
-    axes.barh(place, 100 * belief[order], height=0.68, color=colours)
+    shades = [BLUE if truth in (None, names[c]) else PALE for c in order]
+    axes.barh(place, 100 * belief[order], height=0.68, color=shades)
     ends = 100 * belief[order]
     if usual is not None:
         marks = 100 * usual[order]
@@ -57,3 +60,40 @@ def bars(
     axes.spines["left"].set_color(GREY)
     axes.spines["left"].set_bounds(-0.5, len(order) - 0.5)
     axes.tick_params(length=0)
+
+
+def metric_by_class(
+    runs: Mapping[str, Sequence[float]], names: Sequence[str], support: Sequence[float],
+    limits: tuple[float, float],
+) -> tuple[Figure, Axes, Axes]:  # fmt: skip
+    """Draw a metric of each class, with a bar for each run, above the class's frequency.
+
+    Args:
+        runs: Name -> the metric of each class, in percent.
+        names: Names of the same classes.
+        support: Frequencies of the classes, the largest first; drawn on a logarithmic scale if
+            they differ by more than a factor of 20.
+        limits: Limits of that scale.
+
+    Returns:
+        The figure, its upper and its lower axes, without labels and legend.
+    """
+    place, width = np.arange(len(support)), 0.84 / len(runs)
+    inches = min(max(4.5, (0.16 + 0.1 * len(runs)) * len(support) + 1.2), 16.0)
+    figure, (above, below) = new_stack(inches, 4.6, (3.0, 1.0))
+    for number, ((name, heights), shade) in enumerate(
+        zip(runs.items(), colours(len(runs)), strict=True)
+    ):
+        offset = (number - (len(runs) - 1) / 2) * width
+        above.bar(place + offset, heights, width * 0.94, color=shade, label=name)
+    above.set(xlim=(-0.7, len(support) - 0.3))
+    below.bar(place, support, width=0.8, color=GREY)
+    if support[0] > 20 * support[-1]:
+        below.set_yscale("log")
+        below.set_ylim(*limits)
+        ticks = [10.0**power for power in range(-9, 10) if limits[0] <= 10.0**power <= limits[1]]
+        below.set_yticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
+        below.minorticks_off()
+    below.set_xticks(place, names, rotation=90, fontsize=7.5)
+    below.tick_params(axis="x", length=0, colors=INK)
+    return figure, above, below

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.report.style import GREY, INK
+from kd.report.style import GREY, INK, new_panels
 from kd.utils.images import VOID
 
 # Each as far from those before it, and from greys, as can be (CIELAB), without glaring ones.
@@ -82,14 +81,9 @@ def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[st
     wide = columns * across
     lines = _lines(handles, wide)
     inches = rows * (across * height / width + 0.26) + 0.19 * lines + 0.1
-    figure = Figure(figsize=(wide, inches))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, panels = new_panels(rows, columns, wide, inches)
     drawn = {"image": image.permute(1, 2, 0).numpy()}
     drawn |= {title: painted(image, labels, names) for title, labels in maps.items()}
-    for axes in panels:
-        axes.set_axis_off()
     for axes, (title, pixels) in zip(panels, drawn.items(), strict=False):
         axes.imshow(pixels, interpolation="nearest" if height * width < 40_000 else "antialiased")
         axes.set_title(title, fontsize=8.5, color=INK, pad=3)

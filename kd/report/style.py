@@ -64,6 +64,17 @@ def new_stack(width: float, height: float, ratios: tuple[float, ...]) -> tuple[F
     return figure, stack
 
 
+def new_panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of that many inches with a grid of panels without axes, row by row."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in panels:
+        axes.set_axis_off()
+    return figure, panels
+
+
 def clean(axes: Axes) -> None:
     """No frame above and right, and pale lines to read heights by."""
     axes.spines[["top", "right"]].set_visible(False)

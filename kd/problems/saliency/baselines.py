@@ -1,11 +1,11 @@
 """References of saliency maps: the centre prior and other observers.
 
-The floor is the **centre prior**: fixations of the training images, whatever is on them. It is a
-smoothed histogram over relative places. On OSIE (500 images to learn from, 100 to ask about) it
-foretells fixations by 0.54 bits better than a uniform map, a fitted Gaussian of any direction by
-0.50: people look at the centre, but not in the shape of a Gaussian.
+The lower reference is the **centre prior**: a smoothed histogram of the relative places of all
+fixations on train images, whatever their content. On OSIE (500 train images, 100 val images) it
+predicts fixations by 0.54 bits better than a uniform map, a fitted Gaussian with free covariance by
+0.50: people look at the centre, but their fixations are not normally distributed.
 
-The ceiling is **other observers**: each person's fixations, foretold by those of all others.
+The upper reference is **other observers**: each person's fixations predicted from all others'.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from kd.errors import UserError
 from kd.metrics.records import Records
 from kd.metrics.saliency import METRICS, NAN, SaliencyTruth, Size, density_of, fixation_density
 
-# Of the prior, in sides of the image. On OSIE 0.03 and 0.05 are worse by 0.001 and 0.003 bits.
+# Standard deviation of the prior's smoothing, as a fraction of each side of the image. On OSIE 0.03
+# and 0.05 are worse by 0.001 and 0.003 bits.
 PRIOR_SIGMA = 0.04
-# Share of a uniform map in the prior, so that no place is impossible.
+# Weight of a uniform map in the prior, so that no place is impossible.
 PRIOR_UNIFORM = 0.01
-# Share of the prior in what others foretell: they are few, and not all that is looked at. On OSIE
-# (12 images) KLD is best at it, of 0.05, 0.1, 0.2, 0.3; IG at 0.05, by 0.02 bits.
+# Weight of the prior in predictions from other observers, who are few. On OSIE (12 images) KLD is
+# best at it, of 0.05, 0.1, 0.2, 0.3; IG at 0.05, by 0.02 bits.
 OTHERS_PRIOR = 0.1
 _BY_MAP = ("KLD", "CC", "SIM")
 
@@ -38,15 +39,15 @@ def relative(fixations: Tensor, size: Size) -> Tensor:
 
 
 class CentrePrior:
-    """Where people look on an image that nobody knows anything of, but its size.
+    """Density of fixations on an image of which only the size is known.
 
     Args:
-        places: (K, 2) `relative` places of all fixations on training images.
-        sigma: Of the smoothing, in sides of the image.
-        uniform: Share of a uniform map in it.
+        places: (K, 2) `relative` places of all fixations on train images.
+        sigma: Standard deviation of the smoothing, as a fraction of each side of the image.
+        uniform: Weight of a uniform map.
 
     Raises:
-        UserError: No fixation, or one outside of its image.
+        UserError: There are no fixations, or one lies outside of its image.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class CentrePrior:
         self._known: dict[Size, Tensor] = {}
 
     def density(self, size: Size) -> Tensor:
-        """(H, W) float64 of sum 1 for an image of (height, width); the same tensor each time."""
+        """(H, W) float64 of sum 1 for an image of (height, width), cached by size."""
         if size not in self._known:
             height, width = size
             # Rounding may bring a place just below 1 to the border.
@@ -72,18 +73,18 @@ class CentrePrior:
         return self._known[size]
 
 
-def foretold(
+def predict_from_others(
     fixations: Tensor, size: Size, *, sigma: float, prior: Tensor | None = None,
-    share: float = OTHERS_PRIOR,
+    prior_weight: float = OTHERS_PRIOR,
 ) -> Tensor:  # fmt: skip
-    """Predict where a person will look from the fixations of others on the same image.
+    """Predict where a person looks from the fixations of others on the same image.
 
     Args:
-        fixations: (K, 2) theirs.
+        fixations: (K, 2), of the others.
         size: (height, width).
-        sigma: Of the smoothing, in pixels.
-        prior: (H, W) where people look on any image; a uniform map where none is given.
-        share: Of the prior in it.
+        sigma: Standard deviation of the smoothing, pixels.
+        prior: (H, W) density on any image; None: uniform.
+        prior_weight: Weight of the prior.
 
     Returns:
         (H, W) float64 of sum 1.
@@ -91,22 +92,15 @@ def foretold(
     known = density_of(torch.ones(size) if prior is None else prior)
     if not len(fixations):
         return known
-    return (1 - share) * fixation_density(fixations, size, sigma) + share * known
+    return (1 - prior_weight) * fixation_density(fixations, size, sigma) + prior_weight * known
 
 
 def each_left_out(
-    truth: SaliencyTruth, subjects: Tensor, *, sigma: float, share: float = OTHERS_PRIOR
+    truth: SaliencyTruth, subjects: Tensor, *, sigma: float, prior_weight: float = OTHERS_PRIOR
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each person the map that all others foretell, (H, W), and who is meant, (K,) bool.
+    """For each person, the map (H, W) predicted from all others, and their fixations, (K,) bool.
 
-    Args:
-        truth: Everybody's fixations.
-        subjects: (K,) whose each fixation is.
-        sigma: Of the smoothing, in pixels.
-        share: Of the prior.
-
-    Raises:
-        UserError: As many subjects as fixations are needed.
+    Args and errors are those of `inter_observer`.
     """
     _check(truth, subjects)
     height, width = truth.density.shape
@@ -114,33 +108,34 @@ def each_left_out(
         own = subjects == subject
         others = truth.fixations[~own]
         if len(others):
-            said = foretold(others, (height, width), sigma=sigma, prior=truth.prior, share=share)
-            yield said, own
+            yield predict_from_others(
+                others, (height, width), sigma=sigma, prior=truth.prior, prior_weight=prior_weight
+            ), own  # fmt: skip
 
 
 def inter_observer(
-    truth: SaliencyTruth, subjects: Tensor, *, sigma: float, share: float = OTHERS_PRIOR
+    truth: SaliencyTruth, subjects: Tensor, *, sigma: float, prior_weight: float = OTHERS_PRIOR
 ) -> dict[str, float]:
-    """How well people foretell each other: every number of `METRICS`.
+    """How well people predict each other: every metric of `METRICS`.
 
-    Those of fixations are means over people, weighted by their fixations, of the map that all
-    others foretell: nobody foretells himself, so a model can be set beside them. (A pixel that only
-    others fixated is a negative of `AUC_Judd` here; these are few.) Maps cannot be compared so:
-    the truth is of everybody. `KLD`, `CC` and `SIM` are those of the map that one half of the
-    people foretells against the density of the other half, the mean of both ways; halves, every
-    other person by number, are noisier than everybody, so a model can be above these.
+    Metrics at fixations score the map predicted from all others at each person's fixations, and
+    are averaged with the number of fixations as weight. Nobody predicts themselves, so a model can
+    be compared. (Pixels that only others fixated are negatives of `AUC_Judd` here; these are few.)
+    `KLD`, `CC` and `SIM` compare maps, and the ground truth includes everybody: they score the map
+    predicted from one half of the people (every other person) against the density of the other
+    half, averaged over both ways. Halves are noisier, so a model may be better than these.
 
     Args:
         truth: Everybody's fixations on one image.
-        subjects: (K,) whose each fixation is.
-        sigma: Of the smoothing, in pixels: that of `truth.density`.
-        share: Of the prior in what others foretell.
+        subjects: (K,) the person of each fixation.
+        sigma: Standard deviation of the smoothing, pixels: that of `truth.density`.
+        prior_weight: Weight of the prior in predictions from others.
 
     Returns:
-        By name, NaN where fewer than two people looked or the truth says nothing.
+        By name; NaN with fewer than two people, or where a metric is undefined.
 
     Raises:
-        UserError: As many subjects as fixations are needed.
+        UserError: There are not as many subjects as fixations.
     """
     _check(truth, subjects)
     people = subjects.unique()
@@ -148,18 +143,20 @@ def inter_observer(
         return dict.fromkeys(METRICS, NAN)
     size = (truth.density.shape[0], truth.density.shape[1])
     totals = dict.fromkeys((name for name in METRICS if name not in _BY_MAP), 0.0)
-    for said, own in each_left_out(truth, subjects, sigma=sigma, share=share):
+    for predicted, own in each_left_out(truth, subjects, sigma=sigma, prior_weight=prior_weight):
         one = SaliencyTruth(truth.density, truth.fixations[own], truth.others, truth.prior)
         weight = int(own.sum()) / len(subjects)
         for name in totals:
-            totals[name] += weight * METRICS[name](said, one)
+            totals[name] += weight * METRICS[name](predicted, one)
     first = torch.isin(subjects, people[::2])
-    halves = {name: 0.0 for name in _BY_MAP}
+    halves = dict.fromkeys(_BY_MAP, 0.0)
     for own in (first, ~first):
-        said = foretold(truth.fixations[own], size, sigma=sigma, prior=truth.prior, share=share)
+        predicted = predict_from_others(
+            truth.fixations[own], size, sigma=sigma, prior=truth.prior, prior_weight=prior_weight
+        )
         true = fixation_density(truth.fixations[~own], size, sigma)
         for name in _BY_MAP:
-            halves[name] += METRICS[name](said, SaliencyTruth(true, truth.fixations)) / 2
+            halves[name] += METRICS[name](predicted, SaliencyTruth(true, truth.fixations)) / 2
     return {name: (halves | totals)[name] for name in METRICS}
 
 
@@ -176,46 +173,46 @@ Float = NDArray[np.float64]
 CENTRE, OBSERVERS = "centre_prior", "other_observers"  # arrays of records
 NAMES = {CENTRE: "centre prior", OBSERVERS: "other observers"}
 ABOUT = {
-    CENTRE: "centre prior: where people look on train images, whatever is shown",
-    OBSERVERS: "other observers: each person's fixations foretold by all others'; KLD, CC and SIM "
-    "are of halves of them, noisier than the truth of everybody: models may be above",
+    CENTRE: "centre prior: density of fixations on train images, whatever the image",
+    OBSERVERS: "other observers: each person's fixations predicted from all others'; KLD, CC and "
+    "SIM compare halves of them, noisier than everybody's: models may be better",
 }
 
 
 class GazeTruth(Protocol):
-    """A split's truth."""
+    """Ground truth of a split."""
 
     def __call__(self, number: int) -> SaliencyTruth:
-        """Of the image at a place in the split."""
+        """Ground truth of the image at a position in the split."""
         ...
 
     @property
     def references(self) -> Mapping[str, Float]:
-        """By name of an array, (images of the split, M)."""
+        """Metrics of each image, (images of the split, M), by name of a reference's array."""
         ...
 
 
 def references(records: Records) -> dict[str, Records]:
     """The references as records of the same images, by their names in tables.
 
-    Those that the records do not hold are left out, as are other observers where nobody's
-    fixations could be foretold.
+    References that the records lack, or that are NaN throughout, are left out.
     """
     found: dict[str, Records] = {}
-    for array, name in NAMES.items():
-        if array in records and not np.isnan(records[array]).all():
-            columns = {m: records[array][:, place] for place, m in enumerate(METRICS)}
-            found[name] = {**records, **columns}
+    for array in _present(records):
+        columns = {m: records[array][:, place] for place, m in enumerate(METRICS)}
+        found[NAMES[array]] = {**records, **columns}
     return found
 
 
 def notes(records: Records) -> list[str]:
-    """Notes about the references of a table, with the number of images that have them."""
+    """Table notes on the references, with the number of images that have them."""
     lines = []
-    for array in NAMES:
-        if array not in records or np.isnan(records[array]).all():
-            continue
+    for array in _present(records):
         known = int((~np.isnan(records[array])).any(axis=1).sum())
         whole = len(records["image_ids"])
         lines.append(ABOUT[array] + (f" (on {known} of {whole} images)" if known < whole else ""))
     return lines
+
+
+def _present(records: Records) -> list[str]:
+    return [name for name in NAMES if name in records and not np.isnan(records[name]).all()]

@@ -1,9 +1,9 @@
-"""Semantic segmentation: the class of each pixel."""
+"""Semantic segmentation as a problem: its data, students and results."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,34 +11,24 @@ from torch import nn
 
 from kd.config.recipes import Model, TaskSection
 from kd.metrics.registry import Metric
-from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.base import Split, Teacher, TeacherView
+from kd.problems.images import ImageProblem
 from kd.problems.results import Results
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.evaluation import SegmentationResults
-from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.schema import SPEC, SegmentationSection
 from kd.problems.spec import ProblemSpec
 from kd.problems.teacher_views import ImagesView
 
 
-class SegmentationProblem(Problem[SegmentationDataset]):
-    """Images with a label map each."""
+class SegmentationProblem(ImageProblem[SegmentationDataset]):
+    """Images with label maps."""
 
     spec: ClassVar[ProblemSpec] = SPEC
 
     def open(self, section: SegmentationSection) -> SegmentationDataset:
-        """Open both splits; small ones are read once."""
+        """Open both splits; small ones are read and checked."""
         return open_maps(section)
-
-    def training(
-        self, data: SegmentationDataset, sampling: Sampling, task: Task | None = None
-    ) -> SegmentationSamples:
-        """Random crops."""
-        return data.crops(sampling.seed, sampling.cached)
-
-    def evaluation(self, data: SegmentationDataset, split: Split = "val") -> SegmentationSamples:
-        """Whole images."""
-        return data.whole(split, size=data.section.size)
 
     def teacher_view(
         self, teacher: Teacher, data: SegmentationDataset, split: Split, *, size: int | None = None
@@ -52,29 +42,19 @@ class SegmentationProblem(Problem[SegmentationDataset]):
             lambda only: data.whole(split, size=size, only=only), size=size, resizes_maps=False,
         )  # fmt: skip
 
-    def build_student(
-        self,
-        model: Model,
-        data: SegmentationDataset,
-        *,
-        labelled: NDArray[np.int64] | None = None,
-        context: bool = True,
-        outputs: Collection[str] = (),
-    ) -> nn.Module:
+    def build_student(self, model: Model, data: SegmentationDataset, **_: Any) -> nn.Module:
         """Build a segmentation network."""
         return self.named_student(model.name, model.options, num_classes=data.num_classes)
 
     def class_fractions(
-        self,
-        section: TaskSection,
-        data: SegmentationDataset,
+        self, section: TaskSection, data: SegmentationDataset,
         images: NDArray[np.int64] | None = None,
-    ) -> dict[str, NDArray[np.float64]]:
-        """`pixel_shares`, counted where classes have weights."""
+    ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+        """`pixel_shares`, if the task weights classes."""
         return data.class_fractions() if section.options.get("class_weights") else {}
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Label maps are scored by the confusions of each image."""
+        """Results from confusion matrices per image."""
         return SegmentationResults(metrics or {})
 
 

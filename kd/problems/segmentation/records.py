@@ -1,7 +1,7 @@
-"""Numbers of label maps from the confusion of each image: the arrays of a `predictions.npz`.
+"""Metrics of label maps from the records of `predictions.npz`.
 
-`image_ids` (N,), `confusion` (N, C, C), pixels by true class (rows) and predicted class (columns),
-and, where they are known, `names` (C,).
+`image_ids` (N,); `confusion` (N, C, C), pixels by true class (rows) and predicted class (columns);
+`names` (C,), if they are known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kd.metrics.records import Array, Records
 
 REQUIRED = ("image_ids", "confusion")
 ROWS = ("mIoU", "mean_accuracy", "pixel_accuracy")
-IOU = "iou/"  # and a class, by name or number
+IOU = "iou/"  # followed by a class, its name or number
 
 Float = NDArray[np.float64]
 
@@ -25,29 +25,29 @@ Float = NDArray[np.float64]
 class Pixels(NamedTuple):
     """Pixels of each class in each of R sets of images, (R, C) each."""
 
-    right: Float  # of a class that is said
-    true: Float  # of a class
-    said: Float
+    right: Float
+    true: Float
+    predicted: Float
 
     def drawn(self, counts: Float) -> Pixels:
-        """Their sums where the image of row n counts `counts[:, n]` times."""
+        """Sums over R resamples, in which the image of row n occurs `counts[:, n]` times."""
         return Pixels(*(counts @ part for part in self))
 
 
 def pixels(records: Records) -> Pixels:
-    """Of each image, (N, C)."""
+    """Pixels of each image, (N, C)."""
     confusion = records["confusion"]
     parts = (np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1))
     return Pixels(*(part.astype(np.float64) for part in parts))
 
 
 def number_of(name: str, found: Pixels, records: Records) -> Float:
-    """A metric of each set, (R,); NaN where nothing counts for it.
+    """A metric of each set, (R,); NaN where it is undefined.
 
     Args:
         name: One of `ROWS`, or `iou/` and a class.
         found: Pixels of R sets.
-        records: Whose classes `name` means.
+        records: Records with the class names.
 
     Raises:
         UserError: There is no such metric or class.
@@ -55,8 +55,8 @@ def number_of(name: str, found: Pixels, records: Records) -> Float:
     if name == "pixel_accuracy":
         return np.asarray(found.right.sum(axis=1) / found.true.sum(axis=1))
     if name == "mean_accuracy":
-        return _mean(_share(found.right, found.true))
-    iou = _share(found.right, found.true + found.said - found.right)
+        return _mean(_ratio(found.right, found.true))
+    iou = _ratio(found.right, found.true + found.predicted - found.right)
     if name == "mIoU":
         return _mean(iou)
     if name.startswith(IOU):
@@ -65,12 +65,13 @@ def number_of(name: str, found: Pixels, records: Records) -> Float:
 
 
 def class_number(wanted: str, records: Records) -> int:
-    """A class by name, or by number in 0..C-1.
+    """The number of a class given by name or number.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such class.
     """
-    names, num_classes = names_of(records), records["confusion"].shape[1]
+    names = [str(name) for name in records["names"]] if "names" in records else []
+    num_classes = records["confusion"].shape[1]
     if wanted in names:
         return names.index(wanted)
     if wanted.isdecimal() and int(wanted) < num_classes:
@@ -79,31 +80,26 @@ def class_number(wanted: str, records: Records) -> int:
     raise UserError(f"metric '{IOU}{wanted}': no such class{known}")
 
 
-def names_of(records: Records) -> list[str]:
-    """The class names, none where they are not known."""
-    return [str(name) for name in records["names"]] if "names" in records else []
-
-
 class ClassRow(NamedTuple):
-    """One class that is there or said."""
+    """Metrics of a class that is true or predicted anywhere."""
 
     label: int
-    share: float  # of the pixels that are scored
+    fraction: float  # of the scored pixels
     iou: float
-    accuracy: float  # NaN where the class is not there
-    instead: tuple[tuple[int, float], ...]  # what is said in its place, and of what share of it
+    accuracy: float  # NaN if no pixel has the class
+    instead: tuple[tuple[int, float], ...]  # classes predicted in its place: (class, fraction)
 
 
 def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
-    """Every class that is there or said, the most frequent first.
+    """Metrics of each class that is true or predicted, the most frequent first.
 
     Args:
-        records: As this module describes.
-        instead: Wrong answers that each row names at most, the most frequent first.
+        records: See the module.
+        instead: How many of the classes predicted in its place each row has at most.
     """
     confusion = records["confusion"].sum(axis=0)
-    true, said, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
-    iou, accuracy = _share(right, true + said - right), _share(right, true)
+    true, predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
+    iou, accuracy = _ratio(right, true + predicted - right), _ratio(right, true)
     rows = []
     for c in np.argsort(-true, kind="stable").tolist():
         if np.isnan(iou[c]):
@@ -111,8 +107,8 @@ def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
         wrong = np.where(np.arange(len(true)) == c, 0, confusion[c])
         order = [n for n in np.argsort(-wrong, kind="stable").tolist() if wrong[n]][:instead]
         found = tuple((n, float(wrong[n] / true[c])) for n in order)
-        share = float(true[c] / true.sum())
-        rows.append(ClassRow(c, share, float(iou[c]), float(accuracy[c]), found))
+        fraction = float(true[c] / true.sum())
+        rows.append(ClassRow(c, fraction, float(iou[c]), float(accuracy[c]), found))
     return rows
 
 
@@ -124,13 +120,13 @@ def value(records: Records, name: str) -> float | None:
 
 
 def interval(records: Records, name: str) -> Interval:
-    """A metric of one run with its 95 % interval, images drawn again."""
+    """A metric with its 95 % bootstrap interval over images."""
     found = pixels(records)
     return drawn_again(lambda n: number_of(name, found.drawn(n), records), len(found.true))
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric less that of a twin on the same images; both are given the same ones again."""
+    """A metric minus a twin's, with the interval of a paired bootstrap over images."""
     own, other = pixels(records), pixels(twin)
 
     def gap(counts: Float) -> Float:
@@ -141,14 +137,10 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def check(records: Records, where: str) -> None:
-    """Check records before a number is computed from them.
-
-    Args:
-        records: As this module describes.
-        where: What the message begins with.
+    """Check records; messages begin with `where`.
 
     Raises:
-        UserError: A missing array, wrong shapes, or not one pixel was scored.
+        UserError: A missing array, wrong shapes, negative numbers, or no pixel was scored.
     """
     if missing := [name for name in REQUIRED if name not in records]:
         raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions")
@@ -167,25 +159,21 @@ def check(records: Records, where: str) -> None:
         raise UserError(f"{where}: not one pixel was scored; are the maps all void?")
 
 
-def _share(part: Array, whole: Array) -> Float:
-    """NaN where there is nothing."""
-    shares = np.full(part.shape, np.nan)
-    np.divide(part, whole, out=shares, where=whole > 0)
-    return shares
+def _ratio(part: Array, whole: Array) -> Float:
+    """NaN where the denominator is 0."""
+    ratios = np.full(part.shape, np.nan)
+    np.divide(part, whole, out=ratios, where=whole > 0)
+    return ratios
 
 
-def _mean(shares: Float) -> Float:
-    """Over the classes that there are, (R,)."""
-    there = ~np.isnan(shares)
-    return _share(np.where(there, shares, 0.0).sum(axis=1), there.sum(axis=1))
+def _mean(values: Float) -> Float:
+    """Over the classes where the metric is defined, (R,)."""
+    there = ~np.isnan(values)
+    return _ratio(np.where(there, values, 0.0).sum(axis=1), there.sum(axis=1))
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that two have the same classes, and the same pixels of each in every image.
-
-    Raises:
-        UserError: They differ; the message begins with `pair`, which names both.
-    """
+    """Check that two records have the same classes, with the same pixels in every image."""
     own, others = (pixels(one).true for one in (records, other))
     if own.shape != others.shape:
         raise UserError(

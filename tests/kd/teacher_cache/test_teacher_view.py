@@ -144,7 +144,7 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
     accelerator = make_accelerator("fp32")
     options = CacheOptions(outputs=BOTH, dtype="float32", mirrored=True)
     kept = open_cache(teacher, data, accelerator, options)
-    samples = data.crops(0, cached=list(kept.values()))
+    samples = data.training(0, cached=list(kept.values()))
     loader = make_loader(samples, accelerator, batch_size=5, workers=0, train=True)
     batch = next(iter(loader))
     stored = CachedTeacher(None, BOTH)(batch, Rows())
@@ -152,7 +152,7 @@ def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> N
         live = source(batch)
     for name in BOTH:
         torch.testing.assert_close(stored[name], live[name], rtol=1e-4, atol=1e-4)
-    finer = data.crops(0, cached=[CachedField(kept["logits"].store, "logits", stride=4)])[0, 0]
+    finer = data.training(0, cached=[CachedField(kept["logits"].store, "logits", stride=4)])[0, 0]
     assert finer["stored.logits"].shape == (1, 11, 12, 16)
 
 

@@ -16,8 +16,8 @@ from kd.metrics.saliency import METRICS, SaliencyTruth, fixation_density, measur
 from kd.problems.saliency.baselines import (
     CentrePrior,
     each_left_out,
-    foretold,
     inter_observer,
+    predict_from_others,
     relative,
 )
 
@@ -91,7 +91,7 @@ def test_the_prior_beats_a_uniform_map_where_people_look_at_the_centre() -> None
 def test_nobody_foretells_himself() -> None:
     places = [around(4, 10, 10), around(5, 10, 10), around(6, 30, 20)]
     truth, subjects = seen(places)
-    found = list(each_left_out(truth, subjects, sigma=2.0, share=0.2))
+    found = list(each_left_out(truth, subjects, sigma=2.0, prior_weight=0.2))
     assert [own.nonzero()[0].item() for _, own in found] == [0, 20, 40]
     for k, (said, own) in enumerate(found):
         others = torch.cat([one for n, one in enumerate(places) if n != k])
@@ -105,13 +105,13 @@ def test_nobody_foretells_himself() -> None:
 def test_numbers_of_fixations_are_means_over_people_by_their_fixations() -> None:
     places = [around(4, 10, 10, 5), around(5, 11, 10, 20), around(6, 12, 11, 9)]
     truth, subjects = seen(places)
-    found = inter_observer(truth, subjects, sigma=2.0, share=0.2)
+    found = inter_observer(truth, subjects, sigma=2.0, prior_weight=0.2)
     assert list(found) == list(METRICS)
     for name in ("NSS", "AUC_Judd", "sAUC", "IG"):
         total = 0.0
         for k, own in enumerate(places):
             others = torch.cat([one for n, one in enumerate(places) if n != k])
-            said = foretold(others, SIZE, sigma=2.0, share=0.2)
+            said = predict_from_others(others, SIZE, sigma=2.0, prior_weight=0.2)
             one = SaliencyTruth(truth.density, own, truth.others, truth.prior)
             total += len(own) * measure(said, one)[name]
         assert found[name] == pytest.approx(total / 34)
@@ -120,7 +120,7 @@ def test_numbers_of_fixations_are_means_over_people_by_their_fixations() -> None
 def test_numbers_of_maps_are_those_of_halves() -> None:
     places = [around(n, 10 + n, 10, 12) for n in range(5)]
     truth, subjects = seen(places)
-    found = inter_observer(truth, subjects, sigma=2.0, share=0.2)
+    found = inter_observer(truth, subjects, sigma=2.0, prior_weight=0.2)
     even, odd = torch.cat(places[::2]), torch.cat(places[1::2])
     for name in ("KLD", "CC", "SIM"):
         both = [
@@ -158,7 +158,7 @@ def test_one_person_alone_is_foretold_by_nobody() -> None:
     empty = SaliencyTruth(torch.zeros(SIZE), NOBODY)
     found = inter_observer(empty, torch.zeros(0), sigma=2.0)
     assert all(math.isnan(one) for one in found.values())
-    unknown = foretold(NOBODY, SIZE, sigma=2.0)
+    unknown = predict_from_others(NOBODY, SIZE, sigma=2.0)
     assert torch.allclose(unknown, torch.full(SIZE, 1 / 1200, dtype=torch.float64))
 
 

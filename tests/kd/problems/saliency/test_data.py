@@ -12,8 +12,8 @@ from PIL import Image
 from kd.errors import UserError
 from kd.formats.fixations import UNKNOWN
 from kd.metrics.saliency import METRICS, measure
+from kd.problems import images
 from kd.problems.saliency import data as gaze_truth
-from kd.problems.saliency import data as opened_gaze
 from kd.problems.saliency.baselines import CENTRE, OBSERVERS
 from kd.problems.saliency.data import SaliencyDataset, open_fixations
 from kd.problems.saliency.schema import SaliencySection
@@ -54,7 +54,7 @@ def test_both_splits_are_opened_and_have_no_picture_in_common(squares: SaliencyD
     assert (len(squares.train.names), len(squares.val.names)) == (16, 4)
     assert not set(squares.train.names) & set(squares.val.names)
     assert squares.class_names == ("saliency",) and squares.num_classes == 1
-    assert squares.padded(0)[0, 0]["density"].shape == (1, *SIZE)
+    assert squares.training(0)[0, 0]["density"].shape == (1, *SIZE)
     assert squares.whole("train", size=32).frame == (24, 32)
     assert len(squares.whole("train", size=None, only=np.array([3, 5]))) == 2
 
@@ -65,10 +65,10 @@ def test_a_small_data_set_is_read_whole_before_training(
     section = written(tmp_path, outside=True)
     with pytest.raises(UserError, match=r"7\.png: 36 of 36 fixations lie outside of the frame"):
         open_fixations(section)
-    monkeypatch.setattr(opened_gaze, "READ_FIRST", 0)
+    monkeypatch.setattr(images, "READ_FIRST", 0)
     with pytest.raises(UserError, match=r"7\.png: 36 of 36"):  # among those of the centre prior
         open_fixations(section)
-    monkeypatch.setattr(opened_gaze, "COUNTED", 1)
+    monkeypatch.setattr(images, "COUNTED", 1)
     opened = open_fixations(section)
     assert any(path.stem.endswith("7") for path in opened.train.images)
     with pytest.raises(UserError, match=r"7\.png: 36 of 36"):

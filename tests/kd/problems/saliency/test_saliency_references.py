@@ -35,7 +35,7 @@ def test_references_are_records_of_the_same_pictures(records: dict[str, Array]) 
         assert SALIENCY.value(found["centre prior"], name) == place
         assert SALIENCY.value(found["other observers"], name) == 3
     lines = notes(records)
-    assert "whatever is shown" in lines[0] and "images)" not in lines[0]
+    assert "whatever the image" in lines[0] and "images)" not in lines[0]
     assert lines[1].endswith("(on 2 of 4 images)")
 
 

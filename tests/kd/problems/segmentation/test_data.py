@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from kd.errors import UserError
-from kd.problems.segmentation import data as opened_maps
+from kd.problems import images
+from kd.problems.segmentation.data import open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 
 
@@ -28,17 +29,17 @@ def broken(tmp_path: Path) -> SegmentationSection:
 
 def test_a_small_split_is_read_whole_before_training(broken: SegmentationSection) -> None:
     with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
-        opened_maps.open_maps(broken)
+        open_maps(broken)
 
 
 def test_a_large_split_is_read_as_it_is_needed(
     broken: SegmentationSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opened_maps, "READ_FIRST", 0)
-    data = opened_maps.open_maps(broken)
-    assert data.crops(0)[0, 0]["images"].shape == (3, 16, 24)
+    monkeypatch.setattr(images, "READ_FIRST", 0)
+    data = open_maps(broken)
+    assert data.training(0)[0, 0]["images"].shape == (3, 16, 24)
     with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
-        data.crops(0)[0, 1]
+        data.training(0)[0, 1]
 
 
 def test_classes_are_counted_on_train_pixels_without_void(
@@ -50,11 +51,11 @@ def test_classes_are_counted_on_train_pixels_without_void(
     pixels = np.zeros((16, 24), np.uint8)
     pixels[:4], pixels[4:8] = 3, 11  # 11 is CamVid's void
     Image.fromarray(pixels).save(root / "trainannot" / "0.png")
-    data = opened_maps.open_maps(broken)
+    data = open_maps(broken)
     expected = np.zeros(11)
     expected[0], expected[3] = 8 * 24 + 16 * 24, 4 * 24
     np.testing.assert_allclose(data.class_fractions()["pixel_shares"], expected / expected.sum())
-    monkeypatch.setattr(opened_maps, "COUNTED", 1)  # of the two maps, the first
+    monkeypatch.setattr(images, "COUNTED", 1)  # of the two maps, the first
     expected[0] = 8 * 24
     np.testing.assert_allclose(data.class_fractions()["pixel_shares"], expected / expected.sum())
     for number in range(2):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd.distillation.student import AdaptedStudent
 from kd.problems.results import Predictor
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
-from kd.problems.segmentation.draw import overlays
+from kd.problems.segmentation.evaluation import SegmentationResults
 from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
@@ -56,7 +56,8 @@ def test_each_image_is_asked_about_alone(
     monkeypatch.setattr(SegmentationSamples, "file_sizes", counted)
     model = AdaptedStudent(Brightness())
     asked = {"model": Predictor(model, Segmentation(num_classes=CLASSES), None)}
-    figures = list(overlays(data, asked, count=3, accelerator=make_accelerator("fp32")))
+    accelerator = make_accelerator("fp32")
+    figures = list(SegmentationResults().draw(data, asked, {}, count=3, accelerator=accelerator))
     titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
     assert titles == [["image", "truth", "model, 100 % right"]] * 3
     assert looked_at == [1, 1, 1]

@@ -31,11 +31,11 @@ def test_classes_come_with_their_pixels_iou_and_what_is_said_instead() -> None:
     rows = per_class(RECORDS)
     assert [row.label for row in rows] == [0, 1, 2, 3]
     sky, _, car, tree = rows
-    assert (sky.share, sky.iou, sky.accuracy) == pytest.approx((84 / 132, 80 / 88, 80 / 84))
+    assert (sky.fraction, sky.iou, sky.accuracy) == pytest.approx((84 / 132, 80 / 88, 80 / 84))
     assert [label for label, _ in sky.instead] == [1, 2]
     assert [share for _, share in sky.instead] == pytest.approx([3 / 84, 1 / 84])
-    assert (car.share, car.iou) == pytest.approx((4 / 132, 1 / 5))
-    assert tree.share == 0 and np.isnan(tree.accuracy) and tree.instead == ()
+    assert (car.fraction, car.iou) == pytest.approx((4 / 132, 1 / 5))
+    assert tree.fraction == 0 and np.isnan(tree.accuracy) and tree.instead == ()
     table = map_class_table(rows, RECORDS, NAMES)
     first, last = table.groups[0][0], table.groups[0][-1]
     assert first[:3] == ("sky", "63.64", "90.9") and first[3].startswith("[")
@@ -56,7 +56,7 @@ def test_bars_are_the_ious_above_the_shares() -> None:
         for axes in (above, below)
     )
     assert heights == pytest.approx([100 * row.iou for row in rows[:3]] * 2)
-    assert shares == pytest.approx([100 * row.share for row in rows[:3]])
+    assert shares == pytest.approx([100 * row.fraction for row in rows[:3]])
     assert below.get_yscale() == "log"
     figure_image(figure)
     figure_image(iou_figure({str(n): rows for n in range(14)}, NAMES))

@@ -71,11 +71,11 @@ def test_every_number_is_that_of_a_loop_over_pixels() -> None:
     assert values["pixel_accuracy"] == pytest.approx(hits / pixels)
     assert values["count"] == 7
     rows = per_class(metric.records())
-    assert {row.label: row.share * pixels for row in rows} == pytest.approx(
+    assert {row.label: row.fraction * pixels for row in rows} == pytest.approx(
         {c: counts[c][1] for c in iou}
     )
     assert {row.label: row.iou for row in rows} == pytest.approx(iou)
-    assert [row.share for row in rows] == sorted((row.share for row in rows), reverse=True)
+    assert [row.fraction for row in rows] == sorted((row.fraction for row in rows), reverse=True)
 
 
 def test_numbers_are_those_of_torchmetrics() -> None:

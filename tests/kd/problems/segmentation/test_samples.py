@@ -142,7 +142,7 @@ def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
         name="maps", root=str(root), layout="camvid", crop=(24, 32), workers=0
     )
     data = open_maps(section)
-    assert not data.whole("val", size=data.section.size).alike and data.crops(0).alike
+    assert not data.whole("val", size=data.section.size).alike and data.training(0).alike
     batches = list(val_loader(data, 4, make_accelerator("fp32")))
     assert [tuple(batch["images"].shape) for batch in batches] == [
         (1, 3, 32, 48), (1, 3, 48, 32), (1, 3, 32, 32)
@@ -163,10 +163,10 @@ def test_an_opened_data_set_says_what_it_has(written: Written) -> None:
     )
     data = open_maps(section)
     assert data.num_classes == CLASSES and data.class_info().names == data.class_names
-    assert (len(data.crops(0)), len(data.problem.evaluation(data))) == (3, 2)
+    assert (len(data.training(0)), len(data.problem.evaluation(data))) == (3, 2)
     assert data.problem.evaluation(data)[0, 0]["images"].shape == (3, 16, 32)
     assert data.whole("val", size=None)[0, 0]["images"].shape == (3, 32, 48)
-    assert not same(data.crops(0)[0, 0], data.crops(1)[0, 0])
+    assert not same(data.training(0)[0, 0], data.training(1)[0, 0])
 
 
 @pytest.mark.parametrize("crop", [(20, 32), (24, 0), (24, -8)])
@@ -206,7 +206,7 @@ def test_as_many_whole_pictures_at_once_as_the_pixels_of_a_batch_of_crops(writte
         name="maps", root=str(root), layout="camvid", crop=(16, 32), val="train", workers=0
     )
     data = open_maps(section)
-    assert data.crops(0).together(8) == 8
+    assert data.training(0).together(8) == 8
     assert data.problem.evaluation(data).together(8) == 2
     assert data.problem.evaluation(data).together(1) == 1
     assert data.whole("train", size=32).together(8) == 8
