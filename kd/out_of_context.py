@@ -41,7 +41,7 @@ def _make(args: argparse.Namespace) -> None:
     if not 0 <= low < high <= 1:
         raise UserError(f"--min-fraction {low} must be below --max-fraction {high}, both in 0..1")
     from kd.context.pasting.make import make_sets
-    from kd.problems.base import object_scenes
+    from kd.problems.context import object_scenes
     from kd.problems.recipes import data_config
     from kd.runs.build import open_data
 

@@ -27,6 +27,7 @@ from kd.formats.coco_results import Detections, Truth, by_image, corners
 from kd.formats.coco_validate import read_json
 from kd.formats.splits import fold_of
 from kd.nn.weights import weights_hash
+from kd.problems.context import hidden_objects
 from kd.runs.load_teacher import TrainedTeacher, fold_models
 from kd.utils.images import read_image
 from kd.utils.io import write_atomic
@@ -121,7 +122,7 @@ def context_of(
         for number, model in enumerate(models):
             mine = [plan for plan in plans if folds is None or folds[plan.image] == number]
             rows = [int(question[row]) for plan in mine for row in plan.asked]
-            asked = _questions(mine, truth, found, images, teacher.objects.size)
+            asked = _questions(mine, truth, found, images, hidden_objects(teacher).size)
             most = _AT_ONCE_ON_CPU if device.type == "cpu" else _AT_ONCE
             given = expectations(teacher, asked, device=device, model=model, most_inputs=most)
             start = 0
@@ -167,7 +168,7 @@ def _key(
     files = [images / name for name in truth.file_names]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]}: image not found, {len(missing)} of {len(files)} are not")
-    data, task = teacher.objects, teacher.recipe.task
+    data, task = hidden_objects(teacher), teacher.recipe.task
     about = [
         _VERSION,
         [weights_hash(model, str(model)) for model in models],

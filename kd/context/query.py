@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.data.loader import Sample, collate, to_device
-from kd.problems.base import HiddenObjects, Task, context_task, named
+from kd.problems.base import named
+from kd.problems.context import context_task, hidden_objects
 from kd.runs.load_teacher import TrainedTeacher
 from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
@@ -82,7 +83,7 @@ def expectations(
     Yields:
         Log-probabilities (K, C), float32 on the CPU, for each question, in order.
     """
-    data, task = teacher.objects, context_task(teacher)
+    data, task = hidden_objects(teacher), context_task(teacher)
     num_classes = task.num_classes
     most_inputs = min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(data.size))
     asked = _Asked(teacher, teacher.model if model is None else model, device)
@@ -91,7 +92,7 @@ def expectations(
     counts: list[int] = []  # regions of each question not answered yet
     for question in questions:
         counts.append(len(question.hidden))
-        for sample in _samples(question, data, task, max(1, most_inputs)):
+        for sample in _samples(question, teacher, max(1, most_inputs)):
             inputs = sum(len(other["hidden"]) for other in waiting) + len(sample["hidden"])
             if waiting and (inputs > most_inputs or waiting[0].keys() != sample.keys()):
                 answers.append(asked(waiting))
@@ -113,8 +114,9 @@ def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Ite
     answers[:] = [rows]
 
 
-def _samples(question: Question, data: HiddenObjects, task: Task, most: int) -> Iterator[Sample]:
+def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator[Sample]:
     """A question as samples of docs/batch.md, of at most `most` hidden regions each."""
+    data = hidden_objects(teacher)
     size = data.size
     height, width = question.image.shape[1:]
     scaled = scaled_size(height, width, size)
@@ -134,7 +136,7 @@ def _samples(question: Question, data: HiddenObjects, task: Task, most: int) -> 
         "shares": (stored[:, 2:] - stored[:, :2]).prod(dim=1) / (height * width),
         "usable": usable,
     }
-    exact = question.masks is not None or getattr(task, "shape", "box") == "segment"
+    exact = question.masks is not None or getattr(teacher.task, "shape", "box") == "segment"
     for start in range(0, len(question.hidden), most):
         hidden = question.hidden[start : start + most]
         part = {**sample, "hidden": hidden, "hide_fraction": torch.ones(len(hidden))}
@@ -169,7 +171,7 @@ def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor
         that each region hides, (K, h, w) bool, by the teacher's shape of regions.
     """
     shape = getattr(teacher.task, "shape", "box")
-    (sample,) = _samples(question, teacher.objects, teacher.task, len(question.hidden))
+    (sample,) = _samples(question, teacher, len(question.hidden))
     regions = regions_of(sample, shape="segment" if "segments" in sample else shape)
     height, width = sample["sizes"].tolist()
     image = sample["images"][:, :height, :width]

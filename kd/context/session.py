@@ -27,6 +27,7 @@ from kd.context.regions import (
     read_mask,
 )
 from kd.errors import UserError
+from kd.problems.context import hidden_objects
 from kd.registry import suggestion
 from kd.report.style import save_figure
 from kd.runs.build import make_accelerator
@@ -137,7 +138,7 @@ class Imagination:
     @property
     def size(self) -> int:
         """Long side of the images that the teacher sees."""
-        return self.teacher.objects.size
+        return hidden_objects(self.teacher).size
 
     def warn_of_blindness(self, annotated: bool) -> None:
         """Say so where the teacher lives on what it is not told, or is told in vain."""
@@ -174,7 +175,7 @@ class Imagination:
         return "\n".join(lines) + "\n"
 
     def _regions(self, photo: Photograph) -> list[Region]:
-        wanted, section = self.wanted, self.teacher.objects
+        wanted, section = self.wanted, hidden_objects(self.teacher)
         regions = [shape.on(str(photo.path), photo.size) for shape in wanted.shapes]
         shares = (max(section.min_fraction, _LEAST_SHARE), max(section.max_fraction, _LEAST_SHARE))
         random = np.random.default_rng(wanted.seed)

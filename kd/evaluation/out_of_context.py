@@ -21,7 +21,7 @@ from kd.formats.coco import CocoIndex
 from kd.formats.coco_results import by_image, corners, read_detections, read_truth
 from kd.metrics.bootstrap import paired_bootstrap
 from kd.metrics.records import Records
-from kd.problems.base import object_scenes
+from kd.problems.context import object_scenes
 from kd.problems.results import Results
 from kd.report.tables import Table, distill_table
 from kd.runs.build import make_accelerator

@@ -1,4 +1,4 @@
-"""Kinds of problems by name. Nothing here imports torch before a problem is asked for."""
+"""Problems by name; importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBLEMS = {
 
 
 def specs() -> list[ProblemSpec]:
-    """Every problem of ours, in the order of `PROBLEMS`."""
+    """All registered problems, in the order of `PROBLEMS`."""
     return [entry.load() for entry in PROBLEMS.values()]
 
 
@@ -33,10 +33,10 @@ def spec_of_task(name: str) -> ProblemSpec:
     """The problem that a task belongs to, without its implementation.
 
     Args:
-        name: A task of ours, or the user's own problem as `package.module:SPEC`.
+        name: A registered task, or a problem of one's own as `package.module:SPEC`.
 
     Raises:
-        UserError: No such task; the message lists those there are.
+        UserError: No such task; the message lists the known ones.
     """
     for spec in specs():
         if name in spec.tasks:
@@ -50,7 +50,7 @@ def spec_of_task(name: str) -> ProblemSpec:
 
 
 def problem(name: str) -> Problem[Any]:
-    """One of `PROBLEMS`, its implementation imported."""
+    """Import one of `PROBLEMS`."""
     found: Problem[Any] = PROBLEMS[name].load().load()
     return found
 
@@ -68,15 +68,12 @@ def problem_of_data(section: object) -> Problem[Any]:
 
 
 def problem_with(ability: str, spec: ProblemSpec, *, where: str) -> ProblemSpec:
-    """Refuse a problem without an ability.
+    """Refuse a problem without an ability; the message names problems and datasets that have it.
 
     Args:
         ability: One of `ProblemSpec.abilities`.
-        spec: The problem at hand.
-        where: What the user named, for the message: "camvid".
-
-    Raises:
-        UserError: It names the problems that have it, and datasets of theirs.
+        spec: The problem.
+        where: The user's input, for the message: "camvid".
     """
     if ability in spec.abilities:
         return spec

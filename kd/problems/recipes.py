@@ -1,6 +1,6 @@
-"""Read recipes and data sections with the schema of their problem. Nothing here imports torch.
+"""Read recipes and data sections with the schema of their problem, without torch.
 
-`kd.config` knows no problem: the `data` of its recipes is any `DatasetSection`. Here it becomes the
+`kd.config` knows no problem: `data` of its recipes is any `DatasetSection`. Here it becomes the
 section of the problem that the recipe's task belongs to.
 """
 
@@ -37,7 +37,7 @@ Recipe = TypeVar("Recipe", bound=AnyRecipe)
 
 @functools.cache
 def bound(model: type[Recipe], section: Any) -> type[Recipe]:
-    """A recipe's schema whose `data` is a section, or one of a union of them."""
+    """A recipe's schema with `data` of this section, or union of sections."""
     return create_model(model.__name__, __base__=model, __doc__=model.__doc__, data=(section, ...))
 
 
@@ -55,7 +55,7 @@ def load_recipe(
 def recipe_from(
     model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> Recipe:
-    """Read back the resolved recipe of a run folder or checkpoint, perhaps with changes."""
+    """Read the resolved recipe of a run folder or checkpoint, with optional changes."""
     merged = Merged()
     merged.merge(values, source)
     apply_settings(merged, settings)
@@ -63,22 +63,22 @@ def recipe_from(
 
 
 def recipe_schema(model: type[Recipe]) -> dict[str, Any]:
-    """The JSON schema of a recipe's file, with the data of every problem of ours that fits."""
+    """The JSON schema of a recipe's file, with the data of every registered problem that fits."""
     fitting: list[Any] = [one.data for one in specs() if model.needs in ("", *one.abilities)]
     return file_schema(bound(model, functools.reduce(operator.or_, dict.fromkeys(fitting))))
 
 
 def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> DatasetSection:
-    """A dataset's section alone, for commands that take no recipe.
+    """Read a dataset's section, for commands without a recipe.
 
     Args:
-        name: Of configs/data, or the path of a YAML file.
-        settings: `a.b=value` texts; `data.a.b=value`, as in a recipe, is the same.
+        name: A file of configs/data, or the path of a YAML file.
+        settings: `a.b=value` texts, or `data.a.b=value` as in a recipe.
         needs: An ability that its problem must have, see `ProblemSpec.abilities`.
 
     Raises:
         ConfigError: One line per mistake.
-        UserError: Data of a problem without that ability.
+        UserError: The problem lacks the ability.
     """
     path = find_config("data", name)
     merged = Merged()
@@ -93,13 +93,7 @@ def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> 
 def section_from(
     config: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> DatasetSection:
-    """The data section of a run's config, perhaps with changes.
-
-    Args:
-        config: The whole config; the problem is that of its task.
-        source: Its file, for messages.
-        settings: As of `data_config`.
-    """
+    """The data section of a run's whole config, with changes as of `data_config`."""
     merged = Merged()
     merged.merge(config["data"], source)
     apply_settings(merged, settings, section="data")
@@ -107,14 +101,14 @@ def section_from(
 
 
 def spec_of_config(config: Mapping[str, Any]) -> ProblemSpec:
-    """The problem of a run's config: its task's, or that whose data section fits best."""
+    """The problem of a run's config: its task's, or the one whose data section fits best."""
     task = config.get("task")
     name = task.get("name") if isinstance(task, Mapping) else None
     return spec_of_task(name) if isinstance(name, str) else spec_of_data(config.get("data"))
 
 
 def spec_of_data(values: Any) -> ProblemSpec:
-    """The problem of ours whose data section fits values best, the first of several."""
+    """The first registered problem whose data section fits these values best."""
     return min(specs(), key=lambda spec: len(_mistakes(spec.data, values)))
 
 
@@ -127,7 +121,7 @@ def _mistakes(model: type[BaseModel], values: Any) -> list[Any]:
 
 
 def _checked(model: type[Recipe], merged: Merged) -> Recipe:
-    """Validate merged values by the data section of the problem that their task belongs to."""
+    """Validate merged values with the data section of their task's problem."""
     data, unknown = merged.values.get("data", {}), ""
     try:
         spec = spec_of_config(merged.values)

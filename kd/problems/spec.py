@@ -1,4 +1,4 @@
-"""Describe a kind of problem without torch: its data section, its tasks, where its code lies."""
+"""Description of a problem without torch: its data section, its tasks, where its code lies."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kd.registry import Entry, is_foreign, load_target, look_up
 
 @dataclass(frozen=True)
 class ProblemSpec:
-    """What can be said of a kind of problem before torch is imported.
+    """A kind of problem, described without importing torch.
 
     Attributes:
-        name: As in `PROBLEMS`.
-        help: What its data are, for messages: "label maps".
-        data: The schema of the recipes' `data`.
-        tasks: Name to where the task lies; a recipe's `task.name` is one of these names.
+        name: Key of `PROBLEMS`.
+        help: Its data, for messages: "label maps".
+        data: Schema of the recipes' `data`.
+        tasks: Tasks by name, for the recipes' `task.name`.
         implementation: "package.module:attribute" of its `Problem`.
         example: A dataset of configs/data, for messages.
-        abilities: What not every problem can do: "folds" (out-of-fold teachers), "transfer" (trunks
-            for `kd.transfer`), "context" (questions about hidden objects).
+        abilities: Optional features: "folds" (out-of-fold teachers), "transfer" (trunks for
+            `kd.transfer`), "context" (queries about hidden objects).
     """
 
     name: str
@@ -34,11 +34,7 @@ class ProblemSpec:
     abilities: frozenset[str] = frozenset()
 
     def task(self, name: str) -> Entry:
-        """A task by its name; the first where the name is the problem's own `package.module:SPEC`.
-
-        Raises:
-            UserError: No such task.
-        """
+        """A task by its name; the first one for a name such as `package.module:SPEC`."""
         if is_foreign(name):
             return next(iter(self.tasks.values()))
         return look_up(self.tasks, name, what="task")

@@ -1,4 +1,4 @@
-"""Whole images as a teacher sees them when its outputs are cached, and what all views share."""
+"""Input of teachers whose outputs are cached: whole images, and helpers for other inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kd.errors import UserError
 from kd.problems.base import Batch, Dataset, Split
 from kd.storage.fields import CachedField
 
-HASHED_FILES = 4096  # of a split with more image files some stand for all
+HASHED_FILES = 4096  # at most, evenly spread over the split
 
 
 class ImagesView:
@@ -26,12 +26,12 @@ class ImagesView:
 
     Args:
         data: The dataset.
-        split: Which of it.
+        split: Train or val.
         files: The split's image files.
         open_samples: Makes samples of all images (None) or of those at some positions.
-        size: What the images are resized to, as messages and caches state it.
-        resizes_maps: Whether score maps of images of different sizes are brought to one grid, the
-            samples' frame: a map then covers the whole of its image, whatever the sides of either.
+        size: Size of the resized images, for messages and provenance.
+        resizes_maps: Whether score maps of images of different sizes are resized to one grid, the
+            samples' frame.
     """
 
     unit = "images"
@@ -60,7 +60,7 @@ class ImagesView:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """The image files, and how they are resized."""
+        """Image files and their size."""
         return {
             "data": self.data.section.name,
             "split": self.split,
@@ -69,11 +69,7 @@ class ImagesView:
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Whole images.
-
-        Raises:
-            UserError: They differ in size, so that their maps would too.
-        """
+        """Whole images of one size, unless maps are resized."""
         samples = self._open(images)
         if not samples.alike and self.grid is None:
             raise UserError(
@@ -87,26 +83,25 @@ class ImagesView:
         return batch["image_ids"], torch.arange(len(batch["image_ids"]))
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch with its images mirrored."""
+        """Mirror the images."""
         return {**batch, "images": mirror_images(batch)[0]}
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Crops read cached maps at any scale, which is not measured."""
+        """Not supported: crops read cached maps at any scale."""
         raise UserError(f"{self.data.section.name}: cached maps are not compared with moved ones")
 
 
 def files_hash(count: int, file_of: Callable[[int], Path]) -> str:
-    """Hash names and sizes of image files; of very many, those of some."""
+    """Hash names and sizes of image files, of at most `HASHED_FILES` of them."""
     some = (file_of(number) for number in range(0, count, max(1, count // HASHED_FILES)))
     text = "\n".join(f"{path.name} {path.stat().st_size}" for path in some)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def mirror_images(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mirror images left to right, each within its own size: the padding stays where it is.
+    """Mirror images (N, 3, H, W) left to right, each within its own size without the padding.
 
-    Returns:
-        The images (N, 3, H, W), and the column that each column is read from, (N, W).
+    Also return the column that each column is read from, (N, W).
     """
     images, widths = batch["images"], batch["sizes"][:, 1]
     columns = torch.arange(images.shape[-1], device=images.device)

@@ -22,7 +22,7 @@ from kd.engine.checkpoint import load_checkpoint, load_model, load_state
 from kd.errors import UserError
 from kd.nn.inference import for_answers, in_int8
 from kd.problems import problem_of_data, problem_of_task
-from kd.problems.base import Batch, Dataset, HiddenObjects, Problem, Task, hidden_objects
+from kd.problems.base import Batch, Dataset, Problem, Task
 from kd.problems.recipes import section_from, teacher_recipe
 from kd.runs.folder import class_names
 
@@ -96,15 +96,6 @@ class TrainedTeacher:
     def section(self) -> DatasetSection:
         """Of the data that it was trained on."""
         return self.recipe.data
-
-    @property
-    def objects(self) -> HiddenObjects:
-        """How it saw scenes in training, with an object hidden.
-
-        Raises:
-            UserError: It was trained on another problem, and cannot be queried about objects.
-        """
-        return hidden_objects(self)
 
     @property
     def called(self) -> str:

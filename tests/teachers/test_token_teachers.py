@@ -133,7 +133,7 @@ def test_objects_without_a_name_are_left_out(name: str) -> None:
     batch["hide_fraction"] = torch.ones(2)
     with torch.no_grad():
         unknown = {**batch, "labels": torch.where(torch.arange(6) == 1, -1, batch["labels"])}
-        withheld = {**batch, "withheld": torch.arange(6) == 1}
+        withheld = {**batch, "also_hidden": torch.arange(6) == 1}
         as_unknown, as_withheld = ask(model, unknown), ask(model, withheld)
     torch.testing.assert_close(as_unknown, as_withheld)
     assert not torch.allclose(as_unknown[0], ask(model, batch)[0])

@@ -38,7 +38,7 @@ from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
 from kd.formats.coco_validate import read_json
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.problems.base import ObjectScenes
+from kd.problems.context import ObjectScenes
 from kd.report.style import save_figure
 from kd.utils.images import read_image
 from kd.utils.io import PARTIAL

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.errors import UserError
+from kd.formats.coco_results import Truth, read_truth
 from kd.formats.kitti import kitti_truth
 from kd.formats.splits import objects_on
 from kd.metrics.kitti_ap import KittiTruth
@@ -49,16 +50,14 @@ class DetectionDataset:
         return self.objects.num_classes
 
     def class_info(self) -> Classes:
-        """What a metric is told; KITTI's files say how hard each object is to see, too."""
-        known = self.objects.class_info(self.prior())
-        if self.section.layout != "kitti":
-            return known
-        return known._replace(kitti=lambda: self._val_kitti)
+        """Classes, and the val boxes with KITTI's difficulties where the files have them."""
+        return self.objects.class_info(self.prior())._replace(truth=lambda: self._val_truth)
 
     @cached_property
-    def _val_kitti(self) -> KittiTruth:
-        """Read once: every evaluation of a training asks for it."""
-        return kitti_truth(self.objects.val_truth)
+    def _val_truth(self) -> tuple[Truth, KittiTruth | None]:
+        """All boxes of the val JSON, crowds too; read once for all evaluations of a training."""
+        truth = read_truth(self.objects.val.annotation_file)
+        return truth, kitti_truth(truth) if self.section.layout == "kitti" else None
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
         """Ids of the train images whose labels a student of this seed sees; None: all."""

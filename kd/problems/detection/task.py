@@ -222,12 +222,9 @@ class Detection(Task):
         """
         if classes.truth is None:
             raise UserError(f"{classes.where}: has no boxes of objects that could be found")
+        truth, kitti = classes.truth()
         return FoundBoxes(
-            classes.truth(),
-            classes.names,
-            confusable=classes.confusable,
-            kitti=None if classes.kitti is None else classes.kitti(),
-            where=classes.where,
+            truth, classes.names, confusable=classes.confusable, kitti=kitti, where=classes.where
         )
 
 

@@ -1,48 +1,50 @@
-"""What a batch says of objects: boxes (M, 4) xyxy pixels, labels (M,), and the K hidden ones.
+"""Objects of a batch: boxes (M, 4) xyxy pixels, labels (M,), and K `hidden` ones.
 
-A batch with `hidden` is about those objects, each hidden from the teacher in an input of its own.
-In a detector's batch none is hidden: all M are found. A batch without boxes has whole images alone.
+A teacher gets an input for each hidden object. In a detector's batch none is hidden and all M are
+targets. A batch without boxes has whole images only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kd.errors import UserError
 from kd.nn.regions import coverage, expand_boxes
-from kd.problems.base import Batch, Classes, Mask, Rows, full_count, stride_of
+from kd.problems.base import Batch, Classes, Mask, Metric, Rows, Task, full_count, stride_of
 from kd.problems.objects.metric import TopN
 
 RING_MARGIN = 0.5
 
 
 def chosen(batch: Batch) -> Tensor:
-    """The objects that a batch is about, (K,) indices into all M: the hidden ones, or every one."""
+    """Indices of the hidden objects among all M, (K,); of all objects where none is hidden."""
     if "hidden" in batch:
         return batch["hidden"]
     return torch.arange(len(batch["boxes"]), device=batch["boxes"].device)
 
 
 def image_rows(batch: Batch) -> Tensor:
-    """The image of each object, (K,)."""
+    """Images of the chosen objects, (K,)."""
     return batch["image_of"][chosen(batch)]
 
 
 def hidden_boxes(batch: Batch) -> Tensor:
-    """Boxes of the objects, (K, 4)."""
+    """Boxes of the chosen objects, (K, 4)."""
     return batch["boxes"][chosen(batch)]
 
 
 def hidden_labels(batch: Batch) -> Tensor:
-    """Labels of the objects, (K,); -1 where unlabelled."""
+    """Labels of the chosen objects, (K,); -1 where unlabelled."""
     return batch["labels"][chosen(batch)]
 
 
 def object_rows(batch: Batch) -> Rows:
-    """A row of output for each hidden object, each box of a detector's batch, or each image."""
+    """Rows of output: hidden objects, the boxes of a detector's batch, or images."""
     if "hidden" not in batch and "boxes" not in batch:
         return Rows()
     which = chosen(batch)
@@ -56,17 +58,13 @@ def object_rows(batch: Batch) -> Rows:
 
 
 def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor]:
-    """How many objects and images a batch holds, with labels and without.
+    """Count objects and images, labelled ones, and further units: masks that terms are means over.
 
-    In a detector's batch `labelled_images` are those whose labels are known, also ones without a
-    box. `ring` is the area of all rings in pixels: only counts of one unit are ever compared.
-
-    Args:
-        batch: Hidden objects or a detector's boxes.
-        units: Further units: masks that terms are means over.
+    In a detector's batch images may be labelled without having a box. `ring` is the area of all
+    rings in pixels: only counts of one unit are compared.
 
     Raises:
-        UserError: A mask that there is none of.
+        UserError: There is no such mask.
     """
     hides = "hidden" in batch
     labelled = hidden_labels(batch) >= 0
@@ -84,26 +82,48 @@ def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor
         counts["labelled_images"] = batch["labelled"].sum().float()
     for unit in units:
         if unit == "ring":
-            area = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
-            counts["ring"] = area
+            counts["ring"] = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         elif unit not in (*counts, "frame", "valid"):
             raise UserError(f"losses: objects have no mask {unit!r}; there is: ring")
     return counts
 
 
-def top_n(classes: Classes) -> TopN:
-    """The metric of tasks that predict the class of each object."""
-    return TopN(
-        len(classes.names),
-        prior=classes.prior,
-        confusable=classes.confusable,
-        visible=classes.visible,
-        where=classes.where,
-    )
+@dataclass(frozen=True, kw_only=True)
+class ObjectTask(Task):
+    """Base class of tasks whose batches hold objects.
+
+    Args:
+        num_classes: C.
+    """
+
+    mask_names: ClassVar[Collection[str]] = ("ring",)
+
+    num_classes: int
+
+    def masks(self, batch: Batch) -> dict[str, Mask]:
+        """`ring`: the surroundings of each object."""
+        return {"ring": ring_mask(batch)}
+
+    def rows(self, batch: Batch) -> Rows:
+        """A row for each hidden object, box or image."""
+        return object_rows(batch)
+
+    def counts(
+        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
+    ) -> dict[str, Tensor]:
+        """Objects and images, with labels and without."""
+        return object_counts(batch, units)
+
+    def metric(self, classes: Classes) -> Metric:
+        """Top-n accuracy and negative log-likelihood."""
+        return TopN(
+            len(classes.names), prior=classes.prior, confusable=classes.confusable,
+            visible=classes.visible, where=classes.where,
+        )  # fmt: skip
 
 
 def ring_mask(batch: Batch) -> Mask:
-    """The surroundings of each hidden object: a ring of half its size, within the image."""
+    """The surroundings of each object: a ring of half its size, within the image."""
 
     def on_grid(grid: tuple[int, int]) -> Tensor:
         stride = stride_of(batch["images"].shape[-2], grid[0])
@@ -115,7 +135,7 @@ def ring_mask(batch: Batch) -> Mask:
 
 
 def outer_boxes(batch: Batch) -> Tensor:
-    """Outer edges of the rings, (K, 4), cut at the image: padding is no surroundings."""
+    """Outer edges of the rings, (K, 4), clipped to the image without its padding."""
     outer = expand_boxes(hidden_boxes(batch), RING_MARGIN)
     sizes = batch["sizes"][image_rows(batch)].to(outer.dtype)
     return outer.clamp(min=0.0).minimum(sizes[:, [1, 0, 1, 0]])

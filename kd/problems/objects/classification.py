@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,33 +10,22 @@ import torch
 from torch import Tensor
 
 from kd.losses.supervised import cross_entropy_labelled
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
-from kd.problems.objects.batch import (
-    hidden_boxes,
-    hidden_labels,
-    image_rows,
-    object_counts,
-    object_rows,
-    ring_mask,
-    top_n,
-)
+from kd.problems.base import Batch, Mean, Output
+from kd.problems.objects.batch import ObjectTask, hidden_boxes, hidden_labels, image_rows
 from kd.transforms.hide import normalise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
-    """Which class is the object in this box?
+class Classification(ObjectTask):
+    """Classify the object in each box.
 
     Args:
-        num_classes: C.
-        label_smoothing: Share of the target spread over all classes.
-        appearance: Whether the appearance head alone learns the label, too.
+        label_smoothing: Fraction of the target spread over all classes.
+        appearance: Whether the appearance head alone also learns the label.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
-    mask_names: ClassVar[Collection[str]] = ("ring",)
 
-    num_classes: int
     label_smoothing: float = 0.0
     appearance: bool = False
 
@@ -46,37 +35,18 @@ class Classification(Task):
         return normalise(batch["images"]), torch.cat([rows[:, None], hidden_boxes(batch)], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the combined logits; `appearance`, that of that head alone."""
+        """`cross_entropy` of the combined logits; `appearance`: of that head alone."""
         labels = hidden_labels(batch)
         names = {"cross_entropy": "logits"}
         if self.appearance:
             names["appearance"] = "appearance"
-        return {
-            name: Mean(
-                cross_entropy_labelled(output[key], labels, label_smoothing=self.label_smoothing),
-                "labelled",
-            )
+        smoothing = self.label_smoothing
+        losses = {
+            name: cross_entropy_labelled(output[key], labels, label_smoothing=smoothing)
             for name, key in names.items()
         }
-
-    def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`ring`: the surroundings of each object."""
-        return {"ring": ring_mask(batch)}
-
-    def rows(self, batch: Batch) -> Rows:
-        """A row for each object that the batch is about."""
-        return object_rows(batch)
-
-    def counts(
-        self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
-    ) -> dict[str, Tensor]:
-        """Objects and images, with labels and without."""
-        return object_counts(batch, units)
+        return {name: Mean(loss, "labelled") for name, loss in losses.items()}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Log-probabilities (K, C)."""
         return output["logits"].float().log_softmax(dim=1)
-
-    def metric(self, classes: Classes) -> Metric:
-        """Top-n accuracy and what goes with it."""
-        return top_n(classes)

@@ -1,4 +1,4 @@
-"""Objects in scenes: hidden from context teachers, named by classifiers, listed by scene labels."""
+"""Objects in scenes: hidden for context teachers, classified, or listed by scene labels."""
 
 from __future__ import annotations
 
@@ -18,15 +18,8 @@ from kd.formats.class_maps import ClassMaps
 from kd.formats.splits import fold_of
 from kd.metrics.registry import Metric
 from kd.nn.cooccurrence import Fitted
-from kd.problems.base import (
-    Problem,
-    Sampling,
-    Split,
-    Task,
-    Teacher,
-    TeacherView,
-    hidden_objects,
-)
+from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
+from kd.problems.context import hidden_objects
 from kd.problems.objects.baselines import index_objects
 from kd.problems.objects.context import ContextMap
 from kd.problems.objects.data import ObjectsDataset, open_objects
@@ -51,7 +44,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     transferred: ClassVar[str] = TRANSFERRED
 
     def open(self, section: ObjectsSection) -> ObjectsDataset:
-        """Open both splits; the embedded scenes are rendered where they are not there yet."""
+        """Open both splits; the embedded scenes are rendered if they do not exist yet."""
         return open_objects(section)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
@@ -65,7 +58,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def training(
         self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None
     ) -> ObjectSamples:
-        """Scenes with hidden objects, and class maps where the task learns from these."""
+        """Scenes with hidden objects, and class maps for the tasks that need them."""
         maps = ClassMaps(data.train, data.section.size) if isinstance(task, ContextMap) else None
         return data.samples(
             "train", train=True, mode=sampling.hide, labelled=sampling.labelled,
@@ -78,7 +71,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         return data.samples(split)
 
     def folds(self, data: ObjectsDataset, count: int) -> list[NDArray[np.int64]]:
-        """Ids of the images outside of each fold; the fold follows from the id alone."""
+        """Ids of the images outside of each fold; an image's fold depends on its id alone."""
         ids = data.train.image_ids
         folds = fold_of(ids, count)
         return [np.asarray(ids[folds != number], dtype=np.int64) for number in range(count)]
@@ -90,11 +83,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def teacher_view(
         self, teacher: Teacher, data: ObjectsDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Every usable object of a split, hidden in turn at the size and in the shape of training.
-
-        Raises:
-            UserError: Another size, or a teacher that was not trained on objects.
-        """
+        """Every usable object of a split, hidden in turn at the teacher's size and shape."""
         if size is not None:
             raise UserError(
                 f"a size of {size} pixels is for label maps and gaze; objects are hidden at the "
@@ -111,17 +100,13 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         context: bool = True,
         outputs: Collection[str] = (),
     ) -> nn.Module:
-        """Build a classifier; its options are those of `students.classifiers.build_student`.
-
-        The student `transferred` has the trunk of a teacher's run, see
-        `kd.problems.objects.transfer_trunk`.
-        """
+        """Build a classifier with the options of `students.classifiers.build_student`."""
         return self.classifier(model, data.prior(labelled), context=context)
 
     def classifier(
         self, model: Model, prior: NDArray[np.float64], *, context: bool = True
     ) -> nn.Module:
-        """Build a classifier of as many classes as the prior has."""
+        """Build a classifier; C is the length of the prior."""
         options = {**model.options, **({} if context else {"context": False})}
         given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
         if model.name == TRANSFERRED:
@@ -130,7 +115,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         return self.named_student(model.name, options, **given)
 
     def resolve_student(self, model: Model) -> Model:
-        """Read the run whose trunk a transferred student has."""
+        """Read the run that a transferred student's trunk comes from."""
         return resolved(model)
 
     def fit(
@@ -147,7 +132,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def class_fractions(
         self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """`prior`, `pixel_shares` and `image_shares`, where the task reads any of them."""
+        """`prior`, `pixel_shares` and `image_shares`, if the task has these fields."""
         fields = {field.name for field in dataclasses.fields(self.spec.task(section.name).load())}
         found = {} if "prior" not in fields else {"prior": data.prior(images)}
         if fields & {"pixel_shares", "image_shares"}:
@@ -157,7 +142,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Score maps begin with the background, as label maps drawn from objects do."""
+        """Add the background, channel 0 of score maps, where the classes have it."""
         maps = isinstance(task, ContextMap) and others[0] == BACKGROUND != names[0]
         return (BACKGROUND, *names) if maps else tuple(names)
 

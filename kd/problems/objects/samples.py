@@ -1,4 +1,4 @@
-"""Scenes with an object to hide: one sample for each image that has a usable object."""
+"""Samples of scenes with objects to hide, one for each image that has a usable object."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["one", "all"]
 
-_COMPANY_STREAM = 2
-_SAMPLE_STREAM = 1  # keeps the samples' random numbers apart from the loader's order
+# Streams of random numbers, apart from those of the loader's order.
+_SAMPLE_STREAM = 1
+_HIDE_SEVERAL_STREAM = 2
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """An image's objects in the frame of one sample; `rows` are the index's."""
+    """An image's objects in the frame of a sample; `rows` are those of the index."""
 
     plan: Plan
     rows: npt.NDArray[np.int64]
@@ -51,33 +52,30 @@ class _Scene:
 
 
 class ObjectSamples(Dataset[Sample]):
-    """Samples of docs/batch.md, looked up by (epoch, position).
-
-    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
+    """Samples of docs/batch.md by (epoch, position); they depend on these and the seed alone.
 
     Args:
         index: The dataset.
         size: Side of the square frame, pixels.
-        mode: Which usable objects to hide: `one`, drawn anew each epoch, or `all`, one by one.
-        train: Augment, and follow the schedule of partial masking; otherwise every epoch
-            is the same.
-        augment: Options of `Augment`; None leaves images as they are.
-        min_fraction: Smallest share of the image that a usable object's box has.
-        max_fraction: Largest share.
-        shape: What will be hidden; `segment` adds exact masks to the samples.
-        partial: Share hidden at the start of training, and the progress (0..1) at which all
-            is hidden; None hides all from the start.
-        hide_several: Fraction of the other objects that are hidden as well, at the start and at
-            the end of training; None hides one at a time.
-        read_images: Whether images are read; otherwise they are all grey.
-        labelled: Ids of the images whose labels are known; the others' become -1. None: all.
-        repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
-        only: Ids of the images to keep; None keeps all.
-        seed: Of everything random, 0 or more.
-        epochs: Length of the training, for the schedule.
-        prepared: Folder made by `python -m kd.data.prepare` from this dataset.
-        cached: Outputs of teachers that go with the hidden objects, as `stored.NAME`.
-        class_maps: Stored class ids that go with the images, as `class_maps`.
+        mode: Usable objects to hide: `one` drawn each epoch, or `all`, one by one.
+        train: Whether to augment and to follow schedules; otherwise all epochs are equal.
+        augment: Options of `Augment`; None: no augmentation.
+        min_fraction: Area of the smallest usable box as a fraction of the image.
+        max_fraction: Area of the largest usable box.
+        shape: Shape of hidden regions; `segment` adds exact masks to the samples.
+        partial: Hidden fraction of an object at the start of training, and the progress (0..1)
+            from which all of it is hidden; None hides all from the start.
+        hide_several: Fraction of the other objects that are hidden too, at the start and at the
+            end of training; None hides one at a time.
+        read_images: False for grey images.
+        labelled: Ids of the labelled images; labels on others become -1. None: all.
+        repeat_labelled: How often an image of `labelled` occurs in an epoch; others occur once.
+        only: Ids of the images to sample; None: all.
+        seed: At least 0.
+        epochs: Length of the training, for the schedules.
+        prepared: Folder written by `python -m kd.data.prepare` from this dataset.
+        cached: Teacher outputs for the hidden objects, added as `stored.NAME`.
+        class_maps: Class ids of the pixels, added as `class_maps`.
 
     Raises:
         UserError: An option is out of range, no image has a usable object, or the prepared
@@ -107,7 +105,6 @@ class ObjectSamples(Dataset[Sample]):
         cached: Sequence[CachedField] = (),
         class_maps: ClassMaps | None = None,
     ) -> None:
-        """Choose the images; the arguments are explained above."""
         check_options(size, mode, shape, (min_fraction, max_fraction), partial, seed)
         self.index, self.size, self.mode, self.train = index, size, mode, train
         self.augment: Augment | None = build_augment(augment) if train else None
@@ -127,18 +124,14 @@ class ObjectSamples(Dataset[Sample]):
         return len(self.images)
 
     def together(self, batch_size: int) -> int:
-        """As many: all have one square frame."""
+        """Batch size for large images: the same, as all have one square frame."""
         return batch_size
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Make the sample of (epoch, position).
-
-        Returns:
-            Tensors as in docs/batch.md, for one image: `images` (3, S, S), `sizes` (2,),
-            `image_ids` (), `hidden` counting within the image; `image_of` is left to `collate`.
+        """Make the sample of (epoch, position): docs/batch.md without the batch's dimension.
 
         Raises:
-            UserError: The image is missing, broken, or not of the size the JSON says.
+            UserError: The image is missing, corrupt, or not of the size in the JSON.
         """
         epoch, position = place
         random = np.random.default_rng(
@@ -146,7 +139,8 @@ class ObjectSamples(Dataset[Sample]):
         )
         image = int(self.images[position])
         pixels = self.files.read(image)
-        scene = self._draw_scene(image, (pixels.shape[1], pixels.shape[2]), random)
+        original = (pixels.shape[1], pixels.shape[2])
+        scene = self._draw_scene(image, original, random)
         candidates = scene.usable.nonzero()[:, 0]
         if self.mode == "one":
             candidates = candidates[int(random.integers(len(candidates)))][None]
@@ -167,22 +161,20 @@ class ObjectSamples(Dataset[Sample]):
         }
         if self.hide_several is not None:
             start, end = self.hide_several
-            company = np.random.default_rng((_COMPANY_STREAM, self.seed, epoch, position))
-            share = start + (end - start) * epoch / max(1, self.epochs - 1)
-            sample["withheld"] = torch.from_numpy(company.random(len(labels)) < share)
-        original = (pixels.shape[1], pixels.shape[2])
+            others = np.random.default_rng((_HIDE_SEVERAL_STREAM, self.seed, epoch, position))
+            fraction = start + (end - start) * epoch / max(1, self.epochs - 1)
+            sample["also_hidden"] = torch.from_numpy(others.random(len(labels)) < fraction)
         if self.class_maps is not None:
             sample["class_maps"] = self.class_maps(image, scene.plan, original)
         if self.shape == "segment":
             sample["segments"] = self._segments(scene, candidates, original)
         hidden = sample["object_ids"][candidates].numpy()
         for output in self.cached:
-            kept = output(hidden, scene.plan, original, self.size)
-            sample[f"{PREFIX}{output.name}"] = kept
+            sample[f"{PREFIX}{output.name}"] = output(hidden, scene.plan, original, self.size)
         return sample
 
     def usable_rows(self) -> npt.NDArray[np.int64]:
-        """Rows of the index of every usable object on the images taken, (K,)."""
+        """Rows of the index of all usable objects on the sampled images, (K,)."""
         rows, owners = self._usable_rows()
         return rows[np.isin(owners, self.images)]
 
@@ -216,11 +208,11 @@ class ObjectSamples(Dataset[Sample]):
         return images
 
     def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """The file of an image of the index, prepared or not, and its height and width."""
+        """The (prepared) file of an image of the index, its height and width."""
         return self.files.file(image)
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
-        """Draw an augmentation; keep the plain image where it loses every usable object."""
+        """Draw an augmentation; without one if it would lose every usable object."""
         if self.augment is not None:
             scene = self._place(image, self.augment.draw(random, size), size)
             if scene.usable.any():
@@ -229,17 +221,16 @@ class ObjectSamples(Dataset[Sample]):
 
     def _place(self, image: int, plan: Plan | None, size: tuple[int, int]) -> _Scene:
         index = self.index
-        if plan is None:  # exactly the shares that the image was chosen by
+        if plan is None:  # exactly the fractions that the image was chosen by
             plan, found = Plan(size=size), objects_of(index, image, size)
         else:
             assert self.augment is not None
-            least = self.augment.min_visible
-            found = moved_objects(index, image, size, plan, min_visible=least)
+            found = moved_objects(index, image, size, plan, min_visible=self.augment.min_visible)
         usable = self._usable(found.shares)
         if index.scored is not None:
             usable &= index.scored[found.rows]
-        shown = torch.from_numpy(found.shares).float()
-        return _Scene(plan, found.rows, found.boxes, shown, torch.from_numpy(usable))
+        shares = torch.from_numpy(found.shares).float()
+        return _Scene(plan, found.rows, found.boxes, shares, torch.from_numpy(usable))
 
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         return (shares >= self.min_fraction) & (shares <= self.max_fraction)
@@ -251,11 +242,10 @@ class ObjectSamples(Dataset[Sample]):
         return hide_fraction(epoch / max(1, self.epochs), start=start, until=until)
 
     def _segments(self, scene: _Scene, hidden: Tensor, size: tuple[int, int]) -> Tensor:
-        """Draw the masks of the hidden objects; an empty one becomes the object's box."""
+        """Masks of the hidden objects; the object's box where a mask is empty."""
         drawn = [self.index.mask_of(int(row), size) for row in scene.rows[hidden.numpy()]]
         masks = pad(scene.plan.masks(torch.from_numpy(np.stack(drawn))), self.size)
         empty = ~masks.flatten(1).any(dim=1)
         if empty.any():
-            frame = (self.size, self.size)
-            masks[empty] = hidden_regions(scene.boxes[hidden[empty]], frame)
+            masks[empty] = hidden_regions(scene.boxes[hidden[empty]], (self.size, self.size))
         return masks

@@ -47,8 +47,7 @@ class ObjectsSection(DatasetSection):
         examples=["coco", "voc", "kitti"],
     )
     classes: tuple[str, ...] | None = Field(
-        None,
-        description="with layout voc: names of your own classes, in order; null: VOC's 20",
+        None, description="with layout voc: names of your own classes, in order; null: VOC's 20"
     )
     train: AnySplit = Field(
         description="for coco: annotations and images; for other layouts a name, such as "

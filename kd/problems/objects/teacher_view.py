@@ -1,4 +1,4 @@
-"""Objects as a teacher sees them when its outputs are cached: hidden one by one."""
+"""Input of context teachers whose outputs are cached: objects hidden one by one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kd.data.loader import Samples
 from kd.formats.coco import CocoIndex
-from kd.problems.base import Batch, HiddenObjects, Split
+from kd.problems.base import Batch, Split
 from kd.problems.objects.batch import image_rows
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.schema import ObjectsSection
 from kd.problems.teacher_views import files_hash, mirror_images
 from kd.storage.fields import CachedField
 
@@ -27,15 +28,15 @@ class ObjectsView:
     """Every object of a split, hidden in turn; a record for each, by its annotation id.
 
     Attributes:
-        data: The dataset; its own limits on the size of objects do not apply.
-        seen: The teacher's data section, whose size and shape of hidden regions are taken.
-        split: Which split.
+        data: The dataset; its limits on the size of objects do not apply.
+        seen: The teacher's data section, for image size and shape of hidden regions.
+        split: Train or val.
         unit: What a record belongs to.
-        grid: Frames are squares, so score maps need none.
+        grid: None: all score maps have the shape of the square frame.
     """
 
     data: ObjectsDataset
-    seen: HiddenObjects
+    seen: ObjectsSection
     split: Split
     unit: str = "objects"
     grid: None = None
@@ -47,38 +48,35 @@ class ObjectsView:
 
     @property
     def records_per_image(self) -> float:
-        """Objects an image."""
+        """Average number of objects per image."""
         return len(self._index.labels) / len(self._index)
 
     @property
     def provenance(self) -> dict[str, str]:
         """Annotations, image files, and how objects are hidden."""
         whole = self._whole
+        files = files_hash(len(whole.images), lambda n: whole.image_file(int(whole.images[n]))[0])
         return {
             "data": self._index.fingerprint,
             "split": self.split,
-            "images": files_hash(
-                len(whole.images), lambda n: whole.image_file(int(whole.images[n]))[0]
-            ),
+            "images": files,
             "transform": f"size {self.seen.size}, {self.seen.shape}, rescaled and padded",
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
         """Scenes with all their objects hidden in turn."""
-        if images is None:
-            return self._whole
-        return self._shown.samples(self.split, only=images)
+        return self._whole if images is None else self._all_sizes.samples(self.split, only=images)
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The hidden objects."""
         return batch["object_ids"][batch["hidden"]], image_rows(batch)
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch with its images, boxes and masks mirrored."""
+        """Mirror images, boxes and masks."""
         return mirror_objects(batch)
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """One object an image hidden, the image moved, and these outputs with it."""
+        """One hidden object per image, augmented together with these outputs."""
         data = self.data.seen_as(self.seen, augment=augment, partial=None)
         return data.samples(self.split, train=True, mode="one", cached=cached)
 
@@ -87,13 +85,13 @@ class ObjectsView:
         return self.data.split(self.split)
 
     @property
-    def _shown(self) -> ObjectsDataset:
+    def _all_sizes(self) -> ObjectsDataset:
         return self.data.seen_as(self.seen, min_fraction=0.0, max_fraction=1.0)
 
     @cached_property
     def _whole(self) -> ObjectSamples:
-        """Made once: to find the usable objects of a large dataset takes a while."""
-        return self._shown.samples(self.split)
+        """Cached: finding the usable objects of a large dataset takes a while."""
+        return self._all_sizes.samples(self.split)
 
 
 def mirror_objects(batch: Batch) -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
-"""A context teacher's trunk as a student's.
+"""Students on a context teacher's trunk.
 
-`student: {name: transferred, options: {weights: RUN}}` is all that it takes. Only here do teachers
-and students meet in one model: the teacher's trunk, whatever it is, under heads of the student's.
+`student: {name: transferred, options: {weights: RUN}}`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from kd.registry import build, resolve
 from teachers import TEACHERS
 
 TRANSFERRED = "transferred"
-# A teacher's options that say how it was trained rather than what its trunk is.
+# A teacher's options that belong to its training rather than its trunk.
 _OF_TRAINING = {"weights": None, "frozen": None, "batch_norm_frozen": False, "remember": False}
 
 
 def resolved(student: Model) -> Model:
-    """The same student, the run that it is like read: its own run needs that one no more.
+    """Replace a run in the option `like`, by default that of `weights`, by its teacher's section.
 
     Raises:
         UserError: No run is named, or it is not a teacher's.
@@ -50,7 +49,7 @@ def resolved(student: Model) -> Model:
 
 
 def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
-    """The trunk of a transferred student, and the options that are left for its heads.
+    """Build a transferred student's trunk; return it and the options of the heads.
 
     Raises:
         UserError: Weights that are missing or of another trunk, or a teacher without a trunk.
@@ -65,15 +64,12 @@ def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
 
 
 def teachers_trunk(like: Model, weights: str | None) -> Trunk:
-    """The trunk of a teacher of the catalogue.
+    """Build a teacher's trunk; errors as of `take_trunk`.
 
     Args:
-        like: The teacher; how it was trained is left aside.
-        weights: None for random ones; a teacher's run or the model.safetensors in one; "imagenet"
-            or a file of torchvision weights, where the teacher starts from such.
-
-    Raises:
-        UserError: As `take_trunk`.
+        like: The teacher; options of its training are ignored.
+        weights: None for random ones; a teacher's run or its model.safetensors; "imagenet" or a
+            file of torchvision weights, for teachers that take them.
     """
     builder = resolve(TEACHERS, like.name, what="teacher")
     options = {name: _OF_TRAINING.get(name, value) for name, value in like.options.items()}
@@ -96,14 +92,11 @@ def teachers_trunk(like: Model, weights: str | None) -> Trunk:
 
 
 def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
-    """Load the trunk's tensors of a teacher's run; its heads may be of other classes."""
+    """Load the trunk's tensors of a teacher's run; its heads may have other classes."""
     state = read_weights(weights)
     parts = {id(tensor) for tensor in trunk.state_dict(keep_vars=True).values()}
-    own = {
-        name: tensor
-        for name, tensor in teacher.state_dict(keep_vars=True).items()
-        if id(tensor) in parts
-    }
+    tensors = teacher.state_dict(keep_vars=True).items()
+    own = {name: tensor for name, tensor in tensors if id(tensor) in parts}
     odd = [name for name in own if name not in state]
     odd += [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
@@ -112,23 +105,16 @@ def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
     ]
     if odd:
         raise UserError(
-            f"{weights}: has another trunk than the student: {_few(odd)}; the student's is that of "
-            "student.options.like, by default of the run that its weights are from"
+            f"{weights}: has another trunk than the student: {'; '.join(odd[:3])}"
+            + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+            + "; the student's is that of student.options.like, by default of the run that its "
+            "weights are from"
         )
     teacher.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
-def _few(lines: Iterable[str]) -> str:
-    listed = list(lines)
-    return "; ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-
-
 def _is_run(path: Path) -> bool:
-    """Whether a path is of a run: a folder, or a file beside its config.
-
-    Raises:
-        UserError: There is nothing.
-    """
+    """Whether a path is a run folder or a file beside its config."""
     if not path.exists():
         raise UserError(f"student transferred: {path}: no such run folder or file of weights")
     return path.is_dir() or (path.parent / "config.yaml").is_file()

@@ -137,7 +137,7 @@ class SaliencyDataset(ImageDataset[SaliencySection, GazeSplit]):
 
     def class_info(self) -> Classes:
         """Ground truth of the val images."""
-        return Classes(self.class_names, where=self.section.name, gaze=self.truth)
+        return Classes(self.class_names, where=self.section.name, truth=lambda: self.truth)
 
     @cached_property
     def truth(self) -> ValTruth:

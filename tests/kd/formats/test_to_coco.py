@@ -161,7 +161,8 @@ def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
     # Of fewer than 40 objects KITTI's kit gives less than 1, here 0.
     assert {"KITTI_moderate", "KITTI_hard"} <= numbers.keys()
     voc = DetectionDataset(opened(write_voc(tmp_path / "voc"), "voc"))
-    assert voc.class_info().kitti is None and voc.class_info().truth is not None
+    truth = voc.class_info().truth
+    assert truth is not None and truth()[1] is None
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -209,7 +209,7 @@ def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
     truth = small_truth(tmp_path)
     found, batch = asked(truth)
     confusable = ("drink", "drink", None)
-    classes = Classes(truth.class_names, confusable=confusable, where="here", truth=lambda: truth)
+    classes = Classes(truth.class_names, None, confusable, truth=lambda: (truth, None))
     metric = Detection(num_classes=3).metric(classes)
     metric.take(found, batch)
     values = metric.compute()
@@ -223,7 +223,7 @@ def test_a_task_gets_it_from_the_classes(tmp_path: Path) -> None:
         np.zeros(count, np.bool_),
         truth.boxes.crowd,
     )
-    metric = Detection(num_classes=3).metric(classes._replace(kitti=lambda: kitti))
+    metric = Detection(num_classes=3).metric(classes._replace(truth=lambda: (truth, kitti)))
     assert isinstance(metric, FoundBoxes)
     metric.take(found[1:], part(batch, slice(1, 5)))
     assert set(metric.records()["truth_roles"].tolist()) == {0, 2}

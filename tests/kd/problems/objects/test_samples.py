@@ -272,8 +272,8 @@ def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -
     dataset = ObjectSamples(index, train=True, **options)
     shares = []
     for epoch in (0, 5, 10):
-        withheld = [dataset[epoch, place]["withheld"] for place in range(len(dataset))]
-        again = [dataset[epoch, place]["withheld"] for place in range(len(dataset))]
+        withheld = [dataset[epoch, place]["also_hidden"] for place in range(len(dataset))]
+        again = [dataset[epoch, place]["also_hidden"] for place in range(len(dataset))]
         assert all(torch.equal(a, b) for a, b in zip(withheld, again, strict=True))
         shares.append(float(torch.cat(withheld).float().mean()))
     assert shares[0] == 0 and shares[2] > 0.3

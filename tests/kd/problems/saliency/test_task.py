@@ -97,7 +97,7 @@ def test_its_metric_needs_fixations() -> None:
         def __call__(self, number: int) -> SaliencyTruth:
             raise AssertionError(number)
 
-    assert isinstance(Saliency().metric(Classes(("saliency",), gaze=Nobody())), SaliencyMaps)
+    assert isinstance(Saliency().metric(Classes(("saliency",), truth=Nobody)), SaliencyMaps)
 
 
 def test_no_augmentation_changes_nothing() -> None:
