@@ -229,11 +229,7 @@ def _around(axes: Axes, place: tuple[float, float]) -> Bbox:
 
 
 def _written(
-    axes: Axes,
-    name: str,
-    places: Sequence[tuple[float, float]],
-    colour: str,
-    taken: Sequence[Bbox],
+    axes: Axes, name: str, places: Sequence[tuple[float, float]], colour: str, taken: Sequence[Bbox]
 ) -> Bbox:
     """Write a name where it hides the least of what is taken; its box in pixels."""
     frame = axes.get_window_extent()

@@ -13,13 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses._checks import (
-    check_device,
-    check_floating,
-    check_labels,
-    dtype_name,
-    wide_dtype,
-)
+from kd.losses._checks import check_device, check_floating, check_labels, dtype_name, wide_dtype
 
 CHUNK = 1 << 24  # cells of Gaussians processed at a time: 64 MiB of float32
 OVERLAP = 0.7

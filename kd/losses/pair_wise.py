@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.losses._checks import (
-    check_device,
-    check_floating,
-    check_mask,
-    check_positive,
-    wide_dtype,
-)
+from kd.losses._checks import check_device, check_floating, check_mask, check_positive, wide_dtype
 
 # Shorter nodes have no direction: the gradient grows as 1 / length and would dominate all others.
 # The square of this length is still exact in float32, which reaches 1e-38.

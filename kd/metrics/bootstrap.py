@@ -1,7 +1,6 @@
-"""Confidence intervals of metrics and differences: over seeds, and over the images of one seed.
+"""Confidence intervals over seeds (would another training repeat the gain?) and over images.
 
-Over seeds: would another training give the gain again? Over images: would other images? Objects of
-one image share its scene, so whole images are resampled, not objects.
+Objects of one image share its scene, so whole images are resampled, not objects.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from scipy import stats
 from kd.errors import UserError
 
 Array = NDArray[Any]
-SAMPLES = 2000  # how many times all images are drawn
-# Resamples worked on at once: bounds the memory to this many counts.
-_COUNTS_AT_ONCE = 4_000_000
+SAMPLES = 2000  # resamples
+_COUNTS_AT_ONCE = 4_000_000  # bounds the memory
 
 
 class Interval(NamedTuple):
-    """A mean and the bounds around it; NaN bounds where nothing can be said."""
+    """A mean and its bounds; NaN bounds where they cannot be estimated."""
 
     mean: float
     low: float
@@ -37,15 +35,10 @@ class Interval(NamedTuple):
 def paired_interval(
     differences: Sequence[float] | NDArray[np.float64], *, level: float = 0.95
 ) -> Interval:
-    """Student's t interval of a mean difference, one difference a seed.
-
-    Args:
-        differences: One number a seed: the metric of the one variant less that of its twin.
-        level: Coverage.
+    """Student's t interval of a mean difference, one difference per seed.
 
     Raises:
-        UserError: Fewer than two seeds have no spread; draw images in its place
-            (`paired_bootstrap`).
+        UserError: Fewer than two seeds; use `paired_bootstrap` over images instead.
     """
     array = np.asarray(differences, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2:
@@ -66,22 +59,22 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of mean(b) - mean(a), images drawn with replacement.
+    """Percentile interval of mean(b) - mean(a), images resampled with replacement.
 
     Efron and Tibshirani, 1993, chapter 13; both runs get the same whole images (clusters).
 
     Args:
-        a: (K,) what each object contributes in the first run: correct or not, or its NLL.
+        a: (K,) contribution of each object in the first run: correct or not, or its NLL.
         b: (K,) the same objects in the second run.
         groups: (K,) image of each object.
-        classes: (K,) labels; where given, a mean is the mean over classes of each class's mean (a
-            class that a resample lacks is left out of it).
-        samples: How many times all images are drawn.
+        classes: (K,) labels: take the mean over classes of class means; a class that a resample
+            lacks is left out of it.
+        samples: Number of resamples.
         seed: The same seed draws the same images.
         level: Coverage.
 
     Returns:
-        The difference as observed and its bounds, NaN where all objects are of one image.
+        The observed difference and its bounds, NaN where all objects are of one image.
 
     Raises:
         UserError: No object, or arrays of different lengths.
@@ -111,15 +104,12 @@ def drawn_again(
     """Percentile interval of any number that follows from how often each image counts.
 
     Args:
-        number: Counts of the images, (R, images), to the number of each row, (R,); rows that are
-            NaN, as where a class is lacking, are left out.
-        images: How many there are.
-        samples: How many times all of them are drawn with replacement.
+        number: Maps image counts (R, images) to numbers (R,); NaN, as where a class is lacking, is
+            left out.
+        images: Number of images; with fewer than two the bounds are NaN.
+        samples: Number of resamples.
         seed: The same seed draws the same images.
         level: Coverage.
-
-    Returns:
-        The number as observed and its bounds, NaN where there is one image only.
     """
     mean = float(number(np.ones((1, images)))[0])
     if images < 2:
@@ -129,20 +119,12 @@ def drawn_again(
 
 
 def percentiles(
-    mean: float,
-    drawn: NDArray[np.floating[Any]],
-    *,
-    level: float = 0.95,
-    centred: bool = False,
+    mean: float, drawn: NDArray[np.floating[Any]], *, level: float = 0.95, centred: bool = False
 ) -> Interval:
-    """A number as observed and the bounds that its resamples give it.
+    """An observed number with percentile bounds from its resamples (R,); NaN ones are left out.
 
-    Args:
-        mean: The number.
-        drawn: (R,) of images drawn again; those that are NaN are left out.
-        level: Coverage.
-        centred: Move the bounds by what the resamples' mean is off: for numbers that are larger
-            where images repeat and rare classes lack, as average precision is.
+    `centred` subtracts the resamples' bias from the bounds: average precision is larger where
+    images repeat and rare classes are absent.
     """
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):
@@ -156,17 +138,14 @@ def percentiles(
 def bootstrap(
     values: Array, groups: Array, *, classes: Array | None = None, level: float = 0.95
 ) -> Interval:
-    """Percentile interval of one run's mean, images drawn with replacement.
-
-    Arguments as `paired_bootstrap`: the difference from a run of which every value is zero.
-    """
+    """Percentile interval of one run's mean; arguments as `paired_bootstrap`."""
     return paired_bootstrap(np.zeros(len(values)), values, groups, classes=classes, level=level)
 
 
 def _per_image(
     groups: Array, classes: Array | None, runs: Sequence[Array]
 ) -> tuple[Array, list[Array]]:
-    """(images, classes) numbers of objects, and the sums of each run's values over them."""
+    """Numbers of objects, and sums of each run's values, by image and class."""
     images, group = np.unique(groups, return_inverse=True)
     columns, cell = np.unique(
         np.zeros(len(groups)) if classes is None else classes, return_inverse=True
@@ -180,7 +159,7 @@ def _per_image(
 
 
 def resamples(images: int, samples: int = SAMPLES, seed: int = 0) -> Iterator[NDArray[np.float64]]:
-    """How often each image is drawn, (R, images) at a time; the same for all runs on as many."""
+    """How often each image is drawn, blocks of (R, images); equal for runs on as many images."""
     generator = np.random.default_rng(seed)
     block = max(1, _COUNTS_AT_ONCE // images)
     for start in range(0, samples, block):

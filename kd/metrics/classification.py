@@ -1,10 +1,8 @@
 """Metrics of class probabilities: top-n, per class, confusable classes, by size, calibration.
 
 Everything here is a function of *records* (`kd.problems.objects.records`), the arrays of a
-`predictions.npz`.
-
-A metric is either a mean over objects or a mean over classes of such means, so that one `Measure`
-(what each object contributes) serves the number, its interval and the comparison of two runs.
+`predictions.npz`. A metric is a mean over objects, or a mean over classes of such means: one
+`Measure` (the contribution of each object) serves the value, its interval and comparisons.
 """
 
 from __future__ import annotations
@@ -22,15 +20,15 @@ from kd.metrics.records import Array, Records
 
 TOPS = (1, 3, 5, 10, 20)
 CALIBRATION_BINS = 15
-# Bounds of the hidden region's share of the image, lower one included; on COCO about a quarter
-# of the objects that are usually hidden (0.15 to 30 %) falls into each.
+# Area of the hidden region as a fraction of the image, lower bound included; each has about a
+# quarter of COCO's objects of 0.15 to 30 %.
 SHARE_BINS = {
     "tiny": (0.0, 0.005),
     "small": (0.005, 0.02),
     "medium": (0.02, 0.08),
     "large": (0.08, np.inf),
 }
-# Bounds of the number of other objects in the image, both included.
+# Number of other objects in the image, both bounds included.
 VISIBLE_BINS = {
     "0": (0.0, 0.0),
     "1-2": (1.0, 2.0),
@@ -43,7 +41,7 @@ BINS = {"share": SHARE_BINS, "visible": VISIBLE_BINS}
 
 
 class Measure(NamedTuple):
-    """What each object contributes to one metric."""
+    """Contribution of each object to one metric."""
 
     values: Array  # (S,) of the S selected objects
     selected: NDArray[np.bool_]  # (K,) which objects count; never depends on the scores
@@ -59,7 +57,7 @@ class Measure(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """Bins of confidence that are not empty."""
+    """Non-empty bins of confidence."""
 
     confidence: Array  # (B,) mean of the bin's objects
     accuracy: Array  # (B,)
@@ -67,19 +65,18 @@ class Reliability(NamedTuple):
 
 
 def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
-    """Place of each row's true class, 0 = first.
+    """Rank of each row's true class, 0 = first.
 
-    The place is the number of classes with a strictly higher score, plus half of the other classes
-    that tie with it, rounded up: among equals the true class stands in the middle, and never in
-    front. So a scorer that says the same of every class has no correct answer, and one place in two
-    is what it gets on average, as chance would.
+    The number of classes with a strictly higher score, plus half of the other classes that tie with
+    it, rounded up. A constant scorer therefore has no correct prediction, and the average rank of
+    chance.
 
     Args:
         scores: (K, C), higher is better.
         labels: (K,) in 0..C-1.
 
     Raises:
-        UserError: A score is NaN, which would compare as neither higher nor lower.
+        UserError: A score is NaN.
     """
     if np.isnan(scores).any():
         row = int(np.flatnonzero(np.isnan(scores).any(axis=1))[0])
@@ -91,19 +88,13 @@ def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
 
 
 def top_n_curve(places: Array, num_classes: int) -> NDArray[np.float64]:
-    """(C,) fraction of the objects whose true class is among the first n, for n = 1..C."""
+    """Fraction of the objects whose true class is among the first n, for n = 1..C: (C,)."""
     counts = np.bincount(places, minlength=num_classes)
     return np.asarray(np.cumsum(counts) / max(len(places), 1), dtype=np.float64)
 
 
 def reliability(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> Reliability:
-    """Mean confidence and accuracy of the objects in bins of equal width of confidence.
-
-    Args:
-        log_probs: (K, C); confidence is the highest probability of an object.
-        labels: (K,).
-        bins: How many parts of equal width 0..1 is cut into; empty ones are left out.
-    """
+    """Mean confidence (the largest probability) and accuracy in bins of equal width."""
     confidence = np.exp(log_probs.astype(np.float64)).max(axis=1)
     correct = ranks(log_probs, labels) == 0
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
@@ -115,9 +106,9 @@ def reliability(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS
 
 
 def calibration_error(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error: mean |confidence - accuracy|, a bin counting by its objects.
+    """Expected calibration error: mean |confidence - accuracy|, bins weighted by their objects.
 
-    Guo et al., 2017, https://arxiv.org/abs/1706.04599. Arguments as `reliability`.
+    Guo et al., 2017, https://arxiv.org/abs/1706.04599.
     """
     points = reliability(log_probs, labels, bins=bins)
     gaps = np.abs(points.confidence - points.accuracy)
@@ -125,7 +116,7 @@ def calibration_error(log_probs: Array, labels: Array, *, bins: int = CALIBRATIO
 
 
 def confusable_groups(names: Sequence[str | None]) -> NDArray[np.int64]:
-    """Number of each class's group, (C,); -1 for a class alone in its group or in none."""
+    """Index of each class's group, (C,); -1 for a class without others in its group."""
     shared = sorted({name for name in names if name is not None and names.count(name) > 1})
     number = {name: place for place, name in enumerate(shared)}
     return np.array(
@@ -134,7 +125,7 @@ def confusable_groups(names: Sequence[str | None]) -> NDArray[np.int64]:
 
 
 def prior_records(records: Records) -> Records | None:
-    """The same objects with the class prior as every prediction; None where it is not known."""
+    """The same objects with the class prior as every prediction; None where it is unknown."""
     if "prior" not in records:
         return None
     log_prior = np.log(records["prior"].astype(np.float64))
@@ -216,7 +207,7 @@ MEASURES: dict[str, Callable[[Records], Measure]] = {
 
 
 def bin_title(kind: str, name: str) -> str:
-    """A bin of `BINS` as axes and tables call it, a line for its bounds where those add to it."""
+    """Name of a bin of `BINS` for axes and tables, with its bounds on a second line."""
     if kind == "visible":
         return name.replace("over", "over ").replace("-", " to ")
     low, high = (100 * bound for bound in SHARE_BINS[name])
@@ -225,10 +216,10 @@ def bin_title(kind: str, name: str) -> str:
 
 
 def measure(records: Records, name: str) -> Measure | None:
-    """What each object contributes to the metric `name`; None where no object counts for it.
+    """Contribution of each object to the metric `name`; None where no object counts for it.
 
     Raises:
-        UserError: There is no such metric, or it is no mean over objects (`ece`).
+        UserError: An unknown metric, or one that is no mean over objects (`ece`).
     """
     if matched := re.fullmatch(r"top([1-9]\d*)", name):
         n = int(matched[1])
@@ -240,7 +231,7 @@ def measure(records: Records, name: str) -> Measure | None:
 
 
 def value(records: Records, name: str) -> float | None:
-    """The metric `name` of these records, None where no object counts for it."""
+    """The metric `name` of these records; None where no object counts for it."""
     if name == "ece":
         return calibration_error(records["log_probs"], records["labels"])
     found = measure(records, name)
@@ -248,10 +239,7 @@ def value(records: Records, name: str) -> float | None:
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric with its 95 % interval, images resampled; None where no object counts for it.
-
-    `ece` has none: it is no mean over objects.
-    """
+    """A metric with its 95 % interval over images; None for `ece` or where no object counts."""
     found = None if name == "ece" else measure(records, name)
     if found is None:
         return None
@@ -271,9 +259,9 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def chance(records: Records, name: str) -> float | None:
-    """The metric `name` of uniform guesses at these objects; None where it means nothing.
+    """The metric `name` of uniform random guesses at these objects; None where it is undefined.
 
-    Exact, not drawn: all classes tie, and `ranks` would put the true one in their middle each time.
+    Exact, unlike `ranks` of tied scores, which puts the true class in the middle of the ties.
     """
     if value(records, name) is None or name == "ece":
         return None
@@ -290,7 +278,7 @@ def chance(records: Records, name: str) -> float | None:
 
 
 def curve(records: Records) -> NDArray[np.float64]:
-    """(C,) top-n accuracy of these records."""
+    """Top-n accuracy of these records, (C,)."""
     places = ranks(records["log_probs"], records["labels"])
     return top_n_curve(places, records["log_probs"].shape[1])
 

@@ -1,8 +1,8 @@
-"""COCO's average precision of boxes, matched once for given scores, averaged over any images.
+"""COCO's average precision of boxes, matched once and averaged over any weighting of the images.
 
 The numbers are those of pycocotools' `COCOeval` (Lin et al., 2014, https://arxiv.org/abs/1405.0312;
-a test compares them). It adds speed where the same boxes are evaluated again and again: overlaps
-are computed once, and images have weights: folds and resamples are rows of one matrix.
+a test compares them). Evaluating the same boxes again is fast: overlaps are computed once, and each
+fold or bootstrap resample is a column of image weights.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 RECALLS = np.linspace(0.0, 1.0, 101)
-# COCO's steps are sums of 0.01; of some, 0.35 say, rounding makes more than 35 / 100 is.
+# COCO's steps are sums of 0.01; rounding makes some, such as 0.35, larger than 35 / 100.
 _ROUNDED_UP = np.arange(101) / 100 < RECALLS
-_CACHED_CELLS = 300_000  # as many as stay in a processor's cache
+_CACHED_CELLS = 300_000  # that fit a processor's cache
 _FEW = 8  # columns
 
 
 def average_precision(
     hit: Bools, counted: Bools, image: Ints, weights: Floats, objects: Floats
 ) -> Floats:
-    """COCO's 101-point average of precision, (R, T).
+    """COCO's 101-point interpolated average precision, (R, T); NaN where there are no objects.
 
     Args:
-        hit: (T, D) right detections, the best scored first.
-        counted: (T, D) those that count, right or wrong.
-        image: (D,) of each detection.
+        hit: (T, D) correct detections, in falling order of score.
+        counted: (T, D) detections that count, correct or not.
+        image: (D,) image of each detection.
         weights: (I, R) how often each image counts.
-        objects: (R,) how many there are to find; NaN results where there are none.
+        objects: (R,) number of objects.
     """
     result = np.full((weights.shape[1], len(hit)), np.nan)
     right = hit & counted
-    same: dict[bytes, list[int]] = {}  # overlaps at which the same detections count
+    same: dict[bytes, list[int]] = {}  # thresholds at which the same detections count
     for threshold, mask in enumerate(counted):
         same.setdefault(mask.tobytes(), []).append(threshold)
     for thresholds in same.values():
@@ -62,28 +62,21 @@ def average_precision(
 
 
 def recall(hit: Bools, image: Ints, weights: Floats, objects: Floats) -> Floats:
-    """The share of the objects that is found, (R, T); NaN where there is none.
-
-    Args:
-        hit: (T, D) right detections.
-        image: (D,) of each detection.
-        weights: (I, R) how often each image counts.
-        objects: (R,) how many there are to find.
-    """
+    """Fraction of the objects that are found, (R, T); arguments as `average_precision`."""
     threshold, place = np.nonzero(hit)
     found = _times(threshold, image[place], len(hit), weights)  # (T, R)
-    shares = np.full(found.shape, np.nan)
-    np.divide(found, objects, out=shares, where=objects > 0)
-    return shares.T
+    fractions = np.full(found.shape, np.nan)
+    np.divide(found, objects, out=fractions, where=objects > 0)
+    return fractions.T
 
 
 def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> Floats:
-    """How many detections there are up to each of some places, it included, (n, R).
+    """Number of detections up to and including each of some places, (n, R).
 
     Args:
-        counted: (D,) which of them are counted.
+        counted: (D,) detections that count.
         places: (n,) ascending.
-        image: (D,) of each detection.
+        image: (D,) image of each detection.
         weights: (I, R) how often each image counts.
     """
     rows = np.flatnonzero(counted)
@@ -96,14 +89,14 @@ def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> F
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Parts of the columns: a matrix of so many rows and of one part stays in the cache."""
+    """Slices of the columns, each small enough that `rows` times its width stays in the cache."""
     step = max(1, _CACHED_CELLS // max(1, rows))
     for start in range(0, columns, step):
         yield slice(start, start + step)
 
 
 def _times(row: Ints, column: Ints, rows: int, weights: Floats) -> Floats:
-    """How often each pair occurs, a matrix of so many rows, times the weights; rows ascend."""
+    """Sparse count matrix of the pairs (row, column) times the weights; rows ascend."""
     starts = np.searchsorted(row, np.arange(rows + 1))
     content = np.ones(len(row), weights.dtype), column, starts
     matrix: Any = sparse.csr_matrix(content, shape=(rows, len(weights)))
@@ -111,10 +104,10 @@ def _times(row: Ints, column: Ints, rows: int, weights: Floats) -> Floats:
 
 
 def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
-    """The mean of the best precisions at each recall or above, (R,).
+    """Mean over recalls of the best precision at that recall or above, (R,).
 
     Args:
-        hits: (n, R) right detections up to each right one.
+        hits: (n, R) correct detections up to each correct one.
         detections: (n, R) all detections up to there.
         objects: (R,).
     """
@@ -123,9 +116,9 @@ def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
     precision = hits / (detections + np.spacing(hits.dtype.type(1)))
     best_after = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     # How many of the 101 recalls have been reached at each right detection.
-    share = 100 * hits / np.maximum(objects, 1e-9).astype(hits.dtype)
-    reached = np.floor(np.minimum(share, 100))
-    exactly = np.nonzero(share == reached)
+    percent = 100 * hits / np.maximum(objects, 1e-9).astype(hits.dtype)
+    reached = np.floor(np.minimum(percent, 100))
+    exactly = np.nonzero(percent == reached)
     reached[exactly] -= _ROUNDED_UP[reached[exactly].astype(np.int64)]
     best_after[1:] *= reached[1:] - reached[:-1]
     best_after[0] *= reached[0] + 1
@@ -141,8 +134,8 @@ AREAS = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-MOST_PER_CLASS = 100  # of an image's detections of a class, the best so many are evaluated
-# What tables call a number, and where it is found: area range and overlap, None = all ten.
+MOST_PER_CLASS = 100  # detections per image and class that are evaluated, best scored first
+# Name in tables -> area range and overlap; None = mean over all ten.
 SUMMARY: dict[str, tuple[str, float | None]] = {
     "AP": ("all", None),
     "AP50": ("all", 0.5),
@@ -156,14 +149,14 @@ _CELLS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes of a dataset's images: true objects or detections.
+    """Boxes of a dataset's images: ground truth or detections.
 
     Attributes:
         image: (K,) int64, position of the image in ascending order of ids.
         label: (K,) int64, 0..C-1 by ascending category id.
         xywh: (K, 4) float64, pixels.
         areas: (K,) float64, square pixels: of the segment where there is one.
-        crowd: (K,) bool, a region of many objects: what is found there counts neither way.
+        crowd: (K,) bool, a region of many objects; detections in it are ignored.
     """
 
     image: Ints
@@ -179,12 +172,12 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which detections are right, at each area range (A) and overlap (T), for one set of scores.
+    """Correct and ignored detections by area range (A) and overlap (T), for one set of scores.
 
     Attributes:
         order: (D,) detections in falling order of score, ties by image, then as in the file.
         hit: (A, T, D) bool, in the detections' own order.
-        ignored: (A, T, D) bool, counts neither way.
+        ignored: (A, T, D) bool, neither correct nor wrong.
     """
 
     order: Ints
@@ -194,15 +187,15 @@ class Matches:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Groups (one image, one class) of about as many objects: B of them, G objects at most."""
+    """A batch of B groups (one image, one class) with at most G objects each."""
 
     overlaps: list[Floats]  # of each group (candidates, objects)
-    rows: list[Ints]  # detections that overlap an object enough to be right
+    rows: list[Ints]  # detections that overlap an object enough to be correct
     objects: list[Ints]
 
 
 class MeanAP:
-    """Evaluates one set of boxes under any scores.
+    """COCO's average precision of one set of boxes under any scores.
 
     Args:
         truth: All objects, crowds included.
@@ -224,12 +217,7 @@ class MeanAP:
             np.add.at(self.support[:, area], (truth.label[~left_out], truth.image[~left_out]), 1)
 
     def match(self, scores: Floats, *, areas: int = len(AREAS)) -> Matches:
-        """Give objects to detections, the best scored first, as COCO does.
-
-        Args:
-            scores: (D,).
-            areas: How many of `AREAS`, `all` being the first.
-        """
+        """Match objects to detections of some scores (D,), for the first `areas` of `AREAS`."""
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
         place = np.empty(len(scores), np.int64)
         place[order] = np.arange(len(scores))
@@ -243,15 +231,12 @@ class MeanAP:
         return Matches(order, hit, ignored)
 
     def average(self, matches: Matches, weights: Array | None = None) -> Floats:
-        """Average precision by resample, area range, overlap and class.
+        """Average precision, (R, A, T, C) of the A matched; NaN for classes without objects.
 
         Args:
-            matches: Of some scores.
-            weights: (R, I) how often each image counts: a fold's images 1, a bootstrap's drawn so
-                often; float32 takes half the time. None counts each once.
-
-        Returns:
-            (R, A, T, C), NaN where a class has no object; A as many as were matched.
+            matches: From `match`.
+            weights: (R, I) how often each image counts: 0 or 1 for folds, drawn counts for a
+                bootstrap; float32 takes half the time. None counts each image once.
         """
         areas = len(matches.hit)
         columns = self._columns(weights)
@@ -270,18 +255,13 @@ class MeanAP:
     def recall(
         self, matches: Matches, weights: Array | None = None, *, area: str = "all", most: int = 100
     ) -> Floats:
-        """The share of the objects of some size that is found at all, by resample and class.
-
-        The mean over overlaps and classes is COCO's AR.
+        """Recall of objects in one area range, (R, T, C); its mean over T and C is COCO's AR.
 
         Args:
-            matches: Of some scores.
+            matches: From `match`.
             weights: As in `average`.
             area: One of `AREAS` that was matched.
-            most: Detections of a class on an image, the best so many count.
-
-        Returns:
-            (R, T, C), NaN where a class has no object.
+            most: Detections per image and class that count, the best scored first.
         """
         columns, place = self._columns(weights), list(AREAS).index(area)
         whole = self.support[:, place].astype(columns.dtype) @ columns  # objects, (C, R)
@@ -294,13 +274,13 @@ class MeanAP:
         return result
 
     def _columns(self, weights: Array | None) -> Floats:
-        """(I, R)."""
+        """Weights as (I, R)."""
         weights = np.ones((1, self.images)) if weights is None else np.asarray(weights)
-        kept = np.float32 if weights.dtype == np.float32 else np.float64
-        return np.ascontiguousarray(weights.T, dtype=kept)
+        dtype = np.float32 if weights.dtype == np.float32 else np.float64
+        return np.ascontiguousarray(weights.T, dtype=dtype)
 
     def _by_class(self, order: Ints) -> Iterator[tuple[int, Ints]]:
-        """Each class with its detections, the best scored first."""
+        """Each class with its detections in falling order of score."""
         labels = self.found.label[order]
         by_class = np.argsort(labels, kind="stable")
         bounds = np.searchsorted(labels[by_class], np.arange(self.classes + 1))
@@ -308,7 +288,7 @@ class MeanAP:
             yield label, order[by_class[start:end]]
 
     def _chunked(self) -> Iterator[_Chunk]:
-        """Groups with candidates, those of few objects first."""
+        """Groups with at least one candidate detection, by ascending number of objects."""
         true_group = self.truth.image * self.classes + self.truth.label
         order, true_order = (np.argsort(g, kind="stable") for g in (self._group, true_group))
         groups = np.intersect1d(self._group, true_group)
@@ -337,7 +317,7 @@ class MeanAP:
             yield chunk
 
     def _match_chunk(self, chunk: _Chunk, place: Ints, hit: Bools, ignored: Bools) -> None:
-        """Round k gives the k-th best candidate of every group its object."""
+        """Match the k-th best candidates of all groups at once, for k = 0, 1, ..."""
         sorted_rows = [np.argsort(place[rows]) for rows in chunk.rows]
         most = max(map(len, chunk.objects))
         areas = len(hit)
@@ -352,18 +332,17 @@ class MeanAP:
             rows = np.array([chunk.rows[g][sorted_rows[g][number]] for g in groups])
             overlaps = np.full((len(groups), most), -1.0)
             for line, group in zip(overlaps, groups, strict=True):
-                line[: len(chunk.objects[group])] = chunk.overlaps[group][
-                    sorted_rows[group][number]
-                ]
-            taken, kept_out = _take(overlaps, free[groups], left_out[groups])  # (B, A, T) both
+                own = chunk.overlaps[group][sorted_rows[group][number]]
+                line[: len(own)] = own
+            taken, ignore = _take(overlaps, free[groups], left_out[groups])  # (B, A, T) both
             has = taken >= 0
             hit[:, :, rows] = has.transpose(1, 2, 0)
-            ignored[:, :, rows] = (has & kept_out).transpose(1, 2, 0)
+            ignored[:, :, rows] = (has & ignore).transpose(1, 2, 0)
             b, a, t = np.nonzero(has & ~crowd[groups[:, None, None], taken])
             free[groups[b], a, t, taken[b, a, t]] = False
 
     def _beyond(self, order: Ints, most: int) -> Ints:
-        """Detections that are not among the best so many of their image and class."""
+        """Detections that are not among the `most` best of their image and class."""
         groups = self._group[order]
         by_group = np.argsort(groups, kind="stable")
         ordered = groups[by_group]
@@ -372,7 +351,7 @@ class MeanAP:
 
 
 def summary(averages: Floats) -> dict[str, Floats]:
-    """COCO's numbers by name, each (R,), from (R, A, T, C) of `MeanAP.average`; NaN where none."""
+    """COCO's numbers by name, (R,) each, from `MeanAP.average`; NaN without objects."""
     ranges = list(AREAS)[: averages.shape[1]]
     found = {}
     for name, (area, threshold) in SUMMARY.items():
@@ -388,10 +367,10 @@ def summary(averages: Floats) -> dict[str, Floats]:
 
 
 def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:
-    """For one detection a group: the object it gets, -1 = none, and whether that one is left out.
+    """Object that the next detection of each group matches (-1: none), and whether it is ignored.
 
-    The best overlap among free objects wins, the later one where two are equal; one that is left
-    out (a crowd, another size) only where no other is to be had.
+    The largest overlap among free objects wins, the later one at ties; ignored objects (crowds,
+    other sizes) only where no other fits.
 
     Args:
         overlaps: (B, G), -1 where there is no object.

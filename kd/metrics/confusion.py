@@ -1,8 +1,8 @@
-"""Accuracy class by class, and confusions beside those that the class prior explains.
+"""Accuracy by class, and confusions compared with those that the class prior explains.
 
-A model predicts its likeliest class. Forks taken for persons say little where every third object is
-a person; forks taken for knives do. Each confusion comes with the fraction that the class prior
-alone would give it, and the *lift*: how many times more often it was predicted.
+Forks taken for persons mean little where every third object is a person; forks taken for knives do.
+Each confusion comes with the fraction expected from the class prior alone, and the *lift*: how many
+times more often it was predicted.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from kd.metrics.records import Array, Records
 
 @dataclass(frozen=True)
 class Confusion:
-    """Objects of the class `true` that were predicted as `said`."""
+    """Objects of the class `true` that were predicted as `predicted`."""
 
     true: int
-    said: int
+    predicted: int
     count: int
-    share: float  # of the objects of `true`
-    expected: float  # the fraction among predictions drawn from the class prior
+    fraction: float  # of the objects of `true`
+    expected: float  # fraction of predictions drawn from the class prior
 
     @property
     def lift(self) -> float:
-        """How many times more often than the prior would."""
-        return self.share / self.expected
+        """Observed fraction divided by the expected one."""
+        return self.fraction / self.expected
 
     @property
     def excess(self) -> float:
-        """Objects beyond those that the prior would give."""
-        return self.count * (1 - self.expected / self.share)
+        """Number of objects beyond the expected one."""
+        return self.count * (1 - self.expected / self.fraction)
 
 
 class ClassRow(NamedTuple):
-    """One class that occurs."""
+    """Metrics of one class that occurs."""
 
     label: int
     support: int
     top1: float
     top5: float
-    instead: tuple[Confusion, ...]  # the most frequent wrong predictions first
+    instead: tuple[Confusion, ...]  # wrong predictions, most frequent first
 
 
 def confusion_matrix(records: Records) -> NDArray[np.int64]:
-    """(C, C) objects by true class (row) and predicted class (column)."""
+    """Number of objects by true class (row) and predicted class (column), (C, C)."""
     num_classes = records["log_probs"].shape[1]
     cell = records["labels"].astype(np.int64) * num_classes + records["log_probs"].argmax(axis=1)
     counts = np.bincount(cell, minlength=num_classes**2)
@@ -57,46 +57,34 @@ def confusion_matrix(records: Records) -> NDArray[np.int64]:
 
 
 def confusions(records: Records, *, at_least: int = 1) -> list[Confusion]:
-    """Every pair of a true and a wrongly predicted class, the most frequent first.
+    """Pairs of a true and a wrongly predicted class with at least so many objects, largest first.
 
-    Args:
-        records: Predictions; without `prior`, the shares of their own labels stand in for it.
-        at_least: Objects that a pair must have.
+    Without `prior` in the records, the class fractions of their own labels replace it.
     """
     matrix = confusion_matrix(records)
     support = matrix.sum(axis=1)
     expected = records["prior"] if "prior" in records else support / support.sum()
-    true, said = np.nonzero(matrix >= max(at_least, 1))
-    order = np.argsort(-matrix[true, said], kind="stable")
+    true, predicted = np.nonzero(matrix >= max(at_least, 1))
+    order = np.argsort(-matrix[true, predicted], kind="stable")
     return [
         Confusion(i, j, int(matrix[i, j]), float(matrix[i, j] / support[i]), float(expected[j]))
-        for i, j in zip(true[order].tolist(), said[order].tolist(), strict=True)
+        for i, j in zip(true[order].tolist(), predicted[order].tolist(), strict=True)
         if i != j
     ]
 
 
 def beyond_prior(records: Records, *, at_least: int = 3) -> list[Confusion]:
-    """Confusions that the prior does not explain, those with most objects beyond it first.
-
-    Args:
-        records: As `confusions`.
-        at_least: Objects that a pair must have: a lift taken from one says nothing.
-    """
+    """Confusions that the prior does not explain, largest excess first."""
     found = [pair for pair in confusions(records, at_least=at_least) if pair.excess > 0]
     return sorted(found, key=lambda pair: -pair.excess)
 
 
 def per_class(records: Records, *, instead: int = 3) -> list[ClassRow]:
-    """Support, accuracy and wrong predictions of each class that occurs, the most frequent first.
-
-    Args:
-        records: Predictions.
-        instead: How many wrong predictions of each class.
-    """
+    """Support, accuracy and most frequent errors of each class that occurs, largest first."""
     places, labels = ranks(records["log_probs"], records["labels"]), records["labels"]
     num_classes = records["log_probs"].shape[1]
     support = np.bincount(labels, minlength=num_classes)
-    top1, top5 = (_shares(places < n, labels, support) for n in (1, 5))
+    top1, top5 = (_fractions(places < n, labels, support) for n in (1, 5))
     wrong: dict[int, list[Confusion]] = {}
     for pair in confusions(records):
         wrong.setdefault(pair.true, []).append(pair)
@@ -107,6 +95,6 @@ def per_class(records: Records, *, instead: int = 3) -> list[ClassRow]:
     ]  # fmt: skip
 
 
-def _shares(hits: Array, labels: Array, support: Array) -> NDArray[np.float64]:
+def _fractions(hits: Array, labels: Array, support: Array) -> NDArray[np.float64]:
     counts = np.bincount(labels, weights=hits, minlength=len(support))
     return np.asarray(counts / np.maximum(support, 1), dtype=np.float64)

@@ -1,13 +1,12 @@
-"""KITTI's average precision of boxes at three difficulties, at 11 or 40 recalls.
+"""KITTI's average precision of boxes at three difficulties, with 11 or 40 recall points.
 
-Geiger et al., 2012, https://doi.org/10.1109/CVPR.2012.6248074, as the benchmark's development kit
-counts; 40 recalls since Simonelli et al., 2019, https://arxiv.org/abs/1905.12365. Objects choose
-detections here, one after the other in the order of their file, and precision is taken at a few
-scores only: those at which the recall comes nearest to 0, 1/40, ... 1.
+Geiger et al., 2012, https://doi.org/10.1109/CVPR.2012.6248074, as implemented by the benchmark's
+development kit; 40 points since Simonelli et al., 2019, https://arxiv.org/abs/1905.12365. Unlike
+COCO, objects choose detections, in the order of their file, and precision is computed only at the
+scores whose recalls are nearest to 0, 1/40, ... 1.
 
-One thing is left out: in the kit, a detection below the least height can take an object of another
-class from its own detections. An object of just the least height counts; copies of the kit differ
-in that.
+Differences from the kit: there, a detection below the minimum height can also match an object of
+another class. Objects of exactly the minimum height count; copies of the kit differ in that.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ _STEPS = 40  # between recalls 0 and 1
 
 
 class Difficulty(NamedTuple):
-    """Which objects have to be found; the others may be."""
+    """Limits of the objects that must be found; finding others is optional."""
 
-    height: float  # pixels, at least; lower detections do not count either
-    occluded: int  # at most
-    truncated: float  # at most
+    height: float  # minimum, pixels; smaller detections do not count either
+    occluded: int  # maximum
+    truncated: float  # maximum
 
 
 DIFFICULTIES = {
@@ -43,13 +42,13 @@ DIFFICULTIES = {
 
 @dataclass(frozen=True)
 class KittiTruth:
-    """What is on the images.
+    """Ground truth of all images.
 
     Attributes:
         boxes: Objects, neighbours and regions, each with the class that it concerns.
-        truncated: (K,) float64, share outside the image.
-        occluded: (K,) int64, 0 = all in sight to 2 = hardly, 3 = unknown.
-        neighbour: (K,) bool, of a class that may be found in place of this one: a van for a car.
+        truncated: (K,) float64, fraction outside the image.
+        occluded: (K,) int64, from 0 = fully visible to 2 = mostly hidden, 3 = unknown.
+        neighbour: (K,) bool, of a similar class that may be detected instead: a van for a car.
         region: (K,) bool, DontCare: a detection mostly inside is not wrong.
     """
 
@@ -61,12 +60,12 @@ class KittiTruth:
 
 
 class _Scene(NamedTuple):
-    """One class on one image: D detections and G objects, neighbours included."""
+    """Detections D and objects G (with neighbours) of one class on one image."""
 
     overlaps: Floats  # (D, G)
     excused: Bools  # (D,) mostly in a region
     scores: Floats  # (D,)
-    low: Bools  # (D,) below the least height
+    low: Bools  # (D,) below the minimum height
     optional: Bools  # (G,) need not be found
 
 
@@ -78,21 +77,18 @@ def kitti_ap(
     overlaps: Sequence[float],
     points: int = _STEPS,
 ) -> Floats:
-    """Average precision by difficulty and class.
+    """Average precision by difficulty and class, (3, C) in 0..1; NaN where there are no objects.
 
-    A recall that no score comes near to counts as a precision of 0, as in the kit: of fewer than 40
-    objects, not even perfect detections get 1.
+    A recall that no score comes near to has precision 0, as in the kit: with fewer than 40 objects,
+    even perfect detections stay below 1.
 
     Args:
-        truth: What is there.
+        truth: Ground truth.
         found: The detections.
         scores: (D,).
-        overlaps: C of them, the IoU that a right detection of each class must exceed; `OVERLAPS`
-            has them by name. The same share of a detection must be in a region to be excused.
-        points: 40 for the mean of the precisions at recalls 1/40, 2/40, ... 1; 11 for 0, 0.1, ...
-
-    Returns:
-        (3, C) in the order of `DIFFICULTIES`, 0..1; NaN where there is nothing to find.
+        overlaps: IoU that a correct detection must exceed, by class, such as `OVERLAPS`. Also the
+            fraction of a detection that must lie in a region for it to be ignored.
+        points: 40 for recalls 1/40, 2/40, ... 1; 11 for 0, 0.1, ... 1.
 
     Raises:
         UserError: Other `points`, or an overlap that is out of range.
@@ -101,14 +97,14 @@ def kitti_ap(
         raise UserError(f"kitti_ap: points must be 11 or 40, got {points}")
     if not all(0 < one < 1 for one in overlaps):
         raise UserError(f"kitti_ap: overlaps must be in (0, 1), got {list(overlaps)}")
-    kept = slice(1, None) if points == _STEPS else slice(0, None, _STEPS // 10)
+    recalls = slice(1, None) if points == _STEPS else slice(0, None, _STEPS // 10)
     result = np.full((len(DIFFICULTIES), len(overlaps)), np.nan)
     for row, difficulty in enumerate(DIFFICULTIES.values()):
         for label, overlap in enumerate(overlaps):
             scenes = list(_scenes(truth, found, scores, label, overlap, difficulty))
             objects = sum(int((~scene.optional).sum()) for scene in scenes)
             if objects:
-                result[row, label] = _precisions(scenes, objects, overlap)[kept].mean()
+                result[row, label] = _precisions(scenes, objects, overlap)[recalls].mean()
     return result
 
 
@@ -120,7 +116,7 @@ def _scenes(
     overlap: float,
     difficulty: Difficulty,
 ) -> Iterator[_Scene]:
-    """The images on which a class is, or is said to be."""
+    """Images with objects or detections of a class."""
     boxes = truth.boxes
     optional = (
         truth.neighbour
@@ -136,7 +132,7 @@ def _scenes(
     for image in np.union1d(found.image[own], boxes.image[others]).tolist():
         rows, there = _of_image(own, found.image, image), _of_image(others, boxes.image, image)
         objects, regions = there[~truth.region[there]], there[truth.region[there]]
-        # COCO's crowds are what these regions are: the share of the detection counts.
+        # Like COCO's crowds: overlap as a fraction of the detection.
         inside = _overlaps(found, rows, boxes, regions, crowd=True)
         yield _Scene(
             overlaps=_overlaps(found, rows, boxes, objects, crowd=False),
@@ -148,13 +144,13 @@ def _scenes(
 
 
 def _of_image(rows: Ints, images: Ints, image: int) -> Ints:
-    """Those of some rows, in order of their images, that are of one image."""
+    """Rows of one image; `rows` are in order of their images."""
     start, end = np.searchsorted(images[rows], [image, image + 1])
     return rows[start:end]
 
 
 def _overlaps(found: Boxes, rows: Ints, truth: Boxes, objects: Ints, *, crowd: bool) -> Floats:
-    """(D, G), with no box on either side too."""
+    """IoU of detections with objects, (D, G)."""
     if not len(rows) or not len(objects):
         return np.zeros((len(rows), len(objects)))
     flags = np.full(len(objects), crowd, np.uint8)
@@ -162,7 +158,7 @@ def _overlaps(found: Boxes, rows: Ints, truth: Boxes, objects: Ints, *, crowd: b
 
 
 def _precisions(scenes: Sequence[_Scene], objects: int, overlap: float) -> Floats:
-    """The best precision at each of the 41 recalls or above, (41,)."""
+    """Best precision at each of the 41 recalls or above, (41,)."""
     hits = [score for scene in scenes for score in _hit_scores(scene, overlap)]
     limits = _limits(np.sort(np.array(hits))[::-1], objects)
     right, wrong = np.zeros(len(limits)), np.zeros(len(limits))
@@ -176,7 +172,7 @@ def _precisions(scenes: Sequence[_Scene], objects: int, overlap: float) -> Float
 
 
 def _hit_scores(scene: _Scene, overlap: float) -> list[float]:
-    """Scores of right detections where each object takes the best scored one."""
+    """Scores of correct detections where each object takes the best scored one."""
     free = np.ones(len(scene.scores), np.bool_)
     scores = []
     for number, optional in enumerate(scene.optional):
@@ -191,10 +187,7 @@ def _hit_scores(scene: _Scene, overlap: float) -> list[float]:
 
 
 def _limits(hits: Floats, objects: int) -> Floats:
-    """Scores at which the recall comes nearest to 0, 1/40, ...: at most 41, falling.
-
-    A score is passed over if the next one's recall is nearer to the one looked for.
-    """
+    """Scores whose recalls are nearest to 0, 1/40, ...: at most 41, falling."""
     limits: list[float] = []
     wanted = 0.0
     for place, score in enumerate(hits.tolist()):
@@ -202,15 +195,14 @@ def _limits(hits: Floats, objects: int) -> Floats:
         if place + 1 < len(hits) and following - wanted < wanted - here:
             continue
         limits.append(score)
-        wanted += 1 / _STEPS  # as the kit adds it up: its rounding decides between equals
+        wanted += 1 / _STEPS  # summed up as in the kit: the rounding decides ties
     return np.array(limits)
 
 
 def _counts(scene: _Scene, limits: Floats, overlap: float) -> tuple[Floats, Floats]:
-    """Right and wrong detections of one image above each limit, (T,) both.
+    """Correct and wrong detections of one image above each limit, (T,) both.
 
-    Each object takes the detection that overlaps it most, one that is too low only if there is no
-    other.
+    Each object takes the detection of largest overlap, one below the height only as a last resort.
     """
     counted = scene.scores >= limits[:, None]  # (T, D)
     free = counted.copy()

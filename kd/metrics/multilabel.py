@@ -1,4 +1,4 @@
-"""Average precision of which classes are in a picture: by class, its mean, and over all pairs."""
+"""Average precision of the classes in an image: by class, its mean, and over all pairs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Array = NDArray[Any]
 
 
 def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
-    """Area under the steps of precision over recall, pictures in falling order of score.
+    """Area under the steps of precision over recall, images in falling order of score.
 
-    The sum over distinct scores of (recall gained there) x (precision down to there), without
-    interpolation; pictures of equal score come in together, so that a constant gets the share of
-    pictures that show the class.
+    Summed over distinct scores: recall gained x precision there, without interpolation; images of
+    equal score come in together, so that a constant score gets the fraction of images with the
+    class.
 
     Args:
         scores: (N,), higher is likelier.
@@ -39,14 +39,14 @@ def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
 
 
 class MultiLabelAP:
-    """Collects, for each picture, how likely each class is in it, and whether it is.
+    """Collects the log-probability and the presence of each class in each image.
 
-    A picture that is seen twice, as samplers repeat some to give each rank as many, counts once;
-    pictures without labels do not count.
+    Images that occur twice, as samplers pad the ranks, count once; images without labels do not
+    count.
 
     Args:
         num_classes: C.
-        where: What messages begin with: a run, a data set.
+        where: Beginning of messages: a run, a dataset.
     """
 
     def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
@@ -54,18 +54,12 @@ class MultiLabelAP:
         self._chunks: list[dict[str, Array]] = []
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add the pictures of a batch of docs/batch.md, by the log-probability of each class."""
-        present, told = present_classes(batch, self.num_classes)
-        self.update(decoded[told], present[told], batch["image_ids"][told])
+        """Add the images of a batch of docs/batch.md, by the log-probability of each class."""
+        present, known = present_classes(batch, self.num_classes)
+        self.update(decoded[known], present[known], batch["image_ids"][known])
 
     def update(self, log_probs: Tensor, present: Tensor, image_ids: Tensor) -> None:
-        """Add N pictures.
-
-        Args:
-            log_probs: That a class is there, (N, C), any floating type.
-            present: Whether it is, bool (N, C).
-            image_ids: (N,) int64.
-        """
+        """Add N images: log-probabilities (N, C), presence bool (N, C), ids (N,) int64."""
         expected = (len(image_ids), self.num_classes)
         for name, part in (("log_probs", log_probs), ("present", present)):
             if tuple(part.shape) != expected:
@@ -74,7 +68,7 @@ class MultiLabelAP:
         self._chunks.append({name: part.detach().cpu().numpy() for name, part in chunk.items()})
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge what all ranks collected, so that each holds the union; alone, does nothing."""
+        """Merge what all ranks collected, so that each holds the union."""
         parts = gathered(self._chunks, group)
         self._chunks = [chunk for chunks in parts for chunk in chunks]
 
@@ -82,10 +76,10 @@ class MultiLabelAP:
         """`log_probs` (N, C), `present` (N, C) and `image_ids` (N,), in order of image id.
 
         Raises:
-            UserError: No picture has labels, or a score is not finite.
+            UserError: No image has labels, or a score is not finite.
         """
         if not sum(len(chunk["image_ids"]) for chunk in self._chunks):
-            raise UserError(f"{self._where}: no picture was scored; is any of them labelled?")
+            raise UserError(f"{self._where}: no image was scored; is any of them labelled?")
         names = ("log_probs", "present", "image_ids")
         joined = {name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in names}
         ids, first = np.unique(joined["image_ids"], return_index=True)
@@ -98,16 +92,16 @@ class MultiLabelAP:
     def compute(self) -> dict[str, float]:
         """Every number by name, in 0..1.
 
-        `mAP`, the mean over the classes that occur; `weighted_AP`, that mean by support;
-        `micro_AP`, of all pairs of a picture and a class in one list; `chance_mAP` and
-        `chance_micro_AP`, what one constant score gets; `count` of pictures, `classes` that occur.
+        `mAP`, the mean over the classes that occur; `weighted_AP`, that mean weighted by support;
+        `micro_AP`, over all pairs of image and class in one list; `chance_mAP` and
+        `chance_micro_AP`, of a constant score; `count` of images, `classes` that occur.
         """
         records = self.records()
         scores, present = records["log_probs"], records["present"]
         support = present.sum(axis=0)
         occurring = np.flatnonzero(support)
         if not len(occurring):
-            raise UserError(f"{self._where}: no picture shows any class")
+            raise UserError(f"{self._where}: no image has any class")
         own = np.array([average_precision(scores[:, c], present[:, c]) for c in occurring])
         return {
             "mAP": float(own.mean()),
@@ -120,19 +114,15 @@ class MultiLabelAP:
         }
 
     def save_predictions(self, path: str | Path) -> None:
-        """Write the records as an .npz file: whole, or not at all."""
+        """Write the records as an .npz file, atomically."""
         save_records(self.records(), Path(path))
 
 
 def present_classes(batch: Mapping[str, Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
-    """Which classes the pictures of a batch show, by the labels of all their objects.
-
-    Returns:
-        bool (N, C), and whether a picture's labels are known at all, bool (N,).
-    """
+    """Classes in the images of a batch, bool (N, C), and whether an image has labels, bool (N,)."""
     labels = batch["labels"]
     pairs = labels.new_zeros(len(batch["images"]) * num_classes, dtype=torch.float32)
     place = batch["image_of"] * num_classes + labels.clamp(min=0)
-    # Added up, not indexed by a mask, for which a GPU would have to be waited for.
+    # A sum rather than a mask's indices, which would synchronise with the GPU.
     present = pairs.index_add(0, place, (labels >= 0).float()).view(-1, num_classes) > 0
     return present, present.any(dim=1)

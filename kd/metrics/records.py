@@ -33,10 +33,7 @@ def save_records(records: Records, path: Path, *, compressed: bool = False) -> N
 
 
 def gathered(part: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What every rank collected, in order of rank; alone, only this one's.
-
-    Every rank must call it. The values are pickled.
-    """
+    """Values of every rank, pickled, in order of rank; every rank must call it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return [part]
     parts: list[Any] = [None] * dist.get_world_size(group)

@@ -1,4 +1,4 @@
-"""What every number is: its unit, its direction, and how it is written. No torch here."""
+"""Metric declarations: unit, direction and format. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good predictions are.
+    """A number that measures how good predictions are.
 
     A metric of your own is an instance with `per_item`; `metrics: [package.module:ATTRIBUTE]` in a
-    recipe adds it to the evaluation. Its value is the mean of `per_item`, and its intervals and
-    differences draw images again, as for any other metric:
+    recipe adds it to the evaluation. Its value is the mean of `per_item`; intervals and differences
+    resample images, as for any other metric:
 
         def brier(records):  # (K,) of the K hidden objects
             errors = np.exp(records["log_probs"])
@@ -34,8 +34,7 @@ class Metric:
     Attributes:
         name: Its name in tables and in `summary.json`.
         help: One line about it.
-        unit: `%` for a fraction that is written in percent; otherwise written as it is: `nats`,
-            `px`, or nothing.
+        unit: `%` for a fraction that is written in percent; otherwise as it is: `nats`, `px`, none.
         higher_is_better: Its direction.
         digits: Decimal places; by default 1 in percent and 3 otherwise.
         per_item: Records to one value for each row (an object or image), (N,) of the N ids; NaN
@@ -91,14 +90,14 @@ _LISTED = [
     Metric("nll", "negative log-likelihood of the true class", "nats", higher_is_better=False),
     Metric("ece", "expected calibration error, 15 bins (Guo 2017)", higher_is_better=False),
     *_fractions(
-        confusable_top1="top1 of objects whose class others look like",
+        confusable_top1="top1 of objects of confusable classes",
         confusable_pair_top1="the same where only classes of one group can be predicted",
         mAP="mean over classes of average precision, of the classes in an image",
         weighted_AP="the same weighted by the images of each class",
         micro_AP="average precision of all pairs of image and class",
         mIoU="mean intersection over union of the classes",
-        mean_accuracy="mean over classes of the pixels that are right",
-        pixel_accuracy="pixels that are right",
+        mean_accuracy="mean over classes of the fraction of correct pixels",
+        pixel_accuracy="fraction of correct pixels",
         AP="COCO: mean over overlaps of 0.5 to 0.95",
         AP50="COCO: at an overlap of 0.5",
         AP75="COCO: at an overlap of 0.75",
@@ -111,7 +110,7 @@ _LISTED = [
         AR_small="COCO: AR100 of objects below 32 x 32 pixels",
         AR_medium="COCO: AR100 of objects of 32 x 32 to 96 x 96 pixels",
         AR_large="COCO: AR100 of objects above 96 x 96 pixels",
-        confusable_AP50="AP50 of classes that others look like",
+        confusable_AP50="AP50 of confusable classes",
         VOC07_mAP="Pascal VOC 2007: mean AP at 11 recalls, overlap 0.5",
         VOC_mAP="Pascal VOC since 2010: mean AP, overlap 0.5",
         KITTI_easy="KITTI: mean AP at 40 recalls, easy objects",
@@ -128,7 +127,7 @@ _LISTED = [
     Metric("IG", "information gain over the centre prior", "bits"),
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
-# Names with a number, a bin or a class in them, and the listed metric that they are one of.
+# Names with a number, bin or class -> the metric whose unit and direction they have.
 _FAMILIES = {
     r"top[1-9]\d*": "top1",
     r"(share|visible)/\w.*_top1": "top1",
@@ -140,11 +139,9 @@ _FAMILIES = {
 
 
 def metric_named(name: str, own: Mapping[str, Metric] | None = None) -> Metric:
-    """The declaration of a metric; a plain number where nobody declares it.
+    """The declaration of a metric, those of `own` first; a plain number where there is none.
 
-    Args:
-        name: A key of `METRICS` or `own`, or one with a class or bin such as `iou/car`.
-        own: The user's metrics, which come first.
+    `name` may also have a class or bin, such as `iou/car`.
     """
     if own and name in own:
         return own[name]
@@ -157,16 +154,13 @@ def metric_named(name: str, own: Mapping[str, Metric] | None = None) -> Metric:
 
 
 def direction_note(metrics: Iterable[Metric]) -> list[str]:
-    """The note below a table that names the metrics of which less is better; none without."""
+    """The note below a table that names the metrics where lower is better, if any."""
     lower = dict.fromkeys(metric.name for metric in metrics if not metric.higher_is_better)
     return [f"lower is better: {', '.join(lower)}"] if lower else []
 
 
 def load_metrics(paths: Iterable[str]) -> dict[str, Metric]:
-    """The user's metrics by name.
-
-    Args:
-        paths: `package.module:ATTRIBUTE` each.
+    """The user's metrics by name, each from `package.module:ATTRIBUTE`.
 
     Raises:
         UserError: A path that cannot be imported or is no `Metric` with `per_item`, or a name that

@@ -1,8 +1,8 @@
-"""Pascal VOC's average precision of boxes: at 11 recalls as in 2007, or the area as since 2010.
+"""Pascal VOC's average precision of boxes: 11 recall points (2007) or area (since 2010).
 
 Everingham et al., 2010, https://doi.org/10.1007/s11263-009-0275-4, sections 4.2 and 4.3 of the
-challenges' development kits. Other than COCO's: a detection goes for the object that it overlaps
-most, and is wrong if that one has been found before, even if it overlaps another well.
+development kits. Unlike COCO, a detection is matched to the object of largest overlap only, and is
+wrong if that object has been found before.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _RECALLS = 10  # steps between recalls 0 and 1
 
 @dataclass(frozen=True)
 class VocMatches:
-    """Which detections are right, for one set of scores.
+    """Correct and ignored detections for one set of scores.
 
     Attributes:
         order: (D,) detections in falling order of score, ties by image, then as in the file.
         hit: (D,) bool, in the detections' own order.
-        ignored: (D,) bool, counts neither way: it found a difficult object.
+        ignored: (D,) bool, matched to a difficult object: neither correct nor wrong.
     """
 
     order: Ints
@@ -37,18 +37,14 @@ class VocMatches:
 
 
 class VocAP:
-    """Evaluates one set of boxes under any scores.
+    """VOC's average precision of one set of boxes under any scores.
 
     Args:
         truth: All objects; difficult ones have `crowd`, as `kd.formats.voc` writes them.
-        found: The detections. Boxes count from 0 and end where they end, as the truth's: no pixel
-            is added to any side.
+        found: The detections. Coordinates start at 0 and are continuous: no side is a pixel longer.
         images: I, the number of images.
         classes: C.
-        overlap: IoU that a right detection has at least.
-
-    Raises:
-        UserError: `overlap` is out of range.
+        overlap: Least IoU of a correct detection, in (0, 1].
     """
 
     def __init__(
@@ -63,36 +59,25 @@ class VocAP:
         np.add.at(self.support, (truth.label[counted], truth.image[counted]), 1)
 
     def match(self, scores: Floats) -> VocMatches:
-        """Give each object to the best scored of the detections that overlap it most.
-
-        Args:
-            scores: (D,).
-        """
+        """Match each object with the best scored (D,) of the detections that overlap it most."""
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
-        going = order[self._best[order] >= 0]  # detections that overlap some object, the best first
-        _, first = np.unique(self._best[going], return_index=True)
+        near = order[self._best[order] >= 0]  # overlap some object; in falling order of score
+        _, first = np.unique(self._best[near], return_index=True)
         hit, ignored = (np.zeros(len(scores), np.bool_) for _ in range(2))
-        hit[going[first]] = True
-        ignored[going] = self.truth.crowd[self._best[going]]
+        hit[near[first]] = True
+        ignored[near] = self.truth.crowd[self._best[near]]
         return VocMatches(order, hit & ~ignored, ignored)
 
     def average(
         self, matches: VocMatches, weights: Array | None = None, *, points: Points = "area"
     ) -> Floats:
-        """Average precision by resample and class.
+        """Average precision, (R, C); NaN where a class has only difficult objects or none.
 
         Args:
-            matches: Of some scores.
-            weights: (R, I) how often each image counts, as `MeanAP.average` has it. None counts
-                each once.
+            matches: From `match`.
+            weights: (R, I) how often each image counts; None counts each once.
             points: "11" for the mean of the best precisions at recalls 0, 0.1, ... 1 or above
                 (VOC 2007); "area" for the area below the best precisions (since VOC 2010).
-
-        Returns:
-            (R, C), NaN where a class has no object that is not difficult.
-
-        Raises:
-            UserError: Other `points`.
         """
         if points not in ("11", "area"):
             raise UserError(f"VocAP: points must be '11' or 'area', got {points!r}")
@@ -114,14 +99,14 @@ class VocAP:
 
 
 def mean_over_classes(averages: Floats) -> Floats:
-    """MAP of each resample, (R,), from (R, C): over the classes with an object, NaN without any."""
+    """Mean AP of each resample, (R,), from (R, C), over the classes that have objects."""
     known = ~np.isnan(averages)
     total, count = np.where(known, averages, 0.0).sum(axis=1), known.sum(axis=1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> Ints:
-    """The object of its class that each detection overlaps most, -1 where not enough; (D,)."""
+    """The object of its class that each detection overlaps most, (D,); -1 below `overlap`."""
     best = np.full(len(found), -1, np.int64)
     groups = found.image * classes + found.label
     true_groups = truth.image * classes + truth.label
@@ -134,7 +119,7 @@ def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> I
     ]
     for start, end, true_start, true_end in zip(*bounds, strict=True):
         rows, objects = order[start:end], true_order[true_start:true_end]
-        plain = np.zeros(len(objects), np.uint8)  # a difficult object overlaps as others do
+        plain = np.zeros(len(objects), np.uint8)  # ordinary IoU with difficult objects, too
         overlaps = coco_masks.iou(found.xywh[rows], truth.xywh[objects], plain)
         most = overlaps.argmax(axis=1)
         enough = overlaps[np.arange(len(rows)), most] >= overlap
@@ -143,23 +128,16 @@ def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> I
 
 
 def _average(hits: Floats, detections: Floats, objects: Floats, points: Points) -> Floats:
-    """Average precision of one class, (R,).
-
-    Args:
-        hits: (n, R) right detections up to each right one.
-        detections: (n, R) all detections up to there.
-        objects: (R,) how many there are to find.
-        points: As in `VocAP.average`.
-    """
+    """Average precision of one class, (R,); arguments as `coco_ap._area_below`."""
     if not len(hits):
         return np.zeros(len(objects))
-    # Precision is at its best where something right has just come in.
+    # Precision has its maxima at correct detections.
     precision = hits / np.maximum(detections, np.spacing(1))
     best_after = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     if points == "area":
         newly = np.diff(hits, axis=0, prepend=0.0)
         return np.asarray((best_after * newly).sum(axis=0) / objects)
-    # Whole numbers: 3 of 10 objects do reach the recall of 0.3, which no float is equal to.
+    # In tenths: 3 of 10 objects reach a recall of 0.3, which no float equals.
     reached = np.floor(_RECALLS * hits / objects) + 1
     newly = np.diff(reached, axis=0, prepend=0.0)
     return np.asarray((best_after * newly).sum(axis=0) / (_RECALLS + 1))

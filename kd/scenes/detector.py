@@ -101,9 +101,7 @@ def _classify(
 
 
 def _jitter_box(
-    box: np.ndarray[Any, np.dtype[np.float64]],
-    size: tuple[int, int],
-    random: np.random.Generator,
+    box: np.ndarray[Any, np.dtype[np.float64]], size: tuple[int, int], random: np.random.Generator
 ) -> list[float]:
     """Perturb a box; returns x, y, width, height inside the image."""
     sides = box[2:] * np.exp(random.normal(0.0, STRETCH, 2))

@@ -219,12 +219,12 @@ class ObjectsEvaluation(Evaluation):
             return found
         found["classes"] = [
             {"name": names[row.label], "support": row.support, "top1": row.top1,
-             "top5": row.top5, "instead": {names[p.said]: p.count for p in row.instead}}
+             "top5": row.top5, "instead": {names[p.predicted]: p.count for p in row.instead}}
             for row in self.classes
         ]  # fmt: skip
         found["confusions"] = [
-            {"hidden": names[pair.true], "predicted": names[pair.said], "objects": pair.count,
-             "fraction": pair.share, "prior": pair.expected, "lift": pair.lift}
+            {"hidden": names[pair.true], "predicted": names[pair.predicted], "objects": pair.count,
+             "fraction": pair.fraction, "prior": pair.expected, "lift": pair.lift}
             for pair in confusions(self.first)
         ]  # fmt: skip
         return found

@@ -284,17 +284,19 @@ def beyond_prior_figure(
     shown = list(pairs)[:most]
     figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(shown), 4))
     place = np.arange(len(shown))
-    axes.barh(place, [100 * pair.share for pair in shown], height=0.7, color=ORANGE, label="said")
+    axes.barh(
+        place, [100 * pair.fraction for pair in shown], height=0.7, color=ORANGE, label="predicted"
+    )
     expected = [100 * pair.expected for pair in shown]
     axes.vlines(expected, place - 0.42, place + 0.42, colors="black", linewidth=1.6,
                 label="drawn from the class prior")  # fmt: skip
     for row, pair in enumerate(shown):
         text = f"{pair.count} objects, {pair.lift:.1f} times the prior"
-        axes.text(100 * max(pair.share, pair.expected) + 0.5, row, text, va="center", fontsize=7,
+        axes.text(100 * max(pair.fraction, pair.expected) + 0.5, row, text, va="center", fontsize=7,
                   color=INK)  # fmt: skip
-    labels = [f"{names[pair.true]} called {names[pair.said]}" for pair in shown]
+    labels = [f"{names[pair.true]} called {names[pair.predicted]}" for pair in shown]
     axes.set_yticks(place, labels, fontsize=8)
-    widest = max((max(pair.share, pair.expected) for pair in shown), default=0.5)
+    widest = max((max(pair.fraction, pair.expected) for pair in shown), default=0.5)
     axes.set(xlim=(0, 155 * widest), ylim=(max(len(shown), 1) - 0.4, -0.6))
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, 155 * widest)])
     axes.set_xlabel("share of the class's objects (%)")

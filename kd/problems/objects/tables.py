@@ -75,7 +75,7 @@ def class_table(rows: Sequence[ClassRow], names: Sequence[str], train_counts: Ar
             f"{100 * train_counts[row.label] / train:.1f}",
             f"{100 * row.top1:.1f}",
             f"{100 * row.top5:.1f}",
-            ", ".join(f"{names[p.said]} {100 * p.share:.0f} %" for p in row.instead),
+            ", ".join(f"{names[p.predicted]} {100 * p.fraction:.0f} %" for p in row.instead),
         )
         for row in rows
     ]
@@ -98,9 +98,9 @@ def confusion_table(
     lines = [
         (
             names[pair.true],
-            names[pair.said],
+            names[pair.predicted],
             str(pair.count),
-            f"{100 * pair.share:.1f}",
+            f"{100 * pair.fraction:.1f}",
             f"{100 * pair.expected:.1f}",
             f"{pair.lift:.1f}",
         )

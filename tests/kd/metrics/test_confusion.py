@@ -38,10 +38,10 @@ def test_the_matrix_has_the_true_class_in_rows() -> None:
 
 def test_confusions_are_worked_by_hand() -> None:
     found = confusions(said(LABELS, ANSWERS, [0.3, 0.1, 0.6]))
-    pairs = [(pair.true, pair.said, pair.count) for pair in found]
+    pairs = [(pair.true, pair.predicted, pair.count) for pair in found]
     assert pairs == [(CUP, FORK, 2), (CUP, PERSON, 1), (FORK, CUP, 1), (FORK, PERSON, 1)]
     first = found[0]
-    assert first.share == 0.5  # two of four cups
+    assert first.fraction == 0.5  # two of four cups
     assert first.expected == 0.1  # one answer in ten is a fork
     assert first.lift == pytest.approx(5.0)
     assert first.excess == pytest.approx(2 - 4 * 0.1)
@@ -58,14 +58,14 @@ def test_mistakes_that_the_prior_explains_are_none_beyond_it() -> None:
     """Half of the cups are called persons, and so is half of everything: no news."""
     records = said([CUP] * 6 + [PERSON] * 2, [PERSON] * 3 + [FORK] * 3 + [PERSON] * 2,
                    [0.3, 0.1, 0.6])  # fmt: skip
-    assert [(pair.true, pair.said) for pair in beyond_prior(records)] == [(CUP, FORK)]
+    assert [(pair.true, pair.predicted) for pair in beyond_prior(records)] == [(CUP, FORK)]
     assert beyond_prior(records, at_least=4) == []
 
 
 def test_the_greatest_excess_comes_first_not_the_greatest_count() -> None:
     records = said([CUP] * 10 + [FORK] * 4, [PERSON] * 6 + [CUP] * 4 + [CUP] * 4, [0.1, 0.4, 0.5])
     found = beyond_prior(records)
-    assert [(pair.true, pair.said) for pair in found] == [(FORK, CUP), (CUP, PERSON)]
+    assert [(pair.true, pair.predicted) for pair in found] == [(FORK, CUP), (CUP, PERSON)]
     assert [pair.excess for pair in found] == pytest.approx([4 - 4 * 0.1, 6 - 10 * 0.5])
 
 
@@ -74,7 +74,7 @@ def test_the_per_class_table_has_the_most_frequent_class_first_and_what_is_said_
     assert [(row.label, row.support, row.top1, row.top5) for row in rows] == [
         (CUP, 4, 0.25, 1.0), (FORK, 2, 0.0, 1.0), (PERSON, 2, 1.0, 1.0),
     ]  # fmt: skip
-    assert [[pair.said for pair in row.instead] for row in rows] == [[FORK], [CUP], []]
+    assert [[pair.predicted for pair in row.instead] for row in rows] == [[FORK], [CUP], []]
 
 
 def test_a_class_without_objects_has_no_row() -> None:
@@ -89,7 +89,7 @@ def test_the_matrix_agrees_with_a_slow_loop() -> None:
         expected[label, answer] += 1
     records = said(labels, answers)
     np.testing.assert_array_equal(confusion_matrix(records), expected)
-    pairs = {(pair.true, pair.said): pair.count for pair in confusions(records)}
+    pairs = {(pair.true, pair.predicted): pair.count for pair in confusions(records)}
     assert pairs == {
         (i, j): expected[i, j] for i in range(3) for j in range(3) if i != j and expected[i, j]
     }

@@ -111,9 +111,9 @@ def test_predictions_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_scored_is_said() -> None:
-    with pytest.raises(UserError, match="run: no picture was scored"):
+    with pytest.raises(UserError, match="run: no image was scored"):
         MultiLabelAP(2, where="run").compute()
-    with pytest.raises(UserError, match="run: no picture shows any class"):
+    with pytest.raises(UserError, match="run: no image has any class"):
         metric_of(torch.rand(2, 2), torch.zeros(2, 2, dtype=torch.bool)).compute()
     broken = torch.tensor([[0.0, 0.0], [float("nan"), 0.0]])
     with pytest.raises(UserError, match="image 1: its scores are not finite"):

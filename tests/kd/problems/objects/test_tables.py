@@ -104,7 +104,9 @@ def test_classes_say_their_shares_and_what_is_said_instead() -> None:
         "20", "33.3", "50.0",
     )  # fmt: skip
     first = rows[0].instead[0]
-    assert line["predicted instead"].startswith(f"{NAMES[first.said]} {100 * first.share:.0f} %")
+    assert line["predicted instead"].startswith(
+        f"{NAMES[first.predicted]} {100 * first.fraction:.0f} %"
+    )
     both = tables.classes_side_by_side({"cnn": run, "unet": records_of(1)}, NAMES)
     assert both.header == ("class", "val objects", "cnn", "unet")
     assert both.groups[0][0][2] == line["top1 (%)"]
@@ -117,7 +119,7 @@ def test_confusions_are_listed_in_their_order_with_lift() -> None:
     assert len(table.groups[0]) == 2
     first = pairs[0]
     assert table.groups[0][0] == (
-        NAMES[first.true], NAMES[first.said], str(first.count), f"{100 * first.share:.1f}",
+        NAMES[first.true], NAMES[first.predicted], str(first.count), f"{100 * first.fraction:.1f}",
         f"{100 * first.expected:.1f}", f"{first.lift:.1f}",
     )  # fmt: skip
     assert len(tables.confusion_table(beyond_prior(run), NAMES, "t").groups[0]) <= len(pairs)
