@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Something the user gave (a file, a name, a folder) is wrong; the message says so."""
@@ -9,6 +11,13 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A mistake in a configuration; the message holds one line per mistake."""
+
+
+def raise_first(mistakes: Sequence[str]) -> None:
+    """Raise the first five mistakes as one UserError, if there are any."""
+    if mistakes:
+        more = f"\n... and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
+        raise UserError("\n".join(mistakes[:5]) + more)
 
 
 def at_least(what: str, **limits: tuple[float, float]) -> None:

@@ -1,1 +1,1 @@
-"""Data: COCO-format sets, the embedded scenes, hiding, augmentation, loading."""
+"""Data: downloads, prepared copies, the embedded scenes, samples and their loader."""

@@ -1,4 +1,4 @@
-"""What all samples of annotated images share: reading a image, moving its objects with it."""
+"""Images with annotated objects as samples: read an image, move its objects with it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from kd.transforms.hide import SHAPES
 from kd.utils.images import grey_image, read_image, scaled_size
 
 
-def shares_of(
-    boxes: npt.NDArray[np.float32], files: npt.NDArray[np.int64] | int
+def area_fractions(
+    boxes: npt.NDArray[np.float32], areas: npt.NDArray[np.int64] | int
 ) -> npt.NDArray[np.float64]:
+    """Fractions of the images' areas that (K, 4) xyxy boxes cover, (K,)."""
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-    shares: npt.NDArray[np.float64] = sides.prod(axis=1) / files
-    return shares
+    fractions: npt.NDArray[np.float64] = sides.prod(axis=1) / areas
+    return fractions
 
 
 def check_frame(size: int, seed: int) -> None:
+    """Check the options of all samples of annotated images."""
     if size < 1:
         raise UserError(f"size: {size} is not a number of pixels")
     if seed < 0:
@@ -39,21 +41,21 @@ def check_options(
     size: int,
     mode: str,
     shape: str,
-    shares: tuple[float, float],
+    fractions: tuple[float, float],
     partial: tuple[float, float] | None,
     seed: int,
 ) -> None:
+    """Check the options of samples with hidden objects."""
     check_frame(size, seed)
     if mode not in ("one", "all"):
         raise UserError(f"mode: {mode!r} is unknown; use 'one' or 'all'")
     if shape not in SHAPES:
         raise UserError(f"shape: {shape!r} is unknown; use one of {', '.join(SHAPES)}")
-    if not 0 <= shares[0] <= shares[1] <= 1:
-        raise UserError(
-            f"min_fraction {shares[0]}, max_fraction {shares[1]}: expected 0 <= min <= max"
-        )
+    low, high = fractions
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"min_fraction {low}, max_fraction {high}: expected 0 <= min <= max")
     if partial is not None and not (0 <= partial[0] <= 1 and 0 <= partial[1] <= 1):
-        raise UserError(f"partial: {partial}: expected a share and a progress, both in 0..1")
+        raise UserError(f"partial: {partial}: expected a fraction and a progress, both in 0..1")
 
 
 def known_labels(
@@ -61,14 +63,14 @@ def known_labels(
     images: npt.NDArray[np.int64],
     labelled: Collection[int] | npt.NDArray[np.int64] | None,
 ) -> npt.NDArray[np.bool_]:
+    """Whether the labels of each image may be used: its id is in `labelled` (None = all)."""
     if labelled is None:
         return np.ones(len(images), np.bool_)
     ids = np.fromiter(labelled, np.int64, len(labelled))
-    strangers = ids[~np.isin(ids, index.image_ids)]
-    if len(strangers):
+    if len(unknown := ids[~np.isin(ids, index.image_ids)]):
         raise UserError(
-            f"labelled: {index.annotation_file} has no image {strangers[0]} "
-            f"({len(strangers)} unknown ids)"
+            f"labelled: {index.annotation_file} has no image {unknown[0]} "
+            f"({len(unknown)} unknown ids)"
         )
     return np.isin(index.image_ids[images], ids)
 
@@ -76,7 +78,7 @@ def known_labels(
 def repeated(
     images: npt.NDArray[np.int64], known: npt.NDArray[np.bool_], times: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Images and whether their labels are known, those with labels so many times."""
+    """Images and whether their labels are known; those with known labels occur `times` times."""
     again = np.tile(np.flatnonzero(known), times - 1)
     return np.concatenate([images, images[again]]), np.concatenate([known, known[again]])
 
@@ -88,7 +90,7 @@ class ImageFiles:
     Attributes:
         index: The dataset.
         size: Long side in pixels.
-        prepared: The copy.
+        prepared: The copy, or None.
         read_files: Whether files are read; otherwise all images are grey.
     """
 
@@ -106,17 +108,9 @@ class ImageFiles:
         largest: int | None = None,
         read_files: bool = True,
     ) -> ImageFiles:
-        """Find the prepared copy, if there is one.
+        """Open a dataset's images, or their copy in `prepared` (made by `kd.data.prepare`).
 
-        Args:
-            index: The dataset.
-            size: Long side in pixels.
-            prepared: Folder made by `python -m kd.data.prepare` from this dataset.
-            largest: Long side that the copy must have where it is more than `size`.
-            read_files: As above.
-
-        Raises:
-            UserError: The copy does not fit.
+        `largest` is the long side that the copy must have if that is more than `size`.
         """
         copy = None
         if prepared is not None:
@@ -125,7 +119,7 @@ class ImageFiles:
         return ImageFiles(index, size, copy, read_files)
 
     def file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """The file of an image of the index, prepared or not, and its height and width."""
+        """Path of an image, prepared or not, and its height and width."""
         stored = self.own_size(image)
         if self.prepared is None:
             return self.index.path(image), stored
@@ -133,15 +127,11 @@ class ImageFiles:
         return path, self.prepared.image_size(*stored)
 
     def own_size(self, image: int) -> tuple[int, int]:
-        """Height and width of the dataset's own file."""
+        """Height and width of an image of the dataset, not of its copy."""
         return int(self.index.heights[image]), int(self.index.widths[image])
 
     def read(self, image: int, size: int | None = None) -> Tensor:
-        """The image (3, h, w) uint8, its long side `size` or the working size.
-
-        Raises:
-            UserError: The file is missing, broken, or not of the size the JSON says.
-        """
+        """Read an image, (3, h, w) uint8, its long side `size` or the working size."""
         path, expected = self.file(image)
         side = self.size if size is None else size
         if not self.read_files:
@@ -152,25 +142,25 @@ class ImageFiles:
 class Objects(NamedTuple):
     """Objects of one image in the frame of one sample.
 
-    `rows` (K,) are the index's, `boxes` (K, 4) xyxy pixels, `shares` (K,) of the image's area.
+    `rows` (K,) of the index, `boxes` (K, 4) xyxy pixels, `fractions` (K,) of the image's area.
     """
 
     rows: npt.NDArray[np.int64]
     boxes: Tensor
-    shares: npt.NDArray[np.float64]
+    fractions: npt.NDArray[np.float64]
 
 
 def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
-    """All objects of an image that was scaled to `size`, height and width; none is left out.
+    """All objects of an image that was scaled to `size`, height and width.
 
-    Their shares are those of the file, whatever rounding the scale brings.
+    Their fractions of the area are those in the file, unaffected by rounding.
     """
     rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
     original = (int(index.heights[image]), int(index.widths[image]))
     scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
     stored = np.array(index.boxes[rows])
-    shares = shares_of(stored, original[0] * original[1])
-    return Objects(rows, torch.from_numpy(stored) * scale, shares)
+    fractions = area_fractions(stored, original[0] * original[1])
+    return Objects(rows, torch.from_numpy(stored) * scale, fractions)
 
 
 def moved_objects(
@@ -182,16 +172,16 @@ def moved_objects(
     min_visible: float,
     cut_at_crop: bool = False,
 ) -> Objects:
-    """Those of a scaled image that are still to be seen after a plan, cut at the border.
+    """Objects of a scaled image that remain visible after an augmentation, clipped to the frame.
 
     Args:
         index: The dataset, or its crowds.
         image: Position in the index.
-        size: Height and width of the image that the plan is for.
-        plan: What happens to it.
-        min_visible: Share of a box that must stay; of what stays no side may be below a pixel.
-        cut_at_crop: Whether boxes are also cut where the plan's crop cuts the image, so that they
-            never reach into the black that a shift or a turn then brings in.
+        size: Height and width of the scaled image.
+        plan: The augmentation.
+        min_visible: Smallest fraction of a box that must remain, at least a pixel wide and high.
+        cut_at_crop: Also clip boxes to the plan's crop, so that they never reach into the black
+            that a shift or a rotation then brings in.
     """
     rows, boxes, _ = objects_of(index, image, size)
     whole = moved = plan.boxes(boxes, size)
@@ -201,8 +191,8 @@ def moved_objects(
         corners = boxes.new_tensor([[left, top], [left + width, top + height]]).repeat(1, 2)
         boxes = boxes.clamp(corners[0], corners[1])
         moved = plan.boxes(boxes, size)
-        there = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)  # a line has an area once it is turned
-    boxes, kept = visible(moved, plan.size, min_visible, whole=whole)
-    kept &= there
-    boxes, rows = boxes[kept], rows[kept.numpy()]
-    return Objects(rows, boxes, shares_of(boxes.numpy(), plan.size[0] * plan.size[1]))
+        there = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)  # a line gets an area by rotation
+    boxes, remain = visible(moved, plan.size, min_visible, whole=whole)
+    remain &= there
+    boxes, rows = boxes[remain], rows[remain.numpy()]
+    return Objects(rows, boxes, area_fractions(boxes.numpy(), plan.size[0] * plan.size[1]))

@@ -104,15 +104,9 @@ def download(
     retries: int = 5,
     backoff: float = 1.0,
 ) -> None:
-    """Download and unpack archives, except those that are complete.
+    """Download and unpack archives into the dataset's folder, except those that are complete.
 
-    Args:
-        archives: Archives in order.
-        out: The dataset's folder.
-        base_url: Prefix of the archives' locations.
-        keep: Keep the zip files.
-        retries: As in `fetch`.
-        backoff: As in `fetch`, seconds.
+    `base_url` is the prefix of the archives' locations; `keep` keeps the zip files.
 
     Raises:
         UserError: Too little space, or a failure of `fetch` or `unpack`.
@@ -173,10 +167,6 @@ def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a zip file; existing files of the right size are skipped.
-
-    Args:
-        archive: The zip file.
-        folder: Target folder; nothing is written outside it.
 
     Raises:
         UserError: The archive is corrupt, an entry points outside `folder` or is a link, or the

@@ -1,4 +1,4 @@
-"""Whole images, or parts of them, with something to learn about their pixels, as samples."""
+"""Samples of whole images, or crops of them, with targets for their pixels."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
 
 from kd.data.loader import Sample
-from kd.errors import UserError
+from kd.errors import UserError, raise_first
 from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.crops import Crop
-from kd.utils.images import UNREADABLE, read_image, resize
+from kd.utils.images import file_size, read_image, resize
 
-MULTIPLE = 8  # sides of what models see: a network's halvings must meet again
-_SAMPLE_STREAM = 3  # keeps the samples' random numbers apart from the loader's order
+MULTIPLE = 8  # of the sides of inputs, so that strided maps can be upsampled and added
+_SAMPLE_STREAM = 3  # separates the random numbers of samples from those of the loader's order
 
 
 class ImageSamples(Dataset[Sample], ABC):
-    """Samples of docs/batch.md, looked up by (epoch, position).
+    """Samples as in docs/batch.md, indexed by (epoch, position).
 
-    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
+    Everything random about a sample follows from (seed, epoch, position), in any process.
 
     Args:
         images: Files.
         frame: Height and width of training samples, multiples of 8.
-        train: Otherwise whole images, whose targets keep their own size.
-        seed: Of everything random, 0 or more.
-        only: Positions of the images to keep; None keeps all.
-        cached: Outputs of teachers that go with training samples, as `stored.NAME`.
-        setting: What messages call the frame.
-
-    Raises:
-        UserError: The frame is no multiple, or, for evaluation, a file cannot be read.
+        train: Crops for training; otherwise whole images, whose targets keep their own size.
+        seed: Random seed, 0 or more.
+        only: Positions of the images to use; None = all.
+        cached: Teacher outputs that come with training samples, as `stored.NAME`.
+        setting: Name of the frame's setting, for messages.
     """
 
     def __init__(
@@ -51,7 +47,6 @@ class ImageSamples(Dataset[Sample], ABC):
         cached: Sequence[CachedField],
         setting: str,
     ) -> None:
-        """Check the frame; the arguments are explained above."""
         if wrong := [side for side in frame if side < MULTIPLE or side % MULTIPLE]:
             raise UserError(f"{setting}: {wrong[0]} is not a multiple of {MULTIPLE} pixels")
         self.images, self.frame = images, frame
@@ -65,22 +60,22 @@ class ImageSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """What is done to a training image of a height and width."""
+        """Sample the crop of a training image of the given height and width."""
 
     @abstractmethod
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width at which a model sees a whole image: multiples of 8."""
+        """Height and width, multiples of 8, to which a model's input is scaled in evaluation."""
 
     @abstractmethod
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """What is to be learned or scored; of a whole image of evaluation `cut` is None."""
+        """Targets of an image; `cut` is None in evaluation, on whole images."""
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Number of images."""
         return len(self.places)
 
     def together(self, batch_size: int) -> int:
-        """Whole images are larger than crops: fewer of them take the same memory."""
+        """Batch size that takes about the memory of `batch_size` training samples."""
         if self.train:
             return batch_size
         height, width = self.seen(self._whole)
@@ -88,14 +83,11 @@ class ImageSamples(Dataset[Sample], ABC):
         return max(1, batch_size * pixels // (height * width)) if self.alike else 1
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Make the sample of (epoch, position).
+        """Build the sample of (epoch, position).
 
         Returns:
-            `images` (3, h, w) uint8; `sizes` (2,), its sides; `image_ids` (), the position in the
-            split; the targets; in training what is stored.
-
-        Raises:
-            UserError: The image or its target is missing, broken, or they do not fit.
+            `images` (3, h, w) uint8; `sizes` (2,), its height and width; `image_ids` (), the
+            position in the split; the targets; in training the cached outputs.
         """
         epoch, position = place
         image = int(self.places[position])
@@ -124,21 +116,8 @@ class ImageSamples(Dataset[Sample], ABC):
         return [file_size(self.images[place]) for place in self.places]
 
 
-def file_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, from its header.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        with Image.open(path) as pixels:
-            return pixels.height, pixels.width
-    except UNREADABLE as error:
-        raise UserError(f"{path}: cannot read this image: {error}") from None
-
-
 def in_multiples(height: float, width: float, unit: int = MULTIPLE) -> tuple[int, int]:
-    """Sides rounded to multiples of so many pixels."""
+    """Height and width rounded to multiples of `unit` pixels."""
     sides = (max(unit, round(side / unit) * unit) for side in (height, width))
     return next(sides), next(sides)
 
@@ -146,13 +125,10 @@ def in_multiples(height: float, width: float, unit: int = MULTIPLE) -> tuple[int
 def check_targets(
     splits: Iterable[tuple[Sequence[Path], Callable[[int, tuple[int, int]], object]]],
 ) -> None:
-    """Read all images and their targets once.
+    """Read all images and targets once; the first five mistakes are listed.
 
-    Args:
-        splits: Images, and what reads the target of one by its place, of its height and width.
-
-    Raises:
-        UserError: As for a sample, of the first five that are wrong.
+    `splits` holds pairs: image files, and a function that reads the target of an image, given its
+    position and (height, width).
     """
     mistakes = []
     for images, target in splits:
@@ -162,6 +138,4 @@ def check_targets(
                 target(number, (pixels.shape[1], pixels.shape[2]))
             except UserError as error:
                 mistakes.append(str(error))
-    if mistakes:
-        more = f"\n... and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-        raise UserError("\n".join(mistakes[:5]) + more)
+    raise_first(mistakes)

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on nothing but (seed, epoch)."""
+"""Loader of batches in an order that depends on (seed, epoch) only."""
 
 from __future__ import annotations
 
@@ -54,49 +54,41 @@ def to_device(
     return moved
 
 
-_ORDER_STREAM = 2  # keeps the order's random numbers apart from the samples'
+_ORDER_STREAM = 2  # separates the random numbers of the order from those of samples
 _PREFETCH = 4
 
 
 class Samples(Protocol):
-    """What a loader loads: samples by (epoch, position).
-
-    Attributes:
-        train: Whether every epoch is another.
-    """
+    """A dataset indexed by (epoch, position); samples differ between epochs if `train`."""
 
     train: bool
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of samples."""
         ...
 
     def together(self, batch_size: int) -> int:
-        """How many make a batch where `batch_size` training samples do; 1: they do not fit."""
+        """Batch size that takes the memory of `batch_size` training samples; 1 if shapes differ."""
         ...
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """The sample of (epoch, position).
-
-        Raises:
-            UserError: A file is missing or broken.
-        """
+        """Load the sample of (epoch, position)."""
         ...
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Lists of (epoch, position), one a batch, for one rank.
+    """Batches of one rank, as lists of (epoch, position).
 
-    The whole batch is the same for any number of ranks; each takes its contiguous part of it.
+    The global batches do not depend on the number of ranks; each rank takes a contiguous part.
 
     Args:
         length: Number of samples.
-        batch_size: Samples of a whole batch, of all ranks together.
-        seed: Of the order, 0 or more.
-        shuffle: A new order each epoch; otherwise 0, 1, 2, ...
+        batch_size: Global batch size, over all ranks.
+        seed: Seed of the order, 0 or more.
+        shuffle: Use a new order each epoch; otherwise 0, 1, 2, ...
         rank: This process.
         world: Number of processes.
-        drop_last: Leave out a last batch that is not full.
+        drop_last: Drop an incomplete last batch.
     """
 
     def __init__(
@@ -110,29 +102,28 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         world: int = 1,
         drop_last: bool = False,
     ) -> None:
-        """Start at the beginning of epoch 0."""
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
         self.rank, self.world, self.drop_last = rank, world, drop_last
         self.epoch, self.start_batch = 0, 0
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The positions in the order of an epoch, (length,)."""
+        """Positions in the order of an epoch, (length,)."""
         if not self.shuffle:
             return np.arange(self.length)
         return np.random.default_rng((_ORDER_STREAM, self.seed, epoch)).permutation(self.length)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank."""
+        """Number of batches per epoch on this rank."""
         return sum(1 for _ in self._parts(0))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The batches from `start_batch` on."""
+        """Yield the batches, beginning at `start_batch`."""
         order, epoch = self.order(self.epoch), self.epoch
         for part in self._parts(self.start_batch):
             yield [(epoch, position) for position in order[part].tolist()]
 
     def _parts(self, start_batch: int) -> Iterator[slice]:
-        """This rank's part of each batch; none of a last batch too small to reach every rank."""
+        """This rank's part of each batch; nothing of a last batch that is too small for all."""
         whole = self.length // self.batch_size * self.batch_size
         end = whole if self.drop_last else self.length
         for start in range(start_batch * self.batch_size, end, self.batch_size):
@@ -146,7 +137,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user's mistake on its way out of a worker, which would wrap the error in its traceback."""
+    """A UserError from a worker, which would wrap the exception in its traceback."""
 
     message: str
 
@@ -169,13 +160,10 @@ def _collate(samples: list[Sample] | _Failure) -> Sample | _Failure:
 class SampleLoader:
     """Iterates over one epoch's batches of one rank, as in docs/batch.md.
 
-    Attributes:
-        dataset: The samples.
-        sampler: The order.
+    Workers start with the first iteration and persist.
     """
 
     def __init__(self, dataset: Samples, sampler: EpochSampler, *, workers: int) -> None:
-        """Start no workers yet; the first iteration does, and they stay."""
         self.dataset, self.sampler = dataset, sampler
         self._batches: DataLoader[Sample] = DataLoader(
             _Guarded(dataset),
@@ -186,29 +174,20 @@ class SampleLoader:
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_one_thread,
-            # DataLoader draws its workers' seeds: from here, not from the training's own stream
+            # the workers' seeds are drawn from here, not from the global generator
             generator=torch.Generator().manual_seed(sampler.seed),
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose what the next iteration yields.
-
-        Args:
-            epoch: Which epoch's order and draws.
-            start_batch: Batches of it to skip, without loading them.
-        """
+        """Set the epoch of the next iteration, and how many batches to skip without loading."""
         self.sampler.epoch, self.sampler.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank."""
+        """Number of batches per epoch on this rank."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield batches.
-
-        Raises:
-            UserError: An image is missing or broken; the message is the same as without workers.
-        """
+        """Yield batches; a mistake in a worker is raised as the UserError that it was there."""
         for batch in self._batches:
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
@@ -227,30 +206,24 @@ def build_loader(
     drop_last: bool = False,
     start: tuple[int, int] = (0, 0),
 ) -> SampleLoader:
-    """Make a loader.
+    """Build a loader.
 
     Args:
         dataset: The samples.
-        batch_size: Images of a whole batch, of all ranks together.
-        seed: Of the order, 0 or more.
-        shuffle: A new order each epoch.
-        workers: Processes that load; 0 loads in this one. The batches are the same.
+        batch_size: Global batch size, over all ranks.
+        seed: Seed of the order, 0 or more.
+        shuffle: Use a new order each epoch.
+        workers: Loading processes; 0 loads in this one. The batches are the same.
         rank: This process.
         world: Number of processes.
-        drop_last: Leave out a last batch that is not full.
-        start: Epoch and batch to begin with.
-
-    Returns:
-        The loader, at `start`.
-
-    Raises:
-        UserError: The numbers leave a rank without samples.
+        drop_last: Drop an incomplete last batch.
+        start: First epoch and batch.
     """
     count = len(dataset)
     if batch_size < world:
-        raise UserError(f"batch_size: {batch_size} images cannot be shared by {world} processes")
+        raise UserError(f"batch_size: {batch_size} images are too few for {world} processes")
     if drop_last and count < batch_size:
-        raise UserError(f"batch_size: {batch_size} is more than the {count} images there are")
+        raise UserError(f"batch_size: {batch_size} is more than the {count} images")
     last = count % batch_size
     if dataset.train and not drop_last and 0 < last < world:
         raise UserError(
@@ -258,14 +231,9 @@ def build_loader(
             f"for {world} processes; drop the last batch or change batch_size"
         )
     sampler = EpochSampler(
-        count,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        rank=rank,
-        world=world,
+        count, batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank, world=world,
         drop_last=drop_last,
-    )
+    )  # fmt: skip
     loader = SampleLoader(dataset, sampler, workers=workers)
     loader.set_epoch(*start)
     return loader

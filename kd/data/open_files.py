@@ -1,4 +1,4 @@
-"""Find a dataset's folder; read and check its two splits."""
+"""Find a dataset's folder; open and check its two splits."""
 
 from __future__ import annotations
 
@@ -9,45 +9,29 @@ from typing import Protocol
 
 from kd.config.datasets import Generate, Split
 from kd.data.scenes import categories, generate_scenes
-from kd.errors import UserError
+from kd.errors import UserError, raise_first
 from kd.formats import LAYOUTS
 from kd.formats.coco import CocoIndex, check_images_decode, load_coco
 from kd.formats.to_coco import coco_split
 from kd.registry import is_foreign, resolve
 
-# Where generated datasets and the small real one are looked for, below the working directory.
-DATASETS = Path("datasets")
-# Images of a split that are all decoded before training starts: two seconds for so many.
-DECODED_FIRST = 2000
+DATASETS = Path("datasets")  # folder of datasets, in the working directory
+DECODED_FIRST = 2000  # splits up to this size are decoded before training, in two seconds
 
 
 class AnnotatedSection(Protocol):
     """A data section whose splits are COCO JSONs, or names in another layout."""
 
     @property
-    def name(self) -> str:
-        """The dataset's."""
-        ...
-
+    def name(self) -> str: ...
     @property
-    def root(self) -> str | None:
-        """Its folder."""
-        ...
-
+    def root(self) -> str | None: ...
     @property
-    def generate(self) -> Generate | None:
-        """Of the embedded scenes: what is rendered."""
-        ...
-
+    def generate(self) -> Generate | None: ...
     @property
-    def train(self) -> str | Split:
-        """The train split."""
-        ...
-
+    def train(self) -> str | Split: ...
     @property
-    def val(self) -> str | Split:
-        """The val split."""
-        ...
+    def val(self) -> str | Split: ...
 
 
 def open_annotated(
@@ -57,18 +41,15 @@ def open_annotated(
     classes: Sequence[str] | None = None,
     images: bool = True,
 ) -> tuple[CocoIndex, CocoIndex]:
-    """Open both splits of a dataset of annotated objects and check them.
+    """Open and check both splits of a dataset of annotated objects.
 
-    The embedded scenes are rendered if they are missing; COCO JSONs are written for other layouts.
+    The embedded scenes are rendered if missing; other layouts are converted to COCO JSONs.
 
     Args:
-        section: Where the dataset lies.
-        layout: "coco", one of `kd.formats.LAYOUTS` or `package.module:attribute`.
-        classes: The user's own class names, for layouts that allow them.
+        section: The dataset's section.
+        layout: "coco", a name in `kd.formats.LAYOUTS` or `package.module:attribute`.
+        classes: Custom class names, for layouts that allow them.
         images: Whether images are needed.
-
-    Raises:
-        UserError: The dataset is not found, or a file of it is missing or damaged.
     """
     if section.generate is not None:
         made = section.generate
@@ -95,11 +76,7 @@ def split_paths(
     layout: str = "coco",
     classes: Sequence[str] | None = None,
 ) -> tuple[Path, Path]:
-    """A split's COCO JSON, written if its layout is another, and the folder of its images.
-
-    Raises:
-        UserError: The dataset is not found, or what `coco_split` raises.
-    """
+    """COCO JSON of a split, converted from another layout if necessary, and its image folder."""
     root = root_of(section, holds=_known_by(section, layout))
     if isinstance(split, Split):
         return root / split.annotations, root / split.images
@@ -109,7 +86,7 @@ def split_paths(
 def train_annotations(
     section: AnnotatedSection, *, layout: str = "coco", classes: Sequence[str] | None = None
 ) -> Path | None:
-    """The JSON of the train split; None where it is missing."""
+    """COCO JSON of the train split; None if it is missing."""
     try:
         path = split_paths(section, section.train, layout=layout, classes=classes)[0]
     except UserError:
@@ -120,11 +97,7 @@ def train_annotations(
 def class_names(
     section: AnnotatedSection, *, layout: str = "coco", classes: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """The class names of a dataset, read without its images.
-
-    Raises:
-        UserError: The dataset is not found.
-    """
+    """Class names of a dataset, read without its images."""
     if section.generate is not None:
         return tuple(entry["name"] for entry in categories())
     paths = split_paths(section, section.train, layout=layout, classes=classes)
@@ -132,14 +105,14 @@ def class_names(
 
 
 def _known_by(section: AnnotatedSection, layout: str) -> str:
-    """A path in its folder by which a dataset is recognised."""
+    """Path in the folder that identifies the dataset."""
     if isinstance(section.train, Split):
         return section.train.annotations
     return layout_holds(layout, section.train)
 
 
 def layout_holds(layout: str, split: str) -> str:
-    """A path that a folder in some layout has; empty for a layout of the user's own."""
+    """Path that identifies a folder in a layout; empty for a custom one."""
     if is_foreign(layout):
         return ""
     holds = resolve(LAYOUTS, layout, what="layout").holds
@@ -147,24 +120,13 @@ def layout_holds(layout: str, split: str) -> str:
 
 
 def _check_decode(index: CocoIndex) -> None:
-    """Decode every image of a small dataset now, rather than fail in the middle of training."""
-    if len(index) > DECODED_FIRST:
-        return
-    if broken := check_images_decode(index):
-        more = f"\n... and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError("\n".join(broken[:5]) + more)
+    """Decode all images of a small dataset now, rather than fail in the middle of training."""
+    if len(index) <= DECODED_FIRST:
+        raise_first(check_images_decode(index))
 
 
 def root_of(section: AnnotatedSection, *, holds: str) -> Path:
-    """The folder of a dataset: the one that is named, or one in the usual places.
-
-    Args:
-        section: The dataset's.
-        holds: A path in the folder by which it is recognised.
-
-    Raises:
-        UserError: None is named, and there is none in the usual places.
-    """
+    """Folder of a dataset: the section's root, or the usual place that contains `holds`."""
     if section.root is not None:
         return Path(os.path.expandvars(section.root)).expanduser()
     if section.generate is not None:

@@ -2,24 +2,22 @@
 
     python -m kd.data.prepare --annotations JSON --images DIR --size 384 --out DIR
 
-OUT then holds `images/`, JPEGs with the long side at most SIZE; `annotations.json`, the same
-annotations at that scale, which can be trained on like any COCO file; and `prepared.json`, which
-lets `ObjectSamples(prepared=OUT)` read these images for the original annotations. JPEG at quality
-95 also for PNG sources: a PNG of this size takes four times as long to decode.
+DIR then contains `images/`, JPEGs with a long side of at most SIZE; `annotations.json`, the
+annotations at that scale, a COCO file to train on; and `prepared.json`, with which
+`ObjectSamples(prepared=DIR)` reads these images for the original annotations. PNG sources become
+JPEGs of quality 95 too: a PNG of this size takes four times as long to decode.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +28,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as run_lengths
-from pycocotools.coco import COCO
 from rich.progress import track
 
 from kd.errors import UserError
-from kd.formats.coco_validate import check_layout, check_references, read_json
+from kd.formats.coco_validate import read_coco
 from kd.utils.images import read_image, scaled_size
 
 Json = dict[str, Any]
@@ -50,16 +47,13 @@ def scale_annotations(
     rescale: Callable[[int, int], Size],
     rename: Callable[[str], str],
 ) -> Json:
-    """Scale a whole COCO JSON.
+    """Scale a COCO JSON's content; unknown keys are copied.
 
     Args:
-        dataset: The JSON's content; it is left as it is.
+        dataset: The content, which is not modified.
         leave_out: Ids of images to drop with their annotations.
-        rescale: Gives an image's new height and width from the old ones.
-        rename: Gives an image's new file name.
-
-    Returns:
-        A dataset of the same layout; what it does not know is copied.
+        rescale: Maps an image's height and width to the new ones.
+        rename: Maps an image's file name to the new one.
     """
     images, scales = [], {}
     for entry in dataset["images"]:
@@ -96,7 +90,7 @@ def _scale_annotation(entry: Json, size: Size, scale: tuple[float, float]) -> Js
 
 def _scale_pairs(values: Any, scale: tuple[float, float]) -> Any:
     if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
-        return values  # a broken ring; the reader of the copy counts it as it did in the original
+        return values  # a broken ring, which the reader of the copy counts
     return [round(value * scale[place % 2], _DECIMALS) for place, value in enumerate(values)]
 
 
@@ -115,18 +109,13 @@ _QUALITY = 95
 _FORMAT = 1
 _DIGEST = 32  # hexadecimal digits of the JSON's SHA-256, as in an index's fingerprint
 _CHUNK = 16
-_SHOWN = 10
+_LISTED = 10
 _JPEG = (".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
 class PreparedCopy:
-    """A folder that `prepare` has filled.
-
-    Attributes:
-        folder: The folder.
-        size: Longest side of its images, pixels.
-    """
+    """A folder written by `prepare`; `size` is the longest side of its images in pixels."""
 
     folder: Path
     size: int
@@ -136,34 +125,30 @@ class PreparedCopy:
         """Open a copy.
 
         Args:
-            folder: What `--out` named.
-            at_least: Long side in pixels that the images are wanted at.
-            fingerprint: Of the index whose images are wanted (`CocoIndex.fingerprint`). Another
-                file's images may have the same names.
-
-        Raises:
-            UserError: There is no copy, it is unfinished, its images are too small, or it was made
-                from other annotations.
+            folder: The value of `--out`.
+            at_least: Required long side, pixels.
+            fingerprint: `CocoIndex.fingerprint` of the original: images of other datasets may have
+                the same names.
         """
         again = f"run: python -m kd.data.prepare --size {at_least} --out {folder} ..."
         settings = _read_settings(folder)
         if settings is None:
             raise UserError(f"{folder}: holds no prepared copy; {again}")
         if not (folder / "annotations.json").is_file():
-            raise UserError(f"{folder}: the prepared copy is unfinished; to go on, {again}")
+            raise UserError(f"{folder}: the prepared copy is unfinished; to resume, {again}")
         if not fingerprint.startswith(settings["annotations"]):
             raise UserError(
-                f"{folder}: was prepared from other annotations; into another folder, {again}"
+                f"{folder}: was prepared from other annotations; for another folder, {again}"
             )
         if settings["size"] < at_least:
             raise UserError(
-                f"{folder}: prepared at {settings['size']} pixels, but {at_least} are wanted; "
-                f"into another folder, {again}"
+                f"{folder}: prepared at {settings['size']} pixels, but {at_least} are required; "
+                f"for another folder, {again}"
             )
         return PreparedCopy(folder, settings["size"])
 
     def path(self, file_name: str) -> Path:
-        """Where the image of this original name lies."""
+        """Path of the copy of an image with this file name."""
         return self.folder / "images" / _copy_name(file_name)
 
     def image_size(self, height: int, width: int) -> tuple[int, int]:
@@ -174,55 +159,41 @@ class PreparedCopy:
 def prepare(
     annotations: Path, images: Path, out: Path, *, size: int, workers: int = 0
 ) -> list[str]:
-    """Write the copy; what an interrupted call has finished is kept.
+    """Write the copy; an interrupted call is resumed.
 
     Args:
         annotations: COCO instances JSON.
         images: Folder of its images.
-        out: Folder to fill.
-        size: Longest side, pixels; a smaller image keeps its size.
+        out: Folder to write.
+        size: Longest side, pixels; smaller images keep their size.
         workers: Processes; 0 works in this one.
 
     Returns:
-        One message for each image that could not be read. Those images and their objects are
-        left out of the new annotations.
-
-    Raises:
-        UserError: The JSON is broken, the folder holds something else or cannot be written, or no
-            image could be read.
+        One message for each unreadable image. Those images and their objects are left out of the
+        new annotations.
     """
     if size < 1:
         raise UserError(f"--size: {size} is not a number of pixels")
-    dataset, digest = _read_annotations(annotations)
+    coco, digest = read_coco(annotations)
+    dataset: Json = coco.dataset
     try:
         _claim(out, size, digest)
         jobs = [_Job.of(entry, images, out, size) for entry in dataset["images"]]
-        messages = list(track(_run(jobs, workers), "Resizing", len(jobs), disable=not _terminal()))
+        messages = list(
+            track(_run(jobs, workers), "Resizing", len(jobs), disable=not sys.stderr.isatty())
+        )
         bad = {entry["id"]: text for entry, text in zip(dataset["images"], messages, strict=True)}
         bad = {key: text for key, text in bad.items() if text is not None}
         if len(bad) == len(jobs):
             raise UserError(f"{images}: no image could be read; the first: {messages[0]}")
         smaller = scale_annotations(
-            dataset,
-            leave_out=bad,
+            dataset, leave_out=bad, rename=_copy_name,
             rescale=lambda height, width: _copy_size(height, width, size),
-            rename=_copy_name,
-        )
+        )  # fmt: skip
         _write_json(out / "annotations.json", smaller)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot write: {error.strerror}") from None
     return [text for text in messages if text is not None]
-
-
-def _read_annotations(path: Path) -> tuple[dict[str, Any], str]:
-    dataset, digest = read_json(path)
-    check_layout(dataset, path)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
-        coco = COCO()
-        coco.dataset = dataset
-        coco.createIndex()
-    check_references(coco, path)
-    return dataset, digest
 
 
 @dataclass(frozen=True)
@@ -240,7 +211,7 @@ class _Job:
         return _Job(images / entry["file_name"], target, (entry["height"], entry["width"]), size)
 
     def done(self) -> bool:
-        """A file under its final name is whole, unless its source has changed since."""
+        """Whether the target is complete and not older than its source."""
         try:
             return self.target.stat().st_mtime >= self.source.stat().st_mtime
         except OSError:
@@ -257,7 +228,7 @@ class _Job:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.target.with_name(f"{self.target.name}.{os.getpid()}.part")
         if small and self.source.suffix.lower() in _JPEG:
-            shutil.copyfile(self.source, unfinished)  # decoding it again would only lose
+            shutil.copyfile(self.source, unfinished)  # encoding it again would only lose quality
         else:
             array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
             Image.fromarray(array).save(unfinished, "JPEG", quality=_QUALITY)
@@ -277,7 +248,7 @@ def _run(jobs: Sequence[_Job], workers: int) -> Iterator[str | None]:
 
 
 def _copy_name(file_name: str) -> str:
-    """Keep a JPEG's name; add to any other, lest a.png and a.jpg become one file."""
+    """Keep a JPEG's name; append .jpg to others, since a.png and a.jpg may both exist."""
     return file_name if Path(file_name).suffix.lower() in _JPEG else f"{file_name}.jpg"
 
 
@@ -310,7 +281,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete the folder") from None
     if not isinstance(settings, dict) or settings.get("format") != _FORMAT:
-        raise UserError(f"{path}: is of another version; prepare again into a new folder")
+        raise UserError(f"{path}: is of another version; prepare a new folder")
     return settings
 
 
@@ -320,30 +291,21 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def _terminal() -> bool:
-    return sys.stderr.isatty()
-
-
-def _report(messages: Iterable[str], out: Path) -> int:
-    bad = list(messages)
-    for text in bad[:_SHOWN]:
+def _report(bad: Sequence[str], out: Path) -> int:
+    for text in bad[:_LISTED]:
         log.warning("%s", text)
-    if len(bad) > _SHOWN:
-        log.warning("and %d more", len(bad) - _SHOWN)
+    if len(bad) > _LISTED:
+        log.warning("and %d more", len(bad) - _LISTED)
     log.info("%s: finished; %d images left out as unreadable", out, len(bad))
     return 1 if bad else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 if all went well, 1 if images were left out, 2 for a user's mistake.
-    """
+    """Run the command; exit status 1 if images were left out, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m kd.data.prepare", description=__doc__)
     parser.add_argument("--annotations", type=Path, required=True, help="COCO instances JSON")
     parser.add_argument("--images", type=Path, required=True, help="folder of its images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to fill")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, default=384, help="longest side, pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     options = vars(parser.parse_args(arguments))
@@ -354,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command again to go on from here\n")
+        sys.stderr.write("interrupted; run the same command again to resume\n")
         return 130
 
 

@@ -82,9 +82,6 @@ def generate_scenes(
         workers: Processes; above 1 the caller's script needs a `__main__` guard.
         progress: Show a progress bar.
 
-    Returns:
-        `out`.
-
     Raises:
         UserError: An argument is out of range, or `out` holds something else.
     """
@@ -110,7 +107,6 @@ def generate_scenes(
 
 
 def _write_all(folder: Path, out: Path, metadata: Json, *, workers: int, progress: bool) -> None:
-    """Write both splits to `folder`, which then becomes `out`."""
     with _mapper(workers) as mapper:
         for split in SPLITS:
             write = partial(_write_scene, folder, split, metadata["size"], metadata["seed"])
@@ -229,7 +225,6 @@ def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> 
 
 
 def _write_split(folder: Path, split: str, scenes: Iterator[_Rendered]) -> None:
-    """Write a split's COCO file and posteriors."""
     rendered = list(scenes)
     annotations = [annotation for scene in rendered for annotation in scene.annotations]
     content = {

@@ -7,7 +7,6 @@ memory-mapped from then on: opening takes seconds, and workers hold no copies.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pycocotools import mask as rle_masks
 from kd.errors import UserError
 from kd.formats.coco_index import CROWD_PREFIX, check_images_exist, open_arrays, up_to_date_index
 from kd.formats.rle import decode, resize_nearest
+from kd.utils.images import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -254,16 +254,16 @@ def _report(index: CocoIndex) -> None:
         )
 
 
-def check_images_decode(index: CocoIndex, rows: Iterable[int] | None = None) -> list[str]:
+def check_images_decode(index: CocoIndex) -> list[str]:
     """Decode images completely to find truncated ones and wrong sizes; return their messages."""
     mistakes = []
-    for image in range(len(index)) if rows is None else rows:
+    for image in range(len(index)):
         path = index.path(image)
         try:
             with Image.open(path) as file:
                 file.load()
                 size = file.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             mistakes.append(f"{path} (image {index.image_ids[image]}): cannot be decoded: {error}")
             continue
         expected = (int(index.widths[image]), int(index.heights[image]))

@@ -7,10 +7,8 @@ returns to the system.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
-import io
 import json
 import logging
 import os
@@ -32,7 +30,7 @@ from pycocotools.coco import COCO
 
 import kd
 from kd.errors import UserError
-from kd.formats.coco_validate import Json, check_layout, check_references, is_number, read_json
+from kd.formats.coco_validate import Json, is_number, read_coco
 from kd.formats.rle import pixels_of
 from kd.utils.io import cache_path
 
@@ -49,13 +47,7 @@ Array = npt.NDArray[Any]
 
 def build_index(annotation_file: Path, folder: Path) -> None:
     """Read a COCO JSON and write its arrays and `meta.json` into an existing empty folder."""
-    dataset, digest = read_json(annotation_file)
-    check_layout(dataset, annotation_file)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = COCO()
-        coco.dataset = dataset
-        coco.createIndex()
-    check_references(coco, annotation_file)
+    coco, digest = read_coco(annotation_file)
     reader, crowds = _ObjectReader(coco), _ObjectReader(coco, crowds=True)
     for image_id in coco.imgs:
         reader.read_image(image_id)

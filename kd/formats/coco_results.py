@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pycocotools.coco import COCO
 
 from kd.errors import UserError
-from kd.formats.coco_validate import check_layout, check_references, is_number, read_json
+from kd.formats.coco_validate import is_number, read_coco, read_json
 from kd.metrics.coco_ap import Boxes
 from kd.utils.io import write_text
 
@@ -70,12 +69,7 @@ class Detections:
 
 def read_truth(path: Path) -> Truth:
     """Read annotations for evaluation."""
-    content, _ = read_json(path)
-    check_layout(content, path)
-    coco = COCO()
-    coco.dataset = content
-    _index_quietly(coco)
-    check_references(coco, path)
+    content = read_coco(path)[0].dataset
     images = sorted(content["images"], key=lambda entry: int(entry["id"]))
     categories = sorted(content["categories"], key=lambda entry: int(entry["id"]))
     image_ids = np.array([entry["id"] for entry in images], dtype=np.int64)
@@ -204,10 +198,3 @@ def _boxes(
         areas=xywh[:, 2] * xywh[:, 3],
         crowd=np.zeros(len(entries), np.bool_),
     )
-
-
-def _index_quietly(coco: COCO) -> None:
-    dataset = coco.dataset
-    coco.anns = {entry["id"]: entry for entry in dataset["annotations"]}
-    coco.imgs = {entry["id"]: entry for entry in dataset["images"]}
-    coco.cats = {entry["id"]: entry for entry in dataset["categories"]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -167,3 +169,15 @@ def check_references(coco: COCO, path: Path) -> None:
             category = entry["category_id"]
             mistakes.add(f"annotation {entry['id']}: category {category} is not in 'categories'")
     mistakes.raise_any()
+
+
+def read_coco(path: Path) -> tuple[COCO, str]:
+    """Read, index and check a COCO JSON; returns also the SHA-256 of the file."""
+    dataset, digest = read_json(path)
+    check_layout(dataset, path)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = COCO()
+        coco.dataset = dataset
+        coco.createIndex()
+    check_references(coco, path)
+    return coco, digest

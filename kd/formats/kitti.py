@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from kd.errors import UserError
 from kd.formats.box_annotations import (
@@ -27,6 +26,7 @@ from kd.formats.coco_results import Truth
 from kd.formats.splits import images_in
 from kd.metrics.kitti_ap import KittiTruth
 from kd.registry import suggestion
+from kd.utils.images import file_size
 
 CLASSES = ("car", "pedestrian", "cyclist")
 ALL = "all"  # split of all labelled images
@@ -57,7 +57,7 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
     for image_id, (line, name) in zip(image_ids([name for _, name in names]), names, strict=True):
         if name not in files:
             raise UserError(f"{where}:{line}: no image {images / name}.png")
-        width, height = _size(files[name])
+        height, width = file_size(files[name])
         content.add_image(image_id, files[name].name, height=height, width=width)
         _add(content, labels / f"{name}.txt", f"{where}:{line}")
     return content.done(where)
@@ -94,15 +94,6 @@ def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[
     if not names:
         raise UserError(f"{labels}: empty split: it holds no labels")
     return labels, list(enumerate(names, start=1))
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, from its header."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be decoded: {error}") from None
 
 
 def _add(content: CocoContent, path: Path, names: str) -> None:

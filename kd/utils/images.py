@@ -39,6 +39,15 @@ def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def file_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, from its header."""
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except UNREADABLE as error:
+        raise UserError(f"{path}: cannot read this image: {error}") from None
+
+
 def grey_image(size: tuple[int, int]) -> Tensor:
     """A placeholder where images are not used: (3, height, width) uint8, all grey."""
     return torch.full((3, *size), _GREY, dtype=torch.uint8)

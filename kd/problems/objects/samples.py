@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from kd.data.annotated import (
     ImageFiles,
+    area_fractions,
     check_options,
     known_labels,
     moved_objects,
     objects_of,
     repeated,
-    shares_of,
 )
 from kd.data.loader import Sample
 from kd.errors import UserError
@@ -182,7 +182,7 @@ class ObjectSamples(Dataset[Sample]):
         index = self.index
         counts = np.diff(index.first)
         files = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
-        usable = self._usable(shares_of(index.boxes, files))
+        usable = self._usable(area_fractions(index.boxes, files))
         if index.scored is not None:
             usable &= index.scored
         return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
@@ -226,10 +226,10 @@ class ObjectSamples(Dataset[Sample]):
         else:
             assert self.augment is not None
             found = moved_objects(index, image, size, plan, min_visible=self.augment.min_visible)
-        usable = self._usable(found.shares)
+        usable = self._usable(found.fractions)
         if index.scored is not None:
             usable &= index.scored[found.rows]
-        shares = torch.from_numpy(found.shares).float()
+        shares = torch.from_numpy(found.fractions).float()
         return _Scene(plan, found.rows, found.boxes, shares, torch.from_numpy(usable))
 
     def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.images import file_size, in_multiples
+from kd.data.images import in_multiples
 from kd.data.open_files import open_annotated
 from kd.formats.coco import CocoIndex
 from kd.formats.fixations import UNKNOWN, GazeSplit
@@ -31,7 +31,7 @@ from kd.problems.saliency.samples import SaliencySamples, check_gaze
 from kd.problems.saliency.schema import SaliencySection
 from kd.scenes.gaze import SceneGaze
 from kd.storage.fields import CachedField
-from kd.utils.images import scaled_size
+from kd.utils.images import file_size, scaled_size
 
 LOOKS = 20_000  # fixations on other images, the negatives of shuffled AUC, at least if there are
 REFERRED = 300  # val images that the references are scored on, at most

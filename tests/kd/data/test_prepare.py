@@ -135,7 +135,7 @@ def test_a_file_name_cannot_leave_the_folder(source: tuple[Path, Path], tmp_path
         (lambda out: (out / "annotations.json").unlink(), "unfinished"),
         (lambda out: (out / "prepared.json").write_text("{"), "cannot be read"),
         (lambda out: (out / "prepared.json").write_text("{}"), "another version"),
-        (lambda out: None, "prepared at 64 pixels, but 65 are wanted"),
+        (lambda out: None, "prepared at 64 pixels, but 65 are required"),
     ],
 )
 def test_an_unfit_copy_is_refused(

@@ -571,7 +571,6 @@ def test_decoding_finds_truncated_and_mismatching_images(tmp_path: Path) -> None
     assert len(messages) == 3
     assert "b.jpg (image 30): cannot be decoded: image file is truncated" in messages[0]
     assert "a.jpg (image 10): is 41 x 40 pixels, instances_x.json says 40 x 40" in messages[1]
-    assert check_images_decode(index, rows=[1]) == messages[1:2]
 
 
 def test_real_coco_agrees_with_pycocotools(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_bad_split_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.txt:2: no labels .*2\.txt; those of testing"):
         kitti_to_coco(root, "train")
     (root / "training" / "image_2" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"1\.png: cannot be decoded"):
+    with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
         kitti_to_coco(root, "train")
     (root / "training" / "label_2" / "1.txt").unlink()
     with pytest.raises(UserError, match="label_2: empty split: it holds no labels"):

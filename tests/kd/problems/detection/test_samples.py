@@ -339,7 +339,7 @@ def test_a_prepared_copy_shows_the_same_and_leads_back_to_the_original(
         first["images"].int() - second["images"].int()
     ).abs().float().mean() < 8  # of pure colours, which JPEG blurs
     DetectionSamples(index, size=32, prepared=out, scales=(0.5, 1.5))
-    with pytest.raises(UserError, match="prepared at 48 pixels, but 51 are wanted"):
+    with pytest.raises(UserError, match="prepared at 48 pixels, but 51 are required"):
         DetectionSamples(index, size=32, prepared=out, scales=(0.5, 1.6))
 
 

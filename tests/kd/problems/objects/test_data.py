@@ -99,7 +99,7 @@ def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path
     other = changed(data, prepared=str(tmp_path))
     assert evaluated(other).image_file(0)[0].parent == tmp_path / "val" / "images"
     assert boxes(other, 0).image_file(0)[0].parent == tmp_path / "train" / "images"
-    with pytest.raises(UserError, match="prepared at 40 pixels, but 48 are wanted"):
+    with pytest.raises(UserError, match="prepared at 40 pixels, but 48 are required"):
         boxes(changed(other, scales=(0.5, 1.5)), 0)
 
 
