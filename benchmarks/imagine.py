@@ -22,11 +22,11 @@ from torch import Tensor
 
 from kd.config.datasets import Split
 from kd.config.recipes import Model, TaskSection, TeacherRecipe
-from kd.context.heatmap import ask, heat_maps
+from kd.context.heatmap import heat_maps, region_probabilities
 from kd.context.photo import Photograph
 from kd.context.query import Question, expectations
 from kd.context.regions import windows
-from kd.context.session import Wanted
+from kd.context.session import ImagineOptions
 from kd.problems import problem_of_task
 from kd.problems.objects.schema import ObjectsSection
 from kd.runs.load_teacher import TrainedTeacher
@@ -93,7 +93,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def measure(name: str, rounds: int, some: int) -> Measured:
     """A heat map, and some of its windows both ways."""
-    teacher, wanted = untrained(name), Wanted()
+    teacher, wanted = untrained(name), ImagineOptions()
     pixels = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
     nothing = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
     photo = Photograph(Path("none"), pixels, pixels, *nothing)
@@ -105,7 +105,7 @@ def measure(name: str, rounds: int, some: int) -> Measured:
     for _ in range(rounds):
         options: dict[str, Any] = {"scales": wanted.scales, "stride": wanted.stride, "device": CPU}
         wholes.append(timed(lambda: heat_maps(teacher, photo, [0], **options)))  # noqa: B023
-        ours = timed(lambda: ask(teacher, photo, part, device=CPU))
+        ours = timed(lambda: region_probabilities(teacher, photo, part, device=CPU))
         single = timed(lambda: one_at_a_time(teacher, photo, part))
         ratios.append([a / b for a, b in zip(ours, single, strict=True)])
     wall, busy = (statistics.median(side) for side in zip(*wholes, strict=True))

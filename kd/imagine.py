@@ -29,23 +29,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from kd.context.photo import KnownObjects, open_photograph
-    from kd.context.session import Imagination, names_of_outputs, read_wanted
+    from kd.context.session import Imagination, output_names, read_options
     from kd.runs.load_teacher import latest_teacher
 
     teacher = args.teacher
     if teacher is None:
         teacher = latest_teacher()
         _log.info("%s: asking this teacher", teacher)
-    asked = Imagination.open(teacher, read_wanted(args), args.out, top=args.top)
+    imagination = Imagination.open(teacher, read_options(args), args.out, top=args.top)
     known = None
     if args.annotations is not None:
-        known = KnownObjects(args.annotations, asked.names)
-    asked.warn_of_blindness(known is not None)
+        known = KnownObjects(args.annotations, imagination.names)
+    imagination.check_annotations(known is not None)
     failed = 0
-    for path, output in zip(args.images, names_of_outputs(args.images), strict=True):
+    for path, output in zip(args.images, output_names(args.images), strict=True):
         try:
-            photo = open_photograph(path, asked.size, known)
-            sys.stdout.write(asked(photo, output))
+            photo = open_photograph(path, imagination.size, known)
+            sys.stdout.write(imagination(photo, output))
         except UserError as error:
             failed += 1
             for line in str(error).splitlines():

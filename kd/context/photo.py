@@ -1,4 +1,4 @@
-"""A user's own images: upright, in full and at a model's size, and what is known to be there."""
+"""Read a user's own images, upright, in full and at a model's size, with their known objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.formats.coco import CocoIndex, load_coco
+from kd.formats.coco import load_coco
 from kd.utils.images import read_image
 
 log = logging.getLogger(__name__)
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
-    """One image, decoded.
+    """A decoded image.
 
     Attributes:
         path: Its file.
-        pixels: (3, H, W) uint8 RGB, all of them.
-        scaled: (3, h, w), the same read for a model's image size.
-        boxes: (M, 4) xyxy pixels of `pixels`: the objects known to be there.
+        pixels: (3, H, W) uint8 RGB.
+        scaled: (3, h, w), the same decoded for a model's image size.
+        boxes: (M, 4) xyxy pixels of `pixels`: its known objects.
         labels: (M,) int64, -1 for a class that the model does not know.
     """
 
@@ -38,23 +38,23 @@ class Photograph:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in full."""
+        """Height and width of `pixels`."""
         return int(self.pixels.shape[1]), int(self.pixels.shape[2])
 
 
 class KnownObjects:
-    """What a COCO file says is in some images, which are found by their file names.
+    """Objects of images by a COCO file, found by the images' file names.
 
     Args:
-        file: COCO instances JSON; its images need not be there.
-        names: The model's class names: objects are matched to them by name.
+        file: COCO instances JSON; its images need not exist.
+        names: The model's class names, to which the file's are matched.
 
     Raises:
         UserError: The file cannot be read, or shares no class with the model.
     """
 
     def __init__(self, file: Path, names: Sequence[str]) -> None:
-        self.index: CocoIndex = load_coco(file, file.parent, check_images=False)
+        self.index = load_coco(file, file.parent, check_images=False)
         places = {name: place for place, name in enumerate(names)}
         self.label_of = np.array([places.get(name, -1) for name in self.index.class_names])
         if (self.label_of < 0).all():
@@ -69,7 +69,7 @@ class KnownObjects:
             self.rows.setdefault(Path(self.index.file_name(image)).name, []).append(image)
 
     def row(self, path: Path) -> int | None:
-        """The index's row of a image; of several with its name the one with its folders too."""
+        """The index's row of an image; of several of that name, the one in the same folders."""
         found = self.rows.get(path.name, [])
         whole = "/" + path.resolve().as_posix()
         close = [row for row in found if whole.endswith("/" + self.index.file_name(row))]
@@ -82,26 +82,30 @@ class KnownObjects:
 
 
 def open_photograph(path: Path, size: int, known: KnownObjects | None = None) -> Photograph:
-    """Read a image, turned upright as its EXIF orientation says.
+    """Read an image, rotated as its EXIF orientation says.
 
-    Boxes of a COCO file are those of the pixels as they are stored, and where they fit these, the
-    image is not turned.
+    Boxes of a COCO file usually belong to the pixels as stored: if the stored size is the file's,
+    the image is not rotated.
 
     Args:
         path: JPEG, PNG, or another format that Pillow reads.
-        size: Long side that the model sees.
-        known: Objects to look up.
+        size: Long side of the model's images.
+        known: Known objects of images.
 
     Raises:
-        UserError: What `read_image` raises; a size other than the COCO file's.
+        UserError: The image cannot be read, or its size is not the COCO file's.
     """
     row = None if known is None else known.row(path)
     upright, expected = True, None
+    boxes, labels = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
     if known is not None and row is not None:
-        expected = (int(known.index.heights[row]), int(known.index.widths[row]))
-        upright = False
+        index, upright = known.index, False
+        expected = (int(index.heights[row]), int(index.widths[row]))
+        rows = slice(int(index.first[row]), int(index.first[row + 1]))
+        boxes = torch.from_numpy(np.array(index.boxes[rows]))
+        labels = torch.from_numpy(known.label_of[index.labels[rows]].astype(np.int64))
     elif known is not None:
-        log.warning("%s: not in %s, so nothing is known of it", path, known.index.annotation_file)
+        log.warning("%s: not in %s; no objects are known", path, known.index.annotation_file)
     try:
         pixels = read_image(path, None, expected=expected, upright=upright)
     except UserError:
@@ -110,10 +114,4 @@ def open_photograph(path: Path, size: int, known: KnownObjects | None = None) ->
         pixels, upright = read_image(path, None, upright=True), True
         if tuple(pixels.shape[1:]) != expected:
             raise
-    boxes, labels = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
-    if known is not None and row is not None:
-        rows = slice(int(known.index.first[row]), int(known.index.first[row + 1]))
-        boxes = torch.from_numpy(np.array(known.index.boxes[rows]))
-        labels = torch.from_numpy(known.label_of[known.index.labels[rows]].astype(np.int64))
-    scaled = read_image(path, size, upright=upright)
-    return Photograph(path, pixels, scaled, boxes, labels)
+    return Photograph(path, pixels, read_image(path, size, upright=upright), boxes, labels)

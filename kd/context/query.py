@@ -1,10 +1,11 @@
-"""A trained teacher asked about any region of any image, as it is asked about a val object."""
+"""Query a trained context teacher about any region of any image, as in evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +19,22 @@ from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
 from kd.utils.images import grey_image, resize, scaled_size
 
-# Outputs of one pass, K * C * S * S of pixel logits: half a gigabyte as float32, and decoding takes
-# it once more.
+# Largest number of outputs of one pass, such as K * C * S * S pixel logits: half a gigabyte as
+# float32, and as much again for decoding.
 MOST_OUTPUTS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Question:
-    """Regions of one image; frames, scales and padding are the teacher's and not to be cared for.
+    """Regions of one image; it is scaled and padded for the teacher.
 
     Attributes:
-        image: (3, H, W) uint8 RGB, any size. Of a JPEG at least twice as large as the teacher's
-            images, `read_image` with their size decodes what the dataset would, to the bit.
-        boxes: (M, 4) xyxy pixels of that image: all objects known, the asked ones too.
-        labels: (M,) int64, -1 = unknown: an asked region, or a neighbour without a name.
-        hidden: (K,) int64, indices into M: the regions asked about, each in a pass of its own.
-        masks: (K, H, W) bool, exact regions in place of the boxes; an empty one is its box.
+        image: (3, H, W) uint8 RGB, any size. A large JPEG decoded by `read_image` at the teacher's
+            image size has the very pixels that it would have in a dataset.
+        boxes: (M, 4) xyxy pixels of that image: all known objects and the queried regions.
+        labels: (M,) int64, -1 for queried regions and objects of unknown class.
+        hidden: (K,) int64, indices of the queried regions among the M, each hidden by itself.
+        masks: (K, H, W) bool, exact regions instead of the boxes; where empty, the box counts.
     """
 
     image: Tensor
@@ -43,8 +44,8 @@ class Question:
     masks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
-        objects, asked = len(self.boxes), len(self.hidden)
+        """Check shapes and indices."""
+        objects, count = len(self.boxes), len(self.hidden)
         if self.image.dtype != torch.uint8 or self.image.ndim != 3 or len(self.image) != 3:
             raise ValueError("image must be (3, H, W) uint8")
         if self.boxes.shape != (objects, 4) or self.labels.shape != (objects,):
@@ -52,9 +53,9 @@ class Question:
                 f"boxes {tuple(self.boxes.shape)} and labels {tuple(self.labels.shape)} "
                 "must be (M, 4) and (M,)"
             )
-        if asked and not (0 <= int(self.hidden.min()) and int(self.hidden.max()) < objects):
+        if count and not (0 <= int(self.hidden.min()) and int(self.hidden.max()) < objects):
             raise ValueError(f"hidden must be indices of the {objects} boxes")
-        expected = (asked, *self.image.shape[1:])
+        expected = (count, *self.image.shape[1:])
         if self.masks is not None and tuple(self.masks.shape) != expected:
             raise ValueError(f"masks are {tuple(self.masks.shape)}, expected {expected}")
 
@@ -68,54 +69,62 @@ def expectations(
     model: nn.Module | None = None,
     most_inputs: int = 64,
 ) -> Iterator[Tensor]:
-    """What the teacher expects in each region.
+    """Predict the class in each region.
 
-    Images are scaled and padded as the dataset's are for evaluation; questions that come one
-    after another share a pass where they fit.
+    Images are scaled and padded as in evaluation; consecutive questions share a pass if they fit.
 
     Args:
-        teacher: Its image size, its task and, by default, its model are used.
-        questions: Taken as they are needed, a pass ahead at most.
-        device: Where to compute; the model is moved there.
-        model: In place of the teacher's own, such as a fold's.
-        most_inputs: Regions in one pass. Pixel-wise teachers get fewer where memory asks for it.
+        teacher: Its image size, task and, by default, model are used.
+        questions: Read lazily, at most one pass ahead.
+        device: The model is moved there.
+        model: Used instead of the teacher's own, such as a fold's.
+        most_inputs: Largest number of regions in one pass; fewer if pixel-wise outputs are large.
 
     Yields:
         Log-probabilities (K, C), float32 on the CPU, for each question, in order.
     """
     data, task = hidden_objects(teacher), context_task(teacher)
-    num_classes = task.num_classes
-    most_inputs = min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(data.size))
-    asked = _Asked(teacher, teacher.model if model is None else model, device)
-    waiting: list[Sample] = []  # of the next pass
-    answers: list[Tensor] = []  # of passes done, not handed out yet
-    counts: list[int] = []  # regions of each question not answered yet
-    for question in questions:
-        counts.append(len(question.hidden))
-        for sample in _samples(question, teacher, max(1, most_inputs)):
-            inputs = sum(len(other["hidden"]) for other in waiting) + len(sample["hidden"])
-            if waiting and (inputs > most_inputs or waiting[0].keys() != sample.keys()):
-                answers.append(asked(waiting))
+    most_inputs = max(1, min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(data.size)))
+    network = (teacher.model if model is None else model).eval().to(device)
+    waiting: list[Sample] = []  # samples of the next pass
+    ready = torch.empty(0, task.num_classes)  # predictions not yet yielded
+    counts: list[int] = []  # regions of each question not yet yielded
+    for question in chain(questions, [None]):
+        samples: Iterable[Sample | None] = [None]
+        if question is not None:
+            counts.append(len(question.hidden))
+            samples = _samples(question, teacher, most_inputs)
+        for sample in samples:
+            if waiting and (sample is None or not _fits(sample, waiting, most_inputs)):
+                ready = torch.cat([ready, _predict(teacher, network, waiting, device)])
                 waiting = []
-            waiting.append(sample)
-        yield from _finished(answers, counts, num_classes)
-    if waiting:
-        answers.append(asked(waiting))
-    yield from _finished(answers, counts, num_classes)
+            if sample is not None:
+                waiting.append(sample)
+        while counts and counts[0] <= len(ready):
+            count = counts.pop(0)
+            yield ready[:count]
+            ready = ready[count:]
 
 
-def _finished(answers: list[Tensor], counts: list[int], num_classes: int) -> Iterator[Tensor]:
-    """Hand out the answers of the questions that are complete; what is left stays in the lists."""
-    rows = torch.cat([*answers, torch.empty(0, num_classes)])
-    while counts and counts[0] <= len(rows):
-        count = counts.pop(0)
-        yield rows[:count]
-        rows = rows[count:]
-    answers[:] = [rows]
+def _fits(sample: Sample, others: Sequence[Sample], most: int) -> bool:
+    regions = sum(len(one["hidden"]) for one in (sample, *others))
+    return regions <= most and sample.keys() == others[0].keys()
+
+
+def _predict(
+    teacher: TrainedTeacher, model: nn.Module, samples: Sequence[Sample], device: torch.device
+) -> Tensor:
+    """Log-probabilities of all hidden regions of some samples, in order, by one pass."""
+    channels_last = teacher.recipe.train.channels_last
+    batch = to_device(collate(samples), device, channels_last=channels_last)
+    task = teacher.task
+    if "segments" in batch:
+        task = dataclasses.replace(task, shape="segment")  # type: ignore[type-var]
+    return task.decode(named(model(*task.inputs(batch))), batch).float().cpu()
 
 
 def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator[Sample]:
-    """A question as samples of docs/batch.md, of at most `most` hidden regions each."""
+    """Samples (docs/batch.md) of at most `most` hidden regions each."""
     data = hidden_objects(teacher)
     size = data.size
     height, width = question.image.shape[1:]
@@ -147,7 +156,7 @@ def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator
 
 
 def _segments(masks: Tensor | None, boxes: Tensor, scaled: tuple[int, int], size: int) -> Tensor:
-    """Masks in the frame, (K, S, S) bool; the box where there is none or nothing is left of it."""
+    """Masks in the padded image, (K, S, S) bool; the box where there is none or it is empty."""
     drawn = hidden_regions(boxes, (size, size))
     if masks is None:
         return drawn
@@ -157,18 +166,18 @@ def _segments(masks: Tensor | None, boxes: Tensor, scaled: tuple[int, int], size
 
 
 def scale_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, H, W) bool at another size: a pixel takes what lies at its centre, as boxes are drawn."""
+    """Resize masks (K, H, W) bool: a pixel takes the value at its centre, as for boxes."""
     if tuple(masks.shape[1:]) == size:
         return masks
     return F.interpolate(masks[None].to(torch.uint8), size=size, mode="nearest-exact")[0].bool()
 
 
-def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor]:
-    """What the teacher is shown, without the padding.
+def teacher_input(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor]:
+    """Return the teacher's input without padding.
 
     Returns:
-        The image (3, h, w) uint8 with nothing hidden, grey where none is shown, and the pixels
-        that each region hides, (K, h, w) bool, by the teacher's shape of regions.
+        The image (3, h, w) uint8 before anything is hidden, grey if the teacher reads none, and the
+        pixels that each region hides, (K, h, w) bool.
     """
     shape = getattr(teacher.task, "shape", "box")
     (sample,) = _samples(question, teacher, len(question.hidden))
@@ -178,21 +187,3 @@ def as_seen(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, Tensor
     if getattr(teacher.task, "pictures", "whole") == "none":
         image = grey_image((height, width))
     return image, regions[:, :height, :width]
-
-
-class _Asked:
-    """A model that answers lists of samples, in one pass each."""
-
-    def __init__(self, teacher: TrainedTeacher, model: nn.Module, device: torch.device) -> None:
-        self.task, self.device = teacher.task, device
-        self.model = model.eval().to(device)
-        self.channels_last = teacher.recipe.train.channels_last
-
-    def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        """Log-probabilities of all hidden regions of the samples, in order."""
-        batch = to_device(collate(samples), self.device, channels_last=self.channels_last)
-        task = self.task
-        if "segments" in batch:
-            task = dataclasses.replace(task, shape="segment")  # type: ignore[type-var]
-        output = self.model(*task.inputs(batch))
-        return task.decode(named(output), batch).float().cpu()

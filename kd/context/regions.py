@@ -1,15 +1,14 @@
-"""Regions of a image that somebody names, draws or leaves to chance, and windows sliding over it.
+"""Regions of an image: given by the user, random, or sliding windows.
 
-Pixel (row r, column c) belongs to a region that holds its centre, as everywhere
-(`kd.transforms.hide`).
+A pixel belongs to a region that contains its centre, as everywhere (`kd.transforms.hide`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ class Region:
     """A part of one image.
 
     Attributes:
-        name: As it was given: "box 10,20,30,40", "sky.png".
+        name: As given: "box 10,20,30,40", "sky.png".
         box: xyxy pixels, within the image; around `mask` where there is one.
         mask: (H, W) bool, where the region is not the box itself.
     """
@@ -43,19 +42,19 @@ class Region:
 
 @dataclass(frozen=True)
 class BoxShape:
-    """A box as the user gave it, for any image: xyxy pixels."""
+    """A box for any image, xyxy pixels."""
 
     corners: Box
 
     def on(self, image: str, size: tuple[int, int]) -> Region:
-        """The part of it that lies in a image of `size` = (height, width).
+        """Clip the box to an image of `size` = (height, width).
 
         Raises:
-            UserError: None does.
+            UserError: It lies outside of the image.
         """
         x1, y1, x2, y2 = self.corners
         box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0])))
-        name = "box " + _spell(self.corners)
+        name = "box " + ",".join(f"{corner:g}" for corner in self.corners)
         if box[0] >= box[2] or box[1] >= box[3]:
             raise UserError(_outside(image, name, size))
         return Region(name, box)
@@ -63,15 +62,15 @@ class BoxShape:
 
 @dataclass(frozen=True)
 class PolygonShape:
-    """A polygon as the user gave it: corners x, y in pixels; crossing edges leave holes."""
+    """A polygon for any image: corners x, y in pixels; crossing edges leave holes."""
 
     corners: tuple[tuple[float, float], ...]
 
     def on(self, image: str, size: tuple[int, int]) -> Region:
-        """The part of it that lies in a image of `size`.
+        """Draw the polygon on an image of `size` = (height, width).
 
         Raises:
-            UserError: It holds no pixel's centre there.
+            UserError: It contains no pixel's centre.
         """
         mask = polygon_mask(np.array(self.corners), size)
         name = f"polygon of {len(self.corners)} corners"
@@ -82,13 +81,13 @@ class PolygonShape:
 
 @dataclass(frozen=True, eq=False)
 class MaskShape:
-    """A mask from a file."""
+    """A mask from a file, for images of its own size."""
 
     file: Path
     mask: Mask
 
     def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Itself, for a image of its own size.
+        """Return the mask as a region.
 
         Raises:
             UserError: The image has another size.
@@ -103,11 +102,7 @@ Shape = BoxShape | PolygonShape | MaskShape
 
 
 def parse_box(text: str) -> BoxShape:
-    """Read "x1,y1,x2,y2".
-
-    Raises:
-        UserError: Other than four numbers, or nothing between the corners.
-    """
+    """Parse "x1,y1,x2,y2"; a `UserError` unless it is four numbers that span an area."""
     numbers = _numbers(text, "box")
     if len(numbers) != 4:
         raise UserError(f"box {text!r}: expected x1,y1,x2,y2 in pixels, got {len(numbers)} numbers")
@@ -118,11 +113,7 @@ def parse_box(text: str) -> BoxShape:
 
 
 def parse_polygon(text: str) -> PolygonShape:
-    """Read "x1,y1,x2,y2,x3,y3,...".
-
-    Raises:
-        UserError: An odd number of numbers, or fewer than three corners.
-    """
+    """Parse "x1,y1,x2,y2,x3,y3,..."; a `UserError` unless it is three corners or more."""
     numbers = _numbers(text, "polygon")
     if len(numbers) % 2 or len(numbers) < 6:
         raise UserError(
@@ -133,10 +124,10 @@ def parse_polygon(text: str) -> PolygonShape:
 
 
 def read_mask(file: Path) -> MaskShape:
-    """Read a image whose pixels are hidden where they are not 0; transparency does not count.
+    """Read an image whose nonzero pixels are hidden; transparency is ignored.
 
     Raises:
-        UserError: Missing, not a image, or 0 everywhere.
+        UserError: Missing, not an image, or 0 everywhere.
     """
     try:
         with Image.open(file) as image:
@@ -154,19 +145,16 @@ def read_mask(file: Path) -> MaskShape:
 def _without_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         return image.convert("RGB" if image.mode.upper() == "RGBA" else "L")
-    # The palette's colours count, not their numbers: number 0 may be white.
+    # The palette's colours count, not their indices: index 0 may be white.
     return image.convert("RGB") if image.mode == "P" else image
 
 
 def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mask:
-    """Pixels whose centres lie inside a polygon, by the even-odd rule.
+    """Pixels whose centres lie inside a polygon, by the even-odd rule: bool of `size`.
 
     Args:
         corners: (n, 2) x, y in pixels.
         size: Height and width.
-
-    Returns:
-        (height, width).
     """
     rows, columns = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
     mask = np.zeros(size, np.bool_)
@@ -179,52 +167,35 @@ def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mas
 
 
 def random_boxes(
-    count: int, size: tuple[int, int], shares: tuple[float, float], random: np.random.Generator
+    count: int, size: tuple[int, int], fractions: tuple[float, float], random: np.random.Generator
 ) -> list[Region]:
-    """Boxes anywhere within a image.
+    """Draw boxes anywhere within an image.
 
-    The logarithm of a box's share of the image and that of its proportions (1:2 to 2:1) are
-    uniform, as is its place.
-
-    Args:
-        count: How many.
-        size: Height and width of the image.
-        shares: The smallest and the largest share of the image.
-        random: Numbers to draw from.
+    The logarithms of a box's fraction of the image (between `fractions`) and of its aspect ratio
+    (1:2 to 2:1) are uniform, and so is its position.
     """
     regions = []
     for _ in range(count):
-        area = math.exp(random.uniform(*np.log(shares))) * size[0] * size[1]
+        area = math.exp(random.uniform(*np.log(fractions))) * size[0] * size[1]
         aspect = math.exp(random.uniform(*np.log(_ASPECTS)))
         width = min(max(1.0, math.sqrt(area * aspect)), float(size[1]))
         height = min(max(1.0, area / width), float(size[0]))
         left, top = random.uniform(0, size[1] - width), random.uniform(0, size[0] - height)
-        box = (left, top, left + width, top + height)
-        corners = tuple(round(corner) for corner in box)
-        whole = (*corners[:2], max(corners[2], corners[0] + 1), max(corners[3], corners[1] + 1))
-        regions.append(BoxShape(tuple(map(float, whole))).on("picture", size))  # type: ignore[arg-type]
+        x1, y1, x2, y2 = map(round, (left, top, left + width, top + height))
+        box = (float(x1), float(y1), float(max(x2, x1 + 1)), float(max(y2, y1 + 1)))
+        regions.append(BoxShape(box).on("image", size))
     return regions
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Boxes of one size at the places of an even grid; outer ones touch the image's borders.
+class Windows(NamedTuple):
+    """Boxes of one size on an even grid; the outer ones touch the image's borders."""
 
-    Attributes:
-        boxes: (rows * columns, 4) xyxy pixels, row by row.
-        grid: Rows and columns.
-    """
-
-    boxes: Tensor
-    grid: tuple[int, int]
+    boxes: Tensor  # (rows * columns, 4) xyxy pixels, row by row
+    grid: tuple[int, int]  # rows and columns
 
 
 def parse_scale(text: str) -> tuple[float, float]:
-    """Read "WxH", shares of the image's width and height, above 0 and at most 1.
-
-    Raises:
-        UserError: Anything else.
-    """
+    """Parse "WxH", fractions of the image's width and height; a `UserError` if out of range."""
     parts = text.lower().split("x")
     try:
         width, height = (float(part) for part in parts)
@@ -232,39 +203,37 @@ def parse_scale(text: str) -> tuple[float, float]:
         width = height = math.nan
     if not (0 < width <= 1 and 0 < height <= 1):
         raise UserError(
-            f"region {text!r}: expected WxH, shares of the image's width and height above 0 and "
+            f"region {text!r}: expected WxH, fractions of the image's width and height above 0 and "
             "at most 1, such as 0.2x0.2"
         )
     return width, height
 
 
 def check_stride(stride: float) -> None:
-    """Refuse a stride that covers nothing or leaves gaps.
-
-    Raises:
-        UserError: It is not above 0 and at most 1.
-    """
+    """Refuse a stride, a fraction of the window, that is 0 or leaves gaps."""
     if not 0 < stride <= 1:
-        raise UserError(f"stride {stride:g}: must be above 0 and at most 1, a share of the region")
+        raise UserError(
+            f"stride {stride:g}: must be above 0 and at most 1, a fraction of the region"
+        )
 
 
 def windows(size: tuple[int, int], scale: tuple[float, float], stride: float) -> Windows:
-    """Slide a box over a image.
+    """Slide a window over an image.
 
     Args:
         size: Height and width of the image.
-        scale: Shares of its width and height that the box has.
-        stride: Most that a box moves on from its neighbour, as a share of its sides.
+        scale: Width and height of the window as fractions of the image's.
+        stride: Largest step between neighbours, as a fraction of the window's sides.
 
     Raises:
-        UserError: What `check_stride` raises.
+        UserError: An invalid stride.
     """
     check_stride(stride)
     sides, starts = [], []
-    for share, length in zip(scale, (size[1], size[0]), strict=True):
-        sides.append(side := max(1.0, share * length))
+    for fraction, length in zip(scale, (size[1], size[0]), strict=True):
+        sides.append(side := max(1.0, fraction * length))
         room = max(0.0, length - side)
-        # A hair's breadth is rounding, and asks for no window more.
+        # The tolerance keeps rounding errors from adding a window.
         count = 1 + math.ceil(room / (stride * side) - 1e-6)
         starts.append(torch.linspace(0.0, room, count) if count > 1 else torch.tensor([room / 2]))
     top, left = torch.meshgrid(starts[1], starts[0], indexing="ij")
@@ -286,10 +255,6 @@ def _numbers(text: str, what: str) -> list[float]:
 def _box_around(mask: Mask) -> Box:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-
-
-def _spell(numbers: Sequence[float]) -> str:
-    return ",".join(f"{number:g}" for number in numbers)
 
 
 def _outside(image: str, what: str, size: tuple[int, int]) -> str:

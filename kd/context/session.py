@@ -1,4 +1,4 @@
-"""What `kd.imagine` does with one image: asks about its regions, slides windows, draws, tells."""
+"""The work of `kd.imagine` on one image: query regions, slide windows, draw and report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd.context.draw import heat_figure, regions_figure
-from kd.context.heatmap import Answer, answer_regions, heat_maps
+from kd.context.heatmap import Expectation, expect_classes, heat_maps
 from kd.context.photo import Photograph
 from kd.context.regions import (
     Region,
@@ -34,21 +34,21 @@ from kd.runs.build import make_accelerator
 from kd.runs.load_teacher import TrainedTeacher, class_names_of, load_teacher
 
 _log = logging.getLogger("kd")
-_RANDOM = 3  # regions where none is named
-_LEAST_SHARE = 0.01  # of the image, of a random region: smaller ones are hardly seen
+_RANDOM = 3  # random regions if the user gives no region
+_LEAST_FRACTION = 0.01  # of the image, of random regions; smaller ones are hard to see
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked of each image.
+class ImagineOptions:
+    """Options for each image.
 
     Attributes:
         shapes: Regions given by the user.
-        random: Number of random ones.
-        seed: Of these.
+        random: Number of random regions.
+        seed: Random seed.
         classes: Names of the classes to draw heat maps of.
-        scales: Sizes of the regions that slide, shares of width and height.
-        stride: How far these move, a share of their sides.
+        scales: Sizes of sliding regions, as fractions of width and height.
+        stride: Step of sliding regions, as a fraction of their sides.
     """
 
     shapes: tuple[Shape, ...] = ()
@@ -59,12 +59,8 @@ class Wanted:
     stride: float = 0.5
 
 
-def read_wanted(args: argparse.Namespace) -> Wanted:
-    """Flags to what they ask for; mask files are read.
-
-    Raises:
-        UserError: Flags that do not say what they should, or a mask that cannot be read.
-    """
+def read_options(args: argparse.Namespace) -> ImagineOptions:
+    """Parse the flags and read mask files; a `UserError` for what is invalid or unreadable."""
     shapes: list[Shape] = [parse_box(text) for text in args.box]
     shapes += [parse_polygon(text) for text in args.polygon]
     shapes += [read_mask(file) for file in args.mask]
@@ -72,7 +68,7 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
     if random is None:
         random = 0 if shapes or args.classes else _RANDOM
     check_stride(args.stride)
-    return Wanted(
+    return ImagineOptions(
         shapes=tuple(shapes),
         random=random,
         seed=args.seed,
@@ -82,8 +78,8 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
     )
 
 
-def names_of_outputs(images: Sequence[Path]) -> list[str]:
-    """A name for each image's outputs: its own, with a number where two have the same."""
+def output_names(images: Sequence[Path]) -> list[str]:
+    """Names for the images' outputs: their own, numbered where several are equal."""
     totals, used = Counter(path.stem for path in images), Counter[str]()
     names = []
     for path in images:
@@ -95,137 +91,134 @@ def names_of_outputs(images: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Imagination:
-    """A teacher ready to be asked about images.
+    """A teacher ready to be queried about images.
 
     Attributes:
-        teacher: Who is asked.
+        teacher: The teacher.
         names: C class names.
-        usual: (C,) the classes' shares among the train objects, where the run kept them.
-        wanted: What is asked.
-        labels: Of the wanted classes.
-        out: Folder of the images drawn.
-        top: Classes to list.
+        prior: (C,) fractions of the classes among the train objects, if the run stored them.
+        options: Options for each image.
+        labels: Labels of `options.classes`.
+        out: Folder of the figures.
+        top: Number of classes to list.
         device: Where to compute.
     """
 
     teacher: TrainedTeacher
     names: tuple[str, ...]
-    usual: NDArray[np.float64] | None
-    wanted: Wanted
+    prior: NDArray[np.float64] | None
+    options: ImagineOptions
     labels: tuple[int, ...]
     out: Path
     top: int
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device
 
     @classmethod
-    def open(cls, run: Path, wanted: Wanted, out: Path, *, top: int) -> Imagination:
-        """Load a teacher.
-
-        Raises:
-            UserError: It cannot be loaded, or does not know a class.
-        """
+    def open(cls, run: Path, options: ImagineOptions, out: Path, *, top: int) -> Imagination:
+        """Load a teacher; a `UserError` if that fails or if it does not know a class."""
         names = class_names_of(run)
         labels = []
-        for name in wanted.classes:
+        for name in options.classes:
             if name not in names:
                 raise UserError(f"--class: unknown class {name!r}{suggestion(name, names)}")
             labels.append(names.index(name))
         teacher = load_teacher(run, len(names))
         device = make_accelerator("fp32").device
-        usual = _usual(teacher.folder / "predictions.npz", len(names))
-        return cls(teacher, names, usual, wanted, tuple(labels), out, top, device)
+        prior = _stored_prior(teacher.folder / "predictions.npz", len(names))
+        return cls(teacher, names, prior, options, tuple(labels), out, top, device)
 
     @property
     def size(self) -> int:
-        """Long side of the images that the teacher sees."""
+        """Long side of the teacher's images."""
         return hidden_objects(self.teacher).size
 
-    def warn_of_blindness(self, annotated: bool) -> None:
-        """Say so where the teacher lives on what it is not told, or is told in vain."""
+    def check_annotations(self, given: bool) -> None:
+        """Warn if the teacher lacks annotations that it reads, or does not read those given."""
         reads = self.teacher.reads_labels
-        if reads and not annotated:
+        if reads and not given:
             _log.warning(
                 "%s: this teacher reads the classes and boxes of the other objects; without "
-                "--annotations COCO.json it is told of none and answers from what else it has",
+                "--annotations COCO.json it knows none of them",
                 self.teacher.folder,
             )
-        if annotated and not reads:
+        if given and not reads:
             _log.warning("%s: this teacher reads pixels only; --annotations change nothing",
                          self.teacher.folder)  # fmt: skip
 
     def __call__(self, photo: Photograph, output: str) -> str:
-        """Ask, draw, and tell.
+        """Query the teacher about one image and draw figures.
 
         Args:
             photo: The image.
-            output: Name of the files drawn, without ending.
+            output: Stem of the figures' file names.
 
         Returns:
-            What there is to say, lines.
+            Lines for the terminal.
 
         Raises:
-            UserError: A region outside of the image, a mask of another size, no place to write.
+            UserError: A region outside of the image, a mask of another size, or no place to write.
         """
-        regions = self._regions(photo)
         lines = [str(photo.path)]
-        if regions:
-            lines += self._ask_regions(photo, regions, self.out / f"{output}.png")
+        if regions := self._regions(photo):
+            lines += self._query_regions(photo, regions, self.out / f"{output}.png")
         if self.labels:
             lines += self._draw_heat(photo, output)
         return "\n".join(lines) + "\n"
 
     def _regions(self, photo: Photograph) -> list[Region]:
-        wanted, section = self.wanted, hidden_objects(self.teacher)
-        regions = [shape.on(str(photo.path), photo.size) for shape in wanted.shapes]
-        shares = (max(section.min_fraction, _LEAST_SHARE), max(section.max_fraction, _LEAST_SHARE))
-        random = np.random.default_rng(wanted.seed)
-        return regions + random_boxes(wanted.random, photo.size, shares, random)
+        options, section = self.options, hidden_objects(self.teacher)
+        regions = [shape.on(str(photo.path), photo.size) for shape in options.shapes]
+        low = max(section.min_fraction, _LEAST_FRACTION)
+        high = max(section.max_fraction, _LEAST_FRACTION)
+        random = np.random.default_rng(options.seed)
+        return regions + random_boxes(options.random, photo.size, (low, high), random)
 
-    def _ask_regions(self, photo: Photograph, regions: Sequence[Region], file: Path) -> list[str]:
-        answers = answer_regions(self.teacher, photo, regions, self.device)
+    def _query_regions(self, photo: Photograph, regions: Sequence[Region], file: Path) -> list[str]:
+        found = expect_classes(self.teacher, photo, regions, self.device)
         figure = regions_figure(
             photo.pixels,
             regions,
-            [(answer.image, answer.hidden) for answer in answers],
-            [answer.probabilities for answer in answers],
+            [(one.image, one.hidden) for one in found],
+            [one.probabilities for one in found],
             self.names,
-            told=[self._told(photo, answer) for answer in answers],
-            usual=self.usual,
+            objects=[self._visible_objects(photo, one) for one in found],
+            prior=self.prior,
             top=self.top,
         )
         save_figure(figure, file)
         lines = []
-        for answer in answers:
-            lines.append(f"  {answer.region.name}")
-            best = answer.probabilities.topk(min(self.top, len(self.names)))
-            for probability, label in zip(*(one.tolist() for one in best), strict=True):
+        for one in found:
+            lines.append(f"  {one.region.name}")
+            best = one.probabilities.topk(min(self.top, len(self.names)))
+            for probability, label in zip(*(part.tolist() for part in best), strict=True):
                 lines.append(f"    {self.names[label]:<20}{100 * probability:>6.1f} %")
         return [*lines, f"  drawn: {file}"]
 
-    def _told(self, photo: Photograph, answer: Answer) -> list[tuple[str, list[float]]]:
-        """Class and box of each object that the teacher was told of."""
-        if answer.told is None:
+    def _visible_objects(
+        self, photo: Photograph, found: Expectation
+    ) -> list[tuple[str, list[float]]]:
+        if found.labels is None:
             return []
-        pairs = zip(answer.told.tolist(), photo.boxes.tolist(), strict=True)
+        pairs = zip(found.labels.tolist(), photo.boxes.tolist(), strict=True)
         return [(self.names[label], box) for label, box in pairs if label >= 0]
 
     def _draw_heat(self, photo: Photograph, output: str) -> list[str]:
-        wanted, lines = self.wanted, []
+        options, lines = self.options, []
         maps = heat_maps(
-            self.teacher, photo, self.labels, scales=wanted.scales, stride=wanted.stride,
+            self.teacher, photo, self.labels, scales=options.scales, stride=options.stride,
             device=self.device,
         )  # fmt: skip
-        for name, label, heat in zip(wanted.classes, self.labels, maps, strict=True):
+        for name, label, heat in zip(options.classes, self.labels, maps, strict=True):
             best = heat.places[0]
-            usual = None if self.usual is None else float(self.usual[label])
+            prior = None if self.prior is None else float(self.prior[label])
             figure = heat_figure(
                 photo.pixels, heat.values, name, peak=(best.x, best.y), sides=heat.sides,
-                usual=usual,
+                prior=prior,
             )  # fmt: skip
             file = self.out / f"{output}_{''.join(c if c.isalnum() else '_' for c in name)}.png"
             save_figure(figure, file)
-            share = "" if usual is None else f" (its share of all objects: {100 * usual:.1f} %)"
-            lines.append(f"  {name}{share}")
+            beside = "" if prior is None else f" ({100 * prior:.1f} % of all objects)"
+            lines.append(f"  {name}{beside}")
             for place in heat.places:
                 lines.append(
                     f"    x {place.x:>5.0f}, y {place.y:>5.0f}{100 * place.probability:>8.1f} %"
@@ -234,8 +227,7 @@ class Imagination:
         return lines
 
 
-def _usual(file: Path, num_classes: int) -> NDArray[np.float64] | None:
-    """The class prior that a run kept beside its predictions."""
+def _stored_prior(file: Path, num_classes: int) -> NDArray[np.float64] | None:
     if not file.is_file():
         return None
     with np.load(file) as stored:

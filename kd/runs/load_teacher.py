@@ -219,7 +219,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
     config = read_yaml(folder / "config.yaml")
     if "data" not in config:
         raise UserError(f"{folder / 'config.yaml'}: not the config of a run")
-    section = section_from(config["data"], str(folder / "config.yaml"))
+    section = section_from(config, str(folder / "config.yaml"))
     try:
         return problem_of_data(section).class_names(section)
     except UserError as error:

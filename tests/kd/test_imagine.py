@@ -14,7 +14,7 @@ from PIL import Image
 
 from kd import imagine
 from kd.cli import run_command
-from kd.context.session import Imagination, Wanted, names_of_outputs
+from kd.context.session import Imagination, ImagineOptions, output_names
 from kd.problems.objects.data import open_objects
 from kd.problems.recipes import data_config
 from kd.runs.folder import class_names
@@ -98,7 +98,7 @@ def test_heat_maps_are_drawn_for_each_class(
     flags = ["--class", "boat", "--class", "mug", "--region", "0.3x0.3", "--stride", "1"]
     assert asked(scene, small_teacher, tmp_path, *flags) == 0
     said = capsys.readouterr().out
-    assert "its share of all objects" in said and "    x " in said
+    assert "% of all objects)" in said and "    x " in said
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{scene.stem}_boat.png", f"{scene.stem}_mug.png",
     }  # fmt: skip
@@ -140,7 +140,7 @@ def test_of_several_pictures_the_good_ones_are_done(
     for message in (
         f"error: {broken}: cannot read this image",
         f"error: {tmp_path / 'gone.png'}: image not found",
-        f"error: {small}: box 5,5,30,30 lies outside of the picture, which is 4 x 4 pixels",
+        f"error: {small}: box 5,5,30,30 lies outside of the image, which is 4 x 4 pixels",
         "3 of 4 pictures could not be done",
     ):
         assert message in caplog.text
@@ -181,12 +181,12 @@ def test_a_run_without_its_data_is_enough(
     config = head + "  generate: null\n" + rest[rest.index("  size: 32") :]
     (run / "config.yaml").write_text(config)
     assert asked(scene, run, tmp_path / "out", "--box", "5,5,20,20") == 0
-    assert "its share" not in capsys.readouterr().out  # predictions.npz is not there
+    assert "of all objects" not in capsys.readouterr().out  # predictions.npz is not there
     names = json.loads((run / "classes.json").read_text())["names"]
     assert class_names(run) == class_names_of(small_teacher) == tuple(names)
     (run / "classes.json").unlink()
     assert asked(scene, run, tmp_path / "out") == 2
-    assert "no classes.json there to name the classes, nor the data set" in capsys.readouterr().err
+    assert "no classes.json there to name the classes, nor the dataset" in capsys.readouterr().err
     older = tmp_path / "older"
     shutil.copytree(small_teacher, older, ignore=shutil.ignore_patterns("classes.json", "cache"))
     assert class_names_of(older) == tuple(names)
@@ -202,19 +202,19 @@ def test_a_broken_list_of_classes_is_named(small_teacher: Path, tmp_path: Path) 
 def test_a_teacher_that_reads_objects_says_what_it_lacks(
     small_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    imagined = Imagination.open(small_teacher, Wanted(), tmp_path, top=3)
-    imagined.warn_of_blindness(False)
+    imagined = Imagination.open(small_teacher, ImagineOptions(), tmp_path, top=3)
+    imagined.check_annotations(False)
     assert caplog.text == ""
-    imagined.warn_of_blindness(True)
+    imagined.check_annotations(True)
     assert "reads pixels only; --annotations change nothing" in caplog.text
     imagined.teacher.model.reads_labels = True  # type: ignore[assignment]
-    imagined.warn_of_blindness(False)
-    assert "without --annotations COCO.json it is told of none" in caplog.text
+    imagined.check_annotations(False)
+    assert "without --annotations COCO.json it knows none of them" in caplog.text
 
 
 def test_outputs_of_one_name_are_numbered() -> None:
     paths = [Path("a/x.jpg"), Path("b/x.png"), Path("y.jpg")]
-    assert names_of_outputs(paths) == ["x_1", "x_2", "y"]
+    assert output_names(paths) == ["x_1", "x_2", "y"]
 
 
 def test_annotations_reach_the_teacher(
@@ -252,10 +252,12 @@ def test_the_latest_teacher_is_one_of_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for age, (name, data) in enumerate((("pspnet", "layout: coco"), ("cnn", ""), ("unet", ""))):
+    for age, (name, task) in enumerate(
+        (("pspnet", "segmentation"), ("cnn", "context"), ("unet", "context"))
+    ):
         run = tmp_path / "runs" / "teacher" / name / "scenes"
         run.mkdir(parents=True)
-        (run / "config.yaml").write_text(f"data: {{{data}}}\n")
+        (run / "config.yaml").write_text(f"task: {{name: {task}}}\n")
         (run / "summary.json").write_text("{}")
         os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
     assert latest_teacher() == Path("runs/teacher/cnn/scenes")

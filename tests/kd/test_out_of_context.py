@@ -247,7 +247,8 @@ def test_a_detector_is_scored_on_the_pasted_boxes_alone(made: Path) -> None:
 @pytest.mark.slow
 def test_a_teacher_is_evaluated_on_all_three_sets(made: Path, small_teacher: Path) -> None:
     (table,) = report_runs(made, [small_teacher], [], variants=None)
-    assert table.header == ("metric", "out", "in", "in - out", "original", "original - out")
+    assert table.header == ("metric", "out", "in", "in - out", "original", "original - out",
+                            "class prior")  # fmt: skip
     values = {(c.metric.name, c.variant): c for c in table.comparisons}
     assert {metric for metric, _ in values} == set(METRICS)
     inside, outside = values["nll", "in"], values["nll", "out"]

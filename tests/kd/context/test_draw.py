@@ -29,7 +29,7 @@ def test_each_region_has_a_row_with_what_the_teacher_saw() -> None:
     usual = np.array([0.4, 0.3, 0.2, 0.1])
     told = [[("fork", [40.0, 40.0, 60.0, 50.0])], []]
     figure = regions_figure(
-        PHOTO, regions, seen, [BELIEF, BELIEF], NAMES, told=told, usual=usual, top=3
+        PHOTO, regions, seen, [BELIEF, BELIEF], NAMES, objects=told, prior=usual, top=3
     )
     assert len(figure.axes) == 6
     where, covered, bars = figure.axes[:3]
@@ -50,7 +50,7 @@ def test_each_region_has_a_row_with_what_the_teacher_saw() -> None:
 def test_a_heat_map_lies_over_the_whole_photograph() -> None:
     values = torch.linspace(0, 0.3, 24).view(4, 6)
     figure = heat_figure(
-        PHOTO, values, "cup", peak=(70.0, 50.0), sides=[(16.0, 12.0), (32.0, 24.0)], usual=0.1
+        PHOTO, values, "cup", peak=(70.0, 50.0), sides=[(16.0, 12.0), (32.0, 24.0)], prior=0.1
     )
     hot = figure.axes[1]
     overlay = hot.images[1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.config.datasets import Split
 from kd.config.recipes import Model, TaskSection, TeacherRecipe
-from kd.context.heatmap import answer_regions, ask, heat_maps, spread
+from kd.context.heatmap import expect_classes, heat_maps, region_probabilities, spread
 from kd.context.photo import Photograph
 from kd.context.regions import BoxShape, Region, windows
 from kd.problems.base import Batch
@@ -72,6 +72,9 @@ class CompanyTask:
     num_classes: int = 4
     shape: str = "box"
 
+    def outputs_per_region(self, size: int) -> int:
+        return self.num_classes
+
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch["labels"], batch["image_of"], batch["hidden"]
 
@@ -89,7 +92,7 @@ def test_boxes_and_exact_regions_come_back_in_order() -> None:
         BoxShape((30.0, 10.0, 50.0, 20.0)).on("a", photo.size),
         BoxShape((0.0, 0.0, 20.0, 30.0)).on("a", photo.size),
     ]
-    first, second, third = answer_regions(model, photo, regions, CPU)
+    first, second, third = expect_classes(model, photo, regions, CPU)
     assert [one.region.name for one in (first, second)] == ["mask", "box 30,10,50,20"]
     torch.testing.assert_close(first.probabilities, second.probabilities)
     assert not torch.allclose(second.probabilities, third.probabilities, atol=1e-6)
@@ -102,7 +105,7 @@ def test_boxes_and_exact_regions_come_back_in_order() -> None:
 def test_what_is_hidden_is_shown_in_the_teachers_shape() -> None:
     region = BoxShape((30.0, 10.0, 50.0, 20.0)).on("a", (48, 64))
     box, square = (
-        answer_regions(one, photograph(), [region], CPU)[0].hidden
+        expect_classes(one, photograph(), [region], CPU)[0].hidden
         for one in (teacher(), teacher(shape="square"))
     )
     assert (int(box.sum()), int(square.sum())) == (50, 100)
@@ -121,10 +124,15 @@ def test_objects_that_a_region_covers_are_not_told() -> None:
             [0.0, 0.0, 64.0, 48.0],  # everything
         ]
     )
-    assert ask(told, photo, asked, device=CPU).argmax(dim=1).tolist() == [1, 2, 1, 0]
+    assert region_probabilities(told, photo, asked, device=CPU).argmax(dim=1).tolist() == [
+        1,
+        2,
+        1,
+        0,
+    ]
     regions = [Region("", tuple(box)) for box in asked.tolist()]
-    answers = answer_regions(told, photo, regions, CPU)
-    assert [one.told.tolist() for one in answers if one.told is not None] == [
+    answers = expect_classes(told, photo, regions, CPU)
+    assert [one.labels.tolist() for one in answers if one.labels is not None] == [
         [1, 1, 2], [-1, -1, 2], [1, 1, 2], [-1, -1, -1],
     ]  # fmt: skip
 
@@ -135,8 +143,10 @@ def test_a_teacher_of_pixels_is_asked_in_one_pass_whatever_is_known() -> None:
     model.model.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
     photo = photograph(boxes=[[0.0, 0.0, 10.0, 10.0]], labels=[1])
     asked = torch.tensor([[0.0, 0.0, 12.0, 12.0], [20.0, 20.0, 30.0, 30.0]])
-    known = ask(model, photo, asked, device=CPU)
-    unknown = ask(model, dataclasses.replace(photo, labels=torch.tensor([-1])), asked, device=CPU)
+    known = region_probabilities(model, photo, asked, device=CPU)
+    unknown = region_probabilities(
+        model, dataclasses.replace(photo, labels=torch.tensor([-1])), asked, device=CPU
+    )
     assert calls == [2, 2]
     torch.testing.assert_close(known, unknown)
 

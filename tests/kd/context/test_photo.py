@@ -112,5 +112,5 @@ def test_one_of_several_pictures_of_a_name_is_found_by_its_folder(tmp_path: Path
     counts = [len(open_photograph(tmp_path / f / "x.png", 16, known).boxes) for f in ("a", "b")]
     assert counts == [0, 1]
     Image.new("RGB", (20, 10)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match="has 2 pictures of that name"):
+    with pytest.raises(UserError, match="has 2 images of that name"):
         open_photograph(tmp_path / "x.png", 16, known)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd.config.datasets import Split
 from kd.config.recipes import Model, TaskSection, TeacherRecipe
-from kd.context.query import Question, as_seen, expectations
+from kd.context.query import Question, expectations, teacher_input
 from kd.data.loader import Sample, collate
 from kd.problems.base import Batch, named
 from kd.problems.objects.data import ObjectsDataset, open_objects
@@ -148,7 +148,7 @@ def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: ObjectsSect
     asked = torch.cat(answers(teacher, questions))
     wanted = teacher.task.decode(output, batch)
     torch.testing.assert_close(asked, wanted, atol=1e-5, rtol=0)
-    seen, _ = as_seen(untrained(photographs, "tokens"), questions[0])
+    seen, _ = teacher_input(untrained(photographs, "tokens"), questions[0])
     assert (seen == 128).all()
 
 

@@ -50,7 +50,7 @@ def test_a_box_that_is_none_is_refused(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("shape", [parse_box("40,0,50,10"), parse_polygon("41,1,50,1,45,9")])
 def test_a_region_outside_of_the_picture_is_named_with_its_size(shape: object) -> None:
-    with pytest.raises(UserError, match=r"a\.jpg: .* outside of the picture, which is 40 x 30"):
+    with pytest.raises(UserError, match=r"a\.jpg: .* outside of the image, which is 40 x 30"):
         shape.on("a.jpg", SIZE)  # type: ignore[attr-defined]
 
 
@@ -161,5 +161,5 @@ def test_a_stride_out_of_range_is_refused(stride: float) -> None:
 def test_scales_are_read_and_checked() -> None:
     assert parse_scale("0.2X.5") == (0.2, 0.5)
     for text in ("0.2", "0x0.5", "1.2x0.5", "axb", "0.1x0.2x0.3", "nanx1"):
-        with pytest.raises(UserError, match="shares of the picture's width and height"):
+        with pytest.raises(UserError, match="fractions of the image's width and height"):
             parse_scale(text)
