@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from kd.context.detections import Asking
+    from kd.context.detections import QueryOptions
     from kd.context.fit_rescore import Split, cross_fitted, fitted_elsewhere
     from kd.context.rescore import STRENGTHS, settings_of
     from kd.context.rescore_report import change_of, change_table, curve_figure, curve_of
@@ -41,11 +41,11 @@ def _run(args: argparse.Namespace) -> int:
     from kd.utils.io import write_text
 
     device = make_accelerator("fp32").device
-    asking = Asking(most=args.most, same_place=args.same_place, sure=args.sure)
+    options = QueryOptions(most=args.most, same_place=args.same_place, sure=args.sure)
 
     def split(detections: Path, annotations: Path, images: Path) -> Split:
         return Split.open(args.teacher, detections, annotations, images, args.out.parent,
-                          asking=asking, device=device, shuffled=args.shuffled)  # fmt: skip
+                          options=options, device=device, shuffled=args.shuffled)  # fmt: skip
 
     elsewhere = (args.fit_detections, args.fit_annotations, args.fit_images)
     here = split(args.detections, args.annotations, args.images)

@@ -1,4 +1,4 @@
-"""A split of detections with their context, and parameters fitted on it or for it."""
+"""Detections with their context, and rescoring parameters fitted to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.context.detections import Asking, context_of
+from kd.context.detections import QueryOptions, context_of
 from kd.context.rescore import (
     Evidence,
     Fit,
@@ -33,7 +33,7 @@ _log = logging.getLogger("kd")
 
 @dataclass(frozen=True)
 class Split:
-    """Detections, what is true, and what the context says."""
+    """Detections on some images, their ground truth and the evidence of their context."""
 
     truth: Truth
     found: Detections
@@ -47,45 +47,41 @@ class Split:
         detections: Path,
         annotations: Path,
         images: Path,
-        kept_in: Path,
+        cache: Path,
         *,
-        asking: Asking,
+        options: QueryOptions,
         device: torch.device,
         shuffled: bool = False,
     ) -> Split:
-        """Read the files and ask the teacher.
-
-        Raises:
-            UserError: What is wrong with them.
-        """
+        """Read the files and query the teacher; `shuffled` swaps its predictions (the control)."""
         truth = read_truth(annotations)
         found = read_detections(detections, truth, probabilities=True)
         loaded = load_teacher(teacher, len(truth.class_names))
         check_classes(loaded, truth.class_names, str(annotations))
-        context = context_of(loaded, truth, found, images, kept_in, device=device, asking=asking)
-        answers = context.log_probs
-        if shuffled:  # a cycle through a random order leaves nobody with its own
-            order = np.random.default_rng(0).permutation(len(answers))
-            answers = answers.copy()
-            answers[order] = context.log_probs[np.roll(order, 1)]
+        context = context_of(loaded, truth, found, images, cache, device=device, options=options)
+        log_probs = context.log_probs
+        if shuffled:  # a cycle through a random order: none keeps its own
+            order = np.random.default_rng(0).permutation(len(log_probs))
+            log_probs = log_probs.copy()
+            log_probs[order] = context.log_probs[np.roll(order, 1)]
         known = evidence_of(
-            found.scores, found.boxes.label, context.question, answers, log_prior_of(loaded)
+            found.scores, found.boxes.label, context.question, log_probs, log_prior_of(loaded)
         )
         meter = MeanAP(truth.boxes, found.boxes, len(truth.image_ids), len(truth.class_names))
         return cls(truth, found, known, meter)
 
     def folds(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """(I,) fold of each image, a function of its id."""
+        """Fold of each image, (I,), a function of its id."""
         return fold_of(self.truth.image_ids, count)
 
 
 def log_prior_of(teacher: TrainedTeacher) -> Floats:
-    """What a teacher answers where it knows nothing: its train classes' shares, (C,).
+    """Log-probabilities of a teacher without evidence, (C,): the prior of its train objects.
 
-    One that was trained to answer free of part of the prior is free of it there, too.
+    Teachers trained with part of the prior removed (`balance`) lack that part here, too.
 
     Raises:
-        UserError: The run does not say.
+        UserError: The run has no prior.
     """
     path = teacher.folder / "predictions.npz"
     try:
@@ -93,8 +89,8 @@ def log_prior_of(teacher: TrainedTeacher) -> Floats:
             prior = np.asarray(stored["prior"], dtype=np.float64)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: the class shares that the teacher was trained on are needed ({error}); name "
-            "a finished run's folder"
+            f"{path}: the class prior of the teacher's training is needed ({error}); name a "
+            "finished run's folder"
         ) from error
     log_prior = (1 - float(getattr(teacher.task, "balance", 0.0))) * np.log(prior)
     return np.asarray(log_prior - np.log(np.exp(log_prior).sum()))
@@ -102,15 +98,14 @@ def log_prior_of(teacher: TrainedTeacher) -> Floats:
 
 @dataclass(frozen=True)
 class Rescored:
-    """New scores and where they come from.
+    """New scores and how they were found.
 
     Attributes:
         scores: (D,) in 0..1.
-        fits: The parameters used, one a fold, or one.
-        future: What the same images say about others.
-        gains: AP gained on each fold's images by parameters of the others; empty where there is no
-            cross-validation.
-        taken: Whether that was clear; if not, `scores` are the detector's.
+        fits: The parameters used: one fit for each fold, or a single one.
+        future: Fitted on all of these images, for use on others.
+        gains: Gain in AP on each fold by parameters of the others; empty without cross-validation.
+        taken: Whether the gain was clear; if not, `scores` are the detector's.
     """
 
     scores: Floats
@@ -120,21 +115,21 @@ class Rescored:
     taken: bool
 
     def notes(self, names: Sequence[str]) -> list[str]:
-        """What a table says below."""
-        said = [_say(fit, names) for fit in self.fits]
-        lines = [f"fitted, fold {number}: {text}" for number, text in enumerate(said)]
-        if len(set(said)) == 1:
-            lines = [f"fitted{f', all {len(said)} folds' if len(said) > 1 else ''}: {said[0]}"]
+        """Notes below a table."""
+        fits = [_describe(fit, names) for fit in self.fits]
+        lines = [f"fitted, fold {number}: {text}" for number, text in enumerate(fits)]
+        if len(set(fits)) == 1:
+            lines = [f"fitted{f', all {len(fits)} folds' if len(fits) > 1 else ''}: {fits[0]}"]
         if len(self.gains):
             gains = ", ".join(f"{100 * gain:+z.2f}" for gain in self.gains)
             lines.append(f"AP gained on each fold by the others' parameters: {gains}")
             if not self.taken:
                 lines.append("not a clear gain: all scores are left as they were")
-            lines.append(f"on all images, for others: {_say(self.future, names)}")
+            lines.append(f"on all images, for others: {_describe(self.future, names)}")
         return lines
 
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
-        """Plain values."""
+        """Values for JSON."""
         return {
             "fits": [_plain(fit, names) for fit in self.fits],
             "on_all_images": _plain(self.future, names),
@@ -146,10 +141,10 @@ class Rescored:
 def cross_fitted(
     split: Split, settings: Sequence[Setting], count: int, per_class: bool
 ) -> Rescored:
-    """Each image rescored by parameters of the other folds' images.
+    """Rescore each image by parameters fitted on the other folds.
 
-    The one thing that all images decide together is whether it is done at all: unless the gain on
-    held-out folds is clear (its mean over its standard error), and AP higher, nothing changes.
+    Scores stay as they are unless AP over all images rises and the gain on held-out folds is clear:
+    its mean exceeds its standard error.
 
     Raises:
         UserError: Fewer images than folds.
@@ -164,27 +159,18 @@ def cross_fitted(
     every = np.zeros(len(folds), np.int64)
     better = fold_gains(split.meter, split.known.scores, scores, every)[0] > 0
     taken = bool(better and is_clear(gains))
-    return Rescored(
-        scores if taken else split.known.scores,
-        fits,
-        fitter.everywhere(per_class=per_class),
-        gains,
-        taken,
-    )
+    new = scores if taken else split.known.scores
+    return Rescored(new, fits, fitter.everywhere(per_class=per_class), gains, taken)
 
 
 def fitted_elsewhere(
     split: Split, other: Split, settings: Sequence[Setting], count: int, per_class: bool
 ) -> Rescored:
-    """A split rescored by parameters of another one.
-
-    Raises:
-        UserError: They share images, or differ in classes.
-    """
+    """Rescore a split by parameters fitted on another one, of other images and equal classes."""
     shared = np.intersect1d(split.truth.image_ids, other.truth.image_ids)
     if len(shared):
         raise UserError(
-            f"{other.truth.path}: image {shared[0]} is in {split.truth.path}, too; parameters must "
+            f"{other.truth.path}: image {shared[0]} is also in {split.truth.path}; parameters must "
             "be fitted on images that are not rescored"
         )
     if split.truth.class_names != other.truth.class_names:
@@ -196,7 +182,7 @@ def fitted_elsewhere(
     return Rescored(scores, (fit,), fit, np.empty(0), True)
 
 
-def _say(fit: Fit, names: Sequence[str]) -> str:
+def _describe(fit: Fit, names: Sequence[str]) -> str:
     classes = "".join(f"; {names[c]}: {setting}" for c, setting in fit.classes.items())
     unclear = "" if fit.clear else f" ({fit.best} gained {100 * fit.gain:.2f}, not clearly)"
     if not fit.best.strength:

@@ -83,8 +83,8 @@ def expectations(
     Yields:
         Log-probabilities (K, C), float32 on the CPU, for each question, in order.
     """
-    data, task = hidden_objects(teacher), context_task(teacher)
-    most_inputs = max(1, min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(data.size)))
+    task, size = context_task(teacher), hidden_objects(teacher).size
+    most_inputs = max(1, min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(size)))
     network = (teacher.model if model is None else model).eval().to(device)
     waiting: list[Sample] = []  # samples of the next pass
     ready = torch.empty(0, task.num_classes)  # predictions not yet yielded

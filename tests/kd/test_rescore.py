@@ -11,7 +11,7 @@ import torch
 
 from kd import rescore
 from kd.cli import run_command
-from kd.context.detections import Asking
+from kd.context.detections import QueryOptions
 from kd.context.fit_rescore import Split, log_prior_of
 from kd.context.rescore import Setting, combine
 from kd.metrics.coco_ap import Floats
@@ -71,7 +71,8 @@ def test_boxes_without_an_area_keep_their_scores_and_logits_are_refused(
         entry["bbox"][2] = 0.0
     entries[1]["bbox"][0], entries[1]["bbox"][2] = 60.0, 1e-9  # empty in a question's float32
     results.write_text(json.dumps(entries))
-    split = Split.open(small_teacher, results, annotations, images, tmp_path, asking=Asking(),
+    split = Split.open(small_teacher, results, annotations, images, tmp_path,
+                       options=QueryOptions(),
                        device=torch.device("cpu"))  # fmt: skip
     new, empty = combine(split.known, Setting(1.0)), np.arange(len(entries)) % 3 == 0
     empty[1] = True

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kd.context import detections as detection_context
-from kd.context.detections import Asking, Context, context_of, group_boxes
+from kd.context.detections import Context, QueryOptions, context_of, group_boxes
 from kd.context.query import expectations
 from kd.errors import UserError
 from kd.formats.coco_results import Detections, Truth, read_detections, read_truth
@@ -40,7 +40,7 @@ def ask(teacher: Path, opened: Dataset, folder: Path, **asking: Any) -> Context:
     truth, found, images = opened
     return context_of(
         load_teacher(teacher, 22), truth, found, images, folder,
-        device=torch.device("cpu"), asking=Asking(**asking),
+        device=torch.device("cpu"), options=QueryOptions(**asking),
     )  # fmt: skip
 
 
