@@ -147,5 +147,5 @@ def test_a_missing_image_is_named(
     small_teacher: Path, opened: Callable[[str], Dataset], tmp_path: Path
 ) -> None:
     truth, found, _ = opened("val")
-    with pytest.raises(UserError, match=r"000001\.png: image not found, 8 of 8"):
+    with pytest.raises(UserError, match=r"000001\.png: image not found; 8 of 8"):
         ask(small_teacher, (truth, found, tmp_path / "nowhere"), tmp_path)
