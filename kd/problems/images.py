@@ -149,7 +149,8 @@ class PerImage(ABC, Generic[R]):
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the results of all ranks; alone, does nothing."""
         parts = gathered(self._images, group)
-        self._images = {number: one for part in parts for number, one in part.items()}
+        # Of an image that several ranks hold, the first rank's result is used.
+        self._images = {number: one for part in parts[::-1] for number, one in part.items()}
 
     def save_predictions(self, path: Path) -> None:
         """Write `records`."""

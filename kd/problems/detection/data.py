@@ -1,4 +1,4 @@
-"""A dataset of objects, opened for detectors: images with all their boxes, none hidden."""
+"""Datasets of objects, for detectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kd.problems.objects.schema import ObjectsSection
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """The same dataset of objects, asked about as detectors are."""
+    """A dataset of objects whose boxes are all visible."""
 
     objects: ObjectsDataset
 
@@ -36,7 +36,7 @@ class DetectionDataset:
 
     @property
     def section(self) -> ObjectsSection:
-        """As the recipe has it."""
+        """The dataset's section of the recipe."""
         return self.objects.section
 
     @property
@@ -50,44 +50,37 @@ class DetectionDataset:
         return self.objects.num_classes
 
     def class_info(self) -> Classes:
-        """Classes, and the val boxes with KITTI's difficulties where the files have them."""
+        """Names, prior and ground truth; for KITTI also the difficulties of objects."""
         return self.objects.class_info(self.prior())._replace(truth=lambda: self._val_truth)
 
     @cached_property
     def _val_truth(self) -> tuple[Truth, KittiTruth | None]:
-        """All boxes of the val JSON, crowds too; read once for all evaluations of a training."""
+        """All boxes of the val JSON, crowds included; cached, since every evaluation uses it."""
         truth = read_truth(self.objects.val.annotation_file)
         return truth, kitti_truth(truth) if self.section.layout == "kitti" else None
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed sees; None: all."""
+        """Ids of the train images whose labels a student of this seed may use; None: all."""
         return self.objects.labelled(seed)
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class shares, (C,), with one added to each count: of objects of all sizes.
+        """Class fractions, (C,), of objects of any size, one added to each count.
 
         Args:
-            images: Only those with these ids.
+            images: Ids of the train images to count on; None: all.
         """
         index = self.objects.train
         rows, _ = objects_on(index, images)
         return smoothed(np.bincount(index.labels[rows], minlength=self.num_classes))
 
     def samples(self, split: Split, **options: Any) -> DetectionSamples:
-        """A split as the section has it; `options` of `DetectionSamples` come in addition.
-
-        Raises:
-            UserError: The section leaves images out.
-        """
+        """Samples of a split with the section's options and further `options`."""
         section = self.section
         if not section.images:
             raise UserError(f"{section.name}: data.images is false, but detectors need images")
-        own = {
-            "size": section.size,
-            "train": False,
-            "augment": section.augment,
-            "scales": section.scales,
-            "repeat_labelled": section.repeat_labelled,
-            "prepared": Path(section.prepared) / split if section.prepared else None,
-        }
-        return DetectionSamples(self.objects.split(split), **{**own, **options})
+        prepared = Path(section.prepared) / split if section.prepared else None
+        return DetectionSamples(
+            self.objects.split(split), size=section.size, augment=section.augment,
+            scales=section.scales, repeat_labelled=section.repeat_labelled, prepared=prepared,
+            **{"train": False, **options},
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Results of detectors, of runs and of results files in COCO's format."""
+"""Results of detectors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kd.report.tables import Table
 
 @dataclass(frozen=True)
 class DetectionResults(Results):
-    """Boxes that were found, beside the true ones."""
+    """Results from detections and ground truth of each image."""
 
     things: ClassVar[str] = "images with boxes"
     not_by_id: ClassVar[tuple[str, ...]] = box_records.NOT_BY_ID
@@ -46,27 +46,20 @@ class DetectionResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """The numbers of objects and of images."""
+        """Numbers of objects and images."""
         objects = int((~records["truth_crowds"]).sum())
         return f"{objects} objects in {len(records['image_ids'])} images"
 
     def evaluation(
-        self,
-        title: str,
-        runs: Mapping[str, Records],
-        section: Mapping[str, Any],
+        self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
         opened: Callable[[], DetectionDataset] | None = None,
-    ) -> Evaluation:
-        """Tables and figures; the records hold all that is needed."""
+    ) -> Evaluation:  # fmt: skip
+        """Tables and figures; the records hold the class names."""
         names = [str(name) for name in next(iter(runs.values()))["names"]]
         return DetectionEvaluation(self, title, section, runs, names)
 
     def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read a results file of any detector, in COCO's format.
-
-        Raises:
-            UserError: What is wrong with one of the files.
-        """
+        """Read a results file of any detector, in COCO's format."""
         truth = read_truth(annotations)
         found = read_detections(results, truth)
         records = box_records.box_records(
@@ -82,45 +75,40 @@ class DetectionResults(Results):
         return records
 
     def draw(
-        self,
-        data: DetectionDataset,
-        predictors: Mapping[str, Predictor],
-        runs: Mapping[str, Records],
-        *,
-        count: int,
-        accelerator: Accelerator,
-    ) -> Iterator[Figure]:
-        """Draw the boxes that were found on val images, beside the true ones."""
+        self, data: DetectionDataset, predictors: Mapping[str, Predictor],
+        runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
+    ) -> Iterator[Figure]:  # fmt: skip
+        """Draw val images with ground truth and detections, from records alone."""
         return box_overlays(runs, data.objects.val, count=count)
 
     def draw_training(
         self, data: DetectionDataset, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw where terms with masks imitate, for each level of the student's pyramid."""
+        """Draw the imitation masks on each level of the student's pyramid, if terms use masks."""
         if any(term.kind.mask for term in terms):
             yield from mask_figures(data.samples("val"), task, count=count)
 
 
 @dataclass(frozen=True)
 class DetectionEvaluation(Evaluation):
-    """Detections, by class and by size."""
+    """Tables and figures of detectors."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Pascal VOC's numbers too."""
+        """Metrics of the tables, with Pascal VOC's."""
         return (*self.results.rows, *scores.VOC)
 
     @cached_property
     def classes(self) -> dict[str, list[scores.BoxRow]]:
-        """Rows of every run, class by class."""
+        """Rows of each class, by run."""
         return {name: scores.per_class(records) for name, records in self.runs.items()}
 
     def summary_tables(self) -> list[Table]:
-        """Metrics with their intervals, and AP by size."""
+        """Metrics with intervals, and AP by size."""
         return [*super().summary_tables(), size_table(self.runs)]
 
     def class_table(self) -> Table:
-        """Class by class: one run in full, of several the AP."""
+        """All metrics by class for one run, AP for several."""
         if len(self.runs) > 1:
             return box_classes_side_by_side(self.classes, self.names)
         (rows,) = self.classes.values()
@@ -132,7 +120,7 @@ class DetectionEvaluation(Evaluation):
         yield "size_ap", size_figure(self.runs)
 
     def details(self, name: str) -> dict[str, Any]:
-        """COCO's numbers of each class."""
+        """COCO's metrics of each class."""
         rows = [
             {"name": self.names[row.label], "objects": row.objects, **row.numbers}
             for row in self.classes[name]

@@ -1,8 +1,8 @@
-"""Detection: every object of an image, in its box."""
+"""Detection as a problem: its data, students and results."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from kd.problems.spec import ProblemSpec
 
 
 class DetectionProblem(Problem[DetectionDataset]):
-    """Objects with boxes, all of which are to be found."""
+    """Objects to be found with their boxes."""
 
     spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = "posterior"
@@ -32,51 +32,44 @@ class DetectionProblem(Problem[DetectionDataset]):
     some_posteriors: ClassVar[bool] = True
 
     def open(self, section: ObjectsSection) -> DetectionDataset:
-        """Open both splits; the embedded scenes are rendered where they are not there yet."""
+        """Open both splits; the embedded scenes are rendered if they are missing."""
         return DetectionDataset(open_objects(section))
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
-        """The class names, without the images."""
+        """Class names, read without the images."""
         return class_names(section, layout=section.layout, classes=section.classes)
 
     def training(
         self, data: DetectionDataset, sampling: Sampling, task: Task | None = None
     ) -> DetectionSamples:
-        """Images with all their boxes, those alone whose labels may be used."""
+        """Images with all their boxes, without unlabelled images."""
         known = data.labelled(sampling.seed)
-        return data.samples(
-            "train", train=True, labelled=known, only=known, seed=sampling.seed,
-            cached=sampling.cached,
-        )  # fmt: skip
+        options = {"labelled": known, "only": known, "cached": sampling.cached}
+        return data.samples("train", train=True, seed=sampling.seed, **options)
 
     def evaluation(self, data: DetectionDataset, split: Split = "val") -> DetectionSamples:
         """Whole images with all their boxes."""
         return data.samples(split)
 
     def cached_data(self, data: DetectionDataset) -> Dataset:
-        """A context teacher's posteriors are cached with each object hidden in turn."""
+        """The dataset of objects, which a context teacher hides in turn."""
         return data.objects
 
     def object_ids(self, data: DetectionDataset) -> NDArray[np.int64]:
-        """Annotation ids of the train objects; those that are too small to be hidden have none."""
+        """Annotation ids of the train objects."""
         return data.objects.train.object_ids.astype(np.int64)
 
     def teacher_view(
         self, teacher: Teacher, data: DetectionDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """As a context teacher sees the objects."""
+        """Scenes with an object hidden, for context teachers."""
         return data.objects.problem.teacher_view(teacher, data.objects, split, size=size)
 
     def build_student(
-        self,
-        model: Model,
-        data: DetectionDataset,
-        *,
-        labelled: NDArray[np.int64] | None = None,
-        context: bool = True,
-        outputs: Collection[str] = (),
-    ) -> nn.Module:
-        """Build a detector; a context head is told how common each class is."""
+        self, model: Model, data: DetectionDataset, *, context: bool = True,
+        labelled: NDArray[np.int64] | None = None, **_: Any,
+    ) -> nn.Module:  # fmt: skip
+        """Build a detector; its context head is initialised with the class prior."""
         options = {**model.options, **({} if context else {"context": False})}
         given: dict[str, Any] = {"num_classes": data.num_classes}
         if options.get("context") and "prior" not in options:
@@ -84,7 +77,7 @@ class DetectionProblem(Problem[DetectionDataset]):
         return self.named_student(model.name, options, **given)
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Boxes are matched image by image."""
+        """Results from detections."""
         return DetectionResults(metrics or {})
 
 

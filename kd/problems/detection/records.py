@@ -1,11 +1,11 @@
-"""Boxes found on the images of a split beside the true ones: arrays of `predictions.npz`.
+"""Detections and ground truth of a split: the records of `predictions.npz`.
 
-`image_ids` (I,) ascending; `names`, `category_ids` and, where they are known, `confusable` (C,),
-the number of the group of confusable classes that a class belongs to, -1 for none. Of the true
-objects `truth_images` (G,), places in `image_ids`, `truth_labels` (G,), `truth_boxes` (G, 4) x, y,
-width, height in pixels of the file, `truth_areas` (G,) of the segments, `truth_crowds` (G,); with
-KITTI also `truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Of the
-detections `found_images`, `found_labels`, `found_boxes`, `found_scores` (D,), by image.
+Images: `image_ids` (I,) ascending. Classes: `names`, `category_ids` and, if known, `confusable`
+(C,), the number of a class's group of confusable classes, -1 for none. Ground truth: `truth_images`
+(G,), positions in `image_ids`, `truth_labels` (G,), `truth_boxes` (G, 4) x, y, width, height in
+pixels of the file, `truth_areas` (G,) of the segments, `truth_crowds` (G,); of KITTI also
+`truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Detections, sorted by
+image: `found_images`, `found_labels`, `found_boxes` and `found_scores` (D,).
 """
 
 from __future__ import annotations
@@ -27,31 +27,25 @@ FOUND = ("found_images", "found_labels", "found_boxes", "found_scores")
 KITTI = ("truth_truncated", "truth_occluded", "truth_roles")
 BY_CLASS = ("names", "category_ids", "confusable")
 NOT_BY_ID = (*BY_CLASS, *TRUTH, *KITTI, *FOUND)
-ROLES = ("object", "neighbour", "region")  # what `truth_roles` counts from 0
+ROLES = ("object", "neighbour", "region")  # 0, 1, 2 in `truth_roles`
 
 
 def box_records(
-    truth: Boxes,
-    found: Boxes,
-    scores: Array,
-    *,
-    image_ids: Ints,
-    names: Sequence[str],
-    category_ids: Ints,
-    confusable: Sequence[str | None] | None = None,
+    truth: Boxes, found: Boxes, scores: Array, *, image_ids: Ints, names: Sequence[str],
+    category_ids: Ints, confusable: Sequence[str | None] | None = None,
     kitti: KittiTruth | None = None,
-) -> Records:
-    """Records of what is there and what was found.
+) -> Records:  # fmt: skip
+    """Build records.
 
     Args:
         truth: All objects, crowds included.
-        found: The detections; the type of their numbers is kept.
+        found: Detections, of any float type.
         scores: (D,).
         image_ids: (I,) ascending.
-        names: C names.
-        category_ids: (C,), as results in COCO's format name classes.
-        confusable: C group names, None for none; classes of one group look alike.
-        kitti: The same objects as KITTI's difficulties ask for them.
+        names: C class names.
+        category_ids: (C,) ids of the classes in COCO's format.
+        confusable: Names of groups of confusable classes, C of them, None for no group.
+        kitti: The same objects with KITTI's difficulties.
     """
     order = np.argsort(found.image, kind="stable")
     records: dict[str, Array] = {
@@ -77,8 +71,13 @@ def box_records(
     return records
 
 
+def detections(image: Ints, label: Ints, xywh: Array) -> Boxes:
+    """Boxes whose areas are those of their sides, none of them a crowd."""
+    return Boxes(image, label, xywh, xywh[:, 2] * xywh[:, 3], np.zeros(len(xywh), np.bool_))
+
+
 def true_boxes(records: Records) -> Boxes:
-    """All objects."""
+    """All objects, crowds included."""
     return Boxes(
         image=records["truth_images"].astype(np.int64),
         label=records["truth_labels"].astype(np.int64),
@@ -89,24 +88,18 @@ def true_boxes(records: Records) -> Boxes:
 
 
 def found_boxes(records: Records) -> Boxes:
-    """The detections; the area of a box is that of its sides."""
-    xywh = records["found_boxes"].astype(np.float64)
-    return Boxes(
-        image=records["found_images"].astype(np.int64),
-        label=records["found_labels"].astype(np.int64),
-        xywh=xywh,
-        areas=xywh[:, 2] * xywh[:, 3],
-        crowd=np.zeros(len(xywh), np.bool_),
-    )
+    """The detections."""
+    image, label = (records[name].astype(np.int64) for name in ("found_images", "found_labels"))
+    return detections(image, label, records["found_boxes"].astype(np.float64))
 
 
 def found_scores(records: Records) -> Floats:
-    """(D,)."""
+    """Scores of the detections, (D,)."""
     return records["found_scores"].astype(np.float64)
 
 
 def kitti_truth(records: Records) -> KittiTruth | None:
-    """The objects as KITTI's difficulties ask for them, None of other data."""
+    """The objects with KITTI's difficulties; None for other data."""
     if any(name not in records for name in KITTI):
         return None
     roles = records["truth_roles"]
@@ -120,11 +113,7 @@ def kitti_truth(records: Records) -> KittiTruth | None:
 
 
 def write_results(records: Records, path: Path) -> None:
-    """Write the detections as results in COCO's format, one a line: whole, or not at all.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write the detections in COCO's results format, one per line, atomically."""
     images = records["image_ids"][records["found_images"]].tolist()
     categories = records["category_ids"][records["found_labels"]].tolist()
     boxes, scores = (records[name].astype(np.float64).tolist() for name in FOUND[2:])
@@ -144,15 +133,11 @@ def write_results(records: Records, path: Path) -> None:
 
 
 def check(records: Records, where: str) -> None:
-    """Check records before a number is computed from them.
-
-    Args:
-        records: As this module describes.
-        where: What the message begins with: a file, or what was evaluated.
+    """Check records; messages begin with `where`.
 
     Raises:
-        UserError: A missing array, wrong shapes, an image or class that is not there, numbers that
-            are not finite, sides below 0, or not one object to find.
+        UserError: A missing array, wrong shapes, an unknown image or class, numbers that are not
+            finite, negative sides, or no objects.
     """
     required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
     if missing := [name for name in required if name not in records]:
@@ -164,8 +149,7 @@ def check(records: Records, where: str) -> None:
     for side in ("truth", "found"):
         for name, limit in ((f"{side}_images", len(records["image_ids"])),
                             (f"{side}_labels", classes)):  # fmt: skip
-            wrong = (records[name] < 0) | (records[name] >= limit)
-            if wrong.any():
+            if (wrong := (records[name] < 0) | (records[name] >= limit)).any():
                 row = int(np.flatnonzero(wrong)[0])
                 raise UserError(
                     f"{where}: {name}[{row}] is {records[name][row]}, expected 0..{limit - 1}"
@@ -195,7 +179,7 @@ def _check_numbers(records: Records, name: str, where: str) -> None:
     values = records[name] if records[name].ndim > 1 else records[name][:, None]
     wrong = ~np.isfinite(values).all(axis=1)
     problem = "is not finite"
-    if name == "found_boxes" and not wrong.any():  # of true ones COCO itself has some
+    if name == "found_boxes" and not wrong.any():  # COCO's own ground truth has some
         wrong, problem = (values[:, 2:] < 0).any(axis=1), "has a side below 0"
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
@@ -204,11 +188,7 @@ def _check_numbers(records: Records, name: str, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that two have the same classes and true objects.
-
-    Raises:
-        UserError: They differ; the message begins with `pair`, which names both.
-    """
+    """Check that two records have the same classes and ground truth."""
     own, others = (len(one["category_ids"]) for one in (records, other))
     if own != others:
         raise UserError(f"{pair} know different numbers of classes: {own} and {others}")

@@ -1,4 +1,4 @@
-"""Detection: it reads the same data section as objects. Nothing here imports torch."""
+"""Detection: tasks on the data section of objects, without importing torch."""
 
 from __future__ import annotations
 

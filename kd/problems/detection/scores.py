@@ -1,9 +1,9 @@
 """Detection metrics of COCO, Pascal VOC and KITTI, overall and per class.
 
-A number of all classes is the mean over those with an object. Intervals draw images again and
-average the precision anew: every number of a run comes from one pass over all resamples, and those
-of runs on the same images, drawn alike, can be subtracted. Where images repeat, AP is larger (by
-1.6 points on 228 of COCO's), so that bounds are moved by the mean of that.
+Overall metrics are means over the classes with an object. Intervals are bootstrapped over images:
+all metrics of a run come from one pass over the resamples, which are the same for all runs on the
+same images, so that runs can be subtracted. Repeated images raise AP (by 1.6 points on 228 images
+of COCO), so bounds are shifted by that bias.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from kd.metrics.records import Records
 from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
 from kd.problems.detection import records as box_records
 
-# What tables call COCO's numbers, and what `mean_ap.SUMMARY` calls them.
+# COCO's metrics: name in tables -> name in `coco_ap.SUMMARY`.
 COCO = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium",
         "AP_large": "large"}  # fmt: skip
 AR = "AR100"
-# Average recall: of objects of which sizes, by how many detections of a class on an image at most.
+# Average recall: name -> size of the objects, and detections used per class and image.
 RECALLS = {"AR1": ("all", 1), "AR10": ("all", 10), AR: ("all", 100), "AR_small": ("small", 100),
            "AR_medium": ("medium", 100), "AR_large": ("large", 100)}  # fmt: skip
 VOC: dict[str, Points] = {"VOC07_mAP": "11", "VOC_mAP": "area"}
-CONFUSABLE = "confusable_"  # before a number of COCO's: of classes that others look like
+CONFUSABLE = "confusable_"  # prefix of COCO's metrics: over classes with confusable ones
 _KITTI = re.compile(rf"KITTI(11)?_({'|'.join(DIFFICULTIES)})")
 KITTI = tuple(f"KITTI_{name}" for name in DIFFICULTIES)
 ROWS = (*COCO, AR, f"{CONFUSABLE}AP50", *KITTI)
 SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}  # metric -> area range
-_REMEMBERED = 32  # runs
+_CACHED = 32  # runs
 
-Numbers = Mapping[str, Floats]  # (R, C) each, NaN where a class has no object
+Numbers = Mapping[str, Floats]  # by metric, (R, C) each, NaN for classes without objects
 
 
 def value(records: Records, name: str) -> float | None:
-    """A metric, None where nothing counts for it.
+    """A metric; None if it is undefined.
 
     Args:
-        records: As `kd.problems.detection.records` describes.
-        name: One of `ROWS` or `RECALLS`, `KITTI11_<difficulty>`, `confusable_<one of COCO>`, or any
-            but those of look-alikes with `/` and a class behind it.
+        records: See `kd.problems.detection.records`.
+        name: One of `ROWS`, `RECALLS` or `VOC`, `KITTI11_<difficulty>`, `confusable_<one of COCO>`;
+            all but `confusable_` can be followed by `/` and a class.
 
     Raises:
         UserError: There is no such metric or class.
     """
-    number = float(_number(_Remembered(records), name, drawn=False)[0])
+    number = float(_number(_RecordsKey(records), name, drawn=False)[0])
     return None if np.isnan(number) else number
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric with its 95 % interval, images drawn again; KITTI's have none, they take minutes."""
-    known = _Remembered(records)
+    """A metric with its 95 % interval; None for KITTI's, whose bootstrap would take minutes."""
+    known = _RecordsKey(records)
     mean = float(_number(known, name, drawn=False)[0])
     if np.isnan(mean) or _KITTI.match(name):
         return None
@@ -70,8 +70,8 @@ def interval(records: Records, name: str) -> Interval | None:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric less that of a twin; both are given the same images again."""
-    both = _Remembered(records), _Remembered(twin)
+    """A metric minus a twin's, with the interval of a paired bootstrap over images."""
+    both = _RecordsKey(records), _RecordsKey(twin)
     own, other = (float(_number(one, name, drawn=False)[0]) for one in both)
     if len(records["image_ids"]) < 2 or _KITTI.match(name):
         return Interval(own - other, np.nan, np.nan)
@@ -80,7 +80,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def evaluate(records: Records) -> dict[str, float]:
-    """Every number of all classes that these records allow, and the `count` of images."""
+    """Every overall metric that is defined for these records, and the `count` of images."""
     names = (*COCO, *RECALLS, f"{CONFUSABLE}AP50", *VOC, *KITTI)
     found = {name: value(records, name) for name in names}
     numbers = {name: number for name, number in found.items() if number is not None}
@@ -88,16 +88,16 @@ def evaluate(records: Records) -> dict[str, float]:
 
 
 class BoxRow(NamedTuple):
-    """One class that is there."""
+    """COCO's metrics of a class with an object."""
 
     label: int
     objects: int
-    numbers: dict[str, float]  # by the names of `COCO`; without sizes that it does not have
+    numbers: dict[str, float]  # by the names of `COCO`, without sizes that the class lacks
 
 
 def per_class(records: Records) -> list[BoxRow]:
-    """COCO's numbers of each class with an object, the most frequent first."""
-    numbers = _observed(_Remembered(records))
+    """COCO's metrics of each class with an object, the most frequent first."""
+    numbers = _observed(_RecordsKey(records))
     support = objects_of(records)
     rows = []
     for label in np.argsort(-support, kind="stable").tolist():
@@ -109,7 +109,7 @@ def per_class(records: Records) -> list[BoxRow]:
 
 
 def objects_of(records: Records, size: str = "all") -> Array:
-    """(C,) objects of each class that count for a range of `AREAS`."""
+    """Objects of each class in a size range of `AREAS`, (C,)."""
     low, high = AREAS[size]
     areas = records["truth_areas"]
     kept = ~records["truth_crowds"] & (areas >= low) & (areas <= high)
@@ -117,16 +117,16 @@ def objects_of(records: Records, size: str = "all") -> Array:
 
 
 def right_at_half(records: Records) -> tuple[Bools, Bools]:
-    """(D,) which detections are right at an overlap of 0.5, and which count neither way."""
+    """Detections that are right at an overlap of 0.5, (D,) bool, and those that are ignored."""
     _, matches = _matched(records, areas=1)
     return matches.hit[0, 0], matches.ignored[0, 0]
 
 
 def class_number(wanted: str, records: Records) -> int:
-    """A class by name, or by number in 0..C-1.
+    """The number of a class given by name or number.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such class.
     """
     names = [str(name) for name in records["names"]]
     if wanted in names:
@@ -136,15 +136,15 @@ def class_number(wanted: str, records: Records) -> int:
     raise UserError(f"metric of class {wanted!r}: no such class; there are {', '.join(names)}")
 
 
-class _Remembered:
-    """Records as the key of what was computed of them: equal ones have equal content."""
+class _RecordsKey:
+    """Records as a cache key: equal if their content is."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
 
     @cached_property
     def digest(self) -> bytes:
-        """Of all that numbers follow from."""
+        """Hash of all arrays that metrics depend on."""
         content = hashlib.blake2b(digest_size=16)
         for name in ("image_ids", "category_ids", "names", "confusable", *box_records.TRUTH,
                      *box_records.KITTI, *box_records.FOUND):  # fmt: skip
@@ -158,11 +158,11 @@ class _Remembered:
         return hash(self.digest)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Remembered) and self.digest == other.digest
+        return isinstance(other, _RecordsKey) and self.digest == other.digest
 
 
-def _number(known: _Remembered, name: str, *, drawn: bool) -> Floats:
-    """A metric as observed, (1,), or of every resample, (R,)."""
+def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
+    """A metric of the images, (1,), or of every resample, (R,)."""
     records = known.records
     metric, _, wanted = name.partition("/")
     label = class_number(wanted, records) if wanted else None
@@ -197,7 +197,7 @@ def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matc
 
 
 def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str, Floats]:
-    """COCO's numbers of each class, (R, C)."""
+    """COCO's metrics of each class, (R, C)."""
     averages = meter.average(matches, weights)  # (R, A, T, C)
     found = {
         name: meter.recall(matches, weights, area=area, most=most).mean(axis=1)
@@ -211,14 +211,14 @@ def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str
     return found
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _observed(known: _Remembered) -> Numbers:
+@lru_cache(maxsize=_CACHED)
+def _observed(known: _RecordsKey) -> Numbers:
     return _numbers(*_matched(known.records), None)
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _resampled(known: _Remembered) -> Numbers:
-    """In half the digits: bounds need no more, and there are many."""
+@lru_cache(maxsize=_CACHED)
+def _resampled(known: _RecordsKey) -> Numbers:
+    """In float32 to save memory, which is enough for bounds."""
     meter, matches = _matched(known.records)
     drawn = (weights.astype(np.float32) for weights in resamples(meter.images))
     parts = [_numbers(meter, matches, weights) for weights in drawn]
@@ -227,8 +227,8 @@ def _resampled(known: _Remembered) -> Numbers:
     }
 
 
-@lru_cache(maxsize=2 * _REMEMBERED)
-def _voc(known: _Remembered, points: Points, drawn: bool) -> Floats:
+@lru_cache(maxsize=2 * _CACHED)
+def _voc(known: _RecordsKey, points: Points, drawn: bool) -> Floats:
     """(R, C)."""
     records = known.records
     sides = box_records.true_boxes(records), box_records.found_boxes(records)
@@ -238,9 +238,9 @@ def _voc(known: _Remembered, points: Points, drawn: bool) -> Floats:
     return np.concatenate([meter.average(matches, one, points=points) for one in counts])
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _kitti(known: _Remembered, points: int) -> Floats:
-    """(3, C); NaN for other data; an overlap of 0.5 where KITTI has none for a class."""
+@lru_cache(maxsize=_CACHED)
+def _kitti(known: _RecordsKey, points: int) -> Floats:
+    """(3, C), NaN for other data; overlap 0.5 for classes that KITTI does not define."""
     records = known.records
     names = [str(name) for name in records["names"]]
     result = np.full((len(DIFFICULTIES), len(names)), np.nan)

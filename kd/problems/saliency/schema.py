@@ -1,4 +1,4 @@
-"""Saliency: the data section and the task. Nothing here imports torch."""
+"""Saliency: data section and task, without importing torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kd.config.datasets import (
     Positive,
     Whole,
     check_splits,
-)
+)  # fmt: skip
 from kd.formats import check_layout
 from kd.problems.spec import ProblemSpec
 from kd.registry import Entry

@@ -1,4 +1,4 @@
-"""Saliency: where people look on an image, as a density over its pixels."""
+"""The task of saliency: the density of fixations over the pixels of an image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.segmentation.task import on_grid
 from kd.transforms.hide import normalise
 
-SALIENCY = "saliency"  # a network's map of logits
-SECOND_MAP = "teacher_saliency"  # a student's second map, which learns the teacher's
+SALIENCY = "saliency"  # output: a map of logits
+SECOND_MAP = "teacher_saliency"  # output: a student's second map, which learns the teacher's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency(Task):
-    """KL divergence of the density of fixations from what a network says, a softmax over pixels.
-
-    Padding takes no part.
+    """KL divergence from the predicted to the true density of fixations, ignoring padding.
 
     Args:
-        published: The map is sigmoids divided by their sum, as published, in place of a softmax.
+        published: Normalise by sigmoids divided by their sum, as published, instead of a softmax
+            over pixels.
     """
 
     outputs: ClassVar[Collection[str]] = (SALIENCY, SECOND_MAP)
@@ -38,7 +37,7 @@ class Saliency(Task):
     published: bool = False
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images, (N, 3, H, W); padding is 0, the mean colour, as networks pad."""
+        """Normalised images, (N, 3, H, W); padding is 0, the mean colour."""
         images = normalise(batch["images"])
         frame = (images.shape[2], images.shape[3])
         return (images * within(batch, frame)[:, None],)
@@ -46,41 +45,39 @@ class Saliency(Task):
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """`kld`, the mean over images."""
         density = batch["density"]
-        logits = on_grid(output[SALIENCY], (density.shape[2], density.shape[3])).float()
-        valid = within(batch, (density.shape[2], density.shape[3]))
-        value = saliency_kld(logits, density, valid, published=self.published)
+        grid = (density.shape[2], density.shape[3])
+        logits = on_grid(output[SALIENCY], grid).float()
+        value = saliency_kld(logits, density, within(batch, grid), published=self.published)
         return {"kld": Mean(value, "images")}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """For distillation: `valid`, (N, h, w) bool, within the images."""
+        """`valid`, (N, h, w) bool: cells inside the images."""
         return {"valid": lambda grid: within(batch, grid)}
 
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Images, and their pixels without padding."""
+        """Images and their pixels, without padding."""
         images = full_count(batch, "images")
         pixels = batch["sizes"].prod(1).sum().float()
         return {"images": images, "valid_images": images, "pixels": pixels}
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """Places within the image count as its pixels."""
+        """Pixels for `valid`, otherwise images."""
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Densities at the size of the files, (N, 1, H, W) float32.
 
-        Of whole images that fill the network's input, as in evaluation; those of one batch are
-        of one size.
+        Expects evaluation samples: no padding, and files of one size in each batch.
         """
         height, width = batch["own_sizes"][0].tolist()
         # Probabilities of large maps are too small for half precision.
-        return density_of(
-            on_grid(output[SALIENCY].float(), (height, width)), published=self.published
-        )
+        logits = on_grid(output[SALIENCY].float(), (height, width))
+        return density_of(logits, published=self.published)
 
     def metric(self, classes: Classes) -> Metric:
-        """KLD, CC, SIM, NSS, both areas under the curve, information gain."""
+        """The metrics of `kd.metrics.saliency`."""
         if classes.truth is None:
             raise UserError(f"{classes.where}: has no fixations to be predicted")
         truth: GazeTruth = classes.truth()
@@ -88,7 +85,7 @@ class Saliency(Task):
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
-    """Where a grid over the padded frame is within the image, (N, h, w) bool."""
+    """Cells of a grid over the padded frame that are inside the image, (N, h, w) bool."""
     frame, sizes = batch["images"].shape[2:], batch["sizes"]
     inside = []
     for axis in (0, 1):
@@ -98,9 +95,9 @@ def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
 
 
 def density_of(logits: Tensor, *, published: bool = False) -> Tensor:
-    """Densities over maps (N, 1, H, W) of logits."""
+    """Normalise maps of logits (N, 1, H, W) to densities; see `Saliency` for `published`."""
     if published:
-        shares = logits.sigmoid()
-        return shares / (EPS + shares.sum(dim=(2, 3), keepdim=True))
+        values = logits.sigmoid()
+        return values / (EPS + values.sum(dim=(2, 3), keepdim=True))
     flat: Tensor = F.softmax(logits.flatten(1), dim=1)
     return flat.view_as(logits)

@@ -1,4 +1,4 @@
-"""Semantic segmentation: the data section and the task. Nothing here imports torch."""
+"""Semantic segmentation: data section and task, without importing torch."""
 
 from __future__ import annotations
 
