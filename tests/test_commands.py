@@ -171,7 +171,7 @@ def test_the_cache_command_says_what_is_wrong(
     command = ["--teacher", str(teacher), "--data", "scenes", *small_data]
     for flags, message in (
         (["--layers", "featurs.2"], "unknown layer 'featurs.2'; did you mean 'features.2'"),
-        (["--top-k", "22"], "top_k 22: posterior has 22 channels; keep fewer"),
+        (["--top-k", "22"], "top_k 22: posterior has 22 channels; store fewer"),
         (["--top-k", "-1"], "--top-k must be at least 0, got -1"),
         (["--out", "nowhere://x"], "nowhere://x/scenes-train-posterior: Protocol not known"),
     ):
@@ -191,7 +191,7 @@ def test_a_finished_distillation_asks_for_resume_and_then_trains_nothing(
              "variants=[plain, distilled]")]  # fmt: skip
     command = ["--student", "resnet18", "--teacher", str(teacher), "--out", str(distilled)]
     assert run_command(distill.main, [*command, *flags]) == 2
-    assert "there is a run already; --resume goes on with it" in capsys.readouterr().err
+    assert "has a run already; continue it with --resume" in capsys.readouterr().err
     before = (distilled / "seed1" / "plain" / "last.pt").stat().st_mtime_ns
     # Begun in an earlier call with another list of variants; not asked for any more.
     given_up = shutil.copytree(

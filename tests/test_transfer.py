@@ -69,7 +69,7 @@ def test_finished_runs_are_not_trained_again(
     command, out = labels
     capsys.readouterr()
     assert run_command(transfer.main, command) == 2
-    assert "there is a run already; --resume goes on with it" in capsys.readouterr().err
+    assert "has a run already; continue it with --resume" in capsys.readouterr().err
     files = sorted(out.glob("*/*/*/*/summary.json"))
     before = [file.stat().st_mtime_ns for file in files]
     assert len(files) == 8

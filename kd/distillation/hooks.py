@@ -21,15 +21,15 @@ _LEVELS = (
 class FeatureTaps:
     """Collect the outputs of named layers while a model runs.
 
-    A layer is a path of `model.named_modules()`; where its output is a dict, as a feature
-    pyramid's is, `path.key` takes one entry. A layer that runs several times in one forward pass
-    gives its last output. A deep copy of the model is not tapped; a deep copy of what holds both
-    model and taps has taps of its own.
+    A layer is a path of `model.named_modules()`; for an output that is a dict, such as a feature
+    pyramid's, `path.key` takes one entry. A layer that runs several times in a forward pass gives
+    its last output. A copy of the model alone is not tapped; a deep copy of an object that holds
+    both model and taps is.
 
     Args:
         model: The model itself, not a wrapper such as DDP: wrappers change the paths.
-        layers: What to collect.
-        called: Whose layers they are, for messages: "student".
+        layers: Layers to collect.
+        called: Name of the model in messages, such as "student".
 
     Raises:
         UserError: A path that the model does not have; the message lists the nearest.
@@ -50,8 +50,7 @@ class FeatureTaps:
     def collect(self) -> dict[str, Tensor]:
         """Return the last forward pass's outputs by layer, with their gradients, and drop them.
 
-        Raises:
-            UserError: A layer did not run, or has no such output.
+        A layer that did not run, or has no such output, is a UserError.
         """
         outputs = dict(self._outputs)
         self.clear()
@@ -61,11 +60,11 @@ class FeatureTaps:
         }
 
     def clear(self) -> None:
-        """Drop what was collected."""
+        """Drop the collected outputs."""
         self._outputs.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self.clear()
@@ -78,8 +77,8 @@ class FeatureTaps:
 class _Hook:
     """A forward hook that does nothing once copied.
 
-    `copy.deepcopy` copies a module's hooks with it, and the copy, an averaged student for
-    instance, would overwrite the original's features.
+    `copy.deepcopy` copies a module's hooks too, and the copy, an averaged student for instance,
+    would overwrite the original's features.
     """
 
     def __init__(self, path: str, outputs: dict[str, object] | None) -> None:

@@ -25,25 +25,24 @@ class TermKind:
     Args:
         loss: `package.module:attribute`, or the function itself.
         help: One line for `--list`.
-        unit: What the mean is over. `place`: places of feature maps, those of `mask` or, where the
-            task knows them, the valid ones. `image`: images, or what a teacher sees of one with an
-            object hidden. `box`, `object`: rows of outputs, one for each box or hidden object.
-            Micro-batches and processes are weighted by it.
-        student: The student's output that is compared unless a recipe names another output or
-            layer; None: a recipe must name it.
-        teacher: The teacher's output likewise.
+        unit: Unit of the mean; micro-batches and processes are weighted by it. `place`: places of
+            feature maps, those of `mask` or, where the task knows them, the valid ones. `image`:
+            images, or teacher inputs with an object hidden. `box`, `object`: rows of outputs, one
+            for each box or hidden object.
+        student: Default output of the student; None: the recipe must name an output or layer.
+        teacher: Default output of the teacher; None likewise.
         mask: Name of the task's mask that the loss takes as its third argument.
-        mask_option: Name of a term's option, a number in 0..1, that goes to that mask.
+        mask_option: Name of an option of the term, a number in 0..1, that is passed to the mask.
         valid: Whether the loss takes `valid`, the places where there is something to compare.
-        place_weights: Name of the task's mask that goes to the loss as `weights`.
-        labels: Whether the loss takes the rows' labels, and counts those that have one.
+        place_weights: Name of the task's mask that is passed to the loss as `weights`.
+        labels: Whether the loss takes the rows' labels, and counts only the labelled ones.
         images: Whether the loss takes the rows' images.
-        trained: Who trains the loss's own weights: `student`, together with the student's, or
-            `critic`, in a step of their own. `loss` is then called with the teacher's number of
-            channels and makes a module. None: it has none.
+        trained: Whether the loss has weights, and who trains them: `student`, together with the
+            student's, or `critic`, in a step of their own. `loss` is then called with the teacher's
+            number of channels and returns a module.
         softmax: Whether the loss takes a softmax, so that log-probabilities serve as logits.
         by_class: Whether outputs are compared class by class, so that classes must be the same.
-        own_class: Whether of numbers for every class those of the box's own are compared.
+        own_class: Whether only the outputs of each box's own class are compared.
     """
 
     loss: str | Callable[..., Any]
@@ -63,15 +62,13 @@ class TermKind:
     own_class: bool = False
 
     def __post_init__(self) -> None:
-        """Check what cannot be had together.
-
-        Raises:
-            UserError: An unknown unit, or a mask of places for a mean over something else.
-        """
+        """Refuse an unknown unit, or a mask for a mean that is not over places."""
         if self.unit not in ("place", "image", "box", "object"):
             raise UserError(f"unit must be place, image, box or object, got {self.unit!r}")
         if self.unit != "place" and (self.mask or self.place_weights):
-            raise UserError(f"a loss with a mask is a mean over places, not unit {self.unit!r}")
+            raise UserError(
+                f"a loss with a mask is a mean over places, not over unit {self.unit!r}"
+            )
 
     @property
     def maps(self) -> bool:
@@ -91,37 +88,37 @@ TERMS: dict[str, TermKind] = {
     ),
     "output_kd": TermKind(
         "kd.losses.logits:kl_logits",
-        "KL from the context teacher's posterior to the student's own output, an ablation",
+        "KL from the context teacher's posterior to the student's own output; an ablation",
         unit="object", student="logits", teacher=POSTERIOR, softmax=True,
     ),
     "decoupled": TermKind(
         "kd.losses.decoupled_kd:decoupled",
-        "decoupled distillation: target class and the others apart",
+        "decoupled distillation: the target class and the others separately",
         unit="object", student="logits", teacher=POSTERIOR, labels=True, softmax=True,
     ),
     "context_features": TermKind(
         "kd.losses.imitation:imitation",
-        "features of a teacher around each object, imitated",
+        "imitation of a teacher's features around each object",
         unit="place", mask="ring", by_class=False,
     ),
     "imitation": TermKind(
         "kd.losses.imitation:imitation",
-        "features of a detector near the objects' anchors, imitated; option psi: how near",
+        "imitation of a detector's features at anchors near objects; option psi: how near",
         unit="place", mask="imitation", mask_option="psi", by_class=False,
     ),
     "imitation_inside": TermKind(
         "kd.losses.imitation:imitation",
-        "features of a detector inside the boxes, imitated",
+        "imitation of a detector's features inside the boxes",
         unit="place", mask="inside", by_class=False,
     ),
     "imitation_whole": TermKind(
         "kd.losses.imitation:imitation",
-        "features of a detector everywhere, imitated",
+        "imitation of a detector's features everywhere",
         unit="place", mask="whole", by_class=False,
     ),
     "object_logits": TermKind(
         "kd.losses.logits:kl_logits",
-        "KL between what two detectors say of boxes near the true ones",
+        "KL between two detectors' class scores for boxes near the true ones",
         unit="box", student="object_logits", teacher="object_logits", softmax=True,
     ),
     "object_boxes": TermKind(
@@ -163,22 +160,20 @@ TERMS: dict[str, TermKind] = {
     ),
     "saliency": TermKind(
         "kd.losses.saliency:saliency_maps",
-        "the teacher's saliency map, learned by a second map of the student's",
+        "KL from the teacher's saliency map to a second map of the student",
         unit="image", student="teacher_saliency", teacher="saliency", valid=True, by_class=False,
     ),
 }  # fmt: skip
 
 
 def term_kind(section: TermSection) -> TermKind:
-    """The kind of term that a recipe's section names.
+    """Return the kind of term that a recipe's section names.
 
-    Its `name` is one of `TERMS`; `torchdistill.NAME`, a mid-level loss of torchdistill's; or
-    `package.module:attribute`, a `TermKind` of the user's own or a plain function `(student,
-    teacher, *, options)`, whose `unit` the section then says. torchdistill's losses compare a
-    posterior object by object, anything else image by image, unless the section says otherwise.
-
-    Raises:
-        UserError: An unknown name, or a unit that is missing or given twice.
+    `name` is one of `TERMS`; `torchdistill.NAME`, a mid-level loss of torchdistill's; or
+    `package.module:attribute`, a `TermKind` or a plain function `(student, teacher, *, options)`
+    whose `unit` the section gives. torchdistill's losses compare a posterior object by object and
+    anything else image by image, unless the section has a unit. An unknown name, or a unit that is
+    missing or given twice, is a UserError.
     """
     name, unit = section.name, section.unit
     if name.startswith(TORCHDISTILL):
@@ -195,14 +190,14 @@ def term_kind(section: TermSection) -> TermKind:
         raise UserError(f"losses: {name}: neither a function nor a TermKind")
     if unit is None:
         raise UserError(
-            f"losses: {name}: say what its mean is over, `unit: place`, image, box or object; or "
+            f"losses: {name}: give the unit of its mean, `unit: place`, image, box or object; or "
             "name a kd.distillation.registry.TermKind, which declares it"
         )
-    return TermKind(found, "a loss of the user's own", unit=unit)
+    return TermKind(found, "custom loss", unit=unit)
 
 
 def _borrowed(section: TermSection) -> TermKind:
-    from kd.interop.torchdistill import Borrow  # imports torchdistill, which nothing else does
+    from kd.interop.torchdistill import Borrow  # the only import of torchdistill
 
     loss = Borrow(section.name.removeprefix(TORCHDISTILL))
     check_options(loss, section.options, what=f"losses: {section.name}")
@@ -210,19 +205,18 @@ def _borrowed(section: TermSection) -> TermKind:
     of_objects = (section.teacher or "").rpartition(".")[2] == POSTERIOR
     return TermKind(
         loss.module if learns else loss,
-        "a loss of torchdistill's",
+        "loss of torchdistill",
         unit=section.unit or ("object" if of_objects else "image"),
         trained="student" if learns else None,
     )
 
 
-def _adapter(target: str, text: str) -> Entry:
-    return Entry(f"kd.distillation.adapters:{target}", text)
-
-
 ADAPTERS: dict[str, Entry] = {
-    "conv1x1": _adapter("conv1x1", "1x1 convolution"),
-    "conv3x3": _adapter("Conv3x3", "3x3 convolution, with a ReLU if wanted"),
-    "linear": _adapter("linear", "linear layer, for vectors"),
-    "resize": _adapter("Resize", "1x1 convolution and interpolation to a grid"),
+    name: Entry(f"kd.distillation.adapters:{target}", text)
+    for name, target, text in (
+        ("conv1x1", "conv1x1", "1x1 convolution"),
+        ("conv3x3", "Conv3x3", "3x3 convolution, with or without ReLU"),
+        ("linear", "linear", "linear layer, for vectors"),
+        ("resize", "Resize", "1x1 convolution and interpolation to a grid"),
+    )
 }

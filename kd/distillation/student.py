@@ -20,18 +20,17 @@ from kd.registry import check_options, resolve
 
 
 class AdaptedStudent(nn.Module):
-    """Runs the student and brings its tapped layers to the teacher's shape.
+    """Run a student and adapt its tapped layers to the teacher's shape.
 
-    Adapters are here because what needs a gradient must come out of the `forward` that DDP wraps.
-    They are saved with a checkpoint and left out of the exported student, and so are losses with
-    weights: the terms call those, here they are trained. Teachers in training are wrapped too, with
-    nothing tapped.
+    What needs a gradient must come out of the `forward` that DDP wraps, so adapters are here, and
+    so are losses with weights, which the terms call. Checkpoints hold both; the exported student
+    has neither. Teachers in training are wrapped too, without taps.
 
     Args:
-        student: The model; its `forward` gives a tensor (then called `logits`) or a dict.
+        student: The model; its `forward` returns a tensor (then called `logits`) or a dict.
         layers: Layers to tap, as paths of `student.named_modules()`.
-        adapters: By layer; a layer without one passes unchanged.
-        losses: Losses with weights of their own, which learn with the student, by term.
+        adapters: Adapters by layer; a layer without one passes unchanged.
+        losses: Losses with weights that are trained with the student, by term.
     """
 
     def __init__(
@@ -43,39 +42,29 @@ class AdaptedStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.student: nn.Module = student
-        # A module's name may hold no dot.
-        self.adapters = nn.ModuleDict(
-            {layer.replace(".", "/"): adapter for layer, adapter in (adapters or {}).items()}
-        )
-        self.losses = nn.ModuleDict(
-            {term.replace(".", "/"): loss for term, loss in (losses or {}).items()}
-        )
+        self.adapters = _module_dict(adapters or {})
+        self.losses = _module_dict(losses or {})
         self._taps = FeatureTaps(student, layers, called="student") if layers else None
 
     def forward(
         self, *inputs: Tensor, where: Mapping[str, Mask] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Outputs and adapted features by name.
+        """Return outputs and adapted features by name.
 
-        Args:
-            inputs: Of the student.
-            where: By layer, the places of its map that will be looked at; an adapter may leave out
-                the others. What is not named here is looked at everywhere.
+        `where` has, by layer, a mask of the places that will be read: an adapter may skip the
+        others.
         """
-        output = self.student(*inputs)
-        outputs = named(output)
-        features: dict[str, Tensor] = {}
-        for layer, feature in (self._taps.collect() if self._taps else {}).items():
-            name = layer.replace(".", "/")
-            features[layer] = self._adapt(name, feature, (where or {}).get(layer))
+        outputs = named(self.student(*inputs))
+        features = self._taps.collect() if self._taps else {}
+        for layer, feature in features.items():
+            features[layer] = self._adapt(_key(layer), feature, (where or {}).get(layer))
         return outputs, features
 
     def _adapt(self, name: str, feature: Tensor, where: Mask | None) -> Tensor:
         if name not in self.adapters:
             return feature
         adapter = self.adapters[name]
-        # Places are counted: elsewhere than on a CPU that would wait for all that is still to be
-        # done, and their number is not known when a step is compiled.
+        # Counting places synchronises an accelerator, and their number is unknown to a compiler.
         counts = feature.is_cpu and not torch.compiler.is_compiling()
         if where is not None and counts and isinstance(adapter, Conv3x3):
             adapted: Tensor = adapter(feature, where((feature.shape[2], feature.shape[3])))
@@ -84,9 +73,17 @@ class AdaptedStudent(nn.Module):
         return adapted
 
     def taps_off(self) -> None:
-        """Take the hooks off the student, so that it can be wrapped again."""
+        """Remove the hooks from the student, so that it can be wrapped again."""
         if self._taps is not None:
             self._taps.remove()
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # names of modules must not contain dots
+
+
+def _module_dict(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    return nn.ModuleDict({_key(name): module for name, module in modules.items()})
 
 
 def adapt_student(
@@ -97,22 +94,11 @@ def adapt_student(
     task: Task,
     batch: Batch,
 ) -> tuple[AdaptedStudent, list[Term]]:
-    """Wrap a student with all that its terms need, shapes found on one batch.
+    """Wrap a student with the taps, adapters and losses that its terms need.
 
-    Args:
-        student: On the device of teachers and batch.
-        terms: What it learns by.
-        adapters: By layer of the student; those of layers that no term reads are left out.
-        source: The teachers; None without terms.
-        task: Its inputs.
-        batch: Any.
-
-    Returns:
-        The student with taps, adapters and the losses that have weights; the terms with new
-        weights where they have some.
-
-    Raises:
-        UserError: An adapter that is unknown, or to a layer that no term reads.
+    Shapes are found on one batch, on the device of student and teachers. Adapters of layers that no
+    term reads are left out. Returns the student, and the terms with new weights where they have
+    some. An unknown adapter, or one to a layer that no term reads, is a UserError.
     """
     layers = tapped_layers(terms, task)
     if source is None or not (layers or any(term.kind.trained for term in terms)):

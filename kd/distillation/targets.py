@@ -1,4 +1,4 @@
-"""Soft targets: outputs of teachers that run in each step, or that were computed before.
+"""Soft targets: outputs of teachers that run in each step, or that were cached before.
 
 All are callables from a batch to named tensors; `posterior` holds log-probabilities (K, C), a row
 for each object. The engine cannot tell them apart.
@@ -21,10 +21,10 @@ from kd.storage.fields import PREFIX, CachedField
 
 
 class SoftTargetSource(Protocol):
-    """A batch to the teacher's named outputs."""
+    """A callable from a batch to the teacher's named outputs."""
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """Targets of a batch; `rows` is what the student's rows are about."""
+        """Return the targets of a batch; `rows` describes the student's rows."""
         ...
 
 
@@ -38,22 +38,17 @@ class PartialSource(Protocol):
 
 
 def known_counts(source: object, rows: Rows) -> dict[str, Tensor]:
-    """How many rows have a posterior, by unit, where some may lack one."""
+    """Count the rows that have a posterior, by unit, where some may lack one."""
     if not isinstance(source, PartialSource) or not rows.partial:
         return {}
     return {unit: known.sum().float() for unit, known in source.known(rows).items()}
 
 
 class LiveTeacher:
-    """Runs a teacher in each step, on the very batch the student sees.
+    """Run a teacher in each step, on the batch that the student sees.
 
-    Args:
-        model: The teacher; it is frozen and put in evaluation mode.
-        task: The teacher's: its inputs, and how its outputs are decoded.
-        layers: Layers whose features are needed.
-        autocast: Whether it runs in bfloat16.
-        posterior: Whether posteriors of hidden objects are needed.
-        called: What messages call it.
+    The model is frozen and put in evaluation mode. `task` is the teacher's; `posterior` is whether
+    posteriors of hidden objects are decoded; `called` names the teacher in messages.
     """
 
     def __init__(
@@ -75,16 +70,15 @@ class LiveTeacher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         if self._taps is not None:
             self._taps.remove()
 
     def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
-        """Outputs by name, `posterior` (R, C), features of layers (R, ...); rows are its task's."""
+        """Return outputs by name, `posterior` (R, C) and features of layers (R, ...)."""
         device = batch["images"].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
-            output = self.model(*self.task.inputs(batch))
-        outputs = named(output)
+            outputs = named(self.model(*self.task.inputs(batch)))
         features = self._taps.collect() if self._taps else {}
         given = {name: tensor.float() for name, tensor in (outputs | features).items()}
         if self._posterior:
@@ -93,15 +87,11 @@ class LiveTeacher:
 
 
 class Teachers:
-    """More than one teacher: the first one's outputs by their names, the others' as `NAME.output`.
+    """Several teachers: outputs of the first by their names, of the others as `NAME.output`.
 
-    `mean.posterior` and `mean.logits`, where all give them in one shape, are the weighted mean of
-    logits; a posterior's is normalised again.
-
-    Args:
-        first: The recipe's `teacher`; None where no term reads it.
-        more: The further ones by name.
-        weights: Of each in the mean, the first one's first; they need not add up to 1.
+    `mean.posterior` and `mean.logits` are weighted means of logits, where all teachers give them in
+    one shape; the posterior is normalised again. `first` is None where no term reads the recipe's
+    own `teacher`. The `weights`, the first teacher's first, need not add up to 1.
     """
 
     def __init__(
@@ -116,46 +106,41 @@ class Teachers:
         self.fractions = [weight / sum(weights) for weight in weights]
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """All outputs of each, and the means."""
+        """Return all outputs of each teacher, and the means."""
         every = [source(batch, rows) for source in self.sources.values()]
         found: dict[str, Tensor] = {}
         for name, given in zip(self.sources, every, strict=True):
-            found |= {_called(name, output): tensor for output, tensor in given.items()}
+            found |= {_full_name(name, output): tensor for output, tensor in given.items()}
         for output in (POSTERIOR, "logits"):
             sides = [given[output] for given in every if output in given]
             if len({side.shape for side in sides}) == 1 and len(sides) == len(every):
-                mean = torch.stack([s * w for s, w in zip(sides, self.fractions, strict=True)]).sum(
-                    0
-                )
-                normal = mean.log_softmax(dim=1) if output == POSTERIOR else mean
-                found[f"{MEAN}.{output}"] = normal
+                parts = [side * part for side, part in zip(sides, self.fractions, strict=True)]
+                mean = torch.stack(parts).sum(0)
+                found[f"{MEAN}.{output}"] = mean.log_softmax(1) if output == POSTERIOR else mean
         return found
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Of each by its name; the mean has the rows that all of them have."""
+        """Known rows by teacher; the mean has the rows that all of them have."""
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
             if isinstance(source, PartialSource):
-                found |= {_called(name, unit): known for unit, known in source.known(rows).items()}
+                found |= {
+                    _full_name(name, unit): known for unit, known in source.known(rows).items()
+                }
         if len(found) == len(self.sources):
-            found[_called(MEAN, KNOWN)] = torch.stack(list(found.values())).all(dim=0)
+            found[_full_name(MEAN, KNOWN)] = torch.stack(list(found.values())).all(dim=0)
         return found
 
 
-def _called(teacher: str, output: str) -> str:
-    """A teacher's output by its full name."""
+def _full_name(teacher: str, output: str) -> str:
     return f"{teacher}.{output}" if teacher else output
 
 
 class CachedPosteriors:
-    """Posteriors by annotation id, computed once; costs a step a look-up.
+    """Posteriors by annotation id, computed once.
 
-    They belong to the object, not to pixels, so that geometric augmentation does not spoil them.
-
-    Args:
-        object_ids: Annotation ids, int64 (K,).
-        log_probs: Log-probabilities, (K, C), kept in their type.
-        source: What messages call them.
+    They belong to the object, not to pixels, so geometric augmentation does not change them.
+    `object_ids` are int64 (K,); `log_probs` (K, C) stay in their dtype; `source` is for messages.
     """
 
     def __init__(
@@ -169,13 +154,10 @@ class CachedPosteriors:
         self.source = source
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """`posterior`, (R, C).
+        """Return `posterior`, (R, C); a hidden object without one is a UserError.
 
-        Where no object is hidden some may have no posterior (too small for the teacher, say): their
-        rows are NaN.
-
-        Raises:
-            UserError: A hidden object that was not there when the posteriors were computed.
+        Where no object is hidden some may lack a posterior (too small for the teacher, for
+        instance): their rows are NaN.
         """
         wanted, places = self._places(rows)
         log_probs = self.log_probs[places].float()
@@ -192,9 +174,9 @@ class CachedPosteriors:
         return {KNOWN: self.object_ids[places] == wanted}
 
     def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Ids of the rows, and where they are or would be."""
+        """Ids of the rows, and the positions where they are or would be."""
         if rows.ids is None:
-            raise UserError(f"{self.source}: are of objects, and this task has none")
+            raise UserError(f"{self.source}: posteriors of objects, but this task has none")
         wanted = rows.ids
         if self.object_ids.device != wanted.device:
             self.object_ids = self.object_ids.to(wanted.device)
@@ -207,7 +189,7 @@ class CachedPosteriors:
         if len(missing):
             raise UserError(
                 f"{self.source}: no posterior for {len(missing)} objects, first annotation "
-                f"{int(missing[0])}; the data set is another than the one they were made for"
+                f"{int(missing[0])}; they were computed for another dataset"
             )
 
     def check_covers(self, object_ids: Tensor) -> None:
@@ -219,47 +201,42 @@ class CachedPosteriors:
         """Refuse posteriors of none of these objects."""
         if not torch.isin(object_ids, self.object_ids).any():
             raise UserError(
-                f"{self.source}: no posterior for any object; the data set is another than the one "
-                "they were made for"
+                f"{self.source}: no object has a posterior; they were computed for another dataset"
             )
 
     def shuffled(self, seed: int) -> CachedPosteriors:
-        """The control: each posterior given to another object, at random."""
+        """The control: assign each posterior to another object, at random."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.object_ids), generator=generator)
-        # A cycle through a random order leaves nobody with its own.
+        # A cycle through a random order leaves no object with its own.
         shuffled = torch.empty_like(self.log_probs)
         shuffled[order] = self.log_probs[order.roll(1)]
         return CachedPosteriors(
             self.object_ids, shuffled, source=f"{self.source} (shuffled, seed {seed})"
         )
 
-    def balanced(self, share: float) -> CachedPosteriors:
-        """Posteriors with part of their own mean taken out: `q / mean(q)^share`, normalised.
+    def balanced(self, fraction: float) -> CachedPosteriors:
+        """Remove part of the mean posterior: `q / mean(q)^fraction`, normalised.
 
         Rare classes then weigh more in what a student learns (Menon et al., 2021,
-        https://arxiv.org/abs/2007.07314, after the fact). 0 changes nothing.
+        https://arxiv.org/abs/2007.07314, post hoc). 0 changes nothing.
         """
         log_probs = self.log_probs.float()
         mean = log_probs.exp().mean(dim=0).clamp(min=1e-6).log()
-        moved = (log_probs - share * mean).log_softmax(dim=1)
-        moved = moved.to(self.log_probs.dtype)
-        return CachedPosteriors(self.object_ids, moved, source=self.source)
+        balanced = (log_probs - fraction * mean).log_softmax(dim=1).to(self.log_probs.dtype)
+        return CachedPosteriors(self.object_ids, balanced, source=self.source)
 
     @classmethod
-    def read(cls, kept: CachedField) -> CachedPosteriors:
-        """All posteriors of a cache, into memory."""
-        ids, log_probs = torch.from_numpy(kept.store.ids()), kept.whole()
-        return cls(ids, log_probs, source=kept.store.url)
+    def read(cls, cached: CachedField) -> CachedPosteriors:
+        """Read all posteriors of a cache into memory."""
+        ids = torch.from_numpy(cached.store.ids())
+        return cls(ids, cached.whole(), source=cached.store.url)
 
 
 class CachedTeacher:
-    """Outputs computed before training: posteriors from memory, maps that come with the batch.
+    """Cached outputs: posteriors from memory, maps that come with the batch.
 
-    Args:
-        posteriors: Of all objects; None where there are none.
-        layers: Names of the maps.
-        prefix: Of their names in the batch.
+    `layers` are the names of the maps, `prefix` that of their keys in the batch.
     """
 
     def __init__(
@@ -272,7 +249,7 @@ class CachedTeacher:
         self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """`posterior` (R, C) and the maps, with a row for each input of the teacher."""
+        """Return `posterior` (R, C) and the maps, with a row for each teacher input."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
         return maps if self.posteriors is None else {**self.posteriors(batch, rows), **maps}
 

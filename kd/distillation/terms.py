@@ -25,13 +25,8 @@ from kd.transforms.hide import normalise
 class Term:
     """A distillation term, ready to compute.
 
-    Args:
-        section: The recipe's section: weight, schedule, label.
-        kind: What its loss declares.
-        function: The loss with its options; a module if it has weights of its own.
-        student: Output or layer of the student.
-        teacher: Output or layer of the teacher; `NAME.output` of a further one.
-        mask_value: Of a mask with a number of its own, that number.
+    `function` is the loss with its options, a module if it has weights. `student` and `teacher` are
+    outputs or layers, `NAME.output` for a further teacher. `mask_value` is passed to the mask.
     """
 
     section: TermSection
@@ -43,7 +38,7 @@ class Term:
 
     @property
     def name(self) -> str:
-        """What its curve is called."""
+        """Name of its curve."""
         return self.section.curve
 
     @property
@@ -55,26 +50,25 @@ class Term:
 
     @property
     def reads_posterior(self) -> bool:
-        """Whether it compares with what a teacher says of hidden objects."""
+        """Whether it reads a teacher's posterior of hidden objects."""
         return self.teacher.rpartition(".")[2] == POSTERIOR
 
     @property
     def count(self) -> str | None:
-        """What a task has to count for its mean: a mask, `valid`, `frame` or nothing further."""
+        """Mask that the task counts for its mean, or `valid` or `frame`; None: nothing further."""
         if self.kind.unit != "place":
             return None
         return self.mask or ("valid" if self.kind.valid else "frame")
 
     def weight_at(self, progress: float, step: int = 0) -> float:
-        """The weight at a fraction 0..1 of training, after so many steps."""
+        """The weight at a fraction 0..1 of training, after `step` steps."""
         return self.section.weight * self.section.schedule.factor(progress, step)
 
 
 def build_term(section: TermSection) -> Term:
-    """A term from a recipe's section; `options` are the loss's keyword-only parameters.
+    """Build a term from a recipe's section; `options` are the loss's keyword-only parameters.
 
-    Raises:
-        UserError: An unknown name or option, or a layer that must be named and is not.
+    An unknown name or option, or a missing layer, is a UserError.
     """
     what = f"losses: {section.name}"
     kind = term_kind(section)
@@ -97,32 +91,27 @@ def _fraction(value: object, what: str) -> float:
 
 
 def tapped_layers(terms: Sequence[Term], task: Task) -> list[str]:
-    """The student's layers that terms read; a task's outputs are none."""
+    """The student's layers that terms read, without the task's outputs."""
     return [term.student for term in terms if term.kind.maps and term.student not in task.outputs]
 
 
 def layers_among(outputs: Sequence[str], task: Task) -> list[str]:
-    """Those of a teacher's outputs that are layers, which have to be tapped."""
+    """The layers among a teacher's outputs, which have to be tapped."""
     return [output for output in outputs if output != POSTERIOR and output not in task.outputs]
 
 
 def outputs_by_teacher(terms: Sequence[Term], teachers: Collection[str]) -> dict[str, list[str]]:
-    """What terms read of each teacher; the name of the recipe's `teacher` is empty.
+    """Outputs that terms read of each teacher; the recipe's own `teacher` is "".
 
-    Args:
-        terms: `NAME.output` is an output or a layer of a further teacher.
-        teachers: Names of the further ones.
-
-    Raises:
-        UserError: A mean of teachers over something else than posteriors or logits.
+    A mean of teachers over anything but posteriors and logits is a UserError.
     """
     outputs: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
     for term in terms:
         first, _, rest = term.teacher.partition(".")
         if first == MEAN and rest not in (POSTERIOR, "logits"):
             raise UserError(
-                f"losses: {term.name}: teachers are averaged in {MEAN}.{POSTERIOR} and "
-                f"{MEAN}.logits alone, not in {term.teacher!r}"
+                f"losses: {term.name}: means of teachers are "
+                f"{MEAN}.{POSTERIOR} and {MEAN}.logits, not {term.teacher!r}"
             )
         whose, output = (first, rest) if first in teachers else ("", term.teacher)
         for reader in outputs if first == MEAN else [whose]:
@@ -140,18 +129,18 @@ def distillation_losses(
     batch: Batch,
     masks: Mapping[str, Mask],
 ) -> dict[str, Mean]:
-    """Every term's value, unweighted.
+    """Compute every term, unweighted.
 
     Args:
-        terms: What to compute.
+        terms: The terms to compute.
         student: Outputs, a row for each of `task.rows`, and adapted features, (N, C, h, w).
         teacher: The same of the teacher; where objects are hidden it saw an input for each row.
-        task: Says what rows are, and what means are over.
-        batch: What both have seen.
+        task: Defines the rows and the units of means.
+        batch: Input of both.
         masks: The task's masks of the batch.
 
     Raises:
-        UserError: An output that student or teacher does not give.
+        UserError: Student or teacher lacks an output.
     """
     rows, losses = task.rows(batch), {}
     for term in terms:
@@ -169,12 +158,7 @@ def distillation_losses(
 
 
 def layer_masks(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mask]:
-    """Where terms look at a student's layers, of those that all of their readers have masks for.
-
-    Args:
-        terms: Of a batch whose masks have a row for each image.
-        masks: The task's.
-    """
+    """Places that terms read, for those student layers of which all terms have a mask."""
     readers: dict[str, set[str | None]] = {}
     for term in terms:
         readers.setdefault(term.student, set()).add(term.mask)
@@ -202,8 +186,8 @@ def _loss_of(
     if kind.unit == "box" and ours.shape != theirs.shape:
         raise UserError(
             f"losses: {term.name}: student {tuple(ours.shape)} and teacher {tuple(theirs.shape)} "
-            "differ in shape: box outputs can be compared between heads of one kind; those of a "
-            "second stage have a background beside the classes, a one-stage detector's have none"
+            "differ in shape: compare box outputs between heads of one kind; a second stage has "
+            "a background class, a one-stage detector has none"
         )
     maps = kind.maps and ours.ndim == 4
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
@@ -239,7 +223,7 @@ def _loss_of(
 
 def _labels(term: Term, rows: Rows) -> Tensor:
     if rows.labels is None:
-        raise UserError(f"losses: {term.name}: needs labels of objects, which there are none of")
+        raise UserError(f"losses: {term.name}: needs labels of objects, but there are none")
     return rows.labels
 
 
@@ -253,24 +237,22 @@ def _mask(masks: Mapping[str, Mask], name: str, term: Term, task: Task) -> Mask:
 
 
 def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[Term]:
-    """The terms, those with weights of their own with new ones, from torch's random numbers.
+    """Build the modules of terms that have weights, from torch's global generator.
 
-    Args:
-        terms: As built.
-        teacher: Outputs like those that they will compare: channels are in dimension 1.
+    `teacher` has outputs like those to compare: dimension 1 is channels.
     """
 
-    def drawn(term: Term) -> Term:
+    def built(term: Term) -> Term:
         channels = _take(teacher, term.teacher, term.name, "teacher").shape[1]
         return replace(term, function=term.function(channels))
 
-    return [drawn(term) if term.kind.trained else term for term in terms]
+    return [built(term) if term.kind.trained else term for term in terms]
 
 
 def modules_of(
     terms: Sequence[Term], *, trained: Literal["student", "critic"]
 ) -> dict[str, nn.Module]:
-    """Losses with weights by term: those that learn with the student, or the critics."""
+    """Losses with weights by term: those trained with the student, or the critics."""
     return {
         term.name: term.function
         for term in terms
@@ -299,13 +281,7 @@ def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) ->
 def weighted_sum(
     losses: Mapping[str, Mean], weights: Mapping[str, float], scale: Mapping[str, Tensor | float]
 ) -> Tensor:
-    """The total: each loss by its weight and by its unit's fraction of the whole batch.
-
-    Args:
-        losses: Named means.
-        weights: The same names.
-        scale: Factor of each unit.
-    """
+    """Sum losses times their weights times the factors of their units."""
     check_weights(losses, weights)
     parts = [loss.value * (scale[loss.unit] * weights[name]) for name, loss in losses.items()]
     return torch.stack(parts).sum()

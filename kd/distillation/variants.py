@@ -1,4 +1,4 @@
-"""The variants of an experiment: one student, with and without each thing that is compared."""
+"""The variants of an experiment: one student with and without each part of the method."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kd.distillation.registry import term_kind
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the students that a recipe compares.
+    """A student that a recipe compares.
 
     Args:
-        name: Of its folder, curves and column.
-        terms: What it learns by, beside the labels.
-        watched: Terms whose curves it shows without learning from them, where that costs nothing.
-        context_head: Whether its student has the context head, if there is one.
-        shuffled: Whether each cached posterior is given to another object: the control.
+        name: Name of its folder, curves and column.
+        terms: Distillation terms that it learns from, beside the labels.
+        watched: Terms whose curves are logged without training on them, where that costs nothing.
+        context_head: Whether the student has its context head, if there is one.
+        shuffled: Whether each cached posterior is assigned to another object: the control.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Variant:
 
 
 def variants_of(recipe: DistillRecipe) -> dict[str, Variant]:
-    """All variants by name.
+    """Return all variants of a recipe by name.
 
-    `plain` learns from labels alone, `distilled` from the recipe's terms as well; `no_context` is
+    `plain` learns from labels only, `distilled` from the recipe's terms as well; `no_context` is
     `plain` without the context head; `shuffled` is `distilled` with posteriors of other objects;
-    `output_kd`, without the context head, learns the posterior by its own output. Ablations bring
-    further ones.
+    `output_kd`, without the context head, learns the posterior with its own output. Ablations add
+    more.
     """
     own = TermSection(name="output_kd", weight=1.0, options={"temperature": 1.0})
     variants = [

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, resumed exactly, read without running code."""
+"""Checkpoints: written atomically, resumed exactly, read without running code from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REMEDIES = (
 
 @dataclass
 class Progress:
-    """The place in training: the next step is batch `batch` of epoch `epoch`."""
+    """Position in training: the next step is batch `batch` of epoch `epoch`."""
 
     epoch: int = 0
     batch: int = 0
@@ -35,7 +35,7 @@ class Progress:
 
 
 def _torch_save(content: Any, partial: Path) -> None:
-    """`torch.save`, whose own errors on a full disk speak of positions in a zip file."""
+    """`torch.save`, but a full disk raises OSError, not an error about positions in a zip file."""
     with open(partial, "wb") as file:
         try:
             torch.save(content, file)
@@ -47,11 +47,11 @@ def _torch_save(content: Any, partial: Path) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every global random stream of this process."""
+    """Return the state of every global random number generator of this process."""
     version, internal, next_gauss = random.getstate()
     name, key, place, has_gauss, gauss = np.random.get_state()
     state = {
-        # Tensors and plain values only: what weights_only lets back in.
+        # Tensors and plain values only, as weights_only=True requires.
         "python": [version, torch.tensor(internal, dtype=torch.int64), next_gauss],
         "numpy": [str(name), torch.from_numpy(np.asarray(key).astype(np.int64)), int(place)],
         "numpy_gauss": [int(has_gauss), float(gauss)],
@@ -63,7 +63,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the streams back to `rng_state()`."""
+    """Restore the generators from `rng_state()`."""
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), next_gauss))
     name, key, place = state["numpy"]
@@ -79,24 +79,17 @@ def save_checkpoint(
 ) -> None:
     """Write everything that resuming needs.
 
-    Args:
-        path: The file.
-        progress: The place in training.
-        config: The resolved recipe, plain values.
-        parts: State dicts by name, RNG states.
-
-    Raises:
-        UserError: The disk is full, or weights of the model or of a critic are not finite: then
-            the checkpoint that is there is worth more.
+    `parts` holds state dicts and generator states by name. Non-finite weights of the model or a
+    critic are a UserError: the previous checkpoint is worth more. So is a full disk.
     """
     weights = dict(parts.get("model", {}))
     for name, critic in parts.get("critics", {}).items():
         weights |= {f"{name}.{key}": tensor for key, tensor in critic["model"].items()}
     broken = _not_finite(weights)
     if broken is not None:
-        kept = "the last good checkpoint is kept" if path.is_file() else "there is none before it"
+        last = "the last good checkpoint stays" if path.is_file() else "there is no earlier one"
         raise UserError(
-            f"{path}: not written: {broken} is not finite after step {progress.step}; {kept}. "
+            f"{path}: not written: {broken} is not finite after step {progress.step}; {last}. "
             f"{REMEDIES}"
         )
     content = {
@@ -109,7 +102,7 @@ def save_checkpoint(
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """The first tensor with a number that is none; one answer is fetched from the device."""
+    """Name the first non-finite tensor; the device is synchronised once."""
     names = [name for name, tensor in state.items() if tensor.is_floating_point()]
     if not names:
         return None
@@ -118,35 +111,31 @@ def _not_finite(state: Mapping[str, Tensor]) -> str | None:
 
 
 def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
-    """Read a checkpoint; no code in it is run.
+    """Read progress, config and parts from a checkpoint; no code in it is run.
 
-    Returns:
-        Progress, config, parts.
-
-    Raises:
-        UserError: No checkpoint, a broken one, or one of another format.
+    A missing, broken or foreign file is a UserError.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint there") from None
     except pickle.UnpicklingError as error:
-        # torch's own message goes on to advise how to run the code after all.
+        # torch's own message recommends weights_only=False, which runs the code.
         raise UserError(
-            f"{path}: refused: it is cut off, or holds objects whose loading could run code; a "
-            "checkpoint of this program has neither"
+            f"{path}: refused: truncated, or contains objects whose loading could run code, which "
+            "checkpoints of kd do not"
         ) from error
     except Exception as error:
         # A broken zip, a truncated file and a folder raise half a dozen types.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint that can be read: {first}") from error
+        raise UserError(f"{path}: not a readable checkpoint: {first}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: checkpoint format {got}, this version reads {FORMAT}")
     try:
         return Progress(**content["progress"]), content["config"], content["parts"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a checkpoint with a part missing: {error}") from error
+        raise UserError(f"{path}: incomplete checkpoint: {error}") from error
 
 
 def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
@@ -156,22 +145,20 @@ def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> Non
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Read weights written by `save_model` into the same kind of model.
-
-    Raises:
-        UserError: Missing, broken, or of another model: what differs is named.
-    """
+    """Load weights written by `save_model`; the UserError names what does not fit."""
     try:
         state = load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; has the run finished? --resume goes on") from None
+        raise UserError(
+            f"{path}: no such file; if the run has not finished, use --resume"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from error
     load_state(model, state, path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict; name what does not fit."""
+    """Load a state dict; a UserError names missing, unexpected and misshapen weights."""
     own = model.state_dict()
     odd = [f"missing {name}" for name in own if name not in state]
     odd += [f"unexpected {name}" for name in state if name not in own]
@@ -187,7 +174,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 
 
 def config_differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Dotted places where two resolved configs differ, with both values."""
+    """List dotted places where two resolved configs differ, with both values."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found: list[str] = []
         for key in [*old, *(key for key in new if key not in old)]:

@@ -1,8 +1,8 @@
-"""A critic in training: its own optimiser and schedule, its own step after the student's.
+"""Train a critic: its own optimiser and schedule, its own step after the student's.
 
-It is no part of the module that DDP wraps, which does not go with the second derivatives of the
-gradient penalty: its gradients are summed over ranks here. All ranks hold the same critic and take
-the same steps.
+DDP does not support the second derivatives of the gradient penalty, so the critic is outside the
+module that DDP wraps and its gradients are summed over ranks here. All ranks hold the same critic
+and take the same steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,9 @@ from kd.problems.base import Mean
 
 @dataclass
 class CriticTraining:
-    """A holistic term's critic and all that changes with it.
+    """A holistic term's critic, on the device, with its optimiser and schedule.
 
-    Args:
-        name: The term's.
-        adversary: The critic with its losses, on the device.
-        optimizer: Of its weights.
-        schedule: Of its learning rate.
-        clip_norm: Largest norm of its gradient; 0 = no clipping.
+    `name` is the term's name; `clip_norm` the largest norm of the gradient, 0 for no clipping.
     """
 
     name: str
@@ -43,14 +38,10 @@ class CriticTraining:
     def step(
         self, judged: Sequence[tuple[Mean, Tensor | float]], accelerator: Accelerator
     ) -> Tensor:
-        """Learn from what the student was just judged by.
+        """Train on the score maps of the student's last step.
 
-        Args:
-            judged: The term's value of each micro-batch with its maps, and the scale of its unit.
-            accelerator: Devices and processes.
-
-        Returns:
-            The losses, one for each micro-batch, detached.
+        `judged` has the term's value with its maps, and the scale of its unit, for each
+        micro-batch. Returns the losses, one for each micro-batch, detached.
         """
         values = []
         for mean, scale in judged:
@@ -67,7 +58,7 @@ class CriticTraining:
         return torch.stack(values)
 
     def _add_up(self, world: int) -> None:
-        """Average gradients over ranks, whose scales have the number of ranks in them."""
+        """Average gradients over ranks; the losses' scales contain the number of ranks."""
         gradients = [p.grad for p in self.adversary.parameters() if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(together)
@@ -77,7 +68,7 @@ class CriticTraining:
             gradient.copy_(part.view_as(gradient))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint stores."""
         return {
             "model": self.adversary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -85,11 +76,7 @@ class CriticTraining:
         }
 
     def load(self, state: Mapping[str, Any], path: Path) -> None:
-        """Put it back to `state()`.
-
-        Raises:
-            UserError: A critic of another shape.
-        """
+        """Restore from `state()`; a critic of another shape is a UserError."""
         load_state(self.adversary, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

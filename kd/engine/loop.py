@@ -1,7 +1,7 @@
-"""The only training loop: `fit`, `train_step`, `evaluate`, for teachers and students alike.
+"""The only training loop, for teachers and students: `fit`, `train_step`, `evaluate`.
 
-Gradients are those of the whole batch: with several processes, or several micro-batches a step,
-each loss is scaled by its fraction of the labelled objects, hidden objects, ... of them all.
+Gradients are those of the whole batch: with several processes or micro-batches, each loss is scaled
+by its fraction of the whole batch's labelled objects, hidden objects, and so on.
 """
 
 from __future__ import annotations
@@ -27,18 +27,11 @@ from kd.problems.base import Batch, Collector, Mask, Mean, Task, cached_masks
 
 
 def forward_losses(
-    model: nn.Module,
-    batch: Batch,
-    objective: Objective,
-    masks: Mapping[str, Mask] | None = None,
+    model: nn.Module, batch: Batch, objective: Objective, masks: Mapping[str, Mask] | None = None
 ) -> dict[str, Mean]:
-    """Supervised losses and distillation terms of one batch, unweighted.
+    """Compute the supervised losses and distillation terms of one batch, unweighted.
 
-    Args:
-        model: An `AdaptedStudent`, wrapped or not.
-        batch: On the model's device.
-        objective: What is minimised.
-        masks: The task's masks of the batch, if they were made already.
+    `model` is an `AdaptedStudent`, wrapped or not; `masks` are those of the task, if already built.
     """
     task = objective.task
     masks = task.masks(batch) if masks is None else masks
@@ -57,7 +50,7 @@ def forward_losses(
 
 
 def _counts(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
-    """How much a batch holds of each unit that losses are means over."""
+    """Count each unit that losses are means over."""
     counts = objective.task.counts(batch, objective.units, masks)
     return counts | known_counts(objective.soft_targets, objective.task.rows(batch))
 
@@ -65,7 +58,7 @@ def _counts(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> di
 def _scales(
     counts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator
 ) -> list[dict[str, Tensor | float]]:
-    """Factor of each unit for each micro-batch, from what each of them holds."""
+    """Factor of each unit in each micro-batch: its fraction of the whole batch."""
     world = accelerator.num_processes
     if world == 1 and len(counts) == 1:
         return [dict.fromkeys(counts[0], 1.0)]
@@ -74,7 +67,7 @@ def _scales(
     if world > 1:
         dist.all_reduce(whole)
     totals = dict(zip(names, whole, strict=True))
-    # DDP averages gradients over ranks; the whole batch's mean wants their sum.
+    # DDP averages gradients over ranks; the mean over the whole batch needs their sum.
     return [
         {unit: count[unit] * world / totals[unit].clamp(min=1e-9) for unit in names}
         for count in counts
@@ -84,20 +77,19 @@ def _scales(
 def train_step(
     training: Training, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, float]
 ) -> tuple[Sums, Sums]:
-    """One step of the optimiser over one or more micro-batches.
+    """Take one optimiser step over one or more micro-batches.
 
-    Returns:
-        Sums over this process of each loss times its count, and the counts: both detached, on the
-        device. `total` among them.
+    Returns two dicts, detached and of this process alone: the sum of each loss times its count, and
+    the counts. Both have `total`.
     """
     accelerator = training.accelerator
     sums: Sums = {}
     counts: Sums = {}
     masks = [cached_masks(objective.task.masks(batch)) for batch in batches]
-    held = [_counts(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
-    scales = _scales(held, accelerator)
+    sizes = [_counts(batch, objective, own) for batch, own in zip(batches, masks, strict=True)]
+    scales = _scales(sizes, accelerator)
     taken: list[dict[str, Mean]] = []
-    for number, (batch, scale, own) in enumerate(zip(batches, scales, held, strict=True)):
+    for number, (batch, scale, own) in enumerate(zip(batches, scales, sizes, strict=True)):
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(training.model):
             losses = forward_losses(training.model, batch, objective, masks[number])
@@ -118,10 +110,10 @@ def train_step(
         update_average(training.ema, training.unwrapped, training.ema_decay, training.progress.step)
     for critic in training.critics:
         units = [losses[critic.name].unit for losses in taken]
-        shares = [scale[unit] for scale, unit in zip(scales, units, strict=True)]
+        factors = [scale[unit] for scale, unit in zip(scales, units, strict=True)]
         judged = [losses[critic.name] for losses in taken]
-        values = critic.step(list(zip(judged, shares, strict=True)), accelerator)
-        for value, unit, own in zip(values, units, held, strict=True):
+        values = critic.step(list(zip(judged, factors, strict=True)), accelerator)
+        for value, unit, own in zip(values, units, sizes, strict=True):
             add(sums, f"{critic.name}_critic", value * own[unit])
             add(counts, f"{critic.name}_critic", own[unit])
     return sums, counts
@@ -138,21 +130,14 @@ def fit(
     log_every: int = 20,
     checkpoint_every: int = 0,
 ) -> None:
-    """Train from `training.progress` to the last epoch.
+    """Train from `training.progress` to the last epoch, counted from the very start.
 
-    Args:
-        training: Model, optimiser and the place in training.
-        objective: What is minimised.
-        loader: Micro-batches of this process.
-        epochs: How many, counted from the very start.
-        hooks: What happens on the way.
-        accumulate: Micro-batches a step.
-        log_every: Steps between log lines.
-        checkpoint_every: Steps between checkpoints inside an epoch; 0 = only at its end.
+    `accumulate` is the number of micro-batches a step; `checkpoint_every` 0 writes checkpoints at
+    the end of epochs only.
 
     Raises:
         UserError: A loss is not finite (the last checkpoint stays), or an image cannot be read.
-        KeyboardInterrupt: Somebody asked to stop; what was trained is saved.
+        KeyboardInterrupt: Interrupted; progress has been saved.
     """
     place, alone = training.progress, training.accelerator.num_processes == 1
     steps = epochs * math.ceil(len(loader) / accumulate)
@@ -167,7 +152,7 @@ def fit(
             hooks.progress(place, len(loader))
             if logs := place.step % log_every == 0:
                 hooks.log(window.close(place.step), place.step)
-            stops = _asked_to_stop(hooks, training.accelerator, ask=logs)
+            stops = _stop_requested(hooks, training.accelerator, poll=logs)
             due = bool(checkpoint_every) and place.step % checkpoint_every == 0
             if stops or (due and place.batch < len(loader)):
                 save()
@@ -175,7 +160,7 @@ def fit(
                 raise KeyboardInterrupt
         place.epoch, place.batch = place.epoch + 1, 0
         save()
-        window.warn_of_silence(place.epoch)
+        window.warn_of_empty_losses(place.epoch)
         hooks.epoch_end(place.epoch)
 
 
@@ -188,7 +173,7 @@ def _save(training: Training, window: Window, hooks: Hooks) -> None:
 def _advance(
     training: Training, group: Sequence[Batch], objective: Objective, steps: int
 ) -> tuple[Sums, Sums]:
-    """Take one of all the steps; the place in training moves on."""
+    """Take one of `steps` steps and advance `training.progress`."""
     place, device = training.progress, training.accelerator.device
     batches = [to_device(b, device, channels_last=training.channels_last) for b in group]
     weights = objective.weights_at(place.step / max(steps - 1, 1), place.step)
@@ -201,10 +186,10 @@ def _advance(
 def _groups(
     loader: EpochLoader, size: int, save: Callable[[], None] | None
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Micro-batches, `size` a step; the last step of an epoch may have fewer.
+    """Group micro-batches, `size` a step; the last step of an epoch may have fewer.
 
-    An image that cannot be read ends the training, but what was trained is saved first; among
-    several processes the others cannot know, and the last checkpoint has to do.
+    An unreadable image ends training after a checkpoint. With several processes there is no `save`,
+    because the others do not know: the last checkpoint has to do.
     """
     group: list[dict[str, Tensor]] = []
     try:
@@ -221,18 +206,18 @@ def _groups(
         yield group
 
 
-def _asked_to_stop(hooks: Hooks, accelerator: Accelerator, *, ask: bool) -> bool:
-    """Whether any process was asked to stop: all stop after the same step.
+def _stop_requested(hooks: Hooks, accelerator: Accelerator, *, poll: bool) -> bool:
+    """Return whether any process was interrupted: all stop after the same step.
 
-    Asking the others costs a wait for the device, so that with several it is done where `ask`.
+    With several processes this waits for the device, so they are polled only where `poll` is true.
     """
     if accelerator.num_processes == 1:
         return hooks.stop()
-    if not ask:
+    if not poll:
         return False
-    asked = torch.tensor(float(hooks.stop()), device=accelerator.device)
-    dist.all_reduce(asked)
-    return bool(asked.item())
+    requests = torch.tensor(float(hooks.stop()), device=accelerator.device)
+    dist.all_reduce(requests)
+    return bool(requests.item())
 
 
 @torch.no_grad()
@@ -245,15 +230,9 @@ def evaluate(
     *,
     channels_last: bool = False,
 ) -> None:
-    """Give the decoded predictions for every batch of `loader` to `metric`, over all ranks.
+    """Pass the decoded predictions for every batch of `loader` to `metric`, over all ranks.
 
-    Args:
-        model: An `AdaptedStudent`, not wrapped; rank 0's statistics of batch norm count.
-        task: Its inputs, and how its outputs are decoded.
-        loader: Batches of this process.
-        metric: Takes the predictions; ranks are put together at the end.
-        accelerator: Devices and processes.
-        channels_last: Memory format of the images.
+    `model` is an `AdaptedStudent`, not wrapped; batch norm statistics are taken from rank 0.
     """
     if accelerator.num_processes > 1:  # as DDP does it before each step of training
         for buffer in model.buffers():

@@ -1,4 +1,4 @@
-"""Optimisers, learning rates over the steps, and averaged weights."""
+"""Optimisers, learning rate schedules and averaged weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from kd.errors import UserError
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of weights and statistics; early steps average less."""
+    """Update an exponential moving average of weights and buffers.
+
+    The decay is lower in the first steps: at most (1 + step) / (10 + step).
+    """
     decay = min(decay, (1 + step) / (10 + step))
     ours, theirs = average.state_dict(), model.state_dict()
     moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
@@ -34,22 +37,21 @@ def make_schedule(
     final: float = 0.0,
     power: float = 0.9,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A learning rate that is a pure function of the step.
+    """Build a learning rate schedule that is a pure function of the step.
 
     Args:
-        optimizer: Its groups keep their own base rates.
-        steps: All steps of training.
+        optimizer: Each parameter group has its own base rate.
+        steps: Total steps of training.
         name: constant, cosine, linear or poly.
-        warmup: Share of the steps over which the rate rises from 0.
-        final: Last rate as a share of the first.
-        power: Of poly.
+        warmup: Fraction of the steps over which the rate rises from 0.
+        final: Last rate as a fraction of the first.
+        power: Exponent of poly.
     """
     rising = round(warmup * steps)
-
     shapes: dict[str, Callable[[float], float]] = {
-        "cosine": lambda way: 0.5 + 0.5 * math.cos(math.pi * way),
-        "linear": lambda way: 1.0 - way,
-        "poly": lambda way: float((1.0 - way) ** power),
+        "cosine": lambda x: 0.5 + 0.5 * math.cos(math.pi * x),
+        "linear": lambda x: 1.0 - x,
+        "poly": lambda x: float((1.0 - x) ** power),
     }
 
     def factor(step: int) -> float:
@@ -57,8 +59,8 @@ def make_schedule(
             return (step + 1) / (rising + 1)
         if name == "constant":
             return 1.0
-        way = min((step - rising) / max(steps - rising, 1), 1.0)
-        return final + (1.0 - final) * shapes[name](way)
+        x = min((step - rising) / max(steps - rising, 1), 1.0)
+        return final + (1.0 - final) * shapes[name](x)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -73,30 +75,30 @@ def make_optimizer(
     lr_scale: Mapping[str, float] | None = None,
     decay_scale: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser; decay for weights of two dimensions or more, rates by name prefix.
+    """Build an optimiser with rates and decays by parameter name prefix.
 
     Args:
-        model: Its parameters; those at rate 0 are frozen.
-        name: adamw, adam or sgd (with Nesterov's momentum).
-        lr: Base rate.
-        weight_decay: Decay of weights, not of biases and norms.
-        momentum: Of sgd; the first beta of adam and adamw.
+        model: Parameters with rate 0 are frozen.
+        name: adamw, adam or sgd (with Nesterov momentum).
+        lr: Base learning rate.
+        weight_decay: Decay of weights; biases and norms have none.
+        momentum: Momentum of sgd; first beta of adam and adamw.
         lr_scale: Factor on the rate by prefix of the parameter's name; the longest wins.
-        decay_scale: Factor on the decay likewise.
+        decay_scale: The same for the decay.
 
     Raises:
-        UserError: A prefix that no parameter has.
+        UserError: No parameter starts with a prefix.
     """
     names = [full.removeprefix("student.") for full, _ in model.named_parameters()]
     rates = _by_prefix(names, lr_scale or {}, "lr_scale")
     decays = _by_prefix(names, decay_scale or {}, "decay_scale")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     parameters = list(model.parameters())
-    for parameter, rate, share in zip(parameters, rates, decays, strict=True):
+    for parameter, rate, scale in zip(parameters, rates, decays, strict=True):
         if rate == 0.0:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            decay = weight_decay * share if parameter.ndim > 1 else 0.0
+            decay = weight_decay * scale if parameter.ndim > 1 else 0.0
             groups.setdefault((lr * rate, decay), []).append(parameter)
     settings: list[dict[str, Any]] = [
         {"params": group, "lr": rate, "weight_decay": decay}

@@ -1,4 +1,4 @@
-"""What a person sees of a long run, and how they may stop it."""
+"""Progress bars, and clean interruption of long runs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _SECONDS_BETWEEN_LINES = 15
 
 
 class CleanStop:
-    """Notes the first Ctrl-C or SIGTERM, for a checkpoint and a clean end; a second one ends all.
+    """Catch the first Ctrl-C or SIGTERM for a clean end with a checkpoint; a second ends at once.
 
-    Called, it says whether there was one.
+    Calling it returns whether a signal has arrived.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> CleanStop:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._old[number] = signal.signal(number, self._ask)
-            except ValueError:  # not in the main thread: whoever runs us there stops us
+                self._old[number] = signal.signal(number, self._request)
+            except ValueError:  # signals reach the main thread only
                 break
         return self
 
@@ -41,23 +41,22 @@ class CleanStop:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self._asked
+        return self._requested
 
-    def _ask(self, *_: object) -> None:
-        if self._asked:
+    def _request(self, *_: object) -> None:
+        if self._requested:
             raise KeyboardInterrupt
-        self._asked = True
+        self._requested = True
 
 
 class ProgressBar:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, label: str, steps: int, done: int, *, enabled: bool = True) -> None:
-        self._label, self._steps, self._done = label, steps, done
-        self._silent = not enabled
+        self._label, self._steps, self._done, self._enabled = label, steps, done, enabled
         self._bar: RichProgress | None = None
-        self._said = time.monotonic()
-        if sys.stderr.isatty() and not self._silent:
+        self._logged = time.monotonic()
+        if sys.stderr.isatty() and enabled:
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -76,8 +75,8 @@ class ProgressBar:
     def _advance(self, place: Progress, batches: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=place.step)
-        elif not self._silent:
+        elif self._enabled:
             now, last = time.monotonic(), place.step == self._steps
-            if last or now - self._said > _SECONDS_BETWEEN_LINES:
-                self._said = now
+            if last or now - self._logged > _SECONDS_BETWEEN_LINES:
+                self._logged = now
                 _log.info("%s: step %d of %d", self._label, place.step, self._steps)

@@ -1,4 +1,4 @@
-"""What a training consists of: a model with all that changes beside it, an objective, hooks."""
+"""State of a training run: model and optimiser, objective, hooks, running losses."""
 
 from __future__ import annotations
 
@@ -38,29 +38,25 @@ class EpochLoader(Protocol):
     """A loader whose order is a function of the epoch."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of this process."""
+        """Yield the batches of this process."""
         ...
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Number of batches in an epoch."""
         ...
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Order of this epoch, from this batch on."""
+        """Set the epoch, and the batch to start from."""
         ...
 
 
 @dataclass
 class Objective:
-    """What is minimised: the task's losses and the distillation terms with their weights.
+    """The loss to minimise: the task's losses and the distillation terms, with weights.
 
-    Args:
-        task: Its losses are the supervised ones.
-        weights: Weight of each supervised loss.
-        terms: Distillation terms.
-        soft_targets: What they compare the student with.
-        watched: The terms are computed for their curves alone, without weight or gradient: so a
-            plain student shows the same curves as its distilled twin.
+    `weights` are those of the supervised losses. With `watched`, terms are computed for their
+    curves only, without weight or gradient, so that a plain student shows the same curves as a
+    distilled one.
     """
 
     task: Task
@@ -70,19 +66,19 @@ class Objective:
     watched: bool = False
 
     def weights_at(self, progress: float, step: int = 0) -> dict[str, float]:
-        """Weights of all losses at a fraction 0..1 of training, after so many steps."""
+        """Weights of all losses at a fraction 0..1 of training, after `step` steps."""
         own = {t.name: 0.0 if self.watched else t.weight_at(progress, step) for t in self.terms}
         return {**self.weights, **own}
 
     @property
     def units(self) -> set[str]:
-        """What the task has to count for the terms, beside its own units."""
+        """Units that the task has to count for the terms, beside its own."""
         return {term.count for term in self.terms if term.count}
 
 
 @dataclass
 class Training:
-    """A model being trained and all that changes with it; everything here is saved."""
+    """A model in training with its optimiser and schedule; checkpoints hold all of it."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -97,12 +93,12 @@ class Training:
 
     @cached_property
     def unwrapped(self) -> nn.Module:
-        """The model without the wrapper for several processes."""
+        """The model without the DDP wrapper."""
         return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
 
     @property
     def result(self) -> nn.Module:
-        """What is evaluated and exported: the averaged weights where there are some."""
+        """The model to evaluate and export: averaged weights where there are some."""
         return self.unwrapped if self.ema is None else self.ema
 
     @property
@@ -114,7 +110,7 @@ class Training:
 
     @property
     def rate(self) -> float:
-        """The base learning rate of the next step; groups have their factors on it."""
+        """Base learning rate of the next step, before each parameter group's factor."""
         group = self.optimizer.param_groups[0]
         base: float = self.optimizer.defaults["lr"]
         return base * float(group["lr"]) / float(group["initial_lr"])
@@ -122,10 +118,10 @@ class Training:
 
 @dataclass
 class Hooks:
-    """What `fit` calls; a command decides what to do with it.
+    """Callbacks of `fit`.
 
-    `log` takes scalars by tag and the step; `stop` says whether this process was asked to stop;
-    `epoch_end` takes the number of finished epochs; `progress` the place and an epoch's batches.
+    `log` takes scalars by tag and the step; `stop` returns whether to stop; `epoch_end` takes the
+    number of finished epochs; `progress` takes the position and the number of batches an epoch.
     """
 
     log: Callable[[dict[str, float], int], None]
@@ -136,13 +132,7 @@ class Hooks:
 
 
 def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> None:
-    """Write everything that an exact resumption needs; every rank brings its random streams.
-
-    Args:
-        training: The model and all that changes with it.
-        path: The checkpoint.
-        config: The resolved recipe, kept in it.
-    """
+    """Write a checkpoint to `path`, with the generator states of every rank."""
     accelerator = training.accelerator
     streams: list[Any] = [rng_state()]
     if accelerator.num_processes > 1:
@@ -163,10 +153,9 @@ def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> 
 
 
 def resume_training(training: Training, path: Path) -> None:
-    """Put a training back to where its checkpoint was written.
+    """Restore a training run from a checkpoint.
 
-    Raises:
-        UserError: Not such a file, of another model, or of another number of processes.
+    A checkpoint of another model or another number of processes is a UserError.
     """
     accelerator = training.accelerator
     place, _, parts = load_checkpoint(path)
@@ -188,26 +177,26 @@ def resume_training(training: Training, path: Path) -> None:
 
 
 def add(sums: Sums, name: str, value: Tensor) -> None:
-    """Add to a named sum, which may not be there yet."""
+    """Add to a named sum, which may not exist yet."""
     sums[name] = sums[name] + value if name in sums else value
 
 
 def not_finite(what: str, step: int) -> UserError:
-    """The error for a loss that is not finite."""
+    """Build the error for a loss that is not finite."""
     return UserError(
-        f"{what} not finite at step {step}; training stopped, the last good checkpoint, if one was "
-        f"written by then, is kept. {REMEDIES}"
+        f"{what} not finite at step {step}; training stopped. The last good checkpoint, if any, is "
+        f"unchanged. {REMEDIES}"
     )
 
 
 class Window:
-    """Losses since the last log line, summed on the device and over ranks when it closes."""
+    """Losses since the last log line, summed on the device, and over ranks when it closes."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._sums: Sums = {}
         self._counts: Sums = {}
-        self._heard: dict[str, bool] = {}
+        self._counted: dict[str, bool] = {}
         self.rate = 0.0
 
     def take(self, sums: Sums, counts: Sums) -> None:
@@ -217,7 +206,7 @@ class Window:
             add(self._counts, name, counts[name])
 
     def close(self, step: int) -> dict[str, float]:
-        """Means by tag, with the rate of the last step; a loss that is not finite is an error."""
+        """Return means by tag and the last learning rate; a non-finite loss is an error."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -229,7 +218,7 @@ class Window:
         self._sums, self._counts = {}, {}
         sums, totals = both.tolist()
         for name, count in zip(names, totals, strict=True):
-            self._heard[name] = self._heard.get(name, False) or count > 0
+            self._counted[name] = self._counted.get(name, False) or count > 0
         broken = [name for name, value in zip(names, sums, strict=True) if not math.isfinite(value)]
         if broken:
             raise not_finite(f"loss {', '.join(broken)} is", step)
@@ -240,13 +229,12 @@ class Window:
         }
         return {**means, "train/lr": self.rate}
 
-    def warn_of_silence(self, epoch: int) -> None:
-        """Name the losses that had nothing to be a mean of in the epoch that ends."""
-        heard, self._heard = self._heard, {}
-        for name in (name for name, any_at_all in heard.items() if not any_at_all):
-            log.warning(
-                "epoch %d: loss %s had nothing to compare, no labelled object or an empty mask: it "
-                "taught nothing",
-                epoch,
-                name,
-            )
+    def warn_of_empty_losses(self, epoch: int) -> None:
+        """Warn of losses that were means over nothing in the epoch that ends."""
+        for name, counted in self._counted.items():
+            if not counted:
+                log.warning(
+                    "epoch %d: loss %s had no effect: no labelled object, or an empty mask",
+                    epoch, name,
+                )  # fmt: skip
+        self._counted = {}

@@ -18,17 +18,10 @@ from kd.utils.io import write_atomic
 
 
 class Tracker:
-    """Writes scalars, figures and pictures of a run; silent where `enabled` is false.
+    """Write a run's scalars, figures and images; does nothing where `enabled` is false.
 
-    Tags: `loss/<name>` (unweighted), `loss/total`, `train/lr`, `eval/<metric>`.
-
-    Args:
-        folder: The run folder.
-        enabled: False on ranks other than 0.
-        resume_step: Steps after this one are dropped from an earlier start of the same run.
-
-    Raises:
-        UserError: The folder cannot be written.
+    Tags: `loss/<name>` (unweighted), `loss/total`, `train/lr`, `eval/<metric>`. Steps after
+    `resume_step` are dropped from what an earlier start of the same run wrote.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, resume_step: int = 0) -> None:
@@ -41,21 +34,23 @@ class Tracker:
             write_atomic(path, lambda p: p.write_text(_lines_up_to(path, resume_step)))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error}; name another --out") from error
+            raise UserError(
+                f"{folder}: cannot be written: {error}; choose another --out"
+            ) from error
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         self._writer: Any = SummaryWriter(
             str(folder), purge_step=resume_step + 1 if resume_step else None
         )
-        # A training that ends in an error leaves its curves behind as well.
+        # Curves are written even if training ends in an error.
         self._end = weakref.finalize(self, _end, self._writer, self._file)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers under their tags."""
         if not self._enabled:
             return
-        with self._full_disk_named():
+        with self._disk_errors_named():
             for tag, value in values.items():
                 self._file.write(json.dumps({"step": step, "tag": tag, "value": value}) + "\n")
                 self._writer.add_scalar(tag, value, step)
@@ -64,19 +59,19 @@ class Tracker:
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Write a matplotlib figure and close it."""
         if self._enabled:
-            with self._full_disk_named():
+            with self._disk_errors_named():
                 self._writer.add_figure(tag, figure, step)
 
     def image(self, tag: str, image: Tensor, step: int) -> None:
-        """Write a picture, uint8 (3, H, W)."""
+        """Write an image, uint8 (3, H, W)."""
         if self._enabled:
-            with self._full_disk_named():
+            with self._disk_errors_named():
                 self._writer.add_image(tag, image.to(torch.uint8).cpu().numpy(), step)
 
     def text(self, tag: str, text: str) -> None:
         """Write Markdown."""
         if self._enabled:
-            with self._full_disk_named():
+            with self._disk_errors_named():
                 self._writer.add_text(tag, text)
 
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -88,54 +83,54 @@ class Tracker:
         flat = {
             k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()
         }
-        with self._full_disk_named():
+        with self._disk_errors_named():
             for summary in hparams(flat, dict(metrics)):
                 self._writer.file_writer.add_summary(summary)
 
     def close(self) -> None:
-        """Flush to disk."""
+        """Flush to disk and close."""
         if self._enabled:
-            with self._full_disk_named():
+            with self._disk_errors_named():
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._writer.flush()
             self._end()
 
     @contextlib.contextmanager
-    def _full_disk_named(self) -> Iterator[None]:
-        """TensorBoard writes in a thread of its own, whose failure its next call brings up."""
+    def _disk_errors_named(self) -> Iterator[None]:
+        """TensorBoard writes in a thread whose error its next call raises."""
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._folder}: curves cannot be written: {error}; make room, then --resume"
+                f"{self._folder}: curves cannot be written: {error}; free disk space, then --resume"
             ) from error
 
 
 def _end(writer: Any, file: IO[str]) -> None:
-    """Close what there is; a full disk has been reported before, or something worse has."""
+    """Close the files; errors are ignored, because a full disk has been reported before."""
     for one in (file, writer):
         with contextlib.suppress(OSError):
             one.close()
 
 
 def _lines_up_to(path: Path, step: int) -> str:
-    """What an earlier start wrote, without steps that will be run again or a torn last line."""
+    """Lines of an earlier start, without steps that will be repeated or a torn last line."""
     if not step or not path.is_file():
         return ""
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            continue  # cut off by a kill
+            continue  # truncated when the process was killed
         if entry["step"] <= step:
-            kept.append(line + "\n")
-    return "".join(kept)
+            lines.append(line + "\n")
+    return "".join(lines)
 
 
 def flatten(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Nested settings to dotted keys."""
+    """Flatten nested settings to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{place}.{key}" if place else str(key)

@@ -16,8 +16,7 @@ from kd.evaluation.cost_figure import Cost, CostPoint, Kind
 from kd.nn.cost import latency, multiply_adds
 from kd.problems.recipes import section_from
 from kd.report.tables import value_of
-from kd.runs.build import open_data
-from kd.runs.load_student import to_be_loaded
+from kd.runs.build import open_data, without_weights
 from kd.runs.read import DistillRuns, Run, check_same_objects, distinct_names
 from kd.runs.setup import count_parameters
 
@@ -36,7 +35,7 @@ class _Trained:
     def section(self) -> Model:
         """The network's name and options."""
         part = self.runs[0].config[TEACHER if self.variant == TEACHER else "student"]
-        return to_be_loaded(Model(name=part["name"], options=part["options"]))
+        return without_weights(Model(name=part["name"], options=part["options"]))
 
     @property
     def network(self) -> str:

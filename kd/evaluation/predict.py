@@ -193,8 +193,7 @@ def open_run(
         teacher = load_teacher(run, data.num_classes)
         check_classes(teacher, data.class_names, section.name)
         return config, data, teacher.model, teacher.task
-    student = load_student(run, config, section)
-    return config, student.data, student.model, student.task
+    return config, *load_student(run, config, section)
 
 
 def data_section(

@@ -1,7 +1,7 @@
-"""A distillation: the variants of one student, trained alike but for what is compared.
+"""A distillation: variants of one student that differ only in what is compared.
 
 All variants of a seed share initial weights, data order, pixels, labels and steps. A head that only
-some variants have is drawn last, so that all others start from the same weights.
+some variants have is initialised last, so that all others start from the same weights.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ from kd.config.recipes import DistillRecipe, Train
 from kd.data.loader import Samples, collate, to_device
 from kd.distillation.hooks import FeatureTaps
 from kd.distillation.student import adapt_student
-from kd.distillation.terms import (
-    Term,
-    build_term,
-    check_weights,
-    outputs_by_teacher,
-    tapped_layers,
-)
+from kd.distillation.terms import Term, build_term, check_weights, outputs_by_teacher, tapped_layers
 from kd.distillation.variants import Variant, variants_of
 from kd.engine.loop import forward_losses
 from kd.engine.optim import make_optimizer
@@ -42,7 +36,7 @@ from kd.runs.train import RunSetup, run_training
 
 
 def train_section(train: Train, variant: Variant) -> Train:
-    """The training settings of a variant: without a context head those of that head fall away."""
+    """Training settings of a variant; without a context head, those of that head are removed."""
     if variant.context_head:
         return train
     optimizer = train.optimizer
@@ -55,24 +49,19 @@ def train_section(train: Train, variant: Variant) -> Train:
 
 @dataclass
 class Distillation:
-    """What the variants of a recipe share; teachers are opened once, before any variant trains.
+    """Everything that a recipe's variants share; teachers are opened once, before training.
 
-    Attributes:
-        variants: Those of the recipe by name.
-        terms: The terms of all of them.
-        task: The students' task.
-        sources: The teachers; None where none is needed.
-
-    Raises:
-        UserError: Whatever can be found wrong before the first step, quick checks first.
+    Whatever can be found wrong before the first step is a UserError, quick checks first. It has the
+    `variants` of the recipe by name, the `terms` of all of them, the students' `task`, and
+    `sources`, the teachers, None where none is needed.
     """
 
     recipe: DistillRecipe
     data: Dataset
     accelerator: Accelerator
     out: Path
-    label: str = ""  # of a student and its variant in progress lines; empty: their names
-    labelled_alone: bool = False  # leave out unlabelled images: no term reads them
+    label: str = ""  # of progress lines; empty: names of student and variant
+    labelled_only: bool = False  # leave out unlabelled images: no term reads them
     data_typed: str | None = None  # the argument of --data, for messages
 
     def __post_init__(self) -> None:
@@ -91,7 +80,7 @@ class Distillation:
         taught = any(variant.terms for variant in self.variants.values())
         paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
         if taught:
-            if layers := tapped_layers(self.terms, self.task):  # before a teacher works for hours
+            if layers := tapped_layers(self.terms, self.task):  # before a teacher runs for hours
                 student = self.student(self._any_variant, None)
                 FeatureTaps(student, layers, called="student").remove()
             self.sources = open_teachers(
@@ -100,7 +89,7 @@ class Distillation:
 
     @property
     def _any_variant(self) -> Variant:
-        """One with every head that any of the variants has."""
+        """A variant with every head that any of the variants has."""
         return Variant("any", tuple(term.section for term in self.terms))
 
     def _task(self) -> Task:
@@ -113,10 +102,9 @@ class Distillation:
         )
 
     def check(self) -> None:
-        """Build every variant and compute its losses on two images, before any of them trains.
+        """Build every variant and compute its losses on two images before training any.
 
-        Raises:
-            UserError: A layer, an output or a weight that does not fit, shapes that differ.
+        A layer, output or weight that does not fit is a UserError.
         """
         seed = self.recipe.seeds[0]
         for name, variant in self.variants.items():
@@ -128,7 +116,7 @@ class Distillation:
             make_optimizer(model, **settings)
 
     def run(self, variant: str, seed: int) -> None:
-        """Train one variant of one seed, unless its folder has it already."""
+        """Train one variant of one seed, unless its folder is finished."""
         recipe, accelerator = self.recipe, self.accelerator
         config = {**recipe.model_dump(mode="json"), "variant": variant, "seed": seed}
         folder = open_run(accelerator, self.out / f"seed{seed}" / variant, config, resume=True)
@@ -136,13 +124,9 @@ class Distillation:
             return
         samples = self.samples(variant, seed)
         loader = make_loader(
-            samples,
-            accelerator,
-            batch_size=recipe.train.batch_size // recipe.train.accumulate,
-            workers=recipe.data.workers,
-            seed=seed,
-            train=True,
-        )
+            samples, accelerator, batch_size=recipe.train.batch_size // recipe.train.accumulate,
+            workers=recipe.data.workers, seed=seed, train=True,
+        )  # fmt: skip
         model, objective = self.assemble(variant, seed, samples)
         label = f"{self.label or f'{recipe.student.name} {variant}'} seed {seed}"
         train = train_section(recipe.train, self.variants[variant])
@@ -151,15 +135,9 @@ class Distillation:
         run_training(setup, model, objective, loader)
 
     def assemble(self, variant: str, seed: int, samples: Samples) -> tuple[nn.Module, Objective]:
-        """A variant's student at its seed's initial weights, and what it learns.
+        """Build a variant's `AdaptedStudent` at its seed's initial weights, and its objective.
 
-        Args:
-            variant: Its name.
-            seed: Of the weights; those of adapters are drawn after the student's.
-            samples: Of `samples`.
-
-        Returns:
-            An `AdaptedStudent` and its objective.
+        Adapters are initialised after the student.
         """
         one, terms, source = self.variants[variant], self._terms(variant), None
         if self.sources is not None and terms:
@@ -176,17 +154,14 @@ class Distillation:
         return model.to(self.accelerator.device), objective
 
     def student(self, variant: Variant, labelled: NDArray[np.int64] | None) -> nn.Module:
-        """A variant's student at initial weights, told which labels it may use."""
+        """Build a variant's student at initial weights; `labelled` are its image ids."""
         return self.data.problem.build_student(
-            self.recipe.student,
-            self.data,
-            labelled=labelled,
-            context=variant.context_head,
+            self.recipe.student, self.data, labelled=labelled, context=variant.context_head,
             outputs=variant.outputs,
-        )
+        )  # fmt: skip
 
     def first_batch(self, samples: Samples) -> dict[str, Tensor]:
-        """A batch of two, or of a process's own, that shapes and mistakes are found on."""
+        """A batch of at most two samples, on which shapes and mistakes are found."""
         train = self.recipe.train
         own = train.batch_size // train.accumulate // self.accelerator.num_processes
         batch = collate([samples[0, place] for place in range(min(2, max(1, own), len(samples)))])
@@ -199,7 +174,7 @@ class Distillation:
         sampling = Sampling(
             seed=seed,
             epochs=recipe.train.epochs,
-            images=labelled if self.labelled_alone else None,
+            images=labelled if self.labelled_only else None,
             labelled=labelled,
             hide="all" if all(map(recipe.caches, recipe.teachers)) else "one",
             cached=[] if self.sources is None else self.sources.fields(self._outputs(variant)),
@@ -207,13 +182,13 @@ class Distillation:
         return data.problem.training(data, sampling, self.task)
 
     def _terms(self, variant: str) -> list[Term]:
-        """A variant's terms, and those that it shows without learning from them."""
+        """A variant's terms, or those that it logs without training on them."""
         one = self.variants[variant]
         if one.terms:
             return [term for term in self.terms if term.section in one.terms]
-        if self.sources is None or not self.sources.stored:
+        if self.sources is None or not self.sources.all_cached:
             return []
-        # Maps would go through adapters that nobody trains.
+        # Maps would pass through adapters that are not trained.
         return [t for t in self.terms if t.section in one.watched and not t.kind.maps]
 
     def _outputs(self, variant: str) -> dict[str, list[str]]:
@@ -223,11 +198,7 @@ class Distillation:
 def _first_losses(
     model: nn.Module, batch: Mapping[str, Tensor], objective: Objective
 ) -> dict[str, Mean]:
-    """Losses in training mode, where some models give more outputs; batch statistics change.
-
-    Raises:
-        UserError: Too few images for a batch norm after global pooling.
-    """
+    """Losses in training mode, in which some models give more outputs."""
     try:
         with torch.no_grad():
             return forward_losses(model.train(), batch, objective)

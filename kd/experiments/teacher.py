@@ -1,4 +1,4 @@
-"""One teacher's training, from its recipe to its finished run."""
+"""Train one teacher, from its recipe to its finished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's teachers, opened once before anything trains, and what they give the students."""
+"""Open a recipe's teachers once, before training, and give their outputs to students."""
 
 from __future__ import annotations
 
@@ -30,14 +30,10 @@ from kd.teacher_cache.equivariance import check_moved_maps
 
 @dataclass
 class RecipeTeachers:
-    """Where the terms' targets come from.
+    """The teachers that terms read, by name; that of the recipe's `teacher` is "".
 
-    Args:
-        teachers: By name, those that terms read; that of the recipe's `teacher` is empty.
-        weights: Of the same in their mean.
-        posteriors: Stored ones by teacher.
-        maps: Other stored outputs by teacher, which come with the samples.
-        live: The teachers that run in each step.
+    `weights` are theirs in means of teachers. Cached `posteriors` stay in memory, other cached
+    `maps` come with the samples, `live` teachers run in each step.
     """
 
     teachers: dict[str, TrainedTeacher]
@@ -48,31 +44,29 @@ class RecipeTeachers:
 
     @property
     def teacher(self) -> TrainedTeacher:
-        """The first one, the recipe's `teacher` as a rule."""
+        """The first one, usually the recipe's `teacher`."""
         return next(iter(self.teachers.values()))
 
     @property
-    def stored(self) -> bool:
-        """Whether everything was computed once."""
+    def all_cached(self) -> bool:
+        """Whether no teacher runs in training."""
         return not self.live
 
     def fields(self, outputs: Mapping[str, Sequence[str]]) -> list[CachedField]:
-        """What the samples must bring for these outputs by teacher."""
+        """Fields that the samples must have for these outputs by teacher."""
         return [
-            kept
+            cached
             for name, maps in self.maps.items()
-            for output, kept in maps.items()
+            for output, cached in maps.items()
             if output in outputs.get(name, ())
         ]
 
     def targets(
         self, outputs: Mapping[str, Sequence[str]], *, shuffled: int | None = None
     ) -> SoftTargetSource:
-        """Targets of a batch.
+        """Build the source of these outputs by teacher.
 
-        Args:
-            outputs: By teacher, what `fields` were asked for.
-            shuffled: Seed by which each posterior is given to another object: the control.
+        `shuffled` is the seed by which each posterior is assigned to another object: the control.
         """
         found: dict[str, SoftTargetSource] = {**self.live}
         for name, maps in self.maps.items():
@@ -87,41 +81,18 @@ class RecipeTeachers:
         return Teachers(first, more, self.weights)
 
 
-@dataclass(frozen=True)
-class FoundTeacher:
-    """A teacher that a recipe reads; nothing of it is loaded yet.
-
-    Attributes:
-        path: Its run folder or file.
-        outputs: Its outputs and layers that terms read.
-    """
-
-    path: Path
-    outputs: Sequence[str]
-
-
 def find_teachers(
     recipe: DistillRecipe, terms: Sequence[Term], data: Dataset, data_typed: str | None = None
-) -> dict[str, FoundTeacher]:
-    """Find the teachers that a recipe needs, by name.
+) -> dict[str, Path]:
+    """Find the teachers that a recipe's terms need, by name; none is loaded.
 
-    Args:
-        recipe: As the user wrote it.
-        terms: Those that any of its variants has.
-        data: What they are computed on.
-        data_typed: What `--data` was given, for a message.
-
-    Raises:
-        UserError: One is not there.
+    `data_typed` is the argument of `--data`, for the UserError where one is missing.
     """
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     return {
-        name: FoundTeacher(
-            find_teacher(reference, recipe.data.name, further=name, typed=data_typed),
-            outputs[name],
-        )
+        name: find_teacher(reference, recipe.data.name, further=name, typed=data_typed)
         for name, reference in recipe.teachers.items()
-        # The recipe's own teacher of hidden objects is drawn beside every student.
+        # The recipe's own context teacher is drawn beside every student.
         if outputs[name] or (data.problem.hides_objects and not name)
     }
 
@@ -132,27 +103,19 @@ def open_teachers(
     task: Task,
     data: Dataset,
     accelerator: Accelerator,
-    found: Mapping[str, FoundTeacher],
+    found: Mapping[str, Path],
 ) -> RecipeTeachers:
-    """Load the teachers of a recipe; outputs that are to be cached and are not yet are computed.
+    """Load the teachers of a recipe; missing cached outputs are computed.
 
-    Args:
-        recipe: As the user wrote it.
-        terms: Those that any of its variants has.
-        task: The students'.
-        data: What they are computed on.
-        accelerator: Devices and processes.
-        found: Of `find_teachers`.
-
-    Raises:
-        UserError: A teacher of another dataset, of other classes or of another image size; cached
-            maps that differ too much from those of moved images.
+    A teacher of another dataset, of other classes or another image size is a UserError, and so are
+    cached maps that differ too much from those of moved images.
     """
-    teachers = {name: load_teacher_of(one.path, data) for name, one in found.items()}
+    teachers = {name: load_teacher_of(path, data) for name, path in found.items()}
+    outputs = outputs_by_teacher(terms, recipe.more_teachers)
     by_class = [t for t in terms if t.kind.by_class and t.student in task.outputs]
     compared = outputs_by_teacher(by_class, recipe.more_teachers)
-    for name, teacher in teachers.items():  # all of them, before one of them works for hours
-        _check_layers(teacher, name, found[name].outputs, recipe)
+    for name, teacher in teachers.items():  # all of them, before one of them runs for hours
+        _check_layers(teacher, name, outputs[name], recipe)
         if recipe.caches(name) and recipe.soft_targets.top_k:
             _check_softmax(teacher, name, terms, recipe)
         read, always = compared[name], data.problem.hides_objects and not name
@@ -163,11 +126,10 @@ def open_teachers(
         teacher.model.to(accelerator.device)
     opened = RecipeTeachers(teachers, [recipe.teachers[name].weight for name in teachers])
     for name, teacher in teachers.items():
-        outputs = found[name].outputs
         if not recipe.caches(name):
-            opened.live[name] = _live(teacher, outputs, recipe, accelerator)
+            opened.live[name] = _live(teacher, outputs[name], recipe, accelerator)
             continue
-        cached = _cached(teacher, name, outputs, recipe, data, accelerator)
+        cached = _cached(teacher, name, outputs[name], recipe, data, accelerator)
         if POSTERIOR in cached:
             posteriors = _posteriors(cached.pop(POSTERIOR), data)
             opened.posteriors[name] = posteriors.balanced(recipe.soft_targets.balance)
@@ -180,7 +142,7 @@ def open_teachers(
 def _check_layers(
     teacher: TrainedTeacher, name: str, outputs: Sequence[str], recipe: DistillRecipe
 ) -> None:
-    """A layer that a teacher lacks may mean that another kind of teacher was to be named."""
+    """A missing layer may mean that the recipe is for another kind of teacher."""
     try:
         layers = layers_among(outputs, teacher.task)
         FeatureTaps(teacher.model, layers, called=teacher.called).remove()
@@ -192,26 +154,26 @@ def _check_layers(
         ):
             raise
         raise UserError(
-            f"{error}. The recipe is for {key}.name {reference.name}: name a run of that kind, or "
-            "layers that this one has in losses and adapters"
+            f"{error}. The recipe is for {key}.name {reference.name}: use a run of that kind, or "
+            "layers of this one in losses and adapters"
         ) from error
 
 
 def _check_softmax(
     teacher: TrainedTeacher, name: str, terms: Sequence[Term], recipe: DistillRecipe
 ) -> None:
-    """Refuse a loss on raw outputs where only the largest log-probabilities are stored."""
+    """Refuse a loss on raw outputs where only the largest log-probabilities are cached."""
     for term in (term for term in terms if not term.kind.softmax):
         read = outputs_by_teacher([term], recipe.more_teachers)[name]
         if layers_among(read, teacher.task) != read:
             raise UserError(
                 f"losses: {term.name}: soft_targets.top_k stores {', '.join(read)} as "
-                "probabilities, which this loss does not compare; 0 stores all as it is"
+                "probabilities, which this loss does not compare; 0 stores raw outputs"
             )
 
 
 def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
-    """All of a cache, checked before anything trains: on a GPU a look-up does not check."""
+    """Read all posteriors, checked before training: look-ups on a GPU are not checked."""
     posteriors = CachedPosteriors.read(cached)
     ids = torch.from_numpy(data.problem.object_ids(data))
     if data.problem.some_posteriors:
@@ -222,11 +184,11 @@ def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
 
 
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe, data: Dataset) -> None:
-    """Cached posteriors must not carry labels that the student is not to know."""
+    """Refuse cached posteriors that carry labels hidden from the student."""
     if teacher.reads_labels and any(data.labelled(seed) is not None for seed in recipe.seeds):
         raise UserError(
             f"{teacher.folder}: this teacher reads the other objects' classes, which data.labelled "
-            "keeps from the student on the other images; take a teacher on pixels alone, or "
+            "hides from the student on unlabelled images; use a teacher of pixels only, or "
             "--set data.labelled=1.0"
         )
 
@@ -243,7 +205,7 @@ def _cached(
     data: Dataset,
     accelerator: Accelerator,
 ) -> dict[str, CachedField]:
-    """A teacher's cached outputs; samples name them by teacher, posteriors stay in memory."""
+    """Cached outputs of a teacher, named by teacher in the samples."""
     targets = recipe.soft_targets
     seen = data.problem.cached_data(data)
     hides = seen.problem.hides_objects
@@ -251,14 +213,14 @@ def _cached(
     location = targets.cache
     if location is not None and name:
         location = f"{location.rstrip('/')}/{name}"
-    wanted = CacheOptions(
+    options = CacheOptions(
         outputs=[*always, *(output for output in outputs if output not in always)],
         out_of_fold=targets.out_of_fold and hides,
         dtype=targets.dtype, top_k=targets.top_k,
         mirrored=targets.mirrored, int8=targets.int8, size=targets.size,
         location=location,
     )  # fmt: skip
-    found = open_cache(teacher, seen, accelerator, wanted)
+    found = open_cache(teacher, seen, accelerator, options)
     return {
         output: CachedField(
             one.store, f"{_prefix(name)}{output}".removeprefix(PREFIX), channels=one.channels,
@@ -271,7 +233,7 @@ def _cached(
 def _live(
     teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
-    """One for all variants and seeds: each would leave its hooks on the teacher."""
+    """A live teacher for all variants and seeds: each would leave its hooks on the teacher."""
     size, own = (getattr(section, "size", None) for section in (recipe.data, teacher.section))
     if own != size:
         raise UserError(

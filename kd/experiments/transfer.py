@@ -1,4 +1,4 @@
-"""One student from several starts, probed and fine-tuned: each a bare variant of a comparison."""
+"""One student from several initial weights, probed and fine-tuned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Start:
-    """One row of the table: how the student learns, where its trunk starts, and its recipe."""
+    """One row of the table: mode, initial weights of the trunk, and the recipe."""
 
     mode: str
     name: str
@@ -25,23 +25,18 @@ class Start:
 
     @property
     def path(self) -> Path:
-        """Below the folder of all."""
+        """Path below the output folder."""
         return Path(self.mode) / self.name
 
     def summary(self, out: Path, seed: int) -> Path:
-        """The file of the numbers of one seed."""
+        """Path of the summary of one seed."""
         return out / self.path / f"seed{seed}" / "no_context" / "summary.json"
 
 
 def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[Start]:
-    """Every mode from every start, modes apart; the teacher's run is looked for.
+    """Yield every mode from every start, grouped by mode.
 
-    Args:
-        recipe: As the user wrote it.
-        data_typed: What `--data` was given, for a message.
-
-    Raises:
-        UserError: No run where a start needs one, or a student that cannot be built from it.
+    A missing run, or a student that cannot be built from it, is a UserError.
     """
     student, weights = _student(recipe, data_typed)
     for mode, section in (("probe", recipe.probe), ("finetune", recipe.finetune)):
@@ -87,7 +82,7 @@ def _frozen(section: Probe | Finetune) -> dict[str, Any]:
 
 
 def _train(train: Train, section: Probe | Finetune, *, random: bool) -> Train:
-    """The mode's own settings; a trunk that starts at random weights has nothing to be spared."""
+    """Settings of a mode; a trunk with random weights learns at the full rate."""
     optimizer = train.optimizer
     if isinstance(section, Finetune) and not random:
         scale = {**optimizer.lr_scale, "trunk": section.trunk}

@@ -1,4 +1,4 @@
-"""Check before anything trains that terms and variants fit the task, the data and the cache."""
+"""Check before training that terms and variants fit the task, the data and the cache."""
 
 from __future__ import annotations
 
@@ -23,18 +23,7 @@ def check_terms(
     task: Task,
     data: Dataset,
 ) -> None:
-    """Refuse terms and variants that do not fit the task, the data or the cache.
-
-    Args:
-        recipe: As the user wrote it.
-        variants: Those of the recipe.
-        terms: Those that any of them has.
-        task: The students'.
-        data: The dataset.
-
-    Raises:
-        UserError: The first that does not fit.
-    """
+    """Refuse terms and variants that do not fit the task, the data or the cache."""
     _check_soft_targets(recipe, terms, data)
     _check_variants(recipe, variants, terms, data)
     for term in terms:
@@ -47,7 +36,7 @@ def _has_posteriors(data: Dataset) -> bool:
 
 
 def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
-    """Refuse settings of cached outputs that are impossible, and name those without effect."""
+    """Refuse impossible settings of cached outputs, and warn of those without effect."""
     changed = [
         name
         for name, field in SoftTargets.model_fields.items()
@@ -55,16 +44,16 @@ def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Data
     ]
     if "equivariance_error" in changed and not data.problem.moves_cached_maps:
         raise UserError(
-            "soft_targets.equivariance_error: cached maps are measured where objects are hidden, "
-            f"not here: maps of {data.section.name} are moved with their images as they are; "
-            "leave it out. soft_targets.mirrored=true makes flips exact, soft_targets.kind=live "
-            "runs the teacher on the student's own images"
+            "soft_targets.equivariance_error: the error is measured only where objects are hidden: "
+            f"cached maps of {data.section.name} are moved with their images; leave it out. "
+            "soft_targets.mirrored=true makes flips exact, soft_targets.kind=live runs the teacher "
+            "on the student's own images"
         )
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     if changed and terms and not any(recipe.caches(name) for name, read in outputs.items() if read):
         _log.warning(
-            "%s: of stored outputs, without effect here: a live teacher sees the student's own "
-            "images, at their size",
+            "%s: for stored outputs, no effect here: a live teacher sees the student's own images, "
+            "at their size",
             ", ".join(f"soft_targets.{name}" for name in changed),
         )
 
@@ -86,12 +75,12 @@ def _check_variants(
         or (not variant.context_head and not objects and (variant.terms or not posteriors))
     )
     if refused:
-        raise UserError(f"variants: {', '.join(refused)}: for students that name objects only")
+        raise UserError(f"variants: {', '.join(refused)}: only for students that classify objects")
     for variant in variants:
         if not variant.context_head and not objects and not recipe.student.options.get("context"):
             raise UserError(
-                f"variants: {variant.name}: a student without its context head, but "
-                "student.options.context is not true, so that plain has none either"
+                f"variants: {variant.name}: a student without a context head, but "
+                "student.options.context is not true, so plain has none either"
             )
         if variant.shuffled:
             own = [term for term in terms if term.section in variant.terms]
@@ -107,7 +96,7 @@ def _check_variants(
 def _check_term(recipe: DistillRecipe, term: Term, task: Task, data: Dataset) -> None:
     kind, name = term.kind, type(task).__name__
     if term.reads_posterior and not _has_posteriors(data):
-        raise UserError(f"losses: {term.name}: is about hidden objects, which are not here")
+        raise UserError(f"losses: {term.name}: needs hidden objects, which these data do not have")
     by_itself = not kind.maps or term.student == kind.student
     if by_itself and term.student not in task.outputs:
         raise UserError(
@@ -121,20 +110,20 @@ def _check_term(recipe: DistillRecipe, term: Term, task: Task, data: Dataset) ->
         )
     if kind.place_weights and not recipe.task.options.get(kind.place_weights):
         raise UserError(
-            f"losses: {term.name}: classes have no weights; pixel_wise does without, or "
+            f"losses: {term.name}: classes have no weights; use pixel_wise, or "
             f"--set task.options.{kind.place_weights}=0.5"
         )
     if not data.problem.some_posteriors:
         return
-    # Students see all objects of an image in a step; the teacher of context hides each in turn.
+    # Students see all objects of an image in a step; a context teacher hides each in turn.
     cached = _all_cached(recipe, [term])
     if term.reads_posterior and not cached:
         raise UserError(
-            f"losses: {term.name}: posteriors are of objects hidden in turn, and computed once; "
-            "say kind: stored of that teacher, or --set soft_targets.kind=stored for all"
+            f"losses: {term.name}: posteriors of objects, hidden in turn, must be cached; set "
+            "kind: stored for that teacher, or --set soft_targets.kind=stored for all"
         )
     if cached and not term.reads_posterior:
         raise UserError(
-            f"losses: {term.name}: but for posteriors detectors are taught in each step; say "
-            "kind: live of that teacher, or --set soft_targets.kind=live for all"
+            f"losses: {term.name}: detectors learn all but posteriors from a live teacher; set "
+            "kind: live for that teacher, or --set soft_targets.kind=live for all"
         )

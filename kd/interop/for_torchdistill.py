@@ -1,8 +1,8 @@
-"""Our losses in torchdistill: name this module in a config's `dependencies` and use `kd.pair_wise`.
+"""Our losses in torchdistill: list this module in a config's `dependencies`, use `kd.pair_wise`.
 
 Importing it registers `kd.<loss>` for each loss that compares one tensor of the student with one of
-the teacher, as torchdistill's own extensions do; `docs/examples/torchdistill.yaml` is a config that
-does. Their keyword arguments are the paths, as torchdistill's losses take them, and our options.
+the teacher; `docs/examples/torchdistill.yaml` is an example. Keyword arguments are the paths, as
+for torchdistill's losses, and our options.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from kd.losses import (
 from kd.losses.imitation import anchor_grid
 from kd.registry import check_options
 
-LENT: dict[str, Callable[..., Tensor]] = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl_logits": kl_logits,
     "pixel_wise": pixel_wise,
     "pair_wise": pair_wise,
     "channel_wise": channel_wise,
     "hint": hint,
 }
-Kept = Mapping[str, Mapping[str, Tensor]]
+Outputs = Mapping[str, Mapping[str, Tensor]]
 
 
-class _Lent(nn.Module):
-    """A loss of ours between what torchdistill kept of two modules."""
+class _Loss(nn.Module):
+    """A loss on the outputs that torchdistill collected of two modules."""
 
     def __init__(
         self,
@@ -56,24 +56,22 @@ class _Lent(nn.Module):
         self.student = student_module_path, student_module_io
         self.teacher = teacher_module_path, teacher_module_io
 
-    def forward(self, student: Kept, teacher: Kept, targets: object = None, *_: Any) -> Tensor:
-        """What the modules gave, by path and "input" or "output", to a scalar."""
+    def forward(
+        self, student: Outputs, teacher: Outputs, targets: object = None, *_: Any
+    ) -> Tensor:
+        """Map outputs, by path and "input" or "output", to a scalar."""
         return self.loss(*self._sides(student, teacher), **self.options)
 
-    def _sides(self, student: Kept, teacher: Kept) -> tuple[Tensor, Tensor]:
+    def _sides(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         ours, theirs = student[self.student[0]], teacher[self.teacher[0]]
         return ours[self.student[1]], theirs[self.teacher[1]]
 
 
-class _LentImitation(_Lent):
-    """Imitation on the places whose anchors fit an object; targets are lists of `{"boxes": ...}`.
+class _Imitation(_Loss):
+    """Imitation at anchors that fit an object; targets are lists of `{"boxes": ...}`.
 
-    Args:
-        stride: Pixels between anchors.
-        scales: Sides of the anchors, in strides.
-        ratios: Heights over widths.
-        psi: See `imitation_mask`.
-        places: Where the features are.
+    `stride` is the distance of anchors in pixels, `scales` are their sides in strides, `ratios`
+    heights over widths; for `psi` see `imitation_mask`.
     """
 
     def __init__(
@@ -91,8 +89,10 @@ class _LentImitation(_Lent):
         sides = [(stride * s / r**0.5, stride * s * r**0.5) for s in scales for r in ratios]
         self.stride, self.sides, self.psi = stride, sides, psi
 
-    def forward(self, student: Kept, teacher: Kept, targets: object = None, *_: Any) -> Tensor:
-        """As `_Lent`, with the boxes that say where."""
+    def forward(
+        self, student: Outputs, teacher: Outputs, targets: object = None, *_: Any
+    ) -> Tensor:
+        """Map outputs to a scalar; the targets' boxes define the mask."""
         ours, theirs = self._sides(student, teacher)
         try:
             boxes = [one["boxes"] for one in targets]  # type: ignore[attr-defined]
@@ -105,7 +105,7 @@ class _LentImitation(_Lent):
         return self.loss(ours, theirs, mask)
 
 
-def _lend(name: str, loss: Callable[..., Tensor], kind: type[_Lent]) -> None:
+def _register(name: str, loss: Callable[..., Tensor], kind: type[_Loss]) -> None:
     def build(**options: Any) -> nn.Module:
         return kind(name, loss, **options)
 
@@ -113,6 +113,6 @@ def _lend(name: str, loss: Callable[..., Tensor], kind: type[_Lent]) -> None:
     register_mid_level_loss(build, key=f"kd.{name}")
 
 
-for _name, _loss in LENT.items():
-    _lend(_name, _loss, _Lent)
-_lend("imitation", imitation, _LentImitation)
+for _name, _loss in LOSSES.items():
+    _register(_name, _loss, _Loss)
+_register("imitation", imitation, _Imitation)

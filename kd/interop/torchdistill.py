@@ -1,14 +1,14 @@
 """torchdistill's mid-level losses as ours: two tensors in, a scalar out.
 
-A loss of torchdistill's reads features by module path from the outputs of whole models. Here it is
-given exactly one tensor of each side, so that it can be a term like any other:
-`losses: [{name: torchdistill.DISTLoss, weight: 1.0, student: logits, teacher: logits}]`. What its
-constructor wants to know of paths is filled in; the rest are the term's options.
+A loss of torchdistill reads features by module path from the outputs of whole models. Here it gets
+one tensor of each side, so that it is a term like any other: `losses: [{name:
+torchdistill.DISTLoss, weight: 1.0, student: logits, teacher: logits}]`. Its constructor's paths are
+filled in; its other arguments are the term's options.
 
-Handled on the way: `KDLoss` and `LogitStdKDLoss` mix in the labels' loss by `alpha` (the task
-brings that one), leave out the temperature's square unless they do, and divide maps by the number
-of images rather than of pixels. A loss with weights of its own, which torchdistill's engine gives
-to no optimiser, becomes a part of the module that is trained.
+`KDLoss` and `LogitStdKDLoss` add the labels' loss by `alpha` (the task has that one), omit the
+temperature's square otherwise, and divide maps by the number of images, not of pixels: this is
+corrected. A loss with weights, which torchdistill's engine does not optimise, becomes part of the
+trained module.
 """
 
 from __future__ import annotations
@@ -27,20 +27,17 @@ from kd.registry import look_up
 
 PREFIX = "torchdistill."
 LAYER = "layer"
-# The labels' part of these is the task's; what they call `beta` weighs the rest.
+# The task has these losses' part with labels; `beta` is the weight of the rest.
 SOFTENED = ("KDLoss", "LogitStdKDLoss")
 LABELS = {"alpha": 0.0, "beta": 1.0}
-# Two layers of each side; and pairs of tensors, which modules of torchdistill's own make.
+# These take two layers of each side, or pairs of tensors from torchdistill's own modules.
 PAIRED = ("FSPLoss", "HierarchicalContextLoss", "VIDLoss")
 
 
 class Borrowed(nn.Module):
-    """A loss of torchdistill's between one tensor of each side.
+    """A loss of torchdistill between one tensor of each side.
 
-    Args:
-        name: As in torchdistill's registry.
-        module: The loss, told that its tensors are the output of `LAYER`.
-        factor: On its value.
+    `module` reads both as the output of `LAYER`; its value is multiplied by `factor`.
     """
 
     def __init__(self, name: str, module: nn.Module, factor: float) -> None:
@@ -48,17 +45,17 @@ class Borrowed(nn.Module):
         self.name, self.module, self.factor = name, module, factor
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Two tensors to a scalar."""
+        """Map two tensors to a scalar."""
         check_floating(f"{PREFIX}{self.name}", student=student, teacher=teacher)
         check_device(f"{PREFIX}{self.name}", student=student, teacher=teacher)
         if self.name in SOFTENED and student.ndim > 2:
             student, teacher = _rows(student), _rows(teacher)
         wide = wide_dtype(student, teacher)
-        kept = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
-        # Half precision would drown the small differences.
+        sides = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
+        # Half precision would lose small differences.
         try:
             with torch.autocast(student.device.type, enabled=False):
-                value: Tensor = self.module(*kept)
+                value: Tensor = self.module(*sides)
         except (RuntimeError, IndexError) as error:
             raise UserError(
                 f"{PREFIX}{self.name}: cannot compare student {tuple(student.shape)} with teacher "
@@ -68,15 +65,10 @@ class Borrowed(nn.Module):
 
 
 class Borrow:
-    """A mid-level loss of torchdistill's as a function `(student, teacher, *, options)`.
+    """A mid-level loss of torchdistill as a function `(student, teacher, *, options)`.
 
-    Its signature lists the loss's options.
-
-    Args:
-        name: As in torchdistill's registry: "DISTLoss".
-
-    Raises:
-        UserError: An unknown name, or a loss that needs more than a tensor of each side.
+    Its signature lists the loss's options. An unknown name, or a loss that needs more than a tensor
+    of each side, is a UserError.
     """
 
     def __init__(self, name: str) -> None:
@@ -99,28 +91,28 @@ class Borrow:
         self.__name__ = f"{PREFIX}{name}"
 
     def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-        """The loss, for one without weights."""
+        """Compute a loss without weights."""
         value: Tensor = self.module(**options)(student, teacher)
         return value
 
     def module(self, channels: int = 0, /, **options: Any) -> Borrowed:
-        """The loss as a module, for one with weights; its options say how many channels it has."""
+        """Build the loss as a module; options of losses with weights include their channels."""
         factor = options["temperature"] ** 2 if self.name in SOFTENED else 1.0
         return Borrowed(self.name, self._build(**self._places, **options), factor)
 
     def has_weights(self, **options: Any) -> bool:
-        """Whether something of it is to be trained, saved and resumed."""
+        """Whether the loss has weights or buffers."""
         return bool(self.module(**options).state_dict())
 
 
 def _registry() -> dict[str, Callable[..., nn.Module]]:
-    """Torchdistill's mid-level losses by name; imported here, for it takes seconds."""
+    """Torchdistill's mid-level losses by name; imported here because it takes seconds."""
     importlib.import_module("torchdistill.losses.mid_level")  # fills the registry
     return dict(importlib.import_module("torchdistill.losses.registry").MIDDLE_LEVEL_LOSS_DICT)
 
 
 def _places(name: str, parameters: list[str]) -> dict[str, Any]:
-    """What the constructor is told about where its tensors are."""
+    """Constructor arguments that say where the tensors are."""
     places: dict[str, Any] = {}
     paths = [one for one in parameters if one.endswith("_path")]
     pairs = [one for one in parameters if one.endswith("_pairs")]
@@ -129,8 +121,8 @@ def _places(name: str, parameters: list[str]) -> dict[str, Any]:
     if name in PAIRED or not (one_each or (len(pairs) == 1 and not paths)):
         needs = ", ".join(paths + pairs) or "no layer at all"
         raise UserError(
-            f"losses: {PREFIX}{name}: compares more than a tensor of the student with one of the "
-            f"teacher ({needs}), and so is no term"
+            f"losses: {PREFIX}{name}: cannot be a term: it compares more than one tensor a side "
+            f"({needs})"
         )
     for one in parameters:
         if one in paths:
@@ -144,5 +136,5 @@ def _places(name: str, parameters: list[str]) -> dict[str, Any]:
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Every place a row: (N, C, ...) to (N * places, C)."""
+    """Reshape (N, C, ...) to (N * places, C)."""
     return logits.flatten(2).transpose(1, 2).flatten(0, 1)

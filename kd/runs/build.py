@@ -1,4 +1,4 @@
-"""From a recipe's sections to datasets, loaders, tasks and devices."""
+"""Build datasets, loaders and devices from a recipe's sections."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from kd.config.datasets import DatasetSection
+from kd.config.recipes import Model
 from kd.data.loader import SampleLoader, Samples, build_loader
 from kd.errors import UserError
 from kd.problems import problem_of_data, problem_of_task, spec_of_task
@@ -23,29 +24,18 @@ def make_loader(
     seed: int = 0,
     train: bool = False,
 ) -> SampleLoader:
-    """Batches of this process: its slice of each whole batch."""
+    """Load the batches of this process: its slice of each whole batch."""
     return build_loader(
-        dataset,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=train,
-        workers=workers,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        dataset, batch_size=batch_size, seed=seed, shuffle=train, workers=workers,
+        rank=accelerator.process_index, world=accelerator.num_processes,
         drop_last=train and len(dataset) > batch_size,
-    )
+    )  # fmt: skip
 
 
 def open_data(section: DatasetSection, task: str | None = None) -> Dataset:
-    """Open a dataset.
+    """Open a dataset; without a task, the first problem with such data opens it.
 
-    Args:
-        section: Of a recipe.
-        task: The recipe's; None: the first problem with such data opens it.
-
-    Raises:
-        UserError: An unknown task, one for data of another kind, or what the problem's `open`
-            raises.
+    An unknown task, or one for another kind of data, is a UserError.
     """
     if task is not None:
         check_kind(task, section)
@@ -55,17 +45,20 @@ def open_data(section: DatasetSection, task: str | None = None) -> Dataset:
 
 
 def check_kind(task: str, section: DatasetSection) -> None:
-    """Refuse an unknown task, or one for data of another kind.
-
-    Raises:
-        UserError: Naming the kinds.
-    """
+    """Refuse an unknown task, or one for another kind of data."""
     spec = spec_of_task(task)
     if not isinstance(section, spec.data):
         raise UserError(
             f"data {section.name}: has {problem_of_data(section).spec.help}; task {task} is for "
             f"{spec.help}, such as --data {spec.example}"
         )
+
+
+def without_weights(section: Model, **replaced: object) -> Model:
+    """Remove initial weights, whose files may be gone, from a model that gets a run's weights."""
+    replaced |= {"weights": None, "file": None}
+    options = {key: replaced.get(key, value) for key, value in section.options.items()}
+    return section.model_copy(update={"options": options})
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -84,8 +77,7 @@ def make_accelerator(precision: str) -> Accelerator:
     device = torch.device("cpu" if cpu else "cuda")
     bf16 = precision == "bf16" or (precision == "auto" and native_bf16(device))
     mixed = "bf16" if bf16 else "no"
-    # accelerate fixes the precision of a process at its first call; commands that share a process
-    # (the demo's) may differ in it.
+    # accelerate fixes a process's precision at its first call; the demo's commands share a process.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()
     return Accelerator(cpu=cpu, mixed_precision=mixed)

@@ -1,8 +1,7 @@
-"""Trained teachers: loaded, held against a dataset, and asked."""
+"""Find and load trained teachers, and check them against a dataset."""
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,30 +23,25 @@ from kd.nn.inference import for_answers, in_int8
 from kd.problems import problem_of_data, problem_of_task
 from kd.problems.base import Batch, Dataset, Problem, Task
 from kd.problems.recipes import section_from, teacher_recipe
+from kd.runs.build import without_weights
 from kd.runs.folder import class_names
 
 RUNS = Path("runs")
+SAMPLES = 32  # images that calibrate int8
 
 
 def default_folder(teacher: str, data: str) -> Path:
-    """Where a teacher's run goes unless told otherwise."""
+    """The default run folder of a teacher."""
     return RUNS / "teacher" / teacher / data
 
 
 def find_teacher(
     reference: TeacherReference, data: str, *, further: str = "", typed: str | None = None
 ) -> Path:
-    """The run folder or file that a recipe means; nothing of it is read.
+    """Find the run folder or file of a recipe's teacher, without reading it.
 
-    Args:
-        reference: As the recipe has it.
-        data: Name of the recipe's dataset.
-        further: Its name in `more_teachers`; empty for the recipe's `teacher`.
-        typed: What `--data` was given, for the command that the message advises.
-
-    Raises:
-        UserError: None is named and none is where the teacher command puts them; the message says
-            which command makes one.
+    `further` is its name in `more_teachers`, empty for the recipe's `teacher`; `typed` is the
+    argument of `--data`, for the command that the UserError suggests where there is no such run.
     """
     key = f"more_teachers.{further}" if further else "teacher"
     if reference.run is not None:
@@ -59,28 +53,24 @@ def find_teacher(
     if not (path / "model.safetensors").is_file():
         whose, flag = (f"{key}: ", f"--set {key}.run=RUN") if further else ("", "--teacher RUN")
         raise UserError(
-            f"{whose}no trained teacher at {path}; make one with: python -m kd.train_teacher "
-            f"--teacher {reference.name} --data {_flag(data, typed)}, or name one with {flag}"
+            f"{whose}no trained teacher at {path}; train one: python -m kd.train_teacher "
+            f"--teacher {reference.name} --data {_flag(data, typed)}, or choose one with {flag}"
         )
     return path
 
 
 def _flag(data: str, typed: str | None) -> str:
-    """What `--data` must be given for the same dataset."""
+    """The argument of `--data` for the same dataset."""
     if typed is not None:
         return shlex.quote(typed)
     if data in known_configs("data"):
         return data
-    return f"{shlex.quote(data)}.yaml (a file of what the recipe has under data)"
-
-
-_log = logging.getLogger("kd")
-SAMPLES = 32  # images by which int8 learns its ranges
+    return f"{shlex.quote(data)}.yaml (a file with the data section of the recipe)"
 
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """A teacher as its run left it."""
+    """A trained teacher."""
 
     folder: Path
     recipe: TeacherRecipe
@@ -94,35 +84,30 @@ class TrainedTeacher:
 
     @property
     def section(self) -> DatasetSection:
-        """Of the data that it was trained on."""
+        """The data section that it was trained on."""
         return self.recipe.data
 
     @property
     def called(self) -> str:
-        """What messages call it: its run, what it is and what it learned."""
-        return (
-            f"teacher {self.folder} ({self.recipe.teacher.name}, of task {self.recipe.task.name})"
-        )
+        """Its name in messages: run, model and task."""
+        recipe = self.recipe
+        return f"teacher {self.folder} ({recipe.teacher.name}, task {recipe.task.name})"
 
     @property
     def reads_labels(self) -> bool:
-        """Whether it is told the classes of the other objects."""
+        """Whether the classes of the other objects are an input."""
         return bool(getattr(self.model, "reads_labels", False))
 
 
 def latest_teacher() -> Path:
-    """The teacher of objects trained last, of those where the teacher command puts them.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Find the most recently trained context teacher among the default run folders."""
     finished = (RUNS / "teacher").glob("*/*/summary.json")
-    latest = sorted(finished, key=lambda summary: summary.stat().st_mtime, reverse=True)
-    for summary in latest:
-        if _hides_objects(summary.parent):
+    for summary in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
+        config = read_yaml(summary.parent / "config.yaml")
+        if problem_of_task(config["task"]["name"]).hides_objects:
             return summary.parent
     raise UserError(
-        f"{RUNS / 'teacher'}: no trained teacher is there; name one with --teacher RUN, or "
+        f"{RUNS / 'teacher'}: no trained context teacher; choose one with --teacher RUN, or "
         "train one: python -m kd.train_teacher --teacher cnn"
     )
 
@@ -130,12 +115,7 @@ def latest_teacher() -> Path:
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     """Load a teacher from its run folder, its `model.safetensors` or a checkpoint `last.pt`.
 
-    Args:
-        path: One of those.
-        num_classes: Classes of the dataset that it is wanted for.
-
-    Raises:
-        UserError: Not a teacher's run, unfinished, or of another number of classes.
+    Not a teacher's run, an unfinished one, or another number of classes is a UserError.
     """
     folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
     checkpoint = None
@@ -149,7 +129,7 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
         raise UserError(f"{folder}: not a run folder, it has no config.yaml")
     recipe = teacher_recipe(config, source)
     problem = problem_of_task(recipe.task.name)
-    model = problem.build_teacher(_to_be_loaded(recipe), num_classes)
+    model = problem.build_teacher(_without_weights(recipe), num_classes)
     try:
         if checkpoint is not None:
             load_state(AdaptedStudent(model), checkpoint.get("ema", checkpoint["model"]), file)
@@ -164,27 +144,17 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
 def load_teacher_of(path: Path, data: Dataset) -> TrainedTeacher:
     """Load a teacher for a dataset, with the classes that it was trained on.
 
-    These need not be the dataset's where its layers alone are read: see `check_classes`.
-
-    Raises:
-        UserError: As `load_teacher`.
+    They may differ from the dataset's where only its layers are read: see `check_classes`.
     """
     names = class_names(path if path.is_dir() else path.parent)
     return load_teacher(path, data.num_classes if names is None else len(names))
 
 
 def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> None:
-    """Refuse a teacher whose answers are about other classes, or about the same in another order.
+    """Refuse a teacher of other classes, or of the same classes in another order.
 
-    A run without its `classes.json` does not say which its are; their number must do then.
-
-    Args:
-        teacher: One whose answers are taken class by class.
-        names: Of the dataset's classes, in order.
-        where: What the dataset is called.
-
-    Raises:
-        UserError: It names the first class that differs.
+    For teachers that are compared class by class. A run without `classes.json` is accepted: only
+    the number of classes is known. `where` names the dataset in messages.
     """
     known = class_names(teacher.folder)
     if known is None:
@@ -192,24 +162,18 @@ def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> 
     known = teacher.problem.comparable_names(teacher.task, known, names)
     for place, (theirs, ours) in enumerate(zip_longest(known, names)):
         if theirs != ours:
-            said = ["none" if name is None else repr(name) for name in (theirs, ours)]
+            its, own = ("none" if name is None else repr(name) for name in (theirs, ours))
             raise UserError(
-                f"{teacher.folder}: class {place} (from 0) of this teacher is {said[0]}, of "
-                f"{where} {said[1]}; what it says would be taken for other classes: name a teacher "
-                "that was trained on these classes in this order. Where they are the same by other "
-                f"names, write the dataset's into {teacher.folder / 'classes.json'}"
+                f"{teacher.folder}: class {place} (from 0) of this teacher is {its}, of {where} "
+                f"{own}; choose a teacher that was trained on these classes in this order. If only "
+                f"the names differ, write the dataset's into {teacher.folder / 'classes.json'}"
             )
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:
-    """The class names of a teacher, in the order of its answers.
+    """Class names of a teacher, in the order of its outputs.
 
-    Args:
-        path: As for `load_teacher`.
-
-    Raises:
-        UserError: Not a teacher's run; or a run without its `classes.json`, and its dataset is
-            not there either.
+    `path` is as for `load_teacher`. Without a `classes.json` the run's dataset is read.
     """
     folder = path if path.is_dir() else path.parent
     if (names := class_names(folder)) is not None:
@@ -224,26 +188,17 @@ def class_names_of(path: Path) -> tuple[str, ...]:
         return problem_of_data(section).class_names(section)
     except UserError as error:
         raise UserError(
-            f"{folder}: no classes.json there to name the classes, nor the dataset: {error}"
+            f"{folder}: has no classes.json, and its dataset cannot be read: {error}"
         ) from error
-
-
-def _hides_objects(run: Path) -> bool:
-    """Whether a run is one of a context teacher."""
-    config = read_yaml(run / "config.yaml")
-    return problem_of_task(config["task"]["name"]).hides_objects
 
 
 def fast_teacher(
     model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False
 ) -> nn.Module:
-    """A copy of a frozen teacher that answers as fast as it can; none of its layers can be tapped.
+    """Copy a frozen teacher for inference only; none of its layers can be tapped.
 
-    Args:
-        model: Stays as it is.
-        task: How it is asked.
-        dataset: What it will be asked about: a few images show int8 its ranges.
-        int8: In 8-bit integers, on the CPU, but for its head; else batch norms are folded.
+    Batch norms are folded. With `int8` all but the head runs in 8-bit integers on the CPU; a few
+    images of `dataset` calibrate the ranges.
     """
     if not int8:
         return for_answers(model)
@@ -253,33 +208,26 @@ def fast_teacher(
 
 
 def images_of(task: Task, batch: Batch) -> torch.Tensor:
-    """The images that a model is called with first, as the task shows them."""
+    """The images that a model is called with, as the task prepares them."""
     images = task.inputs(batch)[0]
     assert images is not None
     return images
 
 
-def _to_be_loaded(recipe: TeacherRecipe) -> Model:
-    """The model's section for a run's weights.
-
-    They replace whatever it started from, which need not be here any more. A trunk that remembers
-    images computes instead: what a trained teacher is shown seldom comes twice, and only layers
-    that run can be tapped.
-    """
-    replaced = {"weights": None, "remember": False, "file": None}
-    options = {k: replaced.get(k, value) for k, value in recipe.teacher.options.items()}
-    return recipe.teacher.model_copy(update={"options": options})
+def _without_weights(recipe: TeacherRecipe) -> Model:
+    # Inputs of a trained teacher seldom repeat, and remembered layers do not run for taps.
+    return without_weights(recipe.teacher, remember=False)
 
 
 def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
-    """The models that `folds` of the teacher command made, in order of their fold."""
+    """Load the models of a teacher's `folds`, in order."""
     count = teacher.recipe.folds
     if count < 2:
         raise UserError(
-            f"{teacher.folder}: trained without folds, it has no out-of-fold posteriors; train it "
-            "with --set folds=5, or take its own with --set soft_targets.out_of_fold=false"
+            f"{teacher.folder}: trained without folds: no out-of-fold posteriors; train it with "
+            "--set folds=5, or use its own with --set soft_targets.out_of_fold=false"
         )
-    section = _to_be_loaded(teacher.recipe)
+    section = _without_weights(teacher.recipe)
     models = []
     for number in range(count):
         model = teacher.problem.build_teacher(section, num_classes)

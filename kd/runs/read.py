@@ -1,4 +1,4 @@
-"""Reads finished runs back from their folders."""
+"""Read finished runs from their folders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _SEED = re.compile(r"seed(\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: a teacher, or one variant of one seed of a distillation."""
+    """A finished run: a teacher, or one variant and seed of a distillation."""
 
     folder: Path
     config: dict[str, Any]
@@ -38,13 +39,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Name of the folder."""
         return self.folder.name
 
 
 @dataclass(frozen=True)
 class DistillRuns:
-    """The variants of a distillation, each with one run a seed, in the order of `seeds`."""
+    """The variants of a distillation, with one run for each of `seeds`."""
 
     folder: Path
     seeds: tuple[int, ...]
@@ -52,19 +53,18 @@ class DistillRuns:
 
     @property
     def results(self) -> Results:
-        """Of the task of all runs."""
+        """Results of the task of all runs."""
         return next(iter(self.variants.values()))[0].results
 
     def records(self) -> dict[str, list[Records]]:
-        """Predictions by variant, one a seed."""
+        """Predictions by variant, one for each seed."""
         return {variant: [run.records for run in runs] for variant, runs in self.variants.items()}
 
 
 def read_run(folder: str | Path) -> Run:
     """Read `config.yaml`, `summary.json` and `predictions.npz` of a finished run.
 
-    Raises:
-        UserError: The folder is missing, is no run, is not finished, or a file in it is damaged.
+    A folder that is missing, no run, unfinished or corrupt is a UserError.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -90,15 +90,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def results_of(config: Mapping[str, Any], run: Path) -> Results:
-    """The results side of a run's task, with the user's metrics.
-
-    Args:
-        config: The run's.
-        run: Its folder, for messages.
-
-    Raises:
-        UserError: The config names no task or an unknown one, or a metric that cannot be imported.
-    """
+    """Results of a run's task, with the user's metrics; `run` is its folder, for messages."""
     task = config.get("task")
     if not isinstance(task, dict) or "name" not in task:
         raise UserError(f"{run / 'config.yaml'}: not the config of a run, it names no task")
@@ -107,21 +99,18 @@ def results_of(config: Mapping[str, Any], run: Path) -> Results:
 
 
 def results_hint(path: Path) -> str:
-    """What a message adds where a file that may hold a detector's results is taken for a run."""
+    """Hint for messages where a detector's results file is given in place of a run."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return ""
     how = f"python -m kd.evaluate {path} --annotations JSON"
-    return f"; a detector's results in COCO's format are evaluated with their truth: {how}"
+    return f"; evaluate a detector's results in COCO format with their ground truth: {how}"
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs, and the finished ones below folders that are none.
+    """Read runs, and the finished runs below other folders.
 
-    Not looked for inside of runs: a teacher's fold models are no results. A run below a folder that
-    is not finished is left out with a warning.
-
-    Raises:
-        UserError: As `read_run`, or there is no finished run in or below a folder.
+    Runs are not searched for inside of runs: a teacher's folds are no results. Unfinished runs
+    below a folder are skipped with a warning; it is a UserError if none is finished.
     """
     found: dict[Path, Run] = {}
     for folder in map(Path, folders):
@@ -135,7 +124,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
             if place in whole:
                 found.setdefault(place.resolve(), read_run(place))
             else:
-                log.warning("%s: left out, it is not finished", place)
+                log.warning("%s: skipped, it is not finished", place)
     return list(found.values())
 
 
@@ -152,24 +141,21 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the shortest part of their paths that tells them apart, such as `seed0/plain`."""
+    """Runs by the shortest part of their paths that is unique, such as `seed0/plain`."""
     return dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest part of each path that tells different folders apart."""
+    """The shortest part of each path that distinguishes the folders."""
     parts = [folder.parts for folder in folders]
-    if len(folders) == 1:
-        return [folders[0].name]
-    first, shortest = parts[0], min(map(len, parts))
-    ahead = behind = 0
-    while ahead < shortest - 1 and all(path[ahead] == first[ahead] for path in parts):
-        ahead += 1
-    while behind < shortest - ahead - 1 and all(
-        path[-1 - behind] == first[-1 - behind] for path in parts
-    ):
-        behind += 1
-    return [str(Path(*path[ahead : len(path) - behind])) for path in parts]
+
+    def common(paths: list[tuple[str, ...]]) -> int:
+        same = (len(set(names)) == 1 for names in zip(*paths, strict=False))
+        return len(list(takewhile(bool, same)))
+
+    first = common([path[:-1] for path in parts])
+    last = common([path[:first:-1] for path in parts])
+    return [str(Path(*path[first : len(path) - last])) for path in parts]
 
 
 def is_distill(folder: str | Path) -> bool:
@@ -180,15 +166,9 @@ def is_distill(folder: str | Path) -> bool:
 def read_distill(folder: str | Path, variants: Collection[str] | None = None) -> DistillRuns:
     """Read `seed<k>/<variant>/` of a distillation.
 
-    A seed that lacks a variant which is wanted, or `plain`, or is still training one, is left out
-    with a warning.
-
-    Args:
-        folder: Of the distillation.
-        variants: Those that are wanted beside `plain`; by default whatever any seed has.
-
-    Raises:
-        UserError: As `read_run`, or no seed is finished, or the runs scored different objects.
+    A seed without a finished run of `plain` and of each of `variants` (by default all that any seed
+    has) is skipped with a warning. It is a UserError if no seed is left, or if runs scored
+    different objects.
     """
     path = Path(folder)
     found = _seed_folders(path)
@@ -198,13 +178,13 @@ def read_distill(folder: str | Path, variants: Collection[str] | None = None) ->
         runs_of = (place.glob("*/config.yaml") for place in found.values())
         variants = {file.parent.name for files in runs_of for file in files}
     variants = _in_order({"plain", *variants}, path / "config.yaml")
-    lacking = {seed: _unfinished(place, variants) for seed, place in found.items()}
-    if all(lacking.values()):
+    unfinished = {seed: _unfinished(place, variants) for seed, place in found.items()}
+    if all(unfinished.values()):
         first = next(iter(found))
-        raise UserError(f"{found[first]}: not finished, it has no run {lacking[first]!r}")
-    for seed, variant in lacking.items():
+        raise UserError(f"{found[first]}: not finished, it has no run {unfinished[first]!r}")
+    for seed, variant in unfinished.items():
         if variant:
-            log.warning("%s: left out, its run %r is not finished", found.pop(seed), variant)
+            log.warning("%s: skipped, its run %r is not finished", found.pop(seed), variant)
     runs = {
         variant: [read_run(place / variant) for place in found.values()] for variant in variants
     }
@@ -213,50 +193,38 @@ def read_distill(folder: str | Path, variants: Collection[str] | None = None) ->
 
 
 def _unfinished(place: Path, variants: Sequence[str]) -> str | None:
-    """The first variant of a seed that is not finished, if there is one."""
+    """The first unfinished variant of a seed, or None."""
     return next(
         (variant for variant in variants if not (place / variant / "summary.json").is_file()), None
     )
 
 
 def check_same_objects(runs: Sequence[Run]) -> None:
-    """Refuse to compare runs that did not score the same objects or images by the same truth.
-
-    Raises:
-        UserError: Naming the first run that differs from the first of all, and how.
-    """
+    """Refuse to compare runs that did not score the same objects or ground truth."""
     first = runs[0]
     for run in runs[1:]:
         pair, own, others = f"{run.folder} and {first.folder}", run.results, first.results
         if type(own) is not type(others):
-            raise UserError(
-                f"{pair} predict different things: about {own.things} and about {others.things}"
-            )
+            raise UserError(f"{pair} predict different things: {own.things} and {others.things}")
         own.check_same(run.records, first.records, pair)
 
 
 def read_predictions(
     path: str | Path, results: Results, names: Sequence[str] | None = None
 ) -> Records:
-    """Read and check a `predictions.npz`; its rows come back in order of their id.
+    """Read and check a `predictions.npz`; rows are sorted by id.
 
-    Args:
-        path: The file.
-        results: Of the run's task.
-        names: Those of the classes; metrics of single classes are known by them.
-
-    Raises:
-        UserError: The file is missing, cut off, or holds no predictions.
+    `names` are the class names, for metrics of single classes.
     """
     path = Path(path)
     try:
-        # Opened here: of a file that was cut off, numpy would leave its own handle open.
+        # Opened here, because numpy leaves its own handle of a truncated file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             records = {name: stored[name] for name in stored.files}
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged, or no predictions: {error}") from error
+        raise UserError(f"{path}: corrupt, or no predictions: {error}") from error
     named = results.named(records, names)
     results.check(named, str(path))
     ids, order = np.unique(named[results.ids], return_index=True)
@@ -268,10 +236,7 @@ def read_predictions(
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Curves of a run, finished or not: (step, value) by tag, from `metrics.jsonl`.
 
-    A last line without its end is left out: the run may be writing it now.
-
-    Raises:
-        UserError: There is no such file, or a line of it is damaged.
+    A last line without its end is skipped: the run may be writing it now.
     """
     path = Path(folder) / "metrics.jsonl"
     try:
@@ -285,12 +250,12 @@ def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
             point = (int(entry["step"]), float(entry["value"]))
             curves.setdefault(str(entry["tag"]), []).append(point)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: no scalar: {line[:60]!r}") from error
+            raise UserError(f"{path}:{number}: not a scalar: {line[:60]!r}") from error
     return curves
 
 
 def ceilings(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Metric -> what the exact posterior reaches, where a summary has `ceiling_<metric>`."""
+    """Scores of the exact posterior by metric, where a summary has `ceiling_<metric>`."""
     return {
         key.removeprefix("ceiling_"): float(number)
         for key, number in summary.items()
@@ -304,14 +269,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: corrupt: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged: a mapping was expected, got {type(content).__name__}")
+        raise UserError(f"{path}: corrupt: expected a mapping, got {type(content).__name__}")
     return content
 
 
 def _seed_folders(path: Path) -> dict[int, Path]:
-    """Seed -> folder, in order of the seed."""
+    """Folders by seed, in order of the seed."""
     if not path.is_dir():
         return {}
     named = [(_SEED.fullmatch(place.name), place) for place in path.iterdir() if place.is_dir()]
@@ -319,7 +284,7 @@ def _seed_folders(path: Path) -> dict[int, Path]:
 
 
 def _in_order(variants: Collection[str], config: Path) -> list[str]:
-    """As the recipe lists its variants, then those of its ablations; others behind them by name."""
+    """Sort variants as the recipe lists them, then its ablations, then the others by name."""
     recipe = _read_mapping(config) if config.is_file() else {}
     known = ["plain", *recipe.get("variants", ("distilled",))]
     known += [variant for ablation in recipe.get("ablations", {}).values() for variant in ablation]

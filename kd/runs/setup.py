@@ -1,4 +1,4 @@
-"""What comes between a recipe and its first step: run folders of all processes, the optimiser."""
+"""Set up a training run: its folder on all processes, optimiser, schedule and averages."""
 
 from __future__ import annotations
 
@@ -26,22 +26,18 @@ from kd.runs.folder import RunFolder
 def open_run(
     accelerator: Accelerator, path: Path, config: Mapping[str, Any], *, resume: bool
 ) -> RunFolder:
-    """Open a run folder on every process, the main one first: it alone may find it there already.
-
-    Raises:
-        UserError: On all processes, as `RunFolder` does on the main one.
-    """
+    """Open a run folder on every process; a UserError on the main process is raised on all."""
     folder: RunFolder | None = None
-    said: list[str | None] = [None]
+    message: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             folder = RunFolder(path, config, resume=resume)
         except UserError as error:
-            said = [str(error)]
-    broadcast_object_list(said)
-    if said[0] is not None:
-        raise UserError(said[0])
-    for rank in range(1, accelerator.num_processes):  # one by one: opening may tidy up files
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+    for rank in range(1, accelerator.num_processes):  # one by one: opening may delete files
         if rank == accelerator.process_index:
             folder = RunFolder(path, config, resume=True)
         accelerator.wait_for_everyone()
@@ -56,16 +52,11 @@ def start_training(
     steps: int,
     critics: Mapping[str, nn.Module] | None = None,
 ) -> Training:
-    """Optimiser, schedule and average around a model, and each critic's own.
+    """Set up optimiser, schedule and averaged weights, and those of each critic.
 
-    Args:
-        accelerator: Devices and processes.
-        model: What is trained.
-        train: The settings.
-        steps: All steps of training.
-        critics: The `Adversary` of each holistic term, by the term's name.
+    `steps` are all steps of training; `critics` the `Adversary` of each holistic term by its name.
     """
-    # A model that only counts has nothing to optimise, and nothing for DDP to add up.
+    # A counted baseline has no parameters to optimise, nor gradients for DDP.
     weights = model if learns(model) else nn.Linear(1, 1)
     optimizer = make_optimizer(weights, **train.optimizer.model_dump())
     schedule = make_schedule(optimizer, steps, **train.schedule.model_dump())
@@ -77,8 +68,8 @@ def start_training(
     ema = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
     if train.compile:
         model.compile()
-    # The optimiser stays bare: accelerate's wrapper is for scaled gradients of fp16, not used here,
-    # and asks the file system at every step whether a package is installed.
+    # The optimiser is not wrapped: accelerate's wrapper scales fp16 gradients, and searches
+    # the file system for a package at every step.
     wrapped = accelerator.prepare(model) if learns(model) else model
     return Training(
         accelerator, wrapped, optimizer, schedule, ema, train.ema, train.clip_norm,
@@ -92,7 +83,7 @@ def start_training(
 def _start_critic(
     accelerator: Accelerator, name: str, adversary: nn.Module, section: Critic, steps: int
 ) -> CriticTraining:
-    """A critic of the first rank's weights, with its optimiser and schedule."""
+    """Set up a critic with the first rank's weights."""
     assert isinstance(adversary, Adversary)
     adversary = adversary.to(accelerator.device)
     if accelerator.num_processes > 1:
@@ -104,7 +95,7 @@ def _start_critic(
 
 
 def sync_batch_norms(module: nn.Module) -> nn.Module:
-    """Batch norms with statistics over all processes; those that are frozen stay frozen."""
+    """Convert batch norms to statistics over all processes; frozen ones stay frozen."""
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         if isinstance(module, FrozenBatchNorm):
             return module

@@ -1,4 +1,4 @@
-"""One training run from its folder to its summary: shared by the commands that train."""
+"""A training run from its folder to its summary, shared by the commands that train."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kd.metrics.registry import METRICS
 from kd.problems.base import Dataset, Metric, Task, Teacher
 from kd.problems.results import Predictor, Results
 from kd.runs.build import make_loader
-from kd.runs.folder import RunFolder
+from kd.runs.folder import RunFolder, write_class_names, write_summary
 from kd.runs.read import read_scalars, results_of
 from kd.runs.setup import count_parameters, learns, start_training
 
@@ -38,14 +38,9 @@ _log = logging.getLogger("kd")
 def summary_of(
     results: Results, data: Dataset, metric: Metric, model: nn.Module, steps: int
 ) -> dict[str, Any]:
-    """The content of `summary.json`: the model's metrics, and those of references beside them.
+    """Content of `summary.json`: the model's metrics, and those of references.
 
-    Args:
-        results: Of the run's task.
-        data: The dataset on whose val split the model was evaluated.
-        metric: Holds the predictions.
-        model: As it is used, without adapters.
-        steps: Of training.
+    `metric` holds the predictions on `data`'s val split; `model` is without adapters.
     """
     records = metric.records()
     return {
@@ -59,15 +54,15 @@ def summary_of(
 
 @dataclass
 class RunSetup:
-    """Everything one run needs beside its objective.
+    """Everything that a run needs besides its objective.
 
     Args:
-        folder: Where it is written.
+        folder: Run folder.
         accelerator: Devices and processes.
-        data: The dataset; its val split is what metrics are of.
+        data: The dataset; metrics are those of its val split.
         train: Settings of the loop.
-        seed: Of dropout and whatever else is random beside the data.
-        label: What progress lines call the run.
+        seed: Seed of dropout and other randomness outside the data.
+        label: Name of the run in progress lines.
         teacher: Its predictions are drawn beside the model's.
     """
 
@@ -81,23 +76,19 @@ class RunSetup:
 
     @property
     def results(self) -> Results:
-        """The results side of the run's task."""
+        """Results of the run's task."""
         return results_of(self.folder.config, self.folder.path)
 
 
 def run_training(
     run: RunSetup, model: torch.nn.Module, objective: Objective, loader: SampleLoader
 ) -> dict[str, Any]:
-    """Train, or resume training, then evaluate and write the result.
+    """Train, or resume training, then evaluate and write the results; return the summary.
 
-    Returns:
-        The summary that was written.
-
-    Raises:
-        UserError: A loss that is not finite, a checkpoint that does not fit, a full disk.
+    A non-finite loss, a checkpoint that does not fit or a full disk is a UserError.
     """
     if not learns(model):
-        # A baseline that only counts: it has been fitted, and is evaluated and written as others.
+        # A counted baseline has been fitted already; it is only evaluated and written.
         run = replace(run, train=run.train.model_copy(update={"epochs": 0}))
     train, accelerator = run.train, run.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
@@ -133,7 +124,7 @@ def _train(
     tracker: Tracker,
     steps: int,
 ) -> float:
-    """Run `fit` with evaluations between epochs; the seconds that training itself took."""
+    """Run `fit` with evaluations between epochs; return the seconds of training alone."""
     train, folder = run.train, run.folder
     main = run.accelerator.is_main_process
     evaluating = 0.0
@@ -161,20 +152,14 @@ def _train(
             epoch_end(training.progress.epoch)
         started, evaluating = time.perf_counter(), 0.0
         fit(
-            training,
-            objective,
-            loader,
-            epochs=train.epochs,
-            accumulate=train.accumulate,
-            log_every=train.log_every,
-            checkpoint_every=train.checkpoint_every,
-            hooks=hooks,
-        )
+            training, objective, loader, epochs=train.epochs, accumulate=train.accumulate,
+            log_every=train.log_every, checkpoint_every=train.checkpoint_every, hooks=hooks,
+        )  # fmt: skip
     return time.perf_counter() - started - evaluating
 
 
 def _evaluation_missing(run: RunSetup, training: Training) -> bool:
-    """Whether an earlier start was ended after an epoch's checkpoint, before its evaluation."""
+    """Whether an earlier start ended between an epoch's checkpoint and its evaluation."""
     place = training.progress
     missing = [place.batch == 0 and place.epoch > 0]
     if missing[0] and run.accelerator.is_main_process:
@@ -193,11 +178,11 @@ def _write_result(
     metric: Metric,
     summary: dict[str, Any],
 ) -> None:
-    """Weights without adapters, predictions, curves and images; the summary last."""
+    """Write weights without adapters, predictions, curves and images; the summary last."""
     step = training.progress.step
     metadata = {"config": str(run.folder.path / "config.yaml"), "format": "kd-model-1"}
     save_model(run.folder.model, training.exported, metadata)
-    run.folder.name_classes(run.data.class_names)
+    write_class_names(run.folder.path, run.data.class_names)
     metric.save_predictions(run.folder.path / "predictions.npz")
     tracker.scalars(_tags(summary), step)
     results, data = run.results, run.data
@@ -206,9 +191,8 @@ def _write_result(
     if results.drawn_in_training:
         for number, figure in enumerate(_drawn(run, training, task)):
             tracker.figure(f"images/{number}", figure, step)
-    finals = {f"eval/{name}": float(value) for name, value in summary.items()}
-    tracker.hparams(flatten(run.folder.config), finals)
-    run.folder.finish(summary)
+    tracker.hparams(flatten(run.folder.config), _tags(summary))
+    write_summary(run.folder.path, summary)
 
 
 def _tags(values: Mapping[str, Any]) -> dict[str, float]:
@@ -230,7 +214,7 @@ def _drawn(run: RunSetup, training: Training, task: Task) -> Iterator[Figure]:
 
 
 def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> SampleLoader:
-    """The val split in batches; images of different sizes one by one."""
+    """The val split in batches; images of different sizes one at a time."""
     samples = data.problem.evaluation(data)
     processes = accelerator.num_processes
     each = samples.together(max(1, batch_size // processes))
@@ -244,13 +228,9 @@ def _evaluate(
 ) -> Metric:
     metric = objective.task.metric(run.data.class_info())
     evaluate(
-        training.result,
-        objective.task,
-        loader,
-        metric,
-        run.accelerator,
+        training.result, objective.task, loader, metric, run.accelerator,
         channels_last=run.train.channels_last,
-    )
+    )  # fmt: skip
     return metric
 
 

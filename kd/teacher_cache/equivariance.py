@@ -1,8 +1,8 @@
-"""How far a teacher's maps of a moved image are from its maps moved with the image.
+"""Compare a teacher's maps of a moved image with its maps moved with the image.
 
-A convolution with padding nearly follows a shift; nothing makes it follow a mirror, and a plain
-vision transformer's tokens carry their place. So it is measured, on the teacher and the images at
-hand, before stored maps are used with augmentations that move them.
+A convolution with padding nearly follows a shift; nothing makes it follow a mirror, and tokens of a
+plain vision transformer carry their place. So the error is measured, on the teacher and images at
+hand, before cached maps are used with augmentations that move them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ def moved_map_errors(
     cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> dict[str, dict[str, float]]:
-    """The relative error of each stored map under each move that the dataset's augmentation makes.
+    """Relative error of each cached map under each move of the dataset's augmentation.
 
-    Returns:
-        By output and move: the norm of the difference over the norm of the live maps, on a few
-        train images that are all moved. What has no places of its own is compared as it is;
-        posteriors, which belong to the object, are left out.
+    By output and move: the norm of the difference over the norm of the live maps, on a few train
+    images that are all moved. Outputs without places are compared as they are; posteriors, which
+    belong to the object, are left out.
     """
     maps = {name: one for name, one in cached.items() if name != POSTERIOR}
     errors: dict[str, dict[str, float]] = {name: {} for name in maps}
@@ -61,7 +60,7 @@ def moved_map_errors(
                 given = live(to_device(batch, accelerator.device, channels_last=False))
             for name, one in maps.items():
                 there = given[name].cpu()
-                if "indices" in one.store.fields:  # kept as log-probabilities
+                if "indices" in one.store.fields:  # stored as log-probabilities
                     there = there.log_softmax(dim=1)
                 away = batch[f"{PREFIX}{one.name}"].float() - there
                 errors[name][move] = float(away.norm() / there.norm().clamp(min=1e-12))
@@ -76,20 +75,16 @@ def check_moved_maps(
     *,
     limit: float,
 ) -> None:
-    """Refuse augmentations that stored maps do not follow.
-
-    Raises:
-        UserError: It names output, move and error.
-    """
+    """Refuse augmentations that cached maps do not follow; the UserError names them."""
     for name, errors in moved_map_errors(teacher, data, cached, accelerator).items():
-        said = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
+        text = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
         if any(error > limit for error in errors.values()):
-            off = ", ".join(move for move, error in errors.items() if error > limit)
+            moves = ", ".join(move for move, error in errors.items() if error > limit)
             raise UserError(
                 f"losses: stored maps of {name!r} do not follow the image: moved with it they "
-                f"differ from the teacher's maps of the moved image by {said} (limit {limit:.0%},"
-                f" soft_targets.equivariance_error); set data.augment to 0 for {off}, take "
+                f"differ from the teacher's maps of the moved image by {text} (limit {limit:.0%},"
+                f" soft_targets.equivariance_error); set data.augment to 0 for {moves}, use "
                 "soft_targets.mirrored=true for flips, or soft_targets.kind=live"
             )
-        if said:
-            _log.info("stored maps of %s, moved with the image, are off by %s", name, said)
+        if text:
+            _log.info("stored maps of %s, moved with the image, differ by %s", name, text)

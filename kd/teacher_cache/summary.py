@@ -19,15 +19,7 @@ def cache_summary(
     cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> Iterator[str]:
-    """Yield lines about the cached outputs of a split; all processes must call it.
-
-    Args:
-        teacher: Whose outputs they are.
-        data: The dataset.
-        split: Which of it.
-        cached: The outputs by name.
-        accelerator: Where the teacher runs again, on a few moved images.
-    """
+    """Yield lines about the cached outputs of a split; all processes must call it."""
     errors = moved_map_errors(teacher, data, cached, accelerator) if split == "train" else {}
     view = data.problem.teacher_view(teacher, data, split)
     images, of = len(view.image_ids), " of val" if split == "val" else ""

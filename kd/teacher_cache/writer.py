@@ -1,4 +1,4 @@
-"""From the batches of a pass over images to the shards of a store."""
+"""Write the outputs of a pass over images to the shards of a store."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ Rows = dict[str, NDArray[Any]]
 
 
 class ShardWriter:
-    """Collects one output's rows and writes each shard when the last of its images has come.
+    """Collect one output's rows and write each shard once all its images have arrived.
 
-    Args:
-        name: Of the output.
-        store: Where the shards go.
-        view: What the teacher sees.
-        dtype: Of the stored numbers.
-        top_k: Only so many of the largest channels are kept; 0 = all.
+    Only the `top_k` largest channels are stored, 0 stores all.
     """
 
     def __init__(self, name: str, store: Store, view: TeacherView, dtype: str, top_k: int) -> None:
@@ -38,15 +33,13 @@ class ShardWriter:
 
     @property
     def images(self) -> set[int]:
-        """Ids of the images that it waits for."""
+        """Ids of the images that are still to come."""
         return set(self._shard_of)
 
     def expect(self, images: Sequence[NDArray[np.int64]], shards: Sequence[int]) -> None:
-        """Say which shards are to be written.
+        """Set the shards to write.
 
-        Args:
-            images: Image ids of the whole store, by the model that answers for them.
-            shards: Numbers of the shards.
+        `images` has the image ids of the whole store, by the model that runs on them.
         """
         manifest = self.store.manifest()
         assert manifest is not None
@@ -57,11 +50,7 @@ class ShardWriter:
             self._left[number] = len(plan[number])
 
     def record_bytes(self, given: Mapping[str, Tensor]) -> int:
-        """Bytes of one record of such outputs.
-
-        Raises:
-            UserError: What is to be kept is not there, or has too few channels.
-        """
+        """Bytes of one record of such outputs."""
         return sum(part[0].nbytes for part in self._compact(self._output(given)).values())
 
     def take(
@@ -70,10 +59,9 @@ class ShardWriter:
         given: Mapping[str, Tensor],
         mirrored: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take the rows of a batch, and those of the mirrored one where these are to be kept.
+        """Take the rows of a batch, and of the mirrored batch where these are stored.
 
-        Raises:
-            UserError: A number that is not finite, or cannot be written.
+        A number that is not finite, or cannot be written, is a UserError.
         """
         wanted = [self._shard_of.get(image, -1) for image in batch["image_ids"].tolist()]
         ids, images = (part.cpu().numpy() for part in self.view.records(batch))
@@ -107,7 +95,7 @@ class ShardWriter:
     def _output(self, given: Mapping[str, Tensor]) -> Tensor:
         if self.name not in given:
             raise UserError(
-                f"the teacher gives no {self.name!r} to keep; it gives: {', '.join(given)}"
+                f"the teacher has no output {self.name!r} to cache; it has: {', '.join(given)}"
             )
         return given[self.name]
 
@@ -116,7 +104,7 @@ class ShardWriter:
             return {"values": output.to(self.dtype)}
         if self.top_k >= output.shape[1]:
             raise UserError(
-                f"top_k {self.top_k}: {self.name} has {output.shape[1]} channels; keep fewer, or "
+                f"top_k {self.top_k}: {self.name} has {output.shape[1]} channels; store fewer, or "
                 "all with 0"
             )
         values, indices = top_k_log_probs(output, self.top_k)

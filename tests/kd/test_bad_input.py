@@ -238,7 +238,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(command: Command, data: P
     Path("file").write_text("kept")
     arguments = ["--out", "file/run", *settings(data)]
     line = only_error(command(kd.train_teacher.main, TEACHER, *arguments))
-    assert line.startswith("error: file/run: cannot be made: ")
+    assert line.startswith("error: file/run: cannot be created: ")
     assert Path("file").read_text() == "kept"
 
 
@@ -263,9 +263,9 @@ def test_a_full_disk_stops_the_run_and_what_was_trained_stays(command: Command, 
 def test_a_run_is_never_written_over(command: Command, data: Path) -> None:
     assert teacher(command, data) == (0, [])
     held = Path("run/model.safetensors").read_bytes()
-    assert "there is a run already; --resume goes on" in only_error(teacher(command, data))
+    assert "has a run already; continue it with --resume" in only_error(teacher(command, data))
     line = only_error(teacher(command, data, "--resume", "--set", "train.epochs=2"))
-    assert "run: a run with another config is there: train.epochs: 1 there, 2 now" in line
+    assert "run: has a run with another config: train.epochs: 1 there, 2 now" in line
     assert Path("run/model.safetensors").read_bytes() == held
 
 
@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_loads(
     arguments = ["--out", "run", *settings(data, *more, "train.optimizer.lr=1e20")]
     line = only_error(command(kd.train_teacher.main, TEACHER, *arguments))
     assert "not finite" in line
-    assert "the last good checkpoint, if one was written by then, is kept" in line
+    assert "The last good checkpoint, if any, is unchanged" in line
     assert "train.optimizer.lr" in line
     assert not Path("run/model.safetensors").exists()
     place, _, parts = load_checkpoint(Path("run/last.pt"))
@@ -404,7 +404,7 @@ def test_a_teacher_that_is_none_is_named(command: Command, data: Path) -> None:
     assert teacher(command, data) == (0, [])
     os.remove("run/model.safetensors")
     line = only_error(distill(command, data, "--teacher", "run"))
-    assert "run/model.safetensors: no such file; has the run finished?" in line
+    assert "run/model.safetensors: no such file; if the run has not finished" in line
     assert not Path("out").exists()
 
 
@@ -439,7 +439,7 @@ def test_a_distillation_keeps_what_it_trained_through_mistakes(
     assert distill(command, data, "--teacher", "run") == (0, [])
     variant = Path("out/seed0/distilled/model.safetensors")
     held = variant.read_bytes()
-    assert "there is a run already" in only_error(distill(command, data, "--teacher", "run"))
+    assert "has a run already" in only_error(distill(command, data, "--teacher", "run"))
     line = only_error(
         distill(command, data, "--teacher", "run", "--resume", "--set", "data.size=48")
     )

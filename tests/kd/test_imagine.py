@@ -186,7 +186,7 @@ def test_a_run_without_its_data_is_enough(
     assert class_names(run) == class_names_of(small_teacher) == tuple(names)
     (run / "classes.json").unlink()
     assert asked(scene, run, tmp_path / "out") == 2
-    assert "no classes.json there to name the classes, nor the dataset" in capsys.readouterr().err
+    assert "has no classes.json, and its dataset cannot be read" in capsys.readouterr().err
     older = tmp_path / "older"
     shutil.copytree(small_teacher, older, ignore=shutil.ignore_patterns("classes.json", "cache"))
     assert class_names_of(older) == tuple(names)
@@ -237,7 +237,7 @@ def test_without_a_name_the_teacher_trained_last_is_asked(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert run_command(imagine.main, [str(scene)]) == 2
-    assert "no trained teacher is there" in capsys.readouterr().err
+    assert "no trained context teacher" in capsys.readouterr().err
     for age, name in enumerate(("cnn/scenes", "unet/scenes", "unet/unfinished")):
         run = tmp_path / "runs" / "teacher" / name
         shutil.copytree(small_teacher, run)

@@ -198,7 +198,9 @@ def test_boxes_that_nobody_asked_about_have_no_posterior_and_are_not_counted() -
     assert known_counts(teacher, batch_of(121)) == {}  # who is asked about hidden ones is complete
     assert known_counts(CachedTeacher(None), boxes_of(1)) == known_counts(Says(), boxes_of(1)) == {}
     source.check_knows(torch.tensor([5, 225]))
-    with pytest.raises(UserError, match="no posterior for any object; the data set is another"):
+    with pytest.raises(
+        UserError, match="no object has a posterior; they were computed for another dataset"
+    ):
         source.check_knows(torch.tensor([5, 6]))
 
 

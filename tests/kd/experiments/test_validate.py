@@ -50,7 +50,7 @@ def test_settings_of_stored_maps_are_named_where_the_teacher_is_live(
 ) -> None:
     assert warned(caplog, maps, "espnet", "camvid") == []
     (line,) = warned(caplog, maps, "espnet", "camvid", "soft_targets.kind=live")
-    assert line.startswith("soft_targets.score_stride, soft_targets.size: of stored outputs")
+    assert line.startswith("soft_targets.score_stride, soft_targets.size: for stored outputs")
     assert "a live teacher sees the student's own images" in line
 
 
@@ -66,7 +66,7 @@ def test_one_stored_teacher_is_enough_for_them(
     losses = "losses=[{name: pixel_wise, weight: 1.0}, {name: channel_wise, weight: 1.0, teacher: "
     assert warned(caplog, maps, "espnet", None, *more, f"{losses}other.logits}}]") == []
     (line,) = warned(caplog, maps, "espnet", None, *more, f"{losses}logits}}]")
-    assert line.startswith("soft_targets.stride: of stored outputs")
+    assert line.startswith("soft_targets.stride: for stored outputs")
 
 
 SEGMENTATION = [

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kd.errors import UserError
-from kd.runs.folder import RunFolder, check_same_config
+from kd.runs.folder import RunFolder, check_same_config, write_summary
 
 CONFIG = {"data": {"root": "a", "size": 64, "workers": 1}, "seeds": [0], "train": {"epochs": 2}}
 
@@ -33,7 +33,7 @@ def test_resume_of_nothing_is_a_start(tmp_path: Path) -> None:
 
 def test_a_run_is_not_written_over_without_resume(tmp_path: Path) -> None:
     folder = begun(tmp_path / "a")
-    with pytest.raises(UserError, match=r"a: there is a run already; --resume goes on.* --out"):
+    with pytest.raises(UserError, match=r"a: has a run already; continue it with --resume.* --out"):
         RunFolder(folder.path, CONFIG, resume=False)
     assert folder.checkpoint.read_bytes() == b"kept"
     RunFolder(folder.path, CONFIG, resume=True)
@@ -75,7 +75,7 @@ def test_a_start_that_trained_nothing_does_not_block_another_config(tmp_path: Pa
 def test_a_checkpoint_without_its_config_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"kept")
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"a run without its config\.yaml"):
+        with pytest.raises(UserError, match=r"has a run without its config\.yaml"):
             RunFolder(tmp_path, CONFIG, resume=resume)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt"]
 
@@ -91,7 +91,7 @@ def test_what_a_kill_left_half_written_is_cleared(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, inner: str) -> None:
     (tmp_path / "file").write_text("text")
     path = tmp_path / "file" / inner if inner else tmp_path / "file"
-    with pytest.raises(UserError, match=r"file.*: cannot be made: .*; name another --out"):
+    with pytest.raises(UserError, match=r"file.*: cannot be created: .*; choose another --out"):
         RunFolder(path, CONFIG, resume=False)
 
 
@@ -112,7 +112,7 @@ def test_only_five_differences_are_shown(tmp_path: Path) -> None:
 
 def test_a_finished_run_gives_its_summary_back(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a", CONFIG, resume=False)
-    folder.finish({"top1": 0.5})
+    write_summary(folder.path, {"top1": 0.5})
     assert folder.finished
     assert folder.summary() == {"top1": 0.5}
     assert json.loads((folder.path / "summary.json").read_text()) == {"top1": 0.5}

@@ -90,7 +90,7 @@ def test_an_unfinished_run_says_what_it_lacks(tmp_path: Path, name: str) -> None
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path, name: str) -> None:
     file = make_run(tmp_path / "run") / name
     file.write_bytes(file.read_bytes()[:-4] if name != "config.yaml" else b"a: [1,")
-    with pytest.raises(UserError, match=rf"{name}: damaged"):
+    with pytest.raises(UserError, match=rf"{name}: corrupt"):
         read_run(tmp_path / "run")
 
 
@@ -108,12 +108,12 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different lengths"):
         read_predictions(file, ObjectResults())
     np.savez(file, **{**records, "labels": np.array([object()] * 6)})
-    with pytest.raises(UserError, match="damaged"):  # pickled objects are never loaded
+    with pytest.raises(UserError, match="corrupt"):  # pickled objects are never loaded
         read_predictions(file, ObjectResults())
     with pytest.raises(UserError, match="no such file"):
         read_predictions(tmp_path / "none.npz", ObjectResults())
     (tmp_path / "run" / "summary.json").write_text("[1]")
-    with pytest.raises(UserError, match="a mapping was expected, got list"):
+    with pytest.raises(UserError, match="expected a mapping, got list"):
         np.savez(file, **records)
         read_run(tmp_path / "run")
 
@@ -153,8 +153,8 @@ def test_a_seed_that_is_not_finished_is_left_out_with_a_warning(
     assert found.seeds == (1,) and list(found.variants) == ["plain", "distilled"]
     said = [record.message for record in caplog.records]
     assert [text.split("/")[-1] for text in said] == [
-        "seed0: left out, its run 'plain' is not finished",
-        "seed2: left out, its run 'distilled' is not finished",
+        "seed0: skipped, its run 'plain' is not finished",
+        "seed2: skipped, its run 'distilled' is not finished",
     ]
 
 
@@ -210,7 +210,7 @@ def test_label_maps_are_read_with_their_class_names(tmp_path: Path) -> None:
     assert run.records["image_ids"].tolist() == [3, 7]
     assert run.records["confusion"][0, 1].tolist() == [6, 9]
     assert run.records["names"].tolist() == ["sky", "road"]
-    with pytest.raises(UserError, match="about images and about objects"):
+    with pytest.raises(UserError, match="different things: images and objects"):
         check_same_objects([read_run(make_run(tmp_path / "objects")), run])
     np.savez(tmp_path / "twice.npz", image_ids=[3, 3], confusion=np.ones((2, 2, 2), np.int64))
     with pytest.raises(UserError, match="1 images occur twice"):
@@ -226,7 +226,7 @@ def test_scalars_are_read_up_to_the_line_being_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     assert read_scalars(tmp_path) == {"loss/total": [(1, 2.5), (2, 2.0)]}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:1: no scalar"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a scalar"):
         read_scalars(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         read_scalars(tmp_path / "none")
@@ -243,7 +243,7 @@ def test_runs_are_found_below_folders_but_not_inside_of_runs(
     (make_run(tmp_path / "teacher" / "new") / "summary.json").unlink()
     found = find_runs([tmp_path / "teacher", tmp_path / "distill", unet])
     assert [run.folder for run in found] == [cnn, unet, variant]
-    assert f"{tmp_path / 'teacher' / 'new'}: left out, it is not finished" in caplog.text
+    assert f"{tmp_path / 'teacher' / 'new'}: skipped, it is not finished" in caplog.text
     with pytest.raises(UserError, match=r"new: not finished, it has no summary.json"):
         find_runs([tmp_path / "teacher" / "new"])
     (tmp_path / "empty").mkdir()

@@ -186,7 +186,7 @@ def test_a_damaged_shard_is_named_and_made_anew_alone(
     after = open_cache(teacher, data, accelerator, options)[LAYER].whole()
     assert asked == [4, 1]
     assert torch.equal(before, after)
-    assert f"{victim.name}: damaged; it is made anew" in caplog.text
+    assert f"{victim.name}: corrupt shard, rebuilding" in caplog.text
     assert victim.is_file()  # the same content has the same name
 
 

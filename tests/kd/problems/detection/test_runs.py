@@ -165,16 +165,16 @@ def test_a_layer_that_a_teacher_lacks_is_said_to_be_its(
     scenes: list[str], small_teacher: Path, finder: Path, tmp_path: Path
 ) -> None:
     said = refusal(scenes, small_teacher, tmp_path, "imitation", "data.size=32")
-    assert said.startswith(f"teacher {small_teacher} (cnn, of task context): unknown layer ")
+    assert said.startswith(f"teacher {small_teacher} (cnn, task context): unknown layer ")
     assert "'network.backbone.0'" in said
-    assert "for teacher.name fasterrcnn_resnet50: name a run of that kind" in said
+    assert "for teacher.name fasterrcnn_resnet50: use a run of that kind" in said
     three = 'levels=["0", "1", "2"]'
     said = refusal(scenes, finder, tmp_path, "psi", three)
     assert said.startswith("student: layer 'network.backbone' has no output '2'; known: 0, 1. ")
     assert "`levels`" in said and "student.options.levels" in said
     deep = "student.options.levels=[2, 3, 4]"
     said = refusal(scenes, finder, tmp_path, "psi", three, deep)
-    assert said.startswith(f"teacher {finder} (fasterrcnn_resnet50, of task detection): layer ")
+    assert said.startswith(f"teacher {finder} (fasterrcnn_resnet50, task detection): layer ")
     assert "has no output '2'; known: 0, 1. " in said
 
 
@@ -210,13 +210,13 @@ def test_a_context_teacher_may_be_the_further_one(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["student.options.context=false"], "no_context: a student without its context head, but"),
+        (["student.options.context=false"], "no_context: a student without a context head, but"),
         (["student.options.context=false", "variants=[distilled]"],
          "the student gives no 'context'"),
-        (["teacher.kind=live"], "context_logits: posteriors are of objects hidden in turn"),
-        (["variants=[plain, output_kd]"], "output_kd: for students that name objects only"),
+        (["teacher.kind=live"], "context_logits: posteriors of objects, hidden in turn, must be"),
+        (["variants=[plain, output_kd]"], "output_kd: only for students that classify objects"),
         (["variants=[plain, I]", "more_teachers.detector.kind=stored"],
-         "near_0: but for posteriors detectors are taught in each step; say kind: live"),
+         "near_0: detectors learn all but posteriors from a live teacher; set kind: live"),
         (["variants=[shuffled]", "losses=[{name: object_logits, weight: 1.0}]", "teacher.kind=live",
           "ablations={}", "more_losses=[]", "adapters={}"],
          r"shuffled needs soft_targets\.kind=stored"),
@@ -234,7 +234,7 @@ def test_what_context_and_detectors_do_not_go_with_is_refused(
 def test_stored_answers_of_a_detector_are_refused(scenes: list[str], finder: Path) -> None:
     given = flags([*scenes, f"student.{SMALL}", "soft_targets.kind=stored"])
     command = ["--student", "fasterrcnn_resnet18", "--data", "scenes", "--teacher", str(finder)]
-    with pytest.raises(UserError, match=r"taught in each step; .*--set soft_targets\.kind=live"):
+    with pytest.raises(UserError, match=r"from a live teacher; .*--set soft_targets\.kind=live"):
         distill.main([*command, *given])
 
 

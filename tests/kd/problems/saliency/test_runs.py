@@ -279,7 +279,7 @@ def test_terms_about_classes_or_boxes_are_refused(
     gaze: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     wrong = {
-        "output_kd": "is about hidden objects",
+        "output_kd": "needs hidden objects",
         "imitation": "needs the mask 'imitation'; Saliency has valid",
         "pixel_wise": "the student gives no 'logits'",
     }

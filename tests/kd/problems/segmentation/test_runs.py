@@ -230,7 +230,7 @@ def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
 
 def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher: Path) -> None:
     with pytest.raises(
-        UserError, match="variants: no_context, shuffled: for students that name objects"
+        UserError, match="variants: no_context, shuffled: only for students that classify objects"
     ):
         distillation(maps, mapped_teacher, "variants=[plain, no_context, shuffled]")
 
@@ -238,8 +238,8 @@ def test_controls_of_object_students_are_refused(maps: list[str], mapped_teacher
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("output_kd", "is about hidden objects, which are not here"),
-        ("decoupled", "is about hidden objects, which are not here"),
+        ("output_kd", "needs hidden objects, which these data do not have"),
+        ("decoupled", "needs hidden objects, which these data do not have"),
         ("context_features", "needs the mask 'ring'; Segmentation has valid, class_weights"),
     ],
 )
@@ -256,7 +256,9 @@ def test_a_weighted_divergence_needs_weights_of_classes(
     maps: list[str], mapped_teacher: Path
 ) -> None:
     losses = "losses=[{name: pixel_wise_weighted, weight: 1.0}]"
-    with pytest.raises(UserError, match=r"pixel_wise_weighted: classes have no weights; pixel_"):
+    with pytest.raises(
+        UserError, match=r"pixel_wise_weighted: classes have no weights; use pixel_"
+    ):
         distillation([*maps, losses], mapped_teacher, losses, "ablations={}")
 
 

@@ -368,7 +368,7 @@ def test_a_loss_of_the_users_own_has_the_whole_batchs_gradient(
 
 def test_a_plain_function_is_a_loss_if_the_recipe_says_what_its_mean_is_over() -> None:
     name = f"{__name__}:channel_means"
-    with pytest.raises(UserError, match="say what its mean is over"):
+    with pytest.raises(UserError, match="give the unit of its mean"):
         own_term(name)
     with pytest.raises(UserError, match="its unit is 'place', leave `unit` out"):
         own_term(f"{__name__}:OWN", unit="image")
