@@ -128,7 +128,7 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
     except Exception as error:
         # A broken zip, a truncated file and a folder raise half a dozen types.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint: {first}") from error
+        raise UserError(f"{path}: not a checkpoint, or corrupt: {first}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: checkpoint format {got}, this version reads {FORMAT}")

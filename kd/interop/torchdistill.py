@@ -121,8 +121,8 @@ def _places(name: str, parameters: list[str]) -> dict[str, Any]:
     if name in PAIRED or not (one_each or (len(pairs) == 1 and not paths)):
         needs = ", ".join(paths + pairs) or "no layer at all"
         raise UserError(
-            f"losses: {PREFIX}{name}: cannot be a term: it compares more than one tensor a side "
-            f"({needs})"
+            f"losses: {PREFIX}{name}: takes {needs}, but a term compares one tensor of the student "
+            "with one of the teacher"
         )
     for one in parameters:
         if one in paths:

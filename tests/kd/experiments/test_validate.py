@@ -90,6 +90,6 @@ def test_an_error_that_is_not_measured_on_label_maps_is_refused(maps: Dataset) -
         settings = ["soft_targets.equivariance_error=0.02", f"soft_targets.kind={kind}"]
         recipe = load_recipe(DistillRecipe, path, settings=settings)
         with pytest.raises(
-            UserError, match=r"equivariance_error: .*not here: maps of scenes_maps .*mirrored=true"
+            UserError, match=r"equivariance_error: .* cached maps of scenes_maps .*mirrored=true"
         ):
             check(recipe, recipe.losses, maps)

@@ -106,9 +106,9 @@ def test_a_term_takes_it_by_name() -> None:
         ("torchdistill.DISTLoss", {"teta": 1.0}, "unknown option 'teta'"),
         ("torchdistill.KDLoss", {}, "option 'temperature' is missing"),
         ("torchdistill.KDLoss", {"temperature": 1.0, "alpha": 0.5}, "unknown option 'alpha'"),
-        ("torchdistill.SRDLoss", {}, "more than a tensor"),
+        ("torchdistill.SRDLoss", {}, "compares one tensor"),
         ("torchdistill.FTLoss", {}, "paraphraser_path, translator_path"),
-        ("torchdistill.RegularizationLoss", {}, "more than a tensor"),
+        ("torchdistill.RegularizationLoss", {}, "compares one tensor"),
     ],
 )
 def test_what_cannot_be_borrowed_says_why(

@@ -100,7 +100,7 @@ def test_every_move_that_may_come_is_measured(
 def test_a_map_that_says_where_it_is_is_refused_with_its_error(
     opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
-    message = r"maps of 'map' do not follow the picture.*by flip \d+\.\d% \(limit 10%.*0 for flip,"
+    message = r"maps of 'map' do not follow the image.*by flip \d+\.\d% \(limit 10%.*0 for flip,"
     with pytest.raises(UserError, match=message):
         errors_of(opened, tmp_path, 2.0, limit=0.1, flip=0.5)
     assert errors_of(opened, tmp_path, 2.0, limit=9.0, flip=0.5)["flip"] > 0.1
