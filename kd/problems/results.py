@@ -1,4 +1,4 @@
-"""Results of a task: how its predictions are checked, scored, compared, tabulated and drawn."""
+"""Results of a task: checks, scores, comparisons, tables and figures of its predictions."""
 
 from __future__ import annotations
 
@@ -28,24 +28,22 @@ from kd.report.tables import Scored, Table, run_table, score, side_by_side_table
 
 @dataclass(frozen=True)
 class Results(ABC):
-    """Everything that is done with the predictions of one kind of task.
+    """Checks, scores, tables and figures of the predictions of one kind of task.
 
-    A subclass defines the class attributes and abstract methods; the rest has a default. Methods
-    whose names begin with `our` serve the metrics of `kd.metrics.registry`; the public methods of
-    the same names also take the user's.
+    Methods that begin with `our` serve the metrics of `kd.metrics.registry`; the public methods
+    of the same names also take the user's metrics.
 
     Attributes:
         own_metrics: The user's metrics by name.
-        things: What is scored, in the plural: `objects`.
-        ids: The array of ids; rows are sorted by it.
-        not_by_id: Arrays that have no row for each id.
-        our_rows: Metrics of a table, unless others are chosen.
-        our_bounded: Those that show intervals where runs stand side by side.
-        our_noted: Those whose differences from references are noted.
-        image_name: Stem of the files that show single images.
-        drawn_in_training: Whether a run draws images when it ends.
-        cost_metric: The metric that is drawn against the cost of networks; None: it is not.
-        drawn_from: What images of several runs side by side are drawn from; None: not at all.
+        things: Scored things in the plural: `objects`.
+        ids: The array of ids, by which rows are sorted.
+        not_by_id: Arrays without a row for each id.
+        our_rows: Default metrics of tables.
+        our_bounded: Metrics with intervals in tables of several runs.
+        image_name: Stem of the files of single images.
+        drawn_in_training: Whether images are drawn at the end of a run.
+        cost_metric: The metric that is drawn against the cost of networks, if any.
+        drawn_from: Source of the images of several runs side by side, if they are drawn.
     """
 
     own_metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -63,30 +61,14 @@ class Results(ABC):
 
     @abstractmethod
     def check(self, records: Records, where: str) -> None:
-        """Check records before a number is computed from them.
-
-        Args:
-            records: Of this kind.
-            where: What messages begin with: a file, or what was evaluated.
-
-        Raises:
-            UserError: What is wrong.
-        """
+        """Raise a `UserError` if records are malformed; its message begins with `where`."""
 
     @abstractmethod
     def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Check that two records of the same ids have the same ground truth.
-
-        Raises:
-            UserError: They differ; the message begins with `pair`, which names both.
-        """
+        """Raise a `UserError` if ground truths of the same ids differ; `pair` names both."""
 
     def check_same(self, records: Records, other: Records, pair: str) -> None:
-        """Check that two records are about the same things with the same ground truth.
-
-        Raises:
-            UserError: They differ; the message begins with `pair`, which names both.
-        """
+        """Raise a `UserError` if ids or ground truths differ; `pair` names both."""
         ids, others = records[self.ids], other[self.ids]
         if not np.array_equal(ids, others):
             common = len(np.intersect1d(ids, others))
@@ -98,48 +80,44 @@ class Results(ABC):
         self.check_same_truth(records, other, pair)
 
     def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """The same records with the names of the classes, if `not_by_id` lists `names`."""
+        """Add the class names, if `not_by_id` lists `names`."""
         wanted = names is not None and "names" in self.not_by_id
         return {**records, "names": np.array(names)} if wanted else records
 
     def about(self, records: Records) -> str:
-        """What was scored, for titles."""
+        """Number of scored things, for titles."""
         return f"{len(records[self.ids])} {self.things}"
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """Predictions that follow from the records alone, by name, to compare runs with."""
+        """Reference predictions by name that follow from the records alone."""
         return {}
 
     def notes(self, records: Records) -> Sequence[str]:
-        """What tables say about these references."""
+        """Notes about these references, below tables."""
         return ()
 
     # Metrics
 
     @abstractmethod
     def our_value(self, records: Records, name: str) -> float | None:
-        """A metric of ours; None where no row counts for it.
-
-        Raises:
-            UserError: An unknown metric.
-        """
+        """A registered metric; None if no row counts for it."""
 
     @abstractmethod
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """A metric of ours with its 95 % interval over images; None where there is none."""
+        """A registered metric with its 95 % interval over images, if there is one."""
 
     @abstractmethod
     def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A metric of ours minus a twin's; NaN bounds where there are none."""
+        """A registered metric minus a twin's; NaN bounds where there are none."""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Metrics of a table, unless others are chosen: ours, then the user's."""
+        """Default metrics of tables: registered ones, then the user's."""
         return (*self.our_rows, *self.own_metrics)
 
     @property
     def bounded(self) -> tuple[str, ...]:
-        """Metrics that show intervals where runs stand side by side."""
+        """Metrics with intervals in tables of several runs."""
         return (*self.our_bounded, *self.own_metrics)
 
     def metric(self, name: str) -> Metric:
@@ -147,11 +125,7 @@ class Results(ABC):
         return metric_named(name, self.own_metrics)
 
     def value(self, records: Records, name: str) -> float | None:
-        """A metric; None where no row counts for it.
-
-        Raises:
-            UserError: An unknown metric.
-        """
+        """A metric; None if no row counts for it. Raises a `UserError` if it is unknown."""
         if name not in self.own_metrics:
             return self.our_value(records, name)
         values = self._per_item(records, name)
@@ -159,7 +133,7 @@ class Results(ABC):
         return float(values[there].mean()) if there.any() else None
 
     def interval(self, records: Records, name: str) -> Interval | None:
-        """A metric with its 95 % interval over images; None where there is none."""
+        """A metric with its 95 % interval over images, if there is one."""
         if name not in self.own_metrics:
             return self.our_interval(records, name)
         values = self._per_item(records, name)
@@ -175,7 +149,7 @@ class Results(ABC):
         return paired_bootstrap(before[both], after[both], records["image_ids"][both])
 
     def own_values(self, records: Records) -> dict[str, float]:
-        """The user's metrics that these records allow."""
+        """The user's metrics, without those for which no row counts."""
         found = {name: self.value(records, name) for name in self.own_metrics}
         return {name: number for name, number in found.items() if number is not None}
 
@@ -191,17 +165,13 @@ class Results(ABC):
         return values
 
     def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read a results file in COCO's format.
-
-        Raises:
-            UserError: There are no such files of these tasks, or one is wrong.
-        """
+        """Read a results file in COCO's format; a `UserError` for tasks without such files."""
         raise UserError(f"{results}: results files have boxes, not {self.things}")
 
     # Reports
 
     def summary(self, data: Any, records: Records) -> dict[str, float]:
-        """References of `summary.json`: a metric's name behind `prior_`, `ceiling_`, ..."""
+        """References in `summary.json`: metrics prefixed by `prior_`, `ceiling_`, ..."""
         return {}
 
     @abstractmethod
@@ -215,23 +185,23 @@ class Results(ABC):
         """Tables and figures of one or several runs.
 
         Args:
-            title: Above the first table.
+            title: Title of the first table.
             runs: Name -> predictions on the same val split.
-            section: The dataset's, plain values.
-            opened: Opens the dataset, for names and references; not for results files.
+            section: The dataset's section, plain values.
+            opened: Opens the dataset, for names and references; None for results files.
 
         Raises:
-            UserError: The predictions are not about the dataset.
+            UserError: The predictions belong to another dataset.
         """
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
-        """The figure of single runs side by side: by default bars of the table's metrics."""
+        """Draw runs side by side, by default as bars of the table's metrics."""
         return comparison_figure(table)
 
     def training_figures(
         self, data: Any, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Tag and figure of what a run logs when it ends."""
+        """Figures, by tag, that are logged at the end of a run."""
         return iter(())
 
     # Images
@@ -245,13 +215,13 @@ class Results(ABC):
         count: int,
         accelerator: Accelerator,
     ) -> Iterator[Figure]:
-        """Draw val images spread over the split with what each model predicts.
+        """Draw at most `count` val images spread over the split with each model's predictions.
 
         Args:
             data: The opened dataset.
             predictors: Name -> model, in the order of the panels.
-            runs: Name -> records of the same models, where those are at hand.
-            count: How many images at most.
+            runs: Name -> records of the same models, if available.
+            count: Number of images.
             accelerator: Device and precision.
         """
         return iter(())
@@ -259,25 +229,17 @@ class Results(ABC):
     def draw_training(
         self, data: Any, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw what the terms of a distillation see of training images, by the figure's name."""
+        """Draw the inputs of distillation terms on training images, by the figure's name."""
         return iter(())
 
     # Networks
 
     def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """A model whose outputs are averaged over scales and mirrored images.
-
-        Raises:
-            UserError: These tasks do not average.
-        """
+        """Wrap a model to average outputs over scales and mirrored images, where supported."""
         raise UserError(f"predicts {self.things}; --scales and --flip are for label maps")
 
     def usual_size(self, data: Any) -> tuple[int, int]:
-        """Height and width at which most val images are seen.
-
-        Raises:
-            UserError: The cost of networks of these tasks is not measured.
-        """
+        """Height and width of most val images, where the cost of networks is measured."""
         raise UserError(f"predicts {self.things}; --cost is for label maps")
 
 
@@ -286,12 +248,12 @@ class Evaluation(ABC):
     """Tables, figures and numbers of one or several runs on the same val split.
 
     Args:
-        results: What the predictions are.
-        title: Above the first table.
+        results: The kind of predictions.
+        title: Title of the first table.
         data: The dataset's section, plain values for `metrics.json`.
         runs: Name -> predictions.
         names: Class names.
-        references: Name -> predictions that runs are compared with.
+        references: Name -> reference predictions.
     """
 
     results: Results
@@ -313,7 +275,7 @@ class Evaluation(ABC):
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of every run with intervals, then of every reference without."""
+        """Metrics of the runs with intervals, then of the references without."""
         runs, known = self.runs.items(), self.references.items()
         return [
             *(score(self.results, name, one, self.metrics) for name, one in runs),
@@ -325,33 +287,30 @@ class Evaluation(ABC):
         return self.results.notes(self.first)
 
     def summary_tables(self) -> list[Table]:
-        """The tables that are printed."""
+        """The printed tables."""
+        about = (self.results, self.scored, self.title, self.notes())
         if len(self.runs) == 1:
-            return [run_table(self.results, self.scored, self.title, self.notes())]
-        return [
-            side_by_side_table(
-                self.results, self.scored, self.title, self.notes(), bounded=self.results.bounded
-            )
-        ]
+            return [run_table(*about)]
+        return [side_by_side_table(*about, bounded=self.results.bounded)]
 
     @abstractmethod
     def class_table(self) -> Table:
-        """The table class by class, or of single images where there are no classes."""
+        """The table by class, or by image where there are no classes."""
 
     def all_tables(self) -> list[Table]:
         """The tables of `table.md`."""
         return [*self.summary_tables(), self.class_table()]
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Every figure with its name."""
+        """Figures by name."""
         return iter(())
 
     def details(self, name: str) -> dict[str, Any]:
-        """What `metrics.json` adds to a run or reference."""
+        """Further numbers of a run or reference in `metrics.json`."""
         return {}
 
     def numbers(self) -> dict[str, Any]:
-        """Everything in the tables, in full precision, for `metrics.json`."""
+        """Contents of the tables in full precision, for `metrics.json`."""
         found: dict[str, Any] = {
             "title": self.title,
             "data": dict(self.data),
@@ -364,15 +323,13 @@ class Evaluation(ABC):
 
 
 class Decoder(Protocol):
-    """What drawing needs of a task."""
+    """The part of a task that drawing needs."""
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """The inputs of the model."""
-        ...
+        """Inputs of the model."""
 
     def decode(self, output: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """The predictions of the model's outputs."""
-        ...
+        """Predictions from the model's outputs."""
 
 
 @dataclass(frozen=True)
@@ -381,8 +338,8 @@ class Predictor:
 
     Args:
         model: An `AdaptedStudent`, on the device.
-        task: Its inputs and how its outputs are decoded.
-        size: Of the images that it sees, as datasets take it; None: that of each file.
+        task: Its inputs and decoding.
+        size: Size of its images, as datasets take it; None: the size of each file.
     """
 
     model: nn.Module
@@ -399,6 +356,6 @@ class Predictor:
 
 
 def spread(count: int, images: int) -> list[int]:
-    """At most `count` places, evenly over a split of so many images."""
+    """At most `count` positions, spread evenly over a split of so many images."""
     count = min(count, images)
     return [number * images // count for number in range(count)]

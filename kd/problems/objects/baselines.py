@@ -19,12 +19,7 @@ from kd.problems.objects.records import answered
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
-    """Concatenate the objects of an index; images are numbered from 0.
-
-    Args:
-        index: The dataset.
-        images: Ids of the images to take; None: all.
-    """
+    """Concatenate the objects of an index, on the images with these ids or on all."""
     rows, owners = objects_on(index, images)
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
     boxes = index.boxes[rows] / np.tile(sides, 2)
@@ -38,21 +33,16 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
 
 
 def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
-    """Fit naive Bayes over the other objects, place and size, to all objects of the train images.
-
-    Args:
-        index: The train split.
-    """
+    """Fit naive Bayes over other objects, place and size to all objects of a train split."""
     model = NaiveBayes(index.num_classes, evidence=("company", "place", "size"))
     model.fit(index_objects(index))
     return model.eval()
 
 
 def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Predict every usable val object from all other objects of its image, by co-occurrence.
+    """Predict every usable val object from all other objects of its image.
 
-    Returns:
-        Annotation ids (K,) ascending, and log-probabilities (K, C).
+    Returns annotation ids (K,), ascending, and log-probabilities (K, C).
     """
     model = fit_cooccurrence(data.train)
     objects = index_objects(data.val)  # all of them, so that an object's place is its row
@@ -66,7 +56,7 @@ def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDA
 PRIOR, COMPANY = "class prior", "co-occurrence"
 EXACT, TOLD = "exact posterior", "exact, annotations"
 
-# What each of them knows, for notes below tables.
+# Notes below tables.
 ABOUT = {
     PRIOR: "class prior: how frequent each class is among the training objects",
     COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
@@ -79,15 +69,7 @@ ABOUT = {
 
 
 def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """All reference predictions of these val objects, the weakest first.
-
-    Args:
-        data: Their dataset.
-        records: A run's predictions.
-
-    Raises:
-        UserError: The objects are not those of the dataset.
-    """
+    """All reference predictions of a run's val objects, the weakest first."""
     known = {
         PRIOR: prior_records(records),
         COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
@@ -97,11 +79,7 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
 
 
 def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
-    """Check that stored predictions are about a dataset, and count the visible objects.
-
-    Raises:
-        UserError: The objects or their labels are not those of the dataset's val split.
-    """
+    """Check that stored predictions belong to a dataset's val split; count the visible objects."""
     val = data.val
     order = np.argsort(val.object_ids, kind="stable")
     place = np.searchsorted(val.object_ids, records["object_ids"], sorter=order)

@@ -1,4 +1,4 @@
-"""Images of hidden objects: the scene with one object covered, and what each model expects."""
+"""Draw hidden objects: the scene with one object covered, and each model's predictions."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ def hidden_scene_figure(
     names: Sequence[str],
     *,
     size: tuple[int, int] | None = None,
-    heat_map: Tensor | None = None,
     top: int = 5,
 ) -> Figure:
-    """Draw the scene as the teacher sees it, the hidden object, and top-n bars of each model.
+    """Draw the scene without the object, the hidden object, and top-n bars of each model.
 
     Args:
         image: (3, H, W) uint8, nothing hidden yet.
@@ -45,9 +44,8 @@ def hidden_scene_figure(
         truth: Its class.
         beliefs: Model -> (C,) probabilities, such as {"teacher": ..., "student": ...}.
         names: C class names.
-        size: Height and width of the image inside the padding, (H, W) by default.
-        heat_map: (H, W), drawn over the scene.
-        top: Bars of each model.
+        size: Height and width of the image without padding, (H, W) by default.
+        top: Number of bars.
     """
     height, width = size or (int(image.shape[1]), int(image.shape[2]))
     pixels = image[:, :height, :width].permute(1, 2, 0).cpu().numpy()
@@ -57,11 +55,10 @@ def hidden_scene_figure(
     figure.set_layout_engine("constrained")
     ratios = [max(0.8, width / height) * 1.9, 1.2, *[1.9] * len(beliefs)]
     panels = figure.subplots(1, 2 + len(beliefs), squeeze=False, width_ratios=ratios)[0]
-    heat = None if heat_map is None else heat_map[:height, :width].detach().float().cpu().numpy()
-    _scene(panels[0], pixels, corners, heat)
+    _scene(panels[0], pixels, corners)
     _object(panels[1], pixels, corners, truth)
     known = {model: belief.detach().double().cpu().numpy() for model, belief in beliefs.items()}
-    # One scale for all: a model that hardly knows must not look as sure as one that does.
+    # One scale for all, so that bars of different models can be compared.
     reach = max([0.05, *(float(belief.max()) for belief in known.values())])
     for axes, (model, belief) in zip(panels[2:], known.items(), strict=True):
         bars(axes, belief, names, top, truth=truth)
@@ -70,16 +67,12 @@ def hidden_scene_figure(
     return figure
 
 
-def _scene(
-    axes: Axes, pixels: NDArray[Any], corners: Sequence[float], heat: NDArray[Any] | None
-) -> None:
+def _scene(axes: Axes, pixels: NDArray[Any], corners: Sequence[float]) -> None:
     """Draw the scene with the object's box covered."""
     axes.imshow(pixels)
     x1, y1, x2, y2 = corners
     place, across, down = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1
     axes.add_patch(Rectangle(place, across, down, facecolor=GREY, edgecolor="none"))
-    if heat is not None:
-        axes.imshow(heat, cmap="inferno", alpha=0.5)
     axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=ORANGE, linewidth=1.8))
     height, width = pixels.shape[:2]
     size = 100 * min(across / width, down / height)
@@ -103,20 +96,10 @@ def _object(axes: Axes, pixels: NDArray[Any], corners: Sequence[float], truth: s
 
 
 def hidden_scenes(
-    predictors: Mapping[str, Predictor],
-    data: ObjectsDataset,
-    *,
-    count: int,
+    predictors: Mapping[str, Predictor], data: ObjectsDataset, *, count: int,
     accelerator: Accelerator,
-) -> Iterator[Figure]:
-    """Draw val objects spread over the split, one figure each with what every model expects.
-
-    Args:
-        predictors: Name -> model.
-        data: The dataset.
-        count: How many objects at most.
-        accelerator: Device and precision.
-    """
+) -> Iterator[Figure]:  # fmt: skip
+    """Draw at most `count` val objects spread over the split, a figure each."""
     dataset = data.samples("val")
     names = list(data.val.class_names)
     for place in spread(count, len(dataset)):
@@ -130,17 +113,13 @@ def hidden_scenes(
         }
         row = int(sample["hidden"][0])
         yield hidden_scene_figure(
-            sample["images"][0],
-            sample["boxes"][row],
-            names[int(sample["labels"][row])],
-            beliefs,
-            names,
-            size=(int(sample["sizes"][0, 0]), int(sample["sizes"][0, 1])),
-        )
+            sample["images"][0], sample["boxes"][row], names[int(sample["labels"][row])], beliefs,
+            names, size=(int(sample["sizes"][0, 0]), int(sample["sizes"][0, 1])),
+        )  # fmt: skip
 
 
 def _resized(sample: Sample, size: int | tuple[int, int] | None) -> Sample:
-    """A batch of square images at another side."""
+    """Resize a batch of square images."""
     images = sample["images"]
     if size is None or images.shape[-1] == size:
         return sample

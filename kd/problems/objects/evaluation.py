@@ -35,7 +35,7 @@ CEILINGS = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "m
 
 @dataclass(frozen=True)
 class ObjectResults(Results):
-    """Class probabilities of objects."""
+    """Predicted classes of objects."""
 
     things: ClassVar[str] = "objects"
     ids: ClassVar[str] = "object_ids"
@@ -54,17 +54,17 @@ class ObjectResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """The numbers of objects and of images."""
+        """Numbers of objects and images."""
         images = len(set(records["image_ids"].tolist()))
         return f"{len(records['labels'])} objects in {images} images"
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """The class prior, where it is known."""
+        """The class prior, if the records have it."""
         prior = scores.prior_records(records)
         return {} if prior is None else {PRIOR: prior}
 
     def summary(self, data: ObjectsDataset, records: Records) -> dict[str, float]:
-        """`ceiling_<metric>`: the exact posterior of the embedded scenes."""
+        """`ceiling_<metric>` of the exact posterior of the embedded scenes."""
         exact = exact_records(data, records)
         if EXACT not in exact:
             return {}
@@ -78,7 +78,7 @@ class ObjectResults(Results):
         section: Mapping[str, Any],
         opened: Callable[[], ObjectsDataset] | None = None,
     ) -> Evaluation:
-        """Tables and figures beside the class prior, co-occurrence and the exact posterior."""
+        """Compare with the class prior, co-occurrence and the exact posterior."""
         assert opened is not None
         data = opened()
         runs = {name: on_data(data, one, name) for name, one in runs.items()}
@@ -86,7 +86,7 @@ class ObjectResults(Results):
         return ObjectsEvaluation(self, title, section, runs, data.class_names, known, data)
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
-        """Top-n curves of the runs, with the class prior's."""
+        """Top-n curves of the runs and the class prior."""
         known = self.references(next(iter(runs.values())))
         curves, lines = (
             {name: scores.curve(one) for name, one in part.items()} for part in (runs, known)
@@ -96,7 +96,7 @@ class ObjectResults(Results):
     def training_figures(
         self, data: ObjectsDataset, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Top-n beside the references, and top-1 by hidden fraction."""
+        """Top-n curves with references, and top-1 by hidden fraction."""
         exact = exact_records(data, records)
         known = {**self.references(records), **{n: r for n, r in exact.items() if n == EXACT}}
         lines = {name: scores.curve(one) for name, one in known.items()}
@@ -112,29 +112,25 @@ class ObjectResults(Results):
         count: int,
         accelerator: Accelerator,
     ) -> Iterator[Figure]:
-        """Draw hidden objects with what each model expects."""
+        """Draw hidden objects with each model's predictions."""
         return hidden_scenes(predictors, data, count=count, accelerator=accelerator)
 
 
 @dataclass(frozen=True)
 class ObjectsEvaluation(Evaluation):
-    """Hidden objects, with tables by bins and by class, and confusions.
-
-    Args:
-        dataset: The opened dataset.
-    """
+    """Objects, with tables by bins and by class, and confusions."""
 
     dataset: ObjectsDataset | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """More metrics than where runs are compared."""
+        """All top-n accuracies, then the results' other metrics."""
         return (*(f"top{n}" for n in scores.TOPS),
                 *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of runs, of uniform guesses, then of the references."""
+        """Metrics of the runs, of uniform guesses, then of the references."""
         found = super().scored
         runs, known = found[: len(self.runs)], found[len(self.runs) :]
         ours = [name for name in runs[0].values if name not in self.results.own_metrics]
@@ -144,17 +140,17 @@ class ObjectsEvaluation(Evaluation):
 
     @cached_property
     def classes(self) -> list[ClassRow]:
-        """Rows of the first run, class by class."""
+        """The first run by class."""
         return per_class(self.first)
 
     @cached_property
     def train_counts(self) -> NDArray[np.int64]:
-        """(C,) usable objects of each class in the train split."""
+        """Usable train objects by class, (C,)."""
         assert self.dataset is not None
         return self.dataset.train_counts()
 
     def notes(self) -> Sequence[str]:
-        """What the references know, and how far a single run is from them."""
+        """Notes on the references; for a single run also its differences from them."""
         notes = [ABOUT[name] for name in self.references if name in ABOUT]
         if len(self.runs) > 1:
             return notes
@@ -167,13 +163,13 @@ class ObjectsEvaluation(Evaluation):
         return [*super().summary_tables(), *(table for table in bins if table is not None)]
 
     def class_table(self) -> Table:
-        """Class by class: one run in full, of several the top-1."""
+        """All numbers of one run by class, or the top-1 of several."""
         if len(self.runs) > 1:
             return tables.classes_side_by_side(self.runs, self.names)
         return tables.class_table(self.classes, self.names, self.train_counts)
 
     def all_tables(self) -> list[Table]:
-        """The tables of `table.md`; of one run with confusions."""
+        """The tables of `table.md`, with confusions of a single run."""
         parts, names = super().all_tables(), self.names
         if len(self.runs) > 1:
             return parts
@@ -185,7 +181,7 @@ class ObjectsEvaluation(Evaluation):
         ]
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Every figure with its name; those of classes for a single run only."""
+        """Figures by name; those by class for a single run only."""
         runs, known, names = self.runs, self.references, self.names
         curves, lines = ({n: scores.curve(r) for n, r in part.items()} for part in (runs, known))
         yield "top_n", figures.top_n_figure(curves, lines)
@@ -197,7 +193,7 @@ class ObjectsEvaluation(Evaluation):
         yield "class_shares", figures.class_share_figure(self.train_counts, val_counts, names)
         if len(runs) > 1:
             return
-        # The prior is right about one class and wrong about all others: no line worth drawing.
+        # The prior is right about one class and wrong about all others.
         others = {name: per_class(one) for name, one in known.items() if name != PRIOR}
         yield "per_class", figures.per_class_figure(self.classes, names, others)
         yield "confusions", figures.confusion_figure(self.first, names)
@@ -213,7 +209,7 @@ class ObjectsEvaluation(Evaluation):
         return {metric: number for metric, number in values.items() if number is not None}
 
     def numbers(self) -> dict[str, Any]:
-        """Everything in the tables, in full precision, for `metrics.json`."""
+        """Contents of the tables in full precision, for `metrics.json`."""
         found, names = super().numbers(), self.names
         if len(self.runs) > 1:
             return found
@@ -232,13 +228,13 @@ class ObjectsEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class SceneLabelResults(Results):
-    """Which classes are in an image."""
+    """Predicted classes of images."""
 
     things: ClassVar[str] = "images with labels"
     our_rows: ClassVar[tuple[str, ...]] = ("mAP", "weighted_AP", "micro_AP")
 
     def check(self, records: Records, where: str) -> None:
-        """Check that the arrays are there and fit each other."""
+        """Check that arrays exist and have matching shapes."""
         if missing := [n for n in ("image_ids", "log_probs", "present") if n not in records]:
             raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions of labels")
         shapes = {name: records[name].shape for name in ("log_probs", "present")}
@@ -246,7 +242,7 @@ class SceneLabelResults(Results):
             raise UserError(f"{where}: arrays of different lengths: {shapes}")
 
     def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Check that the classes and the labels of each image are the same."""
+        """Check the number of classes and the labels of each image."""
         own, others = records["present"], other["present"]
         if own.shape != others.shape:
             raise UserError(
@@ -256,7 +252,7 @@ class SceneLabelResults(Results):
             raise UserError(f"{pair} disagree on the labels of {wrong} images: other data")
 
     def our_value(self, records: Records, name: str) -> float | None:
-        """A metric; None where no image shows any class."""
+        """A metric; None if no image has any class."""
         log_probs, present = records["log_probs"], records["present"]
         support = present.sum(axis=0)
         if name not in self.our_rows:
@@ -270,7 +266,7 @@ class SceneLabelResults(Results):
         return float(np.average(own, weights=support[there] if name == "weighted_AP" else None))
 
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """None: every resample would have to be ranked again."""
+        """None: each bootstrap sample would have to be ranked again."""
         self.our_value(records, name)
         return None
 
@@ -292,7 +288,7 @@ class SceneLabelResults(Results):
         section: Mapping[str, Any],
         opened: Callable[[], ObjectsDataset] | None = None,
     ) -> Evaluation:
-        """Average precision beside chance."""
+        """Compare average precision with chance."""
         known = self.references(next(iter(runs.values())))
         assert opened is not None
         names = opened().class_names
@@ -301,11 +297,11 @@ class SceneLabelResults(Results):
 
 @dataclass(frozen=True)
 class SceneLabelsEvaluation(Evaluation):
-    """Scene labels; there are tables and no figures."""
+    """Tables of scene labels, without figures."""
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:
-        """Name, images and each run's average precision of every class that occurs."""
+        """Name, images and each run's average precision, for every class that occurs."""
         support = self.first["present"].sum(axis=0)
         order = [c for c in np.argsort(-support, kind="stable").tolist() if support[c]]
         return [
@@ -326,5 +322,5 @@ class SceneLabelsEvaluation(Evaluation):
         return Table("AP (%) by class", ("class", "images", *self.runs), (tuple(lines),))
 
     def numbers(self) -> dict[str, Any]:
-        """Everything in the tables, in full precision, for `metrics.json`."""
+        """Contents of the tables in full precision, for `metrics.json`."""
         return {**super().numbers(), "classes": self.classes}

@@ -37,12 +37,7 @@ _DARK = 0.6  # a cell filled by more than this needs white letters
 def top_n_figure(
     curves: Mapping[str, Array], references: Mapping[str, Array] | None = None
 ) -> Figure:
-    """Draw top-n accuracy for n = 1..C beside chance, the ideal and references.
-
-    Args:
-        curves: Name -> (C,) accuracy in 0..1.
-        references: The same of references: the class prior, the exact posterior.
-    """
+    """Draw curves of top-n accuracy (C,) in 0..1, with chance, the ideal and references."""
     figure, axes = new_figure(5.6, 4.0)
     num_classes = len(next(iter(curves.values())))
     n = np.arange(1, num_classes + 1)
@@ -62,12 +57,7 @@ def top_n_figure(
 def share_hidden_figure(
     runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw top-1 by the fraction of the image that is hidden, with the number of objects below.
-
-    Args:
-        runs: Name -> predictions.
-        references: The same of what runs are compared with.
-    """
+    """Draw top-1 by the hidden fraction of the image, with numbers of objects."""
     figure = _binned_figure("share", runs, references or {})
     figure.axes[0].set_xlabel("fraction of the image that is hidden")
     return figure
@@ -76,7 +66,7 @@ def share_hidden_figure(
 def visible_figure(
     runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw top-1 by the number of other objects in the image, as `share_hidden_figure`."""
+    """Draw top-1 by the number of other objects in the image."""
     figure = _binned_figure("visible", runs, references or {})
     figure.axes[0].set_xlabel("other objects in the image")
     return figure
@@ -85,7 +75,7 @@ def visible_figure(
 def _binned_figure(
     kind: str, runs: Mapping[str, Records], references: Mapping[str, Records]
 ) -> Figure:
-    """Bars of runs with their 95 % intervals, a line across each bin for each reference."""
+    """Draw runs as bars with 95 % intervals, references as lines across the bins."""
     figure, axes = new_figure(5.6, 3.8)
     first = next(iter(runs.values()))
     bins = [b for b in scores.BINS[kind] if scores.value(first, f"{kind}/{b}_top1") is not None]
@@ -121,11 +111,7 @@ def _binned_figure(
 
 
 def reliability_figure(runs: Mapping[str, Records]) -> Figure:
-    """Draw accuracy against confidence, one point a bin; a calibrated run is on the diagonal.
-
-    Args:
-        runs: Name -> predictions.
-    """
+    """Draw accuracy against confidence, a point per bin; calibrated runs are on the diagonal."""
     figure, axes = new_figure(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color=PALE, zorder=0)
     for (name, run), colour in zip(runs.items(), colours(len(runs)), strict=True):
@@ -142,13 +128,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
 
 
 def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
-    """Share of each class among the training and validation objects, in falling order of training.
-
-    Args:
-        train_counts: (C,) objects of each class.
-        val_counts: (C,).
-        names: C names.
-    """
+    """Draw class fractions from numbers of train and val objects (C,), most frequent first."""
     num_classes = len(names)
     figure, axes = new_figure(_width(num_classes), 3.8)
     order = np.argsort(-np.asarray(train_counts), kind="stable")
@@ -160,7 +140,7 @@ def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[s
     if train.min() < 0.01:  # the first class may have 30 %, the last 0.1 %
         axes.set_yscale("symlog", linthresh=1.0)
         axes.set_yticks(ticks := [0, 0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
-    axes.set(ylabel="share of objects (%)", xlim=(-0.7, num_classes - 0.3), ylim=(0, 130 * peak))
+    axes.set(ylabel="fraction of objects (%)", xlim=(-0.7, num_classes - 0.3), ylim=(0, 130 * peak))
     if num_classes <= _NAMES_AT_MOST:
         axes.set_xticks(place, [names[c] for c in order], rotation=90, fontsize=7)
     else:
@@ -174,53 +154,46 @@ def per_class_figure(
     names: Sequence[str],
     references: Mapping[str, Sequence[ClassRow]] | None = None,
 ) -> Figure:
-    """Top-1 and top-5 of each class above its number of objects, the most frequent first.
+    """Draw top-1 and top-5 of each class above its number of objects, most frequent first.
 
     Args:
-        rows: From `per_class`; the most frequent are drawn where there are too many to name.
+        rows: From `per_class`; with many classes only the most frequent are drawn.
         names: C names.
-        references: The same of what the model is held against, drawn as lines across the bars.
+        references: Rows of references, drawn as lines across the bars.
     """
-    shown = rows[:_NAMES_AT_MOST]
-    place = np.arange(len(shown))
-    figure, (above, below) = new_stack(_width(len(shown)), 4.8, (3.0, 1.0))
+    drawn = rows[:_NAMES_AT_MOST]
+    place = np.arange(len(drawn))
+    figure, (above, below) = new_stack(_width(len(drawn)), 4.8, (3.0, 1.0))
     for label, colour, values in (
-        ("top-5", "#bfe1f5", [row.top5 for row in shown]),  # a pale SKY, behind
-        ("top-1", BLUE, [row.top1 for row in shown]),
+        ("top-5", "#bfe1f5", [row.top5 for row in drawn]),  # a pale SKY, behind
+        ("top-1", BLUE, [row.top1 for row in drawn]),
     ):
         heights = [100 * value for value in values]
         above.bar(place, heights, width=0.8, color=colour, label=label)
     for name, others in (references or {}).items():
         top1 = {row.label: 100 * row.top1 for row in others}
-        heights = [top1[row.label] for row in shown]
+        heights = [top1[row.label] for row in drawn]
         colour = reference_style(name)["color"]
         above.hlines(heights, place - 0.4, place + 0.4, colors=colour, linewidth=1.6,
                      label=f"{name}, top-1")  # fmt: skip
-    above.set(ylabel="right (%)", ylim=(0, 100), xlim=(-0.7, len(shown) - 0.3))
+    above.set(ylabel="right (%)", ylim=(0, 100), xlim=(-0.7, len(drawn) - 0.3))
     legend_above(above)
-    below.bar(place, [row.support for row in shown], width=0.8, color=GREY)
-    if shown[0].support > 20 * shown[-1].support:
+    below.bar(place, [row.support for row in drawn], width=0.8, color=GREY)
+    if drawn[0].support > 20 * drawn[-1].support:
         below.set_yscale("log")
-        below.set_ylim(0.7, 1.5 * shown[0].support)
-        ticks = [10**power for power in range(len(str(shown[0].support)))]
+        below.set_ylim(0.7, 1.5 * drawn[0].support)
+        ticks = [10**power for power in range(len(str(drawn[0].support)))]
         below.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
         below.minorticks_off()
-    below.set(ylabel="val objects", xlabel=_left_out(rows, shown))
-    below.set_xticks(place, [names[row.label] for row in shown], rotation=90, fontsize=7)
+    below.set(ylabel="val objects", xlabel=_left_out(rows, drawn))
+    below.set_xticks(place, [names[row.label] for row in drawn], rotation=90, fontsize=7)
     return figure
 
 
 def confusion_figure(
     records: Records, names: Sequence[str], *, most: int = 20, more: int = 6
 ) -> Figure:
-    """What is said of the objects of the most frequent classes, in percent of each row.
-
-    Args:
-        records: Predictions.
-        names: C names.
-        most: How many classes have a row and a column.
-        more: Columns for the most frequent answers outside of them; the rest share the last one.
-    """
+    """Draw the predictions for objects of the most frequent classes; see `matrix_figure`."""
     matrix = confusion_matrix(records)
     rows = [f"{name} ({n})" for name, n in zip(names, matrix.sum(axis=1), strict=True)]
     figure = matrix_figure(matrix, names, rows, most=most, more=more)
@@ -231,20 +204,20 @@ def confusion_figure(
 def matrix_figure(
     matrix: Array, names: Sequence[str], rows: Sequence[str], *, most: int = 20, more: int = 6
 ) -> Figure:
-    """Shares of each row of a confusion matrix; the y axis is for the caller to name.
+    """Draw a confusion matrix in percent of each row, without a label of the y axis.
 
     Args:
-        matrix: (C, C) counts, by true class (rows) and answer (columns).
-        names: C names of the answers.
-        rows: C names of the true classes.
-        most: How many classes have a row and a column, the most frequent first.
-        more: Columns for the most frequent answers outside of them; the rest share the last one.
+        matrix: (C, C) counts by true class (rows) and predicted class (columns).
+        names: C names of predicted classes.
+        rows: C names of true classes.
+        most: Number of classes with a row and a column, the most frequent first.
+        more: Columns for the most frequent predictions of other classes; the rest share one.
     """
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
-    said = matrix[order].sum(axis=0)
-    said[order] = 0
-    further = np.argsort(-said, kind="stable")[: min(more, int((said > 0).sum()))]
+    elsewhere = matrix[order].sum(axis=0)
+    elsewhere[order] = 0
+    further = np.argsort(-elsewhere, kind="stable")[: min(more, int((elsewhere > 0).sum()))]
     columns = np.concatenate([order, further])
     inside = matrix[np.ix_(order, columns)]
     others = support[order] - inside.sum(axis=1)
@@ -262,10 +235,10 @@ def matrix_figure(
         share = shares[row, column]
         axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
                   color="white" if share > _DARK else INK)  # fmt: skip
-    answers = [*(names[c] for c in columns), "any other"][: table.shape[1]]
-    axes.set_xticks(np.arange(len(answers)), answers, rotation=90, fontsize=7.5)
+    predicted = [*(names[c] for c in columns), "any other"][: table.shape[1]]
+    axes.set_xticks(np.arange(len(predicted)), predicted, rotation=90, fontsize=7.5)
     axes.set_yticks(np.arange(len(order)), [rows[c] for c in order], fontsize=7.5)
-    axes.set_xlabel("the model says (% of the row)")
+    axes.set_xlabel("predicted (% of the row)")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=INK)
     return figure
@@ -274,39 +247,33 @@ def matrix_figure(
 def beyond_prior_figure(
     pairs: Sequence[Confusion], names: Sequence[str], *, most: int = 15
 ) -> Figure:
-    """How often the foremost confusions happen, and how often the class prior would make them.
-
-    Args:
-        pairs: From `beyond_prior`.
-        names: C names.
-        most: How many are drawn.
-    """
-    shown = list(pairs)[:most]
-    figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(shown), 4))
-    place = np.arange(len(shown))
+    """Draw the first `most` confusions of `beyond_prior` with their frequency under the prior."""
+    drawn = list(pairs)[:most]
+    figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(drawn), 4))
+    place = np.arange(len(drawn))
     axes.barh(
-        place, [100 * pair.fraction for pair in shown], height=0.7, color=ORANGE, label="predicted"
+        place, [100 * pair.fraction for pair in drawn], height=0.7, color=ORANGE, label="predicted"
     )
-    expected = [100 * pair.expected for pair in shown]
+    expected = [100 * pair.expected for pair in drawn]
     axes.vlines(expected, place - 0.42, place + 0.42, colors="black", linewidth=1.6,
                 label="drawn from the class prior")  # fmt: skip
-    for row, pair in enumerate(shown):
+    for row, pair in enumerate(drawn):
         text = f"{pair.count} objects, {pair.lift:.1f} times the prior"
         axes.text(100 * max(pair.fraction, pair.expected) + 0.5, row, text, va="center", fontsize=7,
                   color=INK)  # fmt: skip
-    labels = [f"{names[pair.true]} called {names[pair.predicted]}" for pair in shown]
+    labels = [f"{names[pair.true]} predicted as {names[pair.predicted]}" for pair in drawn]
     axes.set_yticks(place, labels, fontsize=8)
-    widest = max((max(pair.fraction, pair.expected) for pair in shown), default=0.5)
-    axes.set(xlim=(0, 155 * widest), ylim=(max(len(shown), 1) - 0.4, -0.6))
+    widest = max((max(pair.fraction, pair.expected) for pair in drawn), default=0.5)
+    axes.set(xlim=(0, 155 * widest), ylim=(max(len(drawn), 1) - 0.4, -0.6))
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, 155 * widest)])
-    axes.set_xlabel("share of the class's objects (%)")
+    axes.set_xlabel("fraction of the class's objects (%)")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
-    if shown:
+    if drawn:
         legend_above(axes)
     else:
-        axes.text(0.5, 0.5, "no mistake is more frequent than the prior would make it",
+        axes.text(0.5, 0.5, "no confusion is more frequent than under the prior",
                   transform=axes.transAxes, ha="center", color=GREY)  # fmt: skip
     return figure
 
@@ -329,5 +296,5 @@ def _width(classes: int) -> float:
     return max(5.6, 0.14 * classes + 1.5)
 
 
-def _left_out(rows: Sequence[ClassRow], shown: Sequence[ClassRow]) -> str:
-    return "" if len(rows) == len(shown) else f"the {len(shown)} most frequent of {len(rows)}"
+def _left_out(rows: Sequence[ClassRow], drawn: Sequence[ClassRow]) -> str:
+    return "" if len(rows) == len(drawn) else f"the {len(drawn)} most frequent of {len(rows)}"

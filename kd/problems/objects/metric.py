@@ -1,4 +1,4 @@
-"""Collects class probabilities of objects over batches and ranks."""
+"""Top-n accuracy of objects over batches and ranks."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from kd.metrics import classification as scores
 from kd.metrics.records import Array, gathered, save_records
 from kd.problems.objects.records import REQUIRED, check
 
-# Device tensors are kept until this many objects are there: one wait for the device for all.
+# Objects on the device before they are copied to the CPU, so that few copies wait for the device.
 _FLUSH_AT = 4096
-# A class that the training labels lack is not impossible; without a floor its NLL is infinite.
+# Without a floor, classes that the training labels lack would have an infinite NLL.
 _PRIOR_FLOOR = 1e-8
 
 
 class TopN:
-    """Collects class probabilities; scores how often the true class is among the first n.
+    """Collects class probabilities; computes how often the true class is among the first n.
 
-    Ties count against the scorer (`kd.metrics.classification.ranks`). An object that is seen twice,
-    as
-    samplers repeat some to give each rank as many, counts once. Objects are held in order of their
-    id, so that neither the number of ranks nor the order of batches changes a digit.
+    Ties count against the model (`kd.metrics.classification.ranks`). Objects that samplers repeat
+    count once. Sorting by id makes results independent of ranks and of the order of batches.
 
     Args:
         num_classes: C.
-        prior: (C,) class shares of the training labels; adds the `prior_` metrics.
-        confusable: C group names, None for none; classes of one group look alike.
-        visible: Image ids (K,) -> how many other objects the image of each holds, (K,).
-        where: What messages begin with: a run, a dataset.
+        prior: Class fractions of the training labels, (C,); adds the `prior_` metrics.
+        confusable: C names of groups of confusable classes, None for no group.
+        visible: Image ids (K,) -> number of other objects in the image of each, (K,).
+        where: Prefix of error messages.
 
     Raises:
-        UserError: `prior` or `confusable` do not fit C.
+        UserError: `prior` or `confusable` do not have C entries.
     """
 
     def __init__(
@@ -66,21 +64,12 @@ class TopN:
         self._chunks: list[dict[str, Array]] = []
 
     def update(
-        self,
-        log_probs: Tensor,
-        labels: Tensor,
-        shares: Tensor,
-        object_ids: Tensor,
+        self, log_probs: Tensor, labels: Tensor, shares: Tensor, object_ids: Tensor,
         image_ids: Tensor,
-    ) -> None:
-        """Add K objects; those with the label -1 are not scored.
+    ) -> None:  # fmt: skip
+        """Add K objects: log-probabilities (K, C), the rest (K,); the label -1 is not scored.
 
-        Args:
-            log_probs: (K, C), any floating type, any device.
-            labels: (K,) int64, -1 where withheld.
-            shares: (K,) box area / image area.
-            object_ids: (K,) int64, unique in the dataset.
-            image_ids: (K,) int64.
+        `shares` are box areas / image areas; `object_ids` are unique in the dataset.
         """
         expected = (len(labels), self.num_classes)
         if tuple(log_probs.shape) != expected:
@@ -93,9 +82,8 @@ class TopN:
             "object_ids": object_ids.detach().clone(),
             "image_ids": image_ids.detach().clone(),
         }
-        if odd := {
-            name: tuple(part.shape) for name, part in batch.items() if len(part) != len(labels)
-        }:
+        odd = {name: tuple(p.shape) for name, p in batch.items() if len(p) != len(labels)}
+        if odd:
             raise ValueError(f"{len(labels)} labels, but {odd}")
         self._pending.append(batch)
         if sum(len(part["labels"]) for part in self._pending) >= _FLUSH_AT:
@@ -104,27 +92,15 @@ class TopN:
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Add the hidden objects of a batch (docs/batch.md) by their log-probabilities (K, C)."""
         hidden = batch["hidden"]
-        self.update(
-            decoded,
-            batch["labels"][hidden],
-            batch["shares"][hidden],
-            batch["object_ids"][hidden],
-            batch["image_ids"][batch["image_of"][hidden]],
-        )
+        labels, shares, ids = (batch[name][hidden] for name in ("labels", "shares", "object_ids"))
+        self.update(decoded, labels, shares, ids, batch["image_ids"][batch["image_of"][hidden]])
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge what all ranks collected, so that each holds the union; alone, does nothing.
-
-        Every rank must call it. accelerate sets torch.distributed up, so this is all it needs.
-        """
+        """Merge the objects of all ranks; every rank must call it."""
         self._chunks = gathered(self._merged(), group)
 
     def records(self) -> dict[str, Array]:
-        """Arrays as `predictions.npz` holds them, in order of object id.
-
-        Raises:
-            UserError: Nothing was scored, or something is wrong with it; the message says what.
-        """
+        """Arrays of `predictions.npz`, checked, in order of object id."""
         records = {**self._merged(), **self._extra}
         if self._visible is not None:
             records["visible"] = self._visible(records["image_ids"])
@@ -132,15 +108,11 @@ class TopN:
         return records
 
     def compute(self) -> dict[str, float]:
-        """Every metric by name, accuracies in 0..1; see `kd.metrics.classification.evaluate`."""
+        """All metrics by name, accuracies in 0..1; see `kd.metrics.classification.evaluate`."""
         return scores.evaluate(self.records())
 
     def save_predictions(self, path: str | Path) -> None:
-        """Write the records as an .npz file: whole, or not at all.
-
-        Raises:
-            UserError: Nothing to write, or the folder cannot be written.
-        """
+        """Write the records as an .npz file, atomically."""
         save_records(self.records(), Path(path))
 
     def _flush(self) -> None:
@@ -152,7 +124,7 @@ class TopN:
         self._pending = []
 
     def _merged(self) -> dict[str, Array]:
-        """One chunk of all scored objects, each once, in order of id."""
+        """All scored objects, each once, in order of id."""
         self._flush()
         if not self._chunks:
             empty = np.zeros(0, dtype=np.int64)
@@ -178,6 +150,6 @@ def _checked_prior(
     if array.shape != (num_classes,):
         raise UserError(f"{where}: prior is {array.shape}, there are {num_classes} classes")
     if not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
-        raise UserError(f"{where}: prior must be shares of classes: none negative, not all zero")
+        raise UserError(f"{where}: prior must be class fractions: none negative, not all zero")
     floored = np.maximum(array / array.sum(), _PRIOR_FLOOR)
     return np.asarray(floored / floored.sum(), dtype=np.float64)

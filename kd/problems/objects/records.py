@@ -1,9 +1,9 @@
 """Predictions of objects: arrays of `predictions.npz`.
 
-`object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,) of the image that is hidden,
-`log_probs` (K, C), and, where they are known, `visible` (K,), how many other objects the image
-holds, `prior` (C,), the class fractions of the training labels, and `confusable` (C,), the number
-of the group of confusable classes that a class belongs to, -1 for none.
+`object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,), hidden fractions of the image,
+and `log_probs` (K, C); optional: `visible` (K,), numbers of other objects in the image, `prior`
+(C,), class fractions of the training labels, and `confusable` (C,), numbers of groups of
+confusable classes, -1 for none.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ _NORMALISED_WITHIN = 0.05
 def answered(
     records: Records, object_ids: Array, log_probs: Array, where: str = "answers"
 ) -> Records:
-    """The same objects with other predictions.
-
-    Args:
-        records: Whose objects are taken, in their order.
-        object_ids: (N,) of the other predictions, in any order; there may be more than needed.
-        log_probs: (N, C).
-        where: What the message begins with.
+    """Replace predictions by others, log_probs (N, C) of object_ids (N,) in any order.
 
     Raises:
         UserError: An object has no prediction, or the number of classes differs.
@@ -49,11 +43,7 @@ def answered(
 
 
 def check(records: Records, where: str) -> None:
-    """Check records before a number is computed from them.
-
-    Args:
-        records: As this module describes.
-        where: What messages begin with: a file, or what was evaluated.
+    """Check records; messages begin with `where`.
 
     Raises:
         UserError: No object, a missing array or wrong length, a label out of range, a NaN, or rows
@@ -91,11 +81,7 @@ def check(records: Records, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that two have the same classes and labels.
-
-    Raises:
-        UserError: They differ; the message begins with `pair`, which names both.
-    """
+    """Check that two records have the same classes and labels; `pair` names both in messages."""
     own, others = (one["log_probs"].shape[1] for one in (records, other))
     if own != others:
         raise UserError(f"{pair} know different numbers of classes: {own} and {others}")

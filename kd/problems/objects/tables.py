@@ -16,13 +16,7 @@ Runs = Mapping[str, Records]
 
 
 def bins_table(kind: str, runs: Runs, references: Runs) -> Table | None:
-    """Top-1 by hidden fraction or by number of visible objects; None where that is unknown.
-
-    Args:
-        kind: `share` or `visible`.
-        runs: Name -> predictions of the same objects.
-        references: Name -> predictions that they are compared with.
-    """
+    """Top-1 by hidden fraction (kind `share`) or number of visible objects (`visible`)."""
     first = next(iter(runs.values()))
     top1 = METRICS["top1"]
     lines = []
@@ -44,12 +38,7 @@ def bins_table(kind: str, runs: Runs, references: Runs) -> Table | None:
 
 
 def classes_side_by_side(runs: Runs, names: Sequence[str]) -> Table:
-    """Top-1 of every class that occurs, with a column for each run.
-
-    Args:
-        runs: Name -> predictions of the same objects.
-        names: C names.
-    """
+    """Top-1 of every class that occurs, with a column for each run."""
     columns = [{row.label: row for row in per_class(records)} for records in runs.values()]
     lines = [
         (names[label], str(row.support), *(f"{100 * column[label].top1:.1f}" for column in columns))
@@ -59,12 +48,12 @@ def classes_side_by_side(runs: Runs, names: Sequence[str]) -> Table:
 
 
 def class_table(rows: Sequence[ClassRow], names: Sequence[str], train_counts: Array) -> Table:
-    """Every class that occurs: objects, accuracy, and the most frequent wrong predictions.
+    """Objects, accuracy and the most frequent wrong predictions of every class that occurs.
 
     Args:
         rows: From `per_class`.
         names: C names.
-        train_counts: (C,) objects of each class among the training objects.
+        train_counts: Train objects by class, (C,).
     """
     train, val = max(int(np.sum(train_counts)), 1), sum(row.support for row in rows)
     lines = [
@@ -87,25 +76,12 @@ def class_table(rows: Sequence[ClassRow], names: Sequence[str], train_counts: Ar
 def confusion_table(
     pairs: Sequence[Confusion], names: Sequence[str], title: str, *, most: int = 15
 ) -> Table:
-    """Pairs of a hidden class and a class predicted in its place.
-
-    Args:
-        pairs: In the order of the lines.
-        names: C names.
-        title: Above the table.
-        most: Lines.
-    """
+    """The first `most` pairs of a hidden class and a class predicted in its place."""
     lines = [
-        (
-            names[pair.true],
-            names[pair.predicted],
-            str(pair.count),
-            f"{100 * pair.fraction:.1f}",
-            f"{100 * pair.expected:.1f}",
-            f"{pair.lift:.1f}",
-        )
+        (names[pair.true], names[pair.predicted], str(pair.count), f"{100 * pair.fraction:.1f}",
+         f"{100 * pair.expected:.1f}", f"{pair.lift:.1f}")
         for pair in list(pairs)[:most]
-    ]
+    ]  # fmt: skip
     header = ("hidden", "predicted", "objects", "of the class (%)", "prior (%)", "lift")
     note = "lift: how many times more often than predictions drawn from the class prior"
     return Table(title, header, (tuple(lines),), (note,))

@@ -159,9 +159,8 @@ def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:
     assert "fork: place 2" in [text.get_text() for text in student.texts][-1]
     assert teacher.get_xlim() == student.get_xlim()
     drawn(figure)
-    heat = torch.rand(40, 40)
     box = torch.tensor([0.0, 0.0, 0.4, 0.4])  # smaller than a pixel
-    drawn(hidden_scene_figure(image, box, "cup", beliefs, names, heat_map=heat))
+    drawn(hidden_scene_figure(image, box, "cup", beliefs, names))
 
 
 def test_a_figure_is_saved_and_a_bad_name_refused(tmp_path: Path) -> None:

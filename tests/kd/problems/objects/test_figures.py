@@ -108,12 +108,12 @@ def test_confusions_are_drawn_beside_what_the_prior_would_say() -> None:
     marks: Any = axes.collections[0]
     assert [segment[0][0] for segment in marks.get_segments()] == pytest.approx([20, 20])
     assert [t.get_text() for t in axes.get_yticklabels()] == [
-        "fork called cup",
-        "person called cup",
+        "fork predicted as cup",
+        "person predicted as cup",
     ]
     assert axes.texts[0].get_text() == "6 objects, 3.0 times the prior"
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first is at the top
     drawn(figure)
     none = beyond_prior_figure([], NAMES)
-    assert "no mistake" in none.axes[0].texts[0].get_text()
+    assert "no confusion" in none.axes[0].texts[0].get_text()
     drawn(none)
