@@ -62,7 +62,6 @@ class TermKind:
     own_class: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an unknown unit, or a mask for a mean that is not over places."""
         if self.unit not in ("place", "image", "box", "object"):
             raise UserError(f"unit must be place, image, box or object, got {self.unit!r}")
         if self.unit != "place" and (self.mask or self.place_weights):
@@ -97,8 +96,7 @@ TERMS: dict[str, TermKind] = {
         unit="object", student="logits", teacher=POSTERIOR, labels=True, softmax=True,
     ),
     "context_features": TermKind(
-        "kd.losses.imitation:imitation",
-        "imitation of a teacher's features around each object",
+        "kd.losses.imitation:imitation", "imitation of a teacher's features around each object",
         unit="place", mask="ring", by_class=False,
     ),
     "imitation": TermKind(
@@ -107,13 +105,11 @@ TERMS: dict[str, TermKind] = {
         unit="place", mask="imitation", mask_option="psi", by_class=False,
     ),
     "imitation_inside": TermKind(
-        "kd.losses.imitation:imitation",
-        "imitation of a detector's features inside the boxes",
+        "kd.losses.imitation:imitation", "imitation of a detector's features inside the boxes",
         unit="place", mask="inside", by_class=False,
     ),
     "imitation_whole": TermKind(
-        "kd.losses.imitation:imitation",
-        "imitation of a detector's features everywhere",
+        "kd.losses.imitation:imitation", "imitation of a detector's features everywhere",
         unit="place", mask="whole", by_class=False,
     ),
     "object_logits": TermKind(
@@ -127,13 +123,11 @@ TERMS: dict[str, TermKind] = {
         unit="box", student="object_deltas", teacher="object_deltas", own_class=True,
     ),
     "pixel_wise": TermKind(
-        "kd.losses.logits:pixel_wise",
-        "KL between the class distributions of each pixel",
+        "kd.losses.logits:pixel_wise", "KL between the class distributions of each pixel",
         unit="place", student="logits", teacher="logits", valid=True, softmax=True,
     ),
     "pixel_wise_weighted": TermKind(
-        "kd.losses.logits:pixel_wise",
-        "pixel_wise, each pixel weighted as in the supervised loss",
+        "kd.losses.logits:pixel_wise", "pixel_wise, each pixel weighted as in the supervised loss",
         unit="place", student="logits", teacher="logits", valid=True, softmax=True,
         place_weights="class_weights",
     ),
@@ -154,8 +148,7 @@ TERMS: dict[str, TermKind] = {
         unit="image", student="logits", teacher="logits", valid=True,
     ),
     "hint": TermKind(
-        "kd.losses.hint:hint",
-        "squared distance between features",
+        "kd.losses.hint:hint", "squared distance between features",
         unit="place", valid=True,
     ),
     "saliency": TermKind(

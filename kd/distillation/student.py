@@ -124,7 +124,6 @@ def adapt_student(
 def _features(
     student: nn.Module, layers: Sequence[str], source: SoftTargetSource, task: Task, batch: Batch
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Features of the student's layers and outputs of the teachers on a batch."""
     probe = AdaptedStudent(student, layers)
     try:
         with torch.no_grad(), evaluating(probe):

@@ -106,7 +106,6 @@ class Teachers:
         self.fractions = [weight / sum(weights) for weight in weights]
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """Return all outputs of each teacher, and the means."""
         every = [source(batch, rows) for source in self.sources.values()]
         found: dict[str, Tensor] = {}
         for name, given in zip(self.sources, every, strict=True):
@@ -169,7 +168,6 @@ class CachedPosteriors:
         return {POSTERIOR: log_probs}
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Which rows have a posterior."""
         wanted, places = self._places(rows)
         return {KNOWN: self.object_ids[places] == wanted}
 
@@ -254,5 +252,4 @@ class CachedTeacher:
         return maps if self.posteriors is None else {**self.posteriors(batch, rows), **maps}
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Which rows have a posterior."""
         return {} if self.posteriors is None else self.posteriors.known(rows)

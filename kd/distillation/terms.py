@@ -16,9 +16,11 @@ from kd.distillation.registry import MEAN, POSTERIOR, TORCHDISTILL, TermKind, te
 from kd.errors import UserError
 from kd.losses.box_distillation import known_rows, own_class_deltas
 from kd.losses.holistic import without_void
-from kd.problems.base import KNOWN, Batch, Mask, Mean, Rows, Task
+from kd.problems.base import KNOWN, Batch, Mask, Mean, Output, Rows, Task
 from kd.registry import check_options
 from kd.transforms.hide import normalise
+
+Masks = Mapping[str, Mask]
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,7 @@ def outputs_by_teacher(terms: Sequence[Term], teachers: Collection[str]) -> dict
 
 
 def distillation_losses(
-    terms: Sequence[Term],
-    student: Mapping[str, Tensor],
-    teacher: Mapping[str, Tensor],
-    task: Task,
-    batch: Batch,
-    masks: Mapping[str, Mask],
+    terms: Sequence[Term], student: Output, teacher: Output, task: Task, batch: Batch, masks: Masks
 ) -> dict[str, Mean]:
     """Compute every term, unweighted.
 
@@ -157,7 +154,7 @@ def distillation_losses(
     return losses
 
 
-def layer_masks(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, Mask]:
+def layer_masks(terms: Sequence[Term], masks: Masks) -> dict[str, Mask]:
     """Places that terms read, for those student layers of which all terms have a mask."""
     readers: dict[str, set[str | None]] = {}
     for term in terms:
@@ -174,13 +171,7 @@ def layer_masks(terms: Sequence[Term], masks: Mapping[str, Mask]) -> dict[str, M
 
 
 def _loss_of(
-    term: Term,
-    ours: Tensor,
-    theirs: Tensor,
-    rows: Rows,
-    task: Task,
-    batch: Batch,
-    masks: Mapping[str, Mask],
+    term: Term, ours: Tensor, theirs: Tensor, rows: Rows, task: Task, batch: Batch, masks: Masks
 ) -> Mean:
     kind = term.kind
     if kind.unit == "box" and ours.shape != theirs.shape:
@@ -227,7 +218,7 @@ def _labels(term: Term, rows: Rows) -> Tensor:
     return rows.labels
 
 
-def _mask(masks: Mapping[str, Mask], name: str, term: Term, task: Task) -> Mask:
+def _mask(masks: Masks, name: str, term: Term, task: Task) -> Mask:
     if name not in masks:
         raise UserError(
             f"losses: {term.name}: needs the mask {name!r}; {type(task).__name__} has "
@@ -236,7 +227,7 @@ def _mask(masks: Mapping[str, Mask], name: str, term: Term, task: Task) -> Mask:
     return masks[name]
 
 
-def draw_modules(terms: Sequence[Term], teacher: Mapping[str, Tensor]) -> list[Term]:
+def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
     """Build the modules of terms that have weights, from torch's global generator.
 
     `teacher` has outputs like those to compare: dimension 1 is channels.
@@ -260,7 +251,7 @@ def modules_of(
     }
 
 
-def _take(outputs: Mapping[str, Tensor], name: str, term: str, who: str) -> Tensor:
+def _take(outputs: Output, name: str, term: str, who: str) -> Tensor:
     if name not in outputs:
         raise UserError(
             f"losses: {term}: the {who} gives no {name!r}; it gives: {', '.join(outputs)}"

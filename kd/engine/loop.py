@@ -50,7 +50,6 @@ def forward_losses(
 
 
 def _counts(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
-    """Count each unit that losses are means over."""
     counts = objective.task.counts(batch, objective.units, masks)
     return counts | known_counts(objective.soft_targets, objective.task.rows(batch))
 
@@ -173,7 +172,6 @@ def _save(training: Training, window: Window, hooks: Hooks) -> None:
 def _advance(
     training: Training, group: Sequence[Batch], objective: Objective, steps: int
 ) -> tuple[Sums, Sums]:
-    """Take one of `steps` steps and advance `training.progress`."""
     place, device = training.progress, training.accelerator.device
     batches = [to_device(b, device, channels_last=training.channels_last) for b in group]
     weights = objective.weights_at(place.step / max(steps - 1, 1), place.step)

@@ -37,13 +37,9 @@ log = logging.getLogger(__name__)
 class EpochLoader(Protocol):
     """A loader whose order is a function of the epoch."""
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches of this process."""
-        ...
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
-    def __len__(self) -> int:
-        """Number of batches in an epoch."""
-        ...
+    def __len__(self) -> int: ...
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Set the epoch, and the batch to start from."""
@@ -181,14 +177,6 @@ def add(sums: Sums, name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def not_finite(what: str, step: int) -> UserError:
-    """Build the error for a loss that is not finite."""
-    return UserError(
-        f"{what} not finite at step {step}; training stopped. The last good checkpoint, if any, is "
-        f"unchanged. {REMEDIES}"
-    )
-
-
 class Window:
     """Losses since the last log line, summed on the device, and over ranks when it closes."""
 
@@ -221,7 +209,10 @@ class Window:
             self._counted[name] = self._counted.get(name, False) or count > 0
         broken = [name for name, value in zip(names, sums, strict=True) if not math.isfinite(value)]
         if broken:
-            raise not_finite(f"loss {', '.join(broken)} is", step)
+            raise UserError(
+                f"loss {', '.join(broken)} is not finite at step {step}; training stopped. The "
+                f"last good checkpoint, if any, is unchanged. {REMEDIES}"
+            )
         means = {
             f"loss/{name}": value / count
             for name, value, count in zip(names, sums, totals, strict=True)

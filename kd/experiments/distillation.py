@@ -65,7 +65,6 @@ class Distillation:
     data_typed: str | None = None  # the argument of --data, for messages
 
     def __post_init__(self) -> None:
-        """Build the task, check the recipe, find the teachers and open them."""
         recipe, data = self.recipe, self.data
         check_kind(recipe.task.name, recipe.data)
         every = variants_of(recipe)

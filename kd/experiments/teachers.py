@@ -162,7 +162,6 @@ def _check_layers(
 def _check_softmax(
     teacher: TrainedTeacher, name: str, terms: Sequence[Term], recipe: DistillRecipe
 ) -> None:
-    """Refuse a loss on raw outputs where only the largest log-probabilities are cached."""
     for term in (term for term in terms if not term.kind.softmax):
         read = outputs_by_teacher([term], recipe.more_teachers)[name]
         if layers_among(read, teacher.task) != read:
@@ -184,7 +183,6 @@ def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
 
 
 def _check_labels_known(teacher: TrainedTeacher, recipe: DistillRecipe, data: Dataset) -> None:
-    """Refuse cached posteriors that carry labels hidden from the student."""
     if teacher.reads_labels and any(data.labelled(seed) is not None for seed in recipe.seeds):
         raise UserError(
             f"{teacher.folder}: this teacher reads the other objects' classes, which data.labelled "

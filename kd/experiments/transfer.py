@@ -44,19 +44,12 @@ def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[St
             continue
         for name, source in weights.items():
             options = {**student.options, "weights": source, **_frozen(section)}
-            yield Start(
-                mode,
-                name,
-                DistillRecipe(
-                    data=recipe.data,
-                    task=recipe.task,
-                    metrics=recipe.metrics,
-                    student=student.model_copy(update={"options": options}),
-                    variants=("no_context",),
-                    seeds=recipe.seeds,
-                    train=_train(recipe.train, section, random=source is None),
-                ),
-            )
+            variant = DistillRecipe(
+                data=recipe.data, task=recipe.task, metrics=recipe.metrics, seeds=recipe.seeds,
+                variants=("no_context",), student=student.model_copy(update={"options": options}),
+                train=_train(recipe.train, section, random=source is None),
+            )  # fmt: skip
+            yield Start(mode, name, variant)
 
 
 def _student(recipe: TransferRecipe, data_typed: str | None) -> tuple[Model, dict[str, str | None]]:

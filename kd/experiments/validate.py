@@ -31,7 +31,6 @@ def check_terms(
 
 
 def _has_posteriors(data: Dataset) -> bool:
-    """Whether teachers have posteriors of objects in these data."""
     return data.problem.hides_objects or data.problem.some_posteriors
 
 
@@ -59,7 +58,6 @@ def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Data
 
 
 def _all_cached(recipe: DistillRecipe, terms: Sequence[Term]) -> bool:
-    """Whether all that terms read is cached."""
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     return all(recipe.caches(teacher) for teacher, read in outputs.items() if read)
 

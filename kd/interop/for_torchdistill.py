@@ -27,11 +27,7 @@ from kd.losses.imitation import anchor_grid
 from kd.registry import check_options
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "kl_logits": kl_logits,
-    "pixel_wise": pixel_wise,
-    "pair_wise": pair_wise,
-    "channel_wise": channel_wise,
-    "hint": hint,
+    loss.__name__: loss for loss in (kl_logits, pixel_wise, pair_wise, channel_wise, hint)
 }
 Outputs = Mapping[str, Mapping[str, Tensor]]
 
@@ -59,7 +55,6 @@ class _Loss(nn.Module):
     def forward(
         self, student: Outputs, teacher: Outputs, targets: object = None, *_: Any
     ) -> Tensor:
-        """Map outputs, by path and "input" or "output", to a scalar."""
         return self.loss(*self._sides(student, teacher), **self.options)
 
     def _sides(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
@@ -92,7 +87,6 @@ class _Imitation(_Loss):
     def forward(
         self, student: Outputs, teacher: Outputs, targets: object = None, *_: Any
     ) -> Tensor:
-        """Map outputs to a scalar; the targets' boxes define the mask."""
         ours, theirs = self._sides(student, teacher)
         try:
             boxes = [one["boxes"] for one in targets]  # type: ignore[attr-defined]

@@ -45,7 +45,6 @@ class Borrowed(nn.Module):
         self.name, self.module, self.factor = name, module, factor
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Map two tensors to a scalar."""
         check_floating(f"{PREFIX}{self.name}", student=student, teacher=teacher)
         check_device(f"{PREFIX}{self.name}", student=student, teacher=teacher)
         if self.name in SOFTENED and student.ndim > 2:
@@ -91,7 +90,6 @@ class Borrow:
         self.__name__ = f"{PREFIX}{name}"
 
     def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-        """Compute a loss without weights."""
         value: Tensor = self.module(**options)(student, teacher)
         return value
 

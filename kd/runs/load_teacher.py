@@ -79,12 +79,10 @@ class TrainedTeacher:
 
     @property
     def problem(self) -> Problem[Any]:
-        """The problem that it was trained on."""
         return problem_of_task(self.recipe.task.name)
 
     @property
     def section(self) -> DatasetSection:
-        """The data section that it was trained on."""
         return self.recipe.data
 
     @property

@@ -39,7 +39,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
         return self.folder.name
 
 
@@ -53,7 +52,6 @@ class DistillRuns:
 
     @property
     def results(self) -> Results:
-        """Results of the task of all runs."""
         return next(iter(self.variants.values()))[0].results
 
     def records(self) -> dict[str, list[Records]]:
@@ -80,13 +78,8 @@ def read_run(folder: str | Path) -> Run:
     config = _read_mapping(path / "config.yaml")
     check_current(config, path / "config.yaml")
     results = results_of(config, path)
-    return Run(
-        folder=path,
-        config=config,
-        summary=_read_mapping(path / "summary.json"),
-        records=read_predictions(path / "predictions.npz", results, class_names(path)),
-        results=results,
-    )
+    records = read_predictions(path / "predictions.npz", results, class_names(path))
+    return Run(path, config, _read_mapping(path / "summary.json"), records, results)
 
 
 def results_of(config: Mapping[str, Any], run: Path) -> Results:
@@ -133,7 +126,6 @@ def _is_run(folder: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Runs below a folder, in the order of their paths."""
     if _is_run(folder):
         return [folder]
     below = sorted(place for place in folder.iterdir() if place.is_dir())
@@ -193,7 +185,6 @@ def read_distill(folder: str | Path, variants: Collection[str] | None = None) ->
 
 
 def _unfinished(place: Path, variants: Sequence[str]) -> str | None:
-    """The first unfinished variant of a seed, or None."""
     return next(
         (variant for variant in variants if not (place / variant / "summary.json").is_file()), None
     )
@@ -264,7 +255,6 @@ def ceilings(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file whose top level is a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -276,7 +266,6 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _seed_folders(path: Path) -> dict[int, Path]:
-    """Folders by seed, in order of the seed."""
     if not path.is_dir():
         return {}
     named = [(_SEED.fullmatch(place.name), place) for place in path.iterdir() if place.is_dir()]

@@ -83,7 +83,6 @@ def start_training(
 def _start_critic(
     accelerator: Accelerator, name: str, adversary: nn.Module, section: Critic, steps: int
 ) -> CriticTraining:
-    """Set up a critic with the first rank's weights."""
     assert isinstance(adversary, Adversary)
     adversary = adversary.to(accelerator.device)
     if accelerator.num_processes > 1:

@@ -76,7 +76,6 @@ class RunSetup:
 
     @property
     def results(self) -> Results:
-        """Results of the run's task."""
         return results_of(self.folder.config, self.folder.path)
 
 
@@ -178,7 +177,6 @@ def _write_result(
     metric: Metric,
     summary: dict[str, Any],
 ) -> None:
-    """Write weights without adapters, predictions, curves and images; the summary last."""
     step = training.progress.step
     metadata = {"config": str(run.folder.path / "config.yaml"), "format": "kd-model-1"}
     save_model(run.folder.model, training.exported, metadata)
@@ -200,7 +198,6 @@ def _tags(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _drawn(run: RunSetup, training: Training, task: Task) -> Iterator[Figure]:
-    """Val images with the predictions of the model, and of its teacher if it has one."""
     teacher, predictors = run.teacher, {}
     if teacher is not None:
         model = AdaptedStudent(teacher.model)
