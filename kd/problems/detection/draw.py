@@ -1,4 +1,4 @@
-"""Images with boxes: the true ones, what each network finds, and where features are imitated."""
+"""Images with boxes: ground truth, detections, and imitation masks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -22,23 +21,17 @@ from kd.problems.detection.samples import DetectionSamples
 from kd.problems.detection.scores import right_at_half
 from kd.problems.detection.task import Detection, anchors_of, assigned
 from kd.report.overlay import class_colour
-from kd.report.style import BLUE, GREY, INK, ORANGE, letters_on
+from kd.report.style import BLUE, GREY, INK, ORANGE, letters_on, new_panels
 from kd.utils.images import read_image
 
-LEAST_SCORE = 0.3  # of a detection that is drawn
+LEAST_SCORE = 0.3  # of drawn detections
 _LETTERS_AN_INCH = 14
 _AT_MOST = 4  # panels of a row
 _ACROSS = 3.0  # inches of a panel
 
 
 def box_overlays(runs: Mapping[str, Records], index: CocoIndex, *, count: int) -> Iterator[Figure]:
-    """Draw val images, each with its true boxes and those of every run.
-
-    Args:
-        runs: Name -> predictions on the same images, in the order of the panels.
-        index: Where the images are.
-        count: How many.
-    """
+    """Draw val images from the index of their split; arguments as of `found_figures`."""
     order = np.argsort(index.image_ids, kind="stable")
 
     def read(image_id: int) -> Tensor:
@@ -51,17 +44,16 @@ def box_overlays(runs: Mapping[str, Records], index: CocoIndex, *, count: int) -
 def mask_figures(
     data: DetectionSamples, task: object, *, count: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw where a task's imitation masks are on images with objects, by the figure's name.
+    """Draw a task's imitation masks, by the figure's name.
 
     Args:
         data: Whole images.
-        task: Has the levels of the network that imitates.
-        count: How many images at most; they are spread over those with objects.
+        task: A detection task with the student's levels; nothing is drawn of others.
+        count: How many images at most, spread over those with objects.
     """
     if not isinstance(task, Detection) or not task.levels:
         return
-    counted = np.diff(data.index.first)[data.images]
-    places = np.flatnonzero(counted)
+    places = np.flatnonzero(np.diff(data.index.first)[data.images])
     for number, place in enumerate(places[:: max(1, -(-len(places) // max(1, count)))][:count]):
         sample = data[0, int(place)]
         image, boxes = sample["images"], sample["boxes"]
@@ -85,10 +77,10 @@ class Marked:
     Attributes:
         xywh: (n, 4), pixels of the image.
         labels: (n,), 0..C-1.
-        scores: (n,) of detections, None of true objects.
-        wrong: (n,) bool, drawn dashed; None where nobody says.
-        crowd: (n,) bool, regions of many objects, hatched; None where there are none.
-        ignored: (n,) bool, detections that count neither way, dotted grey; None where nobody says.
+        scores: (n,) of detections; None for ground truth.
+        wrong: (n,) bool, false detections, dashed.
+        crowd: (n,) bool, regions of many objects, hatched.
+        ignored: (n,) bool, detections that are not scored, dotted grey.
     """
 
     xywh: Array
@@ -100,19 +92,15 @@ class Marked:
 
 
 def boxes_figure(
-    image: Tensor,
-    panels: Mapping[str, Marked],
-    names: Sequence[str],
-    *,
-    least: float | None = None,
+    image: Tensor, panels: Mapping[str, Marked], names: Sequence[str], *, least: float | None = None
 ) -> Figure:
-    """An image several times, each with other boxes, in the colours of their classes.
+    """Draw an image once per panel, with boxes in the colours of their classes.
 
     Args:
         image: (3, H, W) uint8.
         panels: Title -> boxes.
         names: C names.
-        least: Smallest score of a detection that is drawn, for the legend; None: all are.
+        least: Smallest score of the drawn detections, for the legend.
     """
     height, width = image.shape[1:]
     rows = -(-len(panels) // _AT_MOST)
@@ -123,14 +111,9 @@ def boxes_figure(
     by_line = max(1, int(across * _LETTERS_AN_INCH / longest))
     lines = -(-len(handles) // by_line)
     inches = rows * (_ACROSS * height / width + 0.26) + 0.2 * lines + 0.1
-    figure = Figure(figsize=(across, inches))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
-    shown = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, grid = new_panels(rows, columns, across, inches)
     pixels = image.permute(1, 2, 0).cpu().numpy()
-    for axes in shown:
-        axes.set_axis_off()
-    for axes, (title, marked) in zip(shown, panels.items(), strict=False):
+    for axes, (title, marked) in zip(grid, panels.items(), strict=False):
         axes.imshow(pixels, interpolation="nearest" if height * width < 40_000 else "antialiased")
         axes.set_title(title, fontsize=8.5, color=INK, pad=3)
         _draw(axes, marked, (height, width))
@@ -144,21 +127,16 @@ def boxes_figure(
 
 
 def found_figures(
-    runs: Mapping[str, Records],
-    read: Callable[[int], Tensor],
-    *,
-    count: int,
+    runs: Mapping[str, Records], read: Callable[[int], Tensor], *, count: int,
     least: float = LEAST_SCORE,
-) -> Iterator[Figure]:
-    """Draw images spread over a split, each with its true boxes and those of every run.
-
-    Only records and images are needed, no network: boxes are in pixels of the files.
+) -> Iterator[Figure]:  # fmt: skip
+    """Draw images spread over a split, with ground truth and the detections of every run.
 
     Args:
-        runs: Name -> predictions of the same images, in the order of the panels.
-        read: Image id -> (3, H, W) uint8, as large as its file.
-        count: How many images, of those with an object.
-        least: Smallest score of a detection that is drawn.
+        runs: Name -> records of the same images, in the order of the panels.
+        read: Image id -> (3, H, W) uint8, of the file's size.
+        count: How many of the images with an object.
+        least: Smallest score of the drawn detections.
     """
     first = next(iter(runs.values()))
     names = [str(name) for name in first["names"]]
@@ -181,7 +159,7 @@ def found_figures(
                 (records["found_images"] == place) & (records["found_scores"] >= least)
             )
             rows = rows[np.argsort(records["found_scores"][rows], kind="stable")]  # best on top
-            counted = ~ignored[rows]  # not in crowds, which KITTI's DontCare regions are, too
+            counted = ~ignored[rows]  # not in crowds or KITTI's DontCare regions
             wrong = ~hit[rows] & counted
             good = int((hit[rows] & counted).sum())
             panels[f"{name}, {good} found, {int(wrong.sum())} wrong"] = Marked(
@@ -195,37 +173,29 @@ def found_figures(
 
 
 def imitation_figure(
-    image: Tensor,
-    boxes: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    *,
-    psis: Sequence[float] = (0.2, 0.5, 0.8),
-    size: tuple[int, int] | None = None,
-) -> Figure:
-    """Where features are imitated, for each level of a network and several thresholds.
+    image: Tensor, boxes: Sequence[Tensor], anchors: Sequence[Tensor], *,
+    psis: Sequence[float] = (0.2, 0.5, 0.8), size: tuple[int, int] | None = None,
+) -> Figure:  # fmt: skip
+    """Draw imitation masks, a row for each level of a network and a column for each threshold.
 
     Args:
-        image: (3, H, W) uint8, as the network sees it, padding included.
-        boxes: Of each level: the objects assigned to it, (G, 4), xyxy pixels.
-        anchors: Of each level: `anchor_grid`, (h, w, K, 4).
-        psis: Thresholds of `imitation_mask`, a column each.
-        size: Height and width of the image inside the padding, (H, W) by default.
+        image: (3, H, W) uint8, the network's input with padding.
+        boxes: Of each level, the objects assigned to it, (G, 4), xyxy pixels.
+        anchors: Of each level, `anchor_grid`, (h, w, K, 4).
+        psis: Thresholds of `imitation_mask`.
+        size: Height and width of the image without padding; None: (H, W).
     """
     frame = (int(image.shape[1]), int(image.shape[2]))
     height, width = size or frame
     across = 2.4
     inches = len(anchors) * (across * height / width + 0.24) + 0.05
-    figure = Figure(figsize=(across * len(psis), inches))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
-    panels = figure.subplots(len(anchors), len(psis), squeeze=False)
+    figure, panels = new_panels(len(anchors), len(psis), across * len(psis), inches)
     grey = image.float().mean(dim=0, keepdim=True).permute(1, 2, 0).cpu().numpy() / 255
-    for level, (own, grid, line) in enumerate(zip(boxes, anchors, panels, strict=True)):
+    for level, (own, grid) in enumerate(zip(boxes, anchors, strict=True)):
         nearest, stride = _nearest_places(grid, frame)
-        for psi, axes in zip(psis, line, strict=True):
+        for psi, axes in zip(psis, panels[level * len(psis) :], strict=False):
             mask = imitation_mask([own], grid, psi=psi)[0]
-            shown = _masked(grey, mask, nearest)[:height, :width]
-            axes.imshow(shown, interpolation="nearest")
+            axes.imshow(_masked(grey, mask, nearest)[:height, :width], interpolation="nearest")
             for x1, y1, x2, y2 in own.tolist():
                 axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False,
                                          edgecolor=ORANGE, linewidth=1.2))  # fmt: skip
@@ -233,21 +203,14 @@ def imitation_figure(
             places = int(mask.sum())
             where = f"level {level}, stride {stride:g}: " if len(anchors) > 1 else ""
             axes.set_title(f"{where}psi {psi:g}, {places} places", fontsize=7.5, color=INK, pad=3)
-            axes.set_axis_off()
     return figure
 
 
 def _nearest_places(anchors: Tensor, frame: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], float]:
-    """Which place each pixel of a frame is nearest to, by the middles of the places' anchors.
-
-    These middles are what imitation looks at, wherever in a place a level's offset puts them.
-
-    Args:
-        anchors: `anchor_grid`, (h, w, K, 4).
-        frame: H and W.
+    """The cell nearest to each pixel, by the centres of the cells' anchors.
 
     Returns:
-        The row of each row of pixels (H,) and the column of each column (W,), and the stride.
+        The cell's row for each row of pixels (H,), its column for each column (W,); the stride.
     """
     first = anchors[:, :, 0].cpu()
     sides = (first[:, 0, 1::2].mean(dim=1), first[0, :, 0::2].mean(dim=1))
@@ -261,7 +224,7 @@ def _nearest_places(anchors: Tensor, frame: tuple[int, int]) -> tuple[tuple[Tens
 
 
 def _masked(grey: Array, mask: Tensor, nearest: tuple[Tensor, Tensor]) -> Array:
-    """A grey image, (H, W, 3) in 0..1, blue where a mask chooses the nearest place."""
+    """A grey image, (H, W, 3) in 0..1, blue where the nearest cell is in the mask."""
     rows, columns = nearest
     chosen = mask.cpu()[rows][:, columns, None].numpy()
     blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
@@ -294,7 +257,7 @@ def _draw(axes: Axes, marked: Marked, size: tuple[int, int]) -> None:
 def _legend(
     panels: Mapping[str, Marked], names: Sequence[str], least: float | None
 ) -> list[Patch | Line2D]:
-    """A patch for each class that is drawn, in their order, and what lines and numbers mean."""
+    """A patch for each drawn class in class order, and the meaning of lines and numbers."""
     drawn: set[int] = set()
     crowds = wrong = ignored = False
     for marked in panels.values():

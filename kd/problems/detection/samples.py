@@ -1,4 +1,4 @@
-"""Images with boxes as samples, for detectors: a sample for each image, also without objects."""
+"""Samples of images with boxes, for detectors; images without objects are included."""
 
 from __future__ import annotations
 
@@ -31,53 +31,42 @@ _SAMPLE_STREAM = 4  # keeps the samples' random numbers apart from the loader's 
 _NO_CHANGE = Augment(
     flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
 )
-_SMALLEST_CROWD = 0.0  # share of a crowd that must stay: any part of one is as good as all of it
+_SMALLEST_CROWD = 0.0  # fraction of a crowd that must stay visible: any part is kept
+
+Ids = Collection[int] | npt.NDArray[np.int64]
 
 
 class DetectionSamples(Dataset[Sample]):
     """Samples of docs/batch.md, looked up by (epoch, position).
 
-    In training a image's long side is the frame's times a scale drawn anew each time: of a larger
-    image a part as large as the frame is cut out anywhere, a smaller one is padded. Boxes are cut
-    at the border; one of which too little stays (`augment.min_visible`), or that is below a pixel,
-    is dropped. Evaluation shows whole images and every box.
-
-    Everything random about a sample follows from (seed, epoch, position), whoever makes it when.
+    In training the long side of an image is scaled at random; larger images are cropped to the
+    frame at random, smaller ones padded. Boxes are clipped at the border; those with less than
+    `augment.min_visible` of their area left, or a side below a pixel, are dropped. Evaluation
+    samples are whole images with all boxes. Randomness depends on (seed, epoch, position) alone.
 
     Args:
-        index: The dataset. Its crowds come as `crowds`, never as boxes.
+        index: The dataset. Its crowds become `crowds`, never boxes.
         size: Side of the square frame, pixels.
-        train: Augment; otherwise every epoch is the same.
-        augment: Options of `Augment`; None changes nothing but the scale.
-        scales: Smallest and largest long side of training images, as factors on `size`.
-        labelled: Ids of the images whose labels are known; the others' become -1, boxes stay as
-            regions. None: all.
-        repeat_labelled: How often an image of `labelled` comes in an epoch; others come once.
-        only: Ids of the images to keep; None keeps all.
-        seed: Of everything random, 0 or more.
+        train: Augment; otherwise all epochs are the same.
+        augment: Options of `Augment`; None: random scales only.
+        scales: Smallest and largest long side of training images, as factors of `size`.
+        labelled: Ids of labelled images; labels of others become -1, their boxes stay. None: all.
+        repeat_labelled: How often an image of `labelled` occurs in an epoch; others occur once.
+        only: Ids of the images to use; None: all.
+        seed: Random seed, 0 or more.
         prepared: Folder made by `python -m kd.data.prepare` from this dataset.
-        cached: Outputs of teachers by image id that go with the images, as `stored.NAME`.
+        cached: Teacher outputs by image id that come with the images, as `stored.NAME`.
 
     Raises:
         UserError: An option is out of range, no image is left, or the prepared copy does not fit.
     """
 
     def __init__(
-        self,
-        index: CocoIndex,
-        *,
-        size: int,
-        train: bool = True,
-        augment: dict[str, Any] | None = None,
-        scales: tuple[float, float] = (1.0, 1.0),
-        labelled: Collection[int] | npt.NDArray[np.int64] | None = None,
-        repeat_labelled: int = 1,
-        only: Collection[int] | npt.NDArray[np.int64] | None = None,
-        seed: int = 0,
-        prepared: Path | None = None,
-        cached: Sequence[CachedField] = (),
-    ) -> None:
-        """Choose the images; the arguments are explained above."""
+        self, index: CocoIndex, *, size: int, train: bool = True,
+        augment: dict[str, Any] | None = None, scales: tuple[float, float] = (1.0, 1.0),
+        labelled: Ids | None = None, repeat_labelled: int = 1, only: Ids | None = None,
+        seed: int = 0, prepared: Path | None = None, cached: Sequence[CachedField] = (),
+    ) -> None:  # fmt: skip
         check_frame(size, seed)
         if not 0 < scales[0] <= scales[1]:
             raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
@@ -100,18 +89,17 @@ class DetectionSamples(Dataset[Sample]):
         return len(self.images)
 
     def together(self, batch_size: int) -> int:
-        """As many: all have one square frame."""
+        """`batch_size`: all samples have one frame."""
         return batch_size
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """Make the sample of (epoch, position).
 
         Returns:
-            Tensors as in docs/batch.md, for one image; `image_of` and `crowd_of` are left to
-            `collate`.
+            Tensors of docs/batch.md for one image; collation adds `image_of` and `crowd_of`.
 
         Raises:
-            UserError: The image is missing, broken, or not of the size the JSON says.
+            UserError: The image is missing, corrupt, or not of the size in the JSON.
         """
         epoch, position = place
         image = int(self.images[position])
@@ -125,7 +113,7 @@ class DetectionSamples(Dataset[Sample]):
         crowds = torch.empty(0, 4)
         if self.index.crowds is not None:
             crowds = self._objects(self.index.crowds, image, size, plan, _SMALLEST_CROWD).boxes
-        kept = {
+        stored = {
             f"{PREFIX}{output.name}": output(np.array([image_id]), plan, size, self.size)
             for output in self.cached
         }
@@ -140,15 +128,15 @@ class DetectionSamples(Dataset[Sample]):
             "object_ids": torch.from_numpy(self.index.object_ids[found.rows].astype(np.int64)),
             "shares": torch.from_numpy(found.fractions).float(),
             "crowds": crowds,
-            **kept,
+            **stored,
         }
 
     def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """The file of an image of the index, prepared or not, and its height and width."""
+        """Path of an image of the index, prepared or not, with its height and width."""
         return self.files.file(image)
 
     def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
-        """The image at a scale, and what will be done to it."""
+        """The image, randomly scaled in training, and its augmentation."""
         if not self.train:
             pixels = self.files.read(image)
             return pixels, Plan(size=(pixels.shape[1], pixels.shape[2]))

@@ -1,4 +1,4 @@
-"""Object detection: the class and the box of each object."""
+"""The task of object detection."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from kd.problems.detection.metric import FoundBoxes
 from kd.problems.objects.batch import object_counts, object_rows, outer_boxes
 from kd.transforms.hide import normalise, valid_pixels
 
-LOSS = "loss."  # what a network's outputs that are losses begin with
+LOSS = "loss."  # prefix of the outputs of a network that are losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(Task):
-    """Detections, and the losses that a network computes itself in training.
+    """Detect objects, with the losses that the network computes itself in training.
 
     Args:
         num_classes: C.
-        levels: Of the network that learns: its maps' strides and anchors, for the masks.
-        psi: Fraction of a box's largest IoU from which on an anchor is in the imitation mask.
-        psis: Those of terms with an option `psi`; each has a mask of its own, `imitation_PSI`.
-        loss_units: What each of its losses is a mean over.
-        wanted: What a network computes in evaluation mode: detections; or, of a teacher in each
-            step, its raw maps and rows for objects; or the maps of its pyramid alone.
-        near_boxes: Whether a second stage's heads also run on boxes near the true ones, in training
-            as well: terms alone read these outputs.
+        levels: Strides and anchors of the student's feature maps, for the masks.
+        psi: Threshold of the imitation mask, a fraction of a box's largest IoU with an anchor.
+        psis: Further thresholds, of terms with an option `psi`; masks are named `imitation_PSI`.
+        loss_units: Unit of the mean of each loss.
+        wanted: Outputs of the network in evaluation mode: detections; raw maps and rows for
+            objects (of a live teacher); or only the maps of its pyramid.
+        near_boxes: Also run the heads of a second stage on boxes near the true ones, for terms that
+            read these outputs.
     """
 
     outputs: ClassVar[Collection[str]] = ("object_logits", "object_deltas", "context")
@@ -62,42 +62,38 @@ class Detection(Task):
     near_boxes: bool = False
 
     def __post_init__(self) -> None:
-        """Check the share.
-
-        Raises:
-            UserError: It is out of range.
-        """
+        """Check that `psi` is in range."""
         if not 0 <= self.psi <= 1:
             raise UserError(f"psi must be in 0..1, got {self.psi}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Images (N, 3, H, W), normalised, 0 in the padding; what `kd.nn.detectors.contract` says.
+        """Normalised images (N, 3, H, W), 0 in the padding, and the detectors' other inputs.
 
-        Boxes to ask about follow from the batch's own, so that whoever is asked in a step, student
-        or teacher, is asked about the same.
+        See `kd.nn.detectors.contract`. Boxes near the true ones are derived from the batch, so that
+        student and teacher get the same.
         """
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
-        shown = normalise(images) * valid_pixels(batch["sizes"], size)[:, None]
+        pixels = normalise(images) * valid_pixels(batch["sizes"], size)[:, None]
         if self.wanted == "features":
-            return (shown,)
+            return (pixels,)
         sizes = batch["sizes"] if self.wanted == "detections" else None
         crowds = batch.get("crowds"), batch.get("crowd_of")
         known = batch["boxes"], batch["labels"], batch["image_of"]
         near = moved_boxes(batch["boxes"], size) if self.near_boxes else None
-        return shown, sizes, *known, *crowds, near
+        return pixels, sizes, *known, *crowds, near
 
     def rows(self, batch: Batch) -> Rows:
         """A row for each box."""
         return object_rows(batch)
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Detection:
-        """The task with the imitation masks and box outputs that terms read."""
+        """The task with the masks and outputs that terms read."""
         psis = {term.mask_value for term in terms if term.mask_value is not None}
         return self._reading([term.student for term in terms], psis=tuple(sorted(psis)))
 
     def for_teaching(self, outputs: Collection[str]) -> Detection:
-        """The task of a live teacher; its heads need not run where its pyramid alone is read."""
+        """The task of a live teacher; if only its pyramid is read, its heads do not run."""
         pyramid = all(output.startswith("network.backbone") for output in outputs)
         return self._reading(outputs, wanted="features" if pyramid else "objects")
 
@@ -105,16 +101,16 @@ class Detection(Task):
         return replace(self, near_boxes=not set(ANSWERS).isdisjoint(outputs), **changes)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """The network's own, which it computes in training: `classes`, `boxes`, ..."""
+        """Losses from the network's outputs: `classes`, `boxes`, ..."""
         return {name: Mean(output[f"{LOSS}{name}"], unit) for name, unit in self.loss_units.items()}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Places of a level's map, bool (N, h, w), for imitation.
+        """Masks on a level's map, (N, h, w).
 
-        `imitation`: where an anchor overlaps a box nearly as well as the best (`imitation_mask`);
-        `inside`: whose middle is in a box, or that hold the middle of a box; `whole`, `valid`: all
-        within the pictures. Boxes are those of the level, see `assigned`. `ring`: weights, the
-        share of a place that is near a box, but in none: of all boxes, on every level.
+        Bool: `imitation`, cells with an anchor near a box (`imitation_mask`); `inside`, cells whose
+        centre is in a box or that hold the centre of one; both with the boxes of the level, see
+        `assigned`. `whole` and `valid`, all cells inside the images. Float: `ring`, the fraction of
+        a cell near a box, but in none, of all boxes on every level.
         """
         kinds: dict[str, Callable[[int, tuple[int, int], Batch], Tensor]] = {
             "imitation": partial(self._imitation, self.psi),
@@ -137,23 +133,18 @@ class Detection(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Boxes, images, and the places of masks on each level as `MASK/STRIDE`.
+        """Boxes, images, and the cells of masks on each level as `MASK/STRIDE`.
 
-        Those of `valid` and `frame`, which levels do not matter to, on every grid of a power of
-        two.
+        `valid` and `frame` do not depend on levels: they are counted for all powers of two.
         """
         height, width = batch["images"].shape[-2:]
         images = full_count(batch, "images")
         made = self.masks(batch) if masks is None else masks
-        found = {
-            f"{name}/{level.stride}": made[name](
-                (-(-height // level.stride), -(-width // level.stride))
-            )
-            .sum()
-            .float()
-            for name in sorted(set(units) & set(made) - {"valid"})
-            for level in self.levels
-        }
+        found = {}
+        for name in sorted(set(units) & set(made) - {"valid"}):
+            for level in self.levels:
+                grid = (-(-height // level.stride), -(-width // level.stride))
+                found[f"{name}/{level.stride}"] = made[name](grid).sum().float()
         for stride in (1 << power for power in range(max(height, width).bit_length() + 1)):
             if "valid" in units:
                 places = -(-batch["sizes"] // stride)
@@ -163,7 +154,7 @@ class Detection(Task):
         return object_counts(batch) | {"valid_images": images} | found
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """Places of each stride are counted by themselves."""
+        """One unit per mask and stride."""
         return f"{mask}/{stride_of(batch['images'].shape[-2], grid[0])}"
 
     def _imitation(self, psi: float, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
@@ -180,17 +171,17 @@ class Detection(Task):
         return found.index_add(0, images, inside.float()) > 0
 
     def _whole(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-        self._level(stride)  # its places are counted on those alone
+        self._level(stride)  # only cells of the levels are counted
         return _valid(stride, grid, batch)
 
     def _ring(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
         self._level(stride)  # as above
 
         def united(boxes: Tensor) -> Tensor:
-            """Share of each place that an image's boxes cover; at most that, where they overlap."""
-            shares = coverage(boxes, grid, stride)
-            empty = shares.new_zeros(len(batch["images"]), *grid)
-            return empty.index_add(0, batch["image_of"], shares).clamp(max=1.0)
+            """Fraction of each cell that an image's boxes cover, at most 1 where they overlap."""
+            covered = coverage(boxes, grid, stride)
+            empty = covered.new_zeros(len(batch["images"]), *grid)
+            return empty.index_add(0, batch["image_of"], covered).clamp(max=1.0)
 
         return (united(outer_boxes(batch)) - united(batch["boxes"])).clamp(min=0.0)
 
@@ -205,7 +196,7 @@ class Detection(Task):
         )
 
     def _of_level(self, stride: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The boxes of a level, and their images."""
+        """The boxes of a level and their images."""
         level = self.levels.index(self._level(stride))
         mine = assigned(batch["boxes"], self.levels) == level
         return batch["boxes"][mine], batch["image_of"][mine]
@@ -215,11 +206,7 @@ class Detection(Task):
         return output["detections"]
 
     def metric(self, classes: Classes) -> Metric:
-        """COCO's average precision and what goes with it.
-
-        Raises:
-            UserError: The dataset has no boxes.
-        """
+        """Average precision of COCO, Pascal VOC and KITTI."""
         if classes.truth is None:
             raise UserError(f"{classes.where}: has no boxes of objects that could be found")
         truth, kitti = classes.truth()
@@ -229,7 +216,7 @@ class Detection(Task):
 
 
 def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-    """Places within the pictures, of a grid whose places are counted."""
+    """Cells inside the images, on a grid whose cells `Detection.counts` counts."""
     if stride & (stride - 1):
         raise UserError(
             f"losses: a map of {stride} pixels a place; terms on maps that look at each place take "
@@ -239,17 +226,17 @@ def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
 
 
 def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float], ...]:
-    """Width and height of a level's anchors; of one without, four times its stride across.
+    """Widths and heights of a level's anchors; of anchor-free levels, a default.
 
-    That is the first side of torchvision's anchors at each stride, with ratios 1/2, 1 and 2. On a
-    pyramid the next level has those of twice the side. A detector's only map has them all, twice as
-    long each: were there the smallest alone, one of them would lie within any larger box wherever
-    it is, and the mask would be the box, whatever psi says.
+    The default is torchvision's: squares of 4 strides with ratios 1/2, 1 and 2; on a pyramid the
+    next level has larger ones. A detector's only map also gets squares of 8, 16, ... strides: with
+    the smallest alone, an anchor would lie inside any larger box at each of its cells, and the
+    mask would be the box, whatever psi.
 
     Args:
         level: With or without anchors of its own.
-        reach: Of a detector's only map, the picture's longer side, pixels, which the longest
-            square does not exceed; 0 on a pyramid.
+        reach: Limit of the squares on a detector's only map, the image's longer side in pixels; 0
+            on a pyramid.
     """
     if level.sides:
         return level.sides
@@ -262,32 +249,27 @@ def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float],
 
 
 def anchors_of(
-    level: Level,
-    grid: tuple[int, int],
-    *,
-    alone: bool = False,
-    device: torch.device | None = None,
+    level: Level, grid: tuple[int, int], *, alone: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """A level's anchors on a map of so many rows and columns, (h, w, K, 4), xyxy pixels.
+    """A level's anchors on a grid that covers the image, (h, w, K, 4), xyxy pixels.
 
     Args:
         level: See `anchor_sides`.
-        grid: Rows and columns, which cover the picture.
-        alone: Whether it is the detector's only map.
-        device: Where the result lies.
+        grid: Rows and columns.
+        alone: Whether the level is the detector's only map.
+        device: Device of the result.
     """
     sides = anchor_sides(level, max(grid) * level.stride if alone else 0.0)
     return anchor_grid(*grid, stride=level.stride, sides=sides, offset=level.offset, device=device)
 
 
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
-    """The level that each box belongs to: that with the anchor of the nearest shape.
+    """The level of each box: that with the anchor of the most similar shape.
 
-    Wang et al. imitate one map; on a pyramid a box must not choose places of levels that a detector
-    would not find it on. Here a box belongs to the one level with the anchor of the largest IoU
-    when both have the same middle, the finest of equal ones; so where a detector's anchors are
-    placed densely it is the level of its best anchor. (A region head's rule, by area alone,
-    is for crops of proposals, not for the maps' own places.)
+    Wang et al. imitate one map; on a pyramid a box must not select cells of levels that a detector
+    would not find it on. A box belongs to the level with the largest IoU between box and anchor at
+    a common centre, the finest of equal ones: with dense anchors the level of its best anchor. (The
+    rule of region heads, by area, is for crops of proposals, not for cells of the maps.)
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -307,7 +289,7 @@ def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
 
 
 def _within(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """Places whose middle is in a box, or that a box's middle is in: bool (M, h, w)."""
+    """Cells whose centre is in a box, or that hold a box's centre: bool (M, h, w)."""
     middles = (boxes[:, :2] + boxes[:, 2:]) / 2
     along = []
     for axis, count in ((1, grid[0]), (0, grid[1])):
