@@ -1,9 +1,9 @@
-"""A detector's scores combined with what the scene says, and how much of that to believe.
+"""Combine a detector's scores with the context of the scene, by a fitted strength.
 
-`logit(score) + strength * (log q - log prior)` is an expert more in a product (Hinton, 2002). How
-much it may say is fitted on AP over images that are not those it is used on, and is nothing where
-it does not help clearly: within a class it reorders detections that a detector ranked by far more
-data than a teacher of context has seen.
+`logit(score) + strength * (log q - log prior)` is one more expert in a product (Hinton, 2002). The
+strength is fitted on AP over other images than those rescored, and is 0 where the gain is not
+clear: within a class it reorders detections that the detector ranked by far more data than the
+context teacher has seen.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from kd.metrics.coco_ap import Floats, Ints, MeanAP, summary
 
 STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 ALONES = (0.0, 0.25, 0.5, 1.0)
-_LEAST_LOG = -30.0  # a teacher that holds a class impossible must not make a score NaN
-_LEAST = 1e-6  # scores are kept so far from 0 and 1, where a logit would be infinite
-_CLASS_SUPPORT = 20  # objects fitted on, from which a class may have a setting of its own
+_LEAST_LOG = -30.0  # a class of probability 0 must not make a score NaN
+_LEAST = 1e-6  # distance of scores from 0 and 1, where a logit would be infinite
+_CLASS_SUPPORT = 20  # objects from which a class may have its own setting
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The one or two parameters.
+    """The parameters of `combine`.
 
     Attributes:
-        strength: How much context says, `a`; 0 leaves scores as they are, bit for bit.
-        alone: None, or between 0 and 1 how much it says where classes of one box do not compete.
+        strength: Weight of the evidence, `a`; 0 leaves scores as they are, bit for bit.
+        alone: None for the plain rule; for the competing one `b`, 0..1, the weight of evidence
+            that all classes of a box share.
     """
 
     strength: float = 0.0
@@ -43,20 +44,20 @@ class Setting:
 
 
 def settings_of(rule: str, strengths: Sequence[float] = STRENGTHS) -> list[Setting]:
-    """What is tried: `plain`, `competing`, or `auto`, both; no context comes first."""
+    """Settings to try for `plain`, `competing` or `auto` (both); the first is no context."""
     alones = {"plain": (None,), "competing": ALONES, "auto": (None, *ALONES)}[rule]
     return [Setting(), *(Setting(a, b) for b in alones for a in strengths)]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores and what the context says about each, D detections.
+    """Scores and the evidence of the context for D detections.
 
     Attributes:
         scores: (D,) in 0..1.
-        evidence: (D,) log q - log prior of a detection's own class; 0 where nothing was asked.
+        evidence: (D,) log q - log prior of a detection's own class; 0 without a query.
         label: (D,) int64.
-        place: (D,) int64, detections with the same number share a box; -1 = with none.
+        place: (D,) int64, equal for detections that share a box; -1 without a query.
     """
 
     scores: Floats
@@ -72,36 +73,34 @@ def evidence_of(
     log_probs: npt.NDArray[np.float32],
     log_prior: Floats,
 ) -> Evidence:
-    """Evidence from a teacher's answers.
+    """Compute the evidence of a teacher's predictions.
 
     Args:
         scores: (D,).
         label: (D,) int64.
-        question: (D,) int64, row of `log_probs`; -1 = was not asked about.
+        question: (D,) int64, row of `log_probs`; -1: none.
         log_probs: (K, C).
-        log_prior: (C,) what the teacher answers where it knows nothing.
+        log_prior: (C,), the teacher's prediction without evidence.
     """
-    asked = question >= 0
+    queried = question >= 0
     own = np.zeros(len(scores))
-    said = log_probs[question[asked], label[asked]].astype(np.float64)
-    own[asked] = np.maximum(said, _LEAST_LOG) - log_prior[label[asked]]
+    predicted = log_probs[question[queried], label[queried]].astype(np.float64)
+    own[queried] = np.maximum(predicted, _LEAST_LOG) - log_prior[label[queried]]
     return Evidence(scores, own, label, question)
 
 
 def combine(known: Evidence, setting: Setting) -> Floats:
-    """New scores (D,) in 0..1.
+    """Compute new scores (D,) in 0..1; detections without a query keep theirs.
 
-    Plain: `logit(s') = logit(s) + a e`, with e the evidence of the detection's own class.
-    Competing: what speaks for a class speaks against the others that the detector saw in its box,
+    Plain: `logit(s') = logit(s) + a e`, with e the evidence for the detection's own class.
+    Competing: evidence for a class counts against the other classes detected in the same box,
 
         logit(s') = logit(s) + a e - log(w R + (1 - w) Z^(1 - b))
 
-    where w is the share of `1 - s` that the detector gave to those others, R the mean of exp(a e)
-    over them, and Z that over all classes of the box, each weighted by score. With b = 1 and a
-    single class that is the plain rule; with b = 0 a box's own evidence is divided out, so that
-    classes are told apart and boxes are not.
-
-    Detections that nothing was asked about keep their scores.
+    where w is the fraction of `1 - s` that the detector gave to those others, R the mean of
+    exp(a e) over them, and Z that over all classes of the box, each weighted by score. With b = 1
+    and a single class this is the plain rule; with b = 0 evidence common to a box cancels, so that
+    it ranks the classes of a box but not the boxes.
     """
     if not setting.strength:
         return known.scores
@@ -116,7 +115,7 @@ def combine(known: Evidence, setting: Setting) -> Floats:
 def _against(known: Evidence, score: Floats, strength: float, alone: float) -> Floats:
     """`log(w R + (1 - w) Z^(1 - b))` of each detection."""
     ratio = np.exp(strength * known.evidence)
-    place = known.place + 1  # those without a place are together in 0, and left as they are
+    place = known.place + 1  # detections without a query are all in 0, and ignored
     key = place * (int(known.label.max(initial=0)) + 1) + known.label
     order = np.lexsort((-score, key))
     first = order[np.unique(key[order], return_index=True)[1]]  # a class's best one in its box
@@ -127,23 +126,23 @@ def _against(known: Evidence, score: Floats, strength: float, alone: float) -> F
     for_others = (weighed - (score * ratio)[mine]).clip(min=0.0)
     some = others > 1e-12
     mean = np.where(some, for_others / np.where(some, others, 1.0), 1.0)
-    share = np.minimum(others / (1 - score), 1.0)
+    fraction = np.minimum(others / (1 - score), 1.0)
     rest = (weighed / mass) ** (1 - alone)
-    # Others that all but vanish must not make a score infinite.
-    return np.asarray(np.log((share * mean + (1 - share) * rest).clip(min=_LEAST)))
+    # Clipped: others of hardly any score must not make this one infinite.
+    return np.asarray(np.log((fraction * mean + (1 - fraction) * rest).clip(min=_LEAST)))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found on some images.
+    """Settings fitted on some images.
 
     Attributes:
-        setting: Of all classes.
-        classes: Of single ones, by label, where theirs differ.
-        gain: AP on these images, less that without context.
+        setting: For all classes.
+        classes: For single classes by label, where different.
+        gain: AP on these images, minus that without context.
         clear: Whether the mean of the folds' gains exceeds its standard error; if not, `setting`
             is no context.
-        best: What would have been taken.
+        best: The best setting, clear or not.
     """
 
     setting: Setting
@@ -154,12 +153,12 @@ class Fit:
 
 
 class Fitter:
-    """Average precision of every setting, on every fold of the images.
+    """Average precision of every setting on every fold of the images.
 
     Args:
         meter: Of the detections.
         known: Their evidence.
-        settings: What is tried; the first is no context.
+        settings: To try; the first is no context.
         folds: (I,) fold of each image, from 0.
     """
 
@@ -168,10 +167,9 @@ class Fitter:
     ) -> None:
         self.settings, self.folds, self.meter = list(settings), folds, meter
         self.count = int(folds.max(initial=0)) + 1
-        self._single = np.array([folds == number for number in range(self.count)])
-        without = ~self._single
-        rows = np.concatenate([self._single, without, np.ones((1, len(folds)), np.bool_)])
-        # (S, rows, C), means over overlaps: each fold alone, all but it, all
+        single = np.array([folds == number for number in range(self.count)])
+        rows = np.concatenate([single, ~single, np.ones((1, len(folds)), np.bool_)])
+        # (S, rows, C), means over IoU thresholds; rows: each fold, all but each fold, all images
         self._class_ap = np.stack(
             [
                 meter.average(meter.match(combine(known, setting), areas=1), rows)[:, 0].mean(1)
@@ -180,12 +178,12 @@ class Fitter:
         )
 
     def without(self, fold: int, *, per_class: bool = False) -> Fit:
-        """The setting for the images of a fold, which have no part in it."""
+        """Fit on all folds but one."""
         others = [number for number in range(self.count) if number != fold]
         return self._fit(self.count + fold, others, per_class)
 
     def everywhere(self, *, per_class: bool = False) -> Fit:
-        """The setting for images that are none of these."""
+        """Fit on all images."""
         return self._fit(2 * self.count, list(range(self.count)), per_class)
 
     def _fit(self, row: int, folds: list[int], per_class: bool) -> Fit:
@@ -201,7 +199,7 @@ class Fitter:
     def _classes(
         self, row: int, folds: list[int], common: int, images: npt.NDArray[np.bool_]
     ) -> dict[int, Setting]:
-        """Classes with objects enough that do clearly better by another setting."""
+        """Settings of classes with enough objects and a clear gain over the common one."""
         found = {}
         for label in range(self.meter.classes):
             if self.meter.support[label, 0, images].sum() < _CLASS_SUPPORT:
@@ -214,7 +212,7 @@ class Fitter:
 
 
 def is_clear(gains: Floats) -> bool:
-    """Whether the mean of some folds' gains exceeds its standard error; NaN gains are left out."""
+    """Whether the mean of the folds' gains exceeds its standard error; NaN gains are ignored."""
     gains = gains[~np.isnan(gains)]
     if len(gains) < 2:
         return False
@@ -222,13 +220,7 @@ def is_clear(gains: Floats) -> bool:
 
 
 def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
-    """Scores (D,) where each detection has the fit of its image's fold, and of its class there.
-
-    Args:
-        known: The detections.
-        fits: One a fold.
-        fold: (D,) of each detection's image.
-    """
+    """Rescore each detection by the fit of its image's fold, (D,): scores (D,)."""
     new = known.scores.copy()
     for number, fit in enumerate(fits):
         mine = fold == number
@@ -241,7 +233,7 @@ def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
 
 
 def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Floats:
-    """AP gained on each fold's images alone."""
+    """Gain in AP on the images of each fold."""
     rows = np.array([folds == number for number in range(int(folds.max()) + 1)])
     both = [meter.average(meter.match(scores, areas=1), rows) for scores in (before, after)]
     aps = [summary(average)["AP"] for average in both]
@@ -249,7 +241,7 @@ def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Flo
 
 
 def _mean(class_ap: Floats) -> Floats:
-    """Over classes that have objects; 0 where none has."""
+    """Mean over classes that have objects; 0 if none has."""
     some = ~np.isnan(class_ap)
     total = np.where(some, class_ap, 0.0).sum(-1)
     return np.asarray(total / some.sum(-1).clip(min=1))

@@ -1,4 +1,4 @@
-"""AP before and after rescoring, class by class, and what a wrong strength costs."""
+"""Report AP before and after rescoring, by class, and over the strength of context."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kd.context.rescore import Evidence, Setting, combine
 from kd.metrics.bootstrap import Interval
 from kd.metrics.coco_ap import Floats, MeanAP, summary
-from kd.report.style import COLOURS, GREY
+from kd.report.style import COLOURS, GREY, new_figure
 from kd.report.tables import CLEAR, Row, Table
 
-_SHOWN = 5  # classes that gained most, and that lost most
+_LISTED = 5  # classes that gained most, and as many that lost most
 
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class's AP."""
+    """AP of one class."""
 
     name: str
     support: int
@@ -33,7 +32,7 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Change:
-    """AP with old and new scores, by name, and the differences' 95 % intervals over images."""
+    """AP by name with old and new scores, and differences with 95 % intervals over images."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -41,7 +40,7 @@ class Change:
     classes: tuple[ClassChange, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Values for JSON."""
         classes = {
             entry.name: {
                 "support": entry.support,
@@ -51,12 +50,11 @@ class Change:
             }
             for entry in self.classes
         }
-        intervals = {name: [gap.low, gap.high] for name, gap in self.difference.items()}
         return {
             "before": self.before,
             "after": self.after,
             "difference": {name: gap.mean for name, gap in self.difference.items()},
-            "interval": intervals,
+            "interval": {name: [gap.low, gap.high] for name, gap in self.difference.items()},
             "classes": classes,
         }
 
@@ -70,16 +68,7 @@ def change_of(
     samples: int = 400,
     seed: int = 0,
 ) -> Change:
-    """Evaluate both, on all images and on images drawn again.
-
-    Args:
-        meter: Of the detections.
-        before: (D,) scores.
-        after: (D,) scores.
-        names: C class names.
-        samples: How many times all images are drawn (a paired percentile bootstrap).
-        seed: Of the draws.
-    """
+    """Evaluate two sets of scores (D,) by a paired percentile bootstrap of `samples` resamples."""
     rows = drawn_images(meter.images, samples, seed)
     old = meter.average(meter.match(before), rows)
     new = old if np.array_equal(before, after) else meter.average(meter.match(after), rows)
@@ -106,34 +95,34 @@ def change_of(
 
 
 def drawn_images(images: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
-    """(1 + R, I) how often each image counts: first once each, then as drawn with replacement."""
+    """Counts of the images, (1 + R, I): first 1 each, then those of R bootstrap resamples."""
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(images, np.full(images, 1 / images), size=samples)
     return np.concatenate([np.ones((1, images), np.int64), drawn])
 
 
 def change_table(change: Change, title: str, notes: Sequence[str] = ()) -> Table:
-    """The numbers, then the classes that gained and lost most."""
+    """Tabulate AP, then the classes that gained and lost most."""
     rows = [
         (name, _percent(change.before[name]), _percent(change.after[name]), _gap(gap))
         for name, gap in change.difference.items()
     ]
     moved = [entry for entry in change.classes if entry.difference.mean]
-    gained = [entry for entry in moved if entry.difference.mean > 0][:_SHOWN]
-    lost = [entry for entry in reversed(moved) if entry.difference.mean < 0][:_SHOWN]
+    gained = [entry for entry in moved if entry.difference.mean > 0][:_LISTED]
+    lost = [entry for entry in reversed(moved) if entry.difference.mean < 0][:_LISTED]
     groups = [tuple(rows), tuple(map(_class_row, gained)), tuple(map(_class_row, lost))]
     return Table(
         title=title,
         header=("", "before", "after", "after - before"),
         groups=tuple(group for group in groups if group),
-        notes=(CLEAR, "intervals: images drawn again; classes: AP, (objects)", *notes),
+        notes=(CLEAR, "intervals: images resampled; classes: AP (number of objects)", *notes),
     )
 
 
 def curve_of(
     meter: MeanAP, known: Evidence, strengths: Sequence[float], alones: Sequence[float | None]
 ) -> dict[str, list[float]]:
-    """AP over `a` on all images, one line a rule."""
+    """AP on all images at each strength `a`, by rule."""
     return {
         rule_name(alone): [
             float(summary(meter.average(meter.match(scores, areas=1)))["AP"][0])
@@ -144,7 +133,7 @@ def curve_of(
 
 
 def rule_name(alone: float | None) -> str:
-    """What tables and figures call it."""
+    """Name of a rule in tables and figures."""
     return "plain" if alone is None else f"competing, b = {alone:g}"
 
 
@@ -154,20 +143,15 @@ def curve_figure(
     fitted: Sequence[Setting],
     title: str,
 ) -> Figure:
-    """AP over `a`, with a line at the AP without context and a mark at what was fitted.
+    """Draw AP over `a` by rule, a line at AP without context, and a mark at each fitted setting.
 
     Args:
         strengths: The values of `a`, the first one 0.
-        curves: Rule -> AP at each.
-        fitted: What the folds chose; equal ones are drawn once.
-        title: Above it.
+        curves: AP at each of them, by rule.
+        fitted: Settings chosen by the folds.
+        title: Title.
     """
-    figure = Figure(figsize=(5.8, 3.8))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    figure, axes = new_figure(5.8, 3.8)
     base = 100 * next(iter(curves.values()))[0]
     axes.axhline(base, color=GREY, linewidth=0.9, linestyle="--", label="without context (a = 0)")
     for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
@@ -185,7 +169,7 @@ def curve_figure(
 
 
 def _interval(values: Floats) -> Interval:
-    """The first is what was observed, the others are resamples."""
+    """The interval of an observed value, the first, and its resamples, the others."""
     if len(values) < 2 or np.isnan(values[1:]).all():
         return Interval(float(values[0]), np.nan, np.nan)
     low, high = np.nanquantile(values[1:], [0.025, 0.975])
