@@ -90,13 +90,7 @@ def coverage(fine: Bools) -> Floats:
 
 
 def cut_out(image: Bytes, cover: Floats, stats: ImageStats) -> Cutout:
-    """Cut an object out.
-
-    Args:
-        image: (H, W, 3).
-        cover: (H, W) fraction of each pixel that the object covers, not 0 everywhere.
-        stats: Statistics of the image.
-    """
+    """Cut an object out of an image (H, W, 3) where `cover` (H, W), 0..1, is not 0."""
     rows, columns = (np.flatnonzero(cover.any(axis=axis)) for axis in (1, 0))
     top, left = max(rows[0] - REACH, 0), max(columns[0] - REACH, 0)
     part = np.s_[top : rows[-1] + 1 + REACH, left : columns[-1] + 1 + REACH]
@@ -125,18 +119,15 @@ def paste(
     harmony: float = 0.3,
     random: np.random.Generator | None = None,
 ) -> Bytes:
-    """Paste an object into an image.
+    """Paste an object into a copy of an image, which changes only within `REACH` pixels of it.
 
     Args:
-        image: (H, W, 3); not modified.
+        image: (H, W, 3).
         stats: Statistics of the image.
         cutout: The object.
         shift: x, y in pixels from its source to its target, which must lie inside the image.
         harmony: How far its light is moved towards the image's, 0..1.
         random: Source of the grain; None adds none.
-
-    Returns:
-        (H, W, 3), equal to `image` further than `REACH` pixels from the object.
     """
     colours = harmonise(cutout.colours, cutout.stats, stats, harmony)
     if blur := extra_spread(cutout.stats.edge, stats.edge, _SOFTEST):

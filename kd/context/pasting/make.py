@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
@@ -39,7 +37,7 @@ from kd.formats.coco import CocoIndex, load_coco
 from kd.formats.coco_validate import read_json
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.problems.context import ObjectScenes
-from kd.report.style import save_figure
+from kd.report.style import ORANGE, save_figure
 from kd.utils.images import read_image
 from kd.utils.io import PARTIAL
 
@@ -53,15 +51,14 @@ _DRAWN = 6  # pairs in the figure
 def make_sets(data: ObjectScenes, out: Path, options: PasteOptions) -> dict[str, Any]:
     """Choose pairs, write the three datasets and draw examples; `out` appears only when complete.
 
-    Returns:
-        The content of `out_of_context.json`.
+    Returns the content of `out_of_context.json`.
 
     Raises:
         UserError: `out` is not empty, no object has an outline, or too few pairs exist.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --out or delete it")
-    index = data.train if options.split == "train" else data.val
+    index = data.split(options.split)
     random = np.random.default_rng(options.seed)
     rows = _rows_to_cut(index, data, options, random)
     _log.info("counting co-occurrences in %d train images", len(data.train))
@@ -166,10 +163,6 @@ def _bar(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 def _describe(
     data: ObjectScenes, index: CocoIndex, pairs: list[Pair], options: PasteOptions
 ) -> dict[str, Any]:
-    lifts = {
-        "in": [pair.inside.lift for pair in pairs],
-        "out": [pair.outside.lift for pair in pairs],
-    }
     return {
         "data": data.section.name,
         "annotations": str(index.annotation_file),
@@ -178,20 +171,18 @@ def _describe(
         "pairs": len(pairs),
         "classes": len({int(index.labels[pair.row]) for pair in pairs}),
         "scenes": len({pair.inside.image for pair in pairs}),
-        "mean_log_lift": {name: float(np.mean(values)) for name, values in lifts.items()},
+        "mean_log_lift": {
+            "in": float(np.mean([pair.inside.lift for pair in pairs])),
+            "out": float(np.mean([pair.outside.lift for pair in pairs])),
+        },
     }
 
 
 def open_set(folder: Path, name: str, categories_from: CocoIndex | None = None) -> CocoIndex:
-    """Open one of the datasets that `make_sets` wrote.
-
-    Args:
-        folder: What `make_sets` wrote.
-        name: `in`, `out` or `original`.
-        categories_from: A dataset whose categories this one must have.
+    """Open the dataset `in`, `out` or `original` in a folder that `make_sets` wrote.
 
     Raises:
-        UserError: The folder was not written by `make_sets`, or its categories differ.
+        UserError: Another folder, or categories other than those of `categories_from`.
     """
     if not (folder / METADATA).is_file():
         raise UserError(
@@ -204,8 +195,12 @@ def open_set(folder: Path, name: str, categories_from: CocoIndex | None = None) 
 
 def source_photos(folder: Path) -> dict[int, int]:
     """Map object id to source photograph, the clusters of the bootstrap."""
-    content, _ = read_json(folder / "annotations" / "instances_in.json")
-    return {a["id"]: a["paste"]["source_image"] for a in content["annotations"] if a["scored"]}
+    return {key: int(paste["source_image"]) for key, paste in _pastes(folder, "in").items()}
+
+
+def _pastes(folder: Path, name: str) -> dict[int, dict[str, Any]]:
+    content, _ = read_json(folder / "annotations" / f"instances_{name}.json")
+    return {entry["id"]: entry["paste"] for entry in content["annotations"] if entry["scored"]}
 
 
 def check_seams(folder: Path) -> list[tuple[str, str, SeamAUC, SeamAUC]]:
@@ -224,38 +219,24 @@ def check_seams(folder: Path) -> list[tuple[str, str, SeamAUC, SeamAUC]]:
 def pairs_figure(folder: Path) -> Figure:
     """Draw the first objects: in their own photograph, where probable and where improbable."""
     sets = {name: open_set(folder, name) for name in ("original", "in", "out")}
+    lifts = {
+        (name, key): paste["log_lift"]
+        for name in ("in", "out")
+        for key, paste in _pastes(folder, name).items()
+    }
     count = min(_DRAWN, len(sets["in"]))
     figure = Figure(figsize=(7.2, 2.0 * count), layout="constrained")
-    FigureCanvasAgg(figure)
-    content, _ = read_json(folder / "annotations" / "instances_in.json")
-    lifts = {("in", a["id"]): a["paste"]["log_lift"] for a in content["annotations"] if a["scored"]}
-    content, _ = read_json(folder / "annotations" / "instances_out.json")
-    lifts |= {
-        ("out", a["id"]): a["paste"]["log_lift"] for a in content["annotations"] if a["scored"]
-    }
-    every = figure.subplots(count, 3, squeeze=False)
-    for image, line in enumerate(every):
+    for image, line in enumerate(figure.subplots(count, 3, squeeze=False)):
         for axes, (name, index) in zip(line, sets.items(), strict=True):
-            _draw(axes, index, image)
+            rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
             number = int(index.image_ids[image])
-            lift = lifts.get((name, number))
-            axes.set_title(
-                _title(index, image) if lift is None else f"{name}: {lift:+.1f} nats", fontsize=8
-            )
+            row = int(rows[index.object_ids[rows] == number][0])
+            axes.imshow(read_image(index.path(image), None).permute(1, 2, 0).numpy())
+            x1, y1, x2, y2 = index.boxes[row].tolist()
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=ORANGE, lw=1))
+            axes.set_axis_off()
+            title = f"{index.class_names[index.labels[row]]}, original"
+            if name != "original":
+                title = f"{name}: {lifts[name, number]:+.1f} nats"
+            axes.set_title(title, fontsize=8)
     return figure
-
-
-def _scored_row(index: CocoIndex, image: int) -> int:
-    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
-    return int(rows[np.flatnonzero(index.object_ids[rows] == index.image_ids[image])[0]])
-
-
-def _title(index: CocoIndex, image: int) -> str:
-    return f"{index.class_names[index.labels[_scored_row(index, image)]]}, original"
-
-
-def _draw(axes: Axes, index: CocoIndex, image: int) -> None:
-    axes.imshow(read_image(index.path(image), None).permute(1, 2, 0).numpy())
-    x1, y1, x2, y2 = index.boxes[_scored_row(index, image)].tolist()
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="#E69F00", linewidth=1))
-    axes.set_axis_off()

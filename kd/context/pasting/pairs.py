@@ -28,9 +28,8 @@ _WHOLE = 0.9  # least fraction of pixels in one piece; otherwise something occlu
 _OVERLAP = 0.05  # largest fraction of pixels shared with another object
 _NEAR, _MET = 2, 0.3  # contact distance in pixels, and largest fraction of the outline in contact
 _SAME_SHAPE = np.log(1.1)  # of the ratio of aspect ratios
-_SHIFTS = np.array(
-    [0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6]
-)  # fractions of the width
+# Sideways shifts to try, fractions of the width.
+_SHIFTS = np.array([0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6])
 _EXTREME = 2.0  # nats beyond the margin at which the gain saturates, to avoid extreme scenes only
 _JITTER = 2.0  # nats of random gain, so that many scenes are used
 _TAKEN = 100.0  # gain per used object, larger than all other gains together
@@ -126,12 +125,7 @@ def scale_between(index: CocoIndex, source: int, target: int) -> float:
 
 
 def find_placements(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Bools]:
-    """Find where objects fit into a scene: at their own height, with the least sideways shift.
-
-    Args:
-        index: The dataset.
-        rows: The objects, N.
-        image: The scene.
+    """Find where N objects fit into a scene: at their own height, with the least sideways shift.
 
     Returns:
         (N, 2) shifts of the scaled boxes in pixels, and (N,) whether there is room: the images
@@ -193,15 +187,7 @@ def score_placements(
     score: Score,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Placements:
-    """Find a placement of every object in every scene, and score how probable it is.
-
-    Args:
-        index: The dataset.
-        rows: The objects.
-        scenes: The images to try.
-        score: Log lift of classes at boxes of an image.
-        track: Wraps the iteration over scenes, for a progress bar.
-    """
+    """Place every object in every scene and score it; `track` wraps the loop for a progress bar."""
     shifts = np.zeros((len(rows), len(scenes), 2), np.int64)
     lifts = np.full((len(rows), len(scenes)), np.nan)
     sources = np.searchsorted(index.first, rows, side="right") - 1
@@ -229,18 +215,14 @@ def matched_pairs(
         count: Largest number of pairs to return.
         margin: Nats by which the lift must exceed 0 in one scene and fall below it in the other.
         random: Breaks near ties.
-
-    Returns:
-        At most `count` pairs, in the order of `choices`.
     """
     jitter = random.uniform(0.0, _JITTER, choices.lifts.shape)
     while len(choices.rows):
         following, scene = _cycles(choices.lifts, jitter, margin)
         used = np.flatnonzero(following != np.arange(len(following)))
         if len(used) <= count:
-            before = np.argsort(
-                following
-            )  # predecessor: this object is the improbable guest of its scene
+            # An object is the improbable guest of its predecessor's scene.
+            before = np.argsort(following)
             return [
                 Pair(int(choices.rows[i]), choices.place(i, scene[i]),
                      choices.place(i, scene[before[i]]))

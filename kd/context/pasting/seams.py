@@ -32,21 +32,17 @@ _GRAIN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float64)
 
 
 class SeamAUC(NamedTuple):
-    """Area under the ROC curve of a seam classifier."""
+    """Area under the ROC curve and its standard error (Hanley and McNeil, 1982)."""
 
     auc: float
-    error: float  # standard error
+    error: float
 
 
 def seam_features(image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> Floats:
-    """Describe the edge of an object relative to its image, (F,).
+    """Describe the edge of an object, `mask` (H, W), relative to its image (H, W, 3): (F,).
 
     The first `RING` features describe the ring around the outline as a whole, the others bands
     that follow the outline exactly.
-
-    Args:
-        image: (H, W, 3).
-        mask: (H, W), the object, not empty.
     """
     pixels = image.astype(np.float64)
     grey = pixels.mean(axis=2)
@@ -94,9 +90,6 @@ def separability(first: Floats, second: Floats, groups: Ints) -> SeamAUC:
         first: (K, F) features.
         second: (K, F), of the same objects row by row.
         groups: (K,) source photographs; none is in both the training and the test fold.
-
-    Returns:
-        AUC over all objects and its standard error (Hanley and McNeil, 1982).
     """
     features = np.concatenate([first, second])
     truth = np.repeat([0.0, 1.0], [len(first), len(second)])

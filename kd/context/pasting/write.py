@@ -24,7 +24,6 @@ from kd.context.pasting.cutout import (
     FINE,
     Bytes,
     Cutout,
-    ImageStats,
     coverage,
     cut_out,
     measure_image,
@@ -46,17 +45,11 @@ _LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Pasted:
-    """A finished image and its JSON entries.
+    """A finished image and its JSON entries."""
 
-    Attributes:
-        pixels: (H, W, 3).
-        image: The image's entry.
-        annotations: The scored object, then its context.
-    """
-
-    pixels: Bytes
+    pixels: Bytes  # (H, W, 3)
     image: Json
-    annotations: list[Json]
+    annotations: list[Json]  # the scored object first
 
 
 class Paster:
@@ -74,8 +67,8 @@ class Paster:
         index: CocoIndex,
         log_prior: npt.NDArray[np.float64],
         *,
-        harmony: float = 0.3,
-        seed: int = 0,
+        harmony: float,
+        seed: int,
     ) -> None:
         self.index, self.log_prior, self.harmony, self.seed = index, log_prior, harmony, seed
         self.content, _ = read_json(index.annotation_file)
@@ -84,7 +77,7 @@ class Paster:
         self.of_image: dict[int, list[Json]] = defaultdict(list)
         for entry in self.content["annotations"]:
             self.of_image[entry["image_id"]].append(entry)
-        self._stats = lru_cache(maxsize=None)(self._measure)
+        self._stats = lru_cache(maxsize=None)(lambda *key: measure_image(self._read(*key)))
 
     def original(self, number: int, pair: Pair) -> Pasted:
         """Return object `pair.row` in its own photograph; image and object get the id `number`."""
@@ -149,9 +142,6 @@ class Paster:
         height, width = pixels.shape[:2]
         cover = coverage(self.index.mask_of(row, (height * FINE, width * FINE)))
         return cut_out(pixels, cover, self._stats(source, scale))
-
-    def _measure(self, image: int, scale: float) -> ImageStats:
-        return measure_image(self._read(image, scale))
 
     def _read(self, image: int, scale: float | None) -> Bytes:
         index = self.index
@@ -223,14 +213,7 @@ def write_sets(
     pairs: list[Pair],
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Write the three datasets: `in/`, `out/`, `original/` and `annotations/`.
-
-    Args:
-        folder: An existing folder.
-        paster: Composes the images.
-        pairs: Numbered from 1.
-        track: Wraps the iteration over pairs, for a progress bar.
-    """
+    """Write `in/`, `out/`, `original/` and `annotations/`; `track` wraps the loop over pairs."""
     images: dict[str, list[Json]] = {name: [] for name in SETS}
     annotations: dict[str, list[Json]] = {name: [] for name in SETS}
     for name in (*SETS, "annotations"):
@@ -242,7 +225,11 @@ def write_sets(
             "original": paster.original(number, pair),
         }
         for name, one in written.items():
-            save(one.pixels, folder / name / one.image["file_name"])
+            path = folder / name / one.image["file_name"]
+            options: Json = (
+                {"compress_level": 1} if path.suffix == ".png" else {"quality": _QUALITY}
+            )
+            Image.fromarray(one.pixels).save(path, **options)
             images[name].append(one.image)
             annotations[name] += one.annotations
     for name in SETS:
@@ -257,12 +244,3 @@ def write_sets(
         }
         path = folder / "annotations" / f"instances_{name}.json"
         path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-
-
-def save(pixels: Bytes, path: Path) -> None:
-    """Write a lossless PNG, or a JPEG of quality 95, depending on the suffix."""
-    image = Image.fromarray(pixels)
-    if path.suffix == ".png":
-        image.save(path, compress_level=1)
-    else:
-        image.save(path, quality=_QUALITY)
