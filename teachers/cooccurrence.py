@@ -14,12 +14,12 @@ class Counted(nn.Module):
 
     Attributes:
         task: The kind of task that fits the input.
-        pictures: What it wants of the pictures: nothing.
+        image_inputs: `none`: it takes no images.
         reads_labels: Whether it is told the other objects' classes.
     """
 
     task = "scene_tokens"
-    pictures = "none"
+    image_inputs = "none"
 
     def __init__(self, counts: NaiveBayes) -> None:
         super().__init__()

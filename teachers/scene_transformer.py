@@ -40,8 +40,8 @@ class SceneTransformer(nn.Module):
 
     Attributes:
         task: The kind of task that fits input and output.
-        pictures: What it is shown: `none`, `whole` pictures of which it leaves out what is hidden,
-            or a picture for `each` hidden object without it, where a trunk sees all at once.
+        image_inputs: `none`, `whole` images whose hidden regions the model leaves out, or an image
+            without its object for `each` hidden object.
         reads_labels: Whether it is told the other objects' classes.
     """
 
@@ -64,7 +64,7 @@ class SceneTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.reads_labels = num_classes, annotations
-        self.pictures = "whole" if patches else "each" if trunk else "none"
+        self.image_inputs = "whole" if patches else "each" if trunk else "none"
         self.mask = nn.Parameter(torch.randn(width) * 0.02)
         self.place = nn.Sequential(
             nn.Linear(PLACE_FEATURES, width), nn.GELU(), nn.Linear(width, width)

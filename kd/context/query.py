@@ -184,6 +184,6 @@ def teacher_input(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, 
     regions = regions_of(sample, shape="segment" if "segments" in sample else shape)
     height, width = sample["sizes"].tolist()
     image = sample["images"][:, :height, :width]
-    if getattr(teacher.task, "pictures", "whole") == "none":
+    if getattr(teacher.task, "image_inputs", "whole") == "none":
         image = grey_image((height, width))
     return image, regions[:, :height, :width]

@@ -499,7 +499,7 @@ class Problem(ABC, Generic[D]):
         """
         builder = self.spec.task(section.name).load()
         known: dict[str, Any] = {"num_classes": num_classes, **self.task_options(data)}
-        for name in ("pictures", "levels", "loss_units"):
+        for name in ("image_inputs", "levels", "loss_units"):
             if model is not None and hasattr(model, name):
                 known[name] = getattr(model, name)
         known |= dict.fromkeys(("prior", "pixel_shares", "image_shares"))

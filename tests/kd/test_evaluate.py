@@ -23,10 +23,10 @@ from kd.evaluation.write import write_evaluation
 from kd.metrics import classification as scores
 from kd.metrics.multilabel import MultiLabelAP
 from kd.problems.objects.baselines import (
-    COMPANY,
+    COOCCURRENCE,
     EXACT,
     PRIOR,
-    TOLD,
+    EXACT_ANNOTATIONS,
     cooccurrence_log_probs,
     exact_records,
     on_data,
@@ -104,7 +104,7 @@ def test_its_numbers_are_those_of_training_beside_the_references(run: Path) -> N
         assert found[name] == pytest.approx(summary[name])
     low, high = found["intervals"]["top1"]
     assert low <= found["top1"] <= high
-    assert list(numbers["references"]) == ["random", PRIOR, COMPANY, EXACT, TOLD]
+    assert list(numbers["references"]) == ["random", PRIOR, COOCCURRENCE, EXACT, EXACT_ANNOTATIONS]
     assert numbers["references"][EXACT]["nll"] == pytest.approx(summary["ceiling_nll"])
     assert numbers["references"][PRIOR]["top1"] == pytest.approx(summary["prior_top1"])
     assert sum(row["support"] for row in numbers["classes"]) == numbers["objects"]
@@ -158,7 +158,7 @@ def test_runs_side_by_side_share_a_table_and_figures(
                "confusable_pair_top1 (%)"]  # fmt: skip
     assert re.split("  +", header) == ["run", *columns]
     names = [line.split("  ")[0] for line in lines[lines.index(header) :]]
-    for name in ("random", PRIOR, COMPANY, EXACT, TOLD):
+    for name in ("random", PRIOR, COOCCURRENCE, EXACT, EXACT_ANNOTATIONS):
         assert name in names
     assert "other objects in the image" in "\n".join(lines)
     drawn = {path.stem for path in out.glob("*.png")}
@@ -172,15 +172,15 @@ def test_references_answer_the_same_objects(run: Path) -> None:
     records = read_run(run).records
     data = own_data(run)
     known = references(data, records)
-    assert list(known) == [PRIOR, COMPANY, EXACT, TOLD]
+    assert list(known) == [PRIOR, COOCCURRENCE, EXACT, EXACT_ANNOTATIONS]
     ids, log_probs = cooccurrence_log_probs(data)
     np.testing.assert_array_equal(
-        known[COMPANY]["log_probs"][3], log_probs[ids == records["object_ids"][3]][0]
+        known[COOCCURRENCE]["log_probs"][3], log_probs[ids == records["object_ids"][3]][0]
     )
     stored = data.ceiling("val")
     assert stored is not None
     this = stored["object_ids"] == records["object_ids"][3]
-    for name, given in ((EXACT, "pixels"), (TOLD, "annotations")):
+    for name, given in ((EXACT, "pixels"), (EXACT_ANNOTATIONS, "annotations")):
         own = stored[f"log_probs_{given}"][this]
         np.testing.assert_allclose(known[name]["log_probs"][3], own[0], rtol=1e-6)
     exact, model = (scores.value(one, "nll") for one in (known[EXACT], records))

@@ -65,7 +65,7 @@ def scene(images: int = 2) -> dict[str, Tensor]:
 
 
 def ask(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    task = SceneTokens(num_classes=CLASSES, pictures=model.pictures)  # type: ignore[arg-type]
+    task = SceneTokens(num_classes=CLASSES, image_inputs=model.image_inputs)  # type: ignore[arg-type]
     output, _ = AdaptedStudent(model)(*task.inputs(batch))
     log_probs: Tensor = task.decode(output, batch)
     return log_probs
@@ -110,7 +110,7 @@ def test_a_posterior_knows_neither_its_own_pixels_nor_its_own_label(name: str) -
         after = ask(model, changed)
     assert torch.equal(before[0], after[0])  # of the object itself
     torch.testing.assert_close(before[2], after[2])  # of the other image's
-    told = model.reads_labels or model.pictures != "none"
+    told = model.reads_labels or model.image_inputs != "none"
     assert torch.equal(before[1], after[1]) != told  # its neighbour sees or is told of it
 
 
@@ -161,7 +161,7 @@ def test_nothing_hidden_is_no_error(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_parameter_of_a_token_teacher_gets_a_finite_gradient(name: str) -> None:
     model = fitted(make(name)).train()
-    task = SceneTokens(num_classes=CLASSES, pictures=model.pictures)  # type: ignore[arg-type]
+    task = SceneTokens(num_classes=CLASSES, image_inputs=model.image_inputs)  # type: ignore[arg-type]
     batch = scene()
     output, _ = AdaptedStudent(model)(*task.inputs(batch))
     losses = task.losses(output, batch)

@@ -15,7 +15,7 @@ from kd.metrics.classification import prior_records
 from kd.metrics.records import Records
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.problems.objects.data import ObjectsDataset
-from kd.problems.objects.records import answered
+from kd.problems.objects.records import with_predictions
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
@@ -32,19 +32,14 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
     )
 
 
-def fit_cooccurrence(index: CocoIndex) -> NaiveBayes:
-    """Fit naive Bayes over other objects, place and size to all objects of a train split."""
-    model = NaiveBayes(index.num_classes, evidence=("company", "place", "size"))
-    model.fit(index_objects(index))
-    return model.eval()
-
-
 def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Predict every usable val object from all other objects of its image.
+    """Predict every usable val object from all other objects of its image by naive Bayes.
 
     Returns annotation ids (K,), ascending, and log-probabilities (K, C).
     """
-    model = fit_cooccurrence(data.train)
+    model = NaiveBayes(data.num_classes, evidence=("company", "place", "size"))
+    model.fit(index_objects(data.train))
+    model.eval()
     objects = index_objects(data.val)  # all of them, so that an object's place is its row
     rows = data.samples("val").usable_rows()
     log_probs = model(objects, torch.from_numpy(rows)).numpy()
@@ -53,18 +48,18 @@ def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDA
     return np.asarray(ids[order], dtype=np.int64), np.asarray(log_probs[order], dtype=np.float32)
 
 
-PRIOR, COMPANY = "class prior", "co-occurrence"
-EXACT, TOLD = "exact posterior", "exact, annotations"
+PRIOR, COOCCURRENCE = "class prior", "co-occurrence"
+EXACT, EXACT_ANNOTATIONS = "exact posterior", "exact, annotations"
 
 # Notes below tables.
 ABOUT = {
     PRIOR: "class prior: how frequent each class is among the training objects",
-    COMPANY: "co-occurrence: naive Bayes over the names, places and sizes of the annotated objects "
-    "around the hidden one; no pixels",
+    COOCCURRENCE: "co-occurrence: naive Bayes over the names, places and sizes of the annotated "
+    "objects around the hidden one; no pixels",
     EXACT: "exact posterior: of the scenes' own generative model, given what is visible; no model "
     "that sees pixels alone is better on average",
-    TOLD: "exact, annotations: the same given the boxes and classes of the other objects and no "
-    "pixel; a model that has pixels as well can be better",
+    EXACT_ANNOTATIONS: "exact, annotations: the same given the boxes and classes of the other objects "
+    "and no pixel; a model that has pixels as well can be better",
 }
 
 
@@ -72,7 +67,7 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
     """All reference predictions of a run's val objects, the weakest first."""
     known = {
         PRIOR: prior_records(records),
-        COMPANY: answered(records, *cooccurrence_log_probs(data), COMPANY),
+        COOCCURRENCE: with_predictions(records, *cooccurrence_log_probs(data), COOCCURRENCE),
         **exact_records(data, records),
     }
     return {name: one for name, one in known.items() if one is not None}
@@ -98,8 +93,8 @@ def exact_records(data: ObjectsDataset, records: Records) -> dict[str, Records]:
     stored = data.ceiling("val")
     if stored is None:
         return {}
-    ids, given = stored["object_ids"], {EXACT: "pixels", TOLD: "annotations"}
+    ids, given = stored["object_ids"], {EXACT: "pixels", EXACT_ANNOTATIONS: "annotations"}
     return {
-        name: answered(records, ids, stored[f"log_probs_{what}"].astype(np.float32), name)
+        name: with_predictions(records, ids, stored[f"log_probs_{what}"].astype(np.float32), name)
         for name, what in given.items()
     }

@@ -55,7 +55,7 @@ class ContextTask(ObjectTask):
         return (hide(images, image_rows(batch), self.regions(batch)),)
 
     def labelled_part(self, loss: Tensor, batch: Batch) -> Mean:
-        """The mean over labelled inputs, from a mean over all to which others added 0."""
+        """Turn a mean over all inputs, unlabelled ones at 0, into that over labelled inputs."""
         known = hidden_labels(batch) >= 0
         return Mean(loss * (len(known) / known.sum().clamp(min=1)), "labelled")
 
@@ -112,14 +112,8 @@ def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
     known = batch["labels"] >= 0
     height, width = batch["images"].shape[-2:]
     scale = batch["boxes"].new_tensor([grid[1] / width, grid[0] / height]).repeat(2)
-    return class_maps(
-        batch["boxes"][known] * scale,
-        batch["labels"][known],
-        batch["image_of"][known],
-        len(batch["images"]),
-        num_classes,
-        grid,
-    )
+    boxes, labels, images = (batch[name][known] for name in ("boxes", "labels", "image_of"))
+    return class_maps(boxes * scale, labels, images, len(batch["images"]), num_classes, grid)
 
 
 def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:

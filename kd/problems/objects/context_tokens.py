@@ -15,7 +15,7 @@ from kd.problems.objects.batch import image_rows
 from kd.problems.objects.context import Context, image_pixels, label_maps
 from kd.transforms.hide import normalise
 
-Pictures = Literal["none", "whole", "each"]
+ImageInputs = Literal["none", "whole", "each"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class SceneTokens(Context):
     Objects are hidden one by one: each is an input for the others, unless it is `also_hidden`.
 
     Args:
-        pictures: Images that the model reads, one of its attributes.
+        image_inputs: Images that the model takes, one of its attributes.
     """
 
-    pictures: Pictures = "none"
+    image_inputs: ImageInputs = "none"
 
     def inputs(self, batch: Batch) -> tuple[Objects | Tensor, ...]:  # type: ignore[override]
         """Objects, indices of the hidden ones (K,), images, hidden regions (K, H, W).
@@ -38,12 +38,12 @@ class SceneTokens(Context):
         """
         objects = scene_objects(batch)
         images = batch["images"]
-        if self.pictures == "none":
+        if self.image_inputs == "none":
             empty = images.new_zeros((0, 3, 1, 1), dtype=torch.float32)
             return objects, batch["hidden"], empty, empty[:, 0].bool()
         regions = self.regions(batch)
         images = normalise(images)
-        if self.pictures == "each":
+        if self.image_inputs == "each":
             images = images[image_rows(batch)].mul_(~regions[:, None])
         return objects, batch["hidden"], images, regions
 

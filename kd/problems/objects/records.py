@@ -19,8 +19,8 @@ BY_CLASS = ("prior", "confusable")  # all others have a row for each object
 _NORMALISED_WITHIN = 0.05
 
 
-def answered(
-    records: Records, object_ids: Array, log_probs: Array, where: str = "answers"
+def with_predictions(
+    records: Records, object_ids: Array, log_probs: Array, where: str = "predictions"
 ) -> Records:
     """Replace predictions by others, log_probs (N, C) of object_ids (N,) in any order.
 

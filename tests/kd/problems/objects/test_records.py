@@ -7,7 +7,7 @@ import pytest
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.objects.records import answered, check
+from kd.problems.objects.records import with_predictions, check
 
 
 def three() -> Records:
@@ -23,7 +23,7 @@ def three() -> Records:
 def test_other_answers_are_put_in_order_of_the_objects() -> None:
     ids = np.array([9, 2, 5, 7])
     log_probs = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]])
-    found = answered(three(), ids, log_probs)
+    found = with_predictions(three(), ids, log_probs)
     np.testing.assert_allclose(np.exp(found["log_probs"][:, 0]), [0.5, 0.7, 0.9])
     np.testing.assert_array_equal(found["labels"], [0, 1, 1])
 
@@ -39,7 +39,7 @@ def test_other_answers_are_put_in_order_of_the_objects() -> None:
 )
 def test_an_object_without_an_answer_is_named(ids: list[int], classes: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        answered(three(), np.array(ids), np.zeros((len(ids), classes)), "posterior")
+        with_predictions(three(), np.array(ids), np.zeros((len(ids), classes)), "posterior")
 
 
 def test_a_number_of_visible_objects_for_each_object() -> None:
