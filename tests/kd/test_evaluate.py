@@ -25,8 +25,8 @@ from kd.metrics.multilabel import MultiLabelAP
 from kd.problems.objects.baselines import (
     COOCCURRENCE,
     EXACT,
-    PRIOR,
     EXACT_ANNOTATIONS,
+    PRIOR,
     cooccurrence_log_probs,
     exact_records,
     on_data,

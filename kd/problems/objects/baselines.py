@@ -58,8 +58,8 @@ ABOUT = {
     "objects around the hidden one; no pixels",
     EXACT: "exact posterior: of the scenes' own generative model, given what is visible; no model "
     "that sees pixels alone is better on average",
-    EXACT_ANNOTATIONS: "exact, annotations: the same given the boxes and classes of the other objects "
-    "and no pixel; a model that has pixels as well can be better",
+    EXACT_ANNOTATIONS: "exact, annotations: the same given the boxes and classes of the other "
+    "objects and no pixel; a model that has pixels as well can be better",
 }
 
 

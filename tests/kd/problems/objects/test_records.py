@@ -1,4 +1,4 @@
-"""Records: other answers about the same objects, and what is wrong with records."""
+"""Records: other predictions of the same objects, and errors of records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.objects.records import with_predictions, check
+from kd.problems.objects.records import check, with_predictions
 
 
 def three() -> Records:
@@ -20,7 +20,7 @@ def three() -> Records:
     }
 
 
-def test_other_answers_are_put_in_order_of_the_objects() -> None:
+def test_other_predictions_are_put_in_order_of_the_objects() -> None:
     ids = np.array([9, 2, 5, 7])
     log_probs = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]])
     found = with_predictions(three(), ids, log_probs)
