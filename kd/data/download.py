@@ -63,36 +63,16 @@ DATASETS = {
     "coco2017": Source(
         "http://images.cocodataset.org",
         (
-            Archive(
-                "annotations",
-                "annotations/annotations_trainval2017.zip",
-                "f4bbac642086de4f52a3fdda2de5fa2c",
-                252_907_541,
-                820_000_000,
-                "annotations",
-                6,
-            ),
-            Archive(
-                "val",
-                "zips/val2017.zip",
-                "442b8da7639aecaf257c1dceb8ba8c80",
-                815_585_330,
-                820_000_000,
-                "val2017",
-                5_000,
-            ),
-            Archive(
-                "train",
-                "zips/train2017.zip",
-                "cced6f7f71b7629ddf16f17bbcfab6b2",
-                19_336_861_798,
-                19_400_000_000,
-                "train2017",
-                118_287,
-            ),
+            Archive("annotations", "annotations/annotations_trainval2017.zip",
+                    "f4bbac642086de4f52a3fdda2de5fa2c", 252_907_541, 820_000_000,
+                    "annotations", 6),
+            Archive("val", "zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80",
+                    815_585_330, 820_000_000, "val2017", 5_000),
+            Archive("train", "zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2",
+                    19_336_861_798, 19_400_000_000, "train2017", 118_287),
         ),
     )
-}
+}  # fmt: skip
 
 
 def download(

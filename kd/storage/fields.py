@@ -55,13 +55,10 @@ class CachedField:
     def __call__(
         self, object_ids: NDArray[np.int64], plan: Plan, size: tuple[int, int], frame: int
     ) -> Tensor:
-        """Output for the hidden objects of a sample, (K, C, ...).
+        """Output for the hidden objects of a sample, (K, C, ...), transformed by the image's plan.
 
-        Args:
-            object_ids: (K,) ids of the records.
-            plan: Augmentation of the image.
-            size: Height and width of the input image, at any scale.
-            frame: Side of the square frame, pixels.
+        `size` is the height and width of the input image, at any scale; `frame` the side of the
+        square frame in pixels.
         """
         prefix = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
@@ -76,11 +73,7 @@ class CachedField:
     ) -> Tensor:
         """Output for a crop of an image, (1, C, h, w) on a grid over its frame.
 
-        Args:
-            image: Id of the image.
-            crop: The crop.
-            size: Height and width of the image.
-            frame: Height and width of the crop.
+        `image` is an id, `size` the image's height and width, `frame` the crop's.
         """
         prefix = ""
         if crop.flip and f"{MIRRORED}values" in self.store.fields:
@@ -101,16 +94,10 @@ class CachedField:
 
 
 def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Tensor:
-    """Apply a plan to maps over a frame.
+    """Apply a plan to maps (K, C, h, w) over the frame of the whole image: same shape and dtype.
 
-    Args:
-        maps: (K, C, h, w) over the frame of the whole image.
-        plan: The plan.
-        size: Height and width of the input image; its long side is that of the maps' frame.
-        frame: Side of the result's frame, pixels.
-
-    Returns:
-        (K, C, h, w), same dtype; the edge is repeated outside the frame.
+    `size` is the height and width of the input image, whose long side is that of the maps' frame;
+    `frame` the side of the result's frame in pixels. The edge is repeated outside the frame.
     """
     before, square = (max(size), max(size)), (frame, frame)
     return resample(maps, plan.sources(size), before, square, (maps.shape[2], maps.shape[3]))
@@ -166,11 +153,7 @@ def _downscale(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
 
 
 def top_k_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the most likely classes, for storage.
-
-    Args:
-        logits: (K, C, ...), or log-probabilities.
-        count: Number of classes, below C.
+    """Log-probabilities of the `count` most likely classes of (K, C, ...) logits, for storage.
 
     Returns:
         Values and indices, (K, count, ...) each; indices are uint8 or int16.
@@ -180,10 +163,9 @@ def top_k_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def expand(values: Tensor, indices: Tensor, channels: int) -> Tensor:
-    """Undo `top_k_log_probs`; the remaining probability is uniform over the other classes.
+    """Undo `top_k_log_probs`: log-probabilities (K, channels, ...), of the values' dtype.
 
-    Returns:
-        Log-probabilities (K, channels, ...), of the values' dtype.
+    The remaining probability is uniform over the other classes.
     """
     values32 = values.float()
     rest = (1 - values32.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6)

@@ -48,20 +48,14 @@ class Field:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Shard:
     """A safetensors file whose tensors have records as their first dimension.
 
-    Args:
-        url: Of the store, which selects the fsspec file system.
-        path: Of the file, in that file system.
-        local: Whether it can be memory-mapped.
-
-    Raises:
-        ValueError: Not such a file.
+    `url` is the store's, which selects the fsspec file system; `path` is the file's there. Only
+    local files are memory-mapped.
     """
 
     def __init__(self, url: str, path: str, *, local: bool) -> None:
@@ -81,11 +75,7 @@ class Shard:
         }
 
     def all(self, name: str) -> NDArray[Any]:
-        """Read a whole tensor.
-
-        Raises:
-            KeyError: No such field.
-        """
+        """Read a whole tensor."""
         field = self.fields[name]
         raw = self._bytes(field.offset, field.offset + field.row_bytes * field.count)
         return np.frombuffer(raw, field.dtype).reshape(field.count, *field.shape)
@@ -172,11 +162,7 @@ class Store:
         return f"{self._root}/{name}"
 
     def manifest(self) -> dict[str, Any] | None:
-        """Read the manifest; None if there is none.
-
-        Raises:
-            UserError: Another kind of folder, or an unreadable one.
-        """
+        """Read the manifest; None if there is none."""
         try:
             content = json.loads(self._files.cat_file(self._path(_MANIFEST)))
         except FileNotFoundError:
@@ -189,12 +175,10 @@ class Store:
         return dict(content)
 
     def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
-        """Start a store, removing shards of an earlier one.
+        """Start a store of `shards` shards, removing those of an earlier one.
 
-        Args:
-            about: What the records depend on; `check_about` rejects any other.
-            shards: Number of shards.
-            notes: Further entries of the manifest.
+        `about` is what the records depend on, which `check_about` compares; `notes` are further
+        entries of the manifest.
         """
         for name in self._names():
             self._remove(name)
@@ -202,11 +186,7 @@ class Store:
         self._write(_MANIFEST, json.dumps(content, indent=1).encode())
 
     def check_about(self, about: Mapping[str, Any]) -> None:
-        """Reject a store with other content.
-
-        Raises:
-            UserError: Lists each difference.
-        """
+        """Reject a store with other content; the message lists each difference."""
         manifest = self.manifest()
         there = {} if manifest is None else manifest["about"]
         differences = [
@@ -241,25 +221,17 @@ class Store:
         return [n for n in range(manifest["shards"] if manifest else 0) if n not in there]
 
     def write_shard(self, number: int, records: Mapping[str, NDArray[Any]]) -> None:
-        """Write a shard atomically.
-
-        Args:
-            number: Its number.
-            records: Fields of equal length, including `ids`.
-        """
+        """Write a shard atomically: fields of equal length, including `ids`."""
         arrays = {name: np.ascontiguousarray(array) for name, array in records.items()}
         content = save(arrays, metadata={"format": FORMAT})
         self._write(f"{number:05d}-{_checksum(content)}.safetensors", content)
         self._shards = None
 
     def remove_corrupt(self) -> list[str]:
-        """Verify every shard against the checksum in its name and remove corrupt ones.
+        """Verify every shard against the checksum in its name; remove corrupt ones, return names.
 
         Shards that were verified before and have not changed since (by size and time, or by what
         the file system offers) are not read again.
-
-        Returns:
-            Names of the removed shards.
         """
         known, verified, corrupt = self._verified(), {}, []
         for name in self._names():
@@ -326,11 +298,7 @@ class Store:
         return sum(int(self._files.size(self._path(name))) for name in self.present().values())
 
     def column(self, name: str) -> NDArray[Any]:
-        """A field of all records, in the order of `ids()`.
-
-        Raises:
-            UserError: No such field.
-        """
+        """A field of all records, in the order of `ids()`."""
         parts = [shard.all(name) for shard in self._open()]
         whole: NDArray[Any] = np.concatenate(parts)[self._order]
         return whole
@@ -338,18 +306,7 @@ class Store:
     def read(
         self, ids: Sequence[int] | NDArray[np.int64], names: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Read records by id.
-
-        Args:
-            ids: (K,).
-            names: Fields to read; None = all.
-
-        Returns:
-            Each field, in the order of `ids`: (K, *shape).
-
-        Raises:
-            UserError: An unknown id.
-        """
+        """Read fields (None = all) of records by id, (K,): (K, *shape) each, in that order."""
         shards = self._open()
         wanted = np.asarray(ids, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._sorted, wanted), max(len(self._sorted) - 1, 0))
@@ -377,7 +334,6 @@ class Store:
         return found
 
     def _open(self) -> list[Shard]:
-        """Read the shards' headers and ids, once."""
         if self._shards is None:
             names = [name for _, name in sorted(self.present().items())]
             if not names:

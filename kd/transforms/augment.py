@@ -42,13 +42,9 @@ class ColourChange:
     order: tuple[int, int, int] = (0, 1, 2)
 
     def matrix(self, mean: Matrix) -> tuple[Matrix, Matrix]:
-        """Combine all changes into an affine map.
+        """Combine all changes into an affine map: weights (3, 3) and offsets (3,), for 0..255.
 
-        Args:
-            mean: (3,) the image's mean RGB, the fixed point of contrast.
-
-        Returns:
-            Weights (3, 3) and offsets (3,) on the scale 0..255.
+        `mean` (3,) is the image's mean RGB, the fixed point of contrast.
         """
         weight = np.eye(3) * self.brightness
         offset = np.array(self.rgb_shift) * self.brightness
@@ -138,11 +134,7 @@ class Plan:
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 
     def of_mirrored(self, size: tuple[int, int]) -> Plan:
-        """Plan that gives the same result from the mirrored image, for a plan that flips.
-
-        Args:
-            size: Height and width of the input image.
-        """
+        """Plan that gives the same result from the mirrored image, for a plan that flips."""
         crop = self.crop
         if crop is not None:
             top, left, height, width = crop
@@ -150,10 +142,7 @@ class Plan:
         return replace(self, flip=False, crop=crop)
 
     def sources(self, size: tuple[int, int]) -> Matrix:
-        """Matrix from the result to the input image, the inverse of `boxes`.
-
-        Args:
-            size: Height and width of the input image.
+        """Matrix from the result to the input image of `size`, the inverse of `boxes`.
 
         Returns:
             (2, 3): maps (x, y, 1) in pixels of the result to (x, y) of the input image.
@@ -224,7 +213,6 @@ class Augment:
     min_visible: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name in (*_PROBABILITIES, "max_shift", "max_jitter", "max_hue", "min_visible"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name}: got {getattr(self, name)}, expected 0 to 1")
@@ -240,13 +228,10 @@ class Augment:
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], *, frame: int | None = None
     ) -> Plan:
-        """Sample the augmentation of one image.
+        """Sample the augmentation of one image of `size` (height, width).
 
-        Args:
-            random: Random generator.
-            size: Height and width of the image.
-            frame: Side of a square that the result must fit into: larger images are cropped to it
-                at a random position, instead of any other `crop`. None = unlimited.
+        `frame` is the side of a square that the result must fit into: larger images are cropped to
+        it at a random position, instead of any other `crop`. None = unlimited.
         """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
         enabled = {name: value < getattr(self, name) for name, value in chosen.items()}
@@ -295,11 +280,7 @@ class Augment:
 
 
 def build_augment(options: dict[str, Any] | None) -> Augment | None:
-    """Build the augmentation from its options; None stays None.
-
-    Raises:
-        UserError: An option is unknown or out of range.
-    """
+    """Build the augmentation from its options; None stays None."""
     if options is None:
         return None
     known = [field.name for field in fields(Augment)]

@@ -50,21 +50,13 @@ class Crop:
         return self.placed(part, frame, fill=VOID)[0]
 
     def placed(self, part: Tensor, frame: tuple[int, int], *, fill: int = 0) -> Tensor:
-        """Mirror a scaled crop (C, *size) as sampled and place it into a frame.
-
-        Returns:
-            (C, *frame), `fill` below and on the right.
-        """
+        """Mirror a scaled crop (C, *size) as sampled; `fill` the frame below and on the right."""
         part = F.horizontal_flip(part) if self.flip else part
         part = F.vertical_flip(part) if self.upside_down else part
         return _fit(part, frame, fill)
 
     def sources(self) -> NDArray[np.float64]:
-        """Matrix from the frame to the file.
-
-        Returns:
-            (2, 3): maps (x, y, 1) in pixels of the frame to (x, y) in pixels of the file.
-        """
+        """Matrix (2, 3) from (x, y, 1) in pixels of the frame to (x, y) in pixels of the file."""
         top, left, height, width = self.window
         across, down = width / self.size[1], height / self.size[0]
         row = [0.0, -down, top + height] if self.upside_down else [0.0, down, top]
@@ -73,11 +65,7 @@ class Crop:
         return np.array([[across, 0.0, left], row])
 
     def of_mirrored(self, size: tuple[int, int]) -> Crop:
-        """Crop that gives the same result from the mirrored image, for a crop that flips.
-
-        Args:
-            size: Height and width of the image.
-        """
+        """Crop that gives the same result from the mirrored image, for a crop that flips."""
         top, left, height, width = self.window
         return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
 
@@ -89,8 +77,7 @@ class Crops:
     Attributes:
         scale: Smallest and largest scale, relative to the working size.
         flip: Probability of mirroring.
-        jitter: Probability of changing brightness, contrast and saturation by factors of 1 +-
-            `max_jitter`.
+        jitter: Probability of changing brightness, contrast and saturation by 1 +- `max_jitter`.
         max_jitter: See `jitter`.
     """
 
@@ -100,7 +87,6 @@ class Crops:
     max_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise UserError(f"augment.scale: got {self.scale}, expected 0 < smallest <= largest")
         _check_fractions(self, ("flip", "jitter", "max_jitter"))
@@ -113,13 +99,9 @@ class Crops:
         *,
         factor: float = 1.0,
     ) -> Crop:
-        """Sample a crop.
+        """Sample a crop from the file's size and the result's (height, width).
 
-        Args:
-            random: Random generator.
-            size: Height and width of the file.
-            frame: Height and width of the result.
-            factor: Working size over the file's size; multiplies every scale.
+        `factor` is the working size over the file's size; it multiplies every scale.
         """
         scale = factor * random.uniform(*self.scale)
         places = random.random(2).tolist()
@@ -147,11 +129,7 @@ class Crops:
 class Flips:
     """Distribution of flips of whole images; the defaults are those of saliency students.
 
-    Attributes:
-        flip: Probability of mirroring left and right.
-        upside_down: Probability of mirroring top and bottom.
-        jitter: As in `Crops`.
-        max_jitter: As in `Crops`.
+    `flip` and `upside_down` are probabilities; `jitter` and `max_jitter` as in `Crops`.
     """
 
     flip: float = 0.5
@@ -160,19 +138,12 @@ class Flips:
     max_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         _check_fractions(self, ("flip", "upside_down", "jitter", "max_jitter"))
 
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
     ) -> Crop:
-        """Sample the changes of one image.
-
-        Args:
-            random: Random generator.
-            size: Height and width of the file.
-            scaled: Height and width of the result.
-        """
+        """Sample the changes of one image of `size`, scaled to `scaled` (height, width)."""
         chances = (self.flip, self.upside_down, self.jitter)
         flip, upside_down, jitter = (random.random(3) < chances).tolist()
         colour = _random_colour(random, self.max_jitter)
@@ -183,11 +154,7 @@ class Flips:
 
 
 def build_flips(options: dict[str, Any] | None) -> Flips:
-    """Build flips from options; None = no changes.
-
-    Raises:
-        UserError: An option is unknown, of a wrong type or out of range.
-    """
+    """Build flips from options; None = no changes."""
     if options is None:
         return Flips(flip=0.0, upside_down=0.0)
     check_options(Flips, options, what="augment")
@@ -207,11 +174,7 @@ def _check_fractions(options: Crops | Flips, names: Sequence[str]) -> None:
 
 
 def build_crops(options: dict[str, Any] | None) -> Crops:
-    """Build crops from options; None = scale 1 and no other changes.
-
-    Raises:
-        UserError: An option is unknown, of a wrong type or out of range.
-    """
+    """Build crops from options; None = scale 1 and no other changes."""
     if options is None:
         return Crops(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
     check_options(Crops, options, what="augment")

@@ -27,14 +27,7 @@ _TINY = 1e-6
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Scale pixels to 0..1 and apply ImageNet's mean and standard deviation.
-
-    Args:
-        images: (N, 3, H, W) uint8, RGB.
-
-    Returns:
-        (N, 3, H, W) float32.
-    """
+    """Scale pixels (N, 3, H, W) uint8 to 0..1; apply ImageNet's mean and standard deviation."""
     shift, scale = _mean_and_scale(images.device)
     return images.float().sub_(shift).mul_(scale)
 
@@ -49,13 +42,7 @@ def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
 def hide_fraction(progress: float, *, start: float, until: float) -> float:
     """Schedule of partial masking: the fraction of a region to hide grows linearly to 1.
 
-    Args:
-        progress: Fraction of training done, 0..1.
-        start: Fraction hidden at progress 0.
-        until: Progress from which everything is hidden.
-
-    Returns:
-        Fraction of the region's area, 0..1.
+    It is `start` at progress 0, and 1 from the progress `until` on.
     """
     if progress >= until:
         return 1.0
@@ -65,23 +52,18 @@ def hide_fraction(progress: float, *, start: float, until: float) -> float:
 def hidden_regions(
     boxes: Tensor, size: tuple[int, int], *, shape: str = "box", fraction: Tensor | None = None
 ) -> Tensor:
-    """Draw the region to hide for each box.
+    """Draw the region to hide for each box: (K, H, W) bool, at least one pixel in each.
 
     Every shape covers its whole box, so that no part of the object stays visible: `square` has the
     box's longer side and its centre; `ellipse` is the smallest ellipse around the box, with axes
-    sqrt(2) times the box's sides. Regions are clipped to the frame.
+    sqrt(2) times the box's sides. Regions are clipped to the frame. Segments come as masks
+    (`shrink_masks`).
 
     Args:
         boxes: (K, 4) xyxy pixels.
         size: Height and width of the frame.
-        shape: `box`, `square` or `ellipse`; segments come as masks (`shrink_masks`).
+        shape: `box`, `square` or `ellipse`.
         fraction: (K,) fraction of the region's area to hide, around its centre; None = all.
-
-    Returns:
-        (K, H, W) bool, at least one pixel in each.
-
-    Raises:
-        UserError: The shape is unknown.
     """
     if shape not in SHAPES or shape == "segment":
         raise UserError(
@@ -102,16 +84,7 @@ def hidden_regions(
 
 
 def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
-    """Scale masks about their boxes' centres so that a fraction of their area remains.
-
-    Args:
-        masks: (K, H, W) bool.
-        boxes: (K, 4) xyxy pixels.
-        fraction: (K,) fraction of the area to keep; 1 changes nothing.
-
-    Returns:
-        (K, H, W) bool.
-    """
+    """Scale masks (K, H, W) about their boxes' centres; a fraction (K,) of the area remains."""
     scale = fraction.clamp(_TINY, 1).rsqrt()[:, None]
     height, width = masks.shape[-2:]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -125,17 +98,10 @@ def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
 
 
 def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
-    """Regions to hide in a batch, each reduced to its `hide_fraction`.
-
-    Args:
-        batch: As in docs/batch.md, on any device.
-        shape: `box`, `square`, `ellipse`, or `segment` if the batch has `segments`.
+    """Regions to hide in a batch of docs/batch.md, each reduced to its `hide_fraction`.
 
     Returns:
         (K, H, W) bool, one for each entry of `hidden`.
-
-    Raises:
-        UserError: The shape is unknown.
     """
     boxes, fraction = batch["boxes"][batch["hidden"]], batch["hide_fraction"]
     if shape == "segment":
@@ -179,8 +145,8 @@ def class_maps(
         num_images: N.
         num_classes: C.
         size: Height and width.
-        out: Result of an earlier call to overwrite. On a CPU, allocating maps costs several times
-            the drawing.
+        out: Result of an earlier call to overwrite: on a CPU, allocating takes several times as
+            long as drawing.
 
     Returns:
         (N, C, H, W) bool.
@@ -198,15 +164,7 @@ def class_maps(
 
 
 def valid_pixels(sizes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask of the image as opposed to the padding below and right of it.
-
-    Args:
-        sizes: (N, 2) int64, heights and widths of the images.
-        size: Height and width of the frame.
-
-    Returns:
-        (N, H, W) bool.
-    """
+    """Mask (N, H, W) of images as opposed to padding, from their heights and widths (N, 2)."""
     rows = torch.arange(size[0], device=sizes.device) < sizes[:, :1]
     columns = torch.arange(size[1], device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & columns[:, None, :]

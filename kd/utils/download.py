@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -237,12 +236,9 @@ def _handle_error(task: _Download, error: urllib.error.HTTPError, received: int)
         raise _Retry("the partial file does not match the server's; downloading again")
     if error.code in _RETRYABLE:
         raise _Retry(f"HTTP {error.code} {error.reason}")
-    hint = {
-        401: "; access denied",
-        403: "; access denied",
-        404: "; check the address",
-        410: "; the file was removed",
-    }.get(error.code, "")
+    hints = {401: "; access denied", 403: "; access denied", 404: "; check the address",
+             410: "; the file was removed"}  # fmt: skip
+    hint = hints.get(error.code, "")
     raise UserError(f"{task.url}: HTTP {error.code} {error.reason}{hint}")
 
 
@@ -284,13 +280,7 @@ def _copy(
 
 
 class ByteProgress:
-    """Progress in bytes: a bar on a terminal, otherwise a log line every 10 %.
-
-    Args:
-        title: Name of the operation.
-        total: Bytes, None if unknown.
-        done: Bytes already present.
-    """
+    """Progress in bytes: a bar on a terminal, otherwise a log line every 10 %."""
 
     def __init__(self, title: str, total: int | None, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
@@ -298,27 +288,17 @@ class ByteProgress:
         self.tenth = 10 * done // total if total else 0
 
     def __enter__(self) -> ByteProgress:
-        """Show the bar."""
         if sys.stderr.isatty():
             self.bar = rich_progress.Progress(
-                rich_progress.TextColumn("{task.description}"),
-                rich_progress.BarColumn(),
-                rich_progress.DownloadColumn(),
-                rich_progress.TransferSpeedColumn(),
-                rich_progress.TimeRemainingColumn(),
+                "{task.description}", rich_progress.BarColumn(), rich_progress.DownloadColumn(),
+                rich_progress.TransferSpeedColumn(), rich_progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
-            )
+            )  # fmt: skip
             self.bar.add_task(self.title, total=self.total, completed=self.done)
             self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the bar."""
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 

@@ -22,7 +22,6 @@ VOID = 255  # value of unlabelled pixels in label maps; losses and metrics skip 
 _GREY = 128
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-# Exceptions of Pillow for unreadable files.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -30,7 +29,7 @@ UNREADABLE = (
     EOFError,
     struct.error,
     Image.DecompressionBombError,
-)
+)  # raised by Pillow for unreadable files; fmt: skip
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:

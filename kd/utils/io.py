@@ -16,14 +16,9 @@ PARTIAL = ".partial"  # suffix of unfinished files; a kill leaves them behind
 
 
 def cache_path(kind: str, of: Path, name: str) -> Path:
-    """Where to cache what was derived from a path, if it cannot lie beside it.
+    """Path in the cache, `$KD_CACHE` or `~/.cache/kd`, of a file that cannot lie beside its source.
 
-    The cache is `$KD_CACHE`, by default `~/.cache/kd`.
-
-    Args:
-        kind: A folder of the cache.
-        of: The source; different sources never share a path.
-        name: File name, as it would be beside the source.
+    `kind` is a folder of the cache; different sources `of` never share a path.
     """
     cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
     digest = hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:12]
@@ -33,9 +28,7 @@ def cache_path(kind: str, of: Path, name: str) -> Path:
 def write_atomic(path: Path, write: Any) -> None:
     """Write through a temporary file, so that a kill or a full disk leaves the old file intact.
 
-    Args:
-        path: The file to write.
-        write: Called with the temporary path.
+    `write` is called with the temporary path.
 
     Raises:
         UserError: The folder is not writable or the disk is full.
@@ -57,9 +50,5 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically.
-
-    Raises:
-        UserError: As `write_atomic`.
-    """
+    """Write UTF-8 text atomically."""
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -19,11 +19,8 @@ def keep_freed_memory() -> bool:
     glibc requests each block above 32 MiB anew from the system, which zeroes it page by page at
     first use. The feature maps of a few photographs are such blocks, in each layer of each step.
     Block sizes repeat from step to step, so little more memory is held than is in use. Measured by
-    `benchmarks/allocator.py`.
-
-    Returns:
-        Whether it was applied: not with a C library other than glibc, nor against a user's
-        settings.
+    `benchmarks/allocator.py`. Returns False, without effect, for another C library than glibc or if
+    the user tuned it.
     """
     if os.name != "posix" or any(name in os.environ for name in _TUNED):
         return False

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kd.errors import UserError, at_least
+
+
+def _option(default: float, text: str) -> Any:
+    return field(default=default, metadata={"help": f"{text} (default {default})"})
 
 
 @dataclass(frozen=True)
 class PasteOptions:
-    """Options of an out-of-context test set.
+    """Options of an out-of-context test set, with the command's help; `split` is the source.
 
-    Attributes:
-        split: Source of objects and scenes.
-        count: Number of pairs.
-        margin: Nats by which the class must be likelier than its prior in the probable scene, and
-            less likely in the improbable one.
-        min_fraction: Smallest box area, as a fraction of the image.
-        max_fraction: Largest box area.
-        scenes: Largest number of scenes to try.
-        harmony: How far an object's colours are moved towards those of its new scene, 0..1.
-        seed: Random seed.
+    The margin is how much likelier than its prior the class must be in the probable scene, and how
+    much less likely in the improbable one.
     """
 
     split: Literal["train", "val"] = "val"
-    count: int = 300
-    margin: float = 1.0
-    min_fraction: float = 0.005
-    max_fraction: float = 0.25
-    scenes: int = 500
-    harmony: float = 0.3
-    seed: int = 0
+    count: int = _option(300, "number of pairs")
+    margin: float = _option(1.0, "nats above and below the class's prior")
+    min_fraction: float = _option(0.005, "smallest box area, as a fraction of the image")
+    max_fraction: float = _option(0.25, "largest box area")
+    scenes: int = _option(500, "largest number of scenes to try")
+    harmony: float = _option(0.3, "how far colours are moved towards the new scene's, 0 to 1")
+    seed: int = _option(0, "random seed")
+
+    def __post_init__(self) -> None:
+        at_least("make", **{"--count": (self.count, 1), "--margin": (self.margin, 0.0),
+                            "--scenes": (self.scenes, 2), "--seed": (self.seed, 0)})  # fmt: skip
+        if not 0 <= self.harmony <= 1:
+            raise UserError(f"--harmony: got {self.harmony}, expected 0 to 1")
+        low, high = self.min_fraction, self.max_fraction
+        if not 0 <= low < high <= 1:
+            raise UserError(
+                f"--min-fraction {low} must be below --max-fraction {high}, both in 0..1"
+            )

@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kd.context.pasting.pairs import (
     matched_pairs,
     score_placements,
 )
-from kd.context.pasting.seams import RING, SeamAUC, outline_features, separability
+from kd.context.pasting.seams import RING, outline_features, separability
 from kd.context.pasting.write import SETS, Paster, write_sets
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
@@ -203,17 +203,20 @@ def _pastes(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     return {entry["id"]: entry["paste"] for entry in content["annotations"] if entry["scored"]}
 
 
-def check_seams(folder: Path) -> list[tuple[str, str, SeamAUC, SeamAUC]]:
-    """Seam AUC of each pair of datasets: from the ring alone, and with the outline given."""
+def check_seams(folder: Path) -> Iterator[str]:
+    """Report the seam AUC of each pair of datasets, from the ring alone and given the outline."""
     found = {name: outline_features(open_set(folder, name)) for name in SETS}
     sources = source_photos(folder)
     groups = np.array([sources[int(key)] for key in found["in"][0]], np.int64)
-    verdicts = []
     for one, other in (("in", "out"), ("original", "in"), ("original", "out")):
         first, second = found[one][1], found[other][1]
         ring = separability(first[:, :RING], second[:, :RING], groups)
-        verdicts.append((one, other, ring, separability(first, second, groups)))
-    return verdicts
+        outline = separability(first, second, groups)
+        yield (
+            f"{one} vs. {other}: AUC {ring.auc:.3f} (standard error {ring.error:.3f}) from the "
+            f"ring around the outline, {outline.auc:.3f} ({outline.error:.3f}) given the outline"
+        )
+    yield "An AUC of 0.5 means that seams do not reveal the pastes."
 
 
 def pairs_figure(folder: Path) -> Figure:
