@@ -1,1 +1,1 @@
-"""Recipes and datasets as YAML: the schema, its reader, and the JSON schema for editors."""
+"""Schema of recipes and datasets, its YAML reader, and its JSON schema for editors."""

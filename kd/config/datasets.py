@@ -1,4 +1,4 @@
-"""What every dataset's section of a recipe has, and the types that sections are made of."""
+"""Base class of data sections, and the types that sections are made of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scale = Annotated[float, Field(gt=0, le=10)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, strict, closed."""
+    """A part of a recipe: immutable, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -29,7 +29,7 @@ class Split(Section):
     images: str = Field(description="folder of its images")
 
 
-# Alternatives as pydantic's places name them; no file has such keys.
+# Tags of alternatives in pydantic's error locations; no file has such keys.
 NAME, PATHS = "<name>", "<paths>"
 
 
@@ -43,7 +43,7 @@ AnySplit = Annotated[
 
 
 class Generate(Section):
-    """Settings of the embedded scenes; the folder is written if it is missing."""
+    """Settings of the synthetic scenes; they are written if the folder is missing."""
 
     train: Count = 4000
     val: Count = 1000
@@ -52,18 +52,18 @@ class Generate(Section):
 
 
 class DatasetSection(Section):
-    """The part of a data section that every dataset has; each problem adds its own."""
+    """Keys that every dataset has; each problem adds its own."""
 
-    name: str = Field("unnamed", description="used in run folders")
-    root: str | None = Field(None, description="folder that the splits' paths start from")
-    workers: Whole = Field(1, description="processes that load samples; 0 = this one")
+    name: str = Field("unnamed", description="part of run folders")
+    root: str | None = Field(None, description="folder of the splits' paths")
+    workers: Whole = Field(1, description="loader processes; 0 = none")
 
 
 def check_splits(section: DatasetSection, layout: str, *, drawn: str) -> None:
-    """Refuse splits that do not fit a layout: names of published ones, paths of COCO's format.
+    """Check that splits fit a layout: names of published ones, or paths in COCO's format.
 
     Args:
-        section: With fields `train` and `val`.
+        section: Has fields `train` and `val`.
         layout: The section's.
         drawn: The layout that is drawn from COCO-format annotations.
 

@@ -1,4 +1,4 @@
-"""What a recipe's schema knows: the keys at a place, and all of it as JSON for editors."""
+"""Keys of a recipe's schema, and the JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kd.config.datasets import NAME, PATHS
 
 
 def file_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a recipe's file, for editors.
+    """JSON schema of a recipe's file.
 
-    A file may say less than the resolved recipe holds: `data` is a name or some of its keys, and
-    `per_data` has parts of a recipe for single datasets, and `others` for the rest.
+    A file holds less than the resolved recipe: `data` is a name or some of its keys, and `per_data`
+    has parts of a recipe for single datasets, and `others` for the rest.
     """
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
@@ -27,7 +27,7 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     variant = {key: variant[key] for key in ("type", "properties", "additionalProperties")}
     schema["properties"]["data"] = {"anyOf": [{"type": "string"}, part]}
     schema["properties"]["per_data"] = {
-        "description": "changes for single datasets, by name; others: for all that are not named",
+        "description": "changes by name of the dataset; others: for all that are not named",
         "type": "object",
         "additionalProperties": variant,
     }
@@ -35,20 +35,20 @@ def file_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _part(schema: Any) -> Any:
-    """A schema with nothing required, at any depth; lists replace as a whole and stay whole."""
+    """A schema without required keys at any depth, except in lists, which are replaced whole."""
     if isinstance(schema, list):
         return [_part(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: value for key, value in schema.items() if key not in ("required", "$defs")}
-    reference = kept.get("$ref")
+    result = {key: value for key, value in schema.items() if key not in ("required", "$defs")}
+    reference = result.get("$ref")
     if isinstance(reference, str) and "/$defs/Part" not in reference:
-        kept["$ref"] = reference.replace("/$defs/", "/$defs/Part")
-    return {key: value if key == "items" else _part(value) for key, value in kept.items()}
+        result["$ref"] = reference.replace("/$defs/", "/$defs/Part")
+    return {key: value if key == "items" else _part(value) for key, value in result.items()}
 
 
 def keys_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
-    """The keys that the schema knows at a place."""
+    """Keys that the schema knows at a place."""
     current: Any = model
     for part in place:
         if part in (NAME, PATHS):

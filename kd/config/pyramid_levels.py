@@ -1,4 +1,4 @@
-"""Terms and adapters that are there once for each level of a pyramid, written once."""
+"""Expand terms and adapters that are written once for all levels of a pyramid."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ PLACE = "{level}"  # in the layers of a term or an adapter
 
 
 def on_levels(values: Any) -> Any:
-    """A recipe's raw values with each term and adapter whose layers hold `{level}` spelled out.
+    """Expand each term and adapter of a recipe's raw values whose layers contain `{level}`.
 
-    Of a term `near` on the levels 0 and 1 there are `near_0` and `near_1`; an ablation's variant
-    that lists `near` has both. What is spelled out already stays as it is.
+    A term `near` on the levels 0 and 1 becomes `near_0` and `near_1`; an ablation's variant that
+    lists `near` has both.
 
     Raises:
         ValueError: A recipe without levels.
@@ -40,7 +40,7 @@ def on_levels(values: Any) -> Any:
 
 
 def _terms(term: Any, levels: list[str], key: str, groups: dict[str, list[str]]) -> list[Any]:
-    """The term, or one for each level; `groups` learns their labels."""
+    """The term, or one for each level; their labels are added to `groups`."""
     layers = [term.get(side) for side in ("student", "teacher")] if isinstance(term, dict) else []
     if not any(isinstance(layer, str) and PLACE in layer for layer in layers):
         return [term]

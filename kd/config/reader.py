@@ -1,6 +1,6 @@
-"""Read recipes: YAML files, `per_data` variants and `--set`, checked all at once.
+"""Read recipes: YAML files, `per_data` variants and `--set`; report all mistakes at once.
 
-A message names the file, the dotted place, what was got and the nearest key.
+A message names the file, the dotted place, the wrong value and the nearest key.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
+    """Safe YAML that reads 1e-3 as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
-                raise ConfigError(f"key {key!r} is given twice in the mapping at line {line}")
+                raise ConfigError(f"key {key!r} occurs twice in the mapping at line {line}")
         return typing.cast("dict[Any, Any]", super().construct_mapping(node, deep))
 
 
@@ -45,14 +45,14 @@ _Loader.add_implicit_resolver(
 
 
 class Merged:
-    """Nested values together with the file that each one came from."""
+    """Nested values, and the file that each came from."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.origin: dict[tuple[str, ...], str] = {}
 
     def merge(self, values: Mapping[str, Any], source: str, at: tuple[str, ...] = ()) -> None:
-        """Lay `values` over what is there, mapping by mapping; lists and scalars replace."""
+        """Merge `values` into the mapping `at` a place; lists and scalars replace."""
         place = self.values
         for depth, key in enumerate(at, 1):
             if not isinstance(place.get(key), dict):
@@ -63,13 +63,13 @@ class Merged:
             key = str(raw)
             here = (*at, key)
             self.origin[here] = source
-            if isinstance(value, Mapping) and value:  # an empty one replaces: nothing of it stays
+            if isinstance(value, Mapping) and value:  # an empty mapping replaces
                 self.merge(value, source, here)
             else:
                 place[key] = value
 
     def source_of(self, place: tuple[str, ...]) -> str:
-        """The file that last wrote the place or, for a missing key, what is around it."""
+        """The file that last wrote the place or, for a missing key, the mapping around it."""
         for length in range(len(place), 0, -1):
             if place[:length] in self.origin:
                 return self.origin[place[:length]]
@@ -77,7 +77,7 @@ class Merged:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file that holds a mapping."""
+    """Read a YAML file that holds a mapping."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -96,14 +96,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def shown_name(path: Path) -> str:
-    """A file of ours by its name, anybody else's by the path that was given."""
+    """Name of a file in messages: its path, without the folder if it is one of configs/."""
     return path.name if path.is_relative_to(CONFIGS) else str(path)
 
 
 def find_config(kind: str, name: str) -> Path:
-    """The file configs/KIND/NAME.yaml; an unknown name lists all there are.
+    """Path of configs/KIND/NAME.yaml; a dataset of your own is the path of its file, `mine.yaml`.
 
-    A dataset of your own is the path of its file, `mine.yaml`.
+    Raises:
+        ConfigError: An unknown name; lists all names.
     """
     if kind == "data" and name.endswith((".yaml", ".yml")):
         return Path(name)
@@ -118,7 +119,7 @@ def find_config(kind: str, name: str) -> Path:
 
 
 def known_configs(kind: str) -> list[str]:
-    """The names below configs/KIND."""
+    """Names in configs/KIND."""
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
@@ -135,9 +136,7 @@ def _setting(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def merge_recipe(path: Path, *, data: str | None = None, settings: Iterable[str] = ()) -> Merged:
-    """Merge what a recipe consists of: its file, its dataset, its variant for that, and --set.
-
-    What a task starts from, configs/task/TASK.yaml where there is one, comes before all of them.
+    """Merge configs/task/TASK.yaml, the recipe's dataset and file, its `per_data` part, and --set.
 
     Args:
         path: The recipe's YAML. Its `data` is a name of configs/data, a mapping, or both:
@@ -172,7 +171,7 @@ def merge_recipe(path: Path, *, data: str | None = None, settings: Iterable[str]
 
 
 def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What recipes of a task start from, and its name for messages."""
+    """Defaults of a recipe's task, and their file's name for messages."""
     task = content.get("task")
     name = task.get("name") if isinstance(task, Mapping) else None
     if name not in known_configs("task"):
@@ -182,12 +181,12 @@ def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
-    """The part of `per_data` for a dataset; a key that means none is a mistake."""
+    """The part of `per_data` for a dataset; misspelled names are mistakes."""
     known = [*known_configs("data"), name]
     mistakes = []
     for key, part in variants.items():
         near = difflib.get_close_matches(str(key), known, 1, 0.7)
-        if key not in known and near:  # one of the user's own is like none of these
+        if key not in known and near:  # a dataset of the user's own resembles none
             mistakes.append(f"{shown}: per_data.{key}: unknown data; did you mean '{near[0]}'?")
         elif part is not None and not isinstance(part, Mapping):
             mistakes.append(f"{shown}: per_data.{key}: expected a mapping, got {part!r}")
@@ -197,9 +196,9 @@ def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str,
 
 
 def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
-    """Lay `--set` texts over what was read, every mistake in one error.
+    """Merge `--set` texts; all mistakes are in one error.
 
-    Where only one section was read, its name may stand before the places in it.
+    If only one section was read, places may begin with its name.
     """
     mistakes = []
     for text in settings:
@@ -215,11 +214,7 @@ def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = ""
 
 
 def validate(model: type[Recipe], merged: Merged) -> Recipe:
-    """Check merged values against the schema.
-
-    Raises:
-        ConfigError: One line per mistake, all mistakes at once.
-    """
+    """Check merged values against the schema; the `ConfigError` has one line per mistake."""
     try:
         return model.model_validate(tuples(merged.values))
     except ValidationError as error:
@@ -228,12 +223,12 @@ def validate(model: type[Recipe], merged: Merged) -> Recipe:
 
 
 def to_yaml(recipe: BaseModel) -> str:
-    """The resolved recipe as YAML, every default written out."""
+    """The resolved recipe as YAML, with all defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
 
 
 def tuples(value: Any) -> Any:
-    """YAML has lists where the frozen schema has tuples; strict validation tells them apart."""
+    """Convert lists of YAML to tuples, which the strict, immutable schema has."""
     if isinstance(value, dict):
         return {key: tuples(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -245,7 +240,7 @@ def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:
     full = tuple(str(part) for part in mistake["loc"])
     place = tuple(part for part in full if part not in (NAME, PATHS))
     message = mistake["msg"].removeprefix("Value error, ")
-    if not place:  # a rule across sections: its message begins with the section it is about
+    if not place:  # across sections: messages begin with the section
         return f"{merged.source_of((re.split('[ .:]', message)[0],))}: {message}"
     where = f"{merged.source_of(place)}: {'.'.join(place)}"
     if mistake["type"] == "extra_forbidden":

@@ -1,8 +1,4 @@
-"""The schema of recipes with its defaults and descriptions.
-
-A recipe is YAML, read by `kd.problems.recipes`. Every section is frozen and refuses unknown keys
-and values of another type.
-"""
+"""Schema of recipes, with defaults and descriptions; `kd.problems.recipes` reads them."""
 
 from __future__ import annotations
 
@@ -25,57 +21,56 @@ from kd.config.pyramid_levels import on_levels
 
 
 class SoftTargets(Section):
-    """Where a term's targets come from."""
+    """How a teacher's outputs are computed and cached."""
 
     kind: Literal["stored", "live"] = Field(
-        "stored", description="stored: posteriors computed once; live: the teacher in each step"
+        "stored", description="stored: outputs are cached once; live: the teacher runs in each step"
     )
     out_of_fold: bool = Field(
         True, description="posteriors of train images from folds that did not train on them"
     )
-    dtype: Literal["float16", "float32"] = Field("float16", description="of stored numbers")
+    dtype: Literal["float16", "float32"] = Field("float16", description="of cached outputs")
     int8: bool = Field(
-        False, description="compute posteriors in 8-bit integers, on a CPU: several times as fast"
+        False, description="compute posteriors in 8-bit integers on a CPU: several times as fast"
     )
-    top_k: Whole = Field(0, description="likeliest classes stored of posteriors; 0 = all")
+    top_k: Whole = Field(0, description="number of likeliest classes cached of posteriors; 0 = all")
     cache: str | None = Field(
-        None, description="folder or URL of stored outputs; null: in the teacher's run folder"
+        None, description="folder or URL of the cache; null: in the teacher's run folder"
     )
     mirrored: bool = Field(
-        False, description="also store layers and logits of mirrored images, for flips"
+        False, description="also cache layers and logits of mirrored images, for flips"
     )
     equivariance_error: NotNegative = Field(
-        0.1, description="largest relative error of stored maps that are moved with the image"
+        0.1, description="largest relative error of cached maps that are moved with the image"
     )
     stride: Count = Field(
-        8, description="stride in pixels of stored maps, for crops of data with label maps"
+        8, description="stride in pixels of cached maps, for crops of data with label maps"
     )
     score_stride: Count | None = Field(
         None, description="the same for score maps, which may be finer than layers; null: stride"
     )
     size: Count | None = Field(
         None,
-        description="long side at which a teacher sees whole images when its outputs are stored: "
-        "larger gives more detail; null: as in its training",
+        description="long side of whole images when a teacher's outputs are cached: larger gives "
+        "more detail; null: as in its training",
     )
     balance: Probability = Field(
-        0.0,
-        description="how much of the posteriors' mean is removed, so that rare classes count more",
+        0.0, description="fraction of the prior removed from posteriors: rare classes count more"
     )
 
     def stride_of(self, *, layer: bool) -> int:
-        """Stride in pixels of the stored maps that crops get: of layers, or of score maps."""
+        """Stride in pixels of the cached maps that crops are taken from: layers or score maps."""
         return self.stride if layer or self.score_stride is None else self.score_stride
 
 
 class TeacherReference(Section):
-    """A trained teacher: a run folder, or a file model.safetensors in one."""
+    """A trained teacher."""
 
-    run: str | None = None
-    name: str = Field("unet", description="looked for in runs/teacher/NAME/DATA when run is null")
-    weight: Positive = Field(1.0, description="in mean.posterior, where there are several")
+    run: str | None = Field(None, description="run folder, or a file model.safetensors in one")
+    name: str = Field("unet", description="if run is null: runs/teacher/NAME/DATA")
+    weight: Positive = Field(1.0, description="in mean.posterior of several teachers")
     kind: Literal["stored", "live"] | None = Field(
-        None, description="of this teacher alone; null: soft_targets.kind"
+        None, description="of this teacher; null: soft_targets.kind"
     )
 
 
@@ -84,14 +79,14 @@ VARIANTS = ("plain", "distilled", "no_context", "shuffled", "output_kd")
 
 
 class Model(Section):
-    """A name of a catalogue and the keyword-only options of its builder."""
+    """Name of a model and the keyword-only options of its builder."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
 
 
 class Optimizer(Section):
-    """An optimiser; weight decay spares biases and norms."""
+    """An optimiser; biases and norms have no weight decay."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 1e-3
@@ -101,15 +96,15 @@ class Optimizer(Section):
     )
     lr_scale: dict[str, NotNegative] = Field(
         default_factory=dict,
-        description="factor on the rate of parameters whose name starts with the key; 0 freezes",
+        description="learning-rate factor by prefix of parameter names; 0 freezes",
     )
     decay_scale: dict[str, NotNegative] = Field(
-        default_factory=dict, description="factor on their weight decay likewise"
+        default_factory=dict, description="weight-decay factor by prefix of parameter names"
     )
 
 
 class Schedule(Section):
-    """The learning rate over the steps of training."""
+    """Learning rate over the steps of training."""
 
     name: Literal["constant", "cosine", "linear", "poly"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="fraction of the steps")
@@ -118,7 +113,7 @@ class Schedule(Section):
 
 
 class Critic(Section):
-    """How the critic of a holistic term learns."""
+    """Training of the critic of a holistic term."""
 
     optimizer: Optimizer = Optimizer(name="adam", lr=4e-4, momentum=0.0, weight_decay=0.0)
     schedule: Schedule = Schedule(name="poly", warmup=0.0)
@@ -128,16 +123,16 @@ class Critic(Section):
 class Train(Section):
     """The training loop."""
 
-    epochs: Whole = Field(20, description="0 = the model is evaluated as it is")
-    batch_size: Count = Field(32, description="images a step, over all processes")
-    accumulate: Count = Field(1, description="micro-batches a step; batch_size is the whole step")
+    epochs: Whole = Field(20, description="0 = evaluate only")
+    batch_size: Count = Field(32, description="images per step, over all processes")
+    accumulate: Count = Field(1, description="micro-batches per step of batch_size images")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip_norm: NotNegative = Field(5.0, description="largest gradient norm; 0 = no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay; 0 = none")
     critic: Critic = Critic()
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 autocast where the hardware multiplies bf16 natively"
+        "auto", description="auto: bf16 autocast where the hardware supports it"
     )
     channels_last: bool = True
     compile: bool = False
@@ -157,7 +152,7 @@ class Train(Section):
 
 
 class Weighted(Section):
-    """How a term's weight runs over training (a factor on `weight`)."""
+    """Schedule of a term's weight: a factor on `weight`."""
 
     name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
     until: Fraction = Field(
@@ -167,7 +162,7 @@ class Weighted(Section):
     start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
 
     def factor(self, progress: float, step: int = 0) -> float:
-        """The factor at a fraction 0..1 of training, after so many steps."""
+        """Factor at a fraction 0..1 of training, after `step` steps."""
         way = progress / self.until if self.until_step is None else step / self.until_step
         if self.name == "off_after":
             return 1.0 if way < 1.0 else 0.0
@@ -182,7 +177,7 @@ class Weighted(Section):
         if self.until_step is not None and self.until != 1.0:
             raise ValueError("until and until_step: give one of them")
         if self.name == "off_after" and self.until_step is None and self.until == 1.0:
-            raise ValueError("off_after: say when, by until (a fraction) or until_step")
+            raise ValueError("off_after: give until (a fraction) or until_step")
         return self
 
 
@@ -192,26 +187,24 @@ class TermSection(Section):
     name: str = Field(
         description="of kd.distill --list, torchdistill.NAME or package.module:attribute"
     )
-    label: str | None = Field(
-        None, description="what its curve is called; needed where a loss is there twice"
-    )
+    label: str | None = Field(None, description="name of its curve; needed if a loss is used twice")
     weight: Positive
     student: str | None = Field(None, description="output or layer of the student")
     teacher: str | None = Field(None, description="output or layer of the teacher")
     unit: Unit | None = Field(
-        None, description="what the mean of a loss of your own is over, if it does not declare it"
+        None, description="unit that the mean of a loss of your own is over, unless it declares it"
     )
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: Weighted = Weighted()
 
     @property
     def curve(self) -> str:
-        """What tells it from the recipe's other terms."""
+        """Unique name among the recipe's terms."""
         return self.label or self.name
 
 
 class Adapter(Section):
-    """Brings a student's layer to the shape of a teacher's."""
+    """Maps a student's layer to the shape of a teacher's."""
 
     kind: str = "conv1x1"
     to: str = Field(description="layer of the teacher")
@@ -219,7 +212,7 @@ class Adapter(Section):
 
 
 class TaskSection(Section):
-    """What is learned; `weights` are those of its supervised losses."""
+    """A task, and the weights of its supervised losses."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -227,10 +220,10 @@ class TaskSection(Section):
 
 
 class Recipe(Section):
-    """What all recipes have; `kd.problems.recipes` binds `data` to the section of their problem.
+    """Keys of all recipes; `kd.problems.recipes` binds `data` to the section of their problem.
 
     Attributes:
-        needs: What the problem must be able to do, see `kd.problems.spec.ProblemSpec.abilities`.
+        needs: Ability that the problem must have, see `kd.problems.spec.ProblemSpec.abilities`.
     """
 
     needs: ClassVar[str] = ""
@@ -242,20 +235,20 @@ class Recipe(Section):
     )
 
     def needed(self) -> dict[str, str]:
-        """Abilities that the problem must have, by the place that asks for them."""
+        """Abilities that the problem must have, by the key that needs them."""
         return {"data.name": self.needs} if self.needs else {}
 
 
 class TeacherRecipe(Recipe):
-    """`python -m kd.train_teacher`: a teacher of objects' context, label maps or gaze."""
+    """`python -m kd.train_teacher`: train a teacher."""
 
     teacher: Model
     train: Train = Train()
     hide: Literal["one", "all"] = Field(
-        "one", description="objects of an image hidden in an epoch: one drawn anew, or each in turn"
+        "one", description="objects of an image hidden in an epoch: one at random, or each in turn"
     )
     folds: Annotated[int, Field(ge=0, le=20)] = Field(
-        0, description="also train this many models by folds of images, for out-of-fold posteriors"
+        0, description="also train so many models on folds of images, for out-of-fold posteriors"
     )
     seed: Whole = 0
 
@@ -267,12 +260,12 @@ class TeacherRecipe(Recipe):
         return folds
 
     def needed(self) -> dict[str, str]:
-        """Folds are not for every problem."""
+        """Folds need an ability of that name."""
         return {"folds": "folds"} if self.folds else {}
 
 
 class DistillRecipe(Recipe):
-    """`python -m kd.distill`: a student, its plain twin, and the comparison."""
+    """`python -m kd.distill`: train a student without and with a teacher, and compare them."""
 
     teacher: TeacherReference = TeacherReference()
     more_teachers: dict[str, TeacherReference] = Field(
@@ -283,14 +276,14 @@ class DistillRecipe(Recipe):
     student: Model
     levels: tuple[str, ...] = Field(
         (),
-        description="of pyramids: a term or adapter with {level} in its layers is there for each",
+        description="of pyramids: terms and adapters with {level} in their layers exist for each",
     )
     adapters: dict[str, Adapter] = Field(default_factory=dict)
     losses: tuple[TermSection, ...] = Field((), description="terms of the distilled variant")
-    more_losses: tuple[TermSection, ...] = Field((), description="terms that only ablations have")
+    more_losses: tuple[TermSection, ...] = Field((), description="terms of ablations only")
     ablations: dict[str, dict[str, tuple[str, ...]]] = Field(
         default_factory=dict,
-        description="for --ablation NAME: variants beside plain, each with its terms' labels",
+        description="for --ablation NAME: variants besides plain, with the labels of their terms",
     )
     variants: tuple[str, ...] = Field(
         ("plain", "distilled", "no_context"),
@@ -333,9 +326,9 @@ class DistillRecipe(Recipe):
             raise ValueError(f"variants {list(self.variants)} must be one or more different names")
         own = [variant for variants in self.ablations.values() for variant in variants]
         if wrong := sorted(set(own) & set(VARIANTS)):
-            raise ValueError(f"ablations: {', '.join(wrong)}: these variants are there already")
+            raise ValueError(f"ablations: {', '.join(wrong)}: names of built-in variants")
         if twice := sorted({variant for variant in own if own.count(variant) > 1}):
-            raise ValueError(f"ablations: {', '.join(twice)}: a variant of two ablations")
+            raise ValueError(f"ablations: {', '.join(twice)}: defined in two ablations")
         if wrong := sorted(set(self.variants) - {*VARIANTS, *own}):
             raise ValueError(
                 f"variants: unknown {', '.join(wrong)}; known: {', '.join([*VARIANTS, *own])}"
@@ -345,59 +338,59 @@ class DistillRecipe(Recipe):
 
     @property
     def teachers(self) -> dict[str, TeacherReference]:
-        """All teachers by name; that of the recipe's `teacher` is empty."""
+        """All teachers by name; the recipe's `teacher` is ""."""
         return {"": self.teacher, **self.more_teachers}
 
     def caches(self, teacher: str) -> bool:
-        """Whether what a teacher says is computed once rather than in each step."""
+        """Whether a teacher's outputs are cached rather than computed in each step."""
         return (self.teachers[teacher].kind or self.soft_targets.kind) == "stored"
 
     @property
     def all_losses(self) -> tuple[TermSection, ...]:
-        """Every term of any variant."""
+        """Terms of all variants."""
         return (*self.losses, *self.more_losses)
 
     def terms_of(self, variant: str) -> tuple[str, ...] | None:
-        """Labels of the terms of an ablation's variant, None for the other variants."""
+        """Labels of the terms of an ablation's variant; None for the other variants."""
         return next(
             (variants[variant] for variants in self.ablations.values() if variant in variants), None
         )
 
 
 class Probe(Section):
-    """A linear probe: the trunk and its batch norms stay as they are, the head alone learns."""
+    """Linear probe: only the head is trained; the trunk and its batch norms are frozen."""
 
-    lr: Positive | None = Field(None, description="rate; null: that of train")
-    epochs: Count | None = Field(None, description="null: those of train")
+    lr: Positive | None = Field(None, description="null: that of train")
+    epochs: Count | None = Field(None, description="null: that of train")
     remember: bool = Field(
-        False, description="keep the trunk's maps in memory: for images that are not augmented"
+        False, description="cache the trunk's maps in memory: for images without augmentation"
     )
 
 
 class Finetune(Section):
-    """Fine-tuning: all of the student learns."""
+    """Fine-tuning of the whole student."""
 
-    lr: Positive | None = Field(None, description="rate; null: that of train")
-    epochs: Count | None = Field(None, description="null: those of train")
+    lr: Positive | None = Field(None, description="null: that of train")
+    epochs: Count | None = Field(None, description="null: that of train")
     trunk: Positive = Field(
-        1.0, description="factor on the trunk's rate, where it does not start at random weights"
+        1.0, description="learning-rate factor of the trunk, unless it starts from random weights"
     )
 
 
 class TransferRecipe(Recipe):
-    """`python -m kd.transfer`: a student from several starts, as a linear probe and fine-tuned."""
+    """`python -m kd.transfer`: probe and fine-tune a student from several trunk weights."""
 
     needs: ClassVar[str] = "transfer"
 
     teacher: TeacherReference = TeacherReference()
-    student: Model = Field(description="transferred: with the teacher's trunk, whatever it is")
+    student: Model = Field(description="transferred: has the teacher's trunk")
     starts: dict[str, str | None] = Field(
         default={"random": None, "context": "teacher"},
-        description="weights of the trunk by name, the first is compared with: null = random; "
-        "teacher; imagenet; a run; or a file of torchvision weights",
+        description="trunk weights by name, the first is the baseline: null = random; teacher; "
+        "imagenet; a run; or a file of torchvision weights",
     )
-    probe: Probe | None = Field(Probe(), description="null leaves it out")
-    finetune: Finetune | None = Field(Finetune(), description="null leaves it out")
+    probe: Probe | None = Field(Probe(), description="null: skip")
+    finetune: Finetune | None = Field(Finetune(), description="null: skip")
     seeds: tuple[Whole, ...] = (0,)
     train: Train = Train()
 
@@ -412,5 +405,5 @@ class TransferRecipe(Recipe):
                 raise ValueError(f"starts.{name}: a name is letters, digits and _")
         if set_by_start := {"weights", "frozen", "remember"} & self.student.options.keys():
             named = ", ".join(sorted(set_by_start))
-            raise ValueError(f"student: options {named}: `starts`, `probe` and `finetune` say that")
+            raise ValueError(f"student: options {named}: set by `starts`, `probe` and `finetune`")
         return self

@@ -1,4 +1,4 @@
-"""The cost of networks on this device, beside the accuracy of their runs."""
+"""Measured cost of networks on this device, and the accuracy of their runs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PLAIN, TEACHER = "plain", "teacher"
 
 @dataclass(frozen=True)
 class _Trained:
-    """Runs of one network, trained in one way, one a seed."""
+    """Runs of one network and variant."""
 
-    runs: list[Run]  # one a seed
+    runs: list[Run]  # one per seed
     variant: str
     origin: Path  # folder of the distillation, or of the teacher
 
@@ -39,35 +39,31 @@ class _Trained:
 
     @property
     def network(self) -> str:
-        """What it is called, with its trunk where that is an option: `pspnet_resnet18`."""
+        """Name, with the trunk if that is an option: `pspnet_resnet18`."""
         trunk = self.section.options.get("trunk")
         return f"{self.section.name}_{trunk}" if isinstance(trunk, str) else self.section.name
 
     @property
     def kind(self) -> Kind:
-        """How it was trained; whatever is not plain was taught."""
-        return (
-            "teacher"
-            if self.variant == TEACHER
-            else "plain"
-            if self.variant == PLAIN
-            else "distilled"
-        )
+        """Teacher, plain, or distilled in any way."""
+        if self.variant == TEACHER:
+            return "teacher"
+        return "plain" if self.variant == PLAIN else "distilled"
 
     @property
     def mean_iou(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         name = self.runs[0].results.cost_metric
         assert name is not None
         return sum(value_of(run.results, name, run.records) for run in self.runs) / len(self.runs)
 
 
 def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> list[Cost]:
-    """Measure the networks of finished runs on images of the size that they are evaluated at.
+    """Measure the networks of finished runs on images of their evaluation's size.
 
     Args:
-        distillations: Every variant counts, by its mean over seeds.
-        singles: Teachers, or single variants.
+        distillations: Each variant has the mean over its seeds.
+        singles: Teachers or single variants.
 
     Raises:
         UserError: A run does not predict label maps, runs have predictions on different images, or
@@ -106,7 +102,7 @@ def _single(run: Run) -> _Trained:
 
 
 def _names(trained: Sequence[_Trained]) -> list[str]:
-    """The network's name; where several runs have networks of that name, their folder's."""
+    """Name of each network, or of its folder where several folders have that network."""
     names = [one.network for one in trained]
     origins = list(dict.fromkeys(one.origin for one in trained))
     folders = dict(zip(origins, distinct_names(origins), strict=True))
@@ -119,7 +115,7 @@ def _names(trained: Sequence[_Trained]) -> list[str]:
 
 
 def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
-    """Build the network at random weights, which cost as much as trained ones."""
+    """Measure the network with random weights, which have the same cost."""
     run = one.runs[0]
     section = section_from(run.config, str(run.folder / "config.yaml"))
     data = open_data(section, run.config["task"]["name"])
@@ -131,12 +127,8 @@ def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
     sides = run.results.usual_size(data)
     images = torch.zeros(1, 3, *sides, device=device)
     point = CostPoint(
-        name=name,
-        parameters=count_parameters(model),
-        multiply_adds=multiply_adds(model, images),
-        latency=1000 * latency(model, images),
-        mean_iou=one.mean_iou,
-        kind=one.kind,
-    )
+        name, count_parameters(model), multiply_adds(model, images),
+        latency=1000 * latency(model, images), mean_iou=one.mean_iou, kind=one.kind,
+    )  # fmt: skip
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return Cost(point, one.variant, sides, f"{device.type}{threads}")

@@ -1,4 +1,4 @@
-"""Accuracy against cost: what distillation gains networks that are small and fast."""
+"""Table and figure of accuracy against cost."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _SHAPES = "osD^"  # of students, one after another where there are more than colours
 _PANELS = (
     ("parameters", "parameters"),
-    ("multiply_adds", "multiply-adds of one picture"),
-    ("latency", "latency of one picture (ms)"),
+    ("multiply_adds", "multiply-adds per image"),
+    ("latency", "latency per image (ms)"),
 )
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-# Where a name may stand: points to the right and up from its marker, and how it is aligned.
+# Places of a name: points to the right of and above its marker, and its alignment.
 _PLACES: tuple[tuple[int, int, str, str], ...] = (
     *((7, 0, "left", "center"), (-7, 0, "right", "center")),
     *((0, 7, "center", "bottom"), (0, -7, "center", "top")),
@@ -47,10 +47,10 @@ class CostPoint:
     """A trained network.
 
     Attributes:
-        name: Equal for a student that was trained plainly and one that was distilled.
-        parameters: Their number.
-        multiply_adds: Of one picture.
-        latency: Milliseconds of one picture.
+        name: Equal for the plain and the distilled runs of a student.
+        parameters: Number of parameters.
+        multiply_adds: Per image.
+        latency: Milliseconds per image.
         mean_iou: In 0..1.
         kind: How it was trained.
     """
@@ -64,33 +64,29 @@ class CostPoint:
 
 
 class Cost(NamedTuple):
-    """A network as it was measured."""
+    """Measured cost of a network."""
 
     point: CostPoint
-    variant: str  # what its run is called
-    sides: tuple[int, int]  # height and width of the picture
+    variant: str  # of its run
+    sides: tuple[int, int]  # height and width of the image
     device: str
 
 
 class Look(NamedTuple):
-    """How the markers of one name are drawn."""
+    """Marker style of a network."""
 
     colour: str
     shape: str
 
 
 def cost_figure(points: Sequence[CostPoint]) -> Figure:
-    """Three panels of mIoU: against parameters, multiply-adds and latency, all logarithmic.
+    """Plot mIoU against parameters, multiply-adds and latency, all logarithmic.
 
-    An arrow leads from a plain student to each distilled one of its name. Each name is written
-    once a panel, in its colour and where it hides the least.
-
-    Args:
-        points: In any order.
+    An arrow leads from a plain student to each distilled one of its name. Names are placed where
+    they overlap the least.
 
     Raises:
-        UserError: No point, a kind that is unknown, a cost that is not above zero, or an accuracy
-            outside of 0..1.
+        UserError: No point, an unknown kind, a cost not above 0, or an mIoU outside of 0..1.
     """
     _check(points)
     figure = Figure(figsize=(11.0, 3.9))
@@ -105,34 +101,28 @@ def cost_figure(points: Sequence[CostPoint]) -> Figure:
     kinds = [kind for kind in KINDS if any(point.kind == kind for point in points)]
     handles = [_mark(kind, Look(GREY, "o")) for kind in kinds]
     figure.legend(handles, kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
-    figure.draw_without_rendering()  # places are known now
-    figure.set_layout_engine("none")  # names stand where they do: nothing may move any more
+    figure.draw_without_rendering()  # computes positions
+    figure.set_layout_engine("none")  # fixes them, as names are placed by them
     for axes, (cost, _) in zip(panels, _PANELS, strict=True):
         _write_names(axes, points, cost, looks)
     return figure
 
 
 def cost_table(costs: Sequence[Cost]) -> Table:
-    """The numbers behind `cost_figure`, the cheapest network first."""
+    """The numbers of `cost_figure`, by multiply-adds."""
     lines = []
     for cost in sorted(costs, key=lambda cost: cost.point.multiply_adds):
         point, (height, width) = cost.point, cost.sides
-        lines.append(
-            (
-                point.name,
-                cost.variant,
-                f"{width} x {height}",
-                f"{point.parameters / 1e6:.3g}",
-                f"{point.multiply_adds / 1e9:.3g}",
-                f"{point.latency:.3g}",
-                f"{100 * point.mean_iou:.1f}",
-            )
-        )
-    header = ("network", "run", "picture", "parameters (M)", "multiply-adds (G)", "latency (ms)",
+        lines.append((
+            point.name, cost.variant, f"{width} x {height}", f"{point.parameters / 1e6:.3g}",
+            f"{point.multiply_adds / 1e9:.3g}", f"{point.latency:.3g}",
+            f"{100 * point.mean_iou:.1f}",
+        ))  # fmt: skip
+    header = ("network", "run", "image", "parameters (M)", "multiply-adds (G)", "latency (ms)",
               "mIoU (%)")  # fmt: skip
     devices = ", ".join(dict.fromkeys(cost.device for cost in costs))
-    note = f"latency: median of forwards of one picture at a time, on {devices}"
-    return Table("What networks cost", header, (tuple(lines),), (note,))
+    note = f"latency: median of forward passes of single images on {devices}"
+    return Table("Cost of networks", header, (tuple(lines),), (note,))
 
 
 def _check(points: Sequence[CostPoint]) -> None:
@@ -149,7 +139,7 @@ def _check(points: Sequence[CostPoint]) -> None:
 
 
 def _looks(points: Sequence[CostPoint]) -> dict[str, Look]:
-    """One look a name: teachers are dark, students have colours."""
+    """Style by name: teachers are dark, students coloured."""
     looks = {point.name: Look(INK, "*") for point in points if point.kind == "teacher"}
     students = [name for name in dict.fromkeys(p.name for p in points) if name not in looks]
     for place, (name, colour) in enumerate(zip(students, colours(len(students)), strict=True)):
@@ -158,7 +148,7 @@ def _looks(points: Sequence[CostPoint]) -> dict[str, Look]:
 
 
 def _mark(kind: Kind, look: Look, at: tuple[float, float] | None = None) -> Line2D:
-    """A marker; a plain student's is hollow. Without a place it is for the legend."""
+    """A marker at a place or, without one, for the legend; plain students are hollow."""
     x, y = ([], []) if at is None else ([at[0]], [at[1]])
     return Line2D(
         x, y, linestyle="", zorder=3, marker="*" if kind == "teacher" else look.shape,
@@ -180,7 +170,7 @@ def _pairs(points: Sequence[CostPoint]) -> Iterator[tuple[CostPoint, CostPoint]]
 
 
 def _panel(axes: Axes, points: Sequence[CostPoint], cost: str, looks: dict[str, Look]) -> None:
-    """Markers and arrows."""
+    """Draw markers and arrows."""
     clean(axes)
     axes.set_xscale("log")
     for point in points:
@@ -200,7 +190,7 @@ def _panel(axes: Axes, points: Sequence[CostPoint], cost: str, looks: dict[str, 
 
 
 def _short(value: float) -> str:
-    """A number and its unit: 500k, 10M, 2G."""
+    """Format a number with its unit: 500k, 10M, 2G."""
     for size, letter in _UNITS:
         if value >= size:
             return f"{value / size:g}{letter}"
@@ -210,7 +200,7 @@ def _short(value: float) -> str:
 def _write_names(
     axes: Axes, points: Sequence[CostPoint], cost: str, looks: dict[str, Look]
 ) -> None:
-    """Each name once, beside one of its points; those of the best networks choose first."""
+    """Write each name once, beside one of its points, in falling order of mIoU."""
     taken = [_around(axes, _place(point, cost)) for point in points]
     for pair in _pairs(points):
         ends = axes.transData.transform([_place(point, cost) for point in pair])
@@ -222,7 +212,7 @@ def _write_names(
 
 
 def _around(axes: Axes, place: tuple[float, float]) -> Bbox:
-    """A marker's box in pixels."""
+    """Bounding box of a marker, pixels."""
     x, y = axes.transData.transform(place)
     half = 4 * axes.figure.dpi / 72
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
@@ -231,7 +221,7 @@ def _around(axes: Axes, place: tuple[float, float]) -> Bbox:
 def _written(
     axes: Axes, name: str, places: Sequence[tuple[float, float]], colour: str, taken: Sequence[Bbox]
 ) -> Bbox:
-    """Write a name where it hides the least of what is taken; its box in pixels."""
+    """Write a name where it overlaps least with other boxes; return its box in pixels."""
     frame = axes.get_window_extent()
     ink = tuple(0.75 * part for part in to_rgb(colour))  # letters are thinner than markers
     tried: list[tuple[float, int, Annotation, Bbox]] = []
@@ -249,20 +239,20 @@ def _written(
         tried.append((hidden, order, label, box))
         if hidden < 1:  # less than a pixel
             break
-    _, _, kept, box = min(tried, key=lambda one: one[:2])
+    _, _, best, box = min(tried, key=lambda one: one[:2])
     for _, _, label, _ in tried:
-        if label is not kept:
+        if label is not best:
             label.remove()
     return box
 
 
 def _text_box(label: Annotation) -> Bbox:
-    """The letters' box in pixels, without the line to the marker."""
-    label.get_window_extent()  # brings the text's own place up to date
+    """Bounding box of the letters, without the line to the marker, pixels."""
+    label.get_window_extent()  # updates the text's position
     return Text.get_window_extent(label)
 
 
 def _shared(one: Bbox, other: Bbox) -> float:
-    """Pixels that two boxes share."""
+    """Area that two boxes share, pixels."""
     both = Bbox.intersection(one, other)
     return 0.0 if both is None else float(both.width * both.height)

@@ -1,4 +1,4 @@
-"""Val images with what every variant of a distillation predicts."""
+"""Val images with the predictions of every variant of a distillation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _log = logging.getLogger("kd")
 
 
 def write_overlays(distillation: Distillation) -> None:
-    """Draw what each variant's student of the first seed predicts, beside teachers of its task.
+    """Draw predictions of each variant's first seed, beside those of teachers of the same task.
 
-    `train.images` is the number of val images. Each is `overlays/<n>.png` in the distillation's
-    folder, and an image in its event file.
+    `train.images` is the number of val images; each is `overlays/<n>.png` in the distillation's
+    folder and an image in its event file.
     """
     recipe, data, out = distillation.recipe, distillation.data, distillation.out
     task, count, seed = distillation.task, recipe.train.images, recipe.seeds[0]
@@ -66,14 +66,7 @@ def write_overlays(distillation: Distillation) -> None:
 
 
 def stored_records(folders: Mapping[str, Path], results: Results) -> dict[str, Records]:
-    """Read the predictions of finished runs on the same images.
-
-    A run on other images than the first, such as a teacher of another dataset, is left out with a
-    warning.
-
-    Raises:
-        UserError: The first run's predictions cannot be read.
-    """
+    """Read predictions of finished runs; those on other images than the first are skipped."""
     runs: dict[str, Records] = {}
     for name, folder in folders.items():
         try:

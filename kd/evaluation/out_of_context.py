@@ -161,10 +161,8 @@ def match_detections(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Whether each pasted object was detected, and whether with its true class.
 
-    The best-scored detection that overlaps the object by at least `MATCH_IOU` counts.
-
-    Returns:
-        Ids of the scored objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.
+    The best-scored detection with an IoU of at least `MATCH_IOU` counts. Returns ids of the scored
+    objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.
     """
     assert index.scored is not None
     truth = read_truth(index.annotation_file)

@@ -1,4 +1,4 @@
-"""Predictions of runs on a val split: computed by their models, or read where they are stored."""
+"""Predictions of runs on a val split, computed or stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kd.distillation.student import AdaptedStudent
 from kd.engine.loop import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems import problem_of_task
+from kd.problems import specs
 from kd.problems.base import Dataset, Metric, Task
 from kd.problems.recipes import data_config, section_from
 from kd.problems.results import Evaluation, Predictor, Results
@@ -48,10 +48,15 @@ from kd.runs.train import summary_of, val_loader
 _log = logging.getLogger("kd")
 FOLDER = "evaluation"  # in a run's folder
 _PREDICTIONS = "predictions.npz"
-IMAGES = 8  # that are drawn
-# How a run sees images; another dataset is seen in the same way.
-_SEEN = ("size", "shape", "min_fraction", "max_fraction", "images")
-# Settings that do not change predictions; folders of evaluations are not named by them.
+IMAGES = 8  # drawn in an evaluation
+_IMAGE_KEYS = (  # of a dataset's section, inherited by another dataset
+    "size",
+    "shape",
+    "min_fraction",
+    "max_fraction",
+    "images",
+)
+# Settings that do not change predictions, and are not part of folder names.
 _FREE = ("root=", "workers=", "prepared=")
 _SEPARATORS = re.compile(r"[^\w.=-]+")
 
@@ -67,10 +72,9 @@ class Predictions:
         metric: Holds the predictions.
         config: The run's, with this dataset.
         summary: The content of `summary.json`.
-        folder: The folder of evaluations of this run on this dataset.
-        images: Draws val images with what the model predicts.
-        how: What differs from the dataset and model as they are:
-            `val=test, scales 0.75, 1, flip`.
+        folder: For evaluations of this run on this dataset.
+        images: Draws val images with predictions.
+        how: Differences from the defaults: `val=test, scales 0.75, 1, flip`.
     """
 
     name: str
@@ -85,7 +89,7 @@ class Predictions:
 
     @property
     def step(self) -> int:
-        """The number of training steps."""
+        """Number of training steps."""
         return int(self.summary["steps"])
 
     @cached_property
@@ -99,7 +103,7 @@ class Predictions:
         return self.folder.name == FOLDER
 
     def save(self) -> None:
-        """Write what makes the folder a run that can be compared with others, without weights."""
+        """Make the folder a run without weights, which can be compared with others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_config(self.folder, self.config)
         write_class_names(self.folder, self.data.class_names)
@@ -123,18 +127,18 @@ def predict_run(
     scales: Sequence[float] = (),
     mirror: bool = False,
 ) -> Predictions | None:
-    """Load a run's model and predict the val split; None on ranks other than 0.
+    """Predict the val split with a run's model; None on ranks other than 0.
 
     Args:
-        run: A teacher's folder or that of one variant.
+        run: Folder of a teacher or of a distillation's variant.
         data_name: Another dataset than its own.
         settings: `data.a=value`.
-        scales: Of label maps: average the scores over these scales; none: the images as they are.
-        mirror: Of label maps: and over mirrored images.
+        scales: Average the scores of label maps over these scales.
+        mirror: Average them over mirrored images, too.
 
     Raises:
-        UserError: Not a run, unfinished, or one with another number of classes than the dataset;
-            scales or mirrored images of a run that does not predict label maps.
+        UserError: Not a finished run, a dataset with another number of classes, or scales or
+            mirrored images of a run that does not predict label maps.
     """
     config, data, model, task = open_run(run, settings, data_name)
     results = results_of(config, run)
@@ -162,12 +166,12 @@ def predict_run(
         )
 
     own = data.section.name == config["data"]["name"]
-    called = _SEPARATORS.sub("_", ", ".join(how))
+    subfolder = _SEPARATORS.sub("_", ", ".join(how))
     return Predictions(
         name, data, results, metric,
         config={**config, "data": data.section.model_dump(mode="json")},
         summary=summary_of(results, data, metric, model, _steps(run)),
-        folder=run / FOLDER / ("" if own else data.section.name) / called,
+        folder=run / FOLDER / ("" if own else data.section.name) / subfolder,
         images=images, how=", ".join(how),
     )  # fmt: skip
 
@@ -181,7 +185,7 @@ def _changes(settings: Sequence[str]) -> list[str]:
 def open_run(
     run: Path, settings: Sequence[str], data_name: str | None = None
 ) -> tuple[dict[str, Any], Dataset, nn.Module, Task]:
-    """Open a finished run: its config, dataset, model and task, be it a teacher or a student.
+    """Config, dataset, model and task of a finished run of a teacher or student.
 
     Raises:
         UserError: Not a run, unfinished, or a teacher of other classes.
@@ -199,21 +203,20 @@ def open_run(
 def data_section(
     run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
 ) -> DatasetSection:
-    """The dataset to evaluate on, seen as in training: the run's own, or another by name."""
+    """The run's dataset, or another by name with the same image settings."""
     if name is None:
         return section_from(config, str(run / "config.yaml"), settings)
     own = config["data"]
-    seen = [f"{key}={json.dumps(own[key])}" for key in _SEEN if key in own]
-    return data_config(name, [*seen, *settings])
+    same = [f"{key}={json.dumps(own[key])}" for key in _IMAGE_KEYS if key in own]
+    return data_config(name, [*same, *settings])
 
 
 def stored_predictions(runs: Sequence[Run], data_name: str | None) -> list[Run]:
-    """Runs with their predictions on one dataset: their own, or what `kd.evaluate --data` wrote.
+    """Runs with stored predictions on one dataset; those without are skipped with a warning.
 
     Args:
         runs: Finished runs.
-        data_name: The dataset; None where all runs have the same. Runs that were never evaluated
-            on it are left out with a warning.
+        data_name: The dataset; None if all runs have the same.
 
     Raises:
         UserError: Runs of different datasets and no name, or no run was evaluated on it.
@@ -246,12 +249,7 @@ def stored_predictions(runs: Sequence[Run], data_name: str | None) -> list[Run]:
 
 
 def side_by_side(runs: Sequence[Run], data_name: str | None, settings: Sequence[str]) -> Evaluation:
-    """Tables and figures of several runs.
-
-    Args:
-        runs: With their predictions on one dataset.
-        data_name: That dataset, None where it is the runs' own.
-        settings: `data.a=value`.
+    """Evaluate several runs with predictions on one dataset, their own if `data_name` is None.
 
     Raises:
         UserError: The predictions are on different images, or not on those of the dataset.
@@ -269,19 +267,11 @@ def side_by_side(runs: Sequence[Run], data_name: str | None, settings: Sequence[
 
 
 def results_files(annotations: Path, files: Sequence[Path]) -> Evaluation:
-    """Tables and figures of results files of any detector, in COCO's format.
-
-    Args:
-        annotations: COCO instances JSON.
-        files: Results on its images; the files' names are the runs'.
-
-    Raises:
-        UserError: What is wrong with one of the files, or two are the same.
-    """
+    """Evaluate results files of any detector in COCO's format; the files' names are the runs'."""
     if len(set(files)) < len(files):
         raise UserError(f"{files[-1]}: the same results twice")
-    task = "detection"
-    results = problem_of_task(task).results(task)
+    spec = next(spec for spec in specs() if "results_files" in spec.abilities)
+    results = spec.load().results(next(iter(spec.tasks)))
     names = distinct_names([path.with_suffix("") for path in files])
     runs = {n: results.read_file(annotations, f) for n, f in zip(names, files, strict=True)}
     title = f"{annotations.stem}: {results.about(next(iter(runs.values())))}"
@@ -307,7 +297,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _is_teacher(config: Mapping[str, Any]) -> bool:
-    """A distillation's config names its teacher's run, a teacher's the options of the model."""
+    """Only a teacher's config has the options of the teacher; a distillation's names its run."""
     return {"name", "options"} <= set(config.get("teacher", ()))
 
 
@@ -318,7 +308,7 @@ def _model_name(config: Mapping[str, Any]) -> str:
 
 
 def _steps(run: Path) -> int:
-    """Steps of training, 0 where the run's summary does not say."""
+    """Number of training steps, 0 if the run's summary lacks it."""
     try:
         return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError):

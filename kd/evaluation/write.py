@@ -23,13 +23,10 @@ def write_evaluation(
     """Write `table.md`, `metrics.json`, a PNG for each figure, and the same for TensorBoard.
 
     Args:
-        folder: Created where it is missing; an earlier evaluation in it is replaced.
-        evaluation: What is written.
+        folder: Created if missing; an earlier evaluation in it is replaced.
+        evaluation: Tables, figures and numbers.
         step: Of training, TensorBoard's axis.
         images: Figures of single images, `hidden_scene_0.png` and so on.
-
-    Raises:
-        UserError: The folder cannot be written.
     """
     markdown = "\n".join(table.to_markdown() for table in evaluation.all_tables())
     numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
@@ -50,18 +47,14 @@ def write_evaluation(
 
 
 def fresh_tracker(folder: Path) -> Tracker:
-    """A tracker whose event file replaces earlier ones.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
+    """A tracker whose event file replaces earlier ones."""
     for events in folder.glob(_EVENTS):
         events.unlink()
     return Tracker(folder)
 
 
 def write_figure(figure: Figure, file: Path, tracker: Tracker, tag: str, step: int) -> None:
-    """Render a figure once, which can take a second, for both its file and its tag."""
+    """Write a figure to a file and an event; rendered once, as it can take a second."""
     image = figure_image(figure, dpi=_DPI)
     save_image(image, file)
     tracker.image(tag, image, step)

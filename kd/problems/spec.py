@@ -22,7 +22,8 @@ class ProblemSpec:
         implementation: "package.module:attribute" of its `Problem`.
         example: A dataset of configs/data, for messages.
         abilities: Optional features: "folds" (out-of-fold teachers), "transfer" (trunks for
-            `kd.transfer`), "context" (queries about hidden objects).
+            `kd.transfer`), "context" (queries about hidden objects), "results_files" (of other
+            models, in COCO's format).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The figure of a comparison: variants side by side, metric by metric."""
+"""Figure of a comparison: bars of variants, metric by metric."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> 
 
     Args:
         table: From `distill_table` or `runs_table`.
-        metrics: By default those in percent, or all where none is.
-
-    Raises:
-        UserError: The table has none of these metrics.
+        metrics: By default those in percent, or all if none is.
     """
     known = {entry.metric.name: entry.metric for entry in table.comparisons}
     chosen = [name for name in known if metrics is None or name in metrics]

@@ -1,4 +1,4 @@
-"""Label maps over their image: the truth and what networks say, side by side in fixed colours."""
+"""Label maps over their image, side by side in fixed colours."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor
 from kd.report.style import GREY, INK, new_panels
 from kd.utils.images import VOID
 
-# Each as far from those before it, and from greys, as can be (CIELAB), without glaring ones.
+# Each as far as possible from those before it and from greys (CIELAB), without glaring ones.
 _COLOURS = (
     *("#0067A5", "#F38400", "#008856", "#FF1E96", "#D2F03C", "#690F96", "#871E1E", "#FFB4FF"),
     *("#00E1FF", "#00FF96", "#695A00", "#FFD296", "#2D78FF", "#692D5A", "#FF8796", "#3CA50F"),
     *("#A5F0C3", "#FF4B3C", "#F069F0", "#C3A50F", "#A5C3FF", "#96B45A", "#008796", "#C3784B"),
     *("#9669C3", "#D2004B", "#2D4B1E", "#A50F78", "#0F3C96", "#96FF69", "#00FFD2", "#2D6900"),
 )
-_TURN = 0.61803398875  # of the hue from one further class to the next: far from all before it
-_STRENGTH = 0.75  # of a colour over the image
+_TURN = 0.61803398875  # hue step of further classes, the golden ratio
+_STRENGTH = 0.75  # opacity of a colour over the image
 _NO_CLASS = "#d0d0d0"
-BACKGROUND = "background"  # the class that is the rest: the image shows, without a colour
+BACKGROUND = "background"  # has no colour
 _LETTERS_AN_INCH = 16
-_AT_MOST = 5  # panels of a row
+_AT_MOST = 5  # panels per row
 
 
 def class_colour(number: int) -> str:
-    """The colour of a class, the same in every figure, as `#rrggbb`."""
+    """Colour of a class, `#rrggbb`, the same in every figure."""
     if number < len(_COLOURS):
         return _COLOURS[number]
     further = number - len(_COLOURS)
@@ -42,15 +42,12 @@ def class_colour(number: int) -> str:
 
 
 def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.uint8]:
-    """A grey image with the colours of classes over it; pale where no class is known.
+    """A grey image with the colours of classes over it, (H, W, 3); unlabelled pixels are pale.
 
     Args:
         image: (3, H, W) uint8.
         labels: (H, W), classes or `VOID`.
         names: C names.
-
-    Returns:
-        (H, W, 3).
     """
     colours = np.zeros((256, 3))
     strength = np.full(256, _STRENGTH)
@@ -60,12 +57,12 @@ def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.u
     colours[VOID], strength[VOID] = to_rgb(_NO_CLASS), 0.85
     grey = image.float().mean(dim=0).numpy()[..., None] / 255
     own = labels.long().numpy()
-    share = strength[own][..., None]
-    return np.asarray(np.round(255 * ((1 - share) * grey + share * colours[own])), np.uint8)
+    opacity = strength[own][..., None]
+    return np.asarray(np.round(255 * ((1 - opacity) * grey + opacity * colours[own])), np.uint8)
 
 
 def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """The image, then each label map over it, with the names of the classes that occur.
+    """The image and each label map over it, with a legend of the classes that occur.
 
     Args:
         image: (3, H, W) uint8.
@@ -96,7 +93,7 @@ def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[st
 
 
 def _legend(labels: Tensor, names: Sequence[str]) -> list[Patch]:
-    """A patch for each class that occurs, in their order, but for the background."""
+    """A patch for each class that occurs, in their order, except the background."""
     found = [int(number) for number in labels.unique().tolist()]
     handles = [
         Patch(color=class_colour(number), label=names[number])
@@ -109,7 +106,7 @@ def _legend(labels: Tensor, names: Sequence[str]) -> list[Patch]:
 
 
 def _lines(handles: Sequence[Patch], inches: float) -> int:
-    """Rows that a legend needs: each column is as wide as its longest name."""
+    """Number of rows of a legend; each column is as wide as the longest name."""
     longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
     columns = max(1, int(inches * _LETTERS_AN_INCH / longest))
     return max(1, -(-len(handles) // columns))

@@ -1,7 +1,7 @@
-"""What figures share: colours, axes without clutter, and a figure as a file or as a tensor.
+"""Shared style of figures: colours, axes, and figures as files or tensors.
 
 Figures are drawn without a display or global state. Colours are those of Okabe and Ito, which the
-colour-blind can tell apart; what runs are held against is grey or black, told apart by its dashes.
+colour-blind can distinguish; references are grey or black, with different dashes.
 """
 
 from __future__ import annotations
@@ -21,17 +21,10 @@ from torch import Tensor
 
 from kd.errors import UserError
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-)
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = COLOURS
 GREY, PALE, INK = "#6b6b6b", "#c9c9c9", "#333333"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-# Colour and dashes of what is no run; others get `_OTHER`.
+# Colour and dashes of references.
 REFERENCES: dict[str, tuple[str, Any]] = {
     "class prior": (GREY, "--"),
     "co-occurrence": ("#7a5c00", (0, (1, 0.8))),
@@ -54,7 +47,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def new_stack(width: float, height: float, ratios: tuple[float, ...]) -> tuple[Figure, list[Axes]]:
-    """A figure whose clean axes stand above each other and share x, as high as `ratios` say."""
+    """A figure with axes above each other that share x, of these height ratios."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
@@ -76,7 +69,7 @@ def new_panels(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 
 
 def clean(axes: Axes) -> None:
-    """No frame above and right, and pale lines to read heights by."""
+    """Hide the upper and right spine, and draw pale horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
@@ -85,24 +78,24 @@ def clean(axes: Axes) -> None:
 
 
 def colours(count: int) -> list[str]:
-    """One a run."""
+    """A colour for each run."""
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
 
 def reference_style(name: str) -> dict[str, Any]:
-    """Colour and dashes of the line of what runs are held against."""
+    """Colour and dashes of a reference's line."""
     colour, dashes = REFERENCES.get(name, _OTHER)
     return {"color": colour, "linestyle": dashes}
 
 
 def letters_on(colour: str) -> str:
-    """White or black, whichever is read more easily on a colour (ITU-R BT.709 luminance)."""
+    """White or black, whichever is more readable on a colour (ITU-R BT.709 luminance)."""
     red, green, blue = to_rgb(colour)
     return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.55 else "black"
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend outside of the data, bars before lines across them; in as many rows as it needs."""
+    """A legend above the axes, bars before lines, in as many rows as needed."""
     found = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(
         *sorted(found, key=lambda f: not isinstance(f[0], BarContainer)), strict=True
@@ -118,11 +111,7 @@ def legend_above(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write a figure; the name's ending chooses the format.
-
-    Raises:
-        UserError: The ending is unknown or the file cannot be written.
-    """
+    """Write a figure; the suffix selects the format."""
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,11 +121,7 @@ def save_figure(figure: Figure, file: str | Path) -> None:
 
 
 def save_image(image: Tensor, file: Path) -> None:
-    """Write an image, uint8 (3, H, W), as PNG.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write an image, uint8 (3, H, W), as PNG."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
@@ -145,7 +130,7 @@ def save_image(image: Tensor, file: Path) -> None:
 
 
 def figure_image(figure: Figure, *, dpi: int = 110) -> Tensor:
-    """(3, H, W) uint8 of a figure, as TensorBoard's `add_image` takes it."""
+    """Render a figure to (3, H, W) uint8, as TensorBoard's `add_image` takes it."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]

@@ -27,45 +27,33 @@ Row = tuple[str, ...]
 
 
 class Scorer(Protocol):
-    """Scores records of one kind; tables and figures know records by it alone."""
+    """Computes metrics of one kind of records."""
 
     @property
     def things(self) -> str:
-        """What is scored, in the plural: `objects`."""
-        ...
+        """Plural noun for messages: `objects`."""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the metrics of a table, unless others are chosen."""
-        ...
+        """Default metrics of a table."""
 
     def metric(self, name: str) -> Metric:
         """The declaration of a metric."""
-        ...
 
     def value(self, records: Records, name: str) -> float | None:
-        """A metric; None where no row counts for it.
-
-        Raises:
-            UserError: An unknown metric.
-        """
-        ...
+        """A metric; None if no row counts for it. Raises `UserError` for an unknown one."""
 
     def interval(self, records: Records, name: str) -> Interval | None:
-        """A metric with its 95 % interval over images; None where there is none."""
-        ...
+        """A metric with its 95 % interval over images, or None."""
 
     def difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A metric minus a twin's on the same images; NaN bounds where there are none."""
-        ...
+        """A metric minus a twin's on the same images; NaN bounds if unknown."""
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """Predictions that others are compared with, by name: the same rows with their values."""
-        ...
+        """Reference predictions on the same rows, by name."""
 
     def notes(self, records: Records) -> Sequence[str]:
-        """What a table says about the references."""
-        ...
+        """Notes about the references."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +62,13 @@ class Comparison:
 
     metric: Metric
     variant: str
-    values: tuple[float, ...]  # one a seed
-    difference: Interval | None = None  # None: this is the baseline
-    by_seed: tuple[Interval, ...] = ()  # differences of each seed, over images
+    values: tuple[float, ...]  # one per seed
+    difference: Interval | None = None  # None for the baseline
+    by_seed: tuple[Interval, ...] = ()  # difference of each seed, over images
 
     @property
     def mean(self) -> float:
-        """The mean over seeds."""
+        """Mean over seeds."""
         return sum(self.values) / len(self.values)
 
 
@@ -91,17 +79,14 @@ def compare(
     runs: Sequence[Records],
     twins: Sequence[Records] | None,
 ) -> Comparison:
-    """Compare one metric of a variant with the baseline; a single seed is compared over images.
+    """Compare a metric of a variant with the baseline, over seeds or, of a single one, over images.
 
     Args:
-        scorer: Scores these records.
+        scorer: Computes the metric.
         name: The metric.
-        variant: What the runs are called.
-        runs: Predictions, one a seed.
-        twins: The baseline's, None for the baseline itself.
-
-    Raises:
-        UserError: An unknown metric, or one that no row counts for.
+        variant: Name of the runs.
+        runs: Predictions, one per seed.
+        twins: Those of the baseline; None for the baseline itself.
     """
     metric = scorer.metric(name)
     values = tuple(value_of(scorer, name, run) for run in runs)
@@ -118,11 +103,7 @@ def compare(
 
 
 def value_of(scorer: Scorer, name: str, records: Records) -> float:
-    """The value of a metric.
-
-    Raises:
-        UserError: An unknown metric, or one that no row counts for.
-    """
+    """A metric; raises `UserError` if it is unknown or no row counts for it."""
     number = scorer.value(records, name)
     if number is None:
         raise UserError(f"metric {name!r}: none of these {scorer.things} counts for it")
@@ -131,11 +112,11 @@ def value_of(scorer: Scorer, name: str, records: Records) -> float:
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a table, and the numbers behind them."""
+    """Cells of a table, and the numbers behind them."""
 
     title: str
     header: Row
-    groups: tuple[tuple[Row, ...], ...]  # rows; a line is drawn between groups
+    groups: tuple[tuple[Row, ...], ...]  # of rows, separated by lines
     notes: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
 
@@ -168,7 +149,7 @@ class Table:
 
 
 def print_table(table: Table, stream: TextIO | None = None) -> None:
-    """Print with rules and colours on a wide enough terminal, else as plain aligned lines."""
+    """Print with rules and colours on a terminal that is wide enough, else as plain text."""
     stream = stream or sys.stdout
     text = table.to_text()
     width = max(map(len, text.splitlines()))
@@ -189,11 +170,7 @@ def print_table(table: Table, stream: TextIO | None = None) -> None:
 
 
 def write_markdown(tables: Sequence[Table], path: Path) -> None:
-    """Write tables to one Markdown file.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write tables to one Markdown file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
@@ -210,12 +187,12 @@ def distill_table(
     title: str = "Plain and distilled",
     baseline: str = "plain",
 ) -> Table:
-    """Compare each variant with the plain one: means over seeds with a t interval, then each seed.
+    """Compare variants with the baseline: means over seeds with a t interval, then each seed.
 
     Args:
-        scorer: Scores these records.
-        variants: Variant -> predictions of the same rows, one a seed; in the columns' order.
-        seeds: One number for each place of those lists.
+        scorer: Computes the metrics.
+        variants: Variant -> predictions of the same rows, one per seed; in the columns' order.
+        seeds: Numbers of these seeds.
         metrics: Rows; by default the scorer's that these records allow.
         title: Above the table.
         baseline: The variant that others are compared with.
@@ -276,12 +253,12 @@ def runs_table(
     metrics: Sequence[str] | None = None,
     title: str = "Runs",
 ) -> Table:
-    """Set single runs side by side, each compared with the first over the same images.
+    """Compare single runs with the first of them, over the same images.
 
     Args:
-        scorer: Scores these records.
+        scorer: Computes the metrics.
         runs: Name -> predictions of the same rows.
-        ceilings: Metric -> what the exact posterior reaches, where it is known.
+        ceilings: Metric -> value of the exact posterior.
         metrics: Rows; by default the scorer's that these records allow.
         title: Above the table.
 
@@ -315,7 +292,7 @@ def runs_table(
 
 
 def _chosen(scorer: Scorer, metrics: Sequence[str] | None, records: Records) -> list[str]:
-    """The chosen metrics, checked; or the scorer's that these records allow."""
+    """Metrics, checked; by default the scorer's that the records allow."""
     if metrics is None:
         return [name for name in scorer.rows if scorer.value(records, name) is not None]
     for name in metrics:
@@ -324,7 +301,7 @@ def _chosen(scorer: Scorer, metrics: Sequence[str] | None, records: Records) -> 
 
 
 def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
-    """Cells of a metric: the mean over seeds, or the seed at one place."""
+    """Cells of a metric: mean over seeds, or one seed."""
     cells = [label]
     for entry in line:
         cells.append(entry.metric.text(entry.mean if seed is None else entry.values[seed]))
@@ -342,13 +319,13 @@ def _reference_cells(scorer: Scorer, name: str, references: Mapping[str, Records
 
 def _seed_note(seeds: int) -> str:
     if seeds == 1:
-        return f"one seed only: {RESAMPLED}; nothing is known about other seeds"
+        return f"one seed only: {RESAMPLED}; other seeds may differ"
     return f"means over {seeds} seeds, t interval; each seed: {RESAMPLED}"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The metrics of one run or reference."""
+    """Metrics of one run or reference."""
 
     name: str
     values: dict[str, float]
@@ -356,7 +333,7 @@ class Scored:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """Plain values for `metrics.json`."""
+        """Values for `metrics.json`."""
         return {
             **self.values,
             "intervals": {name: [one.low, one.high] for name, one in self.intervals.items()},
@@ -366,7 +343,7 @@ class Scored:
 def score(
     scorer: Scorer, name: str, records: Records, metrics: Sequence[str], *, intervals: bool = True
 ) -> Scored:
-    """Compute those of some metrics that these records allow."""
+    """Compute the metrics that these records allow."""
     found = {metric: scorer.value(records, metric) for metric in metrics}
     values = {metric: number for metric, number in found.items() if number is not None}
     bounds = {m: scorer.interval(records, m) for m in values} if intervals else {}
@@ -376,7 +353,7 @@ def score(
 def run_table(
     scorer: Scorer, rows: Sequence[Scored], title: str, notes: Sequence[str] = ()
 ) -> Table:
-    """One run: a line for each metric with its interval, and a column for each reference."""
+    """One run: a row for each metric with its interval, and a column for each reference."""
     run, *references = rows
     metrics = {name: scorer.metric(name) for name in run.values}
     lines = [
@@ -401,14 +378,14 @@ def side_by_side_table(
     *,
     bounded: Sequence[str] = (),
 ) -> Table:
-    """Several runs: a line for each, and below them a line for each reference.
+    """Several runs: a row for each, and below them one for each reference.
 
     Args:
         scorer: Declares the metrics.
         rows: Runs with intervals, then references without.
         title: Above the table.
         notes: Below it.
-        bounded: Metrics that show their intervals; there is no room for all.
+        bounded: Metrics that have their intervals in the table.
     """
     metrics = [scorer.metric(name) for name in rows[0].values]
     lines = []
@@ -427,7 +404,7 @@ def side_by_side_table(
 def difference_notes(
     scorer: Scorer, records: Records, references: Mapping[str, Records], metrics: Sequence[str]
 ) -> list[str]:
-    """How far a run is from each reference on the same images, with 95 % intervals."""
+    """Differences of a run from each reference on the same images, with 95 % intervals."""
     notes = []
     for name, reference in references.items():
         parts = [

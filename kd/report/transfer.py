@@ -1,4 +1,4 @@
-"""The table of a transfer: starts of a student against the first of them, mode by mode."""
+"""Table of a transfer: starts of a student compared with the first, mode by mode."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def transfer_table(
     *,
     title: str = "Transfer",
 ) -> Table:
-    """Means over seeds, and the difference to the first start with its t interval over seeds.
+    """Means over seeds, and the difference from the first start with its t interval over seeds.
 
     Args:
-        numbers: Mode and start -> summaries, one a seed; modes one after the other.
+        numbers: Mode and start -> summaries, one per seed; modes one after the other.
         seeds: One number for each of them.
         title: Above the table.
     """

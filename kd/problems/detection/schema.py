@@ -12,5 +12,6 @@ SPEC = ProblemSpec(
     data=ObjectsSection,
     tasks={"detection": Entry("kd.problems.detection.task:Detection", "find objects by boxes")},
     implementation="kd.problems.detection.problem:PROBLEM",
+    abilities=frozenset({"results_files"}),
     example="scenes",
 )

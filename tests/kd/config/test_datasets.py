@@ -256,11 +256,11 @@ def test_folds_are_for_objects_alone() -> None:
         ("ablations={structured: {pixel: [pixl]}}", "ablations.structured.pixel: no term pixl in "
          "losses or more_losses; there are: pixel_wise, pair_wise, holistic, channel_wise"),
         ("ablations={one: {plain: [pixel_wise]}}",
-         "ablations: plain: these variants are there already"),
+         "ablations: plain: names of built-in variants"),
         ("ablations={objects: {pixel: 3}}",
          "ablations.objects.pixel: input should be a valid tuple, got 3"),
         ("ablations={one: {pixel: [pixel_wise]}, two: {pixel: [pair_wise]}}",
-         "ablations: pixel: a variant of two ablations"),
+         "ablations: pixel: defined in two ablations"),
         ("variants=[plain, pixl]", "variants: unknown pixl; known: plain, distilled, no_context, "
          "shuffled, output_kd, pixel, pixel_pair, all, channel"),
         ("more_losses=[{name: channel_wise, wieght: 1.0, weight: 1.0}]",

@@ -206,7 +206,7 @@ def test_several_settings_that_cannot_be_read_are_named_at_once(
 
 def test_a_key_given_twice_is_refused_with_its_line(recipe: Callable[[str], Path]) -> None:
     path = recipe(RECIPE + "train: {epochs: 4}\n")
-    assert mistakes_of(path) == [f"{path}: key 'train' is given twice in the mapping at line 1"]
+    assert mistakes_of(path) == [f"{path}: key 'train' occurs twice in the mapping at line 1"]
 
 
 @pytest.mark.parametrize(
