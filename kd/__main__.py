@@ -13,18 +13,18 @@ from kd.registry import all_names
 
 COMMANDS = {
     "train-teacher": "train a teacher",
-    "distill": "train a student with a teacher, beside its plain twin",
+    "distill": "train a student with a teacher, and its plain twin without",
     "evaluate": "evaluate a finished run, or compare several",
     "compare": "compare finished runs in tables and figures",
     "transfer": "start students from a teacher's trunk",
     "cache": "compute a teacher's outputs ahead of training",
-    "imagine": "ask a teacher what it expects in a region of a photograph",
+    "imagine": "draw what a teacher expects in a region of a photograph",
     "rescore": "rescore a detector's results by their context",
     "out-of-context": "paste objects into probable and improbable scenes",
-    "demo": "the whole path in minutes",
+    "demo": "run everything in minutes",
     "data download": "download a public dataset",
     "data prepare": "make a resized copy of a dataset",
-    "data scenes": "generate the embedded scenes",
+    "data scenes": "generate the synthetic scenes",
 }
 
 

@@ -1,7 +1,7 @@
-"""Compute a teacher's outputs ahead of training: `python -m kd.cache --teacher RUN --data coco`.
+"""Cache a teacher's outputs ahead of training: `python -m kd.cache --teacher RUN --data coco`.
 
-`kd.distill` does this by itself where they are missing; this command does it on another day, or on
-the machine that has the GPU. Interrupted, it goes on; a damaged shard is found and made anew.
+`kd.distill` does this itself if they are missing; this command does it beforehand, or on another
+machine. Interrupted, it resumes; corrupt shards are found and rebuilt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kd.problems.recipes import data_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compute and store outputs for every object of a split, or for every whole picture."""
+    """Compute and store outputs for every object of a split, or for every whole image."""
     args = _parser().parse_args(argv)
     if args.only_layers and not args.layers:
         raise UserError("--only-layers: name them with --layers")
@@ -43,16 +43,11 @@ def _run(section: DatasetSection, args: argparse.Namespace) -> int:
     own = [] if args.only_layers else [data.problem.teacher_output]
     for split in (args.split,) if args.split else data.problem.cached_splits:
         options = CacheOptions(
-            outputs=tuple(dict.fromkeys([*own, *args.layers])),
-            split=split,
+            outputs=tuple(dict.fromkeys([*own, *args.layers])), split=split,
             out_of_fold=bool(teacher.recipe.folds) and not args.in_fold and split == "train",
-            dtype=args.dtype,
-            top_k=args.top_k,
-            mirrored=args.mirrored,
-            location=args.out,
-            int8=args.precision == "int8",
-            size=args.size or None,
-        )
+            dtype=args.dtype, top_k=args.top_k, mirrored=args.mirrored, location=args.out,
+            int8=args.precision == "int8", size=args.size or None,
+        )  # fmt: skip
         cached = open_cache(teacher, data, accelerator, options)
         lines = list(cache_summary(teacher, data, split, cached, accelerator))
         if accelerator.is_main_process:
@@ -69,23 +64,21 @@ def _parser() -> argparse.ArgumentParser:
                         help="a teacher's run folder or checkpoint")  # fmt: skip
     parser.add_argument("--data", required=True, metavar="NAME", help="configs/data/NAME.yaml")
     parser.add_argument("--set", action="append", default=[], dest="settings",
-                        metavar="data.a=value", help="change a value of the data set")  # fmt: skip
+                        metavar="data.a=value", help="change a value of the dataset")  # fmt: skip
     parser.add_argument("--split", choices=("train", "val"),
-                        help="default: train; of saliency both")  # fmt: skip
+                        help="default: train; for saliency both")  # fmt: skip
     parser.add_argument("--layers", nargs="+", default=[], metavar="LAYER", action="extend",
-                        help="also these layers' features, or logits")  # fmt: skip
-    parser.add_argument(
-        "--only-layers", action="store_true", help="no posteriors, of pixels no score maps"
-    )
+                        help="also the features of these layers, or logits")  # fmt: skip
+    parser.add_argument("--only-layers", action="store_true", help="no posteriors or score maps")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--top-k", type=int, default=0, metavar="K",
-                        help="keep the K likeliest classes of posteriors and logits")  # fmt: skip
+                        help="only the K likeliest classes of posteriors and logits")  # fmt: skip
     parser.add_argument("--size", type=int, default=0, metavar="PIXELS",
-                        help="of whole pictures: long side shown; default: as trained")  # fmt: skip
+                        help="long side of whole images; default: as trained")  # fmt: skip
     parser.add_argument("--mirrored", action="store_true",
-                        help="also of mirrored pictures: flips are then exact")  # fmt: skip
+                        help="also mirrored images: flips are then exact")  # fmt: skip
     parser.add_argument("--in-fold", action="store_true",
-                        help="posteriors by the teacher itself, not its folds")  # fmt: skip
+                        help="posteriors of the teacher itself, not of its folds")  # fmt: skip
     parser.add_argument("--out", metavar="URL", help="folder or fsspec URL; default: in the run")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32", "int8"), default="auto")
     add_list(parser, "data")

@@ -1,4 +1,4 @@
-"""Parse the flags that commands share; end a user's mistake in one line and exit status 2."""
+"""Flags shared by commands; user errors become one line each and exit status 2."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Once(logging.Filter):
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line is a warning, or new."""
+        """Whether a record is a warning, or new."""
         text = record.getMessage()
         new = record.levelno > logging.INFO or text not in self._seen
         self._seen.add(text)
@@ -59,7 +59,7 @@ class _Once(logging.Filter):
 
 
 def set_up_logging(*, verbose: bool = False, rank: int = 0) -> None:
-    """Log lines of `kd` to stderr; ranks other than 0 stay silent below errors."""
+    """Log lines of `kd` to stderr; ranks other than 0 log errors only."""
     level = logging.ERROR if rank else logging.DEBUG if verbose else logging.INFO
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_Once())
@@ -68,7 +68,7 @@ def set_up_logging(*, verbose: bool = False, rank: int = 0) -> None:
 
 
 class _List(argparse.Action):
-    """Print the names that a command takes, and stop."""
+    """Print the names that a command takes, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         sys.stdout.write(names(self.const))
@@ -82,7 +82,7 @@ def add_list(parser: argparse.ArgumentParser, *kinds: str) -> None:
 
 
 def registries() -> dict[str, tuple[Mapping[str, Entry | TermKind | Metric], str]]:
-    """Each registry that recipes name things of, and the key that takes its names."""
+    """Registries of the names in recipes, and the keys that take them."""
     return {
         "problems": (PROBLEMS, "package.module:SPEC of your own is a task"),
         "tasks": (tasks(), "task.name"),
@@ -95,7 +95,7 @@ def registries() -> dict[str, tuple[Mapping[str, Entry | TermKind | Metric], str
 
 
 def names(kinds: Sequence[str]) -> str:
-    """A list of names with a line of help each, one list for each kind."""
+    """Names with a line of help, one list for each kind."""
     blocks = []
     for kind in kinds:
         entries, where = registries().get(kind, ({}, f"configs/{kind}"))
@@ -108,7 +108,7 @@ def names(kinds: Sequence[str]) -> str:
 
 
 def _about(kind: str, name: str) -> str:
-    """The first sentence of the comment that a file of configs/ begins with."""
+    """First sentence of the comment at the top of a file of configs/."""
     comment = []
     for line in find_config(kind, name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -121,7 +121,7 @@ def _about(kind: str, name: str) -> str:
 
 
 def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of a command that runs a recipe of configs/KIND."""
+    """Parser with the flags of a command that runs a recipe of configs/KIND."""
     model = {"distill": "student", "transfer": "task"}.get(kind, "teacher")
     parser = argparse.ArgumentParser(prog=prog, description=description)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -149,10 +149,9 @@ def recipe_parser(prog: str, kind: str, description: str) -> argparse.ArgumentPa
 def read_recipe(
     args: argparse.Namespace, model: type[Recipe], kind: str, settings: Sequence[str] = ()
 ) -> Recipe | None:
-    """Read the recipe that the flags name, and check its keys and all names of ours.
+    """Read the recipe that the flags name, and check its keys and built-in names.
 
-    Returns:
-        None where the recipe or its schema was only to be printed.
+    Returns None if the recipe or its schema was only to be printed.
 
     Raises:
         UserError: One line per mistake.
@@ -170,11 +169,7 @@ def read_recipe(
 
 
 def check_names(recipe: AnyRecipe) -> None:
-    """Check the names of models, terms and adapters; foreign ones are imported later.
-
-    Raises:
-        UserError: One line per mistake, with the names there are.
-    """
+    """Check names of built-in models, terms and adapters; the user's own are imported later."""
     problem, mistakes = spec_of_task(recipe.task.name).name, []
 
     def check(place: str, finds: Callable[..., object], *args: object, what: str) -> None:
@@ -197,7 +192,7 @@ def check_names(recipe: AnyRecipe) -> None:
 
 
 def numbers(flag: str, text: str | None) -> tuple[float, ...]:
-    """The numbers of a flag, such as 0.75,1,1.25; none where it is not given."""
+    """Numbers of a flag, such as 0.75,1,1.25; empty if it is not given."""
     try:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:

@@ -1,6 +1,6 @@
-"""The whole path in minutes: scenes, a teacher, plain and distilled students, the comparison.
+"""Run everything in minutes: scenes, a teacher, plain and distilled students, the comparison.
 
-`python -m kd.demo`, or `make demo`. The short settings are here; the full recipes are in configs/.
+`python -m kd.demo`, or `make demo`. It shortens the recipes in configs/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEACHER = [
     *("--set", "data.generate={train: 2000, val: 500, size: 64, seed: 0}"),
     *("--set", "train.evaluate_every=0"),
 ]
-# One seed and two variants of the student's recipe; labels on 60 scenes as there, fewer without.
+# One seed and two variants of the recipe, with 60 labelled scenes as there, but fewer others.
 STUDENT = [
     *("--set", "data.generate={train: 1000, val: 500, size: 64, seed: 0}"),
     *("--set", "data.labelled=0.06"),
@@ -28,7 +28,7 @@ STUDENT = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the commands one after the other, each shown as it would be typed."""
+    """Run the commands one after the other, after printing each of them."""
     parser = argparse.ArgumentParser(prog="python -m kd.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     args = parser.parse_args(argv)
@@ -44,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
           "--metrics", "top1,confusable_top1,mean_class_top1,nll"]),
     )  # fmt: skip
     for name, command, arguments in steps:
-        shown = " ".join(f"'{a}'" if " " in a else a for a in arguments)
-        sys.stdout.write(f"\n$ python -m {name} {shown}\n")
+        line = " ".join(f"'{a}'" if " " in a else a for a in arguments)
+        sys.stdout.write(f"\n$ python -m {name} {line}\n")
         sys.stdout.flush()
         if command(arguments) != 0:
-            raise UserError(f"{name} did not finish; the demo goes on with: python -m kd.demo")
+            raise UserError(f"{name} did not finish; resume the demo with: python -m kd.demo")
     minutes = (time.perf_counter() - started) / 60
     sys.stdout.write(
-        f"\n{minutes:.1f} minutes. Pictures and curves: tensorboard --logdir {args.out}\n"
-        f"The comparison as a picture: {args.out / 'comparison.png'}\n"
+        f"\n{minutes:.1f} minutes. Images and curves: tensorboard --logdir {args.out}\n"
+        f"The comparison as a figure: {args.out / 'comparison.png'}\n"
     )
     return 0
 

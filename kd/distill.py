@@ -1,4 +1,4 @@
-"""Distil a teacher into a student, beside its plain twin.
+"""Train a student with a teacher, and its plain twin without.
 
 `python -m kd.distill --student resnet18`
 """
@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = recipe_parser(
         "python -m kd.distill",
         "distill",
-        "Train a student with a teacher's knowledge and its plain twin without, and compare them.",
+        "Train a student with a teacher, and its plain twin without, and compare them.",
     )
     parser.add_argument("--teacher", metavar="RUN", help="a teacher's run folder or checkpoint")
     parser.add_argument(
-        "--ablation", metavar="NAME", help="the recipe's variants of that name beside plain"
+        "--ablation", metavar="NAME", help="variants of this ablation of the recipe, and plain"
     )
     args = parser.parse_args(argv)
     extra = [f"teacher.run={json.dumps(args.teacher)}"] if args.teacher else []
@@ -65,7 +65,7 @@ def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
         for variant in recipe.variants:
             distillation.run(variant, seed)
     if accelerator.is_main_process and "plain" in recipe.variants:
-        runs = read_distill(out, recipe.variants)  # the folder may hold others'
+        runs = read_distill(out, recipe.variants)  # there may be others in the folder
         table = distill_table(
             runs.results, runs.records(), runs.seeds, title=f"{name} on {recipe.data.name}"
         )

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user can mend; commands print them as one line each."""
+"""Errors that the user can mend; commands print them as one line each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Something the user gave (a file, a name, a folder) is wrong; the message says so."""
+    """A wrong input, such as a file, a name or an option."""
 
 
 class ConfigError(UserError):
-    """A mistake in a configuration; the message holds one line per mistake."""
+    """Mistakes in a configuration, one per line."""
 
 
 def raise_first(mistakes: Sequence[str]) -> None:
@@ -21,14 +21,9 @@ def raise_first(mistakes: Sequence[str]) -> None:
 
 
 def at_least(what: str, **limits: tuple[float, float]) -> None:
-    """Refuse an option below its least value.
+    """Raise a `UserError` for the first option whose value is below its minimum.
 
-    Args:
-        what: Whose options they are, for the message.
-        limits: Option to its value and the least one.
-
-    Raises:
-        UserError: The first option below its limit.
+    `limits` maps options to (value, minimum); `what` names their command or function.
     """
     for option, (value, least) in limits.items():
         if value < least:

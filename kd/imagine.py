@@ -1,7 +1,7 @@
-"""What a teacher expects behind a part of a picture: `python -m kd.imagine IMAGE`.
+"""Print and draw what a context teacher expects in parts of an image: `python -m kd.imagine IMAGE`.
 
-Each region is hidden by itself, and the likeliest classes there are printed and drawn. With --class
-a hidden region slides over the picture instead, and a heat map shows where the class is expected.
+Each region is hidden by itself. With --class a hidden region slides over the image instead, and a
+heat map shows where the class is expected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = logging.getLogger("kd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do one picture after the other; 2 where some could not be done."""
+    """Process the images one after the other; exit status 2 if any failed."""
     args = _parser().parse_args(argv)
     set_up_logging()
     random = 1 if args.random is None else args.random
@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> int:
     teacher = args.teacher
     if teacher is None:
         teacher = latest_teacher()
-        _log.info("%s: asking this teacher", teacher)
+        _log.info("%s: using this teacher", teacher)
     imagination = Imagination.open(teacher, read_options(args), args.out, top=args.top)
     known = None
     if args.annotations is not None:
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
             for line in str(error).splitlines():
                 _log.error("error: %s", line)
     if failed and len(args.images) > 1:
-        _log.error("%d of %d pictures could not be done", failed, len(args.images))
+        _log.error("%d of %d images failed", failed, len(args.images))
     return 2 if failed else 0
 
 
@@ -63,19 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, ...")
     parser.add_argument("--teacher", type=Path, metavar="RUN",
-                        help="a context teacher's run folder or checkpoint (default: the one that "
-                        "was trained last, of those in runs/teacher)")  # fmt: skip
+                        help="a context teacher's run folder or checkpoint (default: the latest "
+                        "in runs/teacher)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/imagine"), metavar="DIR",
-                        help="where pictures go (default: %(default)s)")  # fmt: skip
+                        help="output folder (default: %(default)s)")  # fmt: skip
     parser.add_argument("--annotations", type=Path, metavar="COCO.json",
-                        help="tell the teacher what else is there; pictures are found by name, "
-                        "objects that a region covers stay untold")  # fmt: skip
-    what = parser.add_argument_group("regions to hide, each by itself; all may be repeated")
+                        help="objects that the teacher may know, by the images' file names; "
+                        "those that a region covers stay hidden")  # fmt: skip
+    what = parser.add_argument_group("regions, each hidden by itself; repeatable")
     what.add_argument("--box", action="append", default=[], metavar="x1,y1,x2,y2", help="pixels")
     what.add_argument("--polygon", action="append", default=[], metavar="x1,y1,x2,y2,x3,y3,...",
                       help="corners in pixels")  # fmt: skip
     what.add_argument("--mask", action="append", default=[], type=Path, metavar="FILE",
-                      help="picture of the same size, other than 0 where hidden")  # fmt: skip
+                      help="image of the same size, not 0 where hidden")  # fmt: skip
     what.add_argument("--random", type=int, metavar="N", 
                       help="N random boxes, of 1 %% of the image up to the largest object of the "
                       "teacher's training (default: 3 if nothing else is given)")  # fmt: skip
@@ -83,12 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--top", type=int, default=10, help="classes to list (default: 10)")
     where = parser.add_argument_group("where a class is expected")
     where.add_argument("--class", action="append", default=[], dest="classes", metavar="NAME",
-                       help="draw a heat map for this class; may be repeated")  # fmt: skip
+                       help="draw a heat map of this class; repeatable")  # fmt: skip
     where.add_argument("--region", nargs="+", default=["0.2x0.2", "0.4x0.4"], metavar="WxH",
-                       help="sizes of the region that slides, shares of width and height; "
-                       "the mean over them is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
+                       help="sizes of the sliding region, fractions of width and height; the "
+                       "mean over them is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
     where.add_argument("--stride", type=float, default=0.5,
-                       help="how far it moves, a share of its sides (default: 0.5)")  # fmt: skip
+                       help="step, as a fraction of its sides (default: 0.5)")  # fmt: skip
     return parser
 
 

@@ -1,8 +1,7 @@
-"""Look up names in registries, and check options against the builders they are for.
+"""Look up names in registries, and check options against builders.
 
-A registry is a plain dict from name to `Entry`: where the thing lies and one line of help. It is
-read without torch; only `Entry.load` and `resolve` import what an entry points to. The signature of
-a builder is the schema of its options, so that nothing has to be written twice.
+A registry is a plain dict from name to `Entry`, read without torch: only `Entry.load` and `resolve`
+import the target of an entry. The signature of a builder is the schema of its options.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ from typing import Any, TypeVar
 from kd.errors import ConfigError, UserError
 
 T = TypeVar("T")
-# Stands for the rest of a name in the entry of a family, such as "timm/NAME".
-FAMILY = "NAME"
-MOST = 40  # names listed where none is near
+FAMILY = "NAME"  # placeholder in the entry of a family: "timm/NAME"
+MOST = 40  # names listed if none is near
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a registered thing lies.
+    """Target of a registered name.
 
     Attributes:
         target: "package.module:attribute".
         help: One line for `--list`.
         problem: Name of the kind of problem that it is for; empty: any.
-        args: Positional arguments that the name stands for.
-        options: Keyword arguments that the name stands for; the user's options replace them.
+        args: Positional arguments bound to the target.
+        options: Keyword arguments bound to it; the user's options replace them.
     """
 
     target: str
@@ -44,7 +42,7 @@ class Entry:
     options: Mapping[str, object] = field(default_factory=dict)
 
     def load(self) -> Any:
-        """Import the target, bound to `args` and `options` where there are any."""
+        """Import the target, bound to `args` and `options` if there are any."""
         loaded = load_target(self.target)
         if self.args or self.options:
             return functools.partial(loaded, *self.args, **self.options)
@@ -61,11 +59,11 @@ class Entry:
 
 
 def load_target(target: str, *, what: str = "") -> Any:
-    """Import "package.module:attribute".
+    """Import "package.module:attribute", where the attribute may be dotted.
 
     Args:
-        target: The module and what it holds; the attribute may be dotted.
-        what: Where the user wrote it, for messages: "student".
+        target: The module and attribute.
+        what: Begins messages: "student".
 
     Raises:
         UserError: No such module or attribute.
@@ -76,7 +74,7 @@ def load_target(target: str, *, what: str = "") -> Any:
         found: Any = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # a mistake inside of the module
+            raise  # an error inside the module
         raise UserError(
             f"{where}: no module {error.name!r}; it must be importable from the working directory "
             "or PYTHONPATH"
@@ -89,22 +87,22 @@ def load_target(target: str, *, what: str = "") -> Any:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is of no registry: the user's `package.module:attribute`."""
+    """Whether a name is a user's own `package.module:attribute`."""
     path, colon, attribute = name.partition(":")
     return bool(colon and path and attribute)
 
 
 def find(registry: Mapping[str, T], name: str, *, what: str) -> T | Entry:
-    """The registry's value for a name, without importing what it points to.
+    """The registry's value for a name, without importing its target.
 
     Args:
-        registry: The dict to look in.
+        registry: The dict.
         name: One of its keys, a member of one of its families (`timm/resnet18` where the registry
             has "timm/NAME"), or the user's own `package.module:attribute`.
-        what: What the registry lists, for the message: "teacher".
+        what: Kind of the values, for messages: "teacher".
 
     Raises:
-        UserError: No such name; the message lists all that there are, the nearest first.
+        UserError: An unknown name; the message lists all names, the nearest first.
     """
     if name in registry and not name.endswith(f"/{FAMILY}"):
         return registry[name]
@@ -118,7 +116,7 @@ def find(registry: Mapping[str, T], name: str, *, what: str) -> T | Entry:
 
 
 def resolve(registry: Mapping[str, object], name: str, *, what: str) -> Any:
-    """What a name stands for, imported; arguments and errors as of `find`."""
+    """Import the target of a name; arguments and errors as `find`."""
     found = find(registry, name, what=what)
     if not isinstance(found, Entry):
         return found
@@ -126,11 +124,7 @@ def resolve(registry: Mapping[str, object], name: str, *, what: str) -> Any:
 
 
 def check_problem(registry: Mapping[str, Entry], name: str, problem: str, *, what: str) -> None:
-    """Refuse an unknown name, or an entry of ours that is for another kind of problem.
-
-    Raises:
-        UserError: The message lists the names that fit.
-    """
+    """Check that an entry is for a kind of problem; the `UserError` lists the names that fit."""
     entry = find(registry, name, what=what)
     if problem and entry.problem not in ("", problem):
         fitting = sorted(key for key, one in registry.items() if one.problem in ("", problem))
@@ -141,25 +135,21 @@ def check_problem(registry: Mapping[str, Entry], name: str, problem: str, *, wha
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> list[str]:
-    """The names most like a mistyped one, best first; empty where none comes near."""
+    """Names most similar to a mistyped one, best first; empty if none is similar."""
     by_folded = {known.casefold(): known for known in names}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.5)
     return [by_folded[folded] for folded in close]
 
 
 def look_up(catalog: Mapping[str, T], name: str, *, what: str) -> T:
-    """The value of a plain dict; unlike `resolve` it takes no names but the dict's.
-
-    Raises:
-        UserError: No such name; the message lists all that there are, the nearest first.
-    """
+    """Value of a plain dict; the `UserError` of an unknown name lists all, the nearest first."""
     if name in catalog:
         return catalog[name]
     raise UserError(f"unknown {what} {name!r}{all_names(name, catalog)}")
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown option or layer: the nearest, or else what is known."""
+    """End of a message about an unknown option or layer: the nearest, or else all known."""
     known = sorted(names)
     if close := nearest(name, known):
         return "; did you mean " + " or ".join(repr(one) for one in close) + "?"
@@ -168,7 +158,7 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 
 def all_names(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest, then all the others."""
+    """End of a message about an unknown name: the nearest, then all others."""
     known = sorted(names)
     close = nearest(name, known)
     others = [one for one in known if one not in close]
@@ -188,9 +178,9 @@ def check_options(
 
     Args:
         builder: A function, a class or a `functools.partial` of one.
-        options: What the user wrote.
-        what: Where they wrote it, for the message: "teacher 'unet'".
-        given: Keyword-only parameters that the program fills in itself; not for the user to set.
+        options: The user's options.
+        what: Begins messages: "teacher 'unet'".
+        given: Keyword-only parameters that the program sets, not the user.
 
     Raises:
         ConfigError: One line per mistake, all mistakes at once.
@@ -223,10 +213,7 @@ def check_options(
 
 
 def accepted(builder: Callable[..., object], **given: object) -> dict[str, object]:
-    """Those of some arguments that a builder has a parameter for.
-
-    A network that maps where people look has no classes, so `num_classes` does not go to it.
-    """
+    """The arguments that a builder has parameters for: saliency networks take no `num_classes`."""
     parameters = inspect.signature(builder).parameters
     return {name: value for name, value in given.items() if name in parameters}
 
@@ -239,18 +226,18 @@ def build(
     what: str,
     **given: object,
 ) -> Any:
-    """Resolve a name to its builder, check the user's options, and call it with them.
+    """Resolve a name to its builder, check the user's options, and call it.
 
     Args:
         registry: Name to `Entry`.
-        name: The user's choice, as of `find`.
+        name: The user's choice, as in `find`.
         options: The user's options, checked against the keyword-only parameters.
-        what: What the registry lists: "teacher".
-        **given: Arguments that the program knows, such as `num_classes`; the builder gets those
-            that it has a parameter for.
+        what: Kind of the values: "teacher".
+        **given: Arguments that the program sets, such as `num_classes`; the builder gets those that
+            it has parameters for.
 
     Raises:
-        UserError: An unknown name, or one that stands for nothing that can be called.
+        UserError: An unknown name, or one whose target cannot be called.
         ConfigError: Wrong options, all of them at once.
     """
     builder = resolve(registry, name, what=what)
@@ -273,7 +260,7 @@ def _annotations(builder: Callable[..., object]) -> dict[str, Any]:
 
 
 def _fits(value: object, expected: Any) -> bool:
-    """Whether a value read from YAML suits an annotation; annotations not understood pass."""
+    """Whether a YAML value suits an annotation; unsupported annotations accept anything."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if expected is Any:
         return True
@@ -285,7 +272,7 @@ def _fits(value: object, expected: Any) -> bool:
         return any(_fits(value, choice) for choice in arguments)
     if expected is bool:
         return isinstance(value, bool)
-    if expected in (int, float):  # true is an int for Python, and a mistake in YAML
+    if expected in (int, float):  # bool is an int in Python
         kinds = (int,) if expected is int else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool)
     if expected is str:
@@ -309,7 +296,7 @@ def _fits_sequence(value: object, origin: Any, arguments: tuple[Any, ...]) -> bo
 
 
 def _spell(expected: Any) -> str:
-    """An annotation in a user's words."""
+    """An annotation for messages."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in arguments)

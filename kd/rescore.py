@@ -1,8 +1,8 @@
-"""Rescore a detector's results by what the scene says around each of its boxes.
+"""Rescore a detector's results by the context of each of its boxes.
 
-How much context says is fitted by cross-validation on AP: each image by parameters of the other
-folds' images. Where it does not help clearly, the scores stay as they are, bit for bit. With
---fit-* the parameters are fitted on another split.
+The weight of the context is fitted by cross-validation on AP: each image uses the parameters of the
+other folds' images. Without a clear gain, the scores stay bit-equal. With --fit-* the parameters
+are fitted on another split.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kd.errors import UserError, at_least
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask the teacher, fit, rescore, and say what it changed."""
+    """Query the teacher, fit, rescore, and report the change."""
     args = _parser().parse_args(argv)
     at_least("kd.rescore", **{"--folds": (args.folds, 2), "--most": (args.most, 1),
                               "--resamples": (args.resamples, 0)})  # fmt: skip
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--detections", required=True, type=Path, help="a detector's COCO results, scores in 0..1")
     add("--annotations", required=True, type=Path, help="COCO JSON of these images")
     add("--images", required=True, type=Path, help="their folder")
-    add("--out", required=True, type=Path, help="results to write; answers are kept beside them")
+    add("--out", required=True, type=Path, help="results to write, beside cached predictions")
     add("--fit-detections", type=Path, help="results on other images, to fit parameters on")
     add("--fit-annotations", type=Path, help="COCO JSON of those")
     add("--fit-images", type=Path, help="their folder")
@@ -89,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         help="plain: logit(s) + a evidence; competing: with the other classes of a box; "
         "auto: the folds choose (default)")  # fmt: skip
     add("--per-class", action="store_true", help="parameters for classes of 20 objects or more")
-    add("--most", type=int, default=100, metavar="N", help="detections asked about an image: 100")
+    add("--most", type=int, default=100, metavar="N", help="queries per image; default 100")
     add("--same-place", type=float, default=0.7, metavar="IOU",
-        help="overlap from which detections share a question; default 0.7")  # fmt: skip
+        help="detections with this overlap share a query; default 0.7")  # fmt: skip
     add("--sure", type=float, default=0.3, metavar="SCORE",
-        help="from here a detection is told to a teacher that reads annotations; 0.3")  # fmt: skip
-    add("--shuffled", action="store_true", help="the control: answers about other detections")
+        help="least score of inputs of a teacher that reads annotations; 0.3")  # fmt: skip
+    add("--shuffled", action="store_true", help="control: predictions for other detections")
     add("--resamples", type=int, default=400, metavar="N", help="for the intervals; default 400")
     add("--figures", type=Path, help="folder for AP over the strength (strength.png)")
     return parser

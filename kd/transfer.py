@@ -1,4 +1,4 @@
-"""Start a student from a context teacher's trunk, at random and at ImageNet's, and compare.
+"""Compare students that start from a context teacher's trunk, random and ImageNet weights.
 
 `python -m kd.transfer --task scene_labels`
 """
@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = recipe_parser(
         "python -m kd.transfer",
         "transfer",
-        "Give a student a context teacher's trunk to start from, on another task: linear probe "
-        "and fine-tuning, beside random and ImageNet starts, in one table.",
+        "Train a student from a context teacher's trunk on another task, by linear probe and "
+        "fine-tuning, and compare it with random and ImageNet weights.",
     )
     parser.add_argument("--teacher", metavar="RUN", help="the teacher's run folder or checkpoint")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from kd.distillation.student import AdaptedStudent
 from kd.engine.loop import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems import specs
+from kd.problems import problem_of_task, specs
 from kd.problems.base import Dataset, Metric, Task
 from kd.problems.recipes import data_config, section_from
 from kd.problems.results import Evaluation, Predictor, Results
@@ -270,8 +270,8 @@ def results_files(annotations: Path, files: Sequence[Path]) -> Evaluation:
     """Evaluate results files of any detector in COCO's format; the files' names are the runs'."""
     if len(set(files)) < len(files):
         raise UserError(f"{files[-1]}: the same results twice")
-    spec = next(spec for spec in specs() if "results_files" in spec.abilities)
-    results = spec.load().results(next(iter(spec.tasks)))
+    task = next(iter(next(s for s in specs() if "results_files" in s.abilities).tasks))
+    results = problem_of_task(task).results(task)
     names = distinct_names([path.with_suffix("") for path in files])
     runs = {n: results.read_file(annotations, f) for n, f in zip(names, files, strict=True)}
     title = f"{annotations.stem}: {results.about(next(iter(runs.values())))}"

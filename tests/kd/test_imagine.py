@@ -141,7 +141,7 @@ def test_of_several_pictures_the_good_ones_are_done(
         f"error: {broken}: cannot read this image",
         f"error: {tmp_path / 'gone.png'}: image not found",
         f"error: {small}: box 5,5,30,30 lies outside of the image, which is 4 x 4 pixels",
-        "3 of 4 pictures could not be done",
+        "3 of 4 images failed",
     ):
         assert message in caplog.text
 
@@ -244,7 +244,7 @@ def test_without_a_name_the_teacher_trained_last_is_asked(
         os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
     (run / "summary.json").unlink()
     assert run_command(imagine.main, [str(scene)]) == 0
-    assert "runs/teacher/cnn/scenes: asking this teacher" in caplog.text
+    assert "runs/teacher/cnn/scenes: using this teacher" in caplog.text
     assert drawn(tmp_path / "runs" / "imagine" / f"{scene.stem}.png")[0] > 500
 
 
