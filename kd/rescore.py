@@ -63,9 +63,8 @@ def _run(args: argparse.Namespace) -> int:
     rules = dict.fromkeys([None, 0.0, *(fit.setting.alone for fit in result.fits)])
     curves = curve_of(here.meter, here.known, strengths, list(rules))
     report = {**change.to_json(), **result.to_json(names), "a": strengths, "curves": curves}
-    text = json.dumps(report, indent=2) + "\n"
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")
-    write_text(metrics, text)
+    write_text(metrics, json.dumps(report, indent=2) + "\n")
     if args.figures:
         marks = [fit.setting for fit in result.fits]
         save_figure(curve_figure(strengths, curves, marks, title), args.figures / "strength.png")

@@ -1,7 +1,7 @@
-"""Argument checks shared by the losses; each message states what was got and what was expected.
+"""Argument checks of the losses; messages state the wrong and the expected value.
 
-None reads tensor values, which would synchronise with the accelerator in every step. A value that
-is not finite makes the loss not finite instead, and that stops the training.
+None reads tensor values, which would synchronise with the accelerator in every step: values that
+are not finite make the loss not finite, which stops the training.
 """
 
 from __future__ import annotations
@@ -60,16 +60,7 @@ def check_device(loss: str, **tensors: Tensor) -> None:
 def check_mask(
     loss: str, name: str, mask: Tensor, maps: Tensor, *, like: str, weights: bool = False
 ) -> None:
-    """Check that a mask has one value for each place of the maps.
-
-    Args:
-        loss: Name of the loss, for the message.
-        name: Its name of the mask.
-        mask: (N, H, W).
-        maps: What it masks, (N, C, H, W).
-        like: The loss's name of the maps.
-        weights: Accept floating-point weights beside bool.
-    """
+    """Check that a mask (N, H, W), bool or weights, fits maps (N, C, H, W), called `like`."""
     expected = (maps.shape[0], *maps.shape[2:])
     if tuple(mask.shape) != expected:
         raise UserError(f"{loss}: {name} must be {expected}, got {tuple(mask.shape)}")

@@ -27,16 +27,11 @@ def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def own_class_deltas(rows: Tensor, labels: Tensor) -> Tensor:
-    """Select each box's regression for its own class from those for all classes.
-
-    A detector is not trained on a box's regressions for other classes, so they carry no knowledge.
+    """Select each box's regression for its own class, (M, 4); those for others are untrained.
 
     Args:
         rows: (M, 4 (C + 1)), four numbers per class, background first.
         labels: 0..C-1, (M,) int64.
-
-    Returns:
-        (M, 4).
     """
     index = (labels + 1)[:, None, None].expand(-1, 1, 4)
     by_class: Tensor = rows.view(len(rows), rows.shape[1] // 4, 4)
@@ -54,8 +49,7 @@ def known_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor
         teacher: Logits or log-probabilities, (M, C); NaN where unknown.
 
     Returns:
-        Student and teacher, (M, C) each, and the factor that turns a mean over all M rows into a
-        mean over the known ones.
+        Student, teacher, and the factor that turns a mean over M rows into one over known rows.
     """
     unknown = teacher.isnan().any(dim=1)
     factor = len(unknown) / (~unknown).sum().clamp(min=1)

@@ -27,13 +27,11 @@ class CenterTargets(NamedTuple):
 
     Attributes:
         heatmap: (N, C, h, w) float32, 1 at the peaks, in 0..1 around them.
-        loss_mask: (N, C, h, w) bool, False where a non-peak place is excluded from the loss; None =
-            all places count.
+        loss_mask: (N, C, h, w) bool, False at places excluded from the loss; None = all count.
         cell: (M,) int64, y * w + x of the cell that holds each object's centre.
         image_of: (M,) int64, the image of each object.
         size: (M, 2) float32, width and height in cells.
-        offset: (M, 2) float32 in [0, 1), centre relative to its cell's upper left corner, x, y in
-            cells.
+        offset: (M, 2) float32 in [0, 1), x and y from the cell's upper left corner to the centre.
         valid: (M,) bool, objects that have a peak; others are excluded from all losses.
     """
 
@@ -54,7 +52,7 @@ class CenterTargets(NamedTuple):
 def gaussian_radius(
     widths: Tensor, heights: Tensor, *, overlap: float = OVERLAP, published: bool = False
 ) -> Tensor:
-    """Largest radius by which a box's corners may move with the IoU staying above `overlap`.
+    """Largest radius (M,) by which a box's corners may move with the IoU staying above `overlap`.
 
     The least of three cases: both corners move outwards, both inwards, or one each way (Law and
     Deng, 2018, https://arxiv.org/abs/1808.01244). Each is the smaller root of a quadratic. The
@@ -62,13 +60,10 @@ def gaussian_radius(
     three times as large: 2.73 instead of 0.82 for a box of 10 x 10.
 
     Args:
-        widths: Box widths, (M,), in any unit.
+        widths: Box widths, (M,), in the unit of the radius.
         heights: Box heights, (M,).
         overlap: IoU, in (0, 1).
         published: Reproduce the authors' code.
-
-    Returns:
-        (M,), in the unit of the sides; not rounded.
     """
     if not 0 < overlap < 1:
         raise UserError(f"gaussian_radius: overlap must be in (0, 1), got {overlap}")
@@ -165,13 +160,9 @@ def _gaussian(centre: Tensor, radius: Tensor, length: int) -> Tensor:
 
 
 def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Tensor:
-    """Compute `count` maps (h, w), each the maximum of its outer products, 0 without any.
+    """`count` maps (h, w), each the maximum of outer products of its `rows` and `columns`.
 
-    Args:
-        rows: (M, h), not negative.
-        columns: (M, w), not negative.
-        row: (M,) int64, the map of each product.
-        count: Number of maps.
+    Rows (M, h) and columns (M, w) are not negative; `row` (M,) int64 is the map of each product.
     """
     maps = rows.new_zeros(count, rows.shape[1], columns.shape[1])
     step = max(1, CHUNK // maps.shape[1:].numel())

@@ -23,9 +23,6 @@ def median_frequency(
         frequencies: Fraction of the train pixels (or objects) of each class.
         power: 0 to 1.
         cap: The largest weight; its inverse is the smallest.
-
-    Raises:
-        UserError: A negative frequency, none above 0, or an option out of range.
     """
     _check("median_frequency", frequencies, power, cap)
     middle = statistics.median(frequency for frequency in frequencies if frequency > 0)
@@ -37,15 +34,8 @@ def positive_weights(
 ) -> list[float]:
     """`clamp(((1 - f_c) / f_c) ** power, 1 / cap, cap)`: weight of a class's presence.
 
-    At power 1 a class's presence and absence have the same total weight.
-
-    Args:
-        frequencies: Fraction of the train images that contain each class, in 0..1.
-        power: 0 to 1; 0 gives 1.
-        cap: The largest weight; its inverse is the smallest.
-
-    Raises:
-        UserError: A frequency not in 0..1, or an option out of range.
+    At power 1 a class's presence and absence have the same total weight. The frequencies are
+    fractions of the train images that contain each class; other arguments as `median_frequency`.
     """
     _check("positive_weights", frequencies, power, cap)
     if max(frequencies) > 1:

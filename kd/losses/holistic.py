@@ -95,14 +95,11 @@ class Critic(nn.Module):
         self.strides = len(widths)
 
     def forward(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Rate score maps.
+        """Rate score maps: (N,), the higher, the more like a teacher's.
 
         Args:
             scores: Probabilities, (N, C, h, w); h and w at least 2 to the number of convolutions.
             images: Normalised, (N, 3, H, W); resized to the maps' grid.
-
-        Returns:
-            (N,): the higher, the more like a teacher's.
         """
         self._check(scores, images)
         own = self.last.weight.dtype
@@ -218,14 +215,7 @@ def _probabilities(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Adversary(nn.Module):
-    """A critic with the losses of both sides.
-
-    Args:
-        num_classes: Channels of the score maps.
-        penalty: Weight of the gradient penalty.
-        widths: Channels of the critic's convolutions.
-        slope: Negative slope of its leaky ReLUs.
-    """
+    """A critic with the losses of both sides; `widths` and `slope` as `Critic`."""
 
     def __init__(
         self,
@@ -255,9 +245,8 @@ def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     """Replace the student's logits at void places by the teacher's: the critic sees no difference.
 
     A critic rates whole maps: pass both losses of `Adversary` the result in place of the student's
-    map. The student learns nothing at void places; next to them it learns from what the critic sees
-    there, the teacher's map. Liu et al., 2019, https://arxiv.org/abs/1903.04197, do not mention
-    void.
+    map. The student learns nothing at void places; next to them it learns from the teacher's map
+    there. Liu et al., 2019, https://arxiv.org/abs/1903.04197, do not mention void.
 
     Args:
         student: Logits, (N, C, h, w).

@@ -59,7 +59,6 @@ class _Distances(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, outside: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Sum the squares over channels."""
         ctx.save_for_backward(student, teacher, outside)
         ctx.dtype = dtype
         gap = student.to(dtype) - teacher
@@ -92,7 +91,7 @@ def anchor_grid(
     offset: float = 0.5,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Anchors around the centre, or another point, of each cell of a grid.
+    """Anchors of each cell of a grid, (H, W, K, 4), xyxy pixels.
 
     Args:
         height: Number of rows.
@@ -102,9 +101,6 @@ def anchor_grid(
         offset: Position of the anchors' centre in the cell, in strides; 0 for torchvision's
             detectors, whose anchors are centred at the upper left corners.
         device: Device of the result.
-
-    Returns:
-        (H, W, K, 4), xyxy pixels.
     """
     x, y = ((torch.arange(count, device=device) + offset) * stride for count in (width, height))
     centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
@@ -168,10 +164,8 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
 def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
     """Whether any box's intersection with any anchor at a place exceeds its minimum: (N, H, W).
 
-    Args:
-        overlap_x: (N, G, K, W).
-        overlap_y: (N, G, K, H).
-        least: (N, G, K).
+    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H); its
+    minimum is `least` (N, G, K).
     """
     images, boxes, anchors_per_place, width = overlap_x.shape
     height = overlap_y.shape[3]

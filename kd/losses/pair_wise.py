@@ -68,8 +68,8 @@ def _nodes(
     """Pooled and normalised features, one unit column per node: (N, C, h*w).
 
     With a mask, nodes without a valid place are zero columns, which have affinity 0 on both sides.
-    The columns of an image with n other nodes are divided by sqrt(n), which divides its sum by n^2
-    in either form.
+    The columns of an image with n other nodes are divided by sqrt(n): its sum by n^2, in either
+    form.
     """
     window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
     if valid is None:
@@ -83,10 +83,7 @@ def _nodes(
 
 
 def _directions(columns: Tensor) -> Tensor:
-    """Columns (N, C, h*w) scaled to length 1; columns too short for a direction become 0.
-
-    A column that is not finite gives NaN.
-    """
+    """Columns (N, C, h*w) scaled to length 1; too short ones become 0, and NaN stays NaN."""
     lengths: Tensor = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
     return columns / lengths.masked_fill(lengths <= SHORTEST, math.inf)
 

@@ -45,7 +45,8 @@ def masked_bce(
     Returns:
         Scalar, the mean over K; 0 with a zero gradient where K is 0.
     """
-    _check_bce(logits, targets, hidden, valid, hidden_weight)
+    _check_presence("masked_bce", logits, targets, dimensions=4)
+    _check_regions("masked_bce", logits, hidden, valid, hidden_weight)
     if valid is not None:
         logits = _ZeroGradient.apply(logits, ~valid[:, None])
     # -log sigmoid(x) = softplus(x) - x; targets stay bool: floats would take most memory.
@@ -102,9 +103,7 @@ def masked_cross_entropy(
         Scalar, the mean over K; 0 where K is 0.
     """
     name = "masked_cross_entropy"
-    check_floating(name, logits=logits)
-    check_mask(name, "hidden", hidden, logits, like="logits")
-    check_not_negative(name, "hidden_weight", hidden_weight)
+    _check_regions(name, logits, hidden, valid, hidden_weight)
     if targets.shape != hidden.shape or targets.dtype != torch.int64:
         raise UserError(
             f"{name}: targets must be int64 {tuple(hidden.shape)}, got "
@@ -114,7 +113,6 @@ def masked_cross_entropy(
         count = len(class_weights)
         raise UserError(f"{name}: {logits.shape[1]} classes have {count} class_weights")
     if valid is not None:
-        check_mask(name, "valid", valid, logits, like="logits")
         logits = _ZeroGradient.apply(logits, ~valid[:, None])
         logits = logits.masked_fill(~valid[:, None], 0.0)
     dtype = logits.to(wide_dtype(logits))
@@ -144,11 +142,7 @@ def multilabel_bce(
         Scalar, the mean over labelled rows and classes; 0 with a zero gradient without any.
     """
     name = "multilabel_bce"
-    check_shapes(name, logits, targets, dimensions=2, names=("logits", "targets"))
-    check_floating(name, logits=logits)
-    check_device(name, logits=logits, targets=targets)
-    if targets.dtype != torch.bool:
-        raise UserError(f"{name}: targets must be bool, got {dtype_name(targets.dtype)}")
+    _check_presence(name, logits, targets, dimensions=2)
     if pos_weight is not None and pos_weight.shape != logits.shape[1:]:
         raise UserError(f"{name}: {logits.shape[1]} classes have {len(pos_weight)} pos_weight")
     if known is None:
@@ -164,18 +158,22 @@ def multilabel_bce(
     return total / (known.sum() * logits.shape[1]).clamp(min=1)
 
 
-def _check_bce(
-    logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor | None, hidden_weight: float
+def _check_regions(
+    name: str, logits: Tensor, hidden: Tensor, valid: Tensor | None, hidden_weight: float
 ) -> None:
-    check_shapes("masked_bce", logits, targets, dimensions=4, names=("logits", "targets"))
-    check_floating("masked_bce", logits=logits)
-    if targets.dtype != torch.bool:
-        raise UserError(f"masked_bce: targets must be bool, got {dtype_name(targets.dtype)}")
-    check_device("masked_bce", logits=logits, targets=targets)
-    check_mask("masked_bce", "hidden", hidden, logits, like="logits")
-    check_not_negative("masked_bce", "hidden_weight", hidden_weight)
+    check_floating(name, logits=logits)
+    check_mask(name, "hidden", hidden, logits, like="logits")
+    check_not_negative(name, "hidden_weight", hidden_weight)
     if valid is not None:
-        check_mask("masked_bce", "valid", valid, logits, like="logits")
+        check_mask(name, "valid", valid, logits, like="logits")
+
+
+def _check_presence(name: str, logits: Tensor, targets: Tensor, *, dimensions: int) -> None:
+    check_shapes(name, logits, targets, dimensions=dimensions, names=("logits", "targets"))
+    check_floating(name, logits=logits)
+    check_device(name, logits=logits, targets=targets)
+    if targets.dtype != torch.bool:
+        raise UserError(f"{name}: targets must be bool, got {dtype_name(targets.dtype)}")
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -183,13 +181,11 @@ class _ZeroGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, excluded: Tensor) -> Tensor:
-        """Return the logits."""
         ctx.save_for_backward(excluded)
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        """Zero the gradient of excluded pixels."""
         (excluded,) = ctx.saved_tensors
         return upstream.masked_fill(excluded, 0.0), None
 

@@ -36,15 +36,7 @@ Json = dict[str, Any]
 
 
 def detect(content: Json, *, seed: int = 0) -> list[Json]:
-    """Simulate results for all images of an embedded-scenes COCO file.
-
-    Args:
-        content: The parsed JSON, whose categories have a `look`.
-        seed: Random seed.
-
-    Returns:
-        COCO results, image by image.
-    """
+    """Simulate COCO results of a scenes file, image by image; its categories have a `look`."""
     by_look: dict[str, list[int]] = {}
     for category in content["categories"]:
         by_look.setdefault(category["look"], []).append(int(category["id"]))

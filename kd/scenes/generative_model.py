@@ -115,10 +115,7 @@ def build_world() -> World:
 
 
 def _repulsions() -> dict[str, list[str]]:
-    """A class repels the companions of its confusable partner.
-
-    Attraction alone would separate the two too little.
-    """
+    """A class repels the companions of its confusable partner, to separate the two enough."""
     repulsions: dict[str, list[str]] = {}
     for name, friends in tables.FRIENDS.items():
         look = tables.CLASSES[name][0]

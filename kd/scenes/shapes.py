@@ -18,7 +18,7 @@ class Shape:
         form: `ellipse` has two corners, `polygon` three or more points.
         colour: RGB before the object's random shift.
         points: x, y pairs in 0..1.
-        outline: Whether it is part of the silhouette rather than a detail within it.
+        outline: Part of the silhouette rather than a detail within it.
     """
 
     form: Literal["ellipse", "polygon"]

@@ -16,50 +16,25 @@ PLACE_SCALE = (0.9, 1.0, 1.1)  # objects in front are larger
 
 # class: (look, supercategory). Five looks belong to two classes each.
 CLASSES: dict[str, tuple[str, str]] = {
-    "ball": ("disc", "toy"),
-    "orange": ("disc", "food"),
-    "bird": ("wing", "animal"),
-    "kite": ("wing", "toy"),
-    "cone": ("wedge", "traffic"),
-    "tent": ("wedge", "outdoor"),
-    "crate": ("block", "container"),
-    "parcel": ("block", "container"),
-    "mug": ("cup", "tableware"),
-    "flowerpot": ("cup", "plant"),
-    "person": ("person", "person"),
-    "dog": ("dog", "animal"),
-    "car": ("car", "vehicle"),
-    "boat": ("boat", "vehicle"),
-    "tree": ("tree", "plant"),
-    "bench": ("bench", "outdoor"),
-    "umbrella": ("umbrella", "outdoor"),
-    "cloud": ("cloud", "outdoor"),
-    "lamp": ("lamp", "furniture"),
-    "laptop": ("laptop", "electronics"),
-    "plate": ("plate", "tableware"),
+    "ball": ("disc", "toy"), "orange": ("disc", "food"), "bird": ("wing", "animal"),
+    "kite": ("wing", "toy"), "cone": ("wedge", "traffic"), "tent": ("wedge", "outdoor"),
+    "crate": ("block", "container"), "parcel": ("block", "container"), "mug": ("cup", "tableware"),
+    "flowerpot": ("cup", "plant"), "person": ("person", "person"), "dog": ("dog", "animal"),
+    "car": ("car", "vehicle"), "boat": ("boat", "vehicle"), "tree": ("tree", "plant"),
+    "bench": ("bench", "outdoor"), "umbrella": ("umbrella", "outdoor"),
+    "cloud": ("cloud", "outdoor"), "lamp": ("lamp", "furniture"),
+    "laptop": ("laptop", "electronics"), "plate": ("plate", "tableware"),
     "kettle": ("kettle", "tableware"),
-}
+}  # fmt: skip
 
 # look: typical width and height, the same for confusable classes by construction.
 LOOK_SIZES: dict[str, tuple[float, float]] = {
-    "disc": (11.0, 11.0),
-    "wing": (15.0, 10.0),
-    "wedge": (12.0, 14.0),
-    "block": (14.0, 13.0),
-    "cup": (10.0, 13.0),
-    "person": (10.0, 20.0),
-    "dog": (15.0, 12.0),
-    "car": (20.0, 12.0),
-    "boat": (18.0, 17.0),
-    "tree": (15.0, 20.0),
-    "bench": (19.0, 11.0),
-    "umbrella": (18.0, 15.0),
-    "cloud": (20.0, 10.0),
-    "lamp": (9.0, 18.0),
-    "laptop": (16.0, 14.0),
-    "plate": (17.0, 9.0),
+    "disc": (11.0, 11.0), "wing": (15.0, 10.0), "wedge": (12.0, 14.0), "block": (14.0, 13.0),
+    "cup": (10.0, 13.0), "person": (10.0, 20.0), "dog": (15.0, 12.0), "car": (20.0, 12.0),
+    "boat": (18.0, 17.0), "tree": (15.0, 20.0), "bench": (19.0, 11.0), "umbrella": (18.0, 15.0),
+    "cloud": (20.0, 10.0), "lamp": (9.0, 18.0), "laptop": (16.0, 14.0), "plate": (17.0, 9.0),
     "kettle": (13.0, 15.0),
-}
+}  # fmt: skip
 
 PLACE_NAMES: dict[str, tuple[str, str, str]] = {
     "harbour": ("sky", "water", "quay"),
