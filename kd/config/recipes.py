@@ -30,29 +30,18 @@ class SoftTargets(Section):
         True, description="posteriors of train images from folds that did not train on them"
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="of cached outputs")
-    int8: bool = Field(
-        False, description="compute posteriors in 8-bit integers on a CPU: several times as fast"
-    )
+    int8: bool = Field(False, description="posteriors in 8-bit integers on a CPU: faster")
     top_k: Whole = Field(0, description="number of likeliest classes cached of posteriors; 0 = all")
-    cache: str | None = Field(
-        None, description="folder or URL of the cache; null: in the teacher's run folder"
-    )
-    mirrored: bool = Field(
-        False, description="also cache layers and logits of mirrored images, for flips"
-    )
+    cache: str | None = Field(None, description="folder or URL; null: in the teacher's run folder")
+    mirrored: bool = Field(False, description="also cache maps of mirrored images, for flips")
     equivariance_error: NotNegative = Field(
         0.1, description="largest relative error of cached maps that are moved with the image"
     )
-    stride: Count = Field(
-        8, description="stride in pixels of cached maps, for crops of data with label maps"
-    )
-    score_stride: Count | None = Field(
-        None, description="the same for score maps, which may be finer than layers; null: stride"
-    )
+    stride: Count = Field(8, description="of cached maps, pixels; for crops of label maps")
+    score_stride: Count | None = Field(None, description="of score maps; null: stride")
     size: Count | None = Field(
         None,
-        description="long side of whole images when a teacher's outputs are cached: larger gives "
-        "more detail; null: as in its training",
+        description="long side of whole images when caching: larger is finer; null: as trained",
     )
     balance: Probability = Field(
         0.0, description="fraction of the prior removed from posteriors: rare classes count more"
@@ -69,9 +58,7 @@ class TeacherReference(Section):
     run: str | None = Field(None, description="run folder, or a file model.safetensors in one")
     name: str = Field("unet", description="if run is null: runs/teacher/NAME/DATA")
     weight: Positive = Field(1.0, description="in mean.posterior of several teachers")
-    kind: Literal["stored", "live"] | None = Field(
-        None, description="of this teacher; null: soft_targets.kind"
-    )
+    kind: Literal["stored", "live"] | None = Field(None, description="null: soft_targets.kind")
 
 
 Unit = Literal["place", "image", "box", "object"]
@@ -95,8 +82,7 @@ class Optimizer(Section):
         0.9, description="of sgd; the first beta of adam and adamw"
     )
     lr_scale: dict[str, NotNegative] = Field(
-        default_factory=dict,
-        description="learning-rate factor by prefix of parameter names; 0 freezes",
+        default_factory=dict, description="rate factor by prefix of parameter names; 0 freezes"
     )
     decay_scale: dict[str, NotNegative] = Field(
         default_factory=dict, description="weight-decay factor by prefix of parameter names"
@@ -155,9 +141,7 @@ class Weighted(Section):
     """Schedule of a term's weight: a factor on `weight`."""
 
     name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
-    until: Fraction = Field(
-        1.0, description="fraction of training at which the ramp or the term ends"
-    )
+    until: Fraction = Field(1.0, description="fraction of training at which it ends")
     until_step: Count | None = Field(None, description="the same as a number of steps")
     start: NotNegative = Field(0.0, description="factor at the first step of a ramp")
 
@@ -230,9 +214,7 @@ class Recipe(Section):
 
     data: SerializeAsAny[DatasetSection]
     task: TaskSection
-    metrics: tuple[str, ...] = Field(
-        (), description="metrics of your own, package.module:ATTRIBUTE each"
-    )
+    metrics: tuple[str, ...] = Field((), description="of your own, package.module:ATTRIBUTE each")
 
     def needed(self) -> dict[str, str]:
         """Abilities that the problem must have, by the key that needs them."""
@@ -269,25 +251,20 @@ class DistillRecipe(Recipe):
 
     teacher: TeacherReference = TeacherReference()
     more_teachers: dict[str, TeacherReference] = Field(
-        default_factory=dict,
-        description="further teachers; a term reads NAME.posterior, NAME.layer or mean.posterior",
+        default_factory=dict, description="terms read NAME.posterior, NAME.layer or mean.posterior"
     )
     soft_targets: SoftTargets = SoftTargets()
     student: Model
-    levels: tuple[str, ...] = Field(
-        (),
-        description="of pyramids: terms and adapters with {level} in their layers exist for each",
-    )
+    levels: tuple[str, ...] = Field((), description="values of {level} in terms and adapters")
     adapters: dict[str, Adapter] = Field(default_factory=dict)
     losses: tuple[TermSection, ...] = Field((), description="terms of the distilled variant")
     more_losses: tuple[TermSection, ...] = Field((), description="terms of ablations only")
     ablations: dict[str, dict[str, tuple[str, ...]]] = Field(
         default_factory=dict,
-        description="for --ablation NAME: variants besides plain, with the labels of their terms",
+        description="for --ablation NAME: variants, with labels of their terms",
     )
     variants: tuple[str, ...] = Field(
-        ("plain", "distilled", "no_context"),
-        description=f"of {', '.join(VARIANTS)}, or an ablation's",
+        VARIANTS[:3], description=f"of {', '.join(VARIANTS)}, or an ablation's"
     )
     seeds: tuple[Whole, ...] = (0,)
     train: Train = Train()
@@ -362,9 +339,7 @@ class Probe(Section):
 
     lr: Positive | None = Field(None, description="null: that of train")
     epochs: Count | None = Field(None, description="null: that of train")
-    remember: bool = Field(
-        False, description="cache the trunk's maps in memory: for images without augmentation"
-    )
+    remember: bool = Field(False, description="cache the trunk's maps; for unaugmented images")
 
 
 class Finetune(Section):
@@ -372,9 +347,7 @@ class Finetune(Section):
 
     lr: Positive | None = Field(None, description="null: that of train")
     epochs: Count | None = Field(None, description="null: that of train")
-    trunk: Positive = Field(
-        1.0, description="learning-rate factor of the trunk, unless it starts from random weights"
-    )
+    trunk: Positive = Field(1.0, description="rate factor of the trunk, unless it is random")
 
 
 class TransferRecipe(Recipe):

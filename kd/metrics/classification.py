@@ -8,7 +8,8 @@ Everything here is a function of *records* (`kd.problems.objects.records`), the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,16 +29,12 @@ SHARE_BINS = {
     "medium": (0.02, 0.08),
     "large": (0.08, np.inf),
 }
-# Number of other objects in the image, both bounds included.
-VISIBLE_BINS = {
-    "0": (0.0, 0.0),
-    "1-2": (1.0, 2.0),
-    "3-4": (3.0, 4.0),
-    "5-6": (5.0, 6.0),
-    "7-10": (7.0, 10.0),
-    "over10": (11.0, np.inf),
-}
-BINS = {"share": SHARE_BINS, "visible": VISIBLE_BINS}
+# Number of other objects in the image, lower bound included.
+VISIBLE_BINS: dict[str, tuple[float, float]] = {
+    "0": (0, 1), "1-2": (1, 3), "3-4": (3, 5), "5-6": (5, 7), "7-10": (7, 11),
+    "over10": (11, np.inf),
+}  # fmt: skip
+BINS: dict[str, Mapping[str, tuple[float, float]]] = {"share": SHARE_BINS, "visible": VISIBLE_BINS}
 
 
 class Measure(NamedTuple):
@@ -85,12 +82,6 @@ def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
     ahead = (scores > own).sum(axis=1)
     tied = (scores == own).sum(axis=1) - 1
     return np.asarray(ahead + (tied + 1) // 2, dtype=np.int64)
-
-
-def top_n_curve(places: Array, num_classes: int) -> NDArray[np.float64]:
-    """Fraction of the objects whose true class is among the first n, for n = 1..C: (C,)."""
-    counts = np.bincount(places, minlength=num_classes)
-    return np.asarray(np.cumsum(counts) / max(len(places), 1), dtype=np.float64)
 
 
 def reliability(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> Reliability:
@@ -173,16 +164,12 @@ def _pair_top1(records: Records) -> Array:
     return np.asarray(ranks(scores, labels) == 0, dtype=np.float64)
 
 
-def _of_share(records: Records, name: str) -> NDArray[np.bool_]:
-    low, high = SHARE_BINS[name]
-    return np.asarray((records["shares"] >= low) & (records["shares"] < high))
-
-
-def _of_visible(records: Records, name: str) -> NDArray[np.bool_]:
-    if "visible" not in records:
-        return np.zeros(len(records["labels"]), dtype=bool)
-    low, high = VISIBLE_BINS[name]
-    return np.asarray((records["visible"] >= low) & (records["visible"] <= high))
+def _top1_in_bin(records: Records, kind: str, name: str) -> Measure:
+    low, high = BINS[kind][name]
+    of_objects = records.get("shares" if kind == "share" else kind)
+    if of_objects is None:
+        of_objects = np.full(len(records["labels"]), -1)
+    return _some(_top(records, 1), np.asarray((of_objects >= low) & (of_objects < high)))
 
 
 MEASURES: dict[str, Callable[[Records], Measure]] = {
@@ -192,16 +179,9 @@ MEASURES: dict[str, Callable[[Records], Measure]] = {
     "confusable_top1": lambda records: _some(_top(records, 1), _is_confusable(records)),
     "confusable_pair_top1": lambda records: _some(_pair_top1(records), _is_confusable(records)),
     **{
-        f"share/{name}_top1": lambda records, name=name: _some(  # type: ignore[misc]
-            _top(records, 1), _of_share(records, name)
-        )
-        for name in SHARE_BINS
-    },
-    **{
-        f"visible/{name}_top1": lambda records, name=name: _some(  # type: ignore[misc]
-            _top(records, 1), _of_visible(records, name)
-        )
-        for name in VISIBLE_BINS
+        f"{kind}/{name}_top1": partial(_top1_in_bin, kind=kind, name=name)
+        for kind, bins in BINS.items()
+        for name in bins
     },
 }
 
@@ -278,9 +258,10 @@ def chance(records: Records, name: str) -> float | None:
 
 
 def curve(records: Records) -> NDArray[np.float64]:
-    """Top-n accuracy of these records, (C,)."""
+    """Fraction of the objects whose true class is among the first n, for n = 1..C: (C,)."""
     places = ranks(records["log_probs"], records["labels"])
-    return top_n_curve(places, records["log_probs"].shape[1])
+    counts = np.bincount(places, minlength=records["log_probs"].shape[1])
+    return np.asarray(np.cumsum(counts) / max(len(places), 1), dtype=np.float64)
 
 
 def evaluate(records: Records) -> dict[str, float]:

@@ -162,7 +162,7 @@ def test_bins_leave_no_object_out() -> None:
         bounds = list(bins.values())
         assert bounds[0][0] == 0 and bounds[-1][1] == np.inf
     assert all(low == high for (_, high), (low, _) in pairwise(scores.SHARE_BINS.values()))
-    assert all(low == high + 1 for (_, high), (low, _) in pairwise(scores.VISIBLE_BINS.values()))
+    assert all(low == high for (_, high), (low, _) in pairwise(scores.VISIBLE_BINS.values()))
     assert scores.bin_title("visible", "over10") == "over 10"
     assert scores.bin_title("share", "tiny") == "tiny\n0 to 0.5 %"
 
