@@ -208,16 +208,15 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How training samples are drawn from a dataset.
+    """Options of the training samples of a dataset.
 
     Attributes:
-        seed: Of everything random, 0 or more.
-        epochs: Length of the training, for what changes over it.
+        seed: At least 0.
+        epochs: Length of the training, for schedules.
         images: Ids of the images to sample; None: all.
         labelled: Ids of the images whose labels may be used; None: all.
-        hide: Objects hidden in an image and epoch: one drawn at random, or each in turn. Only for
-            problems that hide objects.
-        cached: Teacher outputs that come with the samples.
+        hide: Hide one random object per image and epoch, or each in turn, if the problem hides any.
+        cached: Teacher outputs that are added to the samples.
     """
 
     seed: int
@@ -287,7 +286,7 @@ class TeacherView(Protocol):
 
     @property
     def unit(self) -> str:
-        """What a record belongs to: objects or images."""
+        """Objects or images: the owners of records."""
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
@@ -299,7 +298,7 @@ class TeacherView(Protocol):
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What cached numbers depend on besides the teacher."""
+        """Data and transform that cached outputs depend on."""
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -379,11 +378,7 @@ class Problem(ABC, Generic[D]):
         """Samples that models are scored on."""
 
     def folds(self, data: D, count: int) -> list[NDArray[np.int64]]:
-        """Ids of the train images outside of each fold, which its teacher is trained on.
-
-        Raises:
-            UserError: Not supported for this problem.
-        """
+        """Ids of the train images outside of each fold, which its teacher is trained on."""
         raise UserError(
             f"folds: are for teachers of hidden objects; these data are {self.spec.help}"
         )
@@ -393,11 +388,7 @@ class Problem(ABC, Generic[D]):
         return data
 
     def object_ids(self, data: D) -> NDArray[np.int64]:
-        """Annotation ids of the train objects with cached posteriors.
-
-        Raises:
-            UserError: The problem has no objects.
-        """
+        """Annotation ids of the train objects with cached posteriors, if the problem has any."""
         raise UserError(f"{data.section.name}: posteriors are of objects, not of {self.spec.help}")
 
     def teacher_view(
@@ -464,11 +455,7 @@ class Problem(ABC, Generic[D]):
         return student
 
     def resolve_student(self, model: Model) -> Model:
-        """Replace references to other runs in a student's section by what they refer to.
-
-        Raises:
-            UserError: A reference does not exist.
-        """
+        """Replace references to other runs in a student's section by what they refer to."""
         return model
 
     def fit(self, model: nn.Module, data: D, images: NDArray[np.int64] | None = None) -> None:
@@ -517,25 +504,13 @@ class Problem(ABC, Generic[D]):
     def class_fractions(
         self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions of the train images, for tasks with class weights.
-
-        Args:
-            section: The task.
-            data: The dataset.
-            images: Ids of the images to count; None: all.
-        """
+        """Class fractions, for tasks with class weights, on the images with these ids or on all."""
         return {}
 
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Names of a teacher's output channels, to compare with a dataset's classes.
-
-        Args:
-            task: The teacher's.
-            names: Classes that it was trained on.
-            others: Classes of the dataset.
-        """
+        """Names of a teacher's output channels, to compare with a dataset's classes (`others`)."""
         return tuple(names)
 
     # Results

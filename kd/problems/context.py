@@ -14,11 +14,7 @@ ObjectScenes: TypeAlias = ObjectsDataset
 
 
 def object_scenes(data: Dataset) -> ObjectScenes:
-    """Return the dataset of a problem that hides objects.
-
-    Raises:
-        UserError: It is of another problem.
-    """
+    """Refuse datasets of problems that hide no objects."""
     if not data.problem.hides_objects:
         raise UserError(
             f"{data.section.name}: data of {data.problem.spec.name}; objects with boxes are needed "
@@ -28,11 +24,7 @@ def object_scenes(data: Dataset) -> ObjectScenes:
 
 
 def hidden_objects(teacher: Teacher) -> ObjectsSection:
-    """The data section that a context teacher was trained with.
-
-    Raises:
-        UserError: It was trained on another problem.
-    """
+    """The data section that a context teacher was trained with; refuse other teachers."""
     if not teacher.problem.hides_objects:
         raise UserError(
             f"{teacher.folder}: trained for {teacher.problem.spec.name}; a teacher of the context "

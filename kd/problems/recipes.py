@@ -146,11 +146,7 @@ def _checked(model: type[Recipe], merged: Merged) -> Recipe:
 
 
 def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
-    """The recipe of a teacher's run, from its resolved config.
-
-    Raises:
-        UserError: It is not a teacher's.
-    """
+    """The recipe of a teacher's run from its resolved config; refuse a student's."""
     if "student" in config:
         raise UserError(f"{source}: a student's run; a teacher's run is needed")
     return recipe_from(TeacherRecipe, config, str(source))

@@ -92,14 +92,9 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         return ObjectsView(data, hidden_objects(teacher), split)
 
     def build_student(
-        self,
-        model: Model,
-        data: ObjectsDataset,
-        *,
-        labelled: NDArray[np.int64] | None = None,
-        context: bool = True,
-        outputs: Collection[str] = (),
-    ) -> nn.Module:
+        self, model: Model, data: ObjectsDataset, *, labelled: NDArray[np.int64] | None = None,
+        context: bool = True, outputs: Collection[str] = (),
+    ) -> nn.Module:  # fmt: skip
         """Build a classifier with the options of `students.classifiers.build_student`."""
         return self.classifier(model, data.prior(labelled), context=context)
 

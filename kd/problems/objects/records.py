@@ -43,12 +43,7 @@ def with_predictions(
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; messages begin with `where`.
-
-    Raises:
-        UserError: No object, a missing array or wrong length, a label out of range, a NaN, or rows
-            that are no log-probabilities.
-    """
+    """Check shapes, labels and that rows are log-probabilities; messages begin with `where`."""
     if missing := [name for name in REQUIRED if name not in records]:
         raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions")
     scores, labels = records["log_probs"], records["labels"]
