@@ -50,7 +50,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Rendered:
-    """What one scene adds to its split."""
+    """One scene as part of its split."""
 
     image: Json
     annotations: list[Json]

@@ -1,4 +1,4 @@
-"""Box annotations of other layouts as COCO JSONs: what their readers share.
+"""Common parts of the readers that convert box annotations to COCO JSONs.
 
 A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) builds the content, `instances_file` stores
 it beside the data for `kd.formats.coco` and `kd.formats.coco_results`. Objects that a benchmark
@@ -90,7 +90,7 @@ class CocoContent:
 def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
     """Concatenate JSONs of the same classes; `folders` prefix each one's file names.
 
-    Image ids are kept if unique, otherwise images are numbered from 1; objects are numbered from 1.
+    Unique image ids stay, otherwise images are numbered from 1; objects are numbered from 1.
     """
     images = [(n, image) for n, content in enumerate(contents) for image in content["images"]]
     unique = len({image["id"] for _, image in images}) == len(images)

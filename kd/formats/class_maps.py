@@ -52,7 +52,7 @@ class ClassMaps:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the maps depend on."""
+        """Everything that the maps depend on."""
         return {"maps": VERSION, "data": self.index.fingerprint, "size": self.size}
 
     def __call__(self, image: int, plan: Plan, size: tuple[int, int]) -> Tensor:

@@ -215,9 +215,8 @@ def _reopen(folder: Path, annotation_file: Path, images: Path, fingerprint: str)
 def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
     here = dict(zip(index.category_ids, index.class_names, strict=True))
     there = dict(zip(other.category_ids, other.class_names, strict=True))
-    differing = [
-        key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)
-    ]
+    keys = sorted(here.keys() | there.keys())
+    differing = [key for key in keys if here.get(key) != there.get(key)]
     if not differing:
         return
     listed = "; ".join(
@@ -249,9 +248,8 @@ def _report(index: CocoIndex) -> None:
     if 2 * beyond > len(index.object_ids) + outside:
         log.warning(
             "%s: most boxes reach beyond their images; is 'bbox' x, y, width, height as in COCO, "
-            "or the corners x1, y1, x2, y2?",
-            index.annotation_file,
-        )
+            "or the corners x1, y1, x2, y2?", index.annotation_file,
+        )  # fmt: skip
 
 
 def check_images_decode(index: CocoIndex) -> list[str]:

@@ -100,7 +100,7 @@ def read_truth(path: Path) -> Truth:
 def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
     """Read a results file for the images and classes of the ground truth.
 
-    Boxes without an area, which detectors produce by clipping, are kept: they match nothing and
+    Boxes without an area, which detectors produce by clipping, stay: they match nothing and
     count as false positives, as in pycocotools. Their number is logged. `probabilities` requires
     scores in 0..1; ranking accepts any numbers, such as logits.
     """

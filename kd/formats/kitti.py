@@ -79,7 +79,7 @@ def kitti_truth(truth: Truth) -> KittiTruth:
 
 
 def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
-    """File that lists a split, and line and name of each image."""
+    """File that lists a split, and the line and name of each image."""
     if not labels.is_dir():
         raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
     if split != ALL:

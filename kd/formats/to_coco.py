@@ -102,12 +102,8 @@ def _coco_json(split: BoxSplit) -> Path:
     path = instances_file(split.read(), split.folder, split.name)
     record = _record_of(path, fingerprint)
     with contextlib.suppress(UserError):  # without it the boxes are read again
-        write_text(_record_file(path), str(record))
+        write_text(path.with_suffix(".made"), str(record))
     return path
-
-
-def _record_file(path: Path) -> Path:
-    return path.with_suffix(".made")
 
 
 def _record_of(path: Path, fingerprint: str) -> str | None:
@@ -121,7 +117,7 @@ def _record_of(path: Path, fingerprint: str) -> str | None:
 
 def _read_record(path: Path) -> str:
     try:
-        return _record_file(path).read_text(encoding="utf-8")
+        return path.with_suffix(".made").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 

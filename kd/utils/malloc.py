@@ -16,7 +16,7 @@ _TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"
 def keep_freed_memory() -> bool:
     """Reuse freed blocks, large ones too, instead of returning them to the operating system.
 
-    glibc requests each block above 32 MiB anew from the system, which zeroes it page by page at
+    glibc requests each block above 32 MiB from the system again, which zeroes it page by page at
     first use. The feature maps of a few photographs are such blocks, in each layer of each step.
     Block sizes repeat from step to step, so little more memory is held than is in use. Measured by
     `benchmarks/allocator.py`. Returns False, without effect, for another C library than glibc or if
