@@ -31,7 +31,7 @@ _SAMPLE_STREAM = 4  # keeps the samples' random numbers apart from the loader's 
 _NO_CHANGE = Augment(
     flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
 )
-_SMALLEST_CROWD = 0.0  # fraction of a crowd that must stay visible: any part is kept
+_SMALLEST_CROWD = 0.0  # fraction of a crowd that must stay visible: any part stays
 
 Ids = Collection[int] | npt.NDArray[np.int64]
 
@@ -79,7 +79,7 @@ class DetectionSamples(Dataset[Sample]):
         if only is not None:
             images = images[np.isin(index.image_ids, np.asarray(list(only)))]
         if not len(images):
-            raise UserError(f"{index.annotation_file}: it has none of the images asked for")
+            raise UserError(f"{index.annotation_file}: it has none of the selected images")
         known = known_labels(index, images, labelled)
         times = 1 if labelled is None else repeat_labelled
         self.images, self.known = repeated(images, known, times)

@@ -10,8 +10,7 @@ The upper reference is **other observers**: each person's fixations predicted fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -177,19 +176,6 @@ ABOUT = {
     OBSERVERS: "other observers: each person's fixations predicted from all others'; KLD, CC and "
     "SIM compare halves of them, noisier than everybody's: models may be better",
 }
-
-
-class GazeTruth(Protocol):
-    """Ground truth of a split."""
-
-    def __call__(self, number: int) -> SaliencyTruth:
-        """Ground truth of the image at a position in the split."""
-        ...
-
-    @property
-    def references(self) -> Mapping[str, Float]:
-        """Metrics of each image, (images of the split, M), by name of a reference's array."""
-        ...
 
 
 def references(records: Records) -> dict[str, Records]:

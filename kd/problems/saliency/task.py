@@ -13,7 +13,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses.saliency import EPS, saliency_kld
 from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Task, full_count
-from kd.problems.saliency.baselines import GazeTruth
+from kd.problems.saliency.data import ValTruth
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.segmentation.task import on_grid
 from kd.transforms.hide import normalise
@@ -80,7 +80,7 @@ class Saliency(Task):
         """The metrics of `kd.metrics.saliency`."""
         if classes.truth is None:
             raise UserError(f"{classes.where}: has no fixations to be predicted")
-        truth: GazeTruth = classes.truth()
+        truth: ValTruth = classes.truth()
         return SaliencyMaps(truth, where=classes.where, references=lambda: truth.references)
 
 

@@ -128,10 +128,10 @@ class Segmentation(Task):
 
 
 @functools.cache
-def _class_weights(shares: tuple[float, ...], power: float, device: torch.device) -> Tensor:
+def _class_weights(fractions: tuple[float, ...], power: float, device: torch.device) -> Tensor:
     """Weights with a mean of 1 over pixels, so that means of micro-batches can be combined."""
-    weights = torch.tensor(median_frequency(shares, power=power))
-    return (weights / (weights * torch.tensor(shares)).sum()).to(device)
+    weights = torch.tensor(median_frequency(fractions, power=power))
+    return (weights / (weights * torch.tensor(fractions)).sum()).to(device)
 
 
 def on_grid(logits: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -152,6 +152,6 @@ def check_whole_places(logits: Tensor, truth: Tensor) -> None:
         stride = stride_of(pixels, places)
         if stride * places != pixels:
             raise UserError(
-                f"data.crop: crops are {pixels} pixels {name}, and this network answers for "
-                f"{stride} at a time; make it {stride * places} or {stride * (places - 1)}"
+                f"data.crop: crops are {pixels} pixels {name}, and the stride of this "
+                f"network is {stride}; make it {stride * places} or {stride * (places - 1)}"
             )

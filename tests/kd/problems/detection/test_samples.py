@@ -352,8 +352,8 @@ def test_a_prepared_copy_shows_the_same_and_leads_back_to_the_original(
         ({"scales": (1.5, 0.5)}, "^scales: "),
         ({"scales": (float("nan"), 1.0)}, "^scales: "),
         ({"augment": {"flap": 1.0}}, "augment: unknown flap"),
-        ({"only": []}, r"instances\.json: it has none of the images asked for"),
-        ({"only": [99]}, "none of the images asked for"),
+        ({"only": []}, r"instances\.json: it has none of the selected images"),
+        ({"only": [99]}, "none of the selected images"),
     ],
 )
 def test_wrong_options_are_named(index: CocoIndex, options: dict[str, Any], message: str) -> None:
