@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(fit) and not all(fit):
         raise UserError("--fit-detections, --fit-annotations, --fit-images: give all three or none")
     set_up_logging()
-    return _run(args)
+    return _run(args, fit)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
     from kd.context.detections import QueryOptions
     from kd.context.fit_rescore import Split, cross_fitted, fitted_elsewhere
     from kd.context.rescore import STRENGTHS, settings_of
@@ -47,11 +47,10 @@ def _run(args: argparse.Namespace) -> int:
         return Split.open(args.teacher, detections, annotations, images, args.out.parent,
                           options=options, device=device, shuffled=args.shuffled)  # fmt: skip
 
-    elsewhere = (args.fit_detections, args.fit_annotations, args.fit_images)
     here = split(args.detections, args.annotations, args.images)
     settings = settings_of(args.rule)
-    if all(elsewhere):
-        result = fitted_elsewhere(here, split(*elsewhere), settings, args.folds, args.per_class)
+    if all(fit):
+        result = fitted_elsewhere(here, split(*fit), settings, args.folds, args.per_class)
     else:
         result = cross_fitted(here, settings, args.folds, args.per_class)
     write_detections(args.out, here.found.entries, result.scores.tolist())
@@ -60,13 +59,13 @@ def _run(args: argparse.Namespace) -> int:
     title = f"{args.detections.name}: {len(names)} classes, context from {args.teacher}"
     print_table(change_table(change, title, result.notes(names)))
     strengths = (0.0, *STRENGTHS)
-    rules = dict.fromkeys([None, 0.0, *(fit.setting.alone for fit in result.fits)])
+    rules = dict.fromkeys([None, 0.0, *(one.setting.alone for one in result.fits)])
     curves = curve_of(here.meter, here.known, strengths, list(rules))
     report = {**change.to_json(), **result.to_json(names), "a": strengths, "curves": curves}
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")
     write_text(metrics, json.dumps(report, indent=2) + "\n")
     if args.figures:
-        marks = [fit.setting for fit in result.fits]
+        marks = [one.setting for one in result.fits]
         save_figure(curve_figure(strengths, curves, marks, title), args.figures / "strength.png")
     sys.stdout.write(f"{args.out}, {metrics}\n")
     return 0
@@ -89,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         "auto: the folds choose (default)")  # fmt: skip
     add("--per-class", action="store_true", help="parameters for classes of 20 objects or more")
     add("--most", type=int, default=100, metavar="N", help="queries per image; default 100")
-    add("--same-place", type=float, default=0.7, metavar="IOU",
-        help="detections with this overlap share a query; default 0.7")  # fmt: skip
-    add("--sure", type=float, default=0.3, metavar="SCORE",
-        help="least score of inputs of a teacher that reads annotations; 0.3")  # fmt: skip
+    add(
+        "--same-place", type=float, default=0.7, metavar="IOU", help="overlap to share a query; 0.7"
+    )
+    add("--sure", type=float, default=0.3, metavar="SCORE", help="least score of inputs; 0.3")
     add("--shuffled", action="store_true", help="control: predictions for other detections")
     add("--resamples", type=int, default=400, metavar="N", help="for the intervals; default 400")
     add("--figures", type=Path, help="folder for AP over the strength (strength.png)")

@@ -78,6 +78,7 @@ class Merged:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping."""
+    name = source_name(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -85,17 +86,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except ConfigError as error:
-        raise ConfigError(f"{shown_name(path)}: {error}") from None
+        raise ConfigError(f"{name}: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"{shown_name(path)}: not YAML: {' '.join(str(error).split())}"
-        ) from error
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{shown_name(path)}: expected a mapping at the top, got {content!r:.60}")
+        raise ConfigError(f"{name}: expected a mapping at the top, got {content!r:.60}")
     return content
 
 
-def shown_name(path: Path) -> str:
+def source_name(path: Path) -> str:
     """Name of a file in messages: its path, without the folder if it is one of configs/."""
     return path.name if path.is_relative_to(CONFIGS) else str(path)
 
@@ -147,12 +146,12 @@ def merge_recipe(path: Path, *, data: str | None = None, settings: Iterable[str]
     Raises:
         ConfigError: A file that cannot be read, an unknown dataset, or a malformed setting.
     """
-    content, shown = read_yaml(path), shown_name(path)
+    content, source = read_yaml(path), source_name(path)
     variants = content.pop("per_data", None) or {}
     own = content.pop("data", "scenes")
     own = {"name": own} if isinstance(own, str) else own
     if not isinstance(own, dict) or not isinstance(variants, dict):
-        raise ConfigError(f"{shown}: data must be a name or a mapping, per_data a mapping")
+        raise ConfigError(f"{source}: data must be a name or a mapping, per_data a mapping")
     if data is not None:
         own = {"name": data}
     whole = bool(own.keys() & {"layout"}) or isinstance(own.get("train"), Mapping)
@@ -162,10 +161,10 @@ def merge_recipe(path: Path, *, data: str | None = None, settings: Iterable[str]
     if data is not None or not whole:
         data_path = find_config("data", name)
         name = own["name"] = data_path.stem
-        merged.merge({"data": read_yaml(data_path)}, shown_name(data_path))
-    merged.merge(content, shown)
-    merged.merge({"data": own}, shown if data is None else f"--data {data}")
-    merged.merge(_variant(variants, name, shown), f"{shown} (per_data.{name})")
+        merged.merge({"data": read_yaml(data_path)}, source_name(data_path))
+    merged.merge(content, source)
+    merged.merge({"data": own}, source if data is None else f"--data {data}")
+    merged.merge(_variant(variants, name, source), f"{source} (per_data.{name})")
     apply_settings(merged, settings)
     return merged
 
@@ -177,19 +176,19 @@ def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if name not in known_configs("task"):
         return {}, ""
     path = CONFIGS / "task" / f"{name}.yaml"
-    return read_yaml(path), f"task/{shown_name(path)}"
+    return read_yaml(path), f"task/{source_name(path)}"
 
 
-def _variant(variants: Mapping[str, Any], name: str, shown: str) -> Mapping[str, Any]:
+def _variant(variants: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
     """The part of `per_data` for a dataset; misspelled names are mistakes."""
     known = [*known_configs("data"), name]
     mistakes = []
     for key, part in variants.items():
         near = difflib.get_close_matches(str(key), known, 1, 0.7)
         if key not in known and near:  # a dataset of the user's own resembles none
-            mistakes.append(f"{shown}: per_data.{key}: unknown data; did you mean '{near[0]}'?")
+            mistakes.append(f"{source}: per_data.{key}: unknown data; did you mean '{near[0]}'?")
         elif part is not None and not isinstance(part, Mapping):
-            mistakes.append(f"{shown}: per_data.{key}: expected a mapping, got {part!r}")
+            mistakes.append(f"{source}: per_data.{key}: expected a mapping, got {part!r}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return variants.get(name) or {}

@@ -22,7 +22,7 @@ from kd.config.reader import (
     find_config,
     merge_recipe,
     read_yaml,
-    shown_name,
+    source_name,
     tuples,
     validate,
 )
@@ -82,7 +82,7 @@ def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> 
     """
     path = find_config("data", name)
     merged = Merged()
-    merged.merge({"name": path.stem, **read_yaml(path)}, shown_name(path))
+    merged.merge({"name": path.stem, **read_yaml(path)}, source_name(path))
     apply_settings(merged, settings, section="data")
     spec = spec_of_data(merged.values)
     if needs:
