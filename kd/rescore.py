@@ -88,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "auto: the folds choose (default)")  # fmt: skip
     add("--per-class", action="store_true", help="parameters for classes of 20 objects or more")
     add("--most", type=int, default=100, metavar="N", help="queries per image; default 100")
-    add(
-        "--same-place", type=float, default=0.7, metavar="IOU", help="overlap to share a query; 0.7"
-    )
+    add("--same-place", type=float, default=0.7, metavar="IOU", help="least IoU in a query; 0.7")
     add("--sure", type=float, default=0.3, metavar="SCORE", help="least score of inputs; 0.3")
     add("--shuffled", action="store_true", help="control: predictions for other detections")
     add("--resamples", type=int, default=400, metavar="N", help="for the intervals; default 400")

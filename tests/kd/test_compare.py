@@ -132,7 +132,7 @@ def test_students_of_label_maps_are_compared_by_the_same_command(
     assert "iou/road (%)" in printed and "prior" not in printed
     unet = make_run(tmp_path / "unet", 2.0)
     assert run_command(main, [*single, str(unet)]) == 2
-    assert "about objects and about images" in capsys.readouterr().err
+    assert "predict different things: objects and images" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_exit_status_two(
