@@ -65,7 +65,8 @@ def open_annotated(
     second = load_coco(*val, check_images=images, categories_from=first)
     if section.generate is None and images:  # generated files are intact
         for index in (first, second):
-            _check_decode(index)
+            if len(index) <= DECODED_FIRST:  # rather than fail in the middle of training
+                raise_first(check_images_decode(index))
     return first, second
 
 
@@ -117,12 +118,6 @@ def layout_holds(layout: str, split: str) -> str:
         return ""
     holds = resolve(LAYOUTS, layout, what="layout").holds
     return str(holds(split) if callable(holds) else holds)
-
-
-def _check_decode(index: CocoIndex) -> None:
-    """Decode all images of a small dataset now, rather than fail in the middle of training."""
-    if len(index) <= DECODED_FIRST:
-        raise_first(check_images_decode(index))
 
 
 def root_of(section: AnnotatedSection, *, holds: str) -> Path:
