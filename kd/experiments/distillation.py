@@ -74,10 +74,10 @@ class Distillation:
         others = [section for section in wanted if section not in own]
         self.terms = [build_term(section) for section in own + others]
         self.sources: RecipeTeachers | None = None
-        self.task = self._task()
-        check_terms(recipe, self.variants.values(), self.terms, self.task, data)
         taught = any(variant.terms for variant in self.variants.values())
         paths = find_teachers(recipe, self.terms, data, self.data_typed) if taught else {}
+        self.task = self._task()
+        check_terms(recipe, self.variants.values(), self.terms, self.task, data)
         if taught:
             if layers := tapped_layers(self.terms, self.task):  # before a teacher runs for hours
                 student = self.student(self._any_variant, None)

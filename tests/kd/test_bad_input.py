@@ -352,7 +352,7 @@ def test_without_a_teacher_the_message_says_which_command_makes_one(
 ) -> None:
     line = only_error(distill(command, data))
     assert "no trained teacher at runs/teacher/unet/" in line
-    assert "make one with: python -m kd.train_teacher --teacher unet --data " in line
+    assert "train one: python -m kd.train_teacher --teacher unet --data " in line
     assert "--teacher RUN" in line
     assert not Path("out").exists()
     assert "nowhere: no such run folder" in only_error(
@@ -366,10 +366,10 @@ def test_the_command_that_makes_a_teacher_gets_the_data_as_typed(
     Path("my data.yaml").write_text(yaml.safe_dump({**DATA, "root": str(data)}))
     arguments = ("--student", "resnet18", "--data")
     line = only_error(command(kd.distill.main, None, *arguments, "my data.yaml"))
-    assert "runs/teacher/cnn/my data; make one with: " in line
-    assert "kd.train_teacher --teacher cnn --data 'my data.yaml', or name" in line
+    assert "runs/teacher/cnn/my data; train one: " in line
+    assert "kd.train_teacher --teacher cnn --data 'my data.yaml', or choose" in line
     # A recipe that holds its data set: that is no name to be given to a command.
-    assert "--data unnamed.yaml (a file of what the recipe has under data), or" in only_error(
+    assert "--data unnamed.yaml (a file with the data section of the recipe), or" in only_error(
         distill(command, data)
     )
     transfer = ("--task", "scene_labels", "--data", "my data.yaml")
@@ -387,7 +387,7 @@ def test_of_several_teachers_the_one_that_is_missing_is_named(command: Command, 
     line = only_error(command(kd.distill.main, None, *arguments, "--teacher", "run"))
     assert "more_teachers.detector: no trained teacher at runs/teacher/fasterrcnn_resnet50/" in line
     assert "--teacher fasterrcnn_resnet50 --data mine.yaml, or" in line
-    assert line.endswith("name one with --set more_teachers.detector.run=RUN")
+    assert line.endswith("choose one with --set more_teachers.detector.run=RUN")
     arguments += ["--teacher", "run", "--set", "more_teachers.detector.run=nowhere"]
     line = only_error(command(kd.distill.main, None, *arguments))
     assert line == "error: more_teachers.detector.run: nowhere: no such run folder or file"
