@@ -240,7 +240,8 @@ def test_a_vanished_shard_is_a_user_error(tmp_path: Path, memory: str) -> None:
         store = fill(url)
         store.ids()
         for name in store.present().values():
-            store._files.rm_file(store._path(name))
+            files, path = fsspec.core.url_to_fs(f"{url}/{name}")
+            files.rm_file(path)
         with pytest.raises(UserError, match="unreadable shard"):
             store.read([100])
 
