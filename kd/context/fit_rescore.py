@@ -79,9 +79,6 @@ def log_prior_of(teacher: TrainedTeacher) -> Floats:
     """Log-probabilities of a teacher without evidence, (C,): the prior of its train objects.
 
     Teachers trained with part of the prior removed (`balance`) lack that part here, too.
-
-    Raises:
-        UserError: The run has no prior.
     """
     path = teacher.folder / "predictions.npz"
     try:
@@ -145,9 +142,6 @@ def cross_fitted(
 
     Scores stay as they are unless AP over all images rises and the gain on held-out folds is clear:
     its mean exceeds its standard error.
-
-    Raises:
-        UserError: Fewer images than folds.
     """
     folds = split.folds(count)
     if len(np.unique(folds)) < count:

@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Where one class is expected.
+    """Probabilities of one class over a photograph.
 
     Attributes:
         values: (h, w) probabilities over the whole photograph, long side at most 512.
@@ -159,7 +159,7 @@ def heat_maps(
     the centres and constant beyond them. The result is the mean over sizes.
 
     Args:
-        teacher: The teacher.
+        teacher: A context teacher.
         photo: The image.
         labels: Classes; all maps come from the same passes.
         scales: Sizes of the region, as fractions of the image's width and height.

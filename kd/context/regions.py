@@ -47,11 +47,7 @@ class BoxShape:
     corners: Box
 
     def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Clip the box to an image of `size` = (height, width).
-
-        Raises:
-            UserError: It lies outside of the image.
-        """
+        """Clip the box to an image of `size` = (height, width); a `UserError` if outside."""
         x1, y1, x2, y2 = self.corners
         box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0])))
         name = "box " + ",".join(f"{corner:g}" for corner in self.corners)
@@ -67,11 +63,7 @@ class PolygonShape:
     corners: tuple[tuple[float, float], ...]
 
     def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Draw the polygon on an image of `size` = (height, width).
-
-        Raises:
-            UserError: It contains no pixel's centre.
-        """
+        """Draw the polygon on an image; a `UserError` if it contains no pixel's centre there."""
         mask = polygon_mask(np.array(self.corners), size)
         name = f"polygon of {len(self.corners)} corners"
         if not mask.any():
@@ -87,11 +79,7 @@ class MaskShape:
     mask: Mask
 
     def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Return the mask as a region.
-
-        Raises:
-            UserError: The image has another size.
-        """
+        """Return the mask as a region; a `UserError` if the image has another size."""
         if self.mask.shape != size:
             have, want = (f"{wide} x {high}" for high, wide in (self.mask.shape, size))
             raise UserError(f"{self.file}: is {have} pixels, but {image} is {want}")
@@ -124,11 +112,7 @@ def parse_polygon(text: str) -> PolygonShape:
 
 
 def read_mask(file: Path) -> MaskShape:
-    """Read an image whose nonzero pixels are hidden; transparency is ignored.
-
-    Raises:
-        UserError: Missing, not an image, or 0 everywhere.
-    """
+    """Read an image whose nonzero pixels are hidden, transparency ignored; it must have some."""
     try:
         with Image.open(file) as image:
             pixels = np.asarray(_without_alpha(image))
@@ -150,12 +134,7 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mask:
-    """Pixels whose centres lie inside a polygon, by the even-odd rule: bool of `size`.
-
-    Args:
-        corners: (n, 2) x, y in pixels.
-        size: Height and width.
-    """
+    """Pixels (H, W) with centres inside a polygon (n, 2) of x, y, by the even-odd rule."""
     rows, columns = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
     mask = np.zeros(size, np.bool_)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):

@@ -143,14 +143,7 @@ def curve_figure(
     fitted: Sequence[Setting],
     title: str,
 ) -> Figure:
-    """Draw AP over `a` by rule, a line at AP without context, and a mark at each fitted setting.
-
-    Args:
-        strengths: The values of `a`, the first one 0.
-        curves: AP at each of them, by rule.
-        fitted: Settings chosen by the folds.
-        title: Title.
-    """
+    """Draw AP over `a` (from 0) by rule, and a mark at each setting fitted by the folds."""
     figure, axes = new_figure(5.8, 3.8)
     base = 100 * next(iter(curves.values()))[0]
     axes.axhline(base, color=GREY, linewidth=0.9, linestyle="--", label="without context (a = 0)")

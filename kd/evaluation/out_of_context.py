@@ -159,10 +159,10 @@ def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
 def match_detections(
     index: CocoIndex, results: Path
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Whether each pasted object was detected, and whether with its true class.
+    """Match detections with pasted objects; of those at `MATCH_IOU` the best-scored counts.
 
-    The best-scored detection with an IoU of at least `MATCH_IOU` counts. Returns ids of the scored
-    objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.
+    Returns:
+        Ids of the scored objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.
     """
     assert index.scored is not None
     truth = read_truth(index.annotation_file)

@@ -20,15 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from kd.context.pasting.cutout import (
-    FINE,
-    Bytes,
-    Cutout,
-    coverage,
-    cut_out,
-    measure_image,
-    paste,
-)
+from kd.context.pasting.cutout import FINE, Bytes, Cutout, coverage, cut_out, measure_image, paste
 from kd.context.pasting.pairs import Pair, Placement, scale_between
 from kd.formats.coco import CocoIndex
 from kd.formats.coco_validate import read_json
@@ -53,22 +45,10 @@ class Pasted:
 
 
 class Paster:
-    """Compose the images and annotations of pairs.
-
-    Args:
-        index: Source dataset.
-        log_prior: (C,) log frequency of each class.
-        harmony: As in `kd.context.pasting.cutout.paste`.
-        seed: Seed of the noise.
-    """
+    """Compose the images and annotations of pairs; `harmony` is that of `cutout.paste`."""
 
     def __init__(
-        self,
-        index: CocoIndex,
-        log_prior: npt.NDArray[np.float64],
-        *,
-        harmony: float,
-        seed: int,
+        self, index: CocoIndex, log_prior: npt.NDArray[np.float64], *, harmony: float, seed: int
     ) -> None:
         self.index, self.log_prior, self.harmony, self.seed = index, log_prior, harmony, seed
         self.content, _ = read_json(index.annotation_file)
