@@ -112,7 +112,7 @@ def test_fine_tuning_spares_a_trunk_that_knows_something(recipe_of: Any) -> None
 def test_what_cannot_be_is_said(recipe_of: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"starts\.mine: nowhere: no such run folder or file"):
         list(starts(recipe_of("starts.mine=nowhere")))
-    with pytest.raises(ConfigError, match="student: options weights: `starts`, `probe` and"):
+    with pytest.raises(ConfigError, match="student: options weights: set by `starts`, `probe` and"):
         recipe_of("student.options.weights=null")
     with pytest.raises(ConfigError, match="at least one is needed"):
         recipe_of("probe=null", "finetune=null")
