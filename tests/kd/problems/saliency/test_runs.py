@@ -260,7 +260,7 @@ def test_mistakes_are_one_line(
     maps = sets(f"data.root={small_scenes}", "data.generate={train: 24, val: 8, size: 64, seed: 0}")
     command = ["--student", "saliency_resnet18", "--data", "scenes_maps", *maps]
     mistakes = {
-        "has label maps; task saliency is for fixations of people, such as --data scenes_gaze": (
+        "task saliency needs data of saliency, such as --data scenes_gaze": (
             distill.main, [*command, "--teacher", str(teacher)]
         ),
         "predicts images with fixations; --scales and --flip are for label maps": (
