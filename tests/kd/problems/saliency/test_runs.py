@@ -18,7 +18,7 @@ from kd.cli import run_command
 from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
-from kd.errors import ConfigError, UserError
+from kd.errors import UserError
 from kd.evaluation import predict
 from kd.experiments.distillation import Distillation
 from kd.formats.coco import load_coco
@@ -271,7 +271,7 @@ def test_mistakes_are_one_line(
         assert run_command(main, arguments) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert len(lines) == 1 and message in lines[0]
-    with pytest.raises(ConfigError, match="folds: are for teachers of objects"):
+    with pytest.raises(UserError, match="folds: data of saliency; data of objects are needed"):
         train_teacher.main(["--teacher", "msinet", *sets(*gaze, "folds=2")])
 
 
