@@ -218,6 +218,30 @@ def accepted(builder: Callable[..., object], **given: object) -> dict[str, objec
     return {name: value for name, value in given.items() if name in parameters}
 
 
+def with_options(kind: type[Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorate a builder whose last parameter is an options dataclass.
+
+    The decorated builder takes the fields of the dataclass as keyword-only parameters instead, so
+    that builders share options, their defaults and their documentation by inheritance.
+    """
+
+    def decorate(build: Callable[..., T]) -> Callable[..., T]:
+        *own, _ = inspect.signature(build).parameters.values()
+        signature = inspect.Signature([*own, *inspect.signature(kind).parameters.values()])
+
+        @functools.wraps(build)
+        def builder(*args: object, **given: object) -> T:
+            options = signature.bind(*args, **given).arguments
+            positional = [options.pop(parameter.name) for parameter in own]
+            return build(*positional, kind(**options))
+
+        builder.__dict__["__signature__"] = signature
+        builder.__annotations__ = typing.get_type_hints(kind)
+        return builder
+
+    return decorate
+
+
 def build(
     registry: Mapping[str, object],
     name: str,

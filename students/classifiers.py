@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
 from kd.nn.multi_stride_trunk import LevelledTrunk, levelled
-from kd.nn.regions import Surroundings, crop_regions, picture_extents, roi_features, standardised
+from kd.nn.regions import Surroundings, crop_regions, image_extents, roi_features, standardised
 from kd.nn.trunk import build_trunk
 from kd.nn.trunk_base import Trunk
 
@@ -114,7 +114,7 @@ class SceneClassifier(nn.Module):
         appearance = self.appearance(standardised(self.seen, seen) / seen.shape[1] ** 0.5)
         if self.context is None:
             return {"logits": _log_softmax(appearance), "appearance": appearance}
-        extents = picture_extents(images)
+        extents = image_extents(images)
         context = self.context(maps, rois[:, 1:], rois[:, 0].long(), extents)
         moved = _log_softmax(context) - self.log_prior
         logits = _log_softmax(appearance) + self.strength * moved

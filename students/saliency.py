@@ -1,26 +1,28 @@
-"""A student of where people look: any torchvision trunk and a decoder to the picture's size."""
+"""A saliency student: any trunk and a decoder to the size of the image."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
 from kd.errors import UserError
 from kd.nn.saliency import WIDTHS, LogitMap, NormedDecoder, padded
-from kd.nn.trunk import build_trunk
+from kd.nn.trunk import NetworkOptions
 from kd.nn.trunk_base import Trunk
 from kd.nn.weights import load_network
+from kd.registry import with_options
 
 BRANCHES = ("a", "b")
 
 
 class SaliencyStudent(nn.Module):
-    """A trunk, five stages, and one or two maps from the last of them.
+    """A trunk, a decoder of five stages, and one or two saliency maps.
 
     Attributes:
-        task: The kind of task that fits the output.
-        stride: Pixels a place of the trunk's map; pictures are padded to multiples of it.
+        task: Name of the task for its output.
+        stride: Pixels per place of the trunk's map; images are padded to multiples of it.
     """
 
     task = "saliency"
@@ -37,8 +39,7 @@ class SaliencyStudent(nn.Module):
         """Normalised images (N, 3, H, W) of any size to logits.
 
         Returns:
-            `saliency` (N, 1, H, W), and of B `teacher_saliency`, the same: what its teacher would
-            say. `kd.nn.saliency` says what becomes of sizes that the stride does not divide.
+            `saliency` (N, 1, H, W), and for B `teacher_saliency`, an estimate of the teacher's map.
         """
         whole = padded(images, self.stride)
         maps = self.decoder(self.trunk(whole))  # (N, 16, H, W)
@@ -49,30 +50,26 @@ class SaliencyStudent(nn.Module):
         return output
 
 
-def saliency(
-    *,
-    trunk: str = "resnet18",
-    weights: str | None = None,
-    branches: Literal["a", "b"] = "b",
-    width: float = 1.0,
-    file: str | None = None,
-) -> SaliencyStudent:
-    """Student A or B; on resnet18 12.75 M parameters.
+@dataclass(frozen=True, kw_only=True)
+class SaliencyOptions(NetworkOptions):
+    """Options of `saliency`.
 
-    Args:
-        trunk: Name of the torchvision classifier.
-        weights: Of the trunk: "imagenet", a file, or random ones.
+    Attributes:
         branches: "a" for one map; "b" for a second one that is matched to the teacher's.
-        width: Share of the trunk's channels, for a smaller one from random weights.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`; those of the trunk
-            alone are then left aside.
+    """
+
+    branches: Literal["a", "b"] = "b"
+
+
+@with_options(SaliencyOptions)
+def saliency(options: SaliencyOptions) -> SaliencyStudent:
+    """Student A or B, 12.75 M parameters on resnet18.
 
     Raises:
         UserError: Unknown branches, a trunk that cannot be built, or a file that does not fit.
     """
-    if branches not in BRANCHES:
-        raise UserError(f"saliency: branches must be 'a' or 'b', got {branches!r}")
-    seen = build_trunk(trunk, weights=weights if file is None else None, width=width)
-    network = SaliencyStudent(seen, second=branches == "b")
-    load_network(network, file, what=f"saliency student on {trunk}")
+    if options.branches not in BRANCHES:
+        raise UserError(f"saliency: branches must be 'a' or 'b', got {options.branches!r}")
+    network = SaliencyStudent(options.build(), second=options.branches == "b")
+    load_network(network, options.file, what=f"saliency student on {options.trunk}")
     return network

@@ -25,7 +25,7 @@ from kd.nn.scene_transformer import (
     place_features,
     relations,
 )
-from kd.nn.trunk_base import BlindTrunk, Trunk, picture_alone
+from kd.nn.trunk_base import BlindTrunk, Trunk, rgb_alone
 
 Pixels = Literal["patches", "trunk"]
 
@@ -153,7 +153,7 @@ class SceneTransformer(nn.Module):
         if self.patches is None:
             raise UserError("scene_transformer: without pixels there is no trunk to begin with")
         step = (self.patches, len(self.mask), self.patches.patch)
-        return BlindTrunk("scene_transformer", [step], see=picture_alone)
+        return BlindTrunk("scene_transformer", [step], see=rgb_alone)
 
     def _company(self, objects: Objects, rows: Rows, boxes: Tensor, hidden: Tensor) -> Tokens:
         """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""

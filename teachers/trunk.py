@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
 from kd.nn.multi_stride_trunk import LevelledTrunk, build_levels
-from kd.nn.regions import Surroundings, mask_boxes, picture_extents
+from kd.nn.regions import Surroundings, image_extents, mask_boxes
 from kd.nn.trunk_base import Trunk
 
 
@@ -55,7 +55,7 @@ class ContextTrunk(nn.Module):
         picture, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
         maps = self.trunk(picture)
         rows = torch.arange(len(images), device=images.device)
-        logits: Tensor = self.head(self.around(maps, boxes, rows, picture_extents(picture)))
+        logits: Tensor = self.head(self.around(maps, boxes, rows, image_extents(picture)))
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
 
     def scene_trunk(self) -> Trunk:

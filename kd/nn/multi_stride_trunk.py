@@ -106,7 +106,7 @@ class RememberedTrunk(LevelledTrunk):
             return self._maps(images)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        store, keys = self._store(), picture_keys(images)
+        store, keys = self._store(), image_keys(images)
         missing = {key: place for place, key in enumerate(keys) if key not in store.maps}
         fresh: dict[bytes, tuple[Tensor, ...]] = {}
         if missing or not keys:
@@ -135,7 +135,7 @@ class RememberedTrunk(LevelledTrunk):
         return _STORES.setdefault((self._key, self.levels), _Store())
 
 
-def picture_keys(images: Tensor) -> list[bytes]:
+def image_keys(images: Tensor) -> list[bytes]:
     """A hash of each picture's content and size; a fiftieth of a small trunk's time, on a CPU."""
     pictures = images.detach().float().cpu().contiguous()
     size = f"{tuple(pictures.shape[1:])}".encode()

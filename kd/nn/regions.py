@@ -291,7 +291,7 @@ class Surroundings(nn.Module):
         return box_geometry(scaled, (1, 1)) / math.sqrt(GEOMETRY)
 
 
-def picture_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
+def image_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
     """Width and height of each picture inside the padding at its right and lower edge.
 
     Args:

@@ -1,7 +1,7 @@
 """Any model of timm as a feature trunk.
 
-timm is imported here only when a trunk is built. Its code is under Apache-2.0; each file of weights
-has a licence of its own, some of them for non-commercial use only, named in `pretrained_cfg`.
+timm is imported only when a trunk is built. Its code is under Apache-2.0; each file of weights has
+its own licence, some for non-commercial use only, named in `pretrained_cfg`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,22 +24,22 @@ from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 log = logging.getLogger(__name__)
 
 PREFIX = "timm/"
-# Lets transformers take images of any size; each family has a word of its own for it.
+# Options of timm's families of transformers that allow images of any size.
 _ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
-_ODD = (97, 129)  # sides of the image that shows whether a network takes any size
+_ODD = (97, 129)  # sides of the image that tests whether a network takes any size
 
 
 class TimmTrunk(Trunk):
     """timm's feature extractor of a model, `timm.create_model(..., features_only=True)`.
 
-    Images are expected with ImageNet's mean and deviation and brought to those of the model's
-    weights. Where a network takes only multiples of its stride, images are padded at the right and
-    at the bottom with the mean colour.
+    Images, normalised by ImageNet's mean and deviation, are renormalised by those of the model's
+    weights. For networks that take only multiples of their stride, images are padded at the right
+    and at the bottom with the mean colour.
 
     Args:
-        name: What messages call it.
-        build: Builds the network, given the indices of its feature maps.
-        network: What it built.
+        name: Name in messages.
+        network: The feature extractor.
+        build: Builds it with other `out_indices`.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class TimmTrunk(Trunk):
         self._read_shapes()
 
     def _read_shapes(self) -> None:
-        """Set what follows from the network's description of its feature maps."""
+        """Read channels, strides and steps from the network's `feature_info`."""
         about: Any = self.network.feature_info
         self._channels = tuple(about.channels())
         self._strides = tuple(about.reduction())
@@ -71,7 +70,7 @@ class TimmTrunk(Trunk):
         self._multiple = _multiple(self)
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that run one after the other, with their paths."""
+        """Consecutive modules with their paths."""
         path, network = "network", self.network
         if isinstance(getattr(network, "model", None), nn.Module):  # timm's wrapper of transformers
             path, network = "network.model", network.get_submodule("model")
@@ -88,12 +87,12 @@ class TimmTrunk(Trunk):
         return [maps[place] for place in self._last.values()]
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps after the steps of these paths, (N, C, h, w)."""
+        """The maps (N, C, h, w) after the steps of these paths."""
         maps = self._maps(images)
         return [maps[self._paths.index(path)] for path in paths]
 
     def stages(self) -> list[tuple[str, int]]:
-        """Path and channels of each feature map, finest first; of a transformer's the last."""
+        """Path and channels of each feature map, finest first; for transformers the last one."""
         if len(set(self._strides)) == 1:
             return [(self._paths[-1], self.channels)]
         return list(zip(self._paths, self._channels, strict=True))
@@ -103,11 +102,7 @@ class TimmTrunk(Trunk):
         return self._paths[self._last[stride]]
 
     def cut(self, until: str) -> None:
-        """Drop all that follows a feature map, named by its step's path.
-
-        Raises:
-            UserError: No feature map ends in such a step.
-        """
+        """Drop all steps after a feature map, named by its step's path."""
         paths = [path for path, _ in self.stages()]
         if until not in paths or self._build is None:
             raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")
@@ -143,13 +138,8 @@ def build_timm_trunk(
     stride: int | None = None,
     until: str | None = None,
 ) -> TimmTrunk:
-    """A trunk of timm, by "timm/NAME"; the arguments are those of `kd.nn.trunk.build_trunk`.
-
-    Raises:
-        UserError: An unknown name, weights that cannot be downloaded or do not fit, a model that
-            works at one input size only, or a stride that it does not have.
-    """
-    import timm  # here, for it takes seconds
+    """`kd.nn.trunk.build_trunk` for "timm/NAME"."""
+    import timm  # here, since it takes seconds
 
     model = name.removeprefix(PREFIX)
     try:
@@ -163,7 +153,7 @@ def build_timm_trunk(
     build = functools.partial(_create, model, in_chans=channels, output_stride=stride)
     try:
         network = build(pretrained=pretrained)
-    except Exception as error:  # timm refuses in as many ways as it has families
+    except Exception as error:  # timm raises all kinds of errors
         raise UserError(_refusal(name, error, pretrained=pretrained, stride=stride)) from error
     trunk = TimmTrunk(name, network, build)
     if pretrained:
@@ -172,7 +162,7 @@ def build_timm_trunk(
     if stride is not None and trunk.stride != stride:
         raise UserError(f"{name}: cannot keep stride {stride}; up-sample the input instead")
     if weights is not None and not pretrained:
-        load_timm_weights(trunk, Path(weights), source=weights)
+        load_timm_weights(trunk, weights, what=name)
     if channels != in_channels:
         widen_first_convolution(trunk, in_channels, pretrained=True, grey=grey)
     if until is not None:
@@ -181,7 +171,7 @@ def build_timm_trunk(
 
 
 def _create(model: str, *, pretrained: bool = False, **options: Any) -> Any:
-    """Timm's feature extractor; of a plain transformer the last tokens, normalised."""
+    """Timm's feature extractor; for plain transformers the last tokens, normalised."""
     import timm
 
     options = {key: value for key, value in options.items() if value is not None}
@@ -203,12 +193,12 @@ def _create(model: str, *, pretrained: bool = False, **options: Any) -> Any:
 
 
 def _refusal(name: str, error: Exception, *, pretrained: bool, stride: int | None) -> str:
-    """Say in one line why timm built nothing."""
+    """The message for an error of timm."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if pretrained and not isinstance(error, TypeError | AssertionError):
         return (
-            f"weights: imagenet: timm's weights of {name} cannot be had ({reason}). Without a "
-            "connection give a file of such weights, weights: FILE, or weights: null, random ones"
+            f"weights: imagenet: timm's weights of {name} cannot be downloaded ({reason}). Without "
+            "a connection set weights: FILE, a file of such weights, or weights: null, random ones"
         )
     if stride is not None:
         return f"{name}: cannot keep stride {stride} ({reason}); up-sample the input instead"
@@ -216,11 +206,7 @@ def _refusal(name: str, error: Exception, *, pretrained: bool, stride: int | Non
 
 
 def _multiple(trunk: TimmTrunk) -> int:
-    """1 where a network takes images of any size, or else its stride.
-
-    Raises:
-        UserError: It takes images of one size only.
-    """
+    """1 if a network takes images of any size, else its stride."""
     first = next(m for m in trunk.modules() if isinstance(m, nn.Conv2d))
     images = first.weight.new_zeros(1, first.in_channels, *_ODD)
     training, stride = trunk.training, trunk.level_strides[-1]
@@ -239,7 +225,7 @@ def _multiple(trunk: TimmTrunk) -> int:
 
 
 def _step_of(feature: str, steps: Sequence[str]) -> str:
-    """Path of the step that gives a feature map which timm calls so."""
+    """Path of the step whose output is timm's feature map of this name."""
 
     def folded(path: str) -> str:
         path = path.removeprefix("network.").removeprefix("model.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,49 +13,42 @@ from torch import Tensor, nn
 from torchvision import models
 
 from kd.errors import UserError
+from kd.nn.freeze import freeze_parts
 from kd.nn.timm_trunk import PREFIX as TIMM
 from kd.nn.timm_trunk import build_timm_trunk
 from kd.nn.trunk_base import Trunk
-from kd.nn.weights import imagenet_weights, load_trunk_weights, widen_first_convolution
+from kd.nn.weights import load_trunk_weights, widen_first_convolution
 from kd.registry import look_up, suggestion
 from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 
 
 def slim(network: nn.Module, width: float, *, what: str) -> None:
-    """Replace every convolution and batch norm by one with a share of the channels.
+    """Replace every convolution and batch norm, in place, by one with a fraction of the channels.
 
-    The first convolution keeps its input channels. Initial values are drawn as He et al. (2015)
-    do for the convolutions; linear layers stay, since a trunk has no use for them.
-
-    Args:
-        network: Changed in place.
-        width: Share of the channels.
-        what: Its name, for messages.
+    The first convolution keeps its input channels. Convolutions are initialised as by He et al.
+    (2015); linear layers stay, since a trunk does not use them.
 
     Raises:
-        UserError: Channels do not divide, or there are layers that know a number of channels
-            otherwise.
+        UserError: Channels do not divide, or other layers depend on a number of channels.
     """
-    pictures = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
+    image_channels = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
 
     def part(channels: int) -> int:
-        share = channels * width
-        if share < 1 or share != int(share):
-            raise UserError(f"{what}: width {width:g} leaves {share:g} of {channels} channels")
-        return int(share)
+        fewer = channels * width
+        if fewer < 1 or fewer != int(fewer):
+            raise UserError(f"{what}: width {width:g} leaves {fewer:g} of {channels} channels")
+        return int(fewer)
 
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.LayerNorm | nn.MultiheadAttention):
                 raise UserError(f"{what}: width is for networks of convolutions and batch norms")
             if isinstance(child, nn.BatchNorm2d):
-                fewer: nn.Module = nn.BatchNorm2d(
-                    part(child.num_features), child.eps, child.momentum
-                )
+                new: nn.Module = nn.BatchNorm2d(part(child.num_features), child.eps, child.momentum)
             elif isinstance(child, nn.Conv2d):
                 inputs = child.in_channels
-                fewer = nn.Conv2d(
-                    inputs if inputs == pictures else part(inputs),
+                new = nn.Conv2d(
+                    inputs if inputs == image_channels else part(inputs),
                     part(child.out_channels),
                     child.kernel_size,  # type: ignore[arg-type]
                     child.stride,  # type: ignore[arg-type]
@@ -64,27 +57,25 @@ def slim(network: nn.Module, width: float, *, what: str) -> None:
                     1 if child.groups == 1 else part(child.groups),
                     child.bias is not None,
                 )
-                nn.init.kaiming_normal_(fewer.weight, mode="fan_out", nonlinearity="relu")
-                if fewer.bias is not None:
-                    with torch.no_grad():
-                        fewer.bias.zero_()
+                nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+                if new.bias is not None:
+                    nn.init.zeros_(new.bias)
             else:
                 continue
-            setattr(parent, name, fewer)
+            setattr(parent, name, new)
 
 
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
 AUXILIARY = frozenset({"aux1", "aux2", "AuxLogits"})
 CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # their children are the steps
-PROBE = 896  # side of the image whose shapes give a trunk's strides: large, for unpadded stems
+PROBE = 896  # side of the image that strides are measured with: large, for unpadded stems
 
 
 class TorchvisionTrunk(Trunk):
     """The convolutional (or token) part of a torchvision classifier.
 
-    Children keep torchvision's names, so that files of torchvision weights load. `forward` maps
-    images (N, in, H, W) to features (N, channels, H/stride, W/stride), whatever the family's own
-    layout; tap the trunk itself for its output in this form.
+    Children keep torchvision's names, so that files of its weights load. Outputs are channels first
+    in all families; tap the trunk itself for its output in this form.
 
     Attributes:
         step_strides: Strides after each of `steps`.
@@ -111,7 +102,7 @@ class TorchvisionTrunk(Trunk):
         )
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that run one after the other, with their paths."""
+        """Consecutive modules with their paths."""
         for child in self.order:
             module = getattr(self, child)
             if child in CONTAINERS and isinstance(module, nn.Sequential):
@@ -136,7 +127,7 @@ class TorchvisionTrunk(Trunk):
         return self.forward_at(images, [self.last_step(stride) for stride in self.level_strides])
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps after the steps of these paths; not of a transformer, which has one map only."""
+        """The maps after the steps of these paths; transformers have a single map only."""
         features = self._to_half_range(images)
         maps: dict[str, Tensor] = {}
         for name, step in self.steps():
@@ -166,9 +157,9 @@ class TorchvisionTrunk(Trunk):
         return dict(zip(self.step_strides, (path for path, _ in self.steps()), strict=True))[stride]
 
     def measure(self) -> None:
-        """Find channels and strides by running shapes, without data, through the trunk."""
+        """Measure channels and strides by running the trunk on a meta tensor."""
         shapes = self._shapes()
-        # Powers of two but for the patches of some transformers; unpadded stems lose a border.
+        # Powers of two except for transformers' patches; unpadded stems lose a border.
         strides = [
             PROBE // side if self.tokens else 2 ** round(math.log2(PROBE / side))
             for _, side in shapes
@@ -203,14 +194,15 @@ class TorchvisionTrunk(Trunk):
         training = self.training
         self.eval()
         with torch.no_grad():
-            maps = torch.func.functional_call(_EveryStep(self), _prefixed(on_meta), (images,))
+            state = {f"trunk.{name}": tensor for name, tensor in on_meta.items()}
+            maps = torch.func.functional_call(_EveryStep(self), state, (images,))
         self.train(training)
         if self.channels_last:
             maps = [one.permute(0, 3, 1, 2) for one in maps]
         return [(one.shape[1], one.shape[2]) for one in maps]
 
     def _to_half_range(self, images: Tensor) -> Tensor:
-        """From ImageNet's mean and deviation to the -1..1 that Inception was trained on."""
+        """Rescale from ImageNet's mean and deviation to Inception's -1..1."""
         if not self.half_range or images.shape[1] != 3:
             return images
         deviation = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
@@ -223,7 +215,7 @@ class TorchvisionTrunk(Trunk):
         return features.permute(0, 3, 1, 2) if self.channels_last else features
 
     def _token_grid(self, images: Tensor) -> Tensor:
-        """A vision transformer's tokens, laid out as the patches they came from."""
+        """A vision transformer's tokens on the grid of their patches."""
         patches: Tensor = self.get_submodule("conv_proj")(images)  # (N, D, h, w)
         grid = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (N, h*w, D)
@@ -265,25 +257,25 @@ def build_trunk(
 ) -> Trunk:
     """Build a feature trunk.
 
-    Models bound to one input size cannot serve. `kd.nn.timm_trunk` has a word on licences.
+    Models of a fixed input size are refused. For licences of weights see `kd.nn.timm_trunk`.
 
     Args:
-        name: Of `torchvision.models.list_models`, with "torchvision/" before it or without; or
-            "timm/" and a name of `timm.list_models`.
+        name: A torchvision classifier, resnet50 or torchvision/resnet50, or a model of timm,
+            timm/resnet50.
         weights: None for random ones; "imagenet" for the library's own, downloaded into its cache;
             or a file of such weights (.pth, .pt or .safetensors).
-        in_channels: Of the images; where it is not 3, weights are summed or padded with zeros.
+        in_channels: Of the images; if it is not 3, weights are summed or padded with zeros.
         grey: Whether the first channel is a grey image rather than red.
-        stride: Keep the output at this stride at most, by giving later steps stride 1. The
-            receptive field shrinks with it: for small images and training from scratch.
-        dilate: Keep the receptive field instead: convolutions after a removed stride are dilated
-            by it, so that pretrained weights see what they were trained on. timm always does.
-        width: Fraction of the channels of every convolution, without weights; not of timm's.
-        until: Path of the last step to keep, such as "layer2"; all by default.
+        stride: Largest stride of the output; later steps get stride 1. The receptive field shrinks
+            with it: for small images and training from scratch.
+        dilate: Keep the receptive field by dilating the convolutions after a removed stride, as
+            pretrained weights need. timm always does.
+        width: Fraction of the channels of every convolution, without weights; not for timm.
+        until: Path of the last step to use, such as "layer2"; all by default.
 
     Raises:
-        UserError: Unknown name, weights that cannot be had or do not fit, a stride that cannot be
-            kept.
+        UserError: Unknown name, weights that cannot be downloaded or do not fit, a stride that
+            cannot be kept.
     """
     if width != 1.0 and weights is not None:
         raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
@@ -298,10 +290,8 @@ def build_trunk(
     if width != 1.0:
         slim(classifier, width, what=name)
     trunk = TorchvisionTrunk(name, classifier)
-    if weights == "imagenet":
-        load_trunk_weights(trunk, imagenet_weights(name), source=f"torchvision's weights of {name}")
-    elif weights is not None:
-        load_trunk_weights(trunk, Path(weights), source=weights)
+    if weights is not None:
+        load_trunk_weights(trunk, weights, name, what=name)
     if in_channels != 3:
         widen_first_convolution(trunk, in_channels, pretrained=weights is not None, grey=grey)
     if stride is not None:
@@ -312,13 +302,7 @@ def build_trunk(
 
 
 def _classifier(name: str) -> nn.Module:
-    """One of torchvision's classifiers at random weights.
-
-    Raises:
-        UserError: No such name, or one that cannot serve.
-    """
-    known = {one: one for one in models.list_models(module=models)}
-    look_up(known, name, what="torchvision classifier")
+    look_up(dict.fromkeys(models.list_models(module=models)), name, what="torchvision classifier")
     if name.startswith("maxvit"):
         raise UserError(f"{name} works at one input size only and cannot serve as a trunk")
     options: dict[str, object] = {"weights": None}
@@ -328,12 +312,8 @@ def _classifier(name: str) -> nn.Module:
     return classifier
 
 
-def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"trunk.{name}": tensor for name, tensor in state.items()}
-
-
 def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
-    """Position embeddings (1, 1 + side**2, D) for another grid, the class token's kept."""
+    """Position embeddings (1, 1 + side**2, D), the class token's first, for another grid."""
     side = round((positions.shape[1] - 1) ** 0.5)
     if tuple(grid) == (side, side):
         return positions
@@ -343,13 +323,7 @@ def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
 
 
 def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
-    """Give stride 1 to the steps that would bring the output beyond `stride` pixels a place.
-
-    Args:
-        trunk: Changed in place.
-        stride: Pixels a place of the output, one of the trunk's `level_strides`.
-        dilate: Whether the convolutions after such a step are spread by as much, so that each still
-            sees the places that it was trained on.
+    """Remove the strides, in place, that would bring the output beyond `stride`; see `build_trunk`.
 
     Raises:
         UserError: The trunk has no such stride, or shrinks its maps in a way that cannot be undone.
@@ -389,12 +363,10 @@ def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
 
 
 def _dilate(step: nn.Module, dilation: int, last: int) -> None:
-    """Spread a step's convolutions as far as the strides before them would have.
+    """Dilate a step's convolutions by the strides that will be removed before them.
 
-    Args:
-        step: Of a trunk, its strides still there.
-        dilation: Of what comes into the step.
-        last: Of what leaves it. Strides side by side, in branches, count once therefore.
+    `dilation` is that of the step's input, `last` of its output: strides in parallel branches count
+    once.
     """
     for module in step.modules():
         if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
@@ -407,9 +379,55 @@ def _dilate(step: nn.Module, dilation: int, last: int) -> None:
 
 
 def _drop_pooling(trunk: TorchvisionTrunk, path: str) -> None:
-    """Leave out a step's pooling of windows side by side: only the grid is finer without it."""
+    """Drop a step's pooling of adjacent windows: only the grid is finer without it."""
     for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
         pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
         if pools and module.kernel_size == module.stride and module.padding in (0, (0, 0)):
             parent, _, child = inner.rpartition(".")
             setattr(trunk.get_submodule(parent), child, nn.Identity())
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Options of all networks on a trunk.
+
+    Attributes:
+        trunk: Name of the trunk: resnet50, mobilenet_v2, timm/convnext_tiny, ...
+        weights: Of the trunk: "imagenet", a file, or null for random ones.
+        width: Fraction of the trunk's channels, with random weights only.
+        until: Path of the trunk's last step that is used; "features.17" of mobilenet_v2 leaves out
+            the widening to 1,280 channels, which is there for its classifier.
+        file: Weights of the whole network: a run, or a file as for `kd.nn.weights.load_network`;
+            `weights` is then not read. Detectors take torchvision's files, too.
+    """
+
+    trunk: str = "resnet18"
+    weights: str | None = None
+    width: float = 1.0
+    until: str | None = None
+    file: str | None = None
+
+    def build(self, *, stride: int | None = None, dilate: bool = False) -> Trunk:
+        """Build the trunk."""
+        weights = self.weights if self.file is None else None
+        return build_trunk(
+            self.trunk, weights=weights, stride=stride, dilate=dilate, width=self.width,
+            until=self.until,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezableOptions(NetworkOptions):
+    """Options of networks on a trunk that may be frozen in part.
+
+    Attributes:
+        frozen: "all", or the path of the trunk's last step that does not learn.
+        batch_norm_frozen: Whether all the trunk's batch norms keep their stored statistics.
+    """
+
+    frozen: str | None = None
+    batch_norm_frozen: bool = False
+
+    def freeze(self, trunk: Trunk) -> None:
+        """Freeze the trunk as its options say."""
+        freeze_parts(trunk, self.frozen, self.batch_norm_frozen)

@@ -1,23 +1,31 @@
-"""What all feature trunks have in common, and a context teacher's own trunk as a student's."""
+"""The interface of feature trunks, and the first layers of a context teacher as a trunk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
 
 
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (N, C, h, w) on a grid of another size, bilinear; the same tensor if it has the size."""
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+
+
 class Trunk(nn.Module):
-    """A network from images to feature maps, in steps that run one after the other.
+    """A network from images to feature maps, in consecutive steps.
 
     Attributes:
-        name: What messages call it.
+        name: Name in messages.
         channels: Of the output.
         stride: Pixels per place of the output.
-        level_strides: Strides of what `forward_levels` returns, finest first.
+        level_strides: Strides of the maps of `forward_levels`, finest first.
         level_channels: Channels of the same.
     """
 
@@ -28,7 +36,7 @@ class Trunk(nn.Module):
     level_channels: tuple[int, ...]
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that run one after the other, with their paths."""
+        """Consecutive modules with their paths."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -40,13 +48,13 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps after the steps of these paths, (N, C, h, w)."""
+        """The maps (N, C, h, w) after the steps of these paths."""
         raise NotImplementedError
 
     def stages(self) -> list[tuple[str, int]]:
         """Path and channels of the last step on each of the published grids, finest first.
 
-        Where a coarser grid was avoided by a kept stride, its steps are still found.
+        The published strides count, whatever `stride` the trunk was built with.
         """
         raise NotImplementedError
 
@@ -54,7 +62,7 @@ class Trunk(nn.Module):
         """Path and channels of the last step before the published trunk's coarsest grid."""
         found = self.stages()
         if len(found) < 2:
-            raise UserError(f"{self.name} has one grid only, and nothing before it")
+            raise UserError(f"{self.name} has one grid only, and no earlier one")
         return found[-2]
 
     def last_step(self, stride: int) -> str:
@@ -62,7 +70,7 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def cut(self, until: str) -> None:
-        """Drop all steps after the one of this path: for a finer grid and less work.
+        """Drop all steps after the one of this path.
 
         Raises:
             UserError: The trunk has no such step.
@@ -71,14 +79,14 @@ class Trunk(nn.Module):
 
 
 class BlindTrunk(Trunk):
-    """The first steps of a context teacher, on images in which nothing is hidden.
+    """The first steps of a context teacher, on images without a hidden region.
 
-    The teacher's input has a fourth channel, 1 where an object is hidden; here it is 0 everywhere.
+    The teacher's fourth input channel, the hidden region, is 0 everywhere.
 
     Args:
-        name: What messages call it.
-        steps: Each step with its channels and its stride in pixels, on grids that only get coarser.
-        see: What the teacher does to its input (N, 4, H, W) before the first step.
+        name: Name in messages.
+        steps: Each step with its channels and its stride in pixels, strides in ascending order.
+        see: The teacher's preprocessing of its input (N, 4, H, W).
     """
 
     def __init__(
@@ -97,7 +105,7 @@ class BlindTrunk(Trunk):
         self.channels, self.stride = channels[-1], strides[-1]
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that run one after the other, with their paths."""
+        """Consecutive modules with their paths."""
         for name, step in self.path.named_children():
             yield f"path.{name}", step
 
@@ -114,8 +122,8 @@ class BlindTrunk(Trunk):
         return [last[stride] for stride in self.level_strides]
 
 
-def picture_alone(images: Tensor) -> Tensor:
-    """RGB of (N, 4, H, W): for `see`, where a teacher has no use for the fourth channel."""
+def rgb_alone(images: Tensor) -> Tensor:
+    """RGB of (N, 4, H, W), for teachers that do not use the fourth channel."""
     return images[:, :3]
 
 
@@ -123,16 +131,10 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's grey
 
 
 def grey_and_region(images: Tensor) -> Tensor:
-    """Luma of normalised RGB beside the region's channel.
+    """Luma and the region's channel, (K, 2, H, W), of normalised RGB and region, (K, 4, H, W).
 
     The hidden region, 0 in all three channels, stays 0. A trunk whose first convolution was summed
     over RGB gives the same features as for the grey image in three equal channels.
-
-    Args:
-        images: Normalised RGB and the region, (K, 4, H, W).
-
-    Returns:
-        (K, 2, H, W).
     """
     luma = images.new_tensor(LUMA).view(1, 3, 1, 1)
     return torch.cat([(images[:, :3] * luma).sum(dim=1, keepdim=True), images[:, 3:]], dim=1)

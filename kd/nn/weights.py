@@ -1,4 +1,4 @@
-"""Files of weights into a trunk or a network; nothing here runs code from a file."""
+"""Load weights of trunks and networks from files; no code of a file is executed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from torchvision import models
 
 from kd.errors import UserError
 
-# Keys of torchvision's heads and auxiliary classifiers, which a trunk has no use for.
+# Keys of torchvision's heads and auxiliary classifiers, which trunks do not have.
 HEAD_PREFIXES = ("classifier.", "fc.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
 # torchvision's densenet files are older than its module names: "norm.1" there is "norm1" here.
 OLD_DENSE = ("norm.1.", "norm.2.", "relu.1.", "relu.2.", "conv.1.", "conv.2.")
 
-_PARALLEL = "module."  # what torch's data-parallel wrappers put before every name
+_PARALLEL = "module."  # prefix of torch's data-parallel wrappers
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors file, a torch file or a run's folder, read as data only.
 
     Raises:
-        UserError: The file is missing, damaged, or holds something other than named tensors.
+        UserError: The file is missing, corrupt, or holds something other than named tensors.
     """
     if path.is_dir():
         folder, path = path, path / "model.safetensors"
         if not path.is_file():
             raise UserError(
-                f"{folder}: a run that is not finished, it has no {path.name}; go on with --resume"
+                f"{folder}: an unfinished run without {path.name}; finish it with --resume"
                 if (folder / "config.yaml").is_file()
                 else f"{folder}: not a run folder, it has neither config.yaml nor {path.name}"
             )
@@ -58,92 +58,72 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_trunk_weights(
-    trunk: nn.Module,
-    weights: Path | Mapping[str, Any],
-    *,
-    source: str,
-    what: str | None = None,
-) -> None:
-    """Load torchvision weights; strict, but for the classifier's keys.
+def load_trunk_weights(trunk: nn.Module, weights: str, name: str, *, what: str) -> None:
+    """Load torchvision weights strictly, except for the classifier's keys.
 
-    Of a bigger model, a context teacher say, the part with the trunk's names is taken.
+    From a file of a bigger model, such as a context teacher, the part with the trunk's names is
+    taken.
 
     Args:
-        trunk: What to load into.
-        weights: A file, a run's folder, or a state dict.
-        source: What to call the weights in a message.
-        what: What to call the trunk there, by default its `name` or its class.
+        trunk: The module to load into.
+        weights: "imagenet", a file or a run's folder.
+        name: Of the torchvision classifier, for "imagenet".
+        what: Name of the trunk in messages.
 
     Raises:
-        UserError: Keys are missing or unexpected, or shapes differ; names the first few.
+        UserError: Weights that cannot be downloaded; keys are missing or unexpected, or shapes
+            differ.
     """
-    state = read_weights(weights) if isinstance(weights, Path) else dict(weights)
+    published = weights == "imagenet"
+    source = f"torchvision's weights of {name}" if published else weights
+    state = imagenet_weights(name) if published else read_weights(Path(weights))
     expected = trunk.state_dict()
     state = _part({_modern(key): value for key, value in state.items()}, set(expected))
     state = {key: v for key, v in state.items() if not key.startswith(HEAD_PREFIXES)}
-    what = what or str(getattr(trunk, "name", type(trunk).__name__))
     _same_names(state, expected, source=source, what=what)
     _take_positions(trunk, state)
     _same_shapes(state, trunk.state_dict(), source=source, what=what)
     trunk.load_state_dict(state, strict=False)
 
 
-def load_timm_weights(trunk: nn.Module, path: Path, *, source: str) -> None:
-    """Load timm's weights, or a run's with the same trunk inside; strict, but for the head's keys.
-
-    Args:
-        trunk: Of timm, whose extractor writes some dots of a path as underscores.
-        path: A file or a run's folder.
-        source: What to call it in a message.
+def load_timm_weights(trunk: nn.Module, weights: str, *, what: str) -> None:
+    """Load a file of timm's weights or a run's folder strictly, except for the head's keys.
 
     Raises:
-        UserError: Keys are missing, or shapes differ; names the first few.
+        UserError: Keys are missing, or shapes differ.
     """
     expected = trunk.state_dict()
-    state = _part(read_weights(path), set(expected))
+    state = _part(read_weights(Path(weights)), set(expected))
     names = {_folded(key): key for key in expected}
     state = {names[_folded(key)]: value for key, value in state.items() if _folded(key) in names}
-    what = str(getattr(trunk, "name", ""))
-    _same_names(state, expected, source=source, what=what)
-    _same_shapes(state, expected, source=source, what=what)
-    trunk.load_state_dict(state, strict=False)
+    load_state(trunk, state, source=weights, what=what)
 
 
 def _folded(key: str) -> str:
+    """A key without the dots of its path, some of which timm's extractor writes as underscores."""
     return key.removeprefix("network.").removeprefix("model.").replace(".", "_")
 
 
 def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
-    """Load all weights of a network from a file; strict.
+    """Load all weights of a network strictly.
 
     Args:
-        network: What to load into.
+        network: The module to load into.
         file: `model.safetensors` of a run, the run's folder, or a torch file of a state dict, which
-            may lie under "state_dict" or "model" and have "module." before its names. None leaves
-            the network as it is.
-        what: What to call the network in a message.
+            may be nested under "state_dict" or "model" and have names with the prefix "module.".
+            None leaves the network as it is.
+        what: Name of the network in messages.
 
     Raises:
-        UserError: The file cannot be read; tensors are missing or unexpected, or of other shapes,
-            those of a classifier of another number of classes say; names the first few.
+        UserError: The file cannot be read; tensors are missing, unexpected or of other shapes, such
+            as those of a classifier of another number of classes.
     """
     if file is not None:
         load_state(network, read_weights(Path(file)), source=file, what=what)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str, what: str) -> None:
-    """Load all weights of a network from tensors by name; strict, as `load_network` says.
-
-    Args:
-        network: What to load into.
-        state: The tensors.
-        source: What to call them in a message.
-        what: What to call the network there.
-
-    Raises:
-        UserError: Tensors are missing or unexpected, or of other shapes; names the first few.
-    """
+    """Load all weights of a network from a state dict, as `load_network`; `source` is its name."""
     if state and all(key.startswith(_PARALLEL) for key in state):
         state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
     expected = network.state_dict()
@@ -155,25 +135,19 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str, wha
 def _same_names(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str
 ) -> None:
-    """Refuse missing and unexpected tensors."""
-    # Batch norm's counters came after some of the files did, and change nothing in use.
+    # Batch norm's counters are missing in old files, and are not used.
     missing = [
         key for key in expected if key not in state and not key.endswith("num_batches_tracked")
     ]
     unexpected = [key for key in state if key not in expected]
-    mistakes = []
-    if missing:
-        mistakes.append(f"missing {_few(missing)}")
-    if unexpected:
-        mistakes.append(f"unexpected {_few(unexpected)}")
-    if mistakes:
+    found = (("missing", missing), ("unexpected", unexpected))
+    if mistakes := [f"{kind} {_few(keys)}" for kind, keys in found if keys]:
         raise UserError(f"{source} does not fit {what}: {'; '.join(mistakes)}")
 
 
 def _same_shapes(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str
 ) -> None:
-    """Refuse tensors of other shapes; a classifier of other classes is called so."""
     wrong = {key: (value.shape, expected[key].shape) for key, value in state.items()}
     wrong = {key: (there, here) for key, (there, here) in wrong.items() if there != here}
     if not wrong:
@@ -181,7 +155,7 @@ def _same_shapes(
     shapes = [f"{key} {tuple(there)} for {tuple(here)}" for key, (there, here) in wrong.items()]
     classes = next(
         (
-            f"; the file is of {there[0]} classes, the network of {here[0]}"
+            f"; the file has {there[0]} classes, the network {here[0]}"
             for key, (there, here) in wrong.items()
             if "classifier" in key and len(there) > 1 and there[1:] == here[1:]
         ),
@@ -195,8 +169,8 @@ def widen_first_convolution(
 ) -> None:
     """Replace the first convolution by one for another number of input channels.
 
-    Pretrained weights are kept: for grey images (`grey`, or one channel) the first channel gets the
-    sum over RGB, else the first three get RGB; the other channels get zeros.
+    Pretrained weights are reused: for grey images (`grey`, or one channel) the first channel gets
+    the sum over RGB, else the first three get RGB; the other channels get zeros.
     """
     path, old = next(
         (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
@@ -220,7 +194,7 @@ def widen_first_convolution(
 
 
 def _part(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """The tensors below the one prefix that has all that is expected; all where none is such."""
+    """The tensors below the one prefix that all expected names are below, or else all tensors."""
     first = min(expected)
     wanted = [key for key in expected if not key.endswith("num_batches_tracked")]
     ends = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
@@ -239,7 +213,7 @@ def _modern(key: str) -> str:
 
 
 def _take_positions(trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """A transformer trained at another size brings position embeddings of that size; keep them."""
+    """Resize a transformer's position embeddings to those of a file trained at another size."""
     key = "encoder.pos_embedding"
     if key in state and state[key].shape != trunk.get_parameter(key).shape:
         encoder = trunk.get_submodule("encoder")
@@ -253,12 +227,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def weights_hash(model: nn.Module, kind: str = "") -> str:
-    """A short hash of a model's weights and buffers: names, types, shapes and values.
-
-    Args:
-        model: On any device.
-        kind: What else tells it from others.
-    """
+    """A short hash of weights and buffers (names, types, shapes, values) and of `kind`."""
     digest = hashlib.blake2b(kind.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -266,15 +235,12 @@ def weights_hash(model: nn.Module, kind: str = "") -> str:
     return digest.hexdigest()
 
 
-# No way there, an answer cut off, another hash than the name says, a file that is no weights.
+# No connection, a truncated download, a hash that does not match, a file without weights.
 _FAILURES = (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError)
 
 
 def imagenet_weights(name: str) -> dict[str, Any]:
     """The state dict of a torchvision classifier's default weights.
-
-    Args:
-        name: Of `torchvision.models.list_models`.
 
     Raises:
         UserError: They can neither be downloaded nor read.
@@ -286,10 +252,10 @@ def imagenet_weights(name: str) -> dict[str, Any]:
         url = str(published.url)
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        there = "is damaged: remove it" if file.is_file() else f"cannot be had from {url}"
+        there = "is corrupt: remove it" if file.is_file() else f"cannot be downloaded from {url}"
         raise UserError(
             f"weights: imagenet: torchvision's weights of {name}: {file} {there} ({reason}). "
-            "Without a connection put the file there from another machine, or say in the model's "
+            "Without a connection copy the file there from another machine, or set in the model's "
             "options weights: FILE, any file of such weights, or weights: null, random ones"
         ) from error
     return state

@@ -1,4 +1,4 @@
-"""A feature pyramid on any torchvision trunk, or a single map of it, and the anchors on it.
+"""A feature pyramid on any trunk, or a single map of it, and its anchors.
 
 Level L has a stride of 2**L pixels, as papers number them: P2 has one of 4.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +21,26 @@ from torchvision.ops.feature_pyramid_network import (
 
 from kd.errors import UserError, at_least
 from kd.nn.detectors.contract import Level
-from kd.nn.freeze import freeze_parts
-from kd.nn.trunk import build_trunk
+from kd.nn.trunk import FreezableOptions
 from kd.nn.trunk_base import Trunk
 
 
 class Pyramid(nn.Module):
-    """A trunk and torchvision's feature pyramid on its last maps, with torchvision's names.
+    """A trunk and torchvision's feature pyramid on its last maps, under torchvision's names.
 
     Attributes:
         out_channels: Of every map.
         strides: Pixels per place of each map, finest first.
-        own: How many of the maps come from the trunk; their names are "0" and so on.
+        own: How many of the maps come from the trunk; they are named "0", "1", ...
     """
 
     def __init__(self, trunk: Trunk, own: int, extra: int, channels: int) -> None:
         super().__init__()
         self.body, self.own, self.out_channels = trunk, own, channels
-        blocks = {0: None, 1: LastLevelMaxPool, 2: lambda: LastLevelP6P7(channels, channels)}
-        block = blocks[extra]
-        self.fpn = FeaturePyramidNetwork(
-            list(trunk.level_channels[-own:]), channels, block() if block is not None else None
-        )
+        block = None
+        if extra:
+            block = LastLevelMaxPool() if extra == 1 else LastLevelP6P7(channels, channels)
+        self.fpn = FeaturePyramidNetwork(list(trunk.level_channels[-own:]), channels, block)
         coarsest = trunk.level_strides[-1]
         self.strides = (
             *trunk.level_strides[-own:],
@@ -57,17 +56,14 @@ class Pyramid(nn.Module):
 
 
 class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
-    """torchvision's anchors at the strides that they are told, in float32.
+    """torchvision's anchors at fixed strides, in float32.
 
-    torchvision divides the picture by the map, which is the stride only of sides that it divides,
-    and takes the map's type, in which bfloat16 has no pixels.
+    torchvision divides image by map size, which is the stride only if it divides the sides, and
+    uses the map's type, in which bfloat16 cannot resolve pixels.
     """
 
     def __init__(
-        self,
-        sizes: Sequence[Sequence[int]],
-        ratios: Sequence[float],
-        strides: Sequence[int],
+        self, sizes: Sequence[Sequence[int]], ratios: Sequence[float], strides: Sequence[int]
     ) -> None:
         super().__init__(tuple(tuple(one) for one in sizes), (tuple(ratios),) * len(sizes))
         self.strides = tuple(strides)
@@ -87,69 +83,68 @@ class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
         )
 
 
-def build_pyramid(
-    what: str,
-    *,
-    trunk: str,
-    weights: str | None,
-    width: float,
-    until: str | None,
-    frozen: str | None,
-    batch_norm_frozen: bool,
-    levels: Sequence[int],
-    channels: int,
-) -> Pyramid:
-    """A pyramid of some levels; what of the trunk is coarser than they are is cut off.
+@dataclass(frozen=True, kw_only=True)
+class PyramidOptions(FreezableOptions):
+    """Options of all detectors on a pyramid.
 
-    Args:
-        what: Whose it is, for messages.
-        trunk: Name of the torchvision classifier.
-        weights: Of the trunk: "imagenet", a file, or random ones.
-        width: Share of the trunk's channels.
-        until: Path of the trunk's last step that is kept.
-        frozen: "all", or the path of the last step of the trunk that does not learn.
-        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
-        levels: One after the other, finest first. One or two may be coarser than the trunk: one is
-            taken from the last by leaving out every other place, two are made by convolutions, as
-            torchvision's Faster R-CNN and RetinaNet have it.
-        channels: Of every map.
+    Attributes:
+        levels: Consecutive levels of the pyramid, finest first; `[4]` is a single map of stride 16.
+            One or two may be coarser than the trunk: one is sub-sampled from the last, two are made
+            by convolutions, as in torchvision's Faster R-CNN and RetinaNet.
+        channels: Of every map that the heads read.
+        least_score: Detections of a lower score are dropped.
+        overlap: IoU above which the worse of two detections of a class is suppressed.
+        top: Detections per image, K.
+    """
+
+    trunk: str = "resnet50"
+    levels: Sequence[int] = (2, 3, 4, 5)
+    channels: int = 256
+    least_score: float = 0.05
+    overlap: float = 0.5
+    top: int = 100
+
+
+def build_pyramid(what: str, options: PyramidOptions) -> Pyramid:
+    """A pyramid for the detector `what`; steps of the trunk beyond its levels are cut off.
 
     Raises:
         UserError: Levels that the trunk does not have, an option out of range, or a trunk that
             cannot be built.
     """
-    at_least(what, channels=(channels, 1))
+    levels = options.levels
+    at_least(what, channels=(options.channels, 1))
     if not levels or list(levels) != list(range(levels[0], levels[0] + len(levels))):
-        raise UserError(f"{what}: levels must be one after the other, got {list(levels)}")
-    seen = build_trunk(trunk, weights=weights, width=width, until=until)
+        raise UserError(f"{what}: levels must be consecutive, got {list(levels)}")
+    trunk = options.build()
     strides = [1 << max(level, 0) for level in levels]
-    own = [stride for stride in strides if stride in seen.level_strides]
+    own = [stride for stride in strides if stride in trunk.level_strides]
     extra = len(strides) - len(own)
     if own != strides[: len(own)] or not own or extra > 2:
-        had = ", ".join(str(stride.bit_length() - 1) for stride in seen.level_strides)
+        known = ", ".join(str(stride.bit_length() - 1) for stride in trunk.level_strides)
         raise UserError(
-            f"{what}: levels {list(levels)} cannot be had of {trunk}: it has {had}, and one or two "
-            "more can be added after the last"
+            f"{what}: {options.trunk} cannot give levels {list(levels)}: it has {known}, and one "
+            "or two more can be added after the last"
         )
-    if seen.level_strides[-1] > own[-1]:
-        seen.cut(seen.last_step(own[-1]))
-    freeze_parts(seen, frozen, batch_norm_frozen)
-    return Pyramid(seen, len(own), extra, channels)
+    if trunk.level_strides[-1] > own[-1]:
+        trunk.cut(trunk.last_step(own[-1]))
+    options.freeze(trunk)
+    return Pyramid(trunk, len(own), extra, options.channels)
 
 
 def anchors_of(
     what: str, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float]
 ) -> FixedAnchors:
-    """Anchors whose sides follow the strides.
+    """Anchors for the detector `what`, whose sides are multiples of the levels' strides.
 
     Args:
-        what: Whose they are, for messages.
+        what: Name for messages.
         strides: Of the levels.
-        scales: Sides of the square ones, in strides; rounded down to pixels.
+        scales: Sides of the square anchors, in strides; rounded down to pixels.
         ratios: Height by width.
 
     Raises:
-        UserError: Nothing, or something that is not above 0, or anchors without an area.
+        UserError: Scales or ratios empty or not above 0, or anchors without an area.
     """
     for name, values in (("scales", scales), ("ratios", ratios)):
         if not values or min(values) <= 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.losses.imitation import anchor_grid, imitation_mask
-from kd.nn.detectors.contract import ANSWERS, Level, moved_boxes
+from kd.nn.detectors.contract import SECOND_STAGE, Level, moved_boxes
 from kd.nn.regions import coverage
 from kd.problems.base import (
     Batch,
@@ -98,7 +98,7 @@ class Detection(Task):
         return self._reading(outputs, wanted="features" if pyramid else "objects")
 
     def _reading(self, outputs: Iterable[str], **changes: Any) -> Detection:
-        return replace(self, near_boxes=not set(ANSWERS).isdisjoint(outputs), **changes)
+        return replace(self, near_boxes=not set(SECOND_STAGE).isdisjoint(outputs), **changes)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
         """Losses from the network's outputs: `classes`, `boxes`, ..."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.nn import multi_stride_trunk as levels_module
 from kd.nn.freeze import freeze
-from kd.nn.multi_stride_trunk import LevelledTrunk, RememberedTrunk, build_levels, picture_keys
+from kd.nn.multi_stride_trunk import LevelledTrunk, RememberedTrunk, build_levels, image_keys
 from kd.nn.trunk import build_trunk
 
 NAME = "mobilenet_v3_small"
@@ -117,12 +117,12 @@ def test_pictures_that_differ_a_little_are_told_apart() -> None:
     moved[2, 63, 47] = torch.nextafter(base[2, 63, 47], torch.tensor(9.0))
     swapped[0, 0, :2] = base[0, 0, :2].flip(0)
     others = [moved, swapped, base.flip(2), base.flip(0), -base, base.roll(1, 2)]
-    keys = picture_keys(torch.stack([base, *others, base]))
+    keys = image_keys(torch.stack([base, *others, base]))
     assert len(set(keys)) == len(others) + 1 and keys[0] == keys[-1]
     black = torch.zeros(1, 3, 6, 8)
-    assert picture_keys(black) != picture_keys(black.view(1, 3, 8, 6))
+    assert image_keys(black) != image_keys(black.view(1, 3, 8, 6))
     channels_last = base[None].to(memory_format=torch.channels_last)
-    assert picture_keys(channels_last) == keys[:1]
+    assert image_keys(channels_last) == keys[:1]
 
 
 def test_no_picture_gives_no_map() -> None:

@@ -92,4 +92,4 @@ def test_a_trunk_of_any_layout_will_do(trunk: str, stride: int) -> None:
 )
 def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pspnet(3, **options)  # type: ignore[arg-type]
+        pspnet(3, **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.nn.regions import Surroundings, picture_extents, standardised
+from kd.nn.regions import Surroundings, image_extents, standardised
 from kd.transforms.hide import normalise
 
 CHANNELS, STRIDES = (3, 4), (8, 16)
@@ -209,7 +209,7 @@ def test_extents_end_where_the_black_padding_starts() -> None:
     pixels[1, 2, :20, :11] = 1  # nearly black counts
     pixels[2, :, 4, 7] = 200  # black inside the picture counts as well
     images = normalise(pixels)
-    assert picture_extents(images).tolist() == [[30, 15], [11, 20], [8, 5], [30, 20]]
+    assert image_extents(images).tolist() == [[30, 15], [11, 20], [8, 5], [30, 20]]
     images[0, :, 5:8, 5:8] = 0.0  # a hole is no padding
-    assert picture_extents(images)[0].tolist() == [30, 15]
-    assert picture_extents(images[:0]).shape == (0, 2)
+    assert image_extents(images)[0].tolist() == [30, 15]
+    assert image_extents(images[:0]).shape == (0, 2)

@@ -188,7 +188,7 @@ def test_without_strength_detections_are_those_of_the_bare_network() -> None:
 def test_what_it_says_of_given_boxes_is_both_experts_opinion() -> None:
     (bare, full), images = pair(0.7), pictures()
     with torch.no_grad():
-        asked = {"boxes": BOXES, "image_of": IMAGE_OF, "asked": BOXES}
+        asked = {"boxes": BOXES, "image_of": IMAGE_OF, "near_boxes": BOXES}
         alone = bare.eval()(images, **asked)
         both = full.eval()(images, **asked)
         told = full(images, SIZES, BOXES, LABELS, IMAGE_OF)
@@ -200,7 +200,7 @@ def test_what_it_says_of_given_boxes_is_both_experts_opinion() -> None:
     assert torch.equal(both["object_deltas"], alone["object_deltas"])
     # Asked elsewhere, the head still speaks of what is around the boxes themselves.
     with torch.no_grad():
-        moved = full(images, boxes=BOXES, image_of=IMAGE_OF, asked=BOXES + 2.0)
+        moved = full(images, boxes=BOXES, image_of=IMAGE_OF, near_boxes=BOXES + 2.0)
     assert torch.equal(moved["context"], both["context"])
     assert not torch.allclose(moved["object_logits"], both["object_logits"])
     # Where sizes are not given they are seen.
@@ -230,6 +230,6 @@ def test_in_bfloat16_the_head_still_answers_in_float32() -> None:
     _, full = pair(0.5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         objects = (SIZES, BOXES, LABELS, IMAGE_OF)
-        given = copy.deepcopy(full).eval()(pictures(), *objects, asked=BOXES)
+        given = copy.deepcopy(full).eval()(pictures(), *objects, near_boxes=BOXES)
     assert given["context"].dtype == given["object_logits"].dtype == torch.float32
     assert given["detections"].isfinite().all()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kd.errors import ConfigError, UserError
-from kd.nn.detectors.pyramid import anchors_of, build_pyramid
+from kd.nn.detectors.pyramid import PyramidOptions, anchors_of, build_pyramid
 from kd.nn.freeze import FrozenBatchNorm
 from kd.nn.networks import DETECTORS
 from kd.registry import build
@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {
 
 
 def pyramid(**options: Any) -> Any:
-    return build_pyramid("fcos", **(PLAIN | options))
+    return build_pyramid("fcos", PyramidOptions(**(PLAIN | options)))
 
 
 @pytest.mark.parametrize(

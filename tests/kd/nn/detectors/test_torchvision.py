@@ -164,7 +164,7 @@ def test_what_the_second_stage_says_of_boxes_is_what_its_parts_say() -> None:
         logits, deltas = heads.box_predictor(heads.box_head(regions))
         # Rows follow the batch's order, whatever it is.
         asked = boxes[shuffled]
-        found = model(images, boxes=asked + 3.0, image_of=image_of[shuffled], asked=asked)
+        found = model(images, boxes=asked + 3.0, image_of=image_of[shuffled], near_boxes=asked)
     torch.testing.assert_close(found["object_logits"], logits[shuffled])
     torch.testing.assert_close(found["object_deltas"], deltas[shuffled])
 
@@ -173,7 +173,7 @@ def test_regions_of_wide_pictures_are_pooled_where_they_are() -> None:
     """Torchvision takes the scale from the first pictures without padding, and keeps it."""
     model: Any = DETECTORS["fasterrcnn_resnet18"].load()(CLASSES, channels=16, hidden=8).eval()
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 30.0, 20.0]])
-    asked = {"boxes": boxes, "image_of": torch.tensor([0]), "asked": boxes}
+    asked = {"boxes": boxes, "image_of": torch.tensor([0]), "near_boxes": boxes}
     with torch.no_grad():
         before = model(image, **asked)["object_logits"]
         model(image, torch.tensor([[20, 64]]))
@@ -284,7 +284,7 @@ def test_eighty_classes_are_taken_from_torchvision_s_ninety_one_of_coco(
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 50.0, 40.0]])
     with torch.no_grad():
         wide, narrow = (
-            model(image, boxes=boxes, image_of=torch.tensor([0]), asked=boxes)
+            model(image, boxes=boxes, image_of=torch.tensor([0]), near_boxes=boxes)
             for model in (whole, part)
         )
     ids = torch.tensor([0, *COCO_IDS] if name == "fasterrcnn" else COCO_IDS)
