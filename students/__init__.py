@@ -1,4 +1,4 @@
-"""Students by name, each for one kind of problem. Nothing here imports torch."""
+"""Registry of students, each for one kind of problem; importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STUDENTS: dict[str, Entry] = {
     **{name: _classifier(name, f"torchvision's {name}") for name in _TRUNKS},
     "timm/NAME": _classifier("timm/NAME", "timm's NAME"),
     "torchvision/NAME": _classifier("torchvision/NAME", "torchvision's NAME"),
-    "transferred": _classifier("transferred", "that of a context teacher's run"),
+    "transferred": _classifier("transferred", "the trunk of a context teacher's run"),
     **SEGMENTERS,
     **DETECTORS,
     "saliency": Entry("students.saliency:saliency", "saliency maps on any trunk", "saliency"),

@@ -1,8 +1,7 @@
-"""Classifiers of an object in its scene: any torchvision trunk, an appearance and a context head.
+"""Classifiers of objects in their scenes: any trunk, an appearance head and a context head.
 
-The two heads are experts whose opinions multiply: `log p(class | object, scene)` is the
-appearance's log-probability plus `strength` times how far the scene moves the class away from its
-prior.
+The heads form a product of experts: `log p(class | object, scene)` is the appearance's
+log-probability plus `strength` times the context's log-ratio of posterior to prior.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from kd.nn.trunk_base import Trunk
 
 
 class ContextHead(nn.Module):
-    """Class logits from the features around an object, never from those on it."""
+    """Class logits from the features around an object, without those inside its box."""
 
     def __init__(
         self, around: Surroundings, log_prior: Tensor, *, hidden: int, dropout: float
@@ -33,7 +32,7 @@ class ContextHead(nn.Module):
         if hidden:
             layers += [nn.Linear(around.width, hidden), nn.ReLU(), nn.Dropout(dropout)]
         last = nn.Linear(hidden or around.width, len(log_prior))
-        # It starts out as the prior: a scene that says nothing changes nothing.
+        # Starts as the prior, which changes nothing.
         nn.init.normal_(last.weight, std=1e-3)
         with torch.no_grad():
             last.bias.copy_(log_prior)
@@ -48,10 +47,10 @@ class ContextHead(nn.Module):
 
 
 class SceneClassifier(nn.Module):
-    """A student classifier; `context` is None for the bare one.
+    """A student classifier; `context` is None without a context head.
 
-    Tap `trunk.trunk` for the scene's features: in the crop view it runs on the crops first, on the
-    scene last. With more than one level, tap one of its steps, such as `trunk.trunk.layer3`.
+    Tap `trunk.trunk` for the scene's features: in the crop view it runs first on the crops, then on
+    the scene. With more than one level, tap one of its steps, such as `trunk.trunk.layer3`.
     """
 
     log_prior: Tensor
@@ -84,12 +83,10 @@ class SceneClassifier(nn.Module):
             self.strength = nn.Parameter(value)
         else:
             self.register_buffer("strength", value)
-        # Last, so that a bare and a full student of one seed start from the same weights.
-        self.context = (
-            None
-            if around is None
-            else ContextHead(around, log_prior, hidden=hidden, dropout=dropout)
-        )
+        # Last, so that students of a seed with and without it start from the same weights.
+        self.context = None
+        if around is not None:
+            self.context = ContextHead(around, log_prior, hidden=hidden, dropout=dropout)
 
     def forward(self, images: Tensor, rois: Tensor) -> dict[str, Tensor]:
         """Classify objects in their scenes.
@@ -99,7 +96,7 @@ class SceneClassifier(nn.Module):
             rois: (M, 5) as (image, x1, y1, x2, y2), pixels of the images.
 
         Returns:
-            `logits` (M, C), `appearance` (M, C) and, unless bare, `context` (M, C).
+            `logits` (M, C), `appearance` (M, C) and, with a context head, `context` (M, C).
         """
         if self.upscale > 1:
             images = F.interpolate(images, scale_factor=self.upscale, mode="bilinear")
@@ -123,7 +120,7 @@ class SceneClassifier(nn.Module):
     def _crops(self, images: Tensor, rois: Tensor) -> Tensor:
         """Mean features of each object's crop, (M, C)."""
         assert self.crop_size is not None
-        if len(rois) == 0:  # batch norm would make NaN of the statistics of nothing
+        if len(rois) == 0:  # batch norm of an empty batch is NaN
             return images.new_zeros(0, self.trunk.level_channels[-1])
         crops = crop_regions(images, rois, self.crop_size, margin=self.margin)
         pooled: Tensor = self.trunk(crops)[-1].mean(dim=(2, 3))
@@ -158,43 +155,38 @@ def build_student(
     """Build a classifier of objects on any trunk.
 
     Args:
-        name: Of the trunk, as `kd.nn.trunk.build_trunk` takes it.
-        trunk: A teacher's, built already; `name`, weights and stride are then not read.
+        name: Of the trunk, as for `kd.nn.trunk.build_trunk`.
+        trunk: A teacher's trunk; `name`, `weights` and `stride` are then not read.
         num_classes: Length of the outputs.
-        prior: Probability of each class, for the product of experts; uniform where not given.
-        weights: "imagenet", a file of torchvision weights, the folder of a run with this trunk in
-            its model, or random ones where not given.
-        context: Whether there is a context head; without one the student is the bare classifier.
+        prior: Probability of each class, for the product of experts; uniform by default.
+        weights: Of the trunk: "imagenet", a file, the folder of a run with this trunk in its model,
+            or null for random ones.
+        context: Whether there is a context head.
         strength: Weight of the context's evidence.
-        learn_strength: Whether that weight is learned, from this value on.
-        view: How the object is seen: as a region of the scene's features, in one pass of the trunk,
-            or in a second pass on a crop of its own.
+        learn_strength: Whether that weight is learned.
+        view: Whether the object is pooled as a region of the scene's features, in one pass of the
+            trunk, or cropped from the image, in a second pass.
         crop_size: Side of a crop, pixels.
-        margin: Share of the box's sides added to a crop on each side.
+        margin: Fraction of the box's sides added to a crop on each side.
         region_size: Side of the grid of features of a region.
-        levels: How many strides of the trunk the context head reads, the coarsest and before.
-        ring_margin: Thickness of the ring that the context head reads, as a share of the box.
+        levels: Number of strides of the trunk that the context head reads, the coarsest ones.
+        ring_margin: Thickness of the ring that the context head reads, as a fraction of the box.
         min_ring: Smallest thickness of that ring, pixels.
         dropout: Before each layer of the heads.
         hidden: Width of a hidden layer in the context head; 0 for a linear head.
         frozen: "all", or the path of the last step of the trunk that does not learn.
-        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
-        remember: Keep a frozen trunk's outputs in memory, for pictures that come unchanged.
-        stride: Keep the trunk's output at this stride at most.
-        upscale: Enlarge images by this factor first, for finer grids on small images.
+        batch_norm_frozen: Whether all the trunk's batch norms keep their stored statistics.
+        remember: Whether a frozen trunk's outputs are cached in memory, for unaugmented images.
+        stride: Largest stride of the trunk's output.
+        upscale: Factor by which images are enlarged first, for finer grids on small images.
 
     Raises:
         UserError: An option out of range, or a trunk that cannot be built.
     """
     at_least(
-        f"student {name}",
-        crop_size=(crop_size, 16),
-        region_size=(region_size, 1),
-        hidden=(hidden, 0),
-        upscale=(upscale, 1),
-        margin=(margin, 0),
-        min_ring=(min_ring, 0),
-    )
+        f"student {name}", crop_size=(crop_size, 16), region_size=(region_size, 1),
+        hidden=(hidden, 0), upscale=(upscale, 1), margin=(margin, 0), min_ring=(min_ring, 0),
+    )  # fmt: skip
     if view not in ("region", "crop"):
         raise UserError(f"student {name}: view must be 'region' or 'crop', got {view!r}")
     if not 0 <= dropout < 1 or ring_margin <= 0:
@@ -205,43 +197,32 @@ def build_student(
     log_prior = _log_prior(name, prior, num_classes)
     features = levelled(
         build_trunk(name, weights=weights, stride=stride) if trunk is None else trunk,
-        levels=levels,
-        frozen=frozen,
-        batch_norm_frozen=batch_norm_frozen,
-        remember=remember,
-    )
+        levels=levels, frozen=frozen, batch_norm_frozen=batch_norm_frozen, remember=remember,
+    )  # fmt: skip
     around = Surroundings(
         features.level_channels, features.level_strides, margins=(ring_margin,), min_ring=min_ring
     )
     return SceneClassifier(
-        features,
-        log_prior,
-        around if context else None,
-        strength=strength,
-        learn_strength=learn_strength,
-        crop_size=crop_size if view == "crop" else None,
-        margin=margin,
-        region_size=region_size,
-        dropout=dropout,
-        hidden=hidden,
-        upscale=upscale,
-    )
+        features, log_prior, around if context else None, strength=strength,
+        learn_strength=learn_strength, crop_size=crop_size if view == "crop" else None,
+        margin=margin, region_size=region_size, dropout=dropout, hidden=hidden, upscale=upscale,
+    )  # fmt: skip
 
 
 def _log_prior(name: str, prior: Sequence[float] | Tensor | None, num_classes: int) -> Tensor:
     """Normalised log-probabilities, (C,)."""
     if prior is None:
         prior = [1.0] * num_classes
-    shares = torch.as_tensor(prior, dtype=torch.float32)
-    if shares.shape != (num_classes,) or not bool((shares > 0).all()):
+    given = torch.as_tensor(prior, dtype=torch.float32)
+    if given.shape != (num_classes,) or not bool((given > 0).all()):
         raise UserError(
             f"student {name}: prior must hold {num_classes} probabilities above 0, got "
-            f"{shares.numel()}, the smallest of them {min(shares.flatten().tolist(), default=None)}"
+            f"{given.numel()}, the smallest of them {min(given.flatten().tolist(), default=None)}"
         )
-    return (shares / shares.sum()).log()
+    return (given / given.sum()).log()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """In float32 at least, whatever autocast does on this device."""
+    """In float32 at least, also under autocast."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return F.log_softmax(logits, dim=1, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Teachers by name, each for one kind of problem. Nothing here imports torch.
+"""Registry of teachers, each for one kind of problem; importing it does not import torch.
 
-A context teacher's class says in `task` which task fits its input and output.
+A context teacher's attribute `task` is the name of the task for its input and output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TEACHERS: dict[str, Entry] = {
     "unet": _context("unet:unet", "U-Net with the region as a fourth channel"),
     "unet_ffc": _context("unet_ffc:unet_ffc", "U-Net of fast Fourier convolutions"),
     "cnn": _context("cnn:cnn", "convolutional classifier of the hidden region"),
-    "trunk": _context("trunk:trunk", "any trunk, read inside and around the region"),
+    "trunk": _context("trunk:trunk", "any trunk, pooled inside and around the region"),
     "timm/NAME": _context("trunk:trunk", "the same on timm's NAME", name="timm/NAME"),
     "torchvision/NAME": _context(
         "trunk:trunk", "the same on torchvision's NAME", name="torchvision/NAME"

@@ -1,4 +1,4 @@
-"""A plain CNN as a scene-context teacher: what is hidden, once for each input."""
+"""A plain CNN as a scene-context teacher: one prediction for each hidden region."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from kd.nn.trunk_base import BlindTrunk
 
 
 class ContextCNN(nn.Module):
-    """The falling half of a U-Net, a small grid, and two dense layers.
+    """The encoder of a U-Net, pooling to a small grid, and two dense layers.
 
-    The dense layers may also read the mean of each level's features over the hidden region: what is
-    near it, at the reach of that level, wherever in the picture it is.
+    The dense layers may also read the mean of each level's features over the hidden region.
 
     Attributes:
-        task: The kind of task that fits the output.
+        task: Name of the task for its output.
     """
 
     task = "context"
@@ -49,10 +48,10 @@ class ContextCNN(nn.Module):
             levels.append(nn.Sequential(_Halve(), _double_conv(fine, coarse)))
         self.features = nn.Sequential(*levels)  # (K, C, H/2^downs, W/2^downs)
         self._grids = [(wide, patch * 2**level) for level, wide in enumerate(channels)]
-        # A grid rather than one mean: where things are says as much as that they are there.
+        # A grid rather than a mean, since positions are informative.
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.region = region
-        # What a place shows, asked at the first level: to know the company, first see who is there.
+        # Classes of visible objects at the first level, for the loss `visible`.
         self.dense = nn.Conv2d(channels[0], num_classes, 1) if dense else None
         self.head = nn.Sequential(
             nn.Dropout(dropout),
@@ -66,7 +65,7 @@ class ContextCNN(nn.Module):
         """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
 
         Returns:
-            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), at the first
+            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), on the first
             level's grid.
         """
         read, levels, maps = [], [], images
@@ -80,19 +79,19 @@ class ContextCNN(nn.Module):
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(levels[0])}
 
     def scene_trunk(self) -> BlindTrunk:
-        """All levels, as the trunk of a student."""
+        """All levels as the trunk of a student."""
         levels = zip(self.features, self._grids, strict=True)
         return BlindTrunk("cnn", [(level, *grid) for level, grid in levels])
 
 
 def _mean_inside(maps: Tensor, mask: Tensor) -> Tensor:
-    """The mean of features (K, C, h, w) over a mask (K, 1, H, W), each place by its share of it."""
+    """The mean of features (K, C, h, w) over a mask (K, 1, H, W), weighted by coverage."""
     weights = F.adaptive_avg_pool2d(mask, (maps.shape[2], maps.shape[3]))
     return (maps * weights).sum(dim=(2, 3)) / weights.sum(dim=(2, 3)).clamp(min=1e-6)
 
 
 class _Halve(nn.MaxPool2d):
-    """2x2 maxima; the last window may hang over the edge, so that no size runs out of pixels."""
+    """2x2 max pooling; partial windows at the edge count, so that any size works."""
 
     def __init__(self) -> None:
         super().__init__(2, ceil_mode=True)
@@ -129,11 +128,11 @@ def cnn(
         width: Channels of the first level; doubled with each level up to `max_width`.
         downs: Number of halvings of the grid.
         max_width: The most channels that a level gets.
-        patch: Side of the squares that the picture is first cut into; 1 = none. Large ones are
-            cheap: 4 costs a sixteenth.
+        patch: Side of the patches that the image is first divided into; 1 for none. A side of 4
+            costs 1/16 of the time.
         grid: Side of the grid that the dense layers read.
         region: Whether they also read each level's mean over the hidden region.
-        dense: Whether there are pixel logits too, for the classes of visible objects; the task
+        dense: Whether there are also pixel logits for the classes of visible objects; the task
             `context` then has a loss `visible`.
         hidden: Width of the first dense layer.
         dropout: Before each dense layer.
@@ -146,14 +145,6 @@ def cnn(
     if not 0 <= dropout < 1:
         raise UserError(f"cnn: dropout must be in [0, 1), got {dropout}")
     return ContextCNN(
-        num_classes,
-        width=width,
-        downs=downs,
-        max_width=max_width,
-        patch=patch,
-        grid=grid,
-        region=region,
-        dense=dense,
-        hidden=hidden,
-        dropout=dropout,
-    )
+        num_classes, width=width, downs=downs, max_width=max_width, patch=patch, grid=grid,
+        region=region, dense=dense, hidden=hidden, dropout=dropout,
+    )  # fmt: skip

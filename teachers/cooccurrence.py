@@ -1,4 +1,4 @@
-"""Baselines as teachers, which only count: class shares, and co-occurrence."""
+"""Baselines as teachers, fitted by counting: class frequencies, and co-occurrence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kd.nn.cooccurrence import Evidence, NaiveBayes, Objects
 
 
 class Counted(nn.Module):
-    """Naive Bayes as a teacher; there is nothing to train by gradient.
+    """Naive Bayes as a teacher, without parameters to train by gradient.
 
     Attributes:
-        task: The kind of task that fits the input.
-        image_inputs: `none`: it takes no images.
-        reads_labels: Whether it is told the other objects' classes.
+        task: Name of the task for its input.
+        image_inputs: The images that it reads: `none`.
+        reads_labels: Whether it reads the other objects' classes.
     """
 
     task = "scene_tokens"
@@ -27,7 +27,7 @@ class Counted(nn.Module):
         self.reads_labels = "company" in counts.evidence
 
     def fit(self, objects: Objects) -> None:
-        """Learn from all objects of the train images; see `NaiveBayes.fit`."""
+        """Count all objects of the train images, see `NaiveBayes.fit`."""
         self.counts.fit(objects)
 
     def forward(
@@ -39,11 +39,7 @@ class Counted(nn.Module):
 
 
 def prior(num_classes: int) -> Counted:
-    """The class shares of the train objects, whatever the scene.
-
-    Args:
-        num_classes: C.
-    """
+    """The class frequencies of the train objects, for any scene."""
     return Counted(NaiveBayes(num_classes, evidence=()))
 
 
@@ -53,7 +49,7 @@ def cooccurrence(
     evidence: Sequence[Evidence] = ("company", "place", "size"),
     fitted: bool = True,
 ) -> Counted:
-    """Naive Bayes over the other objects' classes, the box's place in the picture and its size.
+    """Naive Bayes over the other objects' classes, the box's position in the image and its size.
 
     Args:
         num_classes: C.

@@ -1,4 +1,4 @@
-"""MSI-Net: where people look, from a VGG's last three stages and an atrous pyramid."""
+"""MSI-Net: saliency from a VGG's last three stages and an atrous pyramid."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class MSINet(nn.Module):
     """Three stages of a trunk, a pyramid over them, a decoder, one logit a pixel.
 
     Attributes:
-        task: The kind of task that fits the output.
-        stride: Pixels a place of the pyramid's map; pictures are padded to multiples of it.
+        task: Name of the task for its output.
+        stride: Pixels per place of the pyramid's map; images are padded to multiples of it.
     """
 
     task = "saliency"
@@ -39,8 +39,7 @@ class MSINet(nn.Module):
         """Normalised images (N, 3, H, W) of any size to logits.
 
         Returns:
-            `saliency` (N, 1, H, W); `kd.nn.saliency` says what becomes of sizes that the stride
-            does not divide.
+            `saliency` (N, 1, H, W).
         """
         whole = padded(images, self.stride)
         maps = self.decoder(self.pyramid(self.trunk(whole)))  # (N, head / 8, 8 H/stride, ...)
@@ -59,21 +58,21 @@ def msinet(
 ) -> MSINet:
     """MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), 24.93 M parameters.
 
-    As left alone it is the published network: VGG-16 whose last two poolings take steps of one
-    place and whose last three convolutions are dilated by 2; their stages joined, 1,280 channels at
-    1/8; a pyramid of dilations 4, 8 and 12; three times twice the size and a convolution. The
-    authors scale its output to 0..1 by the map's extremes; here it is logits, without that.
+    By default it is the published network: VGG-16 whose last two poolings have stride 1 and whose
+    last three convolutions are dilated by 2; its last stages concatenated, 1,280 channels at 1/8; a
+    pyramid of dilations 4, 8 and 12; three up-samplings by 2, each with a convolution. The authors
+    rescale its output to 0..1 by the map's extremes; here it holds logits.
 
     Args:
-        trunk: Name of the torchvision classifier.
-        weights: Of the trunk: "imagenet", a file, or random ones.
-        stride: Pixels a place of the pyramid's map, 8 or 16. At 16 the decoder ends at half the
-            picture's size, and its map is enlarged: a quarter of the work.
-        until: Path of the trunk's last step that is kept; of mobilenet_v2 "features.17" leaves out
+        trunk: Name of the trunk: vgg16, timm/NAME, ...
+        weights: Of the trunk: "imagenet", a file, or null for random ones.
+        stride: Pixels per place of the pyramid's map, 8 or 16. At 16 the decoder ends at half the
+            image's size, for a quarter of the cost.
+        until: Path of the trunk's last step that is used; "features.17" of mobilenet_v2 leaves out
             the widening to 1,280 channels, which is there for its classifier.
         head: Channels of the pyramid's map; the decoder has a half, a quarter and an eighth.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`; those of the trunk
-            alone are then left aside.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then not
+            read.
 
     Raises:
         UserError: An option out of range, a trunk that cannot be built, or a file that does not

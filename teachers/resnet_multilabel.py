@@ -1,4 +1,4 @@
-"""A ResNet-18 on small grey pictures as a scene-context teacher: which classes are in the scene."""
+"""A ResNet-18 on small grey images as a scene-context teacher: the classes of the scene."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region
 
 
 class SceneTrunk(nn.Module):
-    """A trunk, the mean over its grid, one linear layer.
+    """A trunk, global average pooling, one linear layer.
 
     Attributes:
-        task: The kind of task that fits the output.
+        task: Name of the task for its output.
     """
 
     task = "context_scene"
@@ -29,7 +29,7 @@ class SceneTrunk(nn.Module):
         return logits
 
     def scene_trunk(self) -> BlindTrunk:
-        """The trunk on the luma of pictures, as that of a student."""
+        """The trunk on luma, for a student."""
         step = (self.trunk, self.trunk.channels, self.trunk.stride)
         return BlindTrunk("resnet_multilabel", [step], see=grey_and_region)
 
@@ -42,16 +42,16 @@ def resnet_multilabel(
     stride: int | None = None,
     dropout: float = 0.2,
 ) -> SceneTrunk:
-    """BlindNet's multi-label ResNet-18: C logits, one for each class that the scene may hold.
+    """BlindNet's multi-label ResNet-18: a logit for each class of the scene.
 
-    It sees luma and the hidden region, and is meant for pictures of 64 pixels (`data.size: 64`).
+    Its input is luma and the hidden region, of images of 64 pixels (`data.size: 64`).
 
     Args:
         num_classes: Length of the output.
-        name: Of the torchvision classifier.
-        weights: "imagenet", a file of torchvision weights, or random ones where not given. The
-            first convolution is summed over RGB, so that a grey picture keeps its response.
-        stride: Keep the trunk's output at this stride at most.
+        name: Of the trunk: resnet18, timm/NAME, ...
+        weights: Of the trunk: "imagenet", a file, or null for random ones. The first convolution is
+            summed over RGB, so that its response to grey images stays the same.
+        stride: Largest stride of the trunk's output.
         dropout: Before the linear layer.
 
     Raises:

@@ -1,20 +1,19 @@
-"""A ResNet-18 on small grey pictures as a scene-context teacher: one class for each pixel."""
+"""A ResNet-18 on small grey images as a scene-context teacher: a class for each pixel."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
 from kd.nn.trunk import build_trunk
-from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region
+from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region, resized
 
 
 class PixelTrunk(nn.Module):
-    """A trunk's feature, up-sampling, two dense (1x1) layers.
+    """Features of a trunk, up-sampling, two dense (1x1) layers.
 
     Attributes:
-        task: The kind of task that fits the output.
+        task: Name of the task for its output.
     """
 
     task = "context_map"
@@ -38,21 +37,13 @@ class PixelTrunk(nn.Module):
         """Images with the hidden region's channel (K, 4, H, W) to (K, 1 + C, H, W) pixel logits."""
         feature = self.feature(self.trunk(grey_and_region(images)))  # (K, 128, H/8, W/8)
         height, width = images.shape[2:]
-        logits: Tensor = self.head(
-            _resized(feature, -(-height // self.grid), -(-width // self.grid))
-        )
-        return _resized(logits, height, width)
+        grid = (-(-height // self.grid), -(-width // self.grid))
+        return resized(self.head(resized(feature, grid)), (height, width))
 
     def scene_trunk(self) -> BlindTrunk:
-        """The trunk on the luma of pictures, as that of a student."""
+        """The trunk on luma, for a student."""
         step = (self.trunk, self.trunk.channels, self.trunk.stride)
         return BlindTrunk("resnet_pixel", [step], see=grey_and_region)
-
-
-def _resized(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[2:] == (height, width):
-        return maps
-    return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
 
 
 def resnet_pixel(
@@ -68,18 +59,18 @@ def resnet_pixel(
 ) -> PixelTrunk:
     """BlindNet's pixel-wise ResNet-18: a softmax over background and the classes at each pixel.
 
-    It sees luma and the hidden region, and is meant for pictures of 64 pixels (`data.size: 64`).
+    Its input is luma and the hidden region, of images of 64 pixels (`data.size: 64`).
 
     Args:
-        num_classes: C; the output has a channel more, background, first.
-        name: Of the torchvision classifier.
-        weights: "imagenet", a file of torchvision weights, or random ones where not given. The
-            first convolution is summed over RGB, so that a grey picture keeps its response.
-        until: Last step of the trunk: ResNet-18's second layer has 128 channels and a grid of 8 x 8
-            for a picture of 64 pixels; null = all of it.
-        stride: Keep the trunk's output at this stride at most.
+        num_classes: C; the output has one channel more, background, first.
+        name: Of the trunk: resnet18, timm/NAME, ...
+        weights: Of the trunk: "imagenet", a file, or null for random ones. The first convolution is
+            summed over RGB, so that its response to grey images stays the same.
+        until: Last step of the trunk, null for all: ResNet-18's second layer has 128 channels and a
+            grid of 8 x 8 for an image of 64 pixels.
+        stride: Largest stride of the trunk's output.
         width: Channels of the feature and of the dense layer.
-        grid: Pixels per place of the dense layers; their logits are up-sampled to the picture's.
+        grid: Pixels per place of the dense layers; their logits are up-sampled to the image's size.
         dropout: Before the last layer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A masked-token transformer over a scene: the other objects, the picture, and what is hidden."""
+"""A masked-token transformer over a scene's objects and pixels as a scene-context teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.nn.multi_stride_trunk import LevelledTrunk, build_levels
+from kd.nn.multi_stride_trunk import LevelledTrunk, levelled
 from kd.nn.regions import Surroundings
 from kd.nn.scene_transformer import (
     PLACE_FEATURES,
@@ -25,24 +25,24 @@ from kd.nn.scene_transformer import (
     place_features,
     relations,
 )
+from kd.nn.trunk import build_trunk
 from kd.nn.trunk_base import BlindTrunk, Trunk, rgb_alone
 
 Pixels = Literal["patches", "trunk"]
 
 
 class SceneTransformer(nn.Module):
-    """A mask token for each hidden object, with its box, reads the rest of its scene.
+    """A mask token for each hidden object, with its box, attends to the rest of its scene.
 
-    The rest are the other objects as (class, box) tokens, the picture as tokens of patches or of a
-    trunk's map, or both. A token is never changed by others (`kd.nn.scene_transformer.Reader`), so
-    one
-    pass over a scene gives the posterior of each of its objects with only that one hidden.
+    The rest are the other objects as (class, box) tokens, the image as tokens of patches or of a
+    trunk's map, or both. Tokens do not attend to each other (`kd.nn.scene_transformer.Reader`), so
+    one pass over a scene gives the posterior of each of its objects with only that one hidden.
 
     Attributes:
-        task: The kind of task that fits input and output.
-        image_inputs: `none`, `whole` images whose hidden regions the model leaves out, or an image
-            without its object for `each` hidden object.
-        reads_labels: Whether it is told the other objects' classes.
+        task: Name of the task for its input and output.
+        image_inputs: The images that it reads: `none`; `whole`, with hidden regions masked inside; or
+            one for `each` hidden object without it, for a trunk.
+        reads_labels: Whether it reads the other objects' classes.
     """
 
     task = "scene_tokens"
@@ -87,7 +87,7 @@ class SceneTransformer(nn.Module):
         nn.init.normal_(self.head.weight, std=1e-3)
 
     def fit(self, objects: Objects) -> None:
-        """Count what occurs together in the train images, where that is a part of the answer."""
+        """Count co-occurrence in the train images, if built with `counts`."""
         if self.counts is not None:
             self.counts.fit(objects)
 
@@ -97,38 +97,38 @@ class SceneTransformer(nn.Module):
         """Posteriors of all hidden objects, each with only itself hidden.
 
         Args:
-            objects: Of N images; a hidden one's class reaches the others' answers only.
+            objects: Of N images; a hidden object's class is evidence for the others only.
             hidden: (K,) indices into the objects.
             pictures: Normalised; `whole`: (N, 3, H, W), `each`: (K, 3, H, W) with 0 in the region.
-            regions: (K, H, W) bool, what is hidden.
+            regions: (K, H, W) bool, the hidden regions.
 
         Returns:
             Logits (K, C); with pixel logits a dict of `logits` and `dense` (N, C, h, w).
         """
         frames = _frames(objects)
         boxes = objects.boxes * frames
-        asked = boxes[hidden]
-        place = self.place(place_features(asked))
+        targets = boxes[hidden]
+        place = self.place(place_features(targets))
         queries, sources, extra = self.mask + place, [], []
         dense: Tensor | None = None
-        company = Rows.of(objects.image_of) if self.names is not None else None
-        if company is not None:
-            sources.append(self._company(objects, company, boxes, hidden))
+        slots = Rows.of(objects.image_of) if self.names is not None else None
+        if slots is not None:
+            sources.append(self._object_tokens(objects, slots, boxes, hidden))
         if self.patches is not None:
             maps = self.patches(pictures)
             dense = None if self.dense is None else self.dense(maps)
             rows, blind = objects.image_of[hidden], self.patches.touched(regions)
-            sources.append(self._picture(maps, pictures, asked, frames[hidden], rows, blind))
+            sources.append(self._map_tokens(maps, pictures, targets, frames[hidden], rows, blind))
         elif self.trunk is not None:
             assert self.around is not None
             levels = self.trunk(pictures)
             rows = torch.arange(len(hidden), device=hidden.device)
             size = max(pictures.shape[2:])
-            around = self.around(levels, asked * size, rows, frames[hidden, :2] * size)
+            around = self.around(levels, targets * size, rows, frames[hidden, :2] * size)
             queries = queries + self.look_around(around)
             extra.append(self.direct(around))
             maps = self.project(levels[-1])
-            sources.append(self._picture(maps, pictures, asked, frames[hidden], rows, None))
+            sources.append(self._map_tokens(maps, pictures, targets, frames[hidden], rows, None))
         for reader in self.readers:
             for source in sources:
                 queries = reader(queries, source)
@@ -137,29 +137,28 @@ class SceneTransformer(nn.Module):
             extra.append(self.counts(objects, hidden))
         logits = torch.stack([part.float() for part in extra]).sum(dim=0)
         if self.kinds is not None:
-            assert company is not None
-            said = company.put(self.kinds.evidence(objects.classes.clamp(min=0), boxes))
-            logits = self.kinds(asked, sources[0]._replace(tokens=said), logits)
+            assert slots is not None
+            evidence = slots.put(self.kinds.evidence(objects.classes.clamp(min=0), boxes))
+            logits = self.kinds(targets, sources[0]._replace(tokens=evidence), logits)
         return logits if dense is None else {"logits": logits, "dense": dense}
 
     def scene_trunk(self) -> Trunk:
-        """What sees the picture, as the trunk of a student: the patches or the torchvision trunk.
+        """The patches or the trunk, for a student.
 
         Raises:
-            UserError: It is told annotations alone.
+            UserError: It reads annotations only.
         """
         if self.trunk is not None:
             return self.trunk.trunk
         if self.patches is None:
-            raise UserError("scene_transformer: without pixels there is no trunk to begin with")
+            raise UserError("scene_transformer: without pixels there is no trunk to start from")
         step = (self.patches, len(self.mask), self.patches.patch)
         return BlindTrunk("scene_transformer", [step], see=rgb_alone)
 
-    def _company(self, objects: Objects, rows: Rows, boxes: Tensor, hidden: Tensor) -> Tokens:
-        """Each image's objects side by side, (N, T); a query sees the visible ones but itself."""
+    def _object_tokens(self, objects: Objects, rows: Rows, boxes: Tensor, hidden: Tensor) -> Tokens:
+        """Objects as tokens (N, T); a query reads the visible ones except itself."""
         assert self.names is not None and self.object_norm is not None
         named = self.names(objects.classes.clamp(min=0)) + self.place(place_features(boxes))
-        # Of a hidden object only the mask token is left for itself.
         tokens = rows.put(self.object_norm(named))
         there = rows.put(objects.visible & (objects.classes >= 0))
         mine = objects.image_of[hidden]
@@ -168,26 +167,26 @@ class SceneTransformer(nn.Module):
         lie = relations(boxes[hidden], rows.put(boxes)[mine])
         return make_tokens(tokens, mine, lie, there[mine] & ~itself)
 
-    def _picture(
-        self, maps: Tensor, pictures: Tensor, asked: Tensor, frames: Tensor, rows: Tensor,
+    def _map_tokens(
+        self, maps: Tensor, pictures: Tensor, targets: Tensor, frames: Tensor, rows: Tensor,
         blind: Tensor | None,
     ) -> Tokens:  # fmt: skip
-        """A map's places as tokens, those of the padding and those that are hidden left out."""
+        """A map's places as tokens, with padding and hidden places masked."""
         grid = (maps.shape[2], maps.shape[3])
         step = max(-(-pictures.shape[2] // grid[0]), -(-pictures.shape[3] // grid[1]))
         size = max(pictures.shape[2:])
         covered = (grid[0] * step / size, grid[1] * step / size)
-        boxes = place_boxes(grid, covered, asked)  # (h * w, 4)
+        boxes = place_boxes(grid, covered, targets)  # (h * w, 4)
         tokens = maps.flatten(2).transpose(1, 2) + self.patch_place(place_features(boxes))
         seen = (boxes[:, :2] < frames[:, None, 2:] - 1e-6).all(dim=2)  # (K, h * w)
         if blind is not None:
             seen = seen & ~blind.flatten(1)
-        lie = relations(asked, boxes.expand(len(asked), -1, -1))
+        lie = relations(targets, boxes.expand(len(targets), -1, -1))
         return make_tokens(tokens, rows, lie, seen)
 
 
 def _frames(objects: Objects) -> Tensor:
-    """(M, 4) width, height, width, height of each object's picture, its long side being 1."""
+    """(M, 4) width, height, width, height of each object's image, in units of its long side."""
     wide = objects.aspects.clamp(max=1.0)
     high = objects.aspects.reciprocal().clamp(max=1.0)
     return torch.stack([wide, high, wide, high], dim=1)
@@ -216,52 +215,53 @@ def scene_transformer(
     counts: bool = False,
     kinds: int = 0,
 ) -> SceneTransformer:
-    """A transformer over tokens of the other objects, of the picture, or of both.
+    """A transformer over tokens of the other objects, of the image, or of both.
 
     Args:
         num_classes: C.
-        annotations: Whether the other objects' classes and boxes are told.
-        pixels: Whether the picture is seen, and how: `patches` learns from the start and answers
-            for all objects of a picture in one pass, `trunk` takes a torchvision trunk's features
-            of the picture without the object, a picture for each. Null: annotations alone.
+        annotations: Whether the other objects' classes and boxes are read.
+        pixels: `patches` are learned from scratch and serve all objects of an image in one pass;
+            `trunk` reads a trunk's features of the image without the object, an image for each
+            object. Null for annotations only.
         width: Length of tokens.
-        depth: How many times the queries read.
+        depth: Number of readers.
         heads: Of the attention.
         attention: Weights that compete (`softmax`) or add up (`sigmoid`).
         dropout: In the readers and before the head.
         patch: Side of a patch, pixels.
-        reach: How many patches far a patch sees.
-        dense: Whether patches learn to name what they show; the task then has a loss `visible`.
-        trunk: Name of the torchvision classifier.
-        weights: Of the trunk: "imagenet", a file, or random ones.
-        levels: How many strides of the trunk are pooled around the object.
-        margins: Thickness of each pooled ring, as a share of the box.
+        reach: Receptive field of a patch to each side, in patches.
+        dense: Whether patches also learn to classify visible objects; the task then has a loss
+            `visible`.
+        trunk: Name of the trunk: mobilenet_v2, timm/NAME, ...
+        weights: Of the trunk: "imagenet", a file, or null for random ones.
+        levels: Number of strides of the trunk that are pooled around the object.
+        margins: Thickness of each pooled ring, as a fraction of the box.
         min_ring: Smallest thickness of a ring, pixels.
         frozen: "all", the last step of the trunk that does not learn, or null.
-        remember: Keep a frozen trunk's outputs in memory.
-        counts: Whether the answer starts from co-occurrence (`kd.nn.cooccurrence`), counted on the
-            train images; without annotations from the box's place and size.
-        kinds: Kinds of scene over which the answer is a mixture (`kd.nn.scene_transformer`), found
-        from the
-            annotations; 0 for none.
+        remember: Whether a frozen trunk's outputs are cached in memory.
+        counts: Whether co-occurrence (`kd.nn.cooccurrence`), counted on the train images, is added;
+            without annotations the box's position and size alone.
+        kinds: Number of latent scene types of the output mixture (`SceneKinds`); 0 for none.
 
     Raises:
-        UserError: An option out of range, or nothing to look at.
+        UserError: An option out of range, or neither annotations nor pixels.
     """
     if not annotations and pixels is None:
         raise UserError("scene_transformer: annotations, pixels or both; there is nothing to read")
     if dense and pixels != "patches":
         raise UserError("scene_transformer: dense needs pixels: patches")
     if kinds and not annotations:
-        raise UserError("scene_transformer: kinds are found from annotations; set annotations true")
+        raise UserError(
+            "scene_transformer: kinds are learned from annotations; set annotations true"
+        )
     at_least("scene_transformer", width=(width, 1), depth=(depth, 1), kinds=(kinds, 0))
     check_patches(patch, reach)
     if not 0 <= dropout < 1:
         raise UserError(f"scene_transformer: dropout must be in [0, 1), got {dropout}")
     seen = None
     if pixels == "trunk":
-        seen = build_levels(
-            trunk, levels=levels, weights=weights, frozen=frozen,
+        seen = levelled(
+            build_trunk(trunk, weights=weights), levels=levels, frozen=frozen,
             batch_norm_frozen=frozen is not None, remember=remember,
         )  # fmt: skip
     around = None

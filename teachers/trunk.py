@@ -1,4 +1,4 @@
-"""A torchvision trunk, ImageNet weights and all, as a scene-context teacher."""
+"""Any trunk, pretrained or not, as a scene-context teacher."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.multi_stride_trunk import LevelledTrunk, build_levels
+from kd.nn.multi_stride_trunk import LevelledTrunk, levelled
 from kd.nn.regions import Surroundings, image_extents, mask_boxes
+from kd.nn.trunk import build_trunk
 from kd.nn.trunk_base import Trunk
 
 
 class ContextTrunk(nn.Module):
-    """Features around the hidden region: rings, the scene without it, the hole, its geometry.
+    """A head on features of rings around the hidden region, the scene, the region and its geometry.
 
-    The trunk sees three channels, as its weights expect; the fourth says where to look.
+    The trunk's input is RGB, as its weights expect; the fourth channel gives the region.
 
     Attributes:
-        task: The kind of task that fits the output.
+        task: Name of the task for its output.
     """
 
     task = "context"
@@ -36,7 +37,7 @@ class ContextTrunk(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk, self.around = trunk, around
-        # What a place shows, asked at the finest map: to know the company, first see who is there.
+        # Classes of visible objects at the finest map, for the loss `visible`.
         self.dense = nn.Conv2d(around.channels[0], num_classes, 1) if dense else None
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         if hidden:
@@ -49,17 +50,17 @@ class ContextTrunk(nn.Module):
         """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
 
         Returns:
-            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), at the finest
-            map's grid.
+            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), on the finest
+            grid.
         """
-        picture, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
-        maps = self.trunk(picture)
+        rgb, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
+        maps = self.trunk(rgb)
         rows = torch.arange(len(images), device=images.device)
-        logits: Tensor = self.head(self.around(maps, boxes, rows, image_extents(picture)))
+        logits: Tensor = self.head(self.around(maps, boxes, rows, image_extents(rgb)))
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
 
     def scene_trunk(self) -> Trunk:
-        """The torchvision trunk itself, which is a student's as it is."""
+        """The trunk for a student."""
         return self.trunk.trunk
 
 
@@ -82,26 +83,26 @@ def trunk(
     remember: bool = False,
     stride: int | None = None,
 ) -> ContextTrunk:
-    """Any torchvision classifier's features around the hidden region, and a small head.
+    """Features of any trunk around the hidden region, and a small head.
 
     Args:
         num_classes: Length of the output.
-        name: Of the torchvision classifier.
-        weights: "imagenet", a file of torchvision weights, or random ones where not given.
-        levels: How many strides of the trunk are read, the coarsest and those before it.
-        margins: Thickness of each ring around the region's box, as a share of the box.
+        name: Of the trunk: mobilenet_v2, timm/NAME, ...
+        weights: Of the trunk: "imagenet", a file, or null for random ones.
+        levels: Number of strides of the trunk that are read, the coarsest ones.
+        margins: Thickness of each ring around the region's box, as a fraction of the box.
         min_ring: Smallest thickness of a ring, pixels.
         scene: Whether the whole scene outside the region is read too.
-        inside: Whether what the trunk makes of the hole is read too.
-        geometry: Whether the region's place and size are read too.
+        inside: Whether the features of the region are read too.
+        geometry: Whether the region's position and size are read too.
         hidden: Width of a hidden layer in the head; 0 for a linear head.
         dropout: Before each layer of the head.
-        dense: Whether there are pixel logits too, for the classes of visible objects; the task
+        dense: Whether there are also pixel logits for the classes of visible objects; the task
             `context` then has a loss `visible`.
         frozen: "all", or the path of the last step of the trunk that does not learn.
-        batch_norm_frozen: Keep all the trunk's batch norms at their stored statistics.
-        remember: Keep a frozen trunk's outputs in memory, for pictures that come unchanged.
-        stride: Keep the trunk's output at this stride at most.
+        batch_norm_frozen: Whether all the trunk's batch norms keep their stored statistics.
+        remember: Whether a frozen trunk's outputs are cached in memory, for unaugmented images.
+        stride: Largest stride of the trunk's output.
 
     Raises:
         UserError: An option out of range, or a trunk that cannot be built.
@@ -113,22 +114,12 @@ def trunk(
     at_least("trunk", hidden=(hidden, 0), min_ring=(min_ring, 0))
     if not 0 <= dropout < 1:
         raise UserError(f"trunk: dropout must be in [0, 1), got {dropout}")
-    features = build_levels(
-        name,
-        levels=levels,
-        weights=weights,
-        stride=stride,
-        frozen=frozen,
-        batch_norm_frozen=batch_norm_frozen,
-        remember=remember,
-    )
+    features = levelled(
+        build_trunk(name, weights=weights, stride=stride), levels=levels, frozen=frozen,
+        batch_norm_frozen=batch_norm_frozen, remember=remember,
+    )  # fmt: skip
     around = Surroundings(
-        features.level_channels,
-        features.level_strides,
-        margins=margins,
-        min_ring=min_ring,
-        scene=scene,
-        inside=inside,
-        geometry=geometry,
-    )
+        features.level_channels, features.level_strides, margins=margins, min_ring=min_ring,
+        scene=scene, inside=inside, geometry=geometry,
+    )  # fmt: skip
     return ContextTrunk(features, around, num_classes, hidden=hidden, dropout=dropout, dense=dense)

@@ -1,4 +1,4 @@
-"""U-Net as a scene-context teacher: what might be hidden here, at each pixel."""
+"""U-Net as a scene-context teacher: class logits of the hidden object at each pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.nn.trunk_base import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):
-    """Twice 3x3 convolution, batch norm and ReLU; keeps the grid."""
+    """Twice 3x3 convolution, batch norm and ReLU on the same grid."""
 
     def __init__(self, in_channels: int, out_channels: int, middle: int | None = None) -> None:
         middle = middle or out_channels
@@ -30,18 +30,18 @@ class DoubleConv(nn.Sequential):
 
 
 class Kit(Protocol):
-    """What a U-Net is built of."""
+    """The building blocks of a U-Net."""
 
     def stem(self, channels: int) -> nn.Module:
-        """From the picture's 4 channels."""
+        """The first convolutions, from 4 channels."""
         ...
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
-        """Two convolutions that keep the grid."""
+        """Two convolutions on the same grid."""
         ...
 
     def join(self, skip: Tensor, upper: Tensor) -> Tensor:
-        """Two maps side by side."""
+        """Concatenate two maps."""
         ...
 
 
@@ -49,20 +49,20 @@ class PlainKit:
     """Plain convolutions."""
 
     def stem(self, channels: int) -> nn.Module:
-        """From the picture's 4 channels."""
+        """The first convolutions, from 4 channels."""
         return DoubleConv(4, channels)
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
-        """Two convolutions that keep the grid."""
+        """Two convolutions on the same grid."""
         return DoubleConv(in_channels, out_channels, middle)
 
     def join(self, skip: Tensor, upper: Tensor) -> Tensor:
-        """Two maps side by side."""
+        """Concatenate two maps."""
         return torch.cat([skip, upper], dim=1)
 
 
 class Up(nn.Module):
-    """Double the grid, join the skip connection, convolve."""
+    """Up-sample by 2, concatenate the skip connection, convolve."""
 
     def __init__(self, in_channels: int, out_channels: int, *, transposed: bool, kit: Kit) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class UNet(nn.Module):
     """Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597, with padding and batch norm.
 
     Attributes:
-        task: The kind of task that fits the output.
+        task: Name of the task for its output.
     """
 
     task = "context_pixels"
@@ -120,7 +120,7 @@ class UNet(nn.Module):
             in_channels = width * 2 ** (level + 1)
             self.ups.append(Up(in_channels, out_channels, transposed=transposed, kit=kit))
         self.head = nn.Conv2d(width, num_classes, 1)
-        # At each pixel most classes are absent: start there rather than learn it.
+        # Most classes are absent at each pixel: start there.
         nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class UNet(nn.Module):
         return logits[:, :, :height, :width]
 
     def scene_trunk(self) -> BlindTrunk:
-        """The falling half, as the trunk of a student."""
+        """The encoder as the trunk of a student."""
         levels = zip([self.stem, *self.downs], self._widths, strict=True)
         return BlindTrunk(
             "unet", [(step, wide, 2**level) for level, (step, wide) in enumerate(levels)]
@@ -160,24 +160,21 @@ def unet(
         num_classes: Channels of the output.
         width: Channels of the finest level; doubled with each level.
         depth: Number of halvings of the grid.
-        up: How the grid is doubled again: by learned transposed convolutions, or bilinearly.
-        prior_probability: Probability that the head starts out with, for every class and pixel.
+        up: Up-sampling by transposed convolutions, or bilinear.
+        prior_probability: Initial probability of every class at every pixel.
 
     Raises:
         UserError: An option out of range.
     """
     check_options("unet", width=width, depth=depth, up=up, prior_probability=prior_probability)
+    transposed = up == "transposed"
     return UNet(
-        num_classes,
-        width=width,
-        depth=depth,
-        transposed=up == "transposed",
-        prior=prior_probability,
+        num_classes, width=width, depth=depth, transposed=transposed, prior=prior_probability
     )
 
 
 def check_options(name: str, *, width: int, depth: int, up: str, prior_probability: float) -> None:
-    """Refuse what no U-Net can be built of; `name` says whose options they are."""
+    """Check the options of the U-Net `name`."""
     if up not in ("transposed", "bilinear"):
         raise UserError(f"{name}: up must be 'transposed' or 'bilinear', got {up!r}")
     if width < 2 or width % 2 or depth < 1:
@@ -186,5 +183,5 @@ def check_options(name: str, *, width: int, depth: int, up: str, prior_probabili
         )
     if not 0 < prior_probability < 1:
         raise UserError(
-            f"{name}: prior_probability must lie between 0 and 1, got {prior_probability}"
+            f"{name}: prior_probability must be between 0 and 1, got {prior_probability}"
         )

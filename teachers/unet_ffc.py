@@ -15,7 +15,7 @@ class FourierKit:
     """Fast Fourier convolutions for a U-Net.
 
     Args:
-        ratio: Share of all maps' channels that is global; the picture's own are local.
+        ratio: Fraction of global channels of all maps; the image's channels are local.
         local_unit: Whether spectral transforms have a local Fourier unit.
     """
 
@@ -23,15 +23,15 @@ class FourierKit:
         self.ratio, self.local_unit = ratio, local_unit
 
     def stem(self, channels: int) -> nn.Module:
-        """From the picture's 4 channels."""
+        """The first convolutions, from 4 channels."""
         return self._twice(4, channels, channels, ratio_in=0.0)
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
-        """Two convolutions that keep the grid."""
+        """Two convolutions on the same grid."""
         return self._twice(in_channels, middle or out_channels, out_channels, ratio_in=self.ratio)
 
     def join(self, skip: Tensor, upper: Tensor) -> Tensor:
-        """Two maps side by side, local channels first."""
+        """Concatenate two maps, local channels first."""
         return join_maps(skip, upper, self.ratio)
 
     def _twice(self, first: int, middle: int, last: int, *, ratio_in: float) -> nn.Module:
@@ -52,17 +52,17 @@ def unet_ffc(
     local_unit: bool = True,
     prior_probability: float = 0.01,
 ) -> UNet:
-    """A U-Net whose convolutions see near and far: first channels local, the rest global.
+    """A U-Net of fast Fourier convolutions: first channels local, the rest global.
 
     Args:
         num_classes: Channels of the output.
         width: Channels of the finest level; doubled with each level.
         depth: Number of halvings of the grid.
-        up: How the grid is doubled again: by learned transposed convolutions, which mix local and
-            global channels, or bilinearly.
-        ratio: Share of global channels; 0 gives a plain U-Net.
-        local_unit: Whether the spectral transforms also look at the quarters of the map.
-        prior_probability: Probability that the head starts out with, for every class and pixel.
+        up: Up-sampling by transposed convolutions, which mix local and global channels, or
+            bilinear.
+        ratio: Fraction of global channels; 0 gives a plain U-Net.
+        local_unit: Whether spectral transforms also have a unit for the quarters of the map.
+        prior_probability: Initial probability of every class at every pixel.
 
     Raises:
         UserError: An option out of range.
@@ -74,10 +74,6 @@ def unet_ffc(
             f"{ratio} and {width}"
         )
     return UNet(
-        num_classes,
-        width=width,
-        depth=depth,
-        transposed=up == "transposed",
-        prior=prior_probability,
-        kit=FourierKit(ratio, local_unit=local_unit),
-    )
+        num_classes, width=width, depth=depth, transposed=up == "transposed",
+        prior=prior_probability, kit=FourierKit(ratio, local_unit=local_unit),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the other objects, place and size say about a class, by counting: naive Bayes."""
+"""Naive Bayes posterior of an object's class given the other objects, its position and size."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Evidence = Literal["company", "place", "size"]
-ROWS, COLUMNS = 6, 3  # cells of the picture that a box's centre may fall into
-SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # bounds of a box's share of the picture
-SHAPES = (0.5, 0.8, 1.25, 2.0)  # bounds of its width over its height
-FIT_IMAGES = 5_000  # as many say all that a handful of exponents can learn
+ROWS, COLUMNS = 6, 3  # cells of the image for a box's centre
+SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # bins of a box's fraction of the image
+SHAPES = (0.5, 0.8, 1.25, 2.0)  # bins of width over height
+FIT_IMAGES = 5_000  # enough to fit a handful of exponents
 
 
 class Objects(NamedTuple):
     """Objects of N images laid end to end, M of them."""
 
-    classes: Tensor  # (M,) int64, -1 = not known
-    visible: Tensor  # (M,) bool, whether other objects may know its class
-    boxes: Tensor  # (M, 4) xyxy as shares of the picture's width and height
-    aspects: Tensor  # (M,) the picture's width over its height
+    classes: Tensor  # (M,) int64, -1: unknown
+    visible: Tensor  # (M,) bool, whether its class is evidence for other objects
+    boxes: Tensor  # (M, 4) xyxy as fractions of the image's width and height
+    aspects: Tensor  # (M,) the image's width over its height
     image_of: Tensor  # (M,) int64, ascending
 
     def of_images(self, start: int, end: int) -> Objects:
-        """Those of the images from `start` to before `end`, counting from 0 again."""
+        """The objects of images `start` to `end - 1`, renumbered from 0."""
         bounds = torch.tensor([start, end], device=self.image_of.device)
         first, last = torch.searchsorted(self.image_of, bounds).tolist()
         taken = Objects(*(part[first:last] for part in self))
@@ -35,10 +35,10 @@ class Objects(NamedTuple):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A teacher that counts before it is trained, or in place of it."""
+    """A teacher that is fitted by counting before it is trained, or instead."""
 
     def fit(self, objects: Objects) -> None:
-        """Learn from all objects of the train images."""
+        """Count all objects of the train images."""
         ...
 
 
@@ -47,15 +47,15 @@ class NaiveBayes(nn.Module):
 
     `log p(c | rest) = log p(c) + a n^-k sum_j lift(c_j|c) + b lift(place|c) + d lift(size|c)`,
     where `lift(x|c) = log p(x|c) - log p(x)`, from counts of the train objects smoothed towards
-    `p(x)`. The n other objects are not independent given c, which plain naive Bayes takes for
-    granted: the exponents a, k, b, d and the smoothing are fitted to the likelihood of the train
-    objects, each under counts without its own image (Hand and Yu, 2001, "Idiot's Bayes", on why
-    such shrinkage pays). a = b = d = 1 and k = 0 is naive Bayes itself.
+    `p(x)`. Since the n other objects are not independent given c, the exponents a, k, b, d and the
+    smoothing are fitted to the likelihood of the train objects, each under counts without its own
+    image (on such shrinkage see Hand and Yu, 2001, "Idiot's Bayes"). a = b = d = 1 and k = 0 is
+    plain naive Bayes.
 
     Args:
         num_classes: C.
-        evidence: What is looked at; none leaves the class prior.
-        fitted: Whether exponents and smoothing are fitted, or left as in plain naive Bayes.
+        evidence: Kinds of evidence; without any the output is the class prior.
+        fitted: Whether exponents and smoothing are fitted.
     """
 
     seen: Tensor
@@ -83,11 +83,7 @@ class NaiveBayes(nn.Module):
 
     @torch.no_grad()
     def fit(self, objects: Objects) -> None:
-        """Count the objects of the train images, then fit the exponents.
-
-        Args:
-            objects: All with a known class; what was counted before is forgotten.
-        """
+        """Count the objects of the train images, all of known class, then fit the exponents."""
         for counts in (self.seen, self.pairs, self.cells, self.forms):
             counts.zero_()
         images = int(objects.image_of.max()) + 1 if len(objects.classes) else 0
@@ -95,24 +91,21 @@ class NaiveBayes(nn.Module):
         self.seen += torch.bincount(classes, minlength=self.num_classes)
         self.cells.index_put_((classes, cell_of(objects)), one, accumulate=True)
         self.forms.index_put_((classes, form_of(objects)), one, accumulate=True)
-        for start in range(0, images, 4096):  # a dense table of a whole data set is too much
-            there = self._company(objects.of_images(start, start + 4096))
+        for start in range(0, images, 4096):  # a dense table of a whole dataset is too large
+            there = self._counts(objects.of_images(start, start + 4096))
             self.pairs += there.T @ there
-        self.pairs -= torch.diag(self.seen)  # no object is its own company
+        self.pairs -= torch.diag(self.seen)  # no object co-occurs with itself
         if self.fitted and self.evidence and images > 1:
             self._fit_exponents(objects.of_images(0, FIT_IMAGES))
 
     def forward(self, objects: Objects, hidden: Tensor) -> Tensor:
-        """Log-probabilities of hidden objects given the visible others of their image.
+        """Log-probabilities (K, C) float32 of hidden objects given the visible others.
 
-        In training mode each image is left out of the counts, as one that is new would be.
+        In training mode each image is left out of the counts.
 
         Args:
-            objects: A hidden object's own class is known to the others' answers only.
-            hidden: (K,) indices of the objects asked about.
-
-        Returns:
-            (K, C) float32.
+            objects: A hidden object's class is evidence for the others only.
+            hidden: (K,) indices of the hidden objects.
         """
         scores = self._scores(objects, self.exponents, without_own=self.training)
         return scores[hidden].log_softmax(dim=1).float()
@@ -125,7 +118,7 @@ class NaiveBayes(nn.Module):
             def loss() -> float:
                 solver.zero_grad()
                 scores = self._scores(objects, free, without_own=True)
-                # A weak pull towards plain naive Bayes keeps an exponent without evidence in place.
+                # A weak pull towards plain naive Bayes, for exponents without evidence.
                 pull = 1e-4 * (free - self.exponents).square().sum()
                 value = F.cross_entropy(scores, objects.classes) + pull
                 value.backward()
@@ -136,23 +129,23 @@ class NaiveBayes(nn.Module):
 
     def _scores(self, objects: Objects, exponents: Tensor, *, without_own: bool) -> Tensor:
         """(M, C) unnormalised; `without_own` leaves each object's image out of the counts."""
-        own = self._company(objects) if without_own else None
+        own = self._counts(objects) if without_own else None
         known = objects.visible & (objects.classes >= 0)
         classes = objects.classes.clamp(min=0)
         marginal = (self.seen + 1.0) / (self.seen + 1.0).sum()
         seen = self.seen if own is None else (self.seen - own[objects.image_of]).clamp(min=0.0)
         scores = (seen + 1.0).log().expand(len(classes), -1)
-        company, crowd, place, size = exponents[:4]
+        others, crowd, place, size = exponents[:4]
         pseudo = exponents[4].exp()
         if "company" in self.evidence:
-            lifts = self._company_lifts(objects, own, marginal, pseudo) * known[:, None]
+            lifts = self._class_lifts(objects, own, marginal, pseudo) * known[:, None]
             sums = lifts.new_zeros(int(objects.image_of.max()) + 1 if len(known) else 0,
                                    self.num_classes)  # fmt: skip
             sums = sums.index_add(0, objects.image_of, lifts)
             count = torch.bincount(objects.image_of, weights=known.double(), minlength=len(sums))
-            others = (count[objects.image_of] - known.double()).clamp(min=1.0)
+            number = (count[objects.image_of] - known.double()).clamp(min=1.0)
             around = sums[objects.image_of] - lifts
-            scores = scores + company * others.pow(-crowd)[:, None] * around
+            scores = scores + others * number.pow(-crowd)[:, None] * around
         for name, table, where, weight in (
             ("place", self.cells, cell_of(objects), place),
             ("size", self.forms, form_of(objects), size),
@@ -161,10 +154,10 @@ class NaiveBayes(nn.Module):
                 scores = scores + weight * _lifts(table, where, pseudo, classes, own is not None)
         return scores
 
-    def _company_lifts(
+    def _class_lifts(
         self, objects: Objects, own: Tensor | None, marginal: Tensor, pseudo: Tensor
     ) -> Tensor:
-        """(M, C): what the presence of each object says about another one's class."""
+        """(M, C): log lift of each object's presence for another object's class."""
         classes = objects.classes.clamp(min=0)
         together = self.pairs[:, classes].T  # (M, C)
         totals = self.pairs.sum(dim=1).expand(len(classes), -1)
@@ -178,8 +171,8 @@ class NaiveBayes(nn.Module):
         smoothed = (together + pseudo * expected) / (totals + pseudo)
         return smoothed.log() - expected.log()
 
-    def _company(self, objects: Objects) -> Tensor:
-        """(N, C) how many objects of each class an image holds; images counted from the first."""
+    def _counts(self, objects: Objects) -> Tensor:
+        """(N, C) number of objects of each class in each image."""
         known = objects.classes >= 0
         rows = int(objects.image_of.max()) + 1 if len(objects.image_of) else 0
         there = torch.zeros(
@@ -192,18 +185,18 @@ class NaiveBayes(nn.Module):
 
 def _lifts(table: Tensor, where: Tensor, pseudo: Tensor, classes: Tensor, own: bool) -> Tensor:
     """(M, C) log p(bin | class) - log p(bin), one object less in its own class and bin if `own`."""
-    share = (table.sum(dim=0) + 1.0) / (table.sum(dim=0) + 1.0).sum()
+    marginal = (table.sum(dim=0) + 1.0) / (table.sum(dim=0) + 1.0).sum()
     counts, totals = table[:, where].T, table.sum(dim=1).expand(len(where), -1)
     if own:
         itself = F.one_hot(classes, len(table))
         # An augmented box may lie in a bin that its original was not counted in.
         counts, totals = (counts - itself).clamp(min=0.0), totals - itself
-    expected = share[where][:, None]
+    expected = marginal[where][:, None]
     return ((counts + pseudo * expected) / (totals + pseudo)).log() - expected.log()
 
 
 def cell_of(objects: Objects) -> Tensor:
-    """(M,) the cell of the picture that each box's centre lies in."""
+    """(M,) the cell of the image that each box's centre lies in."""
     centres = (objects.boxes[:, :2] + objects.boxes[:, 2:]) / 2
     column = (centres[:, 0] * COLUMNS).long().clamp(0, COLUMNS - 1)
     row = (centres[:, 1] * ROWS).long().clamp(0, ROWS - 1)
@@ -211,8 +204,8 @@ def cell_of(objects: Objects) -> Tensor:
 
 
 def form_of(objects: Objects) -> Tensor:
-    """(M,) the bin of each box's share of the picture and of its shape."""
+    """(M,) the bin of each box's area and aspect ratio."""
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]).clamp(min=1e-6)
     ratio = sides[:, 0] / sides[:, 1] * objects.aspects
-    share = torch.bucketize(sides.prod(dim=1), sides.new_tensor(SHARES))
-    return share * (len(SHAPES) + 1) + torch.bucketize(ratio, sides.new_tensor(SHAPES))
+    area = torch.bucketize(sides.prod(dim=1), sides.new_tensor(SHARES))
+    return area * (len(SHAPES) + 1) + torch.bucketize(ratio, sides.new_tensor(SHAPES))

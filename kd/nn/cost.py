@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds and latency of one forward."""
+"""Cost of a network: multiply-adds and latency of a forward pass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd.errors import at_least
 from kd.nn.freeze import evaluating
 
-WARM_UP = 3  # forwards before the clock runs: caches, memory, choice of algorithms
-# What `scaled_dot_product_attention` may call that torch's counter has no formula for.
+WARM_UP = 3  # untimed forward passes
+# Kernels of `scaled_dot_product_attention` that torch's counter has no formula for.
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_attention_math_for_mps",
@@ -25,18 +25,14 @@ _ATTENTION = (
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Multiplications, each with its addition, of one forward in evaluation mode.
+    """Multiply-adds of a forward pass in evaluation mode, the total over all images.
 
-    Counts convolutions, transposed ones too, linear layers and matrix products, including those
-    inside attention. Biases, norms, activations and resizing are left out, as in most papers.
-    Padding counts like any other pixel.
+    Counts convolutions, linear layers and matrix products, including those of attention; biases,
+    norms, activations and resizing are left out, as in most papers. Padding counts.
 
     Args:
         model: Takes images alone; its mode is restored.
         images: (N, 3, H, W), on the model's device, which may be "meta"; values do not matter.
-
-    Returns:
-        The total over all N images.
     """
     with (
         torch.no_grad(),
@@ -49,16 +45,7 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 
 def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
-    """Median seconds of one forward in evaluation mode, after a warm-up.
-
-    Args:
-        model: Takes images alone; its mode is restored.
-        images: (N, 3, H, W), on the model's device.
-        repeats: Number of forwards, each timed separately.
-
-    Raises:
-        UserError: `repeats` is below 1.
-    """
+    """Median seconds of `repeats` forward passes in evaluation mode, after a warm-up."""
     at_least("latency", repeats=(repeats, 1))
     seconds = []
     with torch.no_grad(), evaluating(model):
@@ -74,7 +61,7 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Switch off the fused evaluation path of `nn.MultiheadAttention`, which is not counted."""
+    """Disable the fused evaluation path of `nn.MultiheadAttention`, which is not counted."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -92,11 +79,11 @@ def _formulas() -> dict[object, Callable[..., int]]:
 def _attention_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
 ) -> int:
-    """Operations of the products with keys and with values, two for each multiply-add."""
+    """Operations of the products with keys and values, two for each multiply-add."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _finish(device: torch.device) -> None:
-    """Wait for a GPU's queued work: its calls return early."""
+    """Wait for a GPU's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

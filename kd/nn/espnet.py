@@ -22,27 +22,21 @@ class NormAct(nn.Sequential):
 def conv(
     inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """A convolution without bias; at stride 1 it keeps the grid."""
+    """A convolution without bias, padded to keep the grid at stride 1."""
     padding = dilation * (side - 1) // 2
     return nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
 
 
 def fitted(maps: Tensor, like: Tensor) -> Tensor:
-    """Maps without the row and column that an odd side got when it was halved and doubled."""
+    """Maps cropped to the grid of `like`: odd sides grow when halved and doubled."""
     return maps[..., : like.shape[-2], : like.shape[-1]]
 
 
 class SpatialPyramid(nn.Module):
-    """Reduce, look at five dilations at once, add them up one after the other, join.
+    """Reduce, convolve at five dilations, add the maps cumulatively, and concatenate the sums.
 
-    Adding each dilation's map to the next larger one's takes the grid pattern out of the result
-    (hierarchical feature fusion).
-
-    Args:
-        inputs: Channels.
-        outputs: Channels.
-        stride: 2 for a block that halves the grid; it has no residual.
-        residual: Whether the input is added, where the channels agree.
+    The cumulative sums (hierarchical feature fusion) remove the grid pattern of dilations. With
+    `residual` the input is added if stride and channels allow it.
     """
 
     def __init__(
@@ -73,12 +67,12 @@ class SpatialPyramid(nn.Module):
 
 
 class ESPNetC(nn.Module):
-    """The encoder with a classifier: logits at an eighth of the picture's sides.
+    """The encoder with a classifier: logits at 1/8 of the image's size.
 
     Args:
         num_classes: C.
-        shallow: Spatial pyramids at a quarter of the sides.
-        deep: At an eighth.
+        shallow: Spatial pyramids at 1/4.
+        deep: Spatial pyramids at 1/8.
         dropout: Before the classifier; none as published.
     """
 
@@ -103,7 +97,7 @@ class ESPNetC(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout2d(dropout), conv(256, num_classes))
 
     def levels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps of 19, 131 and 256 channels at a half, a quarter and an eighth of the sides."""
+        """Maps of 19, 131 and 256 channels at 1/2, 1/4 and 1/8."""
         half = self.halve(images)
         quarter = self.halve(half)
         first = self.norm1(torch.cat([self.stem(images), half], dim=1))
@@ -118,13 +112,7 @@ class ESPNetC(nn.Module):
 
 
 class ESPNet(nn.Module):
-    """The encoder with a light decoder: logits at the size of the picture.
-
-    Args:
-        num_classes: C.
-        shallow: Spatial pyramids at a quarter of the sides.
-        deep: At an eighth.
-    """
+    """The encoder with a light decoder: logits at the size of the image."""
 
     stride = 1
 
@@ -165,8 +153,8 @@ def espnet_c(
 
     Args:
         num_classes: C.
-        shallow: Spatial pyramids at a quarter of the sides.
-        deep: At an eighth.
+        shallow: Spatial pyramids at 1/4 of the image's size.
+        deep: Spatial pyramids at 1/8.
         dropout: Of whole channels before the classifier; none as published.
         file: Weights of the whole network, see `kd.nn.weights.load_network`.
 

@@ -1,4 +1,4 @@
-"""Fast Fourier convolution: a part of the channels sees the whole picture in each layer.
+"""Fast Fourier convolution: a part of the channels has a global receptive field in each layer.
 
 Chi et al., 2020, https://proceedings.neurips.cc/paper/2020/hash/2fd5d41ec6cfab47e32164d5624269b1,
 with the ratios and the order of layers of LaMa (Suvorov et al., 2021,
@@ -6,6 +6,8 @@ https://arxiv.org/abs/2109.07161). A map's first channels are local, the rest gl
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,7 @@ from kd.errors import UserError
 
 
 class FourierUnit(nn.Module):
-    """A 1x1 convolution of the spectrum, whose real and imaginary parts are channels.
-
-    Args:
-        in_channels: Of the map.
-        out_channels: Of the result.
-    """
+    """A 1x1 convolution of the spectrum, whose real and imaginary parts are channels."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -33,9 +30,9 @@ class FourierUnit(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps (N, in, H, W) of any size to (N, out, H, W), in their type."""
-        if not len(maps):  # a transform of nothing is an error
+        if not len(maps):  # FFTs of empty batches are errors
             return maps.new_zeros(0, self.out_channels, *maps.shape[2:])
-        # Transforms of half precision are rough, and on a CPU there are none.
+        # FFTs in half precision are inexact, and missing on CPUs.
         wide = maps if maps.dtype == torch.float64 else maps.float()
         spectrum = torch.fft.rfft2(wide.contiguous(), norm="ortho")  # (N, in, H, W/2 + 1)
         mixed = self.convolve(torch.cat([spectrum.real, spectrum.imag], dim=1))
@@ -47,14 +44,10 @@ class FourierUnit(nn.Module):
 
 
 class LocalFourierUnit(nn.Module):
-    """A Fourier unit over the quarters of a map: patterns that half the map repeats.
+    """A Fourier unit over the quarters of a map.
 
-    A fourth of the channels is cut into four quarters, which lie as channels one behind the other;
-    what comes out is laid out four times. Rows or columns of an odd number get one of zeros, which
-    is cut off again.
-
-    Args:
-        channels: Of map and result, at least 4.
+    The quarters of a fourth of the channels, at least one, are stacked as channels; the result is
+    tiled four times. Odd sides are padded with zeros.
     """
 
     def __init__(self, channels: int) -> None:
@@ -75,11 +68,7 @@ class LocalFourierUnit(nn.Module):
 class SpectralTransform(nn.Module):
     """From global channels to global channels: `project(x + unit(x) + local_unit(x))`.
 
-    Args:
-        in_channels: Of the map.
-        out_channels: Of the result; half as many, and at least 4, inside.
-        stride: 1, or 2 for means over 2 x 2.
-        local_unit: Whether there is a local Fourier unit.
+    x has half the output channels, at least 4. A stride of 2 is average pooling.
     """
 
     def __init__(
@@ -116,9 +105,9 @@ class FFC(nn.Module):
     Args:
         in_channels: Of the map.
         out_channels: Of the result.
-        kernel_size: Of the convolutions, odd; they keep the grid but for the stride.
-        ratio_in: Share of the input's channels that is global.
-        ratio_out: Share of the output's.
+        kernel_size: Of the convolutions, odd.
+        ratio_in: Fraction of the input's channels that is global.
+        ratio_out: Fraction of the output's.
         stride: 1 or 2.
         local_unit: Whether the spectral transform has a local Fourier unit.
 
@@ -174,29 +163,11 @@ class FFC(nn.Module):
 
 
 class FFCBlock(nn.Sequential):
-    """`FFC`, batch norm, ReLU; arguments as for `FFC`."""
+    """`FFC`, batch norm, ReLU; options as for `FFC`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        *,
-        ratio_in: float,
-        ratio_out: float,
-        stride: int = 1,
-        local_unit: bool = True,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
         super().__init__(
-            FFC(
-                in_channels,
-                out_channels,
-                kernel_size,
-                ratio_in=ratio_in,
-                ratio_out=ratio_out,
-                stride=stride,
-                local_unit=local_unit,
-            ),
+            FFC(in_channels, out_channels, **options),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
@@ -209,7 +180,7 @@ def split_channels(channels: int, ratio: float) -> tuple[int, int]:
 
 
 def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
-    """Maps side by side, (N, C1, H, W) and (N, C2, H, W), so that local channels come first."""
+    """Concatenate (N, C1, H, W) and (N, C2, H, W) with all local channels first."""
     halves = [maps.split(split_channels(maps.shape[1], ratio), dim=1) for maps in (first, second)]
     return torch.cat([half[part] for part in (0, 1) for half in halves], dim=1)
 
@@ -217,6 +188,6 @@ def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
 def _sum(
     first: nn.Module | None, one: Tensor, second: nn.Module | None, other: Tensor
 ) -> Tensor | None:
-    """The sum of what the paths that exist make of their maps."""
+    """The sum of the outputs of those of two paths that exist."""
     outputs = [path(maps) for path, maps in ((first, one), (second, other)) if path is not None]
     return sum(outputs[1:], outputs[0]) if outputs else None

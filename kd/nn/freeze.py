@@ -16,20 +16,17 @@ class FrozenBatchNorm(nn.BatchNorm2d):
     """Batch norm that always uses its stored statistics; same state-dict keys."""
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stay in evaluation."""
+        """Stay in evaluation mode."""
         super().train(False)
         return self
 
 
-# Each kind of batch norm with one that stays in evaluation, made when it is first frozen.
+# Frozen subclasses of batch norm by class, created on demand.
 _FROZEN: dict[type, type[nn.BatchNorm2d]] = {nn.BatchNorm2d: FrozenBatchNorm}
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Use the stored statistics of all batch norms inside, and stop learning their scales.
-
-    For small batches, and for fine-tuning on few images. Works in place.
-    """
+    """Freeze statistics and scales of all batch norms inside, in place."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             if not isinstance(norm, FrozenBatchNorm):
@@ -40,16 +37,7 @@ def freeze_batch_norm(module: nn.Module) -> None:
 
 
 def freeze_parts(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool) -> None:
-    """Freeze as much of a trunk as its options ask for.
-
-    Args:
-        trunk: Changed in place.
-        frozen: "all", the path of the last step that does not learn, or None.
-        batch_norm_frozen: Whether all batch norms keep their stored statistics.
-
-    Raises:
-        UserError: The trunk has no such step.
-    """
+    """Freeze a trunk in place: "all" or up to the step `frozen`, and its batch norms."""
     if frozen is not None:
         freeze(trunk, None if frozen == "all" else frozen)
     if batch_norm_frozen:
@@ -57,11 +45,7 @@ def freeze_parts(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool) -> N
 
 
 def freeze(trunk: Trunk, until: str | None = None) -> None:
-    """Stop the learning of a trunk's first steps, batch norms included.
-
-    Args:
-        trunk: Changed in place.
-        until: Path of the last frozen step, "layer2" or "features.10"; the whole trunk without it.
+    """Freeze a trunk's steps up to the path `until`, such as "layer2", or all; batch norms too.
 
     Raises:
         UserError: The trunk has no such step.
@@ -76,13 +60,13 @@ def freeze(trunk: Trunk, until: str | None = None) -> None:
         freeze_batch_norm(step)
     inside = tuple(f"{path}." for path in paths)
     for path, parameter in trunk.named_parameters():
-        if not path.startswith(inside):  # a transformer's class token, which is read first
+        if not path.startswith(inside):  # a transformer's class token
             parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module's own mode comes back, for one part may be frozen in its."""
+    """Context in evaluation mode, after which each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

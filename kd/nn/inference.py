@@ -1,8 +1,7 @@
-"""Batch norm folded into the convolution before it, for a network that only answers.
+"""Faster inference: batch norm folded into convolutions, and int8.
 
-In evaluation a batch norm is one multiplication and one addition for each channel, and so is a
-convolution's output: `gamma * (w * x + b - mean) / sqrt(var + eps) + beta` is a convolution again.
-Numbers agree but for rounding; a pass over memory is saved for each batch norm.
+In evaluation a batch norm after a convolution, `gamma * (w * x + b - mean) / sqrt(var + eps) +
+beta`, is again a convolution, equal up to rounding, which saves a pass over memory.
 """
 
 from __future__ import annotations
@@ -27,17 +26,11 @@ Place = tuple[nn.Module, str]  # a module and the name of a child
 
 
 def for_answers(model: nn.Module) -> nn.Module:
-    """A frozen copy of a model in evaluation, its batch norms folded where that is certain.
+    """A copy of a model for inference, without gradients, with batch norms folded where possible.
 
-    A pair is folded where the order of modules is known: neighbours in a `Sequential`, in
-    torchvision's residual blocks and in the steps of a trunk. What is tapped or trained must not
-    be folded: a convolution then gives what its batch norm gave.
-
-    Args:
-        model: Stays as it is.
-
-    Returns:
-        The copy, without gradients.
+    Pairs are folded where the order of modules is known: neighbours in a `Sequential`, in
+    torchvision's residual blocks and in the steps of a trunk. Tapped modules are not folded, since
+    a folded convolution has the output of its batch norm.
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(id(module) for _, module in copied.named_modules(remove_duplicate=False))
@@ -53,7 +46,7 @@ def for_answers(model: nn.Module) -> nn.Module:
 
 
 def _neighbours(module: nn.Module) -> Iterator[tuple[Place, Place]]:
-    """Children that run one after the other with nothing else in between."""
+    """Pairs of children that run directly one after the other."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         yield from pairwise([(module, name) for name, _ in module.named_children()])
     elif isinstance(module, BasicBlock | Bottleneck):
@@ -65,7 +58,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[Place, Place]]:
 
 
 def _can_fold(first: nn.Module, second: nn.Module) -> bool:
-    """Whether the second is a batch norm, with statistics of its own, of what the first gives."""
+    """Whether these are a convolution and its batch norm, neither of them tapped."""
     return (
         isinstance(first, nn.Conv2d | nn.ConvTranspose2d)
         and isinstance(second, nn.BatchNorm2d)
@@ -82,34 +75,31 @@ ENGINE = "onednn"
 def in_int8(
     model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()
 ) -> nn.Module:
-    """A copy whose convolutions and linear layers compute in int8, on the CPU.
+    """A copy, without gradients, whose convolutions and linear layers compute in int8 on the CPU.
 
-    Transposed convolutions stay in float32, for which there are no scales by channel.
+    Transposed convolutions stay in float32, since they have no scales per channel.
 
     Args:
-        model: In evaluation; one that torch.fx can trace. It stays as it is.
-        samples: Inputs like those to come, for the ranges of activations; a few batches.
-        spared: Paths of modules that stay in float32: a head whose logits matter.
-
-    Returns:
-        The copy, without gradients.
+        model: In evaluation mode; torch.fx must be able to trace it.
+        samples: A few batches of typical inputs, to measure the ranges of activations.
+        spared: Paths of modules that stay in float32, such as the head.
 
     Raises:
-        UserError: This torch cannot compute in int8 here, there are no samples, or the model's
+        UserError: This build of torch has no int8 engine, there are no samples, or the model's
             `forward` cannot be traced.
     """
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise UserError(f"int8: this torch has no engine {ENGINE!r}; compute in float32")
     batches = list(samples)
     if not batches:
-        raise UserError("int8: no samples to see the ranges of activations by")
+        raise UserError("int8: no samples to measure the ranges of activations with")
     torch.backends.quantized.engine = ENGINE
     mapping = get_default_qconfig_mapping(ENGINE).set_object_type(nn.ConvTranspose2d, None)
     for path in spared:
         model.get_submodule(path)
         mapping = mapping.set_module_name(path, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what will replace this in torch, some day
+        warnings.simplefilter("ignore")  # deprecation in torch
         try:
             watched = prepare_fx(copy.deepcopy(model).eval(), mapping, (batches[0],))
         except (torch.fx.proxy.TraceError, TypeError) as error:

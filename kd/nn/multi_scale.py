@@ -1,27 +1,25 @@
-"""A segmentation network asked at several scales, and about the mirrored picture."""
+"""Test-time augmentation of segmentation by scales and mirroring."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.trunk_base import resized
 
-MULTIPLE = 16  # sides of what a network sees, as in evaluation at one scale
+MULTIPLE = 16  # sides of rescaled images are multiples of this
 
 
 class MultiScale(nn.Module):
-    """The mean of a network's class distributions over scales, and over both directions.
-
-    For evaluation: it costs as much time as the scales' areas together, twice that with `mirror`.
+    """The mean of a network's class distributions over scales and mirrored images.
 
     Args:
-        model: Maps images (N, 3, H, W) to logits (N, C, h, w), or a dict that holds them.
-        scales: Factors on the picture's sides; inputs are rounded to multiples of 16 pixels.
-        mirror: Whether each scale is also asked about the picture mirrored left to right.
+        model: Maps images (N, 3, H, W) to logits (N, C, h, w), or a dict with `logits`.
+        scales: Factors on the image's sides; inputs are rounded to multiples of 16 pixels.
+        mirror: Whether each scale is also evaluated on the image mirrored left to right.
 
     Raises:
         UserError: No scale, one that is not above 0, or one that is given twice.
@@ -36,7 +34,7 @@ class MultiScale(nn.Module):
         if wrong := [scale for scale in scales if not 0 < scale < float("inf")]:
             raise UserError(f"scales must be above 0, got {wrong[0]}")
         self.model, self.mirror = model, mirror
-        # The one nearest to 1 says how many pixels a place of the network's grid has.
+        # The scale nearest to 1 comes first: it determines the grid of the output.
         self.scales = tuple(sorted(scales, key=lambda scale: abs(scale - 1)))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -44,15 +42,15 @@ class MultiScale(nn.Module):
         total: Tensor | None = None
         grid: tuple[int, int] | None = None
         for scale in self.scales:
-            seen = _resized(images, _sides(images, scale))
+            seen = resized(images, _sides(images, scale))
             logits = self._logits(seen)
             grid = grid or _grid(images, seen, logits)
             both = [logits]
             if self.mirror:
                 both.append(self._logits(seen.flip(-1)).flip(-1))
             for one in both:
-                shares = _resized(one, grid).float().softmax(dim=1)
-                total = shares if total is None else total + shares
+                probabilities = resized(one, grid).float().softmax(dim=1)
+                total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = total / (len(self.scales) * (1 + self.mirror))
         return {"logits": mean.clamp(min=torch.finfo(mean.dtype).tiny).log()}
@@ -63,7 +61,7 @@ class MultiScale(nn.Module):
 
 
 def _sides(images: Tensor, scale: float) -> tuple[int, int]:
-    """Height and width at a scale; at scale 1 those of the images, whatever they are."""
+    """Height and width at a scale; at scale 1 those of the images, unrounded."""
     height, width = images.shape[-2:]
     if scale == 1:
         return height, width
@@ -72,13 +70,7 @@ def _sides(images: Tensor, scale: float) -> tuple[int, int]:
 
 
 def _grid(images: Tensor, seen: Tensor, logits: Tensor) -> tuple[int, int]:
-    """The network's grid for the images themselves, from that of the images it has seen."""
-    own, shown, out = (part.shape[-2:] for part in (images, seen, logits))
-    height, width = (max(1, round(own[side] * out[side] / shown[side])) for side in (0, 1))
+    """The network's grid for the images, from that of the rescaled images `seen`."""
+    own, scaled, out = (part.shape[-2:] for part in (images, seen, logits))
+    height, width = (max(1, round(own[side] * out[side] / scaled[side])) for side in (0, 1))
     return height, width
-
-
-def _resized(maps: Tensor, sides: tuple[int, int]) -> Tensor:
-    if maps.shape[-2:] == torch.Size(sides):
-        return maps
-    return F.interpolate(maps, sides, mode="bilinear", align_corners=False)

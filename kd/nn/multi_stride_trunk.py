@@ -1,4 +1,4 @@
-"""A trunk's maps at one or more strides; a frozen trunk may remember what it said."""
+"""A trunk's maps at one or more strides, with a cache for frozen trunks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from kd.nn.weights import weights_hash
 
 log = logging.getLogger(__name__)
 
-LIMIT_BYTES = 4 << 30  # of all that a process remembers
+LIMIT_BYTES = 4 << 30  # of all maps cached by a process
 _LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass
 class _Store:
-    """What one trunk said: float16 maps (C, h, w) of each level by the picture's key."""
+    """A trunk's cached maps: float16 (C, h, w) of each level by the image's key."""
 
     maps: dict[bytes, tuple[Tensor, ...]] = field(default_factory=dict)
     held: int = 0  # bytes
     full: bool = False
 
     def keep(self, key: bytes, levels: tuple[Tensor, ...]) -> None:
-        """Remember a picture's maps, unless the process holds too much already."""
+        """Cache an image's maps up to the limit."""
         size = sum(level.numel() * level.element_size() for level in levels)
         if sum(store.held for store in _STORES.values()) + size <= LIMIT_BYTES:
             self.maps[key] = levels
             self.held += size
         elif not self.full:
             self.full = True
-            log.info("remembered maps fill %.1f GiB: others are computed", LIMIT_BYTES / 2**30)
+            log.info("cached maps fill %.1f GiB: others are computed", LIMIT_BYTES / 2**30)
 
 
 # One store for each trunk's weights, so that the variants and seeds of a comparison share it.
@@ -72,18 +72,13 @@ class LevelledTrunk(nn.Module):
 
 
 class RememberedTrunk(LevelledTrunk):
-    """A trunk that does not learn, with its outputs kept in memory by the picture's content.
+    """A frozen trunk whose outputs are cached in memory by the image's content.
 
-    Pays where pictures come again unchanged: no augmentation, or only flips. Trunks of equal
-    weights share what they remember. Nothing inside can be tapped, since it seldom runs, and no
-    gradient reaches the pictures.
-
-    Args:
-        trunk: In evaluation mode for good; all its parameters must be frozen.
-        levels: How many of its strides to give, coarsest last.
+    Useful without augmentation, or with flips only. Trunks of equal weights share their cache.
+    Layers inside cannot be tapped, since they seldom run, and images get no gradient.
 
     Raises:
-        UserError: The trunk learns.
+        UserError: The trunk is not frozen.
     """
 
     def __init__(self, trunk: Trunk, levels: int = 1) -> None:
@@ -94,14 +89,14 @@ class RememberedTrunk(LevelledTrunk):
         self._keyed: list[tuple[int, int]] = []
 
     def train(self, mode: bool = True) -> RememberedTrunk:
-        """The trunk itself stays in evaluation mode."""
+        """Set the mode, but not the trunk's, which stays in evaluation."""
         super().train(mode)
         self.trunk.eval()
         return self
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """As `LevelledTrunk`, in float32; the maps pass through float16, seen before or not."""
+        """As `LevelledTrunk`, in float32; all maps are rounded to float16."""
         with torch.autocast(images.device.type, enabled=False):
             return self._maps(images)
 
@@ -125,55 +120,22 @@ class RememberedTrunk(LevelledTrunk):
         return [level.clamp(-_LARGEST, _LARGEST).half().cpu() for level in levels]
 
     def _store(self) -> _Store:
-        """The store of the weights as they are now: loading or averaging changes them in place."""
+        """The store for the current weights, which loading or averaging change in place."""
         tensors = chain(self.trunk.parameters(), self.trunk.buffers())
         keyed = [(id(tensor), tensor._version) for tensor in tensors]
         if keyed != self._keyed:
-            # A trunk's layers have options that no weight shows: a kept stride is one.
+            # Some options, such as a stride, do not show in the weights.
             self._key = weights_hash(self.trunk, f"{self.trunk.name} {self.trunk}")
             self._keyed = keyed
         return _STORES.setdefault((self._key, self.levels), _Store())
 
 
 def image_keys(images: Tensor) -> list[bytes]:
-    """A hash of each picture's content and size; a fiftieth of a small trunk's time, on a CPU."""
-    pictures = images.detach().float().cpu().contiguous()
-    size = f"{tuple(pictures.shape[1:])}".encode()
-    contents = (size + one.numpy().tobytes() for one in pictures)
+    """A hash of each image's content and size; 1/50 of a small trunk's time on a CPU."""
+    images = images.detach().float().cpu().contiguous()
+    size = f"{tuple(images.shape[1:])}".encode()
+    contents = (size + one.numpy().tobytes() for one in images)
     return [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
-
-
-def build_levels(
-    name: str,
-    *,
-    levels: int = 1,
-    weights: str | None = None,
-    stride: int | None = None,
-    frozen: str | None = None,
-    batch_norm_frozen: bool = False,
-    remember: bool = False,
-) -> LevelledTrunk:
-    """A torchvision trunk with its last maps, frozen as far as asked.
-
-    Args:
-        name: Of the torchvision classifier.
-        levels: How many strides to give.
-        weights: "imagenet", a file of torchvision weights, or random ones where not given.
-        stride: Keep the trunk's output at this stride at most.
-        frozen: "all", or the path of the last step that does not learn.
-        batch_norm_frozen: Keep all batch norms at their stored statistics.
-        remember: Keep outputs in memory; needs `frozen: all`.
-
-    Raises:
-        UserError: A trunk that cannot be built, or `remember` for one that learns.
-    """
-    return levelled(
-        build_trunk(name, weights=weights, stride=stride),
-        levels=levels,
-        frozen=frozen,
-        batch_norm_frozen=batch_norm_frozen,
-        remember=remember,
-    )
 
 
 def levelled(
@@ -184,7 +146,15 @@ def levelled(
     batch_norm_frozen: bool = False,
     remember: bool = False,
 ) -> LevelledTrunk:
-    """A trunk that is there already with its last maps; the other arguments are `build_levels`'."""
+    """Freeze a trunk and return its last maps.
+
+    Args:
+        trunk: The trunk, changed in place.
+        levels: Number of strides.
+        frozen: "all", or the path of the last step that does not learn.
+        batch_norm_frozen: Whether all batch norms keep their stored statistics.
+        remember: Whether outputs are cached in memory; needs `frozen: all`.
+    """
     freeze_parts(trunk, frozen, batch_norm_frozen)
     return RememberedTrunk(trunk, levels) if remember else LevelledTrunk(trunk, levels)
 
@@ -193,10 +163,7 @@ COUNT = 3
 
 
 class StepPool(nn.Module):
-    """Max pooling of 2 x 2 windows, one place apart: the map keeps its size.
-
-    The windows at the right and at the bottom reach over the edge, where there is nothing.
-    """
+    """Max pooling of 2 x 2 windows with stride 1, padded at the right and at the bottom."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """(N, C, h, w) to the same."""
@@ -204,12 +171,11 @@ class StepPool(nn.Module):
 
 
 class JoinedStages(nn.Module):
-    """A trunk and the joined output of its last three stages.
+    """A trunk with the concatenated maps of its last three stages.
 
     Attributes:
-        trunk: Steps under torchvision's names.
-        channels: Of the joined map.
-        stride: Of the same, pixels a place.
+        channels: Of the concatenated map.
+        stride: Pixels per place of it.
     """
 
     def __init__(self, trunk: Trunk) -> None:
@@ -221,15 +187,12 @@ class JoinedStages(nn.Module):
         else:
             found = trunk.stages()[-COUNT:]
         if len(found) < COUNT:
-            raise UserError(f"{trunk.name} has {len(found)} grids, where {COUNT} are joined")
+            raise UserError(f"{trunk.name} has {len(found)} grids, but {COUNT} are needed")
         self.paths = tuple(path for path, _ in found)
         self.channels = sum(channels for _, channels in found)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to (N, channels, H/stride, W/stride).
-
-        A stage on a finer grid, where the stride is 16, is brought to the last one's by means.
-        """
+        """Images (N, 3, H, W) to (N, channels, H/stride, W/stride); finer stages are averaged."""
         maps = self.trunk.forward_at(images, self.paths)
         height, width = maps[-1].shape[2:]
         same = [
@@ -242,17 +205,12 @@ class JoinedStages(nn.Module):
 def joined_stages(
     name: str, *, weights: str | None = None, stride: int = 8, until: str | None = None
 ) -> JoinedStages:
-    """The last three stages of a torchvision classifier.
+    """The last three stages of a trunk; arguments as for `build_trunk`.
 
-    Args:
-        name: As in `build_trunk`; transformers with one grid will not do.
-        weights: None, "imagenet" or a file, see there.
-        stride: Pixels a place. Later steps are dilated; the poolings of a VGG stay, one place
-            apart.
-        until: Path of the last step that is kept.
+    Steps after a removed stride are dilated; VGG's poolings get stride 1.
 
     Raises:
-        UserError: What `build_trunk` raises, or a trunk with fewer than three grids.
+        UserError: Errors of `build_trunk`, or a trunk with fewer than three grids.
     """
     if not name.startswith("vgg"):
         trunk = build_trunk(name, weights=weights, stride=stride, dilate=True, until=until)
@@ -267,7 +225,7 @@ def joined_stages(
 
 
 def _keep_pools(trunk: TorchvisionTrunk, stride: int) -> None:
-    """Poolings of a VGG beyond a stride take steps of 1; convolutions after them are dilated."""
+    """Give VGG's poolings beyond a stride stride 1, and dilate the convolutions after them."""
     dilation = 1
     for (path, step), own in list(zip(trunk.steps(), trunk.step_strides, strict=True)):
         if isinstance(step, nn.MaxPool2d) and own > stride:

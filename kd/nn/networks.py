@@ -1,4 +1,4 @@
-"""Networks that can be a student and a teacher, by name: for segmentation and detectors."""
+"""Segmentation networks and detectors by name, which are both students and teachers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEGMENTERS = {
     },
 }
 
-# Without MobileNetV2's widening to 1,280 channels, which is there for its classifier.
+# Without the widening to 1,280 channels, which is there for the classifier.
 _MOBILE: dict[str, object] = {"trunk": "mobilenet_v2", "until": "features.17"}
 
 
@@ -37,7 +37,7 @@ def _detector(target: str, text: str, **options: object) -> Entry:
 
 
 def _family(name: str, target: str, text: str) -> dict[str, Entry]:
-    """A detector on any trunk and, by names of their own, on some."""
+    """A detector on any trunk, and named entries for some trunks."""
     return {
         name: _detector(target, f"{text} on any trunk"),
         f"{name}_resnet18": _detector(target, f"{text} on ResNet-18", trunk="resnet18"),

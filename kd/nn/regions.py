@@ -1,8 +1,7 @@
-"""Pooling of feature maps over objects and over what lies around them.
+"""Pooling of feature maps over objects and their surroundings.
 
-Boxes are xyxy in pixels of the image that the features came from; place (row, column) of a grid
-covers the pixels `column * stride .. (column + 1) * stride`. A weight map gives each place the
-share of its area that counts: exact for boxes, whose coverage is a share in x times one in y.
+Boxes are xyxy in pixels of the image; place (row, column) of a grid covers the pixels `column *
+stride .. (column + 1) * stride`. Weight maps hold the fraction of each place's area that is pooled.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ GEOMETRY = 8  # numbers of `box_geometry`
 
 
 def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: int = 1) -> Tensor:
-    """Averages of a feature map over boxes, by bilinear sampling.
-
-    RoIAlign: He et al., 2017, https://arxiv.org/abs/1703.06870.
+    """RoIAlign (He et al., 2017, https://arxiv.org/abs/1703.06870).
 
     Args:
         features: (N, C, h, w).
@@ -34,7 +31,7 @@ def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: in
     Returns:
         (M, C, output_size, output_size), in the features' type.
     """
-    # In full precision: bfloat16 cannot tell pixel 257 from 258.
+    # In full precision: bfloat16 cannot resolve pixels 257 and 258.
     wide = features if features.dtype == torch.float64 else features.float()
     pooled: Tensor = roi_align(
         wide, rois.to(wide.dtype), output_size, spatial_scale=1 / stride, aligned=True
@@ -43,18 +40,13 @@ def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: in
 
 
 def crop_regions(images: Tensor, rois: Tensor, size: int, *, margin: float = 0.0) -> Tensor:
-    """The boxes of images, widened to squares and by a margin, resampled to one size.
-
-    Shapes keep their proportions: the square's side is the longer one of the box.
+    """Square crops around boxes, resampled to (M, C, size, size), 0 outside the image.
 
     Args:
         images: (N, C, H, W).
-        rois: (M, 5) as (image, x1, y1, x2, y2), pixels.
+        rois: (M, 5) as (image, x1, y1, x2, y2), pixels; the longer side is the square's.
         size: Side of a crop, pixels.
-        margin: Share of the square's side added on each side.
-
-    Returns:
-        (M, C, size, size); what lies outside the image is 0.
+        margin: Fraction of the square's side added on each side.
     """
     centre = (rois[:, 1:3] + rois[:, 3:]) / 2
     longest = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1, keepdim=True)
@@ -64,19 +56,15 @@ def crop_regions(images: Tensor, rois: Tensor, size: int, *, margin: float = 0.0
 
 
 def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
-    """Weighted means of feature maps, several weight maps to an image.
+    """Weighted means (K, C) of feature maps; 0 where all weights are 0.
 
-    A weighted bag of places: no object gets a copy of its image's features, and the number of
-    objects of an image does not matter (a padded batched product would have to read it back from
-    the device). Two to eight times as fast as gathering the features, on a CPU.
+    An embedding bag of places does not copy an image's features for each object, nor need the
+    number of objects on the host. On a CPU it is 2 to 8 times as fast as gathering features.
 
     Args:
         features: (N, C, h, w).
         weights: 0 or above, (K, h, w).
         image_of: Index of the image of each weight map, (K,).
-
-    Returns:
-        (K, C); 0 where all weights of a map are 0.
     """
     _, channels, height, width = features.shape
     wide = features if features.dtype == torch.float64 else features.float()
@@ -91,24 +79,15 @@ def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
 
 
 def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """The share of each place's area that a box covers.
-
-    Args:
-        boxes: (K, 4) xyxy pixels.
-        grid: Height and width of the feature map.
-        stride: Pixels per place.
-
-    Returns:
-        (K, h, w) in 0..1.
-    """
+    """The fraction (K, h, w) of each place's area that boxes (K, 4) cover; `grid` is h, w."""
     x1, y1, x2, y2 = (boxes.float() / stride).unbind(dim=1)
-    across = _shares(x1, x2, grid[1])  # (K, w)
-    down = _shares(y1, y2, grid[0])  # (K, h)
+    across = _overlaps(x1, x2, grid[1])  # (K, w)
+    down = _overlaps(y1, y2, grid[0])  # (K, h)
     return down[:, :, None] * across[:, None, :]
 
 
 def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes (K, 4) grown on each side by a share of their width and height; may leave the image."""
+    """Boxes (K, 4) grown on each side by a fraction of width and height, beyond the image too."""
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     grow_x, grow_y = (x2 - x1) * margin, (y2 - y1) * margin
     return torch.stack([x1 - grow_x, y1 - grow_y, x2 + grow_x, y2 + grow_y], dim=1)
@@ -117,16 +96,13 @@ def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
 def rings_within(
     boxes: Tensor, ends: Tensor, margin: float, *, least: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Boxes and the outer edges of rings around them, both cut to their pictures.
+    """Boxes (K, 4) and the outer edges of rings around them (K, 4), both clipped to their images.
 
     Args:
         boxes: (K, 4) xyxy pixels.
-        ends: Width and height of each one's picture, (K, 2).
-        margin: Thickness of a ring, as a share of the width and height of the box in the picture.
+        ends: Width and height of each box's image, (K, 2).
+        margin: Thickness of a ring, as a fraction of the clipped box's width and height.
         least: Smallest thickness, pixels.
-
-    Returns:
-        (K, 4) both.
     """
     corner = ends.repeat(1, 2)
     boxes = torch.minimum(boxes, corner).clamp(min=0.0)
@@ -136,15 +112,15 @@ def rings_within(
 
 
 def box_geometry(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
-    """Where a box lies and how large it is, each number of order 1.
+    """Position and size of boxes as features of order 1.
 
     Args:
         boxes: (K, 4) xyxy pixels.
         sizes: Height and width of the frame: one for all, or (K, 2).
 
     Returns:
-        (K, 8): centre x and y, width, height, lower edge, square root of the area's share, and the
-        logarithms of aspect ratio and of that root; 0 for an empty box.
+        (K, 8): centre x and y, width, height, lower edge, square root of the area's fraction, and
+        the logarithms of aspect ratio and of that root; 0 for an empty box.
     """
     boxes = boxes.float()
     if isinstance(sizes, Tensor):
@@ -171,20 +147,13 @@ def box_geometry(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
-    """The smallest boxes around masks, xyxy pixels; zeros for an empty mask.
-
-    Args:
-        mask: Above 0 where it counts, (K, H, W).
-
-    Returns:
-        (K, 4) float32.
-    """
+    """The bounding boxes (K, 4) float32 of masks (K, H, W) above 0; zeros for an empty mask."""
     x1, x2 = _extent((mask > 0).any(dim=1))
     y1, y2 = _extent((mask > 0).any(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
 
 
-def _shares(low: Tensor, high: Tensor, count: int) -> Tensor:
+def _overlaps(low: Tensor, high: Tensor, count: int) -> Tensor:
     """Overlap of [low, high] with each of the unit cells 0..count-1: (K, count)."""
     cells = torch.arange(count, device=low.device, dtype=low.dtype)
     overlap = torch.minimum(high[:, None], cells + 1) - torch.maximum(low[:, None], cells)
@@ -200,21 +169,21 @@ def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
     return first * some, last * some
 
 
-# What a black pixel is after normalisation.
+# A black pixel after normalisation.
 BLACK = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 
 
 class Surroundings(nn.Module):
-    """Pools rings around a box, the scene without it, its inside, and where it is.
+    """Pooled features of rings around a box, of the scene without it, of its inside, and geometry.
 
     Args:
         channels: Of each map.
         strides: Pixels per place of each map.
-        margins: Thickness of each ring, as a share of the box's width and height.
+        margins: Thickness of each ring, as a fraction of the box's width and height.
         min_ring: Smallest thickness of a ring, pixels.
-        scene: Whether the whole picture outside the box is pooled.
-        inside: Whether the box itself is pooled: for a teacher, what the trunk makes of the hole.
-        geometry: Whether the box's place and size are given.
+        scene: Whether the whole image outside the box is pooled.
+        inside: Whether the box itself is pooled: for a teacher, the hidden region.
+        geometry: Whether the box's position and size are added.
 
     Attributes:
         width: Length of the output.
@@ -238,11 +207,10 @@ class Surroundings(nn.Module):
         self.strides, self.margins, self.min_ring = tuple(strides), tuple(margins), min_ring
         self.scene, self.inside, self.geometry = scene, inside, geometry
         pooled = sum(channels) * (len(self.margins) + scene + inside)
-        # Trunks differ in the scale of their features by orders of magnitude, and within a map a
-        # few channels do; each is brought to its own mean and deviation.
+        # Features differ in scale by orders of magnitude, between trunks and between channels.
         self.norm = nn.BatchNorm1d(pooled, affine=False)
-        # Each block of numbers has one unit of power, whatever its length: a map of 1280 channels
-        # does not drown one of 96, and one rate and one decay suit any trunk.
+        # Each block has unit power whatever its length, so that a map of 1280 channels does not
+        # dominate one of 96, and one learning rate and weight decay fit any trunk.
         counts = [c for c in channels for _ in range(len(self.margins) + scene + inside)]
         self.register_buffer("scale", torch.tensor([c**-0.5 for c in counts for _ in range(c)]))
         self.width = pooled + (GEOMETRY if geometry else 0)
@@ -250,19 +218,16 @@ class Surroundings(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Read what is around each box.
+        """Read the surroundings (K, width) of each box.
 
         Args:
             maps: (N, C, h, w) each.
             boxes: (K, 4) xyxy pixels.
             image_of: The image of each box, (K,).
-            extents: Width and height of each picture inside its padding, (N, 2).
-
-        Returns:
-            (K, width).
+            extents: Width and height of each image without padding, (N, 2).
         """
         ends = extents[image_of].to(boxes.dtype)  # (K, 2)
-        picture = torch.cat([torch.zeros_like(ends), ends], dim=1)
+        frame = torch.cat([torch.zeros_like(ends), ends], dim=1)
         rings = [
             rings_within(boxes, ends, margin, least=self.min_ring)[1] for margin in self.margins
         ]
@@ -271,35 +236,27 @@ class Surroundings(nn.Module):
         for features, stride in zip(maps, self.strides, strict=True):
             grid = (features.shape[2], features.shape[3])
             box = coverage(boxes, grid, stride)
-            whole = coverage(picture, grid, stride)
+            whole = coverage(frame, grid, stride)
             weights = [(coverage(ring, grid, stride) - box).clamp(min=0.0) for ring in rings]
             weights += [(whole - box).clamp(min=0.0)] if self.scene else []
             weights += [box] if self.inside else []
-            # Around a box over the whole picture there is nothing: it falls back to the picture,
-            # with a weight that is lost in rounding anywhere else.
+            # Nothing surrounds a box over the whole image: fall back to the image, by a weight
+            # that is lost in rounding otherwise.
             bags = torch.cat([weight + 1e-12 * whole for weight in weights])
             rows = masked_pool(features, bags, image_of.repeat(len(weights)))
             by_bag = rows.unflatten(0, (len(weights), len(boxes)))
             pooled.append(by_bag.transpose(0, 1).flatten(1))
         read = standardised(self.norm, torch.cat(pooled, dim=1)) * self.scale
         if self.geometry:
-            read = torch.cat([read, self._geometry(boxes, ends)], dim=1)
+            scaled = boxes / ends.repeat(1, 2)
+            read = torch.cat([read, box_geometry(scaled, (1, 1)) / math.sqrt(GEOMETRY)], dim=1)
         return read
-
-    def _geometry(self, boxes: Tensor, ends: Tensor) -> Tensor:
-        scaled = boxes / ends.repeat(1, 2)
-        return box_geometry(scaled, (1, 1)) / math.sqrt(GEOMETRY)
 
 
 def image_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
-    """Width and height of each picture inside the padding at its right and lower edge.
+    """Width and height (N, 2) of images (N, 3, H, W) without padding at the right and lower edge.
 
-    Args:
-        images: Normalised, (N, 3, H, W).
-        padding: What its pixels are, black unless told otherwise.
-
-    Returns:
-        (N, 2), 1 or above.
+    `padding` is the colour of its pixels, black by default.
     """
     black = images.new_tensor(padding).view(1, 3, 1, 1)
     drawn = ((images - black).abs() > 1e-3).any(dim=1)  # (N, H, W)
@@ -309,19 +266,10 @@ def image_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
 
 
 def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
-    """Rows at mean 0 and deviation 1, kept within 8 deviations.
+    """Rows (K, C) normalised by a batch norm without weights and clamped to 8 deviations.
 
-    In training by the batch's own statistics, which the running ones follow. Fewer than two rows
-    have no deviation: they take the running ones, as in evaluation, and leave them as they are.
-    The running statistics are buffers: an averaged copy of the model averages them, and of several
-    processes each trains on its own batch's and evaluates on rank 0's.
-
-    Args:
-        norm: Without weights of its own.
-        rows: (K, C), in any type.
-
-    Returns:
-        (K, C) in the statistics' type, whatever autocast made of the rows.
+    Fewer than two rows have no deviation: they are normalised by the running statistics also in
+    training, and do not update them. The result has the statistics' type, also under autocast.
     """
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None

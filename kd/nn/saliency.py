@@ -1,9 +1,8 @@
-"""From features to maps of where people look: what the saliency teacher and students share.
+"""Decoders from features to saliency maps, shared by teachers and students.
 
-A map is raw logits, (N, 1, H, W), at the picture's own size. Pictures whose sides a trunk's stride
-does not divide are padded at the right and at the bottom with 0, the mean colour, as in a batch of
-pictures of several sizes; what the network says of the padding is cut off again. So a place of the
-map is always the place of the picture.
+A map holds logits, (N, 1, H, W), at the image's size. Images whose sides the trunk's stride does
+not divide are padded at the right and at the bottom with 0, the mean colour; the output for the
+padding is cropped.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.nn.segmentation import block
+from kd.nn.trunk_base import resized
 
 WIDTHS = (256, 128, 64, 32, 16)
 
 
 def padded(images: Tensor, stride: int) -> Tensor:
-    """Images (N, C, H, W) with zeros at the right and at the bottom, up to multiples of stride."""
+    """Images (N, C, H, W) zero-padded at the right and at the bottom to multiples of the stride."""
     height, width = images.shape[2:]
     return F.pad(images, (0, -width % stride, 0, -height % stride))
 
@@ -34,9 +34,9 @@ def enlarged(maps: Tensor, scale: int) -> Tensor:
 
 
 class LogitMap(nn.Module):
-    """The last layer: a 3x3 convolution to one channel, in full precision under autocast too.
+    """The last layer: a 3x3 convolution to one channel, in full precision also under autocast.
 
-    A softmax over all of a picture's places is over numbers whose small differences matter.
+    Small differences matter in a softmax over all places of an image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,40 +44,26 @@ class LogitMap(nn.Module):
         self.conv = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, maps: Tensor, *, whole: torch.Size, size: torch.Size) -> Tensor:
-        """Logits of a picture.
-
-        Args:
-            maps: (N, channels, h, w), at or near the padded picture's size.
-            whole: H and W of the padded picture.
-            size: H and W of the picture.
-
-        Returns:
-            (N, 1, H, W).
-        """
+        """Logits (N, 1, H, W) at an image's `size` of maps near the padded size `whole`."""
         wide = torch.float64 if maps.dtype == torch.float64 else torch.float32
         with torch.autocast(maps.device.type, enabled=False):
             logits: Tensor = self.conv(maps.to(wide))
-        if logits.shape[2:] != whole:  # a coarser network, or a trunk that loses a border
-            logits = F.interpolate(logits, whole, mode="bilinear", align_corners=False)
-        return logits[:, :, : size[0], : size[1]]
+        # The map is smaller for a coarser network, or a trunk that loses a border.
+        return resized(logits, whole)[:, :, : size[0], : size[1]]
 
 
 class NormedDecoder(nn.Sequential):
     """Five stages of 256, 128, 64, 32 and 16 channels: twice the size, 3x3 conv, norm, ReLU.
 
-    Of a trunk with a finer grid than 1/32 the first stages leave the size as it is.
-
-    Args:
-        channels: Of the trunk's output.
-        stride: Of the same, pixels a place.
+    For a trunk of a stride below 32 the first stages keep the size.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
         doublings = min(len(WIDTHS), round(math.log2(stride)))
-        kept = len(WIDTHS) - doublings
+        first = len(WIDTHS) - doublings
         super().__init__(
             *(
-                Stage(before, after, scale=1 if place < kept else 2)
+                Stage(before, after, scale=1 if place < first else 2)
                 for place, (before, after) in enumerate(
                     zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)
                 )
@@ -86,7 +72,7 @@ class NormedDecoder(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """Larger by a factor, then convolution, batch norm and ReLU."""
+    """Up-sampling by a factor, convolution, batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, *, scale: int) -> None:
         super().__init__()
@@ -100,11 +86,7 @@ class Stage(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """MSI-Net's: three times twice the size and a 3x3 convolution, ReLU and no norm.
-
-    Args:
-        channels: Of the map; the stages have a half, a quarter and an eighth of them.
-    """
+    """MSI-Net's decoder: thrice up-sampling by 2, a 3x3 convolution to half the channels, ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,16 +105,11 @@ class PlainDecoder(nn.Module):
 
 
 class ContextPyramid(nn.Module):
-    """Atrous spatial pyramid pooling, without norms, as MSI-Net has it.
+    """Atrous spatial pyramid pooling without norms, as in MSI-Net.
 
     Chen et al., 2017, https://arxiv.org/abs/1706.05587; Kroner et al., 2020,
-    https://arxiv.org/abs/1902.06634. A convolution of one place, one of nine places for each
-    dilation, and the picture's mean, each of `width` channels; joined and mixed to `width` again.
-
-    Args:
-        channels: Of the map.
-        width: Of each branch and of the result.
-        dilations: Of the branches that look around.
+    https://arxiv.org/abs/1902.06634. A 1x1 convolution, a 3x3 one for each dilation, and the
+    image's mean, each of `width` channels, are concatenated and mixed to `width` channels.
     """
 
     def __init__(

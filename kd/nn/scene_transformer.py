@@ -1,4 +1,4 @@
-"""Queries that read the tokens of a scene, each without what it may not see."""
+"""Attention of queries to the tokens of a scene, each with its own mask."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _SMALLEST = 1e-3
 
 
 def place_features(boxes: Tensor) -> Tensor:
-    """Centre and sides of boxes (..., 4), xyxy in units of the frame, and waves of them.
+    """Fourier features of boxes (..., 4), xyxy in units of the frame.
 
-    Waves of growing frequency let a small network tell near places apart (Tancik et al., 2020,
-    https://arxiv.org/abs/2006.10739).
+    Tancik et al., 2020, https://arxiv.org/abs/2006.10739.
     """
     centre, sides = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
     plain = torch.cat([centre, sides], dim=-1)
@@ -32,7 +31,7 @@ PLACE_FEATURES = 6 + 8 * len(FREQUENCIES)
 
 
 def relations(queries: Tensor, tokens: Tensor) -> Tensor:
-    """How tokens (K, T, 4) lie to queries (K, 4), boxes in units of the frame: (K, T, 10)."""
+    """Relative positions (K, T, 10) of tokens (K, T, 4) to queries (K, 4), units of the frame."""
     own = queries[:, None]
     centre, sides = (tokens[..., :2] + tokens[..., 2:]) / 2, tokens[..., 2:] - tokens[..., :2]
     middle, extent = (own[..., :2] + own[..., 2:]) / 2, own[..., 2:] - own[..., :2]
@@ -48,19 +47,14 @@ def relations(queries: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Where each of M objects or queries stands among those of its scene, side by side."""
+    """Slots of M objects or queries in a padded batch of N scenes with T slots each."""
 
-    slots: Tensor  # (M,) its place among all N x T
+    slots: Tensor  # (M,) index into N x T
     shape: tuple[int, int]  # N, T
 
     @classmethod
     def of(cls, scenes: Tensor, count: int = 0) -> Rows:
-        """Count those of each scene.
-
-        Args:
-            scenes: The scene of each, (M,), in any order.
-            count: N, where the last scenes may have none.
-        """
+        """Slots by scene, (M,) in any order; `count` is the least N, for empty last scenes."""
         counts = torch.bincount(scenes, minlength=count)
         most = int(counts.max()) if len(counts) else 0
         order = torch.argsort(scenes, stable=True)
@@ -71,7 +65,7 @@ class Rows(NamedTuple):
         return cls(slots, (len(counts), most))
 
     def put(self, values: Tensor) -> Tensor:
-        """Values (M, ...) to (N, T, ...), 0 beyond."""
+        """Values (M, ...) to (N, T, ...), padded with 0."""
         places = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         filled: Tensor = places.index_copy(0, self.slots, values).unflatten(0, self.shape)
         return filled
@@ -82,39 +76,32 @@ class Rows(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What queries may read, N scenes of T tokens; K queries."""
+    """Tokens of N scenes, T each, and K queries."""
 
     tokens: Tensor  # (N, T, D)
-    lie: Tensor  # (K, T, 10), `relations` to each token of its scene
-    seen: Tensor  # (K, T) bool, what a query may see; possibly nothing
-    queries: Rows  # which scene's tokens each query reads
+    lie: Tensor  # (K, T, 10), `relations` to the tokens of each query's scene
+    seen: Tensor  # (K, T) bool, the tokens that a query may read, possibly none
+    queries: Rows  # the scene of each query
 
 
 def make_tokens(tokens: Tensor, rows: Tensor, lie: Tensor, seen: Tensor) -> Tokens:
-    """Put together what queries read.
-
-    Args:
-        tokens: (N, T, D).
-        rows: The scene of each query, (K,).
-        lie: (K, T, 10).
-        seen: (K, T) bool.
-    """
+    """`Tokens` for queries whose scenes are `rows` (K,)."""
     return Tokens(tokens, lie, seen, Rows.of(rows, len(tokens)))
 
 
 class Reader(nn.Module):
-    """A query reads tokens (attention whose keys and values know how a token lies to it), thinks.
+    """Attention of queries to tokens, with relative positions, and a feed-forward layer.
 
-    The tokens are never changed by one another, so that what a query may not see reaches it by no
-    detour: the answers to all queries, each under its own set of visible tokens, come from one
-    pass. After the disentangled context transformer (Kasai et al., 2020,
-    https://arxiv.org/abs/2001.05136), with boxes in the place of positions in a sentence.
+    Tokens do not attend to each other, so a masked token cannot reach a query indirectly, and all
+    queries, each with its own mask, are computed in one pass. After the disentangled context
+    transformer (Kasai et al., 2020, https://arxiv.org/abs/2001.05136), with boxes in place of
+    positions in a sentence.
 
     Args:
         width: Length of queries and tokens.
         heads: Of the attention; must divide `width`.
         dropout: After attention and in the feed-forward part.
-        attention: `softmax`, or `sigmoid` weights, which do not compete: evidence adds up
+        attention: `softmax`, or `sigmoid` weights, which do not compete, so that evidence adds up
             (Ramapuram et al., 2024, https://arxiv.org/abs/2409.04431).
     """
 
@@ -135,21 +122,21 @@ class Reader(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
         )
         self.drop = nn.Dropout(dropout)
-        if attention == "sigmoid":  # about one token's worth in all, to begin with
+        if attention == "sigmoid":  # initial weights sum to about 1
             nn.init.constant_(self.bias.bias, -2.0)
 
     def forward(self, queries: Tensor, source: Tokens) -> Tensor:
-        """One layer: queries (K, D) and what they may read to queries (K, D)."""
+        """Queries (K, D) and tokens to queries (K, D)."""
         heads, width, rows = self.heads, queries.shape[1] // self.heads, source.queries
-        asked = self.query(self.before(queries)).unflatten(1, (heads, width))
+        wanted = self.query(self.before(queries)).unflatten(1, (heads, width))
         keys = self.key(source.tokens).unflatten(2, (heads, width))
         values = self.value(source.tokens).unflatten(2, (heads, width))
-        # q (k + A lie) = q k + (q A) lie: how a token lies is never made as long as a token.
+        # q (k + A lie) = q k + (q A) lie: relative positions need no tensor of (K, T, D).
         turned, shift = _per_head(self.lie_key, heads)
-        scores = rows.take(torch.einsum("nqhd,nthd->nqth", rows.put(asked), keys))
-        lying = torch.einsum("khd,hdr->khr", asked, turned)
+        scores = rows.take(torch.einsum("nqhd,nthd->nqth", rows.put(wanted), keys))
+        lying = torch.einsum("khd,hdr->khr", wanted, turned)
         scores = scores + torch.einsum("khr,ktr->kth", lying, source.lie)
-        scores = scores + torch.einsum("khd,hd->kh", asked, shift)[:, None]
+        scores = scores + torch.einsum("khd,hd->kh", wanted, shift)[:, None]
         weights = self._weights((scores * width**-0.5 + self.bias(source.lie)).float(), source.seen)
         weights = weights.to(values.dtype)
         read = rows.take(torch.einsum("nqth,nthd->nqhd", rows.put(weights), values))
@@ -162,10 +149,10 @@ class Reader(nn.Module):
         return thought
 
     def _weights(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """(K, T, h) of scores (K, T, h); 0 for what is not seen."""
+        """Weights (K, T, h) of scores (K, T, h), 0 for masked tokens."""
         if self.attention == "sigmoid":
             return scores.sigmoid() * seen[:, :, None]
-        # Beside the tokens there is nothing, which a query may read as well.
+        # A query may also attend to an empty token.
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
         nothing = scores.new_zeros(len(scores), 1, self.heads)
         return torch.cat([scores, nothing], dim=1).softmax(dim=1)[:, :-1]
@@ -177,17 +164,16 @@ def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
 
 
 class Patches(nn.Module):
-    """Tokens of squares of a picture, each blind to all but its near neighbours.
+    """Tokens of square patches of an image with a small receptive field.
 
-    No token sees further than `reach` patches, so that one pass over the whole picture serves
-    every hidden region: whoever may not see a region passes over the tokens that its pixels have
-    got into, `touched`. Norms are by place (over channels), since any other would carry a trace of
-    the whole picture everywhere.
+    A token depends on patches up to `reach` away, so one pass over the whole image serves all
+    hidden regions: queries for a region mask the tokens that depend on it, see `touched`. Norms are
+    over the channels of a place, since others would depend on the whole image.
 
     Args:
         width: Length of a token.
-        patch: Side of a square, pixels.
-        reach: How many 3x3 convolutions over the squares, each a square further.
+        patch: Side of a patch, pixels.
+        reach: Number of 3x3 convolutions over the patches.
     """
 
     def __init__(self, width: int, *, patch: int, reach: int) -> None:
@@ -207,7 +193,7 @@ class Patches(nn.Module):
         self.end = _PlaceNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) to maps (N, D, ceil(H / patch), ceil(W / patch))."""
+        """Images (N, 3, H, W) to maps (N, D, ceil(H / patch), ceil(W / patch))."""
         height, width = images.shape[2:]
         padded = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         maps = self.start(self.stem(padded))
@@ -217,7 +203,7 @@ class Patches(nn.Module):
         return ended
 
     def touched(self, regions: Tensor) -> Tensor:
-        """(K, h, w) bool: the tokens that any pixel of the regions (K, H, W) has got into."""
+        """Tokens (K, h, w) bool that depend on any pixel of regions (K, H, W)."""
         height, width = regions.shape[1:]
         padded = F.pad(regions.float(), (0, -width % self.patch, 0, -height % self.patch))
         hit = F.max_pool2d(padded[:, None], self.patch)
@@ -239,12 +225,9 @@ class _PlaceNorm(nn.Module):
 
 
 def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor) -> Tensor:
-    """(h * w, 4) boxes of a map's places, in units of the frame's long side.
+    """Boxes (h * w, 4) of the places of an h x w grid, in units of the frame's long side.
 
-    Args:
-        grid: h and w.
-        frame: Height and width that the grid covers, in those units.
-        like: Of the wanted type and device.
+    `frame` is the height and width that the grid covers in those units; `like` has type and device.
     """
     rows = torch.arange(grid[0], device=like.device, dtype=like.dtype) * (frame[0] / grid[0])
     columns = torch.arange(grid[1], device=like.device, dtype=like.dtype) * (frame[1] / grid[1])
@@ -254,10 +237,10 @@ def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor)
 
 
 def check_patches(patch: int, reach: int) -> None:
-    """Refuse sizes that are none.
+    """Check the options of `Patches`.
 
     Raises:
-        UserError: One of them is.
+        UserError: An option out of range.
     """
     if patch < 1 or reach < 0:
         raise UserError(
@@ -265,29 +248,26 @@ def check_patches(patch: int, reach: int) -> None:
         )
 
 
-# The first guesses at a scene's kind are nearly alike: kinds chosen by chance before there is
-# anything to know about them are hard to leave again.
-_TIMID = 0.2
+# Initial evidence is scaled down: a random early choice of kinds is hard to unlearn.
+_INITIAL_SCALE = 0.2
 _NAMES_STD = 0.5
-_NEVER = -1e4  # log odds, finite where every kind is dropped
+_NEVER = -1e4  # log odds, finite in case every kind is dropped
 
 
 class SceneKinds(nn.Module):
-    """`p(c | rest) = sum_k p(k | rest) p(c | k, place, rest)`, k a kind of scene.
+    """Mixture over latent scene types, `p(c | rest) = sum_k p(k | rest) p(c | k, box, rest)`.
 
-    Each visible object is evidence for each kind, and evidence adds up, `log p(k | rest) =
-    b_k + sum_j e_k(class_j, box_j) + const`; a kind says by itself what belongs where in it. The
-    kinds are never told: they are what explains best which objects come together (latent class
-    analysis, Lazarsfeld and Henry, 1968; as the end of a network a mixture of softmaxes, Yang et
-    al., 2018, https://arxiv.org/abs/1711.03953). A few thousand scenes are enough to find them,
-    where attention alone would need many more to learn to multiply evidence.
+    Visible objects add evidence for each type, `log p(k | rest) = b_k + sum_j e_k(class_j, box_j) +
+    const`; each type has its own class distribution by position. Types are latent and learned from
+    co-occurrence (latent class analysis, Lazarsfeld and Henry, 1968; as the output layer of a
+    network a mixture of softmaxes, Yang et al., 2018, https://arxiv.org/abs/1711.03953). A few
+    thousand scenes suffice, while attention alone needs many more to learn to multiply evidence.
 
     Args:
         num_classes: C.
         width: Of the hidden layers.
-        kinds: How many, more than there may be: kinds that are alike cost nothing.
-        dropout: Share of the kinds that an answer must do without in training, so that none is
-            the only one of its sort.
+        kinds: Number of types; too many do no harm.
+        dropout: Fraction of the types dropped in training, so that none is indispensable.
     """
 
     def __init__(self, num_classes: int, *, width: int, kinds: int, dropout: float = 0.2) -> None:
@@ -295,42 +275,37 @@ class SceneKinds(nn.Module):
         self.num_classes, self.dropout = num_classes, dropout
         self.names = nn.Embedding(num_classes, width)
         self.place = nn.Sequential(nn.Linear(PLACE_FEATURES, width), nn.GELU())
-        said = nn.Linear(width, kinds)
-        self.speak = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), said)
+        last = nn.Linear(width, kinds)
+        self.speak = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), last)
         self.belongs = nn.Sequential(
             nn.Linear(PLACE_FEATURES, width), nn.GELU(), nn.Linear(width, kinds * num_classes)
         )
         self.often = nn.Parameter(torch.zeros(kinds))
         nn.init.normal_(self.names.weight, std=_NAMES_STD)
         with torch.no_grad():
-            said.weight.mul_(_TIMID)
+            last.weight.mul_(_INITIAL_SCALE)
 
     def evidence(self, classes: Tensor, boxes: Tensor) -> Tensor:
-        """What each object says of each kind, log odds (M, kinds).
-
-        Args:
-            classes: (M,).
-            boxes: (M, 4) xyxy in units of the frame.
-        """
+        """Evidence (M, kinds), log odds, of objects by class (M,) and box (M, 4)."""
         place = self.place(place_features(boxes))
-        said: Tensor = self.speak(torch.cat([self.names(classes), place], dim=1))
-        return said
+        evidence: Tensor = self.speak(torch.cat([self.names(classes), place], dim=1))
+        return evidence
 
-    def forward(self, asked: Tensor, company: Tokens, logits: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, others: Tokens, logits: Tensor) -> Tensor:
         """Log-probabilities (K, C).
 
         Args:
-            asked: Boxes of the hidden objects, (K, 4).
-            company: `evidence` as tokens, and what of it each hidden object's answer may know.
-            logits: (K, C) what is said for each class whatever the kind of scene.
+            hidden: Boxes of the hidden objects, (K, 4).
+            others: `evidence` as tokens, with the mask of each hidden object.
+            logits: (K, C) common to all types.
         """
-        # A sum over what is seen, and nothing taken away again: exact, to the last bit.
-        seen = company.queries.put(company.seen.to(company.tokens.dtype))
-        votes = company.queries.take(torch.einsum("nqt,ntk->nqk", seen, company.tokens))
+        # A sum over visible objects, without subtraction: exact to the last bit.
+        seen = others.queries.put(others.seen.to(others.tokens.dtype))
+        votes = others.queries.take(torch.einsum("nqt,ntk->nqk", seen, others.tokens))
         kind = votes + self.often
         if self.training and self.dropout:
             kind = kind.masked_fill(torch.rand_like(kind) < self.dropout, _NEVER)
-        belongs = self.belongs(place_features(asked)).unflatten(1, (-1, self.num_classes))
+        belongs = self.belongs(place_features(hidden)).unflatten(1, (-1, self.num_classes))
         of_kind = (belongs + logits[:, None]).float().log_softmax(dim=2)
         joint = kind.float().log_softmax(dim=1)[:, :, None] + of_kind
         mixed: Tensor = joint.logsumexp(dim=1)

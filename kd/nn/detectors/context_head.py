@@ -1,4 +1,4 @@
-"""What a detector makes of the surroundings of a box: a second expert on its class."""
+"""Class logits of a detector from the surroundings of a box, as a second expert."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kd.errors import UserError
 from kd.nn.detectors.contract import wide
 from kd.nn.regions import GEOMETRY, box_geometry, rings_within
 
-_LEAST = 1e-2  # places; of less than that there is nothing to read
+_LEAST = 1e-2  # smallest area of surroundings that is read, places
 
 
 def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
-    """Sums of a map over boxes, a place counting by the share of it that a box covers.
+    """Sums of a map over boxes, each place weighted by the fraction that a box covers.
 
-    From a table of sums up to each place: between places such a table is bilinear, so that this is
-    exact. A box costs 16 look-ups, whatever its size.
+    Uses a summed-area table, which is bilinear between places, so the result is exact. A box costs
+    16 look-ups, whatever its size.
 
     Args:
         features: (N, D, h, w).
@@ -32,17 +32,17 @@ def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
     depth, height, width = features.shape[1:]
     table = F.pad(wide(features).cumsum(dim=2).cumsum(dim=3), (1, 0, 1, 0))  # (N, D, h+1, w+1)
     rows = table.permute(0, 2, 3, 1).reshape(-1, depth)
-    x, share_x = _ends(boxes[:, 0], boxes[:, 2], width)  # (K, 4) both
-    y, share_y = _ends(boxes[:, 1], boxes[:, 3], height)
+    x, weight_x = _ends(boxes[:, 0], boxes[:, 2], width)  # (K, 4) both
+    y, weight_y = _ends(boxes[:, 1], boxes[:, 3], height)
     places = (image_of[:, None, None] * (height + 1) + y[:, :, None]) * (width + 1) + x[:, None, :]
-    shares = (share_y[:, :, None] * share_x[:, None, :]).to(rows.dtype)
+    weights = (weight_y[:, :, None] * weight_x[:, None, :]).to(rows.dtype)
     return F.embedding_bag(
-        places.flatten(1), rows, per_sample_weights=shares.flatten(1), mode="sum"
+        places.flatten(1), rows, per_sample_weights=weights.flatten(1), mode="sum"
     )
 
 
 def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The four entries of a line's table that the sum from low to high is made of, with weights."""
+    """The four entries of a cumulative sum, with weights, that give the sum from low to high."""
     low, high = low.clamp(0, count), high.clamp(0, count)
     first, last = (end.floor().clamp(max=count - 1) for end in (low, high))
     entries = torch.stack([first, first + 1, last, last + 1], dim=1).long()
@@ -51,15 +51,15 @@ def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Around(nn.Module):
-    """Means of a pyramid's maps over a ring around each box and over the scene without it.
+    """Means of a pyramid's maps over a ring around each box and over the scene without the box.
 
-    Nothing at a place that a box covers is read for it. What a place around it was computed from
-    may still reach into the box, as far as the trunk's convolutions look.
+    Places that a box covers are not read, but the receptive field of places around it may reach
+    into the box.
 
     Args:
         channels: Of every map.
         strides: Pixels per place of each map.
-        margin: Thickness of the ring, as a share of the box's width and height.
+        margin: Thickness of the ring, as a fraction of the box's width and height.
 
     Attributes:
         width: Length of the output.
@@ -73,16 +73,16 @@ class Around(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Read what is around each box.
+        """Read the surroundings of each box.
 
         Args:
-            maps: (N, D, h, w) each; those beyond its strides are not read.
+            maps: (N, D, h, w) each; those beyond `strides` are not read.
             boxes: (K, 4) xyxy pixels.
             image_of: The image of each box, (K,).
-            extents: Width and height of each picture inside its padding, (N, 2).
+            extents: Width and height of each image without padding, (N, 2).
 
         Returns:
-            (K, width), float32 at least; 0 where there is nothing around.
+            (K, width), float32 at least; 0 if nothing surrounds the box.
         """
         ends = extents[image_of].to(boxes.dtype).repeat(1, 2)  # (K, 4)
         boxes, ring = rings_within(boxes.detach(), ends[:, 2:], self.margin)
@@ -102,25 +102,24 @@ class Around(nn.Module):
 
 
 class BoxContext(nn.Module):
-    """Class logits from what is around boxes, and how they join those from what is in them.
+    """Class logits from the surroundings of boxes, and their product with those of the boxes.
 
-    The two are experts whose opinions multiply. Let l be the logits of a region, background first,
-    and q what the surroundings say of an object here. Where the surroundings tell nothing of
-    *whether* there is an object, and given the class look and surroundings are independent,
+    Let l be the logits of a region, background first, and q the class distribution given the
+    surroundings of an object. If the surroundings do not tell *whether* there is an object, and
+    appearance and surroundings are independent given the class,
 
         p(y | region, scene) ~ p(y | region) * (q_y / prior_y)^a    for a class y
         p(background | region, scene) ~ p(background | region)
 
-    that is, `l_y + a (log q_y - log prior_y)`, and the background's logit as it is. Classes compete
-    by the evidence for each, and so does the background: what does not fit where it is seen is an
-    object with less certainty, what fits with more. That is what `kd.rescore` does with the scores
-    of a finished detector; `a` is learned here.
+    that is, `l_y + a (log q_y - log prior_y)`, with the background's logit unchanged: an object
+    that does not fit its surroundings becomes less certain, one that fits more certain.
+    `kd.rescore` does the same with the scores of a trained detector; here `a` is learned.
 
     Args:
-        around: What is read.
-        log_prior: Logarithms of the classes' shares, (C,).
-        hidden: Width of the layer in between.
-        strength: a to begin with.
+        around: Reads the features.
+        log_prior: Logarithms of the classes' frequencies, (C,).
+        hidden: Width of the hidden layer.
+        strength: Initial value of a.
     """
 
     log_prior: Tensor
@@ -129,11 +128,11 @@ class BoxContext(nn.Module):
         super().__init__()
         self.around = around
         last = nn.Linear(hidden, len(log_prior))
-        # It starts out as the prior: surroundings that say nothing change nothing.
+        # Starts as the prior, which changes nothing.
         nn.init.normal_(last.weight, std=1e-3)
         with torch.no_grad():
             last.bias.copy_(log_prior)
-        # Norms of a row, not of a batch: proposals and true boxes are asked about in turn.
+        # Not batch norm: proposals and ground-truth boxes come in separate batches.
         self.layers = nn.Sequential(
             nn.LayerNorm(around.width), nn.Linear(around.width, hidden), nn.ReLU(), last
         )
@@ -143,11 +142,11 @@ class BoxContext(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Arguments as of `Around` to logits (K, C), in float32 whatever autocast says."""
+        """Arguments of `Around` to logits (K, C), float32 also under autocast."""
         return wide(self.layers(self.around(maps, boxes, image_of, extents)))
 
     def joined(self, logits: Tensor, context: Tensor) -> Tensor:
-        """Both experts' logits, background first, (K, 1 + C), from (K, 1 + C) and (K, C)."""
+        """Product of region logits (K, 1 + C), background first, and context logits (K, C)."""
         moved = F.log_softmax(context, dim=1) - self.log_prior
         return logits + F.pad(self.strength * moved, (1, 0))
 
@@ -163,17 +162,7 @@ def box_context(
     margin: float,
     strength: float,
 ) -> BoxContext:
-    """A context head for a detector.
-
-    Args:
-        what: Whose it is, for messages.
-        channels: Of the maps.
-        strides: Of the maps.
-        num_classes: C.
-        prior: Share of each class among the objects; equal ones where not given.
-        hidden: Width of its layer.
-        margin: Thickness of the ring, as a share of the box's sides.
-        strength: Weight of its evidence to begin with.
+    """A context head for the detector `what`, with a uniform prior by default.
 
     Raises:
         UserError: An option out of range.
@@ -183,9 +172,9 @@ def box_context(
             f"{what}: context_hidden must be 1 or more and context_margin above 0, got {hidden} "
             f"and {margin}"
         )
-    shares = torch.as_tensor([1.0] * num_classes if prior is None else list(prior))
-    if shares.shape != (num_classes,) or not bool((shares > 0).all()):
-        raise UserError(f"{what}: prior must hold {num_classes} shares above 0, got {prior}")
+    frequencies = torch.as_tensor([1.0] * num_classes if prior is None else list(prior))
+    if frequencies.shape != (num_classes,) or not bool((frequencies > 0).all()):
+        raise UserError(f"{what}: prior must hold {num_classes} frequencies above 0, got {prior}")
     around = Around(channels, strides, margin=margin)
-    log_prior = (shares.float() / shares.sum()).log()
+    log_prior = (frequencies.float() / frequencies.sum()).log()
     return BoxContext(around, log_prior, hidden=hidden, strength=strength)

@@ -1,4 +1,4 @@
-"""Files of a whole detector's weights: a run's, or torchvision's own."""
+"""Load weights of whole detectors: a run's, or torchvision's own."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from kd.nn.weights import load_state, read_weights
 
-# torchvision's files of COCO have a row for each of the ids 0 to 90, of which 80 are classes.
+# torchvision's COCO weights have a row for each id from 0 to 90, of which 80 are classes.
 _NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_IDS = tuple(n for n, name in enumerate(_NAMES) if name not in ("__background__", "N/A"))
-# The layers with rows for classes: numbers of a row, and whether class 0 is the background.
+# Layers with rows for classes: numbers per row, and whether the first row is the background.
 _CLASS_LAYERS = {
     "roi_heads.box_predictor.cls_score": (1, True),
     "roi_heads.box_predictor.bbox_pred": (4, True),
     "head.classification_head.cls_logits": (1, False),
 }
-# Older names of the pyramid, the proposals' head, and RetinaNet's heads, which count activations.
+# Old names in the pyramid, the proposal head, and RetinaNet's heads, which counted activations.
 _OLDER: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = (
     (re.compile(r"(.*\.(?:inner|layer)_blocks\.\d+)\.(\w+)"), "{}.0.{}".format),
     (re.compile(r"(rpn\.head\.conv)\.(\w+)"), "{}.0.0.{}".format),
@@ -32,18 +32,11 @@ _OLDER: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = (
 
 
 def load_detector(model: nn.Module, file: str | None, *, num_classes: int, what: str) -> None:
-    """Load all weights of a detector whose torchvision network is `network`.
+    """Load all weights of a detector whose torchvision network is `model.network`.
 
-    Args:
-        model: What to load into.
-        file: As `kd.nn.weights.load_network` takes it; torchvision's own detectors fit too, where
-            trunk and levels are theirs. Of those of COCO, 80 classes are its own in the order of
-            their ids.
-        num_classes: C.
-        what: What to call it in a message.
-
-    Raises:
-        UserError: What `load_network` raises.
+    `file` may also be one of torchvision's detectors of the same trunk and levels. From those
+    trained on COCO, 80 classes are taken, in the order of their ids. For the other arguments and
+    errors see `kd.nn.weights.load_network`.
     """
     if file is None:
         return
@@ -59,7 +52,7 @@ def load_detector(model: nn.Module, file: str | None, *, num_classes: int, what:
 
 
 def _modern(name: str, expected: Collection[str]) -> str:
-    """A name of torchvision's older files, before each convolution had a block of its own."""
+    """Today's name of a tensor of an older torchvision file."""
     for old, new in _OLDER:
         found = old.fullmatch(name)
         if name not in expected and found is not None:
@@ -68,7 +61,7 @@ def _modern(name: str, expected: Collection[str]) -> str:
 
 
 def _of_coco(name: str, tensor: Tensor) -> Tensor:
-    """Of a layer with 91 rows an anchor those of COCO's 80 classes, the background's before."""
+    """Select the rows of COCO's 80 classes, and of the background, from a layer with 91 rows."""
     layer = name.rpartition(".")[0]
     if layer not in _CLASS_LAYERS:
         return tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.nn import multi_stride_trunk as levels_module
 from kd.nn.freeze import freeze
-from kd.nn.multi_stride_trunk import LevelledTrunk, RememberedTrunk, build_levels, image_keys
+from kd.nn.multi_stride_trunk import LevelledTrunk, RememberedTrunk, image_keys, levelled
 from kd.nn.trunk import build_trunk
 
 NAME = "mobilenet_v3_small"
+
+
+def build_levels(name: str, *, stride: int | None = None, **options: Any) -> LevelledTrunk:
+    return levelled(build_trunk(name, stride=stride), **options)
 
 
 @pytest.fixture(autouse=True)
