@@ -30,9 +30,7 @@ class Counted(nn.Module):
         """Count all objects of the train images, see `NaiveBayes.fit`."""
         self.counts.fit(objects)
 
-    def forward(
-        self, objects: Objects, hidden: Tensor, pictures: Tensor, regions: Tensor
-    ) -> Tensor:
+    def forward(self, objects: Objects, hidden: Tensor, images: Tensor, regions: Tensor) -> Tensor:
         """Objects of N images and indices of the hidden ones (K,) to log-probabilities (K, C)."""
         log_probs: Tensor = self.counts(objects, hidden)
         return log_probs

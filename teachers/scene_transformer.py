@@ -40,8 +40,8 @@ class SceneTransformer(nn.Module):
 
     Attributes:
         task: Name of the task for its input and output.
-        image_inputs: The images that it reads: `none`; `whole`, with hidden regions masked inside; or
-            one for `each` hidden object without it, for a trunk.
+        image_inputs: The images that it reads: `none`; `whole`, with hidden regions
+            masked inside; or one for `each` hidden object without it, for a trunk.
         reads_labels: Whether it reads the other objects' classes.
     """
 
@@ -92,14 +92,14 @@ class SceneTransformer(nn.Module):
             self.counts.fit(objects)
 
     def forward(
-        self, objects: Objects, hidden: Tensor, pictures: Tensor, regions: Tensor
+        self, objects: Objects, hidden: Tensor, images: Tensor, regions: Tensor
     ) -> Tensor | dict[str, Tensor]:
         """Posteriors of all hidden objects, each with only itself hidden.
 
         Args:
             objects: Of N images; a hidden object's class is evidence for the others only.
             hidden: (K,) indices into the objects.
-            pictures: Normalised; `whole`: (N, 3, H, W), `each`: (K, 3, H, W) with 0 in the region.
+            images: Normalised; `whole`: (N, 3, H, W), `each`: (K, 3, H, W) with 0 in the region.
             regions: (K, H, W) bool, the hidden regions.
 
         Returns:
@@ -115,20 +115,20 @@ class SceneTransformer(nn.Module):
         if slots is not None:
             sources.append(self._object_tokens(objects, slots, boxes, hidden))
         if self.patches is not None:
-            maps = self.patches(pictures)
+            maps = self.patches(images)
             dense = None if self.dense is None else self.dense(maps)
             rows, blind = objects.image_of[hidden], self.patches.touched(regions)
-            sources.append(self._map_tokens(maps, pictures, targets, frames[hidden], rows, blind))
+            sources.append(self._map_tokens(maps, images, targets, frames[hidden], rows, blind))
         elif self.trunk is not None:
             assert self.around is not None
-            levels = self.trunk(pictures)
+            levels = self.trunk(images)
             rows = torch.arange(len(hidden), device=hidden.device)
-            size = max(pictures.shape[2:])
+            size = max(images.shape[2:])
             around = self.around(levels, targets * size, rows, frames[hidden, :2] * size)
             queries = queries + self.look_around(around)
             extra.append(self.direct(around))
             maps = self.project(levels[-1])
-            sources.append(self._map_tokens(maps, pictures, targets, frames[hidden], rows, None))
+            sources.append(self._map_tokens(maps, images, targets, frames[hidden], rows, None))
         for reader in self.readers:
             for source in sources:
                 queries = reader(queries, source)
@@ -168,13 +168,13 @@ class SceneTransformer(nn.Module):
         return make_tokens(tokens, mine, lie, there[mine] & ~itself)
 
     def _map_tokens(
-        self, maps: Tensor, pictures: Tensor, targets: Tensor, frames: Tensor, rows: Tensor,
+        self, maps: Tensor, images: Tensor, targets: Tensor, frames: Tensor, rows: Tensor,
         blind: Tensor | None,
     ) -> Tokens:  # fmt: skip
         """A map's places as tokens, with padding and hidden places masked."""
         grid = (maps.shape[2], maps.shape[3])
-        step = max(-(-pictures.shape[2] // grid[0]), -(-pictures.shape[3] // grid[1]))
-        size = max(pictures.shape[2:])
+        step = max(-(-images.shape[2] // grid[0]), -(-images.shape[3] // grid[1]))
+        size = max(images.shape[2:])
         covered = (grid[0] * step / size, grid[1] * step / size)
         boxes = place_boxes(grid, covered, targets)  # (h * w, 4)
         tokens = maps.flatten(2).transpose(1, 2) + self.patch_place(place_features(boxes))

@@ -36,7 +36,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         folder, path = path, path / "model.safetensors"
         if not path.is_file():
             raise UserError(
-                f"{folder}: an unfinished run without {path.name}; finish it with --resume"
+                f"{folder}: not finished, it has no {path.name}; continue it with --resume"
                 if (folder / "config.yaml").is_file()
                 else f"{folder}: not a run folder, it has neither config.yaml nor {path.name}"
             )

@@ -139,7 +139,7 @@ def test_a_file_of_other_classes_is_refused(name: str, tmp_path: Path) -> None:
     message = str(caught.value)
     assert f"five.pth does not fit {name}" in message
     assert "classifier" in message and "(5, " in message and "(7, " in message
-    assert "the file is of 5 classes, the network of 7" in message
+    assert "the file has 5 classes, the network 7" in message
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -203,7 +203,7 @@ def test_the_readers_can_be_tapped_for_each_hidden_object() -> None:
         ({"heads": 3}, "heads 3 must divide width 16"),
         (
             {"annotations": False, "pixels": "patches", "kinds": 4},
-            "kinds are found from annotations",
+            "kinds are learned from annotations",
         ),
         ({"patch": 0}, "patch 0 must be 1 or more"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),

@@ -42,7 +42,7 @@ def test_without_a_connection_url_folder_and_remedies_are_named(cache: Path) -> 
     for part in (models.ResNet18_Weights.DEFAULT.url, f"{cache / FILE}", "refused",
                  "weights: FILE", "weights: null"):  # fmt: skip
         assert part in said, said
-    with pytest.raises(UserError, match=r"of mobilenet_v3_large: .* cannot be had from htt"):
+    with pytest.raises(UserError, match=r"of mobilenet_v3_large: .* cannot be downloaded from htt"):
         torchvision_net(3, weights="imagenet")
 
 
@@ -56,7 +56,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path) -> None:
 def test_a_damaged_file_in_the_cache_is_to_be_removed(cache: Path, content: bytes) -> None:
     cache.mkdir(parents=True)
     (cache / FILE).write_bytes(content)
-    with pytest.raises(UserError, match=f"{re.escape(str(cache / FILE))} is damaged: remove it"):
+    with pytest.raises(UserError, match=f"{re.escape(str(cache / FILE))} is corrupt: remove it"):
         build_trunk("resnet18", weights="imagenet")
 
 

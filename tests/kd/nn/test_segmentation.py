@@ -85,7 +85,7 @@ def test_a_trunk_of_any_layout_will_do(trunk: str, stride: int) -> None:
         ({"weights": "w.pth"}, r"weights file w\.pth does not exist"),
         pytest.param(
             {"trunk": "vit_b_32", "stride": 32},
-            "vit_b_32 has one grid only, and nothing before it",
+            "vit_b_32 has one grid only, and no earlier one",
             marks=pytest.mark.slow,
         ),
     ],

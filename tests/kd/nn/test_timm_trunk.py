@@ -222,7 +222,9 @@ def test_weights_that_cannot_be_downloaded_are_said_in_one_line(
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
-    expected = r"^weights: imagenet: timm's weights of timm/resnet10t cannot be had \(no route to h"
+    expected = (
+        r"^weights: imagenet: timm's weights of timm/resnet10t cannot be downloaded \(no route to h"
+    )
     with pytest.raises(UserError, match=expected) as caught:
         build_trunk("timm/resnet10t", weights="imagenet")
     assert "\n" not in str(caught.value)

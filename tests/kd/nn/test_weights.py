@@ -136,7 +136,7 @@ def test_what_does_not_fit_a_network_is_listed(tmp_path: Path) -> None:
     )
     assert message(Small(7).state_dict()) == (
         f"{file} does not fit small: shapes differ: classifier.weight (7, 4, 1, 1) for "
-        "(3, 4, 1, 1), classifier.bias (7,) for (3,); the file is of 7 classes, the network of 3"
+        "(3, 4, 1, 1), classifier.bias (7,) for (3,); the file has 7 classes, the network 3"
     )
     wide = state | {"norm.weight": torch.zeros(8)}
     assert message(wide) == (f"{file} does not fit small: shapes differ: norm.weight (8,) for (4,)")

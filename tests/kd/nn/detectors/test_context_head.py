@@ -141,8 +141,8 @@ def test_the_head_moves_maps_and_its_own_weights_but_no_box() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"prior": [0.5, 0.5]}, r"prior must hold 3 shares above 0, got \[0\.5, 0\.5\]"),
-        ({"prior": [0.5, 0.5, 0.0]}, "prior must hold 3 shares above 0"),
+        ({"prior": [0.5, 0.5]}, r"prior must hold 3 frequencies above 0, got \[0\.5, 0\.5\]"),
+        ({"prior": [0.5, 0.5, 0.0]}, "prior must hold 3 frequencies above 0"),
         ({"context_hidden": 0}, "context_hidden must be 1 or more"),
         ({"context_margin": 0.0}, "context_margin above 0, got 128 and 0"),
     ],

@@ -75,9 +75,9 @@ def test_steps_and_batch_norms_freeze() -> None:
 
 def test_what_cannot_be_had_is_named() -> None:
     for options, said in (
-        ({"levels": (2, 4)}, r"levels must be one after the other, got \[2, 4\]"),
-        ({"levels": ()}, "levels must be one after the other"),
-        ({"levels": (0, 1)}, r"levels \[0, 1\] cannot be had of resnet18: it has 1, 2, 3, 4, 5,"),
+        ({"levels": (2, 4)}, r"levels must be consecutive, got \[2, 4\]"),
+        ({"levels": ()}, "levels must be consecutive"),
+        ({"levels": (0, 1)}, r"resnet18 cannot give levels \[0, 1\]: it has 1, 2, 3, 4, 5,"),
         ({"levels": (4, 5, 6, 7, 8)}, "one or two more can be added after the last"),
         ({"trunk": "vit_b_16"}, r"of vit_b_16: it has 4,"),
         ({"channels": 0}, "channels must be at least 1"),
