@@ -154,9 +154,9 @@ def test_a_teacher_without_sizes_runs_neither_second_stage_nor_suppression(
         monkeypatch.setattr(model.network, "postprocess_detections", never)
     with torch.no_grad():
         images = pictures()
-        output = model(images, boxes=BOXES, image_of=IMAGE_OF, asked=BOXES + 1.0)
+        output = model(images, boxes=BOXES, image_of=IMAGE_OF, near_boxes=BOXES + 1.0)
         if family(name) == "fasterrcnn":  # unasked it says nothing, asked it is asked there
-            elsewhere = model(images, boxes=BOXES, image_of=IMAGE_OF, asked=BOXES + 3.0)
+            elsewhere = model(images, boxes=BOXES, image_of=IMAGE_OF, near_boxes=BOXES + 3.0)
             assert not torch.allclose(elsewhere["object_deltas"], output["object_deltas"])
             monkeypatch.setattr(model.network.roi_heads.box_head, "forward", never)
             unasked = model(images, boxes=BOXES, image_of=IMAGE_OF)
@@ -188,7 +188,7 @@ def test_training_gives_named_losses_from_which_every_parameter_learns(name: str
 @pytest.mark.parametrize("name", SMALL)
 def test_a_batch_without_an_object_is_all_background(name: str) -> None:
     model = make(name).train()
-    output = model(pictures(), *NOTHING, asked=BOXES[:0])
+    output = model(pictures(), *NOTHING, near_boxes=BOXES[:0])
     losses = losses_of(output)
     for loss, value in losses.items():
         background = loss in ("objectness", "classes", "heatmap")
@@ -218,9 +218,9 @@ def test_detections_are_the_best_boxes_first_within_their_pictures(name: str) ->
 def test_what_an_image_gives_does_not_hang_on_the_others(name: str) -> None:
     model, images = finding(name, top=20).eval(), pictures()
     with torch.no_grad():
-        whole = model(images, *OBJECTS, asked=BOXES)
+        whole = model(images, *OBJECTS, near_boxes=BOXES)
         own = SIZES[1:2], BOXES[[1, 3]], LABELS[[1, 3]], IMAGE_OF[[1, 3]] - 1
-        alone = model(images[1:2], *own, asked=BOXES[[1, 3]])
+        alone = model(images[1:2], *own, near_boxes=BOXES[[1, 3]])
     expected = whole["object_logits"][[1, 3]]
     torch.testing.assert_close(alone["object_logits"], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(

@@ -257,7 +257,7 @@ def test_a_second_stage_answers_about_the_same_moved_boxes_on_both_sides() -> No
     network: Any = teacher.network
     (truth,) = network.roi_heads.box_coder.encode([batch["boxes"]], [asked])
     assert (truth.abs().amax(dim=1) > 0.2).all()
-    known = {"boxes": batch["boxes"], "image_of": batch["image_of"], "asked": asked}
+    known = {"boxes": batch["boxes"], "image_of": batch["image_of"], "near_boxes": asked}
     with torch.no_grad():
         said = teacher.eval()(theirs.inputs(batch)[0], **known)
     given = LiveTeacher(teacher, theirs, posterior=False)(batch)
