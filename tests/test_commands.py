@@ -159,7 +159,7 @@ def test_posteriors_are_computed_once_and_cache_finds_them(
     assert cache.main([*command, *exact, "--in-fold", "--layers", "features.2", "--mirrored"]) == 0
     said = capsys.readouterr().out
     assert "features.2: 131 objects, " in said
-    assert "moved with the picture: flip is off by 0.0%" in said
+    assert "under flip the moved maps differ by 0.0%" in said
     kept = {folder.name.rpartition("-")[0] for folder in (teacher / "cache").iterdir()}
     assert kept == {"scenes-train-posterior", "scenes-train-features.2"}
     assert len(list((teacher / "cache").iterdir())) == 3  # by folds, and by itself

@@ -45,7 +45,7 @@ def test_the_table_says_what_the_runs_measured(labels: tuple[list[str], Path]) -
             assert all(one["steps"] == 2 and one["count"] == 8 for one in scores)
             mean = 100 * (scores[0]["mAP"] + scores[1]["mAP"]) / 2
             assert f"| {mode}: {start} | {mean:.1f} |" in table
-    assert "one answer for all" in table
+    assert "one prediction for all" in table
     with np.load(runs[0] / "predictions.npz") as stored:
         assert stored["present"].shape == (8, 22)
 

@@ -94,7 +94,8 @@ class Resize(nn.Module):
         shrinks = self.size[0] * self.size[1] < features.shape[2] * features.shape[3]
         if not shrinks:
             features = self.project(features)
-        features = F.interpolate(
-            features, self.size, mode="bilinear", align_corners=False, antialias=shrinks
-        )
-        return self.project(features) if shrinks else features
+        # Antialiasing is not implemented for bfloat16 on a CPU.
+        resized = F.interpolate(
+            features.float(), self.size, mode="bilinear", align_corners=False, antialias=shrinks
+        ).to(features.dtype)
+        return self.project(resized) if shrinks else resized

@@ -112,3 +112,11 @@ def test_a_wrong_size_or_option_is_named() -> None:
         ADAPTERS["resize"].load()(3, 5, size=[3])
     with pytest.raises(ConfigError, match="did you mean 'init_std'"):
         build(ADAPTERS, "conv3x3", {"init": 1.0}, what="adapter", in_channels=3, out_channels=5)
+
+
+def test_resize_shrinks_bfloat16_maps_as_it_does_float32_ones() -> None:
+    adapter = ADAPTERS["resize"].load()(3, 3, size=(2, 2))
+    maps = torch.randn(1, 3, 8, 8).bfloat16()
+    resized = adapter(maps)
+    assert resized.dtype == torch.bfloat16
+    torch.testing.assert_close(resized, adapter(maps.float()).bfloat16())

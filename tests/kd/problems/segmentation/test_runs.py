@@ -12,7 +12,7 @@ from kd import cache, distill, train_teacher
 from kd.config.reader import find_config
 from kd.config.recipes import DistillRecipe
 from kd.engine.loop import forward_losses
-from kd.errors import ConfigError, UserError
+from kd.errors import UserError
 from kd.experiments.distillation import Distillation
 from kd.problems.recipes import load_recipe
 from kd.runs.build import make_accelerator, open_data
@@ -215,7 +215,7 @@ def test_maps_of_pictures_are_kept_ahead_of_training(
     command = ["--teacher", str(mapped_teacher), "--data", "scenes_maps", *flags(data)]
     assert cache.main([*command, "--layers", "pyramid", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "logits: 24 images" in said and "pyramid: 24 pictures" in said
+    assert "logits: 24 images" in said and "pyramid: 24 images" in said
 
 
 def test_layers_of_a_teacher_of_objects_are_kept_ahead_of_training_too(
@@ -264,9 +264,9 @@ def test_a_weighted_divergence_needs_weights_of_classes(
 
 def test_a_task_says_which_kind_of_data_it_is_for(maps: list[str], small_scenes: Path) -> None:
     objects = flags([text for text in maps if not text.startswith(("data.crop", "train"))])
-    with pytest.raises(UserError, match=r"scenes: has objects with boxes; .* for label maps, such"):
+    with pytest.raises(UserError, match=r"scenes is data of objects; .* of segmentation, such as"):
         distill.main(["--student", "espnet_c", "--data", "scenes", *objects])
-    with pytest.raises(UserError, match=r"scenes_maps: has label maps; .* for objects with boxes"):
+    with pytest.raises(UserError, match=r"scenes_maps is data of segmentation; .* of objects"):
         distill.main(["--student", "resnet18", "--data", "scenes_maps", *objects])
 
 
@@ -276,7 +276,7 @@ def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher
 
 
 def test_folds_are_of_objects(maps: list[str]) -> None:
-    with pytest.raises(ConfigError, match="folds: are for teachers of objects"):
+    with pytest.raises(UserError, match="folds: data of segmentation; data of objects are needed"):
         train_teacher.main(["--teacher", "pspnet", *flags([*maps, "folds=2"])])
 
 
@@ -288,5 +288,5 @@ def test_one_image_at_a_time_is_too_few_for_a_pyramid(
     variants = distillation(
         maps, mapped_teacher, "variants=[plain]", student, one, "task.weights.auxiliary=0.4"
     )
-    with pytest.raises(UserError, match=r"train\.batch_size: 1 image for each process"):
+    with pytest.raises(UserError, match=r"at least 2 images per process and micro-batch, got 1"):
         variants.check()
