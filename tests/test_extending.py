@@ -182,7 +182,7 @@ def test_a_loss_has_the_built_in_one_s_gradient_whole_split_and_on_two_ranks(
 ) -> None:
     follow("loss", elsewhere)
     curves = scalars(elsewhere / "runs/student/seed0/distilled")
-    assert curves["loss/DISTANCE"][-1] > 0
+    assert curves["loss/mine:DISTANCE"][-1] > 0
     assert "distilled - plain" in capsys.readouterr().out
     (elsewhere / "network.py").write_text(NETWORK)
     out = elsewhere / "steps"

@@ -25,12 +25,8 @@ COMMANDS = ("train_teacher", "distill", "transfer", "evaluate", "compare", "cach
 
 # path -> why the file is longer; "path::function" -> why the function is.
 LONGER: dict[str, str] = {
-    "kd/nn/detectors/faster_rcnn.py::fasterrcnn": "a parameter and its words for each option",
-    "kd/nn/detectors/one_stage.py::fcos": "a parameter and its words for each option",
-    "kd/nn/detectors/one_stage.py::retinanet": "a parameter and its words for each option",
     "students/classifiers.py::build_student": "a parameter and a line of words for each option",
     "teachers/scene_transformer.py::scene_transformer": "a parameter and its words for each option",
-    "teachers/trunk.py::trunk": "a parameter and a line of words for each option",
 }
 
 # What a command is asked to show is printed; everything else is logged.
