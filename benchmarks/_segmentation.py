@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd.formats.coco import CocoIndex, load_coco
 from kd.nn.freeze import evaluating
 from kd.nn.trunk import build_trunk
-from kd.problems.base import Batch, Classes, Mean, Metric, Output, Rows, Task
+from kd.problems.base import Batch, Classes, Evaluator, Mean, Output, Rows, Task
 from kd.transforms.hide import normalise
 from kd.utils.images import read_image, resize
 
@@ -108,7 +108,7 @@ class Segmentation(Task):
     def decode(self, output: Output, batch: Batch) -> Tensor:
         return output["logits"].mean(dim=(2, 3)).log_softmax(dim=1)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Nothing is evaluated here."""
         raise NotImplementedError
 

@@ -44,7 +44,7 @@ from kd.engine.loop import fit
 from kd.engine.optim import make_schedule
 from kd.engine.state import Hooks, Objective, Training
 from kd.losses.supervised import cross_entropy_labelled
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
+from kd.problems.base import Batch, Classes, Evaluator, Mask, Mean, Output, Rows, Task
 from kd.problems.objects.batch import hidden_labels, object_counts, object_rows
 from kd.runs.build import make_accelerator
 from kd.transforms.hide import normalise
@@ -88,7 +88,7 @@ class Pictures(Task):
         """Log-probabilities (N, C); softened they are what softened logits are."""
         return output["logits"].log_softmax(dim=1)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         raise NotImplementedError  # nothing is evaluated here
 
 

@@ -21,7 +21,7 @@ from kd.engine.loop import evaluate
 from kd.errors import UserError
 from kd.metrics.records import Records
 from kd.problems import problem_of_task, specs
-from kd.problems.base import Dataset, Metric, Task
+from kd.problems.base import Dataset, Evaluator, Task
 from kd.problems.recipes import data_config, section_from
 from kd.problems.results import Evaluation, Predictor, Results
 from kd.runs.build import make_accelerator, open_data
@@ -80,7 +80,7 @@ class Predictions:
     name: str
     data: Dataset
     results: Results
-    metric: Metric
+    metric: Evaluator
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     folder: Path

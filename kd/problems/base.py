@@ -22,7 +22,7 @@ from kd.config.datasets import DatasetSection
 from kd.config.recipes import Model, TaskSection
 from kd.data.loader import Samples
 from kd.errors import UserError
-from kd.metrics.registry import Metric as DeclaredMetric
+from kd.metrics.registry import Metric
 from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec
 from kd.registry import build, check_options, check_problem
@@ -85,7 +85,7 @@ class Collector(Protocol):
         """Exchange with the other ranks."""
 
 
-class Metric(Collector, Protocol):
+class Evaluator(Collector, Protocol):
     """Scores the collected predictions."""
 
     def compute(self) -> dict[str, float]:
@@ -156,8 +156,8 @@ class Task(Protocol):
         """Predictions for `metric`, for most tasks log-probabilities of the rows, (R, C)."""
 
     @abstractmethod
-    def metric(self, classes: Classes) -> Metric:
-        """Build the metric of its predictions."""
+    def metric(self, classes: Classes) -> Evaluator:
+        """Build the evaluator that collects and scores the task's predictions."""
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """Masks for distillation by name, with a row for each input of the teacher.
@@ -516,7 +516,7 @@ class Problem(ABC, Generic[D]):
     # Results
 
     @abstractmethod
-    def results(self, task: str, metrics: Mapping[str, DeclaredMetric] | None = None) -> Results:
+    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
         """Scores, tables and figures of a task's predictions; `metrics` are the user's by name."""
 
 

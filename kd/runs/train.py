@@ -25,7 +25,7 @@ from kd.engine.progress import CleanStop, ProgressBar
 from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.engine.tracking import Tracker, flatten
 from kd.metrics.registry import METRICS
-from kd.problems.base import Dataset, Metric, Task, Teacher
+from kd.problems.base import Dataset, Evaluator, Task, Teacher
 from kd.problems.results import Predictor, Results
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder, write_class_names, write_summary
@@ -36,7 +36,7 @@ _log = logging.getLogger("kd")
 
 
 def summary_of(
-    results: Results, data: Dataset, metric: Metric, model: nn.Module, steps: int
+    results: Results, data: Dataset, metric: Evaluator, model: nn.Module, steps: int
 ) -> dict[str, Any]:
     """Content of `summary.json`: the model's metrics, and those of references.
 
@@ -174,7 +174,7 @@ def _write_result(
     training: Training,
     task: Task,
     tracker: Tracker,
-    metric: Metric,
+    metric: Evaluator,
     summary: dict[str, Any],
 ) -> None:
     step = training.progress.step
@@ -222,7 +222,7 @@ def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> Samp
 
 def _evaluate(
     run: RunSetup, training: Training, objective: Objective, loader: SampleLoader
-) -> Metric:
+) -> Evaluator:
     metric = objective.task.metric(run.data.class_info())
     evaluate(
         training.result, objective.task, loader, metric, run.accelerator,

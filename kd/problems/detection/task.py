@@ -17,9 +17,9 @@ from kd.nn.regions import coverage
 from kd.problems.base import (
     Batch,
     Classes,
+    Evaluator,
     Mask,
     Mean,
-    Metric,
     Output,
     ReadsOutputs,
     Rows,
@@ -205,7 +205,7 @@ class Detection(Task):
         """Detections (N, K, 6): x1, y1, x2, y2, score, class; the best first, then scores of 0."""
         return output["detections"]
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Average precision of COCO, Pascal VOC and KITTI."""
         if classes.truth is None:
             raise UserError(f"{classes.where}: has no boxes of objects that could be found")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.nn.regions import coverage, expand_boxes
-from kd.problems.base import Batch, Classes, Mask, Metric, Rows, Task, full_count, stride_of
+from kd.problems.base import Batch, Classes, Evaluator, Mask, Rows, Task, full_count, stride_of
 from kd.problems.objects.metric import TopN
 
 RING_MARGIN = 0.5
@@ -114,7 +114,7 @@ class ObjectTask(Task):
         """Objects and images, with labels and without."""
         return object_counts(batch, units)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Top-n accuracy and negative log-likelihood."""
         return TopN(
             len(classes.names), prior=classes.prior, confusable=classes.confusable,

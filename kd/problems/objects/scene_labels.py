@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd.losses.supervised import multilabel_bce
 from kd.metrics.multilabel import MultiLabelAP, present_classes
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output
+from kd.problems.base import Batch, Classes, Evaluator, Mask, Mean, Output
 from kd.problems.objects.batch import ObjectTask
 from kd.transforms.hide import normalise
 
@@ -55,6 +55,6 @@ class SceneLabels(ObjectTask):
         """Log-probabilities that a class is in the image, (N, C)."""
         return F.logsigmoid(output["appearance"].float())
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Mean average precision over the classes that occur."""
         return MultiLabelAP(self.num_classes, where=classes.where)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.losses.saliency import EPS, saliency_kld
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Task, full_count
+from kd.problems.base import Batch, Classes, Evaluator, Mask, Mean, Output, Task, full_count
 from kd.problems.saliency.data import ValTruth
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.segmentation.task import on_grid
@@ -76,7 +76,7 @@ class Saliency(Task):
         logits = on_grid(output[SALIENCY].float(), (height, width))
         return density_of(logits, published=self.published)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """The metrics of `kd.metrics.saliency`."""
         if classes.truth is None:
             raise UserError(f"{classes.where}: has no fixations to be predicted")

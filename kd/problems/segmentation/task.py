@@ -13,7 +13,17 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.losses.class_weights import median_frequency
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Task, full_count, stride_of
+from kd.problems.base import (
+    Batch,
+    Classes,
+    Evaluator,
+    Mask,
+    Mean,
+    Output,
+    Task,
+    full_count,
+    stride_of,
+)
 from kd.problems.segmentation.metric import MeanIoU
 from kd.transforms.hide import normalise
 from kd.utils.images import VOID
@@ -122,7 +132,7 @@ class Segmentation(Task):
         logits = output["logits"].float()
         return on_grid(logits, (truth.shape[1], truth.shape[2])).argmax(dim=1)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Mean IoU and pixel accuracies."""
         return MeanIoU(len(classes.names), where=classes.where)
 

@@ -18,7 +18,7 @@ from kd.engine.loop import fit, train_step
 from kd.engine.state import Hooks, Objective, Training, resume_training, save_training
 from kd.errors import UserError
 from kd.losses.holistic import Adversary, critic_loss, holistic
-from kd.problems.base import Batch, Classes, Mean, Metric, Output, Rows, Task
+from kd.problems.base import Batch, Classes, Evaluator, Mean, Output, Rows, Task
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training
 
@@ -48,7 +48,7 @@ class Painting(Task):
     def decode(self, output: Output, batch: Batch) -> Tensor:
         return output["scores"].mean(dim=(2, 3)).log_softmax(dim=1)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Nothing is evaluated here."""
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ from kd.engine.loop import fit
 from kd.engine.optim import make_schedule
 from kd.engine.state import Hooks, Objective, Training
 from kd.losses.supervised import cross_entropy_labelled
-from kd.problems.base import Batch, Classes, Mask, Mean, Metric, Output, Rows, Task
+from kd.problems.base import Batch, Classes, Evaluator, Mask, Mean, Output, Rows, Task
 from kd.problems.objects.batch import hidden_labels, object_counts, object_rows
 from kd.runs.build import make_accelerator
 from kd.transforms.hide import normalise
@@ -58,7 +58,7 @@ class Pictures(Task):
         """Log-probabilities."""
         return output["logits"].log_softmax(dim=1)
 
-    def metric(self, classes: Classes) -> Metric:
+    def metric(self, classes: Classes) -> Evaluator:
         """Nothing is evaluated here."""
         raise NotImplementedError
 
