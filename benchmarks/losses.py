@@ -153,9 +153,9 @@ def bench_pixel_wise(device: torch.device, pairs: int) -> list[str]:
             seconds(lambda: copy.copy_(teacher), device) for _ in range(4 * pairs)
         )
         # Each map read once forward and once backward; a copy reads one and writes one.
-        share = (4 * held / fast) / (2 * held / copying)
+        fraction = (4 * held / fast) / (2 * held / copying)
         lines.append(
-            f"pixel_wise, compiled: {fast * 1e3:.2f} ms, {share:.0%} of a copy's bandwidth "
+            f"pixel_wise, compiled: {fast * 1e3:.2f} ms, {fraction:.0%} of a copy's bandwidth "
             "(goal 60 %)"
         )
     return lines

@@ -212,7 +212,7 @@ def verdict(before: Losses | None, after: Losses | None, tolerance: float) -> tu
 
 
 def relative(before: float | None, after: float | None) -> float:
-    """The difference as a share of the larger number; infinite where one is not there."""
+    """The difference as a fraction of the larger number; infinite where one is not there."""
     if before == after:
         return 0.0
     if before is None or after is None:

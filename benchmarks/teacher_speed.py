@@ -50,7 +50,7 @@ def batch_of(size: int, objects: int) -> dict[str, Tensor]:
         "labels": torch.zeros(objects, dtype=torch.int64),
         "image_of": torch.zeros(objects, dtype=torch.int64),
         "object_ids": torch.arange(objects),
-        "shares": torch.full((objects,), 0.04),
+        "area_fractions": torch.full((objects,), 0.04),
         "usable": torch.ones(objects, dtype=torch.bool),
         "hidden": torch.arange(objects),
         "hide_fraction": torch.ones(objects),

@@ -49,7 +49,7 @@ from kd.problems.objects.batch import hidden_labels, object_counts, object_rows
 from kd.runs.build import make_accelerator
 from kd.transforms.hide import normalise
 
-CLASSES, TEMPERATURE, SHARE = 10, 4.0, 0.5  # the share of cross-entropy in the loss
+CLASSES, TEMPERATURE, HARD_WEIGHT = 10, 4.0, 0.5  # weight of cross-entropy in the loss
 SGD: dict[str, Any] = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}
 TIME_GOAL = 1.00
 # Relative difference of the losses: at the first step, which only rounds; and the largest, as a
@@ -132,7 +132,7 @@ def make_batches(number: int, size: int, side: int) -> list[dict[str, Tensor]]:
                 "labels": labels,
                 "image_of": rows,
                 "object_ids": rows + index * size,
-                "shares": torch.ones(size),
+                "area_fractions": torch.ones(size),
                 "usable": torch.ones(size, dtype=torch.bool),
                 "hidden": rows,
                 "hide_fraction": torch.ones(size),
@@ -172,10 +172,10 @@ def by_kd(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
     task = Pictures(next(teacher.parameters()).dtype)
     term = build_term(
-        TermSection(name="output_kd", weight=1 - SHARE, options={"temperature": TEMPERATURE})
+        TermSection(name="output_kd", weight=1 - HARD_WEIGHT, options={"temperature": TEMPERATURE})
     )
     known = LiveTeacher(teacher.to(accelerator.device), task)
-    objective = Objective(task, {"cross_entropy": SHARE}, [term], known)
+    objective = Objective(task, {"cross_entropy": HARD_WEIGHT}, [term], known)
     losses: list[float] = []
 
     def log(values: Mapping[str, float], step: int) -> None:
@@ -197,7 +197,7 @@ def their_config(steps: int) -> dict[str, Any]:
     """`train` of torchdistill's config: its example's KD, with our numbers."""
     logits = {"module_path": ".", "module_io": "output"}
     paths = {f"{who}_{name}": at for who in ("student", "teacher") for name, at in logits.items()}
-    loss = {**paths, "temperature": TEMPERATURE, "alpha": SHARE, "reduction": "batchmean"}
+    loss = {**paths, "temperature": TEMPERATURE, "alpha": HARD_WEIGHT, "reduction": "batchmean"}
     terms = {"kd": {"criterion": {"key": "KDLoss", "kwargs": loss}, "weight": 1.0}}
     return {
         "num_epochs": 1,

@@ -103,7 +103,7 @@ def test_a_twin_has_the_distilled_runs_tags(distilled: Path) -> None:
     some = {"loss/cross_entropy", "loss/context_logits", "loss/total", "train/lr", "eval/nll"}
     assert some <= plain["scalars"]
     assert plain["images"] == taught["images"]
-    assert {"images/0", "images/1", "eval/top_n", "eval/share_hidden"} <= plain["images"]
+    assert {"images/0", "images/1", "eval/top_n", "eval/hidden_fraction"} <= plain["images"]
     assert plain["hparams"] == taught["hparams"] != set()
 
 

@@ -110,7 +110,7 @@ def batch_of(data: DatasetSection, classes: int) -> dict[str, torch.Tensor]:
         "labels": torch.tensor([0, 1]),
         "image_of": torch.tensor([0, 0]),
         "object_ids": torch.tensor([1, 2]),
-        "shares": torch.tensor([0.1, 0.1]),
+        "area_fractions": torch.tensor([0.1, 0.1]),
         "usable": torch.tensor([True, True]),
         "hidden": torch.tensor([0, 1]),
         "hide_fraction": torch.ones(2),
@@ -141,8 +141,8 @@ def task_of(
 ) -> Task:
     """A recipe's task, where all classes are as common."""
     equal = np.full(classes, 1 / classes)
-    shares = {"pixel_shares": equal} if isinstance(data, SegmentationSection) else {}
-    fractions = {"prior": equal, **shares}
+    by_pixel = {"pixel_fractions": equal} if isinstance(data, SegmentationSection) else {}
+    fractions = {"prior": equal, **by_pixel}
     task: Task = problem_of_task(section.name).task(
         section, data, classes, model=model, fractions=fractions
     )

@@ -142,7 +142,7 @@ def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator
         "boxes": boxes,
         "labels": question.labels.long(),
         "object_ids": torch.arange(len(boxes)),
-        "shares": (stored[:, 2:] - stored[:, :2]).prod(dim=1) / (height * width),
+        "area_fractions": (stored[:, 2:] - stored[:, :2]).prod(dim=1) / (height * width),
         "usable": usable,
     }
     exact = question.masks is not None or getattr(teacher.task, "shape", "box") == "segment"

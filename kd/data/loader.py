@@ -17,7 +17,7 @@ from kd.storage.fields import PREFIX
 
 Sample = dict[str, Tensor]
 # Keys with rows of objects, of which images have unequal numbers; all others are stacked.
-_ROWS = ("boxes", "labels", "object_ids", "shares", "usable", "hide_fraction", "segments",
+_ROWS = ("boxes", "labels", "object_ids", "area_fractions", "usable", "hide_fraction", "segments",
          "also_hidden", "crowds", "hidden")  # fmt: skip
 _OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # the image of each row of a key
 _POINTERS = {"hidden": "labels"}  # positions among the rows of another key

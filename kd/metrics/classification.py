@@ -23,7 +23,7 @@ TOPS = (1, 3, 5, 10, 20)
 CALIBRATION_BINS = 15
 # Area of the hidden region as a fraction of the image, lower bound included; each has about a
 # quarter of COCO's objects of 0.15 to 30 %.
-SHARE_BINS = {
+FRACTION_BINS = {
     "tiny": (0.0, 0.005),
     "small": (0.005, 0.02),
     "medium": (0.02, 0.08),
@@ -34,7 +34,8 @@ VISIBLE_BINS: dict[str, tuple[float, float]] = {
     "0": (0, 1), "1-2": (1, 3), "3-4": (3, 5), "5-6": (5, 7), "7-10": (7, 11),
     "over10": (11, np.inf),
 }  # fmt: skip
-BINS: dict[str, Mapping[str, tuple[float, float]]] = {"share": SHARE_BINS, "visible": VISIBLE_BINS}
+BINS: dict[str, Mapping[str, tuple[float, float]]]
+BINS = {"fraction": FRACTION_BINS, "visible": VISIBLE_BINS}
 
 
 class Measure(NamedTuple):
@@ -166,7 +167,7 @@ def _pair_top1(records: Records) -> Array:
 
 def _top1_in_bin(records: Records, kind: str, name: str) -> Measure:
     low, high = BINS[kind][name]
-    of_objects = records.get("shares" if kind == "share" else kind)
+    of_objects = records.get("area_fractions" if kind == "fraction" else kind)
     if of_objects is None:
         of_objects = np.full(len(records["labels"]), -1)
     return _some(_top(records, 1), np.asarray((of_objects >= low) & (of_objects < high)))
@@ -190,7 +191,7 @@ def bin_title(kind: str, name: str) -> str:
     """Name of a bin of `BINS` for axes and tables, with its bounds on a second line."""
     if kind == "visible":
         return name.replace("over", "over ").replace("-", " to ")
-    low, high = (100 * bound for bound in SHARE_BINS[name])
+    low, high = (100 * bound for bound in FRACTION_BINS[name])
     bounds = f"over {low:g} %" if np.isinf(high) else f"{low:g} to {high:g} %"
     return f"{name}\n{bounds}"
 
@@ -270,7 +271,7 @@ def evaluate(records: Records) -> dict[str, float]:
     `top1` .. `top20` (up to C), `mean_class_top1` over the classes that occur, `topn_auc` (area
     under the top-n curve: 1 is perfect, about a half chance), `nll` (nats), `ece` (15 equal bins),
     `confusable_top1`, `confusable_pair_top1` (the choice within the group only),
-    `share/<bin>_top1`, `visible/<bin>_top1`, `count`.
+    `fraction/<bin>_top1`, `visible/<bin>_top1`, `count`.
     """
     names = [f"top{n}" for n in TOPS] + list(MEASURES)
     found = {name: value(records, name) for name in [*names, "ece"]}

@@ -130,7 +130,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
 # Names with a number, bin or class -> the metric whose unit and direction they have.
 _FAMILIES = {
     r"top[1-9]\d*": "top1",
-    r"(share|visible)/\w.*_top1": "top1",
+    r"(fraction|visible)/\w.*_top1": "top1",
     r"iou/.+": "mIoU",
     r"confusable_A\w+": "AP",
     r"KITTI11_\w+": "KITTI_easy",

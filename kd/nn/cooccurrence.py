@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 Evidence = Literal["company", "place", "size"]
 ROWS, COLUMNS = 6, 3  # cells of the image for a box's centre
-SHARES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # bins of a box's fraction of the image
+AREA_FRACTIONS = (
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.16,
+)  # bins of a box's fraction of the image
 SHAPES = (0.5, 0.8, 1.25, 2.0)  # bins of width over height
 FIT_IMAGES = 5_000  # enough to fit a handful of exponents
 
@@ -73,7 +81,7 @@ class NaiveBayes(nn.Module):
             "seen": (num_classes,),
             "pairs": (num_classes, num_classes),
             "cells": (num_classes, ROWS * COLUMNS),
-            "forms": (num_classes, (len(SHARES) + 1) * (len(SHAPES) + 1)),
+            "forms": (num_classes, (len(AREA_FRACTIONS) + 1) * (len(SHAPES) + 1)),
         }
         for name, shape in counts.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -207,5 +215,5 @@ def form_of(objects: Objects) -> Tensor:
     """(M,) the bin of each box's area and aspect ratio."""
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]).clamp(min=1e-6)
     ratio = sides[:, 0] / sides[:, 1] * objects.aspects
-    area = torch.bucketize(sides.prod(dim=1), sides.new_tensor(SHARES))
+    area = torch.bucketize(sides.prod(dim=1), sides.new_tensor(AREA_FRACTIONS))
     return area * (len(SHAPES) + 1) + torch.bucketize(ratio, sides.new_tensor(SHAPES))

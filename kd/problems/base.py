@@ -489,7 +489,7 @@ class Problem(ABC, Generic[D]):
         for name in ("image_inputs", "levels", "loss_units"):
             if model is not None and hasattr(model, name):
                 known[name] = getattr(model, name)
-        known |= dict.fromkeys(("prior", "pixel_shares", "image_shares"))
+        known |= dict.fromkeys(("prior", "pixel_fractions", "image_fractions"))
         known |= {name: tuple(values.tolist()) for name, values in (fractions or {}).items()}
         fields = {field.name for field in dataclasses.fields(builder)}
         given = {name: value for name, value in known.items() if name in fields}

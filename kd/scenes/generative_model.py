@@ -35,7 +35,7 @@ CANVAS = 64  # scenes are laid out on 64 x 64 units, independent of the image si
 SIZES = np.arange(8, 23, 2)  # even, so that centres are integers
 COLUMNS = (11, 53)  # keep the largest box inside the image
 BANDS = ((11, 18), (23, 36), (41, 53))  # centre rows of top, middle, bottom, separated by gaps
-BAND_SHARE = (0.25, 0.35, 0.40)
+BAND_FRACTIONS = (0.25, 0.35, 0.40)
 COUNTS = (4, 7)
 MIN_DISTANCE = 12.0  # above half the largest box: no object covers another's centre
 HORIZONS = (18, 25)
@@ -185,7 +185,7 @@ def _sample_centres(rng: np.random.Generator) -> Ints:
     count = int(rng.integers(COUNTS[0], COUNTS[1] + 1))
     centres: list[tuple[int, int]] = []
     while len(centres) < count:
-        band = BANDS[int(np.searchsorted(np.cumsum(BAND_SHARE)[:-1], rng.random()))]
+        band = BANDS[int(np.searchsorted(np.cumsum(BAND_FRACTIONS)[:-1], rng.random()))]
         x = int(rng.integers(COLUMNS[0], COLUMNS[1] + 1))
         y = int(rng.integers(band[0], band[1] + 1))
         if all((x - a) ** 2 + (y - b) ** 2 >= MIN_DISTANCE**2 for a, b in centres):

@@ -58,12 +58,12 @@ def test_the_page_s_recipe_runs(small: list[str], teacher: Path, tmp_path: Path)
     assert distill.main(command) == 0
     assert {path.parent.name for path in out.glob("seed0/*/summary.json")} == {"plain", "distilled"}
     own = {"objectness", "proposal_boxes", "classes", "boxes"}
-    for variant, shares in (("plain", dict.fromkeys(weights, 0.0)), ("distilled", weights)):
+    for variant, fractions in (("plain", dict.fromkeys(weights, 0.0)), ("distilled", weights)):
         found = losses(out / "seed0" / variant)
         assert own < found.keys() and all(found[name] > 0 for name in own)
         if variant == "distilled":
             assert weights.keys() < found.keys() and all(found[name] > 0 for name in weights)
-        total = sum(shares.get(name, 1.0) * found[name] for name in found if name != "total")
+        total = sum(fractions.get(name, 1.0) * found[name] for name in found if name != "total")
         # Steps count alike in the total, by their rings and boxes in the other means.
         assert found["total"] == pytest.approx(total, rel=1e-3)
 

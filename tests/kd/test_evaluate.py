@@ -42,7 +42,13 @@ from kd.runs.read import read_run
 pytestmark = pytest.mark.slow
 
 OF_CLASSES = {"per_class", "confusions", "beyond_prior"}
-FIGURES = {"top_n", "share_hidden", "visible_objects", "calibration", "class_shares", *OF_CLASSES}
+FIGURES = {
+    "top_n",
+    "hidden_fraction",
+    "visible_objects",
+    "calibration",
+    "class_fractions",
+} | OF_CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -218,19 +218,19 @@ def test_a_transformer_that_cannot_be_built_says_why(
         make("annotations", widht=3)
 
 
-def test_the_prior_is_the_share_of_each_class() -> None:
+def test_the_prior_is_the_fraction_of_each_class() -> None:
     objects = random_objects(10)._replace(classes=torch.tensor([0] * 30 + [2] * 10))
     model = make("prior").eval()
     model.fit(objects)  # type: ignore[operator]
-    shares = torch.tensor([31.0, 1, 11, 1, 1]) / 45  # one is added to each count
+    fractions = torch.tensor([31.0, 1, 11, 1, 1]) / 45  # one is added to each count
     with torch.no_grad():
-        torch.testing.assert_close(ask(model, scene()).exp(), shares.expand(3, -1))
+        torch.testing.assert_close(ask(model, scene()).exp(), fractions.expand(3, -1))
 
 
 def slow_naive_bayes(objects: Objects, hidden: int, train: Objects) -> list[float]:
     """Plain naive Bayes over the company alone, with one pseudo-count, object by object."""
     seen = [int((train.classes == c).sum()) + 1 for c in range(CLASSES)]
-    share = [count / sum(seen) for count in seen]
+    fraction = [count / sum(seen) for count in seen]
     scores = []
     for c in range(CLASSES):
         score = math.log(seen[c])
@@ -243,7 +243,7 @@ def slow_naive_bayes(objects: Objects, hidden: int, train: Objects) -> list[floa
                     if a != b and train.image_of[a] == train.image_of[b] and train.classes[a] == c:
                         company += 1
                         both += int(train.classes[b] == objects.classes[j])
-            expected = share[int(objects.classes[j])]
+            expected = fraction[int(objects.classes[j])]
             score += math.log((both + expected) / (company + 1) / expected)
         scores.append(score)
     total = math.log(sum(math.exp(score) for score in scores))
@@ -272,7 +272,7 @@ def test_in_training_an_image_is_left_out_of_the_counts() -> None:
     model.evidence = frozenset({"company"})
     company = model.train()(train, torch.tensor([5]))
     assert inside.isfinite().all()
-    # The shares that lifts are taken against stay those of all objects, which hardly matters.
+    # The fractions that lifts are taken against stay those of all objects, which hardly matters.
     torch.testing.assert_close(company, rest.eval()(train, torch.tensor([5])), rtol=0.05, atol=0.05)
     assert not torch.allclose(company, model.eval()(train, torch.tensor([5])), rtol=0.05, atol=0.05)
 

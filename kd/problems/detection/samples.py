@@ -126,7 +126,7 @@ class DetectionSamples(Dataset[Sample]):
             "boxes": found.boxes,
             "labels": torch.from_numpy(labels),
             "object_ids": torch.from_numpy(self.index.object_ids[found.rows].astype(np.int64)),
-            "shares": torch.from_numpy(found.fractions).float(),
+            "area_fractions": torch.from_numpy(found.fractions).float(),
             "crowds": crowds,
             **stored,
         }

@@ -176,14 +176,15 @@ class ContextMap(ContextTask):
 
     Args:
         hidden_weight: Weight of the hidden region's mean relative to that of the rest.
-        class_weights: Power of the class weights, `median_frequency` of `pixel_shares`; 0 = none.
-        pixel_shares: Class fractions of the train pixels, (1 + C,), background first; needed for
-            the loss with class weights.
+        class_weights: Power of the class weights, `median_frequency` of `pixel_fractions`; 0:
+            none.
+        pixel_fractions: Class fractions of the train pixels, (1 + C,), background first; needed for
+            class weights.
     """
 
     hidden_weight: float = 5.0
     class_weights: float = 0.0
-    pixel_shares: tuple[float, ...] | None = None
+    pixel_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the power."""
@@ -196,8 +197,8 @@ class ContextMap(ContextTask):
         """`pixel_cross_entropy` over the image's pixels, without padding and unlabelled inputs."""
         logits, weights = output["logits"], None
         if self.class_weights:
-            assert self.pixel_shares is not None
-            numbers = median_frequency(self.pixel_shares, power=self.class_weights)
+            assert self.pixel_fractions is not None
+            numbers = median_frequency(self.pixel_fractions, power=self.class_weights)
             weights = logits.new_tensor(numbers, dtype=torch.float32)
         loss = masked_cross_entropy(
             logits,
@@ -225,14 +226,14 @@ class ContextScene(ContextTask):
     the scene whatever is hidden.
 
     Args:
-        class_weights: Power of the positive class weights, `positive_weights` of `image_shares`;
-            0 = none.
-        image_shares: Fractions of the train images with each class, (C,); needed for the loss with
-            class weights.
+        class_weights: Power of the positive class weights, `positive_weights` of `image_fractions`;
+            0: none.
+        image_fractions: Fractions of the train images with each class, (C,); needed for class
+            weights.
     """
 
     class_weights: float = 0.0
-    image_shares: tuple[float, ...] | None = None
+    image_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the power."""
@@ -242,8 +243,8 @@ class ContextScene(ContextTask):
         """`multilabel_bce` of the labelled inputs."""
         logits, weights = output["logits"], None
         if self.class_weights:
-            assert self.image_shares is not None
-            numbers = positive_weights(self.image_shares, power=self.class_weights)
+            assert self.image_fractions is not None
+            numbers = positive_weights(self.image_fractions, power=self.class_weights)
             weights = logits.new_tensor(numbers, dtype=torch.float32)
         targets = present_classes(batch, self.num_classes)[0][image_rows(batch)]
         known = hidden_labels(batch) >= 0

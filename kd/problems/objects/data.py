@@ -99,8 +99,8 @@ class ObjectsDataset:
     ) -> dict[str, NDArray[np.float64]]:
         """Class fractions for class weights, on the train images with these ids or on all.
 
-        `pixel_shares` (1 + C,) are fractions of the images' area, background first with at least
-        1 %; overlapping segments count twice. `image_shares` (C,) are fractions of images.
+        `pixel_fractions` (1 + C,) are fractions of the images' area, background first with at least
+        1 %; overlapping segments count twice. `image_fractions` (C,) are fractions of images.
         """
         index, classes = self.train, self.num_classes
         rows, owners = objects_on(index, images)
@@ -110,8 +110,8 @@ class ObjectsDataset:
         areas = np.bincount(labels, index.areas[rows] / pixels[owners], classes) / total
         present = np.unique(np.stack([owners, labels]), axis=1)[1]
         return {
-            "pixel_shares": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
-            "image_shares": np.bincount(present, minlength=classes) / total,
+            "pixel_fractions": np.concatenate([[max(0.01, 1 - areas.sum())], areas]),
+            "image_fractions": np.bincount(present, minlength=classes) / total,
         }
 
     def ceiling(self, split: Split = "val") -> dict[str, NDArray[Any]] | None:

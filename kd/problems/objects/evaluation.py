@@ -101,7 +101,7 @@ class ObjectResults(Results):
         known = {**self.references(records), **{n: r for n, r in exact.items() if n == EXACT}}
         lines = {name: scores.curve(one) for name, one in known.items()}
         yield "eval/top_n", figures.top_n_figure({"model": scores.curve(records)}, lines)
-        yield "eval/share_hidden", figures.share_hidden_figure({label: records})
+        yield "eval/hidden_fraction", figures.hidden_fraction_figure({label: records})
 
     def draw(
         self,
@@ -185,12 +185,12 @@ class ObjectsEvaluation(Evaluation):
         runs, known, names = self.runs, self.references, self.names
         curves, lines = ({n: scores.curve(r) for n, r in part.items()} for part in (runs, known))
         yield "top_n", figures.top_n_figure(curves, lines)
-        yield "share_hidden", figures.share_hidden_figure(runs, known)
+        yield "hidden_fraction", figures.hidden_fraction_figure(runs, known)
         if "visible" in self.first:
             yield "visible_objects", figures.visible_figure(runs, known)
         yield "calibration", figures.reliability_figure(runs)
         val_counts = np.bincount(self.first["labels"], minlength=len(names))
-        yield "class_shares", figures.class_share_figure(self.train_counts, val_counts, names)
+        yield "class_fractions", figures.class_fraction_figure(self.train_counts, val_counts, names)
         if len(runs) > 1:
             return
         # The prior is right about one class and wrong about all others.

@@ -54,11 +54,11 @@ def top_n_figure(
     return figure
 
 
-def share_hidden_figure(
+def hidden_fraction_figure(
     runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
     """Draw top-1 by the hidden fraction of the image, with numbers of objects."""
-    figure = _binned_figure("share", runs, references or {})
+    figure = _binned_figure("fraction", runs, references or {})
     figure.axes[0].set_xlabel("fraction of the image that is hidden")
     return figure
 
@@ -127,7 +127,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
     return figure
 
 
-def class_share_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
+def class_fraction_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
     """Draw class fractions from numbers of train and val objects (C,), most frequent first."""
     num_classes = len(names)
     figure, axes = new_figure(_width(num_classes), 3.8)
@@ -222,19 +222,19 @@ def matrix_figure(
     inside = matrix[np.ix_(order, columns)]
     others = support[order] - inside.sum(axis=1)
     table = np.column_stack([inside, others]) if others.any() else inside
-    shares = table / support[order][:, None]
+    fractions = table / support[order][:, None]
     side = 0.36 * len(order)
     figure = Figure(figsize=(side + 0.36 * len(further) + 2.6, side + 1.6))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     if table.shape[1] > len(order):
         axes.axvline(len(order) - 0.5, color="white", linewidth=4)
-    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-        share = shares[row, column]
-        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
-                  color="white" if share > _DARK else INK)  # fmt: skip
+    for row, column in zip(*np.nonzero(fractions >= 0.005), strict=True):
+        fraction = fractions[row, column]
+        axes.text(column, row, f"{100 * fraction:.0f}", ha="center", va="center", fontsize=6.5,
+                  color="white" if fraction > _DARK else INK)  # fmt: skip
     predicted = [*(names[c] for c in columns), "any other"][: table.shape[1]]
     axes.set_xticks(np.arange(len(predicted)), predicted, rotation=90, fontsize=7.5)
     axes.set_yticks(np.arange(len(order)), [rows[c] for c in order], fontsize=7.5)

@@ -64,12 +64,12 @@ class TopN:
         self._chunks: list[dict[str, Array]] = []
 
     def update(
-        self, log_probs: Tensor, labels: Tensor, shares: Tensor, object_ids: Tensor,
+        self, log_probs: Tensor, labels: Tensor, area_fractions: Tensor, object_ids: Tensor,
         image_ids: Tensor,
     ) -> None:  # fmt: skip
         """Add K objects: log-probabilities (K, C), the rest (K,); the label -1 is not scored.
 
-        `shares` are box areas / image areas; `object_ids` are unique in the dataset.
+        `area_fractions` are box areas / image areas; `object_ids` are unique in the dataset.
         """
         expected = (len(labels), self.num_classes)
         if tuple(log_probs.shape) != expected:
@@ -78,7 +78,7 @@ class TopN:
             # A copy: a compiled model may write its next output over this one.
             "log_probs": log_probs.detach().to(torch.float32, copy=True),
             "labels": labels.detach().clone(),
-            "shares": shares.detach().to(torch.float32, copy=True),
+            "area_fractions": area_fractions.detach().to(torch.float32, copy=True),
             "object_ids": object_ids.detach().clone(),
             "image_ids": image_ids.detach().clone(),
         }
@@ -92,8 +92,10 @@ class TopN:
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Add the hidden objects of a batch (docs/batch.md) by their log-probabilities (K, C)."""
         hidden = batch["hidden"]
-        labels, shares, ids = (batch[name][hidden] for name in ("labels", "shares", "object_ids"))
-        self.update(decoded, labels, shares, ids, batch["image_ids"][batch["image_of"][hidden]])
+        labels, fractions, ids = (
+            batch[name][hidden] for name in ("labels", "area_fractions", "object_ids")
+        )
+        self.update(decoded, labels, fractions, ids, batch["image_ids"][batch["image_of"][hidden]])
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the objects of all ranks; every rank must call it."""
@@ -130,7 +132,7 @@ class TopN:
             empty = np.zeros(0, dtype=np.int64)
             chunk: dict[str, Array] = dict.fromkeys(REQUIRED, empty)
             chunk["log_probs"] = np.zeros((0, self.num_classes), dtype=np.float32)
-            chunk["shares"] = np.zeros(0, dtype=np.float32)
+            chunk["area_fractions"] = np.zeros(0, dtype=np.float32)
             return chunk
         joined = {
             name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in REQUIRED

@@ -127,10 +127,10 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def class_fractions(
         self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """`prior`, `pixel_shares` and `image_shares`, if the task has these fields."""
+        """`prior`, `pixel_fractions` and `image_fractions`, if the task has these fields."""
         fields = {field.name for field in dataclasses.fields(self.spec.task(section.name).load())}
         found = {} if "prior" not in fields else {"prior": data.prior(images)}
-        if fields & {"pixel_shares", "image_shares"}:
+        if fields & {"pixel_fractions", "image_fractions"}:
             found |= data.class_fractions(images)
         return found
 

@@ -1,6 +1,6 @@
 """Predictions of objects: arrays of `predictions.npz`.
 
-`object_ids` (K,), `image_ids` (K,), `labels` (K,), `shares` (K,), hidden fractions of the image,
+`object_ids` (K,), `image_ids` (K,), `labels` (K,), `area_fractions` (K,), box area by image area,
 and `log_probs` (K, C); optional: `visible` (K,), numbers of other objects in the image, `prior`
 (C,), class fractions of the training labels, and `confusable` (C,), numbers of groups of
 confusable classes, -1 for none.
@@ -13,7 +13,7 @@ import numpy as np
 from kd.errors import UserError
 from kd.metrics.records import Array, Records
 
-REQUIRED = ("object_ids", "image_ids", "labels", "shares", "log_probs")
+REQUIRED = ("object_ids", "image_ids", "labels", "area_fractions", "log_probs")
 BY_CLASS = ("prior", "confusable")  # all others have a row for each object
 # How far a row of probabilities may be from summing to one: bfloat16 has three digits.
 _NORMALISED_WITHIN = 0.05

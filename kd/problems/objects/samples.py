@@ -47,7 +47,7 @@ class _Scene:
     plan: Plan
     rows: npt.NDArray[np.int64]
     boxes: Tensor
-    shares: Tensor
+    area_fractions: Tensor
     usable: Tensor
 
 
@@ -154,7 +154,7 @@ class ObjectSamples(Dataset[Sample]):
             "boxes": scene.boxes,
             "labels": torch.from_numpy(labels),
             "object_ids": torch.from_numpy(self.index.object_ids[scene.rows].astype(np.int64)),
-            "shares": scene.shares,
+            "area_fractions": scene.area_fractions,
             "usable": scene.usable,
             "hidden": candidates,
             "hide_fraction": torch.full((len(candidates),), self._hide_fraction(epoch)),
@@ -229,11 +229,11 @@ class ObjectSamples(Dataset[Sample]):
         usable = self._usable(found.fractions)
         if index.scored is not None:
             usable &= index.scored[found.rows]
-        shares = torch.from_numpy(found.fractions).float()
-        return _Scene(plan, found.rows, found.boxes, shares, torch.from_numpy(usable))
+        fractions = torch.from_numpy(found.fractions).float()
+        return _Scene(plan, found.rows, found.boxes, fractions, torch.from_numpy(usable))
 
-    def _usable(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        return (shares >= self.min_fraction) & (shares <= self.max_fraction)
+    def _usable(self, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        return (fractions >= self.min_fraction) & (fractions <= self.max_fraction)
 
     def _hide_fraction(self, epoch: int) -> float:
         if self.partial is None:

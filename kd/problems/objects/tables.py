@@ -16,7 +16,7 @@ Runs = Mapping[str, Records]
 
 
 def bins_table(kind: str, runs: Runs, references: Runs) -> Table | None:
-    """Top-1 by hidden fraction (kind `share`) or number of visible objects (`visible`)."""
+    """Top-1 by hidden fraction (kind `fraction`) or number of visible objects (`visible`)."""
     first = next(iter(runs.values()))
     top1 = METRICS["top1"]
     lines = []
@@ -32,7 +32,7 @@ def bins_table(kind: str, runs: Runs, references: Runs) -> Table | None:
         lines.append(tuple(cells))
     if not lines:
         return None
-    what = {"share": "fraction of the image hidden", "visible": "other objects in the image"}[kind]
+    what = "fraction of the image hidden" if kind == "fraction" else "other objects in the image"
     header = (what, "objects", *runs, *references)
     return Table(f"top1 (%) by {what}", header, (tuple(lines),), (OVER_IMAGES,))
 

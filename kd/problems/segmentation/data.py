@@ -34,7 +34,7 @@ class SegmentationDataset(ImageDataset[SegmentationSection, LabelMapSplit]):
         return Classes(self.class_names, where=self.section.name)
 
     def class_fractions(self) -> dict[str, NDArray[np.float64]]:
-        """`pixel_shares` (C,): the classes' fractions of the train pixels with a class.
+        """`pixel_fractions` (C,): the classes' fractions of the train pixels with a class.
 
         Large splits are sampled, see `counted`.
         """
@@ -46,7 +46,7 @@ class SegmentationDataset(ImageDataset[SegmentationSection, LabelMapSplit]):
         pixels = counts[: self.num_classes].astype(np.float64)
         if not pixels.any():
             raise UserError(f"{self.train.where}: no pixel has a class: all are void")
-        return {"pixel_shares": pixels / pixels.sum()}
+        return {"pixel_fractions": pixels / pixels.sum()}
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SegmentationSamples:
         """Random crops of the train split, with cached outputs of teachers."""

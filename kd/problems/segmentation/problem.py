@@ -50,7 +50,7 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
         self, section: TaskSection, data: SegmentationDataset,
         images: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-        """`pixel_shares`, if the task weights classes."""
+        """`pixel_fractions`, if the task weights classes."""
         return data.class_fractions() if section.options.get("class_weights") else {}
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:

@@ -38,9 +38,9 @@ class Segmentation(Task):
     Args:
         num_classes: C.
         label_smoothing: Fraction of the target spread over all classes.
-        class_weights: Power of the class weights, `median_frequency` of `pixel_shares`, scaled so
-            that a pixel weighs 1 on average; 0 = none.
-        pixel_shares: The classes' fractions of the train pixels, (C,); needed for class weights.
+        class_weights: Power of the class weights, `median_frequency` of `pixel_fractions`, scaled
+            so that a pixel weighs 1 on average; 0: none.
+        pixel_fractions: The classes' fractions of the train pixels, (C,); needed for class weights.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "auxiliary")
@@ -49,7 +49,7 @@ class Segmentation(Task):
     num_classes: int
     label_smoothing: float = 0.0
     class_weights: float = 0.0
-    pixel_shares: tuple[float, ...] | None = None
+    pixel_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that options are in range."""
@@ -87,8 +87,8 @@ class Segmentation(Task):
     def _weights(self, like: Tensor) -> Tensor | None:
         if not self.class_weights:
             return None
-        assert self.pixel_shares is not None
-        return _class_weights(self.pixel_shares, self.class_weights, like.device)
+        assert self.pixel_fractions is not None
+        return _class_weights(self.pixel_fractions, self.class_weights, like.device)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """Masks for distillation, (N, h, w): `valid`, bool, the pixels with a class.

@@ -173,7 +173,7 @@ def test_the_batch_is_the_data_sets(photographs: ObjectsSection) -> None:
     (batch,) = seen
     for key in ("images", "sizes", "boxes", "labels", "image_of", "hidden", "hide_fraction"):
         torch.testing.assert_close(batch[key], wanted[key], atol=0, rtol=0)
-    torch.testing.assert_close(batch["shares"], wanted["shares"])
+    torch.testing.assert_close(batch["area_fractions"], wanted["area_fractions"])
     assert batch.keys() == wanted.keys()
 
 

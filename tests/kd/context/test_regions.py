@@ -123,11 +123,11 @@ def test_random_boxes_keep_to_their_range_and_to_the_picture() -> None:
     regions = random_boxes(2000, size, (0.01, 0.3), np.random.default_rng(0))
     boxes = np.array([region.box for region in regions])
     sides = boxes[:, 2:] - boxes[:, :2]
-    shares, aspects = sides.prod(axis=1) / (300 * 400), sides[:, 0] / sides[:, 1]
+    fractions, aspects = sides.prod(axis=1) / (300 * 400), sides[:, 0] / sides[:, 1]
     assert (boxes >= 0).all() and (boxes[:, [2, 3]] <= [400, 300]).all()
-    assert 0.009 < shares.min() < 0.015 and 0.25 < shares.max() < 0.31
+    assert 0.009 < fractions.min() < 0.015 and 0.25 < fractions.max() < 0.31
     assert 0.45 < aspects.min() < 0.6 and 1.7 < aspects.max() < 2.2
-    assert np.median(shares) == pytest.approx((0.01 * 0.3) ** 0.5, rel=0.1)
+    assert np.median(fractions) == pytest.approx((0.01 * 0.3) ** 0.5, rel=0.1)
     again = random_boxes(2000, size, (0.01, 0.3), np.random.default_rng(0))
     assert [region.box for region in again] == [region.box for region in regions]
     (tiny,) = random_boxes(1, (1, 1), (0.01, 0.3), np.random.default_rng(0))

@@ -40,7 +40,9 @@ def test_the_copy_trains_like_the_original(source: tuple[Path, Path], tmp_path: 
             for key in ("sizes", "labels", "object_ids", "usable", "hidden"):
                 assert torch.equal(first[key], other[key]), key
             torch.testing.assert_close(first["boxes"], other["boxes"], atol=2e-3, rtol=0)
-            torch.testing.assert_close(first["shares"], other["shares"], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                first["area_fractions"], other["area_fractions"], atol=1e-4, rtol=0
+            )
             assert (first["segments"] != other["segments"]).float().mean() < 1e-3
             assert (
                 first["images"].int() - other["images"].int()

@@ -73,7 +73,7 @@ def make_batch(counts: list[int], *, seed: int = 0, withheld: int = 0) -> dict[s
         "labels": labels,
         "image_of": image_of,
         "object_ids": torch.arange(objects) + 100 * seed,
-        "shares": torch.full((objects,), 0.1),
+        "area_fractions": torch.full((objects,), 0.1),
         "usable": torch.ones(objects, dtype=torch.bool),
         "hidden": torch.arange(objects),
         "hide_fraction": torch.ones(objects),

@@ -226,7 +226,7 @@ def test_run_lengths_of_any_shape_are_accepted(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     dataset = small()
     dataset["annotations"] = []
-    masks = [rng.random((50, 100)) < share for share in (0.001, 0.01, 0.3, 0.9, 0.999, 2)]
+    masks = [rng.random((50, 100)) < fraction for fraction in (0.001, 0.01, 0.3, 0.9, 0.999, 2)]
     for number, mask in enumerate(masks):
         packed = rle_masks.encode(np.asfortranarray(mask, dtype=np.uint8))
         segment = {"size": [50, 100], "counts": packed["counts"].decode()}

@@ -28,7 +28,7 @@ from kd.transforms.hide import normalise
 
 CLASSES, SIDE, SIZE, STEPS, EPOCHS = 5, 12, 6, 4, 3
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
-SHARE = 0.3  # of cross-entropy in the loss
+HARD_WEIGHT = 0.3  # of cross-entropy in the loss
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def by_torchdistill(job: Job, temperature: float) -> list[float]:
     sides = ("student", "teacher")
     places = {f"{side}_module_{what}": at for side in sides for what, at in
               (("path", "."), ("io", "output"))}  # fmt: skip
-    loss = {**places, "temperature": temperature, "alpha": SHARE}
+    loss = {**places, "temperature": temperature, "alpha": HARD_WEIGHT}
     config = {
         "num_epochs": EPOCHS,
         "train_data_loader": {
@@ -153,10 +153,10 @@ def by_kd(job: Job, temperature: float) -> list[float]:
     schedule = make_schedule(optimizer, EPOCHS * STEPS, name="cosine")
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
     term = build_term(
-        TermSection(name="output_kd", weight=1 - SHARE, options={"temperature": temperature})
+        TermSection(name="output_kd", weight=1 - HARD_WEIGHT, options={"temperature": temperature})
     )
     known = LiveTeacher(teacher.to(accelerator.device), Pictures())
-    objective = Objective(Pictures(), {"cross_entropy": SHARE}, [term], known)
+    objective = Objective(Pictures(), {"cross_entropy": HARD_WEIGHT}, [term], known)
     losses: list[float] = []
 
     def log(values: Mapping[str, float], step: int) -> None:

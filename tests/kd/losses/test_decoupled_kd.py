@@ -54,8 +54,8 @@ def test_decoupled_agrees_with_the_papers_sums() -> None:
 
 def test_with_beta_from_the_teacher_it_equals_kl_logits() -> None:
     student, teacher = torch.randn(2, 1, 7, dtype=torch.float64).unbind()
-    share = 1 - (teacher / 4).softmax(dim=1)[0, 3].item()
-    value = decoupled(student, teacher, torch.tensor([3]), alpha=1.0, beta=share)
+    fraction = 1 - (teacher / 4).softmax(dim=1)[0, 3].item()
+    value = decoupled(student, teacher, torch.tensor([3]), alpha=1.0, beta=fraction)
     assert value.item() == pytest.approx(kl_logits(student, teacher).item(), rel=1e-9)
 
 

@@ -182,7 +182,7 @@ def test_masked_cross_entropy_by_hand() -> None:
 
 
 def slow_masked_cross_entropy(
-    logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor, weights: Tensor, share: float
+    logits: Tensor, targets: Tensor, hidden: Tensor, valid: Tensor, weights: Tensor, fraction: float
 ) -> float:
     per_input = []
     for k in range(len(logits)):
@@ -196,22 +196,22 @@ def slow_masked_cross_entropy(
                     own[0] -= weights[target].item() * math.log(scores[target] / sum(scores))
                     own[1] += weights[target].item()
         means = {side: total / mass for side, (total, mass) in sums.items()}
-        per_input.append((share * means[True] + means[False]) / (share + 1))
+        per_input.append((fraction * means[True] + means[False]) / (fraction + 1))
     return sum(per_input) / len(per_input)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_masked_cross_entropy_agrees_with_a_slow_loop(share: float, weighted: bool) -> None:
+def test_masked_cross_entropy_agrees_with_a_slow_loop(fraction: float, weighted: bool) -> None:
     logits, _, hidden = case()
     targets = torch.randint(4, (3, 5, 6))
     valid = (torch.rand(3, 5, 6) > 0.2) | hidden
     weights = torch.rand(4, dtype=torch.float64) + 0.1 if weighted else None
     value = masked_cross_entropy(
-        logits, targets, hidden, valid=valid, class_weights=weights, hidden_weight=share
+        logits, targets, hidden, valid=valid, class_weights=weights, hidden_weight=fraction
     )
     ones = torch.ones(4) if weights is None else weights
-    expected = slow_masked_cross_entropy(logits, targets, hidden, valid, ones, share)
+    expected = slow_masked_cross_entropy(logits, targets, hidden, valid, ones, fraction)
     assert value.item() == pytest.approx(expected, rel=1e-9)
 
 

@@ -118,7 +118,7 @@ def test_one_runs_interval_holds_its_mean_and_narrows_with_more_images() -> None
     values = np.array([0.0, 1.0, 1.0, 1.0] * 25)
     few, many = (bootstrap(np.tile(values, n), np.arange(100 * n)) for n in (1, 16))
     assert few.mean == many.mean == pytest.approx(0.75)
-    # The standard error of a share is sqrt(p (1 - p) / n).
+    # The standard error of a fraction is sqrt(p (1 - p) / n).
     reach = 1.96 * math.sqrt(0.75 * 0.25 / 100)
     assert (few.low, few.high) == pytest.approx((0.75 - reach, 0.75 + reach), abs=0.02)
     assert (many.high - many.low) == pytest.approx((few.high - few.low) / 4, rel=0.1)

@@ -19,7 +19,7 @@ def said(labels: list[int], answers: list[int], prior: list[float] | None = None
         "object_ids": np.arange(count),
         "image_ids": np.arange(count) // 2,
         "labels": np.array(labels),
-        "shares": np.full(count, 0.01),
+        "area_fractions": np.full(count, 0.01),
         "log_probs": np.log(probs),
     }
     return records if prior is None else {**records, "prior": np.array(prior)}

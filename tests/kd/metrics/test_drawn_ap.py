@@ -77,7 +77,7 @@ def test_without_objects_there_is_no_number_and_without_detections_nothing() -> 
     assert (recall(nothing, image[:0], weights, objects + 1) == 0).all()
 
 
-def test_recall_is_the_share_of_what_is_there() -> None:
+def test_recall_is_the_fraction_of_what_is_there() -> None:
     hit = np.array([[True, False, True], [False, False, True]])
     image = np.array([0, 1, 1])
     weights = np.array([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]])

@@ -50,7 +50,7 @@ def test_a_declared_metric_is_written_in_its_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["top7", "iou/car", "AP/3", "AP_small/tie", "share/tiny_top1", "KITTI11_easy",
+    "name", ["top7", "iou/car", "AP/3", "AP_small/tie", "fraction/tiny_top1", "KITTI11_easy",
              "confusable_AP75", "visible/0_top1"],
 )  # fmt: skip
 def test_names_with_a_number_or_a_class_are_percentages(name: str) -> None:

@@ -18,21 +18,21 @@ from kd.nn.regions import (
 
 def test_coverage_by_hand() -> None:
     # Places of 10 pixels; the box covers half of the first column's width and all of the second's.
-    shares = coverage(torch.tensor([[5.0, 0.0, 20.0, 5.0]]), (2, 3), 10)
+    fractions = coverage(torch.tensor([[5.0, 0.0, 20.0, 5.0]]), (2, 3), 10)
     expected = torch.tensor([[[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]])
-    torch.testing.assert_close(shares, expected)
+    torch.testing.assert_close(fractions, expected)
 
 
 def test_coverage_agrees_with_counted_pixels() -> None:
     boxes = torch.tensor([[3, 1, 29, 30], [0, 0, 32, 24], [-5, 10, 4, 99], [7, 7, 7, 7]]).float()
     grid, stride = (3, 4), 8
-    shares = coverage(boxes, grid, stride)
-    for box, share in zip(boxes.tolist(), shares, strict=True):
+    fractions = coverage(boxes, grid, stride)
+    for box, fraction in zip(boxes.tolist(), fractions, strict=True):
         pixels = torch.zeros(24, 32)
         x1, y1, x2, y2 = (max(int(side), 0) for side in box)
         pixels[y1:y2, x1:x2] = 1
         counted = pixels.view(3, 8, 4, 8).mean(dim=(1, 3))
-        torch.testing.assert_close(share, counted)
+        torch.testing.assert_close(fraction, counted)
 
 
 def test_masked_pool_agrees_with_a_loop() -> None:

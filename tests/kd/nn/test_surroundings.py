@@ -45,11 +45,11 @@ def painted(region: Tensor) -> list[Tensor]:
 def slow_mean(features: Tensor, stride: int, weight: Tensor, picture: Tensor) -> Tensor:
     """The mean of a map (C, h, w) over pixels with weights (H, W), in double precision."""
     places = features.double().repeat_interleave(stride, 1).repeat_interleave(stride, 2)
-    # Weights of a place cannot be told apart inside it, so a place's share is its mean weight.
+    # Weights of a place cannot be told apart inside it, so a place's fraction is its mean weight.
     pooled = nn.functional.avg_pool2d(weight[None].double(), stride)[0]
     whole = nn.functional.avg_pool2d(picture[None].double(), stride)[0]
-    share = (pooled + 1e-12 * whole).repeat_interleave(stride, 0).repeat_interleave(stride, 1)
-    return (places * share).sum(dim=(1, 2)) / share.sum()
+    fraction = (pooled + 1e-12 * whole).repeat_interleave(stride, 0).repeat_interleave(stride, 1)
+    return (places * fraction).sum(dim=(1, 2)) / fraction.sum()
 
 
 def filled(box: list[int]) -> Tensor:

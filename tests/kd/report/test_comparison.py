@@ -32,8 +32,8 @@ def records_of(strength: float, seed: int) -> Records:
     logits[torch.arange(90), labels] += strength
     metric = TopN(6, prior=[1.0] * 6, visible=lambda images: images % 3)
     ids = torch.arange(90)
-    shares = torch.logspace(-3, -0.5, 90)
-    metric.update(torch.log_softmax(logits, 1), labels, shares, ids, ids // 3)
+    fractions = torch.logspace(-3, -0.5, 90)
+    metric.update(torch.log_softmax(logits, 1), labels, fractions, ids, ids // 3)
     return metric.records()
 
 
@@ -59,10 +59,10 @@ def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceili
     drawn(figures.top_n_figure({"one class": np.ones(1)}))
 
 
-def test_shares_hidden_and_reliability_are_drawn_for_every_run() -> None:
+def test_fractions_hidden_and_reliability_are_drawn_for_every_run() -> None:
     runs = {"unet": records_of(2.0, 0), "cnn": records_of(0.5, 1)}
-    hidden = figures.share_hidden_figure(runs)
-    assert len(hidden.axes[0].patches) == 2 * len(scores.SHARE_BINS)
+    hidden = figures.hidden_fraction_figure(runs)
+    assert len(hidden.axes[0].patches) == 2 * len(scores.FRACTION_BINS)
     drawn(hidden)
     drawn(figures.reliability_figure(runs))
 

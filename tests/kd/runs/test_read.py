@@ -99,7 +99,7 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
     with np.load(file) as stored:
         records = dict(stored)
     np.savez(file, labels=records["labels"])
-    with pytest.raises(UserError, match=r"no object_ids, image_ids, shares, log_probs"):
+    with pytest.raises(UserError, match=r"no object_ids, image_ids, area_fractions, log_probs"):
         read_predictions(file, ObjectResults())
     np.savez(file, **{**records, "object_ids": np.zeros(6, dtype=np.int64)})
     with pytest.raises(UserError, match="5 objects occur twice"):

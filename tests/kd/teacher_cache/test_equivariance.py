@@ -36,9 +36,9 @@ class Mapped(nn.Module):
 class Placed(nn.Module):
     """Adds to each place what only says where it is, as position embeddings do."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, fraction: float) -> None:
         super().__init__()
-        self.register_buffer("places", share * torch.linspace(-1, 1, 8).expand(1, 6, 8, 8))
+        self.register_buffer("places", fraction * torch.linspace(-1, 1, 8).expand(1, 6, 8, 8))
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps + self.places  # type: ignore[operator]

@@ -145,8 +145,8 @@ def test_each_augmentation_occurs_with_its_probability() -> None:
         "grey": sum(plan.colour is not None and plan.colour.grey for plan in plans),
     }
     expected = {"flip": 0.5, "rotate": 0.1, "crop": 0.2, "blur": 0.1, "grey": 0.1}
-    for name, share in expected.items():
-        assert counts[name] / 2000 == pytest.approx(share, abs=0.035), name
+    for name, fraction in expected.items():
+        assert counts[name] / 2000 == pytest.approx(fraction, abs=0.035), name
 
 
 def test_zero_probabilities_do_nothing() -> None:

@@ -158,8 +158,10 @@ def test_flips_of_whole_images_occur_with_their_probability() -> None:
     turns = Flips(flip=0.3, upside_down=0.6, jitter=0.2)
     drawn = [turns.draw(np.random.default_rng(seed), SIZE, FRAME) for seed in range(400)]
     assert all(crop.window == (0, 0, *SIZE) and crop.size == FRAME for crop in drawn)
-    shares = np.mean([(crop.flip, crop.upside_down, crop.colour is not None) for crop in drawn], 0)
-    assert shares == pytest.approx([0.3, 0.6, 0.2], abs=0.07)
+    fractions = np.mean(
+        [(crop.flip, crop.upside_down, crop.colour is not None) for crop in drawn], 0
+    )
+    assert fractions == pytest.approx([0.3, 0.6, 0.2], abs=0.07)
     assert not any(build_flips(None).draw(np.random.default_rng(s), SIZE, FRAME).flip
                    for s in range(20))  # fmt: skip
     with pytest.raises(UserError, match="augment: unknown option 'upsidedown'; did you mean"):

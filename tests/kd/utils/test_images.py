@@ -109,12 +109,12 @@ def test_a_missing_file_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_reported(suffix: str, share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_reported(suffix: str, fraction: float, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(smooth(100, 120)).save(buffer, "JPEG" if suffix == ".jpg" else "PNG")
     path = tmp_path / f"cut{suffix}"
-    path.write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * share)])
+    path.write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * fraction)])
     with pytest.raises(UserError, match=rf"cut\{suffix}: cannot read this image: "):
         read_image(path, 48)
 

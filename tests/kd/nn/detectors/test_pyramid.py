@@ -58,10 +58,10 @@ def test_half_of_the_width_is_a_quarter_of_the_trunk() -> None:
     with torch.device("meta"):
         whole, half = (pyramid(trunk="resnet50", width=width).body for width in (1.0, 0.5))
     assert half.level_channels == tuple(one // 2 for one in whole.level_channels)
-    share = sum(one.numel() for one in half.parameters()) / sum(
+    fraction = sum(one.numel() for one in half.parameters()) / sum(
         one.numel() for one in whole.parameters()
     )
-    assert 0.24 < share < 0.27
+    assert 0.24 < fraction < 0.27
 
 
 def test_steps_and_batch_norms_freeze() -> None:

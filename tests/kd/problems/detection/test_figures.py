@@ -22,12 +22,12 @@ from kd.report.style import figure_image
 NAMES = ("cup", "mug", "jar")
 
 
-def records_of(share: float) -> Records:
-    """Eight images, a small cup and a large mug on each; a share of both is found."""
+def records_of(fraction: float) -> Records:
+    """Eight images, a small cup and a large mug on each; a fraction of both is found."""
     image = np.repeat(np.arange(8), 2)
     xywh = np.tile(np.array([[5.0, 5.0, 20.0, 20.0], [50.0, 50.0, 120.0, 120.0]]), (8, 1))
     sides = Boxes(image, np.tile([0, 1], 8), xywh, xywh[:, 2] * xywh[:, 3], np.zeros(16, np.bool_))
-    kept = np.arange(16) < 16 * share
+    kept = np.arange(16) < 16 * fraction
     kept[0] = False
     found = Boxes(image[kept], sides.label[kept], xywh[kept], sides.areas[kept], sides.crowd[kept])
     return box_records(sides, found, np.linspace(0.9, 0.2, kept.sum()), image_ids=np.arange(8),

@@ -126,8 +126,8 @@ def test_a_context_teacher_teaches_the_head_and_a_bare_twin_has_none(
         weights[variant]["context.layers.3.weight"] for variant in ("distilled", "plain")
     )
     assert not taught.equal(alone)
-    shares = weights["plain"]["context.log_prior"].exp()
-    assert shares.sum() == pytest.approx(1.0, abs=1e-4) and shares.std() > 1e-3
+    fractions = weights["plain"]["context.log_prior"].exp()
+    assert fractions.sum() == pytest.approx(1.0, abs=1e-4) and fractions.std() > 1e-3
     for variant in ("distilled", "no_context"):  # asked again, each answers as it did
         assert evaluate.main([str(runs[variant])]) == 0
         again = json.loads((runs[variant] / "evaluation" / "metrics.json").read_text())["runs"]
@@ -268,7 +268,7 @@ def test_each_recipe_s_ablations_run_from_its_own_teacher(
         found = {
             path.parent.name: curves(path.parent) for path in more.glob("seed0/*/summary.json")
         }
-        assert found.keys() == {"plain", *(f"psi_{share}" for share in (20, 35, 50, 65, 80))}
+        assert found.keys() == {"plain", *(f"psi_{fraction}" for fraction in (20, 35, 50, 65, 80))}
         assert '"loss/near_20"' in found["psi_20"] and '"loss/near"' in found["psi_50"]
 
 

@@ -39,7 +39,7 @@ SHAPES = {
     "boxes": ((4, 4), torch.float32),
     "labels": ((4,), torch.int64),
     "object_ids": ((4,), torch.int64),
-    "shares": ((4,), torch.float32),
+    "area_fractions": ((4,), torch.float32),
     "image_of": ((4,), torch.int64),
     "crowds": ((2, 4), torch.float32),
     "crowd_of": ((2,), torch.int64),
@@ -100,7 +100,7 @@ def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
     assert batch["object_ids"].tolist() == [50, 51, 70, 71]
     assert batch["labels"].tolist() == [0, 1, 0, 1]
     assert batch["image_of"].tolist() == [0, 0, 2, 2] and batch["crowd_of"].tolist() == [0, 2]
-    assert batch["shares"][:2].tolist() == pytest.approx([600 / 4800, 900 / 4800])
+    assert batch["area_fractions"][:2].tolist() == pytest.approx([600 / 4800, 900 / 4800])
     assert not batch["images"][:, :, 48:].any()
 
 

@@ -67,9 +67,11 @@ def test_padding_has_no_class(batch: dict[str, Tensor]) -> None:
 
 
 def test_class_weights_raise_rare_classes(batch: dict[str, Tensor]) -> None:
-    # Shares of the picture's area: the median is 0.1, background is cut to a tenth.
-    shares = (0.98, 0.1, 0.025, 0.1)
-    task = ContextMap(num_classes=CLASSES, class_weights=0.5, pixel_shares=shares, hidden_weight=0)
+    # Fractions of the picture's area: the median is 0.1, background is cut to a tenth.
+    fractions = (0.98, 0.1, 0.025, 0.1)
+    task = ContextMap(
+        num_classes=CLASSES, class_weights=0.5, pixel_fractions=fractions, hidden_weight=0
+    )
     logits = torch.zeros(2, 1 + CLASSES, 8, 8)
     logits[:, 1] = math.log(2)
     weights = {0: (0.1 / 0.98) ** 0.5, 1: 1.0}
@@ -92,7 +94,7 @@ def test_a_scene_holds_the_hidden_class_too(batch: dict[str, Tensor]) -> None:
 
 
 def test_a_rare_classs_presence_weighs_more(batch: dict[str, Tensor]) -> None:
-    task = ContextScene(num_classes=CLASSES, class_weights=1.0, image_shares=(0.5, 0.2, 0.9))
+    task = ContextScene(num_classes=CLASSES, class_weights=1.0, image_fractions=(0.5, 0.2, 0.9))
     loss = task.losses({"logits": torch.zeros(2, CLASSES)}, batch)["multilabel_bce"]
     assert loss.value.item() == pytest.approx((1 + 4 + 1) * math.log(2) / 3)
 

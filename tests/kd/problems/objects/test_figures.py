@@ -13,7 +13,7 @@ from kd.metrics.confusion import Confusion, per_class
 from kd.metrics.records import Records
 from kd.problems.objects.figures import (
     beyond_prior_figure,
-    class_share_figure,
+    class_fraction_figure,
     confusion_figure,
     per_class_figure,
 )
@@ -29,7 +29,7 @@ def said(labels: list[int], answers: list[int], classes: int = 3) -> Records:
         "object_ids": np.arange(count),
         "image_ids": np.arange(count),
         "labels": np.array(labels),
-        "shares": np.full(count, 0.01),
+        "area_fractions": np.full(count, 0.01),
         "log_probs": np.log(probs),
         "prior": np.full(classes, 1 / classes),
     }
@@ -45,15 +45,15 @@ def heights(axes: Axes) -> list[float]:
     return [patch.get_height() for patch in patches]
 
 
-def test_class_shares_fall_and_keep_their_names() -> None:
-    figure = class_share_figure(np.array([1, 8, 1]), np.array([0, 1, 1]), ["cat", "dog", "cow"])
+def test_class_fractions_fall_and_keep_their_names() -> None:
+    figure = class_fraction_figure(np.array([1, 8, 1]), np.array([0, 1, 1]), ["cat", "dog", "cow"])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "cat", "cow"]
     heights = [bar.get_height() for bar in axes.patches]  # type: ignore[attr-defined]
     assert heights == pytest.approx([80, 10, 10])
     assert axes.get_yscale() == "linear"
     drawn(figure)
-    many = class_share_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)])
+    many = class_fraction_figure(np.ones(200), np.zeros(200), [str(c) for c in range(200)])
     assert many.axes[0].get_yscale() == "symlog"  # below one percent
     drawn(many)
 

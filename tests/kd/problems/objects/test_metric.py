@@ -34,7 +34,7 @@ def log_probs_of(probs: object) -> Tensor:
 
 
 def filled(log_probs: Tensor, labels: Tensor, metric: TopN | None = None, start: int = 0) -> TopN:
-    """A metric with these objects, two an image, of shares from small to large."""
+    """A metric with these objects, two an image, of fractions from small to large."""
     metric = metric or TopN(log_probs.shape[1])
     count = len(labels)
     ids = torch.arange(start, start + count)
@@ -161,10 +161,10 @@ def test_bins_leave_no_object_out() -> None:
     for bins in scores.BINS.values():
         bounds = list(bins.values())
         assert bounds[0][0] == 0 and bounds[-1][1] == np.inf
-    assert all(low == high for (_, high), (low, _) in pairwise(scores.SHARE_BINS.values()))
+    assert all(low == high for (_, high), (low, _) in pairwise(scores.FRACTION_BINS.values()))
     assert all(low == high for (_, high), (low, _) in pairwise(scores.VISIBLE_BINS.values()))
     assert scores.bin_title("visible", "over10") == "over 10"
-    assert scores.bin_title("share", "tiny") == "tiny\n0 to 0.5 %"
+    assert scores.bin_title("fraction", "tiny") == "tiny\n0 to 0.5 %"
 
 
 def test_uniform_guesses_are_worked_by_hand() -> None:
@@ -174,12 +174,12 @@ def test_uniform_guesses_are_worked_by_hand() -> None:
     chances = {name: scores.chance(records, name) for name in (
         "top1", "top3", "mean_class_top1", "topn_auc", "nll", "confusable_top1",
         "confusable_pair_top1",
-        "share/tiny_top1", "top20", "ece", "visible/0_top1",
+        "fraction/tiny_top1", "top20", "ece", "visible/0_top1",
     )}  # fmt: skip
     assert chances == {
         "top1": 0.25, "top3": 0.75, "mean_class_top1": 0.25, "topn_auc": 0.625,
         "nll": pytest.approx(math.log(4)), "confusable_top1": 0.25,
-        "confusable_pair_top1": pytest.approx(1 / 3), "share/tiny_top1": 0.25,
+        "confusable_pair_top1": pytest.approx(1 / 3), "fraction/tiny_top1": 0.25,
         "top20": None, "ece": None, "visible/0_top1": None,
     }  # fmt: skip
     assert scores.value(records, "nll") == pytest.approx(chances["nll"])
@@ -190,7 +190,7 @@ def test_metrics_that_no_object_counts_for_are_left_out() -> None:
     ids = torch.tensor([1])
     metric.update(log_probs_of([[0.9, 0.1]]), torch.tensor([0]), torch.tensor([0.01]), ids, ids)
     found = metric.compute()
-    assert [name for name in found if name.startswith("share/")] == ["share/small_top1"]
+    assert [name for name in found if name.startswith("fraction/")] == ["fraction/small_top1"]
     assert not any("confusable" in name for name in found)
 
 
@@ -288,8 +288,8 @@ def test_two_processes_hold_the_union(tmp_path: Path) -> None:
     expected = filled(log_probs, labels).records()
     ids = torch.arange(31)
     everything = (log_probs, labels, torch.linspace(0.001, 0.3, 31), ids, ids // 2)
-    names = ("log_probs", "labels", "shares", "object_ids", "image_ids")
-    # Object 15 is on both ranks, as a sampler that pads would give it, and the shares are unequal.
+    names = ("log_probs", "labels", "area_fractions", "object_ids", "image_ids")
+    # Object 15 is on both ranks, as a sampler that pads would give it; the parts are unequal.
     other = {name: part[15:] for name, part in zip(names, everything, strict=True)}
     torch.save(other, tmp_path / "batch.pt")
     metric = TopN(12)

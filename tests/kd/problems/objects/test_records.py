@@ -15,7 +15,7 @@ def three() -> Records:
         "object_ids": np.array([5, 7, 9]),
         "image_ids": np.array([1, 1, 2]),
         "labels": np.array([0, 1, 1]),
-        "shares": np.array([0.1, 0.1, 0.1]),
+        "area_fractions": np.array([0.1, 0.1, 0.1]),
         "log_probs": np.log(np.full((3, 2), 0.5)),
     }
 

@@ -64,7 +64,7 @@ def test_a_batch_is_what_the_design_says(index: CocoIndex) -> None:
         "labels": ((objects,), torch.int64),
         "image_of": ((objects,), torch.int64),
         "object_ids": ((objects,), torch.int64),
-        "shares": ((objects,), torch.float32),
+        "area_fractions": ((objects,), torch.float32),
         "usable": ((objects,), torch.bool),
         "hidden": ((hidden,), torch.int64),
         "hide_fraction": ((hidden,), torch.float32),
@@ -89,7 +89,7 @@ def test_validation_only_rescales_and_pads(index: CocoIndex) -> None:
     assert sample["labels"].tolist() == index.labels[first:last].tolist()
     assert sample["object_ids"].tolist() == index.object_ids[first:last].tolist()
     sides = index.boxes[first:last, 2:] - index.boxes[first:last, :2]
-    np.testing.assert_allclose(sample["shares"], sides.prod(1) / (48 * 64), rtol=1e-5)
+    np.testing.assert_allclose(sample["area_fractions"], sides.prod(1) / (48 * 64), rtol=1e-5)
     assert same(sample, dataset[7, 2])
 
 
@@ -125,7 +125,7 @@ def test_objects_dropped_by_augmentation_take_everything_with_them(index: CocoIn
             ids = sample["object_ids"].tolist()
             dropped += int(np.diff(index.first)[position]) - len(ids)
             assert sample["labels"].tolist() == [label_of[key] for key in ids]
-            assert {len(sample[key]) for key in ("boxes", "shares", "usable")} == {len(ids)}
+            assert {len(sample[key]) for key in ("boxes", "area_fractions", "usable")} == {len(ids)}
             assert (sample["boxes"] >= 0).all()
             assert (sample["boxes"][:, 2:] <= sample["sizes"].flip(0)).all()
             assert len(sample["segments"]) == len(sample["hidden"]) > 0
@@ -185,13 +185,13 @@ def test_no_usable_object_at_all_is_an_error(index: CocoIndex) -> None:
         ObjectSamples(index, size=32, min_fraction=0.9, max_fraction=0.95)
 
 
-def test_a_share_on_the_limit_is_usable_at_any_size(index: CocoIndex) -> None:
+def test_a_fraction_on_the_limit_is_usable_at_any_size(index: CocoIndex) -> None:
     """The choice of images and the samples must round alike, or nothing could be hidden."""
     first, last = index.first[0], index.first[1]
     sides = index.boxes[first:last, 2:] - index.boxes[first:last, :2]
-    share = float(sides.astype(np.float64).prod(axis=1).max() / (48 * 64))
+    fraction = float(sides.astype(np.float64).prod(axis=1).max() / (48 * 64))
     for size in (31, 32, 57):
-        sample = ObjectSamples(index, size=size, min_fraction=share, max_fraction=1.0)[0, 0]
+        sample = ObjectSamples(index, size=size, min_fraction=fraction, max_fraction=1.0)[0, 0]
         assert sample["usable"].sum() == 1
 
 
@@ -220,8 +220,8 @@ def test_unknown_labelled_images_are_an_error(index: CocoIndex) -> None:
 def test_partial_masking_follows_the_epochs_in_training_only(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 32, "partial": (0.2, 0.5), "epochs": 10}
     training = ObjectSamples(index, **options)
-    shares = [training[epoch, 0]["hide_fraction"].item() for epoch in (0, 1, 5, 9)]
-    assert shares == pytest.approx([0.2, 0.36, 1.0, 1.0])
+    fractions = [training[epoch, 0]["hide_fraction"].item() for epoch in (0, 1, 5, 9)]
+    assert fractions == pytest.approx([0.2, 0.36, 1.0, 1.0])
     assert ObjectSamples(index, train=False, **options)[0, 0]["hide_fraction"].item() == 1.0
 
 
@@ -270,13 +270,13 @@ def test_bad_images_are_named(index: CocoIndex) -> None:
 def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -> None:
     options: dict[str, Any] = {"size": 32, "hide_several": (0.0, 0.6), "epochs": 11}
     dataset = ObjectSamples(index, train=True, **options)
-    shares = []
+    fractions = []
     for epoch in (0, 5, 10):
         withheld = [dataset[epoch, place]["also_hidden"] for place in range(len(dataset))]
         again = [dataset[epoch, place]["also_hidden"] for place in range(len(dataset))]
         assert all(torch.equal(a, b) for a, b in zip(withheld, again, strict=True))
-        shares.append(float(torch.cat(withheld).float().mean()))
-    assert shares[0] == 0 and shares[2] > 0.3
+        fractions.append(float(torch.cat(withheld).float().mean()))
+    assert fractions[0] == 0 and fractions[2] > 0.3
     assert "withheld" not in ObjectSamples(index, train=False, **options)[0, 0]
 
 

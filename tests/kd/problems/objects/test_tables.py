@@ -27,7 +27,7 @@ def records_of(seed: int, strength: float = 1.5) -> Records:
         "object_ids": ids,
         "image_ids": ids // 3,
         "labels": labels,
-        "shares": np.linspace(0.001, 0.1, 60),
+        "area_fractions": np.linspace(0.001, 0.1, 60),
         "log_probs": logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)),
         "visible": 2 + ids // 3 % 3,
         "prior": np.array([0.5, 0.3, 0.2]),
@@ -87,14 +87,14 @@ def test_bins_count_their_objects_and_leave_out_what_is_not_known() -> None:
     few = run["visible"] == 2
     hits = (scores.ranks(run["log_probs"], run["labels"]) == 0)[few]
     assert table.groups[0][0][2].startswith(f"{100 * hits.mean():.1f} [")
-    shares = tables.bins_table("share", {"cnn": run}, {})
-    assert shares is not None
-    assert sum(int(row[1]) for row in shares.groups[0]) == 60
+    fractions = tables.bins_table("fraction", {"cnn": run}, {})
+    assert fractions is not None
+    assert sum(int(row[1]) for row in fractions.groups[0]) == 60
     old = {name: part for name, part in run.items() if name != "visible"}
     assert tables.bins_table("visible", {"cnn": old}, {}) is None
 
 
-def test_classes_say_their_shares_and_what_is_said_instead() -> None:
+def test_classes_say_their_fractions_and_what_is_said_instead() -> None:
     run = records_of(0)
     rows = per_class(run)
     table = tables.class_table(rows, NAMES, np.array([5, 3, 2]))
@@ -135,7 +135,7 @@ def test_the_notes_say_how_far_a_run_is_from_each_reference() -> None:
     assert difference_notes(results, run, {}, ("top1", "nll")) == []
 
 
-@pytest.mark.parametrize("kind", ["share", "visible"])
+@pytest.mark.parametrize("kind", ["fraction", "visible"])
 def test_a_table_of_bins_is_markdown_without_line_breaks_in_cells(kind: str) -> None:
     table = tables.bins_table(kind, {"cnn": records_of(0)}, {})
     assert table is not None

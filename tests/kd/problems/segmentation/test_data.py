@@ -54,10 +54,10 @@ def test_classes_are_counted_on_train_pixels_without_void(
     data = open_maps(broken)
     expected = np.zeros(11)
     expected[0], expected[3] = 8 * 24 + 16 * 24, 4 * 24
-    np.testing.assert_allclose(data.class_fractions()["pixel_shares"], expected / expected.sum())
+    np.testing.assert_allclose(data.class_fractions()["pixel_fractions"], expected / expected.sum())
     monkeypatch.setattr(images, "COUNTED", 1)  # of the two maps, the first
     expected[0] = 8 * 24
-    np.testing.assert_allclose(data.class_fractions()["pixel_shares"], expected / expected.sum())
+    np.testing.assert_allclose(data.class_fractions()["pixel_fractions"], expected / expected.sum())
     for number in range(2):
         Image.fromarray(np.full((16, 24), 11, np.uint8)).save(root / "trainannot" / f"{number}.png")
     with pytest.raises(UserError, match="no pixel has a class"):

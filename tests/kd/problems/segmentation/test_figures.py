@@ -33,7 +33,7 @@ def test_classes_come_with_their_pixels_iou_and_what_is_said_instead() -> None:
     sky, _, car, tree = rows
     assert (sky.fraction, sky.iou, sky.accuracy) == pytest.approx((84 / 132, 80 / 88, 80 / 84))
     assert [label for label, _ in sky.instead] == [1, 2]
-    assert [share for _, share in sky.instead] == pytest.approx([3 / 84, 1 / 84])
+    assert [fraction for _, fraction in sky.instead] == pytest.approx([3 / 84, 1 / 84])
     assert (car.fraction, car.iou) == pytest.approx((4 / 132, 1 / 5))
     assert tree.fraction == 0 and np.isnan(tree.accuracy) and tree.instead == ()
     table = map_class_table(rows, RECORDS, NAMES)
@@ -51,18 +51,18 @@ def test_bars_are_the_ious_above_the_shares() -> None:
     rows = per_class(RECORDS)
     figure = iou_figure({"plain": rows, "distilled": rows}, NAMES)
     above, below = figure.axes
-    heights, shares = (
+    heights, fractions = (
         [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
         for axes in (above, below)
     )
     assert heights == pytest.approx([100 * row.iou for row in rows[:3]] * 2)
-    assert shares == pytest.approx([100 * row.fraction for row in rows[:3]])
+    assert fractions == pytest.approx([100 * row.fraction for row in rows[:3]])
     assert below.get_yscale() == "log"
     figure_image(figure)
     figure_image(iou_figure({str(n): rows for n in range(14)}, NAMES))
 
 
-def test_the_confusions_are_shares_of_each_row_and_rows_say_their_pixels() -> None:
+def test_the_confusions_are_fractions_of_each_row_and_rows_say_their_pixels() -> None:
     figure = pixel_confusion_figure(CONFUSION.sum(axis=0), NAMES)
     (axes,) = figure.axes
     image = np.asarray(axes.images[0].get_array())

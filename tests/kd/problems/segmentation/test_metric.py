@@ -61,12 +61,12 @@ def test_every_number_is_that_of_a_loop_over_pixels() -> None:
     said, batch = random_case()
     metric, counts = filled(said, batch), by_hand(said, batch["label_maps"])
     iou = {c: hits / union for c, (hits, _, union) in counts.items() if union}
-    shares = [hits / there for hits, there, _ in counts.values() if there]
+    fractions = [hits / there for hits, there, _ in counts.values() if there]
     pixels = sum(there for _, there, _ in counts.values())
     values = metric.compute()
-    assert set(iou) == {0, 1, 2, 3, 4} and iou[4] == 0 and len(shares) == 4
+    assert set(iou) == {0, 1, 2, 3, 4} and iou[4] == 0 and len(fractions) == 4
     assert values["mIoU"] == pytest.approx(sum(iou.values()) / 5)
-    assert values["mean_accuracy"] == pytest.approx(sum(shares) / 4)
+    assert values["mean_accuracy"] == pytest.approx(sum(fractions) / 4)
     hits = sum(hits for hits, _, _ in counts.values())
     assert values["pixel_accuracy"] == pytest.approx(hits / pixels)
     assert values["count"] == 7
@@ -94,8 +94,8 @@ def test_numbers_are_those_of_torchmetrics() -> None:
     pixels = MulticlassAccuracy(CLASSES, ignore_index=VOID, average="micro")(said, truth)
     assert values["pixel_accuracy"] == pytest.approx(float(pixels), abs=1e-6)
     # Its mean of accuracies counts classes that are only said; ours is over those that are there.
-    shares = MulticlassAccuracy(CLASSES, ignore_index=VOID, average="none")(said, truth)
-    assert values["mean_accuracy"] == pytest.approx(float(shares[:4].mean()), abs=1e-6)
+    fractions = MulticlassAccuracy(CLASSES, ignore_index=VOID, average="none")(said, truth)
+    assert values["mean_accuracy"] == pytest.approx(float(fractions[:4].mean()), abs=1e-6)
 
 
 def test_a_confusion_worked_by_hand() -> None:

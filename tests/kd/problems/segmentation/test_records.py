@@ -19,7 +19,7 @@ NAMES = ("sky", "road", "car")
 
 
 def records_of(seed: int, *, images: int = 12, right: float = 0.6, first: int = 0) -> Records:
-    """Maps of three classes, of which a share is right; the truth is the same for every seed."""
+    """Maps of three classes, of which a fraction is right; the truth is the same for every seed."""
     truth = np.random.default_rng(99).integers(0, 3, (images, 40))
     rng = np.random.default_rng(seed)
     said = np.where(rng.random(truth.shape) < right, truth, rng.integers(0, 3, truth.shape))

@@ -88,12 +88,12 @@ def test_an_edge_stays_where_it_is_on_whole_places_and_other_crops_are_refused(s
 
 
 def test_rare_classes_weigh_more_and_a_pixel_one_on_average() -> None:
-    shares = (0.7, 0.2, 0.08, 0.02)  # the median is 0.14
+    fractions = (0.7, 0.2, 0.08, 0.02)  # the median is 0.14
     batch = make_batch(size=(16, 24))
     logits = torch.randn(3, CLASSES, 16, 24)
-    task = Segmentation(num_classes=CLASSES, class_weights=1.0, pixel_shares=shares)
+    task = Segmentation(num_classes=CLASSES, class_weights=1.0, pixel_fractions=fractions)
     raw = [0.14 / 0.7, 0.14 / 0.2, 0.14 / 0.08, 0.14 / 0.02]
-    scale = sum(w * s for w, s in zip(raw, shares, strict=True))
+    scale = sum(w * s for w, s in zip(raw, fractions, strict=True))
     found, truth = [], batch["label_maps"]
     for image, row, column in (truth != VOID).nonzero().tolist():
         own = int(truth[image, row, column])
@@ -107,8 +107,8 @@ def test_rare_classes_weigh_more_and_a_pixel_one_on_average() -> None:
 
 
 def test_a_divergence_may_weigh_pixels_as_cross_entropy_does() -> None:
-    shares, batch = (0.7, 0.2, 0.08, 0.02), make_batch()
-    task = Segmentation(num_classes=CLASSES, class_weights=0.5, pixel_shares=shares)
+    fractions, batch = (0.7, 0.2, 0.08, 0.02), make_batch()
+    task = Segmentation(num_classes=CLASSES, class_weights=0.5, pixel_fractions=fractions)
     ours, theirs = torch.randn(2, 3, CLASSES, 24, 32).unbind()
     term = build_term(TermSection(name="pixel_wise_weighted", weight=1.0))
     both = {"logits": ours}, {"logits": theirs}
@@ -116,8 +116,8 @@ def test_a_divergence_may_weigh_pixels_as_cross_entropy_does() -> None:
         "pixel_wise_weighted"
     ]
     truth, p, q = batch["label_maps"], ours.log_softmax(1), theirs.log_softmax(1)
-    weights = F.one_hot(truth.long() % VOID, CLASSES).float() @ torch.tensor(shares) ** -0.5
-    weights = weights / sum(share**0.5 for share in shares)
+    weights = F.one_hot(truth.long() % VOID, CLASSES).float() @ torch.tensor(fractions) ** -0.5
+    weights = weights / sum(fraction**0.5 for fraction in fractions)
     expected = ((q.exp() * (q - p)).sum(1) * weights)[truth != VOID].mean()
     assert found.unit == "pixels"
     torch.testing.assert_close(found.value, expected)
@@ -129,13 +129,13 @@ def test_weights_of_classes_are_made_once_and_only_where_they_are_read(
 ) -> None:
     made = []
 
-    def counted(shares: Sequence[float], *, power: float) -> list[float]:
+    def counted(fractions: Sequence[float], *, power: float) -> list[float]:
         made.append(power)
-        return [share**-power for share in shares]
+        return [fraction**-power for fraction in fractions]
 
     monkeypatch.setattr(segmentation, "median_frequency", counted)
-    shares = (0.6, 0.25, 0.1, 0.05)  # of no other test: they are kept
-    task = Segmentation(num_classes=CLASSES, class_weights=0.25, pixel_shares=shares)
+    fractions = (0.6, 0.25, 0.1, 0.05)  # of no other test: they are kept
+    task = Segmentation(num_classes=CLASSES, class_weights=0.25, pixel_fractions=fractions)
     for _ in range(3):
         masks = task.masks(make_batch())
     assert not made
@@ -185,10 +185,10 @@ def test_void_pixels_have_no_gradient() -> None:
     assert torch.equal(touched, batch["label_maps"] != VOID)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_wrong_share_is_refused(share: float) -> None:
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_wrong_fraction_is_refused(fraction: float) -> None:
     with pytest.raises(UserError, match=r"label_smoothing must be in \[0, 1\), got"):
-        Segmentation(num_classes=2, label_smoothing=share)
+        Segmentation(num_classes=2, label_smoothing=fraction)
 
 
 def test_inputs_are_whole_normalised_images() -> None:
