@@ -176,6 +176,8 @@ def check_options(
 ) -> None:
     """Check option names and simple types against the builder's keyword-only parameters.
 
+    A builder with `**options` takes any name.
+
     Args:
         builder: A function, a class or a `functools.partial` of one.
         options: The user's options.
@@ -185,16 +187,23 @@ def check_options(
     Raises:
         ConfigError: One line per mistake, all mistakes at once.
     """
-    filled = set(given)
+    filled, every = set(given), inspect.signature(builder).parameters
+    any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in every.values())
     parameters = {
         name: parameter
-        for name, parameter in inspect.signature(builder).parameters.items()
+        for name, parameter in every.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in filled
     }
     annotations = _annotations(builder)
     mistakes = []
     for name, value in options.items():
-        if name not in parameters:
+        if name in every and name not in parameters and name not in filled:
+            mistakes.append(
+                f"{what}: option {name!r}: options are keyword-only parameters; write `*` before "
+                "this one in the signature"
+            )
+            continue
+        if name not in parameters and (name in filled or not any_name):
             mistakes.append(f"{what}: unknown option {name!r}{suggestion(name, parameters)}")
             continue
         expected = annotations.get(name, Any)

@@ -189,7 +189,7 @@ def test_every_distill_recipe_builds(name: str, data: str) -> None:
             train_section(recipe.train, variants_of(recipe)[variant]), recipe.data, model
         )
     built = [build_term(one) for one in recipe.all_losses]
-    assert {term.name for term in built} == {term.curve for term in recipe.all_losses}
+    assert {term.name for term in built} == {term.label for term in recipe.all_losses}
 
 
 class Kept:
@@ -234,7 +234,7 @@ def test_every_term_of_a_recipe_on_pixels_computes(name: str, data: str) -> None
         known = source(batch, task.rows(batch))
     every = {**output, **features}
     losses = distillation_losses(terms, every, known, task, batch, task.masks(batch))
-    assert losses.keys() == {term.curve for term in recipe.all_losses}
+    assert losses.keys() == {term.label for term in recipe.all_losses}
     assert all(loss.value.isfinite() for loss in losses.values())
 
 

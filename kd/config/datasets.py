@@ -57,21 +57,3 @@ class DatasetSection(Section):
     name: str = Field("unnamed", description="part of run folders")
     root: str | None = Field(None, description="folder of the splits' paths")
     workers: Whole = Field(1, description="loader processes; 0 = none")
-
-
-def check_splits(section: DatasetSection, layout: str, *, drawn: str) -> None:
-    """Check that splits fit a layout: names of published ones, or paths in COCO's format.
-
-    Args:
-        section: Has fields `train` and `val`.
-        layout: The section's.
-        drawn: The layout that is drawn from COCO-format annotations.
-
-    Raises:
-        ValueError: Naming the split.
-    """
-    for name in ("train", "val"):
-        paths = isinstance(getattr(section, name), Split)
-        if paths is not (layout == drawn):
-            wanted = "its annotations and images" if layout == drawn else "a split's name"
-            raise ValueError(f"{name}: layout {layout} takes {wanted}")

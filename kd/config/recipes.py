@@ -171,7 +171,10 @@ class TermSection(Section):
     name: str = Field(
         description="of kd.distill --list, torchdistill.NAME or package.module:attribute"
     )
-    label: str | None = Field(None, description="name of its curve; needed if a loss is used twice")
+    label: str = Field(
+        default_factory=lambda given: given.get("name", ""),
+        description="tag of its curve, loss/LABEL, and its name in ablations; default: name",
+    )
     weight: Positive
     student: str | None = Field(None, description="output or layer of the student")
     teacher: str | None = Field(None, description="output or layer of the teacher")
@@ -180,11 +183,6 @@ class TermSection(Section):
     )
     options: dict[str, Any] = Field(default_factory=dict)
     schedule: Weighted = Weighted()
-
-    @property
-    def curve(self) -> str:
-        """Unique name among the recipe's terms."""
-        return self.label or self.name
 
 
 class Adapter(Section):
@@ -279,7 +277,7 @@ class DistillRecipe(Recipe):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} must be one or more different numbers")
         self._check_variants()
-        names = [term.curve for term in self.all_losses]
+        names = [term.label for term in self.all_losses]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"losses: {', '.join(twice)}: given twice; tell them apart by `label`")
         for ablation, variants in self.ablations.items():

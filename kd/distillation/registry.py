@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,9 +75,11 @@ class TermKind:
         """Whether it compares maps of whole images rather than rows of objects or boxes."""
         return self.unit in ("place", "image")
 
-    def load(self) -> Callable[..., Any]:
-        """Import the loss."""
-        return load_target(self.loss) if isinstance(self.loss, str) else self.loss
+    def bind(self, options: Mapping[str, object], *, what: str) -> Callable[..., Any]:
+        """Import the loss and bind its options, which are checked; `what` begins messages."""
+        loss = load_target(self.loss) if isinstance(self.loss, str) else self.loss
+        check_options(loss, options, what=what)
+        return functools.partial(loss, **options)
 
 
 TERMS: dict[str, TermKind] = {

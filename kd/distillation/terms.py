@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.config.recipes import TermSection
-from kd.distillation.registry import MEAN, POSTERIOR, TORCHDISTILL, TermKind, term_kind
+from kd.distillation.registry import MEAN, POSTERIOR, TermKind, term_kind
 from kd.errors import UserError
 from kd.losses.box_distillation import known_rows, own_class_deltas
 from kd.losses.holistic import without_void
 from kd.problems.base import KNOWN, Batch, Mask, Mean, Output, Rows, Task
-from kd.registry import check_options
 from kd.transforms.hide import normalise
 
 Masks = Mapping[str, Mask]
@@ -40,24 +38,24 @@ class Term:
 
     @property
     def name(self) -> str:
-        """Name of its curve."""
-        return self.section.curve
+        """TensorBoard tag of the term's loss without `loss/`; unique in a recipe."""
+        return self.section.label
 
     @property
     def mask(self) -> str | None:
-        """The task's mask that it needs."""
+        """Name of the task's mask that the loss reads."""
         if self.mask_value is None:
             return self.kind.mask
         return f"{self.kind.mask}_{self.mask_value:g}"
 
     @property
     def reads_posterior(self) -> bool:
-        """Whether it reads a teacher's posterior of hidden objects."""
+        """Whether the term compares a teacher's posteriors of hidden objects."""
         return self.teacher.rpartition(".")[2] == POSTERIOR
 
     @property
     def count(self) -> str | None:
-        """Mask that the task counts for its mean, or `valid` or `frame`; None: nothing further."""
+        """What the task counts for a mean over places: a mask, `valid` or `frame`; else None."""
         if self.kind.unit != "place":
             return None
         return self.mask or ("valid" if self.kind.valid else "frame")
@@ -74,15 +72,13 @@ def build_term(section: TermSection) -> Term:
     """
     what = f"losses: {section.name}"
     kind = term_kind(section)
-    loss, options, mask_value = kind.load(), dict(section.options), None
+    options, mask_value = dict(section.options), None
     if kind.mask_option in options:
         mask_value = _fraction(options.pop(kind.mask_option), f"{what}: {kind.mask_option}")
-    if not section.name.startswith(TORCHDISTILL):  # checked by `term_kind`
-        check_options(loss, options, what=what)
+    function = kind.bind(options, what=what)
     student, teacher = section.student or kind.student, section.teacher or kind.teacher
     if student is None or teacher is None:
         raise UserError(f"{what}: name the layers: student: ..., teacher: ...")
-    function = functools.partial(loss, **options)
     return Term(section, kind, function, student, teacher, mask_value)
 
 
@@ -186,21 +182,21 @@ def _loss_of(
     if kind.own_class:
         ours, theirs = (own_class_deltas(side, _labels(term, rows)) for side in (ours, theirs))
     if kind.labels:
-        return Mean(term.function(ours, theirs, _labels(term, rows)), "labelled")
+        return Mean(_call(term, ours, theirs, _labels(term, rows)), "labelled")
     if rows.partial and term.reads_posterior:
         ours, theirs, scale = known_rows(ours, theirs)
         owner = term.teacher.removesuffix(POSTERIOR)
-        return Mean(term.function(ours, theirs) * scale, f"{owner}{KNOWN}")
+        return Mean(_call(term, ours, theirs) * scale, f"{owner}{KNOWN}")
     if term.mask is not None:
         mask = _mask(masks, term.mask, term, task)(grid)
         unit = task.place_unit(term.mask, grid, batch)
-        return Mean(term.function(ours, theirs, mask), unit)
+        return Mean(_call(term, ours, theirs, mask), unit)
     if kind.images:
         images = normalise(batch["images"])
         images = images if rows.images is None else images[rows.images]
         ours = ours if valid is None else without_void(ours, theirs, valid)
         judged = (ours.detach(), theirs.detach(), images) if kind.trained == "critic" else ()
-        return Mean(term.function(ours, theirs, images), rows.unit, judged)
+        return Mean(_call(term, ours, theirs, images), rows.unit, judged)
     given: dict[str, Tensor] = {}
     if kind.place_weights:
         given["weights"] = _mask(masks, kind.place_weights, term, task)(grid)
@@ -209,7 +205,30 @@ def _loss_of(
         unit, given["valid"] = "valid_images", valid
     if kind.unit == "place" and maps:
         unit = task.place_unit("valid" if "valid" in given else "frame", grid, batch)
-    return Mean(term.function(ours, theirs, **given), unit)
+    return Mean(_call(term, ours, theirs, **given), unit)
+
+
+def _call(term: Term, ours: Tensor, theirs: Tensor, *more: Tensor, **given: Tensor) -> Tensor:
+    """Call a term's loss; tensors of unequal shape that it cannot compare are a UserError."""
+    sides = f"student {tuple(ours.shape)}, teacher {tuple(theirs.shape)}"
+    try:
+        value = term.function(ours, theirs, *more, **given)
+    except (UserError, RuntimeError, ValueError, IndexError) as error:
+        if ours.shape == theirs.shape:
+            raise
+        hint = "" if term.kind.unit in ("box", "object") else (
+            "; an adapter gives a student's layer the teacher's shape: "
+            f"adapters: {{{term.student}: {{kind: conv1x1, to: {term.teacher}}}}}"
+        )  # fmt: skip
+        first = str(error).partition("\n")[0]
+        raise UserError(f"losses: {term.name}: {sides}: {first}{hint}") from error
+    if not isinstance(value, Tensor) or value.ndim:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(
+            f"losses: {term.name}: a loss must return a scalar tensor, the mean over its "
+            f"{term.kind.unit}s; got {got} ({sides})"
+        )
+    return value
 
 
 def _labels(term: Term, rows: Rows) -> Tensor:

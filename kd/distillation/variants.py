@@ -50,10 +50,10 @@ def variants_of(recipe: DistillRecipe) -> dict[str, Variant]:
     ]
     for ablation in recipe.ablations.values():
         for name, labels in ablation.items():
-            terms = (term for term in recipe.all_losses if term.curve in labels)
+            terms = (term for term in recipe.all_losses if term.label in labels)
             variants.append(Variant(name, tuple(terms)))
-    wanted = {term.curve for one in variants if one.name in recipe.variants for term in one.terms}
-    wanted |= {term.curve for term in recipe.losses}
-    watched = (term for term in recipe.all_losses if term.curve in wanted)
+    wanted = {term.label for one in variants if one.name in recipe.variants for term in one.terms}
+    wanted |= {term.label for term in recipe.losses}
+    watched = (term for term in recipe.all_losses if term.label in wanted)
     variants.insert(0, Variant("plain", watched=tuple(watched)))
     return {variant.name: variant for variant in variants}

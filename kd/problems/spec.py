@@ -4,10 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from kd.config.datasets import DatasetSection
+from pydantic import Field, field_validator, model_validator
+
+from kd.config.datasets import AnySplit, DatasetSection, Generate, Split
+from kd.formats import check_layout
 from kd.registry import Entry, is_foreign, load_target, look_up
+
+
+class LayoutSection(DatasetSection):
+    """Keys of datasets with splits: in a published layout, or as COCO-format annotations.
+
+    Attributes:
+        layouts_of: Problem whose layouts `kd.formats.LAYOUTS` lists.
+        annotated: The layout whose splits are paths of COCO-format annotations and images.
+    """
+
+    layouts_of: ClassVar[str]
+    annotated: ClassVar[str] = "coco"
+
+    layout: str
+    train: AnySplit
+    val: AnySplit
+    generate: Generate | None = Field(None, description="only for the embedded scenes")
+
+    @field_validator("layout")
+    @classmethod
+    def _layout_is_known(cls, name: str) -> str:
+        return check_layout(name, cls.layouts_of, annotated=cls.annotated)
+
+    @model_validator(mode="after")
+    def _splits_fit_layout(self) -> LayoutSection:
+        by_path = self.layout == self.annotated
+        for name in ("train", "val"):
+            if isinstance(getattr(self, name), Split) is not by_path:
+                wanted = "its annotations and images" if by_path else "a split's name"
+                raise ValueError(f"{name}: layout {self.layout} takes {wanted}")
+        return self
 
 
 @dataclass(frozen=True)

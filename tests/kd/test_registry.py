@@ -105,7 +105,7 @@ def test_true_is_not_an_integer() -> None:
 
 
 def test_a_positional_parameter_is_not_an_option() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'size'"):
+    with pytest.raises(ConfigError, match="'size': options are keyword-only"):
         check_options(example, {"size": 3}, what="x")
 
 

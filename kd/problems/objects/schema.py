@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from kd.config.datasets import (
-    AnySplit,
-    Count,
-    DatasetSection,
-    Fraction,
-    Generate,
-    Scale,
-    Section,
-    check_splits,
-)
-from kd.formats import check_layout
-from kd.problems.spec import ProblemSpec
+from kd.config.datasets import AnySplit, Count, Fraction, Scale, Section
+from kd.problems.spec import LayoutSection, ProblemSpec
 from kd.registry import Entry
 
 
@@ -37,8 +27,10 @@ class HideSeveral(Section):
     end: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="the same in the last epoch")
 
 
-class ObjectsSection(DatasetSection):
+class ObjectsSection(LayoutSection):
     """Objects with boxes in COCO's format, and how they are hidden or presented to detectors."""
+
+    layouts_of = "objects"
 
     layout: str = Field(
         "coco",
@@ -53,8 +45,6 @@ class ObjectsSection(DatasetSection):
         description="for coco: annotations and images; for other layouts a name, such as "
         "VOC2007/trainval of voc (several joined by +) or train of kitti"
     )
-    val: AnySplit
-    generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: Annotated[int, Field(ge=16)] = Field(384, description="pixels of the long side")
     min_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0015,
@@ -86,11 +76,6 @@ class ObjectsSection(DatasetSection):
         None, description="folder with train/ and val/, each written by kd.data.prepare"
     )
 
-    @field_validator("layout")
-    @classmethod
-    def _layout_is_known(cls, name: str) -> str:
-        return check_layout(name, "objects", annotated="coco")
-
     @model_validator(mode="after")
     def _limits_in_order(self) -> ObjectsSection:
         if self.min_fraction >= self.max_fraction:
@@ -102,8 +87,7 @@ class ObjectsSection(DatasetSection):
         return self
 
     @model_validator(mode="after")
-    def _splits_fit_layout(self) -> ObjectsSection:
-        check_splits(self, self.layout, drawn="coco")
+    def _keys_fit_layout(self) -> ObjectsSection:
         if self.classes is not None and (self.layout != "voc" or not self.classes):
             raise ValueError("classes: one or more names, and only with layout voc")
         if self.layout != "coco" and self.generate is not None:

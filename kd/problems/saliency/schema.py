@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from kd.config.datasets import (
-    AnySplit,
-    Count,
-    DatasetSection,
-    Generate,
-    Positive,
-    Whole,
-    check_splits,
-)  # fmt: skip
-from kd.formats import check_layout
-from kd.problems.spec import ProblemSpec
+from kd.config.datasets import AnySplit, Count, Positive, Whole
+from kd.problems.spec import LayoutSection, ProblemSpec
 from kd.registry import Entry
 
 
-class SaliencySection(DatasetSection):
+class SaliencySection(LayoutSection):
     """Images with people's fixations, in the published layout."""
+
+    layouts_of = "saliency"
+    annotated = "synthetic"
 
     layout: str = Field(
         description="osie, salicon, mit1003, cat2000 or package.module:attribute; synthetic: a "
@@ -32,7 +26,6 @@ class SaliencySection(DatasetSection):
         "train", description="name of the split; for synthetic: annotations and images"
     )
     val: AnySplit = "val"
-    generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: tuple[Count, Count] = Field(
         description="height and width that images are scaled to fit, keeping their aspect ratio; "
         "training images are padded to it"
@@ -52,14 +45,8 @@ class SaliencySection(DatasetSection):
         default_factory=dict, description="options of kd.transforms.crops.Flips; null = none"
     )
 
-    @field_validator("layout")
-    @classmethod
-    def _layout_is_known(cls, name: str) -> str:
-        return check_layout(name, "saliency", annotated="synthetic")
-
     @model_validator(mode="after")
-    def _splits_fit_layout(self) -> SaliencySection:
-        check_splits(self, self.layout, drawn="synthetic")
+    def _maps_fit_layout(self) -> SaliencySection:
         if self.layout == "synthetic" and self.maps == "published":
             raise ValueError("maps: layout synthetic has no published maps")
         return self

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from kd.config.datasets import AnySplit, Count, DatasetSection, Generate, check_splits
-from kd.formats import check_layout
-from kd.problems.spec import ProblemSpec
+from kd.config.datasets import AnySplit, Count
+from kd.problems.spec import LayoutSection, ProblemSpec
 from kd.registry import Entry
 
 
-class SegmentationSection(DatasetSection):
+class SegmentationSection(LayoutSection):
     """Images with the class of each pixel, in the published layout."""
+
+    layouts_of = "segmentation"
 
     layout: str = Field(
         description="camvid, cityscapes, ade20k, voc2012 or package.module:attribute; coco: maps "
@@ -22,7 +23,6 @@ class SegmentationSection(DatasetSection):
     )
     train: AnySplit = Field("train", description="name of the split; for coco: its two paths")
     val: AnySplit = "val"
-    generate: Generate | None = Field(None, description="only for the embedded scenes")
     size: Annotated[int, Field(ge=16)] | None = Field(
         None, description="pixels of the long side; null: as the files are"
     )
@@ -30,16 +30,6 @@ class SegmentationSection(DatasetSection):
     augment: dict[str, Any] | None = Field(
         default_factory=dict, description="options of kd.transforms.crops.Crops; null = crops alone"
     )
-
-    @field_validator("layout")
-    @classmethod
-    def _layout_is_known(cls, name: str) -> str:
-        return check_layout(name, "segmentation", annotated="coco")
-
-    @model_validator(mode="after")
-    def _splits_fit_layout(self) -> SegmentationSection:
-        check_splits(self, self.layout, drawn="coco")
-        return self
 
 
 SPEC = ProblemSpec(

@@ -278,7 +278,7 @@ def test_terms_of_ablations_are_told_apart_from_those_of_the_distilled_variant()
     ablations = "ablations={soft: {softer: [soft, pair_wise]}}"
     settings = [labelled, "ablations={}", ablations, "variants=[plain, softer]"]
     recipe = load_recipe(DistillRecipe, ESPNET, settings=settings)
-    assert [term.curve for term in recipe.all_losses][-1] == "soft"
+    assert [term.label for term in recipe.all_losses][-1] == "soft"
     assert recipe.terms_of("softer") == ("soft", "pair_wise")
     assert recipe.terms_of("plain") is recipe.terms_of("distilled") is None
 

@@ -56,7 +56,7 @@ def test_a_data_set_may_have_other_levels_and_a_run_s_config_is_spelled_out() ->
     path = find_config("distill", "fasterrcnn_resnet18")
     small = load_recipe(DistillRecipe, path)
     large = load_recipe(DistillRecipe, path, data="coco", settings=["data.root=/data/coco"])
-    assert [term.curve for term in small.losses] == ["near_0", "near_1"]
+    assert [term.label for term in small.losses] == ["near_0", "near_1"]
     assert large.ablations["imitation"]["F"] == tuple(f"whole_{n}" for n in large.levels)
     assert len(large.adapters) == len(large.levels) == 5
     assert "{level}" not in to_yaml(large)
