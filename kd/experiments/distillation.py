@@ -11,27 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd.config.recipes import DistillRecipe, Train
-from kd.data.loader import Samples, collate, to_device
+from kd.data.loader import Samples
 from kd.distillation.hooks import FeatureTaps
-from kd.distillation.student import adapt_student
+from kd.distillation.student import AdaptedStudent, adapt_student
 from kd.distillation.terms import Term, build_term, check_weights, outputs_by_teacher, tapped_layers
 from kd.distillation.variants import Variant, variants_of
-from kd.engine.loop import forward_losses
 from kd.engine.optim import make_optimizer
 from kd.engine.state import Objective
-from kd.errors import UserError
+from kd.errors import ConfigError, UserError
 from kd.experiments.teachers import RecipeTeachers, find_teachers, open_teachers
 from kd.experiments.validate import check_terms
 from kd.problems.base import Dataset, Mean, Sampling, Task
 from kd.runs.build import check_kind, make_loader
-from kd.runs.setup import open_run
+from kd.runs.setup import check_losses, first_batch, open_run
 from kd.runs.train import RunSetup, run_training
 
 
@@ -79,9 +77,7 @@ class Distillation:
         self.task = self._task()
         check_terms(recipe, self.variants.values(), self.terms, self.task, data)
         if taught:
-            if layers := tapped_layers(self.terms, self.task):  # before a teacher runs for hours
-                student = self.student(self._any_variant, None)
-                FeatureTaps(student, layers, called="student").remove()
+            self._check_students()  # before a teacher runs for hours
             self.sources = open_teachers(
                 recipe, self.terms, self.task, data, self.accelerator, paths
             )
@@ -100,6 +96,26 @@ class Distillation:
             section, data.section, data.num_classes, model=model, fractions=fractions
         )
 
+    def _check_students(self) -> None:
+        """Build every variant's student, tap its layers and compute its supervised losses."""
+        layers, seed = tapped_layers(self.terms, self.task), self.recipe.seeds[0]
+        whole = self.student(self._any_variant, None) if layers else nn.Identity()
+        for term in (term for term in self.terms if term.student in layers):
+            called = f"losses: {term.name}: student"
+            FeatureTaps(whole, [term.student], called=called).remove()
+        objective = Objective(self.task, self.recipe.task.weights)
+        for name, variant in self.variants.items():
+            student = self.student(variant, self.data.labelled(seed))
+            self._losses(AdaptedStudent(student), self.samples(name, seed), objective)
+
+    def _losses(
+        self, student: nn.Module, samples: Samples, objective: Objective
+    ) -> Mapping[str, Mean]:
+        called = f"student {self.recipe.student.name!r}"
+        batch = self.first_batch(samples)
+        student = student.to(self.accelerator.device)
+        return check_losses(student, batch, objective, self.data.num_classes, called=called)
+
     def check(self) -> None:
         """Build every variant and compute its losses on two images before training any.
 
@@ -109,8 +125,7 @@ class Distillation:
         for name, variant in self.variants.items():
             samples = self.samples(name, seed)
             model, objective = self.assemble(name, seed, samples)
-            losses = _first_losses(model, self.first_batch(samples), objective)
-            check_weights(losses, objective.weights_at(0.0))
+            check_weights(self._losses(model, samples, objective), objective.weights_at(0.0))
             settings = train_section(self.recipe.train, variant).optimizer.model_dump()
             make_optimizer(model, **settings)
 
@@ -154,17 +169,21 @@ class Distillation:
 
     def student(self, variant: Variant, labelled: NDArray[np.int64] | None) -> nn.Module:
         """Build a variant's student at initial weights; `labelled` are its image ids."""
-        return self.data.problem.build_student(
-            self.recipe.student, self.data, labelled=labelled, context=variant.context_head,
-            outputs=variant.outputs,
-        )  # fmt: skip
+        try:
+            return self.data.problem.build_student(
+                self.recipe.student, self.data, labelled=labelled, context=variant.context_head,
+                outputs=variant.outputs,
+            )  # fmt: skip
+        except ConfigError as error:
+            if variant.context_head:
+                raise
+            raise UserError(
+                f"variants: {variant.name}: sets the student's option `context` to false: {error}"
+            ) from error
 
     def first_batch(self, samples: Samples) -> dict[str, Tensor]:
         """A batch of at most two samples, on which shapes and mistakes are found."""
-        train = self.recipe.train
-        own = train.batch_size // train.accumulate // self.accelerator.num_processes
-        batch = collate([samples[0, place] for place in range(min(2, max(1, own), len(samples)))])
-        return to_device(batch, self.accelerator.device, channels_last=False)
+        return first_batch(samples, self.recipe.train, self.accelerator)
 
     def samples(self, variant: str, seed: int) -> Samples:
         """The same samples for every variant, with the cached maps that its terms read."""
@@ -192,19 +211,3 @@ class Distillation:
 
     def _outputs(self, variant: str) -> dict[str, list[str]]:
         return outputs_by_teacher(self._terms(variant), self.recipe.more_teachers)
-
-
-def _first_losses(
-    model: nn.Module, batch: Mapping[str, Tensor], objective: Objective
-) -> dict[str, Mean]:
-    """Losses in training mode, in which some models give more outputs."""
-    try:
-        with torch.no_grad():
-            return forward_losses(model.train(), batch, objective)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "train.batch_size: batch norm needs at least 2 images per process and micro-batch, got "
-            f"{len(batch['images'])}"
-        ) from error

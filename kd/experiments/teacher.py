@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -13,6 +15,7 @@ from kd.engine.state import Objective
 from kd.problems.base import Dataset, Sampling
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
+from kd.runs.setup import check_losses, first_batch, learns
 from kd.runs.train import RunSetup, run_training
 
 
@@ -39,10 +42,18 @@ def train_one(
     sampling = Sampling(
         seed=recipe.seed, epochs=recipe.train.epochs, images=images, hide=recipe.hide
     )
+    samples = problem.training(data, sampling, task)
+    student, objective = AdaptedStudent(model), Objective(task, recipe.task.weights)
+    if learns(model) and not folder.checkpoint.is_file():
+        check_losses(
+            copy.deepcopy(student).to(accelerator.device),
+            first_batch(samples, recipe.train, accelerator), objective, data.num_classes,
+            called=f"teacher {recipe.teacher.name!r}",
+        )  # fmt: skip
     loader = make_loader(
-        problem.training(data, sampling, task), accelerator,
+        samples, accelerator,
         batch_size=recipe.train.batch_size // recipe.train.accumulate,
         workers=recipe.data.workers, seed=recipe.seed, train=True,
     )  # fmt: skip
     setup = RunSetup(folder, accelerator, data, recipe.train, recipe.seed, label)
-    run_training(setup, AdaptedStudent(model), Objective(task, recipe.task.weights), loader)
+    run_training(setup, student, objective, loader)

@@ -89,6 +89,15 @@ def find_teachers(
     `data_typed` is the argument of `--data`, for the UserError where one is missing.
     """
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
+    problem = data.problem
+    for name, reference in recipe.teachers.items():
+        unnamed = reference.run is None and "name" not in reference.model_fields_set
+        if outputs[name] and unnamed and not (problem.hides_objects or problem.some_posteriors):
+            key = f"more_teachers.{name}" if name else "teacher"
+            raise UserError(
+                f"{key}: the recipe names no teacher; choose a run with --teacher RUN or "
+                f"--set {key}.run=RUN; python -m kd.train_teacher --list shows teachers to train"
+            )
     return {
         name: find_teacher(reference, recipe.data.name, further=name, typed=data_typed)
         for name, reference in recipe.teachers.items()
@@ -115,7 +124,7 @@ def open_teachers(
     by_class = [t for t in terms if t.kind.by_class and t.student in task.outputs]
     compared = outputs_by_teacher(by_class, recipe.more_teachers)
     for name, teacher in teachers.items():  # all of them, before one of them runs for hours
-        _check_layers(teacher, name, outputs[name], recipe)
+        _check_layers(teacher, name, terms, recipe)
         if recipe.caches(name) and recipe.soft_targets.top_k:
             _check_softmax(teacher, name, terms, recipe)
         read, always = compared[name], data.problem.hides_objects and not name
@@ -140,12 +149,14 @@ def open_teachers(
 
 
 def _check_layers(
-    teacher: TrainedTeacher, name: str, outputs: Sequence[str], recipe: DistillRecipe
+    teacher: TrainedTeacher, name: str, terms: Sequence[Term], recipe: DistillRecipe
 ) -> None:
     """A missing layer may mean that the recipe is for another kind of teacher."""
     try:
-        layers = layers_among(outputs, teacher.task)
-        FeatureTaps(teacher.model, layers, called=teacher.called).remove()
+        for term in terms:
+            read = outputs_by_teacher([term], recipe.more_teachers)[name]
+            called = f"losses: {term.name}: {teacher.called}"
+            FeatureTaps(teacher.model, layers_among(read, teacher.task), called=called).remove()
     except UserError as error:
         reference, key = recipe.teachers[name], f"more_teachers.{name}" if name else "teacher"
         if (

@@ -141,6 +141,7 @@ class Task(Protocol):
     """
 
     outputs: ClassVar[Collection[str]] = ("logits",)  # named outputs of models; others are layers
+    class_scores: ClassVar[Collection[str]] = ()  # outputs whose dimension 1 is the classes
     mask_names: ClassVar[Collection[str]] = ()  # masks that terms may name
 
     @abstractmethod

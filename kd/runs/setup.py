@@ -11,15 +11,18 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from kd.config.recipes import Critic, Train
+from kd.data.loader import Samples, collate, to_device
 from kd.engine.critic import CriticTraining
+from kd.engine.loop import forward_losses
 from kd.engine.optim import make_optimizer, make_schedule
-from kd.engine.state import Training
+from kd.engine.state import Objective, Training
 from kd.errors import UserError
 from kd.losses.holistic import Adversary
 from kd.nn.freeze import FrozenBatchNorm
+from kd.problems.base import Batch, Mean
 from kd.runs.folder import RunFolder
 
 
@@ -43,6 +46,49 @@ def open_run(
         accelerator.wait_for_everyone()
     assert folder is not None
     return folder
+
+
+def first_batch(samples: Samples, train: Train, accelerator: Accelerator) -> dict[str, Tensor]:
+    """A batch of at most two training samples, on which mistakes are found before training."""
+    own = train.batch_size // train.accumulate // accelerator.num_processes
+    batch = collate([samples[0, place] for place in range(min(2, max(1, own), len(samples)))])
+    return to_device(batch, accelerator.device, channels_last=False)
+
+
+def check_losses(
+    model: nn.Module, batch: Batch, objective: Objective, num_classes: int, *, called: str
+) -> dict[str, Mean]:
+    """Compute a batch's losses in training mode, in which some models give more outputs.
+
+    The model's batch norm statistics change. An output that the task lacks, scores of another
+    number of classes, or a batch too small for batch norm is a UserError; `called` begins messages.
+    """
+    task = objective.task
+    model.train()
+    try:
+        with torch.no_grad():
+            output, _ = model(*task.inputs(batch))
+            for name in (name for name in task.class_scores if name in output):
+                if output[name].shape[1] != num_classes:
+                    raise UserError(
+                        f"{called}: gives {name} {tuple(output[name].shape)}, but the dataset has "
+                        f"{num_classes} classes"
+                    )
+            return forward_losses(model, batch, objective)
+    except KeyError as error:
+        if error.args[0] not in task.outputs:
+            raise
+        raise UserError(
+            f"{called}: gives no output {error.args[0]!r}, which the task's losses read; it gives: "
+            f"{', '.join(output)}"
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "train.batch_size: batch norm needs at least 2 images per process and micro-batch, got "
+            f"{len(batch['images'])}"
+        ) from error
 
 
 def start_training(

@@ -96,6 +96,7 @@ class ObjectTask(Task):
         num_classes: C.
     """
 
+    class_scores: ClassVar[Collection[str]] = ("logits", "context", "appearance")
     mask_names: ClassVar[Collection[str]] = ("ring",)
 
     num_classes: int

@@ -182,6 +182,8 @@ class ContextMap(ContextTask):
             class weights.
     """
 
+    class_scores: ClassVar[Collection[str]] = ()  # the background is one more channel
+
     hidden_weight: float = 5.0
     class_weights: float = 0.0
     pixel_fractions: tuple[float, ...] | None = None

@@ -44,6 +44,7 @@ class Segmentation(Task):
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "auxiliary")
+    class_scores: ClassVar[Collection[str]] = outputs
     mask_names: ClassVar[Collection[str]] = ("valid", "class_weights")
 
     num_classes: int
