@@ -41,7 +41,7 @@ class Photos:
         own = torch.arange(len(rows))
         return {
             "images": images, "maps": maps, "labels": own * 0,
-            "pictures": rows + len(self.ids) * flips,
+            "rows": rows + len(self.ids) * flips,
         }  # fmt: skip
 
 
@@ -177,19 +177,19 @@ class Answers:
 
     def __init__(self, teacher: nn.Module, photos: Photos) -> None:
         rows = torch.arange(len(photos.ids))
-        said: dict[str, list[Tensor]] = {"features": [], "logits": []}
+        outputs: dict[str, list[Tensor]] = {"features": [], "logits": []}
         with evaluating(teacher), torch.no_grad():
             for flipped in (False, True):
                 for part in rows.split(32):
                     batch = photos.batch(part, torch.full((len(part),), flipped))
                     output = teacher(normalise(batch["images"]))
-                    for name, parts in said.items():
+                    for name, parts in outputs.items():
                         parts.append(output[name])
-        self.said = {name: torch.cat(parts) for name, parts in said.items()}
+        self.outputs = {name: torch.cat(parts) for name, parts in outputs.items()}
 
     def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
         """Both maps of each image of a batch."""
-        return {name: known[batch["pictures"]] for name, known in self.said.items()}
+        return {name: known[batch["rows"]] for name, known in self.outputs.items()}
 
 
 def iou(model: nn.Module, photos: Photos) -> str:

@@ -78,7 +78,7 @@ class Shapes:
 
 
 def shapes(number: int, classes: int, sizes: Sequence[tuple[int, int]] = ONE_SIZE) -> Shapes:
-    """Picture `number`, with two to four shapes that do not overlap."""
+    """Image `number`, with two to four shapes that do not overlap."""
     random = np.random.default_rng(number)
     height, width = sizes[number % len(sizes)]
     ground = random.integers(90, 160, 3) + random.integers(-20, 20, (height, width, 1))

@@ -102,10 +102,10 @@ def begin(
                 TermSection(name="holistic", weight=0.1, student="logits", options=dict(options))
             )
         )
-    num_classes = answers.said["logits"].shape[1]
+    num_classes = answers.outputs["logits"].shape[1]
     small = Small()
     student = AdaptedStudent(Segmenter(small, small.channels, num_classes))
-    terms = draw_modules(terms, answers.said)
+    terms = draw_modules(terms, answers.outputs)
     learning = Critic(optimizer=Optimizer(**{**ADAM, **optimizer}))
     training = start_training(
         make_accelerator("fp32"), student, RECIPE.model_copy(update={"critic": learning}),
@@ -156,7 +156,7 @@ class Watch:
 def run(
     folder: Path, training: Training, objective: Objective, train: Photos, watch: Watch, steps: int
 ) -> str:
-    """Train for so many steps, or to what stops it; what is said at the end."""
+    """Train for so many steps, or to what stops it and return a summary."""
     last = folder / "last.pt"
     if last.is_file():
         resume_training(training, last)

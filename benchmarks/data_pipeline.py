@@ -120,9 +120,9 @@ def published(index: CocoIndex, *, dense: bool) -> Round:
 
     def sample(image: int) -> tuple[torch.Tensor, ...]:
         rows = slice(int(index.first[image]), int(index.first[image + 1]))
-        picture = cv2.imread(str(index.path(image)), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imread(str(index.path(image)), cv2.IMREAD_COLOR_RGB)
         result = transform(
-            image=picture, bboxes=np.array(index.boxes[rows]), labels=index.labels[rows].tolist()
+            image=pixels, bboxes=np.array(index.boxes[rows]), labels=index.labels[rows].tolist()
         )
         pixels, boxes = result["image"], np.asarray(result["bboxes"]).reshape(-1, 4).astype(int)
         hidden = np.zeros((SIZE, SIZE, 1), np.float32)
@@ -181,11 +181,11 @@ def write_photographs(folder: Path, count: int) -> CocoIndex:
         source = json.loads(annotations.read_text())
         with_objects = {entry["image_id"] for entry in source["annotations"]}
         entries = [entry for entry in source["images"] if entry["id"] in with_objects][:count]
-        pictures: list[Image.Image] = [
+        opened: list[Image.Image] = [
             Image.open(root / "val2017" / entry["file_name"]) for entry in entries
         ]
     else:
-        source, entries, pictures = generated(count, random)
+        source, entries, opened = generated(count, random)
     target = scale_annotations(
         source | {"images": entries},
         leave_out=(),
@@ -193,9 +193,9 @@ def write_photographs(folder: Path, count: int) -> CocoIndex:
         rename=str,
     )
     (folder / "images").mkdir()
-    for entry, picture in zip(target["images"], pictures, strict=True):
+    for entry, image in zip(target["images"], opened, strict=True):
         size = (entry["width"], entry["height"])
-        pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
         noisy = pixels + random.normal(0, NOISE, pixels.shape)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
             folder / "images" / entry["file_name"], "JPEG", quality=92
@@ -209,7 +209,7 @@ def generated(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Image.Image]]:
     """Random smooth images with seven random boxes each, as many as COCO has."""
     coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
-    pictures = [
+    opened = [
         Image.fromarray(grid).resize((384, 288), Image.Resampling.BICUBIC) for grid in coarse
     ]
     entries = [
@@ -230,7 +230,7 @@ def generated(
         )
     categories = [{"id": number, "name": str(number)} for number in range(80)]
     source = {"images": entries, "annotations": annotations, "categories": categories}
-    return source, entries, pictures
+    return source, entries, opened
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from kd.storage.fields import CachedField
 from kd.storage.store import IDS, Store
 
 GOAL = 1.10
-PICTURES, FILE = 16, (300, 400)  # as of OSIE
+IMAGES, FILE = 16, (300, 400)  # as of OSIE
 TRAIN = Train(
     precision="fp32",
     clip_norm=0.0,
@@ -61,7 +61,7 @@ class Anywhere:
 def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, SaliencySamples]:
     """The same images with and without a teacher's stored maps."""
     random, paths = np.random.default_rng(0), []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = random.integers(0, 256, (FILE[0] // 4, FILE[1] // 4, 3)).astype(np.uint8)
         paths.append(folder / f"{number}.jpg")
         Image.fromarray(pixels).resize((FILE[1], FILE[0])).save(paths[-1], quality=90)
@@ -69,8 +69,8 @@ def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, Sali
     split = GazeSplit(str(folder), names, tuple(paths), Anywhere(), 12.0)
     store = Store(folder / "kept")
     store.create({"maps": "of nobody"}, 1)
-    values = random.normal(size=(PICTURES, 1, *size)).astype(np.float16)
-    store.write_shard(0, {IDS: np.arange(PICTURES), "values": values})
+    values = random.normal(size=(IMAGES, 1, *size)).astype(np.float16)
+    store.write_shard(0, {IDS: np.arange(IMAGES), "values": values})
     kept = CachedField(store, "saliency", channels=1, stride=2)
     return (
         SaliencySamples(split, size=size, augment={}, cached=[kept]),
@@ -95,9 +95,9 @@ def step_of(trunk: str, branches: str) -> Step:
 def sample_seconds(dataset: SaliencySamples) -> float:
     """Median seconds of making a sample."""
     times = []
-    for place in range(2 * PICTURES):
+    for place in range(2 * IMAGES):
         started = time.perf_counter()
-        dataset[place // PICTURES, place % PICTURES]
+        dataset[place // IMAGES, place % IMAGES]
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -60,7 +60,7 @@ Epoch = Callable[[], list[float]]
 
 
 @dataclass(frozen=True)
-class Pictures(Task):
+class ImageTask(Task):
     """Which class is the image? Its one object is as large as it is."""
 
     dtype: torch.dtype
@@ -170,7 +170,7 @@ def by_kd(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     schedule = make_schedule(optimizer, len(epochs.batches), name="cosine")
     training = Training(accelerator, accelerator.prepare(model), optimizer, schedule)
-    task = Pictures(next(teacher.parameters()).dtype)
+    task = ImageTask(next(teacher.parameters()).dtype)
     term = build_term(
         TermSection(name="output_kd", weight=1 - HARD_WEIGHT, options={"temperature": TEMPERATURE})
     )

@@ -19,7 +19,7 @@ from kd.errors import UserError
 from kd.metrics.registry import METRICS, Metric
 from kd.problems import PROBLEMS, spec_of_task, tasks
 from kd.problems.recipes import load_recipe, recipe_schema
-from kd.registry import Entry, check_problem, find
+from kd.registry import Entry, check_problem, find, is_foreign
 from students import STUDENTS
 from teachers import TEACHERS
 
@@ -187,6 +187,11 @@ def check_names(recipe: AnyRecipe) -> None:
             check("losses", find, TERMS, term.name, what="distillation term")
     for layer, adapter in getattr(recipe, "adapters", {}).items():
         check(f"adapters.{layer}.kind", find, ADAPTERS, adapter.kind, what="adapter")
+    mistakes += [
+        f"metrics: {name!r}: expected package.module:METRIC; built-in metrics need no entry"
+        for name in recipe.metrics
+        if not is_foreign(name)
+    ]
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
 

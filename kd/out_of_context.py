@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from kd.cli import run_command, set_up_logging
+from kd.cli import add_list, run_command, set_up_logging
 from kd.context.pasting import PasteOptions
 from kd.errors import UserError
 
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     make = actions.add_parser("make", help="choose pairs and write the datasets")
     make.add_argument("--data", required=True, metavar="NAME", help="configs/data/NAME.yaml")
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    add_list(make, "data")
     make.add_argument("--split", choices=("train", "val"), default="val")
     for option in fields(PasteOptions)[1:]:
         make.add_argument(f"--{option.name.replace('_', '-')}", type=type(option.default),
