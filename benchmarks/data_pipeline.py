@@ -209,9 +209,7 @@ def generated(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Image.Image]]:
     """Random smooth images with seven random boxes each, as many as COCO has."""
     coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
-    opened = [
-        Image.fromarray(grid).resize((384, 288), Image.Resampling.BICUBIC) for grid in coarse
-    ]
+    opened = [Image.fromarray(grid).resize((384, 288), Image.Resampling.BICUBIC) for grid in coarse]
     entries = [
         {"id": number, "file_name": f"{number}.jpg", "width": 384, "height": 288}
         for number in range(count)

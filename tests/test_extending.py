@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 from safetensors.torch import load_file
 
 from kd import distill
@@ -218,6 +219,25 @@ def test_a_dataset_opens_with_its_counts_and_is_learned_from(
     assert summary["count"] == 16  # all objects of val, each hidden in turn
     assert (elsewhere / "runs/student/seed0/distilled/evaluation/table.md").is_file()
     assert "distilled - plain" in capsys.readouterr().out
+
+    section = data_config("maps.yaml")
+    maps = problem_of_data(section).open(section)
+    assert maps.class_names == ("ground", "disc")
+    # The disc of 25 pixels across, of the 96 x 64 pixels of an image.
+    fractions = maps.class_fractions()["pixel_fractions"]
+    assert fractions[1] == pytest.approx(np.pi * 12.5**2 / (96 * 64), rel=0.03)
+    student = json.loads((elsewhere / "runs/maps/seed0/plain/summary.json").read_text())
+    assert 0 < student["pixel_accuracy"] <= 1
+    section = data_config("gaze.yaml")
+    gaze = problem_of_data(section).open(section)
+    assert (len(gaze.train.images), len(gaze.val.images)) == (8, 4)
+    points = gaze.val.fixations(0, (64, 96)).points
+    with Image.open(elsewhere / "looked_at/val/val0.png") as file:
+        rows, columns = np.nonzero(np.array(file))
+    centre = columns.mean() + 0.5, rows.mean() + 0.5
+    assert np.abs(points.mean(axis=0) - centre).max() < 6  # five people, four pixels beside
+    student = json.loads((elsewhere / "runs/gaze/seed0/plain/summary.json").read_text())
+    assert student["KLD"] > 0
 
 
 @pytest.mark.slow
