@@ -1,7 +1,7 @@
 """Cache a teacher's outputs ahead of training: `python -m kd.cache --teacher RUN --data coco`.
 
-`kd.distill` does this itself if they are missing; this command does it beforehand, or on another
-machine. Interrupted, it resumes; corrupt shards are found and rebuilt.
+`kd.distill` computes missing outputs itself; use this command to do so beforehand or on another
+machine. Run it again to resume after an interruption; corrupt shards are rebuilt.
 """
 
 from __future__ import annotations

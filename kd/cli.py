@@ -44,7 +44,7 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> int:
 
 
 class _Once(logging.Filter):
-    """Drop repeated lines: several runs of a command may open the same dataset."""
+    """Drop repeated lines, such as those of a dataset that a command opens several times."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,7 +4,7 @@
     python -m kd.compare runs/teacher/unet runs/teacher/cnn --figure curves.png
     python -m kd.compare runs/distill/espnet_c runs/teacher/pspnet --cost cost.png
 
-Each distillation has a table of its own; single runs share one, compared with the first of them.
+Each distillation gets a table; single runs get one together, compared with the first of them.
 """
 
 from __future__ import annotations

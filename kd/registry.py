@@ -25,7 +25,7 @@ MOST = 40  # names listed if none is near
 
 @dataclass(frozen=True)
 class Entry:
-    """Target of a registered name.
+    """What a registered name stands for.
 
     Attributes:
         target: "package.module:attribute".
@@ -49,7 +49,7 @@ class Entry:
         return loaded
 
     def named(self, name: str) -> Entry:
-        """The entry of one member of a family: `name` in place of the family's."""
+        """Entry of a member of a family: `name` replaces the placeholder, as in "timm/NAME"."""
 
         def filled(value: object) -> object:
             return name if isinstance(value, str) and value.endswith(f"/{FAMILY}") else value
@@ -282,7 +282,7 @@ def build(
 
 
 def _annotations(builder: Callable[..., object]) -> dict[str, Any]:
-    """Resolved annotations of the function behind classes and partials."""
+    """Type annotations of the function that a class or a partial calls."""
     while isinstance(builder, functools.partial):
         builder = builder.func
     target = builder.__init__ if isinstance(builder, type) else builder  # type: ignore[misc]
@@ -318,7 +318,7 @@ def _fits(value: object, expected: Any) -> bool:
 
 
 def _fits_sequence(value: object, origin: Any, arguments: tuple[Any, ...]) -> bool:
-    """A list fits a tuple: YAML has no tuples."""
+    """Whether a list suits the annotation of a list or tuple; YAML has no tuples."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return False
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -329,7 +329,7 @@ def _fits_sequence(value: object, origin: Any, arguments: tuple[Any, ...]) -> bo
 
 
 def _spell(expected: Any) -> str:
-    """An annotation for messages."""
+    """Spell an annotation for error messages."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in arguments)

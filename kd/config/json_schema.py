@@ -1,4 +1,4 @@
-"""Keys of a recipe's schema, and the JSON schema for editors."""
+"""JSON schema of recipes for editors, and its keys for error messages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kd.config.datasets import NAME, PATHS
 def file_schema(model: type[BaseModel]) -> dict[str, Any]:
     """JSON schema of a recipe's file.
 
-    A file holds less than the resolved recipe: `data` is a name or some of its keys, and `per_data`
-    has parts of a recipe for single datasets, and `others` for the rest.
+    A file needs fewer keys than the resolved recipe: `data` may be a name or some of its keys.
+    `per_data` holds changes for single datasets, and `others` those for all other datasets.
     """
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})

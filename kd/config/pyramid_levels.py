@@ -11,8 +11,8 @@ PLACE = "{level}"  # in the layers of a term or an adapter
 def on_levels(values: Any) -> Any:
     """Expand each term and adapter of a recipe's raw values whose layers contain `{level}`.
 
-    A term `near` on the levels 0 and 1 becomes `near_0` and `near_1`; an ablation's variant that
-    lists `near` has both.
+    A term `near` on levels 0 and 1 becomes `near_0` and `near_1`; a variant of an ablation that
+    lists `near` gets both.
 
     Raises:
         ValueError: A recipe without levels.
@@ -40,7 +40,7 @@ def on_levels(values: Any) -> Any:
 
 
 def _terms(term: Any, levels: list[str], key: str, groups: dict[str, list[str]]) -> list[Any]:
-    """The term, or one for each level; their labels are added to `groups`."""
+    """Expand a term to one for each level; add their labels to `groups`."""
     layers = [term.get(side) for side in ("student", "teacher")] if isinstance(term, dict) else []
     if not any(isinstance(layer, str) and PLACE in layer for layer in layers):
         return [term]

@@ -45,14 +45,14 @@ _Loader.add_implicit_resolver(
 
 
 class Merged:
-    """Nested values, and the file that each came from."""
+    """Nested values merged from several files, with the file that each value came from."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.origin: dict[tuple[str, ...], str] = {}
 
     def merge(self, values: Mapping[str, Any], source: str, at: tuple[str, ...] = ()) -> None:
-        """Merge `values` into the mapping `at` a place; lists and scalars replace."""
+        """Merge `values` into the mapping `at` a path of keys; lists and scalars replace."""
         place = self.values
         for depth, key in enumerate(at, 1):
             if not isinstance(place.get(key), dict):
@@ -63,13 +63,13 @@ class Merged:
             key = str(raw)
             here = (*at, key)
             self.origin[here] = source
-            if isinstance(value, Mapping) and value:  # an empty mapping replaces
+            if isinstance(value, Mapping) and value:  # an empty mapping replaces the old one
                 self.merge(value, source, here)
             else:
                 place[key] = value
 
     def source_of(self, place: tuple[str, ...]) -> str:
-        """The file that last wrote the place or, for a missing key, the mapping around it."""
+        """The file that last wrote a key or, if it is missing, the mapping around it."""
         for length in range(len(place), 0, -1):
             if place[:length] in self.origin:
                 return self.origin[place[:length]]
@@ -180,12 +180,12 @@ def _of_task(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _variant(variants: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
-    """The part of `per_data` for a dataset; misspelled names are mistakes."""
+    """Changes in `per_data` for a dataset; a misspelt dataset is a ConfigError."""
     known = [*known_configs("data"), name]
     mistakes = []
     for key, part in variants.items():
         near = difflib.get_close_matches(str(key), known, 1, 0.7)
-        if key not in known and near:  # a dataset of the user's own resembles none
+        if key not in known and near:  # the name of a user's own dataset resembles no other
             mistakes.append(f"{source}: per_data.{key}: unknown data; did you mean '{near[0]}'?")
         elif part is not None and not isinstance(part, Mapping):
             mistakes.append(f"{source}: per_data.{key}: expected a mapping, got {part!r}")
@@ -197,7 +197,7 @@ def _variant(variants: Mapping[str, Any], name: str, source: str) -> Mapping[str
 def apply_settings(merged: Merged, settings: Iterable[str], *, section: str = "") -> None:
     """Merge `--set` texts; all mistakes are in one error.
 
-    If only one section was read, places may begin with its name.
+    Where only `section` was read, its name may begin the keys: `data.size` is `size`.
     """
     mistakes = []
     for text in settings:
@@ -227,7 +227,7 @@ def to_yaml(recipe: BaseModel) -> str:
 
 
 def tuples(value: Any) -> Any:
-    """Convert lists of YAML to tuples, which the strict, immutable schema has."""
+    """Convert YAML lists to tuples, the type in the strict, immutable schema."""
     if isinstance(value, dict):
         return {key: tuples(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -138,7 +138,7 @@ class Train(Section):
 
 
 class Weighted(Section):
-    """Schedule of a term's weight: a factor on `weight`."""
+    """Schedule of the factor that multiplies the `weight` of a term."""
 
     name: Literal["constant", "linear", "cosine", "off_after"] = "constant"
     until: Fraction = Field(1.0, description="fraction of training at which it ends")
@@ -240,7 +240,7 @@ class TeacherRecipe(Recipe):
         return folds
 
     def needed(self) -> dict[str, str]:
-        """Folds need an ability of that name."""
+        """Training folds needs the ability `folds`."""
         return {"folds": "folds"} if self.folds else {}
 
 

@@ -1,4 +1,4 @@
-"""Adapters from student features to the teacher's shape, inside the module that DDP wraps."""
+"""Adapters: modules that map student features to the shape of the teacher's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 
-# Up to this fraction of a map's places a 3x3 convolution is computed at those alone. On a CPU
-# that is 10 times as fast at 5%, 4 times at 20%; it copies the nine neighbours of each.
+# Up to this fraction of needed cells, the 3x3 convolution is computed at them alone. On a CPU that
+# is 10 times as fast at 5% of the cells and 4 times at 20%; it copies the nine neighbours of each.
 FEW = 0.25
 
 
@@ -23,9 +23,9 @@ def conv1x1(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Mod
 class Conv3x3(nn.Module):
     """3x3 convolution with ReLU for feature imitation, computed only where needed.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609. Leave `relu` out where the teacher's
-    features do not come out of one. `init_std`, the spread of the initial weights, is near zero so
-    that early gradients into the student stay small.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609. Set `relu` to false where the
+    teacher's features can be negative. `init_std`, the standard deviation of the initial weights,
+    is small so that early gradients into the student are.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Conv3x3(nn.Module):
     def forward(self, features: Tensor, where: Tensor | None = None) -> Tensor:
         """Map (N, in, H, W) to (N, out, H, W).
 
-        `where`, (N, H, W), is True or above 0 at the places that are needed. Where these are few,
-        all others are 0 and cost nothing; outputs and gradients of the needed places do not change.
+        `where`, (N, H, W), is True or above 0 at the grid cells that are needed. If they are few,
+        only they are computed, the others are 0; needed outputs and gradients do not change.
         """
         images, channels, height, width = features.shape
         if where is not None and where.shape != (images, height, width):
@@ -54,7 +54,7 @@ class Conv3x3(nn.Module):
             adapted: Tensor = self.activation(self.convolution(features))
             return adapted
         rows = F.pad(features, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels)
-        # The first corner of each place's neighbourhood, in the padded map.
+        # The upper left corner of each cell's neighbourhood, in the padded map.
         line, step = width + 2, torch.arange(3, device=places.device)
         image, place = places // (height * width), places % (height * width)
         corner = (image * (height + 2) + place // width) * line + place % width

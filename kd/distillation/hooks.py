@@ -101,8 +101,9 @@ def _source(layer: str, modules: Mapping[str, nn.Module], prefix: str) -> tuple[
         path = path.rpartition(".")[0]
     if not path or isinstance(modules[path], nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise _unknown(layer, modules, prefix)
-    # Whether a module returns a dict is known only when it runs. Two mistakes show before: a module
-    # without children, a convolution say, returns none, and a misspelt child is no key.
+    # Whether a module returns a dict is known only when it runs. Two mistakes can be found earlier:
+    # a module without children, such as a convolution, returns no dict; and a key that resembles
+    # the name of a child is a misspelt child.
     key = layer[len(path) + 1 :]
     children = [name for name, _ in modules[path].named_children()]
     if not children or nearest(key.partition(".")[0], children):

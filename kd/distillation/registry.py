@@ -1,4 +1,4 @@
-"""Distillation terms by name: what each compares and what its mean is over. No torch here."""
+"""Registry of distillation terms and adapters; does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.registry import Entry, check_options, is_foreign, load_target, look_up
 
 POSTERIOR = "posterior"  # log-probabilities of a hidden object, decoded from a teacher's output
-MEAN = "mean"  # stands for all teachers together in the name of an output
+MEAN = "mean"  # `mean.posterior`: over all teachers
 TORCHDISTILL = "torchdistill."
 
 
@@ -26,22 +26,22 @@ class TermKind:
     Args:
         loss: `package.module:attribute`, or the function itself.
         help: One line for `--list`.
-        unit: Unit of the mean; micro-batches and processes are weighted by it. `place`: places of
-            feature maps, those of `mask` or, where the task knows them, the valid ones. `image`:
-            images, or teacher inputs with an object hidden. `box`, `object`: rows of outputs, one
-            for each box or hidden object.
+        unit: Unit of the mean; micro-batches and processes are weighted by it. `place`: grid
+            cells of feature maps, those of `mask` or, where the task has void, the valid ones.
+            `image`: images, or teacher inputs with an object hidden. `box`, `object`: rows of
+            outputs, one for each box or hidden object.
         student: Default output of the student; None: the recipe must name an output or layer.
         teacher: Default output of the teacher; None likewise.
         mask: Name of the task's mask that the loss takes as its third argument.
         mask_option: Name of an option of the term, a number in 0..1, that is passed to the mask.
-        valid: Whether the loss takes `valid`, the places where there is something to compare.
+        valid: Whether the loss takes `valid`, a mask of the grid cells that are not void.
         place_weights: Name of the task's mask that is passed to the loss as `weights`.
         labels: Whether the loss takes the rows' labels, and counts only the labelled ones.
         images: Whether the loss takes the rows' images.
-        trained: Whether the loss has weights, and who trains them: `student`, together with the
-            student's, or `critic`, in a step of their own. `loss` is then called with the teacher's
+        trained: For a loss with weights, how they are trained: `student`, by the student's
+            optimiser, or `critic`, in a step of their own. `loss` is then called with the teacher's
             number of channels and returns a module.
-        softmax: Whether the loss takes a softmax, so that log-probabilities serve as logits.
+        softmax: Whether the loss applies a softmax, so that it also accepts log-probabilities.
         by_class: Whether outputs are compared class by class, so that classes must be the same.
         own_class: Whether only the outputs of each box's own class are compared.
     """
@@ -72,7 +72,7 @@ class TermKind:
 
     @property
     def maps(self) -> bool:
-        """Whether it compares maps of whole images rather than rows of objects or boxes."""
+        """Whether the loss compares maps of whole images, not rows of objects or boxes."""
         return self.unit in ("place", "image")
 
     def bind(self, options: Mapping[str, object], *, what: str) -> Callable[..., Any]:

@@ -22,15 +22,15 @@ from kd.registry import check_options, resolve
 class AdaptedStudent(nn.Module):
     """Run a student and adapt its tapped layers to the teacher's shape.
 
-    What needs a gradient must come out of the `forward` that DDP wraps, so adapters are here, and
-    so are losses with weights, which the terms call. Checkpoints hold both; the exported student
-    has neither. Teachers in training are wrapped too, without taps.
+    DDP synchronises only the parameters of the module that it wraps. So this module holds the
+    adapters and the losses with weights, too. Checkpoints have both, the exported student neither.
+    Teachers are trained in this wrapper as well, without taps.
 
     Args:
         student: The model; its `forward` returns a tensor (then called `logits`) or a dict.
         layers: Layers to tap, as paths of `student.named_modules()`.
         adapters: Adapters by layer; a layer without one passes unchanged.
-        losses: Losses with weights that are trained with the student, by term.
+        losses: Losses with weights, trained with the student, by term.
     """
 
     def __init__(
@@ -51,8 +51,7 @@ class AdaptedStudent(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return outputs and adapted features by name.
 
-        `where` has, by layer, a mask of the places that will be read: an adapter may skip the
-        others.
+        `where` has, by layer, a mask of the grid cells that will be read; adapters may skip others.
         """
         outputs = named(self.student(*inputs))
         features = self._taps.collect() if self._taps else {}
@@ -64,7 +63,7 @@ class AdaptedStudent(nn.Module):
         if name not in self.adapters:
             return feature
         adapter = self.adapters[name]
-        # Counting places synchronises an accelerator, and their number is unknown to a compiler.
+        # Counting cells synchronises an accelerator, and a compiler does not know their number.
         counts = feature.is_cpu and not torch.compiler.is_compiling()
         if where is not None and counts and isinstance(adapter, Conv3x3):
             adapted: Tensor = adapter(feature, where((feature.shape[2], feature.shape[3])))
@@ -96,9 +95,9 @@ def adapt_student(
 ) -> tuple[AdaptedStudent, list[Term]]:
     """Wrap a student with the taps, adapters and losses that its terms need.
 
-    Shapes are found on one batch, on the device of student and teachers. Adapters of layers that no
-    term reads are left out. Returns the student, and the terms with new weights where they have
-    some. An unknown adapter, or one to a layer that no term reads, is a UserError.
+    One batch, on the device of student and teachers, is run to find the shapes. Adapters of layers
+    that no term reads are left out. Returns the wrapped student and the terms, with their weights
+    initialised. An unknown adapter, or one to a layer that no term reads, is a UserError.
     """
     layers = tapped_layers(terms, task)
     if source is None or not (layers or any(term.kind.trained for term in terms)):

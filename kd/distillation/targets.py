@@ -33,12 +33,12 @@ class PartialSource(Protocol):
     """A source that may lack targets of some rows."""
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """By unit, `known` or `NAME.known`, the rows that have a posterior: bool (R,)."""
+        """Rows with a posterior, bool (R,), by unit: `known`, or `NAME.known` of a teacher."""
         ...
 
 
 def known_counts(source: object, rows: Rows) -> dict[str, Tensor]:
-    """Count the rows that have a posterior, by unit, where some may lack one."""
+    """Count the rows with a posterior, by unit; empty where every row has one."""
     if not isinstance(source, PartialSource) or not rows.partial:
         return {}
     return {unit: known.sum().float() for unit, known in source.known(rows).items()}
@@ -91,7 +91,7 @@ class Teachers:
 
     `mean.posterior` and `mean.logits` are weighted means of logits, where all teachers give them in
     one shape; the posterior is normalised again. `first` is None where no term reads the recipe's
-    own `teacher`. The `weights`, the first teacher's first, need not add up to 1.
+    own `teacher`. The `weights`, in the order of the teachers, need not sum to 1.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Teachers:
         return found
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Known rows by teacher; the mean has the rows that all of them have."""
+        """Rows with a posterior, by teacher; a mean has only the rows that all teachers have."""
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
             if isinstance(source, PartialSource):
@@ -155,8 +155,8 @@ class CachedPosteriors:
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
         """Return `posterior`, (R, C); a hidden object without one is a UserError.
 
-        Where no object is hidden some may lack a posterior (too small for the teacher, for
-        instance): their rows are NaN.
+        Students that see all objects at once may have objects without a posterior, such as
+        those too small for the teacher: their rows are NaN.
         """
         wanted, places = self._places(rows)
         log_probs = self.log_probs[places].float()
@@ -172,9 +172,11 @@ class CachedPosteriors:
         return {KNOWN: self.object_ids[places] == wanted}
 
     def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Ids of the rows, and the positions where they are or would be."""
+        """Return the ids of the rows and, for each, its position in the sorted cache."""
         if rows.ids is None:
-            raise UserError(f"{self.source}: posteriors of objects, but this task has none")
+            raise UserError(
+                f"{self.source}: holds posteriors of objects, but batches of this task have none"
+            )
         wanted = rows.ids
         if self.object_ids.device != wanted.device:
             self.object_ids = self.object_ids.to(wanted.device)
@@ -191,12 +193,12 @@ class CachedPosteriors:
             )
 
     def check_covers(self, object_ids: Tensor) -> None:
-        """Refuse posteriors that lack one of these objects."""
+        """Raise a UserError if one of these objects has no posterior."""
         places = torch.searchsorted(self.object_ids, object_ids)
         self._check(object_ids, places.clamp(max=len(self.object_ids) - 1))
 
     def check_knows(self, object_ids: Tensor) -> None:
-        """Refuse posteriors of none of these objects."""
+        """Raise a UserError if none of these objects has a posterior."""
         if not torch.isin(object_ids, self.object_ids).any():
             raise UserError(
                 f"{self.source}: no object has a posterior; they were computed for another dataset"

@@ -99,7 +99,7 @@ def layers_among(outputs: Sequence[str], task: Task) -> list[str]:
 
 
 def outputs_by_teacher(terms: Sequence[Term], teachers: Collection[str]) -> dict[str, list[str]]:
-    """Outputs that terms read of each teacher; the recipe's own `teacher` is "".
+    """Outputs of each teacher that some term reads; the recipe's own `teacher` is "".
 
     A mean of teachers over anything but posteriors and logits is a UserError.
     """
@@ -126,8 +126,9 @@ def distillation_losses(
 
     Args:
         terms: The terms to compute.
-        student: Outputs, a row for each of `task.rows`, and adapted features, (N, C, h, w).
-        teacher: The same of the teacher; where objects are hidden it saw an input for each row.
+        student: Outputs with the rows of `task.rows`, and adapted features (N, C, h, w).
+        teacher: Outputs and features of the teacher. Where objects are hidden, its features have
+            a row for each object too.
         task: Defines the rows and the units of means.
         batch: Input of both.
         masks: The task's masks of the batch.
@@ -151,7 +152,7 @@ def distillation_losses(
 
 
 def layer_masks(terms: Sequence[Term], masks: Masks) -> dict[str, Mask]:
-    """Places that terms read, for those student layers of which all terms have a mask."""
+    """Masks of the grid cells that terms read, for layers that are only read under masks."""
     readers: dict[str, set[str | None]] = {}
     for term in terms:
         readers.setdefault(term.student, set()).add(term.mask)
@@ -247,9 +248,9 @@ def _mask(masks: Masks, name: str, term: Term, task: Task) -> Mask:
 
 
 def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
-    """Build the modules of terms that have weights, from torch's global generator.
+    """Initialise the losses that have weights, with torch's global generator.
 
-    `teacher` has outputs like those to compare: dimension 1 is channels.
+    `teacher` has outputs of the compared shapes; their dimension 1 is the number of channels.
     """
 
     def built(term: Term) -> Term:
@@ -262,7 +263,7 @@ def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
 def modules_of(
     terms: Sequence[Term], *, trained: Literal["student", "critic"]
 ) -> dict[str, nn.Module]:
-    """Losses with weights by term: those trained with the student, or the critics."""
+    """Losses with weights, by term: those trained with the student, or critics."""
     return {
         term.name: term.function
         for term in terms
@@ -291,7 +292,7 @@ def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) ->
 def weighted_sum(
     losses: Mapping[str, Mean], weights: Mapping[str, float], scale: Mapping[str, Tensor | float]
 ) -> Tensor:
-    """Sum losses times their weights times the factors of their units."""
+    """Sum the losses, each times its weight and the factor of its unit."""
     check_weights(losses, weights)
     parts = [loss.value * (scale[loss.unit] * weights[name]) for name, loss in losses.items()]
     return torch.stack(parts).sum()

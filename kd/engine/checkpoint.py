@@ -126,7 +126,7 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
             "checkpoints of kd do not"
         ) from error
     except Exception as error:
-        # A broken zip, a truncated file and a folder raise half a dozen types.
+        # Broken zips, truncated files and folders raise many types of exceptions.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a checkpoint, or corrupt: {first}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -129,7 +129,7 @@ def fit(
     log_every: int = 20,
     checkpoint_every: int = 0,
 ) -> None:
-    """Train from `training.progress` to the last epoch, counted from the very start.
+    """Train until `epochs` epochs are done, those before a resume included.
 
     `accumulate` is the number of micro-batches a step; `checkpoint_every` 0 writes checkpoints at
     the end of epochs only.
@@ -186,8 +186,8 @@ def _groups(
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Group micro-batches, `size` a step; the last step of an epoch may have fewer.
 
-    An unreadable image ends training after a checkpoint. With several processes there is no `save`,
-    because the others do not know: the last checkpoint has to do.
+    An unreadable image ends training, after a checkpoint by `save`. With several processes `save`
+    is None, because only one rank knows of the image; the previous checkpoint stays.
     """
     group: list[dict[str, Tensor]] = []
     try:

@@ -188,7 +188,7 @@ class Window:
         self.rate = 0.0
 
     def take(self, sums: Sums, counts: Sums) -> None:
-        """Add a step's losses times counts, and its counts, both of this process."""
+        """Add one step of this process: sums of loss times count, and the counts."""
         for name in sums:
             add(self._sums, name, sums[name])
             add(self._counts, name, counts[name])
@@ -221,7 +221,7 @@ class Window:
         return {**means, "train/lr": self.rate}
 
     def warn_of_empty_losses(self, epoch: int) -> None:
-        """Warn of losses that were means over nothing in the epoch that ends."""
+        """Warn of losses that had nothing to average over in the epoch that ends."""
         for name, counted in self._counted.items():
             if not counted:
                 log.warning(

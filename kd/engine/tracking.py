@@ -115,7 +115,7 @@ def _end(writer: Any, file: IO[str]) -> None:
 
 
 def _lines_up_to(path: Path, step: int) -> str:
-    """Lines of an earlier start, without steps that will be repeated or a torn last line."""
+    """Lines of an earlier start, without those of repeated steps and a truncated last line."""
     if not step or not path.is_file():
         return ""
     lines = []

@@ -1,4 +1,4 @@
-"""A distillation: variants of one student that differ only in what is compared.
+"""Train the variants of one student, which differ only in the part of the method under test.
 
 All variants of a seed share initial weights, data order, pixels, labels and steps. A head that only
 some variants have is initialised last, so that all others start from the same weights.
@@ -49,18 +49,22 @@ def train_section(train: Train, variant: Variant) -> Train:
 class Distillation:
     """Everything that a recipe's variants share; teachers are opened once, before training.
 
-    Whatever can be found wrong before the first step is a UserError, quick checks first. It has the
-    `variants` of the recipe by name, the `terms` of all of them, the students' `task`, and
-    `sources`, the teachers, None where none is needed.
+    Mistakes that can be found before the first step are UserErrors, quick checks first.
+
+    Attributes:
+        variants: The recipe's variants by name.
+        terms: The terms of all variants.
+        task: The students' task.
+        sources: The opened teachers; None if no variant needs one.
     """
 
     recipe: DistillRecipe
     data: Dataset
     accelerator: Accelerator
     out: Path
-    label: str = ""  # of progress lines; empty: names of student and variant
+    label: str = ""  # label of progress lines; empty: names of student and variant
     labelled_only: bool = False  # leave out unlabelled images: no term reads them
-    data_typed: str | None = None  # the argument of --data, for messages
+    data_typed: str | None = None  # argument of --data, quoted in messages
 
     def __post_init__(self) -> None:
         recipe, data = self.recipe, self.data
@@ -168,7 +172,7 @@ class Distillation:
         return model.to(self.accelerator.device), objective
 
     def student(self, variant: Variant, labelled: NDArray[np.int64] | None) -> nn.Module:
-        """Build a variant's student at initial weights; `labelled` are its image ids."""
+        """Build a variant's student at initial weights; `labelled` are ids of labelled images."""
         try:
             return self.data.problem.build_student(
                 self.recipe.student, self.data, labelled=labelled, context=variant.context_head,
@@ -186,7 +190,7 @@ class Distillation:
         return first_batch(samples, self.recipe.train, self.accelerator)
 
     def samples(self, variant: str, seed: int) -> Samples:
-        """The same samples for every variant, with the cached maps that its terms read."""
+        """Training samples, the same for all variants, with the cached maps that this one reads."""
         recipe, data = self.recipe, self.data
         labelled = data.labelled(seed)
         sampling = Sampling(

@@ -30,10 +30,14 @@ from kd.teacher_cache.equivariance import check_moved_maps
 
 @dataclass
 class RecipeTeachers:
-    """The teachers that terms read, by name; that of the recipe's `teacher` is "".
+    """The opened teachers of a recipe by name; the name of the recipe's own `teacher` is "".
 
-    `weights` are theirs in means of teachers. Cached `posteriors` stay in memory, other cached
-    `maps` come with the samples, `live` teachers run in each step.
+    Attributes:
+        teachers: Those whose outputs some term reads.
+        weights: Their weights in `mean.posterior` and `mean.logits`, in the same order.
+        posteriors: Cached posteriors, in memory.
+        maps: Other cached outputs, which the samples load.
+        live: Teachers that run in each step.
     """
 
     teachers: dict[str, TrainedTeacher]
@@ -114,7 +118,7 @@ def open_teachers(
     accelerator: Accelerator,
     found: Mapping[str, Path],
 ) -> RecipeTeachers:
-    """Load the teachers of a recipe; missing cached outputs are computed.
+    """Load the teachers of a recipe, and compute the outputs that their caches lack.
 
     A teacher of another dataset, of other classes or another image size is a UserError, and so are
     cached maps that differ too much from those of moved images.
@@ -183,7 +187,7 @@ def _check_softmax(
 
 
 def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
-    """Read all posteriors, checked before training: look-ups on a GPU are not checked."""
+    """Read all posteriors and check their object ids: look-ups during training are not checked."""
     posteriors = CachedPosteriors.read(cached)
     ids = torch.from_numpy(data.problem.object_ids(data))
     if data.problem.some_posteriors:
@@ -214,7 +218,7 @@ def _cached(
     data: Dataset,
     accelerator: Accelerator,
 ) -> dict[str, CachedField]:
-    """Cached outputs of a teacher, named by teacher in the samples."""
+    """Open or fill the cache of a teacher; the samples have its outputs as `stored.NAME`."""
     targets = recipe.soft_targets
     seen = data.problem.cached_data(data)
     hides = seen.problem.hides_objects
@@ -242,7 +246,7 @@ def _cached(
 def _live(
     teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
-    """A live teacher for all variants and seeds: each would leave its hooks on the teacher."""
+    """Wrap a live teacher once for all variants and seeds: each wrapper hooks the model."""
     size, own = (getattr(section, "size", None) for section in (recipe.data, teacher.section))
     if own != size:
         raise UserError(

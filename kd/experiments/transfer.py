@@ -75,7 +75,7 @@ def _frozen(section: Probe | Finetune) -> dict[str, Any]:
 
 
 def _train(train: Train, section: Probe | Finetune, *, random: bool) -> Train:
-    """Settings of a mode; a trunk with random weights learns at the full rate."""
+    """Training settings of a mode; a randomly initialised trunk learns at the full rate."""
     optimizer = train.optimizer
     if isinstance(section, Finetune) and not random:
         scale = {**optimizer.lr_scale, "trunk": section.trunk}

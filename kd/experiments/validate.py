@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.problems.base import Dataset, Task
 
 _log = logging.getLogger("kd")
-# Settings of soft targets that also concern live teachers, or recipes whose teachers may be either.
+# Settings of `soft_targets` that live teachers read too, or that need no warning.
 _ALSO_LIVE = {"kind", "out_of_fold"}
 
 

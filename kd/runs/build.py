@@ -24,7 +24,7 @@ def make_loader(
     seed: int = 0,
     train: bool = False,
 ) -> SampleLoader:
-    """Load the batches of this process: its slice of each whole batch."""
+    """Build the loader of this process, which gets its slice of each batch."""
     return build_loader(
         dataset, batch_size=batch_size, seed=seed, shuffle=train, workers=workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
@@ -55,7 +55,7 @@ def check_kind(task: str, section: DatasetSection) -> None:
 
 
 def without_weights(section: Model, **replaced: object) -> Model:
-    """Remove initial weights, whose files may be gone, from a model that gets a run's weights."""
+    """Remove the options for initial weights, which a run's weights replace; files may be gone."""
     replaced |= {"weights": None, "file": None}
     options = {key: replaced.get(key, value) for key, value in section.options.items()}
     return section.model_copy(update={"options": options})

@@ -40,8 +40,8 @@ def find_teacher(
 ) -> Path:
     """Find the run folder or file of a recipe's teacher, without reading it.
 
-    `further` is its name in `more_teachers`, empty for the recipe's `teacher`; `typed` is the
-    argument of `--data`, for the command that the UserError suggests where there is no such run.
+    `further` is its key in `more_teachers`, empty for `teacher`; `typed` is the argument of
+    `--data`. A missing run is a UserError that shows the command to train it.
     """
     key = f"more_teachers.{further}" if further else "teacher"
     if reference.run is not None:
@@ -113,7 +113,7 @@ def latest_teacher() -> Path:
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     """Load a teacher from its run folder, its `model.safetensors` or a checkpoint `last.pt`.
 
-    Not a teacher's run, an unfinished one, or another number of classes is a UserError.
+    A student's run, an unfinished run or another number of classes is a UserError.
     """
     folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
     checkpoint = None
@@ -151,8 +151,8 @@ def load_teacher_of(path: Path, data: Dataset) -> TrainedTeacher:
 def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> None:
     """Refuse a teacher of other classes, or of the same classes in another order.
 
-    For teachers that are compared class by class. A run without `classes.json` is accepted: only
-    the number of classes is known. `where` names the dataset in messages.
+    For teachers whose outputs are compared class by class. A run without `classes.json` is
+    accepted: only its number of classes is known. `where` names the dataset in messages.
     """
     known = class_names(teacher.folder)
     if known is None:
@@ -213,7 +213,7 @@ def images_of(task: Task, batch: Batch) -> torch.Tensor:
 
 
 def _without_weights(recipe: TeacherRecipe) -> Model:
-    # Inputs of a trained teacher seldom repeat, and remembered layers do not run for taps.
+    # Remembering maps saves nothing when inputs do not repeat, and skips layers that are tapped.
     return without_weights(recipe.teacher, remember=False)
 
 

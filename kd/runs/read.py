@@ -62,7 +62,7 @@ class DistillRuns:
 def read_run(folder: str | Path) -> Run:
     """Read `config.yaml`, `summary.json` and `predictions.npz` of a finished run.
 
-    A folder that is missing, no run, unfinished or corrupt is a UserError.
+    A folder that is missing, unfinished, corrupt or no run is a UserError.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -102,7 +102,7 @@ def results_hint(path: Path) -> str:
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Read runs, and the finished runs below other folders.
 
-    Runs are not searched for inside of runs: a teacher's folds are no results. Unfinished runs
+    Folders inside of runs, such as a teacher's folds, are not searched. Unfinished runs
     below a folder are skipped with a warning; it is a UserError if none is finished.
     """
     found: dict[Path, Run] = {}
@@ -225,9 +225,9 @@ def read_predictions(
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Curves of a run, finished or not: (step, value) by tag, from `metrics.jsonl`.
+    """Read the curves of a run, finished or not: (step, value) pairs by tag.
 
-    A last line without its end is skipped: the run may be writing it now.
+    An incomplete last line of `metrics.jsonl`, which the run may be writing, is skipped.
     """
     path = Path(folder) / "metrics.jsonl"
     try:
@@ -284,7 +284,7 @@ def _in_order(variants: Collection[str], config: Path) -> list[str]:
 
 
 def _runs_below(path: Path, *, show: int = 4) -> str:
-    """End of a message: runs that may have been meant."""
+    """End of an error message: runs below the folder."""
     found = sorted(
         {str(file.parent) for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")}
         | {str(place) for place in path.iterdir() if place.is_dir() and is_distill(place)}

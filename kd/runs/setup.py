@@ -40,7 +40,9 @@ def open_run(
     broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(message[0])
-    for rank in range(1, accelerator.num_processes):  # one by one: opening may delete files
+    for rank in range(
+        1, accelerator.num_processes
+    ):  # one after the other: opening may delete files
         if rank == accelerator.process_index:
             folder = RunFolder(path, config, resume=True)
         accelerator.wait_for_everyone()
@@ -102,7 +104,7 @@ def start_training(
 
     `steps` are all steps of training; `critics` the `Adversary` of each holistic term by its name.
     """
-    # A counted baseline has no parameters to optimise, nor gradients for DDP.
+    # Baselines of counts have no parameters to optimise and no gradients for DDP.
     weights = model if learns(model) else nn.Linear(1, 1)
     optimizer = make_optimizer(weights, **train.optimizer.model_dump())
     schedule = make_schedule(optimizer, steps, **train.schedule.model_dump())

@@ -1,4 +1,4 @@
-"""A training run from its folder to its summary, shared by the commands that train."""
+"""Train, evaluate and write one run; shared by all commands that train."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _log = logging.getLogger("kd")
 def summary_of(
     results: Results, data: Dataset, metric: Evaluator, model: nn.Module, steps: int
 ) -> dict[str, Any]:
-    """Content of `summary.json`: the model's metrics, and those of references.
+    """Content of `summary.json`: metrics of the model and of references such as the class prior.
 
     `metric` holds the predictions on `data`'s val split; `model` is without adapters.
     """
@@ -63,7 +63,7 @@ class RunSetup:
         train: Settings of the loop.
         seed: Seed of dropout and other randomness outside the data.
         label: Name of the run in progress lines.
-        teacher: Its predictions are drawn beside the model's.
+        teacher: Teacher whose predictions are drawn beside the model's.
     """
 
     folder: RunFolder
@@ -87,7 +87,7 @@ def run_training(
     A non-finite loss, a checkpoint that does not fit or a full disk is a UserError.
     """
     if not learns(model):
-        # A counted baseline has been fitted already; it is only evaluated and written.
+        # Baselines of counts were fitted before; they are only evaluated and written.
         run = replace(run, train=run.train.model_copy(update={"epochs": 0}))
     train, accelerator = run.train, run.accelerator
     steps = train.epochs * -(-len(loader) // train.accumulate)
@@ -232,7 +232,7 @@ def _evaluate(
 
 
 def print_summary(title: str, summary: Mapping[str, Any], results: Results) -> None:
-    """Print a run's metrics beside those of references."""
+    """Print the metrics of a run beside those of references such as the class prior."""
     titles = {"": "model", "prior_": "prior", "observers_": "other observers",
               "ceiling_": "exact posterior", "chance_": "chance"}  # fmt: skip
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]

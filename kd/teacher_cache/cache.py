@@ -1,7 +1,7 @@
-"""Teacher outputs, computed once: created, resumed, repaired, refused.
+"""Compute teacher outputs once: fill, resume, repair and check their stores.
 
-Each output has its own store, so that a later recipe with fewer or more outputs finds what is
-there. All missing outputs are computed in one pass over the images.
+Each output has its own store, so that a later recipe with other outputs reuses those that exist.
+All missing outputs are computed in one pass over the images.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MOST_IMAGES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Outputs to cache, and how.
+    """Which outputs to cache, and how.
 
     Args:
         outputs: `posterior`, other outputs of the teacher by name, or its layers.
@@ -76,7 +76,7 @@ class CacheOptions:
 
     @property
     def settings(self) -> str:
-        """Settings of a recipe that reads this cache."""
+        """Settings of a recipe that would read this cache, for messages."""
         names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8", "size")
         values = {**{name: getattr(self, name) for name in names}, "cache": self.location}
         return " ".join(f"--set soft_targets.{k}={json.dumps(v)}" for k, v in values.items())
@@ -85,7 +85,7 @@ class CacheOptions:
 def open_cache(
     teacher: TrainedTeacher, data: Dataset, accelerator: Accelerator, options: CacheOptions
 ) -> dict[str, CachedField]:
-    """Return the outputs by name, read from their stores; missing ones are computed.
+    """Open the stores of a teacher's outputs, by name, and compute what they lack.
 
     A cache of another teacher, dataset or transform, a teacher without folds, a layer that it lacks
     and an output that is not finite are UserErrors.
@@ -105,7 +105,7 @@ def open_cache(
 
 @dataclass
 class _Cache:
-    """Stores that the same models fill; each model has its own images."""
+    """Stores filled by the same models; with folds, each model has its own images."""
 
     teacher: TrainedTeacher
     models: Sequence[nn.Module]
@@ -275,7 +275,7 @@ class _Cache:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Wait for all processes; the first process's UserError is raised on all."""
+    """Wait for all processes; a UserError of the first process is raised on all of them."""
     messages: list[str] = []
     try:
         yield

@@ -1,8 +1,8 @@
-"""Compare a teacher's maps of a moved image with its maps moved with the image.
+"""Measure how far a teacher's maps follow a flip, shift or scaling of the image.
 
-A convolution with padding nearly follows a shift; nothing makes it follow a mirror, and tokens of a
-plain vision transformer carry their place. So the error is measured, on the teacher and images at
-hand, before cached maps are used with augmentations that move them.
+A padded convolution nearly follows a shift but not a flip, and tokens of a vision transformer
+depend on their position. So the error is measured, on this teacher and these images, before cached
+maps are flipped, shifted or scaled together with augmented images.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def moved_map_errors(
     """Relative error of each cached map under each move of the dataset's augmentation.
 
     By output and move: the norm of the difference over the norm of the live maps, on a few train
-    images that are all moved. Outputs without places are compared as they are; posteriors, which
-    belong to the object, are left out.
+    images that are all moved. Outputs without spatial dimensions are compared unmoved; posteriors,
+    which do not depend on the image's position, are left out.
     """
     maps = {name: one for name, one in cached.items() if name != POSTERIOR}
     errors: dict[str, dict[str, float]] = {name: {} for name in maps}

@@ -33,13 +33,13 @@ class ShardWriter:
 
     @property
     def images(self) -> set[int]:
-        """Ids of the images that are still to come."""
+        """Ids of the images that have not arrived yet."""
         return set(self._shard_of)
 
     def expect(self, images: Sequence[NDArray[np.int64]], shards: Sequence[int]) -> None:
         """Set the shards to write.
 
-        `images` has the image ids of the whole store, by the model that runs on them.
+        `images` are the image ids of the whole store, grouped by the model that runs on them.
         """
         manifest = self.store.manifest()
         assert manifest is not None
@@ -50,7 +50,7 @@ class ShardWriter:
             self._left[number] = len(plan[number])
 
     def record_bytes(self, given: Mapping[str, Tensor]) -> int:
-        """Bytes of one record of such outputs."""
+        """Bytes of one stored record of outputs like these."""
         return sum(part[0].nbytes for part in self._compact(self._output(given)).values())
 
     def take(
