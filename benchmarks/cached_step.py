@@ -30,10 +30,9 @@ from kd.distillation.targets import CachedPosteriors, CachedTeacher
 from kd.distillation.terms import build_term
 from kd.engine.loop import train_step
 from kd.engine.state import Objective
-from kd.problems.objects.classification import Classification
-from kd.problems.objects.context import Context
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.objects.task import Classification, Context
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.runs.setup import start_training

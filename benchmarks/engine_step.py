@@ -32,10 +32,9 @@ from kd.distillation.student import AdaptedStudent
 from kd.distillation.targets import CachedPosteriors, LiveTeacher
 from kd.distillation.terms import build_term
 from kd.engine.state import Objective
-from kd.problems.objects.classification import Classification
-from kd.problems.objects.context import Context
 from kd.problems.objects.data import open_objects
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.objects.task import Classification, Context
 from kd.runs.build import make_accelerator, make_loader
 from kd.transforms.hide import hidden_regions, hide, normalise
 from students.classifiers import build_student

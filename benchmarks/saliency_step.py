@@ -34,7 +34,7 @@ from kd.distillation.terms import build_term
 from kd.engine.state import Objective
 from kd.formats.fixations import Fixations, GazeSplit
 from kd.problems import problem
-from kd.problems.saliency.samples import SaliencySamples
+from kd.problems.saliency.data import SaliencySamples
 from kd.problems.saliency.task import Saliency
 from kd.runs.build import make_accelerator
 from kd.storage.fields import CachedField

@@ -49,11 +49,10 @@ from kd.losses.hint import hint
 from kd.nn.networks import DETECTORS
 from kd.nn.regions import roi_features
 from kd.problems.detection.task import Detection
-from kd.problems.objects.classification import Classification
-from kd.problems.objects.context import Context
 from kd.problems.objects.data import open_objects
 from kd.problems.objects.metric import TopN
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.objects.task import Classification, Context
 from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher

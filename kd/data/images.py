@@ -29,11 +29,11 @@ class ImageSamples(Dataset[Sample], ABC):
     Args:
         images: Files.
         frame: Height and width of training samples, multiples of 8.
+        setting: Name of the frame's setting, for messages.
         train: Crops for training; otherwise whole images, whose targets keep their own size.
         seed: Random seed, 0 or more.
         only: Positions of the images to use; None = all.
         cached: Teacher outputs that come with training samples, as `stored.NAME`.
-        setting: Name of the frame's setting, for messages.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class ImageSamples(Dataset[Sample], ABC):
         images: Sequence[Path],
         *,
         frame: tuple[int, int],
-        train: bool,
-        seed: int,
-        only: NDArray[np.int64] | None,
-        cached: Sequence[CachedField],
         setting: str,
+        train: bool = True,
+        seed: int = 0,
+        only: NDArray[np.int64] | None = None,
+        cached: Sequence[CachedField] = (),
     ) -> None:
         if wrong := [side for side in frame if side < MULTIPLE or side % MULTIPLE]:
             raise UserError(f"{setting}: {wrong[0]} is not a multiple of {MULTIPLE} pixels")

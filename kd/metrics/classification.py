@@ -1,6 +1,6 @@
 """Metrics of class probabilities: top-n, per class, confusable classes, by size, calibration.
 
-Everything here is a function of *records* (`kd.problems.objects.records`), the arrays of a
+Everything here is a function of *records* (`kd.problems.objects.metric`), the arrays of a
 `predictions.npz`. A metric is a mean over objects, or a mean over classes of such means: one
 `Measure` (the contribution of each object) serves the value, its interval and comparisons.
 """

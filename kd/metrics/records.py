@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from kd.errors import UserError
 from kd.utils.io import write_atomic
 
 Array = NDArray[Any]
@@ -39,3 +40,34 @@ def gathered(part: T, group: dist.ProcessGroup | None = None) -> list[T]:
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, part, group=group)
     return parts
+
+
+def check_arrays(records: Records, names: Iterable[str], where: str, what: str = "") -> None:
+    """Check that records have arrays with these names; messages begin with `where`.
+
+    Raises:
+        UserError: One is missing; `what` says of what predictions are expected: " of boxes".
+    """
+    if missing := [name for name in names if name not in records]:
+        raise UserError(f"{where}: no {', '.join(missing)}; not a file of predictions{what}")
+
+
+def check_same_classes(own: int, other: int, pair: str) -> None:
+    """Check that two runs have equally many classes; `pair` names both in the message."""
+    if own != other:
+        raise UserError(f"{pair} have different numbers of classes: {own} and {other}")
+
+
+def class_number(metric: str, wanted: str, records: Records, num_classes: int) -> int:
+    """Number of a class given by its number or by its name in the array `names`.
+
+    Raises:
+        UserError: There is no such class; the message begins with the metric.
+    """
+    names = [str(name) for name in records.get("names", ())]
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < num_classes:
+        return int(wanted)
+    known = f"there are {', '.join(names)}" if names else f"there are 0 to {num_classes - 1}"
+    raise UserError(f"metric '{metric}/{wanted}': no such class; {known}")

@@ -254,6 +254,46 @@ class Dataset(Protocol):
         """Classes and ground truth for the metric."""
 
 
+S = TypeVar("S")
+Section = TypeVar("Section", bound=Any)
+
+
+@dataclass(frozen=True)
+class SplitDataset(ABC, Generic[Section, S]):
+    """Base class of datasets that hold both splits."""
+
+    section: Section
+    train: S
+    val: S
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+
+    @property
+    @abstractmethod
+    def problem(self) -> Problem[Any]:
+        """The problem that opened it."""
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @abstractmethod
+    def class_info(self) -> Classes:
+        """Classes and ground truth for the metric."""
+
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """None: all train images are labelled."""
+        return None
+
+    def split(self, name: Split) -> S:
+        """One of the two splits."""
+        return self.train if name == "train" else self.val
+
+
 class Teacher(Protocol):
     """A trained teacher."""
 
@@ -420,16 +460,10 @@ class Problem(ABC, Generic[D]):
         )
         return teacher
 
-    @abstractmethod
     def build_student(
-        self,
-        model: Model,
-        data: D,
-        *,
-        labelled: NDArray[np.int64] | None = None,
-        context: bool = True,
-        outputs: Collection[str] = (),
-    ) -> nn.Module:
+        self, model: Model, data: D, *, labelled: NDArray[np.int64] | None = None,
+        context: bool = True, outputs: Collection[str] = (),
+    ) -> nn.Module:  # fmt: skip
         """Build a student by name.
 
         Args:
@@ -439,6 +473,7 @@ class Problem(ABC, Generic[D]):
             context: False overrides options that ask for a context head.
             outputs: Its outputs and layers that terms of its variant read.
         """
+        return self.named_student(model.name, model.options, num_classes=data.num_classes)
 
     def named_student(self, name: str, options: Mapping[str, Any], **given: Any) -> nn.Module:
         """Build one of this problem's students by name.

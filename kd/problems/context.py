@@ -6,9 +6,9 @@ from typing import TypeAlias, cast
 
 from kd.errors import UserError
 from kd.problems.base import Dataset, Teacher
-from kd.problems.objects.context import ContextTask
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.objects.task import ContextTask
 
 ObjectScenes: TypeAlias = ObjectsDataset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from matplotlib.figure import Figure
@@ -17,18 +19,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.data.images import ImageSamples
-from kd.data.loader import collate
+from kd.data.loader import Samples, collate
 from kd.data.open_files import AnnotatedSection, layout_holds, root_of
+from kd.errors import UserError
 from kd.metrics.records import Array, Records, gathered, save_records
 from kd.problems import problem_of_data
-from kd.problems.base import Problem, Sampling, Split, Task
+from kd.problems.base import (
+    Batch,
+    Problem,
+    Sampling,
+    Split,
+    SplitDataset,
+    Task,
+    Teacher,
+    TeacherView,
+)
 from kd.problems.results import Predictor, Results, spread
 from kd.registry import is_foreign, load_target
 from kd.storage.fields import CachedField
 from kd.utils.images import read_image
 
-READ_FIRST = 128 << 20  # bytes of a split's images that are all checked at once, about 5 seconds
+READ_FIRST = 128 << 20  # bytes of images up to which a split is checked on opening: 5 seconds
 COUNTED = 1000  # train images that statistics of a dataset are computed on, at most
+HASHED_FILES = 4096  # at most, evenly spread over the split
 
 
 class ImageSplit(Protocol):
@@ -46,67 +59,46 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class ImageDataset(ABC, Generic[D, S]):
+class ImageDataset(SplitDataset[D, S]):
     """Both splits of a dataset of images with targets for their pixels."""
-
-    section: D
-    train: S
-    val: S
-
-    @property
-    @abstractmethod
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
-
-    @abstractmethod
-    def training(self, seed: int, cached: Sequence[CachedField] = ()) -> ImageSamples:
-        """Training samples of the train split, with cached outputs of teachers."""
-
-    @abstractmethod
-    def whole(
-        self, split: Split, *, size: Any, only: NDArray[np.int64] | None = None
-    ) -> ImageSamples:
-        """Whole images of a split, all or those at some positions."""
 
     @property
     def problem(self) -> Problem[Any]:
         """The problem with this kind of data section."""
         return problem_of_data(self.section)
 
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.class_names)
+    @abstractmethod
+    def training(self, seed: int, cached: Sequence[CachedField] = ()) -> ImageSamples:
+        """Training samples of the train split, with cached teacher outputs."""
 
-    def labelled(self, seed: int) -> None:
-        """All train images are labelled."""
-
-    def split(self, name: Split) -> S:
-        """One of the two splits."""
-        return self.train if name == "train" else self.val
+    @abstractmethod
+    def whole(
+        self, split: Split, *, size: Any, only: NDArray[np.int64] | None = None
+    ) -> ImageSamples:
+        """Whole images of a split, all or those at the positions `only`."""
 
     @property
     def counted(self) -> range:
-        """Train images that statistics are computed on: of a large split some, spread evenly."""
+        """Positions of at most `COUNTED` train images, evenly spread, for statistics."""
         images = len(self.train.images)
         return range(0, images, -(-images // COUNTED))
 
 
 def is_small(split: ImageSplit) -> bool:
-    """Whether all of a split is read in seconds; time goes with the bytes of its files."""
+    """Whether a split can be read in seconds, judged by the bytes of its files."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
 def open_layout(
     section: AnnotatedSection, layout: str, open_split: Callable[..., S], *options: Any
 ) -> tuple[S, S]:
-    """Open both splits of a dataset in a published layout, or one of the user's own.
+    """Open both splits of a dataset in a published or custom layout.
 
     Args:
-        section: The dataset's.
-        layout: The section's.
+        section: The dataset's section.
+        layout: Its layout.
         open_split: Opens a split of a published layout: (layout, root, split, *options).
-        options: Passed on.
+        options: Passed to the function that opens a split.
     """
     root = root_of(section, holds=layout_holds(layout, str(section.train)))
     own: Callable[..., S] = (
@@ -116,7 +108,14 @@ def open_layout(
 
 
 class ImageProblem(Problem[D]):
-    """A problem whose datasets are `ImageDataset`."""
+    """A problem whose datasets are `ImageDataset`.
+
+    Attributes:
+        resizes_maps: Whether cached score maps of images of different sizes are resized to the
+            samples' frame; otherwise only images of one size can be cached.
+    """
+
+    resizes_maps: ClassVar[bool] = False
 
     def training(self, data: D, sampling: Sampling, task: Task | None = None) -> ImageSamples:
         """Training samples of all images."""
@@ -128,12 +127,101 @@ class ImageProblem(Problem[D]):
         samples: ImageSamples = data.whole(split, size=data.section.size)
         return samples
 
+    def teacher_view(
+        self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
+    ) -> TeacherView:
+        """Whole images, by default at the size of the teacher's training."""
+        own = getattr(teacher.section, "size", None) if size is None else size
+        return ImagesView(data, split, own, resizes_maps=self.resizes_maps)
 
-class PerImage(ABC, Generic[R]):
-    """A metric that keeps one result per image, however often a sampler repeats it.
+
+class ImagesView:
+    """Every image of a split, whole; the id of a record is the image's position in the split.
 
     Args:
-        where: Start of messages: a run, a dataset.
+        data: The dataset.
+        split: Train or val.
+        size: Size of the resized images, as `ImageDataset.whole` takes it.
+        resizes_maps: See `ImageProblem`.
+    """
+
+    unit = "images"
+    records_per_image = 1.0
+
+    def __init__(
+        self, data: ImageDataset[Any, Any], split: Split, size: int | tuple[int, int] | None, *,
+        resizes_maps: bool,
+    ) -> None:  # fmt: skip
+        self.data, self.split, self.size = data, split, size
+        self.grid: tuple[int, int] | None = None
+        if resizes_maps and not (whole := data.whole(split, size=size)).alike:
+            self.grid = whole.frame
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """Positions in the split."""
+        return np.arange(len(self.data.split(self.split).images), dtype=np.int64)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Image files and their size."""
+        files = self.data.split(self.split).images
+        return {
+            "data": self.data.section.name,
+            "split": self.split,
+            "images": files_hash(len(files), files.__getitem__),
+            "transform": f"size {self.size}, whole, sides in multiples of 8",
+        }
+
+    def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
+        """Whole images; a `UserError` if their sizes differ and maps are not resized."""
+        samples = self.data.whole(self.split, size=self.size, only=images)
+        if not samples.alike and self.grid is None:
+            raise UserError(
+                f"{self.data.section.name}: images of different sizes have maps of different "
+                "sizes, which cannot be cached; set soft_targets.kind=live"
+            )
+        return samples
+
+    def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A record for each image."""
+        return batch["image_ids"], torch.arange(len(batch["image_ids"]))
+
+    def mirrored(self, batch: Batch) -> dict[str, Tensor]:
+        """Mirror the images."""
+        return {**batch, "images": mirror_images(batch)[0]}
+
+    def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
+        """Not supported, since crops read cached maps at any scale."""
+        raise UserError(
+            f"{self.data.section.name}: only cached maps of hidden objects can be compared with "
+            "those of moved images"
+        )
+
+
+def files_hash(count: int, file_of: Callable[[int], Path]) -> str:
+    """Hash names and sizes of image files, of at most `HASHED_FILES` of them."""
+    some = (file_of(number) for number in range(0, count, max(1, count // HASHED_FILES)))
+    text = "\n".join(f"{path.name} {path.stat().st_size}" for path in some)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def mirror_images(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mirror images (N, 3, H, W) left to right, each within its own size without the padding.
+
+    Also return the column that each column is read from, (N, W).
+    """
+    images, widths = batch["images"], batch["sizes"][:, 1]
+    columns = torch.arange(images.shape[-1], device=images.device)
+    source = torch.where(columns < widths[:, None], widths[:, None] - 1 - columns, columns)
+    return images.gather(3, source[:, None, None].expand_as(images)), source
+
+
+class PerImage(ABC, Generic[R]):
+    """A metric that stores one result per image; images that a sampler repeats count once.
+
+    Args:
+        where: Prefix of error messages: a run, a dataset.
     """
 
     compressed: ClassVar[bool] = False
@@ -147,18 +235,18 @@ class PerImage(ABC, Generic[R]):
         """Arrays of `predictions.npz`."""
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the results of all ranks; alone, does nothing."""
+        """Merge the results of all ranks; every rank must call it."""
         parts = gathered(self._images, group)
-        # Of an image that several ranks hold, the first rank's result is used.
+        # If several ranks have the same image, the first rank's result counts.
         self._images = {number: one for part in parts[::-1] for number, one in part.items()}
 
     def save_predictions(self, path: Path) -> None:
-        """Write `records`."""
+        """Write the records as an .npz file, atomically."""
         save_records(self.records(), path, compressed=self.compressed)
 
 
 class ImageResults(Results):
-    """Results whose figures show ground truth and predictions over the image."""
+    """Results whose figures draw ground truth and predictions over the image."""
 
     drawn_from: ClassVar[Literal["models", "records"] | None] = "models"
 
@@ -170,7 +258,7 @@ class ImageResults(Results):
         for place in spread(count, len(data.val.images)):
             predicted = {}
             for name, one in predictors.items():
-                # One image per dataset: opening the whole split reads the size of every file.
+                # Samples of a single image: those of the whole split read the size of every file.
                 samples = data.whole("val", size=one.size, only=np.array([place]))
                 predicted[name] = one(collate([samples[0, 0]]), accelerator)
             image = read_image(data.val.images[place], None)

@@ -30,23 +30,25 @@ from kd.report.tables import Scored, Table, run_table, score, side_by_side_table
 class Results(ABC):
     """Checks, scores, tables and figures of the predictions of one kind of task.
 
-    Methods that begin with `our` serve the metrics of `kd.metrics.registry`; the public methods
-    of the same names also take the user's metrics.
+    `our_value`, `our_interval` and `our_difference` compute the metrics of `kd.metrics.registry`;
+    `value`, `interval` and `difference` compute these and the user's.
 
     Attributes:
         own_metrics: The user's metrics by name.
-        things: Scored things in the plural: `objects`.
-        ids: The array of ids, by which rows are sorted.
-        not_by_id: Arrays without a row for each id.
+        evaluation_type: Class of the tables and figures.
+        things: Plural noun for what is scored: `objects`.
+        ids: Name of the array of ids, by which rows are sorted.
+        not_by_id: Names of the arrays that do not have a row for each id.
         our_rows: Default metrics of tables.
         our_bounded: Metrics with intervals in tables of several runs.
-        image_name: Stem of the files of single images.
+        image_name: File name, without number and suffix, of figures of single images.
         drawn_in_training: Whether images are drawn at the end of a run.
-        cost_metric: The metric that is drawn against the cost of networks, if any.
-        drawn_from: Source of the images of several runs side by side, if they are drawn.
+        cost_metric: Metric that is plotted against the cost of networks, if any.
+        drawn_from: Source of figures that show several runs on the same images, if there are any.
     """
 
     own_metrics: Mapping[str, Metric] = field(default_factory=dict)
+    evaluation_type: ClassVar[type[Evaluation]]
     things: ClassVar[str]
     ids: ClassVar[str] = "image_ids"
     not_by_id: ClassVar[tuple[str, ...]] = ()
@@ -61,54 +63,54 @@ class Results(ABC):
 
     @abstractmethod
     def check(self, records: Records, where: str) -> None:
-        """Raise a `UserError` if records are malformed; its message begins with `where`."""
+        """Raise a `UserError` if arrays are missing or malformed; `where` begins its message."""
 
     @abstractmethod
     def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Raise a `UserError` if ground truths of the same ids differ; `pair` names both."""
+        """Raise a `UserError` if ground truths of the same ids differ; `pair` names both runs."""
 
     def check_same(self, records: Records, other: Records, pair: str) -> None:
-        """Raise a `UserError` if ids or ground truths differ; `pair` names both."""
+        """Raise a `UserError` if ids or ground truths differ; `pair` names both runs."""
         ids, others = records[self.ids], other[self.ids]
         if not np.array_equal(ids, others):
             common = len(np.intersect1d(ids, others))
             raise UserError(
                 f"{pair} scored different {self.things} ({len(ids)} and {len(others)}, {common} in "
-                "both): other data, another split or other limits of size; evaluate both on the "
-                "same"
+                "both): another dataset, split or range of object sizes; evaluate both on the same "
+                "data"
             )
         self.check_same_truth(records, other, pair)
 
     def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """Add the class names, if `not_by_id` lists `names`."""
+        """Add the class names to records that may hold them (`names` in `not_by_id`)."""
         wanted = names is not None and "names" in self.not_by_id
         return {**records, "names": np.array(names)} if wanted else records
 
     def about(self, records: Records) -> str:
-        """Number of scored things, for titles."""
+        """Number of scored objects or images, for titles."""
         return f"{len(records[self.ids])} {self.things}"
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """Reference predictions by name that follow from the records alone."""
+        """Reference predictions by name, computed from the records alone."""
         return {}
 
     def notes(self, records: Records) -> Sequence[str]:
-        """Notes about these references, below tables."""
+        """Table notes that explain these references."""
         return ()
 
     # Metrics
 
     @abstractmethod
     def our_value(self, records: Records, name: str) -> float | None:
-        """A registered metric; None if no row counts for it."""
+        """Value of a registered metric; None if it is undefined for these records."""
 
     @abstractmethod
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """A registered metric with its 95 % interval over images, if there is one."""
+        """Value and 95 % bootstrap interval over images of a registered metric, if available."""
 
     @abstractmethod
     def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A registered metric minus a twin's; NaN bounds where there are none."""
+        """Difference of a registered metric from the twin's; NaN bounds if they are unknown."""
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -121,11 +123,11 @@ class Results(ABC):
         return (*self.our_bounded, *self.own_metrics)
 
     def metric(self, name: str) -> Metric:
-        """The declaration of a metric."""
+        """Declaration of a registered or user's metric."""
         return metric_named(name, self.own_metrics)
 
     def value(self, records: Records, name: str) -> float | None:
-        """A metric; None if no row counts for it. Raises a `UserError` if it is unknown."""
+        """Value of a metric; None if it is undefined. Raises a `UserError` if it is unknown."""
         if name not in self.own_metrics:
             return self.our_value(records, name)
         values = self._per_item(records, name)
@@ -133,7 +135,7 @@ class Results(ABC):
         return float(values[there].mean()) if there.any() else None
 
     def interval(self, records: Records, name: str) -> Interval | None:
-        """A metric with its 95 % interval over images, if there is one."""
+        """Value and 95 % bootstrap interval over images of a metric, if available."""
         if name not in self.own_metrics:
             return self.our_interval(records, name)
         values = self._per_item(records, name)
@@ -141,7 +143,7 @@ class Results(ABC):
         return bootstrap(values[there], records["image_ids"][there]) if there.any() else None
 
     def difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A metric minus a twin's on the same images; NaN bounds where there are none."""
+        """Difference of a metric from the twin's on the same images; NaN bounds if unknown."""
         if name not in self.own_metrics:
             return self.our_difference(records, twin, name)
         after, before = (self._per_item(one, name) for one in (records, twin))
@@ -149,7 +151,7 @@ class Results(ABC):
         return paired_bootstrap(before[both], after[both], records["image_ids"][both])
 
     def own_values(self, records: Records) -> dict[str, float]:
-        """The user's metrics, without those for which no row counts."""
+        """Values of the user's metrics, without undefined ones."""
         found = {name: self.value(records, name) for name in self.own_metrics}
         return {name: number for name, number in found.items() if number is not None}
 
@@ -159,62 +161,55 @@ class Results(ABC):
         values, count = np.asarray(per_item(records), np.float64), len(records[self.ids])
         if values.shape != (count,):
             raise UserError(
-                f"metric {name!r}: per_item gave {values.shape} for {count} {self.things}, "
-                f"expected ({count},)"
+                f"metric {name!r}: per_item returned shape {values.shape} for {count} "
+                f"{self.things}, expected ({count},)"
             )
         return values
 
     def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read a results file in COCO's format; a `UserError` for tasks without such files."""
-        raise UserError(f"{results}: results files have boxes, not {self.things}")
+        """Read a results file in COCO's format; raises a `UserError` for tasks without boxes."""
+        raise UserError(f"{results}: a results file holds boxes, not {self.things}")
 
     # Reports
 
     def summary(self, data: Any, records: Records) -> dict[str, float]:
-        """References in `summary.json`: metrics prefixed by `prior_`, `ceiling_`, ..."""
+        """Metrics of references for `summary.json`, prefixed by `prior_`, `ceiling_`, ..."""
         return {}
 
-    @abstractmethod
     def evaluation(
-        self,
-        title: str,
-        runs: Mapping[str, Records],
-        section: Mapping[str, Any],
+        self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
         opened: Callable[[], Any] | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         """Tables and figures of one or several runs.
 
         Args:
             title: Title of the first table.
             runs: Name -> predictions on the same val split.
-            section: The dataset's section, plain values.
-            opened: Opens the dataset, for names and references; None for results files.
+            section: The dataset's section as plain values.
+            opened: Opens the dataset; None for results files.
 
         Raises:
             UserError: The predictions belong to another dataset.
         """
+        known = self.references(next(iter(runs.values())))
+        return self.evaluation_type(self, title, section, runs, known, opened)
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
-        """Draw runs side by side, by default as bars of the table's metrics."""
+        """Draw several runs in one figure, by default as bars of the table's metrics."""
         return comparison_figure(table)
 
     def training_figures(
         self, data: Any, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Figures, by tag, that are logged at the end of a run."""
+        """Figures logged at the end of a run, by TensorBoard tag."""
         return iter(())
 
     # Images
 
     def draw(
-        self,
-        data: Any,
-        predictors: Mapping[str, Predictor],
-        runs: Mapping[str, Records],
-        *,
-        count: int,
-        accelerator: Accelerator,
-    ) -> Iterator[Figure]:
+        self, data: Any, predictors: Mapping[str, Predictor], runs: Mapping[str, Records], *,
+        count: int, accelerator: Accelerator,
+    ) -> Iterator[Figure]:  # fmt: skip
         """Draw at most `count` val images spread over the split with each model's predictions.
 
         Args:
@@ -229,7 +224,7 @@ class Results(ABC):
     def draw_training(
         self, data: Any, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw the inputs of distillation terms on training images, by the figure's name."""
+        """Draw what distillation terms compare, such as their masks, by the figure's name."""
         return iter(())
 
     # Networks
@@ -239,7 +234,7 @@ class Results(ABC):
         raise UserError(f"predicts {self.things}; --scales and --flip are for label maps")
 
     def usual_size(self, data: Any) -> tuple[int, int]:
-        """Height and width of most val images, where the cost of networks is measured."""
+        """Most frequent height and width of val images, at which networks' cost is measured."""
         raise UserError(f"predicts {self.things}; --cost is for label maps")
 
 
@@ -248,25 +243,33 @@ class Evaluation(ABC):
     """Tables, figures and numbers of one or several runs on the same val split.
 
     Args:
-        results: The kind of predictions.
+        results: Computes the metrics.
         title: Title of the first table.
-        data: The dataset's section, plain values for `metrics.json`.
+        data: The dataset's section as plain values, for `metrics.json`.
         runs: Name -> predictions.
-        names: Class names.
         references: Name -> reference predictions.
+        opened: Opens the dataset; None if records hold all that is needed.
     """
 
     results: Results
     title: str
     data: Mapping[str, Any]
     runs: Mapping[str, Records]
-    names: Sequence[str] = ()
     references: Mapping[str, Records] = field(default_factory=dict)
+    opened: Callable[[], Any] | None = None
 
     @property
     def first(self) -> Records:
         """Predictions of the first run."""
         return next(iter(self.runs.values()))
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        """Class names, from the records or the dataset."""
+        if "names" in self.first or self.opened is None:
+            return [str(name) for name in self.first["names"]]
+        names: Sequence[str] = self.opened().class_names
+        return names
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -275,7 +278,7 @@ class Evaluation(ABC):
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of the runs with intervals, then of the references without."""
+        """Metrics of the runs with intervals, then of the references without intervals."""
         runs, known = self.runs.items(), self.references.items()
         return [
             *(score(self.results, name, one, self.metrics) for name, one in runs),
@@ -287,7 +290,7 @@ class Evaluation(ABC):
         return self.results.notes(self.first)
 
     def summary_tables(self) -> list[Table]:
-        """The printed tables."""
+        """Tables that are printed in the terminal."""
         about = (self.results, self.scored, self.title, self.notes())
         if len(self.runs) == 1:
             return [run_table(*about)]
@@ -295,10 +298,10 @@ class Evaluation(ABC):
 
     @abstractmethod
     def class_table(self) -> Table:
-        """The table by class, or by image where there are no classes."""
+        """Table with a row for each class, or for some images where there are no classes."""
 
     def all_tables(self) -> list[Table]:
-        """The tables of `table.md`."""
+        """Tables that are written to `table.md`."""
         return [*self.summary_tables(), self.class_table()]
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
@@ -323,10 +326,10 @@ class Evaluation(ABC):
 
 
 class Decoder(Protocol):
-    """The part of a task that drawing needs."""
+    """The part of `kd.problems.base.Task` that drawing needs."""
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """Inputs of the model."""
+        """Arguments of the model."""
 
     def decode(self, output: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """Predictions from the model's outputs."""
@@ -339,7 +342,7 @@ class Predictor:
     Args:
         model: An `AdaptedStudent`, on the device.
         task: Its inputs and decoding.
-        size: Size of its images, as datasets take it; None: the size of each file.
+        size: Size of its input, as the dataset's samples take it; None: the size of each file.
     """
 
     model: nn.Module
@@ -348,7 +351,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, sample: Sample, accelerator: Accelerator) -> Tensor:
-        """Decode the first prediction of a batch, on the CPU."""
+        """Predict a batch and return the decoded prediction of its first row, on the CPU."""
         batch = to_device(sample, accelerator.device, channels_last=False)
         with evaluating(self.model), accelerator.autocast():
             output, _ = self.model(*self.task.inputs(batch))
@@ -356,6 +359,6 @@ class Predictor:
 
 
 def spread(count: int, images: int) -> list[int]:
-    """At most `count` positions, spread evenly over a split of so many images."""
+    """At most `count` positions, spread evenly over a split with this number of images."""
     count = min(count, images)
     return [number * images // count for number in range(count)]

@@ -1,4 +1,4 @@
-"""Bars of classes: probabilities, and metrics above the frequencies of classes."""
+"""Bars: probabilities of classes, metrics by class, and metrics with intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kd.report.style import BLUE, GREY, INK, ORANGE, PALE, colours, new_stack
+from kd.metrics.bootstrap import Interval
+from kd.report.style import BLUE, GREY, INK, ORANGE, PALE, colours, letters_on, new_stack
 
 NAMED_CLASSES = 60  # more groups of bars cannot be labelled
 
@@ -97,3 +98,38 @@ def metric_by_class(
     below.set_xticks(place, names, rotation=90, fontsize=7.5)
     below.tick_params(axis="x", length=0, colors=INK)
     return figure, above, below
+
+
+def interval_bars(
+    axes: Axes, runs: Mapping[str, Sequence[Interval]], labels: Sequence[str], *, digits: int
+) -> None:
+    """Draw groups of bars with 95 % intervals and numbers, in percent.
+
+    Args:
+        axes: Where to draw.
+        runs: Name -> the fractions of each group; each run has a bar in every group.
+        labels: Titles of the groups.
+        digits: Decimal places of the numbers.
+    """
+    place, width, top = np.arange(len(labels)), 0.8 / len(runs), 0.0
+    for row, ((name, found), colour) in enumerate(
+        zip(runs.items(), colours(len(runs)), strict=True)
+    ):
+        heights = [100 * one.mean for one in found]
+        reach = [[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]]
+        errors = np.maximum(np.nan_to_num(reach), 0.0)
+        drawn = axes.bar(
+            place + (row - (len(runs) - 1) / 2) * width, heights, width * 0.92, color=colour,
+            alpha=0.85, label=name, yerr=errors, error_kw={"elinewidth": 0.8, "ecolor": INK},
+        )  # fmt: skip
+        for bar, height, end in zip(drawn, heights, heights + errors[1], strict=True):
+            middle, inside = bar.get_x() + bar.get_width() / 2, height >= 10
+            axes.annotate(
+                f"{height:.{digits}f}", (middle, height / 2 if inside else end),
+                xytext=(0, 0 if inside else 2), textcoords="offset points", ha="center",
+                va="center" if inside else "bottom", fontsize=7.5,
+                color=letters_on(colour) if inside else INK,
+            )  # fmt: skip
+            top = max(top, end * (1.05 if inside else 1.12))  # room for a number above
+    axes.set_xticks(place, labels)
+    axes.set_ylim(0, max(10.0, top))

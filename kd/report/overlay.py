@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.report.style import GREY, INK, new_panels
+from kd.report.style import GREY, INK, image_panels
 from kd.utils.images import VOID
 
 # Each as far as possible from those before it and from greys (CIELAB), without glaring ones.
@@ -27,8 +27,6 @@ _TURN = 0.61803398875  # hue step of further classes, the golden ratio
 _STRENGTH = 0.75  # opacity of a colour over the image
 _NO_CLASS = "#d0d0d0"
 BACKGROUND = "background"  # has no colour
-_LETTERS_AN_INCH = 16
-_AT_MOST = 5  # panels per row
 
 
 def class_colour(number: int) -> str:
@@ -70,25 +68,15 @@ def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[st
         names: C names.
     """
     height, width = image.shape[1:]
-    count = 1 + len(maps)
-    rows = -(-count // _AT_MOST)
-    columns = -(-count // rows)
-    across = 2.4
     handles = _legend(torch.cat([labels.flatten() for labels in maps.values()]), names)
-    wide = columns * across
-    lines = _lines(handles, wide)
-    inches = rows * (across * height / width + 0.26) + 0.19 * lines + 0.1
-    figure, panels = new_panels(rows, columns, wide, inches)
+    figure, panels = image_panels(
+        1 + len(maps), height / width, most=5, across=2.4, handles=handles
+    )
     drawn = {"image": image.permute(1, 2, 0).numpy()}
     drawn |= {title: painted(image, labels, names) for title, labels in maps.items()}
     for axes, (title, pixels) in zip(panels, drawn.items(), strict=False):
         axes.imshow(pixels, interpolation="nearest" if height * width < 40_000 else "antialiased")
         axes.set_title(title, fontsize=8.5, color=INK, pad=3)
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines),
-            frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.2,
-        )  # fmt: skip
     return figure
 
 
@@ -103,10 +91,3 @@ def _legend(labels: Tensor, names: Sequence[str]) -> list[Patch]:
     if VOID in found:
         handles.append(Patch(facecolor=_NO_CLASS, edgecolor=GREY, label="not scored"))
     return handles
-
-
-def _lines(handles: Sequence[Patch], inches: float) -> int:
-    """Number of rows of a legend; each column is as wide as the longest name."""
-    longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
-    columns = max(1, int(inches * _LETTERS_AN_INCH / longest))
-    return max(1, -(-len(handles) // columns))

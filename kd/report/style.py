@@ -6,11 +6,13 @@ colour-blind can distinguish; references are grey or black, with different dashe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -65,6 +67,33 @@ def new_panels(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes in panels:
         axes.set_axis_off()
+    return figure, panels
+
+
+def image_panels(
+    count: int, aspect: float, *, most: int, across: float, handles: Sequence[Artist] = ()
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels for images of one size, and a legend below them.
+
+    Args:
+        count: Number of panels.
+        aspect: Height of the images divided by their width.
+        most: Largest number of panels in a row.
+        across: Width of a panel in inches.
+        handles: Entries of the legend; none without any.
+    """
+    rows = -(-count // most)
+    columns = -(-count // rows)
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0) + 6
+    by_line = max(1, int(columns * across * 15 / longest))  # 15 letters fit in an inch
+    lines = -(-len(handles) // by_line)
+    inches = rows * (across * aspect + 0.26) + 0.2 * lines + 0.1
+    figure, panels = new_panels(rows, columns, columns * across, inches)
+    if handles:
+        figure.legend(
+            handles=list(handles), loc="outside lower center", ncols=-(-len(handles) // lines),
+            frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.2,
+        )  # fmt: skip
     return figure, panels
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,6 @@ from brightness import SPEC, BrightnessSection
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd.config.recipes import Model
 from kd.data.loader import Sample
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, bootstrap, paired_bootstrap
@@ -161,6 +160,7 @@ class BrightnessEvaluation(Evaluation):
 class BrightnessResults(Results):
     """Absolute errors, compared image by image."""
 
+    evaluation_type: ClassVar[type[Evaluation]] = BrightnessEvaluation
     things: ClassVar[str] = "images"
     our_rows: ClassVar[tuple[str, ...]] = (ABSOLUTE_ERROR.name,)
 
@@ -190,16 +190,6 @@ class BrightnessResults(Results):
         """Over the same images."""
         return paired_bootstrap(errors_of(twin), errors_of(records), records["image_ids"])
 
-    def evaluation(
-        self,
-        title: str,
-        runs: Mapping[str, Records],
-        section: Mapping[str, Any],
-        opened: Callable[[], Any] | None = None,
-    ) -> Evaluation:
-        """A table of the error."""
-        return BrightnessEvaluation(self, title, section, runs)
-
 
 class BrightnessProblem(Problem[BrightnessDataset]):
     """Images with the brightness of each."""
@@ -220,18 +210,6 @@ class BrightnessProblem(Problem[BrightnessDataset]):
     def evaluation(self, data: BrightnessDataset, split: Split = "val") -> BrightnessSamples:
         """A split as it is."""
         return BrightnessSamples(data.section, split, train=False)
-
-    def build_student(
-        self,
-        model: Model,
-        data: BrightnessDataset,
-        *,
-        labelled: NDArray[np.int64] | None = None,
-        context: bool = True,
-        outputs: Collection[str] = (),
-    ) -> nn.Module:
-        """Build a student by name."""
-        return self.named_student(model.name, model.options)
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
         """Absolute errors."""

@@ -13,7 +13,7 @@ from kd.distillation.hooks import FeatureTaps
 from kd.distillation.student import AdaptedStudent
 from kd.errors import ConfigError, UserError
 from kd.nn.cooccurrence import NaiveBayes, Objects
-from kd.problems.objects.context_tokens import SceneTokens
+from kd.problems.objects.task import SceneTokens
 from kd.registry import build
 from teachers import TEACHERS
 

@@ -1,33 +1,174 @@
-"""Datasets of objects, for detectors."""
+"""Datasets of objects for detectors: both splits, and samples of images with boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from kd.data.annotated import (
+    ImageFiles,
+    Objects,
+    check_frame,
+    known_labels,
+    moved_objects,
+    objects_of,
+    repeated,
+)
+from kd.data.loader import Sample
 from kd.errors import UserError
+from kd.formats.coco import CocoIndex
 from kd.formats.coco_results import Truth, read_truth
 from kd.formats.kitti import kitti_truth
 from kd.formats.splits import objects_on
 from kd.metrics.kitti_ap import KittiTruth
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
-from kd.problems.detection.samples import DetectionSamples
-from kd.problems.objects.data import ObjectsDataset, smoothed
+from kd.problems.objects.data import AnnotatedDataset, ObjectsDataset, open_objects, smoothed
 from kd.problems.objects.schema import ObjectsSection
+from kd.storage.fields import PREFIX, CachedField
+from kd.transforms.augment import Augment, Plan, build_augment, pad
+
+_SAMPLE_STREAM = 4  # separates the random numbers of samples from those of the loader's order
+_NO_CHANGE = Augment(
+    flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
+)
+_SMALLEST_CROWD = 0.0  # fraction of a crowd that must stay visible: any part counts
+
+Ids = Collection[int] | npt.NDArray[np.int64]
+
+
+class DetectionSamples(Dataset[Sample]):
+    """Samples of docs/batch.md, looked up by (epoch, position).
+
+    In training the long side of an image is scaled at random; larger images are cropped to the
+    frame at random, smaller ones padded. Boxes are clipped at the border; those with less than
+    `augment.min_visible` of their area left, or a side below a pixel, are dropped. Evaluation
+    samples are whole images with all boxes. Randomness depends on (seed, epoch, position) alone.
+
+    Args:
+        index: The dataset. Its crowds become `crowds`, never boxes.
+        size: Side of the square frame, pixels.
+        train: Augment; otherwise all epochs are the same.
+        augment: Options of `Augment`; None: random scales only.
+        scales: Smallest and largest long side of training images, as factors of `size`.
+        labelled: Ids of labelled images; labels of others become -1, their boxes stay. None: all.
+        repeat_labelled: How often an image of `labelled` occurs in an epoch; others occur once.
+        only: Ids of the images to use; None: all.
+        seed: Random seed, 0 or more.
+        prepared: Folder made by `python -m kd.data.prepare` from this dataset.
+        cached: Teacher outputs by image id that come with the images, as `stored.NAME`.
+
+    Raises:
+        UserError: An option is out of range, no image is left, or the prepared copy does not fit.
+    """
+
+    def __init__(
+        self, index: CocoIndex, *, size: int, train: bool = True,
+        augment: dict[str, Any] | None = None, scales: tuple[float, float] = (1.0, 1.0),
+        labelled: Ids | None = None, repeat_labelled: int = 1, only: Ids | None = None,
+        seed: int = 0, prepared: Path | None = None, cached: Sequence[CachedField] = (),
+    ) -> None:  # fmt: skip
+        check_frame(size, seed)
+        if not 0 < scales[0] <= scales[1]:
+            raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
+        self.index, self.size, self.train = index, size, train
+        self.augment: Augment = build_augment(augment) or _NO_CHANGE
+        self.scales, self.seed, self.cached = scales, seed, tuple(cached)
+        largest = max(size, self._side(scales[1])) if train else size
+        self.files = ImageFiles.open(index, size, prepared, largest=largest)
+        images = np.arange(len(index))
+        if only is not None:
+            images = images[np.isin(index.image_ids, np.asarray(list(only)))]
+        if not len(images):
+            raise UserError(f"{index.annotation_file}: none of the selected images is in it")
+        known = known_labels(index, images, labelled)
+        times = 1 if labelled is None else repeat_labelled
+        self.images, self.known = repeated(images, known, times)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def together(self, batch_size: int) -> int:
+        """`batch_size`: all samples have one frame."""
+        return batch_size
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Make the sample of (epoch, position).
+
+        Returns:
+            Tensors of docs/batch.md for one image; collation adds `image_of` and `crowd_of`.
+
+        Raises:
+            UserError: The image is missing, corrupt, or not of the size in the JSON.
+        """
+        epoch, position = place
+        image = int(self.images[position])
+        image_id = int(self.index.image_ids[image])
+        pixels, plan = self._draw(image, epoch, position)
+        size = (pixels.shape[1], pixels.shape[2])
+        found = self._objects(self.index, image, size, plan, self.augment.min_visible)
+        labels = self.index.labels[found.rows].astype(np.int64)
+        if not self.known[position]:
+            labels[:] = -1
+        crowds = torch.empty(0, 4)
+        if self.index.crowds is not None:
+            crowds = self._objects(self.index.crowds, image, size, plan, _SMALLEST_CROWD).boxes
+        stored = {
+            f"{PREFIX}{output.name}": output(np.array([image_id]), plan, size, self.size)
+            for output in self.cached
+        }
+        return {
+            "images": pad(plan.image(pixels), self.size),
+            "sizes": torch.tensor(plan.size),
+            "own_sizes": torch.tensor(self.files.own_size(image)),
+            "image_ids": torch.tensor(image_id),
+            "labelled": torch.tensor(bool(self.known[position])),
+            "boxes": found.boxes,
+            "labels": torch.from_numpy(labels),
+            "object_ids": torch.from_numpy(self.index.object_ids[found.rows].astype(np.int64)),
+            "area_fractions": torch.from_numpy(found.fractions).float(),
+            "crowds": crowds,
+            **stored,
+        }
+
+    def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
+        """Path of an image of the index, prepared or not, with its height and width."""
+        return self.files.file(image)
+
+    def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
+        """The image, randomly scaled in training, and its augmentation."""
+        if not self.train:
+            pixels = self.files.read(image)
+            return pixels, Plan(size=(pixels.shape[1], pixels.shape[2]))
+        random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
+        pixels = self.files.read(image, self._side(random.uniform(*self.scales)))
+        size = (pixels.shape[1], pixels.shape[2])
+        return pixels, self.augment.draw(random, size, frame=self.size)
+
+    def _side(self, scale: float) -> int:
+        return max(1, round(self.size * scale))
+
+    def _objects(
+        self, index: CocoIndex, image: int, size: tuple[int, int], plan: Plan, min_visible: float
+    ) -> Objects:
+        if not self.train:
+            return objects_of(index, image, size)
+        return moved_objects(index, image, size, plan, min_visible=min_visible, cut_at_crop=True)
 
 
 @dataclass(frozen=True)
-class DetectionDataset:
-    """A dataset of objects whose boxes are all visible."""
-
-    objects: ObjectsDataset
+class DetectionDataset(AnnotatedDataset):
+    """A dataset of objects whose boxes are all inputs and targets; none is hidden."""
 
     @property
     def problem(self) -> Problem[Any]:
@@ -35,52 +176,46 @@ class DetectionDataset:
         return problem("detection")
 
     @property
-    def section(self) -> ObjectsSection:
-        """The dataset's section of the recipe."""
-        return self.objects.section
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
-        return self.objects.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.objects.num_classes
+    def objects(self) -> ObjectsDataset:
+        """The same dataset for context teachers, from which objects are hidden."""
+        return ObjectsDataset(self.section, self.train, self.val)
 
     def class_info(self) -> Classes:
         """Names, prior and ground truth; for KITTI also the difficulties of objects."""
-        return self.objects.class_info(self.prior())._replace(truth=lambda: self._val_truth)
+        return Classes(
+            self.class_names, self.prior(), self.val.confusable_groups, where=self.section.name,
+            truth=lambda: self._val_truth,
+        )  # fmt: skip
 
     @cached_property
     def _val_truth(self) -> tuple[Truth, KittiTruth | None]:
         """All boxes of the val JSON, crowds included; cached, since every evaluation uses it."""
-        truth = read_truth(self.objects.val.annotation_file)
+        truth = read_truth(self.val.annotation_file)
         return truth, kitti_truth(truth) if self.section.layout == "kitti" else None
 
-    def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed may use; None: all."""
-        return self.objects.labelled(seed)
-
-    def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
+    def prior(self, images: Collection[int] | None = None) -> npt.NDArray[np.float64]:
         """Class fractions, (C,), of objects of any size, one added to each count.
 
         Args:
             images: Ids of the train images to count on; None: all.
         """
-        index = self.objects.train
-        rows, _ = objects_on(index, images)
-        return smoothed(np.bincount(index.labels[rows], minlength=self.num_classes))
+        rows, _ = objects_on(self.train, images)
+        return smoothed(np.bincount(self.train.labels[rows], minlength=self.num_classes))
 
     def samples(self, split: Split, **options: Any) -> DetectionSamples:
-        """Samples of a split with the section's options and further `options`."""
+        """Samples of a split with the section's options; `options` of `DetectionSamples` win."""
         section = self.section
         if not section.images:
             raise UserError(f"{section.name}: data.images is false, but detectors need images")
         prepared = Path(section.prepared) / split if section.prepared else None
         return DetectionSamples(
-            self.objects.split(split), size=section.size, augment=section.augment,
+            self.split(split), size=section.size, augment=section.augment,
             scales=section.scales, repeat_labelled=section.repeat_labelled, prepared=prepared,
             **{"train": False, **options},
         )  # fmt: skip
+
+
+def open_detection(section: ObjectsSection) -> DetectionDataset:
+    """Open both splits; the embedded scenes are rendered if they do not exist yet."""
+    opened = open_objects(section)
+    return DetectionDataset(section, opened.train, opened.val)

@@ -1,92 +1,33 @@
-"""Results of detectors."""
+"""Results of detectors: tables and figures of average precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from kd.formats.coco_results import read_detections, read_truth
+from kd.metrics.bootstrap import Interval
+from kd.metrics.coco_ap import AREAS
 from kd.metrics.records import Records
-from kd.problems.detection import records as box_records
+from kd.metrics.registry import METRICS
 from kd.problems.detection import scores
 from kd.problems.detection.data import DetectionDataset
-from kd.problems.detection.draw import box_overlays, mask_figures
-from kd.problems.detection.figures import (
-    box_class_table,
-    box_classes_side_by_side,
-    class_ap_figure,
-    size_figure,
-    size_table,
-)
+from kd.problems.detection.draw import found_figures, mask_figures
 from kd.problems.results import Evaluation, Predictor, Results
-from kd.report.tables import Table
+from kd.report.class_bars import NAMED_CLASSES, interval_bars, metric_by_class
+from kd.report.style import INK, legend_above, new_figure
+from kd.report.tables import OVER_IMAGES, RESAMPLED, Table
+from kd.utils.images import read_image
 
-
-@dataclass(frozen=True)
-class DetectionResults(Results):
-    """Results from detections and ground truth of each image."""
-
-    things: ClassVar[str] = "images with boxes"
-    not_by_id: ClassVar[tuple[str, ...]] = box_records.NOT_BY_ID
-    our_rows: ClassVar[tuple[str, ...]] = scores.ROWS
-    our_bounded: ClassVar[tuple[str, ...]] = ("AP", "AP50")
-    image_name: ClassVar[str] = "boxes"
-    drawn_from: ClassVar[Literal["models", "records"] | None] = "records"
-
-    check = staticmethod(box_records.check)
-    check_same_truth = staticmethod(box_records.check_same_truth)
-    our_value = staticmethod(scores.value)
-    our_interval = staticmethod(scores.interval)
-    our_difference = staticmethod(scores.difference)
-
-    def about(self, records: Records) -> str:
-        """Numbers of objects and images."""
-        objects = int((~records["truth_crowds"]).sum())
-        return f"{objects} objects in {len(records['image_ids'])} images"
-
-    def evaluation(
-        self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
-        opened: Callable[[], DetectionDataset] | None = None,
-    ) -> Evaluation:  # fmt: skip
-        """Tables and figures; the records hold the class names."""
-        names = [str(name) for name in next(iter(runs.values()))["names"]]
-        return DetectionEvaluation(self, title, section, runs, names)
-
-    def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read a results file of any detector, in COCO's format."""
-        truth = read_truth(annotations)
-        found = read_detections(results, truth)
-        records = box_records.box_records(
-            truth.boxes,
-            found.boxes,
-            found.scores,
-            image_ids=truth.image_ids,
-            names=truth.class_names,
-            category_ids=truth.category_ids,
-            confusable=truth.confusable_groups,
-        )
-        self.check(records, str(annotations))
-        return records
-
-    def draw(
-        self, data: DetectionDataset, predictors: Mapping[str, Predictor],
-        runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
-    ) -> Iterator[Figure]:  # fmt: skip
-        """Draw val images with ground truth and detections, from records alone."""
-        return box_overlays(runs, data.objects.val, count=count)
-
-    def draw_training(
-        self, data: DetectionDataset, task: object, terms: Sequence[Any], *, count: int
-    ) -> Iterator[tuple[str, Figure]]:
-        """Draw the imitation masks on each level of the student's pyramid, if terms use masks."""
-        if any(term.kind.mask for term in terms):
-            yield from mask_figures(data.samples("val"), task, count=count)
+_AP = METRICS["AP"]
 
 
 @dataclass(frozen=True)
@@ -103,21 +44,97 @@ class DetectionEvaluation(Evaluation):
         """Rows of each class, by run."""
         return {name: scores.per_class(records) for name, records in self.runs.items()}
 
+    @property
+    def by_class(self) -> dict[str, dict[int, dict[str, float]]]:
+        """COCO's metrics by run and class."""
+        return {
+            name: {row.label: row.numbers for row in rows} for name, rows in self.classes.items()
+        }
+
     def summary_tables(self) -> list[Table]:
         """Metrics with intervals, and AP by size."""
-        return [*super().summary_tables(), size_table(self.runs)]
+        return [*super().summary_tables(), self.size_table()]
+
+    def size_table(self) -> Table:
+        """AP and number of small, medium and large objects."""
+        lines = []
+        for metric, size in scores.SIZES.items():
+            objects = int(scores.objects_of(self.first, size).sum())
+            cells = [_size_title(size).replace("\n", ", "), str(objects)]
+            for records in self.runs.values():
+                bounds = _AP.bounds(scores.interval(records, metric))
+                cells.append(f"{_AP.text(scores.value(records, metric))} {bounds}".strip())
+            lines.append(tuple(cells))
+        header = ("size of the object", "objects", *self.runs)
+        return Table("AP (%) by size", header, (tuple(lines),), (OVER_IMAGES,))
 
     def class_table(self) -> Table:
-        """All metrics by class for one run, AP for several."""
+        """COCO's metrics of each class with an object for one run, AP for several."""
+        lines = []
+        for row in next(iter(self.classes.values())):
+            name, objects = self.names[row.label], str(row.objects)
+            if len(self.runs) > 1:
+                found = (own[row.label]["AP"] for own in self.by_class.values())
+                lines.append((name, objects, *map(_AP.text, found)))
+                continue
+            ap, *others = (_AP.text(row.numbers.get(metric)) for metric in scores.COCO)
+            bounds = _AP.bounds(scores.interval(self.first, f"AP/{row.label}"))
+            lines.append((name, objects, ap, bounds, *others))
         if len(self.runs) > 1:
-            return box_classes_side_by_side(self.classes, self.names)
-        (rows,) = self.classes.values()
-        return box_class_table(rows, self.first, self.names)
+            return Table("AP (%) by class", ("class", "objects", *self.runs), (tuple(lines),))
+        ap, *others = scores.COCO
+        header = ("class", "objects", ap, "95 % interval", *others)
+        notes = ("in percent; empty if a class has no object of a size", RESAMPLED)
+        return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """AP by class and by size."""
-        yield "class_ap", class_ap_figure(self.classes, self.names)
-        yield "size_ap", size_figure(self.runs)
+        yield "class_ap", self.class_figure()
+        yield "size_ap", self.size_figure()
+
+    def class_figure(self) -> Figure:
+        """AP and AP50 (as a line) by class, above the numbers of objects, most frequent first."""
+        rows = next(iter(self.classes.values()))
+        drawn = rows[:NAMED_CLASSES]
+        heights, lines = (
+            {name: [100 * own[row.label][metric] for row in drawn]
+             for name, own in self.by_class.items()}
+            for metric in ("AP", "AP50")
+        )  # fmt: skip
+        objects = [row.objects for row in drawn]
+        labels = [self.names[row.label] for row in drawn]
+        figure, above, below = metric_by_class(heights, labels, objects, (0.7, 1.5 * objects[0]))
+        place, width = np.arange(len(drawn)), 0.84 / len(lines)
+        for number, half in enumerate(lines.values()):
+            middle = place + (number - (len(lines) - 1) / 2) * width
+            label = "AP50" if number == len(lines) - 1 else "_"  # "_" is hidden from the legend
+            above.hlines(half, middle - 0.45 * width, middle + 0.45 * width, colors=INK,
+                         linewidth=1.2, label=label)  # fmt: skip
+        above.set(ylabel="AP (%)", ylim=(0, 101))
+        legend_above(above)
+        left_out = f"the {len(drawn)} most frequent of {len(rows)}"
+        below.set(ylabel="objects", xlabel="" if len(drawn) == len(rows) else left_out)
+        return figure
+
+    def size_figure(self) -> Figure:
+        """AP of all, small, medium and large objects with 95 % intervals."""
+        figure, axes = new_figure(5.6, 3.8)
+        sizes = {"AP": "all", **scores.SIZES}
+        drawn = [metric for metric in sizes if scores.value(self.first, metric) is not None]
+        nothing = Interval(0.0, np.nan, np.nan)
+        heights = {
+            name: [scores.interval(run, metric) or nothing for metric in drawn]
+            for name, run in self.runs.items()
+        }
+        counts = [int(scores.objects_of(self.first, sizes[metric]).sum()) for metric in drawn]
+        labels = [
+            f"{_size_title(sizes[metric])}\n{count} objects"
+            for metric, count in zip(drawn, counts, strict=True)
+        ]
+        interval_bars(axes, heights, labels, digits=1)
+        axes.set(ylabel="AP (%)")
+        legend_above(axes)
+        return figure
 
     def details(self, name: str) -> dict[str, Any]:
         """COCO's metrics of each class."""
@@ -126,3 +143,69 @@ class DetectionEvaluation(Evaluation):
             for row in self.classes[name]
         ]
         return {"classes": rows}
+
+
+@dataclass(frozen=True)
+class DetectionResults(Results):
+    """Results from detections and ground truth of each image."""
+
+    evaluation_type: ClassVar[type[Evaluation]] = DetectionEvaluation
+    things: ClassVar[str] = "images with boxes"
+    not_by_id: ClassVar[tuple[str, ...]] = scores.NOT_BY_ID
+    our_rows: ClassVar[tuple[str, ...]] = scores.ROWS
+    our_bounded: ClassVar[tuple[str, ...]] = ("AP", "AP50")
+    image_name: ClassVar[str] = "boxes"
+    drawn_from: ClassVar[Literal["models", "records"] | None] = "records"
+
+    check = staticmethod(scores.check)
+    check_same_truth = staticmethod(scores.check_same_truth)
+    our_value = staticmethod(scores.value)
+    our_interval = staticmethod(scores.interval)
+    our_difference = staticmethod(scores.difference)
+
+    def about(self, records: Records) -> str:
+        """Numbers of objects and images."""
+        objects = int((~records["truth_crowds"]).sum())
+        return f"{objects} objects in {len(records['image_ids'])} images"
+
+    def read_file(self, annotations: Path, results: Path) -> Records:
+        """Read a results file of any detector, in COCO's format."""
+        truth = read_truth(annotations)
+        found = read_detections(results, truth)
+        records = scores.box_records(
+            truth.boxes, found.boxes, found.scores, image_ids=truth.image_ids,
+            names=truth.class_names, category_ids=truth.category_ids,
+            confusable=truth.confusable_groups,
+        )  # fmt: skip
+        self.check(records, str(annotations))
+        return records
+
+    def draw(
+        self, data: DetectionDataset, predictors: Mapping[str, Predictor],
+        runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
+    ) -> Iterator[Figure]:  # fmt: skip
+        """Draw val images with ground truth and detections, from records alone."""
+        index = data.val
+        places = {image_id: place for place, image_id in enumerate(index.image_ids.tolist())}
+
+        def read(image_id: int) -> Tensor:
+            return read_image(index.path(places[image_id]), None)
+
+        return found_figures(runs, read, count=count)
+
+    def draw_training(
+        self, data: DetectionDataset, task: object, terms: Sequence[Any], *, count: int
+    ) -> Iterator[tuple[str, Figure]]:
+        """Draw the imitation masks on each level of the student's pyramid, if terms use masks."""
+        if any(term.kind.mask for term in terms):
+            yield from mask_figures(data.samples("val"), task, count=count)
+
+
+def _size_title(size: str) -> str:
+    """A range of areas in words, as sides of squares."""
+    if size == "all":
+        return "all"
+    low, high = (round(bound**0.5) for bound in AREAS[size])
+    if size == "small":
+        return f"small\nbelow {high} px"
+    return f"large\nover {low} px" if size == "large" else f"medium\n{low} to {high} px"

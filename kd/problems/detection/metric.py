@@ -16,8 +16,7 @@ from kd.formats.coco_results import Truth
 from kd.metrics.coco_ap import Array, Bools, Boxes, Ints
 from kd.metrics.kitti_ap import KittiTruth
 from kd.metrics.records import Records, save_records
-from kd.problems.detection import records as box_records
-from kd.problems.detection import scores as box_scores
+from kd.problems.detection import scores
 from kd.problems.images import PerImage
 
 RESULTS = "detections.json"  # written beside `predictions.npz`, in COCO's format
@@ -35,7 +34,7 @@ class FoundBoxes(PerImage[Array]):
         names: C class names.
         confusable: Names of groups of confusable classes, C of them, None for no group.
         kitti: The same objects with KITTI's difficulties.
-        where: Start of messages: a run, a dataset.
+        where: Prefix of error messages: a run, a dataset.
 
     Raises:
         UserError: The number of names or groups is not that of the ground truth's categories.
@@ -77,13 +76,13 @@ class FoundBoxes(PerImage[Array]):
             self._flush()
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the results of all ranks; alone, does nothing."""
+        """Merge the results of all ranks; every rank must call it."""
         self._flush()
         super().gather(group)
         self._records = None
 
     def records(self) -> Records:
-        """Arrays of `kd.problems.detection.records`.
+        """Arrays of `kd.problems.detection.scores`.
 
         Raises:
             UserError: The images have no object, one is not in the ground truth, or detections are
@@ -91,17 +90,17 @@ class FoundBoxes(PerImage[Array]):
         """
         if self._records is None:
             self._records = self._computed_records()
-            box_records.check(self._records, self._where)
+            scores.check(self._records, self._where)
         return self._records
 
     def compute(self) -> dict[str, float]:
         """Metrics in 0..1 by name; see `kd.problems.detection.scores.evaluate`."""
-        return box_scores.evaluate(self.records())
+        return scores.evaluate(self.records())
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records, and `detections.json` beside them, in COCO's format."""
         records = self.records()
-        box_records.write_results(records, Path(path).with_name(RESULTS))
+        scores.write_results(records, Path(path).with_name(RESULTS))
         save_records(records, Path(path), compressed=True)
 
     def _computed_records(self) -> Records:
@@ -111,7 +110,7 @@ class FoundBoxes(PerImage[Array]):
         seen = np.isin(truth.image_ids, ids)
         if seen.sum() < len(ids):
             unknown = np.setdiff1d(ids, truth.image_ids)
-            raise UserError(f"{self._where}: image {unknown[0]} is not among the annotated ones")
+            raise UserError(f"{self._where}: image {unknown[0]} has no annotations")
         rows = [self._images[number] for number in ids.tolist()]
         found = np.concatenate([np.zeros((0, 6), np.float32), *rows])
         image = np.repeat(np.arange(len(ids)), np.array([len(part) for part in rows], np.int64))
@@ -121,9 +120,9 @@ class FoundBoxes(PerImage[Array]):
             own = {name: getattr(kitti, name)[chosen]
                    for name in ("truncated", "occluded", "neighbour", "region")}  # fmt: skip
             kitti = KittiTruth(_rows(kitti.boxes, chosen, position), **own)
-        return box_records.box_records(
+        return scores.box_records(
             _rows(truth.boxes, chosen, position),
-            box_records.detections(image, found[:, 5].astype(np.int64), found[:, :4]),
+            scores.detections(image, found[:, 5].astype(np.int64), found[:, :4]),
             found[:, 4],
             image_ids=truth.image_ids[seen],
             names=self._names,
@@ -142,7 +141,7 @@ class FoundBoxes(PerImage[Array]):
             corners = np.clip(found[..., :4] * scale, 0.0, own)
             sides = corners[..., 2:] - corners[..., :2]
             xywh = np.concatenate([corners[..., :2], sides], axis=-1).astype(np.float32)
-            # NaNs are kept for `check` to report. A box without area cannot match.
+            # NaNs are kept, so that `check` reports them. A box without area cannot match.
             there = ~(found[..., 4] <= 0) & ~(xywh[..., 2:] <= 0).any(axis=-1)
             boxes = np.concatenate([xywh, found[..., 4:]], axis=-1)
             for number, own_boxes, chosen in zip(
@@ -153,6 +152,6 @@ class FoundBoxes(PerImage[Array]):
 
 
 def _rows(boxes: Boxes, chosen: Bools, position: Ints) -> Boxes:
-    """Some of the boxes, with new positions of their images."""
+    """Select boxes and renumber their images."""
     own = {name: part[chosen] for name, part in vars(boxes).items()}
     return replace(boxes, **{**own, "image": position[own["image"]]})

@@ -13,11 +13,9 @@ from kd.config.recipes import Model
 from kd.data.open_files import class_names
 from kd.metrics.registry import Metric
 from kd.problems.base import Dataset, Problem, Sampling, Split, Task, Teacher, TeacherView
-from kd.problems.detection.data import DetectionDataset
+from kd.problems.detection.data import DetectionDataset, DetectionSamples, open_detection
 from kd.problems.detection.evaluation import DetectionResults
-from kd.problems.detection.samples import DetectionSamples
 from kd.problems.detection.schema import SPEC
-from kd.problems.objects.data import open_objects
 from kd.problems.objects.schema import ObjectsSection
 from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec
@@ -31,9 +29,7 @@ class DetectionProblem(Problem[DetectionDataset]):
     task_needs_student: ClassVar[bool] = True
     some_posteriors: ClassVar[bool] = True
 
-    def open(self, section: ObjectsSection) -> DetectionDataset:
-        """Open both splits; the embedded scenes are rendered if they are missing."""
-        return DetectionDataset(open_objects(section))
+    open = staticmethod(open_detection)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
         """Class names, read without the images."""
@@ -42,27 +38,29 @@ class DetectionProblem(Problem[DetectionDataset]):
     def training(
         self, data: DetectionDataset, sampling: Sampling, task: Task | None = None
     ) -> DetectionSamples:
-        """Images with all their boxes, without unlabelled images."""
+        """Labelled images with all their boxes."""
         known = data.labelled(sampling.seed)
-        options = {"labelled": known, "only": known, "cached": sampling.cached}
-        return data.samples("train", train=True, seed=sampling.seed, **options)
+        return data.samples(
+            "train", train=True, seed=sampling.seed, labelled=known, only=known,
+            cached=sampling.cached,
+        )  # fmt: skip
 
     def evaluation(self, data: DetectionDataset, split: Split = "val") -> DetectionSamples:
         """Whole images with all their boxes."""
         return data.samples(split)
 
     def cached_data(self, data: DetectionDataset) -> Dataset:
-        """The dataset of objects, which a context teacher hides in turn."""
+        """The same dataset for context teachers, which hide each object in turn."""
         return data.objects
 
     def object_ids(self, data: DetectionDataset) -> NDArray[np.int64]:
         """Annotation ids of the train objects."""
-        return data.objects.train.object_ids.astype(np.int64)
+        return data.train.object_ids.astype(np.int64)
 
     def teacher_view(
         self, teacher: Teacher, data: DetectionDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Scenes with an object hidden, for context teachers."""
+        """Scenes with one object hidden, for context teachers."""
         return data.objects.problem.teacher_view(teacher, data.objects, split, size=size)
 
     def build_student(

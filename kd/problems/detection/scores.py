@@ -1,28 +1,224 @@
-"""Detection metrics of COCO, Pascal VOC and KITTI, overall and per class.
+"""Detections and ground truth of a split, the records of `predictions.npz`, and their metrics.
 
-Overall metrics are means over the classes with an object. Intervals are bootstrapped over images:
-all metrics of a run come from one pass over the resamples, which are the same for all runs on the
-same images, so that runs can be subtracted. Repeated images raise AP (by 1.6 points on 228 images
-of COCO), so bounds are shifted by that bias.
+Images: `image_ids` (I,) ascending. Classes: `names`, `category_ids` and, if known, `confusable`
+(C,), the number of a class's group of confusable classes, -1 for none. Ground truth: `truth_images`
+(G,), positions in `image_ids`, `truth_labels` (G,), `truth_boxes` (G, 4) x, y, width, height in
+pixels of the file, `truth_areas` (G,) of the segments, `truth_crowds` (G,); of KITTI also
+`truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Detections, sorted by
+image: `found_images`, `found_labels`, `found_boxes` and `found_scores` (D,).
+
+Metrics are those of COCO, Pascal VOC and KITTI, per class and as means over the classes with an
+object. Intervals are bootstrapped over images: all metrics of a run come from one pass over the
+resamples, which are the same for all runs on the same images, so that runs can be subtracted.
+Repeated images raise AP (by 1.6 points on 228 images of COCO), so bounds are shifted by that bias.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, percentiles, resamples
-from kd.metrics.coco_ap import AREAS, SUMMARY, THRESHOLDS, Array, Bools, Floats, Matches, MeanAP
-from kd.metrics.kitti_ap import DIFFICULTIES, OVERLAPS, kitti_ap
-from kd.metrics.records import Records
+from kd.metrics.classification import confusable_groups
+from kd.metrics.coco_ap import (
+    AREAS,
+    SUMMARY,
+    THRESHOLDS,
+    Array,
+    Bools,
+    Boxes,
+    Floats,
+    Ints,
+    Matches,
+    MeanAP,
+)
+from kd.metrics.kitti_ap import DIFFICULTIES, OVERLAPS, KittiTruth, kitti_ap
+from kd.metrics.records import Records, check_arrays, check_same_classes, class_number
 from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
-from kd.problems.detection import records as box_records
+from kd.utils.io import write_atomic
+
+TRUTH = ("truth_images", "truth_labels", "truth_boxes", "truth_areas", "truth_crowds")
+FOUND = ("found_images", "found_labels", "found_boxes", "found_scores")
+DIFFICULTY = ("truth_truncated", "truth_occluded", "truth_roles")
+BY_CLASS = ("names", "category_ids", "confusable")
+NOT_BY_ID = (*BY_CLASS, *TRUTH, *DIFFICULTY, *FOUND)
+ROLES = ("object", "neighbour", "region")  # 0, 1, 2 in `truth_roles`
+
+
+def box_records(
+    truth: Boxes, found: Boxes, scores: Array, *, image_ids: Ints, names: Sequence[str],
+    category_ids: Ints, confusable: Sequence[str | None] | None = None,
+    kitti: KittiTruth | None = None,
+) -> Records:  # fmt: skip
+    """Build records of detections and ground truth.
+
+    Args:
+        truth: All objects, crowds included.
+        found: Detections, of any float type.
+        scores: (D,).
+        image_ids: (I,) ascending.
+        names: C class names.
+        category_ids: (C,) ids of the classes in COCO's format.
+        confusable: Names of groups of confusable classes, C of them, None for no group.
+        kitti: The same objects with KITTI's difficulties.
+    """
+    order = np.argsort(found.image, kind="stable")
+    records: dict[str, Array] = {
+        "image_ids": np.asarray(image_ids, np.int64),
+        "names": np.array(list(names)),
+        "category_ids": np.asarray(category_ids, np.int64),
+        "truth_images": truth.image.astype(np.int32),
+        "truth_labels": truth.label.astype(np.int16),
+        "truth_boxes": truth.xywh.astype(np.float64),  # as in the JSON: an IoU can be 0.5 exactly
+        "truth_areas": truth.areas.astype(np.float64),
+        "truth_crowds": truth.crowd,
+        "found_images": found.image[order].astype(np.int32),
+        "found_labels": found.label[order].astype(np.int16),
+        "found_boxes": found.xywh[order],
+        "found_scores": np.asarray(scores)[order],
+    }
+    if confusable is not None:
+        records["confusable"] = confusable_groups(tuple(confusable)).astype(np.int16)
+    if kitti is not None:
+        records["truth_truncated"] = kitti.truncated.astype(np.float64)
+        records["truth_occluded"] = kitti.occluded.astype(np.int8)
+        records["truth_roles"] = np.where(kitti.region, 2, kitti.neighbour).astype(np.int8)
+    return records
+
+
+def detections(image: Ints, label: Ints, xywh: Array) -> Boxes:
+    """Boxes with areas computed from their sides, none of them a crowd."""
+    return Boxes(image, label, xywh, xywh[:, 2] * xywh[:, 3], np.zeros(len(xywh), np.bool_))
+
+
+def true_boxes(records: Records) -> Boxes:
+    """All objects, crowds included."""
+    return Boxes(
+        image=records["truth_images"].astype(np.int64),
+        label=records["truth_labels"].astype(np.int64),
+        xywh=records["truth_boxes"].astype(np.float64),
+        areas=records["truth_areas"].astype(np.float64),
+        crowd=records["truth_crowds"].astype(np.bool_),
+    )
+
+
+def found_boxes(records: Records) -> Boxes:
+    """The detections."""
+    image, label = (records[name].astype(np.int64) for name in ("found_images", "found_labels"))
+    return detections(image, label, records["found_boxes"].astype(np.float64))
+
+
+def found_scores(records: Records) -> Floats:
+    """Scores of the detections, (D,)."""
+    return records["found_scores"].astype(np.float64)
+
+
+def kitti_truth(records: Records) -> KittiTruth | None:
+    """The objects with KITTI's difficulties; None for other datasets."""
+    if any(name not in records for name in DIFFICULTY):
+        return None
+    roles = records["truth_roles"]
+    return KittiTruth(
+        boxes=true_boxes(records),
+        truncated=records["truth_truncated"].astype(np.float64),
+        occluded=records["truth_occluded"].astype(np.int64),
+        neighbour=roles == ROLES.index("neighbour"),
+        region=roles == ROLES.index("region"),
+    )
+
+
+def write_results(records: Records, path: Path) -> None:
+    """Write the detections in COCO's results format, one per line, atomically."""
+    images = records["image_ids"][records["found_images"]].tolist()
+    categories = records["category_ids"][records["found_labels"]].tolist()
+    boxes, scores = (records[name].astype(np.float64).tolist() for name in FOUND[2:])
+    lines = (
+        f'{{"image_id":{image},"category_id":{category},"bbox":{box},"score":{score}}}'
+        for image, category, box, score in zip(images, categories, boxes, scores, strict=True)
+    )
+
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write("[")
+            for number, line in enumerate(lines):
+                file.write((",\n" if number else "\n") + line)
+            file.write("\n]\n")
+
+    write_atomic(path, write)
+
+
+def check(records: Records, where: str) -> None:
+    """Check records; messages begin with `where`.
+
+    Raises:
+        UserError: A missing array, wrong shapes, an unknown image or class, numbers that are not
+            finite, negative sides, or no objects.
+    """
+    required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
+    check_arrays(records, required, where, " of boxes")
+    classes = len(records["category_ids"])
+    _check_shapes(records, where, classes)
+    if (np.diff(records["image_ids"]) <= 0).any():
+        raise UserError(f"{where}: image_ids do not ascend, or one occurs twice")
+    for side in ("truth", "found"):
+        for name, limit in ((f"{side}_images", len(records["image_ids"])),
+                            (f"{side}_labels", classes)):  # fmt: skip
+            if (wrong := (records[name] < 0) | (records[name] >= limit)).any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise UserError(
+                    f"{where}: {name}[{row}] is {records[name][row]}, expected 0..{limit - 1}"
+                )
+    for name in ("truth_boxes", "truth_areas", "found_boxes", "found_scores"):
+        _check_numbers(records, name, where)
+    if not (~records["truth_crowds"]).any():
+        raise UserError(f"{where}: no object to find; are these the annotations of these images?")
+
+
+def _check_shapes(records: Records, where: str, classes: int) -> None:
+    rows = {
+        "image_ids": len(records["image_ids"]),
+        **dict.fromkeys(BY_CLASS, classes),
+        **dict.fromkeys((*TRUTH, *DIFFICULTY), len(records["truth_images"])),
+        **dict.fromkeys(FOUND, len(records["found_images"])),
+    }
+    for name in (one for one in rows if one in records):
+        expected = (rows[name], 4) if name.endswith("_boxes") else (rows[name],)
+        if records[name].shape != expected:
+            raise UserError(f"{where}: {name} is {records[name].shape}, expected {expected}")
+    if records["truth_crowds"].dtype != np.bool_:
+        raise UserError(f"{where}: truth_crowds is {records['truth_crowds'].dtype}, expected bool")
+
+
+def _check_numbers(records: Records, name: str, where: str) -> None:
+    values = records[name] if records[name].ndim > 1 else records[name][:, None]
+    wrong = ~np.isfinite(values).all(axis=1)
+    problem = "is not finite"
+    if name == "found_boxes" and not wrong.any():  # COCO's ground truth has such boxes
+        wrong, problem = (values[:, 2:] < 0).any(axis=1), "has a side below 0"
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        image = records["image_ids"][records[f"{name.partition('_')[0]}_images"][row]]
+        raise UserError(f"{where}: {name}[{row}] on image {image} {problem}: {values[row]}")
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that two runs have the same classes and ground truth."""
+    check_same_classes(len(records["category_ids"]), len(other["category_ids"]), pair)
+    own, others = (len(one["truth_images"]) for one in (records, other))
+    if own != others:
+        raise UserError(f"{pair} have different numbers of objects: {own} and {others}")
+    for name in TRUTH:
+        differing = (records[name] != other[name]).nonzero()[0]
+        if wrong := len(set(differing.tolist())):
+            raise UserError(f"{pair} have different {name} for {wrong} objects: other data")
+
 
 # COCO's metrics: name in tables -> name in `coco_ap.SUMMARY`.
 COCO = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium",
@@ -37,16 +233,16 @@ _KITTI = re.compile(rf"KITTI(11)?_({'|'.join(DIFFICULTIES)})")
 KITTI = tuple(f"KITTI_{name}" for name in DIFFICULTIES)
 ROWS = (*COCO, AR, f"{CONFUSABLE}AP50", *KITTI)
 SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}  # metric -> area range
-_CACHED = 32  # runs
+_CACHED = 32  # runs whose metrics are cached
 
 Numbers = Mapping[str, Floats]  # by metric, (R, C) each, NaN for classes without objects
 
 
 def value(records: Records, name: str) -> float | None:
-    """A metric; None if it is undefined.
+    """Value of a metric; None if it is undefined.
 
     Args:
-        records: See `kd.problems.detection.records`.
+        records: See the module.
         name: One of `ROWS`, `RECALLS` or `VOC`, `KITTI11_<difficulty>`, `confusable_<one of COCO>`;
             all but `confusable_` can be followed by `/` and a class.
 
@@ -70,7 +266,7 @@ def interval(records: Records, name: str) -> Interval | None:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric minus a twin's, with the interval of a paired bootstrap over images."""
+    """Difference of a metric from the twin's, with a paired bootstrap interval over images."""
     both = _RecordsKey(records), _RecordsKey(twin)
     own, other = (float(_number(one, name, drawn=False)[0]) for one in both)
     if len(records["image_ids"]) < 2 or _KITTI.match(name):
@@ -117,23 +313,9 @@ def objects_of(records: Records, size: str = "all") -> Array:
 
 
 def right_at_half(records: Records) -> tuple[Bools, Bools]:
-    """Detections that are right at an overlap of 0.5, (D,) bool, and those that are ignored."""
+    """Detections that match an object at an IoU of 0.5, and those that are ignored, (D,) bool."""
     _, matches = _matched(records, areas=1)
     return matches.hit[0, 0], matches.ignored[0, 0]
-
-
-def class_number(wanted: str, records: Records) -> int:
-    """The number of a class given by name or number.
-
-    Raises:
-        UserError: There is no such class.
-    """
-    names = [str(name) for name in records["names"]]
-    if wanted in names:
-        return names.index(wanted)
-    if wanted.isdecimal() and int(wanted) < len(names):
-        return int(wanted)
-    raise UserError(f"metric of class {wanted!r}: no such class; there are {', '.join(names)}")
 
 
 class _RecordsKey:
@@ -146,8 +328,8 @@ class _RecordsKey:
     def digest(self) -> bytes:
         """Hash of all arrays that metrics depend on."""
         content = hashlib.blake2b(digest_size=16)
-        for name in ("image_ids", "category_ids", "names", "confusable", *box_records.TRUTH,
-                     *box_records.KITTI, *box_records.FOUND):  # fmt: skip
+        for name in ("image_ids", "category_ids", "names", "confusable", *TRUTH, *DIFFICULTY,
+                     *FOUND):  # fmt: skip
             if name in self.records:
                 part = np.ascontiguousarray(self.records[name])
                 content.update(f"{name} {part.dtype} {part.shape}".encode())
@@ -165,8 +347,9 @@ def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
     """A metric of the images, (1,), or of every resample, (R,)."""
     records = known.records
     metric, _, wanted = name.partition("/")
-    label = class_number(wanted, records) if wanted else None
-    kept = np.ones(len(records["category_ids"]), np.bool_)
+    classes = len(records["category_ids"])
+    label = class_number(metric, wanted, records, classes) if wanted else None
+    kept = np.ones(classes, np.bool_)
     if metric.startswith(CONFUSABLE) and label is None:
         metric = metric.removeprefix(CONFUSABLE)
         kept = records["confusable"] >= 0 if "confusable" in records else ~kept
@@ -188,12 +371,12 @@ def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
 
 def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matches]:
     meter = MeanAP(
-        box_records.true_boxes(records),
-        box_records.found_boxes(records),
+        true_boxes(records),
+        found_boxes(records),
         len(records["image_ids"]),
         len(records["category_ids"]),
     )
-    return meter, meter.match(box_records.found_scores(records), areas=areas)
+    return meter, meter.match(found_scores(records), areas=areas)
 
 
 def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str, Floats]:
@@ -218,7 +401,7 @@ def _observed(known: _RecordsKey) -> Numbers:
 
 @lru_cache(maxsize=_CACHED)
 def _resampled(known: _RecordsKey) -> Numbers:
-    """In float32 to save memory, which is enough for bounds."""
+    """Metrics of all resamples; float32 is enough for bounds and saves memory."""
     meter, matches = _matched(known.records)
     drawn = (weights.astype(np.float32) for weights in resamples(meter.images))
     parts = [_numbers(meter, matches, weights) for weights in drawn]
@@ -229,24 +412,27 @@ def _resampled(known: _RecordsKey) -> Numbers:
 
 @lru_cache(maxsize=2 * _CACHED)
 def _voc(known: _RecordsKey, points: Points, drawn: bool) -> Floats:
-    """(R, C)."""
+    """Pascal VOC's AP of each class, (R, C)."""
     records = known.records
-    sides = box_records.true_boxes(records), box_records.found_boxes(records)
+    sides = true_boxes(records), found_boxes(records)
     meter = VocAP(*sides, len(records["image_ids"]), len(records["category_ids"]))
-    matches = meter.match(box_records.found_scores(records))
+    matches = meter.match(found_scores(records))
     counts = list(resamples(meter.images)) if drawn else [None]
     return np.concatenate([meter.average(matches, one, points=points) for one in counts])
 
 
 @lru_cache(maxsize=_CACHED)
 def _kitti(known: _RecordsKey, points: int) -> Floats:
-    """(3, C), NaN for other data; overlap 0.5 for classes that KITTI does not define."""
+    """KITTI's AP by difficulty and class, (3, C); NaN for other datasets.
+
+    Classes that KITTI does not have are matched at an overlap of 0.5.
+    """
     records = known.records
     names = [str(name) for name in records["names"]]
     result = np.full((len(DIFFICULTIES), len(names)), np.nan)
-    truth = box_records.kitti_truth(records)
+    truth = kitti_truth(records)
     if truth is not None:
         overlaps = [OVERLAPS.get(name.lower(), 0.5) for name in names]
-        sides = box_records.found_boxes(records), box_records.found_scores(records)
+        sides = found_boxes(records), found_scores(records)
         result = kitti_ap(truth, *sides, overlaps=overlaps, points=points)
     return result

@@ -15,7 +15,7 @@ from kd.metrics.classification import prior_records
 from kd.metrics.records import Records
 from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.problems.objects.data import ObjectsDataset
-from kd.problems.objects.records import with_predictions
+from kd.problems.objects.metric import with_predictions
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:

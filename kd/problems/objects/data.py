@@ -16,48 +16,43 @@ from kd.data.open_files import open_annotated
 from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.splits import labelled_images, objects_on
 from kd.problems import problem
-from kd.problems.base import Classes, Problem, Split
+from kd.problems.base import Classes, Problem, Split, SplitDataset
 from kd.problems.objects.samples import ObjectSamples
 from kd.problems.objects.schema import ObjectsSection
 
 
 @dataclass(frozen=True)
-class ObjectsDataset:
-    """Both splits of a dataset of objects, opened."""
-
-    section: ObjectsSection
-    train: CocoIndex
-    val: CocoIndex
+class AnnotatedDataset(SplitDataset[ObjectsSection, CocoIndex]):
+    """Both splits of a dataset of images with annotated objects."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """C names."""
         return self.val.class_names
 
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.train.num_classes
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """Ids of the train images whose labels a student of this seed may use; None: all."""
+        return labelled_images(self.train, self.section.labelled, seed)
+
+
+@dataclass(frozen=True)
+class ObjectsDataset(AnnotatedDataset):
+    """A dataset from which objects are hidden one by one."""
 
     @property
     def problem(self) -> Problem[Any]:
         """The problem of hidden objects."""
         return problem("objects")
 
-    def class_info(self, prior: NDArray[np.float64] | None = None) -> Classes:
-        """Names, prior (by default of usable objects), confusable groups and visible objects."""
-        visible = partial(visible_objects, self.val)
-        prior = self.prior() if prior is None else prior
+    def class_info(self) -> Classes:
+        """Names, prior, confusable groups and numbers of visible objects."""
         return Classes(
-            self.class_names, prior, self.val.confusable_groups, visible, self.section.name
-        )
-
-    def split(self, name: Split) -> CocoIndex:
-        """The index of a split."""
-        return self.train if name == "train" else self.val
+            self.class_names, self.prior(), self.val.confusable_groups,
+            partial(visible_objects, self.val), self.section.name,
+        )  # fmt: skip
 
     def samples(self, split: Split, **options: Any) -> ObjectSamples:
-        """Samples of a split with the section's options; `options` of `ObjectSamples` override."""
+        """Samples of a split with the section's options; `options` of `ObjectSamples` win."""
         section, partial, several = self.section, self.section.partial, self.section.hide_several
         same = ("size", "augment", "min_fraction", "max_fraction", "shape", "repeat_labelled")
         own = {
@@ -81,16 +76,12 @@ class ObjectsDataset:
         update = {"min_fraction": 0.0, "max_fraction": 1.0, "prepared": None}
         return replace(self, section=self.section.model_copy(update=update), val=val)
 
-    def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed may use; None: all."""
-        return labelled_images(self.train, self.section.labelled, seed)
-
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class fractions (C,) from `train_counts` with one added to each."""
+        """Class fractions (C,) from `train_counts`, with one added to each count."""
         return smoothed(self.train_counts(images))
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
-        """Count usable train objects by class, (C,), on the images with these ids or on all."""
+        """Usable train objects by class, (C,), on the images with these ids or on all."""
         rows = self.samples("train", only=images).usable_rows()
         return np.bincount(self.train.labels[rows], minlength=self.num_classes)
 
@@ -115,7 +106,7 @@ class ObjectsDataset:
         }
 
     def ceiling(self, split: Split = "val") -> dict[str, NDArray[Any]] | None:
-        """Exact posteriors of the embedded scenes, None for other data."""
+        """Arrays of the embedded scenes' exact posteriors; None for other datasets."""
         file = self.split(split).annotation_file.with_name(f"posteriors_{split}.npz")
         if self.section.generate is None or not file.is_file():
             return None
@@ -130,7 +121,7 @@ def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def open_objects(section: DatasetSection) -> ObjectsDataset:
-    """Open a dataset; the embedded scenes are rendered if they do not exist yet."""
+    """Open both splits; the embedded scenes are rendered if they do not exist yet."""
     assert isinstance(section, ObjectsSection)
     opened = open_annotated(
         section, layout=section.layout, classes=section.classes, images=section.images

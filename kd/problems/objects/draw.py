@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -50,9 +49,7 @@ def hidden_scene_figure(
     height, width = size or (int(image.shape[1]), int(image.shape[2]))
     pixels = image[:, :height, :width].permute(1, 2, 0).cpu().numpy()
     corners = [float(corner) for corner in box]
-    figure = Figure(figsize=(6.0 + 2.5 * len(beliefs), 3.2))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(6.0 + 2.5 * len(beliefs), 3.2), layout="constrained")
     ratios = [max(0.8, width / height) * 1.9, 1.2, *[1.9] * len(beliefs)]
     panels = figure.subplots(1, 2 + len(beliefs), squeeze=False, width_ratios=ratios)[0]
     _scene(panels[0], pixels, corners)

@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import Interval
-from kd.metrics.confusion import ClassRow, beyond_prior, confusions, per_class
+from kd.metrics.confusion import ClassRow, Confusion, beyond_prior, confusions, per_class
 from kd.metrics.multilabel import average_precision
-from kd.metrics.records import Records
+from kd.metrics.records import Records, check_arrays, check_same_classes
 from kd.metrics.registry import METRICS
-from kd.problems.objects import figures, tables
-from kd.problems.objects import records as object_records
+from kd.problems.objects import figures, metric
 from kd.problems.objects.baselines import ABOUT, EXACT, PRIOR, exact_records, on_data, references
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.draw import hidden_scenes
 from kd.problems.results import Evaluation, Predictor, Results
-from kd.report.tables import Scored, Table, difference_notes
+from kd.report.tables import OVER_IMAGES, Scored, Table, difference_notes
 
 CHANCE = "random"
 # Metrics that are also computed of the exact posterior for `summary.json`.
@@ -34,12 +33,166 @@ CEILINGS = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "m
 
 
 @dataclass(frozen=True)
+class ObjectsEvaluation(Evaluation):
+    """Objects, with tables by bins and by class, and confusions."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All top-n accuracies, then the results' other metrics."""
+        return (*(f"top{n}" for n in scores.TOPS),
+                *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
+
+    @cached_property
+    def scored(self) -> list[Scored]:
+        """Metrics of the runs, of uniform guesses, then of the references."""
+        found = super().scored
+        runs, known = found[: len(self.runs)], found[len(self.runs) :]
+        ours = [name for name in runs[0].values if name not in self.results.own_metrics]
+        guesses = {name: scores.chance(self.first, name) for name in ours}
+        chance = Scored(CHANCE, {name: n for name, n in guesses.items() if n is not None})
+        return [*runs, chance, *known]
+
+    @cached_property
+    def classes(self) -> list[ClassRow]:
+        """Metrics of the first run by class."""
+        return per_class(self.first)
+
+    @cached_property
+    def train_counts(self) -> NDArray[np.int64]:
+        """Usable train objects by class, (C,)."""
+        assert self.opened is not None
+        counts: NDArray[np.int64] = self.opened().train_counts()
+        return counts
+
+    def notes(self) -> Sequence[str]:
+        """Notes on the references; for a single run also its differences from them."""
+        notes = [ABOUT[name] for name in self.references if name in ABOUT]
+        if len(self.runs) > 1:
+            return notes
+        known = self.references
+        return [*notes, *difference_notes(self.results, self.first, known, ("top1", "nll"))]
+
+    def summary_tables(self) -> list[Table]:
+        """Metrics, and top-1 by hidden fraction and by number of visible objects."""
+        bins = [self.bins_table(kind) for kind in scores.BINS]
+        return [*super().summary_tables(), *(table for table in bins if table is not None)]
+
+    def bins_table(self, kind: str) -> Table | None:
+        """Top-1 by bin, `kind` being a key of `BINS`; None if no object is in any bin."""
+        top1, lines = METRICS["top1"], []
+        for name in scores.BINS[kind]:
+            binned = f"{kind}/{name}_top1"
+            if (found := scores.measure(self.first, binned)) is None:
+                continue
+            cells = [scores.bin_title(kind, name).replace("\n", ", "), str(len(found.values))]
+            for records in self.runs.values():
+                bounds = top1.bounds(scores.interval(records, binned))
+                cells.append(f"{top1.text(scores.value(records, binned))} {bounds}".rstrip())
+            known = self.references.values()
+            lines.append((*cells, *(top1.text(scores.value(one, binned)) for one in known)))
+        what = figures.BINNED_BY[kind]
+        header = (what, "objects", *self.runs, *self.references)
+        title = f"top1 (%) by {what}"
+        return Table(title, header, (tuple(lines),), (OVER_IMAGES,)) if lines else None
+
+    def class_table(self) -> Table:
+        """Objects, accuracy and confusions by class for one run, top-1 for several."""
+        names = self.names
+        if len(self.runs) > 1:
+            columns = [
+                {row.label: row.top1 for row in per_class(one)} for one in self.runs.values()
+            ]
+            cells = [
+                (names[row.label], str(row.support), *(_percent(own[row.label]) for own in columns))
+                for row in self.classes
+            ]
+            return Table("top1 (%) by class", ("class", "val objects", *self.runs), (tuple(cells),))
+        train = max(int(self.train_counts.sum()), 1)
+        val = sum(row.support for row in self.classes)
+        lines = [
+            (names[row.label], str(row.support), _percent(row.support / val),
+             _percent(self.train_counts[row.label] / train), _percent(row.top1), _percent(row.top5),
+             ", ".join(f"{names[p.predicted]} {100 * p.fraction:.0f} %" for p in row.instead))
+            for row in self.classes
+        ]  # fmt: skip
+        header = ("class", "val objects", "val (%)", "train (%)", "top1 (%)", "top5 (%)",
+                  "predicted instead")  # fmt: skip
+        return Table("By class", header, (tuple(lines),))
+
+    def all_tables(self) -> list[Table]:
+        """The tables of `table.md`, with confusions of a single run."""
+        tables = super().all_tables()
+        if len(self.runs) == 1:
+            tables.append(self.confusion_table("Most frequent confusions", confusions(self.first)))
+            beyond = beyond_prior(self.first)
+            tables.append(self.confusion_table("Confusions beyond the class prior", beyond))
+        return tables
+
+    def confusion_table(self, title: str, pairs: Sequence[Confusion], *, most: int = 15) -> Table:
+        """The first `most` pairs of a hidden class and a class predicted in its place."""
+        lines = [
+            (self.names[pair.true], self.names[pair.predicted], str(pair.count),
+             _percent(pair.fraction), _percent(pair.expected), f"{pair.lift:.1f}")
+            for pair in pairs[:most]
+        ]  # fmt: skip
+        header = ("hidden", "predicted", "objects", "of the class (%)", "prior (%)", "lift")
+        note = "lift: how many times more often than predictions drawn from the class prior"
+        return Table(title, header, (tuple(lines),), (note,))
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """Figures by name; those by class for a single run only."""
+        runs, known, names = self.runs, self.references, self.names
+        curves, lines = ({n: scores.curve(r) for n, r in part.items()} for part in (runs, known))
+        yield "top_n", figures.top_n_figure(curves, lines)
+        yield "hidden_fraction", figures.bins_figure("fraction", runs, known)
+        if "visible" in self.first:
+            yield "visible_objects", figures.bins_figure("visible", runs, known)
+        yield "calibration", figures.reliability_figure(runs)
+        val_counts = np.bincount(self.first["labels"], minlength=len(names))
+        yield "class_fractions", figures.class_fraction_figure(self.train_counts, val_counts, names)
+        if len(runs) > 1:
+            return
+        # The prior is right about one class and wrong about all others.
+        others = {name: per_class(one) for name, one in known.items() if name != PRIOR}
+        yield "per_class", figures.per_class_figure(self.classes, names, others)
+        yield "confusions", figures.confusion_figure(self.first, names)
+        yield "beyond_prior", figures.beyond_prior_figure(beyond_prior(self.first), names)
+
+    def details(self, name: str) -> dict[str, float]:
+        """Top-1 in each bin."""
+        records = {**self.runs, **self.references}.get(name)
+        if records is None:  # uniform guesses
+            return {}
+        bins = [f"{kind}/{one}_top1" for kind, found in scores.BINS.items() for one in found]
+        values = {binned: scores.value(records, binned) for binned in bins}
+        return {binned: number for binned, number in values.items() if number is not None}
+
+    def numbers(self) -> dict[str, Any]:
+        """Contents of the tables in full precision, for `metrics.json`."""
+        found, names = super().numbers(), self.names
+        if len(self.runs) > 1:
+            return found
+        found["classes"] = [
+            {"name": names[row.label], "support": row.support, "top1": row.top1,
+             "top5": row.top5, "instead": {names[p.predicted]: p.count for p in row.instead}}
+            for row in self.classes
+        ]  # fmt: skip
+        found["confusions"] = [
+            {"hidden": names[pair.true], "predicted": names[pair.predicted], "objects": pair.count,
+             "fraction": pair.fraction, "prior": pair.expected, "lift": pair.lift}
+            for pair in confusions(self.first)
+        ]  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
 class ObjectResults(Results):
     """Predicted classes of objects."""
 
+    evaluation_type: ClassVar[type[Evaluation]] = ObjectsEvaluation
     things: ClassVar[str] = "objects"
     ids: ClassVar[str] = "object_ids"
-    not_by_id: ClassVar[tuple[str, ...]] = object_records.BY_CLASS
+    not_by_id: ClassVar[tuple[str, ...]] = metric.BY_CLASS
     our_rows: ClassVar[tuple[str, ...]] = (
         "top1", "mean_class_top1", "top5", "nll", "ece", "confusable_top1", "confusable_pair_top1",
     )  # fmt: skip
@@ -47,8 +200,8 @@ class ObjectResults(Results):
     image_name: ClassVar[str] = "hidden_scene"
     drawn_in_training: ClassVar[bool] = True
 
-    check = staticmethod(object_records.check)
-    check_same_truth = staticmethod(object_records.check_same_truth)
+    check = staticmethod(metric.check)
+    check_same_truth = staticmethod(metric.check_same_truth)
     our_value = staticmethod(scores.value)
     our_interval = staticmethod(scores.interval)
     our_difference = staticmethod(scores.difference)
@@ -72,18 +225,15 @@ class ObjectResults(Results):
         return {f"ceiling_{name}": values[name] for name in CEILINGS if name in values}
 
     def evaluation(
-        self,
-        title: str,
-        runs: Mapping[str, Records],
-        section: Mapping[str, Any],
+        self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
         opened: Callable[[], ObjectsDataset] | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         """Compare with the class prior, co-occurrence and the exact posterior."""
         assert opened is not None
         data = opened()
         runs = {name: on_data(data, one, name) for name, one in runs.items()}
         known = references(data, next(iter(runs.values())))
-        return ObjectsEvaluation(self, title, section, runs, data.class_names, known, data)
+        return ObjectsEvaluation(self, title, section, runs, known, lambda: data)
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
         """Top-n curves of the runs and the class prior."""
@@ -101,198 +251,14 @@ class ObjectResults(Results):
         known = {**self.references(records), **{n: r for n, r in exact.items() if n == EXACT}}
         lines = {name: scores.curve(one) for name, one in known.items()}
         yield "eval/top_n", figures.top_n_figure({"model": scores.curve(records)}, lines)
-        yield "eval/hidden_fraction", figures.hidden_fraction_figure({label: records})
+        yield "eval/hidden_fraction", figures.bins_figure("fraction", {label: records})
 
     def draw(
-        self,
-        data: ObjectsDataset,
-        predictors: Mapping[str, Predictor],
-        runs: Mapping[str, Records],
-        *,
-        count: int,
-        accelerator: Accelerator,
-    ) -> Iterator[Figure]:
+        self, data: ObjectsDataset, predictors: Mapping[str, Predictor],
+        runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
+    ) -> Iterator[Figure]:  # fmt: skip
         """Draw hidden objects with each model's predictions."""
         return hidden_scenes(predictors, data, count=count, accelerator=accelerator)
-
-
-@dataclass(frozen=True)
-class ObjectsEvaluation(Evaluation):
-    """Objects, with tables by bins and by class, and confusions."""
-
-    dataset: ObjectsDataset | None = None
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """All top-n accuracies, then the results' other metrics."""
-        return (*(f"top{n}" for n in scores.TOPS),
-                *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
-
-    @cached_property
-    def scored(self) -> list[Scored]:
-        """Metrics of the runs, of uniform guesses, then of the references."""
-        found = super().scored
-        runs, known = found[: len(self.runs)], found[len(self.runs) :]
-        ours = [name for name in runs[0].values if name not in self.results.own_metrics]
-        guesses = {name: scores.chance(self.first, name) for name in ours}
-        chance = Scored(CHANCE, {name: n for name, n in guesses.items() if n is not None})
-        return [*runs, chance, *known]
-
-    @cached_property
-    def classes(self) -> list[ClassRow]:
-        """The first run by class."""
-        return per_class(self.first)
-
-    @cached_property
-    def train_counts(self) -> NDArray[np.int64]:
-        """Usable train objects by class, (C,)."""
-        assert self.dataset is not None
-        return self.dataset.train_counts()
-
-    def notes(self) -> Sequence[str]:
-        """Notes on the references; for a single run also its differences from them."""
-        notes = [ABOUT[name] for name in self.references if name in ABOUT]
-        if len(self.runs) > 1:
-            return notes
-        known = self.references
-        return [*notes, *difference_notes(self.results, self.first, known, ("top1", "nll"))]
-
-    def summary_tables(self) -> list[Table]:
-        """Metrics, and top-1 by hidden fraction and by number of visible objects."""
-        bins = [tables.bins_table(kind, self.runs, self.references) for kind in scores.BINS]
-        return [*super().summary_tables(), *(table for table in bins if table is not None)]
-
-    def class_table(self) -> Table:
-        """All numbers of one run by class, or the top-1 of several."""
-        if len(self.runs) > 1:
-            return tables.classes_side_by_side(self.runs, self.names)
-        return tables.class_table(self.classes, self.names, self.train_counts)
-
-    def all_tables(self) -> list[Table]:
-        """The tables of `table.md`, with confusions of a single run."""
-        parts, names = super().all_tables(), self.names
-        if len(self.runs) > 1:
-            return parts
-        frequent, unexpected = confusions(self.first), beyond_prior(self.first)
-        return [
-            *parts,
-            tables.confusion_table(frequent, names, "Most frequent confusions"),
-            tables.confusion_table(unexpected, names, "Confusions beyond the class prior"),
-        ]
-
-    def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures by name; those by class for a single run only."""
-        runs, known, names = self.runs, self.references, self.names
-        curves, lines = ({n: scores.curve(r) for n, r in part.items()} for part in (runs, known))
-        yield "top_n", figures.top_n_figure(curves, lines)
-        yield "hidden_fraction", figures.hidden_fraction_figure(runs, known)
-        if "visible" in self.first:
-            yield "visible_objects", figures.visible_figure(runs, known)
-        yield "calibration", figures.reliability_figure(runs)
-        val_counts = np.bincount(self.first["labels"], minlength=len(names))
-        yield "class_fractions", figures.class_fraction_figure(self.train_counts, val_counts, names)
-        if len(runs) > 1:
-            return
-        # The prior is right about one class and wrong about all others.
-        others = {name: per_class(one) for name, one in known.items() if name != PRIOR}
-        yield "per_class", figures.per_class_figure(self.classes, names, others)
-        yield "confusions", figures.confusion_figure(self.first, names)
-        yield "beyond_prior", figures.beyond_prior_figure(beyond_prior(self.first), names)
-
-    def details(self, name: str) -> dict[str, float]:
-        """Top-1 in each bin."""
-        records = {**self.runs, **self.references}.get(name)
-        if records is None:  # uniform guesses
-            return {}
-        bins = [f"{kind}/{one}_top1" for kind, found in scores.BINS.items() for one in found]
-        values = {metric: scores.value(records, metric) for metric in bins}
-        return {metric: number for metric, number in values.items() if number is not None}
-
-    def numbers(self) -> dict[str, Any]:
-        """Contents of the tables in full precision, for `metrics.json`."""
-        found, names = super().numbers(), self.names
-        if len(self.runs) > 1:
-            return found
-        found["classes"] = [
-            {"name": names[row.label], "support": row.support, "top1": row.top1,
-             "top5": row.top5, "instead": {names[p.predicted]: p.count for p in row.instead}}
-            for row in self.classes
-        ]  # fmt: skip
-        found["confusions"] = [
-            {"hidden": names[pair.true], "predicted": names[pair.predicted], "objects": pair.count,
-             "fraction": pair.fraction, "prior": pair.expected, "lift": pair.lift}
-            for pair in confusions(self.first)
-        ]  # fmt: skip
-        return found
-
-
-@dataclass(frozen=True)
-class SceneLabelResults(Results):
-    """Predicted classes of images."""
-
-    things: ClassVar[str] = "images with labels"
-    our_rows: ClassVar[tuple[str, ...]] = ("mAP", "weighted_AP", "micro_AP")
-
-    def check(self, records: Records, where: str) -> None:
-        """Check that arrays exist and have matching shapes."""
-        if missing := [n for n in ("image_ids", "log_probs", "present") if n not in records]:
-            raise UserError(f"{where}: no {', '.join(missing)}; these are no predictions of labels")
-        shapes = {name: records[name].shape for name in ("log_probs", "present")}
-        if len(set(shapes.values())) > 1 or len(records["image_ids"]) != len(records["present"]):
-            raise UserError(f"{where}: arrays of different lengths: {shapes}")
-
-    def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Check the number of classes and the labels of each image."""
-        own, others = records["present"], other["present"]
-        if own.shape != others.shape:
-            raise UserError(
-                f"{pair} know different numbers of classes: {own.shape[1]} and {others.shape[1]}"
-            )
-        if wrong := int((own != others).any(axis=1).sum()):
-            raise UserError(f"{pair} disagree on the labels of {wrong} images: other data")
-
-    def our_value(self, records: Records, name: str) -> float | None:
-        """A metric; None if no image has any class."""
-        log_probs, present = records["log_probs"], records["present"]
-        support = present.sum(axis=0)
-        if name not in self.our_rows:
-            raise UserError(f"metric {name!r}: unknown; there are {', '.join(self.our_rows)}")
-        if not support.any():
-            return None
-        if name == "micro_AP":
-            return average_precision(log_probs.ravel(), present.ravel())
-        there = np.flatnonzero(support)
-        own = [average_precision(log_probs[:, c], present[:, c]) for c in there]
-        return float(np.average(own, weights=support[there] if name == "weighted_AP" else None))
-
-    def our_interval(self, records: Records, name: str) -> Interval | None:
-        """None: each bootstrap sample would have to be ranked again."""
-        self.our_value(records, name)
-        return None
-
-    def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """The difference without bounds."""
-        own, other = (self.our_value(one, name) for one in (records, twin))
-        if own is None or other is None:
-            raise UserError(f"metric {name!r}: none of these images counts for it")
-        return Interval(own - other, float("nan"), float("nan"))
-
-    def references(self, records: Records) -> Mapping[str, Records]:
-        """Chance: the same score for every class and image."""
-        return {"chance": {**records, "log_probs": np.zeros_like(records["log_probs"])}}
-
-    def evaluation(
-        self,
-        title: str,
-        runs: Mapping[str, Records],
-        section: Mapping[str, Any],
-        opened: Callable[[], ObjectsDataset] | None = None,
-    ) -> Evaluation:
-        """Compare average precision with chance."""
-        known = self.references(next(iter(runs.values())))
-        assert opened is not None
-        names = opened().class_names
-        return SceneLabelsEvaluation(self, title, section, runs, names, known)
 
 
 @dataclass(frozen=True)
@@ -324,3 +290,60 @@ class SceneLabelsEvaluation(Evaluation):
     def numbers(self) -> dict[str, Any]:
         """Contents of the tables in full precision, for `metrics.json`."""
         return {**super().numbers(), "classes": self.classes}
+
+
+@dataclass(frozen=True)
+class SceneLabelResults(Results):
+    """Predicted classes of images."""
+
+    evaluation_type: ClassVar[type[Evaluation]] = SceneLabelsEvaluation
+    things: ClassVar[str] = "images with labels"
+    our_rows: ClassVar[tuple[str, ...]] = ("mAP", "weighted_AP", "micro_AP")
+
+    def check(self, records: Records, where: str) -> None:
+        """Check that arrays exist and have matching shapes."""
+        check_arrays(records, ("image_ids", "log_probs", "present"), where, " of labels")
+        shapes = {name: records[name].shape for name in ("log_probs", "present")}
+        if len(set(shapes.values())) > 1 or len(records["image_ids"]) != len(records["present"]):
+            raise UserError(f"{where}: arrays of different lengths: {shapes}")
+
+    def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
+        """Check the number of classes and the labels of each image."""
+        own, others = records["present"], other["present"]
+        check_same_classes(own.shape[1], others.shape[1], pair)
+        if wrong := int((own != others).any(axis=1).sum()):
+            raise UserError(f"{pair} have different labels for {wrong} images: other data")
+
+    def our_value(self, records: Records, name: str) -> float | None:
+        """A metric; None if no image has any class."""
+        log_probs, present = records["log_probs"], records["present"]
+        support = present.sum(axis=0)
+        if name not in self.our_rows:
+            raise UserError(f"metric {name!r}: unknown; there are {', '.join(self.our_rows)}")
+        if not support.any():
+            return None
+        if name == "micro_AP":
+            return average_precision(log_probs.ravel(), present.ravel())
+        there = np.flatnonzero(support)
+        own = [average_precision(log_probs[:, c], present[:, c]) for c in there]
+        return float(np.average(own, weights=support[there] if name == "weighted_AP" else None))
+
+    def our_interval(self, records: Records, name: str) -> Interval | None:
+        """None: each bootstrap sample would have to be ranked again."""
+        self.our_value(records, name)
+        return None
+
+    def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
+        """The difference without bounds."""
+        own, other = (self.our_value(one, name) for one in (records, twin))
+        if own is None or other is None:
+            raise UserError(f"metric {name!r}: undefined, since no image has labels")
+        return Interval(own - other, float("nan"), float("nan"))
+
+    def references(self, records: Records) -> Mapping[str, Records]:
+        """Chance: the same score for every class and image."""
+        return {"chance": {**records, "log_probs": np.zeros_like(records["log_probs"])}}
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"

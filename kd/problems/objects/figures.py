@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,8 +12,8 @@ from kd.metrics import classification as scores
 from kd.metrics.bootstrap import Interval
 from kd.metrics.confusion import ClassRow, Confusion, confusion_matrix
 from kd.metrics.records import Array, Records
+from kd.report.class_bars import interval_bars, metric_by_class
 from kd.report.style import (
-    BLUE,
     GREY,
     INK,
     ORANGE,
@@ -23,14 +22,12 @@ from kd.report.style import (
     SKY,
     colours,
     legend_above,
-    letters_on,
     new_figure,
-    new_stack,
     reference_style,
 )
 
-# More class names than this below an axis cannot be read.
-_NAMES_AT_MOST = 90
+BINNED_BY = {"fraction": "fraction of the image hidden", "visible": "other objects in the image"}
+_NAMES_AT_MOST = 90  # more class names below an axis cannot be read
 _DARK = 0.6  # a cell filled by more than this needs white letters
 
 
@@ -54,58 +51,38 @@ def top_n_figure(
     return figure
 
 
-def hidden_fraction_figure(
-    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
+def bins_figure(
+    kind: str, runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw top-1 by the hidden fraction of the image, with numbers of objects."""
-    figure = _binned_figure("fraction", runs, references or {})
-    figure.axes[0].set_xlabel("fraction of the image that is hidden")
-    return figure
+    """Draw top-1 by bin: runs as bars with 95 % intervals, references as lines across the bins.
 
-
-def visible_figure(
-    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
-) -> Figure:
-    """Draw top-1 by the number of other objects in the image."""
-    figure = _binned_figure("visible", runs, references or {})
-    figure.axes[0].set_xlabel("other objects in the image")
-    return figure
-
-
-def _binned_figure(
-    kind: str, runs: Mapping[str, Records], references: Mapping[str, Records]
-) -> Figure:
-    """Draw runs as bars with 95 % intervals, references as lines across the bins."""
+    Args:
+        kind: A key of `kd.metrics.classification.BINS`.
+        runs: Name -> records of the same objects.
+        references: Name -> reference predictions of these objects.
+    """
     figure, axes = new_figure(5.6, 3.8)
     first = next(iter(runs.values()))
-    bins = [b for b in scores.BINS[kind] if scores.value(first, f"{kind}/{b}_top1") is not None]
-    place, width = np.arange(len(bins)), 0.8 / len(runs)
-    for row, ((name, run), colour) in enumerate(zip(runs.items(), colours(len(runs)), strict=True)):
-        found = [_top1(run, f"{kind}/{b}_top1") for b in bins]
-        heights = [100 * one.mean for one in found]
-        reach = [[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]]
-        offset = (row - (len(runs) - 1) / 2) * width
-        bars = axes.bar(
-            place + offset, heights, width * 0.92, color=colour, alpha=0.85, label=name,
-            yerr=np.nan_to_num(reach), error_kw={"elinewidth": 0.8, "ecolor": INK},
-        )  # fmt: skip
-        for bar, height, above in zip(bars, heights, reach[1], strict=True):
-            middle, inside = bar.get_x() + bar.get_width() / 2, height >= 10
-            axes.text(
-                middle, height / 2 if inside else height + np.nan_to_num(above) + 1.5,
-                f"{height:.0f}", ha="center", va="center" if inside else "bottom", fontsize=7.5,
-                color=letters_on(colour) if inside else INK,
-            )  # fmt: skip
-    for name, run in references.items():
-        heights = [100 * (scores.value(run, f"{kind}/{b}_top1") or 0.0) for b in bins]
+    found = {b: scores.measure(first, f"{kind}/{b}_top1") for b in scores.BINS[kind]}
+    counts = {b: len(one.values) for b, one in found.items() if one is not None}
+    nothing = Interval(0.0, np.nan, np.nan)
+    heights = {
+        name: [scores.interval(run, f"{kind}/{b}_top1") or nothing for b in counts]
+        for name, run in runs.items()
+    }
+    labels = [f"{scores.bin_title(kind, b)}\n{count} objects" for b, count in counts.items()]
+    interval_bars(axes, heights, labels, digits=0)
+    place = np.arange(len(counts))
+    top = axes.get_ylim()[1]
+    for name, run in (references or {}).items():
+        lines = [100 * (scores.value(run, f"{kind}/{b}_top1") or 0.0) for b in counts]
+        top = max(top, 1.05 * max(lines, default=0.0))
         style = reference_style(name)
         axes.hlines(
-            heights, place - 0.46, place + 0.46, colors=style["color"],
+            lines, place - 0.46, place + 0.46, colors=style["color"],
             linestyles=style["linestyle"], label=name, zorder=3,
         )  # fmt: skip
-    axes.set_xticks(place, [_bin_label(first, kind, name) for name in bins])
-    axes.set(ylabel="top-1 (%)")
-    axes.set_ylim(0, max(10.0, axes.get_ylim()[1]))  # numbers above low bars are inside
+    axes.set(ylabel="top-1 (%)", xlabel=BINNED_BY[kind], ylim=(0, top))
     legend_above(axes)
     return figure
 
@@ -130,7 +107,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
 def class_fraction_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
     """Draw class fractions from numbers of train and val objects (C,), most frequent first."""
     num_classes = len(names)
-    figure, axes = new_figure(_width(num_classes), 3.8)
+    figure, axes = new_figure(max(5.6, 0.14 * num_classes + 1.5), 3.8)
     order = np.argsort(-np.asarray(train_counts), kind="stable")
     place = np.arange(num_classes)
     train, val = (np.asarray(c)[order] / max(np.sum(c), 1) for c in (train_counts, val_counts))
@@ -162,31 +139,23 @@ def per_class_figure(
         references: Rows of references, drawn as lines across the bars.
     """
     drawn = rows[:_NAMES_AT_MOST]
+    labels, support = [names[row.label] for row in drawn], [row.support for row in drawn]
+    heights = {"top-1": [100 * row.top1 for row in drawn]}
+    figure, above, below = metric_by_class(heights, labels, support, (0.7, 1.5 * support[0]))
     place = np.arange(len(drawn))
-    figure, (above, below) = new_stack(_width(len(drawn)), 4.8, (3.0, 1.0))
-    for label, colour, values in (
-        ("top-5", "#bfe1f5", [row.top5 for row in drawn]),  # a pale SKY, behind
-        ("top-1", BLUE, [row.top1 for row in drawn]),
-    ):
-        heights = [100 * value for value in values]
-        above.bar(place, heights, width=0.8, color=colour, label=label)
+    top5 = [100 * row.top5 for row in drawn]
+    # In a pale SKY behind top-1, which is never higher.
+    above.bar(place, top5, width=0.84 * 0.94, color="#bfe1f5", label="top-5", zorder=0.5)
     for name, others in (references or {}).items():
         top1 = {row.label: 100 * row.top1 for row in others}
-        heights = [top1[row.label] for row in drawn]
+        lines = [top1[row.label] for row in drawn]
         colour = reference_style(name)["color"]
-        above.hlines(heights, place - 0.4, place + 0.4, colors=colour, linewidth=1.6,
+        above.hlines(lines, place - 0.4, place + 0.4, colors=colour, linewidth=1.6,
                      label=f"{name}, top-1")  # fmt: skip
-    above.set(ylabel="right (%)", ylim=(0, 100), xlim=(-0.7, len(drawn) - 0.3))
+    above.set(ylabel="right (%)", ylim=(0, 100))
     legend_above(above)
-    below.bar(place, [row.support for row in drawn], width=0.8, color=GREY)
-    if drawn[0].support > 20 * drawn[-1].support:
-        below.set_yscale("log")
-        below.set_ylim(0.7, 1.5 * drawn[0].support)
-        ticks = [10**power for power in range(len(str(drawn[0].support)))]
-        below.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-        below.minorticks_off()
-    below.set(ylabel="val objects", xlabel=_left_out(rows, drawn))
-    below.set_xticks(place, [names[row.label] for row in drawn], rotation=90, fontsize=7)
+    left_out = f"the {len(drawn)} most frequent of {len(rows)}"
+    below.set(ylabel="val objects", xlabel="" if len(rows) == len(drawn) else left_out)
     return figure
 
 
@@ -224,9 +193,8 @@ def matrix_figure(
     table = np.column_stack([inside, others]) if others.any() else inside
     fractions = table / support[order][:, None]
     side = 0.36 * len(order)
-    figure = Figure(figsize=(side + 0.36 * len(further) + 2.6, side + 1.6))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    size = (side + 0.36 * len(further) + 2.6, side + 1.6)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     if table.shape[1] > len(order):
@@ -280,21 +248,3 @@ def beyond_prior_figure(
 
 def _with_top1(name: str, curve: Array) -> str:
     return f"{name} (top-1 {100 * float(curve[0]):.1f} %)"
-
-
-def _top1(records: Records, name: str) -> Interval:
-    return scores.interval(records, name) or Interval(0.0, np.nan, np.nan)
-
-
-def _bin_label(records: Records, kind: str, name: str) -> str:
-    found = scores.measure(records, f"{kind}/{name}_top1")
-    objects = f"{0 if found is None else len(found.values)} objects"
-    return f"{scores.bin_title(kind, name)}\n{objects}"
-
-
-def _width(classes: int) -> float:
-    return max(5.6, 0.14 * classes + 1.5)
-
-
-def _left_out(rows: Sequence[ClassRow], drawn: Sequence[ClassRow]) -> str:
-    return "" if len(rows) == len(drawn) else f"the {len(drawn)} most frequent of {len(rows)}"

@@ -1,4 +1,10 @@
-"""Top-n accuracy of objects over batches and ranks."""
+"""Top-n accuracy of objects, and the predictions that it is computed from.
+
+Arrays of `predictions.npz`: `object_ids` (K,), `image_ids` (K,), `labels` (K,), `area_fractions`
+(K,), box area divided by image area, and `log_probs` (K, C); optional: `visible` (K,), numbers of
+other objects in the image, `prior` (C,), class fractions of the training labels, and `confusable`
+(C,), numbers of groups of confusable classes, -1 for none.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,22 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.metrics import classification as scores
-from kd.metrics.records import Array, gathered, save_records
-from kd.problems.objects.records import REQUIRED, check
+from kd.metrics.records import (
+    Array,
+    Records,
+    check_arrays,
+    check_same_classes,
+    gathered,
+    save_records,
+)
 
-# Objects on the device before they are copied to the CPU, so that few copies wait for the device.
+REQUIRED = ("object_ids", "image_ids", "labels", "area_fractions", "log_probs")
+BY_CLASS = ("prior", "confusable")  # all others have a row for each object
+# How far a row of probabilities may be from summing to one: bfloat16 has three digits.
+_NORMALISED_WITHIN = 0.05
+# Objects that stay on the device before they are copied to the CPU, so that few copies wait for it.
 _FLUSH_AT = 4096
-# Without a floor, classes that the training labels lack would have an infinite NLL.
+# Without a floor, classes without training labels would have an infinite NLL.
 _PRIOR_FLOOR = 1e-8
 
 
@@ -40,14 +56,10 @@ class TopN:
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        *,
-        prior: Tensor | Array | Sequence[float] | None = None,
+        self, num_classes: int, *, prior: Tensor | Array | Sequence[float] | None = None,
         confusable: Sequence[str | None] | None = None,
-        visible: Callable[[Array], Array] | None = None,
-        where: str = "evaluation",
-    ) -> None:
+        visible: Callable[[Array], Array] | None = None, where: str = "evaluation",
+    ) -> None:  # fmt: skip
         self.num_classes = num_classes
         self._where = where
         self._visible = visible
@@ -150,8 +162,68 @@ def _checked_prior(
     given = prior.detach().cpu().numpy() if isinstance(prior, Tensor) else prior
     array = np.asarray(given, dtype=np.float64)
     if array.shape != (num_classes,):
-        raise UserError(f"{where}: prior is {array.shape}, there are {num_classes} classes")
+        raise UserError(f"{where}: prior is {array.shape} for {num_classes} classes")
     if not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
         raise UserError(f"{where}: prior must be class fractions: none negative, not all zero")
     floored = np.maximum(array / array.sum(), _PRIOR_FLOOR)
     return np.asarray(floored / floored.sum(), dtype=np.float64)
+
+
+def with_predictions(
+    records: Records, object_ids: Array, log_probs: Array, where: str = "predictions"
+) -> Records:
+    """Replace the predictions in records by `log_probs` (N, C) of `object_ids` (N,), in any order.
+
+    Raises:
+        UserError: An object has no prediction, or the number of classes differs.
+    """
+    num_classes = records["log_probs"].shape[1]
+    if log_probs.shape != (len(object_ids), num_classes):
+        raise UserError(
+            f"{where}: {log_probs.shape} for {len(object_ids)} objects of {num_classes} classes"
+        )
+    order = np.argsort(object_ids, kind="stable")
+    wanted = records["object_ids"]
+    place = np.searchsorted(object_ids, wanted, sorter=order)
+    rows = order[np.minimum(place, len(order) - 1)] if len(order) else place
+    if not len(order) or (lacking := object_ids[rows] != wanted).any():
+        row = int(np.flatnonzero(lacking)[0]) if len(order) else 0
+        raise UserError(f"{where}: no prediction for object {wanted[row]}; another dataset?")
+    return {**records, "log_probs": log_probs[rows]}
+
+
+def check(records: Records, where: str) -> None:
+    """Check shapes, labels and that rows are log-probabilities; messages begin with `where`."""
+    check_arrays(records, REQUIRED, where)
+    scores, labels = records["log_probs"], records["labels"]
+    by_object = [name for name in (*REQUIRED, "visible") if name in records]
+    lengths = {name: records[name].shape[:1] for name in by_object}
+    if scores.ndim != 2 or len(set(lengths.values())) > 1:
+        raise UserError(f"{where}: arrays of different lengths: {lengths}")
+    if not len(labels):
+        raise UserError(f"{where}: no object was scored; are any labelled and large enough?")
+    num_classes = scores.shape[1]
+    for name in BY_CLASS:
+        if name in records and records[name].shape != (num_classes,):
+            raise UserError(f"{where}: {name} is {records[name].shape} for {num_classes} classes")
+    if (wrong := (labels < 0) | (labels >= num_classes)).any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{where}: object {records['object_ids'][row]} has label {labels[row]}, "
+            f"there are {num_classes} classes"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.exp(scores.astype(np.float64)).sum(axis=1)
+    if (wrong := ~(np.abs(total - 1) <= _NORMALISED_WITHIN)).any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
+            "not 1 (NaN, or scores that were not normalised)"
+        )
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that two runs have the same classes and labels; `pair` names both in messages."""
+    check_same_classes(records["log_probs"].shape[1], other["log_probs"].shape[1], pair)
+    if wrong := int((records["labels"] != other["labels"]).sum()):
+        raise UserError(f"{pair} have different labels for {wrong} objects: other data")

@@ -98,7 +98,7 @@ class ObjectsSection(LayoutSection):
 
 
 def _task(target: str, text: str) -> Entry:
-    return Entry(f"kd.problems.objects.{target}", text)
+    return Entry(f"kd.problems.objects.task:{target}", text)
 
 
 SPEC = ProblemSpec(
@@ -106,13 +106,13 @@ SPEC = ProblemSpec(
     help="objects with boxes",
     data=ObjectsSection,
     tasks={
-        "context": _task("context:Context", "name a hidden object from the image around it"),
-        "context_pixels": _task("context:ContextPixels", "score every class at every pixel"),
-        "context_map": _task("context:ContextMap", "name the class that covers each pixel"),
-        "context_scene": _task("context:ContextScene", "name the classes of a scene"),
-        "scene_tokens": _task("context_tokens:SceneTokens", "name objects from others as tokens"),
-        "classification": _task("classification:Classification", "classify objects in scenes"),
-        "scene_labels": _task("scene_labels:SceneLabels", "name the classes that an image holds"),
+        "context": _task("Context", "name a hidden object from the image around it"),
+        "context_pixels": _task("ContextPixels", "score every class at every pixel"),
+        "context_map": _task("ContextMap", "name the class that covers each pixel"),
+        "context_scene": _task("ContextScene", "name the classes of a scene"),
+        "scene_tokens": _task("SceneTokens", "name objects from others as tokens"),
+        "classification": _task("Classification", "classify objects in scenes"),
+        "scene_labels": _task("SceneLabels", "name the classes that an image holds"),
     },
     implementation="kd.problems.objects.problem:PROBLEM",
     example="scenes",

@@ -15,11 +15,11 @@ from torch import Tensor
 from kd.data.loader import Samples
 from kd.formats.coco import CocoIndex
 from kd.problems.base import Batch, Split
+from kd.problems.images import files_hash, mirror_images
 from kd.problems.objects.batch import image_rows
 from kd.problems.objects.data import ObjectsDataset
 from kd.problems.objects.samples import ObjectSamples
 from kd.problems.objects.schema import ObjectsSection
-from kd.problems.teacher_views import files_hash, mirror_images
 from kd.storage.fields import CachedField
 
 

@@ -1,17 +1,19 @@
-"""Datasets of fixations, and the ground truth that saliency maps are scored against."""
+"""Datasets of fixations: both splits, samples, and the ground truth of saliency maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.data.images import in_multiples
+from kd.data.images import ImageSamples, check_targets, in_multiples
+from kd.data.loader import Sample
 from kd.data.open_files import open_annotated
 from kd.formats.coco import CocoIndex
 from kd.formats.fixations import UNKNOWN, GazeSplit
@@ -27,42 +29,117 @@ from kd.problems.saliency.baselines import (
     inter_observer,
     relative,
 )
-from kd.problems.saliency.samples import SaliencySamples, check_gaze
 from kd.problems.saliency.schema import SaliencySection
 from kd.scenes.gaze import SceneGaze
 from kd.storage.fields import CachedField
+from kd.transforms.crops import Crop, build_flips
 from kd.utils.images import file_size, scaled_size
 
-LOOKS = 20_000  # fixations on other images, the negatives of shuffled AUC, at least if there are
+LOOKS = 20_000  # fixations on other images, the negatives of shuffled AUC; fewer if there are fewer
 REFERRED = 300  # val images that the references are scored on, at most
 DEALT = 10  # observers that fixations are split among at random if a dataset names none
 _STREAM = 12  # separates these random numbers from all others
 
 
-@dataclass(frozen=True, eq=False)
-class ValTruth:
-    """Ground truth of a val split, computed when it is first needed.
+class SaliencySamples(ImageSamples):
+    """Training samples with `density` (1, h, w) float32, sum 1.
+
+    Training images are scaled to fit a frame, keeping their aspect ratio, and padded below and
+    right, where the density is 0; `sizes` is the size without padding. Evaluation images have no
+    padding and no density: predictions are scored in pixels of the files, of `own_sizes` (2,).
 
     Args:
-        val: The split.
-        centre: Gives the centre prior, fitted to train images.
+        split: Images and fixations.
+        size: Height and width of the frame, multiples of 8.
+        augment: Options of `Flips`; None: no flips.
+        options: `train`, `seed`, `only` and `cached` of `ImageSamples`.
+
+    Raises:
+        UserError: An option is out of range, or, for evaluation, a file cannot be read.
     """
 
-    val: GazeSplit
-    centre: Callable[[], CentrePrior]
+    def __init__(
+        self, split: GazeSplit, *, size: tuple[int, int], augment: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.split = split
+        self.flips = build_flips(augment)
+        super().__init__(split.images, frame=size, setting="data.size", **options)
 
-    def __call__(self, number: int) -> SaliencyTruth:
-        """Ground truth of the image at a position in the split, in pixels of its file."""
+    def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
+        """The whole image, flipped or not."""
+        scale = self._scale(own)
+        height, width = (max(1, round(side * scale)) for side in own)
+        return self.flips.draw(random, own, (height, width))
+
+    def seen(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a whole image as the model's input: multiples of 8."""
+        scale = self._scale(own)
+        return in_multiples(own[0] * scale, own[1] * scale)
+
+    def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
+        """The density; in evaluation the size of the file."""
+        if cut is None:
+            return {"own_sizes": torch.tensor(own)}
+        density = self.split.density(image, own, cut.size)
+        return {"density": cut.placed(density, self.frame), "sizes": torch.tensor(cut.size)}
+
+    def _scale(self, own: tuple[int, int]) -> float:
+        return min(to / side for to, side in zip(self.frame, own, strict=True))
+
+
+@dataclass(frozen=True)
+class SaliencyDataset(ImageDataset[SaliencySection, GazeSplit]):
+    """Both splits of a dataset of fixations."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One map."""
+        return ("saliency",)
+
+    def class_info(self) -> Classes:
+        """The dataset itself as the ground truth, see `truth` and `references`."""
+        return Classes(self.class_names, where=self.section.name, truth=lambda: self)
+
+    def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SaliencySamples:
+        """Padded images of the train split, with cached teacher outputs."""
+        section = self.section
+        return SaliencySamples(
+            self.train, size=section.size, augment=section.augment, seed=seed, cached=cached
+        )
+
+    def whole(
+        self, split: Split, *, size: tuple[int, int] | int | None,
+        only: NDArray[np.int64] | None = None,
+    ) -> SaliencySamples:  # fmt: skip
+        """Whole images of a split, all or those at the positions `only`.
+
+        `size` is the height and width of the frame that images are scaled to fit, or the long side
+        of one with the section's aspect ratio; None: the section's own.
+        """
+        if not isinstance(size, tuple):
+            own = self.section.size
+            size = own if size is None else in_multiples(*scaled_size(*own, size))
+        return SaliencySamples(self.split(split), size=size, train=False, only=only)
+
+    @cached_property
+    def prior(self) -> CentrePrior:
+        """Centre prior of the train images."""
+        places = [relative_places(self.train, number) for number in self.counted]
+        return CentrePrior(torch.cat(places))
+
+    def truth(self, number: int) -> SaliencyTruth:
+        """Ground truth of the val image at a position in the split, in pixels of its file."""
         size = file_size(self.val.images[number])
         return SaliencyTruth(
             self.val.density(number, size, size)[0],
             torch.from_numpy(self.val.fixations(number, size).points),
             others=self.others(number, size),
-            prior=self.centre().density(size),
+            prior=self.prior.density(size),
         )
 
     def others(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Fixations on other val images, (J, 2), moved to the same relative places of this image.
+        """Fixations on other val images, (J, 2), scaled to the pixels of this image.
 
         Args:
             number: The image's position in the split.
@@ -75,7 +152,7 @@ class ValTruth:
 
     @cached_property
     def _looks(self) -> tuple[Tensor, Tensor]:
-        """Relative places and image numbers of at least `LOOKS` fixations, or of all."""
+        """Relative places and image numbers of at least `LOOKS` val fixations, or of all."""
         places, numbers, count = [], [], 0
         random = np.random.default_rng(_STREAM)
         for number in random.permutation(len(self.val.images)).tolist():
@@ -89,14 +166,14 @@ class ValTruth:
 
     @cached_property
     def references(self) -> dict[str, Float]:
-        """Metrics of the centre prior and of other observers, (images, M) each.
+        """Metrics of the centre prior and of other observers on val images, (images, M) each.
 
         Of a large split only some images, spread evenly, are scored; the others are NaN.
         """
         images = len(self.val.images)
         found = {name: np.full((images, len(METRICS)), np.nan) for name in (CENTRE, OBSERVERS)}
         for number in range(0, images, -(-images // REFERRED)):
-            truth = self(number)
+            truth = self.truth(number)
             assert truth.prior is not None
             found[CENTRE][number] = list(measure(truth.prior, truth).values())
             height, width = truth.density.shape
@@ -108,11 +185,11 @@ class ValTruth:
 
 
 def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """The observer of each fixation, (F,); if all are unknown, a random split among `DEALT`.
+    """Observer of each fixation on an image, (F,); random ones out of `DEALT` if all are unknown.
 
     Args:
-        observers: Of the dataset, `UNKNOWN` if it does not identify them.
-        number: Of the image, the random seed.
+        observers: As in the dataset, `UNKNOWN` if it does not identify them.
+        number: The image's position in the split, the random seed.
     """
     if not (observers == UNKNOWN).all():
         return observers
@@ -126,53 +203,15 @@ def relative_places(split: GazeSplit, number: int) -> Tensor:
     return relative(torch.from_numpy(split.fixations(number, size).points), size)
 
 
-@dataclass(frozen=True)
-class SaliencyDataset(ImageDataset[SaliencySection, GazeSplit]):
-    """Both splits of a dataset of fixations."""
+def check_gaze(splits: Iterable[GazeSplit]) -> None:
+    """Read every image, its fixations and its published map; errors as of `check_targets`."""
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One map."""
-        return ("saliency",)
+    def read(split: GazeSplit, number: int, size: tuple[int, int]) -> None:
+        split.fixations(number, size)
+        if split.maps:
+            split.density(number, size, (8, 8))
 
-    def class_info(self) -> Classes:
-        """Ground truth of the val images."""
-        return Classes(self.class_names, where=self.section.name, truth=lambda: self.truth)
-
-    @cached_property
-    def truth(self) -> ValTruth:
-        """Ground truth of val images; cached, since every evaluation uses it."""
-        return ValTruth(self.val, lambda: self.prior)
-
-    @cached_property
-    def prior(self) -> CentrePrior:
-        """Centre prior of the train images."""
-        places = [relative_places(self.train, number) for number in self.counted]
-        return CentrePrior(torch.cat(places))
-
-    def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SaliencySamples:
-        """Padded images of the train split, with cached outputs of teachers."""
-        section = self.section
-        return SaliencySamples(
-            self.train, size=section.size, augment=section.augment, seed=seed, cached=cached
-        )
-
-    def whole(
-        self, split: Split, *, size: tuple[int, int] | int | None,
-        only: NDArray[np.int64] | None = None,
-    ) -> SaliencySamples:  # fmt: skip
-        """Whole images of a split, all or those at some positions.
-
-        Args:
-            split: Name of the split.
-            size: Height and width of the frame that images are scaled to fit, or the long side of
-                one with the section's aspect ratio; None: the section's own.
-            only: Positions; None: all.
-        """
-        if not isinstance(size, tuple):
-            own = self.section.size
-            size = own if size is None else in_multiples(*scaled_size(*own, size))
-        return SaliencySamples(self.split(split), size=size, train=False, only=only)
+    check_targets((split.images, partial(read, split)) for split in splits)
 
 
 def open_fixations(section: SaliencySection) -> SaliencyDataset:

@@ -1,45 +1,64 @@
-"""Results of saliency maps."""
+"""Results of saliency maps: tables and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.metrics.records import Records
+from kd.metrics.registry import METRICS
 from kd.metrics.saliency import kld
 from kd.problems.images import ImageResults
 from kd.problems.results import Evaluation
-from kd.problems.saliency import baselines
-from kd.problems.saliency import records as saliency_records
+from kd.problems.saliency import baselines, metric
+from kd.problems.saliency.baselines import NAMES
 from kd.problems.saliency.data import SaliencyDataset
-from kd.problems.saliency.figures import density_figure, image_figure, images_table
+from kd.problems.saliency.metric import ROWS
+from kd.report.style import INK, colours, image_panels, legend_above, new_figure, reference_style
 from kd.report.tables import Table
 
 # References in `summary.json`: prefix -> name.
-_PREFIXES = {
-    "prior": baselines.NAMES[baselines.CENTRE],
-    "observers": baselines.NAMES[baselines.OBSERVERS],
-}
+_PREFIXES = {"prior": NAMES[baselines.CENTRE], "observers": NAMES[baselines.OBSERVERS]}
+_STRENGTH = 0.8  # opacity of the brightest place
+_DIM = 0.55  # brightness of the grey image below
+
+
+@dataclass(frozen=True)
+class SaliencyEvaluation(Evaluation):
+    """Tables and figures of saliency maps."""
+
+    def class_table(self) -> Table:
+        """In place of classes, the images that the first run predicts worst and best."""
+        return images_table(self.first)
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """Distributions of metrics over images, with the references."""
+        for name in ("KLD", "NSS", "IG"):
+            yield f"images_{name}", image_figure({**self.runs, **self.references}, name)
 
 
 @dataclass(frozen=True)
 class SaliencyResults(ImageResults):
     """Results from the metrics of each image's saliency map."""
 
+    evaluation_type: ClassVar[type[Evaluation]] = SaliencyEvaluation
     things: ClassVar[str] = "images with fixations"
-    our_rows: ClassVar[tuple[str, ...]] = saliency_records.ROWS
+    our_rows: ClassVar[tuple[str, ...]] = ROWS
     our_bounded: ClassVar[tuple[str, ...]] = ("KLD", "CC", "NSS", "sAUC")
     image_name: ClassVar[str] = "gaze"
 
-    check = staticmethod(saliency_records.check)
-    check_same_truth = staticmethod(saliency_records.check_same_truth)
-    our_value = staticmethod(saliency_records.value)
-    our_interval = staticmethod(saliency_records.interval)
-    our_difference = staticmethod(saliency_records.difference)
+    check = staticmethod(metric.check)
+    check_same_truth = staticmethod(metric.check_same_truth)
+    our_value = staticmethod(metric.value)
+    our_interval = staticmethod(metric.interval)
+    our_difference = staticmethod(metric.difference)
     references = staticmethod(baselines.references)
     notes = staticmethod(baselines.notes)
 
@@ -54,14 +73,6 @@ class SaliencyResults(ImageResults):
         }
         return {name: number for name, number in found.items() if number is not None}
 
-    def evaluation(
-        self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
-        opened: Callable[[], SaliencyDataset] | None = None,
-    ) -> Evaluation:  # fmt: skip
-        """Tables and figures of runs, with the references in the records."""
-        known = self.references(next(iter(runs.values())))
-        return SaliencyEvaluation(self, title, section, runs, (), known)
-
     def overlay(
         self, data: SaliencyDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
@@ -73,15 +84,82 @@ class SaliencyResults(ImageResults):
         return density_figure(image, points, {"truth": truth, **own})
 
 
-@dataclass(frozen=True)
-class SaliencyEvaluation(Evaluation):
-    """Tables and figures of saliency maps."""
+def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
+    """A density (H, W) over a dim grey image, (H, W, 3).
 
-    def class_table(self) -> Table:
-        """In place of classes, the images that the first run predicts worst and best."""
-        return images_table(self.first)
+    Args:
+        image: (3, H, W) uint8.
+        density: (H, W).
+        top: Density of the brightest colour; larger ones have the same colour.
+    """
+    height = (density.double() / max(top, 1e-30)).clamp(0, 1).sqrt().numpy()
+    heat = np.asarray(colormaps["inferno"](height))[..., :3]
+    grey = _DIM * image.float().mean(dim=0).numpy()[..., None] / 255
+    weight = _STRENGTH * height[..., None]
+    return np.asarray(np.round(255 * ((1 - weight) * grey + weight * heat)), np.uint8)
 
-    def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Distributions of metrics over images, with the references."""
-        for metric in ("KLD", "NSS", "IG"):
-            yield f"images_{metric}", image_figure({**self.runs, **self.references}, metric)
+
+def density_figure(
+    image: Tensor, points: NDArray[np.float64], maps: Mapping[str, Tensor]
+) -> Figure:
+    """Draw an image, its fixations, and densities over it, all on the scale of the first.
+
+    Args:
+        image: (3, H, W) uint8.
+        points: Fixations, (F, 2) x, y in pixels.
+        maps: Title -> (H, W), the ground truth first.
+    """
+    height, width = image.shape[1:]
+    pixels = image.permute(1, 2, 0).numpy()
+    top = float(next(iter(maps.values())).max())
+    drawn = {"stimulus": pixels, f"{len(points)} fixations": pixels}
+    drawn |= {title: heated(image, density, top=top) for title, density in maps.items()}
+    figure, panels = image_panels(len(drawn), height / width, most=6, across=2.3)
+    for place, (axes, (title, panel)) in enumerate(zip(panels, drawn.items(), strict=False)):
+        # Pixel c covers c..c+1, as fixations count.
+        axes.imshow(panel, extent=(0, width, height, 0), interpolation="antialiased")
+        axes.set_title(title, fontsize=8.5, color=INK, pad=3)
+        if place == 1:
+            axes.plot(
+                points[:, 0], points[:, 1], "o", markersize=2.4, color="#ffd21f",
+                markeredgecolor="black", markeredgewidth=0.4,
+            )  # fmt: skip
+            axes.set(xlim=(0, width), ylim=(height, 0))
+    return figure
+
+
+def images_table(records: Records, *, most: int = 5) -> Table:
+    """Metrics of the images with the largest and the smallest KLD, at most `most` of each."""
+
+    def line(n: int) -> tuple[str, ...]:
+        ids = (str(records[name][n]) for name in ("image_ids", "fixation_counts"))
+        return (*ids, *(METRICS[name].text(float(records[name][n])) for name in ROWS))
+
+    order = [n for n in np.argsort(-records["KLD"]).tolist() if not np.isnan(records["KLD"][n])]
+    chosen = [order[:most], [n for n in order[-most:] if n not in order[:most]]]
+    groups = tuple(tuple(line(n) for n in part) for part in chosen if part)
+    header = ("image", "fixations", *ROWS)
+    note = "image: its position in the split; the largest KLD first, then the smallest"
+    return Table("By image", header, groups, (note,))
+
+
+def image_figure(runs: Mapping[str, Records], metric: str) -> Figure:
+    """A metric of every image in rising order, a line for each run or reference.
+
+    Args:
+        runs: Name -> records of the same images.
+        metric: Name of the metric.
+    """
+    figure, axes = new_figure(6.0, 3.6)
+    shades = iter(colours(len(runs)))
+    for name, records in runs.items():
+        numbers = np.sort(records[metric][~np.isnan(records[metric])])
+        if not len(numbers):
+            continue
+        style = reference_style(name) if name in NAMES.values() else {"color": next(shades)}
+        axes.plot(
+            100 * (np.arange(len(numbers)) + 0.5) / len(numbers), numbers, label=name, **style
+        )
+    axes.set(xlabel="images (%)", ylabel=METRICS[metric].label, xlim=(0, 100))
+    legend_above(axes)
+    return figure

@@ -1,16 +1,35 @@
-"""The metric of saliency maps: scores per image, merged over batches and ranks."""
+"""Metrics of saliency maps for each image, the records of `predictions.npz`.
+
+`image_ids` (N,) and every metric of `kd.metrics.saliency.METRICS` by name, (N,) each, NaN where it
+is undefined. Four arrays (N,) identify the ground truth, so that runs with different ones are not
+compared: `fixation_counts`; `other_counts`, fixations of shuffled AUC; `truth_entropy` of the
+density, bits; `prior_bits`, the mean base-2 logarithm of the prior at fixations. Without ground
+truth counts are 0 and the others NaN.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.metrics.records import Array
-from kd.metrics.saliency import SaliencyTruth
+from kd.metrics.bootstrap import Interval, drawn_again
+from kd.metrics.records import Array, Records, check_arrays
+from kd.metrics.saliency import METRICS, SaliencyTruth, density_of, log2_at, measure
 from kd.problems.images import PerImage
-from kd.problems.saliency import records as saliency_scores
+
+ROWS = tuple(METRICS)
+COUNTS = ("fixation_counts", "other_counts")
+TRUTH = (*COUNTS, "truth_entropy", "prior_bits")
+REQUIRED = ("image_ids", *ROWS, *TRUTH)
+# Smoothing differs in the last digits between machines; another sigma changes far more.
+_TOLERANCE = 1e-3
+
+Float = NDArray[np.float64]
 
 
 class SaliencyMaps(PerImage[dict[str, float]]):
@@ -18,18 +37,15 @@ class SaliencyMaps(PerImage[dict[str, float]]):
 
     Args:
         truth: Image id -> ground truth, in the pixels in which the image is scored.
-        where: Start of messages: a run, a dataset.
-        references: Gives the references of `kd.problems.saliency.baselines`, arrays with a row for
-            each image id 0, 1, ...; called for records.
+        where: Prefix of error messages: a run, a dataset.
+        references: Returns metrics of reference predictions for the records, arrays with a row for
+            each image id 0, 1, ...
     """
 
     def __init__(
-        self,
-        truth: Callable[[int], SaliencyTruth],
-        *,
-        where: str = "evaluation",
+        self, truth: Callable[[int], SaliencyTruth], *, where: str = "evaluation",
         references: Callable[[], Mapping[str, Array]] = dict,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(where=where)
         self._truth, self._references = truth, references
 
@@ -48,30 +64,131 @@ class SaliencyMaps(PerImage[dict[str, float]]):
             if number in self._images:
                 continue
             flat = predicted[0] if predicted.ndim == 3 and len(predicted) == 1 else predicted
+            truth = self._truth(number)
             try:
-                row = saliency_scores.image(flat.detach().cpu(), self._truth(number))
+                self._images[number] = row_of(measure(flat.detach().cpu(), truth), truth)
             except UserError as error:
                 raise UserError(f"{self._where}: image {number}: {error}") from None
-            self._images[number] = row
 
     def compute(self) -> dict[str, float]:
-        """Metrics that are defined by name, means over images, and the `count` of images."""
+        """Means over images of the metrics that are defined, and the `count` of images."""
         records = self._own()
-        found = {name: saliency_scores.value(records, name) for name in saliency_scores.ROWS}
+        found = {name: value(records, name) for name in ROWS}
         numbers = {name: number for name, number in found.items() if number is not None}
         return {**numbers, "count": float(len(self._images))}
 
     def records(self) -> dict[str, Array]:
-        """Arrays of `kd.problems.saliency.records`, and the references.
+        """The arrays described in this module, and those of the references.
 
         Raises:
-            UserError: Not one fixation was scored.
+            UserError: No fixation was scored.
         """
         own = self._own()
         known = self._references().items()
         return {**own, **{name: rows[own["image_ids"]] for name, rows in known}}
 
     def _own(self) -> dict[str, Array]:
-        records = saliency_scores.records_of(self._images)
-        saliency_scores.check(records, self._where)
+        records = records_of(self._images)
+        check(records, self._where)
         return records
+
+
+def row_of(numbers: dict[str, float], truth: SaliencyTruth) -> dict[str, float]:
+    """Metrics of one image with the values that identify its ground truth."""
+    prior = math.nan
+    if truth.prior is not None and len(truth.fixations):
+        prior = float(log2_at(truth.prior, truth.fixations).mean())
+    true = density_of(truth.density)
+    entropy = -float((true * true.clamp_min(1e-300).log2()).sum())
+    return {
+        **numbers,
+        "fixation_counts": len(truth.fixations),
+        "other_counts": 0 if truth.others is None else len(truth.others),
+        "truth_entropy": entropy if truth.density.any() else math.nan,
+        "prior_bits": prior,
+    }
+
+
+def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
+    """Records, in the order of image ids, from image id -> `row_of`."""
+    numbers = sorted(rows)
+    found: dict[str, Array] = {"image_ids": np.array(numbers, np.int64)}
+    for name in (*ROWS, *TRUTH):
+        kind = np.int64 if name in COUNTS else np.float64
+        found[name] = np.array([rows[number][name] for number in numbers], kind)
+    return found
+
+
+def number_of(name: str, records: Records) -> Float:
+    """A metric of each image, (N,), NaN where it is undefined; refuse unknown names."""
+    if name not in ROWS:
+        raise UserError(f"metric {name!r}: unknown; there are {', '.join(ROWS)}")
+    return np.asarray(records[name], np.float64)
+
+
+def value(records: Records, name: str) -> float | None:
+    """A metric's mean over the images where it is defined; None if there are none."""
+    numbers = number_of(name, records)
+    there = ~np.isnan(numbers)
+    return float(numbers[there].mean()) if there.any() else None
+
+
+def interval(records: Records, name: str) -> Interval | None:
+    """A metric with its 95 % bootstrap interval over images; None if it is undefined."""
+    numbers = number_of(name, records)
+    return None if np.isnan(numbers).all() else _drawn(numbers)
+
+
+def difference(records: Records, twin: Records, name: str) -> Interval:
+    """Difference of a metric from the twin's, over images where both are defined."""
+    return _drawn(number_of(name, records) - number_of(name, twin))
+
+
+def check(records: Records, where: str) -> None:
+    """Check records; messages begin with `where`.
+
+    Raises:
+        UserError: A missing array, wrong shapes, an infinite number, or no fixations.
+    """
+    check_arrays(records, REQUIRED, where)
+    images = len(records["image_ids"])
+    for name in REQUIRED:
+        if records[name].shape != (images,):
+            raise UserError(
+                f"{where}: {name} is {records[name].shape} for {images} images, expected (N,)"
+            )
+    for name in ROWS:
+        if (wrong := np.isinf(records[name])).any():
+            first = records["image_ids"][int(np.flatnonzero(wrong)[0])]
+            raise UserError(f"{where}: {name} of image {first} is infinite")
+    if not records["fixation_counts"].sum():
+        raise UserError(f"{where}: no fixation was scored; the images have none")
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that fixations, smoothing, prior and shuffled fixations of two records are the same."""
+    differences = {
+        "fixation_counts": ("fixations", "other data"),
+        "other_counts": ("fixations of other images (sAUC)", "another split"),
+        "truth_entropy": ("densities of fixations", "another smoothing"),
+        "prior_bits": ("priors (IG)", "fitted to other images"),
+    }
+    for name, (what, why) in differences.items():
+        own, others = (np.asarray(one[name], np.float64) for one in (records, other))
+        differing = ~np.isclose(own, others, rtol=0, atol=_TOLERANCE, equal_nan=True)
+        if wrong := int(differing.sum()):
+            raise UserError(f"{pair} have different {what} for {wrong} images: {why}")
+
+
+def _drawn(numbers: Float) -> Interval:
+    """Mean of the defined numbers (N,), with bounds from resamples of all N images."""
+    there = ~np.isnan(numbers)
+    known = np.where(there, numbers, 0.0)
+
+    def mean(counts: Float) -> Float:
+        weight = counts @ there
+        means = np.full(len(counts), np.nan)
+        np.divide(counts @ known, weight, out=means, where=weight > 0)
+        return means
+
+    return drawn_again(mean, len(numbers))

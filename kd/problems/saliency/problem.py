@@ -9,15 +9,14 @@ from torch import nn
 
 from kd.config.recipes import Model
 from kd.metrics.registry import Metric
-from kd.problems.base import Split, Teacher, TeacherView
+from kd.problems.base import Split
 from kd.problems.images import ImageProblem
 from kd.problems.results import Results
 from kd.problems.saliency.data import SaliencyDataset, open_fixations
 from kd.problems.saliency.evaluation import SaliencyResults
-from kd.problems.saliency.schema import SPEC, SaliencySection
+from kd.problems.saliency.schema import SPEC
 from kd.problems.saliency.task import SALIENCY, SECOND_MAP
 from kd.problems.spec import ProblemSpec
-from kd.problems.teacher_views import ImagesView
 
 
 class SaliencyProblem(ImageProblem[SaliencyDataset]):
@@ -26,20 +25,9 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
     spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = SALIENCY
     cached_splits: ClassVar[tuple[Split, ...]] = ("train", "val")
+    resizes_maps: ClassVar[bool] = True
 
-    def open(self, section: SaliencySection) -> SaliencyDataset:
-        """Open both splits; small ones are read and checked."""
-        return open_fixations(section)
-
-    def teacher_view(
-        self, teacher: Teacher, data: SaliencyDataset, split: Split, *, size: int | None = None
-    ) -> TeacherView:
-        """Whole images, by default scaled as in the teacher's training."""
-        scaled = size or getattr(teacher.section, "size", None)
-        return ImagesView(
-            data, split, data.split(split).images,
-            lambda only: data.whole(split, size=scaled, only=only), size=scaled, resizes_maps=True,
-        )  # fmt: skip
+    open = staticmethod(open_fixations)
 
     def build_student(
         self, model: Model, data: SaliencyDataset, *, outputs: Collection[str] = (), **_: Any

@@ -13,7 +13,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses.saliency import EPS, saliency_kld
 from kd.problems.base import Batch, Classes, Evaluator, Mask, Mean, Output, Task, full_count
-from kd.problems.saliency.data import ValTruth
+from kd.problems.saliency.data import SaliencyDataset
 from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.segmentation.task import on_grid
 from kd.transforms.hide import normalise
@@ -79,9 +79,9 @@ class Saliency(Task):
     def metric(self, classes: Classes) -> Evaluator:
         """The metrics of `kd.metrics.saliency`."""
         if classes.truth is None:
-            raise UserError(f"{classes.where}: has no fixations to be predicted")
-        truth: ValTruth = classes.truth()
-        return SaliencyMaps(truth, where=classes.where, references=lambda: truth.references)
+            raise UserError(f"{classes.where}: has no fixations to evaluate predictions on")
+        data: SaliencyDataset = classes.truth()
+        return SaliencyMaps(data.truth, where=classes.where, references=lambda: data.references)
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:

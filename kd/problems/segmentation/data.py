@@ -1,23 +1,66 @@
-"""Datasets of label maps."""
+"""Datasets of label maps: both splits, and samples of crops and of whole images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.data.images import check_targets
+from kd.data.images import ImageSamples, check_targets, in_multiples
+from kd.data.loader import Sample
 from kd.data.open_files import open_annotated
 from kd.errors import UserError
 from kd.formats.segmentation import CocoMapSplit, LabelMapSplit, open_label_maps
 from kd.problems.base import Classes, Split
 from kd.problems.images import ImageDataset, is_small, open_layout
-from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.storage.fields import CachedField
-from kd.utils.images import VOID
+from kd.transforms.crops import Crop, build_crops
+from kd.utils.images import VOID, scaled_size
+
+# Sides of whole images are multiples of 16. Otherwise the last cell of a stride-16 network would
+# lie partly outside of the image, and resizing its output to the image would stretch it.
+WHOLE = 16
+
+
+class SegmentationSamples(ImageSamples):
+    """Samples with `label_maps`, uint8: (h, w) in training, of the file's own size in evaluation.
+
+    Args:
+        split: Images and label maps.
+        size: Long side of the images in pixels, before crops are scaled; None: each file's own.
+        crop: Height and width of training samples, multiples of 8.
+        augment: Options of `Crops`; None: crops at one scale, otherwise unchanged.
+        options: `train`, `seed`, `only` and `cached` of `ImageSamples`.
+
+    Raises:
+        UserError: An option is out of range, or, for evaluation, a file cannot be read.
+    """
+
+    def __init__(
+        self, split: LabelMapSplit, *, size: int | None, crop: tuple[int, int],
+        augment: dict[str, Any] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self.split, self.size = split, size
+        self.crops = build_crops(augment)
+        super().__init__(split.images, frame=crop, setting="data.crop", **options)
+
+    def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
+        """A random crop at a random scale."""
+        factor = 1.0 if self.size is None else self.size / max(own)
+        return self.crops.draw(random, own, self.frame, factor=factor)
+
+    def seen(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a whole image as the model's input: multiples of 16."""
+        return in_multiples(*(own if self.size is None else scaled_size(*own, self.size)), WHOLE)
+
+    def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
+        """The label map."""
+        labels = self.split.label_map(image, own)
+        return {"label_maps": labels if cut is None else cut.label_map(labels, self.frame)}
 
 
 @dataclass(frozen=True)
@@ -49,26 +92,25 @@ class SegmentationDataset(ImageDataset[SegmentationSection, LabelMapSplit]):
         return {"pixel_fractions": pixels / pixels.sum()}
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SegmentationSamples:
-        """Random crops of the train split, with cached outputs of teachers."""
+        """Random crops of the train split, with cached teacher outputs."""
         section = self.section
         return SegmentationSamples(
-            self.train, size=section.size, crop=section.crop, train=True, augment=section.augment,
-            seed=seed, cached=cached,
+            self.train, size=section.size, crop=section.crop, augment=section.augment, seed=seed,
+            cached=cached,
         )  # fmt: skip
 
     def whole(
-        self, split: Split, *, size: int | None, only: NDArray[np.int64] | None = None
-    ) -> SegmentationSamples:
-        """Whole images of a split, all or those at some positions.
+        self, split: Split, *, size: int | tuple[int, int] | None,
+        only: NDArray[np.int64] | None = None,
+    ) -> SegmentationSamples:  # fmt: skip
+        """Whole images of a split, all or those at the positions `only`.
 
-        Args:
-            split: Name of the split.
-            size: Long side in pixels; None: that of each file.
-            only: Positions; None: all.
+        `size` is the long side in pixels, also as height and width; None: that of each file.
         """
         return SegmentationSamples(
-            self.split(split), size=size, crop=self.section.crop, train=False, only=only
-        )
+            self.split(split), size=max(size) if isinstance(size, tuple) else size,
+            crop=self.section.crop, train=False, only=only,
+        )  # fmt: skip
 
 
 def open_maps(section: SegmentationSection) -> SegmentationDataset:

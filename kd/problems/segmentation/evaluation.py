@@ -1,75 +1,29 @@
-"""Results of label maps."""
+"""Results of label maps: tables and figures."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kd.metrics.records import Records
+from kd.metrics.registry import METRICS
 from kd.nn.multi_scale import MultiScale
 from kd.problems.images import ImageResults
+from kd.problems.objects.figures import matrix_figure
 from kd.problems.results import Evaluation
-from kd.problems.segmentation import records as map_records
+from kd.problems.segmentation import metric
 from kd.problems.segmentation.data import SegmentationDataset
-from kd.problems.segmentation.figures import (
-    iou_figure,
-    map_class_table,
-    map_classes_side_by_side,
-    pixel_confusion_figure,
-)
+from kd.report.class_bars import NAMED_CLASSES, metric_by_class
 from kd.report.overlay import overlay_figure
-from kd.report.tables import Table
+from kd.report.style import legend_above
+from kd.report.tables import RESAMPLED, Table
 from kd.utils.images import VOID
-
-
-@dataclass(frozen=True)
-class SegmentationResults(ImageResults):
-    """Results from the confusion matrix of each image."""
-
-    things: ClassVar[str] = "images"
-    not_by_id: ClassVar[tuple[str, ...]] = ("names",)
-    our_rows: ClassVar[tuple[str, ...]] = map_records.ROWS
-    our_bounded: ClassVar[tuple[str, ...]] = ("mIoU",)
-    image_name: ClassVar[str] = "overlay"
-    cost_metric: ClassVar[str | None] = "mIoU"
-
-    check = staticmethod(map_records.check)
-    check_same_truth = staticmethod(map_records.check_same_truth)
-    our_value = staticmethod(map_records.value)
-    our_interval = staticmethod(map_records.interval)
-    our_difference = staticmethod(map_records.difference)
-
-    def evaluation(
-        self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
-        opened: Callable[[], SegmentationDataset] | None = None,
-    ) -> Evaluation:  # fmt: skip
-        """Tables and figures; the dataset gives the class names."""
-        assert opened is not None
-        return SegmentationEvaluation(self, title, section, runs, opened().class_names)
-
-    def overlay(
-        self, data: SegmentationDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
-    ) -> Figure:
-        """Label maps over an image; titles give the accuracy."""
-        truth = data.val.label_map(place, (image.shape[1], image.shape[2]))
-        own = {f"{name}{_accuracy(one, truth)}": one for name, one in predicted.items()}
-        return overlay_figure(image, {"truth": truth, **own}, data.class_names)
-
-    def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """Average the model's scores over scales and mirrored images."""
-        return MultiScale(model, scales, mirror=mirror)
-
-    def usual_size(self, data: SegmentationDataset) -> tuple[int, int]:
-        """The most frequent height and width of the model's input on val images."""
-        samples = data.whole("val", size=data.section.size)
-        seen = Counter(samples.seen(own) for own in samples.file_sizes())
-        return seen.most_common(1)[0][0]
 
 
 @dataclass(frozen=True)
@@ -77,23 +31,68 @@ class SegmentationEvaluation(Evaluation):
     """Tables and figures of label maps."""
 
     @cached_property
-    def classes(self) -> dict[str, list[map_records.ClassRow]]:
+    def classes(self) -> dict[str, list[metric.ClassRow]]:
         """Rows of each class, by run."""
-        return {name: map_records.per_class(records) for name, records in self.runs.items()}
+        return {name: metric.per_class(records) for name, records in self.runs.items()}
+
+    @property
+    def classes_with_pixels(self) -> list[metric.ClassRow]:
+        """Rows of the first run for the classes that occur in the ground truth."""
+        return [row for row in next(iter(self.classes.values())) if row.fraction > 0]
+
+    @property
+    def ious(self) -> dict[str, dict[int, float]]:
+        """IoU by run and class."""
+        return {name: {row.label: row.iou for row in rows} for name, rows in self.classes.items()}
 
     def class_table(self) -> Table:
-        """All metrics by class for one run, IoU for several."""
+        """Pixels, IoU, accuracy and confusions by class for one run, IoU for several."""
+        names, lines = self.names, []
         if len(self.runs) > 1:
-            return map_classes_side_by_side(self.classes, self.names)
-        (rows,) = self.classes.values()
-        return map_class_table(rows, self.first, self.names)
+            for row in self.classes_with_pixels:
+                ious = (_percent(own.get(row.label, np.nan)) for own in self.ious.values())
+                lines.append((names[row.label], _percent(row.fraction, 2), *ious))
+            return Table("IoU (%) by class", ("class", "pixels (%)", *self.runs), (tuple(lines),))
+        for row in next(iter(self.classes.values())):
+            bounds = METRICS["mIoU"].bounds(metric.interval(self.first, f"iou/{row.label}"))
+            instead = ", ".join(f"{names[c]} {100 * part:.0f} %" for c, part in row.instead)
+            lines.append((names[row.label], _percent(row.fraction, 2), _percent(row.iou), bounds,
+                          _percent(row.accuracy), instead))  # fmt: skip
+        header = ("class", "pixels (%)", "IoU (%)", "95 % interval", "accuracy (%)",
+                  "predicted instead")  # fmt: skip
+        notes = ("pixels: fraction of the scored pixels", RESAMPLED)
+        return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """IoU by class, and the confusion matrix of a single run."""
-        yield "class_iou", iou_figure(self.classes, self.names)
+        yield "class_iou", self.iou_figure()
         if len(self.runs) == 1:
-            confusion = self.first["confusion"].sum(axis=0)
-            yield "confusions", pixel_confusion_figure(confusion, self.names)
+            yield "confusions", self.confusion_figure()
+
+    def iou_figure(self) -> Figure:
+        """IoU of each class above its fraction of the pixels, the most frequent classes first."""
+        drawn = self.classes_with_pixels[:NAMED_CLASSES]
+        heights = {
+            name: [100 * own.get(row.label, 0.0) for row in drawn]
+            for name, own in self.ious.items()
+        }
+        pixels = [100 * row.fraction for row in drawn]
+        limits = (float(10.0 ** np.floor(np.log10(pixels[-1]))), 150.0)
+        labels = [self.names[row.label] for row in drawn]
+        figure, above, below = metric_by_class(heights, labels, pixels, limits)
+        above.set(ylabel="IoU (%)", ylim=(0, 100))
+        below.set_ylabel("pixels (%)")
+        legend_above(above)
+        return figure
+
+    def confusion_figure(self) -> Figure:
+        """Confusion matrix of the first run's most frequent classes, in percent of each row."""
+        matrix = self.first["confusion"].sum(axis=0)
+        percent = 100 * matrix.sum(axis=1) / matrix.sum()
+        rows = [f"{name} ({part:.2g} %)" for name, part in zip(self.names, percent, strict=True)]
+        figure = matrix_figure(matrix, self.names, rows, most=30)
+        figure.axes[0].set_ylabel("true class (fraction of the pixels)")
+        return figure
 
     def details(self, name: str) -> dict[str, Any]:
         """Metrics of each class."""
@@ -107,8 +106,49 @@ class SegmentationEvaluation(Evaluation):
         return {"classes": rows}
 
 
+@dataclass(frozen=True)
+class SegmentationResults(ImageResults):
+    """Results from the confusion matrix of each image."""
+
+    evaluation_type: ClassVar[type[Evaluation]] = SegmentationEvaluation
+    things: ClassVar[str] = "images"
+    not_by_id: ClassVar[tuple[str, ...]] = ("names",)
+    our_rows: ClassVar[tuple[str, ...]] = metric.ROWS
+    our_bounded: ClassVar[tuple[str, ...]] = ("mIoU",)
+    image_name: ClassVar[str] = "overlay"
+    cost_metric: ClassVar[str | None] = "mIoU"
+
+    check = staticmethod(metric.check)
+    check_same_truth = staticmethod(metric.check_same_truth)
+    our_value = staticmethod(metric.value)
+    our_interval = staticmethod(metric.interval)
+    our_difference = staticmethod(metric.difference)
+
+    def overlay(
+        self, data: SegmentationDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
+    ) -> Figure:
+        """Label maps over an image; titles give the pixel accuracy."""
+        truth = data.val.label_map(place, (image.shape[1], image.shape[2]))
+        own = {f"{name}{_accuracy(one, truth)}": one for name, one in predicted.items()}
+        return overlay_figure(image, {"truth": truth, **own}, data.class_names)
+
+    def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
+        """Average the model's scores over scales and mirrored images."""
+        return MultiScale(model, scales, mirror=mirror)
+
+    def usual_size(self, data: SegmentationDataset) -> tuple[int, int]:
+        """Most frequent height and width of the model's input on val images."""
+        samples = data.whole("val", size=data.section.size)
+        seen = Counter(samples.seen(own) for own in samples.file_sizes())
+        return seen.most_common(1)[0][0]
+
+
 def _accuracy(predicted: Tensor, truth: Tensor) -> str:
     known = truth != VOID
     if not known.any():
         return ""
     return f", {100 * float((predicted[known] == truth[known]).float().mean()):.0f} % right"
+
+
+def _percent(number: float, digits: int = 1) -> str:
+    return "" if np.isnan(number) else f"{100 * number:.{digits}f}"

@@ -1,8 +1,13 @@
-"""The metric of label maps: a confusion matrix per image, merged over batches and ranks."""
+"""Metrics of label maps from a confusion matrix per image, the records of `predictions.npz`.
+
+`image_ids` (N,); `confusion` (N, C, C), pixels by true class (rows) and predicted class (columns);
+`names` (C,), if they are known.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,15 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.metrics.bootstrap import Interval, drawn_again
+from kd.metrics.records import Array, Records, check_arrays, check_same_classes, class_number
 from kd.problems.images import PerImage
-from kd.problems.segmentation import records as map_scores
 from kd.utils.images import VOID
 
+ROWS = ("mIoU", "mean_accuracy", "pixel_accuracy")
+IOU = "iou"  # followed by a slash and a class, its name or number
+
+Float = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
 def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """Pixels by true class (rows) and predicted class (columns), (C, C) int64.
+    """Count pixels by true class (rows) and predicted class (columns), (C, C) int64.
 
     Args:
         predicted: Class ids of any shape, each in 0..C-1.
@@ -35,10 +45,10 @@ class MeanIoU(PerImage[Counts]):
 
     Args:
         num_classes: C.
-        where: Start of messages: a run, a dataset.
+        where: Prefix of error messages: a run, a dataset.
     """
 
-    compressed = True  # an image has few of all pairs of classes: most entries are 0
+    compressed = True  # most pairs of classes do not occur in an image: most entries are 0
 
     def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
         super().__init__(where=where)
@@ -51,37 +61,171 @@ class MeanIoU(PerImage[Counts]):
         ):
             self._images[number] = confusion(own, truth, self.num_classes).cpu().numpy()
 
-    def counts(self) -> Counts:
-        """The confusion matrix of all images, (C, C).
-
-        Raises:
-            UserError: Not one pixel was scored.
-        """
-        total = np.zeros((self.num_classes, self.num_classes), np.int64)
-        for one in self._images.values():
-            total += one
-        if not total.sum():
-            raise UserError(f"{self._where}: not one pixel was scored; are the maps all void?")
-        return total
-
     def compute(self) -> dict[str, float]:
         """Metrics in 0..1 by name, and the `count` of images.
 
         `mIoU`, the mean over the classes that are true or predicted anywhere; `pixel_accuracy`;
         `mean_accuracy`, over the true classes.
         """
-        whole = {"confusion": self.counts()[None]}
-        found = map_scores.pixels(whole)
-        values = {
-            name: float(map_scores.number_of(name, found, whole)[0]) for name in map_scores.ROWS
-        }
+        total = sum(self._images.values(), np.zeros((self.num_classes, self.num_classes), np.int64))
+        whole = {"image_ids": np.zeros(1, np.int64), "confusion": total[None]}
+        check(whole, self._where)
+        found = pixels(whole)
+        values = {name: float(number_of(name, found, whole)[0]) for name in ROWS}
         return {**values, "count": float(len(self._images))}
 
     def records(self) -> dict[str, Counts]:
-        """`image_ids` (N,), ascending, and `confusion` (N, C, C)."""
-        self.counts()  # raises if nothing was scored
-        numbers = sorted(self._images)
-        return {
+        """`image_ids` (N,), ascending, and `confusion` (N, C, C).
+
+        Raises:
+            UserError: No pixel with a class was scored.
+        """
+        numbers, shape = sorted(self._images), (-1, self.num_classes, self.num_classes)
+        records = {
             "image_ids": np.array(numbers, np.int64),
-            "confusion": np.stack([self._images[number] for number in numbers]),
+            "confusion": np.array([self._images[n] for n in numbers], np.int64).reshape(shape),
         }
+        check(records, self._where)
+        return records
+
+
+class Pixels(NamedTuple):
+    """Pixels of each class in each of R sets of images, (R, C) each."""
+
+    right: Float
+    true: Float
+    predicted: Float
+
+    def drawn(self, counts: Float) -> Pixels:
+        """Sums over R resamples, in which the image of row n occurs `counts[:, n]` times."""
+        return Pixels(*(counts @ part for part in self))
+
+
+def pixels(records: Records) -> Pixels:
+    """Pixels of each image, (N, C)."""
+    confusion = records["confusion"]
+    parts = (np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1))
+    return Pixels(*(part.astype(np.float64) for part in parts))
+
+
+def number_of(name: str, found: Pixels, records: Records) -> Float:
+    """A metric of each set of images, (R,); NaN where it is undefined.
+
+    Args:
+        name: One of `ROWS`, or `iou/` and a class.
+        found: Pixels of R sets.
+        records: Records with the class names.
+
+    Raises:
+        UserError: There is no such metric or class.
+    """
+    if name == "pixel_accuracy":
+        return np.asarray(found.right.sum(axis=1) / found.true.sum(axis=1))
+    if name == "mean_accuracy":
+        return _mean(_ratio(found.right, found.true))
+    iou = _ratio(found.right, found.true + found.predicted - found.right)
+    if name == "mIoU":
+        return _mean(iou)
+    metric, _, wanted = name.partition("/")
+    if metric == IOU:
+        return np.asarray(iou[:, class_number(metric, wanted, records, iou.shape[1])])
+    raise UserError(f"metric {name!r}: unknown; there are {', '.join(ROWS)}, {IOU}/<class>")
+
+
+class ClassRow(NamedTuple):
+    """Metrics of a class that is true or predicted anywhere."""
+
+    label: int
+    fraction: float  # of the scored pixels
+    iou: float
+    accuracy: float  # NaN if no pixel has the class
+    instead: tuple[tuple[int, float], ...]  # most frequent wrong predictions: (class, fraction)
+
+
+def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
+    """Metrics of each class that is true or predicted, the most frequent first.
+
+    Args:
+        records: See the module.
+        instead: Largest number of wrong predictions in a row.
+    """
+    confusion = records["confusion"].sum(axis=0)
+    true, predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
+    iou, accuracy = _ratio(right, true + predicted - right), _ratio(right, true)
+    rows = []
+    for c in np.argsort(-true, kind="stable").tolist():
+        if np.isnan(iou[c]):
+            continue
+        wrong = np.where(np.arange(len(true)) == c, 0, confusion[c])
+        order = [n for n in np.argsort(-wrong, kind="stable").tolist() if wrong[n]][:instead]
+        found = tuple((n, float(wrong[n] / true[c])) for n in order)
+        fraction = float(true[c] / true.sum())
+        rows.append(ClassRow(c, fraction, float(iou[c]), float(accuracy[c]), found))
+    return rows
+
+
+def value(records: Records, name: str) -> float | None:
+    """A metric of all images; None for a class that is neither true nor predicted anywhere."""
+    found = pixels(records).drawn(np.ones((1, len(records["image_ids"]))))
+    number = float(number_of(name, found, records)[0])
+    return None if np.isnan(number) else number
+
+
+def interval(records: Records, name: str) -> Interval:
+    """A metric with its 95 % bootstrap interval over images."""
+    found = pixels(records)
+    return drawn_again(lambda n: number_of(name, found.drawn(n), records), len(found.true))
+
+
+def difference(records: Records, twin: Records, name: str) -> Interval:
+    """Difference of a metric from the twin's, with a paired bootstrap interval over images."""
+    own, other = pixels(records), pixels(twin)
+
+    def gap(counts: Float) -> Float:
+        a, b = (number_of(name, one.drawn(counts), records) for one in (own, other))
+        return np.asarray(a - b)
+
+    return drawn_again(gap, len(own.true))
+
+
+def check(records: Records, where: str) -> None:
+    """Check records; messages begin with `where`.
+
+    Raises:
+        UserError: A missing array, wrong shapes, negative numbers, or no pixel was scored.
+    """
+    check_arrays(records, ("image_ids", "confusion"), where)
+    confusion, ids = records["confusion"], records["image_ids"]
+    if confusion.ndim != 3 or len(confusion) != len(ids) or len(set(confusion.shape[1:])) > 1:
+        raise UserError(
+            f"{where}: confusion is {confusion.shape} for {len(ids)} images, expected (N, C, C)"
+        )
+    if "names" in records and len(records["names"]) != confusion.shape[1]:
+        raise UserError(
+            f"{where}: {len(records['names'])} class names for {confusion.shape[1]} classes"
+        )
+    if confusion.size and int(confusion.min()) < 0:
+        raise UserError(f"{where}: confusion has negative numbers")
+    if not confusion.sum():
+        raise UserError(f"{where}: no pixel was scored; are all label maps void?")
+
+
+def check_same_truth(records: Records, other: Records, pair: str) -> None:
+    """Check that two runs have the same classes, with the same pixels in every image."""
+    own, others = (pixels(one).true for one in (records, other))
+    check_same_classes(own.shape[1], others.shape[1], pair)
+    if wrong := int((own != others).any(axis=1).sum()):
+        raise UserError(f"{pair} have different label maps for {wrong} images: other data")
+
+
+def _ratio(part: Array, whole: Array) -> Float:
+    """NaN where the denominator is 0."""
+    ratios = np.full(part.shape, np.nan)
+    np.divide(part, whole, out=ratios, where=whole > 0)
+    return ratios
+
+
+def _mean(values: Float) -> Float:
+    """Mean over the classes where the metric is defined, (R,)."""
+    there = ~np.isnan(values)
+    return _ratio(np.where(there, values, 0.0).sum(axis=1), there.sum(axis=1))

@@ -18,7 +18,7 @@ from kd.distillation.targets import (
 from kd.errors import UserError
 from kd.nn.weights import weights_hash
 from kd.problems.base import Batch, Rows
-from kd.problems.objects.context import Context
+from kd.problems.objects.task import Context
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
 from teachers import TEACHERS

@@ -24,7 +24,7 @@ from kd.distillation.terms import (
 from kd.errors import UserError
 from kd.losses import channel_wise, decoupled, hint, imitation, kl_logits, pair_wise
 from kd.problems.base import Mean
-from kd.problems.objects.classification import Classification
+from kd.problems.objects.task import Classification
 
 TASK = Classification(num_classes=4)
 

@@ -21,7 +21,7 @@ from kd.engine.state import Hooks, Objective, Training
 from kd.errors import UserError
 from kd.nn.freeze import FrozenBatchNorm, evaluating
 from kd.problems.base import Batch, Rows, Task
-from kd.problems.objects.classification import Classification
+from kd.problems.objects.task import Classification
 from kd.runs.build import make_accelerator
 from kd.runs.setup import start_training
 

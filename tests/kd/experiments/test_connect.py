@@ -12,8 +12,7 @@ from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term, modules_of, outputs_by_teacher
 from kd.errors import UserError
 from kd.nn.regions import roi_features
-from kd.problems.objects.classification import Classification
-from kd.problems.objects.context import Context
+from kd.problems.objects.task import Classification, Context
 from teachers.cnn import cnn
 
 

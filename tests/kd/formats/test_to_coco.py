@@ -23,7 +23,7 @@ from kd.formats import to_coco as box_layouts
 from kd.formats.to_coco import coco_split
 from kd.formats.voc import voc_to_coco
 from kd.problems.base import Sampling
-from kd.problems.detection.data import DetectionDataset
+from kd.problems.detection.data import open_detection
 from kd.problems.detection.task import Detection
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
@@ -106,7 +106,10 @@ def test_boxes_match_the_objects_in_the_images(
     tmp_path: Path, layout: str, write: Callable[[Path], Path]
 ) -> None:
     data = opened(write(tmp_path / "data"), layout)
-    for dataset in (DetectionDataset(data).samples("train"), DetectionDataset(data).samples("val")):
+    for dataset in (
+        open_detection(data.section).samples("train"),
+        open_detection(data.section).samples("val"),
+    ):
         for place in range(len(dataset)):
             sample = dataset[0, place]
             for box in sample["boxes"]:
@@ -128,7 +131,7 @@ def data_file(data: ObjectsDataset, image_id: int) -> Path:
 def test_voc_has_difficult_objects_as_crowds(tmp_path: Path) -> None:
     data = opened(write_voc(tmp_path), "voc")
     assert data.num_classes == 20 and data.class_names[11] == "dog"
-    whole = DetectionDataset(data).samples("train")
+    whole = open_detection(data.section).samples("train")
     batch = collate([whole[0, place] for place in range(len(whole))])
     assert batch["image_ids"].tolist() == [1, 2] and batch["labels"].tolist() == [11]
     assert batch["crowd_of"].tolist() == [1]
@@ -137,21 +140,21 @@ def test_voc_has_difficult_objects_as_crowds(tmp_path: Path) -> None:
     assert data.val.annotation_file == (
         tmp_path / "VOC2007" / "annotations" / "instances_voc2007_test.json"
     )
-    assert len(DetectionDataset(data).samples("train", train=True)) == 2
+    assert len(open_detection(data.section).samples("train", train=True)) == 2
 
 
 def test_kitti_has_regions_as_crowds(tmp_path: Path) -> None:
     data = opened(write_kitti(tmp_path), "kitti")
     assert data.class_names == ("car", "pedestrian", "cyclist")
-    sample = DetectionDataset(data).samples("train")[0, 0]
+    sample = open_detection(data.section).samples("train")[0, 0]
     assert sample["labels"].tolist() == [0] and len(sample["crowds"]) == 3
-    assert DetectionDataset(data).samples("val")[0, 0]["labels"].tolist() == [2]
+    assert open_detection(data.section).samples("val")[0, 0]["labels"].tolist() == [2]
     everything = coco_split("kitti", tmp_path, "all")[0]
     assert everything.name == "instances_kitti_all.json"
 
 
 def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
-    data = DetectionDataset(opened(write_kitti(tmp_path), "kitti"))
+    data = open_detection(opened(write_kitti(tmp_path), "kitti").section)
     batch = collate([data.samples("val")[0, 0]])
     found = torch.cat([batch["boxes"][0], torch.tensor([0.9, 2.0])])
     metric = Detection(num_classes=3).metric(data.class_info())
@@ -160,7 +163,7 @@ def test_detectors_on_kitti_are_scored_by_difficulty(tmp_path: Path) -> None:
     assert numbers["AP"] == pytest.approx(1.0)
     # Of fewer than 40 objects KITTI's kit gives less than 1, here 0.
     assert {"KITTI_moderate", "KITTI_hard"} <= numbers.keys()
-    voc = DetectionDataset(opened(write_voc(tmp_path / "voc"), "voc"))
+    voc = open_detection(opened(write_voc(tmp_path / "voc"), "voc").section)
     truth = voc.class_info().truth
     assert truth is not None and truth()[1] is None
 
@@ -233,12 +236,12 @@ def test_custom_classes_are_set_in_the_section(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.xml:1: unknown class 'fox'.*`classes: \[\.\.\.\]`"):
         open_objects(section(root, "voc"))
     mine = section(root, "voc").model_copy(update={"classes": ("owl", "fox")})
-    data = DetectionDataset(open_objects(mine))
+    data = open_detection(mine)
     assert data.class_names == ("owl", "fox") == PROBLEM.class_names(mine)
-    assert set(data.objects.train.labels.tolist()) == {1}
+    assert set(data.train.labels.tolist()) == {1}
     # In another order nothing of what was made holds.
-    other = DetectionDataset(open_objects(mine.model_copy(update={"classes": ("fox", "owl")})))
-    assert set(other.objects.train.labels.tolist()) == {0}
+    other = open_detection(mine.model_copy(update={"classes": ("fox", "owl")}))
+    assert set(other.train.labels.tolist()) == {0}
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -258,8 +261,8 @@ def test_several_years_of_voc_form_one_split(tmp_path: Path, own: bool) -> None:
         "instances_voc2007_trainval+voc2012_trainval.json"
     )
     data = open_objects(both)
-    dataset = DetectionDataset(data).samples("train")
-    assert len(dataset) == 4 and len(DetectionDataset(data).samples("val")) == 1
+    dataset = open_detection(data.section).samples("train")
+    assert len(dataset) == 4 and len(open_detection(data.section).samples("val")) == 1
     content = json.loads(path.read_text())
     names = [image["file_name"] for image in content["images"]]
     head = "2008_" if own else ""

@@ -17,7 +17,7 @@ from kd.engine.optim import make_optimizer
 from kd.errors import ConfigError, UserError
 from kd.interop.torchdistill import Borrow
 from kd.losses import kl_logits, pixel_wise
-from kd.problems.objects.classification import Classification
+from kd.problems.objects.task import Classification
 
 # Options that have no default there.
 NEEDED: dict[str, dict[str, object]] = {

@@ -87,7 +87,9 @@ def test_a_metric_of_ones_own_is_in_every_table_and_figure() -> None:
 
 def test_values_of_another_length_are_refused() -> None:
     results = SegmentationResults({"odd": Metric("odd", per_item=lambda records: np.ones(2))})
-    with pytest.raises(UserError, match=r"metric 'odd': per_item gave \(2,\) for 3 images"):
+    with pytest.raises(
+        UserError, match=r"metric 'odd': per_item returned shape \(2,\) for 3 images"
+    ):
         results.value(records_of(), "odd")
 
 

@@ -17,7 +17,7 @@ from kd.problems.objects import figures
 from kd.problems.objects.draw import hidden_scene_figure
 from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.metric import TopN
-from kd.problems.saliency import records as saliency_scores
+from kd.problems.saliency import metric as saliency_scores
 from kd.problems.saliency.evaluation import SaliencyResults
 from kd.report.comparison import comparison_figure
 from kd.report.style import BLUE, ORANGE, figure_image, letters_on, save_figure
@@ -61,7 +61,7 @@ def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceili
 
 def test_fractions_hidden_and_reliability_are_drawn_for_every_run() -> None:
     runs = {"unet": records_of(2.0, 0), "cnn": records_of(0.5, 1)}
-    hidden = figures.hidden_fraction_figure(runs)
+    hidden = figures.bins_figure("fraction", runs)
     assert len(hidden.axes[0].patches) == 2 * len(scores.FRACTION_BINS)
     drawn(hidden)
     drawn(figures.reliability_figure(runs))
@@ -69,7 +69,7 @@ def test_fractions_hidden_and_reliability_are_drawn_for_every_run() -> None:
 
 def test_bars_have_their_runs_top1_and_lines_their_references() -> None:
     runs, known = {"cnn": records_of(2.0, 0)}, {"class prior": records_of(0.0, 1)}
-    figure = figures.visible_figure(runs, known)
+    figure = figures.bins_figure("visible", runs, known)
     axes = figure.axes[0]
     bins = ["0", "1-2"]
     expected = [100 * (scores.value(runs["cnn"], f"visible/{b}_top1") or 0.0) for b in bins]
@@ -89,16 +89,17 @@ def test_bars_have_their_runs_top1_and_lines_their_references() -> None:
 def test_a_run_that_is_never_right_is_drawn_with_its_zeros_inside() -> None:
     records = {**records_of(0.0, 0)}
     records["log_probs"] = np.log(np.where(np.eye(6)[(records["labels"] + 1) % 6] > 0, 0.95, 0.01))
-    figure = figures.visible_figure({"a run of a rather long name, plain, seed 0": records})
+    figure = figures.bins_figure("visible", {"a run of a rather long name, plain, seed 0": records})
     drawn(figure)  # text far outside of the axes would leave no room for them, and warn
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["0", "0"]
-    assert all(text.get_position()[1] < axes.get_ylim()[1] for text in axes.texts)
+    tops = [text.xy[1] for text in axes.texts]  # type: ignore[attr-defined]
+    assert max(tops) < axes.get_ylim()[1]
 
 
 def test_a_long_legend_has_as_many_rows_as_it_needs() -> None:
     few, many = ({f"run{n}": records_of(1.0, n) for n in range(count)} for count in (3, 9))
-    found = [figures.visible_figure(runs).axes[0].get_legend() for runs in (few, many)]
+    found = [figures.bins_figure("visible", runs).axes[0].get_legend() for runs in (few, many)]
     assert [legend._ncols for legend in found] == [3, 5]  # type: ignore[union-attr]
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from kd.config.recipes import Model, TaskSection
 from kd.errors import UserError
 from kd.problems import problem
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.objects.context import Context
+from kd.problems.detection.data import open_detection
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
+from kd.problems.objects.task import Context
 from kd.problems.recipes import data_config
 from kd.registry import Entry
 from kd.runs.build import (
@@ -100,6 +100,6 @@ def test_an_added_student_is_built_by_its_name(
     for built in (
         PROBLEM.build_student(model, data),
         problem("segmentation").named_student(name, model.options, num_classes=3),
-        problem("detection").build_student(model, DetectionDataset(data)),
+        problem("detection").build_student(model, open_detection(data.section)),
     ):
         assert isinstance(built, Own) and built.width == 2

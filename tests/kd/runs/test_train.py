@@ -25,10 +25,10 @@ from kd.engine.checkpoint import load_checkpoint
 from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.nn.regions import roi_features
-from kd.problems.objects.classification import Classification
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.evaluation import ObjectResults
 from kd.problems.objects.schema import ObjectsSection
+from kd.problems.objects.task import Classification
 from kd.runs import train as session_module
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.folder import RunFolder

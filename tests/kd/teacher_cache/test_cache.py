@@ -23,8 +23,8 @@ from kd.engine.loop import train_step
 from kd.engine.state import Objective
 from kd.errors import UserError
 from kd.formats.splits import fold_of
-from kd.problems.objects.classification import Classification
 from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.task import Classification
 from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher

@@ -15,10 +15,10 @@ from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.distillation.targets import CachedTeacher, LiveTeacher
 from kd.errors import UserError
 from kd.problems.base import Rows
+from kd.problems.images import ImagesView
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
-from kd.problems.teacher_views import ImagesView
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.storage.fields import CachedField

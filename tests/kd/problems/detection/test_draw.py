@@ -11,11 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from kd.losses.imitation import anchor_grid, imitation_mask
+from kd.losses.imitation import imitation_mask
 from kd.metrics.coco_ap import Boxes
 from kd.metrics.records import Records
-from kd.problems.detection.draw import Marked, boxes_figure, found_figures, imitation_figure
-from kd.problems.detection.records import box_records
+from kd.nn.detectors.contract import Level
+from kd.problems.detection.draw import (
+    CROWD,
+    RIGHT,
+    WRONG,
+    Marked,
+    boxes_figure,
+    found_figures,
+    imitation_figure,
+)
+from kd.problems.detection.scores import box_records
+from kd.problems.detection.task import anchors_of
 from kd.report.overlay import class_colour
 from kd.report.style import GREY, figure_image
 
@@ -50,11 +60,10 @@ def test_a_box_is_where_it_is_in_the_colour_of_its_class() -> None:
     marked = Marked(
         np.array([[5.0, 6.0, 20.0, 10.0], [30.0, 0.0, 9.0, 9.0], [1.0, 1.0, 5.0, 5.0]]),
         np.array([1, 2, 0]),
+        np.array([RIGHT, WRONG, CROWD]),
         scores=np.array([0.87, 0.31, 0.5]),
-        wrong=np.array([False, True, False]),
-        crowd=np.array([False, False, True]),
     )
-    nothing = Marked(marked.xywh[:0], marked.labels[:0])
+    nothing = Marked(marked.xywh[:0], marked.labels[:0], marked.styles[:0])
     figure = boxes_figure(image, {"plain": marked, "truth": nothing}, NAMES)
     first, second = figure.axes
     mug, jar, crowd = rectangles(first)
@@ -99,17 +108,15 @@ def test_found_images_say_what_is_right() -> None:
 
 def test_masks_are_those_of_imitation() -> None:
     image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
-    boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.tensor([[0.0, 0.0, 48.0, 40.0]])]
-    grids = [
-        anchor_grid(64 // stride, 64 // stride, stride=stride, sides=[(side, side)])
-        for stride, side in ((8, 16.0), (16, 40.0))
-    ]
-    figure = imitation_figure(image, boxes, grids, psis=(0.2, 0.6), size=(64, 48))
+    boxes = torch.tensor([[8.0, 8.0, 24.0, 24.0], [0.0, 0.0, 48.0, 40.0]])
+    levels = (Level(8, ((16.0, 16.0),)), Level(16, ((40.0, 40.0),)))
+    grids = [anchors_of(level, (64 // level.stride, 64 // level.stride)) for level in levels]
+    figure = imitation_figure(image, boxes, levels, psis=(0.2, 0.6), size=(64, 48))
     assert len(figure.axes) == 4
     for place, axes in enumerate(figure.axes):
         level, psi = place // 2, (0.2, 0.6)[place % 2]
-        mask = imitation_mask([boxes[level]], grids[level], psi=psi)[0]
-        assert axes.get_title().endswith(f"psi {psi}, {int(mask.sum())} places")
+        mask = imitation_mask([boxes[level][None]], grids[level], psi=psi)[0]
+        assert axes.get_title().endswith(f"psi {psi}, {int(mask.sum())} cells")
         shown = np.asarray(axes.images[0].get_array())
         assert shown.shape == (64, 48, 3)
         stride = (8, 16)[level]
@@ -117,7 +124,7 @@ def test_masks_are_those_of_imitation() -> None:
         blue = shown[..., 2] > shown[..., 0] + 0.1
         assert np.array_equal(blue, whole)
         assert len(axes.patches) == 1
-    alone = imitation_figure(image, boxes[:1], grids[:1], psis=(0.5,))
+    alone = imitation_figure(image, boxes[:1], levels[:1], psis=(0.5,))
     assert alone.axes[0].get_title().startswith("psi 0.5")
 
 
@@ -128,12 +135,12 @@ def test_a_mask_is_painted_around_the_middles_of_its_anchors(stride: int, offset
     torchvision's anchors lie around the upper left corners of places, CenterNet's around middles.
     """
     side, places = 2.0 * stride, -(-100 // stride)  # the last places are not whole
-    grid = anchor_grid(places, places, stride=stride, sides=[(side, side)], offset=offset)
-    box = grid[2, 4, 0]
+    level = Level(stride, ((side, side),), offset)
+    box = anchors_of(level, (places, places))[2, 4, 0]
     image = torch.full((3, 100, 100), 200, dtype=torch.uint8)
-    figure = imitation_figure(image, [box[None]], [grid], psis=(0.99,))
+    figure = imitation_figure(image, box[None], (level,), psis=(0.99,))
     (axes,) = figure.axes
-    assert axes.get_title() == "psi 0.99, 1 places"
+    assert axes.get_title() == "psi 0.99, 1 cells"
     shown = np.asarray(axes.images[0].get_array())
     rows, columns = np.nonzero(shown[..., 2] > shown[..., 0] + 0.1)
     assert len(rows) == stride**2
@@ -142,17 +149,15 @@ def test_a_mask_is_painted_around_the_middles_of_its_anchors(stride: int, offset
 
 
 def test_the_title_has_the_stride_where_a_image_is_no_multiple_of_it() -> None:
-    grids = [anchor_grid(-(-100 // s), -(-100 // s), stride=s, sides=[(16.0, 16.0)], offset=0.0)
-             for s in (8, 64)]  # fmt: skip
-    boxes = [torch.tensor([[90.0, 90.0, 100.0, 100.0]])] * 2
+    levels = tuple(Level(stride, ((16.0, 16.0),), 0.0) for stride in (8, 64))
+    boxes = torch.tensor([[90.0, 90.0, 100.0, 100.0]])
     image = torch.full((3, 100, 100), 200, dtype=torch.uint8)
-    figure = imitation_figure(image, boxes, grids, psis=(0.5,))
+    figure = imitation_figure(image, boxes, levels, psis=(0.5,))
     titles = [axes.get_title().split(":")[0] for axes in figure.axes]
     assert titles == ["level 0, stride 8", "level 1, stride 64"]
 
 
 def test_a_image_without_objects_has_an_empty_mask() -> None:
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    grid = anchor_grid(4, 4, stride=8, sides=[(16.0, 16.0)])
-    figure = imitation_figure(image, [torch.zeros(0, 4)], [grid])
-    assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["0 places"] * 3
+    figure = imitation_figure(image, torch.zeros(0, 4), (Level(8, ((16.0, 16.0),)),))
+    assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["0 cells"] * 3

@@ -6,6 +6,8 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,6 @@ from kd.evaluation.draw import stored_records
 from kd.evaluation.predict import results_files
 from kd.formats.coco import load_coco
 from kd.metrics.records import Records, save_records
-from kd.problems.detection.draw import box_overlays
 from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.scores import VOC
 from kd.runs.read import read_predictions
@@ -198,9 +199,10 @@ def test_images_show_every_run_that_saw_them(
         runs = stored_records(folders, DETECTIONS)
     assert list(runs) == ["plain", "distilled"]
     assert "not drawn: " in caplog.text and "teacher" in caplog.text
-    titles = [
-        [a.get_title().split(",")[0] for a in f.axes] for f in box_overlays(runs, index, count=2)
-    ]
+    dataset: Any = SimpleNamespace(val=index)
+    unused: Any = None
+    drawn = DETECTIONS.draw(dataset, {}, runs, count=2, accelerator=unused)
+    titles = [[axes.get_title().split(",")[0] for axes in figure.axes] for figure in drawn]
     assert titles == [["truth", "plain", "distilled"]] * 2
     with pytest.raises(UserError, match="no such file"):
         stored_records({"plain": tmp_path / "none"}, DETECTIONS)

@@ -8,15 +8,8 @@ from matplotlib.patches import Rectangle
 
 from kd.metrics.coco_ap import Boxes
 from kd.metrics.records import Records
-from kd.problems.detection.figures import (
-    box_class_table,
-    box_classes_side_by_side,
-    class_ap_figure,
-    size_figure,
-    size_table,
-)
-from kd.problems.detection.records import box_records
-from kd.problems.detection.scores import BoxRow, per_class, value
+from kd.problems.detection.evaluation import DetectionEvaluation, DetectionResults
+from kd.problems.detection.scores import BoxRow, box_records, per_class, value
 from kd.report.style import figure_image
 
 NAMES = ("cup", "mug", "jar")
@@ -34,30 +27,34 @@ def records_of(fraction: float) -> Records:
                        names=NAMES, category_ids=np.arange(3))  # fmt: skip
 
 
+def evaluated(runs: dict[str, Records]) -> DetectionEvaluation:
+    return DetectionEvaluation(DetectionResults(), "title", {}, runs)
+
+
 def test_classes_and_sizes_come_with_their_numbers() -> None:
     records = records_of(0.5)
-    rows = per_class(records)
-    table = box_class_table(rows, records, NAMES)
+    table = evaluated({"run": records}).class_table()
     cup, mug = table.groups[0]
     assert table.header == ("class", "objects", "AP", "95 % interval", "AP50", "AP75", "AP_small",
                             "AP_medium", "AP_large")  # fmt: skip
     assert cup[:3] == ("cup", "8", f"{100 * 38 / 101:.1f}") and cup[3].startswith("[")
     assert cup[6:] == (cup[2], "", "")  # all are small
     assert mug[2] == f"{100 * 51 / 101:.1f}" and mug[6:] == ("", "", mug[2])
-    sizes = size_table({"a": records, "b": records_of(1.0)})
+    several = evaluated({"a": records, "b": records_of(1.0)})
+    sizes = several.size_table()
     there = {"small, below 32 px": "8", "medium, 32 to 96 px": "0", "large, over 96 px": "8"}
     assert {row[0]: row[1] for row in sizes.groups[0]} == there
     assert sizes.groups[0][0][2].startswith(f"{cup[2]} [") and sizes.groups[0][1][2] == ""
-    both = box_classes_side_by_side({"a": rows, "b": per_class(records_of(1.0))}, NAMES)
+    both = several.class_table()
     assert both.groups[0][1] == ("mug", "8", mug[2], "100.0")
 
 
 def test_bars_are_the_aps_above_the_objects() -> None:
-    rows = {"plain": per_class(records_of(0.5)), "distilled": per_class(records_of(1.0))}
-    figure = class_ap_figure(rows, NAMES)
+    runs = {"plain": records_of(0.5), "distilled": records_of(1.0)}
+    figure = evaluated(runs).class_figure()
     above, below = figure.axes
     heights = [bar.get_height() for bar in above.patches if isinstance(bar, Rectangle)]
-    expected = [100 * row.numbers["AP"] for part in rows.values() for row in part]
+    expected = [100 * row.numbers["AP"] for run in runs.values() for row in per_class(run)]
     assert heights == pytest.approx(expected)
     objects = [bar.get_height() for bar in below.patches if isinstance(bar, Rectangle)]
     assert objects == [8, 8]
@@ -69,13 +66,15 @@ def test_bars_are_the_aps_above_the_objects() -> None:
 
 def test_more_classes_than_can_be_named_are_left_out_with_a_word() -> None:
     rows = [BoxRow(c, 100 - c, {"AP": 0.5, "AP50": 0.6}) for c in range(70)]
-    figure = class_ap_figure({"run": rows}, [str(c) for c in range(70)])
+    evaluation = evaluated({"run": {"names": np.arange(70)}})
+    vars(evaluation)["classes"] = {"run": rows}  # instead of the records'
+    figure = evaluation.class_figure()
     assert figure.axes[1].get_xlabel() == "the 60 most frequent of 70"
 
 
 def test_sizes_without_objects_have_no_bar() -> None:
     runs = {"plain": records_of(0.5), "distilled": records_of(1.0)}
-    (axes,) = size_figure(runs).axes
+    (axes,) = evaluated(runs).size_figure().axes
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels == ["all\n16 objects", "small\nbelow 32 px\n8 objects",
                       "large\nover 96 px\n8 objects"]  # fmt: skip
@@ -95,7 +94,7 @@ def test_numbers_of_low_bars_stay_in_the_axes_above_their_intervals(hits: int, c
                   there.crowd[:hits])  # fmt: skip
     run = box_records(there, found, np.full(hits, 0.9), image_ids=image, names=NAMES,
                       category_ids=np.arange(3))  # fmt: skip
-    figure = size_figure({f"a run of some name {number}": run for number in range(count)})
+    figure = evaluated({f"a run of some name {n}": run for n in range(count)}).size_figure()
     figure_image(figure)
     (axes,) = figure.axes
     shown = axes.get_window_extent()

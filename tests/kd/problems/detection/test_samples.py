@@ -19,7 +19,7 @@ from kd.data.prepare import prepare
 from kd.distillation.targets import CachedPosteriors
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.detection.samples import DetectionSamples
+from kd.problems.detection.data import DetectionSamples
 from kd.problems.objects.batch import chosen, object_counts, object_rows
 from kd.storage.fields import CachedField
 from kd.storage.store import Store
@@ -352,7 +352,7 @@ def test_a_prepared_copy_shows_the_same_and_leads_back_to_the_original(
         ({"scales": (1.5, 0.5)}, "^scales: "),
         ({"scales": (float("nan"), 1.0)}, "^scales: "),
         ({"augment": {"flap": 1.0}}, "augment: unknown flap"),
-        ({"only": []}, r"instances\.json: it has none of the selected images"),
+        ({"only": []}, r"instances\.json: none of the selected images is in it"),
         ({"only": [99]}, "none of the selected images"),
     ],
 )

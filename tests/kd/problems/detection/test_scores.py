@@ -16,7 +16,7 @@ from kd.metrics.records import Records
 from kd.metrics.voc_ap import VocAP, mean_over_classes
 from kd.problems.detection import scores as box_scores
 from kd.problems.detection.evaluation import DetectionResults
-from kd.problems.detection.records import box_records, kitti_truth
+from kd.problems.detection.scores import box_records, kitti_truth
 
 DETECTIONS = DetectionResults()
 NAMES = ("cup", "mug", "tie", "jar")
@@ -185,8 +185,8 @@ def test_names_that_mean_nothing_are_refused() -> None:
         "'mIoU/cup': unknown": "mIoU/cup",
         "'confusable_AR': unknown": "confusable_AR",
         "'KITTI12_easy': unknown": "KITTI12_easy",
-        "class 'pan': no such class; there are cup, mug": "AP/pan",
-        "class '4': no such": "AP/4",
+        "metric 'AP/pan': no such class; there are cup, mug": "AP/pan",
+        "metric 'AP/4': no such": "AP/4",
     }
     for message, name in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -203,7 +203,7 @@ def test_damage_is_named() -> None:
         return {**run, name: part}
 
     wrong = {
-        "here: no truth_areas, found_scores; these are no predictions of boxes": {
+        "here: no truth_areas, found_scores; not a file of predictions of boxes": {
             name: part for name, part in run.items() if name not in ("truth_areas", "found_scores")
         },
         rf"found_labels is \({last},\), expected \({last + 1},\)": {
@@ -218,7 +218,7 @@ def test_damage_is_named() -> None:
         r"truth_labels\[0\] is -1, expected 0..3": changed("truth_labels", 0, -1),
         r"found_boxes\[2\] on image \d+ is not finite": changed("found_boxes", 2, np.inf),
         r"found_boxes\[3\] on image \d+ has a side below 0": changed("found_boxes", 3, -1.0),
-        "not one object to find": {**run, "truth_crowds": np.ones(96, np.bool_)},
+        "no object to find": {**run, "truth_crowds": np.ones(96, np.bool_)},
     }  # fmt: skip
     for message, records in wrong.items():
         with pytest.raises(UserError, match=f"^here: {message.removeprefix('here: ')}"):
@@ -237,7 +237,7 @@ def test_only_detections_of_the_same_objects_are_compared() -> None:
     wrong = {
         r"different images with boxes \(24 and 24, 0 in both\)": records_of(1, ids=6),
         "numbers of objects: 95 and 96": fewer,
-        "disagree on truth_boxes of 4 objects": moved,
+        "different truth_boxes for 4 objects": moved,
     }
     for message, records in wrong.items():
         with pytest.raises(UserError, match=message):

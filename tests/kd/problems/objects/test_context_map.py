@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.problems.objects.context import ContextMap, ContextScene
+from kd.problems.objects.task import ContextMap, ContextScene
 
 CLASSES = 3
 

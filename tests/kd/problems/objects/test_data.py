@@ -12,8 +12,7 @@ import torch
 from kd.data.prepare import prepare
 from kd.errors import UserError
 from kd.problems.base import Split
-from kd.problems.detection.data import DetectionDataset
-from kd.problems.detection.samples import DetectionSamples
+from kd.problems.detection.data import DetectionDataset, DetectionSamples, open_detection
 from kd.problems.objects.batch import object_counts, object_rows
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.recipes import data_config
@@ -31,12 +30,12 @@ def changed(data: ObjectsDataset, **changes: object) -> ObjectsDataset:
 
 def boxes(data: ObjectsDataset, seed: int, **options: Any) -> DetectionSamples:
     """The train split as detectors learn from it."""
-    return DetectionDataset(data).samples("train", train=True, seed=seed, **options)
+    return open_detection(data.section).samples("train", train=True, seed=seed, **options)
 
 
 def evaluated(data: ObjectsDataset, split: Split = "val", **options: Any) -> DetectionSamples:
     """A split as detectors are scored on it."""
-    return DetectionDataset(data).samples(split, **options)
+    return open_detection(data.section).samples(split, **options)
 
 
 def test_detectors_train_and_are_scored_on_every_image(data: ObjectsDataset) -> None:
@@ -80,7 +79,8 @@ def test_detectors_classes_are_counted_on_objects_of_all_sizes(
     data: ObjectsDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     # None of the objects could be hidden.
-    detected = DetectionDataset(changed(data, min_fraction=0.98, max_fraction=0.99))
+    section = changed(data, min_fraction=0.98, max_fraction=0.99).section
+    detected = DetectionDataset(section, data.train, data.val)
     with caplog.at_level("INFO"):
         prior = detected.class_info().prior
     assert prior is not None and not caplog.records  # nor is any picture left out

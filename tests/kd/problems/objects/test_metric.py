@@ -23,8 +23,7 @@ from torchmetrics.functional.classification import (
 
 from kd.errors import UserError
 from kd.metrics import classification as scores
-from kd.problems.objects.metric import TopN
-from kd.problems.objects.records import REQUIRED
+from kd.problems.objects.metric import REQUIRED, TopN
 
 ROOT = Path(__file__).parents[4]
 

@@ -7,7 +7,7 @@ import pytest
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.objects.records import check, with_predictions
+from kd.problems.objects.metric import check, with_predictions
 
 
 def three() -> Records:
@@ -31,9 +31,9 @@ def test_other_predictions_are_put_in_order_of_the_objects() -> None:
 @pytest.mark.parametrize(
     ("ids", "classes", "said"),
     [
-        ([5, 9], 2, "posterior: no prediction for object 7; other data?"),
-        ([5, 7], 2, "posterior: no prediction for object 9; other data?"),
-        ([], 2, "posterior: no prediction for object 5; other data?"),
+        ([5, 9], 2, "posterior: no prediction for object 7; another dataset?"),
+        ([5, 7], 2, "posterior: no prediction for object 9; another dataset?"),
+        ([], 2, "posterior: no prediction for object 5; another dataset?"),
         ([5, 7, 9], 3, r"posterior: \(3, 3\) for 3 objects of 2 classes"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd.metrics.multilabel import MultiLabelAP
 from kd.problems.base import Classes
-from kd.problems.objects.scene_labels import SceneLabels
+from kd.problems.objects.task import SceneLabels
 
 
 @pytest.fixture

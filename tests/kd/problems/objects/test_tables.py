@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,6 @@ from kd.metrics.bootstrap import bootstrap
 from kd.metrics.classification import prior_records
 from kd.metrics.confusion import beyond_prior, confusions, per_class
 from kd.metrics.records import Records
-from kd.problems.objects import tables
 from kd.problems.objects.evaluation import ObjectResults, ObjectsEvaluation
 from kd.report.tables import difference_notes
 
@@ -43,7 +44,8 @@ def known(records: Records) -> dict[str, Records]:
 
 def evaluated(runs: dict[str, Records]) -> ObjectsEvaluation:
     references = known(next(iter(runs.values())))
-    return ObjectsEvaluation(ObjectResults(), "title", {}, runs, NAMES, references)
+    data = SimpleNamespace(class_names=NAMES, train_counts=lambda: np.array([5, 3, 2]))
+    return ObjectsEvaluation(ObjectResults(), "title", {}, runs, references, lambda: data)
 
 
 def test_one_run_has_a_line_for_each_metric_and_a_column_for_each_reference() -> None:
@@ -80,24 +82,24 @@ def test_several_runs_have_a_line_each_and_the_references_below() -> None:
 
 def test_bins_count_their_objects_and_leave_out_what_is_not_known() -> None:
     run = records_of(0)
-    table = tables.bins_table("visible", {"cnn": run}, known(run))
+    table = evaluated({"cnn": run}).bins_table("visible")
     assert table is not None
     assert table.header == ("other objects in the image", "objects", "cnn", "class prior")
     assert [(row[0], row[1]) for row in table.groups[0]] == [("1 to 2", "21"), ("3 to 4", "39")]
     few = run["visible"] == 2
     hits = (scores.ranks(run["log_probs"], run["labels"]) == 0)[few]
     assert table.groups[0][0][2].startswith(f"{100 * hits.mean():.1f} [")
-    fractions = tables.bins_table("fraction", {"cnn": run}, {})
+    fractions = evaluated({"cnn": run}).bins_table("fraction")
     assert fractions is not None
     assert sum(int(row[1]) for row in fractions.groups[0]) == 60
     old = {name: part for name, part in run.items() if name != "visible"}
-    assert tables.bins_table("visible", {"cnn": old}, {}) is None
+    assert evaluated({"cnn": old}).bins_table("visible") is None
 
 
 def test_classes_say_their_fractions_and_what_is_said_instead() -> None:
     run = records_of(0)
     rows = per_class(run)
-    table = tables.class_table(rows, NAMES, np.array([5, 3, 2]))
+    table = evaluated({"cnn": run}).class_table()
     line = dict(zip(table.header, table.groups[0][0], strict=True))
     assert line["class"] == "cup"
     assert (line["val objects"], line["val (%)"], line["train (%)"]) == (
@@ -107,7 +109,7 @@ def test_classes_say_their_fractions_and_what_is_said_instead() -> None:
     assert line["predicted instead"].startswith(
         f"{NAMES[first.predicted]} {100 * first.fraction:.0f} %"
     )
-    both = tables.classes_side_by_side({"cnn": run, "unet": records_of(1)}, NAMES)
+    both = evaluated({"cnn": run, "unet": records_of(1)}).class_table()
     assert both.header == ("class", "val objects", "cnn", "unet")
     assert both.groups[0][0][2] == line["top1 (%)"]
 
@@ -115,14 +117,15 @@ def test_classes_say_their_fractions_and_what_is_said_instead() -> None:
 def test_confusions_are_listed_in_their_order_with_lift() -> None:
     run = records_of(0, strength=0.5)
     pairs = confusions(run)
-    table = tables.confusion_table(pairs, NAMES, "Confusions", most=2)
+    evaluation = evaluated({"cnn": run})
+    table = evaluation.confusion_table("Confusions", pairs, most=2)
     assert len(table.groups[0]) == 2
     first = pairs[0]
     assert table.groups[0][0] == (
         NAMES[first.true], NAMES[first.predicted], str(first.count), f"{100 * first.fraction:.1f}",
         f"{100 * first.expected:.1f}", f"{first.lift:.1f}",
     )  # fmt: skip
-    assert len(tables.confusion_table(beyond_prior(run), NAMES, "t").groups[0]) <= len(pairs)
+    assert len(evaluation.confusion_table("t", beyond_prior(run)).groups[0]) <= len(pairs)
 
 
 def test_the_notes_say_how_far_a_run_is_from_each_reference() -> None:
@@ -137,7 +140,7 @@ def test_the_notes_say_how_far_a_run_is_from_each_reference() -> None:
 
 @pytest.mark.parametrize("kind", ["fraction", "visible"])
 def test_a_table_of_bins_is_markdown_without_line_breaks_in_cells(kind: str) -> None:
-    table = tables.bins_table(kind, {"cnn": records_of(0)}, {})
+    table = evaluated({"cnn": records_of(0)}).bins_table(kind)
     assert table is not None
     lines = table.to_markdown().splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1

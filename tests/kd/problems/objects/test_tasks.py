@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kd.problems.base import Mean
-from kd.problems.objects.classification import Classification
-from kd.problems.objects.context import Context, ContextPixels
+from kd.problems.objects.task import Classification, Context, ContextPixels
 
 CLASSES = 3
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.metrics.saliency import METRICS, SaliencyTruth, fixation_density, measure, nss
 from kd.problems.saliency.baselines import (
+    OTHERS_PRIOR,
+    PRIOR_UNIFORM,
     CentrePrior,
-    each_left_out,
     inter_observer,
     predict_from_others,
     relative,
@@ -72,8 +73,8 @@ def test_the_prior_is_where_people_look_at_any_size() -> None:
 
 
 def test_a_uniform_share_leaves_no_place_impossible() -> None:
-    prior = CentrePrior(torch.full((5, 2), 0.01), uniform=0.1).density(SIZE)
-    assert float(prior[-1, -1]) == pytest.approx(0.1 / 1200)
+    prior = CentrePrior(torch.full((5, 2), 0.01)).density(SIZE)
+    assert float(prior[-1, -1]) == pytest.approx(PRIOR_UNIFORM / 1200)
 
 
 def test_a_place_just_inside_stays_inside() -> None:
@@ -88,30 +89,25 @@ def test_the_prior_beats_a_uniform_map_where_people_look_at_the_centre() -> None
     assert own["IG"] > 0.5 and own["NSS"] > 0.5 and own["KLD"] < flat["KLD"]
 
 
-def test_nobody_foretells_himself() -> None:
-    places = [around(4, 10, 10), around(5, 10, 10), around(6, 30, 20)]
-    truth, subjects = seen(places)
-    found = list(each_left_out(truth, subjects, sigma=2.0, prior_weight=0.2))
-    assert [own.nonzero()[0].item() for _, own in found] == [0, 20, 40]
-    for k, (said, own) in enumerate(found):
-        others = torch.cat([one for n, one in enumerate(places) if n != k])
-        expected = 0.8 * fixation_density(others, SIZE, 2.0) + 0.2 / 1200
-        assert torch.allclose(said, expected) and int(own.sum()) == 20
+def test_a_person_is_predicted_from_the_others_and_the_prior() -> None:
+    others = torch.cat([around(4, 10, 10), around(5, 10, 10)])
+    said = predict_from_others(others, SIZE, sigma=2.0)
+    smooth = fixation_density(others, SIZE, 2.0)
+    assert torch.allclose(said, (1 - OTHERS_PRIOR) * smooth + OTHERS_PRIOR / 1200)
     # The third looked where nobody else did.
-    third = found[2]
-    assert nss(third[0], truth.fixations[third[1]]) < 0 < nss(found[0][0], places[0])
+    assert nss(said, around(6, 30, 20)) < 0 < nss(said, around(4, 10, 10))
 
 
 def test_numbers_of_fixations_are_means_over_people_by_their_fixations() -> None:
     places = [around(4, 10, 10, 5), around(5, 11, 10, 20), around(6, 12, 11, 9)]
     truth, subjects = seen(places)
-    found = inter_observer(truth, subjects, sigma=2.0, prior_weight=0.2)
+    found = inter_observer(truth, subjects, sigma=2.0)
     assert list(found) == list(METRICS)
     for name in ("NSS", "AUC_Judd", "sAUC", "IG"):
         total = 0.0
         for k, own in enumerate(places):
             others = torch.cat([one for n, one in enumerate(places) if n != k])
-            said = predict_from_others(others, SIZE, sigma=2.0, prior_weight=0.2)
+            said = predict_from_others(others, SIZE, sigma=2.0)
             one = SaliencyTruth(truth.density, own, truth.others, truth.prior)
             total += len(own) * measure(said, one)[name]
         assert found[name] == pytest.approx(total / 34)
@@ -120,12 +116,12 @@ def test_numbers_of_fixations_are_means_over_people_by_their_fixations() -> None
 def test_numbers_of_maps_are_those_of_halves() -> None:
     places = [around(n, 10 + n, 10, 12) for n in range(5)]
     truth, subjects = seen(places)
-    found = inter_observer(truth, subjects, sigma=2.0, prior_weight=0.2)
+    found = inter_observer(truth, subjects, sigma=2.0)
     even, odd = torch.cat(places[::2]), torch.cat(places[1::2])
     for name in ("KLD", "CC", "SIM"):
         both = [
             METRICS[name](
-                0.8 * fixation_density(a, SIZE, 2.0) + 0.2 / 1200,
+                (1 - OTHERS_PRIOR) * fixation_density(a, SIZE, 2.0) + OTHERS_PRIOR / 1200,
                 SaliencyTruth(fixation_density(b, SIZE, 2.0), b),
             )
             for a, b in ((even, odd), (odd, even))
@@ -154,7 +150,6 @@ def test_numbers_do_not_depend_on_the_order_or_names_of_people() -> None:
 def test_one_person_alone_is_foretold_by_nobody() -> None:
     truth, subjects = seen([around(1, 12, 10)])
     assert all(math.isnan(one) for one in inter_observer(truth, subjects, sigma=2.0).values())
-    assert not list(each_left_out(truth, subjects, sigma=2.0))
     empty = SaliencyTruth(torch.zeros(SIZE), NOBODY)
     found = inter_observer(empty, torch.zeros(0), sigma=2.0)
     assert all(math.isnan(one) for one in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_the_truth_of_a_picture_is_its_own_and_the_others_are_not(squares: Salie
 
 
 def test_other_observers_beat_the_centre_prior(squares: SaliencyDataset) -> None:
-    references = squares.truth.references
+    references = squares.references
     assert references[CENTRE].shape == (4, len(METRICS)) == references[OBSERVERS].shape
     prior, people = (dict(zip(METRICS, references[name].mean(0), strict=True))
                      for name in (CENTRE, OBSERVERS))  # fmt: skip
@@ -108,12 +109,10 @@ def test_of_a_large_split_some_pictures_are_referred_to(
     squares: SaliencyDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gaze_truth, "REFERRED", 2)
-    truth = gaze_truth.ValTruth(squares.val, lambda: squares.prior)
-    known = ~np.isnan(truth.references[OBSERVERS]).any(axis=1)
+    known = ~np.isnan(replace(squares).references[OBSERVERS]).any(axis=1)
     assert known.tolist() == [True, False, True, False]
     monkeypatch.setattr(gaze_truth, "LOOKS", 40)
-    few = gaze_truth.ValTruth(squares.val, lambda: squares.prior)
-    assert len(few.others(0, SIZE)) in (36, 72)
+    assert len(replace(squares).others(0, SIZE)) in (36, 72)
 
 
 def test_fixations_of_nobody_are_dealt_at_random(squares: SaliencyDataset) -> None:
@@ -126,5 +125,5 @@ def test_fixations_of_nobody_are_dealt_at_random(squares: SaliencyDataset) -> No
 
 def test_looks_at_other_pictures_stay_on_this_one(squares: SaliencyDataset) -> None:
     for size in ((48, 64), (31, 7), (1080, 1920)):
-        others = squares.truth.others(0, size)
+        others = squares.others(0, size)
         assert (others >= 0).all() and (others < torch.tensor([size[1], size[0]])).all()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kd.metrics.records import Array
-from kd.problems.saliency.figures import density_figure, heated, image_figure, images_table
-from kd.problems.saliency.records import ROWS
+from kd.problems.saliency.evaluation import density_figure, heated, image_figure, images_table
+from kd.problems.saliency.metric import ROWS
 from kd.report.style import figure_image
 
 HEIGHT, WIDTH = 30, 40

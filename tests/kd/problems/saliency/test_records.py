@@ -17,7 +17,7 @@ import torch.distributed as dist
 from kd.errors import UserError
 from kd.metrics.records import Records, save_records
 from kd.metrics.saliency import METRICS, SaliencyTruth, fixation_density, measure
-from kd.problems.saliency import records as saliency_scores
+from kd.problems.saliency import metric as saliency_scores
 from kd.problems.saliency.baselines import inter_observer
 from kd.problems.saliency.evaluation import SaliencyResults
 from kd.problems.saliency.metric import SaliencyMaps
@@ -172,10 +172,10 @@ def changed(name: str, number: Any) -> Records:
 @pytest.mark.parametrize(
     ("name", "number", "message"),
     [
-        ("fixation_counts", 8, "two disagree on the fixations on 1 images: other data"),
-        ("other_counts", 3, "fixations on other images, of sAUC on 1 images: another split"),
-        ("truth_entropy", 3.0, "the density of fixations on 1 images: another smoothing"),
-        ("prior_bits", math.nan, "the prior, of IG on 1 images: fitted to other images"),
+        ("fixation_counts", 8, "two have different fixations for 1 images: other data"),
+        ("other_counts", 3, "fixations of other images \\(sAUC\\) for 1 images: another split"),
+        ("truth_entropy", 3.0, "densities of fixations for 1 images: another smoothing"),
+        ("prior_bits", math.nan, "priors \\(IG\\) for 1 images: fitted to other images"),
     ],
 )
 def test_other_truths_are_not_compared(name: str, number: float, message: str) -> None:
@@ -196,12 +196,12 @@ def without(name: str) -> Records:
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: saliency_scores.check(without("CC"), "run"), "run: no CC; these are no pred"),
+        (lambda: saliency_scores.check(without("CC"), "run"), "run: no CC; not a file of pred"),
         (lambda: saliency_scores.check({**without("CC"), "CC": np.ones(3)}, "run"),
          r"run: CC is \(3,\) for 12 images"),
         (lambda: saliency_scores.check(changed("IG", -math.inf), "run"), "IG of image 1 is inf"),
-        (lambda: filled(0, range(4, 5)).compute(), "run: not one fixation was scored"),
-        (lambda: SaliencyMaps(truth_of, where="run").records(), "not one fixation was scored"),
+        (lambda: filled(0, range(4, 5)).compute(), "run: no fixation was scored"),
+        (lambda: SaliencyMaps(truth_of, where="run").records(), "no fixation was scored"),
         (lambda: SALIENCY.value(filled().records(), "mIoU"), "metric 'mIoU': unknown; there are K"),
         (lambda: SaliencyMaps(truth_of, where="run").take(
             torch.ones(1, 1, 3, 4), {"image_ids": torch.tensor([7])}),

@@ -13,7 +13,7 @@ from PIL import Image
 from kd.data.loader import collate
 from kd.errors import UserError
 from kd.formats.fixations import Fixations, GazeSplit
-from kd.problems.saliency.samples import SaliencySamples, check_gaze
+from kd.problems.saliency.data import SaliencySamples, check_gaze
 from kd.storage.fields import CachedField
 from kd.storage.store import IDS, Store
 

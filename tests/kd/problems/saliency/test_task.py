@@ -94,7 +94,7 @@ def test_its_metric_needs_fixations() -> None:
         def references(self) -> dict[str, NDArray[np.float64]]:
             return {}
 
-        def __call__(self, number: int) -> SaliencyTruth:
+        def truth(self, number: int) -> SaliencyTruth:
             raise AssertionError(number)
 
     assert isinstance(Saliency().metric(Classes(("saliency",), truth=Nobody)), SaliencyMaps)

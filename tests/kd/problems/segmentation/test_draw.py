@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from kd.distillation.student import AdaptedStudent
 from kd.problems.results import Predictor
-from kd.problems.segmentation.data import SegmentationDataset, open_maps
+from kd.problems.segmentation.data import SegmentationDataset, SegmentationSamples, open_maps
 from kd.problems.segmentation.evaluation import SegmentationResults
-from kd.problems.segmentation.samples import SegmentationSamples
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator

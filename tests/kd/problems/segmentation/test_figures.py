@@ -7,13 +7,8 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from kd.metrics.records import Records
-from kd.problems.segmentation.figures import (
-    iou_figure,
-    map_class_table,
-    map_classes_side_by_side,
-    pixel_confusion_figure,
-)
-from kd.problems.segmentation.records import per_class
+from kd.problems.segmentation.evaluation import SegmentationEvaluation, SegmentationResults
+from kd.problems.segmentation.metric import per_class
 from kd.report.style import figure_image
 
 NAMES = ("sky", "road", "car", "tree", "bin")
@@ -24,7 +19,15 @@ CONFUSION = np.array(
         [[20, 0, 0, 0, 0], [0, 20, 0, 0, 0], [2, 0, 0, 0, 0], [0] * 5, [0] * 5],
     ]
 )
-RECORDS: Records = {"image_ids": np.arange(2), "confusion": CONFUSION}
+RECORDS: Records = {
+    "image_ids": np.arange(2), "confusion": CONFUSION, "names": np.array(NAMES),
+}  # fmt: skip
+
+
+def evaluated(*runs: str) -> SegmentationEvaluation:
+    return SegmentationEvaluation(
+        SegmentationResults(), "title", {}, {name: RECORDS for name in runs}
+    )
 
 
 def test_classes_come_with_their_pixels_iou_and_what_is_said_instead() -> None:
@@ -36,20 +39,20 @@ def test_classes_come_with_their_pixels_iou_and_what_is_said_instead() -> None:
     assert [fraction for _, fraction in sky.instead] == pytest.approx([3 / 84, 1 / 84])
     assert (car.fraction, car.iou) == pytest.approx((4 / 132, 1 / 5))
     assert tree.fraction == 0 and np.isnan(tree.accuracy) and tree.instead == ()
-    table = map_class_table(rows, RECORDS, NAMES)
+    table = evaluated("plain").class_table()
     first, last = table.groups[0][0], table.groups[0][-1]
     assert first[:3] == ("sky", "63.64", "90.9") and first[3].startswith("[")
     assert first[4:] == ("95.2", "road 4 %, car 1 %")
     assert last[:3] == ("tree", "0.00", "0.0") and last[4:] == ("", "")
-    both = map_classes_side_by_side({"a": rows, "b": rows}, NAMES)
+    both = evaluated("a", "b").class_table()
     assert both.header == ("class", "pixels (%)", "a", "b")
     assert [row[0] for row in both.groups[0]] == ["sky", "road", "car"]
     assert both.groups[0][0][2:] == ("90.9", "90.9")
 
 
-def test_bars_are_the_ious_above_the_shares() -> None:
+def test_bars_are_the_ious_above_the_fractions() -> None:
     rows = per_class(RECORDS)
-    figure = iou_figure({"plain": rows, "distilled": rows}, NAMES)
+    figure = evaluated("plain", "distilled").iou_figure()
     above, below = figure.axes
     heights, fractions = (
         [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
@@ -59,11 +62,11 @@ def test_bars_are_the_ious_above_the_shares() -> None:
     assert fractions == pytest.approx([100 * row.fraction for row in rows[:3]])
     assert below.get_yscale() == "log"
     figure_image(figure)
-    figure_image(iou_figure({str(n): rows for n in range(14)}, NAMES))
+    figure_image(evaluated(*map(str, range(14))).iou_figure())
 
 
 def test_the_confusions_are_fractions_of_each_row_and_rows_say_their_pixels() -> None:
-    figure = pixel_confusion_figure(CONFUSION.sum(axis=0), NAMES)
+    figure = evaluated("plain").confusion_figure()
     (axes,) = figure.axes
     image = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(image.sum(axis=1), 1)

@@ -10,7 +10,7 @@ import torch
 
 from kd.errors import UserError
 from kd.metrics.records import Records
-from kd.problems.segmentation import records as map_scores
+from kd.problems.segmentation import metric as map_scores
 from kd.problems.segmentation.evaluation import SegmentationResults
 from kd.problems.segmentation.metric import MeanIoU
 
@@ -84,7 +84,7 @@ def test_a_class_is_asked_for_by_name_or_number() -> None:
     with pytest.raises(UserError, match="no such class; there are sky, road, car"):
         RESULTS.value(run, "iou/tree")
     nameless = {name: part for name, part in run.items() if name != "names"}
-    with pytest.raises(UserError, match="no such class among 3"):
+    with pytest.raises(UserError, match="no such class; there are 0 to 2"):
         RESULTS.value(nameless, "iou/3")
     with pytest.raises(UserError, match="'top1': unknown; there are mIoU"):
         RESULTS.value(run, "top1")
@@ -114,9 +114,9 @@ def test_damage_is_named() -> None:
         "no confusion": {"image_ids": run["image_ids"]},
         r"\(12, 3, 3\) for 4 images": {**run, "image_ids": np.arange(4)},
         r"expected \(N, C, C\)": {**run, "confusion": run["confusion"][:, :2]},
-        "not one pixel": {**run, "confusion": np.zeros_like(run["confusion"])},
-        "2 class names, there are 3": {**run, "names": np.array(["a", "b"])},
-        "below zero": {**run, "confusion": -run["confusion"]},
+        "no pixel was scored": {**run, "confusion": np.zeros_like(run["confusion"])},
+        "2 class names for 3": {**run, "names": np.array(["a", "b"])},
+        "negative numbers": {**run, "confusion": -run["confusion"]},
     }
     for message, records in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -131,7 +131,7 @@ def test_only_answers_about_the_same_images_are_compared() -> None:
     four = {**run, "confusion": np.pad(run["confusion"], ((0, 0), (0, 1), (0, 1)))}
     wrong = {
         r"different images \(12 and 12, 2 in both\)": records_of(0, first=10),
-        "label maps of 12 images": other,
+        "different label maps for 12 images": other,
         "numbers of classes: 4 and 3": four,
     }
     for message, records in wrong.items():

@@ -14,8 +14,7 @@ from PIL import Image
 from kd.data.loader import Sample, build_loader, collate
 from kd.errors import UserError
 from kd.formats.segmentation import PublishedSplit, open_label_maps
-from kd.problems.segmentation.data import open_maps
-from kd.problems.segmentation.samples import SegmentationSamples
+from kd.problems.segmentation.data import SegmentationSamples, open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.runs.build import make_accelerator
 from kd.runs.train import val_loader

@@ -1,10 +1,10 @@
-"""Context tasks: classify a hidden object from the image around it."""
+"""Tasks about objects: context of hidden objects, classification in scenes, scene labels."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,98 @@ from kd.losses.supervised import (
     masked_cross_entropy,
     multilabel_bce,
 )
-from kd.metrics.multilabel import present_classes
-from kd.problems.base import Batch, Mean, Output
-from kd.problems.objects.batch import ObjectTask, hidden_labels, image_rows
+from kd.metrics.multilabel import MultiLabelAP, present_classes
+from kd.nn.cooccurrence import Objects
+from kd.problems.base import Batch, Classes, Evaluator, Mask, Mean, Output
+from kd.problems.objects.batch import ObjectTask, hidden_boxes, hidden_labels, image_rows
 from kd.transforms.hide import Shape, class_maps, hide, normalise, regions_of, valid_pixels
+
+ImageInputs = Literal["none", "whole", "each"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(ObjectTask):
+    """Classify the object in each box.
+
+    Args:
+        label_smoothing: Fraction of the target spread over all classes.
+        appearance: Whether the appearance head alone also learns the label.
+    """
+
+    outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
+
+    label_smoothing: float = 0.0
+    appearance: bool = False
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images (N, 3, H, W), normalised, and regions (K, 5): image, x1, y1, x2, y2."""
+        rows = image_rows(batch).to(torch.float32)
+        return normalise(batch["images"]), torch.cat([rows[:, None], hidden_boxes(batch)], dim=1)
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`cross_entropy` of the combined logits, `appearance` of the appearance head alone."""
+        labels = hidden_labels(batch)
+        names = {"cross_entropy": "logits"}
+        if self.appearance:
+            names["appearance"] = "appearance"
+        smoothing = self.label_smoothing
+        losses = {
+            name: cross_entropy_labelled(output[key], labels, label_smoothing=smoothing)
+            for name, key in names.items()
+        }
+        return {name: Mean(loss, "labelled") for name, loss in losses.items()}
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Log-probabilities (K, C)."""
+        return output["logits"].float().log_softmax(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneLabels(ObjectTask):
+    """Classify the scene; the classifier's region is the whole image.
+
+    Args:
+        pos_weight: Weight of classes that are present; absent classes weigh 1.
+    """
+
+    outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
+    mask_names: ClassVar[Collection[str]] = ()
+
+    pos_weight: float = 1.0
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Normalised images (N, 3, H, W), and the region of each without its padding, (N, 5)."""
+        height, width = batch["sizes"].to(torch.float32).unbind(dim=1)
+        zero = torch.zeros_like(width)
+        rows = torch.arange(len(width), device=width.device, dtype=torch.float32)
+        return normalise(batch["images"]), torch.stack([rows, zero, zero, width, height], dim=1)
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`binary`: binary cross-entropy of all classes over the labelled images."""
+        logits = output["appearance"]  # before any softmax: classes do not exclude each other
+        present, known = present_classes(batch, self.num_classes)
+        weight = None
+        if self.pos_weight != 1.0:
+            weight = logits.new_full((self.num_classes,), self.pos_weight)
+        loss = multilabel_bce(logits, present, known=known, pos_weight=weight)
+        return {"binary": Mean(loss, "labelled_images")}
+
+    def masks(self, batch: Batch) -> dict[str, Mask]:
+        """No masks, since no object is hidden."""
+        return {}
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Log-probabilities that a class is in the image, (N, C)."""
+        return F.logsigmoid(output["appearance"].float())
+
+    def metric(self, classes: Classes) -> Evaluator:
+        """Mean average precision over the classes that occur."""
+        return MultiLabelAP(self.num_classes, where=classes.where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextTask(ObjectTask):
-    """Base class of the tasks whose inputs have one object hidden each.
+    """Base class of tasks whose model gets an input for each hidden object.
 
     Args:
         shape: Shape of the hidden region; `segment` reads the batch's exact masks.
@@ -55,7 +138,7 @@ class ContextTask(ObjectTask):
         return (hide(images, image_rows(batch), self.regions(batch)),)
 
     def labelled_part(self, loss: Tensor, batch: Batch) -> Mean:
-        """Turn a mean over all inputs, unlabelled ones at 0, into that over labelled inputs."""
+        """Convert a mean over all inputs, 0 for unlabelled ones, to that over labelled inputs."""
         known = hidden_labels(batch) >= 0
         return Mean(loss * (len(known) / known.sum().clamp(min=1)), "labelled")
 
@@ -94,7 +177,7 @@ class Context(ContextTask):
         return losses
 
     def _visible(self, logits: Tensor, batch: Batch) -> Mean:
-        """Compare pixel logits (K, C, h, w) with the boxes that are not hidden, on their grid."""
+        """Loss of pixel logits (K, C, h, w) on the boxes that are not hidden."""
         grid = (logits.shape[2], logits.shape[3])
         hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
         targets = label_maps(batch, self.num_classes, grid)[image_rows(batch)]
@@ -108,7 +191,7 @@ class Context(ContextTask):
 
 
 def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
-    """The classes of all labelled boxes on a grid over the image, bool (N, C, h, w)."""
+    """Draw all labelled boxes on a grid over the image, a channel per class: bool (N, C, h, w)."""
     known = batch["labels"] >= 0
     height, width = batch["images"].shape[-2:]
     scale = batch["boxes"].new_tensor([grid[1] / width, grid[0] / height]).repeat(2)
@@ -117,7 +200,7 @@ def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
 
 
 def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """Pixels outside of the padding, bool (N, H, W); of a grid, places that have any, (N, h, w)."""
+    """Pixels outside of the padding, bool (N, H, W), or grid cells with such pixels, (N, h, w)."""
     height, width = batch["images"].shape[-2:]
     pixels = valid_pixels(batch["sizes"], (height, width))
     if grid is None:
@@ -126,7 +209,7 @@ def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 def _labelled_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """`image_pixels` of each hidden object's input, none where it is unlabelled, bool (K, H, W)."""
+    """`image_pixels` for each hidden object, bool (K, H, W); all False for unlabelled objects."""
     known = hidden_labels(batch) >= 0
     return image_pixels(batch, grid)[image_rows(batch)] & known[:, None, None]
 
@@ -139,7 +222,7 @@ class ContextPixels(ContextTask):
     divided by their sum are the posterior.
 
     Args:
-        hidden_weight: Weight of the hidden region relative to the rest.
+        hidden_weight: Weight of pixels in the hidden region; other pixels weigh 1.
     """
 
     hidden_weight: float = 5.0
@@ -175,7 +258,7 @@ class ContextMap(ContextTask):
     summed over the hidden region and divided by its sum.
 
     Args:
-        hidden_weight: Weight of the hidden region's mean relative to that of the rest.
+        hidden_weight: Weight of the mean over the hidden region; the mean over the rest weighs 1.
         class_weights: Power of the class weights, `median_frequency` of `pixel_fractions`; 0:
             none.
         pixel_fractions: Class fractions of the train pixels, (1 + C,), background first; needed for
@@ -189,7 +272,7 @@ class ContextMap(ContextTask):
     pixel_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the power."""
+        """Check that `class_weights` is in range."""
         _check_power(self.class_weights)
 
     def outputs_per_region(self, size: int) -> int:
@@ -224,8 +307,8 @@ class ContextScene(ContextTask):
     """Classify the scene, hidden object included: multi-label logits (K, C), BCE.
 
     BlindNet's multi-label ResNet-18. The posterior of the hidden object is the classes'
-    probabilities divided by their sum. It overrates the classes of visible objects, which are in
-    the scene whatever is hidden.
+    probabilities divided by their sum. It overestimates the classes of visible objects, which are
+    in the scene whatever is hidden.
 
     Args:
         class_weights: Power of the positive class weights, `positive_weights` of `image_fractions`;
@@ -238,7 +321,7 @@ class ContextScene(ContextTask):
     image_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the power."""
+        """Check that `class_weights` is in range."""
         _check_power(self.class_weights)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
@@ -267,3 +350,61 @@ def _log_fractions(scores: Tensor) -> Tensor:
     """Log of each row divided by its sum."""
     scores = scores.clamp(min=1e-6)
     return (scores / scores.sum(dim=1, keepdim=True)).log()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneTokens(Context):
+    """Classify each hidden object from the others' classes and boxes, from pixels, or both.
+
+    Objects are hidden one by one: each is an input for the others, unless it is `also_hidden`.
+
+    Args:
+        image_inputs: Images that the model takes, see `inputs`; the model's attribute.
+    """
+
+    image_inputs: ImageInputs = "none"
+
+    def inputs(self, batch: Batch) -> tuple[Objects | Tensor, ...]:  # type: ignore[override]
+        """Objects, indices of the hidden ones (K,), images, hidden regions (K, H, W).
+
+        Images are normalised: `whole` (N, 3, H, W) for models that leave out hidden regions
+        themselves, `each` (K, 3, H, W) with 0 in the region, or empty.
+        """
+        objects = scene_objects(batch)
+        images = batch["images"]
+        if self.image_inputs == "none":
+            empty = images.new_zeros((0, 3, 1, 1), dtype=torch.float32)
+            return objects, batch["hidden"], empty, empty[:, 0].bool()
+        regions = self.regions(batch)
+        images = normalise(images)
+        if self.image_inputs == "each":
+            images = images[image_rows(batch)].mul_(~regions[:, None])
+        return objects, batch["hidden"], images, regions
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
+        """`cross_entropy` over the hidden objects with a label; `visible` of `dense` logits."""
+        losses = super().losses({"logits": output["logits"]}, batch)
+        if "dense" in output:
+            losses["visible"] = self._all_boxes(output["dense"], batch)
+        return losses
+
+    def _all_boxes(self, logits: Tensor, batch: Batch) -> Mean:
+        """Loss of pixel logits (N, C, h, w) of whole images on all their boxes."""
+        grid = (logits.shape[2], logits.shape[3])
+        known = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        known[batch["image_of"][batch["labels"] >= 0]] = True
+        valid = image_pixels(batch, grid) & known[:, None, None]
+        targets, hidden = label_maps(batch, self.num_classes, grid), torch.zeros_like(valid)
+        loss = masked_bce(logits, targets, hidden, valid=valid, hidden_weight=0.0)
+        return Mean(loss, "images")
+
+
+def scene_objects(batch: Batch) -> Objects:
+    """The objects of a batch, boxes as fractions of their image."""
+    rows = batch["image_of"]
+    sides = batch["sizes"][rows].to(torch.float32)[:, [1, 0, 1, 0]]
+    boxes = (batch["boxes"] / sides).clamp(0.0, 1.0)
+    visible = batch["labels"] >= 0
+    if "also_hidden" in batch:
+        visible = visible & ~batch["also_hidden"]
+    return Objects(batch["labels"], visible, boxes, sides[:, 0] / sides[:, 1], rows)
