@@ -188,7 +188,7 @@ def test_runs_of_other_data_are_not_compared(tmp_path: Path) -> None:
     check_same_objects([first, read_run(make_run(tmp_path / "same"))])
     with pytest.raises(UserError, match=r"moved .*different objects \(6 and 6, 2 in both\)"):
         check_same_objects([first, read_run(make_run(tmp_path / "moved", first=4))])
-    with pytest.raises(UserError, match="labels of 6 objects"):
+    with pytest.raises(UserError, match="different labels for 6 objects"):
         check_same_objects([first, read_run(make_run(tmp_path / "shifted", shift=1))])
     with pytest.raises(UserError, match="numbers of classes: 4 and 3"):
         check_same_objects([first, read_run(make_run(tmp_path / "wide", classes=4))])
