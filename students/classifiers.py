@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
 from kd.nn.multi_stride_trunk import LevelledTrunk, levelled
-from kd.nn.regions import Surroundings, crop_regions, image_extents, roi_features, standardised
+from kd.nn.regions import (
+    Surroundings,
+    crop_regions,
+    image_extents,
+    log_prior,
+    roi_features,
+    standardised,
+)
 from kd.nn.trunk import build_trunk
 from kd.nn.trunk_base import Trunk
 
@@ -194,7 +201,7 @@ def build_student(
             f"student {name}: dropout must be in [0, 1) and ring_margin above 0, got {dropout} "
             f"and {ring_margin}"
         )
-    log_prior = _log_prior(name, prior, num_classes)
+    known = log_prior(f"student {name}", num_classes, prior)
     features = levelled(
         build_trunk(name, weights=weights, stride=stride) if trunk is None else trunk,
         levels=levels, frozen=frozen, batch_norm_frozen=batch_norm_frozen, remember=remember,
@@ -203,23 +210,10 @@ def build_student(
         features.level_channels, features.level_strides, margins=(ring_margin,), min_ring=min_ring
     )
     return SceneClassifier(
-        features, log_prior, around if context else None, strength=strength,
+        features, known, around if context else None, strength=strength,
         learn_strength=learn_strength, crop_size=crop_size if view == "crop" else None,
         margin=margin, region_size=region_size, dropout=dropout, hidden=hidden, upscale=upscale,
     )  # fmt: skip
-
-
-def _log_prior(name: str, prior: Sequence[float] | Tensor | None, num_classes: int) -> Tensor:
-    """Normalised log-probabilities, (C,)."""
-    if prior is None:
-        prior = [1.0] * num_classes
-    given = torch.as_tensor(prior, dtype=torch.float32)
-    if given.shape != (num_classes,) or not bool((given > 0).all()):
-        raise UserError(
-            f"student {name}: prior must hold {num_classes} probabilities above 0, got "
-            f"{given.numel()}, the smallest of them {min(given.flatten().tolist(), default=None)}"
-        )
-    return (given / given.sum()).log()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -5,29 +5,26 @@ Zhou et al., 2019, https://arxiv.org/abs/1904.07850.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.errors import UserError
-from kd.losses._checks import check_device, check_floating, check_labels, dtype_name, wide_dtype
+from kd.losses._checks import wide_dtype
 
 CHUNK = 1 << 24  # cells of Gaussians processed at a time: 64 MiB of float32
-OVERLAP = 0.7
-
-# Widths and heights in cells, (M,) each, to radii (M,).
-Radius = Callable[[Tensor, Tensor], Tensor]
+OVERLAP = 0.7  # least IoU with the object of a box whose corners move by the Gaussian's radius
 
 
 class CenterTargets(NamedTuple):
     """Training targets for N images, C classes and M objects.
 
     Attributes:
-        heatmap: (N, C, h, w) float32, 1 at the peaks, in 0..1 around them.
-        loss_mask: (N, C, h, w) bool, False at places excluded from the loss; None = all count.
+        heatmap: (N, C, h, w) float32, 1 at the peaks, in 0..1 around them. Objects of one class in
+            the same cell share a peak.
+        loss_mask: (N, C, h, w) bool, False at cells excluded from the loss; None = all count.
         cell: (M,) int64, y * w + x of the cell that holds each object's centre.
         image_of: (M,) int64, the image of each object.
         size: (M, 2) float32, width and height in cells.
@@ -43,16 +40,9 @@ class CenterTargets(NamedTuple):
     offset: Tensor
     valid: Tensor
 
-    @property
-    def peaks(self) -> Tensor:
-        """Number of peak cells, a scalar; objects of one class in the same cell share one."""
-        return (self.heatmap == 1).sum()
 
-
-def gaussian_radius(
-    widths: Tensor, heights: Tensor, *, overlap: float = OVERLAP, published: bool = False
-) -> Tensor:
-    """Largest radius (M,) by which a box's corners may move with the IoU staying above `overlap`.
+def gaussian_radius(widths: Tensor, heights: Tensor) -> Tensor:
+    """Largest radius (M,) by which a box's corners may move with an IoU of at least `OVERLAP`.
 
     The least of three cases: both corners move outwards, both inwards, or one each way (Law and
     Deng, 2018, https://arxiv.org/abs/1808.01244). Each is the smaller root of a quadratic. The
@@ -62,26 +52,22 @@ def gaussian_radius(
     Args:
         widths: Box widths, (M,), in the unit of the radius.
         heights: Box heights, (M,).
-        overlap: IoU, in (0, 1).
-        published: Reproduce the authors' code.
     """
-    if not 0 < overlap < 1:
-        raise UserError(f"gaussian_radius: overlap must be in (0, 1), got {overlap}")
     around, area = widths + heights, widths * heights
     # One corner inwards, one outwards: intersection (w - r)(h - r), union twice the area less that.
-    shifted = _root(around, area * (1 - overlap) / (1 + overlap), 1.0, published)
-    # Both inwards: (w - 2r)(h - 2r) is overlap times the area.
-    inside = _root(2 * around, area * (1 - overlap), 4.0, published)
-    # Both outwards: the area is overlap times (w + 2r)(h + 2r).
-    spread = (4 * overlap**2 * around**2 + 16 * overlap * (1 - overlap) * area).sqrt()
-    outside = (spread - 2 * overlap * around) / (2 if published else 8 * overlap)
+    shifted = _smaller_root(1.0, around, area * (1 - OVERLAP) / (1 + OVERLAP))
+    # Both inwards: (w - 2r)(h - 2r) is `OVERLAP` times the area.
+    inside = _smaller_root(4.0, 2 * around, area * (1 - OVERLAP))
+    # Both outwards: the area is `OVERLAP` times (w + 2r)(h + 2r).
+    spread = (4 * OVERLAP**2 * around**2 + 16 * OVERLAP * (1 - OVERLAP) * area).sqrt()
+    outside = (spread - 2 * OVERLAP * around) / (8 * OVERLAP)
     return torch.minimum(torch.minimum(shifted, inside), outside)
 
 
-def _root(linear: Tensor, constant: Tensor, square: float, published: bool) -> Tensor:
-    """Smaller root of `square r^2 - linear r + constant`; the published value is neither root."""
+def _smaller_root(square: float, linear: Tensor, constant: Tensor) -> Tensor:
+    """Smaller root of `square r^2 - linear r + constant`."""
     spread = (linear.square() - 4 * square * constant).clamp(min=0.0).sqrt()
-    return (linear + spread) / 2 if published else (linear - spread) / (2 * square)
+    return (linear - spread) / (2 * square)
 
 
 def center_targets(
@@ -94,13 +80,11 @@ def center_targets(
     stride: float,
     *,
     ignored: Tensor | None = None,
-    radius: Radius = gaussian_radius,
 ) -> CenterTargets:
     """Build the targets of a batch; overlapping Gaussians of a class take their maximum.
 
-    Objects whose centre is off the grid or whose box has no area are left out. On an accelerator,
-    where checking values would synchronise in every step, so are boxes that are not finite and
-    labels of -1.
+    Objects whose centre is off the grid, whose box has no area or is not finite, or whose label is
+    -1 have no peak. Inputs are checked by the detector, in `kd.nn.detectors.contract`.
 
     Args:
         boxes: (M, 4), xyxy pixels.
@@ -113,42 +97,24 @@ def center_targets(
         ignored: (M,) bool, regions that may hold more objects, such as crowds: they have no peak,
             and cells with their centre inside are excluded from the loss of their class (of all
             classes if the label is -1), other objects' peaks excepted.
-        radius: Maps widths and heights in cells to radii; `partial(gaussian_radius,
-            published=True)` for the authors' code.
-
-    Raises:
-        UserError: Shapes, dtypes or devices that do not fit; on the CPU also labels or images out
-            of range, and boxes that are not finite or have swapped corners.
     """
-    _check_objects(boxes, labels, image_of, ignored, n, num_classes)
     cells, shape = boxes.to(torch.float32) / stride, (n, num_classes, *grid)
-    valid = _on_grid(cells, grid) & (labels >= 0)
-    valid = valid if ignored is None else valid & ~ignored
     centres, sides = (cells[:, 2:] + cells[:, :2]) / 2, cells[:, 2:] - cells[:, :2]
+    valid = (centres >= 0).all(dim=1) & (centres[:, 0] < grid[1]) & (centres[:, 1] < grid[0])
+    valid &= ((sides > 0) & sides.isfinite()).all(dim=1) & (labels >= 0)
+    if ignored is not None:
+        valid &= ~ignored
     centres, sides = (part.where(valid[:, None], 0.0) for part in (centres, sides))
     corner, row = centres.floor(), image_of * num_classes + labels.clamp(min=0)
-    heatmap = _gaussian_maps(corner, radius(*sides.ceil().unbind(dim=1)).floor(), valid, row, shape)
+    radius = gaussian_radius(*sides.ceil().unbind(dim=1)).floor()
+    rows, columns = (_gaussian(corner[:, axis], radius, shape[3 - axis]) for axis in (1, 0))
+    heatmap = _max_products(rows * valid[:, None], columns, row, n * num_classes).view(shape)
     loss_mask = None
     if ignored is not None:
         row = row.where(labels >= 0, n * num_classes + image_of)
         loss_mask = ~_covered(cells, ignored, row, shape) | (heatmap == 1)
     cell = (corner[:, 1] * grid[1] + corner[:, 0]).long()
     return CenterTargets(heatmap, loss_mask, cell, image_of, sides, centres - corner, valid)
-
-
-def _on_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Whether boxes (M, 4), in cells, have an area and a centre on the grid; False at NaN."""
-    sides, centres = cells[:, 2:] - cells[:, :2], (cells[:, 2:] + cells[:, :2]) / 2
-    inside = (centres >= 0).all(dim=1) & (centres[:, 0] < grid[1]) & (centres[:, 1] < grid[0])
-    return inside & ((sides > 0) & sides.isfinite()).all(dim=1)
-
-
-def _gaussian_maps(
-    corner: Tensor, radius: Tensor, valid: Tensor, row: Tensor, shape: tuple[int, ...]
-) -> Tensor:
-    """Maximum of the Gaussians around cells (M, 2), x first, at each place of `shape`."""
-    rows, columns = (_gaussian(corner[:, axis], radius, shape[3 - axis]) for axis in (1, 0))
-    return _max_products(rows * valid[:, None], columns, row, shape[0] * shape[1]).view(shape)
 
 
 def _gaussian(centre: Tensor, radius: Tensor, length: int) -> Tensor:
@@ -174,7 +140,11 @@ def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Ten
 
 
 def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Places in ignored boxes (M, 4), in cells: bool `shape`; row >= N * C: all classes."""
+    """Cells whose centres lie in ignored boxes: bool, of shape (N, C, h, w).
+
+    `boxes` (M, 4) are in cells; `row` (M,) is `image * C + class`, or `N * C + image` for a box
+    that covers all classes.
+    """
     n, num_classes, height, width = shape
 
     def inside(low: Tensor, high: Tensor, length: int) -> Tensor:
@@ -191,55 +161,10 @@ def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]
     return own.view(shape) | whole[:, None]
 
 
-def _check_objects(
-    boxes: Tensor,
-    labels: Tensor,
-    image_of: Tensor,
-    ignored: Tensor | None,
-    n: int,
-    num_classes: int,
-) -> None:
-    what = "center_targets"
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise UserError(f"{what}: boxes must be (M, 4), got {tuple(boxes.shape)}")
-    check_labels(what, labels, boxes, like="boxes")
-    if image_of.shape != labels.shape or image_of.dtype != torch.int64:
-        raise UserError(
-            f"{what}: image_of must be int64 ({len(boxes)},), got {dtype_name(image_of.dtype)} "
-            f"{tuple(image_of.shape)}"
-        )
-    if ignored is not None and (ignored.shape != labels.shape or ignored.dtype != torch.bool):
-        raise UserError(
-            f"{what}: ignored must be bool ({len(boxes)},), got {dtype_name(ignored.dtype)} "
-            f"{tuple(ignored.shape)}"
-        )
-    parts = {"boxes": boxes, "image_of": image_of}
-    check_device(what, **(parts if ignored is None else {**parts, "ignored": ignored}))
-    if not boxes.is_cpu or torch.compiler.is_compiling() or not len(boxes):
-        return
-    valid_boxes = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
-    known = (labels >= 0) if ignored is None else (labels >= 0) | (ignored & (labels == -1))
-    for valid, message in (
-        (valid_boxes, "boxes must be finite, with x1 <= x2 and y1 <= y2"),
-        ((image_of >= 0) & (image_of < n), f"image_of must be in 0..{n - 1}"),
-        (known & (labels < num_classes), f"labels must be in 0..{num_classes - 1}, -1 if ignored"),
-    ):
-        if not valid.all():
-            row = int((~valid).nonzero()[0])
-            raise UserError(
-                f"{what}: {message}; object {row} is {boxes[row].tolist()}, label "
-                f"{int(labels[row])}, of image {int(image_of[row])}"
-            )
-
-
-# Published weights of the three losses.
-WEIGHTS = {"heatmap": 1.0, "size": 0.1, "offset": 1.0}
-
-
 def centernet_losses(output: Mapping[str, Tensor], targets: CenterTargets) -> dict[str, Tensor]:
-    """Compute the three losses, unweighted; `WEIGHTS` are the published weights.
+    """Compute the three losses, unweighted; the published weights are 1, 0.1 and 1.
 
-    `heatmap`: a focal loss (alpha 2, beta 4), summed over all places and divided by the number of
+    `heatmap`: a focal loss (alpha 2, beta 4), summed over all cells and divided by the number of
     peaks. With p the probability and y the target it is `-(1 - p)^2 log p` at a peak and `-(1 -
     y)^4 p^2 log(1 - p)` elsewhere, computed from logits so that no probability needs clamping. A
     batch without objects is divided by 1.
@@ -252,7 +177,6 @@ def centernet_losses(output: Mapping[str, Tensor], targets: CenterTargets) -> di
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w).
         targets: On the same grid.
     """
-    _check_maps(output, targets)
     return {
         "heatmap": _focal(output["heatmap"], targets),
         "size": _l1_at_peaks(output["size"], targets.size, targets),
@@ -263,7 +187,7 @@ def centernet_losses(output: Mapping[str, Tensor], targets: CenterTargets) -> di
 def _focal(logits: Tensor, targets: CenterTargets) -> Tensor:
     logits = logits.to(wide_dtype(logits))
     if targets.loss_mask is not None:
-        # Their gradient must be 0 even where logits are not finite.
+        # The gradient at excluded cells must be 0 even where logits are not finite.
         logits = logits.masked_fill(~targets.loss_mask, 0.0)
     peak = targets.heatmap == 1
     # `away`: logit of the error, 1 - p at a peak and p elsewhere; -log(1 - error) is its softplus.
@@ -280,19 +204,3 @@ def _l1_at_peaks(maps: Tensor, truth: Tensor, targets: CenterTargets) -> Tensor:
     # Fill before taking the distance, whose derivative is not finite at NaN.
     gap = (found - truth).masked_fill(~targets.valid[:, None], 0.0)
     return gap.abs().sum() / (2 * targets.valid.sum()).clamp(min=1)
-
-
-def _check_maps(output: Mapping[str, Tensor], targets: CenterTargets) -> None:
-    what = "centernet_losses"
-    images, _, *grid = targets.heatmap.shape
-    expected = {
-        "heatmap": tuple(targets.heatmap.shape),
-        "size": (images, 2, *grid),
-        "offset": (images, 2, *grid),
-    }
-    for name, shape in expected.items():
-        if tuple(output[name].shape) != shape:
-            raise UserError(f"{what}: {name} must be {shape}, got {tuple(output[name].shape)}")
-    maps = {name: output[name] for name in expected}
-    check_floating(what, **maps)
-    check_device(what, **maps, targets=targets.heatmap)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from kd.errors import UserError
 from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 
 GEOMETRY = 8  # numbers of `box_geometry`
@@ -279,3 +280,18 @@ def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
     else:
         rows = norm(rows)
     return rows.clamp(-8.0, 8.0)
+
+
+def log_prior(what: str, num_classes: int, prior: Sequence[float] | Tensor | None) -> Tensor:
+    """Logarithms of the classes' probabilities (C,), normalised; uniform by default.
+
+    Raises:
+        UserError: `prior` does not hold C numbers above 0; `what` begins the message.
+    """
+    given = torch.as_tensor([1.0] * num_classes if prior is None else prior, dtype=torch.float32)
+    if given.shape != (num_classes,) or not bool((given > 0).all()):
+        raise UserError(
+            f"{what}: prior must hold {num_classes} probabilities above 0, got "
+            f"{given.numel()}, the smallest of them {min(given.flatten().tolist(), default=None)}"
+        )
+    return (given / given.sum()).log()

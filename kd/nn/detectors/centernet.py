@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,46 +25,10 @@ from kd.registry import with_options
 STRIDE = 4  # pixels per cell
 
 
-class Found(NamedTuple):
-    """The K best places of each image, best first.
-
-    Attributes:
-        boxes: (N, K, 4), xyxy pixels.
-        scores: (N, K), in 0..1; 0 if an image has fewer peaks than K.
-        labels: (N, K) int64, 0..C-1.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-
-    def detections(self, top: int) -> Tensor:
-        """As tensor (N, `top`, 6) of boxes with an area, rows of zeros for missing ones."""
-        good = (self.scores > 0) & ((self.boxes[..., 2:] - self.boxes[..., :2]) > 0).all(dim=-1)
-        rows = torch.cat([self.boxes, self.scores[..., None], self.labels[..., None]], dim=-1)
-        rows = rows.float().masked_fill(~good[..., None], 0.0)
-        order = rows[..., 4].argsort(dim=1, descending=True, stable=True)
-        rows = rows.gather(1, order[..., None].expand_as(rows))[:, :top]
-        return F.pad(rows, (0, 0, 0, top - rows.shape[1]))
-
-    def by_image(self, least: float = 0.0) -> list[dict[str, Tensor]]:
-        """`boxes` (k, 4), `scores` and `labels` (k,) of each image: with an area, above `least`."""
-        sides = self.boxes[..., 2:] - self.boxes[..., :2]
-        good = (self.scores > least) & (sides > 0).all(dim=-1)
-        return [
-            {name: values[image][rows] for name, values in self._asdict().items()}
-            for image, rows in enumerate(good)
-        ]
-
-
 @torch.no_grad()
 def decode_centers(
-    output: Mapping[str, Tensor],
-    *,
-    stride: int = STRIDE,
-    top: int = 100,
-    sizes: Tensor | None = None,
-) -> Found:
+    output: Mapping[str, Tensor], *, top: int = 100, sizes: Tensor | None = None
+) -> Tensor:
     """Read boxes off the maps: a cell is a peak if it equals the largest of the 3x3 around it.
 
     This replaces suppression of overlapping boxes. Every cell of a plateau is a peak, as published.
@@ -74,15 +37,14 @@ def decode_centers(
 
     Args:
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w), in cells.
-        stride: Pixels per cell.
-        top: Most peaks per image, K.
+        top: Detections per image, K.
         sizes: Height and width of the images without padding, (N, 2), which boxes are clipped to.
 
-    Raises:
-        UserError: `top` is below 1, or shapes that do not fit.
+    Returns:
+        (N, K, 6), best first: xyxy box in pixels, score in 0..1, label. Boxes without an area are
+        left out; missing detections are rows of zeros.
     """
     heat = output["heatmap"]
-    _check_maps(output, top)
     classes, height, width = heat.shape[1:]
     peaks = heat == F.max_pool2d(heat, 3, stride=1, padding=1)
     logits = heat.float().masked_fill(~peaks, -math.inf).flatten(1)
@@ -98,28 +60,20 @@ def decode_centers(
     )
     middles = torch.stack([cell % width, cell // width], dim=-1) + within
     half = sides.clamp(min=0.0) / 2
-    boxes = torch.cat([middles - half, middles + half], dim=-1) * stride
+    boxes = torch.cat([middles - half, middles + half], dim=-1) * STRIDE
     if sizes is not None:
         limits = sizes.to(boxes)[:, None, [1, 0, 1, 0]]
         boxes = boxes.clamp(min=0.0).minimum(limits)
-    return Found(boxes, best.sigmoid(), place // (height * width))
+    scores, labels = best.sigmoid(), place // (height * width)
+    found = (scores > 0) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    rows = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1)
+    rows = rows.masked_fill(~found[..., None], 0.0)
+    order = rows[..., 4].argsort(dim=1, descending=True, stable=True)
+    rows = rows.gather(1, order[..., None].expand_as(rows))
+    return F.pad(rows, (0, 0, 0, top - rows.shape[1]))
 
 
-def _check_maps(output: Mapping[str, Tensor], top: int) -> None:
-    at_least("decode_centers", top=(top, 1))
-    heat = output["heatmap"]
-    if heat.ndim != 4:
-        raise UserError(f"decode_centers: heatmap must be (N, C, h, w), got {tuple(heat.shape)}")
-    expected = (len(heat), 2, *heat.shape[2:])
-    for name in ("size", "offset"):
-        if tuple(output[name].shape) != expected:
-            raise UserError(
-                f"decode_centers: {name} must be {expected}, got {tuple(output[name].shape)}"
-            )
-
-
-HEAT_BIAS = -2.19  # an initial probability of 0.1 at every place
-_KERNEL = 4  # side of the transposed convolutions
+HEAT_BIAS = -2.19  # an initial probability of 0.1 in every cell
 
 
 def bilinear_(convolution: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
@@ -133,7 +87,7 @@ def bilinear_(convolution: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
 
 
 class Finer(nn.Sequential):
-    """Double the grid: a 3x3 convolution and a transposed one, each with batch norm and ReLU.
+    """Up-sampling by 2: a 3x3 convolution and a transposed one, each with batch norm and ReLU.
 
     The paper's residual networks use a deformable 3x3 convolution, which few runtimes support.
     """
@@ -143,16 +97,16 @@ class Finer(nn.Sequential):
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
-            bilinear_(nn.ConvTranspose2d(outputs, outputs, _KERNEL, 2, padding=1, bias=False)),
+            bilinear_(nn.ConvTranspose2d(outputs, outputs, 4, 2, padding=1, bias=False)),
             nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
         )
 
 
 def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) -> nn.Sequential:
-    """A 3x3 convolution, ReLU, and a 1x1 convolution whose bias is `start`, by default 0.
+    """A 3x3 convolution, ReLU, and a 1x1 convolution with an initial bias of `start`.
 
-    Without `start` the last weights are almost 0, too.
+    Without `start`, initial bias and weights of the last layer are 0 and almost 0.
     """
     last = nn.Conv2d(hidden, outputs, 1)
     if start is None:
@@ -163,9 +117,10 @@ def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) 
 
 
 class Fitted(nn.Module):
-    """Crop what odd sides add on the way down and up; stretch what unpadded stems lose.
+    """Crop or resize up-sampled features to the image's grid; a module, so that it can be tapped.
 
-    A module, so that its output can be tapped.
+    Halving and doubling an odd side adds a row or column, which is cropped; maps of trunks whose
+    unpadded stem loses a border are too small and are resized.
     """
 
     def forward(self, maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -178,12 +133,13 @@ class CenterNet(Detector):
 
     Attributes:
         stride: Pixels per cell of every output.
-        channels: Of the features.
+        channels: Channels of `features.0`, which the heads read.
     """
 
     title = "CenterNet"
     levels = (Level(STRIDE),)
-    # The heat map's loss is divided by the peaks: objects of a class in one cell share a peak.
+    # The heat map's loss is divided by the number of peaks, nearly that of the boxes: only objects
+    # of one class in one cell share a peak.
     loss_units = dict.fromkeys(("heatmap", "size", "offset"), "boxes")
 
     def __init__(
@@ -204,16 +160,16 @@ class CenterNet(Detector):
         self.offset = head(self.channels, hidden, 2)
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Find objects on maps of ceil(H/4) x ceil(W/4) cells; detections in crowds do not count.
+        """Find objects on maps of ceil(H/4) x ceil(W/4) cells; cells in crowds have no loss.
 
         Returns:
             `features.0` (N, D, h, w), the heads' input; `class_maps.0` (N, C, h, w), logits of an
-            object's centre being in the cell; `box_maps.0` (N, 4, h, w), width and height of its
-            box, and the centre's offset right of and below the cell's corner, all in cells. With
-            boxes `object_logits` (M, C), those of the cell that each box's centre is in. In
-            training the losses of `kd.losses.centernet`: `loss.heatmap`, divided by the cells with
-            a centre, `loss.size` and `loss.offset`, means over the objects. In evaluation with
-            sizes `detections` (N, K, 6).
+            object's centre being in the cell; `box_maps.0` (N, 4, h, w), width and height of the
+            object's box, and the centre's offset right of and below the cell's upper left corner,
+            all in cells. With boxes also `object_logits` (M, C), the class logits of the cell that
+            holds each box's centre. In training also the losses of `kd.losses.centernet`:
+            `loss.heatmap`, divided by the number of peaks, `loss.size` and `loss.offset`, means
+            over the objects. In evaluation with sizes also `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, crowds, crowd_of, _ = given
         features, maps = self._maps(images)
@@ -240,12 +196,11 @@ class CenterNet(Detector):
             losses = centernet_losses(maps, targets)
             output |= {f"loss.{name}": value for name, value in losses.items()}
         elif sizes is not None:
-            found = decode_centers(maps, top=self.top, sizes=sizes)
-            output["detections"] = found.detections(self.top)
+            output["detections"] = decode_centers(maps, top=self.top, sizes=sizes)
         return output
 
     def _maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features, and the three heads' maps by their names in the losses."""
+        """Features, and the three heads' maps under their names in `centernet_losses`."""
         grid = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
         features = self.fitted(self.up(self.trunk(images)), grid)
         return features, {
@@ -287,10 +242,10 @@ def centernet(num_classes: int, options: CenterNetOptions) -> CenterNet:
     steps = round(math.log2(trunk.stride / STRIDE))
     if not 1 <= steps <= len(widths) or STRIDE << steps != trunk.stride:
         raise UserError(
-            f"centernet: {options.trunk} has a stride of {trunk.stride}, and {len(widths)} steps "
-            f"up reach {STRIDE} from "
-            f"{', '.join(str(STRIDE << n) for n in range(1, len(widths) + 1))} only; choose "
-            "another trunk, or more widths"
+            f"centernet: {options.trunk} has a stride of {trunk.stride}, but {len(widths)} "
+            f"up-sampling steps reach a stride of {STRIDE} only from "
+            f"{', '.join(str(STRIDE << n) for n in range(1, len(widths) + 1))}; choose another "
+            "trunk or more widths"
         )
     options.freeze(trunk)
     network = CenterNet(trunk, num_classes, widths=tuple(widths)[-steps:], hidden=hidden, top=top)

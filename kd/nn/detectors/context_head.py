@@ -8,22 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.errors import UserError
 from kd.nn.detectors.contract import wide
 from kd.nn.regions import GEOMETRY, box_geometry, rings_within
 
-_LEAST = 1e-2  # smallest area of surroundings that is read, places
+_LEAST = 1e-2  # smallest area of surroundings that is read, cells
 
 
 def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
-    """Sums of a map over boxes, each place weighted by the fraction that a box covers.
+    """Sums of a map over boxes, each cell weighted by the fraction of it that a box covers.
 
-    Uses a summed-area table, which is bilinear between places, so the result is exact. A box costs
-    16 look-ups, whatever its size.
+    Uses a summed-area table, interpolated bilinearly within cells, so the result is exact. A box
+    costs 16 look-ups, whatever its size.
 
     Args:
         features: (N, D, h, w).
-        boxes: (K, 4) xyxy, in places; within the map.
+        boxes: (K, 4) xyxy in cells, within the map.
         image_of: The image of each box, (K,).
 
     Returns:
@@ -53,12 +52,12 @@ def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class Around(nn.Module):
     """Means of a pyramid's maps over a ring around each box and over the scene without the box.
 
-    Places that a box covers are not read, but the receptive field of places around it may reach
-    into the box.
+    Cells that a box covers are not read, but the receptive field of cells around it may reach into
+    the box.
 
     Args:
-        channels: Of every map.
-        strides: Pixels per place of each map.
+        channels: Channels of every map.
+        strides: Pixels per cell of each map.
         margin: Thickness of the ring, as a fraction of the box's width and height.
 
     Attributes:
@@ -102,10 +101,10 @@ class Around(nn.Module):
 
 
 class BoxContext(nn.Module):
-    """Class logits from the surroundings of boxes, and their product with those of the boxes.
+    """Class logits from the surroundings of boxes, combined with those of the boxes themselves.
 
     Let l be the logits of a region, background first, and q the class distribution given the
-    surroundings of an object. If the surroundings do not tell *whether* there is an object, and
+    surroundings of an object. If the surroundings are no evidence *whether* there is an object, and
     appearance and surroundings are independent given the class,
 
         p(y | region, scene) ~ p(y | region) * (q_y / prior_y)^a    for a class y
@@ -116,19 +115,30 @@ class BoxContext(nn.Module):
     `kd.rescore` does the same with the scores of a trained detector; here `a` is learned.
 
     Args:
-        around: Reads the features.
+        channels: Channels of every map of the pyramid.
+        strides: Pixels per cell of each map.
         log_prior: Logarithms of the classes' frequencies, (C,).
         hidden: Width of the hidden layer.
+        margin: Thickness of the ring, as a fraction of the box's width and height.
         strength: Initial value of a.
     """
 
     log_prior: Tensor
 
-    def __init__(self, around: Around, log_prior: Tensor, *, hidden: int, strength: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        log_prior: Tensor,
+        *,
+        hidden: int,
+        margin: float,
+        strength: float,
+    ) -> None:
         super().__init__()
-        self.around = around
+        self.around = around = Around(channels, strides, margin=margin)
         last = nn.Linear(hidden, len(log_prior))
-        # Starts as the prior, which changes nothing.
+        # The initial output is the prior, which leaves the detector's logits unchanged.
         nn.init.normal_(last.weight, std=1e-3)
         with torch.no_grad():
             last.bias.copy_(log_prior)
@@ -146,35 +156,6 @@ class BoxContext(nn.Module):
         return wide(self.layers(self.around(maps, boxes, image_of, extents)))
 
     def joined(self, logits: Tensor, context: Tensor) -> Tensor:
-        """Product of region logits (K, 1 + C), background first, and context logits (K, C)."""
+        """Combine region logits (K, 1 + C), background first, with context logits (K, C)."""
         moved = F.log_softmax(context, dim=1) - self.log_prior
         return logits + F.pad(self.strength * moved, (1, 0))
-
-
-def box_context(
-    what: str,
-    *,
-    channels: int,
-    strides: Sequence[int],
-    num_classes: int,
-    prior: Sequence[float] | None,
-    hidden: int,
-    margin: float,
-    strength: float,
-) -> BoxContext:
-    """A context head for the detector `what`, with a uniform prior by default.
-
-    Raises:
-        UserError: An option out of range.
-    """
-    if hidden < 1 or margin <= 0:
-        raise UserError(
-            f"{what}: context_hidden must be 1 or more and context_margin above 0, got {hidden} "
-            f"and {margin}"
-        )
-    frequencies = torch.as_tensor([1.0] * num_classes if prior is None else list(prior))
-    if frequencies.shape != (num_classes,) or not bool((frequencies > 0).all()):
-        raise UserError(f"{what}: prior must hold {num_classes} frequencies above 0, got {prior}")
-    around = Around(channels, strides, margin=margin)
-    log_prior = (frequencies.float() / frequencies.sum()).log()
-    return BoxContext(around, log_prior, hidden=hidden, strength=strength)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,22 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops.poolers import LevelMapper, MultiScaleRoIAlign
 
-from kd.errors import UserError, at_least
-from kd.nn.detectors.context_head import BoxContext, box_context
+from kd.errors import UserError
+from kd.nn.detectors.context_head import BoxContext
 from kd.nn.detectors.contract import (
     SECOND_STAGE,
     Detector,
     Inputs,
     Level,
-    known_extents,
     leveled,
-    objects_of,
+    order_by_image,
     padded,
-    pairs,
+    targets_of,
     wide,
 )
 from kd.nn.detectors.pyramid import Pyramid, PyramidOptions, anchors_of, build_pyramid
 from kd.nn.detectors.weights import load_detector
+from kd.nn.regions import image_extents, log_prior
 from kd.registry import with_options
 
 CANONICAL_LEVEL = 4  # the level that regions of `canonical` pixels are pooled from
@@ -50,10 +50,10 @@ class WidePredictor(FastRCNNPredictor):  # type: ignore[misc]
 
 
 def region_pool(pyramid: Pyramid, size: int, canonical: float) -> MultiScaleRoIAlign:
-    """RoIAlign on the trunk's own levels at fixed scales.
+    """RoIAlign on the trunk's own levels, with the scales of their strides.
 
-    torchvision infers the scales once, from the first batch's images without padding: for wide
-    images in square frames they would be half of the true ones.
+    torchvision infers the scales from the unpadded image sizes of its first batch, which is wrong
+    for padded images: for wide images in a square frame by a factor of 2.
     """
     pool = MultiScaleRoIAlign([str(level) for level in range(pyramid.own)], size, sampling_ratio=2)
     strides = pyramid.strides[: pyramid.own]
@@ -63,27 +63,17 @@ def region_pool(pyramid: Pyramid, size: int, canonical: float) -> MultiScaleRoIA
     return pool
 
 
-class Dense(NamedTuple):
-    """Outputs of the proposal network for a batch, with their anchors."""
-
-    images: ImageList
-    logits: Tensor  # (N * P, 1)
-    deltas: Tensor  # (N * P, 4)
-    anchors: list[Tensor]
-    counts: list[int]  # anchors of each level
-
-
 class FasterRCNN(Detector):
     """Faster R-CNN with the interface of `Detector`.
 
     Attributes:
-        network: torchvision's.
-        context: Head for the surroundings of regions, or None.
+        network: torchvision's detector.
+        context: Head on the surroundings of regions, or None.
     """
 
     title = "Faster R-CNN"
-    # torchvision divides by the sampled anchors and regions of the batch, equally many for each
-    # image that has enough of them, so these are means over images.
+    # torchvision divides by the number of sampled anchors or regions, which is the same for each
+    # image that has enough of them: the losses are means over images.
     loss_units = dict.fromkeys(("objectness", "proposal_boxes", "classes", "boxes"), "images")
 
     def __init__(
@@ -105,13 +95,13 @@ class FasterRCNN(Detector):
 
         Returns:
             For each level `features.L` (N, D, h, w), and of the proposal network `class_maps.L`
-            (N, A, h, w), objectness logits, and `box_maps.L` (N, 4 A, h, w), deltas. If near boxes
-            are given, the second stage's `object_logits` (M, C+1), background first, and
-            `object_deltas` (M, 4 (C+1)). With boxes and a context head `context` (M, C), its
-            logits. In training `loss.objectness`, the mean cross-entropy of the sampled anchors;
-            `loss.proposal_boxes`, smooth L1 of those on objects, divided by all sampled;
-            `loss.classes` and `loss.boxes`, the same for the sampled regions. In evaluation with
-            sizes `detections` (N, K, 6).
+            (N, A, h, w), objectness logits, and `box_maps.L` (N, 4 A, h, w), deltas. With near
+            boxes also the second stage's outputs for them, `object_logits` (M, C+1), background
+            first, and `object_deltas` (M, 4 (C+1)). With boxes and a context head also `context`
+            (M, C), the head's logits. In training also `loss.objectness`, the mean cross-entropy of
+            the sampled anchors; `loss.proposal_boxes`, smooth L1 of the sampled anchors on objects,
+            divided by the number of all sampled; `loss.classes` and `loss.boxes`, the same for the
+            sampled regions. In evaluation with sizes also `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, *_, near_boxes = given
         maps: dict[str, Tensor] = self.network.get_submodule("backbone")(images)
@@ -120,24 +110,33 @@ class FasterRCNN(Detector):
             return leveled(features=features)
         logits, deltas = self._rpn.head(features)
         output = leveled(features=features, class_maps=logits, box_maps=deltas)
-        extents = None if self.context is None else known_extents(images, sizes)
+        extents = None
+        if self.context is not None:  # width and height of the images without padding
+            extents = image_extents(images, (0.0,) * 3) if sizes is None else sizes.flip(1)
         if near_boxes is not None and image_of is not None:
-            objects = objects_of(near_boxes, None, image_of, len(images))
-            found = self._second_stage(maps, list(objects.boxes), extents)
-            output |= {name: objects.in_batch_order(found[name]) for name in SECOND_STAGE}
+            order, counts = order_by_image(image_of, len(images))
+            near = self._second_stage(maps, list(near_boxes[order].split(counts)), extents)
+            output |= {name: near[name][order.argsort()] for name in SECOND_STAGE}
         if self.context and extents is not None and boxes is not None and image_of is not None:
             output["context"] = self.context(features, boxes, image_of, extents)
         if sizes is None:
             return output
-        dense = self._dense(images, sizes, features, logits, deltas)
-        proposals = self._proposals(dense)
+        targets = None
         if self.training:
-            assert boxes is not None and image_of is not None
-            targets = objects_of(boxes, labels, image_of, len(images)).targets(first=1)
-            return output | self._losses(maps, dense, proposals, targets, extents)
+            assert boxes is not None and labels is not None and image_of is not None
+            targets = targets_of(boxes, labels, image_of, len(images), first=1)
+        listed = ImageList(images, [(height, width) for height, width in sizes.tolist()])
+        proposals, losses = self._first_stage(listed, features, logits, deltas, targets)
+        heads = self._roi_heads
+        if targets is not None:
+            regions, _, classes, offsets = heads.select_training_samples(proposals, targets)
+            found = self._second_stage(maps, regions, extents)
+            second = fastrcnn_loss(*(found[name] for name in SECOND_STAGE), classes, offsets)
+            losses |= dict(zip(("loss.classes", "loss.boxes"), second, strict=True))
+            return output | losses
         found = self._second_stage(maps, proposals, extents)
-        detections = self._roi_heads.postprocess_detections(
-            found["object_logits"], found["object_deltas"], proposals, dense.images.image_sizes
+        detections = heads.postprocess_detections(
+            *(found[name] for name in SECOND_STAGE), proposals, listed.image_sizes
         )
         names = ("boxes", "scores", "labels")
         by_image = [dict(zip(names, one, strict=True)) for one in zip(*detections, strict=True)]
@@ -151,34 +150,38 @@ class FasterRCNN(Detector):
     def _roi_heads(self) -> Any:
         return self.network.roi_heads
 
-    def _dense(
+    def _first_stage(
         self,
-        images: Tensor,
-        sizes: Tensor,
+        images: ImageList,
         features: list[Tensor],
         logits: Sequence[Tensor],
         deltas: Sequence[Tensor],
-    ) -> Dense:
-        listed = ImageList(images, pairs(sizes))
+        targets: list[dict[str, Tensor]] | None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals of each image, (R, 4), without a gradient, and with targets the losses."""
+        rpn = self._rpn
+        anchors = rpn.anchor_generator(images, features)
+        counts = [one[0].numel() for one in logits]  # anchors of each level
         flat_logits, flat_deltas = concat_box_prediction_layers(
             [wide(one) for one in logits], [wide(one) for one in deltas]
-        )
-        anchors = self._rpn.anchor_generator(listed, features)
-        return Dense(listed, flat_logits, flat_deltas, anchors, [one[0].numel() for one in logits])
-
-    def _proposals(self, dense: Dense) -> list[Tensor]:
-        """Regions of each image, (R, 4), without a gradient."""
-        decoded = self._rpn.box_coder.decode(dense.deltas.detach(), dense.anchors)
-        decoded = decoded.view(len(dense.anchors), -1, 4)
-        sizes, counts = dense.images.image_sizes, dense.counts
-        proposals: list[Tensor]
-        proposals, _ = self._rpn.filter_proposals(decoded, dense.logits, sizes, counts)
-        return proposals
+        )  # (N * P, 1) and (N * P, 4)
+        boxes = rpn.box_coder.decode(flat_deltas.detach(), anchors).view(len(anchors), -1, 4)
+        proposals, _ = rpn.filter_proposals(boxes, flat_logits, images.image_sizes, counts)
+        if targets is None:
+            return proposals, {}
+        labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
+        offsets = rpn.box_coder.encode(matched, anchors)
+        losses = rpn.compute_loss(flat_logits, flat_deltas, labels, offsets)
+        names = ("loss.objectness", "loss.proposal_boxes")
+        return proposals, dict(zip(names, losses, strict=True))
 
     def _second_stage(
         self, maps: Mapping[str, Tensor], boxes: list[Tensor], extents: Tensor | None
     ) -> dict[str, Tensor]:
-        """Logits, joined with the context head's, and deltas of each image's boxes, end to end."""
+        """`SECOND_STAGE` outputs for the boxes of each image, concatenated over the images.
+
+        With a context head, its logits are combined with those of the regions.
+        """
         heads = self._roi_heads
         # The pool knows its scales; torchvision uses image sizes only to infer them.
         regions = heads.box_roi_pool(dict(maps), boxes, [])
@@ -189,31 +192,7 @@ class FasterRCNN(Detector):
             image_of = image_of.to(extents.device, non_blocking=True)
             around = self.context(list(maps.values()), torch.cat(boxes), image_of, extents)
             logits = self.context.joined(logits, around)
-        return {"object_logits": logits, "object_deltas": deltas}
-
-    def _losses(
-        self,
-        maps: Mapping[str, Tensor],
-        dense: Dense,
-        proposals: list[Tensor],
-        targets: list[dict[str, Tensor]],
-        extents: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Losses of both stages; samples are drawn in torchvision's order."""
-        rpn = self._rpn
-        labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
-        offsets = rpn.box_coder.encode(matched, dense.anchors)
-        objectness, shifts = rpn.compute_loss(dense.logits, dense.deltas, labels, offsets)
-        regions, _, labels, offsets = self._roi_heads.select_training_samples(proposals, targets)
-        found = self._second_stage(maps, regions, extents)
-        logits, deltas = (found[name] for name in SECOND_STAGE)
-        classes, boxes = fastrcnn_loss(logits, deltas, list(labels), list(offsets))
-        return {
-            "loss.objectness": objectness,
-            "loss.proposal_boxes": shifts,
-            "loss.classes": classes,
-            "loss.boxes": boxes,
-        }
+        return dict(zip(SECOND_STAGE, (logits, deltas), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,22 +203,24 @@ class FasterRCNNOptions(PyramidOptions):
     `canonical`, scales of 2 to 4, and a tenth of the proposals, sampled regions and hidden width.
 
     Attributes:
-        levels: 2 has a stride of 4. A single level is pooled from, too.
+        levels: As in `PyramidOptions`; level 2 has a stride of 4.
         scales: Sides of the anchors in strides; 8 by default, on a single map 8, 16 and 32.
-        ratios: Height by width of the anchors.
-        canonical: Side of the regions pooled from level 4, pixels; half the side is level 3, ...
+        ratios: Height divided by width of the anchors.
+        canonical: Side in pixels of the regions pooled from level 4; regions of half that side are
+            pooled from level 3, and so on.
         region_size: Side of the grid that a region is pooled to.
-        hidden: Features of a region.
-        candidates: Best anchors per level and image before suppression, in training and evaluation.
-        proposals: Most regions per image after suppression, likewise.
-        min_side: Shorter proposals are dropped, pixels.
+        hidden: Number of features of a region.
+        candidates: Most anchors per level and image before suppression, in training and evaluation.
+        proposals: Most regions per image after suppression, in training and evaluation.
+        min_side: Proposals with a shorter side are dropped, pixels.
         sampled_anchors: Anchors per image that the proposal network learns from.
         sampled_regions: Regions per image that the second stage learns from.
-        context: Whether there is a head for a region's surroundings, see `BoxContext`.
-        context_hidden: Width of its hidden layer.
-        context_margin: Thickness of the ring that it reads, as a fraction of the region's sides.
-        strength: Initial weight of its evidence; it is learned.
-        prior: Frequency of each class among the objects, for the context head.
+        context: Whether there is a head on a region's surroundings, see `BoxContext`.
+        context_hidden: Width of the context head's hidden layer.
+        context_margin: Thickness of the ring that the context head reads, as a fraction of the
+            region's sides.
+        strength: Initial weight of the context head's evidence; it is learned.
+        prior: Frequency of each class among the objects, for the context head; uniform by default.
     """
 
     levels: Sequence[int] = (2, 3, 4, 5, 6)
@@ -262,23 +243,22 @@ class FasterRCNNOptions(PyramidOptions):
 
 @with_options(FasterRCNNOptions)
 def fasterrcnn(num_classes: int, options: FasterRCNNOptions) -> FasterRCNN:
-    """Faster R-CNN on any trunk; torchvision's `fasterrcnn_resnet50_fpn` by default.
+    """Build Faster R-CNN on any trunk; torchvision's `fasterrcnn_resnet50_fpn` by default.
 
     Raises:
         UserError: An option out of range, a trunk that cannot be built or lacks a level, or a file
             that does not fit.
     """
     what = "fasterrcnn"
-    at_least(
-        what, num_classes=(num_classes, 1), region_size=(options.region_size, 1),
-        hidden=(options.hidden, 1), canonical=(options.canonical, 1),
-        sampled_anchors=(options.sampled_anchors, 2), sampled_regions=(options.sampled_regions, 2),
-        top=(options.top, 1), min_side=(options.min_side, 0),
-    )  # fmt: skip
     for name, counts in (("candidates", options.candidates), ("proposals", options.proposals)):
         if len(counts) != 2 or min(counts) < 1:
             raise UserError(f"{what}: {name} must be two numbers above 0, got {list(counts)}")
-    pyramid = build_pyramid(what, options)
+    pyramid = build_pyramid(
+        what, num_classes, options, region_size=(options.region_size, 1),
+        hidden=(options.hidden, 1), canonical=(options.canonical, 1),
+        sampled_anchors=(options.sampled_anchors, 2), sampled_regions=(options.sampled_regions, 2),
+        min_side=(options.min_side, 0),
+    )  # fmt: skip
     scales = options.scales
     if scales is None:
         scales = (8.0,) if len(options.levels) > 1 else (8.0, 16.0, 32.0)
@@ -301,11 +281,17 @@ def fasterrcnn(num_classes: int, options: FasterRCNNOptions) -> FasterRCNN:
     )
     network.rpn.min_size = options.min_side
     context = None
-    if options.context:  # last, so that the weights drawn before are the same without it
-        context = box_context(
-            what, channels=options.channels, strides=pyramid.strides[: pyramid.own],
-            num_classes=num_classes, prior=options.prior, hidden=options.context_hidden,
-            margin=options.context_margin, strength=options.strength,
+    if options.context:  # last, so that the other weights of a seed are the same without it
+        hidden, margin = options.context_hidden, options.context_margin
+        if hidden < 1 or margin <= 0:
+            raise UserError(
+                f"{what}: context_hidden must be 1 or more and context_margin above 0, got "
+                f"{hidden} and {margin}"
+            )
+        context = BoxContext(
+            options.channels, pyramid.strides[: pyramid.own],
+            log_prior(what, num_classes, options.prior),
+            hidden=hidden, margin=margin, strength=options.strength,
         )  # fmt: skip
     model = FasterRCNN(
         network, anchors.levels(), num_classes=num_classes, top=options.top, context=context

@@ -29,9 +29,9 @@ class Pyramid(nn.Module):
     """A trunk and torchvision's feature pyramid on its last maps, under torchvision's names.
 
     Attributes:
-        out_channels: Of every map.
-        strides: Pixels per place of each map, finest first.
-        own: How many of the maps come from the trunk; they are named "0", "1", ...
+        out_channels: Channels of every map.
+        strides: Pixels per cell of each map, finest first.
+        own: Number of maps that come from the trunk, named "0", "1", ...; coarser ones are added.
     """
 
     def __init__(self, trunk: Trunk, own: int, extra: int, channels: int) -> None:
@@ -58,8 +58,8 @@ class Pyramid(nn.Module):
 class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
     """torchvision's anchors at fixed strides, in float32.
 
-    torchvision divides image by map size, which is the stride only if it divides the sides, and
-    uses the map's type, in which bfloat16 cannot resolve pixels.
+    torchvision divides the image's size by the map's, which gives the stride only if the stride
+    divides the image's sides, and computes in the map's type: bfloat16 cannot resolve pixels.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class PyramidOptions(FreezableOptions):
 
     Attributes:
         levels: Consecutive levels of the pyramid, finest first; `[4]` is a single map of stride 16.
-            One or two may be coarser than the trunk: one is sub-sampled from the last, two are made
-            by convolutions, as in torchvision's Faster R-CNN and RetinaNet.
-        channels: Of every map that the heads read.
+            One or two may be coarser than the trunk: one is sub-sampled from the last, two are
+            convolved from it, as in torchvision's Faster R-CNN and RetinaNet.
+        channels: Channels of every map that the heads read.
         least_score: Detections of a lower score are dropped.
         overlap: IoU above which the worse of two detections of a class is suppressed.
         top: Detections per image, K.
@@ -105,15 +105,22 @@ class PyramidOptions(FreezableOptions):
     top: int = 100
 
 
-def build_pyramid(what: str, options: PyramidOptions) -> Pyramid:
-    """A pyramid for the detector `what`; steps of the trunk beyond its levels are cut off.
+def build_pyramid(
+    what: str, num_classes: int, options: PyramidOptions, **least: tuple[float, float]
+) -> Pyramid:
+    """A pyramid for the detector `what`; the trunk's steps beyond the coarsest level are cut off.
+
+    `least` are further options of the detector with their least values, see `at_least`.
 
     Raises:
         UserError: Levels that the trunk does not have, an option out of range, or a trunk that
             cannot be built.
     """
     levels = options.levels
-    at_least(what, channels=(options.channels, 1))
+    at_least(
+        what, num_classes=(num_classes, 1), channels=(options.channels, 1), top=(options.top, 1),
+        **least,
+    )  # fmt: skip
     if not levels or list(levels) != list(range(levels[0], levels[0] + len(levels))):
         raise UserError(f"{what}: levels must be consecutive, got {list(levels)}")
     trunk = options.build()
@@ -123,8 +130,8 @@ def build_pyramid(what: str, options: PyramidOptions) -> Pyramid:
     if own != strides[: len(own)] or not own or extra > 2:
         known = ", ".join(str(stride.bit_length() - 1) for stride in trunk.level_strides)
         raise UserError(
-            f"{what}: {options.trunk} cannot give levels {list(levels)}: it has {known}, and one "
-            "or two more can be added after the last"
+            f"{what}: {options.trunk} cannot give levels {list(levels)}: it has levels {known}, "
+            "and one or two more can be added after the last"
         )
     if trunk.level_strides[-1] > own[-1]:
         trunk.cut(trunk.last_step(own[-1]))
@@ -141,7 +148,7 @@ def anchors_of(
         what: Name for messages.
         strides: Of the levels.
         scales: Sides of the square anchors, in strides; rounded down to pixels.
-        ratios: Height by width.
+        ratios: Height divided by width.
 
     Raises:
         UserError: Scales or ratios empty or not above 0, or anchors without an area.

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.errors import UserError
-from kd.losses.centernet import WEIGHTS, CenterTargets, center_targets, centernet_losses
+from kd.losses.centernet import CenterTargets, center_targets, centernet_losses
 
 GRID, CLASSES, IMAGES = (5, 6), 3, 2
 
@@ -52,11 +51,6 @@ def slow_distance(maps: Tensor, truth: Tensor, targets: CenterTargets) -> float:
     return sum(gaps) / len(gaps)
 
 
-def test_the_published_weights_are_those_of_the_losses() -> None:
-    assert WEIGHTS == {"heatmap": 1.0, "size": 0.1, "offset": 1.0}
-    assert centernet_losses(some_maps(), some_targets()).keys() == WEIGHTS.keys()
-
-
 def test_the_losses_of_one_object_by_hand() -> None:
     # A box of 8 x 4 pixels around (6, 6): cell (1, 1), 2 x 1 cells, offset (.5, .5), radius 0.
     targets = center_targets(
@@ -75,7 +69,7 @@ def test_the_losses_of_one_object_by_hand() -> None:
 def test_the_losses_are_those_of_slow_loops(ignored: bool) -> None:
     maps, targets = some_maps(), some_targets(ignored=ignored)
     found = centernet_losses(maps, targets)
-    assert int(targets.peaks) == (2 if ignored else 3)
+    assert int((targets.heatmap == 1).sum()) == (2 if ignored else 3)
     assert found["heatmap"].item() == pytest.approx(slow_focal(maps["heatmap"], targets), rel=1e-5)
     for name, truth in (("size", targets.size), ("offset", targets.offset)):
         slow = slow_distance(maps[name], truth, targets)
@@ -148,15 +142,6 @@ def test_half_precision_is_summed_in_float32() -> None:
     exact = centernet_losses({name: one.float() for name, one in low.items()}, targets)
     torch.testing.assert_close(found, exact)
     assert all(value.dtype == torch.float32 for value in found.values())
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_mismatched_maps_are_rejected(name: str) -> None:
-    maps = some_maps()
-    with pytest.raises(UserError, match=rf"centernet_losses: {name} must be \(2, ., 5, 6\), got"):
-        centernet_losses({**maps, name: maps[name][..., 1:]}, some_targets())
-    with pytest.raises(UserError, match=f"{name} must be floating point, got int64"):
-        centernet_losses({**maps, name: maps[name].long()}, some_targets())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kd.errors import UserError
-from kd.nn.detectors.contract import REACH, STRETCH, Inputs, check_inputs, moved_boxes
+from kd.nn.detectors.contract import REACH, STRETCH, moved_boxes
 from kd.nn.networks import DETECTORS
 
 FRAME = (480, 640)
@@ -74,10 +74,8 @@ def test_no_box_moves_none_and_types_and_gradients_are_kept() -> None:
 def test_asked_boxes_stand_beside_the_true_ones() -> None:
     image, one = torch.zeros(1, 3, 32, 32), torch.tensor([0])
     boxes = torch.tensor([[1.0, 1.0, 9.0, 9.0]])
-    given = Inputs(image, None, boxes, None, one, None, None, boxes.repeat(2, 1))
+    model = DETECTORS["fcos"].load()(3, trunk="shufflenet_v2_x0_5", channels=64).eval()
     with pytest.raises(UserError, match=r"a box near each box, got \(2, 4\) and boxes \(1, 4\)"):
-        check_inputs("x", False, given, 3)
+        model(image, boxes=boxes, image_of=one, near_boxes=boxes.repeat(2, 1))
     with pytest.raises(UserError, match=r"a box near each box, got \(1, 4\) and no boxes"):
-        DETECTORS["fcos"].load()(3, trunk="shufflenet_v2_x0_5", channels=64).eval()(
-            image, near_boxes=boxes
-        )
+        model(image, near_boxes=boxes)

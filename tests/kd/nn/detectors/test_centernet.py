@@ -33,6 +33,12 @@ def small(**options: object) -> nn.Module:
     return built
 
 
+def confident(output: dict[str, Tensor], least: float = 0.5) -> Tensor:
+    """Detections (k, 6) with scores above `least` in the first image."""
+    found = decode_centers(output)[0]
+    return found[found[:, 4] > least]
+
+
 def blank(images: int = 1, height: int = 6, width: int = 8) -> dict[str, Tensor]:
     """Maps without a peak above the rest: boxes of 2 x 1 cells around the corners of cells."""
     size = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1).expand(images, 2, height, width)
@@ -128,7 +134,10 @@ def test_options_out_of_range_are_refused() -> None:
         ({"widths": ()}, "widths must be 1 or more each"),
         ({"widths": (8, 0, 8)}, "widths must be 1 or more each"),
         ({"hidden": 0}, "hidden must be at least 1"),
-        ({"widths": (8, 8)}, "has a stride of 32, and 2 steps up reach 4 from 8, 16 only"),
+        (
+            {"widths": (8, 8)},
+            "has a stride of 32, but 2 up-sampling steps reach a stride of 4 only from 8, 16;",
+        ),
         ({"trunk": "vit_h_14"}, "has a stride of 14"),
     ):
         with torch.device("meta"), pytest.raises(UserError, match=said):
@@ -143,25 +152,24 @@ def test_a_planted_peak_is_the_box_worked_by_hand() -> None:
     output["size"][1, :, 3, 5] = torch.tensor([4.0, 3.0])
     output["offset"][1, :, 3, 5] = torch.tensor([0.5, 0.25])
     found = decode_centers(output, top=5)
-    assert found.boxes.shape == (2, 5, 4) and found.scores.shape == found.labels.shape == (2, 5)
-    # The middle is (22, 13) pixels, the box 16 x 12.
-    assert found.boxes[1, 0].tolist() == [14.0, 7.0, 30.0, 19.0]
-    assert found.scores[1, 0].item() == 0.5 and found.labels[1, 0].item() == 2
-    assert [len(one["boxes"]) for one in found.by_image(0.1)] == [0, 1]
+    assert found.shape == (2, 5, 6)
+    # The middle is (22, 13) pixels, the box 16 x 12; the score is 0.5, the label 2.
+    assert found[1, 0].tolist() == [14.0, 7.0, 30.0, 19.0, 0.5, 2.0]
+    assert (found[..., 4] > 0.1).sum(dim=1).tolist() == [0, 1]
 
 
 def test_a_neighbour_of_a_peak_is_none_however_high() -> None:
     output = blank()
     output["heatmap"][0, 0, 2, 2:6] = torch.tensor([3.0, 2.9, 2.8, 2.9])
-    found = decode_centers(output).by_image(0.5)[0]
-    assert found["scores"].tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (3.0, 2.9)])
-    assert found["boxes"][:, 0].tolist() == [4.0, 16.0]  # of the cells 2 and 5
+    found = confident(output)
+    assert found[:, 4].tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (3.0, 2.9)])
+    assert found[:, 0].tolist() == [4.0, 16.0]  # of the cells 2 and 5
 
 
 def test_peaks_of_other_classes_at_one_place_are_kept() -> None:
     output = blank()
     output["heatmap"][0, :, 1, 1] = torch.tensor([1.0, 3.0, 2.0])
-    assert decode_centers(output).by_image(0.5)[0]["labels"].tolist() == [1, 2, 0]
+    assert confident(output)[:, 5].tolist() == [1, 2, 0]
 
 
 def test_equal_peaks_come_in_order_of_class_and_place_and_plateaus_are_all_peaks() -> None:
@@ -169,19 +177,19 @@ def test_equal_peaks_come_in_order_of_class_and_place_and_plateaus_are_all_peaks
     output["heatmap"][0, 1, 4, 6] = 2.0
     output["heatmap"][0, 0, 4, 1:3] = 2.0  # a plateau of two
     output["heatmap"][0, 1, 0, 3] = 2.0
-    found = decode_centers(output).by_image(0.5)[0]
-    places = (found["boxes"][:, :2] / 4 + torch.tensor([1.0, 0.5])).tolist()
+    found = confident(output)
+    places = (found[:, :2] / 4 + torch.tensor([1.0, 0.5])).tolist()
     assert places == [[1.0, 4.0], [2.0, 4.0], [3.0, 0.0], [6.0, 4.0]]
-    assert found["labels"].tolist() == [0, 0, 1, 1]
+    assert found[:, 5].tolist() == [0, 0, 1, 1]
 
 
 def test_rows_without_a_peak_have_no_score() -> None:
     output = blank()
     rising = torch.arange(CLASSES * 48.0).view(1, CLASSES, 6, 8)  # one peak a class
     found = decode_centers({**output, "heatmap": rising})
-    assert (found.scores > 0).sum().item() == CLASSES
-    assert found.scores.shape == (1, 100) and found.labels[0, :3].tolist() == [2, 1, 0]
-    assert decode_centers(output, top=9999).scores.shape == (1, CLASSES * 48)
+    assert (found[..., 4] > 0).sum().item() == CLASSES
+    assert found.shape == (1, 100, 6) and found[0, :3, 5].tolist() == [2, 1, 0]
+    assert decode_centers(output, top=9999).shape == (1, 9999, 6)
 
 
 def test_no_number_is_no_peak() -> None:
@@ -189,8 +197,8 @@ def test_no_number_is_no_peak() -> None:
     output["heatmap"][0, 0, 2, 2] = math.nan
     output["heatmap"][0, 0, 5, 6] = 3.0
     found = decode_centers(output)
-    assert found.scores.isfinite().all()
-    assert found.boxes[0, 0].tolist() == [20.0, 18.0, 28.0, 22.0]
+    assert found.isfinite().all()
+    assert found[0, 0, :4].tolist() == [20.0, 18.0, 28.0, 22.0]
 
 
 def test_boxes_end_where_the_picture_does_and_sides_are_not_negative() -> None:
@@ -199,26 +207,13 @@ def test_boxes_end_where_the_picture_does_and_sides_are_not_negative() -> None:
     output["size"][0, :, 5, 7] = 20.0
     output["size"][0, :, 0, 0] = torch.tensor([-3.0, 2.0])
     found = decode_centers(output, sizes=torch.tensor([[22, 30]]))
-    assert found.boxes[0, :2].tolist() == [[0.0, 0.0, 0.0, 4.0], [0.0, 0.0, 30.0, 22.0]]
-    # Without an area it is nobody's box.
-    assert len(found.by_image(0.5)[0]["boxes"]) == 1
+    # The box of the first cell has no width, and is left out.
+    assert found[0, 0, :4].tolist() == [0.0, 0.0, 30.0, 22.0]
+    assert found[0, 0, 4] > 0.5 and found[0, 1:, 4].max() < 0.5
 
 
 def test_no_picture_gives_no_box() -> None:
-    found = decode_centers(blank(images=0))
-    assert found.boxes.shape == (0, 100, 4) and found.by_image() == []
-
-
-def test_maps_that_do_not_fit_are_named() -> None:
-    for changed, said in (
-        ({"heatmap": torch.zeros(3, 6, 8)}, r"heatmap must be \(N, C, h, w\), got \(3, 6, 8\)"),
-        ({"size": torch.zeros(1, 2, 6, 7)}, r"size must be \(1, 2, 6, 8\), got \(1, 2, 6, 7\)"),
-        ({"offset": torch.zeros(1, 1, 6, 8)}, r"offset must be \(1, 2, 6, 8\)"),
-    ):
-        with pytest.raises(UserError, match=said):
-            decode_centers(blank() | changed)
-    with pytest.raises(UserError, match="top must be at least 1, got 0"):
-        decode_centers(blank(), top=0)
+    assert decode_centers(blank(images=0)).shape == (0, 100, 6)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -253,11 +248,12 @@ def test_perfect_maps_decode_to_the_boxes(objects: list[tuple[float, ...]]) -> N
         output["heatmap"][:, label] = peaks[:, label]
         for name, numbers in (("size", targets.size), ("offset", targets.offset)):
             output[name][image_of[own], :, y[own], x[own]] = numbers[own]
-        for image, found in enumerate(decode_centers(output, stride=4).by_image(0.999)):
+        for image, rows in enumerate(decode_centers(output)):
+            found = rows[rows[:, 4] > 0.999]
             true = boxes[own & (image_of == image)]
-            assert len(found["boxes"]) == len(true) and (found["labels"] == label).all()
+            assert len(found) == len(true) and (found[:, 5] == label).all()
             if len(true):
-                gaps = (found["boxes"][:, None] - true).abs().amax(dim=2)
+                gaps = (found[:, None, :4] - true).abs().amax(dim=2)
                 assert gaps.amin(dim=0).max() < 1e-3 and gaps.amin(dim=1).max() < 1e-3
 
 
@@ -312,7 +308,7 @@ def test_detections_have_an_area_and_the_best_come_first() -> None:
     output["size"][0, :, 0, 0] = 0.0  # the surest has no area
     output["heatmap"][0, 1, 3, 4] = 1.0
     output["heatmap"][0, 2, 5, 1] = 2.0
-    found = decode_centers(output).detections(4)
+    found = decode_centers(output, top=4)
     assert found.shape == (1, 4, 6) and found[0, :2, 5].tolist() == [2.0, 1.0]
     assert not found[0, found[0, :, 4] == 0].any()
-    assert decode_centers(output, top=2).detections(4).shape == (1, 4, 6)
+    assert decode_centers(output, top=2).shape == (1, 2, 6)

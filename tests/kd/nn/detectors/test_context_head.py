@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.nn.detectors.context_head import Around, BoxContext, box_context, box_sums
+from kd.nn.detectors.context_head import Around, BoxContext, box_sums
 from kd.nn.detectors.faster_rcnn import FasterRCNN
 from kd.nn.networks import DETECTORS
-from kd.nn.regions import box_geometry, coverage
+from kd.nn.regions import box_geometry, coverage, log_prior
 
 CLASSES = 3
 SMALL = {"trunk": "resnet18", "width": 0.25, "levels": [2, 3], "channels": 16, "scales": [2.0],
@@ -101,10 +101,8 @@ def test_around_a_box_over_the_whole_picture_there_is_nothing() -> None:
 
 
 def head(strength: float = 0.5) -> BoxContext:
-    return box_context(
-        "a detector", channels=4, strides=(4, 8), num_classes=CLASSES, prior=PRIOR, hidden=6,
-        margin=0.5, strength=strength,
-    )  # fmt: skip
+    prior = log_prior("a detector", CLASSES, PRIOR)
+    return BoxContext(4, (4, 8), prior, hidden=6, margin=0.5, strength=strength)
 
 
 def test_two_experts_join_by_hand() -> None:
@@ -141,8 +139,11 @@ def test_the_head_moves_maps_and_its_own_weights_but_no_box() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"prior": [0.5, 0.5]}, r"prior must hold 3 frequencies above 0, got \[0\.5, 0\.5\]"),
-        ({"prior": [0.5, 0.5, 0.0]}, "prior must hold 3 frequencies above 0"),
+        (
+            {"prior": [0.5, 0.5]},
+            r"prior must hold 3 probabilities above 0, got 2, the smallest of them 0\.5",
+        ),
+        ({"prior": [0.5, 0.5, 0.0]}, "prior must hold 3 probabilities above 0, got 3"),
         ({"context_hidden": 0}, "context_hidden must be 1 or more"),
         ({"context_margin": 0.0}, "context_margin above 0, got 128 and 0"),
     ],

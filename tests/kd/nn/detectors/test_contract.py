@@ -7,24 +7,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kd.nn.detectors.contract import Level, logits_at, objects_of, padded
-from kd.nn.detectors.one_stage import by_area, by_reach
+from kd.nn.detectors.contract import Level, logits_at, order_by_image, padded, targets_of
+from kd.nn.detectors.one_stage import FCOS, RetinaNet
 
 
 def test_objects_go_to_their_images_and_their_rows_come_back() -> None:
     boxes = torch.arange(20.0).view(5, 4)
     labels, image_of = torch.tensor([4, 3, 2, 1, 0]), torch.tensor([2, 0, 2, 0, 0])
-    objects = objects_of(boxes, labels, image_of, 4)
-    assert [len(one) for one in objects.boxes] == [3, 0, 2, 0]
-    labels_of = [one["labels"].tolist() for one in objects.targets(first=1)]
-    assert labels_of == [[4, 2, 1], [], [5, 3], []]
-    assert objects.boxes[1].shape == (0, 4) and objects.labels[1].dtype == torch.int64
-    torch.testing.assert_close(objects.in_batch_order(torch.cat(objects.boxes)), boxes)
+    targets = targets_of(boxes, labels, image_of, 4, first=1)
+    assert [one["labels"].tolist() for one in targets] == [[4, 2, 1], [], [5, 3], []]
+    assert targets[1]["boxes"].shape == (0, 4) and targets[1]["labels"].dtype == torch.int64
+    order, counts = order_by_image(image_of, 4)
+    assert counts == [3, 0, 2, 0]
+    back = torch.cat([one["boxes"] for one in targets])[order.argsort()]
+    torch.testing.assert_close(back, boxes)
 
 
 def test_no_object_at_all_gives_empty_targets() -> None:
-    objects = objects_of(torch.zeros(0, 4), None, torch.zeros(0, dtype=torch.int64), 2)
-    assert [one["boxes"].shape for one in objects.targets(first=0)] == [(0, 4), (0, 4)]
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = targets_of(torch.zeros(0, 4), none, none, 2)
+    assert [one["boxes"].shape for one in targets] == [(0, 4), (0, 4)]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -72,16 +74,16 @@ def squares(*sides: float) -> Tensor:
 def test_retinanet_s_level_is_the_one_with_anchors_of_the_nearest_size() -> None:
     boxes = squares(1.0, 32.0, 45.0, 46.0, 64.0, 128.0, 1000.0)
     # Between 32 and 64 the geometric mean is 45.25.
-    assert by_area(boxes, (32.0, 64.0, 128.0)).tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert RetinaNet.level_of(boxes, (32.0, 64.0, 128.0)).tolist() == [0, 0, 0, 1, 1, 2, 2]
     wide = torch.tensor([[0.0, 0.0, 128.0, 32.0]])
-    assert by_area(wide, (32.0, 64.0, 128.0)).tolist() == [1]
+    assert RetinaNet.level_of(wide, (32.0, 64.0, 128.0)).tolist() == [1]
 
 
 def test_fcos_s_level_is_the_one_whose_range_holds_the_reach() -> None:
     # From the middle to the side: half of it; level of stride 8 up to 64, of stride 16 up to 128.
     boxes = squares(4.0, 127.0, 128.0, 255.0, 256.0, 900.0)
-    assert by_reach(boxes, (8, 16, 32)).tolist() == [0, 0, 1, 1, 2, 2]
-    assert by_reach(boxes, (16,)).tolist() == [0] * 6
+    assert FCOS.level_of(boxes, (8, 16, 32)).tolist() == [0, 0, 1, 1, 2, 2]
+    assert FCOS.level_of(boxes, (16,)).tolist() == [0] * 6
 
 
 def test_detections_are_padded_and_cut() -> None:
@@ -99,5 +101,5 @@ def test_detections_are_padded_and_cut() -> None:
 
 
 def test_no_box_has_no_level() -> None:
-    assert by_area(torch.zeros(0, 4), (8.0, 16.0)).tolist() == []
-    assert by_reach(torch.zeros(0, 4), (8, 16)).tolist() == []
+    assert RetinaNet.level_of(torch.zeros(0, 4), (8.0, 16.0)).tolist() == []
+    assert FCOS.level_of(torch.zeros(0, 4), (8, 16)).tolist() == []

@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {
 
 
 def pyramid(**options: Any) -> Any:
-    return build_pyramid("fcos", PyramidOptions(**(PLAIN | options)))
+    return build_pyramid("fcos", 3, PyramidOptions(**(PLAIN | options)))
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_what_cannot_be_had_is_named() -> None:
     for options, said in (
         ({"levels": (2, 4)}, r"levels must be consecutive, got \[2, 4\]"),
         ({"levels": ()}, "levels must be consecutive"),
-        ({"levels": (0, 1)}, r"resnet18 cannot give levels \[0, 1\]: it has 1, 2, 3, 4, 5,"),
+        ({"levels": (0, 1)}, r"resnet18 cannot give levels \[0, 1\]: it has levels 1, 2, 3, 4, 5,"),
         ({"levels": (4, 5, 6, 7, 8)}, "one or two more can be added after the last"),
-        ({"trunk": "vit_b_16"}, r"vit_b_16 cannot give .*: it has 4,"),
+        ({"trunk": "vit_b_16"}, r"vit_b_16 cannot give .*: it has levels 4,"),
         ({"channels": 0}, "channels must be at least 1"),
         ({"frozen": "layer9"}, "no step 'layer9'"),
     ):
