@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd.errors import UserError, at_least
-from kd.nn.multi_stride_trunk import JoinedStages, joined_stages
+from kd.nn.multi_stride_trunk import JoinedStages
 from kd.nn.saliency import ContextPyramid, LogitMap, PlainDecoder, padded
+from kd.nn.trunk import build_trunk
 from kd.nn.weights import load_network
 
 STRIDES = (8, 16)
@@ -81,9 +82,8 @@ def msinet(
     if stride not in STRIDES:
         raise UserError(f"msinet: stride must be 8 or 16, got {stride}")
     at_least("msinet", head=(head, 8))
-    stages = joined_stages(
-        trunk, weights=weights if file is None else None, stride=stride, until=until
-    )
-    network = MSINet(stages, head=head)
+    weights = weights if file is None else None
+    features = build_trunk(trunk, weights=weights, stride=stride, dilate=True, until=until)
+    network = MSINet(JoinedStages(features), head=head)
     load_network(network, file, what=f"msinet on {trunk}")
     return network

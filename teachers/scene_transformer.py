@@ -19,8 +19,6 @@ from kd.nn.scene_transformer import (
     Rows,
     SceneKinds,
     Tokens,
-    check_patches,
-    make_tokens,
     place_boxes,
     place_features,
     relations,
@@ -165,7 +163,7 @@ class SceneTransformer(nn.Module):
         slots = torch.arange(rows.shape[1], device=mine.device) + mine[:, None] * rows.shape[1]
         itself = rows.slots[hidden][:, None] == slots
         lie = relations(boxes[hidden], rows.put(boxes)[mine])
-        return make_tokens(tokens, mine, lie, there[mine] & ~itself)
+        return Tokens(tokens, lie, there[mine] & ~itself, Rows.of(mine, len(tokens)))
 
     def _map_tokens(
         self, maps: Tensor, images: Tensor, targets: Tensor, frames: Tensor, rows: Tensor,
@@ -182,7 +180,7 @@ class SceneTransformer(nn.Module):
         if blind is not None:
             seen = seen & ~blind.flatten(1)
         lie = relations(targets, boxes.expand(len(targets), -1, -1))
-        return make_tokens(tokens, rows, lie, seen)
+        return Tokens(tokens, lie, seen, Rows.of(rows, len(tokens)))
 
 
 def _frames(objects: Objects) -> Tensor:
@@ -255,7 +253,6 @@ def scene_transformer(
             "scene_transformer: kinds are learned from annotations; set annotations true"
         )
     at_least("scene_transformer", width=(width, 1), depth=(depth, 1), kinds=(kinds, 0))
-    check_patches(patch, reach)
     if not 0 <= dropout < 1:
         raise UserError(f"scene_transformer: dropout must be in [0, 1), got {dropout}")
     seen = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -22,13 +24,13 @@ class NormAct(nn.Sequential):
 def conv(
     inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """A convolution without bias, padded to keep the grid at stride 1."""
+    """A convolution without bias, padded so that stride 1 keeps the grid."""
     padding = dilation * (side - 1) // 2
     return nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
 
 
 def fitted(maps: Tensor, like: Tensor) -> Tensor:
-    """Maps cropped to the grid of `like`: odd sides grow when halved and doubled."""
+    """Crop maps to the grid of `like`: halving and doubling an odd side adds a row or column."""
     return maps[..., : like.shape[-2], : like.shape[-1]]
 
 
@@ -57,29 +59,35 @@ class SpatialPyramid(nn.Module):
         """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         reduced = self.reduce(maps)
         first, *rest = (branch(reduced) for branch in self.branches)
-        joined, sum_so_far = [first], None
-        for one in rest:
-            sum_so_far = one if sum_so_far is None else sum_so_far + one
-            joined.append(sum_so_far)
-        result = torch.cat(joined, dim=1)
+        result = torch.cat([first, *itertools.accumulate(rest)], dim=1)
         normed: Tensor = self.end(result + maps if self.residual else result)
         return normed
 
 
 class ESPNetC(nn.Module):
-    """The encoder with a classifier: logits at 1/8 of the image's size.
+    """ESPNet-C, the encoder with a classifier: 0.35 M parameters for 20 classes.
 
     Args:
         num_classes: C.
-        shallow: Spatial pyramids at 1/4.
-        deep: Spatial pyramids at 1/8.
-        dropout: Before the classifier; none as published.
+        shallow: Number of spatial pyramids at 1/4 of the image's size.
+        deep: Number of spatial pyramids at 1/8.
+        dropout: Probability of dropping a channel before the classifier; 0 as published.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`.
+
+    Raises:
+        UserError: An option out of range, or a file that does not fit.
     """
 
     stride = 8
 
     def __init__(
-        self, num_classes: int, *, shallow: int = 2, deep: int = 8, dropout: float = 0.0
+        self,
+        num_classes: int,
+        *,
+        shallow: int = 2,
+        deep: int = 8,
+        dropout: float = 0.0,
+        file: str | None = None,
     ) -> None:
         super().__init__()
         at_least("espnet", shallow=(shallow, 1), deep=(deep, 1))
@@ -95,9 +103,10 @@ class ESPNetC(nn.Module):
         self.level3 = nn.Sequential(*(SpatialPyramid(128, 128) for _ in range(deep)))
         self.norm3 = NormAct(256)
         self.classifier = nn.Sequential(nn.Dropout2d(dropout), conv(256, num_classes))
+        load_network(self, file, what="espnet_c")
 
     def levels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps of 19, 131 and 256 channels at 1/2, 1/4 and 1/8."""
+        """Maps of 19, 131 and 256 channels at 1/2, 1/4 and 1/8 of the image's size."""
         half = self.halve(images)
         quarter = self.halve(half)
         first = self.norm1(torch.cat([self.stem(images), half], dim=1))
@@ -112,11 +121,16 @@ class ESPNetC(nn.Module):
 
 
 class ESPNet(nn.Module):
-    """The encoder with a light decoder: logits at the size of the image."""
+    """ESPNet, the encoder with a light decoder: 0.36 M parameters for 20 classes.
+
+    Arguments and errors as for `ESPNetC`.
+    """
 
     stride = 1
 
-    def __init__(self, num_classes: int, *, shallow: int = 2, deep: int = 8) -> None:
+    def __init__(
+        self, num_classes: int, *, shallow: int = 2, deep: int = 8, file: str | None = None
+    ) -> None:
         super().__init__()
         count = num_classes
         self.encoder = ESPNetC(count, shallow=shallow, deep=deep)
@@ -131,6 +145,7 @@ class ESPNet(nn.Module):
         )
         self.refine = nn.Sequential(conv(count + 16 + 3, count, 3), NormAct(count))
         self.classifier = nn.ConvTranspose2d(count, count, 2, stride=2, bias=False)
+        load_network(self, file, what="espnet")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (N, 3, H, W) to `logits` (N, C, H, W)."""
@@ -139,35 +154,3 @@ class ESPNet(nn.Module):
         joined = fitted(self.join(torch.cat([self.second(second), deep], dim=1)), first)
         logits = self.classifier(self.refine(torch.cat([joined, first], dim=1)))
         return {"logits": fitted(logits, images)}
-
-
-def espnet_c(
-    num_classes: int,
-    *,
-    shallow: int = 2,
-    deep: int = 8,
-    dropout: float = 0.0,
-    file: str | None = None,
-) -> ESPNetC:
-    """ESPNet-C, 0.35 M parameters for 20 classes.
-
-    Args:
-        num_classes: C.
-        shallow: Spatial pyramids at 1/4 of the image's size.
-        deep: Spatial pyramids at 1/8.
-        dropout: Of whole channels before the classifier; none as published.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`.
-
-    Raises:
-        UserError: An option out of range, or a file that does not fit.
-    """
-    network = ESPNetC(num_classes, shallow=shallow, deep=deep, dropout=dropout)
-    load_network(network, file, what="espnet_c")
-    return network
-
-
-def espnet(num_classes: int, *, shallow: int = 2, deep: int = 8, file: str | None = None) -> ESPNet:
-    """ESPNet, 0.36 M parameters for 20 classes; arguments and errors as `espnet_c`."""
-    network = ESPNet(num_classes, shallow=shallow, deep=deep)
-    load_network(network, file, what="espnet")
-    return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 from torch import nn
@@ -21,8 +22,12 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return self
 
 
-# Frozen subclasses of batch norm by class, created on demand.
-_FROZEN: dict[type, type[nn.BatchNorm2d]] = {nn.BatchNorm2d: FrozenBatchNorm}
+@functools.cache
+def _frozen(kind: type[nn.BatchNorm2d]) -> type[nn.BatchNorm2d]:
+    """A frozen subclass of a class of batch norms; timm's have an activation inside."""
+    if kind is nn.BatchNorm2d:
+        return FrozenBatchNorm
+    return type(f"Frozen{kind.__name__}", (FrozenBatchNorm, kind), {})
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
@@ -30,34 +35,34 @@ def freeze_batch_norm(module: nn.Module) -> None:
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             if not isinstance(norm, FrozenBatchNorm):
-                kind = type(norm)  # timm's subclasses have an activation inside
-                frozen = type(f"Frozen{kind.__name__}", (FrozenBatchNorm, kind), {})
-                norm.__class__ = _FROZEN.setdefault(kind, frozen)
+                norm.__class__ = _frozen(type(norm))
             norm.requires_grad_(False).train()
 
 
-def freeze_parts(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool) -> None:
-    """Freeze a trunk in place: "all" or up to the step `frozen`, and its batch norms."""
-    if frozen is not None:
-        freeze(trunk, None if frozen == "all" else frozen)
-    if batch_norm_frozen:
-        freeze_batch_norm(trunk)
+def freeze(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool = False) -> None:
+    """Freeze a trunk in place.
 
-
-def freeze(trunk: Trunk, until: str | None = None) -> None:
-    """Freeze a trunk's steps up to the path `until`, such as "layer2", or all; batch norms too.
+    Args:
+        trunk: The trunk.
+        frozen: "all", or the path of the last step to freeze, such as "layer2"; None for no step.
+            The batch norms of these steps are frozen, too.
+        batch_norm_frozen: Whether to freeze the batch norms of all steps.
 
     Raises:
         UserError: The trunk has no such step.
     """
-    steps = list(trunk.steps())
-    paths = [path for path, _ in steps]
-    if until is not None and until not in paths:
-        raise UserError(f"{trunk.name} has no step {until!r} to freeze{suggestion(until, paths)}")
-    last = len(steps) if until is None else paths.index(until) + 1
-    for _, step in steps[:last]:
-        step.requires_grad_(False)
-        freeze_batch_norm(step)
+    if batch_norm_frozen:
+        freeze_batch_norm(trunk)
+    if frozen is None:
+        return
+    steps = dict(trunk.steps())
+    paths = list(steps)
+    if frozen != "all" and frozen not in steps:
+        raise UserError(f"{trunk.name} has no step {frozen!r} to freeze{suggestion(frozen, paths)}")
+    last = len(paths) if frozen == "all" else paths.index(frozen) + 1
+    for path in paths[:last]:
+        steps[path].requires_grad_(False)
+        freeze_batch_norm(steps[path])
     inside = tuple(f"{path}." for path in paths)
     for path, parameter in trunk.named_parameters():
         if not path.startswith(inside):  # a transformer's class token
@@ -66,7 +71,7 @@ def freeze(trunk: Trunk, until: str | None = None) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in evaluation mode, after which each module gets its own mode back."""
+    """Set evaluation mode within a `with` block; each module then gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

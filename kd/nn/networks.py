@@ -19,8 +19,8 @@ def _segmenter(target: str, text: str, **options: object) -> Entry:
 
 
 SEGMENTERS = {
-    "espnet": _segmenter("espnet:espnet", "ESPNet with its decoder"),
-    "espnet_c": _segmenter("espnet:espnet_c", "ESPNet's encoder alone"),
+    "espnet": _segmenter("espnet:ESPNet", "ESPNet with its decoder"),
+    "espnet_c": _segmenter("espnet:ESPNetC", "ESPNet's encoder alone"),
     "pspnet": _segmenter("segmentation:pspnet", "pyramid pooling on any trunk"),
     **{
         name: _segmenter("segmentation:torchvision_net", f"torchvision's {text}", name=name)
@@ -28,7 +28,7 @@ SEGMENTERS = {
     },
 }
 
-# Without the widening to 1,280 channels, which is there for the classifier.
+# "features.17" leaves out the widening to 1,280 channels, which only the classifier needs.
 _MOBILE: dict[str, object] = {"trunk": "mobilenet_v2", "until": "features.17"}
 
 

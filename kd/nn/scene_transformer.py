@@ -1,4 +1,4 @@
-"""Attention of queries to the tokens of a scene, each with its own mask."""
+"""Layers of a transformer whose queries attend to the tokens of a scene, each with its own mask."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from kd.errors import UserError
 
 FREQUENCIES = (1.0, 2.0, 4.0, 8.0)
-REACHES = (0.05, 0.15, 0.3, 0.6)  # of the frame's long side
+REACHES = (0.05, 0.15, 0.3, 0.6)  # widths of Gaussians of the distance, in frame units
 _RELATIONS = 6 + len(REACHES)
 _SMALLEST = 1e-3
 
 
 def place_features(boxes: Tensor) -> Tensor:
-    """Fourier features of boxes (..., 4), xyxy in units of the frame.
+    """Fourier features of boxes (..., 4), xyxy in units of the frame's long side.
 
     Tancik et al., 2020, https://arxiv.org/abs/2006.10739.
     """
@@ -31,7 +31,7 @@ PLACE_FEATURES = 6 + 8 * len(FREQUENCIES)
 
 
 def relations(queries: Tensor, tokens: Tensor) -> Tensor:
-    """Relative positions (K, T, 10) of tokens (K, T, 4) to queries (K, 4), units of the frame."""
+    """Relative positions (K, T, 10) of tokens (K, T, 4) to queries (K, 4); boxes in frame units."""
     own = queries[:, None]
     centre, sides = (tokens[..., :2] + tokens[..., 2:]) / 2, tokens[..., 2:] - tokens[..., :2]
     middle, extent = (own[..., :2] + own[..., 2:]) / 2, own[..., 2:] - own[..., :2]
@@ -47,14 +47,17 @@ def relations(queries: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Slots of M objects or queries in a padded batch of N scenes with T slots each."""
+    """Positions of M objects or queries in a padded batch of N scenes with T slots each."""
 
     slots: Tensor  # (M,) index into N x T
     shape: tuple[int, int]  # N, T
 
     @classmethod
     def of(cls, scenes: Tensor, count: int = 0) -> Rows:
-        """Slots by scene, (M,) in any order; `count` is the least N, for empty last scenes."""
+        """Assign slots, given the scene of each row, (M,) in any order.
+
+        `count` is a lower bound of N: the last scenes may be empty.
+        """
         counts = torch.bincount(scenes, minlength=count)
         most = int(counts.max()) if len(counts) else 0
         order = torch.argsort(scenes, stable=True)
@@ -71,12 +74,12 @@ class Rows(NamedTuple):
         return filled
 
     def take(self, groups: Tensor) -> Tensor:
-        """The reverse: (N, T, ...) to (M, ...)."""
+        """Groups (N, T, ...) to values (M, ...), the inverse of `put`."""
         return groups.flatten(0, 1)[self.slots]
 
 
 class Tokens(NamedTuple):
-    """Tokens of N scenes, T each, and K queries."""
+    """T tokens of each of N scenes, and which of them K queries may read."""
 
     tokens: Tensor  # (N, T, D)
     lie: Tensor  # (K, T, 10), `relations` to the tokens of each query's scene
@@ -84,24 +87,19 @@ class Tokens(NamedTuple):
     queries: Rows  # the scene of each query
 
 
-def make_tokens(tokens: Tensor, rows: Tensor, lie: Tensor, seen: Tensor) -> Tokens:
-    """`Tokens` for queries whose scenes are `rows` (K,)."""
-    return Tokens(tokens, lie, seen, Rows.of(rows, len(tokens)))
-
-
 class Reader(nn.Module):
     """Attention of queries to tokens, with relative positions, and a feed-forward layer.
 
     Tokens do not attend to each other, so a masked token cannot reach a query indirectly, and all
-    queries, each with its own mask, are computed in one pass. After the disentangled context
+    queries, each with its own mask, are computed in one pass. As in the disentangled context
     transformer (Kasai et al., 2020, https://arxiv.org/abs/2001.05136), with boxes in place of
     positions in a sentence.
 
     Args:
         width: Length of queries and tokens.
-        heads: Of the attention; must divide `width`.
-        dropout: After attention and in the feed-forward part.
-        attention: `softmax`, or `sigmoid` weights, which do not compete, so that evidence adds up
+        heads: Number of attention heads; must divide `width`.
+        dropout: Dropout after attention and in the feed-forward layer.
+        attention: `softmax`; or `sigmoid`, whose weights do not compete, so that evidence adds up
             (Ramapuram et al., 2024, https://arxiv.org/abs/2409.04431).
     """
 
@@ -152,31 +150,38 @@ class Reader(nn.Module):
         """Weights (K, T, h) of scores (K, T, h), 0 for masked tokens."""
         if self.attention == "sigmoid":
             return scores.sigmoid() * seen[:, :, None]
-        # A query may also attend to an empty token.
+        # With an additional empty token, so that a query may attend to nothing.
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
         nothing = scores.new_zeros(len(scores), 1, self.heads)
         return torch.cat([scores, nothing], dim=1).softmax(dim=1)[:, :-1]
 
 
 def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
-    """Weight (h, D/h, inputs) and bias (h, D/h) of each head's part of a layer."""
+    """Weight (h, D/h, inputs) and bias (h, D/h) of a layer, split by attention head."""
     return linear.weight.unflatten(0, (heads, -1)), linear.bias.unflatten(0, (heads, -1))
 
 
 class Patches(nn.Module):
-    """Tokens of square patches of an image with a small receptive field.
+    """Tokens of an image's square patches, with a small receptive field.
 
     A token depends on patches up to `reach` away, so one pass over the whole image serves all
     hidden regions: queries for a region mask the tokens that depend on it, see `touched`. Norms are
-    over the channels of a place, since others would depend on the whole image.
+    over the channels of a patch, since other norms would depend on the whole image.
 
     Args:
         width: Length of a token.
         patch: Side of a patch, pixels.
         reach: Number of 3x3 convolutions over the patches.
+
+    Raises:
+        UserError: An option out of range.
     """
 
     def __init__(self, width: int, *, patch: int, reach: int) -> None:
+        if patch < 1 or reach < 0:
+            raise UserError(
+                f"scene_transformer: patch {patch} must be 1 or more, reach {reach} 0 or more"
+            )
         super().__init__()
         self.patch, self.reach = patch, reach
         self.stem = nn.Conv2d(3, width, patch, stride=patch)
@@ -213,7 +218,7 @@ class Patches(nn.Module):
 
 
 class _PlaceNorm(nn.Module):
-    """Layer norm over the channels of each place of a map (N, C, h, w)."""
+    """Layer norm over the channels of each cell of a map (N, C, h, w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -225,9 +230,10 @@ class _PlaceNorm(nn.Module):
 
 
 def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor) -> Tensor:
-    """Boxes (h * w, 4) of the places of an h x w grid, in units of the frame's long side.
+    """Boxes (h * w, 4) of the cells of an h x w grid, in units of the frame's long side.
 
-    `frame` is the height and width that the grid covers in those units; `like` has type and device.
+    `frame` is the height and width that the grid covers, in these units. Boxes have the type and
+    device of `like`.
     """
     rows = torch.arange(grid[0], device=like.device, dtype=like.dtype) * (frame[0] / grid[0])
     columns = torch.arange(grid[1], device=like.device, dtype=like.dtype) * (frame[1] / grid[1])
@@ -236,38 +242,26 @@ def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor)
     return torch.stack(boxes, dim=-1).flatten(0, 1)
 
 
-def check_patches(patch: int, reach: int) -> None:
-    """Check the options of `Patches`.
-
-    Raises:
-        UserError: An option out of range.
-    """
-    if patch < 1 or reach < 0:
-        raise UserError(
-            f"scene_transformer: patch {patch} must be 1 or more, reach {reach} 0 or more"
-        )
-
-
-# Initial evidence is scaled down: a random early choice of kinds is hard to unlearn.
+# Initial evidence is scaled down: a random early choice of scene types is hard to unlearn.
 _INITIAL_SCALE = 0.2
 _NAMES_STD = 0.5
-_NEVER = -1e4  # log odds, finite in case every kind is dropped
+_NEVER = -1e4  # log odds of a dropped type; finite, in case all types are dropped
 
 
 class SceneKinds(nn.Module):
     """Mixture over latent scene types, `p(c | rest) = sum_k p(k | rest) p(c | k, box, rest)`.
 
     Visible objects add evidence for each type, `log p(k | rest) = b_k + sum_j e_k(class_j, box_j) +
-    const`; each type has its own class distribution by position. Types are latent and learned from
-    co-occurrence (latent class analysis, Lazarsfeld and Henry, 1968; as the output layer of a
-    network a mixture of softmaxes, Yang et al., 2018, https://arxiv.org/abs/1711.03953). A few
-    thousand scenes suffice, while attention alone needs many more to learn to multiply evidence.
+    const`; each type has a class distribution of its own, by position. Types are latent and learned
+    from co-occurrence (latent class analysis, Lazarsfeld and Henry, 1968; the output layer is a
+    mixture of softmaxes, Yang et al., 2018, https://arxiv.org/abs/1711.03953). A few thousand
+    scenes suffice, while attention alone needs many more to learn to multiply evidence.
 
     Args:
         num_classes: C.
-        width: Of the hidden layers.
+        width: Width of the hidden layers.
         kinds: Number of types; too many do no harm.
-        dropout: Fraction of the types dropped in training, so that none is indispensable.
+        dropout: Fraction of the types dropped in training, so that no type is indispensable.
     """
 
     def __init__(self, num_classes: int, *, width: int, kinds: int, dropout: float = 0.2) -> None:
@@ -297,9 +291,9 @@ class SceneKinds(nn.Module):
         Args:
             hidden: Boxes of the hidden objects, (K, 4).
             others: `evidence` as tokens, with the mask of each hidden object.
-            logits: (K, C) common to all types.
+            logits: Logits common to all types, (K, C).
         """
-        # A sum over visible objects, without subtraction: exact to the last bit.
+        # Sum over the visible objects directly: subtracting masked ones from a total would round.
         seen = others.queries.put(others.seen.to(others.tokens.dtype))
         votes = others.queries.take(torch.einsum("nqt,ntk->nqk", seen, others.tokens))
         kind = votes + self.often

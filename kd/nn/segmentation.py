@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
 from kd.errors import UserError
 from kd.nn.trunk import NetworkOptions
-from kd.nn.trunk_base import Trunk
+from kd.nn.trunk_base import Trunk, resized
 from kd.nn.weights import load_network, load_trunk_weights
 from kd.registry import look_up, with_options
 
 
 def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
-    """Convolution, batch norm, ReLU on the same grid."""
+    """Convolution, batch norm and ReLU at stride 1."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -32,10 +31,10 @@ def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
 
 
 class PyramidPooling(nn.Module):
-    """Means over grids of sides `bins`, joined with the map itself.
+    """Average pooling to grids of `bins` x `bins` cells, concatenated with the map itself.
 
-    With a grid of one place, training needs batches of two images: batch norm cannot learn from a
-    single value.
+    With a grid of one cell, training needs at least two images per batch: batch norm cannot learn
+    from a single value.
     """
 
     def __init__(self, channels: int, width: int, *, bins: Sequence[int], dropout: float) -> None:
@@ -49,19 +48,16 @@ class PyramidPooling(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(N, channels, h, w) to (N, width, h, w)."""
         size = maps.shape[2:]
-        pooled = [
-            F.interpolate(stage(maps), size, mode="bilinear", align_corners=False)
-            for stage in self.stages
-        ]
+        pooled = [resized(stage(maps), size) for stage in self.stages]
         joined: Tensor = self.drop(self.join(torch.cat([maps, *pooled], dim=1)))
         return joined
 
 
 class PSPNet(nn.Module):
-    """A trunk, pyramid pooling, a classifier; another classifier on an earlier map in training.
+    """A trunk, pyramid pooling and a classifier; in training also one on an earlier feature map.
 
     Attributes:
-        stride: Pixels per place of the logits.
+        stride: Pixels per cell of the logits.
     """
 
     def __init__(
@@ -92,7 +88,8 @@ class PSPNet(nn.Module):
         """Normalised images (N, 3, H, W) to logits.
 
         Returns:
-            `logits` (N, C, H/stride, W/stride); in training also `auxiliary`, on its step's grid.
+            `logits` (N, C, H/stride, W/stride); in training also `auxiliary`, on the earlier map's
+            grid.
         """
         if not self.training or self.auxiliary is None:
             return {"logits": self.classifier(self.pyramid(self.trunk(images)))}
@@ -106,12 +103,12 @@ class PSPNetOptions(NetworkOptions):
     """Options of `pspnet`.
 
     Attributes:
-        stride: Pixels per place of the trunk's output; later steps are dilated.
+        stride: Pixels per cell of the trunk's output; later steps are dilated.
         head: Channels of the pyramid's and the auxiliary head's maps; a quarter of the trunk's by
             default.
         bins: Sides of the pooled grids.
-        dropout: Of whole channels, before both classifiers.
-        auxiliary: Whether a second classifier learns on an earlier map.
+        dropout: Probability of dropping a channel before each classifier.
+        auxiliary: Whether to train a second classifier on an earlier map.
     """
 
     stride: int = 8
@@ -123,7 +120,7 @@ class PSPNetOptions(NetworkOptions):
 
 @with_options(PSPNetOptions)
 def pspnet(num_classes: int, options: PSPNetOptions) -> PSPNet:
-    """Pyramid pooling on any trunk: 70 M parameters on resnet101, 13 M on resnet18.
+    """Build PSPNet on any trunk: 70 M parameters on resnet101, 13 M on resnet18.
 
     Raises:
         UserError: An option out of range, a trunk that cannot be built, or a file that does not
@@ -145,17 +142,17 @@ def pspnet(num_classes: int, options: PSPNetOptions) -> PSPNet:
 
 
 NAMES = tuple(models.list_models(module=models.segmentation))
-# LR-ASPP's classifier works on the finer of its two maps, the others' on the trunk's last.
+# Networks with logits of another stride than 8.
 STRIDES = {"deeplabv3_mobilenet_v3_large": 16}
 
 
 class PublishedNet(nn.Module):
     """One of torchvision's networks without its last step, the up-sampling to the image's size.
 
-    Children keep torchvision's names, so that files of its weights load.
+    Children keep torchvision's names, so that files of torchvision's weights load.
 
     Attributes:
-        stride: Pixels per place of the logits.
+        stride: Pixels per cell of the logits.
     """
 
     def __init__(self, network: nn.Module, *, stride: int) -> None:
@@ -169,8 +166,8 @@ class PublishedNet(nn.Module):
         """Normalised images (N, 3, H, W) to logits.
 
         Returns:
-            `logits` (N, C, H/stride, W/stride); in training also `auxiliary` (N, C, h, w), if built
-            with it, on the grid of its step: finer for MobileNet, else the same.
+            `logits` (N, C, H/stride, W/stride). In training also `auxiliary` (N, C, h, w), if built
+            with it: on a finer grid for MobileNet, else on the same.
         """
         maps = self.backbone(images)
         # LR-ASPP's classifier takes both of its maps.
@@ -188,16 +185,16 @@ def torchvision_net(
     auxiliary: bool = False,
     file: str | None = None,
 ) -> PublishedNet:
-    """A segmentation network of torchvision's; DeepLab needs two images per batch in training.
+    """Build a segmentation network of torchvision; DeepLab's training needs 2 images per batch.
 
     Args:
         num_classes: C.
         name: deeplabv3_*, fcn_* or lraspp_*, see `NAMES`.
-        weights: Of the backbone: "imagenet" for torchvision's own, downloaded into torch's hub
-            cache; a file of them; or null for random ones.
-        auxiliary: Whether a second classifier learns on an earlier map; LR-ASPP has none.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then not
-            read.
+        weights: The backbone's weights: "imagenet" for torchvision's own, downloaded into torch's
+            hub cache; a file of such weights; or null for random ones.
+        auxiliary: Whether to train a second classifier on an earlier map; not for LR-ASPP.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then
+            ignored.
 
     Raises:
         UserError: Unknown name, an auxiliary classifier of LR-ASPP, or weights that cannot be

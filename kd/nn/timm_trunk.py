@@ -1,7 +1,7 @@
 """Any model of timm as a feature trunk.
 
-timm is imported only when a trunk is built. Its code is under Apache-2.0; each file of weights has
-its own licence, some for non-commercial use only, named in `pretrained_cfg`.
+timm is imported only when a trunk is built. timm's code is under Apache-2.0; each file of weights
+has a licence of its own, named in `pretrained_cfg`; some are for non-commercial use only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.freeze import evaluating
 from kd.nn.trunk_base import Trunk
 from kd.nn.weights import load_timm_weights, widen_first_convolution
 from kd.registry import suggestion
@@ -24,27 +25,25 @@ from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 log = logging.getLogger(__name__)
 
 PREFIX = "timm/"
-# Options of timm's families of transformers that allow images of any size.
+# Options by which timm's transformers accept images of any size; each family has one of them.
 _ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
-_ODD = (97, 129)  # sides of the image that tests whether a network takes any size
+_ODD = (97, 129)  # sides of the image that tests whether a network accepts any size
 
 
 class TimmTrunk(Trunk):
     """timm's feature extractor of a model, `timm.create_model(..., features_only=True)`.
 
-    Images, normalised by ImageNet's mean and deviation, are renormalised by those of the model's
-    weights. For networks that take only multiples of their stride, images are padded at the right
-    and at the bottom with the mean colour.
+    Input images are normalised by ImageNet's mean and deviation; they are renormalised here if the
+    model's weights were trained with others. For networks that accept only multiples of their
+    stride, images are padded at the right and at the bottom with the mean colour.
 
     Args:
         name: Name in messages.
         network: The feature extractor.
-        build: Builds it with other `out_indices`.
+        build: Builds the same extractor with other `out_indices`.
     """
 
-    def __init__(
-        self, name: str, network: nn.Module, build: Callable[..., nn.Module] | None = None
-    ) -> None:
+    def __init__(self, name: str, network: nn.Module, build: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.name, self.network, self._build = name, network, build
         about: dict[str, Any] = dict(vars(network).get("pretrained_cfg") or {})
@@ -66,8 +65,8 @@ class TimmTrunk(Trunk):
         self.level_strides = tuple(self._last)
         self.level_channels = tuple(self._channels[place] for place in self._last.values())
         self.channels, self.stride = self._channels[-1], self._strides[-1]
-        self._multiple = 1
-        self._multiple = _multiple(self)
+        self._multiple = 1  # while it is measured
+        self._multiple = self._measure_multiple()
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
         """Consecutive modules with their paths."""
@@ -82,7 +81,7 @@ class TimmTrunk(Trunk):
                 yield f"{path}.{name}", child
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first."""
+        """The last map at each of `level_strides`, finest first; the last of them is the output."""
         maps = self._maps(images)
         return [maps[place] for place in self._last.values()]
 
@@ -92,7 +91,7 @@ class TimmTrunk(Trunk):
         return [maps[self._paths.index(path)] for path in paths]
 
     def stages(self) -> list[tuple[str, int]]:
-        """Path and channels of each feature map, finest first; for transformers the last one."""
+        """Path and channels of each feature map, finest first; of transformers only the last."""
         if len(set(self._strides)) == 1:
             return [(self._paths[-1], self.channels)]
         return list(zip(self._paths, self._channels, strict=True))
@@ -102,16 +101,16 @@ class TimmTrunk(Trunk):
         return self._paths[self._last[stride]]
 
     def cut(self, until: str) -> None:
-        """Drop all steps after a feature map, named by its step's path."""
+        """Drop all steps after the one of this path, which must be one of `stages`."""
         paths = [path for path, _ in self.stages()]
-        if until not in paths or self._build is None:
+        if until not in paths:
             raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")
         if until == paths[-1]:
             return
         state = self.network.state_dict()
         smaller = self._build(out_indices=tuple(range(paths.index(until) + 1)))
         smaller.load_state_dict({name: state[name] for name in smaller.state_dict()})
-        self.network = smaller
+        self.network = smaller.train(self.training)
         self._read_shapes()
 
     def _maps(self, images: Tensor) -> list[Tensor]:
@@ -128,6 +127,23 @@ class TimmTrunk(Trunk):
             maps = [one.permute(0, 3, 1, 2) for one in maps]
         return maps
 
+    def _measure_multiple(self) -> int:
+        """1 if the network accepts images of any size, else the stride if it accepts multiples."""
+        first = next(m for m in self.modules() if isinstance(m, nn.Conv2d))
+        images = first.weight.new_zeros(1, first.in_channels, *_ODD)
+        for multiple in (1, self.level_strides[-1]):
+            below, right = (-side % multiple for side in _ODD)
+            try:
+                with torch.no_grad(), evaluating(self):
+                    self._maps(F.pad(images, (0, right, 0, below)))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = str(error)
+            else:
+                return multiple
+        raise UserError(
+            f"{self.name} works at one input size only and cannot be a trunk ({reason})"
+        )
+
 
 def build_timm_trunk(
     name: str,
@@ -138,7 +154,7 @@ def build_timm_trunk(
     stride: int | None = None,
     until: str | None = None,
 ) -> TimmTrunk:
-    """`kd.nn.trunk.build_trunk` for "timm/NAME"."""
+    """Build the trunk "timm/NAME"; arguments and errors as for `kd.nn.trunk.build_trunk`."""
     import timm  # here, since it takes seconds
 
     model = name.removeprefix(PREFIX)
@@ -153,7 +169,7 @@ def build_timm_trunk(
     build = functools.partial(_create, model, in_chans=channels, output_stride=stride)
     try:
         network = build(pretrained=pretrained)
-    except Exception as error:  # timm raises all kinds of errors
+    except Exception as error:  # timm raises errors of many classes
         raise UserError(_refusal(name, error, pretrained=pretrained, stride=stride)) from error
     trunk = TimmTrunk(name, network, build)
     if pretrained:
@@ -171,7 +187,7 @@ def build_timm_trunk(
 
 
 def _create(model: str, *, pretrained: bool = False, **options: Any) -> Any:
-    """Timm's feature extractor; for plain transformers the last tokens, normalised."""
+    """Create timm's feature extractor; for plain transformers, of the normalised last tokens."""
     import timm
 
     options = {key: value for key, value in options.items() if value is not None}
@@ -205,27 +221,8 @@ def _refusal(name: str, error: Exception, *, pretrained: bool, stride: int | Non
     return f"{name} cannot serve as a trunk: {reason}"
 
 
-def _multiple(trunk: TimmTrunk) -> int:
-    """1 if a network takes images of any size, else its stride."""
-    first = next(m for m in trunk.modules() if isinstance(m, nn.Conv2d))
-    images = first.weight.new_zeros(1, first.in_channels, *_ODD)
-    training, stride = trunk.training, trunk.level_strides[-1]
-    trunk.eval()
-    for multiple in (1, stride):
-        sides = [-side % multiple for side in _ODD]
-        try:
-            with torch.no_grad():
-                trunk._maps(F.pad(images, (0, sides[1], 0, sides[0])))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error)
-        else:
-            trunk.train(training)
-            return multiple
-    raise UserError(f"{trunk.name} works at one input size only and cannot be a trunk ({reason})")
-
-
 def _step_of(feature: str, steps: Sequence[str]) -> str:
-    """Path of the step whose output is timm's feature map of this name."""
+    """Path of the step that returns or contains timm's feature map of this name."""
 
     def folded(path: str) -> str:
         path = path.removeprefix("network.").removeprefix("model.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from kd.errors import UserError
-from kd.nn.freeze import freeze_parts
+from kd.nn.freeze import evaluating, freeze
 from kd.nn.timm_trunk import PREFIX as TIMM
 from kd.nn.timm_trunk import build_timm_trunk
 from kd.nn.trunk_base import Trunk
@@ -25,8 +27,8 @@ from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 def slim(network: nn.Module, width: float, *, what: str) -> None:
     """Replace every convolution and batch norm, in place, by one with a fraction of the channels.
 
-    The first convolution keeps its input channels. Convolutions are initialised as by He et al.
-    (2015); linear layers stay, since a trunk does not use them.
+    The first convolution keeps its input channels. Convolutions are initialised as in He et al.
+    (2015), https://arxiv.org/abs/1502.01852; linear layers stay, since a trunk does not use them.
 
     Raises:
         UserError: Channels do not divide, or other layers depend on a number of channels.
@@ -67,18 +69,16 @@ def slim(network: nn.Module, width: float, *, what: str) -> None:
 
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
 AUXILIARY = frozenset({"aux1", "aux2", "AuxLogits"})
-CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # their children are the steps
+CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # whose children are the steps
 PROBE = 896  # side of the image that strides are measured with: large, for unpadded stems
 
 
 class TorchvisionTrunk(Trunk):
-    """The convolutional (or token) part of a torchvision classifier.
+    """A torchvision classifier without its pooling and classification layers.
 
-    Children keep torchvision's names, so that files of its weights load. Outputs are channels first
-    in all families; tap the trunk itself for its output in this form.
-
-    Attributes:
-        step_strides: Strides after each of `steps`.
+    Children keep torchvision's names, so that files of torchvision's weights load. The output is
+    (N, C, h, w) for all families, Swin and vision transformers included; a tapped step of theirs
+    gives torchvision's own layout.
     """
 
     def __init__(self, name: str, classifier: nn.Module) -> None:
@@ -97,9 +97,7 @@ class TorchvisionTrunk(Trunk):
             self.order = ("conv_proj", "encoder")
             self.class_token = classifier.class_token
         self.measure()
-        self._published_strides = dict(
-            zip((path for path, _ in self.steps()), self.step_strides, strict=True)
-        )
+        self._published_strides = self.step_strides
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
         """Consecutive modules with their paths."""
@@ -113,40 +111,37 @@ class TorchvisionTrunk(Trunk):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, in, H, W) to features (N, channels, H/stride, W/stride)."""
-        if self.tokens:
-            return self._token_grid(images)
-        features = self._to_half_range(images)
-        for _, step in self.steps():
-            features = step(features)
-        return self._finish(features)
+        *_, (last, _) = self.steps()
+        return self.forward_at(images, [last])[0]
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first; the last one is `forward`'s."""
-        if self.tokens:
-            return [self._token_grid(images)]
+        """The last map at each of `level_strides`, finest first; the last of them is the output."""
         return self.forward_at(images, [self.last_step(stride) for stride in self.level_strides])
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps after the steps of these paths; transformers have a single map only."""
+        """The maps (N, C, h, w) after the steps of these paths; vision transformers have one."""
+        if self.tokens:
+            return [self._token_grid(images)] * len(paths)
         features = self._to_half_range(images)
         maps: dict[str, Tensor] = {}
-        for name, step in self.steps():
+        for path, step in self.steps():
             features = step(features)
-            if name in paths:
-                maps[name] = features.permute(0, 3, 1, 2) if self.channels_last else features
-        if name in maps:
-            maps[name] = self._finish(features)
+            if path in paths:
+                maps[path] = features.permute(0, 3, 1, 2) if self.channels_last else features
+        if self.final_relu and path in maps:
+            maps[path] = F.relu(features)
         return [maps[path] for path in paths]
 
     def stages(self, *, first: bool = False) -> list[tuple[str, int]]:
-        """Path and channels of the last step on each of the published grids, finest first.
+        """Path and channels of the last step at each stride, finest first.
+
+        Strides are those of the network as published, even if some were removed by `stride`.
 
         Args:
-            first: The first step on each instead.
+            first: Return the first step at each stride instead.
         """
-        paths = [path for path, _ in self.steps()]
         found: dict[int, tuple[str, int]] = {}
-        for path, channels in zip(paths, self._step_channels, strict=True):
+        for path, channels in self._step_channels.items():
             stride = self._published_strides[path]
             if not (first and stride in found):
                 found[stride] = (path, channels)
@@ -154,20 +149,33 @@ class TorchvisionTrunk(Trunk):
 
     def last_step(self, stride: int) -> str:
         """Path of the last step at a stride."""
-        return dict(zip(self.step_strides, (path for path, _ in self.steps()), strict=True))[stride]
+        return {stride: path for path, stride in self.step_strides.items()}[stride]
 
     def measure(self) -> None:
-        """Measure channels and strides by running the trunk on a meta tensor."""
-        shapes = self._shapes()
+        """Measure channels and strides after each step by running the trunk on a meta tensor."""
+        in_channels = next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
+        tensors = itertools.chain(self.named_parameters(), self.named_buffers())
+        on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
+        images = torch.empty(1, in_channels, PROBE, PROBE, device="meta")
+        shapes: list[torch.Size] = []
+        with contextlib.ExitStack() as hooks, evaluating(self), torch.no_grad():
+            for _, step in self.steps():
+                handle = step.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
+                hooks.callback(handle.remove)
+            last = torch.func.functional_call(self, on_meta, (images,))
+        if self.tokens:
+            shapes = [last.shape] * len(self.order)
+        side, depth = (1, 3) if self.channels_last else (2, 1)
         # Powers of two except for transformers' patches; unpadded stems lose a border.
         strides = [
-            PROBE // side if self.tokens else 2 ** round(math.log2(PROBE / side))
-            for _, side in shapes
+            PROBE // one[side] if self.tokens else 2 ** round(math.log2(PROBE / one[side]))
+            for one in shapes
         ]
-        self.step_strides = tuple(strides)
-        self._step_channels = tuple(channels for channels, _ in shapes)
-        self.channels, self.stride = shapes[-1][0], strides[-1]
-        last_of = {stride: channels for stride, (channels, _) in zip(strides, shapes, strict=True)}
+        paths = [path for path, _ in self.steps()]
+        self.step_strides = dict(zip(paths, strides, strict=True))
+        self._step_channels = dict(zip(paths, (one[depth] for one in shapes), strict=True))
+        last_of = {stride: self._step_channels[path] for path, stride in self.step_strides.items()}
+        self.channels, self.stride = last.shape[1], strides[-1]
         self.level_strides = tuple(sorted(stride for stride in last_of if stride > 1))
         self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
 
@@ -183,39 +191,16 @@ class TorchvisionTrunk(Trunk):
         self.final_relu = self.final_relu and until == paths[-1]
         self.measure()
 
-    def _shapes(self) -> list[tuple[int, int]]:
-        """(channels, side) after each step for a square image of side `PROBE`."""
-        in_channels = next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
-        on_meta = {
-            name: tensor.detach().to("meta")
-            for name, tensor in [*self.named_parameters(), *self.named_buffers()]
-        }
-        images = torch.empty(1, in_channels, PROBE, PROBE, device="meta")
-        training = self.training
-        self.eval()
-        with torch.no_grad():
-            state = {f"trunk.{name}": tensor for name, tensor in on_meta.items()}
-            maps = torch.func.functional_call(_EveryStep(self), state, (images,))
-        self.train(training)
-        if self.channels_last:
-            maps = [one.permute(0, 3, 1, 2) for one in maps]
-        return [(one.shape[1], one.shape[2]) for one in maps]
-
     def _to_half_range(self, images: Tensor) -> Tensor:
-        """Rescale from ImageNet's mean and deviation to Inception's -1..1."""
+        """Convert images normalised by ImageNet's mean and deviation to Inception's -1..1."""
         if not self.half_range or images.shape[1] != 3:
             return images
         deviation = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
         mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         return (images * deviation + mean - 0.5) / 0.5
 
-    def _finish(self, features: Tensor) -> Tensor:
-        if self.final_relu:
-            features = F.relu(features)
-        return features.permute(0, 3, 1, 2) if self.channels_last else features
-
     def _token_grid(self, images: Tensor) -> Tensor:
-        """A vision transformer's tokens on the grid of their patches."""
+        """A vision transformer's output tokens as a map (N, D, h, w)."""
         patches: Tensor = self.get_submodule("conv_proj")(images)  # (N, D, h, w)
         grid = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (N, h*w, D)
@@ -225,23 +210,6 @@ class TorchvisionTrunk(Trunk):
         positions = _fit_positions(encoder.pos_embedding, grid)
         encoded: Tensor = encoder.ln(encoder.layers(encoder.dropout(tokens + positions)))
         return encoded[:, 1:].transpose(1, 2).reshape(len(images), -1, *grid)
-
-
-class _EveryStep(nn.Module):
-    """The outputs of all steps of a trunk, for `measure`."""
-
-    def __init__(self, trunk: TorchvisionTrunk) -> None:
-        super().__init__()
-        self.trunk = trunk
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        if self.trunk.tokens:
-            grid = self.trunk(images)
-            return [grid, grid]
-        maps = [images]
-        for _, step in self.trunk.steps():
-            maps.append(step(maps[-1]))
-        return maps[1:]
 
 
 def build_trunk(
@@ -264,24 +232,27 @@ def build_trunk(
             timm/resnet50.
         weights: None for random ones; "imagenet" for the library's own, downloaded into its cache;
             or a file of such weights (.pth, .pt or .safetensors).
-        in_channels: Of the images; if it is not 3, weights are summed or padded with zeros.
+        in_channels: Channels of the images. If it is not 3, the weights of the first convolution
+            are summed over RGB or padded with zeros, see `widen_first_convolution`.
         grey: Whether the first channel is a grey image rather than red.
-        stride: Largest stride of the output; later steps get stride 1. The receptive field shrinks
-            with it: for small images and training from scratch.
+        stride: Largest stride of the output; later steps get stride 1. This shrinks the receptive
+            field: meant for small images and training from scratch.
         dilate: Keep the receptive field by dilating the convolutions after a removed stride, as
             pretrained weights need. timm always does.
-        width: Fraction of the channels of every convolution, without weights; not for timm.
-        until: Path of the last step to use, such as "layer2"; all by default.
+        width: Fraction of the channels of every convolution, for random weights only; not for timm.
+        until: Path of the last step to use, such as "layer2"; all steps by default.
 
     Raises:
-        UserError: Unknown name, weights that cannot be downloaded or do not fit, a stride that
-            cannot be kept.
+        UserError: Unknown name, weights that cannot be downloaded or do not fit, or a stride that
+            the network cannot have.
     """
     if width != 1.0 and weights is not None:
-        raise UserError(f"{name}: weights are of the full width; leave out width {width:g}")
+        raise UserError(f"{name}: weights are for the full width; leave out width {width:g}")
     if name.startswith(TIMM):
         if width != 1.0:
-            raise UserError(f"{name}: width is for torchvision's; timm has narrower models by name")
+            raise UserError(
+                f"{name}: width is for torchvision's trunks only; choose a narrower model of timm"
+            )
         return build_timm_trunk(
             name, weights=weights, in_channels=in_channels, grey=grey, stride=stride, until=until
         )
@@ -313,7 +284,7 @@ def _classifier(name: str) -> nn.Module:
 
 
 def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
-    """Position embeddings (1, 1 + side**2, D), the class token's first, for another grid."""
+    """Resize position embeddings (1, 1 + side**2, D), the class token's first, to a grid."""
     side = round((positions.shape[1] - 1) ** 0.5)
     if tuple(grid) == (side, side):
         return positions
@@ -323,7 +294,7 @@ def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
 
 
 def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
-    """Remove the strides, in place, that would bring the output beyond `stride`; see `build_trunk`.
+    """Remove, in place, all strides after the trunk has reached `stride`; see `build_trunk`.
 
     Raises:
         UserError: The trunk has no such stride, or shrinks its maps in a way that cannot be undone.
@@ -332,7 +303,7 @@ def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
         known = ", ".join(map(str, trunk.level_strides))
         raise UserError(f"{trunk.name}: stride must be one of {known}, got {stride}")
     dilation, before = 1, 1
-    for (path, _), own in list(zip(trunk.steps(), trunk.step_strides, strict=True)):
+    for path, own in trunk.step_strides.items():
         if own > stride:
             _drop_pooling(trunk, path)
             if dilate:
@@ -363,10 +334,10 @@ def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
 
 
 def _dilate(step: nn.Module, dilation: int, last: int) -> None:
-    """Dilate a step's convolutions by the strides that will be removed before them.
+    """Dilate a step's convolutions by the product of the strides removed before them.
 
-    `dilation` is that of the step's input, `last` of its output: strides in parallel branches count
-    once.
+    `dilation` is the one at the step's input, `last` the one at its output: it bounds the dilation,
+    since strides in parallel branches count once.
     """
     for module in step.modules():
         if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
@@ -379,7 +350,7 @@ def _dilate(step: nn.Module, dilation: int, last: int) -> None:
 
 
 def _drop_pooling(trunk: TorchvisionTrunk, path: str) -> None:
-    """Drop a step's pooling of adjacent windows: only the grid is finer without it."""
+    """Drop a step's pooling of adjacent windows; without it only the grid is finer."""
     for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
         pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
         if pools and module.kernel_size == module.stride and module.padding in (0, (0, 0)):
@@ -393,12 +364,13 @@ class NetworkOptions:
 
     Attributes:
         trunk: Name of the trunk: resnet50, mobilenet_v2, timm/convnext_tiny, ...
-        weights: Of the trunk: "imagenet", a file, or null for random ones.
-        width: Fraction of the trunk's channels, with random weights only.
-        until: Path of the trunk's last step that is used; "features.17" of mobilenet_v2 leaves out
-            the widening to 1,280 channels, which is there for its classifier.
-        file: Weights of the whole network: a run, or a file as for `kd.nn.weights.load_network`;
-            `weights` is then not read. Detectors take torchvision's files, too.
+        weights: The trunk's weights: "imagenet", a file, or null for random ones.
+        width: Fraction of the trunk's channels, for random weights only.
+        until: Path of the trunk's last step to use; "features.17" of mobilenet_v2 leaves out the
+            widening to 1,280 channels, which only mobilenet_v2's classifier needs.
+        file: Weights of the whole network, a run's folder or a file, see
+            `kd.nn.weights.load_network`; `weights` is then ignored. Detectors also take
+            torchvision's own files.
     """
 
     trunk: str = "resnet18"
@@ -421,13 +393,13 @@ class FreezableOptions(NetworkOptions):
     """Options of networks on a trunk that may be frozen in part.
 
     Attributes:
-        frozen: "all", or the path of the trunk's last step that does not learn.
-        batch_norm_frozen: Whether all the trunk's batch norms keep their stored statistics.
+        frozen: "all", or the path of the last step of the trunk to freeze.
+        batch_norm_frozen: Whether to freeze all the trunk's batch norms.
     """
 
     frozen: str | None = None
     batch_norm_frozen: bool = False
 
     def freeze(self, trunk: Trunk) -> None:
-        """Freeze the trunk as its options say."""
-        freeze_parts(trunk, self.frozen, self.batch_norm_frozen)
+        """Freeze the trunk by these options."""
+        freeze(trunk, self.frozen, self.batch_norm_frozen)

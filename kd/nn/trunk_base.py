@@ -12,21 +12,21 @@ from kd.errors import UserError
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (N, C, h, w) on a grid of another size, bilinear; the same tensor if it has the size."""
+    """Resize maps (N, C, h, w) bilinearly; maps that have the size are returned as they are."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
 class Trunk(nn.Module):
-    """A network from images to feature maps, in consecutive steps.
+    """A network from images to feature maps that consists of consecutive steps.
 
     Attributes:
         name: Name in messages.
-        channels: Of the output.
-        stride: Pixels per place of the output.
+        channels: Channels of the output.
+        stride: Pixels per cell of the output.
         level_strides: Strides of the maps of `forward_levels`, finest first.
-        level_channels: Channels of the same.
+        level_channels: Channels of the maps of `forward_levels`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Trunk(nn.Module):
         return self.forward_levels(images)[-1]
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first; the last one is `forward`'s."""
+        """The last map at each of `level_strides`, finest first; the last of them is the output."""
         raise NotImplementedError
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
@@ -52,17 +52,17 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def stages(self) -> list[tuple[str, int]]:
-        """Path and channels of the last step on each of the published grids, finest first.
+        """Path and channels of the last step at each stride, finest first.
 
-        The published strides count, whatever `stride` the trunk was built with.
+        Strides are those of the network as published, even if some were removed by `stride`.
         """
         raise NotImplementedError
 
     def middle(self) -> tuple[str, int]:
-        """Path and channels of the last step before the published trunk's coarsest grid."""
+        """Path and channels of the last stage but one, see `stages`."""
         found = self.stages()
         if len(found) < 2:
-            raise UserError(f"{self.name} has one grid only, and no earlier one")
+            raise UserError(f"{self.name} has feature maps of one stride only, two are needed")
         return found[-2]
 
     def last_step(self, stride: int) -> str:
@@ -79,9 +79,9 @@ class Trunk(nn.Module):
 
 
 class BlindTrunk(Trunk):
-    """The first steps of a context teacher, on images without a hidden region.
+    """The first steps of a context teacher as a trunk for RGB images.
 
-    The teacher's fourth input channel, the hidden region, is 0 everywhere.
+    The teacher's fourth input channel, the hidden region, is 0 everywhere: nothing is hidden.
 
     Args:
         name: Name in messages.

@@ -1,4 +1,4 @@
-"""Load weights of trunks and networks from files; no code of a file is executed."""
+"""Load weights of trunks, networks and detectors from files, without executing code in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import hashlib
 import http.client
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from kd.errors import UserError
 
 # Keys of torchvision's heads and auxiliary classifiers, which trunks do not have.
 HEAD_PREFIXES = ("classifier.", "fc.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
-# torchvision's densenet files are older than its module names: "norm.1" there is "norm1" here.
+# Parts of names in torchvision's DenseNet files that its modules no longer have: "norm.1" is now
+# "norm1".
 OLD_DENSE = ("norm.1.", "norm.2.", "relu.1.", "relu.2.", "conv.1.", "conv.2.")
 
-_PARALLEL = "module."  # prefix of torch's data-parallel wrappers
+_PARALLEL = "module."  # prefix added by torch's data-parallel wrappers
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file, a torch file or a run's folder, read as data only.
+    """Read a state dict from a .safetensors file, a torch file or a run's folder.
 
     Raises:
         UserError: The file is missing, corrupt, or holds something other than named tensors.
@@ -36,7 +39,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         folder, path = path, path / "model.safetensors"
         if not path.is_file():
             raise UserError(
-                f"{folder}: not finished, it has no {path.name}; continue it with --resume"
+                f"{folder}: not finished, it has no {path.name}; resume it with --resume"
                 if (folder / "config.yaml").is_file()
                 else f"{folder}: not a run folder, it has neither config.yaml nor {path.name}"
             )
@@ -61,13 +64,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_trunk_weights(trunk: nn.Module, weights: str, name: str, *, what: str) -> None:
     """Load torchvision weights strictly, except for the classifier's keys.
 
-    From a file of a bigger model, such as a context teacher, the part with the trunk's names is
-    taken.
+    From a file of a bigger model that contains the trunk, such as a context teacher, only the
+    trunk's tensors are loaded.
 
     Args:
         trunk: The module to load into.
         weights: "imagenet", a file or a run's folder.
-        name: Of the torchvision classifier, for "imagenet".
+        name: Name of the torchvision classifier, for "imagenet".
         what: Name of the trunk in messages.
 
     Raises:
@@ -100,7 +103,7 @@ def load_timm_weights(trunk: nn.Module, weights: str, *, what: str) -> None:
 
 
 def _folded(key: str) -> str:
-    """A key without the dots of its path, some of which timm's extractor writes as underscores."""
+    """A key with underscores for all dots, since timm's extractor replaces some dots."""
     return key.removeprefix("network.").removeprefix("model.").replace(".", "_")
 
 
@@ -110,32 +113,32 @@ def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
     Args:
         network: The module to load into.
         file: `model.safetensors` of a run, the run's folder, or a torch file of a state dict, which
-            may be nested under "state_dict" or "model" and have names with the prefix "module.".
+            may be nested under "state_dict" or "model" and whose names may begin with "module.".
             None leaves the network as it is.
         what: Name of the network in messages.
 
     Raises:
-        UserError: The file cannot be read; tensors are missing, unexpected or of other shapes, such
-            as those of a classifier of another number of classes.
+        UserError: The file cannot be read; tensors are missing, unexpected or of other shapes, for
+            example because the number of classes differs.
     """
     if file is not None:
         load_state(network, read_weights(Path(file)), source=file, what=what)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str, what: str) -> None:
-    """Load all weights of a network from a state dict, as `load_network`; `source` is its name."""
+    """Load all weights of a network from a state dict that was read from `source`, strictly."""
     if state and all(key.startswith(_PARALLEL) for key in state):
         state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
     expected = network.state_dict()
     _same_names(state, expected, source=source, what=what)
     _same_shapes(state, expected, source=source, what=what)
-    network.load_state_dict(state, strict=False)  # a batch norm's counter may be missing
+    network.load_state_dict(state, strict=False)  # counters of batch norms may be missing
 
 
 def _same_names(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str
 ) -> None:
-    # Batch norm's counters are missing in old files, and are not used.
+    # The counters of batch norms are not used, and old files lack them.
     missing = [
         key for key in expected if key not in state and not key.endswith("num_batches_tracked")
     ]
@@ -170,7 +173,7 @@ def widen_first_convolution(
     """Replace the first convolution by one for another number of input channels.
 
     Pretrained weights are reused: for grey images (`grey`, or one channel) the first channel gets
-    the sum over RGB, else the first three get RGB; the other channels get zeros.
+    the sum over RGB, else the first three channels get RGB; all other channels get zeros.
     """
     path, old = next(
         (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
@@ -180,21 +183,19 @@ def widen_first_convolution(
     new.weight = nn.Parameter(old.weight.new_empty(len(old.weight), in_channels, *old.kernel_size))
     new.reset_parameters()
     with torch.no_grad():
-        if pretrained and (grey or in_channels == 1):
+        if pretrained:
+            grey = grey or in_channels == 1
+            known = old.weight.sum(dim=1, keepdim=True) if grey else old.weight[:, :in_channels]
             new.weight.zero_()
-            new.weight[:, :1] = old.weight.sum(dim=1, keepdim=True)
-        elif pretrained:
-            shared = min(in_channels, old.in_channels)
-            new.weight.zero_()
-            new.weight[:, :shared] = old.weight[:, :shared]
-        if pretrained and new.bias is not None and old.bias is not None:
-            new.bias.copy_(old.bias)
+            new.weight[:, : known.shape[1]] = known
+            if new.bias is not None and old.bias is not None:
+                new.bias.copy_(old.bias)
     parent, _, child = path.rpartition(".")
     setattr(trunk.get_submodule(parent), child, new)
 
 
 def _part(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """The tensors below the one prefix that all expected names are below, or else all tensors."""
+    """The tensors under the one prefix that all expected names exist under, or all tensors."""
     first = min(expected)
     wanted = [key for key in expected if not key.endswith("num_batches_tracked")]
     ends = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
@@ -213,7 +214,7 @@ def _modern(key: str) -> str:
 
 
 def _take_positions(trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Resize a transformer's position embeddings to those of a file trained at another size."""
+    """Give a transformer the number of position embeddings of a file trained at another size."""
     key = "encoder.pos_embedding"
     if key in state and state[key].shape != trunk.get_parameter(key).shape:
         encoder = trunk.get_submodule("encoder")
@@ -227,7 +228,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def weights_hash(model: nn.Module, kind: str = "") -> str:
-    """A short hash of weights and buffers (names, types, shapes, values) and of `kind`."""
+    """Hash weights and buffers (names, types, shapes, values) and the string `kind`."""
     digest = hashlib.blake2b(kind.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -235,15 +236,15 @@ def weights_hash(model: nn.Module, kind: str = "") -> str:
     return digest.hexdigest()
 
 
-# No connection, a truncated download, a hash that does not match, a file without weights.
+# No connection, a truncated download, a wrong hash, a file without weights.
 _FAILURES = (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError)
 
 
 def imagenet_weights(name: str) -> dict[str, Any]:
-    """The state dict of a torchvision classifier's default weights.
+    """Load the state dict of a torchvision classifier's default weights, from the cache or the web.
 
     Raises:
-        UserError: They can neither be downloaded nor read.
+        UserError: The weights cannot be downloaded or read.
     """
     published = models.get_model_weights(name)["DEFAULT"]
     try:
@@ -259,3 +260,66 @@ def imagenet_weights(name: str) -> dict[str, Any]:
             "options weights: FILE, any file of such weights, or weights: null, random ones"
         ) from error
     return state
+
+
+# torchvision's COCO weights have a row for each id from 0 to 90, of which 80 are classes.
+_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_IDS = tuple(n for n, name in enumerate(_NAMES) if name not in ("__background__", "N/A"))
+# Last layers, which have rows for each class: rows per class, and whether the background is first.
+_CLASS_LAYERS = {
+    "roi_heads.box_predictor.cls_score": (1, True),
+    "roi_heads.box_predictor.bbox_pred": (4, True),
+    "head.classification_head.cls_logits": (1, False),
+}
+# Names in torchvision's older files of the pyramid, the proposal head, and RetinaNet's heads, whose
+# layers were numbered together with their activations.
+_OLDER: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = (
+    (re.compile(r"(.*\.(?:inner|layer)_blocks\.\d+)\.(\w+)"), "{}.0.{}".format),
+    (re.compile(r"(rpn\.head\.conv)\.(\w+)"), "{}.0.0.{}".format),
+    (
+        re.compile(r"(head\.\w+\.conv)\.(\d+)\.(\w+)"),
+        lambda path, number, kind: f"{path}.{int(number) // 2}.0.{kind}",
+    ),
+)
+
+
+def load_detector(model: nn.Module, file: str | None, *, num_classes: int, what: str) -> None:
+    """Load all weights of a detector whose torchvision network is `model.network`.
+
+    `file` may also hold torchvision's own weights of a detector with the same trunk and levels; of
+    those trained on COCO, the 80 classes are loaded if `num_classes` is 80, in the order of their
+    ids. For the other arguments and errors see `load_network`.
+    """
+    if file is None:
+        return
+    state = read_weights(Path(file))
+    network = model
+    if not any(name.removeprefix(_PARALLEL).startswith("network.") for name in state):
+        network = model.get_submodule("network")
+        expected = network.state_dict().keys()
+        state = {_modern_detector(name, expected): tensor for name, tensor in state.items()}
+        if num_classes == len(COCO_IDS):
+            state = {name: _of_coco(name, tensor) for name, tensor in state.items()}
+    load_state(network, state, source=file, what=what)
+
+
+def _modern_detector(name: str, expected: Collection[str]) -> str:
+    """The current name of a tensor in one of torchvision's older files."""
+    for old, new in _OLDER:
+        found = old.fullmatch(name)
+        if name not in expected and found is not None:
+            return new(*found.groups())
+    return name
+
+
+def _of_coco(name: str, tensor: Tensor) -> Tensor:
+    """Select the rows of COCO's 80 classes, and of the background, from a layer with 91 rows."""
+    layer = name.rpartition(".")[0]
+    if layer not in _CLASS_LAYERS:
+        return tensor
+    numbers, background = _CLASS_LAYERS[layer]
+    ids = [0, *COCO_IDS] if background else list(COCO_IDS)
+    if len(tensor) % (len(_NAMES) * numbers):
+        return tensor
+    rows = tensor.reshape(-1, len(_NAMES), numbers, *tensor.shape[1:])[:, ids]
+    return rows.reshape(-1, *tensor.shape[1:])

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.nn.multi_stride_trunk import StepPool, joined_stages
+from kd.nn.multi_stride_trunk import JoinedStages, StepPool
 from kd.nn.saliency import ContextPyramid, LogitMap, PlainDecoder
+from kd.nn.trunk import build_trunk
 from teachers.msinet import MSINet, msinet
+
+
+def joined(trunk: str, *, stride: int = 8, **options: Any) -> JoinedStages:
+    return JoinedStages(build_trunk(trunk, stride=stride, dilate=True, **options))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def test_it_joins_what_a_vgg_written_out_gives(published: MSINet) -> None:
 def test_torchvisions_weights_of_a_vgg_load_by_name(published: MSINet, tmp_path: Path) -> None:
     state = published.trunk.trunk.state_dict()
     torch.save({**state, "classifier.6.bias": torch.zeros(1000)}, tmp_path / "vgg16.pth")
-    again = joined_stages("vgg16", weights=str(tmp_path / "vgg16.pth")).eval()
+    again = joined("vgg16", weights=str(tmp_path / "vgg16.pth")).eval()
     images = torch.randn(1, 3, 16, 24)
     with torch.no_grad():
         torch.testing.assert_close(again(images), published.trunk(images), rtol=0, atol=0)
@@ -112,20 +118,20 @@ def test_a_pyramid_sees_as_far_as_its_dilations_and_the_mean_of_all() -> None:
 @pytest.mark.parametrize("stride", [8, 16])
 def test_other_trunks_give_three_stages_on_one_grid(trunk: str, channels: int, stride: int) -> None:
     until = "features.17" if trunk == "mobilenet_v2" else None
-    joined = joined_stages(trunk, stride=stride, until=until).eval()
-    assert (joined.channels, joined.stride) == (channels, stride)
+    stages = joined(trunk, stride=stride, until=until).eval()
+    assert (stages.channels, stages.stride) == (channels, stride)
     with torch.no_grad():
-        assert joined(torch.randn(1, 3, 64, 96)).shape == (1, channels, 64 // stride, 96 // stride)
+        assert stages(torch.randn(1, 3, 64, 96)).shape == (1, channels, 64 // stride, 96 // stride)
 
 
 def test_at_a_stride_of_16_the_finest_stage_is_averaged() -> None:
-    joined = joined_stages("resnet18", stride=16).eval()
+    stages = joined("resnet18", stride=16).eval()
     images = torch.randn(1, 3, 64, 64)
     kept: list[Tensor] = []
-    layer2: nn.Module = joined.trunk.get_submodule("layer2")
+    layer2: nn.Module = stages.trunk.get_submodule("layer2")
     layer2.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     with torch.no_grad():
-        first = joined(images)[:, :128]
+        first = stages(images)[:, :128]
     torch.testing.assert_close(first, F.avg_pool2d(kept[0], 2))
 
 

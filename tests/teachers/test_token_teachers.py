@@ -205,7 +205,7 @@ def test_the_readers_can_be_tapped_for_each_hidden_object() -> None:
             {"annotations": False, "pixels": "patches", "kinds": 4},
             "kinds are learned from annotations",
         ),
-        ({"patch": 0}, "patch 0 must be 1 or more"),
+        ({"pixels": "patches", "patch": 0}, "patch 0 must be 1 or more"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ],
 )

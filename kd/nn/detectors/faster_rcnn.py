@@ -33,8 +33,8 @@ from kd.nn.detectors.contract import (
     wide,
 )
 from kd.nn.detectors.pyramid import Pyramid, PyramidOptions, anchors_of, build_pyramid
-from kd.nn.detectors.weights import load_detector
 from kd.nn.regions import image_extents, log_prior
+from kd.nn.weights import load_detector
 from kd.registry import with_options
 
 CANONICAL_LEVEL = 4  # the level that regions of `canonical` pixels are pooled from

@@ -26,7 +26,7 @@ from kd.nn.detectors.contract import (
     wide,
 )
 from kd.nn.detectors.pyramid import PyramidOptions, anchors_of, build_pyramid
-from kd.nn.detectors.weights import load_detector
+from kd.nn.weights import load_detector
 from kd.registry import with_options
 
 OCTAVE = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # sides of the anchors, in strides

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kd.errors import UserError
-from kd.nn.espnet import BRANCHES, SpatialPyramid, espnet, espnet_c
+from kd.nn.espnet import BRANCHES, ESPNet, ESPNetC, SpatialPyramid
 
 
 def convolutions(made: SpatialPyramid) -> list[nn.Conv2d]:
@@ -29,8 +29,8 @@ def test_the_published_sizes() -> None:
     def millions(model: nn.Module) -> float:
         return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
-    assert millions(espnet_c(20)) == pytest.approx(0.349, rel=0.03)
-    assert millions(espnet(20)) == pytest.approx(0.364, rel=0.03)
+    assert millions(ESPNetC(20)) == pytest.approx(0.349, rel=0.03)
+    assert millions(ESPNet(20)) == pytest.approx(0.364, rel=0.03)
 
 
 def test_each_dilation_is_added_to_the_next_and_the_smallest_stands_alone() -> None:
@@ -69,8 +69,8 @@ def test_a_pyramid_that_halves_the_grid_has_no_residual() -> None:
 
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(UserError, match="espnet: shallow must be at least 1, got 0"):
-        espnet(3, shallow=0)
+        ESPNet(3, shallow=0)
     with pytest.raises(UserError, match="espnet: deep must be at least 1, got 0"):
-        espnet_c(3, deep=0)
+        ESPNetC(3, deep=0)
     with pytest.raises(UserError, match=r"espnet: dropout must be in \[0, 1\), got 1"):
-        espnet_c(3, dropout=1.0)
+        ESPNetC(3, dropout=1.0)

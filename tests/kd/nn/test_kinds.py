@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd.nn.scene_transformer import SceneKinds, Tokens, make_tokens, place_features
+from kd.nn.scene_transformer import Rows, SceneKinds, Tokens, place_features
 
 CLASSES, KINDS = 4, 3
 BOXES = torch.tensor([[0.1, 0.1, 0.4, 0.3], [0.5, 0.2, 0.7, 0.9], [0.2, 0.6, 0.9, 0.8]])
@@ -17,7 +17,8 @@ def company(kinds: SceneKinds, classes: Tensor, seen: Tensor) -> Tokens:
     said = kinds.evidence(classes.flatten(), BOXES.repeat(count, 1))
     rows = torch.arange(count).repeat_interleave(3)
     lie = torch.zeros(3 * count, 3, 10)
-    return make_tokens(said.unflatten(0, (count, 3)), rows, lie, seen.repeat(count, 1))
+    tokens = said.unflatten(0, (count, 3))
+    return Tokens(tokens, lie, seen.repeat(count, 1), Rows.of(rows, count))
 
 
 def test_an_answer_is_the_mixture_over_kinds() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd.errors import UserError
-from kd.nn.scene_transformer import Patches, check_patches, place_boxes
+from kd.nn.scene_transformer import Patches, place_boxes
 
 
 @pytest.mark.parametrize("reach", [0, 1, 2])
@@ -32,4 +32,4 @@ def test_places_cover_the_frame() -> None:
 
 def test_sizes_that_are_none_are_refused() -> None:
     with pytest.raises(UserError, match="patch 0 must be 1 or more"):
-        check_patches(0, 1)
+        Patches(8, patch=0, reach=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd.errors import UserError
-from kd.nn.scene_transformer import Reader, Rows, make_tokens, place_features, relations
+from kd.nn.scene_transformer import Reader, Rows, Tokens, place_features, relations
 
 SCENES, TOKENS, WIDTH, HEADS = 3, 5, 8, 2
 
@@ -60,15 +60,15 @@ def test_a_reader_is_its_definition(kind: Literal["softmax", "sigmoid"]) -> None
     reader = Reader(WIDTH, heads=HEADS, dropout=0.0, attention=kind).eval()
     queries, tokens, rows, lie, seen = given()
     with torch.no_grad():
-        answers = reader(queries, make_tokens(tokens, rows, lie, seen))
+        answers = reader(queries, Tokens(tokens, lie, seen, Rows.of(rows, len(tokens))))
         for k, row in enumerate(rows):
             expected = slow(reader, queries[k], tokens[row], lie[k], seen[k], kind)
             torch.testing.assert_close(answers[k], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_bring_queries_to_their_scenes_and_back() -> None:
-    _, tokens, rows, lie, seen = given()
-    source = make_tokens(tokens, rows, lie, seen).queries
+    _, tokens, rows, *_ = given()
+    source = Rows.of(rows, len(tokens))
     values = torch.arange(4.0)[:, None]
     groups = source.put(values)
     assert groups.shape == (SCENES, 3, 1)

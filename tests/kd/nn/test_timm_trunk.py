@@ -153,7 +153,7 @@ def test_freezing_all_leaves_nothing_to_learn(name: str) -> None:
     trunk = build_trunk(name)
     freeze(trunk, next(iter(trunk.steps()))[0])
     assert any(parameter.requires_grad for parameter in trunk.parameters())
-    freeze(trunk)
+    freeze(trunk, "all")
     assert not any(parameter.requires_grad for parameter in trunk.parameters())
 
 

@@ -290,7 +290,7 @@ def test_freezing_stops_at_the_named_step() -> None:
     assert not trunk.get_parameter("layer2.1.conv2.weight").requires_grad
     assert trunk.get_parameter("layer3.0.conv1.weight").requires_grad
     assert not isinstance(trunk.get_submodule("layer3.0.bn1"), FrozenBatchNorm)
-    freeze(trunk)
+    freeze(trunk, "all")
     assert not any(parameter.requires_grad for parameter in trunk.parameters())
     with pytest.raises(UserError, match=r"resnet18 has no step 'layer9' to freeze; did you mean"):
         freeze(trunk, "layer9")

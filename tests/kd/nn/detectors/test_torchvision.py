@@ -17,8 +17,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from kd.errors import UserError
 from kd.losses import anchor_grid
-from kd.nn.detectors.weights import COCO_IDS
 from kd.nn.networks import DETECTORS
+from kd.nn.weights import COCO_IDS
 
 CLASSES = 5
 SIZES = [(128, 128), (90, 128)]  # height, width of the pictures in a frame of 128
