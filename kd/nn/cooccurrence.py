@@ -1,4 +1,4 @@
-"""Naive Bayes posterior of an object's class given the other objects, its position and size."""
+"""Naive Bayes posterior of an object's class from co-occurring objects, position and size."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ AREA_FRACTIONS = (
     0.16,
 )  # bins of a box's fraction of the image
 SHAPES = (0.5, 0.8, 1.25, 2.0)  # bins of width over height
-FIT_IMAGES = 5_000  # enough to fit a handful of exponents
+FIT_IMAGES = 5_000  # images that the exponents are fitted on; enough for so few numbers
 
 
 class Objects(NamedTuple):
-    """Objects of N images laid end to end, M of them."""
+    """The M objects of N images, concatenated."""
 
     classes: Tensor  # (M,) int64, -1: unknown
-    visible: Tensor  # (M,) bool, whether its class is evidence for other objects
+    visible: Tensor  # (M,) bool, whether the object's class is evidence for other objects
     boxes: Tensor  # (M, 4) xyxy as fractions of the image's width and height
     aspects: Tensor  # (M,) the image's width over its height
     image_of: Tensor  # (M,) int64, ascending
@@ -43,7 +43,7 @@ class Objects(NamedTuple):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A teacher that is fitted by counting before it is trained, or instead."""
+    """A teacher that is fitted by counting, before or instead of training by gradient."""
 
     def fit(self, objects: Objects) -> None:
         """Count all objects of the train images."""
@@ -56,14 +56,14 @@ class NaiveBayes(nn.Module):
     `log p(c | rest) = log p(c) + a n^-k sum_j lift(c_j|c) + b lift(place|c) + d lift(size|c)`,
     where `lift(x|c) = log p(x|c) - log p(x)`, from counts of the train objects smoothed towards
     `p(x)`. Since the n other objects are not independent given c, the exponents a, k, b, d and the
-    smoothing are fitted to the likelihood of the train objects, each under counts without its own
-    image (on such shrinkage see Hand and Yu, 2001, "Idiot's Bayes"). a = b = d = 1 and k = 0 is
-    plain naive Bayes.
+    smoothing are fitted to the likelihood of the train objects, each under counts that leave out
+    the object's own image (on such shrinkage see Hand and Yu, 2001, "Idiot's Bayes"). Plain naive
+    Bayes is a = b = d = 1 and k = 0.
 
     Args:
         num_classes: C.
         evidence: Kinds of evidence; without any the output is the class prior.
-        fitted: Whether exponents and smoothing are fitted.
+        fitted: Whether to fit the exponents and the smoothing.
     """
 
     seen: Tensor
@@ -91,7 +91,7 @@ class NaiveBayes(nn.Module):
 
     @torch.no_grad()
     def fit(self, objects: Objects) -> None:
-        """Count the objects of the train images, all of known class, then fit the exponents."""
+        """Count the objects of the train images, whose classes are all known; fit the exponents."""
         for counts in (self.seen, self.pairs, self.cells, self.forms):
             counts.zero_()
         images = int(objects.image_of.max()) + 1 if len(objects.classes) else 0
@@ -107,12 +107,12 @@ class NaiveBayes(nn.Module):
             self._fit_exponents(objects.of_images(0, FIT_IMAGES))
 
     def forward(self, objects: Objects, hidden: Tensor) -> Tensor:
-        """Log-probabilities (K, C) float32 of hidden objects given the visible others.
+        """Log-probabilities (K, C) float32 of hidden objects given the other, visible objects.
 
-        In training mode each image is left out of the counts.
+        In training mode the counts leave out the object's own image.
 
         Args:
-            objects: A hidden object's class is evidence for the others only.
+            objects: Objects of N images; a hidden object's class is evidence for the others only.
             hidden: (K,) indices of the hidden objects.
         """
         scores = self._scores(objects, self.exponents, without_own=self.training)
@@ -126,7 +126,7 @@ class NaiveBayes(nn.Module):
             def loss() -> float:
                 solver.zero_grad()
                 scores = self._scores(objects, free, without_own=True)
-                # A weak pull towards plain naive Bayes, for exponents without evidence.
+                # A weak pull towards plain naive Bayes, for exponents of unused evidence.
                 pull = 1e-4 * (free - self.exponents).square().sum()
                 value = F.cross_entropy(scores, objects.classes) + pull
                 value.backward()
@@ -192,19 +192,19 @@ class NaiveBayes(nn.Module):
 
 
 def _lifts(table: Tensor, where: Tensor, pseudo: Tensor, classes: Tensor, own: bool) -> Tensor:
-    """(M, C) log p(bin | class) - log p(bin), one object less in its own class and bin if `own`."""
+    """(M, C) log p(bin | class) - log p(bin); `own` leaves each object itself out of the counts."""
     marginal = (table.sum(dim=0) + 1.0) / (table.sum(dim=0) + 1.0).sum()
     counts, totals = table[:, where].T, table.sum(dim=1).expand(len(where), -1)
     if own:
         itself = F.one_hot(classes, len(table))
-        # An augmented box may lie in a bin that its original was not counted in.
+        # An augmented box may lie in another bin than the original box that was counted.
         counts, totals = (counts - itself).clamp(min=0.0), totals - itself
     expected = marginal[where][:, None]
     return ((counts + pseudo * expected) / (totals + pseudo)).log() - expected.log()
 
 
 def cell_of(objects: Objects) -> Tensor:
-    """(M,) the cell of the image that each box's centre lies in."""
+    """(M,) index of the cell of the image that each box's centre lies in."""
     centres = (objects.boxes[:, :2] + objects.boxes[:, 2:]) / 2
     column = (centres[:, 0] * COLUMNS).long().clamp(0, COLUMNS - 1)
     row = (centres[:, 1] * ROWS).long().clamp(0, ROWS - 1)
@@ -212,7 +212,7 @@ def cell_of(objects: Objects) -> Tensor:
 
 
 def form_of(objects: Objects) -> Tensor:
-    """(M,) the bin of each box's area and aspect ratio."""
+    """(M,) index of the bin of each box's area and aspect ratio."""
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]).clamp(min=1e-6)
     ratio = sides[:, 0] / sides[:, 1] * objects.aspects
     area = torch.bucketize(sides.prod(dim=1), sides.new_tensor(AREA_FRACTIONS))

@@ -31,7 +31,7 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
     norms, activations and resizing are left out, as in most papers. Padding counts.
 
     Args:
-        model: Takes images alone; its mode is restored.
+        model: A network whose `forward` takes only images; its mode is restored.
         images: (N, 3, H, W), on the model's device, which may be "meta"; values do not matter.
     """
     with (
@@ -79,7 +79,7 @@ def _formulas() -> dict[object, Callable[..., int]]:
 def _attention_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
 ) -> int:
-    """Operations of the products with keys and values, two for each multiply-add."""
+    """Operations of attention's products with keys and values, two per multiply-add."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 

@@ -1,4 +1,4 @@
-"""Fast Fourier convolution: a part of the channels has a global receptive field in each layer.
+"""Fast Fourier convolution: some channels have a global receptive field in each layer.
 
 Chi et al., 2020, https://proceedings.neurips.cc/paper/2020/hash/2fd5d41ec6cfab47e32164d5624269b1,
 with the ratios and the order of layers of LaMa (Suvorov et al., 2021,
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
+from kd.nn.trunk_base import wide
 
 
 class FourierUnit(nn.Module):
-    """A 1x1 convolution of the spectrum, whose real and imaginary parts are channels."""
+    """A 1x1 convolution of a map's spectrum, with real and imaginary parts as channels."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -29,14 +30,14 @@ class FourierUnit(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, in, H, W) of any size to (N, out, H, W), in their type."""
-        if not len(maps):  # FFTs of empty batches are errors
+        """Maps (N, in, H, W) of any size to (N, out, H, W) of the same type."""
+        if not len(maps):  # FFTs of empty batches raise errors
             return maps.new_zeros(0, self.out_channels, *maps.shape[2:])
         # FFTs in half precision are inexact, and missing on CPUs.
-        wide = maps if maps.dtype == torch.float64 else maps.float()
-        spectrum = torch.fft.rfft2(wide.contiguous(), norm="ortho")  # (N, in, H, W/2 + 1)
+        exact = wide(maps)
+        spectrum = torch.fft.rfft2(exact.contiguous(), norm="ortho")  # (N, in, H, W/2 + 1)
         mixed = self.convolve(torch.cat([spectrum.real, spectrum.imag], dim=1))
-        real, imaginary = mixed.to(wide.dtype).chunk(2, dim=1)
+        real, imaginary = mixed.to(exact.dtype).chunk(2, dim=1)
         spectrum = torch.complex(real.contiguous(), imaginary.contiguous())
         size = (maps.shape[2], maps.shape[3])
         back: Tensor = torch.fft.irfft2(spectrum, s=size, norm="ortho")
@@ -44,10 +45,10 @@ class FourierUnit(nn.Module):
 
 
 class LocalFourierUnit(nn.Module):
-    """A Fourier unit over the quarters of a map.
+    """A Fourier unit over the four quarters of a map.
 
-    The quarters of a fourth of the channels, at least one, are stacked as channels; the result is
-    tiled four times. Odd sides are padded with zeros.
+    Only a quarter of the channels is read. The quarters of the map are stacked as channels; the
+    output is tiled 2 x 2. Odd sides are padded with zeros.
     """
 
     def __init__(self, channels: int) -> None:
@@ -66,9 +67,9 @@ class LocalFourierUnit(nn.Module):
 
 
 class SpectralTransform(nn.Module):
-    """From global channels to global channels: `project(x + unit(x) + local_unit(x))`.
+    """Transform global channels: `project(x + unit(x) + local_unit(x))`, with x a 1x1 convolution.
 
-    x has half the output channels, at least 4. A stride of 2 is average pooling.
+    x has half the output's channels, at least 4. A stride of 2 is average pooling.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class FFC(nn.Module):
     ordinary convolutions and a spectral transform. With both ratios 0 it is a convolution.
 
     Args:
-        in_channels: Of the map.
-        out_channels: Of the result.
-        kernel_size: Of the convolutions, odd.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the convolutions' kernels, odd.
         ratio_in: Fraction of the input's channels that is global.
-        ratio_out: Fraction of the output's.
+        ratio_out: Fraction of the output's channels that is global.
         stride: 1 or 2.
         local_unit: Whether the spectral transform has a local Fourier unit.
 
@@ -174,7 +175,7 @@ class FFCBlock(nn.Sequential):
 
 
 def split_channels(channels: int, ratio: float) -> tuple[int, int]:
-    """How many channels are local and how many global."""
+    """The numbers of local and of global channels."""
     count = round(channels * ratio)
     return channels - count, count
 
@@ -188,6 +189,6 @@ def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
 def _sum(
     first: nn.Module | None, one: Tensor, second: nn.Module | None, other: Tensor
 ) -> Tensor | None:
-    """The sum of the outputs of those of two paths that exist."""
+    """The sum of the outputs of two paths, either of which may be missing."""
     outputs = [path(maps) for path, maps in ((first, one), (second, other)) if path is not None]
     return sum(outputs[1:], outputs[0]) if outputs else None

@@ -28,9 +28,9 @@ Place = tuple[nn.Module, str]  # a module and the name of a child
 def for_answers(model: nn.Module) -> nn.Module:
     """A copy of a model for inference, without gradients, with batch norms folded where possible.
 
-    Pairs are folded where the order of modules is known: neighbours in a `Sequential`, in
-    torchvision's residual blocks and in the steps of a trunk. Tapped modules are not folded, since
-    a folded convolution has the output of its batch norm.
+    A pair is folded only where the order of modules is known: within a `Sequential`, torchvision's
+    residual blocks and the steps of a trunk. Tapped modules are not folded, since a folded
+    convolution outputs what its batch norm did.
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(id(module) for _, module in copied.named_modules(remove_duplicate=False))
@@ -75,14 +75,15 @@ ENGINE = "onednn"
 def in_int8(
     model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()
 ) -> nn.Module:
-    """A copy, without gradients, whose convolutions and linear layers compute in int8 on the CPU.
+    """Quantise a copy: its convolutions and linear layers compute in int8, on the CPU.
 
-    Transposed convolutions stay in float32, since they have no scales per channel.
+    Transposed convolutions stay in float32, since torch has no per-channel scales for them. The
+    copy has no gradients.
 
     Args:
         model: In evaluation mode; torch.fx must be able to trace it.
         samples: A few batches of typical inputs, to measure the ranges of activations.
-        spared: Paths of modules that stay in float32, such as the head.
+        spared: Paths of modules that are to stay in float32, such as the head.
 
     Raises:
         UserError: This build of torch has no int8 engine, there are no samples, or the model's

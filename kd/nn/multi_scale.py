@@ -14,15 +14,15 @@ MULTIPLE = 16  # sides of rescaled images are multiples of this
 
 
 class MultiScale(nn.Module):
-    """The mean of a network's class distributions over scales and mirrored images.
+    """Average a network's class distributions over scales and mirrored images.
 
     Args:
         model: Maps images (N, 3, H, W) to logits (N, C, h, w), or a dict with `logits`.
-        scales: Factors on the image's sides; inputs are rounded to multiples of 16 pixels.
-        mirror: Whether each scale is also evaluated on the image mirrored left to right.
+        scales: Factors on the image's sides; rescaled sides are rounded to multiples of 16 pixels.
+        mirror: Whether to evaluate each scale also on the image mirrored left to right.
 
     Raises:
-        UserError: No scale, one that is not above 0, or one that is given twice.
+        UserError: No scale, a scale that is not above 0, or one that is given twice.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MultiScale(nn.Module):
         self.scales = tuple(sorted(scales, key=lambda scale: abs(scale - 1)))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """`logits`, the logarithm of the mean distribution: (N, C, h, w) on the grid of scale 1."""
+        """Images (N, 3, H, W) to `logits` (N, C, h, w), the log of the mean, on scale 1's grid."""
         total: Tensor | None = None
         grid: tuple[int, int] | None = None
         for scale in self.scales:
@@ -70,7 +70,7 @@ def _sides(images: Tensor, scale: float) -> tuple[int, int]:
 
 
 def _grid(images: Tensor, seen: Tensor, logits: Tensor) -> tuple[int, int]:
-    """The network's grid for the images, from that of the rescaled images `seen`."""
+    """Height and width of the logits at scale 1, from those for the rescaled images `seen`."""
     own, scaled, out = (part.shape[-2:] for part in (images, seen, logits))
     height, width = (max(1, round(own[side] * out[side] / scaled[side])) for side in (0, 1))
     return height, width

@@ -37,7 +37,7 @@ def _detector(target: str, text: str, **options: object) -> Entry:
 
 
 def _family(name: str, target: str, text: str) -> dict[str, Entry]:
-    """A detector on any trunk, and named entries for some trunks."""
+    """Entries of a detector: on any trunk, and by name on some trunks."""
     return {
         name: _detector(target, f"{text} on any trunk"),
         f"{name}_resnet18": _detector(target, f"{text} on ResNet-18", trunk="resnet18"),

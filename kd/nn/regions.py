@@ -1,7 +1,8 @@
 """Pooling of feature maps over objects and their surroundings.
 
-Boxes are xyxy in pixels of the image; place (row, column) of a grid covers the pixels `column *
-stride .. (column + 1) * stride`. Weight maps hold the fraction of each place's area that is pooled.
+Boxes are xyxy in pixels of the image. Cell (row, column) of a feature map covers the pixels from
+`column * stride` to `(column + 1) * stride`, likewise for rows. Weight maps hold the fraction of
+each cell's area that is pooled.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from kd.errors import UserError
+from kd.nn.trunk_base import wide
 from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 
-GEOMETRY = 8  # numbers of `box_geometry`
+GEOMETRY = 8  # length of `box_geometry`
 
 
 def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: int = 1) -> Tensor:
@@ -26,16 +28,15 @@ def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: in
     Args:
         features: (N, C, h, w).
         rois: (M, 5) as (image, x1, y1, x2, y2), pixels.
-        stride: Pixels per place.
+        stride: Pixels per cell.
         output_size: Side of the grid that each box is divided into.
 
     Returns:
         (M, C, output_size, output_size), in the features' type.
     """
-    # In full precision: bfloat16 cannot resolve pixels 257 and 258.
-    wide = features if features.dtype == torch.float64 else features.float()
+    maps = wide(features)
     pooled: Tensor = roi_align(
-        wide, rois.to(wide.dtype), output_size, spatial_scale=1 / stride, aligned=True
+        maps, rois.to(maps.dtype), output_size, spatial_scale=1 / stride, aligned=True
     )
     return pooled.to(features.dtype)
 
@@ -59,8 +60,8 @@ def crop_regions(images: Tensor, rois: Tensor, size: int, *, margin: float = 0.0
 def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
     """Weighted means (K, C) of feature maps; 0 where all weights are 0.
 
-    An embedding bag of places does not copy an image's features for each object, nor need the
-    number of objects on the host. On a CPU it is 2 to 8 times as fast as gathering features.
+    Computed by an embedding bag of cells, which neither copies an image's features for each object
+    nor synchronises with an accelerator. On a CPU it is 2 to 8 times as fast as gathering features.
 
     Args:
         features: (N, C, h, w).
@@ -68,19 +69,18 @@ def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
         image_of: Index of the image of each weight map, (K,).
     """
     _, channels, height, width = features.shape
-    wide = features if features.dtype == torch.float64 else features.float()
-    places = wide.permute(0, 2, 3, 1).reshape(-1, channels)  # (N*h*w, C)
-    flat = weights.to(wide.dtype).flatten(1)
+    cells = wide(features).permute(0, 2, 3, 1).reshape(-1, channels)  # (N*h*w, C)
+    flat = weights.to(cells.dtype).flatten(1)
     indices = image_of[:, None] * (height * width) + torch.arange(
         height * width, device=image_of.device
     )
-    total = F.embedding_bag(indices, places, per_sample_weights=flat, mode="sum")
+    total = F.embedding_bag(indices, cells, per_sample_weights=flat, mode="sum")
     mass = flat.sum(dim=1, keepdim=True)
     return (total / mass.where(mass > 0, torch.ones_like(mass))).to(features.dtype)
 
 
 def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """The fraction (K, h, w) of each place's area that boxes (K, 4) cover; `grid` is h, w."""
+    """The fraction (K, h, w) of each cell's area that boxes (K, 4) cover; `grid` is h, w."""
     x1, y1, x2, y2 = (boxes.float() / stride).unbind(dim=1)
     across = _overlaps(x1, x2, grid[1])  # (K, w)
     down = _overlaps(y1, y2, grid[0])  # (K, h)
@@ -88,7 +88,7 @@ def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
 
 
 def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes (K, 4) grown on each side by a fraction of width and height, beyond the image too."""
+    """Boxes (K, 4) grown on each side by a fraction of width and height, not clipped."""
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     grow_x, grow_y = (x2 - x1) * margin, (y2 - y1) * margin
     return torch.stack([x1 - grow_x, y1 - grow_y, x2 + grow_x, y2 + grow_y], dim=1)
@@ -102,7 +102,7 @@ def rings_within(
     Args:
         boxes: (K, 4) xyxy pixels.
         ends: Width and height of each box's image, (K, 2).
-        margin: Thickness of a ring, as a fraction of the clipped box's width and height.
+        margin: Thickness of the ring, as a fraction of the clipped box's width and height.
         least: Smallest thickness, pixels.
     """
     corner = ends.repeat(1, 2)
@@ -120,8 +120,9 @@ def box_geometry(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
         sizes: Height and width of the frame: one for all, or (K, 2).
 
     Returns:
-        (K, 8): centre x and y, width, height, lower edge, square root of the area's fraction, and
-        the logarithms of aspect ratio and of that root; 0 for an empty box.
+        (K, 8): centre x and y, width, height and lower edge as fractions of the frame; the square
+        root r of the box's fraction of the frame's area; log of the aspect ratio; log(r) / 2. All
+        are 0 for an empty box.
     """
     boxes = boxes.float()
     if isinstance(sizes, Tensor):
@@ -148,7 +149,7 @@ def box_geometry(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
-    """The bounding boxes (K, 4) float32 of masks (K, H, W) above 0; zeros for an empty mask."""
+    """Bounding boxes (K, 4) float32 of what is above 0 in masks (K, H, W); 0 for an empty mask."""
     x1, x2 = _extent((mask > 0).any(dim=1))
     y1, y2 = _extent((mask > 0).any(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
@@ -162,7 +163,7 @@ def _overlaps(low: Tensor, high: Tensor, count: int) -> Tensor:
 
 
 def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """First occupied index and one past the last, along dimension 1 of (K, L); 0, 0 if none."""
+    """First True index and one past the last, along dimension 1 of (K, L); 0 and 0 if none."""
     length = occupied.shape[1]
     some = occupied.any(dim=1)
     first = occupied.to(torch.uint8).argmax(dim=1)
@@ -175,16 +176,16 @@ BLACK = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, stri
 
 
 class Surroundings(nn.Module):
-    """Pooled features of rings around a box, of the scene without it, of its inside, and geometry.
+    """Features pooled around a box and, by option, inside it, and the box's position and size.
 
     Args:
-        channels: Of each map.
-        strides: Pixels per place of each map.
-        margins: Thickness of each ring, as a fraction of the box's width and height.
+        channels: Channels of each map.
+        strides: Pixels per cell of each map.
+        margins: Thickness of each ring around the box, as a fraction of the box's width and height.
         min_ring: Smallest thickness of a ring, pixels.
-        scene: Whether the whole image outside the box is pooled.
-        inside: Whether the box itself is pooled: for a teacher, the hidden region.
-        geometry: Whether the box's position and size are added.
+        scene: Whether to pool the whole image outside the box.
+        inside: Whether to pool the box itself, which is the hidden region for a teacher.
+        geometry: Whether to append the box's position and size.
 
     Attributes:
         width: Length of the output.
@@ -210,8 +211,8 @@ class Surroundings(nn.Module):
         pooled = sum(channels) * (len(self.margins) + scene + inside)
         # Features differ in scale by orders of magnitude, between trunks and between channels.
         self.norm = nn.BatchNorm1d(pooled, affine=False)
-        # Each block has unit power whatever its length, so that a map of 1280 channels does not
-        # dominate one of 96, and one learning rate and weight decay fit any trunk.
+        # Each block is scaled to unit power, so that a map of 1280 channels does not dominate one
+        # of 96, and the same learning rate and weight decay fit any trunk.
         counts = [c for c in channels for _ in range(len(self.margins) + scene + inside)]
         self.register_buffer("scale", torch.tensor([c**-0.5 for c in counts for _ in range(c)]))
         self.width = pooled + (GEOMETRY if geometry else 0)
@@ -241,8 +242,8 @@ class Surroundings(nn.Module):
             weights = [(coverage(ring, grid, stride) - box).clamp(min=0.0) for ring in rings]
             weights += [(whole - box).clamp(min=0.0)] if self.scene else []
             weights += [box] if self.inside else []
-            # Nothing surrounds a box over the whole image: fall back to the image, by a weight
-            # that is lost in rounding otherwise.
+            # Nothing surrounds a box over the whole image. A tiny weight, elsewhere lost in
+            # rounding, makes that box fall back to the image.
             bags = torch.cat([weight + 1e-12 * whole for weight in weights])
             rows = masked_pool(features, bags, image_of.repeat(len(weights)))
             by_bag = rows.unflatten(0, (len(weights), len(boxes)))
@@ -257,20 +258,20 @@ class Surroundings(nn.Module):
 def image_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
     """Width and height (N, 2) of images (N, 3, H, W) without padding at the right and lower edge.
 
-    `padding` is the colour of its pixels, black by default.
+    `padding` is the colour of padded pixels, black by default.
     """
-    black = images.new_tensor(padding).view(1, 3, 1, 1)
-    drawn = ((images - black).abs() > 1e-3).any(dim=1)  # (N, H, W)
+    colour = images.new_tensor(padding).view(1, 3, 1, 1)
+    drawn = ((images - colour).abs() > 1e-3).any(dim=1)  # (N, H, W)
     columns, rows = drawn.any(dim=1), drawn.any(dim=2)
     last = [side.shape[1] - side.flip(1).to(torch.uint8).argmax(dim=1) for side in (columns, rows)]
     return torch.stack(last, dim=1)
 
 
 def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
-    """Rows (K, C) normalised by a batch norm without weights and clamped to 8 deviations.
+    """Normalise rows (K, C) by a batch norm without weights and clamp them to 8 deviations.
 
-    Fewer than two rows have no deviation: they are normalised by the running statistics also in
-    training, and do not update them. The result has the statistics' type, also under autocast.
+    A single row has no deviation: in training it is normalised by the running statistics, too, and
+    does not update them. The result has the statistics' type, also under autocast.
     """
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None

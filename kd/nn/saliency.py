@@ -1,8 +1,7 @@
 """Decoders from features to saliency maps, shared by teachers and students.
 
-A map holds logits, (N, 1, H, W), at the image's size. Images whose sides the trunk's stride does
-not divide are padded at the right and at the bottom with 0, the mean colour; the output for the
-padding is cropped.
+A saliency map holds logits, (N, 1, H, W), at the image's size. Images are padded at the right and
+at the bottom with 0, the mean colour, to multiples of the trunk's stride; the output is cropped.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.nn.segmentation import block
-from kd.nn.trunk_base import resized
+from kd.nn.trunk_base import resized, wide
 
 WIDTHS = (256, 128, 64, 32, 16)
 
@@ -36,7 +35,7 @@ def enlarged(maps: Tensor, scale: int) -> Tensor:
 class LogitMap(nn.Module):
     """The last layer: a 3x3 convolution to one channel, in full precision also under autocast.
 
-    Small differences matter in a softmax over all places of an image.
+    Small differences matter in a softmax over all pixels of an image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,16 +43,15 @@ class LogitMap(nn.Module):
         self.conv = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, maps: Tensor, *, whole: torch.Size, size: torch.Size) -> Tensor:
-        """Logits (N, 1, H, W) at an image's `size` of maps near the padded size `whole`."""
-        wide = torch.float64 if maps.dtype == torch.float64 else torch.float32
+        """Maps to logits (N, 1, H, W): resized to the padded image's size `whole`, then cropped."""
         with torch.autocast(maps.device.type, enabled=False):
-            logits: Tensor = self.conv(maps.to(wide))
+            logits: Tensor = self.conv(wide(maps))
         # The map is smaller for a coarser network, or a trunk that loses a border.
         return resized(logits, whole)[:, :, : size[0], : size[1]]
 
 
 class NormedDecoder(nn.Sequential):
-    """Five stages of 256, 128, 64, 32 and 16 channels: twice the size, 3x3 conv, norm, ReLU.
+    """Five stages of 256, 128, 64, 32 and 16 channels, each of which doubles the size.
 
     For a trunk of a stride below 32 the first stages keep the size.
     """
@@ -72,7 +70,7 @@ class NormedDecoder(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """Up-sampling by a factor, convolution, batch norm and ReLU."""
+    """Up-sampling by a factor, 3x3 convolution, batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, *, scale: int) -> None:
         super().__init__()
@@ -86,11 +84,11 @@ class Stage(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """MSI-Net's decoder: thrice up-sampling by 2, a 3x3 convolution to half the channels, ReLU."""
+    """MSI-Net's decoder: 3 stages of up-sampling by 2, 3x3 conv to half the channels, and ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = max(1, channels // 8)  # of the result
+        self.channels = max(1, channels // 8)  # of the output
         widths = (max(1, channels // 2), max(1, channels // 4), self.channels)
         self.stages = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1)
@@ -108,8 +106,8 @@ class ContextPyramid(nn.Module):
     """Atrous spatial pyramid pooling without norms, as in MSI-Net.
 
     Chen et al., 2017, https://arxiv.org/abs/1706.05587; Kroner et al., 2020,
-    https://arxiv.org/abs/1902.06634. A 1x1 convolution, a 3x3 one for each dilation, and the
-    image's mean, each of `width` channels, are concatenated and mixed to `width` channels.
+    https://arxiv.org/abs/1902.06634. A 1x1 convolution, a 3x3 convolution for each dilation, and
+    the mean over the image, each of `width` channels, are concatenated and reduced to `width`.
     """
 
     def __init__(

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from kd.errors import UserError
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Convert to float32, except for float64.
+
+    Half precision is too coarse for many things: bfloat16 cannot resolve 0.1 pixels at 32, nor
+    whole pixels at 512.
+    """
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps (N, C, h, w) bilinearly; maps that have the size are returned as they are."""
     if tuple(maps.shape[2:]) == tuple(size):

@@ -236,7 +236,7 @@ def test_a_recipe_builds_them_without_classes() -> None:
     [
         ("saliency", {"branches": "c"}, "'branches' must be one of 'a', 'b', got 'c'"),
         ("saliency", {"trunk": "resnet17"}, "unknown torchvision classifier 'resnet17'"),
-        ("saliency", {"width": 0.5, "weights": "x.pth"}, "weights are of the full width"),
+        ("saliency", {"width": 0.5, "weights": "x.pth"}, "weights are for the full width"),
         ("saliency", {"fiel": "x.pth"}, "unknown option 'fiel'; did you mean 'file'"),
         ("msinet", {"stride": 32}, "stride must be 8 or 16, got 32"),
         ("msinet", {"head": 4}, "head must be at least 8, got 4"),

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.nn.detectors.contract import wide
 from kd.nn.regions import GEOMETRY, box_geometry, rings_within
+from kd.nn.trunk_base import wide
 
 _LEAST = 1e-2  # smallest area of surroundings that is read, cells
 

@@ -157,11 +157,6 @@ def leveled(**maps: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{level}": one for name, some in maps.items() for level, one in enumerate(some)}
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: bfloat16 cannot resolve 0.1 pixels at 32, nor whole pixels at 512."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def logits_at(
     maps: Sequence[Tensor],
     levels: Sequence[Level],

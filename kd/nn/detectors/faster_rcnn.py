@@ -30,10 +30,10 @@ from kd.nn.detectors.contract import (
     order_by_image,
     padded,
     targets_of,
-    wide,
 )
 from kd.nn.detectors.pyramid import Pyramid, PyramidOptions, anchors_of, build_pyramid
 from kd.nn.regions import image_extents, log_prior
+from kd.nn.trunk_base import wide
 from kd.nn.weights import load_detector
 from kd.registry import with_options
 

@@ -23,9 +23,9 @@ from kd.nn.detectors.contract import (
     logits_at,
     padded,
     targets_of,
-    wide,
 )
 from kd.nn.detectors.pyramid import PyramidOptions, anchors_of, build_pyramid
+from kd.nn.trunk_base import wide
 from kd.nn.weights import load_detector
 from kd.registry import with_options
 

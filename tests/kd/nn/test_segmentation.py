@@ -81,11 +81,11 @@ def test_a_trunk_of_any_layout_will_do(trunk: str, stride: int) -> None:
         ({"trunk": "resnet19"}, "unknown torchvision classifier 'resnet19'; did you mean"),
         ({"stride": 12}, "resnet18: stride must be one of 2, 4, 8, 16, 32, got 12"),
         ({"width": 0.3}, r"resnet18: width 0\.3 leaves 19\.2 of 64 channels"),
-        ({"width": 0.5, "weights": "w.pth"}, "weights are of the full width; leave out width 0.5"),
+        ({"width": 0.5, "weights": "w.pth"}, "weights are for the full width; leave out width 0.5"),
         ({"weights": "w.pth"}, r"weights file w\.pth does not exist"),
         pytest.param(
             {"trunk": "vit_b_32", "stride": 32},
-            "vit_b_32 has one grid only, and no earlier one",
+            "vit_b_32 has feature maps of one stride only",
             marks=pytest.mark.slow,
         ),
     ],
