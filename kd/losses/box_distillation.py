@@ -11,9 +11,9 @@ from kd.losses._checks import check_pair
 def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 distance between box regressions, summed over each row.
 
-    Girshick, 2015, https://arxiv.org/abs/1504.08083, where it compares a detector with the ground
-    truth; here with a teacher (Wang et al., 2019, https://arxiv.org/abs/1906.03609, the ablation's
-    distilled outputs).
+    Girshick, 2015, https://arxiv.org/abs/1504.08083, uses it to compare a detector with the ground
+    truth; here it compares a student with a teacher, as in an ablation of Wang et al., 2019,
+    https://arxiv.org/abs/1906.03609.
 
     Args:
         student: (M, 4) or any other (M, D).
@@ -27,7 +27,7 @@ def box_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def own_class_deltas(rows: Tensor, labels: Tensor) -> Tensor:
-    """Select each box's regression for its own class, (M, 4); those for others are untrained.
+    """Select each box's regression for its own class, (M, 4); the others are untrained.
 
     Args:
         rows: (M, 4 (C + 1)), four numbers per class, background first.
@@ -39,17 +39,17 @@ def own_class_deltas(rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def known_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero the rows that the teacher does not know, and rescale a mean over all rows.
+    """Exclude rows without teacher output from a mean: zero them, and rescale the mean.
 
-    Dropping them would synchronise with the accelerator to learn their number. Zeros on both sides
-    add nothing to loss or gradient.
+    Zeros on both sides add nothing to loss or gradient. Dropping the rows would synchronise with
+    the accelerator, since their number would have to be read.
 
     Args:
         student: Logits, (M, C).
-        teacher: Logits or log-probabilities, (M, C); NaN where unknown.
+        teacher: Logits or log-probabilities, (M, C); NaN in rows without output.
 
     Returns:
-        Student, teacher, and the factor that turns a mean over M rows into one over known rows.
+        Student, teacher, and the factor that turns a mean over M rows into one over the others.
     """
     unknown = teacher.isnan().any(dim=1)
     factor = len(unknown) / (~unknown).sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Channel-wise distillation: where each channel of a map is active."""
+"""Channel-wise distillation: the spatial distribution of each channel of a map."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kd.losses.logits import kl_logits
 def channel_wise(
     student: Tensor, teacher: Tensor, *, temperature: float = 4.0, valid: Tensor | None = None
 ) -> Tensor:
-    """KL(teacher || student) of each channel's softmax over places.
+    """KL(teacher || student) of each channel's softmax over the cells of the map.
 
     Shu et al., 2021, https://arxiv.org/abs/2011.13256: `T^2 / (N * C)` times the sum over images
     and channels. A constant added to a channel changes nothing. The paper does not define the loss
-    for void places; here the softmax is over an image's valid places only.
+    for void cells; here the softmax is over an image's valid cells only.
 
     Args:
         student: Logits or features, (N, C, H, W).
         teacher: The same, (N, C, H, W).
         temperature: Divides both; above 1 flattens the distributions.
-        valid: Places to include, bool (N, H, W); None = all.
+        valid: Cells to include, bool (N, H, W); None = all.
 
     Returns:
-        Scalar, the mean over C and over the N images, or over those with a valid place; 0 with a
-        zero gradient where there are none.
+        Scalar, the mean over C and over the images with a valid cell; 0 with a zero gradient if
+        there are none.
     """
     check_pair("channel_wise", student, teacher, dimensions=4)
     check_positive("channel_wise", "temperature", temperature)
@@ -50,9 +50,9 @@ def channel_wise(
 def masked_log_softmax(
     maps: Tensor, places: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """Log-softmax over the valid places, (N, C, H * W); 0 at all others."""
+    """Log-softmax over the valid cells, (N, C, H * W); 0 in all others."""
     logits = maps.flatten(2).to(dtype)
-    # -inf excludes a place; but a softmax over nothing else has neither value nor gradient.
+    # -inf excludes a cell; but a softmax of nothing but -inf has neither value nor gradient.
     out = torch.where(places.any(dim=2, keepdim=True), -math.inf, 0.0).to(dtype)
     logits = torch.where(places, logits, out) / temperature
     return F.log_softmax(logits, dim=2).masked_fill(~places, 0.0)

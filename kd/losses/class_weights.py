@@ -1,4 +1,4 @@
-"""Class weights from class frequencies: rare classes weigh more, within limits."""
+"""Class weights from class frequencies, clamped: rare classes weigh more."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def median_frequency(
 ) -> list[float]:
     """`clamp((median(f) / f_c) ** power, 1 / cap, cap)` for each class c.
 
-    Eigen and Fergus, 2015, https://arxiv.org/abs/1411.4734; power and cap are ours: a power of 0.5
-    is gentler, 0 weighs all classes 1. A class that never occurs gets the cap and is left out of
-    the median.
+    Eigen and Fergus, 2015, https://arxiv.org/abs/1411.4734, to which power and cap are added: a
+    power of 0.5 is gentler, with 0 all weights are 1. A class that never occurs gets the cap and is
+    left out of the median.
 
     Args:
         frequencies: Fraction of the train pixels (or objects) of each class.
         power: 0 to 1.
-        cap: The largest weight; its inverse is the smallest.
+        cap: The largest weight; 1 / cap is the smallest.
     """
     _check("median_frequency", frequencies, power, cap)
     middle = statistics.median(frequency for frequency in frequencies if frequency > 0)
@@ -34,7 +34,7 @@ def positive_weights(
 ) -> list[float]:
     """`clamp(((1 - f_c) / f_c) ** power, 1 / cap, cap)`: weight of a class's presence.
 
-    At power 1 a class's presence and absence have the same total weight. The frequencies are
+    At power 1 a class's presence and absence have the same total weight. The frequencies are the
     fractions of the train images that contain each class; other arguments as `median_frequency`.
     """
     _check("positive_weights", frequencies, power, cap)

@@ -1,4 +1,4 @@
-"""Decoupled distillation: the target class and the other classes apart."""
+"""Decoupled distillation: separate terms for the target class and the other classes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def decoupled(
     """Decoupled knowledge distillation over the labelled rows.
 
     Zhao et al., 2022, https://arxiv.org/abs/2203.08679: `T^2 (alpha TCKD + beta NCKD)`. TCKD is
-    KL(teacher || student) of the labelled class against all others together, NCKD that of the
-    distribution over the others alone. With alpha 1 and beta the teacher's probability of the
-    others, row by row, the sum is `kl_logits`.
+    KL(teacher || student) between the labelled class and all others taken together, NCKD the one
+    among the other classes only. With alpha 1, and with beta in each row the teacher's probability
+    of the other classes, the sum is `kl_logits`.
 
     Args:
         student: Logits, (N, C).
@@ -51,19 +51,15 @@ def decoupled(
     log_p, log_q = (
         _parts(logits / temperature, labels.clamp(min=0)) for logits in (student, teacher)
     )
-    target, others = (_kl(q, p) for q, p in zip(log_q, log_p, strict=True))
+    target, others = ((q.exp() * (q - p)).sum(dim=1) for q, p in zip(log_q, log_p, strict=True))
     rows = (alpha * target + beta * others).masked_fill(~known, 0.0)
     return rows.sum() / known.sum().clamp(min=1) * temperature**2
 
 
 def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of label vs. rest, (N, 2), and of the classes within the rest, (N, C-1)."""
-    place = torch.arange(logits.shape[1] - 1, device=logits.device)
-    rest = logits.gather(1, place + (place >= labels[:, None]).long())
+    """Log-probabilities of the label and of the rest, (N, 2), and within the rest, (N, C-1)."""
+    index = torch.arange(logits.shape[1] - 1, device=logits.device)
+    rest = logits.gather(1, index + (index >= labels[:, None]).long())
     own = logits.gather(1, labels[:, None])
     both = torch.cat([own, rest.logsumexp(dim=1, keepdim=True)], dim=1)
     return F.log_softmax(both, dim=1), F.log_softmax(rest, dim=1)
-
-
-def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return (log_q.exp() * (log_q - log_p)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Hints: features regressed onto the teacher's."""
+"""Hints: regression of the student's features onto the teacher's."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kd.losses._checks import check_mask, check_pair, wide_dtype
 def hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Mean squared error between features.
 
-    Romero et al., 2015, https://arxiv.org/abs/1412.6550; their half squared norm is a mean over all
-    elements here, so that the weight does not depend on the size of the map.
+    Romero et al., 2015, https://arxiv.org/abs/1412.6550, take half the squared norm; here it is the
+    mean over all elements, so that the term's weight does not depend on the size of the map.
 
     Args:
         student: Adapted features, (N, ...).
         teacher: Features of the same shape.
-        valid: Of maps (N, C, H, W), the places to include, bool (N, H, W); None = all.
+        valid: For maps (N, C, H, W), the cells to include, bool (N, H, W); None = all.
 
     Returns:
-        Scalar; 0 with a zero gradient where N is 0 or no place is valid.
+        Scalar; 0 with a zero gradient if N is 0 or no cell is valid.
     """
     check_pair("hint", student, teacher, dimensions=student.ndim if valid is None else 4)
     dtype = wide_dtype(student, teacher)

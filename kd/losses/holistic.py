@@ -1,9 +1,10 @@
 """Holistic distillation: a critic distinguishes the student's score maps from the teacher's.
 
-Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic sees a score map with its image and
-rates how real the map is *given the image*. It is trained as a Wasserstein critic with gradient
-penalty (Gulrajani et al., 2017, https://arxiv.org/abs/1704.00028) on detached maps, with an
-optimiser of its own; the student learns to be rated high.
+Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic's input is a score map with its
+image; it rates how much the map looks like one of the teacher's, *given the image*. It is trained
+as a Wasserstein critic with gradient penalty (Gulrajani et al., 2017,
+https://arxiv.org/abs/1704.00028) on detached maps, with an optimiser of its own; the student is
+trained for high ratings.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KERNEL = 4
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all places, initialised to the identity.
+    """Self-attention over all cells of a map, initialised to the identity.
 
     Zhang et al., 2019, https://arxiv.org/abs/1805.08318.
 
@@ -60,11 +61,11 @@ class SelfAttention(nn.Module):
 
 
 class Critic(nn.Module):
-    """Rate how real a score map is, given its image.
+    """Rate how much a score map looks like one of the teacher's, given its image.
 
     4 x 4 convolutions of stride 2 with spectral normalisation, self-attention after the last two,
-    and a 4 x 4 convolution to one value, averaged over places. It computes in the dtype of its
-    weights, float32, even under autocast: critics are unstable in half precision.
+    and a 4 x 4 convolution to one channel, averaged over the map. All computations are in the dtype
+    of the weights, float32, even under autocast: critics are unstable in half precision.
 
     Args:
         num_classes: Channels of the score maps.
@@ -95,7 +96,7 @@ class Critic(nn.Module):
         self.strides = len(widths)
 
     def forward(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Rate score maps: (N,), the higher, the more like a teacher's.
+        """Rate score maps: (N,), higher for maps that look more like a teacher's.
 
         Args:
             scores: Probabilities, (N, C, h, w); h and w at least 2 to the number of convolutions.
@@ -132,6 +133,8 @@ class Critic(nn.Module):
             )
 
 
+# Compiled code has no second derivative, which the penalty needs.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def critic_loss(
     critic: nn.Module,
     student: Tensor,
@@ -141,7 +144,7 @@ def critic_loss(
     penalty: float = 10.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Critic's objective: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
+    """The critic's objective: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
 
     The gradient is taken at a random point on the line between the two maps of each image. No
     gradient reaches student or teacher. Under `torch.compile` it runs uncompiled.
@@ -161,20 +164,6 @@ def critic_loss(
     check_not_negative("critic_loss", "penalty", penalty)
     dtype = wide_dtype(student, teacher)
     fake, real = (_probabilities(logits.detach(), dtype) for logits in (student, teacher))
-    loss: Tensor = _critic_loss(critic, fake, real, images, penalty, generator)
-    return loss
-
-
-# Compiled code has no second derivative, which the penalty needs.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _critic_loss(
-    critic: nn.Module,
-    fake: Tensor,
-    real: Tensor,
-    images: Tensor,
-    penalty: float,
-    generator: torch.Generator | None,
-) -> Tensor:
     mix = torch.rand(len(fake), 1, 1, 1, device=fake.device, generator=generator)
     between = torch.lerp(fake, real, mix.to(fake.dtype)).requires_grad_()
     with parametrize.cached():  # one power iteration for all three calls
@@ -188,10 +177,10 @@ def _critic_loss(
 
 
 def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
-    """Student's objective: `-D(student)`.
+    """The student's objective: `-D(student)`.
 
-    The critic's weights receive a gradient too, which its own step must not use: clear it, or
-    freeze the critic meanwhile, as `Adversary` does.
+    The critic's weights receive a gradient as well, which must not enter the critic's own step:
+    clear it, or freeze the critic as `Adversary` does.
 
     Args:
         student: Logits, (N, C, h, w).
@@ -210,12 +199,12 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
 
 
 def _probabilities(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    # A softmax turns -inf into 0; the second term, 0 or NaN, keeps such logits noticeable.
+    # A softmax turns -inf into 0; the second term is NaN there, so that such logits are noticed.
     return logits.softmax(dim=1, dtype=dtype) + 0.0 * logits.detach()
 
 
 class Adversary(nn.Module):
-    """A critic with the losses of both sides; `widths` and `slope` as `Critic`."""
+    """A critic with its own loss and the student's; `widths` and `slope` as for `Critic`."""
 
     def __init__(
         self,
@@ -231,31 +220,31 @@ class Adversary(nn.Module):
         self.penalty = penalty
 
     def forward(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """Student's loss; leaves the critic and its gradients unchanged."""
+        """The student's loss; leaves the critic and its gradients unchanged."""
         check_pair("holistic", student, teacher, dimensions=4)
         with _frozen(self.critic):
             return holistic(student, images, self.critic)
 
     def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """Critic's loss."""
+        """The critic's loss."""
         return critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
 
 
 def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Replace the student's logits at void places by the teacher's: the critic sees no difference.
+    """Replace the student's logits at void pixels by the teacher's.
 
-    A critic rates whole maps: pass both losses of `Adversary` the result in place of the student's
-    map. The student learns nothing at void places; next to them it learns from the teacher's map
-    there. Liu et al., 2019, https://arxiv.org/abs/1903.04197, do not mention void.
+    A critic rates whole maps: pass the result instead of the student's map to both losses of
+    `Adversary`, and void pixels differ no more. Liu et al., 2019, https://arxiv.org/abs/1903.04197,
+    do not mention void.
 
     Args:
         student: Logits, (N, C, h, w).
         teacher: Logits, (N, C, h, w).
-        valid: Places that have a class, bool (N, h, w).
+        valid: Pixels that have a class, bool (N, h, w).
 
     Returns:
         Logits, (N, C, h, w), in the wider of the two dtypes, so that the teacher's are exact.
-        Gradients reach the student's valid places only.
+        Gradients reach the student's valid pixels only.
     """
     check_pair("holistic", student, teacher, dimensions=4)
     check_mask("holistic", "valid", valid, student, like="student")

@@ -1,4 +1,4 @@
-"""Feature imitation on masked places, and the imitation mask around objects for detectors."""
+"""Feature imitation in masked cells, and the imitation mask around objects for detectors."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from kd.errors import UserError
 from kd.losses._checks import check_mask, check_pair, dtype_name, wide_dtype
 
 CHUNK = 1 << 22  # intersections computed at a time: 16 MiB of float32
-# IoUs equal to the limit are common (anchors of twice a box's side around it have an IoU of 1/4
-# everywhere), and rounding must not let them in.
+# Relative margin: IoUs that equal the limit are common (an anchor of twice a box's side that
+# contains the box has an IoU of 1/4 wherever it is), and rounding must not let them in.
 TIE = 1e-5
 
 
 def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Half the squared error between features, averaged over masked places.
+    """Half the squared error between features, averaged over the cells of a mask.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609: the sum over masked places and all channels
-    of `(teacher - student)^2`, divided by twice the number of masked places in the batch. Detectors
-    use an imitation mask around objects, context teachers a ring around the hidden object.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609: the sum over the mask's cells and all
+    channels of `(teacher - student)^2`, divided by twice the number of the mask's cells in the
+    batch. Detectors use an imitation mask around objects, context teachers a ring around the hidden
+    object.
 
     Args:
         student: Adapted features, (N, C, H, W).
         teacher: Features, (N, C, H, W).
-        mask: Places to include, bool (N, H, W), or their weights, float (N, H, W), not negative.
-            Features elsewhere need not be finite.
+        mask: Cells to include, bool (N, H, W), or weights of the cells, float (N, H, W), not
+            negative. Features elsewhere need not be finite.
 
     Returns:
-        Scalar; 0 with a zero gradient where nothing is masked.
+        Scalar; 0 with a zero gradient if the mask is empty.
     """
     check_pair("imitation", student, teacher, dimensions=4)
     check_mask("imitation", "mask", mask, student, like="student", weights=True)
@@ -49,10 +50,10 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Distances(torch.autograd.Function):
-    """Squared distance at each place, (N, H, W), 0 outside; recomputed in the backward pass.
+    """Squared distance in each cell, (N, H, W), 0 outside; recomputed in the backward pass.
 
-    With autograd, places outside that are not finite would get a gradient of 0 times NaN unless
-    another pass filled them, and the difference would be stored between the passes.
+    Autograd would store the difference between the passes, and would need another pass to fill
+    cells outside that are not finite, whose gradient would be 0 times NaN.
     """
 
     @staticmethod
@@ -67,7 +68,7 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Twice the difference for the student, its negative for the teacher."""
+        """Twice the difference for the student, the negative of that for the teacher."""
         student, teacher, outside = ctx.saved_tensors
         gap = student.to(ctx.dtype) - teacher
         gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)
@@ -109,13 +110,13 @@ def anchor_grid(
 
 
 def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5) -> Tensor:
-    """Places whose anchors overlap an object nearly as well as the best anchor does.
+    """Cells whose anchors overlap an object nearly as well as the best anchor does.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609: a place is in the mask of a box if any of
-    its anchors has an IoU strictly above `psi` times the box's largest IoU with any anchor,
-    including those outside the image; the result is the union over boxes. Coordinates are
-    continuous: a box from 0 to 16 is 16 wide. psi = 0 selects all places that overlap a box, psi =
-    1 none.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609: a cell is in the mask of a box if any of
+    the cell's anchors has an IoU strictly above `psi` times the box's largest IoU with any anchor,
+    including anchors outside the image; the result is the union over boxes. Coordinates are
+    continuous: a box from 0 to 16 is 16 wide. With psi = 0 the mask holds all cells with an anchor
+    that overlaps a box, with psi = 1 none.
 
     For a feature pyramid, call it once per level with that level's anchors and assigned boxes. With
     all boxes on every level, each box would find a "best" anchor on levels that do not fit it, and
@@ -124,7 +125,7 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
     An anchor's intersection with a box is a width, which depends on the column, times a height,
     which depends on the row. For anchors of one size the IoU grows with that product, so the
     largest IoU follows from the largest width and height alone; the rest is one product and
-    comparison per place.
+    comparison per cell and anchor.
 
     Args:
         boxes: One (G, 4) per image, xyxy pixels; G may be 0. Boxes may extend beyond the image. A
@@ -162,18 +163,18 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
 
 
 def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
-    """Whether any box's intersection with any anchor at a place exceeds its minimum: (N, H, W).
+    """Cells (N, H, W) in which any box's intersection with any anchor exceeds a minimum.
 
-    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H); its
-    minimum is `least` (N, G, K).
+    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H), the
+    minimum `least` (N, G, K).
     """
-    images, boxes, anchors_per_place, width = overlap_x.shape
+    images, boxes, anchors_per_cell, width = overlap_x.shape
     height = overlap_y.shape[3]
     found = torch.zeros(images, height, width, dtype=torch.bool, device=least.device)
     step = max(1, CHUNK // (boxes * height * width))
     for first in range(0, images, step):
         part = slice(first, first + step)
-        for anchor in range(anchors_per_place):  # one at a time fits the processor's cache
+        for anchor in range(anchors_per_cell):  # one at a time fits the processor's cache
             product = overlap_y[part, :, anchor, :, None] * overlap_x[part, :, anchor, None, :]
             found[part] |= (product > least[part, :, anchor, None, None]).any(dim=1)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from kd.losses._checks import check_mask, check_pair, check_positive, wide_dtype
 
 
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """KL(teacher || student) of softened class distributions.
+    """KL(teacher || student) of softened class distributions, times the squared temperature.
 
-    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. The squared temperature makes the size of
-    the gradient independent of it.
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. The factor makes the size of the gradient
+    independent of the temperature.
 
     Args:
         student: Logits, (N, C).
@@ -64,28 +64,15 @@ def pixel_wise(
         check_mask("pixel_wise", "weights", weights, student, like="student", weights=True)
     # The compiler fuses the plain formula.
     if torch.compiler.is_compiling():
-        total = _compiled_sum(_Maps(student, teacher, temperature, valid, weights))
+        if valid is not None:  # zeros, so that void pixels have no gradient of 0 times NaN
+            void = ~valid[:, None]
+            student, teacher = (one.masked_fill(void, 0.0) for one in (student, teacher))
+        total = _sum(student, teacher, temperature, valid, weights)
     else:
         total = _PixelWise.apply(student, teacher, temperature, valid, weights)
     if valid is None:
         return total / max(student[:, 0].numel(), 1) * temperature**2
     return total / valid.sum().clamp(min=1) * temperature**2
-
-
-class _Maps(NamedTuple):
-    """Arguments of `pixel_wise`."""
-
-    student: Tensor
-    teacher: Tensor
-    temperature: float
-    valid: Tensor | None
-    weights: Tensor | None
-
-    def image(self, number: int) -> _Maps:
-        """Select one image, (1, ...)."""
-        part = slice(number, number + 1)
-        valid, weights = (None if one is None else one[part] for one in self[3:])
-        return _Maps(self.student[part], self.teacher[part], self.temperature, valid, weights)
 
 
 class _PixelWise(torch.autograd.Function):
@@ -95,14 +82,20 @@ class _PixelWise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *fields: Any) -> Tensor:
-        """Sum the divergences of the valid pixels; arguments are the fields of `_Maps`."""
-        maps = _Maps(*fields)
-        ctx.save_for_backward(maps.student, maps.teacher, maps.valid, maps.weights)
-        ctx.temperature = maps.temperature
-        total = maps.student.new_zeros((), dtype=wide_dtype(maps.student, maps.teacher))
-        for i in range(len(maps.student)):
-            total = total + _sum(maps.image(i))
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        valid: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher, valid, weights)
+        ctx.temperature = temperature
+        total = student.new_zeros((), dtype=wide_dtype(student, teacher))
+        for i in range(len(student)):
+            masks = (None if one is None else one[i : i + 1] for one in (valid, weights))
+            total = total + _sum(student[i : i + 1], teacher[i : i + 1], temperature, *masks)
         return total
 
     @staticmethod
@@ -135,20 +128,18 @@ def _zero_void(gradient: Tensor, void: Tensor | None) -> Tensor:
     return gradient if void is None else gradient.masked_fill_(void, 0.0)
 
 
-def _compiled_sum(maps: _Maps) -> Tensor:
-    """Differentiable sum: void pixels are zeroed before the softmax."""
-    if maps.valid is not None:
-        void = ~maps.valid[:, None]
-        student, teacher = (one.masked_fill(void, 0.0) for one in (maps.student, maps.teacher))
-        maps = maps._replace(student=student, teacher=teacher)
-    return _sum(maps)
-
-
-def _sum(maps: _Maps) -> Tensor:
-    divergence = _divergence(maps.student, maps.teacher, maps.temperature)
-    if maps.weights is not None:
-        divergence = divergence * maps.weights
-    return (divergence if maps.valid is None else divergence.masked_fill(~maps.valid, 0.0)).sum()
+def _sum(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
+    """Sum of the weighted divergences of all valid pixels."""
+    divergence = _divergence(student, teacher, temperature)
+    if weights is not None:
+        divergence = divergence * weights
+    return (divergence if valid is None else divergence.masked_fill(~valid, 0.0)).sum()
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

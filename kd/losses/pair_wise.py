@@ -1,4 +1,4 @@
-"""Pair-wise distillation: affinities between places of a feature map."""
+"""Pair-wise distillation: affinities between the cells of a feature map."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses._checks import check_device, check_floating, check_mask, check_positive, wide_dtype
 
-# Shorter nodes have no direction: the gradient grows as 1 / length and would dominate all others.
-# The square of this length is still exact in float32, which reaches 1e-38.
+# Nodes not longer than this count as zero: their gradient grows as 1 / length and would dominate all
+# others. The square of this length is still exact in float32, which reaches 1e-38.
 SHORTEST = 1e-6
 
 
@@ -40,14 +40,14 @@ def pair_wise(
     Args:
         student: Features, (N, Cs, H, W).
         teacher: Features, (N, Ct, H, W); Ct may differ from Cs.
-        kernel: Pooling window and stride, in places, or (height, width); 1 = no pooling. The last
-            window may extend beyond the edge.
+        kernel: Pooling window and stride in cells, one number or (height, width); 1 = no pooling.
+            The last window may extend beyond the edge.
         pool: "max" or "average".
-        valid: Places to include, bool (N, H, W); None = all. A node is pooled from its valid
-            places; nodes without any do not count, in `h*w` either.
+        valid: Cells to include, bool (N, H, W); None = all. A node is pooled from the valid cells
+            of its window; nodes without valid cells do not count, also not in `h*w`.
 
     Returns:
-        Scalar, the mean over N, or over the images with a valid place; 0 with a zero gradient where
+        Scalar, the mean over N, or over the images with a valid cell; 0 with a zero gradient if
         there are none.
     """
     _check(student, teacher, kernel, pool)
@@ -67,9 +67,8 @@ def _nodes(
 ) -> Tensor:
     """Pooled and normalised features, one unit column per node: (N, C, h*w).
 
-    With a mask, nodes without a valid place are zero columns, which have affinity 0 on both sides.
-    The columns of an image with n other nodes are divided by sqrt(n): its sum by n^2, in either
-    form.
+    With a mask, nodes without a valid cell are zero columns, which have affinity 0 on both sides.
+    An image's n other columns are divided by sqrt(n), which divides its sum by n^2 in either form.
     """
     window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
     if valid is None:
@@ -83,7 +82,7 @@ def _nodes(
 
 
 def _directions(columns: Tensor) -> Tensor:
-    """Columns (N, C, h*w) scaled to length 1; too short ones become 0, and NaN stays NaN."""
+    """Scale columns (N, C, h*w) to length 1; too short columns become 0, and NaN stays NaN."""
     lengths: Tensor = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
     return columns / lengths.masked_fill(lengths <= SHORTEST, math.inf)
 
@@ -91,16 +90,16 @@ def _directions(columns: Tensor) -> Tensor:
 def _pooled(
     features: Tensor, window: tuple[int, int], pool: str, void: Tensor | None = None
 ) -> Tensor:
-    """Pool each window: (N, C, h, w). Void places are already 0."""
+    """Pool each window: (N, C, h, w). Void cells must be 0 already."""
     if window == (1, 1):
         return features
     if pool == "average":
-        # Zeros shorten an average but do not turn it, and a node is a direction. Nothing is padded,
-        # but with count_include_pad=True torch.compile's backward pass divides windows over the
-        # edge by their full size: https://github.com/pytorch/pytorch/issues/198119.
+        # Zeros shorten an average but do not change its direction, which is all that counts.
+        # Nothing is padded, but with count_include_pad=True torch.compile's backward pass divides
+        # windows over the edge by their full size: https://github.com/pytorch/pytorch/issues/198119.
         return F.avg_pool2d(features, window, window, ceil_mode=True, count_include_pad=False)
     candidates = features if void is None else features.masked_fill(void, -math.inf)
-    # A maximum ignores -inf; the second term, 0 or NaN, keeps such features noticeable.
+    # A maximum ignores -inf; the second term is NaN then, so that such features are noticed.
     largest = F.max_pool2d(candidates, window, window, ceil_mode=True)
     return largest + 0.0 * features.detach().sum()
 
@@ -122,7 +121,7 @@ def _by_nodes(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _by_channels(student: Tensor, teacher: Tensor) -> Tensor:
-    """The same number from (C, C) products, without node-by-node matrices."""
+    """The same number from (C, C) products instead of affinity matrices."""
     own = (student @ student.transpose(1, 2)).square().sum()
     both = (student @ teacher.transpose(1, 2)).square().sum()
     other = (teacher @ teacher.transpose(1, 2)).square().sum()

@@ -1,4 +1,4 @@
-"""Saliency losses: divergences between distributions over the places of an image."""
+"""Saliency losses: divergences between distributions over the pixels of an image."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ EPS = 1e-7  # in the published form
 def saliency_kld(
     logits: Tensor, density: Tensor, valid: Tensor | None = None, *, published: bool = False
 ) -> Tensor:
-    """KL(ground truth || prediction) of distributions over the places of an image.
+    """KL(ground truth || prediction) of distributions over the pixels of an image.
 
-    The prediction is a softmax of the logits over the valid places. As published with MSI-Net
-    (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), a map in 0..1 is divided by its sum
-    instead: `q = y / (eps + sum y)`, `p = m / (eps + sum m)`, loss `sum q log(eps + q / (eps + p))`
-    with eps 1e-7; here the map `m` is the sigmoid of the logits (MSI-Net scales its map to 0..1 by
-    its minimum and maximum). Unlike a softmax, a saturated sigmoid has no gradient.
+    The prediction is a softmax of the logits over the valid pixels. In the form published with
+    MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), a map in 0..1 is divided by its
+    sum instead: `q = y / (eps + sum y)`, `p = m / (eps + sum m)`, and the loss is `sum q log(eps +
+    q / (eps + p))` with eps 1e-7. Here the map `m` is the sigmoid of the logits, while MSI-Net
+    scales maps to 0..1 by minimum and maximum. Unlike a softmax, a saturated sigmoid has no
+    gradient.
 
     Args:
         logits: Prediction, (N, 1, H, W).
         density: Ground truth, (N, 1, H, W), not negative (unchecked); normalised here over the
-            valid places.
-        valid: Places to include, bool (N, H, W); None = all.
+            valid pixels.
+        valid: Pixels to include, bool (N, H, W); None = all.
         published: Use the published form.
 
     Returns:
-        Scalar, the mean over the images with a density above 0 at a valid place; 0 with a zero
-        gradient where there are none.
+        Scalar, the mean over the images with a density above 0 at a valid pixel; 0 with a zero
+        gradient if there are none.
     """
     check_shapes("saliency_kld", logits, density, dimensions=4, names=("logits", "density"))
     _one_channel("saliency_kld", logits, "logits")
@@ -71,26 +72,26 @@ def saliency_maps(
     temperature: float = 1.0,
     published: bool = False,
 ) -> Tensor:
-    """KL(teacher || student) of softened distributions over the places of an image.
+    """KL(teacher || student) of softened distributions over the pixels of an image.
 
-    Both are softmaxes over the valid places of logits divided by the temperature; the loss is
+    Both are softmaxes over the valid pixels, of logits divided by the temperature; the loss is
     multiplied by the squared temperature. This is `channel_wise` of the one channel.
 
-    The published form divides maps by the temperature and then by their sum, so the temperature has
-    **no effect**; its square is left out as well. There the student's map is the sigmoid of its
-    logits and the teacher's its density (the logits of a softmax are known up to a constant only,
-    so their sigmoid is arbitrary). The form is meant for comparisons.
+    The published form, meant for comparisons, divides maps by the temperature and then by their
+    sum, so that the temperature has **no effect**; it has no squared temperature either. In it the
+    student's map is the sigmoid of the student's logits, the teacher's map the softmax of the
+    teacher's: a softmax determines logits only up to a constant, so their sigmoid is arbitrary.
 
     Args:
         student: Logits, (N, 1, H, W).
         teacher: Logits, (N, 1, H, W).
-        valid: Places to include, bool (N, H, W); None = all.
-        temperature: Divides both; above 1 softens.
+        valid: Pixels to include, bool (N, H, W); None = all.
+        temperature: Divides both sets of logits; above 1 softens.
         published: Use the published form, as in `saliency_kld`.
 
     Returns:
-        Scalar, the mean over the N images, or over those with a valid place; 0 with a zero gradient
-        where there are none.
+        Scalar, the mean over the images with a valid pixel; 0 with a zero gradient if there are
+        none.
     """
     check_pair("saliency_maps", student, teacher, dimensions=4)
     _one_channel("saliency_maps", student, "student")
@@ -109,23 +110,22 @@ def saliency_maps(
 
 
 def _places(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Mask of the places to include, (N, 1, H * W)."""
+    """Mask of the pixels to include, (N, 1, H * W)."""
     if valid is None:
         return torch.ones_like(logits, dtype=torch.bool).flatten(2)
     return valid.flatten(1)[:, None]
 
 
 def _sigmoid(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sigmoid map, (N, 1, H * W), 0 at excluded places."""
+    """Sigmoid map, (N, 1, H * W), 0 at excluded pixels."""
     rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
-    # The second term, 0 or NaN, keeps infinite logits noticeable.
+    # The second term is NaN for infinite logits, so that they are noticed.
     return (rows.sigmoid() + 0.0 * rows).masked_fill(~places, 0.0)
 
 
 def _density(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax over the included places, (N, 1, H * W), 0 at others."""
+    """Softmax over the included pixels, (N, 1, H * W), 0 at others; NaN for infinite logits."""
     rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
-    # The second term, 0 or NaN, keeps infinite logits noticeable.
     density = masked_log_softmax(logits, places, 1.0, dtype).exp()
     return density.masked_fill(~places, 0.0) + 0.0 * rows
 

@@ -29,17 +29,17 @@ def masked_bce(
     valid: Tensor | None = None,
     hidden_weight: float = 5.0,
 ) -> Tensor:
-    """Binary cross-entropy of pixel logits, averaged apart inside and outside the hidden region.
+    """Binary cross-entropy of pixel logits, averaged separately inside and outside a hidden region.
 
-    `(w * inside + outside) / (w + 1)` for each input, then the mean over inputs, so that parts of a
-    batch add up to it. A region without pixels is left out together with its weight.
+    `(w * inside + outside) / (w + 1)` for each input, then the mean over inputs, so that the losses
+    of micro-batches add up to that of the batch. A mean over no pixels is left out with its weight.
 
     Args:
         logits: One per class and pixel, (K, C, H, W).
         targets: Whether the class covers the pixel, bool (K, C, H, W); classes may overlap.
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the image rather than padding, bool (K, H, W). Logits elsewhere need not be
-            finite.
+        valid: Pixels of the image as opposed to padding, bool (K, H, W). Logits elsewhere need not
+            be finite.
         hidden_weight: The weight w of the hidden region.
 
     Returns:
@@ -59,7 +59,7 @@ def masked_bce(
 def _in_and_out(
     values: Tensor, weights: Tensor, hidden: Tensor, valid: Tensor | None, hidden_weight: float
 ) -> Tensor:
-    """Combine weighted means of values (K, H, W) inside and outside a region, averaged over K."""
+    """Combine weighted means of values (K, H, W) inside and outside a region; average over K."""
     inside, outside = hidden, ~hidden
     if valid is not None:
         inside, outside = inside & valid, outside & valid
@@ -86,16 +86,16 @@ def masked_cross_entropy(
     class_weights: Tensor | None = None,
     hidden_weight: float = 5.0,
 ) -> Tensor:
-    """Cross-entropy of one class per pixel, averaged apart inside and outside the hidden region.
+    """Cross-entropy of one class per pixel, averaged separately inside and outside a hidden region.
 
-    The two are combined as in `masked_bce`. With class weights each is a weighted mean, normalised
-    by the weights of its pixels as in torch's cross-entropy.
+    The two means are combined as in `masked_bce`. With class weights each is a weighted mean,
+    normalised by the weights of its pixels as in torch's cross-entropy.
 
     Args:
         logits: One per class and pixel, (K, C, H, W).
         targets: The class of each pixel, int64 (K, H, W).
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the image rather than padding, bool (K, H, W).
+        valid: Pixels of the image as opposed to padding, bool (K, H, W).
         class_weights: Positive, (C,).
         hidden_weight: Weight of the hidden region against 1 for the rest.
 
@@ -136,7 +136,7 @@ def multilabel_bce(
         logits: One per class, (N, C).
         targets: Which classes are present, bool (N, C).
         known: Labelled rows, bool (N,); None = all.
-        pos_weight: Weight of a class's presence against 1 for its absence, (C,).
+        pos_weight: Weight of each class's presence, (C,); the weight of its absence is 1.
 
     Returns:
         Scalar, the mean over labelled rows and classes; 0 with a zero gradient without any.

@@ -1,13 +1,14 @@
 """Random augmentations: sampled as a plan, then applied.
 
 Geometry uses torchvision's `transforms.v2.functional`, which dispatches on the input type, so that
-images, boxes and masks are moved together. Colour changes are one matrix product.
+images, boxes and masks are transformed alike. Colour changes are one matrix product.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from kd.errors import UserError
+from kd.registry import check_options
 from kd.utils.images import scaled_size
 
 Matrix = npt.NDArray[np.float64]
@@ -31,7 +33,7 @@ _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 @dataclass(frozen=True, kw_only=True)
 class ColourChange:
-    """Colour changes in the order of application; the defaults change nothing."""
+    """Colour changes, applied in the order of the fields; the defaults change nothing."""
 
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
     brightness: float = 1.0
@@ -87,7 +89,7 @@ _PROBABILITIES = (*_GEOMETRY, *_COLOURS, "blur")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sampled augmentation of one image.
+    """Sampled augmentation of one image, applied in the order crop, flip, shift, rotation.
 
     Attributes:
         size: Height and width of the result, pixels.
@@ -122,7 +124,7 @@ class Plan:
         return moved  # type: ignore[no-any-return]
 
     def image(self, image: Tensor) -> Tensor:
-        """Apply everything to (3, H, W) uint8; returns (3, *size) uint8."""
+        """Apply geometry, blur and colour to (3, H, W) uint8; returns (3, *size) uint8."""
         changed: Tensor = self.move(tv_tensors.Image(image)).as_subclass(Tensor)
         if self.blur:
             changed = F.gaussian_blur(changed, [_BLUR_KERNEL] * 2, [self.blur] * 2)
@@ -134,7 +136,7 @@ class Plan:
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 
     def of_mirrored(self, size: tuple[int, int]) -> Plan:
-        """Plan that gives the same result from the mirrored image, for a plan that flips."""
+        """The plan without flip that gives the same result from the mirrored image of `size`."""
         crop = self.crop
         if crop is not None:
             top, left, height, width = crop
@@ -142,10 +144,10 @@ class Plan:
         return replace(self, flip=False, crop=crop)
 
     def sources(self, size: tuple[int, int]) -> Matrix:
-        """Matrix from the result to the input image of `size`, the inverse of `boxes`.
+        """Affine map from pixels of the result to pixels of the input image of `size`.
 
         Returns:
-            (2, 3): maps (x, y, 1) in pixels of the result to (x, y) of the input image.
+            (2, 3): multiplied by (x, y, 1) of the result it gives (x, y) of the input.
         """
         height, width = self.size
         # In reverse order: rotation about the centre, shift, flip, crop and scale.
@@ -164,8 +166,7 @@ class Plan:
 
     def masks(self, masks: Tensor) -> Tensor:
         """Apply the geometry to (K, H, W) bool."""
-        moved: Tensor = self.move(tv_tensors.Mask(masks)).as_subclass(Tensor)
-        return moved
+        return self.move(tv_tensors.Mask(masks)).as_subclass(Tensor)  # type: ignore[no-any-return]
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Apply the geometry to (M, 4) xyxy pixels in an image of `size`, without clipping."""
@@ -213,9 +214,8 @@ class Augment:
     min_visible: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in (*_PROBABILITIES, "max_shift", "max_jitter", "max_hue", "min_visible"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name}: got {getattr(self, name)}, expected 0 to 1")
+        fractions = ("max_shift", "max_jitter", "max_hue", "min_visible")
+        check_fractions(self, (*_PROBABILITIES, *fractions))
         for name in ("max_angle", "max_rgb_shift", "max_blur"):
             if getattr(self, name) < 0:
                 raise UserError(f"augment.{name}: got {getattr(self, name)}, expected at least 0")
@@ -231,7 +231,7 @@ class Augment:
         """Sample the augmentation of one image of `size` (height, width).
 
         `frame` is the side of a square that the result must fit into: larger images are cropped to
-        it at a random position, instead of any other `crop`. None = unlimited.
+        it at a random position instead of by `crop`. None = unlimited.
         """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
         enabled = {name: value < getattr(self, name) for name, value in chosen.items()}
@@ -283,17 +283,21 @@ def build_augment(options: dict[str, Any] | None) -> Augment | None:
     """Build the augmentation from its options; None stays None."""
     if options is None:
         return None
-    known = [field.name for field in fields(Augment)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise UserError(f"augment: unknown {', '.join(unknown)}; expected {', '.join(known)}")
+    check_options(Augment, options, what="augment")
     return Augment(**options)
+
+
+def check_fractions(options: object, names: Iterable[str]) -> None:
+    """Raise a `UserError` for the first of the named options that is not in 0..1."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"augment.{name}: got {getattr(options, name)}, expected 0 to 1")
 
 
 def visible(
     boxes: Tensor, size: tuple[int, int], min_visible: float, *, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Clip boxes to the image and select those that stay visible enough.
+    """Clip boxes to the image and select those of which enough stays visible.
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -302,7 +306,8 @@ def visible(
         whole: The boxes before an earlier clipping, (M, 4); None = `boxes`.
 
     Returns:
-        Clipped boxes (M, 4), and (M,) bool: at least `min_visible` and one pixel stays.
+        Clipped boxes (M, 4), and (M,) bool: at least `min_visible` of the box stays, and its sides
+        are at least one pixel.
     """
     limit = boxes.new_tensor([size[1], size[0]]).repeat(2)
     cut = torch.minimum(boxes.clamp(min=0), limit)
@@ -313,11 +318,11 @@ def visible(
     return cut, visible_enough & (sides >= 1).all(dim=1)
 
 
-def pad(image: Tensor, size: int) -> Tensor:
-    """Zero-pad (C, h, w) below and on the right to (C, size, size)."""
-    padded = image.new_zeros((image.shape[0], size, size))
-    padded[:, : image.shape[1], : image.shape[2]] = image
-    return padded
+def pad(image: Tensor, size: int | tuple[int, int], *, fill: int = 0) -> Tensor:
+    """Pad (C, h, w) below and on the right to (C, *size), or to a square if `size` is a number."""
+    height, width = (size, size) if isinstance(size, int) else size
+    added = (0, width - image.shape[2], 0, height - image.shape[1])
+    return torch.nn.functional.pad(image, added, value=fill)
 
 
 def _draw_window(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -15,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from kd.errors import UserError
 from kd.registry import check_options
-from kd.transforms.augment import ColourChange
+from kd.transforms.augment import ColourChange, check_fractions, pad
 from kd.utils.images import VOID
 
 
@@ -25,7 +23,7 @@ class Crop:
 
     Attributes:
         window: Top, left, height and width of the crop, pixels of the file.
-        size: Height and width it is scaled to; the rest of the frame is filled.
+        size: Height and width that the crop is scaled to; the rest of the frame is padding.
         flip: Mirror left and right.
         upside_down: Mirror top and bottom.
         colour: Colour changes, or None.
@@ -38,25 +36,25 @@ class Crop:
     colour: ColourChange | None = None
 
     def image(self, pixels: Tensor, frame: tuple[int, int]) -> Tensor:
-        """(3, H, W) uint8 to (3, *frame), filled with 0."""
+        """Crop, scale, recolour and mirror (3, H, W) uint8; padded with 0 to (3, *frame)."""
         part = F.resized_crop(pixels, *self.window, size=list(self.size), antialias=True)
         part = part if self.colour is None else self.colour(part)
         return self.placed(part, frame)
 
     def label_map(self, labels: Tensor, frame: tuple[int, int]) -> Tensor:
-        """(H, W) uint8 to `frame`, nearest neighbour, filled with `VOID`."""
+        """The same for a label map (H, W) uint8, by nearest neighbours, padded with `VOID`."""
         nearest = InterpolationMode.NEAREST_EXACT
         part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
         return self.placed(part, frame, fill=VOID)[0]
 
     def placed(self, part: Tensor, frame: tuple[int, int], *, fill: int = 0) -> Tensor:
-        """Mirror a scaled crop (C, *size) as sampled; `fill` the frame below and on the right."""
+        """Mirror a scaled crop (C, *size) as sampled, and pad it to the frame with `fill`."""
         part = F.horizontal_flip(part) if self.flip else part
         part = F.vertical_flip(part) if self.upside_down else part
-        return _fit(part, frame, fill)
+        return pad(part, frame, fill=fill)
 
     def sources(self) -> NDArray[np.float64]:
-        """Matrix (2, 3) from (x, y, 1) in pixels of the frame to (x, y) in pixels of the file."""
+        """Affine map (2, 3) from pixels (x, y, 1) of the frame to pixels (x, y) of the file."""
         top, left, height, width = self.window
         across, down = width / self.size[1], height / self.size[0]
         row = [0.0, -down, top + height] if self.upside_down else [0.0, down, top]
@@ -65,7 +63,7 @@ class Crop:
         return np.array([[across, 0.0, left], row])
 
     def of_mirrored(self, size: tuple[int, int]) -> Crop:
-        """Crop that gives the same result from the mirrored image, for a crop that flips."""
+        """The crop without flip that gives the same result from the mirrored image of `size`."""
         top, left, height, width = self.window
         return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
 
@@ -89,7 +87,7 @@ class Crops:
     def __post_init__(self) -> None:
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise UserError(f"augment.scale: got {self.scale}, expected 0 < smallest <= largest")
-        _check_fractions(self, ("flip", "jitter", "max_jitter"))
+        check_fractions(self, ("flip", "jitter", "max_jitter"))
 
     def draw(
         self,
@@ -99,9 +97,9 @@ class Crops:
         *,
         factor: float = 1.0,
     ) -> Crop:
-        """Sample a crop from the file's size and the result's (height, width).
+        """Sample a crop, given the file's size and the result's `frame`, both (height, width).
 
-        `factor` is the working size over the file's size; it multiplies every scale.
+        `factor` is the working size divided by the file's size; it multiplies every scale.
         """
         scale = factor * random.uniform(*self.scale)
         places = random.random(2).tolist()
@@ -112,7 +110,7 @@ class Crops:
             round(place * (side - part))
             for place, side, part in zip(places, size, sides, strict=True)
         ]
-        # The crop fills the frame: rounding must not leave a line of void.
+        # A crop smaller than the image fills the frame: rounding must not leave a line of padding.
         scaled = [
             to if part < side else min(to, max(1, round(part * scale)))
             for side, part, to in zip(size, sides, frame, strict=True)
@@ -138,12 +136,12 @@ class Flips:
     max_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        _check_fractions(self, ("flip", "upside_down", "jitter", "max_jitter"))
+        check_fractions(self, ("flip", "upside_down", "jitter", "max_jitter"))
 
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
     ) -> Crop:
-        """Sample the changes of one image of `size`, scaled to `scaled` (height, width)."""
+        """Sample the changes of one image of `size`, to be scaled to `scaled` (height, width)."""
         chances = (self.flip, self.upside_down, self.jitter)
         flip, upside_down, jitter = (random.random(3) < chances).tolist()
         colour = _random_colour(random, self.max_jitter)
@@ -167,23 +165,9 @@ def _random_colour(random: np.random.Generator, most: float) -> ColourChange:
     return ColourChange(**dict(zip(names, changes, strict=True)))
 
 
-def _check_fractions(options: Crops | Flips, names: Sequence[str]) -> None:
-    for name in names:
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"augment.{name}: got {getattr(options, name)}, expected 0 to 1")
-
-
 def build_crops(options: dict[str, Any] | None) -> Crops:
     """Build crops from options; None = scale 1 and no other changes."""
     if options is None:
         return Crops(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
     check_options(Crops, options, what="augment")
     return Crops(**options)
-
-
-def _fit(part: Tensor, frame: tuple[int, int], value: int) -> Tensor:
-    if part.shape[-2:] == torch.Size(frame):
-        return part
-    filled = part.new_full((part.shape[0], *frame), value)
-    filled[:, : part.shape[-2], : part.shape[-1]] = part
-    return filled

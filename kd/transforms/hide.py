@@ -1,8 +1,8 @@
 """Hide objects and draw dense targets, on the device of the batch.
 
-Rounding: pixel (row r, column c) belongs to a shape if its centre (c + 0.5, r + 0.5) does; a box
-includes its left and upper edge and excludes its right and lower edge. A shape that contains no
-pixel centre gets the pixel at its centre, so that something is hidden.
+A pixel (row r, column c) belongs to a shape if its centre (c + 0.5, r + 0.5) lies in the shape; a
+box includes its left and upper edge and excludes its right and lower edge. A shape without any
+pixel centre gets the pixel at the shape's own centre, so that something is hidden.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().sub_(shift).mul_(scale)
 
 
-@functools.cache  # a copy to a GPU in each step would synchronise with it
+@functools.cache  # copying to a GPU in each step would synchronise with it
 def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
@@ -40,9 +40,9 @@ def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def hide_fraction(progress: float, *, start: float, until: float) -> float:
-    """Schedule of partial masking: the fraction of a region to hide grows linearly to 1.
+    """Fraction of each region to hide: grows linearly from `start` to 1.
 
-    It is `start` at progress 0, and 1 from the progress `until` on.
+    It is `start` at progress 0 of the training, and 1 from progress `until` on.
     """
     if progress >= until:
         return 1.0
@@ -55,9 +55,9 @@ def hidden_regions(
     """Draw the region to hide for each box: (K, H, W) bool, at least one pixel in each.
 
     Every shape covers its whole box, so that no part of the object stays visible: `square` has the
-    box's longer side and its centre; `ellipse` is the smallest ellipse around the box, with axes
-    sqrt(2) times the box's sides. Regions are clipped to the frame. Segments come as masks
-    (`shrink_masks`).
+    box's centre and longer side; `ellipse` is the smallest ellipse around the box, with axes
+    sqrt(2) times the box's sides. Regions are clipped to the frame. For segments, which are given
+    as masks, see `shrink_masks`.
 
     Args:
         boxes: (K, 4) xyxy pixels.
@@ -84,7 +84,7 @@ def hidden_regions(
 
 
 def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
-    """Scale masks (K, H, W) about their boxes' centres; a fraction (K,) of the area remains."""
+    """Shrink masks (K, H, W) about their boxes' centres to a fraction (K,) of their area."""
     scale = fraction.clamp(_TINY, 1).rsqrt()[:, None]
     height, width = masks.shape[-2:]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -98,10 +98,10 @@ def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
 
 
 def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
-    """Regions to hide in a batch of docs/batch.md, each reduced to its `hide_fraction`.
+    """Regions to hide in a batch (see docs/batch.md), each reduced to its `hide_fraction`.
 
     Returns:
-        (K, H, W) bool, one for each entry of `hidden`.
+        (K, H, W) bool, one for each entry of `batch["hidden"]`.
     """
     boxes, fraction = batch["boxes"][batch["hidden"]], batch["hide_fraction"]
     if shape == "segment":
@@ -119,8 +119,8 @@ def hide(images: Tensor, image_of: Tensor, regions: Tensor) -> Tensor:
         regions: (K, H, W) bool.
 
     Returns:
-        (K, 4, H, W) of the images' dtype: RGB, 0 in the region (the mean colour, so neither black
-        nor padding), and a channel that is 1 in the region.
+        (K, 4, H, W) of the images' dtype: RGB that is 0 in the region (the mean colour, not black),
+        and a channel that is 1 in the region.
     """
     visible = images[image_of].mul_(~regions[:, None])
     return torch.cat([visible, regions[:, None].to(images.dtype)], dim=1)
@@ -136,7 +136,7 @@ def class_maps(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Draw every object's box on its class's map; overlapping boxes give several classes.
+    """Draw each object's box on the map of its class; a pixel may have several classes.
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -145,8 +145,8 @@ def class_maps(
         num_images: N.
         num_classes: C.
         size: Height and width.
-        out: Result of an earlier call to overwrite: on a CPU, allocating takes several times as
-            long as drawing.
+        out: Result of an earlier call, to be overwritten: on a CPU, allocating takes several times
+            as long as drawing.
 
     Returns:
         (N, C, H, W) bool.

@@ -170,7 +170,7 @@ def test_a_crop_lies_in_the_image_and_fills_the_long_side(seed: int) -> None:
         ({"flip": 1.5}, "augment.flip"),
         ({"max_angle": -1.0}, "augment.max_angle"),
         ({"crop_scale": [0.9, 0.5]}, "augment.crop_scale"),
-        ({"fliip": 0.5}, "unknown fliip"),
+        ({"fliip": 0.5}, "unknown option 'fliip'"),
     ],
 )
 def test_wrong_options_are_rejected(options: dict[str, object], place: str) -> None:
