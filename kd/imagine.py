@@ -1,7 +1,7 @@
-"""Print and draw what a context teacher expects in parts of an image: `python -m kd.imagine IMAGE`.
+"""Show which objects a context teacher expects in parts of an image: `python -m kd.imagine IMAGE`.
 
-Each region is hidden by itself. With --class a hidden region slides over the image instead, and a
-heat map shows where the class is expected.
+Each region is hidden in turn, and the most probable classes are printed and drawn. With --class, a
+hidden region slides over the image instead, and a heat map shows where the class is expected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = logging.getLogger("kd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Process the images one after the other; exit status 2 if any failed."""
+    """Process the images one after the other; the exit status is 2 if any of them failed."""
     args = _parser().parse_args(argv)
     set_up_logging()
     random = 1 if args.random is None else args.random
@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> int:
     teacher = args.teacher
     if teacher is None:
         teacher = latest_teacher()
-        _log.info("%s: using this teacher", teacher)
+        _log.info("using teacher %s, the latest one", teacher)
     imagination = Imagination.open(teacher, read_options(args), args.out, top=args.top)
     known = None
     if args.annotations is not None:
@@ -68,27 +68,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/imagine"), metavar="DIR",
                         help="output folder (default: %(default)s)")  # fmt: skip
     parser.add_argument("--annotations", type=Path, metavar="COCO.json",
-                        help="objects that the teacher may know, by the images' file names; "
-                        "those that a region covers stay hidden")  # fmt: skip
-    what = parser.add_argument_group("regions, each hidden by itself; repeatable")
-    what.add_argument("--box", action="append", default=[], metavar="x1,y1,x2,y2", help="pixels")
+                        help="annotations of the images, found by file name, for teachers that "
+                        "read other objects; those covered by a region are left out")  # fmt: skip
+    what = parser.add_argument_group("regions, hidden one at a time; options are repeatable")
+    what.add_argument("--box", action="append", default=[], metavar="x1,y1,x2,y2",
+                      help="corners in pixels")  # fmt: skip
     what.add_argument("--polygon", action="append", default=[], metavar="x1,y1,x2,y2,x3,y3,...",
                       help="corners in pixels")  # fmt: skip
     what.add_argument("--mask", action="append", default=[], type=Path, metavar="FILE",
-                      help="image of the same size, not 0 where hidden")  # fmt: skip
-    what.add_argument("--random", type=int, metavar="N", 
-                      help="N random boxes, of 1 %% of the image up to the largest object of the "
-                      "teacher's training (default: 3 if nothing else is given)")  # fmt: skip
-    what.add_argument("--seed", type=int, default=0, help="of the random ones (default: 0)")
+                      help="image of the same size whose non-zero pixels are hidden")  # fmt: skip
+    what.add_argument("--random", type=int, metavar="N",
+                      help="N random boxes, of 1 %% of the image up to the largest object in the "
+                      "teacher's training (default: 3 if no region is given)")  # fmt: skip
+    what.add_argument("--seed", type=int, default=0, help="seed of the random boxes (default: 0)")
     what.add_argument("--top", type=int, default=10, help="classes to list (default: 10)")
-    where = parser.add_argument_group("where a class is expected")
+    where = parser.add_argument_group("heat maps of where a class is expected")
     where.add_argument("--class", action="append", default=[], dest="classes", metavar="NAME",
                        help="draw a heat map of this class; repeatable")  # fmt: skip
     where.add_argument("--region", nargs="+", default=["0.2x0.2", "0.4x0.4"], metavar="WxH",
-                       help="sizes of the sliding region, fractions of width and height; the "
-                       "mean over them is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
+                       help="sizes of the sliding region as fractions of width and height; the "
+                       "mean over the sizes is drawn (default: 0.2x0.2 0.4x0.4)")  # fmt: skip
     where.add_argument("--stride", type=float, default=0.5,
-                       help="step, as a fraction of its sides (default: 0.5)")  # fmt: skip
+                       help="step as a fraction of the region's sides (default: 0.5)")  # fmt: skip
     return parser
 
 

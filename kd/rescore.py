@@ -1,8 +1,8 @@
-"""Rescore a detector's results by the context of each of its boxes.
+"""Rescore a detector's results by how well each box fits its context.
 
-The weight of the context is fitted by cross-validation on AP: each image uses the parameters of the
-other folds' images. Without a clear gain, the scores stay bit-equal. With --fit-* the parameters
-are fitted on another split.
+A context teacher predicts each box's class from the rest of the image. The prediction's weight is
+fitted to AP by cross-validation; with --fit-*, on another split. Without a clear gain, scores stay
+unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")
     write_text(metrics, json.dumps(report, indent=2) + "\n")
     if args.figures:
-        marks = [one.setting for one in result.fits]
-        save_figure(curve_figure(strengths, curves, marks, title), args.figures / "strength.png")
+        figure = curve_figure(strengths, curves, [one.setting for one in result.fits], title)
+        save_figure(figure, args.figures / "strength.png")
     sys.stdout.write(f"{args.out}, {metrics}\n")
     return 0
 
@@ -74,25 +74,27 @@ def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd.rescore", description=__doc__)
     add = parser.add_argument
-    add("--teacher", required=True, type=Path, help="a teacher's run folder or checkpoint")
-    add("--detections", required=True, type=Path, help="a detector's COCO results, scores in 0..1")
-    add("--annotations", required=True, type=Path, help="COCO JSON of these images")
-    add("--images", required=True, type=Path, help="their folder")
-    add("--out", required=True, type=Path, help="results to write, beside cached predictions")
-    add("--fit-detections", type=Path, help="results on other images, to fit parameters on")
-    add("--fit-annotations", type=Path, help="COCO JSON of those")
-    add("--fit-images", type=Path, help="their folder")
-    add("--folds", type=int, default=5, metavar="N", help="of images; default 5")
+    add("--teacher", required=True, type=Path, help="a context teacher's run folder or checkpoint")
+    add("--detections", required=True, type=Path, help="COCO results to rescore, scores in 0..1")
+    add("--annotations", required=True, type=Path, help="COCO JSON of the same images")
+    add("--images", required=True, type=Path, help="folder of these images")
+    add("--out", required=True, type=Path, help="file to write; predictions are cached beside it")
+    add("--fit-detections", type=Path, help="results on other images, to fit the parameters on")
+    add("--fit-annotations", type=Path, help="COCO JSON of those other images")
+    add("--fit-images", type=Path, help="folder of those other images")
+    add("--folds", type=int, default=5, metavar="N", help="cross-validation folds (default: 5)")
     add("--rule", choices=("auto", "plain", "competing"), default="auto",
-        help="plain: logit(s) + a evidence; competing: with the other classes of a box; "
-        "auto: the folds choose (default)")  # fmt: skip
-    add("--per-class", action="store_true", help="parameters for classes of 20 objects or more")
-    add("--most", type=int, default=100, metavar="N", help="queries per image; default 100")
-    add("--same-place", type=float, default=0.7, metavar="IOU", help="least IoU in a query; 0.7")
-    add("--sure", type=float, default=0.3, metavar="SCORE", help="least score of inputs; 0.3")
-    add("--shuffled", action="store_true", help="control: predictions for other detections")
-    add("--resamples", type=int, default=400, metavar="N", help="for the intervals; default 400")
-    add("--figures", type=Path, help="folder for AP over the strength (strength.png)")
+        help="plain: add a * evidence to a score's logit; competing: evidence also counts against "
+        "the box's other classes; auto: the better in cross-validation (default)")  # fmt: skip
+    add("--per-class", action="store_true", help="fit each class of 20 objects or more by itself")
+    add("--most", type=int, default=100, metavar="N", help="queries per image (default: 100)")
+    add("--same-place", type=float, default=0.7, metavar="IOU",
+        help="least IoU of detections queried together, as one box (default: 0.7)")  # fmt: skip
+    add("--sure", type=float, default=0.3, metavar="SCORE",
+        help="least score of detections read as known objects (default: 0.3)")  # fmt: skip
+    add("--shuffled", action="store_true", help="control: use predictions for other detections")
+    add("--resamples", type=int, default=400, metavar="N", help="for intervals (default: 400)")
+    add("--figures", type=Path, help="folder for strength.png, AP over the weight of the context")
     return parser
 
 

@@ -1,8 +1,9 @@
-"""Our losses in torchdistill: list this module in a config's `dependencies`, use `kd.pair_wise`.
+"""Use our losses in torchdistill, e.g. `kd.pair_wise`.
 
-Importing it registers `kd.<loss>` for each loss that compares one tensor of the student with one of
-the teacher; `docs/examples/torchdistill.yaml` is an example. Keyword arguments are the paths, as
-for torchdistill's losses, and our options.
+List this module in the `dependencies` of a torchdistill config; `docs/examples/torchdistill.yaml`
+is an example. Importing it registers `kd.<loss>` for each loss that compares one tensor of the
+student with one of the teacher. Keyword arguments are the module paths, as for torchdistill's own
+losses, and the options of ours.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Outputs = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Loss(nn.Module):
-    """A loss on the outputs that torchdistill collected of two modules."""
+    """A loss between the outputs of two modules, collected by torchdistill."""
 
     def __init__(
         self,
@@ -63,10 +64,10 @@ class _Loss(nn.Module):
 
 
 class _Imitation(_Loss):
-    """Imitation at anchors that fit an object; targets are lists of `{"boxes": ...}`.
+    """Imitation in cells whose anchors fit an object; targets are lists of `{"boxes": ...}`.
 
-    `stride` is the distance of anchors in pixels, `scales` are their sides in strides, `ratios`
-    heights over widths; for `psi` see `imitation_mask`.
+    `stride` is the distance between anchors in pixels, `scales` are the anchors' sides in strides,
+    `ratios` height divided by width; for `psi` see `imitation_mask`.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
-"""torchdistill's mid-level losses as ours: two tensors in, a scalar out.
+"""Use torchdistill's mid-level losses as terms: two tensors in, a scalar out.
 
 A loss of torchdistill reads features by module path from the outputs of whole models. Here it gets
-one tensor of each side, so that it is a term like any other: `losses: [{name:
-torchdistill.DISTLoss, weight: 1.0, student: logits, teacher: logits}]`. Its constructor's paths are
-filled in; its other arguments are the term's options.
+one tensor of each side and is a term like any other: `losses: [{name: torchdistill.DISTLoss,
+weight: 1.0, student: logits, teacher: logits}]`. The paths in its constructor are filled in; its
+other arguments are the term's options.
 
-`KDLoss` and `LogitStdKDLoss` add the labels' loss by `alpha` (the task has that one), omit the
-temperature's square otherwise, and divide maps by the number of images, not of pixels: this is
-corrected. A loss with weights, which torchdistill's engine does not optimise, becomes part of the
-trained module.
+`KDLoss` and `LogitStdKDLoss` are corrected: they add the loss of the labels by `alpha`, which is
+the task's business here; without it they omit the squared temperature, and they divide the loss of
+maps by the number of images instead of pixels. A loss with weights, which torchdistill's engine
+does not optimise, becomes part of the trained module.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kd.registry import look_up
 
 PREFIX = "torchdistill."
 LAYER = "layer"
-# The task has these losses' part with labels; `beta` is the weight of the rest.
+# Losses with a part for the labels, weighted by `alpha`; `beta` is the weight of the rest.
 SOFTENED = ("KDLoss", "LogitStdKDLoss")
 LABELS = {"alpha": 0.0, "beta": 1.0}
-# These take two layers of each side, or pairs of tensors from torchdistill's own modules.
+# Losses that need two layers of each side, or pairs of tensors from torchdistill's own modules.
 PAIRED = ("FSPLoss", "HierarchicalContextLoss", "VIDLoss")
 
 
 class Borrowed(nn.Module):
     """A loss of torchdistill between one tensor of each side.
 
-    `module` reads both as the output of `LAYER`; its value is multiplied by `factor`.
+    `module` reads both tensors as the output of `LAYER`; the result is multiplied by `factor`.
     """
 
     def __init__(self, name: str, module: nn.Module, factor: float) -> None:
@@ -60,8 +60,10 @@ class Borrowed(nn.Module):
 class Borrow:
     """A mid-level loss of torchdistill as a function `(student, teacher, *, options)`.
 
-    Its signature lists the loss's options. An unknown name, or a loss that needs more than a tensor
-    of each side, is a UserError.
+    The signature lists the loss's options.
+
+    Raises:
+        UserError: An unknown name, or a loss that needs more than one tensor of each side.
     """
 
     def __init__(self, name: str) -> None:
@@ -104,7 +106,7 @@ def _registry() -> dict[str, Callable[..., nn.Module]]:
 
 
 def _places(name: str, parameters: list[str]) -> dict[str, Any]:
-    """Constructor arguments that say where the tensors are."""
+    """Constructor arguments by which a loss finds its tensors."""
     places: dict[str, Any] = {}
     paths = [one for one in parameters if one.endswith("_path")]
     pairs = [one for one in parameters if one.endswith("_pairs")]

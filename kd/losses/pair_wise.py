@@ -12,8 +12,8 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses._checks import check_device, check_floating, check_mask, check_positive, wide_dtype
 
-# Nodes not longer than this count as zero: their gradient grows as 1 / length and would dominate all
-# others. The square of this length is still exact in float32, which reaches 1e-38.
+# Nodes not longer than this count as zero: their gradient grows as 1 / length and would dominate
+# all others. The square of this length is still exact in float32, which reaches 1e-38.
 SHORTEST = 1e-6
 
 

@@ -1,11 +1,12 @@
-"""Results of a simulated detector on the embedded scenes that ignores context.
+"""Simulate a detector that ignores context on the embedded scenes, and write its COCO results.
 
     python -m kd.scenes.detector --scenes datasets/scenes --split val --out results.json
 
-Boxes are off by a few per cent, some objects are missed, some boxes are empty. The *look* of an
-object is recognised with a random confidence; its class among those of that look is random, so that
-each box has several classes of nearly equal scores, as boxes of real detectors do. Neither the
-scene nor other objects influence any number. The same arguments give the same bytes.
+Boxes are off by a few per cent, some objects are missed, and some boxes contain no object. The
+*look* of an object is recognised with a random confidence; the score is divided at random among the
+classes of that look, so that a box has several classes of nearly equal scores, as with real
+detectors. Neither the scene nor other objects influence any number. The same arguments give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from kd.utils.io import write_text
 
 MISSED = 0.05  # fraction of objects without a box
 SHIFT, STRETCH = 0.04, 0.05  # standard deviations of the centre, in sides, and of the log sides
-TRUE_LOGIT = (2.0, 1.0)  # logit of the look of a true object: mean, standard deviation
-FALSE_LOGIT = (-1.5, 1.0)  # likewise, of an empty box
-FALSE_BOXES = 1.0  # mean number of empty boxes per image
-AMBIGUOUS = 0.1  # fraction of boxes with a second look, its logit 2 lower
+TRUE_LOGIT = (2.0, 1.0)  # mean and standard deviation of the logit of a true object's look
+FALSE_LOGIT = (-1.5, 1.0)  # the same for a box without an object
+FALSE_BOXES = 1.0  # mean number of boxes without an object per image
+AMBIGUOUS = 0.1  # fraction of boxes with a second look, whose logit is lower by 2
 CLASS_NOISE = 0.3  # standard deviation of the log odds between confusable classes
 _STREAM = 7  # separates this random stream from others
 
@@ -36,7 +37,7 @@ Json = dict[str, Any]
 
 
 def detect(content: Json, *, seed: int = 0) -> list[Json]:
-    """Simulate COCO results of a scenes file, image by image; its categories have a `look`."""
+    """Simulate COCO results for the content of a scenes file, whose categories have a `look`."""
     by_look: dict[str, list[int]] = {}
     for category in content["categories"]:
         by_look.setdefault(category["look"], []).append(int(category["id"]))
@@ -95,7 +96,7 @@ def _classify(
 def _jitter_box(
     box: np.ndarray[Any, np.dtype[np.float64]], size: tuple[int, int], random: np.random.Generator
 ) -> list[float]:
-    """Perturb a box; returns x, y, width, height inside the image."""
+    """Perturb a box (x, y, width, height), staying inside the image."""
     sides = box[2:] * np.exp(random.normal(0.0, STRETCH, 2))
     centre = box[:2] + box[2:] / 2 + random.normal(0.0, SHIFT, 2) * box[2:]
     low = np.clip(centre - sides / 2, 0, np.array(size) - 1.0)
@@ -107,12 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m kd.scenes.detector`."""
     parser = argparse.ArgumentParser(
         prog="python -m kd.scenes.detector",
-        description="Write COCO results of a simulated detector on the embedded scenes that "
-        "ignores context.",
+        description="Write COCO results of a simulated detector that ignores context, on the "
+        "embedded scenes.",
     )
-    parser.add_argument("--scenes", type=Path, required=True, help="folder of kd.data.scenes")
+    parser.add_argument(
+        "--scenes", type=Path, required=True, help="folder written by kd.data.scenes"
+    )
     parser.add_argument("--split", choices=("train", "val"), default="val")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results JSON")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="COCO results to write"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,8 @@
 """Synthetic gaze model for annotated scenes, so that saliency runs without eye-tracking data.
 
 Observers fixate objects, the centre, and random points. People and animals attract most fixations;
-observers differ in their preferences. It serves to run and test the code, not to model humans.
+observers differ in their preferences. The model serves to run and test the code, not to describe
+humans.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _STREAM = 11  # separates this random stream from others
 
 @dataclass(frozen=True)
 class SceneGaze:
-    """Deterministic fixations on the images of an index.
+    """Simulate fixations on annotated images; the same arguments give the same fixations.
 
     Args:
-        index: Annotated images.
-        seed: Seed of the observers.
+        index: The annotated images.
+        seed: Seed of the observers' random choices.
     """
 
     index: CocoIndex
     seed: int = 0
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations on the image at a position in the index."""
+        """Simulate fixations on the image at position `number` of the index."""
         index = self.index
         own = int(index.heights[number]), int(index.widths[number])
         if own != size:

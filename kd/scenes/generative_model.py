@@ -2,12 +2,13 @@
 
 A scene is sampled in this order; every factor is a normalised distribution:
 
-1. its kind (harbour, kitchen, ...), uniform, and its horizon, which only affects the image;
-2. the number of objects and their centres, independent of kind and class. The height of a centre
-determines its place (top, middle, bottom), so that a box alone gives the place;
+1. the kind of scene (harbour, kitchen, ...), uniform, and the horizon, which only affects pixels;
+2. the number of objects and their centres, independent of kind and class. The row of a centre
+determines the object's place (top, middle, bottom), so that a box alone gives the place;
 3. the classes, from left to right: `p(c_i | kind, c_<i) = softmax_c(log_base[kind, place_i, c] +
-sum_j<i pull[c, c_j] * nearness_ij)`: what belongs there, and what occurs with its neighbours;
-4. width and height of each box given class and place, on a grid of even numbers.
+sum_j<i pull[c, c_j] * nearness_ij)`, that is, what belongs at the place and what occurs next to the
+objects on the left;
+4. width and height of each box, even numbers, given class and place.
 
 Centres and sizes are integers, so boxes are stored without rounding and the posterior is exact.
 Classes with the same look have the same sizes: only context separates them.
@@ -23,6 +24,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_softmax
 
 from kd.errors import UserError
 from kd.scenes import vocabulary as tables
@@ -33,7 +35,7 @@ Given = Literal["pixels", "annotations", "both"]
 
 CANVAS = 64  # scenes are laid out on 64 x 64 units, independent of the image size
 SIZES = np.arange(8, 23, 2)  # even, so that centres are integers
-COLUMNS = (11, 53)  # keep the largest box inside the image
+COLUMNS = (11, 53)  # centre columns that keep the largest box inside the image
 BANDS = ((11, 18), (23, 36), (41, 53))  # centre rows of top, middle, bottom, separated by gaps
 BAND_FRACTIONS = (0.25, 0.35, 0.40)
 COUNTS = (4, 7)
@@ -43,16 +45,16 @@ HORIZONS = (18, 25)
 
 @dataclass(frozen=True)
 class World:
-    """Parameters of the model: K kinds, P places, C classes, S sizes.
+    """Parameters of the model, for K kinds, P places, C classes and S sizes.
 
     Attributes:
-        kinds: Names of the scene kinds.
+        kinds: Names of the kinds of scenes.
         classes: Names of the classes.
-        looks: (C,) index of each class's look; classes with equal numbers are confusable.
+        looks: (C,) index of each class's look; classes with the same look are confusable.
         log_base: (K, P, C) log weight of each class, up to a constant.
         pull: (C, C) symmetric; increase of a class's log odds by another class at distance 0.
         log_width: (C, P, S) log probability of each of `SIZES`.
-        log_height: (C, P, S) likewise.
+        log_height: (C, P, S) the same for the height.
         reach: Range of the pull, in units of the canvas.
     """
 
@@ -68,7 +70,7 @@ class World:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene before it is painted, with its objects ordered from left to right.
+    """A sampled scene before rendering, with its objects ordered from left to right.
 
     Attributes:
         kind: Index into the world's kinds.
@@ -115,7 +117,7 @@ def build_world() -> World:
 
 
 def _repulsions() -> dict[str, list[str]]:
-    """A class repels the companions of its confusable partner, to separate the two enough."""
+    """Classes that each class repels: those that co-occur with its confusable partner."""
     repulsions: dict[str, list[str]] = {}
     for name, friends in tables.FRIENDS.items():
         look = tables.CLASSES[name][0]
@@ -126,17 +128,13 @@ def _repulsions() -> dict[str, list[str]]:
 
 
 def _log_sizes(typical: npt.NDArray[Any]) -> Floats:
-    """Discretised log-normal around (C,) typical sizes, larger in the foreground: (C, P, S)."""
+    """Log-normal distributions of sizes around (C,) typical ones, discretised: (C, P, S).
+
+    Sizes are larger in the foreground.
+    """
     centre = np.log(typical[:, None, None] * np.array(tables.PLACE_SCALE)[None, :, None])
     log_weight = -((np.log(SIZES) - centre) ** 2) / (2 * tables.SIZE_SPREAD**2)
-    return _log_softmax(log_weight)
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    """Log-softmax over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    log_probs: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return log_probs
+    return np.asarray(log_softmax(log_weight, axis=-1))
 
 
 WORLD = build_world()
@@ -167,7 +165,7 @@ def sample_scene(rng: np.random.Generator, *, world: World = WORLD) -> Scene:
     sizes = np.zeros_like(centres)
     for i, place in enumerate(places):
         logits = world.log_base[kind, place] + near[i, :i] @ world.pull[classes[:i]]
-        classes[i] = _draw(rng, _log_softmax(logits))
+        classes[i] = _draw(rng, log_softmax(logits))
         for axis, table in enumerate((world.log_width, world.log_height)):
             sizes[i, axis] = SIZES[_draw(rng, table[classes[i], place])]
     boxes = np.concatenate([centres - sizes // 2, sizes], axis=1)
@@ -194,14 +192,16 @@ def _sample_centres(rng: np.random.Generator) -> Ints:
 
 
 def exact_posteriors(scene: Scene, *, given: Given = "pixels", world: World = WORLD) -> Floats:
-    """Exact class posterior of every object of a scene, hidden one at a time with known box.
+    """Exact class posterior of each object of a scene when only that object is hidden.
+
+    The hidden object's box is known; the posterior does not depend on the object's own class.
 
     Args:
-        scene: The scene; an object's posterior does not depend on its own class.
-        given: What is observed of the rest. `pixels`: what a perfect observer sees, the scene
-            kind, all boxes, and the *look* of the other objects, with confusable classes summed
-            over. `annotations`: all boxes and the classes of the other objects, with scene kinds
-            summed over. `both`: kind, boxes and classes.
+        scene: The scene.
+        given: What else the posterior is conditioned on. `pixels`: what a perfect observer sees,
+            that is, the kind of scene, all boxes, and the *look* of the other objects; sums over
+            confusable classes. `annotations`: all boxes and the classes of the other objects; sums
+            over the kinds of scenes. `both`: kind, boxes and classes.
         world: The model.
 
     Returns:
@@ -233,13 +233,13 @@ def _product(options: Sequence[Ints]) -> Ints:
 
 
 def log_density(boxes: Ints, classes: Ints, kinds: Ints, *, world: World = WORLD) -> Floats:
-    """Joint log density (K, A) of kind, classes and sizes for many class assignments at once.
+    """Joint log density (K, A) of kind, classes and sizes, for many class assignments at once.
 
-    The density of the centres, which is the same for all, is left out.
+    The density of the centres, which is the same for all of them, is left out.
 
     Args:
         boxes: (n, 4), left to right.
-        classes: (A, n) assignments.
+        classes: (A, n) class assignments.
         kinds: (K,) kinds to evaluate.
         world: The model.
     """

@@ -1,8 +1,8 @@
 """Render embedded scenes: background, objects, light and sensor noise.
 
-An object's appearance depends on its look, not its class, and stays inside its box: no shadow, and
-no blur across the edge. Each object, the background and the noise have their own random generators,
-so that omitting an object changes no pixel outside its box.
+An object's appearance depends on its look, not its class, and stays inside its box: there is no
+shadow, and no blur across the edge. Each object, the background and the noise have random
+generators of their own, so that omitting an object changes no pixel outside its box.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def paint_scene(
         scene: What to render; nearer objects (lower in the image) occlude farther ones.
         seed: Random seed of the rendering.
         size: Side of the image in pixels, a multiple of 64.
-        omit: Objects to leave out; everything else is unchanged.
-        world: The model, for the look of each class and the name of the kind.
+        omit: Indices of objects to leave out; everything else is unchanged.
+        world: The model, for the look of each class and the name of the kind of scene.
     """
     scale = size // CANVAS
     entropy = seed if isinstance(seed, tuple) else (seed,)
@@ -152,7 +152,7 @@ def _ellipse_points(ellipse: Shape) -> Floats:
 
 
 def _background(kind: str, horizon: int, size: int, rng: np.random.Generator) -> Floats:
-    """(size, size, 3) three grounds: above the horizon, below it, and near."""
+    """Three grounds, above the horizon, below it, and near: (size, size, 3)."""
     near = round(size * rng.uniform(0.57, 0.64))
     canvas = np.empty((size, size, 3), dtype=np.float32)
     edges = (0, horizon, near, size)
@@ -167,7 +167,7 @@ def _background(kind: str, horizon: int, size: int, rng: np.random.Generator) ->
 
 
 def _uneven_light(size: int, rng: np.random.Generator) -> Floats:
-    """(size, size) smooth variation of light."""
+    """Smooth variation of light, (size, size)."""
     coarse = Image.fromarray(rng.normal(0.0, 7.0, (6, 6)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
 

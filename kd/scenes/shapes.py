@@ -1,4 +1,4 @@
-"""Appearance of the embedded scenes: silhouettes in a unit square, colours, grounds."""
+"""Appearance of the embedded scenes: silhouettes in a unit square, colours and grounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Shape:
         form: `ellipse` has two corners, `polygon` three or more points.
         colour: RGB before the object's random shift.
         points: x, y pairs in 0..1.
-        outline: Part of the silhouette rather than a detail within it.
+        outline: Whether the shape is part of the silhouette, as opposed to a detail inside it.
     """
 
     form: Literal["ellipse", "polygon"]
@@ -133,7 +133,7 @@ LOOKS: dict[str, tuple[Shape, ...]] = {
     ),
 }
 
-# kind: colour of far ground (top), middle, near ground, and the texture of each.
+# For each kind of scene, colour and texture of the far (top), the middle and the near ground.
 GROUNDS: dict[str, tuple[Ground, Ground, Ground]] = {
     "harbour": (((150, 165, 185), "plain"), ((40, 75, 125), "waves"), ((125, 120, 115), "tiles")),
     "beach": (((110, 185, 240), "plain"), ((40, 165, 185), "waves"), ((230, 210, 150), "plain")),

@@ -1,6 +1,6 @@
-"""Vocabulary of the embedded scenes: scene kinds, classes, where they occur and with what.
+"""Vocabulary of the embedded scenes: kinds of scenes, and where and with what each class occurs.
 
-The numbers were tuned by measurement: see `kd.data.scenes`. Changing one changes the fingerprint of
+The numbers were tuned by measurement, see `kd.data.scenes`. Changing one changes the fingerprint of
 the generated datasets.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 Weights = dict[str, float]
 
-FLOOR = 0.02  # weight of a class where it does not belong, above 0
+FLOOR = 0.02  # weight of a class at a place where it does not belong
 PULL = 1.6  # log odds added by a companion at distance 0
 REACH = 17.0  # a companion's pull at distance d is PULL * exp(-d^2 / (2 REACH^2))
 SIZE_SPREAD = 0.14  # standard deviation of log width and log height
 PLACE_SCALE = (0.9, 1.0, 1.1)  # objects in front are larger
 
-# class: (look, supercategory). Five looks belong to two classes each.
+# class: (look, supercategory). Five looks are shared by two classes each.
 CLASSES: dict[str, tuple[str, str]] = {
     "ball": ("disc", "toy"), "orange": ("disc", "food"), "bird": ("wing", "animal"),
     "kite": ("wing", "toy"), "cone": ("wedge", "traffic"), "tent": ("wedge", "outdoor"),
@@ -45,8 +45,9 @@ PLACE_NAMES: dict[str, tuple[str, str, str]] = {
     "desk": ("shelf", "wall", "desk"),
 }
 
-# kind: what belongs at the top, in the middle, at the bottom. Confusable classes have equal weights
-# in most places, so that neither kind nor place separates them there.
+# For each kind of scene, weights of the classes at the top, in the middle and at the bottom.
+# Confusable classes have equal weights in most places, so that neither kind nor place separates
+# them there.
 BASE: dict[str, tuple[Weights, Weights, Weights]] = {
     "harbour": (
         {"cloud": 2, "bird": 2, "kite": 2},

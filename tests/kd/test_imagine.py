@@ -244,7 +244,7 @@ def test_without_a_name_the_teacher_trained_last_is_asked(
         os.utime(run / "summary.json", (1e9 - age, 1e9 - age))
     (run / "summary.json").unlink()
     assert run_command(imagine.main, [str(scene)]) == 0
-    assert "runs/teacher/cnn/scenes: using this teacher" in caplog.text
+    assert "using teacher runs/teacher/cnn/scenes, the latest one" in caplog.text
     assert drawn(tmp_path / "runs" / "imagine" / f"{scene.stem}.png")[0] > 500
 
 
