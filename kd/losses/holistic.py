@@ -227,7 +227,8 @@ class Adversary(nn.Module):
 
     def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
         """The critic's loss."""
-        return critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
+        loss: Tensor = critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
+        return loss
 
 
 def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 from torch import nn
@@ -22,12 +21,8 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return self
 
 
-@functools.cache
-def _frozen(kind: type[nn.BatchNorm2d]) -> type[nn.BatchNorm2d]:
-    """A frozen subclass of a class of batch norms; timm's have an activation inside."""
-    if kind is nn.BatchNorm2d:
-        return FrozenBatchNorm
-    return type(f"Frozen{kind.__name__}", (FrozenBatchNorm, kind), {})
+# Frozen subclasses of batch norm by class, created on demand; timm's have an activation inside.
+_FROZEN: dict[type, type[nn.BatchNorm2d]] = {nn.BatchNorm2d: FrozenBatchNorm}
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
@@ -35,7 +30,9 @@ def freeze_batch_norm(module: nn.Module) -> None:
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             if not isinstance(norm, FrozenBatchNorm):
-                norm.__class__ = _frozen(type(norm))
+                kind = type(norm)
+                frozen = type(f"Frozen{kind.__name__}", (FrozenBatchNorm, kind), {})
+                norm.__class__ = _FROZEN.setdefault(kind, frozen)
             norm.requires_grad_(False).train()
 
 

@@ -200,6 +200,6 @@ class JoinedStages(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to (N, channels, H/stride, W/stride); finer stages are averaged."""
         maps = self.trunk.forward_at(images, self.paths)
-        grid = maps[-1].shape[2:]
+        grid = (maps[-1].shape[2], maps[-1].shape[3])
         same = [one if one.shape[2:] == grid else F.adaptive_avg_pool2d(one, grid) for one in maps]
         return torch.cat(same, dim=1)

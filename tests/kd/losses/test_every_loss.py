@@ -106,7 +106,8 @@ def holistic_case(student: Tensor, _: Tensor) -> Tensor:
 
 def critic_case(student: Tensor, teacher: Tensor) -> Tensor:
     point = torch.Generator().manual_seed(0)
-    return critic_loss(CRITIC, student, teacher, images(student), generator=point)
+    loss: Tensor = critic_loss(CRITIC, student, teacher, images(student), generator=point)
+    return loss
 
 
 def bce_case(logits: Tensor, _: Tensor) -> Tensor:

@@ -238,7 +238,8 @@ def test_the_critics_loss_has_the_right_gradient() -> None:
 
     def loss(*_: Tensor) -> Tensor:  # gradcheck changes the critic's weights in place
         points = torch.Generator().manual_seed(3)
-        return critic_loss(critic, student, teacher, images, generator=points)
+        value: Tensor = critic_loss(critic, student, teacher, images, generator=points)
+        return value
 
     assert torch.autograd.gradcheck(loss, tuple(critic.parameters()))
 
