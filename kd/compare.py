@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Torch takes seconds to import: not before the arguments are checked.
-    from kd.evaluation.cost import measured
-    from kd.evaluation.cost_figure import cost_figure, cost_table
+    from kd.evaluation.cost import cost_figure, cost_table, measured
     from kd.report.comparison import comparison_figure
     from kd.report.style import save_figure
     from kd.report.tables import distill_table, print_table, runs_table, write_markdown
@@ -71,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.figure:
         save_figure(draw(tables[0]), args.figure)
     if args.cost:
-        save_figure(cost_figure([cost.point for cost in costs]), args.cost)
+        save_figure(cost_figure(costs), args.cost)
     return 0
 
 

@@ -1,61 +1,69 @@
-"""Measured cost of networks on this device, and the accuracy of their runs."""
+"""Measured cost of networks on this device, and the accuracy of their runs: table and figure."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from kd.config.recipes import Model
 from kd.errors import UserError
-from kd.evaluation.cost_figure import Cost, CostPoint, Kind
 from kd.nn.cost import latency, multiply_adds
 from kd.problems.recipes import section_from
-from kd.report.tables import value_of
+from kd.report.style import COLOURS, GREY, INK, clean, colours
+from kd.report.tables import Table, value_of
 from kd.runs.build import open_data, without_weights
 from kd.runs.read import DistillRuns, Run, check_same_objects, distinct_names
 from kd.runs.setup import count_parameters
 
 PLAIN, TEACHER = "plain", "teacher"
+KINDS = (PLAIN, "distilled", TEACHER)
+_SHAPES = "osD^"  # of students, one after another where there are more than colours
+_PANELS = {
+    "parameters": "parameters",
+    "multiply_adds": "multiply-adds per image",
+    "latency": "latency per image (ms)",
+}
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """Runs of one network and variant."""
+class Cost:
+    """Measured cost of a trained network, and the accuracy of its runs.
 
-    runs: list[Run]  # one per seed
+    Attributes:
+        name: The network; equal for the plain and the distilled runs of a student.
+        variant: Variant of the runs, `teacher` for a teacher.
+        mean_iou: In 0..1, mean over seeds.
+        parameters: Number of parameters.
+        multiply_adds: Per image.
+        latency: Milliseconds per image.
+        sides: Height and width of the image.
+        device: Device of the latency, with its number of threads.
+    """
+
+    name: str
     variant: str
-    origin: Path  # folder of the distillation, or of the teacher
+    mean_iou: float
+    parameters: int
+    multiply_adds: int
+    latency: float
+    sides: tuple[int, int]
+    device: str
 
     @property
-    def section(self) -> Model:
-        """The network's name and options."""
-        part = self.runs[0].config[TEACHER if self.variant == TEACHER else "student"]
-        return without_weights(Model(name=part["name"], options=part["options"]))
-
-    @property
-    def network(self) -> str:
-        """Name, with the trunk if that is an option: `pspnet_resnet18`."""
-        trunk = self.section.options.get("trunk")
-        return f"{self.section.name}_{trunk}" if isinstance(trunk, str) else self.section.name
-
-    @property
-    def kind(self) -> Kind:
-        """Teacher, plain, or distilled in any way."""
-        if self.variant == TEACHER:
-            return "teacher"
-        return "plain" if self.variant == PLAIN else "distilled"
-
-    @property
-    def mean_iou(self) -> float:
-        """Mean over seeds."""
-        name = self.runs[0].results.cost_metric
-        assert name is not None
-        return sum(value_of(run.results, name, run.records) for run in self.runs) / len(self.runs)
+    def kind(self) -> str:
+        """One of `KINDS`: teacher, plain, or distilled in any way."""
+        return self.variant if self.variant in (PLAIN, TEACHER) else "distilled"
 
 
 def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> list[Cost]:
@@ -69,66 +77,152 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
         UserError: A run does not predict label maps, runs have predictions on different images, or
             a dataset is missing.
     """
-    trained = [
-        _Trained(runs, variant, one.folder)
+    trained: list[tuple[Path, str, Sequence[Run]]] = [
+        (one.folder, variant, runs)
         for one in distillations
         for variant, runs in one.variants.items()
     ]
-    trained += [_single(run) for run in singles]
-    runs = [run for one in trained for run in one.runs]
-    for run in runs:
+    for run in singles:
+        variant = str(run.config.get("variant", TEACHER))
+        origin = run.folder if variant == TEACHER else run.folder.parent.parent
+        trained.append((origin, variant, [run]))
+    everything = [run for _, _, runs in trained for run in runs]
+    for run in everything:
         if run.results.cost_metric is None:
             raise UserError(
                 f"{run.folder}: predicts {run.results.things}; --cost is for label maps"
             )
-    check_same_objects(runs)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known: dict[str, Cost] = {}  # variants of one student cost the same
+    check_same_objects(everything)
+    models = [_model(runs[0].config, variant) for _, variant, runs in trained]
+    names = _names(models, [origin for origin, _, _ in trained])
+    known: dict[str, dict[str, Any]] = {}  # variants of one student cost the same
     costs = []
-    for name, one in zip(_names(trained), trained, strict=True):
-        config = one.runs[0].config
-        key = json.dumps([one.kind == TEACHER, one.section.model_dump(), config["data"]])
+    for name, model, (_, variant, runs) in zip(names, models, trained, strict=True):
+        key = json.dumps([variant == TEACHER, model.model_dump(), runs[0].config["data"]])
         if key not in known:
-            known[key] = _measure(one, name, device)
-        point = replace(known[key].point, name=name, kind=one.kind, mean_iou=one.mean_iou)
-        costs.append(known[key]._replace(point=point, variant=one.variant))
+            known[key] = _measure(runs[0], model, teacher=variant == TEACHER)
+        accuracies = [
+            value_of(run.results, str(run.results.cost_metric), run.records) for run in runs
+        ]
+        mean_iou = sum(accuracies) / len(accuracies)
+        costs.append(Cost(name, variant, mean_iou, **known[key]))
     return costs
 
 
-def _single(run: Run) -> _Trained:
-    if "variant" in run.config:
-        return _Trained([run], str(run.config["variant"]), run.folder.parent.parent)
-    return _Trained([run], TEACHER, run.folder)
+def _model(config: dict[str, Any], variant: str) -> Model:
+    """Name and options of a run's network, with random weights: they cost the same."""
+    part = config[TEACHER if variant == TEACHER else "student"]
+    return without_weights(Model(name=part["name"], options=part["options"]))
 
 
-def _names(trained: Sequence[_Trained]) -> list[str]:
-    """Name of each network, or of its folder where several folders have that network."""
-    names = [one.network for one in trained]
-    origins = list(dict.fromkeys(one.origin for one in trained))
-    folders = dict(zip(origins, distinct_names(origins), strict=True))
-    pairs = {(name, one.origin) for name, one in zip(names, trained, strict=True)}
-    shared = Counter(name for name, _ in pairs)
-    return [
-        name if shared[name] == 1 else folders[one.origin]
-        for name, one in zip(names, trained, strict=True)
+def _names(models: Sequence[Model], origins: Sequence[Path]) -> list[str]:
+    """Name of each network, or of its folder where several folders have that network.
+
+    The trunk is part of the name if it is an option: `pspnet_resnet18`.
+    """
+    trunks = [model.options.get("trunk") for model in models]
+    names = [
+        f"{model.name}_{trunk}" if isinstance(trunk, str) else model.name
+        for model, trunk in zip(models, trunks, strict=True)
     ]
+    different = list(dict.fromkeys(origins))
+    folders = dict(zip(different, distinct_names(different), strict=True))
+    pairs = list(zip(names, origins, strict=True))
+    shared = Counter(name for name, _ in set(pairs))
+    return [name if shared[name] == 1 else folders[origin] for name, origin in pairs]
 
 
-def _measure(one: _Trained, name: str, device: torch.device) -> Cost:
-    """Measure the network with random weights, which have the same cost."""
-    run = one.runs[0]
+def _measure(run: Run, model: Model, *, teacher: bool) -> dict[str, Any]:
+    """Measure a network; returns the last five fields of `Cost`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     section = section_from(run.config, str(run.folder / "config.yaml"))
     data = open_data(section, run.config["task"]["name"])
-    model = (
-        data.problem.build_teacher(one.section, data.num_classes)
-        if one.kind == TEACHER
-        else data.problem.build_student(one.section, data)
+    network = (
+        data.problem.build_teacher(model, data.num_classes)
+        if teacher
+        else data.problem.build_student(model, data)
     ).to(device)
     sides = run.results.usual_size(data)
     images = torch.zeros(1, 3, *sides, device=device)
-    point = CostPoint(
-        name, count_parameters(model), multiply_adds(model, images),
-        latency=1000 * latency(model, images), mean_iou=one.mean_iou, kind=one.kind,
-    )  # fmt: skip
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return Cost(point, one.variant, sides, f"{device.type}{threads}")
+    return {
+        "parameters": count_parameters(network),
+        "multiply_adds": multiply_adds(network, images),
+        "latency": 1000 * latency(network, images),
+        "sides": sides,
+        "device": f"{device.type}{threads}",
+    }
+
+
+def cost_table(costs: Sequence[Cost]) -> Table:
+    """The numbers of `cost_figure`, by multiply-adds."""
+    lines = []
+    for cost in sorted(costs, key=lambda cost: cost.multiply_adds):
+        height, width = cost.sides
+        lines.append((
+            cost.name, cost.variant, f"{width} x {height}", f"{cost.parameters / 1e6:.3g}",
+            f"{cost.multiply_adds / 1e9:.3g}", f"{cost.latency:.3g}", f"{100 * cost.mean_iou:.1f}",
+        ))  # fmt: skip
+    header = ("network", "run", "image", "parameters (M)", "multiply-adds (G)", "latency (ms)",
+              "mIoU (%)")  # fmt: skip
+    devices = ", ".join(dict.fromkeys(cost.device for cost in costs))
+    note = f"latency: median of forward passes of single images on {devices}"
+    return Table("Cost of networks", header, (tuple(lines),), (note,))
+
+
+def cost_figure(costs: Sequence[Cost]) -> Figure:
+    """Plot mIoU against parameters, multiply-adds and latency, all logarithmic.
+
+    Each network has a colour and shape of its own; an arrow leads from a plain student to each
+    distilled one of its name.
+    """
+    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    best_first = sorted(costs, key=lambda cost: -cost.mean_iou)
+    teachers = {cost.name for cost in costs if cost.kind == TEACHER}
+    names = list(dict.fromkeys(cost.name for cost in best_first))
+    students = [name for name in names if name not in teachers]
+    looks = dict.fromkeys(teachers, (INK, "*"))
+    for place, (name, colour) in enumerate(zip(students, colours(len(students)), strict=True)):
+        looks[name] = (colour, _SHAPES[place // len(COLOURS) % len(_SHAPES)])
+    for axes, (field, label) in zip(panels, _PANELS.items(), strict=True):
+        _panel(axes, costs, field, looks)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("mIoU (%)")
+    kinds = [kind for kind in KINDS if any(cost.kind == kind for cost in costs)]
+    handles = [_mark(kind, GREY, "*" if kind == TEACHER else "o") for kind in kinds]
+    figure.legend(handles, kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
+    handles = [_mark("distilled", *looks[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4),
+                  frameon=False, fontsize=8.5)  # fmt: skip
+    return figure
+
+
+def _mark(kind: str, colour: str, shape: str, x: float = 0.0, y: float = 0.0) -> Line2D:
+    """A marker; plain students are hollow."""
+    return Line2D(
+        [x], [y], linestyle="", zorder=3, marker=shape, markersize=11 if shape == "*" else 6,
+        color=colour, markeredgewidth=1.4, markerfacecolor="white" if kind == PLAIN else colour,
+    )  # fmt: skip
+
+
+def _panel(
+    axes: Axes, costs: Sequence[Cost], field: str, looks: dict[str, tuple[str, str]]
+) -> None:
+    """Draw markers and arrows."""
+    clean(axes)
+    axes.set_xscale("log")
+    at = {cost: (float(getattr(cost, field)), 100 * cost.mean_iou) for cost in costs}
+    for cost, place in at.items():
+        axes.add_line(_mark(cost.kind, *looks[cost.name], *place))
+    axes.autoscale_view()
+    for before, after in product(costs, costs):
+        if (before.kind, after.kind, before.name) == (PLAIN, "distilled", after.name):
+            arrow = {"arrowstyle": "-|>", "color": looks[after.name][0], "lw": 1.1,
+                     "shrinkA": 3.5, "shrinkB": 3.5}  # fmt: skip
+            axes.annotate("", at[after], at[before], zorder=2, arrowprops=arrow)
+    axes.margins(x=0.14, y=0.12)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}" if field == "latency" else EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -13,8 +13,7 @@ import yaml
 from kd.cli import run_command
 from kd.compare import main
 from kd.errors import UserError
-from kd.evaluation.cost import measured
-from kd.evaluation.cost_figure import cost_table
+from kd.evaluation.cost import cost_table, measured
 from kd.problems import problem
 from kd.runs.read import read_distill, read_run
 from kd.runs.setup import count_parameters
@@ -69,11 +68,11 @@ def test_every_variant_and_the_teacher_become_points(
     student = distillation(tmp_path / "espnet", data, STUDENT)
     teacher = make_run(tmp_path / "teacher", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
     costs = measured([read_distill(student)], [read_run(teacher)])
-    assert [(cost.point.name, cost.variant, cost.point.kind) for cost in costs] == [
+    assert [(cost.name, cost.variant, cost.kind) for cost in costs] == [
         ("espnet_c", "plain", "plain"), ("espnet_c", "all", "distilled"),
         ("pspnet_mobilenet_v2", "teacher", "teacher"),
     ]  # fmt: skip
-    plain, taught, above = (cost.point for cost in costs)
+    plain, taught, above = costs
     assert {cost.sides for cost in costs} == {(48, 48)}
     expected = count_parameters(
         problem("segmentation").named_student("espnet_c", {}, num_classes=23)
@@ -97,7 +96,7 @@ def test_networks_of_one_name_are_called_by_their_folders(
     teacher = make_run(tmp_path / "large", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
     variant = read_run(student / "seed0" / "plain")
     costs = measured([read_distill(student)], [variant, read_run(teacher)])
-    assert [cost.point.name for cost in costs] == ["small", "small", "small", "large"]
+    assert [cost.name for cost in costs] == ["small", "small", "small", "large"]
 
 
 def test_the_command_draws_and_prints_them(
