@@ -100,9 +100,9 @@ def open_photograph(path: Path, size: int, known: KnownObjects | None = None) ->
     boxes, labels = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
     if known is not None and row is not None:
         index, upright = known.index, False
-        expected = (int(index.heights[row]), int(index.widths[row]))
-        rows = slice(int(index.first[row]), int(index.first[row + 1]))
-        boxes = torch.from_numpy(np.array(index.boxes[rows]))
+        expected = index.size_of(row)
+        rows = index.rows_of(row)
+        boxes = torch.from_numpy(index.boxes[rows])
         labels = torch.from_numpy(known.label_of[index.labels[rows]].astype(np.int64))
     elif known is not None:
         log.warning("%s: not in %s; no objects are known", path, known.index.annotation_file)

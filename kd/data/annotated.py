@@ -120,15 +120,11 @@ class ImageFiles:
 
     def file(self, image: int) -> tuple[Path, tuple[int, int]]:
         """Path of an image, prepared or not, and its height and width."""
-        stored = self.own_size(image)
+        stored = self.index.size_of(image)
         if self.prepared is None:
             return self.index.path(image), stored
         path = self.prepared.path(self.index.file_name(image))
         return path, self.prepared.image_size(*stored)
-
-    def own_size(self, image: int) -> tuple[int, int]:
-        """Height and width of an image of the dataset, not of its copy."""
-        return int(self.index.heights[image]), int(self.index.widths[image])
 
     def read(self, image: int, size: int | None = None) -> Tensor:
         """Read an image, (3, h, w) uint8, its long side `size` or the working size."""
@@ -155,10 +151,9 @@ def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
 
     Their fractions of the area are those in the file, unaffected by rounding.
     """
-    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
-    original = (int(index.heights[image]), int(index.widths[image]))
+    rows, original = index.rows_of(image), index.size_of(image)
     scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
-    stored = np.array(index.boxes[rows])
+    stored = index.boxes[rows]
     fractions = area_fractions(stored, original[0] * original[1])
     return Objects(rows, torch.from_numpy(stored) * scale, fractions)
 

@@ -12,6 +12,7 @@ from kd.data.scenes import categories, generate_scenes
 from kd.errors import UserError, raise_first
 from kd.formats import LAYOUTS
 from kd.formats.coco import CocoIndex, check_images_decode, load_coco
+from kd.formats.splits import Layout
 from kd.formats.to_coco import coco_split
 from kd.registry import is_foreign, resolve
 
@@ -116,8 +117,8 @@ def layout_holds(layout: str, split: str) -> str:
     """Path that identifies a folder in a layout; empty for a custom one."""
     if is_foreign(layout):
         return ""
-    holds = resolve(LAYOUTS, layout, what="layout").holds
-    return str(holds(split) if callable(holds) else holds)
+    found: Layout = resolve(LAYOUTS, layout, what="layout")
+    return found.known_by(split)
 
 
 def root_of(section: AnnotatedSection, *, holds: str) -> Path:

@@ -10,38 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from kd.errors import UserError
-from kd.formats.coco_validate import check_layout, is_number, read_json
-from kd.utils.io import cache_path, write_atomic
+from kd.utils.io import cache_path, may_write, write_atomic
 
 _LISTED = 5
 Json = dict[str, Any]
 Corners = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class ObjectFlags:
-    """Properties of objects beside class and box, in the order of a JSON's annotations.
-
-    Attributes:
-        difficult: (K,) bool.
-        truncated: (K,) float64, fraction outside the image; for VOC 0 or 1.
-        occluded: (K,) int64; for KITTI 0 = fully visible to 2 = largely occluded, 3 = unknown; for
-            VOC 0 or 1.
-        types: K class names of the original layout, "" if the same.
-    """
-
-    difficult: npt.NDArray[np.bool_]
-    truncated: npt.NDArray[np.float64]
-    occluded: npt.NDArray[np.int64]
-    types: tuple[str, ...]
 
 
 class CocoContent:
@@ -125,10 +102,11 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
     for path in paths:
         if path.is_file() and path.read_bytes() == data:
             return path
-    for path in filter(_may_write, paths):
+    for path in paths:
         with contextlib.suppress(UserError):
-            write_atomic(path, lambda partial: partial.write_bytes(data))
-            return path
+            if may_write(path.parent):
+                write_atomic(path, lambda partial: partial.write_bytes(data))
+                return path
     raise UserError(
         f"{paths[0]}: cannot be written, and neither can {paths[1]}; set KD_CACHE to a "
         "writable folder with enough space"
@@ -139,35 +117,6 @@ def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
     """Candidate paths of `instances_file`: beside the data, and in the cache."""
     file = f"instances_{name}.json"
     return root / "annotations" / file, cache_path("boxed", root, file)
-
-
-def _may_write(path: Path) -> bool:
-    """Whether the folder is not read-only; root could write anyway."""
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    return bool(existing.stat().st_mode & 0o222)
-
-
-def read_flags(path: Path) -> ObjectFlags:
-    """Read the flags of a JSON's annotations; missing fields mean an ordinary object."""
-    content, _ = read_json(path)
-    check_layout(content, path)
-    objects = content["annotations"]
-
-    def field(name: str) -> npt.NDArray[np.float64]:
-        values = [entry.get(name, 0) for entry in objects]
-        for entry, value in zip(objects, values, strict=True):
-            if not is_number(value):
-                raise UserError(
-                    f"{path}: annotation {entry['id']}: '{name}' is {value!r}, expected a number"
-                )
-        return np.array(values, dtype=np.float64)
-
-    return ObjectFlags(
-        difficult=field("difficult") > 0,
-        truncated=field("truncated"),
-        occluded=field("occluded").astype(np.int64),
-        types=tuple(str(entry.get("type", "")) for entry in objects),
-    )
 
 
 def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:

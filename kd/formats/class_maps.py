@@ -8,8 +8,6 @@ nearest neighbour.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from kd.formats.coco import CocoIndex
 from kd.storage.store import IDS, Store
 from kd.transforms.augment import Plan, pad
 from kd.utils.images import scaled_size
-from kd.utils.io import cache_path
+from kd.utils.io import cache_path, may_write
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +65,11 @@ class ClassMaps:
             (size, size) uint8, or int16 for 256 or more classes; 0 in the padding.
         """
         ids = self.index.image_ids[image : image + 1].astype(np.int64)
-        own = self._own_size(image)
+        own = scaled_size(*self.index.size_of(image), self.size)
         stored = torch.from_numpy(self.store.read(ids)["values"])[:, : own[0], : own[1]]
         if own != size:  # sides of a prepared copy are rounded twice
             stored = F.interpolate(stored[None].float(), size, mode="nearest")[0].to(stored.dtype)
         return pad(plan.masks(stored), self.size)[0]
-
-    def _own_size(self, image: int) -> tuple[int, int]:
-        index = self.index
-        return scaled_size(int(index.heights[image]), int(index.widths[image]), self.size)
 
     def _draw(self) -> None:
         """Draw missing, outdated and corrupt maps."""
@@ -96,7 +90,7 @@ class ClassMaps:
             images = range(number * per_shard, min((number + 1) * per_shard, len(index)))
             values = np.zeros((len(images), self.size, self.size), _dtype(index))
             for row, image in zip(values, images, strict=True):
-                drawn = draw_class_map(index, image, self._own_size(image))
+                drawn = draw_class_map(index, image, scaled_size(*index.size_of(image), self.size))
                 row[: drawn.shape[0], : drawn.shape[1]] = drawn
             ids = index.image_ids[images.start : images.stop].astype(np.int64)
             store.write_shard(number, {IDS: ids, "values": values})
@@ -110,9 +104,9 @@ def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd
     """
     drawn = np.zeros(size, _dtype(index))
     if crowd and index.crowds is not None:
-        for row in range(int(index.crowds.first[image]), int(index.crowds.first[image + 1])):
+        for row in index.crowds.rows_of(image).tolist():
             drawn[index.crowds.mask_of(row, size)] = crowd
-    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
+    rows = index.rows_of(image)
     for row in rows[np.argsort(-index.areas[rows], kind="stable")]:
         drawn[index.mask_of(int(row), size)] = 1 + int(index.labels[row])
     return drawn
@@ -125,17 +119,9 @@ def _dtype(index: CocoIndex) -> np.dtype[Any]:
 def _folder_of(index: CocoIndex, size: int) -> Path:
     """Beside the index, or in the cache if that is read-only."""
     beside = index.index_folder.with_name(f"{index.annotation_file.stem}.class_maps-{size}")
-    for folder in _candidates(beside):
-        parent = folder.parent if folder.parent.exists() else folder.parent.parent
-        if folder.exists() or (os.access(parent, os.W_OK) and parent.stat().st_mode & 0o222):
+    for folder in (beside, cache_path("class_maps", beside, beside.name)):
+        if folder.exists() or may_write(folder.parent):
             return folder
     raise UserError(
         f"{beside.parent}: cannot store class maps here; set KD_CACHE to a writable folder"
     )
-
-
-def _candidates(beside: Path) -> Iterator[Path]:
-    yield beside
-    cached = cache_path("class_maps", beside, beside.name)
-    cached.parent.parent.mkdir(parents=True, exist_ok=True)
-    yield cached

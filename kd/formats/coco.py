@@ -120,6 +120,14 @@ class CocoIndex:
         """Position in `image_ids` of the image of object `row`."""
         return int(np.searchsorted(self.first, row, side="right")) - 1
 
+    def size_of(self, image: int) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return int(self.heights[image]), int(self.widths[image])
+
+    def rows_of(self, image: int) -> npt.NDArray[np.int64]:
+        """Rows of the image's objects."""
+        return np.arange(int(self.first[image]), int(self.first[image + 1]))
+
     def polygons_of(self, row: int) -> list[npt.NDArray[np.float32]]:
         """Polygons of object `row`, each (n, 2) x, y pixels; empty if it has none."""
         rings = range(int(self.rings_of[row]), int(self.rings_of[row + 1]))
@@ -131,8 +139,7 @@ class CocoIndex:
         An object without a segmentation gets its box. The mask may be empty if the object is
         thinner than a pixel of `size`.
         """
-        image = self.image_of(row)
-        whole = (int(self.heights[image]), int(self.widths[image]))
+        whole = self.size_of(self.image_of(row))
         scale = np.array([size[1] / whole[1], size[0] / whole[0]], np.float64)
         start, end = self.rle_first[row], self.rle_first[row + 1]
         if end > start:
@@ -264,7 +271,7 @@ def check_images_decode(index: CocoIndex) -> list[str]:
         except UNREADABLE as error:
             mistakes.append(f"{path} (image {index.image_ids[image]}): cannot be decoded: {error}")
             continue
-        expected = (int(index.widths[image]), int(index.heights[image]))
+        expected = index.size_of(image)[::-1]
         if size != expected:
             mistakes.append(
                 f"{path} (image {index.image_ids[image]}): is {size[0]} x {size[1]} pixels, "

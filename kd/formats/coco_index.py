@@ -32,7 +32,7 @@ import kd
 from kd.errors import UserError
 from kd.formats.coco_validate import Json, is_number, read_coco
 from kd.formats.rle import pixels_of
-from kd.utils.io import cache_path
+from kd.utils.io import cache_path, may_write
 
 READER_VERSION = 2
 ERROR_FILE = "error.txt"
@@ -327,7 +327,7 @@ def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
 def _build(annotation_file: Path, folder: Path) -> None:
     parent = folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    if not parent.stat().st_mode & 0o222:  # root could write, but it is read-only on purpose
+    if not may_write(parent):
         raise PermissionError(0, "read-only folder")
     with FileLock(parent / f"{folder.name}.lock"):
         if _is_fresh(folder, annotation_file):  # another process built it meanwhile

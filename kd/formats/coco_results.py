@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd.errors import UserError
+from kd.errors import UserError, raise_first
 from kd.formats.coco_validate import is_number, read_coco, read_json
 from kd.metrics.coco_ap import Boxes
 from kd.utils.io import write_text
 
 _log = logging.getLogger("kd")
-_LISTED = 5
 Json = dict[str, Any]
 
 
@@ -87,13 +86,7 @@ def read_truth(path: Path) -> Truth:
         category_ids=category_ids,
         class_names=tuple(str(entry["name"]) for entry in categories),
         confusable_groups=tuple(entry.get("look") for entry in categories),
-        boxes=Boxes(
-            image=boxes.image,
-            label=boxes.label,
-            xywh=boxes.xywh,
-            areas=np.where(np.isnan(given), boxes.areas, given),
-            crowd=crowd,
-        ),
+        boxes=replace(boxes, areas=np.where(np.isnan(given), boxes.areas, given), crowd=crowd),
     )
 
 
@@ -113,18 +106,8 @@ def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) ->
     if not entries:
         raise UserError(f"{path}: the list of results is empty")
     images, categories = set(truth.image_ids.tolist()), set(truth.category_ids.tolist())
-    mistakes: list[str] = []
-    count = 0
-    for place, entry in enumerate(entries):
-        mistake = _mistake(entry, images, categories, truth.path, probabilities)
-        if mistake is not None:
-            count += 1
-            if len(mistakes) < _LISTED:
-                mistakes.append(f"{path}: result {place}: {mistake}")
-    if count > _LISTED:
-        mistakes.append(f"... and {count - _LISTED} more results with mistakes")
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+    mistakes = (_mistake(entry, images, categories, truth.path, probabilities) for entry in entries)
+    raise_first([f"{path}: result {n}: {text}" for n, text in enumerate(mistakes) if text])
     scores = np.array([entry["score"] for entry in entries], dtype=np.float64)
     boxes = _boxes(entries, truth.image_ids, truth.category_ids)
     if empty := int((boxes.xywh[:, 2:] == 0).any(axis=1).sum()):

@@ -13,9 +13,7 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from kd.errors import UserError
-
-_LISTED = 5
+from kd.errors import UserError, raise_first
 
 Json = dict[str, Any]
 
@@ -52,29 +50,6 @@ def _json_mistake(text: str, error: json.JSONDecodeError) -> str:
         return f"JSON cut off at byte {size} (line {line}); the copy is incomplete, fetch it again"
     byte = len(text[: error.pos].encode())
     return f"not valid JSON: {error.msg} at byte {byte} of {size} (line {error.lineno})"
-
-
-class _Mistakes:
-    """Collects mistakes of one kind; reports the first few and the count."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[str] = []
-        self.count = 0
-
-    def add(self, line: str) -> None:
-        self.count += 1
-        if len(self.lines) < _LISTED:
-            self.lines.append(line)
-
-    def raise_any(self) -> None:
-        if not self.count:
-            return
-        if self.count == 1:
-            raise UserError(f"{self.path}: {self.lines[0]}")
-        head = f"{self.path}: {self.count} mistakes"
-        more = f"; the first {_LISTED}" if self.count > _LISTED else ""
-        raise UserError("\n".join([f"{head}{more}:", *(f"  {line}" for line in self.lines)]))
 
 
 def _is_id(value: object) -> bool:
@@ -117,8 +92,7 @@ def _category_mistake(entry: Json) -> str | None:
     return None
 
 
-_Check = Callable[[Json], str | None]
-_SECTIONS: dict[str, tuple[str, _Check]] = {
+_SECTIONS: dict[str, tuple[str, Callable[[Json], str | None]]] = {
     "images": ("image", _image_mistake),
     "categories": ("category", _category_mistake),
     "annotations": ("annotation", _annotation_mistake),
@@ -140,35 +114,36 @@ def check_layout(dataset: Any, path: Path) -> None:
             raise UserError(f"{path}: not COCO layout: '{key}' is not a list")
         if not dataset[key]:
             raise UserError(f"{path}: empty dataset: '{key}' has no entry")
-        mistakes = _Mistakes(path)
+        mistakes = []
         for position, entry in enumerate(dataset[key]):
             if not isinstance(entry, dict) or not _is_id(entry.get("id")):
-                mistakes.add(f"{key}[{position}]: no 'id' that is an integer")
+                mistakes.append(f"{path}: {key}[{position}]: no 'id' that is an integer")
             elif (mistake := check(entry)) is not None:
-                mistakes.add(f"{word} {entry['id']}: {mistake}")
-        mistakes.raise_any()
+                mistakes.append(f"{path}: {word} {entry['id']}: {mistake}")
+        raise_first(mistakes)
 
 
 def check_references(coco: COCO, path: Path) -> None:
     """Check that ids are unique, and that annotations refer to listed images and categories."""
-    known = {"images": coco.imgs, "categories": coco.cats, "annotations": coco.anns}
     for key, (word, _) in _SECTIONS.items():
-        entries = coco.dataset[key]
-        if len(known[key]) == len(entries):
-            continue
-        mistakes = _Mistakes(path)
-        for entry_id, times in Counter(entry["id"] for entry in entries).items():
-            if times > 1:
-                mistakes.add(f"{word} id {entry_id} is used {times} times; ids must differ")
-        mistakes.raise_any()
-    mistakes = _Mistakes(path)
-    for entry in coco.dataset["annotations"]:
-        if entry["image_id"] not in coco.imgs:
-            mistakes.add(f"annotation {entry['id']}: image {entry['image_id']} is not in 'images'")
-        if entry["category_id"] not in coco.cats:
-            category = entry["category_id"]
-            mistakes.add(f"annotation {entry['id']}: category {category} is not in 'categories'")
-    mistakes.raise_any()
+        raise_first(
+            [
+                f"{path}: {word} id {entry_id} is used {times} times; ids must differ"
+                for entry_id, times in Counter(entry["id"] for entry in coco.dataset[key]).items()
+                if times > 1
+            ]
+        )
+    raise_first(
+        [
+            f"{path}: annotation {entry['id']}: {word} {entry[f'{word}_id']} is not in '{key}'"
+            for entry in coco.dataset["annotations"]
+            for key, word, known in (
+                ("images", "image", coco.imgs),
+                ("categories", "category", coco.cats),
+            )
+            if entry[f"{word}_id"] not in known
+        ]
+    )
 
 
 def read_coco(path: Path) -> tuple[COCO, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,16 +39,9 @@ class Fixations(NamedTuple):
         return Fixations(self.points[chosen], self.observers[chosen])
 
 
-class FixationReader(Protocol):
-    """Reads the fixations of a dataset's images."""
-
-    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations on the image at a position in the split, perhaps outside of it.
-
-        Raises:
-            UserError: A file is missing, corrupt, or of another size than the image.
-        """
-        ...
+# Reads the fixations on an image, perhaps outside of it, from its position in the split and its
+# height and width; a UserError if a file is missing, corrupt, or of another size than the image.
+FixationReader = Callable[[int, tuple[int, int]], Fixations]
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,6 @@ class GazeSplit:
 
     Attributes:
         where: Start of messages.
-        names: Names of the images, without suffix.
         images: Image files.
         read: Reads their fixations.
         degree: Pixels of the files per degree of visual angle, the standard deviation of the
@@ -66,7 +58,6 @@ class GazeSplit:
     """
 
     where: str
-    names: tuple[str, ...]
     images: tuple[Path, ...]
     read: FixationReader
     degree: float
@@ -159,85 +150,47 @@ _POINT = 128  # least brightness of a fixation, blurred by JPEG
 _COLUMNS = ("image", "subject", "x", "y")
 
 
-@dataclass(frozen=True)
-class SaliconGaze:
-    """SALICON's .mat files: `gaze`, one per observer, with `fixations` (F, 2); `resolution`.
+def read_salicon(path: Path, size: tuple[int, int]) -> Fixations:
+    """Fixations of all observers from SALICON's .mat files.
 
-    Coordinates start at 1, as in MATLAB.
+    They hold `gaze`, one per observer, with `fixations` (F, 2), and `resolution`. Coordinates start
+    at 1, as in MATLAB.
     """
-
-    files: tuple[Path, ...]
-
-    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations of all observers."""
-        path = self.files[number]
-        content = _read_mat(path, "gaze")
-        if "resolution" in content:
-            stated = tuple(int(side) for side in np.ravel(content["resolution"]))
-            _check_size(path, stated, size)
-        points, observers = [], []
-        for observer, one in enumerate(np.ravel(content["gaze"])):
-            try:
-                own = np.asarray(one["fixations"], np.float64).reshape(-1, 2) - 0.5
-            except (ValueError, IndexError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: gaze {observer + 1} has no fixations (F, 2)") from error
-            points.append(own)
-            observers.append(np.full(len(own), observer))
-        if not points:
-            return Fixations(np.zeros((0, 2)), np.zeros(0, np.int64))
-        return Fixations(np.concatenate(points), np.concatenate(observers))
-
-
-@dataclass(frozen=True)
-class MatPoints:
-    """CAT2000's .mat files: `fixLocs` (H, W), 1 at fixations."""
-
-    files: tuple[Path, ...]
-
-    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations without observers."""
-        path = self.files[number]
-        return _points(path, np.asarray(_read_mat(path, "fixLocs")["fixLocs"]) > 0, size)
-
-
-@dataclass(frozen=True)
-class PointMaps:
-    """MIT1003's `_fixPts.jpg`: white at fixations."""
-
-    files: tuple[Path, ...]
-
-    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations without observers."""
-        path = self.files[number]
+    content = _read_mat(path, "gaze")
+    if "resolution" in content:
+        stated = tuple(int(side) for side in np.ravel(content["resolution"]))
+        _check_size(path, stated, size)
+    points, observers = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
+    for observer, one in enumerate(np.ravel(content["gaze"])):
         try:
-            with Image.open(path) as file:
-                there = np.asarray(file.convert("L")) >= _POINT
-        except UNREADABLE as error:
-            raise UserError(f"{path}: this map of fixations cannot be read: {error}") from error
-        return _points(path, there, size)
+            own = np.asarray(one["fixations"], np.float64).reshape(-1, 2) - 0.5
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: gaze {observer + 1} has no fixations (F, 2)") from error
+        points.append(own)
+        observers.append(np.full(len(own), observer))
+    return Fixations(np.concatenate(points), np.concatenate(observers))
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """All fixations of a dataset: `points` (F, 2) in the order of the images, `observers` (F,).
-
-    `first` (N + 1,) is the start of each image.
-    """
-
-    points: NDArray[np.float64]
-    observers: NDArray[np.int64]
-    first: NDArray[np.int64]
-
-    def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
-        """A view of the table."""
-        part = slice(int(self.first[number]), int(self.first[number + 1]))
-        return Fixations(self.points[part], self.observers[part])
+def read_cat2000(path: Path, size: tuple[int, int]) -> Fixations:
+    """Fixations from CAT2000's .mat files: `fixLocs` (H, W), 1 at fixations; no observers."""
+    return _points(path, np.asarray(_read_mat(path, "fixLocs")["fixLocs"]) > 0, size)
 
 
-def read_table(path: Path, names: Sequence[str]) -> Table:
-    """Read a .npz of `columns` (names) and `data` (rows): image, subject, x, y in any order.
+def read_mit1003(path: Path, size: tuple[int, int]) -> Fixations:
+    """Fixations from MIT1003's `_fixPts.jpg`, white at fixations; no observers."""
+    try:
+        with Image.open(path) as file:
+            there = np.asarray(file.convert("L")) >= _POINT
+    except UNREADABLE as error:
+        raise UserError(f"{path}: this map of fixations cannot be read: {error}") from error
+    return _points(path, there, size)
 
-    The names of the split's images must be numbers, as in the column `image`.
+
+def read_table(path: Path, names: Sequence[str]) -> list[Fixations]:
+    """Read the fixations on each image from a .npz of `columns` (names) and `data` (rows).
+
+    The columns are image, subject, x and y in any order. The names of the split's images must be
+    numbers, as in the column `image`.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -258,11 +211,9 @@ def read_table(path: Path, names: Sequence[str]) -> Table:
     ids = np.array([int(name) for name in names], np.int64)
     order = np.argsort(image, kind="stable")
     low, high = (np.searchsorted(image[order], ids, side=side) for side in ("left", "right"))
+    points, observers = np.stack([x, y], axis=1), subject.astype(np.int64)
     rows = [order[a:b] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
-    taken = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    first = np.concatenate([[0], np.cumsum(high - low)]).astype(np.int64)
-    points = np.stack([x, y], axis=1)[taken]
-    return Table(points, subject[taken].astype(np.int64), first)
+    return [Fixations(points[own], observers[own]) for own in rows]
 
 
 def _points(path: Path, there: NDArray[np.bool_], size: tuple[int, int]) -> Fixations:

@@ -9,20 +9,15 @@ regions: those are crowds in the JSON, which training skips and `kd.metrics.kitt
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from kd.errors import UserError
-from kd.formats.box_annotations import (
-    CocoContent,
-    Corners,
-    Json,
-    image_ids,
-    read_flags,
-    split_names,
-)  # fmt: skip
+from kd.formats.box_annotations import CocoContent, Corners, Json, image_ids, split_names
 from kd.formats.coco_results import Truth
+from kd.formats.coco_validate import is_number, read_json
 from kd.formats.splits import images_in
 from kd.metrics.kitti_ap import KittiTruth
 from kd.registry import suggestion
@@ -65,14 +60,20 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
 
 def kitti_truth(truth: Truth) -> KittiTruth:
     """Ground truth for `kd.metrics.kitti_ap`, from a JSON of `kitti_to_coco`."""
-    marks = read_flags(truth.path)
-    if unknown := {one for one in marks.types if one not in _TYPES}:
+    objects = read_json(truth.path)[0]["annotations"]
+    types = np.array([str(one.get("type", "")) for one in objects])
+    if unknown := set(types.tolist()) - set(_TYPES):
         raise UserError(f"{truth.path}: not of KITTI: an annotation has the type {min(unknown)!r}")
-    types = np.array(marks.types)
+    for one, name in product(objects, ("truncated", "occluded")):
+        if not is_number(one.get(name)):
+            raise UserError(
+                f"{truth.path}: annotation {one['id']}: '{name}' is {one.get(name)!r}, expected a "
+                "number"
+            )
     return KittiTruth(
         boxes=truth.boxes,
-        truncated=marks.truncated,
-        occluded=marks.occluded,
+        truncated=np.array([one["truncated"] for one in objects], np.float64),
+        occluded=np.array([one["occluded"] for one in objects], np.int64),
         neighbour=np.isin(types, list(NEIGHBOURS)),
         region=types == REGION,
     )

@@ -12,17 +12,19 @@ from the image names, see `random_split`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kd.errors import UserError
 from kd.formats import LAYOUTS
 from kd.formats.fixations import (
-    FixationReader,
+    Fixations,
     GazeSplit,
-    MatPoints,
-    PointMaps,
-    SaliconGaze,
+    read_cat2000,
+    read_mit1003,
+    read_salicon,
     read_table,
 )  # fmt: skip
 from kd.formats.splits import Layout, check_files, images_in, random_split
@@ -55,19 +57,20 @@ def open_gaze(layout: str, root: Path, split: str, options: SplitOptions) -> Gaz
 
 
 def _salicon(root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    images = images_in(root / "images" / split)
-    gaze = {name: root / "fixations" / split / f"{name}.mat" for name in images}
-    maps = {name: root / "maps" / split / f"{name}.png" for name in images}
-    reader = SaliconGaze(tuple(gaze.values()))
-    return _split(root / "images" / split, images, gaze, maps, reader, options)
+    return _split(
+        root / "images" / split, images_in(root / "images" / split), options, read_salicon,
+        points=lambda name: root / "fixations" / split / f"{name}.mat",
+        maps=lambda name: root / "maps" / split / f"{name}.png",
+    )  # fmt: skip
 
 
 def _mit1003(root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    images = _random(images_in(root / "ALLSTIMULI"), split, options)
     folder = root / "ALLFIXATIONMAPS"
-    points = {name: folder / f"{name}_fixPts.jpg" for name in images}
-    maps = {name: folder / f"{name}_fixMap.jpg" for name in images}
-    return _split(root, images, points, maps, PointMaps(tuple(points.values())), options)
+    return _split(
+        root, _random(images_in(root / "ALLSTIMULI"), split, options), options, read_mit1003,
+        points=lambda name: folder / f"{name}_fixPts.jpg",
+        maps=lambda name: folder / f"{name}_fixMap.jpg",
+    )  # fmt: skip
 
 
 def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
@@ -76,10 +79,11 @@ def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     for category in sorted(path for path in (folder / "Stimuli").iterdir() if path.is_dir()):
         images = images_in(category)  # skips its subfolder Output
         found |= {f"{category.name}/{name}": path for name, path in images.items()}
-    images = _random(found, split, options)
-    points = {name: folder / "FIXATIONLOCS" / f"{name}.mat" for name in images}
-    maps = {name: folder / "FIXATIONMAPS" / f"{name}.jpg" for name in images}
-    return _split(root, images, points, maps, MatPoints(tuple(points.values())), options)
+    return _split(
+        root, _random(found, split, options), options, read_cat2000,
+        points=lambda name: folder / "FIXATIONLOCS" / f"{name}.mat",
+        maps=lambda name: folder / "FIXATIONMAPS" / f"{name}.jpg",
+    )  # fmt: skip
 
 
 def _osie(root: Path, split: str, options: SplitOptions) -> GazeSplit:
@@ -87,7 +91,8 @@ def _osie(root: Path, split: str, options: SplitOptions) -> GazeSplit:
         raise UserError(f"{root}: osie has no density maps; --set data.maps=fixations draws them")
     images = _random(images_in(root / "stimuli"), split, options)
     table = read_table(root / "fixations.npz", list(images))
-    return _split(root, images, {}, {}, table, options)
+    paths = tuple(images.values())
+    return GazeSplit(str(root), paths, partial(_of_table, table), options.degree)
 
 
 def _folders(root: Path) -> list[str]:
@@ -108,15 +113,31 @@ def _random(images: dict[str, Path], split: str, options: SplitOptions) -> dict[
 def _split(
     where: Path,
     images: dict[str, Path],
-    points: dict[str, Path],
-    maps: dict[str, Path],
-    reader: FixationReader,
     options: SplitOptions,
+    read: Callable[[Path, tuple[int, int]], Fixations],
+    *,
+    points: Callable[[str], Path],
+    maps: Callable[[str], Path],
 ) -> GazeSplit:
+    """A split with a file of fixations, and perhaps of a density, for the name of each image."""
     if not images:
         raise UserError(f"{where}: empty split: no images")
-    published = tuple(maps.values()) if options.published else ()
-    check_files({"file of fixations": tuple(points.values()), "density map": published})
-    return GazeSplit(
-        str(where), tuple(images), tuple(images.values()), reader, options.degree, published
-    )
+    files = tuple(map(points, images))
+    published = tuple(map(maps, images)) if options.published else ()
+    check_files({"file of fixations": files, "density map": published})
+    reader = partial(_of_file, read, files)
+    return GazeSplit(str(where), tuple(images.values()), reader, options.degree, published)
+
+
+# Readers are partials of module functions, as samples are pickled to workers.
+def _of_file(
+    read: Callable[[Path, tuple[int, int]], Fixations],
+    files: Sequence[Path],
+    number: int,
+    size: tuple[int, int],
+) -> Fixations:
+    return read(files[number], size)
+
+
+def _of_table(table: Sequence[Fixations], number: int, size: tuple[int, int]) -> Fixations:
+    return table[number]

@@ -140,7 +140,6 @@ class PublishedSplit:
 
     Attributes:
         where: Start of messages.
-        names: Names of the images, without suffix.
         images: Image files.
         maps: Label-map files, in the same order.
         class_names: C names.
@@ -148,7 +147,6 @@ class PublishedSplit:
     """
 
     where: str
-    names: tuple[str, ...]
     images: tuple[Path, ...]
     maps: tuple[Path, ...]
     class_names: tuple[str, ...]
@@ -182,7 +180,7 @@ class CocoMapSplit:
 
     def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
         """Draw the map of an image; crowds are void."""
-        own = int(self.index.heights[number]), int(self.index.widths[number])
+        own = self.index.size_of(number)
         if own != size:
             raise UserError(
                 f"{self.index.path(number)}: is {size[1]} x {size[0]} pixels, {self.where} says "
@@ -209,7 +207,7 @@ def _camvid(root: Path, split: str) -> PublishedSplit:
         lines = [line.split() for line in listing.read_text().splitlines()]
         names = [Path(words[0]).stem for words in lines if words]
         found = _listed(found, names, listing, images)
-    pairs = [(name, path, maps / f"{name}.png") for name, path in found.items()]
+    pairs = [(path, maps / f"{name}.png") for name, path in found.items()]
     return _split(images, pairs, CAMVID_CLASSES, id_table(len(CAMVID_CLASSES), void=(11, 255)))
 
 
@@ -218,9 +216,8 @@ def _cityscapes(root: Path, split: str) -> PublishedSplit:
     images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
     pairs = []
     for path in sorted(images.glob(f"*/*{end}")):
-        name = path.name.removesuffix(end)
-        labels = root / "gtFine" / split / path.parent.name / f"{name}_gtFine_labelIds.png"
-        pairs.append((name, path, labels))
+        name = f"{path.name.removesuffix(end)}_gtFine_labelIds.png"
+        pairs.append((path, root / "gtFine" / split / path.parent.name / name))
     classes = {number: label for label, number in enumerate(CITYSCAPES_CLASSES)}
     others = tuple(number for number in range(34) if number not in classes)
     return _split(
@@ -233,7 +230,7 @@ def _ade20k(root: Path, split: str) -> PublishedSplit:
     folder = _ADE_FOLDERS[split]
     images = root / "images" / folder
     pairs = [
-        (name, path, root / "annotations" / folder / f"{name}.png")
+        (path, root / "annotations" / folder / f"{name}.png")
         for name, path in images_in(images).items()
     ]
     classes = {number: number - 1 for number in range(1, 151)}
@@ -245,7 +242,7 @@ def _voc2012(root: Path, split: str) -> PublishedSplit:
     listing = root / _LISTS / f"{split}.txt"
     names = listing.read_text().split()
     pairs = [
-        (name, root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
+        (root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
         for name in names
     ]
     return _split(listing, pairs, VOC_CLASSES, id_table(len(VOC_CLASSES), void=255))
@@ -294,10 +291,10 @@ def _listed(
 
 
 def _split(
-    where: Path, pairs: list[tuple[str, Path, Path]], names: tuple[str, ...], table: Table
+    where: Path, pairs: list[tuple[Path, Path]], names: tuple[str, ...], table: Table
 ) -> PublishedSplit:
     if not pairs:
         raise UserError(f"{where}: empty split: no images")
-    stems, images, maps = zip(*pairs, strict=True)
+    images, maps = zip(*pairs, strict=True)
     check_files({"image": images, "label map": maps})
-    return PublishedSplit(str(where), stems, images, maps, names, table)
+    return PublishedSplit(str(where), images, maps, names, table)

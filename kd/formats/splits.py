@@ -68,21 +68,26 @@ class Layout:
     """A published layout.
 
     Attributes:
-        open: Opens a split, from the folder, its name and further options.
-        holds: A path in the folder that identifies the layout.
+        open: Opens a split, from the dataset's folder, the split's name and further options.
+        holds: A path in the folder that identifies the layout; a function of the split's name where
+            splits have folders of their own.
         splits: Lists the splits in a folder; by default they are random.
     """
 
     open: Callable[..., Any]
-    holds: str
+    holds: str | Callable[[str], str]
     splits: Callable[[Path], Iterable[str]] = lambda root: ("train", "val")
+
+    def known_by(self, split: str) -> str:
+        """Path in the dataset's folder that identifies the layout, given the name of a split."""
+        return self.holds if isinstance(self.holds, str) else self.holds(split)
 
     def check(self, root: Path, layout: str, split: str) -> None:
         """Check that a folder is in this layout, whose name is `layout`, and has a split."""
-        if not (root / self.holds).exists():
+        if not (root / self.known_by(split)).exists():
             raise UserError(
-                f"{root}: no {self.holds} in it, so it is not the folder of {layout}; set it with "
-                "--set data.root=DIR"
+                f"{root}: no {self.known_by(split)} in it, so it is not the folder of {layout}; "
+                "set it with --set data.root=DIR"
             )
         if split not in (known := sorted(self.splits(root))):
             known_splits = ", ".join(known)

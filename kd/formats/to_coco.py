@@ -23,6 +23,7 @@ from kd.errors import UserError
 from kd.formats import LAYOUTS
 from kd.formats.box_annotations import Json, instances_file, instances_paths, joined
 from kd.formats.kitti import ALL, kitti_to_coco
+from kd.formats.splits import Layout
 from kd.formats.voc import CLASSES, voc_to_coco
 from kd.registry import is_foreign, resolve
 from kd.utils.io import cache_path, write_text
@@ -56,18 +57,6 @@ class BoxSplit:
     parameters: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A published layout.
-
-    `holds` maps a split's name to a path that identifies the folder; `open` opens a split, from the
-    folder, its name and the user's class names, if any.
-    """
-
-    holds: Callable[[str], str]
-    open: Callable[[Path, str, Sequence[str] | None], BoxSplit]
-
-
 def coco_split(
     layout: str, root: Path, split: str, classes: Sequence[str] | None = None
 ) -> tuple[Path, Path]:
@@ -84,7 +73,7 @@ def coco_split(
     if is_foreign(layout):
         content, images = made(root, split)
         return instances_file(content, root, _SEPARATORS.sub("_", f"{layout}_{split}")), images
-    found = made.open(root, split, classes)
+    found: BoxSplit = made.open(root, split, classes)
     lock = cache_path("boxed", found.folder, "lock")  # the dataset's folder may be read-only
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # without a lock every process builds it
@@ -216,5 +205,5 @@ def _voc_holds(split: str) -> str:
     return f"{head or '.'}/Annotations"
 
 
-VOC = Layout(_voc_holds, _voc)
-KITTI = Layout(lambda split: "training/label_2", _kitti)
+VOC = Layout(_voc, _voc_holds)
+KITTI = Layout(_kitti, "training/label_2")

@@ -41,14 +41,14 @@ class SceneGaze:
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
         """Simulate fixations on the image at position `number` of the index."""
         index = self.index
-        own = int(index.heights[number]), int(index.widths[number])
+        own = index.size_of(number)
         if own != size:
             raise UserError(
                 f"{index.path(number)}: {size[1]} x {size[0]} pixels, but {index.annotation_file} "
                 f"says {own[1]} x {own[0]}"
             )
         random = np.random.default_rng((_STREAM, self.seed, int(index.image_ids[number])))
-        rows = slice(int(index.first[number]), int(index.first[number + 1]))
+        rows = index.rows_of(number)
         names = [index.class_names[label] for label in index.labels[rows].tolist()]
         interest = np.array([INTEREST.get(name, DEFAULT_INTEREST) for name in names])
         boxes = index.boxes[rows].astype(np.float64)

@@ -25,6 +25,16 @@ def cache_path(kind: str, of: Path, name: str) -> Path:
     return cache / kind / f"{digest}-{name}"
 
 
+def may_write(folder: Path) -> bool:
+    """Whether files can be created in a folder or, if it is missing, in its nearest parent.
+
+    A folder without any write permission is read-only on purpose, even to root.
+    """
+    folder = folder.absolute()
+    existing = next(one for one in (folder, *folder.parents) if one.exists())
+    return os.access(existing, os.W_OK) and bool(existing.stat().st_mode & 0o222)
+
+
 def write_atomic(path: Path, write: Any) -> None:
     """Write through a temporary file, so that a kill or a full disk leaves the old file intact.
 

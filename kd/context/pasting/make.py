@@ -133,7 +133,7 @@ def cooccurrence_score(model: NaiveBayes, index: CocoIndex, log_prior: Floats) -
     """Log lift of a class over its prior at boxes of an image, given the image's objects."""
 
     def score(image: int, classes: Ints, boxes: Floats) -> Floats:
-        rows = slice(int(index.first[image]), int(index.first[image + 1]))
+        rows = index.rows_of(image)
         there = index.labels[rows].astype(np.int64)
         count, total = len(there), len(there) + len(boxes)
         sides = np.tile([index.widths[image], index.heights[image]], 2).astype(np.float64)
@@ -231,7 +231,7 @@ def pairs_figure(folder: Path) -> Figure:
     figure = Figure(figsize=(7.2, 2.0 * count), layout="constrained")
     for image, line in enumerate(figure.subplots(count, 3, squeeze=False)):
         for axes, (name, index) in zip(line, sets.items(), strict=True):
-            rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
+            rows = index.rows_of(image)
             number = int(index.image_ids[image])
             row = int(rows[index.object_ids[rows] == number][0])
             axes.imshow(read_image(index.path(image), None).permute(1, 2, 0).numpy())

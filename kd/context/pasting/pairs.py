@@ -73,7 +73,7 @@ def interleave_classes(index: CocoIndex, rows: Ints, random: np.random.Generator
 def is_whole(index: CocoIndex, row: int) -> bool:
     """Whether an object has an outline and is off the border, in one piece and unoccluded."""
     image = index.image_of(row)
-    size = (int(index.heights[image]), int(index.widths[image]))
+    size = index.size_of(image)
     box = index.boxes[row]
     inside = box[:2].min() >= BORDER and (np.array(size[::-1]) - box[2:]).min() >= BORDER
     if not inside or not has_outline(index, row):
@@ -104,7 +104,7 @@ def has_outline(index: CocoIndex, row: int) -> bool:
 def neighbours(index: CocoIndex, row: int) -> list[int]:
     """Other objects of the image with an outline whose boxes come near this object's box."""
     image = index.image_of(row)
-    rows = np.arange(int(index.first[image]), int(index.first[image + 1]))
+    rows = index.rows_of(image)
     grow = np.array([-_NEAR, -_NEAR, _NEAR, _NEAR], np.float64)
     around = grow + index.boxes[[row]]
     meets = intersections(around, index.boxes[rows].astype(np.float64))[0] > 0
@@ -120,7 +120,7 @@ def intersections(boxes: Floats, others: Floats) -> Floats:
 
 def scale_between(index: CocoIndex, source: int, target: int) -> float:
     """Scale factor that preserves an object's size relative to the image's long side."""
-    sides = [max(int(index.heights[i]), int(index.widths[i])) for i in (source, target)]
+    sides = [max(index.size_of(image)) for image in (source, target)]
     return sides[1] / sides[0]
 
 
@@ -145,7 +145,7 @@ def find_placements(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Boo
     moves = np.stack([across, np.broadcast_to(down[:, None], across.shape)], axis=2)
     moved = boxes[:, None] + np.tile(moves, 2)  # (N, S, 4)
     room = (moved[..., :2] >= BORDER).all(axis=2) & (moved[..., 2:] <= size - BORDER).all(axis=2)
-    there = index.boxes[int(index.first[image]) : int(index.first[image + 1])].astype(np.float64)
+    there = index.boxes[index.rows_of(image)].astype(np.float64)
     areas = (there[:, 2:] - there[:, :2]).prod(axis=1)
     room &= (intersections(moved, there) <= COVERED * areas).all(axis=2)
     shape = np.log(frames[:, 0] / frames[:, 1]) - np.log(size[0] / size[1])

@@ -78,7 +78,7 @@ class Paster:
             harmony=self.harmony, random=random,
         )  # fmt: skip
         entry = self.entries[int(index.object_ids[pair.row])]
-        size = (int(index.heights[place.image]), int(index.widths[place.image]))
+        size = index.size_of(place.image)
         mask = covered_pixels(cutout, place.shift, size)
         scored = {
             **moved_annotation(entry, scale, place.shift, mask),
@@ -125,7 +125,7 @@ class Paster:
 
     def _read(self, image: int, scale: float | None) -> Bytes:
         index = self.index
-        expected = (int(index.heights[image]), int(index.widths[image]))
+        expected = index.size_of(image)
         size = None if scale in (None, 1.0) else round(max(expected) * float(scale or 1))
         pixels = read_image(index.path(image), size, expected=expected)
         return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())

@@ -130,7 +130,7 @@ class DetectionSamples(Dataset[Sample]):
         return {
             "images": pad(plan.image(pixels), self.size),
             "sizes": torch.tensor(plan.size),
-            "own_sizes": torch.tensor(self.files.own_size(image)),
+            "own_sizes": torch.tensor(self.files.index.size_of(image)),
             "image_ids": torch.tensor(image_id),
             "labelled": torch.tensor(bool(self.known[position])),
             "boxes": found.boxes,

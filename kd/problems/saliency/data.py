@@ -248,5 +248,4 @@ def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
 
 def _synthetic(section: SaliencySection, index: CocoIndex) -> GazeSplit:
     paths = tuple(index.path(number) for number in range(len(index)))
-    names = tuple(path.stem for path in paths)
-    return GazeSplit(str(index.annotation_file), names, paths, SceneGaze(index), section.degree)
+    return GazeSplit(str(index.annotation_file), paths, SceneGaze(index), section.degree)

@@ -58,7 +58,7 @@ def test_many_mistakes_are_counted_and_a_few_listed(
         read_detections(path, read_truth(truth_file(tiny_coco)))
     lines = str(caught.value).splitlines()
     assert len(lines) == 6
-    assert lines[-1] == "... and 3 more results with mistakes"
+    assert lines[-1] == "... and 3 more"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Told:
 
 
 def split(points: list[list[float]], maps: tuple[Path, ...] = ()) -> GazeSplit:
-    return GazeSplit("gaze", ("a",), (Path("a.jpg"),), Told(points), 3.0, maps)
+    return GazeSplit("gaze", (Path("a.jpg"),), Told(points), 3.0, maps)
 
 
 def test_a_density_is_a_gaussian_around_each_fixation() -> None:

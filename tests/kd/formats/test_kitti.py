@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kd.errors import UserError
-from kd.formats.box_annotations import instances_file, read_flags
+from kd.formats.box_annotations import instances_file
 from kd.formats.coco import load_coco
 from kd.formats.coco_results import read_truth
 from kd.formats.kitti import CLASSES, kitti_to_coco, kitti_truth
@@ -74,10 +74,9 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     index = load_coco(path, root / "training" / "image_2")
     assert len(index) == 2 and index.boxes.tolist() == [[10.5, 20.0, 30.5, 28.25]]
     assert index.skipped == {"crowd": 3} and index.class_names == CLASSES
-    marks, truth = read_flags(path), read_truth(path)
-    assert marks.types == ("DontCare", "DontCare", "DontCare", "Car")
-    assert truth.boxes.crowd.tolist() == [True, True, True, False]
-    assert marks.truncated.tolist() == [-1, -1, -1, 0.25] and marks.occluded.tolist()[3] == 2
+    truth = kitti_truth(read_truth(path))
+    assert truth.region.tolist() == truth.boxes.crowd.tolist() == [True, True, True, False]
+    assert truth.truncated.tolist() == [-1, -1, -1, 0.25] and truth.occluded.tolist()[3] == 2
 
 
 def test_evaluation_distinguishes_neighbour_classes_and_regions(tmp_path: Path) -> None:
@@ -88,6 +87,9 @@ def test_evaluation_distinguishes_neighbour_classes_and_regions(tmp_path: Path) 
     assert truth.occluded[:2].tolist() == [2, 0] and truth.truncated[0] == 0.25
     path.write_text(path.read_text().replace('"Van"', '"Bus"'))
     with pytest.raises(UserError, match="not of KITTI: an annotation has the type 'Bus'"):
+        kitti_truth(read_truth(path))
+    path.write_text(path.read_text().replace('"Bus"', '"Van"').replace("0.25", '"much"'))
+    with pytest.raises(UserError, match="annotation 1: 'truncated' is 'much', expected a number"):
         kitti_truth(read_truth(path))
 
 

@@ -12,13 +12,18 @@ from PIL import Image
 from scipy.io import savemat
 
 from kd.errors import UserError
-from kd.formats.fixations import UNKNOWN
+from kd.formats.fixations import UNKNOWN, GazeSplit
 from kd.formats.saliency import SplitOptions, open_gaze
 from kd.formats.splits import random_split
 
 HEIGHT, WIDTH = 24, 32
 SIZE = (HEIGHT, WIDTH)
 WANTED = SplitOptions(degree=3.0, val_fraction=0.4)
+
+
+def stems(split: GazeSplit) -> tuple[str, ...]:
+    """Names of the images, without suffix."""
+    return tuple(path.stem for path in split.images)
 
 
 def picture(path: Path, size: tuple[int, int] = SIZE, value: int = 90) -> None:
@@ -114,12 +119,12 @@ def osie(tmp_path: Path) -> Callable[..., Path]:
 
 def test_salicon_has_observers_and_one_based_pixels(salicon: Path) -> None:
     train = open_gaze("salicon", salicon, "train", WANTED)
-    assert train.names == ("COCO_1", "COCO_2")
+    assert stems(train) == ("COCO_1", "COCO_2")
     found = train.fixations(0, SIZE)
     # MATLAB's pixel 1 is the first: its middle is half a pixel from the corner.
     assert found.points.tolist() == [[0.5, 0.5], [19.5, 9.5], [31.5, 23.5]]
     assert found.observers.tolist() == [0, 0, 1]
-    assert open_gaze("salicon", salicon, "val", WANTED).names == ("COCO_3",)
+    assert stems(open_gaze("salicon", salicon, "val", WANTED)) == ("COCO_3",)
 
 
 def test_published_maps_are_used_if_requested(salicon: Path) -> None:
@@ -166,10 +171,10 @@ def test_broken_fixation_files_are_reported(salicon: Path) -> None:
 
 def test_mit1003_has_no_observers_and_a_random_split(mit1003: Path) -> None:
     train, val = (open_gaze("mit1003", mit1003, part, WANTED) for part in ("train", "val"))
-    assert len(train.names) == 3 and len(val.names) == 2
-    assert sorted(train.names + val.names) == [f"i{number}" for number in range(5)]
+    assert len(train.images) == 3 and len(val.images) == 2
+    assert sorted(stems(train) + stems(val)) == [f"i{number}" for number in range(5)]
     found = train.fixations(0, SIZE)
-    first = 8 + int(train.names[0][1:])
+    first = 8 + int(stems(train)[0][1:])
     # A JPEG blurs points: each is found, perhaps with a neighbour, and none elsewhere.
     near = {(float(x) - 0.5, float(y) - 0.5) for x, y in found.points}
     assert {(first, 8.0), (20.0, 16.0)} <= near
@@ -179,10 +184,16 @@ def test_mit1003_has_no_observers_and_a_random_split(mit1003: Path) -> None:
 
 def test_cat2000_has_categories_and_no_output_folders(cat2000: Path) -> None:
     train, val = (open_gaze("cat2000", cat2000, part, WANTED) for part in ("train", "val"))
-    assert len(train.names) + len(val.names) == 6
-    assert all(name.split("/")[1] in ("001", "002", "003") for name in train.names + val.names)
+    assert len(train.images) + len(val.images) == 6
+    assert set(stems(train) + stems(val)) == {"001", "002", "003"}
     assert train.fixations(0, SIZE).points.tolist() == [[7.5, 5.5]]
-    path = cat2000 / "trainSet" / "FIXATIONLOCS" / f"{train.names[1]}.mat"
+    path = (
+        cat2000
+        / "trainSet"
+        / "FIXATIONLOCS"
+        / train.images[1].parent.name
+        / f"{stems(train)[1]}.mat"
+    )
     mat(path, fixLocs=np.ones((10, 12)))
     with pytest.raises(UserError, match=r"\.mat: fixations on an image of 12 x 10 pixels, but"):
         train.fixations(1, SIZE)
@@ -193,7 +204,7 @@ def test_cat2000_has_categories_and_no_output_folders(cat2000: Path) -> None:
 
 def test_osie_rows_are_matched_by_image(osie: Callable[..., Path]) -> None:
     train = open_gaze("osie", osie(), "train", WANTED)
-    for number in range(len(train.names)):
+    for number in range(len(train.images)):
         found = train.fixations(number, SIZE)
         assert found.points.tolist() == [[2.5, 3.5], [3.5, 3.5], [4.5, 3.5]]
         assert found.observers.tolist() == [0, 1, 2]
@@ -203,9 +214,9 @@ def test_an_image_without_rows_is_rejected(osie: Callable[..., Path]) -> None:
     root = osie([[1001, 0, 1, 1, 1], [1002, 0, 1, 1, 1]], names=("1001", "1002", "1003"))
     for part in ("train", "val"):
         split = open_gaze("osie", root, part, WANTED)
-        if "1003" in split.names:
+        if "1003" in stems(split):
             with pytest.raises(UserError, match=r"1003\.jpg: no fixations on this image"):
-                split.fixations(split.names.index("1003"), SIZE)
+                split.fixations(stems(split).index("1003"), SIZE)
 
 
 def test_bad_tables_are_rejected(osie: Callable[..., Path]) -> None:
@@ -258,8 +269,8 @@ def test_the_real_osie_is_read(shared_data: Path) -> None:
     train, val = (
         open_gaze("osie", root, part, SplitOptions(degree=12.0)) for part in ("train", "val")
     )
-    assert (len(train.names), len(val.names)) == (480, 120)
-    assert not set(train.names) & set(val.names)
-    found = [val.fixations(number, (300, 400)) for number in range(len(val.names))]
+    assert (len(train.images), len(val.images)) == (480, 120)
+    assert not set(train.images) & set(val.images)
+    found = [val.fixations(number, (300, 400)) for number in range(len(val.images))]
     assert all(len(np.unique(one.observers)) == 15 for one in found)
     assert np.mean([len(one.points) for one in found]) == pytest.approx(140, abs=5)

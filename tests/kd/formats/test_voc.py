@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from kd.errors import UserError
-from kd.formats.box_annotations import image_ids, instances_file, read_flags
+from kd.formats.box_annotations import image_ids, instances_file
 from kd.formats.coco import load_coco
 from kd.formats.coco_results import corners, read_truth
 from kd.formats.voc import CLASSES, voc_folder, voc_to_coco
@@ -83,10 +82,10 @@ def test_the_file_is_read_as_any_coco_json(tmp_path: Path) -> None:
     assert index.class_names[index.labels[0]] == "dog"
     truth = read_truth(path)
     assert corners(truth.boxes.xywh).tolist() == [[40.5, 39.0, 60.0, 40.0], [0.0, 2.0, 16.0, 22.0]]
-    marks = read_flags(path)
-    assert marks.difficult.tolist() == truth.boxes.crowd.tolist() == [True, False]
-    assert marks.truncated.tolist() == [0.0, 1.0] and marks.occluded.tolist() == [1, 0]
-    assert marks.types == ("", "")
+    assert truth.boxes.crowd.tolist() == [True, False]
+    objects = json.loads(path.read_text())["annotations"]
+    assert [one["difficult"] for one in objects] == [1, 0]
+    assert [(one["truncated"], one["occluded"]) for one in objects] == [(0, 1), (1, 0)]
 
 
 def test_the_folder_of_a_year_may_be_given(tmp_path: Path) -> None:
@@ -185,22 +184,3 @@ def test_ids_come_from_digits_if_unique() -> None:
     assert image_ids(["1_0", "10"]) == [1, 2]
     assert image_ids(["a", "7"]) == [1, 2]
     assert image_ids(["9" * 30, "7"]) == [1, 2]
-
-
-def test_a_non_numeric_field_is_reported(tmp_path: Path) -> None:
-    root = write_voc(tmp_path, n1=whole(DOG))
-    content = voc_to_coco(root, 2007, "train")
-    content["annotations"][0]["truncated"] = "much"
-    path = instances_file(content, root, "x")
-    with pytest.raises(UserError, match="annotation 1: 'truncated' is 'much', expected a number"):
-        read_flags(path)
-
-
-def test_a_plain_coco_json_has_ordinary_objects(tmp_path: Path) -> None:
-    root = write_voc(tmp_path, n1=whole(DOG))
-    content = voc_to_coco(root, 2007, "train")
-    for name in ("difficult", "truncated", "occluded"):
-        del content["annotations"][0][name]
-    marks = read_flags(instances_file(content, root, "x"))
-    assert not marks.difficult.any() and not marks.truncated.any() and not marks.occluded.any()
-    assert marks.occluded.dtype == np.int64

@@ -52,8 +52,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> SaliencyDataset:
 
 
 def test_both_splits_are_opened_and_have_no_picture_in_common(squares: SaliencyDataset) -> None:
-    assert (len(squares.train.names), len(squares.val.names)) == (16, 4)
-    assert not set(squares.train.names) & set(squares.val.names)
+    assert (len(squares.train.images), len(squares.val.images)) == (16, 4)
+    assert not set(squares.train.images) & set(squares.val.images)
     assert squares.class_names == ("saliency",) and squares.num_classes == 1
     assert squares.training(0)[0, 0]["density"].shape == (1, *SIZE)
     assert squares.whole("train", size=32).frame == (24, 32)
@@ -74,7 +74,7 @@ def test_a_small_data_set_is_read_whole_before_training(
     assert any(path.stem.endswith("7") for path in opened.train.images)
     with pytest.raises(UserError, match=r"7\.png: 36 of 36"):
         for split in (opened.train, opened.val):
-            for number in range(len(split.names)):
+            for number in range(len(split.images)):
                 split.fixations(number, SIZE)
 
 

@@ -48,8 +48,7 @@ def made(tmp_path: Path) -> Made:
             Image.fromarray(pixels).save(path)
             paths.append(path)
             corners.append((row, column))
-        names = tuple(path.stem for path in paths)
-        return GazeSplit(str(tmp_path), names, tuple(paths), AtSquares(corners), 3.0)
+        return GazeSplit(str(tmp_path), tuple(paths), AtSquares(corners), 3.0)
 
     return write
 
