@@ -1,31 +1,43 @@
 """Download public datasets: `python -m kd.data.download coco2017 --out DIR`.
 
-Archives are downloaded (resumable, with checksum), unpacked and deleted; complete ones are skipped.
+Archives are downloaded, verified by their checksums, unpacked and deleted; complete ones are
+skipped. Failed requests are repeated, and an interrupted download is resumed.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
+import http.client
 import logging
 import os
 import shutil
 import stat
 import sys
+import time
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.filesize import decimal as readable  # 19.3 GB
 
 from kd.errors import UserError
-from kd.utils.download import ByteProgress, fetch, readable
-
-__all__ = ["DATASETS", "Archive", "download", "fetch", "main", "unpack"]
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+_RETRYABLE = {408, 425, 429, 500, 502, 503, 504}
+_HINTS = {401: "; access denied", 403: "; access denied", 404: "; check the address",
+          410: "; the file was removed"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,182 @@ def _unpack_one(
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Retry(Exception):
+    """A connection failure that may be temporary."""
+
+
+def fetch(
+    url: str,
+    path: Path,
+    *,
+    md5: str,
+    retries: int = 5,
+    backoff: float = 1.0,
+    timeout: float = 30.0,
+) -> None:
+    """Download a file unless it exists; an interrupted download is resumed.
+
+    Bytes go to `PATH.part`, which is renamed once it is complete and verified.
+
+    Args:
+        url: http or https.
+        path: Target file; its folder is created.
+        md5: Expected digest, hexadecimal.
+        retries: Attempts after the first without any progress.
+        backoff: Seconds before the second attempt; doubled for each further one, up to a minute.
+        timeout: Seconds without data from the server.
+
+    Raises:
+        UserError: Not found, refused, unreachable, wrong checksum, or the disk is full. Received
+            bytes are kept unless they are wrong.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UserError(f"{url}: not an http or https address")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / ".lock"):
+            if path.exists() and _md5(path) == md5:
+                log.info("%s: already there", path)
+                return
+            resumed = _size(part) > 0
+            _receive_all(url, part, retries, backoff, timeout)
+            if resumed and _md5(part) != md5:  # the older bytes may be of another version
+                log.warning("%s: wrong checksum after resuming; downloading again", path)
+                part.unlink()
+                _receive_all(url, part, retries, backoff, timeout)
+            if _md5(part) != md5:
+                part.unlink()
+                raise UserError(
+                    f"{url}: wrong checksum: expected md5 {md5}; the received file is deleted. Run "
+                    "again; if this persists, the file on the server has changed"
+                )
+            part.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = "the disk is full; free some space and run again to resume"
+        else:
+            message = f"cannot write: {error.strerror or error}"
+        raise UserError(f"{path}: {message}") from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file, ByteProgress(f"checking {path.name}", _size(path)) as progress:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            progress.advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _receive_all(url: str, part: Path, retries: int, backoff: float, timeout: float) -> None:
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            _receive(url, part, timeout)
+            return
+        except _Retry as error:
+            reason = str(error)
+        failures = 1 if _size(part) > before else failures + 1
+        if failures > retries:
+            raise UserError(
+                f"{url}: {reason} ({failures} attempts); run again to resume after "
+                f"{readable(_size(part))}"
+            )
+        pause = min(backoff * 2 ** (failures - 1), 60.0)
+        log.warning("%s: %s; next attempt in %.0f s", url, reason, pause)
+        time.sleep(pause)
+
+
+def _receive(url: str, part: Path, timeout: float) -> None:
+    """Receive the rest of a file, or all of it from a server that does not support ranges."""
+    received = _size(part)
+    headers = {"User-Agent": "kd", "Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={received}-"} if received else {}
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        reply = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 416 and received:
+                return  # all bytes are there, perhaps too many: the checksum tells
+            if error.code in _RETRYABLE:
+                raise _Retry(f"HTTP {error.code} {error.reason}") from None
+            hint = _HINTS.get(error.code, "")
+            raise UserError(f"{url}: HTTP {error.code} {error.reason}{hint}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _Retry(_reason(error)) from error
+    with reply:
+        if reply.status != 206:
+            received = 0
+        elif not reply.headers.get("Content-Range", "").startswith(f"bytes {received}-"):
+            part.unlink()
+            raise _Retry("the server sent another range than requested; downloading again")
+        length = reply.headers.get("Content-Length")
+        total = received + int(length) if length else None
+        with (
+            part.open("r+b" if received else "wb") as file,
+            ByteProgress(part.stem, total, received) as progress,
+        ):
+            file.seek(received)
+            while chunk := _read(reply):
+                file.write(chunk)
+                progress.advance(len(chunk))
+    if total is not None and progress.done < total:
+        raise _Retry(f"the connection ended after {readable(progress.done)} of {readable(total)}")
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    return str(reason) or type(reason).__name__
+
+
+def _read(reply: http.client.HTTPResponse) -> bytes:
+    # Separate from writing: both raise OSError, but only reading is worth a retry.
+    try:
+        return reply.read1(_CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Retry(_reason(error)) from error
+
+
+class ByteProgress:
+    """Progress in bytes: a bar on a terminal, otherwise a log line every 10 %."""
+
+    def __init__(self, title: str, total: int | None, done: int = 0) -> None:
+        self.title, self.total, self.done = title, total, done
+        self.bar: rich_progress.Progress | None = None
+        self.tenth = 10 * done // total if total else 0
+
+    def __enter__(self) -> ByteProgress:
+        if sys.stderr.isatty():
+            self.bar = rich_progress.Progress(
+                "{task.description}", rich_progress.BarColumn(), rich_progress.DownloadColumn(),
+                rich_progress.TransferSpeedColumn(), rich_progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )  # fmt: skip
+            self.bar.add_task(self.title, total=self.total, completed=self.done)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Add `count` bytes."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.advance(self.bar.task_ids[0], count)
+        elif self.total and 10 * self.done // self.total > self.tenth:
+            self.tenth = 10 * self.done // self.total
+            log.info("%s: %d %% of %s", self.title, 10 * self.tenth, readable(self.total))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
