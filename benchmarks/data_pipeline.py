@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from kd.data.loader import build_loader
+from kd.data.loader import SampleLoader
 from kd.data.prepare import prepare, scale_annotations
 from kd.formats.coco import CocoIndex, load_coco
 from kd.problems.objects.samples import ObjectSamples
@@ -151,7 +151,7 @@ def published(index: CocoIndex, *, dense: bool) -> Round:
 def ours(index: CocoIndex, copy: Path | None, *, device: bool) -> Round:
     """This project's loader, without workers; with `device`, what a GPU would do as well."""
     dataset = ObjectSamples(index, size=SIZE, augment=AUGMENT, prepared=copy)
-    loader = build_loader(dataset, batch_size=BATCH, seed=0, shuffle=True)
+    loader = SampleLoader(dataset, batch_size=BATCH, seed=0, shuffle=True)
     memory = torch.empty(BATCH, CLASSES, SIZE, SIZE, dtype=torch.bool)
 
     def run(epoch: int) -> int:

@@ -68,7 +68,7 @@ class Samples(Protocol):
         ...
 
     def together(self, batch_size: int) -> int:
-        """Batch size that takes the memory of `batch_size` training samples; 1 if shapes differ."""
+        """Batch size for about the memory of `batch_size` training samples; 1 if shapes differ."""
         ...
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
@@ -80,15 +80,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of one rank, as lists of (epoch, position).
 
     The global batches do not depend on the number of ranks; each rank takes a contiguous part.
-
-    Args:
-        length: Number of samples.
-        batch_size: Global batch size, over all ranks.
-        seed: Seed of the order, 0 or more.
-        shuffle: Use a new order each epoch; otherwise 0, 1, 2, ...
-        rank: This process.
-        world: Number of processes.
-        drop_last: Drop an incomplete last batch.
+    `length` is the number of samples; the other arguments are those of `SampleLoader`.
     """
 
     def __init__(
@@ -123,7 +115,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, position) for position in order[part].tolist()]
 
     def _parts(self, start_batch: int) -> Iterator[slice]:
-        """This rank's part of each batch; nothing of a last batch that is too small for all."""
+        """This rank's slice of each global batch; none of a last batch with too few samples."""
         whole = self.length // self.batch_size * self.batch_size
         end = whole if self.drop_last else self.length
         for start in range(start_batch * self.batch_size, end, self.batch_size):
@@ -137,7 +129,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A UserError from a worker, which would wrap the exception in its traceback."""
+    """The message of a `UserError`: a raised one would return wrapped in a worker's traceback."""
 
     message: str
 
@@ -161,13 +153,49 @@ class SampleLoader:
     """Iterates over one epoch's batches of one rank, as in docs/batch.md.
 
     Workers start with the first iteration and persist.
+
+    Args:
+        dataset: The samples.
+        batch_size: Global batch size, over all ranks.
+        seed: Seed of the order, 0 or more.
+        shuffle: Use a new order each epoch; otherwise 0, 1, 2, ...
+        workers: Loading processes; 0 loads in this one. The batches are the same.
+        rank: This process.
+        world: Number of processes.
+        drop_last: Drop an incomplete last batch.
     """
 
-    def __init__(self, dataset: Samples, sampler: EpochSampler, *, workers: int) -> None:
-        self.dataset, self.sampler = dataset, sampler
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        count = len(dataset)
+        if batch_size < world:
+            raise UserError(f"batch_size: {batch_size} images are too few for {world} processes")
+        if drop_last and count < batch_size:
+            raise UserError(f"batch_size: {batch_size} is more than the {count} images")
+        last = count % batch_size
+        if dataset.train and not drop_last and 0 < last < world:
+            raise UserError(
+                f"batch_size: {batch_size} leaves {last} of {count} images for a last batch, too "
+                f"few for {world} processes; drop the last batch or change batch_size"
+            )
+        self.dataset = dataset
+        self.sampler = EpochSampler(
+            count, batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank, world=world,
+            drop_last=drop_last,
+        )  # fmt: skip
         self._batches: DataLoader[Sample] = DataLoader(
             _Guarded(dataset),
-            batch_sampler=sampler,
+            batch_sampler=self.sampler,
             collate_fn=_collate,
             num_workers=workers,
             prefetch_factor=_PREFETCH if workers else None,
@@ -175,7 +203,7 @@ class SampleLoader:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_one_thread,
             # the workers' seeds are drawn from here, not from the global generator
-            generator=torch.Generator().manual_seed(sampler.seed),
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -187,56 +215,11 @@ class SampleLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield batches; a mistake in a worker is raised as the UserError that it was there."""
+        """Yield batches; a worker's `UserError` is raised again here, without its traceback."""
         for batch in self._batches:
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
             yield batch
-
-
-def build_loader(
-    dataset: Samples,
-    *,
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
-    workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    drop_last: bool = False,
-    start: tuple[int, int] = (0, 0),
-) -> SampleLoader:
-    """Build a loader.
-
-    Args:
-        dataset: The samples.
-        batch_size: Global batch size, over all ranks.
-        seed: Seed of the order, 0 or more.
-        shuffle: Use a new order each epoch.
-        workers: Loading processes; 0 loads in this one. The batches are the same.
-        rank: This process.
-        world: Number of processes.
-        drop_last: Drop an incomplete last batch.
-        start: First epoch and batch.
-    """
-    count = len(dataset)
-    if batch_size < world:
-        raise UserError(f"batch_size: {batch_size} images are too few for {world} processes")
-    if drop_last and count < batch_size:
-        raise UserError(f"batch_size: {batch_size} is more than the {count} images")
-    last = count % batch_size
-    if dataset.train and not drop_last and 0 < last < world:
-        raise UserError(
-            f"batch_size: {batch_size} leaves {last} of {count} images for a last batch, too few "
-            f"for {world} processes; drop the last batch or change batch_size"
-        )
-    sampler = EpochSampler(
-        count, batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank, world=world,
-        drop_last=drop_last,
-    )  # fmt: skip
-    loader = SampleLoader(dataset, sampler, workers=workers)
-    loader.set_epoch(*start)
-    return loader
 
 
 def _one_thread(worker: int) -> None:

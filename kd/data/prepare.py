@@ -11,6 +11,8 @@ JPEGs of quality 95 too: a PNG of this size takes four times as long to decode.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -33,11 +35,20 @@ from rich.progress import track
 from kd.errors import UserError
 from kd.formats.coco_validate import read_coco
 from kd.utils.images import read_image, scaled_size
+from kd.utils.io import write_text
 
 Json = dict[str, Any]
 Size = tuple[int, int]
 
+log = logging.getLogger(__name__)
+
 _DECIMALS = 3
+_QUALITY = 95
+_FORMAT = 1
+_DIGEST = 32  # hexadecimal digits of the JSON's SHA-256, as in an index's fingerprint
+_CHUNK = 16
+_LISTED = 10
+_JPEG = (".jpg", ".jpeg")
 
 
 def scale_annotations(
@@ -101,16 +112,6 @@ def _scale_run_lengths(segment: Json, size: Size) -> Json:
     resized = F.interpolate(mask[None, None], size=size, mode="nearest-exact")[0, 0]
     encoded = run_lengths.encode(np.asfortranarray(resized.numpy()))
     return {"size": list(size), "counts": encoded["counts"].decode("ascii")}
-
-
-log = logging.getLogger(__name__)
-
-_QUALITY = 95
-_FORMAT = 1
-_DIGEST = 32  # hexadecimal digits of the JSON's SHA-256, as in an index's fingerprint
-_CHUNK = 16
-_LISTED = 10
-_JPEG = (".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -178,73 +179,69 @@ def prepare(
     dataset: Json = coco.dataset
     try:
         _claim(out, size, digest)
-        jobs = [_Job.of(entry, images, out, size) for entry in dataset["images"]]
-        messages = list(
-            track(_run(jobs, workers), "Resizing", len(jobs), disable=not sys.stderr.isatty())
-        )
-        bad = {entry["id"]: text for entry, text in zip(dataset["images"], messages, strict=True)}
-        bad = {key: text for key, text in bad.items() if text is not None}
-        if len(bad) == len(jobs):
-            raise UserError(f"{images}: no image could be read; the first: {messages[0]}")
+        entries = dataset["images"]
+        for entry in entries:
+            target = out / "images" / _copy_name(entry["file_name"])
+            if not target.resolve().is_relative_to(out.resolve()):
+                raise UserError(
+                    f"image {entry['id']}: file name {entry['file_name']!r} leaves {out}"
+                )
+        copies = _copy_all(entries, images, out, size, workers)
+        progress = track(copies, "Resizing", len(entries), disable=not sys.stderr.isatty())
+        bad = {
+            entry["id"]: text
+            for entry, text in zip(entries, progress, strict=True)
+            if text is not None
+        }
+        if len(bad) == len(entries):
+            raise UserError(
+                f"{images}: no image could be read; the first: {next(iter(bad.values()))}"
+            )
         smaller = scale_annotations(
             dataset, leave_out=bad, rename=_copy_name,
             rescale=lambda height, width: _copy_size(height, width, size),
         )  # fmt: skip
-        _write_json(out / "annotations.json", smaller)
+        write_text(out / "annotations.json", json.dumps(smaller))
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot write: {error.strerror}") from None
-    return [text for text in messages if text is not None]
+    return list(bad.values())
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: Path
-    target: Path
-    expected: tuple[int, int]
-    size: int
-
-    @staticmethod
-    def of(entry: dict[str, Any], images: Path, out: Path, size: int) -> _Job:
-        target = out / "images" / _copy_name(entry["file_name"])
-        if not target.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"image {entry['id']}: file name {entry['file_name']!r} leaves {out}")
-        return _Job(images / entry["file_name"], target, (entry["height"], entry["width"]), size)
-
-    def done(self) -> bool:
-        """Whether the target is complete and not older than its source."""
-        try:
-            return self.target.stat().st_mtime >= self.source.stat().st_mtime
-        except OSError:
-            return False
-
-    def run(self) -> str | None:
-        if self.done():
-            return None
-        small = max(self.expected) <= self.size
-        try:
-            pixels = read_image(self.source, None if small else self.size, expected=self.expected)
-        except UserError as error:
-            return str(error)
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.target.with_name(f"{self.target.name}.{os.getpid()}.part")
-        if small and self.source.suffix.lower() in _JPEG:
-            shutil.copyfile(self.source, unfinished)  # encoding it again would only lose quality
-        else:
-            array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-            Image.fromarray(array).save(unfinished, "JPEG", quality=_QUALITY)
-        unfinished.replace(self.target)
-        return None
-
-
-def _run(jobs: Sequence[_Job], workers: int) -> Iterator[str | None]:
+def _copy_all(
+    entries: Sequence[Json], images: Path, out: Path, size: int, workers: int
+) -> Iterator[str | None]:
+    """Copy images, in order; yields the message of each unreadable one and None for the others."""
+    copy = functools.partial(_copy_image, images, out, size)
     if workers == 0:
-        yield from map(_Job.run, jobs)
+        yield from map(copy, entries)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        yield from pool.map(_Job.run, jobs, chunksize=_CHUNK)
+        yield from pool.map(copy, entries, chunksize=_CHUNK)
+
+
+def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
+    source, target = images / entry["file_name"], out / "images" / _copy_name(entry["file_name"])
+    with contextlib.suppress(OSError):
+        if target.stat().st_mtime >= source.stat().st_mtime:
+            return None  # complete, and not older than its source
+    expected = (entry["height"], entry["width"])
+    small = max(expected) <= size
+    try:
+        pixels = read_image(source, None if small else size, expected=expected)
+    except UserError as error:
+        return str(error)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
+    if small and source.suffix.lower() in _JPEG:
+        shutil.copyfile(source, unfinished)  # encoding it again would only lose quality
+    else:
+        array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+        Image.fromarray(array).save(unfinished, "JPEG", quality=_QUALITY)
+    unfinished.replace(target)
+    return None
 
 
 def _copy_name(file_name: str) -> str:
@@ -264,7 +261,7 @@ def _claim(out: Path, size: int, digest: str) -> None:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out}: is not empty and holds no prepared copy; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / "prepared.json", settings)
+        write_text(out / "prepared.json", json.dumps(settings))
     elif found != settings:
         raise UserError(
             f"{out}: holds a copy of {found['size']} pixels of annotations {found['annotations']}, "
@@ -285,21 +282,6 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _report(bad: Sequence[str], out: Path) -> int:
-    for text in bad[:_LISTED]:
-        log.warning("%s", text)
-    if len(bad) > _LISTED:
-        log.warning("and %d more", len(bad) - _LISTED)
-    log.info("%s: finished; %d images left out as unreadable", out, len(bad))
-    return 1 if bad else 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit status 1 if images were left out, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m kd.data.prepare", description=__doc__)
@@ -311,13 +293,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return _report(prepare(**options), options["out"])
+        bad = prepare(**options)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to resume\n")
         return 130
+    for text in bad[:_LISTED]:
+        log.warning("%s", text)
+    if len(bad) > _LISTED:
+        log.warning("and %d more", len(bad) - _LISTED)
+    log.info("%s: finished; %d images left out as unreadable", options["out"], len(bad))
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

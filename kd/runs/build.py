@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from kd.config.datasets import DatasetSection
 from kd.config.recipes import Model
-from kd.data.loader import SampleLoader, Samples, build_loader
+from kd.data.loader import SampleLoader, Samples
 from kd.errors import UserError
 from kd.problems import problem_of_data, problem_of_task, spec_of_task
 from kd.problems.base import Dataset
@@ -25,7 +25,7 @@ def make_loader(
     train: bool = False,
 ) -> SampleLoader:
     """Build the loader of this process, which gets its slice of each batch."""
-    return build_loader(
+    return SampleLoader(
         dataset, batch_size=batch_size, seed=seed, shuffle=train, workers=workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
         drop_last=train and len(dataset) > batch_size,

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd.data.loader import build_loader, collate, to_device
+from kd.data.loader import SampleLoader, collate, to_device
 from kd.distillation.registry import POSTERIOR
 from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import layers_among
@@ -242,7 +242,7 @@ class _Cache:
     ) -> int:
         """Run one model over its images; return how many images are done then."""
         device = self.accelerator.device
-        loader = build_loader(
+        loader = SampleLoader(
             self.view.samples(images), batch_size=self.samples.together(IMAGES_A_BATCH), seed=0,
             shuffle=False, workers=self.view.data.section.workers,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd.data.loader import EpochSampler, Sample, build_loader
+from kd.data.loader import EpochSampler, Sample, SampleLoader
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
 from kd.problems.objects.samples import ObjectSamples
@@ -82,7 +82,7 @@ def test_a_last_batch_too_small_for_all_ranks_leaves_some_without() -> None:
 def test_the_number_of_workers_changes_nothing(dataset: ObjectSamples) -> None:
     batches = []
     for workers in (0, 2):
-        loader = build_loader(dataset, batch_size=4, seed=7, shuffle=True, workers=workers)
+        loader = SampleLoader(dataset, batch_size=4, seed=7, shuffle=True, workers=workers)
         both = list(loader)
         loader.set_epoch(1)
         batches.append(both + list(loader))
@@ -91,10 +91,11 @@ def test_the_number_of_workers_changes_nothing(dataset: ObjectSamples) -> None:
 
 
 def test_resuming_inside_an_epoch_gives_the_same_batches(dataset: ObjectSamples) -> None:
-    loader = build_loader(dataset, batch_size=3, seed=7, shuffle=True)
+    loader = SampleLoader(dataset, batch_size=3, seed=7, shuffle=True)
     loader.set_epoch(2)
     whole = list(loader)
-    resumed = build_loader(dataset, batch_size=3, seed=7, shuffle=True, start=(2, 2))
+    resumed = SampleLoader(dataset, batch_size=3, seed=7, shuffle=True)
+    resumed.set_epoch(2, start_batch=2)
     assert_same(whole[2:], list(resumed))
     assert len(resumed) == len(whole) == 4
     resumed.set_epoch(2)
@@ -102,9 +103,9 @@ def test_resuming_inside_an_epoch_gives_the_same_batches(dataset: ObjectSamples)
 
 
 def test_two_ranks_batches_make_up_the_one_process_batch(dataset: ObjectSamples) -> None:
-    whole = list(build_loader(dataset, batch_size=4, seed=7, shuffle=True))
+    whole = list(SampleLoader(dataset, batch_size=4, seed=7, shuffle=True))
     parts = [
-        list(build_loader(dataset, batch_size=4, seed=7, shuffle=True, rank=rank, world=2))
+        list(SampleLoader(dataset, batch_size=4, seed=7, shuffle=True, rank=rank, world=2))
         for rank in range(2)
     ]
     for batch, left, right in zip(whole, *parts, strict=True):
@@ -116,7 +117,7 @@ def test_two_ranks_batches_make_up_the_one_process_batch(dataset: ObjectSamples)
 
 def test_loading_leaves_the_global_random_state_alone(dataset: ObjectSamples) -> None:
     before = torch.get_rng_state()
-    list(build_loader(dataset, batch_size=4, seed=7, shuffle=True))
+    list(SampleLoader(dataset, batch_size=4, seed=7, shuffle=True))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -127,7 +128,7 @@ def test_a_bad_image_is_one_line_with_or_without_workers(
 ) -> None:
     bad = dataset.index.path(6)
     bad.write_bytes(bad.read_bytes()[:300])
-    loader = build_loader(dataset, batch_size=4, seed=7, shuffle=False, workers=workers)
+    loader = SampleLoader(dataset, batch_size=4, seed=7, shuffle=False, workers=workers)
     with pytest.raises(UserError) as caught:
         list(loader)
     assert str(caught.value).startswith(f"{bad}: cannot read this image: ")
@@ -137,8 +138,8 @@ def test_a_bad_image_is_one_line_with_or_without_workers(
 
 def test_numbers_that_leave_a_rank_empty_are_refused(dataset: ObjectSamples) -> None:
     with pytest.raises(UserError, match="too few for 4 processes"):
-        build_loader(dataset, batch_size=2, seed=0, shuffle=True, world=4)
+        SampleLoader(dataset, batch_size=2, seed=0, shuffle=True, world=4)
     with pytest.raises(UserError, match="more than the 11 images"):
-        build_loader(dataset, batch_size=12, seed=0, shuffle=True, drop_last=True)
+        SampleLoader(dataset, batch_size=12, seed=0, shuffle=True, drop_last=True)
     with pytest.raises(UserError, match="leaves 1 of 11 images"):
-        build_loader(dataset, batch_size=5, seed=0, shuffle=True, world=2)
+        SampleLoader(dataset, batch_size=5, seed=0, shuffle=True, world=2)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from kd.data.loader import Sample, build_loader, collate
+from kd.data.loader import Sample, SampleLoader, collate
 from kd.data.prepare import prepare
 from kd.distillation.targets import CachedPosteriors
 from kd.errors import UserError
@@ -229,7 +229,7 @@ def test_the_number_of_workers_changes_nothing(index: CocoIndex) -> None:
     dataset = DetectionSamples(index, size=48, augment={}, scales=(0.5, 1.5))
     batches = []
     for workers in (0, 2):
-        loader = build_loader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers)
+        loader = SampleLoader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers)
         first = list(loader)
         loader.set_epoch(1)
         batches.append(first + list(loader))

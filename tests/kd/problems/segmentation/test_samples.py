@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.data.loader import Sample, build_loader, collate
+from kd.data.loader import Sample, SampleLoader, collate
 from kd.errors import UserError
 from kd.formats.segmentation import PublishedSplit, open_label_maps
 from kd.problems.segmentation.data import SegmentationSamples, open_maps
@@ -98,7 +98,7 @@ def test_a_sample_depends_only_on_seed_epoch_and_position(split: PublishedSplit)
 def test_the_number_of_workers_changes_nothing(split: PublishedSplit) -> None:
     dataset = SegmentationSamples(split, size=48, crop=(24, 32), augment={}, seed=1)
     first, second = (
-        list(build_loader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers))
+        list(SampleLoader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers))
         for workers in (0, 2)
     )
     assert len(first) == len(second) == 3
