@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kd.metrics.coco_ap import Floats, Ints, MeanAP, summary
+from kd.metrics.coco_ap import Floats, Ints, MeanAP, mean_of_known, summary
 
 STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 ALONES = (0.0, 0.25, 0.5, 1.0)
@@ -187,7 +187,7 @@ class Fitter:
         return self._fit(2 * self.count, list(range(self.count)), per_class)
 
     def _fit(self, row: int, folds: list[int], per_class: bool) -> Fit:
-        mean = _mean(self._class_ap)  # (S, rows)
+        mean = np.nan_to_num(mean_of_known(self._class_ap))  # (S, rows)
         best = int(np.argmax(mean[:, row]))
         gain = float(mean[best, row] - mean[0, row])
         clear = is_clear(mean[best, folds] - mean[0, folds])
@@ -238,10 +238,3 @@ def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Flo
     both = [meter.average(meter.match(scores, areas=1), rows) for scores in (before, after)]
     aps = [summary(average)["AP"] for average in both]
     return np.asarray(aps[1] - aps[0])
-
-
-def _mean(class_ap: Floats) -> Floats:
-    """Mean over classes that have objects; 0 if none has."""
-    some = ~np.isnan(class_ap)
-    total = np.where(some, class_ap, 0.0).sum(-1)
-    return np.asarray(total / some.sum(-1).clip(min=1))

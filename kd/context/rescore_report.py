@@ -11,7 +11,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from kd.context.rescore import Evidence, Setting, combine
-from kd.metrics.bootstrap import Interval
+from kd.metrics.bootstrap import Interval, percentiles
 from kd.metrics.coco_ap import Floats, MeanAP, summary
 from kd.report.style import COLOURS, GREY, new_figure
 from kd.report.tables import CLEAR, Row, Table
@@ -163,10 +163,7 @@ def curve_figure(
 
 def _interval(values: Floats) -> Interval:
     """The interval of an observed value, the first, and its resamples, the others."""
-    if len(values) < 2 or np.isnan(values[1:]).all():
-        return Interval(float(values[0]), np.nan, np.nan)
-    low, high = np.nanquantile(values[1:], [0.025, 0.975])
-    return Interval(float(values[0]), float(low), float(high))
+    return percentiles(float(values[0]), values[1:])
 
 
 def _class_row(entry: ClassChange) -> Row:

@@ -16,6 +16,7 @@ from kd.errors import UserError
 
 Array = NDArray[Any]
 SAMPLES = 2000  # resamples
+_LEVEL = 0.95  # coverage of intervals
 _COUNTS_AT_ONCE = 4_000_000  # bounds the memory
 
 
@@ -32,10 +33,8 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired_interval(
-    differences: Sequence[float] | NDArray[np.float64], *, level: float = 0.95
-) -> Interval:
-    """Student's t interval of a mean difference, one difference per seed.
+def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Interval:
+    """Student's 95 % t interval of a mean difference, one difference per seed.
 
     Raises:
         UserError: Fewer than two seeds; use `paired_bootstrap` over images instead.
@@ -45,7 +44,7 @@ def paired_interval(
         raise UserError(f"an interval over seeds needs at least two of them, got {array.size}")
     mean = float(array.mean())
     error = float(array.std(ddof=1)) / np.sqrt(len(array))
-    reach = float(stats.t.ppf((1 + level) / 2, df=len(array) - 1)) * error
+    reach = float(stats.t.ppf((1 + _LEVEL) / 2, df=len(array) - 1)) * error
     return Interval(mean, mean - reach, mean + reach)
 
 
@@ -56,10 +55,8 @@ def paired_bootstrap(
     *,
     classes: Array | None = None,
     samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of mean(b) - mean(a), images resampled with replacement.
+    """95 % percentile interval of mean(b) - mean(a), images resampled with replacement.
 
     Efron and Tibshirani, 1993, chapter 13; both runs get the same whole images (clusters).
 
@@ -70,8 +67,6 @@ def paired_bootstrap(
         classes: (K,) labels: take the mean over classes of class means; a class that a resample
             lacks is left out of it.
         samples: Number of resamples.
-        seed: The same seed draws the same images.
-        level: Coverage.
 
     Returns:
         The observed difference and its bounds, NaN where all objects are of one image.
@@ -90,7 +85,7 @@ def paired_bootstrap(
         with np.errstate(invalid="ignore"):  # 0 / 0: the resample lacks the class
             return np.asarray(np.nanmean(gap / drawn, axis=1), dtype=np.float64)
 
-    return drawn_again(difference, len(support), samples=samples, seed=seed, level=level)
+    return drawn_again(difference, len(support), samples=samples)
 
 
 def drawn_again(
@@ -98,30 +93,26 @@ def drawn_again(
     images: int,
     *,
     samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of any number that follows from how often each image counts.
+    """95 % percentile interval of a number that can be computed from weights of the images.
 
     Args:
-        number: Maps image counts (R, images) to numbers (R,); NaN, as where a class is lacking, is
-            left out.
+        number: Maps weights (R, images), how often each image was drawn, to numbers (R,); NaN, such
+            as for a resample that lacks a class, is left out.
         images: Number of images; with fewer than two the bounds are NaN.
         samples: Number of resamples.
-        seed: The same seed draws the same images.
-        level: Coverage.
     """
     mean = float(number(np.ones((1, images)))[0])
     if images < 2:
         return Interval(mean, np.nan, np.nan)
-    drawn = np.concatenate([number(counts) for counts in resamples(images, samples, seed)])
-    return percentiles(mean, drawn, level=level)
+    drawn = np.concatenate([number(counts) for counts in resamples(images, samples)])
+    return percentiles(mean, drawn)
 
 
 def percentiles(
-    mean: float, drawn: NDArray[np.floating[Any]], *, level: float = 0.95, centred: bool = False
+    mean: float, drawn: NDArray[np.floating[Any]], *, centred: bool = False
 ) -> Interval:
-    """An observed number with percentile bounds from its resamples (R,); NaN ones are left out.
+    """An observed number with 95 % percentile bounds from its resamples (R,), NaN left out.
 
     `centred` subtracts the resamples' bias from the bounds: average precision is larger where
     images repeat and rare classes are absent.
@@ -129,23 +120,21 @@ def percentiles(
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):
         return Interval(mean, np.nan, np.nan)
-    tail = (1 - level) / 2
+    tail = (1 - _LEVEL) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     bias = float(drawn.mean(dtype=np.float64)) - mean if centred else 0.0
     return Interval(mean, float(low) - bias, float(high) - bias)
 
 
-def bootstrap(
-    values: Array, groups: Array, *, classes: Array | None = None, level: float = 0.95
-) -> Interval:
-    """Percentile interval of one run's mean; arguments as `paired_bootstrap`."""
-    return paired_bootstrap(np.zeros(len(values)), values, groups, classes=classes, level=level)
+def bootstrap(values: Array, groups: Array, *, classes: Array | None = None) -> Interval:
+    """95 % percentile interval of one run's mean; arguments as `paired_bootstrap`."""
+    return paired_bootstrap(np.zeros(len(values)), values, groups, classes=classes)
 
 
 def _per_image(
     groups: Array, classes: Array | None, runs: Sequence[Array]
 ) -> tuple[Array, list[Array]]:
-    """Numbers of objects, and sums of each run's values, by image and class."""
+    """Number of objects of each image and class, and the sums of each run's values over them."""
     images, group = np.unique(groups, return_inverse=True)
     columns, cell = np.unique(
         np.zeros(len(groups)) if classes is None else classes, return_inverse=True
@@ -158,9 +147,12 @@ def _per_image(
     return total(np.ones(len(groups))), [total(values) for values in runs]
 
 
-def resamples(images: int, samples: int = SAMPLES, seed: int = 0) -> Iterator[NDArray[np.float64]]:
-    """How often each image is drawn, blocks of (R, images); equal for runs on as many images."""
-    generator = np.random.default_rng(seed)
+def resamples(images: int, samples: int = SAMPLES) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each image is drawn, (R, images) at a time.
+
+    Runs on the same number of images get the same draws, so that they can be subtracted.
+    """
+    generator = np.random.default_rng(0)
     block = max(1, _COUNTS_AT_ONCE // images)
     for start in range(0, samples, block):
         rows = min(block, samples - start)

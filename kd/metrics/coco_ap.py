@@ -176,8 +176,9 @@ class Matches:
 
     Attributes:
         order: (D,) detections in falling order of score, ties by image, then as in the file.
-        hit: (A, T, D) bool, in the detections' own order.
-        ignored: (A, T, D) bool, neither correct nor wrong.
+        hit: (A, T, D) bool, in the detections' own order; (D,) for VOC.
+        ignored: As `hit`: neither correct nor wrong, since matched to a crowd (VOC: a difficult
+            object) or to an object of another size.
     """
 
     order: Ints
@@ -289,18 +290,9 @@ class MeanAP:
 
     def _chunked(self) -> Iterator[_Chunk]:
         """Groups with at least one candidate detection, by ascending number of objects."""
-        true_group = self.truth.image * self.classes + self.truth.label
-        order, true_order = (np.argsort(g, kind="stable") for g in (self._group, true_group))
-        groups = np.intersect1d(self._group, true_group)
-        starts, ends = (np.searchsorted(self._group[order], groups, s) for s in ("left", "right"))
-        true_starts, true_ends = (
-            np.searchsorted(true_group[true_order], groups, s) for s in ("left", "right")
-        )
-        sizes = true_ends - true_starts
+        groups = shared_groups(self.found, self.truth, self.classes)
         chunk, cells = _Chunk([], [], []), 0
-        for place in np.argsort(sizes, kind="stable"):
-            rows = order[starts[place] : ends[place]]
-            objects = true_order[true_starts[place] : true_ends[place]]
+        for rows, objects in sorted(groups, key=lambda group: len(group[1])):
             crowd = self.truth.crowd[objects].astype(np.uint8)
             overlaps = coco_masks.iou(self.found.xywh[rows], self.truth.xywh[objects], crowd)
             near = (overlaps >= THRESHOLDS[0]).any(axis=1)
@@ -309,7 +301,7 @@ class MeanAP:
             chunk.overlaps.append(overlaps[near])
             chunk.rows.append(rows[near])
             chunk.objects.append(objects)
-            cells += self._left_out.shape[0] * len(THRESHOLDS) * int(sizes[place])
+            cells += self._left_out.shape[0] * len(THRESHOLDS) * len(objects)
             if cells > _CELLS_AT_ONCE:
                 yield chunk
                 chunk, cells = _Chunk([], [], []), 0
@@ -360,10 +352,29 @@ def summary(averages: Floats) -> dict[str, Floats]:
         part = averages[:, ranges.index(area)]
         if threshold is not None:
             part = part[:, [int(np.argmin(abs(THRESHOLDS - threshold)))]]
-        known = ~np.isnan(part)
-        total, count = np.where(known, part, 0.0).sum(axis=(1, 2)), known.sum(axis=(1, 2))
-        found[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        found[name] = mean_of_known(part, axis=(1, 2))
     return found
+
+
+def mean_of_known(values: Floats, *, axis: int | tuple[int, ...] = -1) -> Floats:
+    """Mean of the values that are not NaN, such as AP over the classes with objects; else NaN."""
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def shared_groups(found: Boxes, truth: Boxes, classes: int) -> Iterator[tuple[Ints, Ints]]:
+    """Rows of the detections and of the objects of each image and class that has both."""
+    keys = [boxes.image * classes + boxes.label for boxes in (found, truth)]
+    orders = [np.argsort(key, kind="stable") for key in keys]
+    shared = np.intersect1d(*keys)
+    bounds = [
+        np.searchsorted(key[order], shared, side).tolist()
+        for key, order in zip(keys, orders, strict=True)
+        for side in ("left", "right")
+    ]
+    for start, end, true_start, true_end in zip(*bounds, strict=True):
+        yield orders[0][start:end], orders[1][true_start:true_end]
 
 
 def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:

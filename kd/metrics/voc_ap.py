@@ -7,33 +7,26 @@ wrong if that object has been found before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from pycocotools import mask as coco_masks
 
 from kd.errors import UserError
-from kd.metrics.coco_ap import Array, Bools, Boxes, Floats, Ints, blocks, sums_before
+from kd.metrics.coco_ap import (
+    Array,
+    Boxes,
+    Floats,
+    Ints,
+    Matches,
+    blocks,
+    shared_groups,
+    sums_before,
+)
 
 OVERLAP = 0.5
 Points = Literal["11", "area"]
 _RECALLS = 10  # steps between recalls 0 and 1
-
-
-@dataclass(frozen=True)
-class VocMatches:
-    """Correct and ignored detections for one set of scores.
-
-    Attributes:
-        order: (D,) detections in falling order of score, ties by image, then as in the file.
-        hit: (D,) bool, in the detections' own order.
-        ignored: (D,) bool, matched to a difficult object: neither correct nor wrong.
-    """
-
-    order: Ints
-    hit: Bools
-    ignored: Bools
 
 
 class VocAP:
@@ -58,7 +51,7 @@ class VocAP:
         counted = ~truth.crowd
         np.add.at(self.support, (truth.label[counted], truth.image[counted]), 1)
 
-    def match(self, scores: Floats) -> VocMatches:
+    def match(self, scores: Floats) -> Matches:
         """Match each object with the best scored (D,) of the detections that overlap it most."""
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
         near = order[self._best[order] >= 0]  # overlap some object; in falling order of score
@@ -66,10 +59,10 @@ class VocAP:
         hit, ignored = (np.zeros(len(scores), np.bool_) for _ in range(2))
         hit[near[first]] = True
         ignored[near] = self.truth.crowd[self._best[near]]
-        return VocMatches(order, hit & ~ignored, ignored)
+        return Matches(order, hit & ~ignored, ignored)
 
     def average(
-        self, matches: VocMatches, weights: Array | None = None, *, points: Points = "area"
+        self, matches: Matches, weights: Array | None = None, *, points: Points = "area"
     ) -> Floats:
         """Average precision, (R, C); NaN where a class has only difficult objects or none.
 
@@ -98,27 +91,10 @@ class VocAP:
         return result
 
 
-def mean_over_classes(averages: Floats) -> Floats:
-    """Mean AP of each resample, (R,), from (R, C), over the classes that have objects."""
-    known = ~np.isnan(averages)
-    total, count = np.where(known, averages, 0.0).sum(axis=1), known.sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> Ints:
     """The object of its class that each detection overlaps most, (D,); -1 below `overlap`."""
     best = np.full(len(found), -1, np.int64)
-    groups = found.image * classes + found.label
-    true_groups = truth.image * classes + truth.label
-    order, true_order = (np.argsort(one, kind="stable") for one in (groups, true_groups))
-    shared = np.intersect1d(groups, true_groups)
-    bounds = [
-        np.searchsorted(one[sort], shared, side)
-        for one, sort in ((groups, order), (true_groups, true_order))
-        for side in ("left", "right")
-    ]
-    for start, end, true_start, true_end in zip(*bounds, strict=True):
-        rows, objects = order[start:end], true_order[true_start:true_end]
+    for rows, objects in shared_groups(found, truth, classes):
         plain = np.zeros(len(objects), np.uint8)  # ordinary IoU with difficult objects, too
         overlaps = coco_masks.iou(found.xywh[rows], truth.xywh[objects], plain)
         most = overlaps.argmax(axis=1)

@@ -38,10 +38,11 @@ from kd.metrics.coco_ap import (
     Ints,
     Matches,
     MeanAP,
+    mean_of_known,
 )
 from kd.metrics.kitti_ap import DIFFICULTIES, OVERLAPS, KittiTruth, kitti_ap
 from kd.metrics.records import Records, check_arrays, check_same_classes, class_number
-from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
+from kd.metrics.voc_ap import Points, VocAP
 from kd.utils.io import write_atomic
 
 TRUTH = ("truth_images", "truth_labels", "truth_boxes", "truth_areas", "truth_crowds")
@@ -366,7 +367,7 @@ def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
             f"metric {name!r}: unknown; there are {names}, "
             f"KITTI11_<difficulty>, {CONFUSABLE}<one of COCO's>, and of a class: AP/<class>"
         )
-    return found[:, label] if label is not None else mean_over_classes(found[:, kept])
+    return found[:, label] if label is not None else mean_of_known(found[:, kept])
 
 
 def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matches]:

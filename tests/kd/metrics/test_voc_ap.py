@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kd.errors import UserError
-from kd.metrics.coco_ap import Boxes, Floats
-from kd.metrics.voc_ap import Points, VocAP, mean_over_classes
+from kd.metrics.coco_ap import Boxes, Floats, mean_of_known
+from kd.metrics.voc_ap import Points, VocAP
 
 Row = tuple[int, int, list[float]]  # image, label, x y width height
 BOTH: tuple[Points, ...] = ("11", "area")
@@ -185,7 +185,7 @@ def test_an_image_that_counts_twice_is_an_image_that_is_there_twice(points: Poin
 
 def test_the_mean_is_over_classes_with_an_object() -> None:
     averages = np.array([[0.5, np.nan, 0.25], [np.nan, np.nan, np.nan]])
-    mean = mean_over_classes(averages)
+    mean = mean_of_known(averages)
     assert mean[0] == pytest.approx(0.375) and np.isnan(mean[1])
 
 

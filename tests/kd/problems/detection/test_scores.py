@@ -10,10 +10,10 @@ import pytest
 
 from kd.errors import UserError
 from kd.metrics.bootstrap import resamples
-from kd.metrics.coco_ap import Boxes, Floats, MeanAP, summary
+from kd.metrics.coco_ap import Boxes, Floats, MeanAP, mean_of_known, summary
 from kd.metrics.kitti_ap import KittiTruth, kitti_ap
 from kd.metrics.records import Records
-from kd.metrics.voc_ap import VocAP, mean_over_classes
+from kd.metrics.voc_ap import VocAP
 from kd.problems.detection import scores as box_scores
 from kd.problems.detection.evaluation import DetectionResults
 from kd.problems.detection.scores import box_records, kitti_truth
@@ -82,7 +82,7 @@ def test_every_name_is_what_it_says() -> None:
     voc = VocAP(ours["truth"], ours["found"], IMAGES_OF, 4)
     for name, points in box_scores.VOC.items():
         average = voc.average(voc.match(scores), points=points)
-        assert box_scores.value(run, name) == pytest.approx(mean_over_classes(average)[0])
+        assert box_scores.value(run, name) == pytest.approx(mean_of_known(average)[0])
         assert box_scores.value(run, f"{name}/tie") == pytest.approx(average[0, 2])
     assert box_scores.value(run, "KITTI_easy") is None
     values = box_scores.evaluate(run)
