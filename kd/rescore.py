@@ -31,8 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
     from kd.context.detections import QueryOptions
-    from kd.context.fit_rescore import Split, cross_fitted, fitted_elsewhere
-    from kd.context.rescore import STRENGTHS, settings_of
+    from kd.context.rescore import (
+        STRENGTHS,
+        Split,
+        cross_fitted,
+        fitted_elsewhere,
+        settings_of,
+    )
     from kd.context.rescore_report import change_of, change_table, curve_figure, curve_of
     from kd.formats.coco_results import write_detections
     from kd.report.style import save_figure

@@ -26,15 +26,15 @@ from kd.errors import UserError
 from kd.formats.coco_results import Detections, Truth, by_image, corners
 from kd.formats.coco_validate import read_json
 from kd.formats.splits import fold_of
+from kd.metrics.records import save_records
 from kd.nn.weights import weights_hash
 from kd.problems.context import hidden_objects
 from kd.runs.load_teacher import TrainedTeacher, fold_models
 from kd.utils.images import read_image
-from kd.utils.io import write_atomic
 
 _log = logging.getLogger("kd")
 _VERSION = 1
-# Regions in one pass; those of a CPU fit into its cache (44 instead of 72 ms each, MobileNetV2).
+# Regions in one pass; on a CPU few, which fit its cache (44 instead of 72 ms each, MobileNetV2).
 _BATCH, _CPU_BATCH = 64, 4
 
 Floats = npt.NDArray[np.float64]
@@ -46,10 +46,11 @@ class QueryOptions:
     """How detections become queries.
 
     Attributes:
-        most: Number of detections of an image, the best ones, that are queried.
-        same_place: IoU from which detections share a query.
-        sure: Score from which a detection is input as an object of its class.
-        same_object: IoU from which it may be the queried object, and is left out of the input.
+        most: Largest number of detections per image that are queried, the best-scored first.
+        same_place: Least IoU of detections that share a query.
+        sure: Least score of detections that are input to the teacher as objects of their classes.
+        same_object: Least IoU of such a detection with the query at which it may be the queried
+            object, so that it is left out of the input.
     """
 
     most: int = 100
@@ -59,21 +60,8 @@ class QueryOptions:
 
 
 @dataclass(frozen=True)
-class Context:
-    """A teacher's predictions.
-
-    Attributes:
-        log_probs: (K, C) float32, one row a query.
-        question: (D,) int64, the query of each detection; -1: none, as for boxes without an area.
-    """
-
-    log_probs: npt.NDArray[np.float32]
-    question: Ints
-
-
-@dataclass(frozen=True)
 class _Plan:
-    """The queries of one image, as rows of the detections; `inputs` has the others' for each."""
+    """Queries of one image: rows of the queried detections and, for each, of those input."""
 
     image: int
     queried: Ints
@@ -89,7 +77,7 @@ def context_of(
     *,
     device: torch.device,
     options: QueryOptions | None = None,
-) -> Context:
+) -> tuple[npt.NDArray[np.float32], Ints]:
     """Predict the classes of detections from their context, or read cached predictions.
 
     Args:
@@ -101,6 +89,10 @@ def context_of(
         device: Where to compute.
         options: How detections become queries.
 
+    Returns:
+        Log-probabilities (K, C), one row per query; and (D,) the query of each detection, -1 for
+        none, as for boxes without an area.
+
     Raises:
         UserError: A missing image, or a folder that cannot be written.
     """
@@ -111,7 +103,7 @@ def context_of(
     if path.is_file():
         with np.load(path) as stored:
             _log.info("%s: using cached predictions", path)
-            return Context(stored["log_probs"], stored["question"])
+            return stored["log_probs"], stored["question"]
     plans, question = _plans(truth, found, options)
     log_probs = np.zeros((question.max(initial=-1) + 1, len(truth.class_names)), np.float32)
     folds = fold_of(truth.image_ids, len(models)) if len(models) > 1 else None
@@ -130,12 +122,8 @@ def context_of(
                 start, done = start + len(part), done + len(part)
                 advance(Progress(step=done), 0)
 
-    def save(file: Path) -> None:
-        with open(file, "wb") as stream:
-            np.savez(stream, log_probs=log_probs, question=question)
-
-    write_atomic(path, save)
-    return Context(log_probs, question)
+    save_records({"log_probs": log_probs, "question": question}, path)
+    return log_probs, question
 
 
 def _models(teacher: TrainedTeacher, truth: Truth) -> list[torch.nn.Module]:
@@ -182,7 +170,7 @@ def _key(
 
 
 def _plans(truth: Truth, found: Detections, options: QueryOptions) -> tuple[list[_Plan], Ints]:
-    """Plan the queries of each image; and the query of each detection, -1 for none."""
+    """Plan the queries of each image; also returns the query of each detection, -1 for none."""
     question = np.full(len(found.scores), -1, np.int64)
     sides = corners(found.boxes.xywh).astype(np.float32)  # precision of `Question.boxes`
     usable = np.all(sides[:, 2:] > sides[:, :2], axis=1)  # an empty box hides nothing

@@ -15,7 +15,7 @@ from kd.context.regions import Region, Windows, windows
 from kd.runs.load_teacher import TrainedTeacher
 from kd.utils.images import scaled_size
 
-_COVERED = 0.5  # covered fraction from which an object is hidden with a region, class included
+_COVERED = 0.5  # an object covered by this fraction is hidden with the region, class included
 _MAP_SIZE = 512  # long side of a heat map
 _CPU_INPUTS = 16  # regions in one pass: the activations of more exceed a CPU's cache
 _PEAK = 0.1  # peaks below this fraction of the highest are noise

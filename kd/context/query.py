@@ -43,22 +43,6 @@ class Question:
     hidden: Tensor
     masks: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        """Check shapes and indices."""
-        objects, count = len(self.boxes), len(self.hidden)
-        if self.image.dtype != torch.uint8 or self.image.ndim != 3 or len(self.image) != 3:
-            raise ValueError("image must be (3, H, W) uint8")
-        if self.boxes.shape != (objects, 4) or self.labels.shape != (objects,):
-            raise ValueError(
-                f"boxes {tuple(self.boxes.shape)} and labels {tuple(self.labels.shape)} "
-                "must be (M, 4) and (M,)"
-            )
-        if count and not (0 <= int(self.hidden.min()) and int(self.hidden.max()) < objects):
-            raise ValueError(f"hidden must be indices of the {objects} boxes")
-        expected = (count, *self.image.shape[1:])
-        if self.masks is not None and tuple(self.masks.shape) != expected:
-            raise ValueError(f"masks are {tuple(self.masks.shape)}, expected {expected}")
-
 
 @torch.no_grad()
 def expectations(

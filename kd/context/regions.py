@@ -6,7 +6,9 @@ A pixel belongs to a region that contains its centre, as everywhere (`kd.transfo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ class Region:
     """A part of one image.
 
     Attributes:
-        name: As given: "box 10,20,30,40", "sky.png".
+        name: For figures and messages: "box 10,20,30,40", "sky.png".
         box: xyxy pixels, within the image; around `mask` where there is one.
         mask: (H, W) bool, where the region is not the box itself.
     """
@@ -40,56 +42,40 @@ class Region:
     mask: Mask | None = None
 
 
-@dataclass(frozen=True)
-class BoxShape:
-    """A box for any image, xyxy pixels."""
-
-    corners: Box
-
-    def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Clip the box to an image of `size` = (height, width); a `UserError` if outside."""
-        x1, y1, x2, y2 = self.corners
-        box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0])))
-        name = "box " + ",".join(f"{corner:g}" for corner in self.corners)
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise UserError(_outside(image, name, size))
-        return Region(name, box)
+# Places a region on an image, given the image's name for messages and its height and width; raises
+# a `UserError` if the region lies outside of the image or is a mask of another size.
+Shape = Callable[[str, tuple[int, int]], Region]
 
 
-@dataclass(frozen=True)
-class PolygonShape:
-    """A polygon for any image: corners x, y in pixels; crossing edges leave holes."""
-
-    corners: tuple[tuple[float, float], ...]
-
-    def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Draw the polygon on an image; a `UserError` if it contains no pixel's centre there."""
-        mask = polygon_mask(np.array(self.corners), size)
-        name = f"polygon of {len(self.corners)} corners"
-        if not mask.any():
-            raise UserError(_outside(image, name, size))
-        return Region(name, _box_around(mask), mask)
+def box_region(corners: Box, image: str, size: tuple[int, int]) -> Region:
+    """A box, xyxy pixels, clipped to an image."""
+    x1, y1, x2, y2 = corners
+    box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0])))
+    name = "box " + ",".join(f"{corner:g}" for corner in corners)
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise UserError(_outside(image, name, size))
+    return Region(name, box)
 
 
-@dataclass(frozen=True, eq=False)
-class MaskShape:
-    """A mask from a file, for images of its own size."""
-
-    file: Path
-    mask: Mask
-
-    def on(self, image: str, size: tuple[int, int]) -> Region:
-        """Return the mask as a region; a `UserError` if the image has another size."""
-        if self.mask.shape != size:
-            have, want = (f"{wide} x {high}" for high, wide in (self.mask.shape, size))
-            raise UserError(f"{self.file}: is {have} pixels, but {image} is {want}")
-        return Region(self.file.name, _box_around(self.mask), self.mask)
+def polygon_region(
+    corners: Sequence[tuple[float, float]], image: str, size: tuple[int, int]
+) -> Region:
+    """A polygon of corners x, y in pixels, drawn on an image; crossing edges leave holes."""
+    mask = polygon_mask(np.array(corners), size)
+    name = f"polygon of {len(corners)} corners"
+    if not mask.any():
+        raise UserError(_outside(image, name, size))
+    return Region(name, _box_around(mask), mask)
 
 
-Shape = BoxShape | PolygonShape | MaskShape
+def _mask_region(file: Path, mask: Mask, image: str, size: tuple[int, int]) -> Region:
+    if mask.shape != size:
+        have, want = (f"{wide} x {high}" for high, wide in (mask.shape, size))
+        raise UserError(f"{file}: is {have} pixels, but {image} is {want}")
+    return Region(file.name, _box_around(mask), mask)
 
 
-def parse_box(text: str) -> BoxShape:
+def parse_box(text: str) -> Shape:
     """Parse "x1,y1,x2,y2"; a `UserError` unless it is four numbers that span an area."""
     numbers = _numbers(text, "box")
     if len(numbers) != 4:
@@ -97,10 +83,10 @@ def parse_box(text: str) -> BoxShape:
     x1, y1, x2, y2 = numbers
     if x1 >= x2 or y1 >= y2:
         raise UserError(f"box {text!r}: x1,y1 must lie left of and above x2,y2")
-    return BoxShape((x1, y1, x2, y2))
+    return partial(box_region, (x1, y1, x2, y2))
 
 
-def parse_polygon(text: str) -> PolygonShape:
+def parse_polygon(text: str) -> Shape:
     """Parse "x1,y1,x2,y2,x3,y3,..."; a `UserError` unless it is three corners or more."""
     numbers = _numbers(text, "polygon")
     if len(numbers) % 2 or len(numbers) < 6:
@@ -108,10 +94,10 @@ def parse_polygon(text: str) -> PolygonShape:
             f"polygon {text!r}: expected x1,y1,x2,y2,x3,y3,... in pixels, three corners or more; "
             f"got {len(numbers)} numbers"
         )
-    return PolygonShape(tuple(zip(numbers[0::2], numbers[1::2], strict=True)))
+    return partial(polygon_region, list(zip(numbers[0::2], numbers[1::2], strict=True)))
 
 
-def read_mask(file: Path) -> MaskShape:
+def read_mask(file: Path) -> Shape:
     """Read an image whose nonzero pixels are hidden, transparency ignored; it must have some."""
     try:
         with Image.open(file) as image:
@@ -123,7 +109,7 @@ def read_mask(file: Path) -> MaskShape:
     mask: Mask = pixels != 0 if pixels.ndim == 2 else (pixels != 0).any(axis=2)
     if not mask.any():
         raise UserError(f"{file}: the mask is empty: no pixel is other than 0")
-    return MaskShape(file, mask)
+    return partial(_mask_region, file, mask)
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
@@ -162,7 +148,7 @@ def random_boxes(
         left, top = random.uniform(0, size[1] - width), random.uniform(0, size[0] - height)
         x1, y1, x2, y2 = map(round, (left, top, left + width, top + height))
         box = (float(x1), float(y1), float(max(x2, x1 + 1)), float(max(y2, y1 + 1)))
-        regions.append(BoxShape(box).on("image", size))
+        regions.append(box_region(box, "image", size))
     return regions
 
 

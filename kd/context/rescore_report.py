@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from kd.context.rescore import Evidence, Setting, combine
 from kd.metrics.bootstrap import Interval, percentiles
 from kd.metrics.coco_ap import Floats, MeanAP, summary
+from kd.metrics.registry import Metric
 from kd.report.style import COLOURS, GREY, new_figure
 from kd.report.tables import CLEAR, Row, Table
 
+_AP = Metric("AP", unit="%", digits=2)
 _LISTED = 5  # classes that gained most, and as many that lost most
 
 
@@ -104,7 +106,7 @@ def drawn_images(images: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
 def change_table(change: Change, title: str, notes: Sequence[str] = ()) -> Table:
     """Tabulate AP, then the classes that gained and lost most."""
     rows = [
-        (name, _percent(change.before[name]), _percent(change.after[name]), _gap(gap))
+        (name, _AP.text(change.before[name]), _AP.text(change.after[name]), _AP.change(gap))
         for name, gap in change.difference.items()
     ]
     moved = [entry for entry in change.classes if entry.difference.mean]
@@ -168,15 +170,4 @@ def _interval(values: Floats) -> Interval:
 
 def _class_row(entry: ClassChange) -> Row:
     name = f"  {entry.name} ({entry.support})"
-    return name, _percent(entry.before), _percent(entry.after), _gap(entry.difference)
-
-
-def _percent(number: float) -> str:
-    return f"{100 * number:.2f}"
-
-
-def _gap(gap: Interval) -> str:
-    mean, low, high = (f"{100 * bound:+z.2f}" for bound in gap)
-    if gap.low != gap.low:
-        return f"{mean} "
-    return f"{mean} [{low}, {high}]{'*' if gap.clear_of_zero else ' '}"
+    return name, _AP.text(entry.before), _AP.text(entry.after), _AP.change(entry.difference)

@@ -167,7 +167,7 @@ class Imagination:
 
     def _regions(self, photo: Photograph) -> list[Region]:
         options, section = self.options, hidden_objects(self.teacher)
-        regions = [shape.on(str(photo.path), photo.size) for shape in options.shapes]
+        regions = [shape(str(photo.path), photo.size) for shape in options.shapes]
         low = max(section.min_fraction, _LEAST_FRACTION)
         high = max(section.max_fraction, _LEAST_FRACTION)
         random = np.random.default_rng(options.seed)

@@ -1,4 +1,4 @@
-"""Images with annotated objects as samples: read an image, move its objects with it."""
+"""Read annotated images for samples, and transform their objects with them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def area_fractions(
 
 
 def check_frame(size: int, seed: int) -> None:
-    """Check the options of all samples of annotated images."""
+    """Check the options that every kind of sample of annotated images has."""
     if size < 1:
         raise UserError(f"size: {size} is not a number of pixels")
     if seed < 0:
@@ -63,7 +63,7 @@ def known_labels(
     images: npt.NDArray[np.int64],
     labelled: Collection[int] | npt.NDArray[np.int64] | None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether the labels of each image may be used: its id is in `labelled` (None = all)."""
+    """Whether each of some images has usable labels: its id is in `labelled` (None = all)."""
     if labelled is None:
         return np.ones(len(images), np.bool_)
     ids = np.fromiter(labelled, np.int64, len(labelled))
@@ -78,7 +78,7 @@ def known_labels(
 def repeated(
     images: npt.NDArray[np.int64], known: npt.NDArray[np.bool_], times: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Images and whether their labels are known; those with known labels occur `times` times."""
+    """Repeat the images with known labels, each `times` times in all; returns both arrays."""
     again = np.tile(np.flatnonzero(known), times - 1)
     return np.concatenate([images, images[again]]), np.concatenate([known, known[again]])
 
@@ -136,7 +136,7 @@ class ImageFiles:
 
 
 class Objects(NamedTuple):
-    """Objects of one image in the frame of one sample.
+    """Objects of one image, in the coordinates of one sample.
 
     `rows` (K,) of the index, `boxes` (K, 4) xyxy pixels, `fractions` (K,) of the image's area.
     """
@@ -149,7 +149,7 @@ class Objects(NamedTuple):
 def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
     """All objects of an image that was scaled to `size`, height and width.
 
-    Their fractions of the area are those in the file, unaffected by rounding.
+    Area fractions are those of the file, unaffected by the rounding of `size`.
     """
     rows, original = index.rows_of(image), index.size_of(image)
     scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
@@ -175,8 +175,8 @@ def moved_objects(
         size: Height and width of the scaled image.
         plan: The augmentation.
         min_visible: Smallest fraction of a box that must remain, at least a pixel wide and high.
-        cut_at_crop: Also clip boxes to the plan's crop, so that they never reach into the black
-            that a shift or a rotation then brings in.
+        cut_at_crop: Also clip boxes to the plan's crop, so that they never extend into the black
+            border that a shift or a rotation adds.
     """
     rows, boxes, _ = objects_of(index, image, size)
     whole = moved = plan.boxes(boxes, size)

@@ -17,7 +17,7 @@ from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.crops import Crop
 from kd.utils.images import file_size, read_image, resize
 
-MULTIPLE = 8  # of the sides of inputs, so that strided maps can be upsampled and added
+MULTIPLE = 8  # divides the sides of inputs, so that maps of different strides match
 _SAMPLE_STREAM = 3  # separates the random numbers of samples from those of the loader's order
 
 
@@ -54,8 +54,7 @@ class ImageSamples(Dataset[Sample], ABC):
         self.places = np.arange(len(images)) if only is None else only
         self.cached = tuple(cached)
         sizes = set() if train else set(self.file_sizes())
-        # Whole images of different sizes have no common shape.
-        self.alike = len(sizes) <= 1
+        self.alike = len(sizes) <= 1  # whole images of different sizes cannot be batched
         self._whole = next(iter(sizes), frame)
 
     @abstractmethod
@@ -64,7 +63,7 @@ class ImageSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, multiples of 8, to which a model's input is scaled in evaluation."""
+        """Height and width, multiples of 8, that an image is scaled to in evaluation."""
 
     @abstractmethod
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:

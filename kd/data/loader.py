@@ -16,15 +16,15 @@ from kd.errors import UserError
 from kd.storage.fields import PREFIX
 
 Sample = dict[str, Tensor]
-# Keys with rows of objects, of which images have unequal numbers; all others are stacked.
+# Keys with a row for each object of an image, which are concatenated; all others are stacked.
 _ROWS = ("boxes", "labels", "object_ids", "area_fractions", "usable", "hide_fraction", "segments",
          "also_hidden", "crowds", "hidden")  # fmt: skip
-_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # the image of each row of a key
-_POINTERS = {"hidden": "labels"}  # positions among the rows of another key
+_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # image of each row of that key
+_POINTERS = {"hidden": "labels"}  # indices of rows of that key
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples to the batch of docs/batch.md: rows of objects end to end, the rest stacked."""
+    """Join samples to the batch of docs/batch.md: concatenate rows of objects, stack the rest."""
     counts = {
         key: torch.tensor([len(sample[key]) for sample in samples])
         for key in {*_OWNERS.values(), *_POINTERS.values()} & samples[0].keys()

@@ -17,7 +17,7 @@ from kd.formats.to_coco import coco_split
 from kd.registry import is_foreign, resolve
 
 DATASETS = Path("datasets")  # folder of datasets, in the working directory
-DECODED_FIRST = 2000  # splits up to this size are decoded before training, in two seconds
+DECODED_FIRST = 2000  # images of a split that are decoded before training, in two seconds
 
 
 class AnnotatedSection(Protocol):
@@ -107,14 +107,14 @@ def class_names(
 
 
 def _known_by(section: AnnotatedSection, layout: str) -> str:
-    """Path in the folder that identifies the dataset."""
+    """Path in a folder by which the dataset is recognised."""
     if isinstance(section.train, Split):
         return section.train.annotations
     return layout_holds(layout, section.train)
 
 
 def layout_holds(layout: str, split: str) -> str:
-    """Path that identifies a folder in a layout; empty for a custom one."""
+    """Path by which a folder in a layout is recognised; empty for a custom layout."""
     if is_foreign(layout):
         return ""
     found: Layout = resolve(LAYOUTS, layout, what="layout")

@@ -34,6 +34,7 @@ from rich.progress import track
 
 from kd.errors import UserError
 from kd.formats.coco_validate import read_coco
+from kd.formats.rle import encode
 from kd.utils.images import read_image, scaled_size
 from kd.utils.io import write_text
 
@@ -110,8 +111,7 @@ def _scale_run_lengths(segment: Json, size: Size) -> Json:
         segment = run_lengths.frPyObjects(segment, *segment["size"])
     mask = torch.from_numpy(run_lengths.decode(segment))
     resized = F.interpolate(mask[None, None], size=size, mode="nearest-exact")[0, 0]
-    encoded = run_lengths.encode(np.asfortranarray(resized.numpy()))
-    return {"size": list(size), "counts": encoded["counts"].decode("ascii")}
+    return encode(resized.bool().numpy())
 
 
 @dataclass(frozen=True)

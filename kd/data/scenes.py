@@ -17,9 +17,7 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +31,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from kd.errors import UserError
+from kd.errors import UserError, at_least
 from kd.scenes import generative_model, render, shapes, vocabulary
 from kd.scenes.generative_model import CANVAS, WORLD, exact_posteriors, sample_scene
 from kd.scenes.render import paint_scene
+from kd.utils.io import new_folder
 
 VERSION = 1  # increase when the same arguments give other scenes
 SPLITS = ("train", "val")
@@ -50,7 +49,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Rendered:
-    """One scene as part of its split."""
+    """JSON entries and exact posteriors of a rendered scene."""
 
     image: Json
     annotations: list[Json]
@@ -69,9 +68,6 @@ def generate_scenes(
     progress: bool = False,
 ) -> Path:
     """Write the embedded scenes, unless `out` already holds the same ones.
-
-    Everything is written to a temporary folder and renamed at the end, so `out` is never
-    incomplete.
 
     Args:
         out: Folder to create.
@@ -93,41 +89,32 @@ def generate_scenes(
         _log.info("%s: already exists", out)
         return out
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial_folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out}: cannot create this folder ({error.strerror})") from error
-    try:
-        _write_all(partial_folder, out, metadata, workers=workers, progress=progress)
-    except OSError as error:
-        raise UserError(f"{partial_folder}: cannot write ({error.strerror})") from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        with new_folder(out) as folder:
+            _write_all(folder, metadata, workers=workers, progress=progress)
+    except UserError:
+        if not _is_there(out, metadata):  # else another process wrote the same scenes first
+            raise
     return out
 
 
-def _write_all(folder: Path, out: Path, metadata: Json, *, workers: int, progress: bool) -> None:
+def _write_all(folder: Path, metadata: Json, *, workers: int, progress: bool) -> None:
     with _mapper(workers) as mapper:
         for split in SPLITS:
             write = partial(_write_scene, folder, split, metadata["size"], metadata["seed"])
-            scenes = mapper(write, metadata[split])
-            _write_split(folder, split, _with_progress(scenes, split, metadata[split], progress))
+            scenes = track(
+                mapper(write, metadata[split]), f"{split} scenes", total=metadata[split],
+                console=Console(stderr=True), disable=not progress,
+            )  # fmt: skip
+            _write_split(folder, split, list(scenes))
     (folder / "scenes.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    folder.chmod(0o755)  # mkdtemp creates 0700, unreadable to others
-    _move_in(folder, out, metadata)
 
 
 def _check(*, train: int, val: int, size: int, seed: int, workers: int) -> None:
-    largest = FIRST_VAL_IMAGE - 1
-    for name, count in (("train", train), ("val", val)):
-        if not 1 <= count <= largest:
-            raise UserError(f"{name}: got {count}, expected 1 to {largest}")
+    at_least("scenes", train=(train, 1), val=(val, 1), seed=(seed, 0), workers=(workers, 1))
+    if max(train, val) >= FIRST_VAL_IMAGE:
+        raise UserError(f"scenes: at most {FIRST_VAL_IMAGE - 1} fit a split, got {train} and {val}")
     if size < CANVAS or size % CANVAS:
         raise UserError(f"size: got {size}, expected a multiple of {CANVAS}")
-    if seed < 0:
-        raise UserError(f"seed: got {seed}, expected 0 or more")
-    if workers < 1:
-        raise UserError(f"workers: got {workers}, expected 1 or more")
 
 
 def _fingerprint(recipe: Json) -> str:
@@ -180,14 +167,6 @@ def _mapper(workers: int) -> Iterator[Any]:
         yield lambda work, count: pool.imap(work, range(count), chunksize=32)
 
 
-def _with_progress(
-    scenes: Iterator[_Rendered], split: str, count: int, progress: bool
-) -> Iterator[_Rendered]:
-    if not progress:
-        return scenes
-    return iter(track(scenes, f"{split} scenes", total=count, console=Console(stderr=True)))
-
-
 def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> _Rendered:
     """Sample, render and save one scene, seeded by seed, split and index only."""
     entropy = (seed, SPLITS.index(split), index)
@@ -224,8 +203,7 @@ def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> 
     return _Rendered(image, annotations, pixels, given)
 
 
-def _write_split(folder: Path, split: str, scenes: Iterator[_Rendered]) -> None:
-    rendered = list(scenes)
+def _write_split(folder: Path, split: str, rendered: list[_Rendered]) -> None:
     annotations = [annotation for scene in rendered for annotation in scene.annotations]
     content = {
         "info": {"description": f"kd embedded scenes, {split}", "version": str(VERSION)},
@@ -251,15 +229,6 @@ def categories() -> list[Json]:
         {"id": i, "name": name, "supercategory": group, "look": look}
         for i, (name, (look, group)) in enumerate(vocabulary.CLASSES.items(), start=1)
     ]
-
-
-def _move_in(partial_folder: Path, out: Path, metadata: Json) -> None:
-    """Move the finished folder into place, unless another process wrote the same scenes first."""
-    try:
-        os.replace(partial_folder, out)
-    except OSError:
-        if not _is_there(out, metadata):
-            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

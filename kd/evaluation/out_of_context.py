@@ -21,6 +21,7 @@ from kd.formats.coco import CocoIndex
 from kd.formats.coco_results import by_image, corners, read_detections, read_truth
 from kd.metrics.bootstrap import paired_bootstrap
 from kd.metrics.records import Records
+from kd.metrics.registry import Metric
 from kd.problems.context import object_scenes
 from kd.problems.results import Results
 from kd.report.tables import Table, distill_table
@@ -31,7 +32,7 @@ from kd.runs.train import val_loader
 _log = logging.getLogger("kd")
 METRICS = ("top1", "mean_class_top1", "top5", "nll")
 MATCH_IOU = 0.5  # least IoU of a detection with the pasted object
-# Columns; the first is the baseline of the comparison.
+# Columns of the tables; the first is the baseline.
 _ORDER = ("out", "in", "original")
 
 
@@ -146,11 +147,9 @@ def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
     rows = []
     for place, what in ((1, "detected (IoU >= 0.5)"), (2, "detected and correctly classified")):
         a, b = matched["out"][place], matched["in"][place]
-        gap = paired_bootstrap(a, b, groups)
-        cells = [f"{100 * part.mean():.1f}" for part in (a, b)]
-        mark = "*" if gap.clear_of_zero else " "
-        bounds = f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]{mark}"
-        rows.append((what + " (%)", *cells, bounds))
+        metric = Metric(what, unit="%")
+        cells = [metric.text(part.mean()) for part in (a, b)]
+        rows.append((metric.label, *cells, metric.change(paired_bootstrap(a, b, groups))))
     note = "*: the 95 % interval, photographs resampled, excludes zero"
     header = ("pasted objects", "out", "in", "in - out")
     return Table(f"{inside.name}, {outside.name}", header, (tuple(rows),), (note,))
@@ -159,7 +158,7 @@ def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
 def match_detections(
     index: CocoIndex, results: Path
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Match detections with pasted objects; of those at `MATCH_IOU` the best-scored counts.
+    """Match detections with pasted objects: the best-scored one with an IoU of `MATCH_IOU` counts.
 
     Returns:
         Ids of the scored objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.

@@ -46,10 +46,10 @@ from kd.runs.read import (
 from kd.runs.train import summary_of, val_loader
 
 _log = logging.getLogger("kd")
-FOLDER = "evaluation"  # in a run's folder
+FOLDER = "evaluation"  # of evaluations, in a run's folder
 _PREDICTIONS = "predictions.npz"
-IMAGES = 8  # drawn in an evaluation
-_IMAGE_KEYS = (  # of a dataset's section, inherited by another dataset
+IMAGES = 8  # val images that an evaluation draws
+_IMAGE_KEYS = (  # of the data section, which another dataset takes over
     "size",
     "shape",
     "min_fraction",
@@ -66,15 +66,15 @@ class Predictions:
     """A run's predictions on the val split of a dataset.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         data: The dataset.
         results: Of the run's task.
-        metric: Holds the predictions.
-        config: The run's, with this dataset.
+        metric: Evaluator that holds the predictions.
+        config: The run's config, with the section of this dataset.
         summary: The content of `summary.json`.
-        folder: For evaluations of this run on this dataset.
+        folder: Folder of this evaluation, below the run's.
         images: Draws val images with predictions.
-        how: Differences from the defaults: `val=test, scales 0.75, 1, flip`.
+        how: Settings that change predictions, for titles: `val=test, scales 0.75, 1, flip`.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Predictions:
 
     @property
     def of_training(self) -> bool:
-        """Whether the run's own folder has these predictions already."""
+        """Whether training has written these predictions to the run's own folder."""
         return self.folder.name == FOLDER
 
     def save(self) -> None:
@@ -131,10 +131,10 @@ def predict_run(
 
     Args:
         run: Folder of a teacher or of a distillation's variant.
-        data_name: Another dataset than its own.
+        data_name: Name of a dataset other than the run's own.
         settings: `data.a=value`.
         scales: Average the scores of label maps over these scales.
-        mirror: Average them over mirrored images, too.
+        mirror: Also average them over mirrored images.
 
     Raises:
         UserError: Not a finished run, a dataset with another number of classes, or scales or
@@ -203,7 +203,7 @@ def open_run(
 def data_section(
     run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
 ) -> DatasetSection:
-    """The run's dataset, or another by name with the same image settings."""
+    """Section of the run's dataset, or of the named one with the same image settings."""
     if name is None:
         return section_from(config, str(run / "config.yaml"), settings)
     own = config["data"]
@@ -267,7 +267,7 @@ def side_by_side(runs: Sequence[Run], data_name: str | None, settings: Sequence[
 
 
 def results_files(annotations: Path, files: Sequence[Path]) -> Evaluation:
-    """Evaluate results files of any detector in COCO's format; the files' names are the runs'."""
+    """Evaluate COCO results files of any detector; runs are named after the files."""
     if len(set(files)) < len(files):
         raise UserError(f"{files[-1]}: the same results twice")
     task = next(iter(next(s for s in specs() if "results_files" in s.abilities).tasks))
@@ -297,7 +297,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _is_teacher(config: Mapping[str, Any]) -> bool:
-    """Only a teacher's config has the options of the teacher; a distillation's names its run."""
+    """Whether a config is a teacher's: others name a teacher's run, but not its options."""
     return {"name", "options"} <= set(config.get("teacher", ()))
 
 

@@ -25,8 +25,8 @@ def write_evaluation(
     Args:
         folder: Created if missing; an earlier evaluation in it is replaced.
         evaluation: Tables, figures and numbers.
-        step: Of training, TensorBoard's axis.
-        images: Figures of single images, `hidden_scene_0.png` and so on.
+        step: Training step, TensorBoard's axis.
+        images: Figures of single images, written as `hidden_scene_0.png` and so on.
     """
     markdown = "\n".join(table.to_markdown() for table in evaluation.all_tables())
     numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
@@ -47,14 +47,14 @@ def write_evaluation(
 
 
 def fresh_tracker(folder: Path) -> Tracker:
-    """A tracker whose event file replaces earlier ones."""
+    """Open a tracker, deleting the event files of earlier ones."""
     for events in folder.glob(_EVENTS):
         events.unlink()
     return Tracker(folder)
 
 
 def write_figure(figure: Figure, file: Path, tracker: Tracker, tag: str, step: int) -> None:
-    """Write a figure to a file and an event; rendered once, as it can take a second."""
+    """Write a figure to a file and to TensorBoard; rendering takes up to a second, so only once."""
     image = figure_image(figure, dpi=_DPI)
     save_image(image, file)
     tracker.image(tag, image, step)

@@ -34,15 +34,15 @@ Map = npt.NDArray[np.uint8 | np.int16]
 
 
 class ClassMaps:
-    """Stored maps of a dataset at one size (of the long side, pixels).
+    """Class-id maps of a dataset, stored at one size (long side, pixels).
 
-    They lie in `folder`, by default beside the dataset's index, or in the cache if that is
-    read-only, with the annotations' fingerprint, the size and the version; others are redrawn.
+    They are drawn on first use into a folder beside the dataset's index, or in the cache if that is
+    read-only, and redrawn when the annotations or the way of drawing have changed.
     """
 
-    def __init__(self, index: CocoIndex, size: int, *, folder: Path | None = None) -> None:
+    def __init__(self, index: CocoIndex, size: int) -> None:
         self.index, self.size = index, size
-        self.store = Store(folder or _folder_of(index, size))
+        self.store = Store(_folder_of(index, size))
         parent = Path(self.store.url).parent
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / ".lock"):  # one process draws, the others wait

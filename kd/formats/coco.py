@@ -59,7 +59,7 @@ class CocoIndex:
             a pixel).
         notes: Number of corrections and oddities: clipped, bad_ring, bad_run_lengths,
             without_segment, images_without_object.
-        fingerprint: Of the JSON's content and the reader's version.
+        fingerprint: Identifies the JSON's content and the reader's version.
         scored: (M,) bool, False for objects that only serve as context, never hidden or scored
             (`"scored": false` in the JSON); None if all may be.
         crowds: An index of the same images with crowds (`iscrowd`), regions of several objects, in

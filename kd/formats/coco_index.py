@@ -19,7 +19,7 @@ import subprocess
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ from kd.formats.coco_validate import Json, is_number, read_coco
 from kd.formats.rle import pixels_of
 from kd.utils.io import cache_path, may_write
 
+log = logging.getLogger(__name__)
+
 READER_VERSION = 2
-ERROR_FILE = "error.txt"
+IN_PROCESS_BYTES = 8 << 20  # smaller JSONs are read in this process
 CROWD_PREFIX = "crowd_"  # prefix of the arrays of crowds
 USER_ERROR_EXIT = 3
+_LISTED = 5
 _BOX_TOLERANCE = 0.01  # pixels outside the image that count as rounding
 _SMALLEST_SIDE = 1.0  # pixels; thinner boxes show nothing to hide or recognise
 _SKIP_CROWD, _SKIP_ZERO, _SKIP_OUTSIDE, _SKIP_TINY = "crowd", "zero_area", "outside_image", "tiny"
@@ -65,18 +68,14 @@ def build_index(annotation_file: Path, folder: Path) -> None:
         "sha256": digest,
         "reader_version": READER_VERSION,
         "arrays": {name: list(values.shape) for name, values in arrays.items()},
-        "categories": _categories(coco),
+        "categories": [
+            {"id": key, "name": coco.cats[key]["name"], "look": coco.cats[key].get("look")}
+            for key in sorted(coco.cats)
+        ],
         "skipped": dict(reader.skipped),
         "notes": dict(reader.notes),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _categories(coco: COCO) -> list[Json]:
-    return [
-        {"id": key, "name": coco.cats[key]["name"], "look": coco.cats[key].get("look")}
-        for key in sorted(coco.cats)
-    ]
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
@@ -223,28 +222,6 @@ class _ObjectReader:
         return f"{path}: annotation {self.ids[row]}: 'segmentation' has a number that is not finite"
 
 
-def main(arguments: list[str]) -> int:
-    """Build an index in this process; writes a user's mistake to a file for the parent."""
-    gc.disable()  # millions of small objects without cycles: collection costs half the time
-    annotation_file, folder = map(Path, arguments)
-    try:
-        build_index(annotation_file, folder)
-    except UserError as error:
-        (folder / ERROR_FILE).write_text(str(error), encoding="utf-8")
-        return USER_ERROR_EXIT
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-
-
-log = logging.getLogger(__name__)
-
-IN_PROCESS_BYTES = 8 << 20  # smaller JSONs are read in this process
-_LISTED = 5
-
-
 def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
     """Find or build the index of a JSON in `index_dir`, else beside the JSON or in the cache."""
     if not annotation_file.is_file():
@@ -252,7 +229,10 @@ def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
             f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
             "COCO with: python -m kd.data.download coco2017 --out DIR"
         )
-    folders = list(_candidates(annotation_file, index_dir))
+    name = f"{annotation_file.stem}.kdindex"
+    folders = [annotation_file.parent / name, cache_path("coco", annotation_file, name)]
+    if index_dir is not None:
+        folders = [index_dir / name]
     for folder in folders:
         if _is_fresh(folder, annotation_file):
             return folder
@@ -270,15 +250,6 @@ def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
         f"{annotation_file}: cannot write an index ({'; '.join(failures)}); "
         "set KD_CACHE to a writable folder with enough space"
     )
-
-
-def _candidates(annotation_file: Path, index_dir: Path | None) -> Iterator[Path]:
-    name = f"{annotation_file.stem}.kdindex"
-    if index_dir is not None:
-        yield index_dir / name
-        return
-    yield annotation_file.parent / name
-    yield cache_path("coco", annotation_file, name)
 
 
 def _is_fresh(folder: Path, annotation_file: Path) -> bool:
@@ -368,7 +339,7 @@ def _build_in_child(annotation_file: Path, partial: Path) -> None:
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False
     )
     if done.returncode == USER_ERROR_EXIT:
-        raise UserError((partial / ERROR_FILE).read_text(encoding="utf-8"))
+        raise UserError(done.stdout.decode())
     if done.returncode == -signal.SIGKILL:
         need = 7 * annotation_file.stat().st_size / 1e9
         raise UserError(
@@ -382,30 +353,23 @@ def _build_in_child(annotation_file: Path, partial: Path) -> None:
         raise RuntimeError(f"{annotation_file}: the reader failed:\n{text}")
 
 
-def check_images_exist(names: Iterable[str], folder: Path, annotation_file: Path) -> None:
+def check_images_exist(file_names: Iterable[str], folder: Path, annotation_file: Path) -> None:
     """Compare image names with folder listings, one listing per folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: image folder not found (for {annotation_file})")
-    listings: dict[str, set[str]] = {}
-    missing = []
-    count = 0
-    for name in names:
-        count += 1
-        inner, _, base = name.rpartition("/")
-        if inner not in listings:
-            listings[inner] = _listing(folder / inner)
-        if base not in listings[inner]:
-            missing.append(name)
+    names = [name.rpartition("/") for name in file_names]
+    listings = {inner: _listing(folder / inner) for inner in {inner for inner, _, _ in names}}
+    missing = ["".join(name) for name in names if name[2] not in listings[name[0]]]
     if not missing:
         return
     listed = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
-    if len(missing) == count:
+    if len(missing) == len(names):
         raise UserError(
-            f"{folder}: wrong image folder: none of the {count} images of {annotation_file} "
+            f"{folder}: wrong image folder: none of the {len(names)} images of {annotation_file} "
             f"is here ({listed}){_hint(folder, missing[0])}"
         )
     raise UserError(
-        f"{folder}: {len(missing)} of the {count} images of {annotation_file} are missing: "
+        f"{folder}: {len(missing)} of the {len(names)} images of {annotation_file} are missing: "
         f"{listed}; fetch them again, or remove them from the JSON"
     )
 
@@ -424,3 +388,19 @@ def _hint(folder: Path, name: str) -> str:
             if (parent / other / name).is_file():
                 return f"; did you mean {parent / other}?"
     return ""
+
+
+def main(arguments: list[str]) -> int:
+    """Build an index in this process; prints the message of a `UserError` for the parent."""
+    gc.disable()  # millions of small objects without cycles: collection costs half the time
+    annotation_file, folder = map(Path, arguments)
+    try:
+        build_index(annotation_file, folder)
+    except UserError as error:
+        sys.stdout.buffer.write(str(error).encode())
+        return USER_ERROR_EXIT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

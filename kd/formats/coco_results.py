@@ -53,10 +53,10 @@ class Detections:
 
     Attributes:
         path: The file.
-        entries: Its entries.
-        boxes: The boxes as arrays.
+        entries: The parsed JSON.
+        boxes: The boxes as arrays, in the same order.
         scores: (D,) float64.
-        sha256: Of the file's bytes.
+        sha256: Checksum of the file.
     """
 
     path: Path

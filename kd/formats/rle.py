@@ -39,6 +39,12 @@ def decode(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
         return np.asarray(rle_masks.decode(rle), dtype=np.bool_)
 
 
+def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Encode a mask (H, W) as compressed `{"size", "counts"}` for JSON."""
+    rle = rle_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
 def resize_nearest(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Resize a mask to (height, width) by nearest neighbour."""
     if mask.shape == size:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -107,98 +107,57 @@ _LISTS = "ImageSets/Segmentation"
 _ADE_FOLDERS = {"train": "training", "val": "validation"}
 
 
-class LabelMapSplit(Protocol):
-    """A split of images with a label map each."""
-
-    @property
-    def where(self) -> str:
-        """Start of messages."""
-        ...
-
-    @property
-    def images(self) -> tuple[Path, ...]:
-        """Image files."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
-        ...
-
-    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Label map of an image of `size` (height, width): (H, W) uint8, classes and `VOID`.
-
-        Raises:
-            UserError: It is missing, corrupt or of another size; see `read_label_map`.
-        """
-        ...
-
-
 @dataclass(frozen=True)
-class PublishedSplit:
-    """A split of a published dataset.
+class LabelMapSplit:
+    """A split of images with a label map each.
 
     Attributes:
         where: Start of messages.
         images: Image files.
-        maps: Label-map files, in the same order.
         class_names: C names.
-        table: Maps ids in the files to classes.
+        label_map: Reads or draws the label map of an image, given its position in the split and its
+            height and width: (H, W) uint8, classes and `VOID`. Raises a `UserError` if the map is
+            missing, corrupt or of another size.
     """
 
     where: str
     images: tuple[Path, ...]
-    maps: tuple[Path, ...]
     class_names: tuple[str, ...]
-    table: Table
-
-    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Read the map of an image."""
-        return read_label_map(self.maps[number], self.table, expected=size)
+    label_map: Callable[[int, tuple[int, int]], Tensor]
 
 
-@dataclass(frozen=True)
-class CocoMapSplit:
+def coco_label_maps(index: CocoIndex) -> LabelMapSplit:
     """A split of a COCO-format dataset: background is class 0, smaller objects are on top."""
-
-    index: CocoIndex
-
-    @property
-    def where(self) -> str:
-        """The annotation file."""
-        return str(self.index.annotation_file)
-
-    @property
-    def images(self) -> tuple[Path, ...]:
-        """Image files, in the JSON's order."""
-        return tuple(self.index.path(number) for number in range(len(self.index)))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Background and the object classes."""
-        return ("background", *self.index.class_names)
-
-    def label_map(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Draw the map of an image; crowds are void."""
-        own = self.index.size_of(number)
-        if own != size:
-            raise UserError(
-                f"{self.index.path(number)}: is {size[1]} x {size[0]} pixels, {self.where} says "
-                f"{own[1]} x {own[0]}"
-            )
-        drawn = draw_class_map(self.index, number, own, crowd=VOID)
-        return torch.from_numpy(drawn.astype(np.uint8))
+    images = tuple(index.path(number) for number in range(len(index)))
+    names = ("background", *index.class_names)
+    return LabelMapSplit(str(index.annotation_file), images, names, partial(_drawn_map, index))
 
 
-def open_label_maps(layout: str, root: Path, split: str) -> PublishedSplit:
+# The maps of splits are read by partials of module functions, as samples are pickled to workers.
+def _drawn_map(index: CocoIndex, number: int, size: tuple[int, int]) -> Tensor:
+    """Draw the map of an image; crowds are void."""
+    own = index.size_of(number)
+    if own != size:
+        raise UserError(
+            f"{index.path(number)}: is {size[1]} x {size[0]} pixels, {index.annotation_file} says "
+            f"{own[1]} x {own[0]}"
+        )
+    return torch.from_numpy(draw_class_map(index, number, own, crowd=VOID).astype(np.uint8))
+
+
+def _read_map(maps: Sequence[Path], table: Table, number: int, size: tuple[int, int]) -> Tensor:
+    return read_label_map(maps[number], table, expected=size)
+
+
+def open_label_maps(layout: str, root: Path, split: str) -> LabelMapSplit:
     """Open a split, `train`, `val` or `test`, of a published dataset."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
     found.check(root, layout, split)
-    opened: PublishedSplit = found.open(root, split)
+    opened: LabelMapSplit = found.open(root, split)
     return opened
 
 
-def _camvid(root: Path, split: str) -> PublishedSplit:
+def _camvid(root: Path, split: str) -> LabelMapSplit:
     """`train/*.png`, `trainannot/*.png`; `train.txt` lists the images if present."""
     images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
     found = images_in(images)
@@ -211,7 +170,7 @@ def _camvid(root: Path, split: str) -> PublishedSplit:
     return _split(images, pairs, CAMVID_CLASSES, id_table(len(CAMVID_CLASSES), void=(11, 255)))
 
 
-def _cityscapes(root: Path, split: str) -> PublishedSplit:
+def _cityscapes(root: Path, split: str) -> LabelMapSplit:
     """`leftImg8bit/train/CITY/*_leftImg8bit.png`, `gtFine/train/CITY/*_gtFine_labelIds.png`."""
     images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
     pairs = []
@@ -225,7 +184,7 @@ def _cityscapes(root: Path, split: str) -> PublishedSplit:
     )
 
 
-def _ade20k(root: Path, split: str) -> PublishedSplit:
+def _ade20k(root: Path, split: str) -> LabelMapSplit:
     """`images/training/*.jpg`, `annotations/training/*.png`: 0 is void, 1..150 are the classes."""
     folder = _ADE_FOLDERS[split]
     images = root / "images" / folder
@@ -237,7 +196,7 @@ def _ade20k(root: Path, split: str) -> PublishedSplit:
     return _split(images, pairs, _ade_names(root), id_table(classes, void=0))
 
 
-def _voc2012(root: Path, split: str) -> PublishedSplit:
+def _voc2012(root: Path, split: str) -> LabelMapSplit:
     """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
     listing = root / _LISTS / f"{split}.txt"
     names = listing.read_text().split()
@@ -292,9 +251,9 @@ def _listed(
 
 def _split(
     where: Path, pairs: list[tuple[Path, Path]], names: tuple[str, ...], table: Table
-) -> PublishedSplit:
+) -> LabelMapSplit:
     if not pairs:
         raise UserError(f"{where}: empty split: no images")
     images, maps = zip(*pairs, strict=True)
     check_files({"image": images, "label map": maps})
-    return PublishedSplit(str(where), images, maps, names, table)
+    return LabelMapSplit(str(where), images, names, partial(_read_map, maps, table))

@@ -53,10 +53,10 @@ def _hash_to_unit(text: str) -> float:
 
 
 def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """Names in the val split of a dataset without splits; both get one if there are two.
+    """Choose the val split of a dataset without splits, by name.
 
-    Chosen by (seed, name): adding or removing an image moves another one only by the rounding of
-    the limit.
+    Names are ranked by a hash of seed and name, so that an added or removed image moves at most one
+    other to the other split. With two images or more, neither split is empty.
     """
     order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))
     count = min(max(1, round(fraction * len(order))), max(1, len(order) - 1))

@@ -17,11 +17,11 @@ from kd.errors import UserError
 Array = NDArray[Any]
 SAMPLES = 2000  # resamples
 _LEVEL = 0.95  # coverage of intervals
-_COUNTS_AT_ONCE = 4_000_000  # bounds the memory
+_COUNTS_AT_ONCE = 4_000_000  # resampled images in memory
 
 
 class Interval(NamedTuple):
-    """A mean and its bounds; NaN bounds where they cannot be estimated."""
+    """A mean and the bounds of its interval, NaN where they cannot be estimated."""
 
     mean: float
     low: float
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
     @property
     def clear_of_zero(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 

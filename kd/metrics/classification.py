@@ -1,8 +1,8 @@
 """Metrics of class probabilities: top-n, per class, confusable classes, by size, calibration.
 
 Everything here is a function of *records* (`kd.problems.objects.metric`), the arrays of a
-`predictions.npz`. A metric is a mean over objects, or a mean over classes of such means: one
-`Measure` (the contribution of each object) serves the value, its interval and comparisons.
+`predictions.npz`. A metric is a mean over objects, or a mean over classes of such means: the
+contribution of each object gives the value, its interval and comparisons.
 """
 
 from __future__ import annotations
@@ -38,24 +38,8 @@ BINS: dict[str, Mapping[str, tuple[float, float]]]
 BINS = {"fraction": FRACTION_BINS, "visible": VISIBLE_BINS}
 
 
-class Measure(NamedTuple):
-    """Contribution of each object to one metric."""
-
-    values: Array  # (S,) of the S selected objects
-    selected: NDArray[np.bool_]  # (K,) which objects count; never depends on the scores
-    classes: Array | None = None  # (S,) labels, where the metric is a mean of class means
-
-    def mean(self) -> float:
-        """The metric itself."""
-        if self.classes is None:
-            return float(self.values.mean())
-        support = np.bincount(self.classes)
-        sums = np.bincount(self.classes, weights=self.values)
-        return float((sums[support > 0] / support[support > 0]).mean())
-
-
 class Reliability(NamedTuple):
-    """Non-empty bins of confidence."""
+    """Accuracy by confidence: the non-empty bins of a reliability diagram."""
 
     confidence: Array  # (B,) mean of the bin's objects
     accuracy: Array  # (B,)
@@ -125,15 +109,6 @@ def prior_records(records: Records) -> Records | None:
     return {**records, "log_probs": log_probs}
 
 
-def _all(records: Records, values: Array, *, by_class: bool = False) -> Measure:
-    labels = records["labels"]
-    return Measure(values, np.ones(len(labels), dtype=bool), labels if by_class else None)
-
-
-def _some(values: Array, selected: NDArray[np.bool_]) -> Measure:
-    return Measure(values[selected], selected)
-
-
 def _top(records: Records, n: int) -> Array:
     return np.asarray(ranks(records["log_probs"], records["labels"]) < n, dtype=np.float64)
 
@@ -165,26 +140,31 @@ def _pair_top1(records: Records) -> Array:
     return np.asarray(ranks(scores, labels) == 0, dtype=np.float64)
 
 
-def _top1_in_bin(records: Records, kind: str, name: str) -> Measure:
+def _top1_in_bin(records: Records, kind: str, name: str) -> Array:
     low, high = BINS[kind][name]
     of_objects = records.get("area_fractions" if kind == "fraction" else kind)
     if of_objects is None:
         of_objects = np.full(len(records["labels"]), -1)
-    return _some(_top(records, 1), np.asarray((of_objects >= low) & (of_objects < high)))
+    return np.where((of_objects >= low) & (of_objects < high), _top(records, 1), np.nan)
 
 
-MEASURES: dict[str, Callable[[Records], Measure]] = {
-    "mean_class_top1": lambda records: _all(records, _top(records, 1), by_class=True),
-    "topn_auc": lambda records: _all(records, _topn_auc(records)),
-    "nll": lambda records: _all(records, _nll(records)),
-    "confusable_top1": lambda records: _some(_top(records, 1), _is_confusable(records)),
-    "confusable_pair_top1": lambda records: _some(_pair_top1(records), _is_confusable(records)),
+# Metric -> contribution of each object, (K,), NaN where the object does not count, which never
+# depends on the scores.
+_MEASURES: dict[str, Callable[[Records], Array]] = {
+    "mean_class_top1": lambda records: _top(records, 1),
+    "topn_auc": _topn_auc,
+    "nll": _nll,
+    "confusable_top1": lambda records: np.where(_is_confusable(records), _top(records, 1), np.nan),
+    "confusable_pair_top1": lambda records: np.where(
+        _is_confusable(records), _pair_top1(records), np.nan
+    ),
     **{
         f"{kind}/{name}_top1": partial(_top1_in_bin, kind=kind, name=name)
         for kind, bins in BINS.items()
         for name in bins
     },
 }
+_BY_CLASS = "mean_class_top1"  # a mean over classes of the means of their objects
 
 
 def bin_title(kind: str, name: str) -> str:
@@ -196,36 +176,43 @@ def bin_title(kind: str, name: str) -> str:
     return f"{name}\n{bounds}"
 
 
-def measure(records: Records, name: str) -> Measure | None:
-    """Contribution of each object to the metric `name`; None where no object counts for it.
+def measure(records: Records, name: str) -> Array | None:
+    """Contribution of each object to the metric `name`, (K,); None where no object counts for it.
+
+    NaN where an object does not count.
 
     Raises:
         UserError: An unknown metric, or one that is no mean over objects (`ece`).
     """
     if matched := re.fullmatch(r"top([1-9]\d*)", name):
         n = int(matched[1])
-        return _all(records, _top(records, n)) if n <= records["log_probs"].shape[1] else None
-    if name not in MEASURES:
-        raise UserError(f"metric {name!r}: unknown; there are top<n>, ece, {', '.join(MEASURES)}")
-    found = MEASURES[name](records)
-    return found if found.selected.any() else None
+        return _top(records, n) if n <= records["log_probs"].shape[1] else None
+    if name not in _MEASURES:
+        raise UserError(f"metric {name!r}: unknown; there are top<n>, ece, {', '.join(_MEASURES)}")
+    found = _MEASURES[name](records)
+    return None if np.isnan(found).all() else found
 
 
 def value(records: Records, name: str) -> float | None:
     """The metric `name` of these records; None where no object counts for it."""
     if name == "ece":
         return calibration_error(records["log_probs"], records["labels"])
-    found = measure(records, name)
-    return None if found is None else found.mean()
+    if (found := measure(records, name)) is None:
+        return None
+    if name != _BY_CLASS:
+        return float(found[~np.isnan(found)].mean())
+    support = np.bincount(records["labels"])
+    sums = np.bincount(records["labels"], weights=found)
+    return float((sums[support > 0] / support[support > 0]).mean())
 
 
 def interval(records: Records, name: str) -> Interval | None:
     """A metric with its 95 % interval over images; None for `ece` or where no object counts."""
-    found = None if name == "ece" else measure(records, name)
-    if found is None:
+    if name == "ece" or (found := measure(records, name)) is None:
         return None
-    images = records["image_ids"][found.selected]
-    return bootstrap(found.values, images, classes=found.classes)
+    there = ~np.isnan(found)
+    classes = records["labels"] if name == _BY_CLASS else None
+    return bootstrap(found[there], records["image_ids"][there], classes=classes)
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
@@ -235,8 +222,11 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
         return Interval(own - other, float("nan"), float("nan"))
     before, after = measure(twin, name), measure(records, name)
     assert before is not None and after is not None  # callers have computed both values
-    images = records["image_ids"][after.selected]
-    return paired_bootstrap(before.values, after.values, images, classes=after.classes)
+    there = ~np.isnan(after)
+    classes = records["labels"] if name == _BY_CLASS else None
+    return paired_bootstrap(
+        before[there], after[there], records["image_ids"][there], classes=classes
+    )
 
 
 def chance(records: Records, name: str) -> float | None:
@@ -273,7 +263,7 @@ def evaluate(records: Records) -> dict[str, float]:
     `confusable_top1`, `confusable_pair_top1` (the choice within the group only),
     `fraction/<bin>_top1`, `visible/<bin>_top1`, `count`.
     """
-    names = [f"top{n}" for n in TOPS] + list(MEASURES)
+    names = [f"top{n}" for n in TOPS] + list(_MEASURES)
     found = {name: value(records, name) for name in [*names, "ece"]}
     if (prior := prior_records(records)) is not None:
         plain = [name for name in names if "/" not in name]

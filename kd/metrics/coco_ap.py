@@ -24,8 +24,8 @@ Bools = npt.NDArray[np.bool_]
 RECALLS = np.linspace(0.0, 1.0, 101)
 # COCO's steps are sums of 0.01; rounding makes some, such as 0.35, larger than 35 / 100.
 _ROUNDED_UP = np.arange(101) / 100 < RECALLS
-_CACHED_CELLS = 300_000  # that fit a processor's cache
-_FEW = 8  # columns
+_CACHED_CELLS = 300_000  # numbers that fit a processor's cache
+_FEW = 8  # columns of weights up to which a cumulative sum beats a sparse product
 
 
 def average_precision(
@@ -71,11 +71,11 @@ def recall(hit: Bools, image: Ints, weights: Floats, objects: Floats) -> Floats:
 
 
 def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> Floats:
-    """Number of detections up to and including each of some places, (n, R).
+    """Weighted number of detections up to and including given ones, (n, R).
 
     Args:
         counted: (D,) detections that count.
-        places: (n,) ascending.
+        places: (n,) indices of detections, ascending.
         image: (D,) image of each detection.
         weights: (I, R) how often each image counts.
     """
@@ -96,7 +96,7 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _times(row: Ints, column: Ints, rows: int, weights: Floats) -> Floats:
-    """Sparse count matrix of the pairs (row, column) times the weights; rows ascend."""
+    """Sum the weights of the columns paired with each row, (rows, R); `row` must be ascending."""
     starts = np.searchsorted(row, np.arange(rows + 1))
     content = np.ones(len(row), weights.dtype), column, starts
     matrix: Any = sparse.csr_matrix(content, shape=(rows, len(weights)))
@@ -188,7 +188,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A batch of B groups (one image, one class) with at most G objects each."""
+    """Groups (one image, one class) that are matched at once."""
 
     overlaps: list[Floats]  # of each group (candidates, objects)
     rows: list[Ints]  # detections that overlap an object enough to be correct
@@ -218,7 +218,7 @@ class MeanAP:
             np.add.at(self.support[:, area], (truth.label[~left_out], truth.image[~left_out]), 1)
 
     def match(self, scores: Floats, *, areas: int = len(AREAS)) -> Matches:
-        """Match objects to detections of some scores (D,), for the first `areas` of `AREAS`."""
+        """Match detections with these scores (D,) to objects, for the first `areas` of `AREAS`."""
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
         place = np.empty(len(scores), np.int64)
         place[order] = np.arange(len(scores))
@@ -232,7 +232,7 @@ class MeanAP:
         return Matches(order, hit, ignored)
 
     def average(self, matches: Matches, weights: Array | None = None) -> Floats:
-        """Average precision, (R, A, T, C) of the A matched; NaN for classes without objects.
+        """Average precision (R, A, T, C) in the A matched ranges; NaN for classes without objects.
 
         Args:
             matches: From `match`.
@@ -367,7 +367,7 @@ def shared_groups(found: Boxes, truth: Boxes, classes: int) -> Iterator[tuple[In
     """Rows of the detections and of the objects of each image and class that has both."""
     keys = [boxes.image * classes + boxes.label for boxes in (found, truth)]
     orders = [np.argsort(key, kind="stable") for key in keys]
-    shared = np.intersect1d(*keys)
+    shared = np.intersect1d(keys[0], keys[1])
     bounds = [
         np.searchsorted(key[order], shared, side).tolist()
         for key, order in zip(keys, orders, strict=True)

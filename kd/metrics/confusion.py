@@ -34,7 +34,7 @@ class Confusion:
 
     @property
     def excess(self) -> float:
-        """Number of objects beyond the expected one."""
+        """Number of objects beyond the expected number."""
         return self.count * (1 - self.expected / self.fraction)
 
 
@@ -57,7 +57,7 @@ def confusion_matrix(records: Records) -> NDArray[np.int64]:
 
 
 def confusions(records: Records, *, at_least: int = 1) -> list[Confusion]:
-    """Pairs of a true and a wrongly predicted class with at least so many objects, largest first.
+    """Confused pairs of classes with `at_least` objects or more, most frequent first.
 
     Without `prior` in the records, the class fractions of their own labels replace it.
     """

@@ -1,4 +1,4 @@
-"""Average precision of the classes in an image: by class, its mean, and over all pairs."""
+"""Average precision of multi-label classification: by class, its mean, and over all pairs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ Array = NDArray[Any]
 
 
 def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
-    """Area under the steps of precision over recall, images in falling order of score.
+    """Area under the precision-recall curve, without interpolation.
 
-    Summed over distinct scores: recall gained x precision there, without interpolation; images of
-    equal score come in together, so that a constant score gets the fraction of images with the
-    class.
+    The sum over distinct scores of the recall gained there times the precision. Images of equal
+    score are ranked together, so that a constant score gets the fraction of images with the class.
 
     Args:
         scores: (N,), higher is likelier.
-        present: (N,), whether the class is there; at least once.
+        present: (N,), whether the class is in the image; True at least once.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -41,12 +40,12 @@ def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
 class MultiLabelAP:
     """Collects the log-probability and the presence of each class in each image.
 
-    Images that occur twice, as samplers pad the ranks, count once; images without labels do not
-    count.
+    Images that occur twice, such as those with which samplers pad the ranks, count once; images
+    without labels do not count.
 
     Args:
         num_classes: C.
-        where: Beginning of messages: a run, a dataset.
+        where: Start of messages: a run, a dataset.
     """
 
     def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
@@ -90,7 +89,7 @@ class MultiLabelAP:
         return merged
 
     def compute(self) -> dict[str, float]:
-        """Every number by name, in 0..1.
+        """All metrics by name, in 0..1.
 
         `mAP`, the mean over the classes that occur; `weighted_AP`, that mean weighted by support;
         `micro_AP`, over all pairs of image and class in one list; `chance_mAP` and

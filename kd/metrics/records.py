@@ -34,7 +34,7 @@ def save_records(records: Records, path: Path, *, compressed: bool = False) -> N
 
 
 def gathered(part: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Values of every rank, pickled, in order of rank; every rank must call it."""
+    """Gather a picklable value from every rank, in order of rank; every rank must call it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return [part]
     parts: list[Any] = [None] * dist.get_world_size(group)

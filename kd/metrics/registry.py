@@ -34,11 +34,12 @@ class Metric:
     Attributes:
         name: Its name in tables and in `summary.json`.
         help: One line about it.
-        unit: `%` for a fraction that is written in percent; otherwise as it is: `nats`, `px`, none.
-        higher_is_better: Its direction.
+        unit: `%` for a fraction that is written in percent; others, such as `nats` or `px`, are
+            written as they are.
+        higher_is_better: Whether larger values are better.
         digits: Decimal places; by default 1 in percent and 3 otherwise.
-        per_item: Records to one value for each row (an object or image), (N,) of the N ids; NaN
-            leaves the row out.
+        per_item: Maps records to one value for each object or image, (N,); those with NaN are left
+            out.
     """
 
     name: str
@@ -55,24 +56,24 @@ class Metric:
 
     @property
     def scale(self) -> int:
-        """The factor between a value and the number that is written."""
+        """Factor from a value to the number that is written: 100 for percent."""
         return 100 if self.unit == "%" else 1
 
     def text(self, value: float | None, sign: str = "") -> str:
-        """Write a value in the metric's unit, without the unit; nothing for None."""
+        """Format a value in the metric's unit, whose name is left out; empty for None."""
         if value is None:
             return ""
         digits = self.digits if self.digits is not None else 1 if self.unit == "%" else 3
         return f"{self.scale * value:{sign}.{digits}f}"
 
     def bounds(self, interval: Interval | None) -> str:
-        """Write `[low, high]`; nothing where the bounds are unknown."""
+        """Format `[low, high]`; empty where the bounds are unknown."""
         if interval is None or interval.low != interval.low:  # NaN
             return ""
         return f"[{self.text(interval.low)}, {self.text(interval.high)}]"
 
     def change(self, difference: Interval) -> str:
-        """Write a signed difference and its bounds, with a star where they exclude zero."""
+        """Format a signed difference and its bounds, with a star where they exclude zero."""
         mean, low, high = (self.text(bound, "+z") for bound in difference)
         if difference.low != difference.low:  # NaN
             return f"{mean} "
@@ -91,9 +92,9 @@ _LISTED = [
     Metric("ece", "expected calibration error, 15 bins (Guo 2017)", higher_is_better=False),
     *_fractions(
         confusable_top1="top1 of objects of confusable classes",
-        confusable_pair_top1="the same where only classes of one group can be predicted",
+        confusable_pair_top1="top1 among the classes of the object's confusable group",
         mAP="mean over classes of average precision, of the classes in an image",
-        weighted_AP="the same weighted by the images of each class",
+        weighted_AP="mAP weighted by the number of images of each class",
         micro_AP="average precision of all pairs of image and class",
         mIoU="mean intersection over union of the classes",
         mean_accuracy="mean over classes of the fraction of correct pixels",
@@ -104,9 +105,9 @@ _LISTED = [
         AP_small="COCO: objects below 32 x 32 pixels",
         AP_medium="COCO: objects of 32 x 32 to 96 x 96 pixels",
         AP_large="COCO: objects above 96 x 96 pixels",
-        AR1="COCO: recall of one detection of a class an image",
-        AR10="COCO: recall of 10 detections of a class an image",
-        AR100="COCO: recall of 100 detections of a class an image",
+        AR1="COCO: recall with 1 detection per class and image",
+        AR10="COCO: recall with 10 detections per class and image",
+        AR100="COCO: recall with 100 detections per class and image",
         AR_small="COCO: AR100 of objects below 32 x 32 pixels",
         AR_medium="COCO: AR100 of objects of 32 x 32 to 96 x 96 pixels",
         AR_large="COCO: AR100 of objects above 96 x 96 pixels",
@@ -122,8 +123,8 @@ _LISTED = [
     Metric("CC", "correlation of the map with the fixation density"),
     Metric("SIM", "overlap of the map with the fixation density"),
     Metric("NSS", "mean of the standardised map at fixations"),
-    Metric("AUC_Judd", "fixations against all pixels of the image"),
-    Metric("sAUC", "fixations against those on other images"),
+    Metric("AUC_Judd", "area under the ROC curve of fixated against all other pixels"),
+    Metric("sAUC", "area under the ROC curve of fixations against those on other images"),
     Metric("IG", "information gain over the centre prior", "bits"),
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
@@ -139,9 +140,9 @@ _FAMILIES = {
 
 
 def metric_named(name: str, own: Mapping[str, Metric] | None = None) -> Metric:
-    """The declaration of a metric, those of `own` first; a plain number where there is none.
+    """Look up the declaration of a metric, first in `own`; undeclared ones are plain numbers.
 
-    `name` may also have a class or bin, such as `iou/car`.
+    `name` may include a class or bin, such as `iou/car`.
     """
     if own and name in own:
         return own[name]
@@ -160,7 +161,7 @@ def direction_note(metrics: Iterable[Metric]) -> list[str]:
 
 
 def load_metrics(paths: Iterable[str]) -> dict[str, Metric]:
-    """The user's metrics by name, each from `package.module:ATTRIBUTE`.
+    """Import the user's metrics, each from `package.module:ATTRIBUTE`; returns them by name.
 
     Raises:
         UserError: A path that cannot be imported or is no `Metric` with `per_item`, or a name that

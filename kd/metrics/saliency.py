@@ -238,7 +238,7 @@ METRICS: dict[str, Callable[[Tensor, SaliencyTruth], float]] = {
 
 
 def measure(prediction: Tensor, truth: SaliencyTruth) -> dict[str, float]:
-    """Every number of `METRICS`; NaN where the ground truth does not define it."""
+    """Compute all of `METRICS`; NaN where the ground truth does not define one."""
     predicted, true = _same_size(prediction, truth.density)  # in float64, once for all
     whole = replace(truth, density=true)
     return {name: number(predicted, whole) for name, number in METRICS.items()}
@@ -256,7 +256,7 @@ def _area(counts_at: Tensor, at_corner: Tensor, negatives: int) -> float:
 
     Args:
         counts_at: (K + 1,) negatives with r of the K positives not above them.
-        at_corner: (K + 1,) of these positives, how many count half.
+        at_corner: (K + 1,) how many of these positives tie with them, and count half.
         negatives: Their number.
     """
     positives = len(counts_at) - 1
@@ -265,7 +265,7 @@ def _area(counts_at: Tensor, at_corner: Tensor, negatives: int) -> float:
 
 
 def _constant(saliency: Tensor) -> bool:
-    """Compares values: a variance is rarely exactly 0."""
+    """Whether all values are equal; a variance is rarely exactly 0."""
     least, most = saliency.aminmax()
     return bool(least == most)
 

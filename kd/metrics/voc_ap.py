@@ -34,7 +34,8 @@ class VocAP:
 
     Args:
         truth: All objects; difficult ones have `crowd`, as `kd.formats.voc` writes them.
-        found: The detections. Coordinates start at 0 and are continuous: no side is a pixel longer.
+        found: The detections. Coordinates start at 0 and are continuous: unlike in VOC's kit, no
+            pixel is added to widths and heights.
         images: I, the number of images.
         classes: C.
         overlap: Least IoU of a correct detection, in (0, 1].

@@ -32,10 +32,10 @@ def bars(
         axes: Where to draw.
         belief: (C,) probabilities.
         names: C names.
-        top: How many bars.
-        truth: The true class; without it all bars are coloured.
-        usual: (C,) average fractions of the classes, a mark in each bar.
-        digits: Decimal places of a percentage.
+        top: Number of bars.
+        truth: Name of the true class; without it all bars are coloured.
+        usual: (C,) fractions of the classes in the dataset, marked on the bars.
+        digits: Decimal places of the percentages.
     """
     order = np.argsort(-belief, kind="stable")[:top]
     place = np.arange(len(order))
@@ -45,7 +45,9 @@ def bars(
     if usual is not None:
         marks = 100 * usual[order]
         axes.vlines(marks, place - 0.42, place + 0.42, color=ORANGE, linewidth=1.6)
-        room = 0.25 * max(ends.max(), 1e-9)  # a number's width: it moves behind a mark in its way
+        room = 0.25 * max(
+            ends.max(), 1e-9
+        )  # width of a number, which is written beyond a mark in its way
         ends = np.where((marks > ends) & (marks < ends + room), marks, ends)
     for end, row in zip(ends, place, strict=True):
         text = f"{100 * belief[order[row]]:.{digits}f} %"

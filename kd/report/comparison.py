@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kd.errors import UserError
@@ -19,7 +18,7 @@ def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> 
 
     Args:
         table: From `distill_table` or `runs_table`.
-        metrics: By default those in percent, or all if none is.
+        metrics: Names; by default those in percent, or all if there are none.
     """
     known = {entry.metric.name: entry.metric for entry in table.comparisons}
     chosen = [name for name in known if metrics is None or name in metrics]
@@ -29,9 +28,8 @@ def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> 
     if not chosen:
         raise UserError(f"no metric to draw; the table has {', '.join(known) or 'nothing'}")
     found = {(entry.metric.name, entry.variant): entry for entry in table.comparisons}
-    figure = Figure(figsize=(1.2 + max(1.6, 0.85 * len(variants)) * len(chosen), 3.6))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    width = 1.2 + max(1.6, 0.85 * len(variants)) * len(chosen)
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
     panels = figure.subplots(1, len(chosen), squeeze=False)[0]
     shades = [GREY, *colours(len(variants) - 1)]
     for axes, name in zip(panels, chosen, strict=True):
@@ -47,7 +45,7 @@ def _comparison_panel(axes: Axes, line: Sequence[Comparison], shades: Sequence[s
     metric = line[0].metric
     scale = metric.scale
     peak = max(0.0, *(max(entry.values) for entry in line)) * scale
-    # Below zero is what is worse than chance, as information gain can be.
+    # Some metrics, such as information gain, are negative where predictions are below chance.
     depth = min(0.0, *(min(entry.values) for entry in line)) * scale
     for place, (entry, colour) in enumerate(zip(line, shades, strict=True)):
         axes.bar(place, scale * entry.mean, width=0.72, color=colour, alpha=0.85)

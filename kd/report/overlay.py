@@ -16,14 +16,14 @@ from torch import Tensor
 from kd.report.style import GREY, INK, image_panels
 from kd.utils.images import VOID
 
-# Each as far as possible from those before it and from greys (CIELAB), without glaring ones.
+# Each is as far as possible in CIELAB from greys and from the ones before it; none glares.
 _COLOURS = (
     *("#0067A5", "#F38400", "#008856", "#FF1E96", "#D2F03C", "#690F96", "#871E1E", "#FFB4FF"),
     *("#00E1FF", "#00FF96", "#695A00", "#FFD296", "#2D78FF", "#692D5A", "#FF8796", "#3CA50F"),
     *("#A5F0C3", "#FF4B3C", "#F069F0", "#C3A50F", "#A5C3FF", "#96B45A", "#008796", "#C3784B"),
     *("#9669C3", "#D2004B", "#2D4B1E", "#A50F78", "#0F3C96", "#96FF69", "#00FFD2", "#2D6900"),
 )
-_TURN = 0.61803398875  # hue step of further classes, the golden ratio
+_TURN = 0.61803398875  # golden ratio: hue step of the classes beyond `_COLOURS`
 _STRENGTH = 0.75  # opacity of a colour over the image
 _NO_CLASS = "#d0d0d0"
 BACKGROUND = "background"  # has no colour
@@ -40,7 +40,7 @@ def class_colour(number: int) -> str:
 
 
 def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.uint8]:
-    """A grey image with the colours of classes over it, (H, W, 3); unlabelled pixels are pale.
+    """Blend class colours over the grey image, (H, W, 3); unlabelled pixels are pale.
 
     Args:
         image: (3, H, W) uint8.
@@ -60,7 +60,7 @@ def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.u
 
 
 def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """The image and each label map over it, with a legend of the classes that occur.
+    """Draw the image and each label map over it, with a legend of the classes that occur.
 
     Args:
         image: (3, H, W) uint8.

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from torch import Tensor
 
@@ -35,36 +36,29 @@ REFERENCES: dict[str, tuple[str, Any]] = {
     "other observers": ("black", "-."),
 }
 _OTHER = (GREY, ":")
-_LETTERS_AN_INCH = 13  # of a legend
+_LETTERS_AN_INCH = 13  # average in a legend
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of that many inches and its clean axes."""
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots()
-    clean(axes)
+    """Create a figure of this size in inches and its `clean` axes."""
+    figure, [axes] = new_stack(width, height, (1.0,))
     return figure, axes
 
 
 def new_stack(width: float, height: float, ratios: tuple[float, ...]) -> tuple[Figure, list[Axes]]:
-    """A figure with axes above each other that share x, of these height ratios."""
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
-    stack = list(figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios))
-    for axes in stack:
+    """Create a figure of stacked `clean` axes that share x; `ratios` are relative heights."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    stack = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)
+    for axes in stack.flat:
         clean(axes)
-    return figure, stack
+    return figure, list(stack.flat)
 
 
 def new_panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of that many inches with a grid of panels without axes, row by row."""
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
-    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    """Create a figure of this size in inches and its panels, row by row, without axis lines."""
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
+    figure = Figure(figsize=(width, height), layout=layout)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.set_axis_off()
     return figure, panels
@@ -98,7 +92,7 @@ def image_panels(
 
 
 def clean(axes: Axes) -> None:
-    """Hide the upper and right spine, and draw pale horizontal lines."""
+    """Hide the upper and right spine, and draw a pale horizontal grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
@@ -107,7 +101,7 @@ def clean(axes: Axes) -> None:
 
 
 def colours(count: int) -> list[str]:
-    """A colour for each run."""
+    """Colours of `count` runs; they repeat where there are more than `COLOURS`."""
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
 
@@ -118,13 +112,13 @@ def reference_style(name: str) -> dict[str, Any]:
 
 
 def letters_on(colour: str) -> str:
-    """White or black, whichever is more readable on a colour (ITU-R BT.709 luminance)."""
+    """White or black, whichever is more readable on the colour (ITU-R BT.709 luminance)."""
     red, green, blue = to_rgb(colour)
     return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.55 else "black"
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend above the axes, bars before lines, in as many rows as needed."""
+    """Draw a legend above the axes, bars before lines, in as many rows as needed."""
     found = zip(*axes.get_legend_handles_labels(), strict=True)
     handles, labels = zip(
         *sorted(found, key=lambda f: not isinstance(f[0], BarContainer)), strict=True

@@ -18,6 +18,7 @@ from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, paired_interval
 from kd.metrics.records import Records
 from kd.metrics.registry import Metric, direction_note
+from kd.utils.io import write_text
 
 CLEAR = "*: the 95 % interval does not touch zero"
 RESAMPLED = "95 % interval: images resampled"
@@ -79,14 +80,14 @@ def compare(
     runs: Sequence[Records],
     twins: Sequence[Records] | None,
 ) -> Comparison:
-    """Compare a metric of a variant with the baseline, over seeds or, of a single one, over images.
+    """Compare a metric of a variant with the baseline: over seeds, or over images for one seed.
 
     Args:
         scorer: Computes the metric.
         name: The metric.
         variant: Name of the runs.
         runs: Predictions, one per seed.
-        twins: Those of the baseline; None for the baseline itself.
+        twins: Predictions of the baseline with the same seeds; None for the baseline itself.
     """
     metric = scorer.metric(name)
     values = tuple(value_of(scorer, name, run) for run in runs)
@@ -149,7 +150,7 @@ class Table:
 
 
 def print_table(table: Table, stream: TextIO | None = None) -> None:
-    """Print with rules and colours on a terminal that is wide enough, else as plain text."""
+    """Print a table: formatted on a terminal that is wide enough, otherwise as plain text."""
     stream = stream or sys.stdout
     text = table.to_text()
     width = max(map(len, text.splitlines()))
@@ -171,11 +172,7 @@ def print_table(table: Table, stream: TextIO | None = None) -> None:
 
 def write_markdown(tables: Sequence[Table], path: Path) -> None:
     """Write tables to one Markdown file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(table.to_markdown() for table in tables), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_text(path, "\n".join(table.to_markdown() for table in tables))
 
 
 def distill_table(
@@ -192,8 +189,8 @@ def distill_table(
     Args:
         scorer: Computes the metrics.
         variants: Variant -> predictions of the same rows, one per seed; in the columns' order.
-        seeds: Numbers of these seeds.
-        metrics: Rows; by default the scorer's that these records allow.
+        seeds: The seeds.
+        metrics: Rows; by default those of `scorer.rows` that the records allow.
         title: Above the table.
         baseline: The variant that others are compared with.
 
@@ -201,36 +198,8 @@ def distill_table(
         UserError: No such variant, unequal numbers of seeds, or a metric that cannot be computed.
     """
     _check_variants(variants, seeds, baseline)
-    first = variants[baseline][0]
-    names = _chosen(scorer, metrics, first)
-    columns = [baseline, *(variant for variant in variants if variant != baseline)]
-    found = {
-        (name, variant): compare(
-            scorer, name, variant, variants[variant],
-            None if variant == baseline else variants[baseline],
-        )
-        for name in names
-        for variant in columns
-    }  # fmt: skip
-    references = scorer.references(first)
-    beside = {name: _reference_cells(scorer, name, references) for name in names}
-    lines = {name: [found[name, variant] for variant in columns] for name in names}
-    means = [_row(scorer.metric(n).label, line, None) + beside[n] for n, line in lines.items()]
-    by_seed = [
-        _row(f"{scorer.metric(name).label}, seed {seed}", line, place) + beside[name]
-        for name, line in lines.items()
-        for place, seed in enumerate(seeds)
-    ]
-    header = ["metric", baseline]
-    header += [cell for variant in columns[1:] for cell in (variant, f"{variant} - {baseline}")]
-    notes = (CLEAR, _seed_note(len(seeds)), *direction_note(map(scorer.metric, names)))
-    return Table(
-        title=title,
-        header=(*header, *references),
-        groups=(tuple(means), tuple(by_seed)) if len(seeds) > 1 else (tuple(means),),
-        notes=(*notes, *scorer.notes(first)),
-        comparisons=tuple(found.values()),
-    )
+    notes = (CLEAR, _seed_note(len(seeds)))
+    return _compared(scorer, variants, seeds, baseline, metrics, title, notes)
 
 
 def _check_variants(
@@ -259,7 +228,7 @@ def runs_table(
         scorer: Computes the metrics.
         runs: Name -> predictions of the same rows.
         ceilings: Metric -> value of the exact posterior.
-        metrics: Rows; by default the scorer's that these records allow.
+        metrics: Rows; by default those of `scorer.rows` that the records allow.
         title: Above the table.
 
     Raises:
@@ -267,32 +236,59 @@ def runs_table(
     """
     if not runs:
         raise UserError("no run to show")
-    first, *others = runs
-    names = _chosen(scorer, metrics, runs[first])
-    references, ceilings = scorer.references(runs[first]), ceilings or {}
-    found, rows = [], []
+    first = next(iter(runs))
+    notes = (CLEAR, f"differences: {RESAMPLED}") if len(runs) > 1 else ()
+    variants = {name: [records] for name, records in runs.items()}
+    return _compared(scorer, variants, [0], first, metrics, title, notes, ceilings)
+
+
+def _compared(
+    scorer: Scorer,
+    variants: Mapping[str, Sequence[Records]],
+    seeds: Sequence[int],
+    baseline: str,
+    metrics: Sequence[str] | None,
+    title: str,
+    notes: Sequence[str],
+    ceilings: Mapping[str, float] | None = None,
+) -> Table:
+    """A row for each metric: the baseline, then each variant and its difference from it."""
+    first, others = variants[baseline][0], [name for name in variants if name != baseline]
+    names, references = _chosen(scorer, metrics, first), scorer.references(first)
+    found, means, by_seed = [], [], []
     for name in names:
-        line = [
-            compare(scorer, name, run, [runs[run]], [runs[first]] if run != first else None)
-            for run in runs
-        ]
         metric = scorer.metric(name)
-        cells = _row(metric.label, line, None) + _reference_cells(scorer, name, references)
-        rows.append((*cells, metric.text(ceilings.get(name))) if ceilings else cells)
+        twins = variants[baseline]
+        line = [
+            compare(scorer, name, one, variants[one], None if one == baseline else twins)
+            for one in (baseline, *others)
+        ]
         found += line
-    header = ["metric", first]
-    header += [cell for run in others for cell in (run, f"{run} - {first}")]
+        beside = [metric.text(scorer.value(one, name)) for one in references.values()]
+        if ceilings:
+            beside.append(metric.text(ceilings.get(name)))
+        means.append((*_row(metric.label, line, None), *beside))
+        by_seed += [
+            (*_row(f"{metric.label}, seed {seed}", line, place), *beside)
+            for place, seed in enumerate(seeds)
+        ]
+    header = ["metric", baseline]
+    header += [cell for one in others for cell in (one, f"{one} - {baseline}")]
     header += [*references, *["ceiling"] * bool(ceilings)]
-    notes = [CLEAR, f"differences: {RESAMPLED}"] if others else []
-    notes += direction_note(map(scorer.metric, names))
+    notes = [*notes, *direction_note(map(scorer.metric, names))]
     if ceilings:
         notes.append("ceiling: the exact posterior of the scenes' own generative model")
-    notes += scorer.notes(runs[first])
-    return Table(title, tuple(header), (tuple(rows),), tuple(notes), tuple(found))
+    return Table(
+        title=title,
+        header=tuple(header),
+        groups=(tuple(means), tuple(by_seed)) if len(seeds) > 1 else (tuple(means),),
+        notes=(*notes, *scorer.notes(first)),
+        comparisons=tuple(found),
+    )
 
 
 def _chosen(scorer: Scorer, metrics: Sequence[str] | None, records: Records) -> list[str]:
-    """Metrics, checked; by default the scorer's that the records allow."""
+    """Check the metrics; by default, those of `scorer.rows` that the records allow."""
     if metrics is None:
         return [name for name in scorer.rows if scorer.value(records, name) is not None]
     for name in metrics:
@@ -312,11 +308,6 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
     return tuple(cells)
 
 
-def _reference_cells(scorer: Scorer, name: str, references: Mapping[str, Records]) -> Row:
-    metric = scorer.metric(name)
-    return tuple(metric.text(scorer.value(one, name)) for one in references.values())
-
-
 def _seed_note(seeds: int) -> str:
     if seeds == 1:
         return f"one seed only: {RESAMPLED}; other seeds may differ"
@@ -325,7 +316,7 @@ def _seed_note(seeds: int) -> str:
 
 @dataclass(frozen=True)
 class Scored:
-    """Metrics of one run or reference."""
+    """Computed metrics of one run or reference."""
 
     name: str
     values: dict[str, float]
@@ -353,7 +344,7 @@ def score(
 def run_table(
     scorer: Scorer, rows: Sequence[Scored], title: str, notes: Sequence[str] = ()
 ) -> Table:
-    """One run: a row for each metric with its interval, and a column for each reference."""
+    """Tabulate one run: a row for each metric and its interval, a column for each reference."""
     run, *references = rows
     metrics = {name: scorer.metric(name) for name in run.values}
     lines = [
@@ -378,14 +369,14 @@ def side_by_side_table(
     *,
     bounded: Sequence[str] = (),
 ) -> Table:
-    """Several runs: a row for each, and below them one for each reference.
+    """Tabulate several runs, a row for each, and below them the references.
 
     Args:
         scorer: Declares the metrics.
         rows: Runs with intervals, then references without.
         title: Above the table.
         notes: Below it.
-        bounded: Metrics that have their intervals in the table.
+        bounded: Metrics whose intervals are in the table.
     """
     metrics = [scorer.metric(name) for name in rows[0].values]
     lines = []
@@ -404,7 +395,7 @@ def side_by_side_table(
 def difference_notes(
     scorer: Scorer, records: Records, references: Mapping[str, Records], metrics: Sequence[str]
 ) -> list[str]:
-    """Differences of a run from each reference on the same images, with 95 % intervals."""
+    """Describe a run's difference from each reference on the same images, with 95 % intervals."""
     notes = []
     for name, reference in references.items():
         parts = [

@@ -1,4 +1,4 @@
-"""Table of a transfer: starts of a student compared with the first, mode by mode."""
+"""Table of transfer results: starting points of a student compared with the first, by mode."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def transfer_table(
     *,
     title: str = "Transfer",
 ) -> Table:
-    """Means over seeds, and the difference from the first start with its t interval over seeds.
+    """Tabulate means over seeds, and differences from the first start with t intervals over seeds.
 
     Args:
-        numbers: Mode and start -> summaries, one per seed; modes one after the other.
-        seeds: One number for each of them.
+        numbers: (mode, start) -> summaries, one per seed; the entries of a mode are adjacent.
+        seeds: The seeds.
         title: Above the table.
     """
     first = next(iter(numbers))

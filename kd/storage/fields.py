@@ -1,8 +1,8 @@
-"""Cached teacher outputs as part of a sample, transformed like its image.
+"""Read cached teacher outputs for a sample, and transform them like its image.
 
-A cached map covers the whole image in its square frame, at whatever scale the image is read. The
-augmentation of the image is applied to the map by bilinear sampling at the source of each place.
-Whether the teacher would give the same for the transformed image is measured by
+A cached feature map covers the whole image, padded to a square, whatever the size at which the
+sample reads that image. The image's augmentation is applied to the map by bilinear sampling. How
+close the result comes to the teacher's output for the augmented image is measured by
 `kd.teacher_cache.equivariance`.
 """
 
@@ -21,19 +21,18 @@ from kd.transforms.crops import Crop
 PREFIX = "stored."
 STRIDE = 8
 MIRRORED = "mirrored_"
-_DOWNSCALE_FROM = 1.5  # antialias maps that are this many times as fine as the result
+_DOWNSCALE_FROM = 1.5  # maps that are this many times as fine as the result are antialiased
 
 
 class CachedField:
-    """One output of one teacher, by annotation id.
+    """A cached output of a teacher, looked up by annotation or image id.
 
     Args:
-        store: Holds it in the field `values`; with `indices` if only the top k channels were
-            stored; and both again with the prefix `mirrored_` if outputs for mirrored images were
-            stored.
+        store: Has the field `values`; `indices` too if only the top k channels were stored; and
+            both again with the prefix `mirrored_` if outputs for mirrored images were stored.
         name: Key in the sample, after `stored.`.
         channels: Channels of the output if only the top k are stored.
-        stride: Pixels of a crop per place of its map.
+        stride: Pixels of a crop per cell of its feature map.
     """
 
     def __init__(self, store: Store, name: str, *, channels: int = 0, stride: int = STRIDE) -> None:
@@ -46,7 +45,7 @@ class CachedField:
         return (self.channels, *stored[1:]) if "indices" in self.store.fields else stored
 
     def whole(self) -> Tensor:
-        """Output for all objects, in the order of the store's ids."""
+        """Read the outputs of all objects, in ascending order of id."""
         values = torch.from_numpy(self.store.column("values"))
         if "indices" not in self.store.fields:
             return values
@@ -55,10 +54,16 @@ class CachedField:
     def __call__(
         self, object_ids: NDArray[np.int64], plan: Plan, size: tuple[int, int], frame: int
     ) -> Tensor:
-        """Output for the hidden objects of a sample, (K, C, ...), transformed by the image's plan.
+        """Read the outputs of a sample's hidden objects and augment them like the image.
 
-        `size` is the height and width of the input image, at any scale; `frame` the side of the
-        square frame in pixels.
+        Args:
+            object_ids: (K,) annotation ids.
+            plan: Augmentation of the image.
+            size: Height and width of the image before the augmentation, at any scale.
+            frame: Side of the augmented square image, pixels.
+
+        Returns:
+            (K, C, ...).
         """
         prefix = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
@@ -71,9 +76,16 @@ class CachedField:
     def cropped(
         self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int]
     ) -> Tensor:
-        """Output for a crop of an image, (1, C, h, w) on a grid over its frame.
+        """Read the output of an image and cut it like the image.
 
-        `image` is an id, `size` the image's height and width, `frame` the crop's.
+        Args:
+            image: The image's id.
+            crop: The crop.
+            size: Height and width of the image.
+            frame: Height and width of the crop, pixels.
+
+        Returns:
+            (1, C, h, w), a cell per `stride` pixels of the crop; other outputs than maps as stored.
         """
         prefix = ""
         if crop.flip and f"{MIRRORED}values" in self.store.fields:
@@ -94,10 +106,10 @@ class CachedField:
 
 
 def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Tensor:
-    """Apply a plan to maps (K, C, h, w) over the frame of the whole image: same shape and dtype.
+    """Augment feature maps (K, C, h, w) of a whole image like the image: same shape and dtype.
 
-    `size` is the height and width of the input image, whose long side is that of the maps' frame;
-    `frame` the side of the result's frame in pixels. The edge is repeated outside the frame.
+    `size` is the height and width of the image, which the maps cover padded to a square; `frame` is
+    the side of the augmented square image in pixels. Outside of the image the edge is repeated.
     """
     before, square = (max(size), max(size)), (frame, frame)
     return resample(maps, plan.sources(size), before, square, (maps.shape[2], maps.shape[3]))
@@ -110,20 +122,21 @@ def resample(
     frame: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """Sample maps over an image at the source of each place of another frame.
+    """Resample feature maps of an image on the grid of a transformed image.
 
     Args:
-        maps: (K, C, h, w) over the image.
-        sources: (2, 3): maps (x, y, 1) in pixels of the frame to (x, y) in pixels of the image.
+        maps: (K, C, h, w), covering the image.
+        sources: (2, 3) affine map from (x, y, 1) in pixels of the transformed image to (x, y) in
+            pixels of the image.
         size: Height and width of the image.
-        frame: Height and width of the frame.
-        grid: Places of the result over the frame.
+        frame: Height and width of the transformed image.
+        grid: Rows and columns of the result.
 
     Returns:
-        (K, C, *grid), same dtype; the edge is repeated outside the image. If the result is coarser
-        than the maps, its places are averages of theirs.
+        (K, C, *grid), same dtype; outside of the image the edge is repeated. A grid that is coarser
+        than the maps averages their cells.
     """
-    steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # of the image, down, right
+    steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # in the image, down and right
     maps = _downscale(maps, steps * maps.shape[2:] / size)
     down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
     right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,30 @@ def may_write(folder: Path) -> bool:
     folder = folder.absolute()
     existing = next(one for one in (folder, *folder.parents) if one.exists())
     return os.access(existing, os.W_OK) and bool(existing.stat().st_mode & 0o222)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `out`, missing or empty, at the end.
+
+    So `out` is never incomplete; after an error the temporary folder is removed.
+
+    Raises:
+        UserError: The folder cannot be created, written or moved.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out}: cannot create this folder ({error.strerror})") from error
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp creates 0700, unreadable to others
+        draft.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_atomic(path: Path, write: Any) -> None:

@@ -12,8 +12,7 @@ import torch
 from kd import rescore
 from kd.cli import run_command
 from kd.context.detections import QueryOptions
-from kd.context.fit_rescore import Split, log_prior_of
-from kd.context.rescore import Setting, combine
+from kd.context.rescore import Setting, Split, combine, log_prior_of
 from kd.metrics.coco_ap import Floats
 from kd.runs.load_teacher import load_teacher
 from kd.scenes import detector as scene_detector

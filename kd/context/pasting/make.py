@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ from kd.nn.cooccurrence import NaiveBayes, Objects
 from kd.problems.context import ObjectScenes
 from kd.report.style import ORANGE, save_figure
 from kd.utils.images import read_image
-from kd.utils.io import PARTIAL
+from kd.utils.io import new_folder
 
 _log = logging.getLogger("kd")
 METADATA = "out_of_context.json"
@@ -79,22 +77,11 @@ def make_sets(data: ObjectScenes, out: Path, options: PasteOptions) -> dict[str,
     if len(pairs) < options.count:
         _log.warning("found only %d of %d pairs", len(pairs), options.count)
     about = _describe(data, index, pairs, options)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out}: cannot make this folder ({error.strerror})") from error
-    try:
+    with new_folder(out) as draft:
         paster = Paster(index, log_prior, harmony=options.harmony, seed=options.seed)
         write_sets(draft, paster, pairs, _bar("pairs"))
         (draft / METADATA).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        draft.chmod(0o755)  # mkdtemp creates 0700, unreadable to others
         save_figure(pairs_figure(draft), draft / "pairs.png")
-        draft.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return about
 
 
@@ -138,7 +125,7 @@ def cooccurrence_score(model: NaiveBayes, index: CocoIndex, log_prior: Floats) -
         count, total = len(there), len(there) + len(boxes)
         sides = np.tile([index.widths[image], index.heights[image]], 2).astype(np.float64)
         placed = np.concatenate([index.boxes[rows], boxes]) / sides
-        # Guests have no class, so they do not influence each other: query all at once.
+        # Pasted objects are input without a class, so that all can be queried at once.
         labels = torch.full((total,), -1)
         labels[:count] = torch.from_numpy(there)
         objects = Objects(

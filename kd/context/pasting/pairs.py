@@ -207,8 +207,9 @@ def matched_pairs(
 ) -> list[Pair]:
     """Assign each object a probable and an improbable scene so that both sides use the same scenes.
 
-    The two guests of a scene form a step from one object to the next, and steps close to cycles: an
-    assignment of objects to objects (Kuhn, 1955) that includes as many of them as possible.
+    Each scene that is used gets one object for which it is probable and one for which it is not.
+    Linking the first to the second turns the choice into a permutation of the objects, so an
+    assignment problem (Kuhn, 1955) finds the one with the most objects.
 
     Args:
         choices: Objects in order of preference.
@@ -221,7 +222,7 @@ def matched_pairs(
         following, scene = _cycles(choices.lifts, jitter, margin)
         used = np.flatnonzero(following != np.arange(len(following)))
         if len(used) <= count:
-            # An object is the improbable guest of its predecessor's scene.
+            # An object is pasted as improbable into the scene where its predecessor is probable.
             before = np.argsort(following)
             return [
                 Pair(int(choices.rows[i]), choices.place(i, scene[i]),
@@ -233,7 +234,7 @@ def matched_pairs(
 
 
 def _cycles(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
-    """Successor of each object on its cycle (itself if on none), and the scene the two share."""
+    """Each object's successor (itself if it is not used), and the scene that the two share."""
     inside = _gain(lifts - margin, jitter)
     outside = _gain(-lifts - margin, jitter)
     best = np.empty((len(lifts), len(lifts)))

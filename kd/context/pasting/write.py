@@ -24,6 +24,7 @@ from kd.context.pasting.cutout import FINE, Bytes, Cutout, coverage, cut_out, me
 from kd.context.pasting.pairs import Pair, Placement, scale_between
 from kd.formats.coco import CocoIndex
 from kd.formats.coco_validate import read_json
+from kd.formats.rle import decode, encode
 from kd.utils.images import read_image
 
 Json = dict[str, Any]
@@ -151,7 +152,7 @@ def moved_annotation(entry: Json, scale: float, shift: tuple[int, int], mask: Bo
             for ring in segment
         ]
     else:
-        moved["segmentation"] = encoded(mask)
+        moved["segmentation"] = encode(mask)
     if "area" in entry:
         moved["area"] = entry["area"] * scale**2
     return moved
@@ -168,23 +169,17 @@ def occluded(entry: Json, mask: Bools) -> Json | None:
         whole = run_lengths.frPyObjects(segment, *mask.shape)
     else:
         whole = segment
-    seen = np.asarray(run_lengths.decode(whole), np.bool_)
+    seen = decode(whole)
     if not (seen & mask).any():
         return entry
     seen &= ~mask
     if not seen.any():
         return None
-    rle = encoded(seen)
+    rle = encode(seen)
     if entry.get("iscrowd"):  # COCO allows compressed and uncompressed run lengths in crowds
         return {**entry, "segmentation": rle}
     box = [float(value) for value in run_lengths.toBbox(rle)]
     return {**entry, "segmentation": rle, "area": float(seen.sum()), "bbox": box}
-
-
-def encoded(mask: Bools) -> Json:
-    """Encode a mask as compressed run lengths for JSON."""
-    rle = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
 def write_sets(

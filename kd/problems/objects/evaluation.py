@@ -84,7 +84,8 @@ class ObjectsEvaluation(Evaluation):
             binned = f"{kind}/{name}_top1"
             if (found := scores.measure(self.first, binned)) is None:
                 continue
-            cells = [scores.bin_title(kind, name).replace("\n", ", "), str(len(found.values))]
+            objects = np.count_nonzero(~np.isnan(found))
+            cells = [scores.bin_title(kind, name).replace("\n", ", "), str(objects)]
             for records in self.runs.values():
                 bounds = top1.bounds(scores.interval(records, binned))
                 cells.append(f"{top1.text(scores.value(records, binned))} {bounds}".rstrip())

@@ -64,7 +64,7 @@ def bins_figure(
     figure, axes = new_figure(5.6, 3.8)
     first = next(iter(runs.values()))
     found = {b: scores.measure(first, f"{kind}/{b}_top1") for b in scores.BINS[kind]}
-    counts = {b: len(one.values) for b, one in found.items() if one is not None}
+    counts = {b: np.count_nonzero(~np.isnan(one)) for b, one in found.items() if one is not None}
     nothing = Interval(0.0, np.nan, np.nan)
     heights = {
         name: [scores.interval(run, f"{kind}/{b}_top1") or nothing for b in counts]

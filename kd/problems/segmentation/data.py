@@ -13,7 +13,7 @@ from kd.data.images import ImageSamples, check_targets, in_multiples
 from kd.data.loader import Sample
 from kd.data.open_files import open_annotated
 from kd.errors import UserError
-from kd.formats.segmentation import CocoMapSplit, LabelMapSplit, open_label_maps
+from kd.formats.segmentation import LabelMapSplit, coco_label_maps, open_label_maps
 from kd.problems.base import Classes, Split
 from kd.problems.images import ImageDataset, is_small, open_layout
 from kd.problems.segmentation.schema import SegmentationSection
@@ -135,4 +135,4 @@ def _splits(section: SegmentationSection) -> tuple[LabelMapSplit, LabelMapSplit]
     train, val = open_annotated(section)
     if train.num_classes >= 255:
         raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
-    return CocoMapSplit(train), CocoMapSplit(val)
+    return coco_label_maps(train), coco_label_maps(val)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kd.context import detections as detection_context
-from kd.context.detections import Context, QueryOptions, context_of, group_boxes
+from kd.context.detections import QueryOptions, context_of, group_boxes
 from kd.context.query import expectations
 from kd.errors import UserError
 from kd.formats.coco_results import Detections, Truth, read_detections, read_truth
@@ -35,8 +35,8 @@ def opened(small_scenes: Path, tmp_path: Path) -> Callable[[str], Dataset]:
     return read
 
 
-def ask(teacher: Path, opened: Dataset, folder: Path, **asking: Any) -> Context:
-    """The teacher's answers."""
+def ask(teacher: Path, opened: Dataset, folder: Path, **asking: Any) -> tuple[Any, Any]:
+    """The teacher's answers, and the query of each detection."""
     truth, found, images = opened
     return context_of(
         load_teacher(teacher, 22), truth, found, images, folder,
@@ -58,20 +58,20 @@ def test_classes_of_one_box_share_an_answer_that_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     val = opened("val")
-    first = ask(small_teacher, val, tmp_path / "kept")
+    log_probs, question = ask(small_teacher, val, tmp_path / "kept")
     boxes = [(e["image_id"], *e["bbox"]) for e in val[1].entries]
     for box in set(boxes):
         rows = [row for row, other in enumerate(boxes) if other == box]
-        assert len(set(first.question[rows].tolist())) == 1
-    assert (first.question >= 0).all()
-    np.testing.assert_allclose(np.exp(first.log_probs).sum(axis=1), 1, rtol=1e-5)
+        assert len(set(question[rows].tolist())) == 1
+    assert (question >= 0).all()
+    np.testing.assert_allclose(np.exp(log_probs).sum(axis=1), 1, rtol=1e-5)
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("asked again")
 
     monkeypatch.setattr(detection_context, "expectations", never)
-    again = ask(small_teacher, val, tmp_path / "kept")
-    assert np.array_equal(again.log_probs, first.log_probs)
+    again, _ = ask(small_teacher, val, tmp_path / "kept")
+    assert np.array_equal(again, log_probs)
     with pytest.raises(AssertionError, match="asked again"):  # other questions, other answers
         ask(small_teacher, val, tmp_path / "kept", most=3)
 
@@ -80,10 +80,10 @@ def test_only_the_best_are_asked_about(
     small_teacher: Path, opened: Callable[[str], Dataset], tmp_path: Path
 ) -> None:
     truth, found, _ = val = opened("val")
-    context = ask(small_teacher, val, tmp_path, most=3)
+    _, question = ask(small_teacher, val, tmp_path, most=3)
     for image in range(len(truth.image_ids)):
         rows = np.flatnonzero(found.boxes.image == image)
-        asked = rows[context.question[rows] >= 0]
+        asked = rows[question[rows] >= 0]
         others = np.setdiff1d(rows, asked)
         assert len(asked) == min(3, len(rows))
         assert found.scores[asked].min() >= found.scores[others].max(initial=0)

@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
 from kd.context.draw import heat_figure, regions_figure
-from kd.context.regions import BoxShape, PolygonShape
+from kd.context.regions import box_region, polygon_region
 from kd.report.style import figure_image
 from kd.transforms.hide import IMAGENET_MEAN
 
@@ -20,8 +20,8 @@ BELIEF = torch.tensor([0.2, 0.5, 0.1, 0.2])
 
 def test_each_region_has_a_row_with_what_the_teacher_saw() -> None:
     regions = [
-        BoxShape((10.0, 0.0, 50.0, 30.0)).on("a", (60, 80)),
-        PolygonShape(((0.0, 0.0), (30.0, 0.0), (0.0, 60.0))).on("a", (60, 80)),
+        box_region((10.0, 0.0, 50.0, 30.0), "a", (60, 80)),
+        polygon_region([(0.0, 0.0), (30.0, 0.0), (0.0, 60.0)], "a", (60, 80)),
     ]
     hidden = torch.zeros(30, 40, dtype=torch.bool)
     hidden[:15, 5:25] = True

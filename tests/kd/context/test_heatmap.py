@@ -15,7 +15,7 @@ from kd.config.datasets import Split
 from kd.config.recipes import Model, TaskSection, TeacherRecipe
 from kd.context.heatmap import expect_classes, heat_maps, region_probabilities, spread
 from kd.context.photo import Photograph
-from kd.context.regions import BoxShape, Region, windows
+from kd.context.regions import Region, box_region, windows
 from kd.problems.base import Batch
 from kd.problems.objects.problem import PROBLEM
 from kd.problems.objects.schema import ObjectsSection
@@ -89,8 +89,8 @@ def test_boxes_and_exact_regions_come_back_in_order() -> None:
     mask[10:20, 30:50] = True
     regions = [
         Region("mask", (30.0, 10.0, 50.0, 20.0), mask),
-        BoxShape((30.0, 10.0, 50.0, 20.0)).on("a", photo.size),
-        BoxShape((0.0, 0.0, 20.0, 30.0)).on("a", photo.size),
+        box_region((30.0, 10.0, 50.0, 20.0), "a", photo.size),
+        box_region((0.0, 0.0, 20.0, 30.0), "a", photo.size),
     ]
     first, second, third = expect_classes(model, photo, regions, CPU)
     assert [one.region.name for one in (first, second)] == ["mask", "box 30,10,50,20"]
@@ -103,7 +103,7 @@ def test_boxes_and_exact_regions_come_back_in_order() -> None:
 
 
 def test_what_is_hidden_is_shown_in_the_teachers_shape() -> None:
-    region = BoxShape((30.0, 10.0, 50.0, 20.0)).on("a", (48, 64))
+    region = box_region((30.0, 10.0, 50.0, 20.0), "a", (48, 64))
     box, square = (
         expect_classes(one, photograph(), [region], CPU)[0].hidden
         for one in (teacher(), teacher(shape="square"))

@@ -251,25 +251,3 @@ def test_another_model_takes_the_teachers_place(small_teacher: Path, small_data:
     own, first, second = (answers(teacher, [question], model=model)[0] for model in (None, *folds))
     assert not torch.allclose(first, second, atol=1e-6)
     assert not torch.allclose(first, own, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image": torch.zeros(3, 8, 8)}, "uint8"),
-        ({"labels": torch.zeros(2, dtype=torch.int64)}, r"must be \(M, 4\) and \(M,\)"),
-        ({"hidden": torch.tensor([1])}, "indices of the 1 boxes"),
-        ({"masks": torch.zeros(1, 8, 9, dtype=torch.bool)}, r"expected \(1, 8, 8\)"),
-    ],
-)
-def test_a_question_that_does_not_fit_together_is_refused(
-    changes: dict[str, Any], message: str
-) -> None:
-    right: dict[str, Any] = {
-        "image": torch.zeros(3, 8, 8, dtype=torch.uint8),
-        "boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
-        "labels": torch.tensor([-1]),
-        "hidden": torch.tensor([0]),
-    }
-    with pytest.raises(ValueError, match=message):
-        Question(**{**right, **changes})

@@ -26,7 +26,7 @@ SIZE = (30, 40)
 
 
 def test_a_box_is_cut_at_the_pictures_border() -> None:
-    region = parse_box("10,-5,60.5,20").on("a.jpg", SIZE)
+    region = parse_box("10,-5,60.5,20")("a.jpg", SIZE)
     assert region.box == (10.0, 0.0, 40.0, 20.0)
     assert region.name == "box 10,-5,60.5,20"
     assert region.mask is None
@@ -51,7 +51,7 @@ def test_a_box_that_is_none_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize("shape", [parse_box("40,0,50,10"), parse_polygon("41,1,50,1,45,9")])
 def test_a_region_outside_of_the_picture_is_named_with_its_size(shape: object) -> None:
     with pytest.raises(UserError, match=r"a\.jpg: .* outside of the image, which is 40 x 30"):
-        shape.on("a.jpg", SIZE)  # type: ignore[attr-defined]
+        shape("a.jpg", SIZE)
 
 
 @pytest.mark.parametrize("text", ["1,2,3,4", "1,2,3,4,5"])
@@ -81,7 +81,7 @@ def test_a_polygons_pixels_are_those_whose_centres_it_holds() -> None:
 
 
 def test_a_polygons_box_is_around_its_pixels() -> None:
-    region = parse_polygon("5,5,15,5,10,20").on("a.jpg", SIZE)
+    region = parse_polygon("5,5,15,5,10,20")("a.jpg", SIZE)
     assert region.mask is not None and region.mask.shape == SIZE
     assert region.box == (5.0, 5.0, 15.0, 19.0)  # the tip holds no centre
 
@@ -98,7 +98,7 @@ def test_a_mask_of_any_kind_hides_where_it_is_not_0(mode: str, tmp_path: Path) -
     else:
         picture = Image.fromarray(wanted.astype(np.uint8) * 255).convert(mode)
     picture.save(tmp_path / "m.png")
-    region = read_mask(tmp_path / "m.png").on("a.jpg", SIZE)
+    region = read_mask(tmp_path / "m.png")("a.jpg", SIZE)
     assert region.mask is not None and np.array_equal(region.mask, wanted)
     assert (region.box, region.name) == ((10.0, 4.0, 20.0, 9.0), "m.png")
 
@@ -115,7 +115,7 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             read_mask(tmp_path / name)
     Image.new("L", (40, 30), 1).save(tmp_path / "whole.png")
     with pytest.raises(UserError, match=r"whole\.png: is 40 x 30 pixels, but a\.jpg is 30 x 40"):
-        read_mask(tmp_path / "whole.png").on("a.jpg", (40, 30))
+        read_mask(tmp_path / "whole.png")("a.jpg", (40, 30))
 
 
 def test_random_boxes_keep_to_their_range_and_to_the_picture() -> None:

@@ -106,8 +106,8 @@ def site() -> Iterator[Site]:
 
 def get(site: Site, folder: Path, **options: Any) -> Path:
     """Fetch the file without long pauses."""
-    options = {"md5": MD5, "retries": 2, "backoff": 0.001, "timeout": 5.0} | options
-    fetch(f"{site.url}/file.bin", folder / "file.bin", **options)
+    wanted: dict[str, Any] = {"md5": MD5, "retries": 2, "backoff": 0.001, "timeout": 5.0}
+    fetch(f"{site.url}/file.bin", folder / "file.bin", **{**wanted, **options})
     return folder / "file.bin"
 
 

@@ -209,11 +209,11 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"train": 0}, "train: got 0"),
-        ({"val": -1}, "val: got -1"),
+        ({"train": 0}, "train must be at least 1, got 0"),
+        ({"val": -1}, "val must be at least 1, got -1"),
         ({"size": 96}, "size: got 96, expected a multiple of 64"),
-        ({"seed": -1}, "seed: got -1"),
-        ({"workers": 0}, "workers: got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
     ],
 )
 def test_an_argument_out_of_range_is_reported(
@@ -241,7 +241,7 @@ def test_a_kill_leaves_no_partial_dataset(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".scenes.partial-*/train/000020.png")):
+        while not list(tmp_path.glob(".scenes.*.partial/train/000020.png")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)

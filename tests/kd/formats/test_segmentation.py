@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from kd.errors import UserError
 from kd.formats.coco import load_coco
-from kd.formats.segmentation import CocoMapSplit, open_label_maps
+from kd.formats.segmentation import LabelMapSplit, coco_label_maps, open_label_maps
 from kd.problems.segmentation.data import open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.utils.images import VOID
@@ -83,6 +84,13 @@ def written(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def map_files(split: LabelMapSplit) -> tuple[Path, ...]:
+    """The files that the split's maps are read from."""
+    assert isinstance(split.label_map, partial)
+    files: tuple[Path, ...] = split.label_map.args[0]
+    return files
+
+
 def section(root: Path, layout: str) -> SegmentationSection:
     return SegmentationSection(name=layout, root=str(root), layout=layout, crop=(8, 8))
 
@@ -94,7 +102,7 @@ def test_a_published_folder_gives_its_classes(layout: str, written: Callable[...
         "val_a",
         "val_b",
     )
-    assert all(path.is_file() for path in split.images + split.maps)
+    assert all(path.is_file() for path in (*split.images, *map_files(split)))
     assert len(split.class_names) == len(MEANT[layout]) == len(set(split.class_names))
     numbers = numbers_of(layout)
     labels = split.label_map(1, numbers.shape)
@@ -132,7 +140,7 @@ def test_camvid_lists_select_and_order_images(
         assert [path.stem for path in images] == ["train_b", "train_a"]
     listing.write_text("train_b\n")
     split = open_label_maps("camvid", root, "train")
-    assert [path.name for path in split.images + split.maps] == ["train_b.png"] * 2
+    assert [path.name for path in (*split.images, *map_files(split))] == ["train_b.png"] * 2
     listing.write_text("train_c\ntrain_b\ntrain_d\n")
     with pytest.raises(UserError, match=r"train.txt: 2 of its images are not in .*/train, train_c"):
         open_label_maps("camvid", root, "train")
@@ -156,11 +164,11 @@ def test_the_palette_is_ignored(written: Callable[..., Path]) -> None:
     split = open_label_maps("voc2012", written("voc2012"), "train")
     size = numbers_of("voc2012").shape
     plain = split.label_map(0, size)
-    with Image.open(split.maps[0]) as picture:
+    with Image.open(map_files(split)[0]) as picture:
         coloured = picture.convert("L")
     coloured.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
     assert coloured.mode == "P"
-    coloured.save(split.maps[0])
+    coloured.save(map_files(split)[0])
     assert torch.equal(split.label_map(0, size), plain)
 
 
@@ -200,7 +208,7 @@ def test_a_wrong_map_is_reported_with_a_remedy(
     layout: str, spoil: Callable[[Path], None], message: str, written: Callable[..., Path]
 ) -> None:
     root = written(layout)
-    path = open_label_maps(layout, root, "val").maps[1]
+    path = map_files(open_label_maps(layout, root, "val"))[1]
     spoil(path)
     with pytest.raises(UserError, match=rf"^{path}: {message}"):
         open_maps(section(root, layout))
@@ -251,7 +259,7 @@ def test_mistakes_of_both_splits_are_reported_together(written: Callable[..., Pa
     train, val = (open_label_maps("camvid", root, split) for split in ("train", "val"))
     spoiled = [(train, 0, deep), (train, 1, smaller), (val, 0, coloured), (val, 1, out_of_range)]
     for split, number, spoil in spoiled:
-        spoil(split.maps[number])
+        spoil(map_files(split)[number])
     train.images[0].write_bytes(b"no image")
     with pytest.raises(UserError) as caught:
         open_maps(section(root, "camvid"))
@@ -275,7 +283,7 @@ def test_coco_maps_have_smaller_objects_on_top(tiny_coco: Callable[..., Path]) -
     root = tiny_coco(images=2, size=(48, 64))
     file = root / "annotations" / "instances_train2017.json"
     index = load_coco(file, root / "train2017")
-    split = CocoMapSplit(index)
+    split = coco_label_maps(index)
     assert split.class_names == ("background", "ball", "box", "tent", "kite")
     assert len(split.images) == 2 and split.where == str(file)
     for image in range(2):
@@ -294,7 +302,7 @@ def test_crowds_are_void_where_no_object_lies_on_them(tiny_coco: Callable[..., P
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
     first = content["images"][0]["id"]
-    before = CocoMapSplit(load_coco(file, root / "train2017"))
+    before = coco_label_maps(load_coco(file, root / "train2017"))
     maps = [before.label_map(image, (48, 64)) for image in range(2)]
     content["annotations"].append(
         {"id": 900, "image_id": first, "category_id": 3, "iscrowd": 1, "area": 480.0,
@@ -302,7 +310,7 @@ def test_crowds_are_void_where_no_object_lies_on_them(tiny_coco: Callable[..., P
          "segmentation": {"size": [48, 64], "counts": [0, *[24, 24] * 9, 24, 24 + 48 * 54]}}
     )  # fmt: skip
     file.write_text(json.dumps(content))
-    split = CocoMapSplit(load_coco(file, root / "train2017"))
+    split = coco_label_maps(load_coco(file, root / "train2017"))
     drawn = split.label_map(0, (48, 64))
     crowd = torch.zeros(48, 64, dtype=torch.bool)
     crowd[:24, :10] = True
@@ -325,7 +333,7 @@ def test_coco_maps_are_not_all_drawn_before_training(
         for name in ("train", "val")
     }
     values = {"root": str(root), "layout": "coco", "crop": (32, 32), **splits}
-    monkeypatch.setattr(CocoMapSplit, "label_map", drawn)
+    monkeypatch.setattr("kd.formats.segmentation.draw_class_map", drawn)
     opened = open_maps(SegmentationSection.model_validate(values))
     assert opened.num_classes == 5
     Image.new("RGB", (5, 6)).save(opened.val.images[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from kd.data.loader import Sample, SampleLoader, collate
 from kd.errors import UserError
-from kd.formats.segmentation import PublishedSplit, open_label_maps
+from kd.formats.segmentation import LabelMapSplit, open_label_maps
 from kd.problems.segmentation.data import SegmentationSamples, open_maps
 from kd.problems.segmentation.schema import SegmentationSection
 from kd.runs.build import make_accelerator
@@ -45,7 +46,7 @@ def written(tmp_path: Path) -> Written:
 
 
 @pytest.fixture
-def split(written: Written) -> PublishedSplit:
+def split(written: Written) -> LabelMapSplit:
     return open_label_maps("camvid", written([(36, 48)] * 5), "train")
 
 
@@ -53,7 +54,7 @@ def same(first: Sample, second: Sample) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_a_training_batch_is_of_crops(split: PublishedSplit) -> None:
+def test_a_training_batch_is_of_crops(split: LabelMapSplit) -> None:
     dataset = SegmentationSamples(split, size=None, crop=(24, 32), augment={})
     batch = collate([dataset[0, place] for place in range(3)])
     expected = {
@@ -67,7 +68,7 @@ def test_a_training_batch_is_of_crops(split: PublishedSplit) -> None:
     assert batch["image_ids"].tolist() == [0, 1, 2]
 
 
-def test_colours_lie_on_their_classes_in_any_crop(split: PublishedSplit) -> None:
+def test_colours_lie_on_their_classes_in_any_crop(split: LabelMapSplit) -> None:
     dataset = SegmentationSamples(
         split, size=40, crop=(48, 40), augment={"jitter": 0.0, "scale": (0.6, 2)}
     )
@@ -82,7 +83,7 @@ def test_colours_lie_on_their_classes_in_any_crop(split: PublishedSplit) -> None
     assert filled  # at the smaller scales pictures do not fill the frame
 
 
-def test_a_sample_depends_only_on_seed_epoch_and_position(split: PublishedSplit) -> None:
+def test_a_sample_depends_only_on_seed_epoch_and_position(split: LabelMapSplit) -> None:
     options: dict[str, Any] = {"size": 48, "crop": (24, 32), "augment": {}}
     dataset = SegmentationSamples(split, seed=3, **options)
     sample, before = dataset[1, 4], torch.get_rng_state()
@@ -95,7 +96,7 @@ def test_a_sample_depends_only_on_seed_epoch_and_position(split: PublishedSplit)
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(split: PublishedSplit) -> None:
+def test_the_number_of_workers_changes_nothing(split: LabelMapSplit) -> None:
     dataset = SegmentationSamples(split, size=48, crop=(24, 32), augment={}, seed=1)
     first, second = (
         list(SampleLoader(dataset, batch_size=2, seed=7, shuffle=True, workers=workers))
@@ -109,7 +110,7 @@ def test_the_number_of_workers_changes_nothing(split: PublishedSplit) -> None:
     ("size", "seen"), [(None, (32, 48)), (24, (16, 32)), (72, (48, 64)), (10, (16, 16))]
 )
 def test_evaluation_sees_whole_pictures_and_keeps_the_maps(
-    split: PublishedSplit, size: int | None, seen: tuple[int, int]
+    split: LabelMapSplit, size: int | None, seen: tuple[int, int]
 ) -> None:
     dataset = SegmentationSamples(
         split, size=size, crop=(24, 32), train=False, augment={"flip": 1.0}
@@ -124,7 +125,7 @@ def test_evaluation_sees_whole_pictures_and_keeps_the_maps(
         assert small == pytest.approx(20 * sample["label_maps"].float().mean(), abs=4)
 
 
-def test_only_the_places_asked_for_are_kept_under_their_numbers(split: PublishedSplit) -> None:
+def test_only_the_places_asked_for_are_kept_under_their_numbers(split: LabelMapSplit) -> None:
     dataset = SegmentationSamples(
         split, size=None, crop=(24, 32), train=False, only=np.array([3, 1])
     )
@@ -170,7 +171,7 @@ def test_an_opened_data_set_says_what_it_has(written: Written) -> None:
 
 @pytest.mark.parametrize("crop", [(20, 32), (24, 0), (24, -8)])
 def test_a_crop_that_is_no_multiple_of_8_is_refused(
-    split: PublishedSplit, crop: tuple[int, int]
+    split: LabelMapSplit, crop: tuple[int, int]
 ) -> None:
     wrong = next(side for side in crop if side not in (24, 32))
     with pytest.raises(UserError, match=rf"^data.crop: {wrong} is not a multiple of 8 pixels"):
@@ -187,13 +188,15 @@ def test_wrong_options_are_named_before_files_are_read(written: Written) -> None
         open_maps(section)
 
 
-def test_a_file_that_broke_later_is_named_in_training_too(split: PublishedSplit) -> None:
+def test_a_file_that_broke_later_is_named_in_training_too(split: LabelMapSplit) -> None:
     dataset = SegmentationSamples(split, size=None, crop=(24, 32))
     split.images[1].write_bytes(b"no picture")
-    split.maps[2].unlink()
+    assert isinstance(split.label_map, partial)
+    path = split.label_map.args[0][2]
+    path.unlink()
     with pytest.raises(UserError, match=rf"^{split.images[1]}: cannot read this image"):
         dataset[0, 1]
-    with pytest.raises(UserError, match=rf"^{split.maps[2]}: the label map is missing"):
+    with pytest.raises(UserError, match=rf"^{path}: the label map is missing"):
         dataset[0, 2]
     with pytest.raises(UserError, match=rf"^{split.images[1]}: cannot read this image"):
         SegmentationSamples(split, size=None, crop=(24, 32), train=False)
