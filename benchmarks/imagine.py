@@ -26,7 +26,6 @@ from kd.context.heatmap import heat_maps, region_probabilities
 from kd.context.photo import Photograph
 from kd.context.query import Question, expectations
 from kd.context.regions import windows
-from kd.context.session import ImagineOptions
 from kd.problems import problem_of_task
 from kd.problems.objects.schema import ObjectsSection
 from kd.runs.load_teacher import TrainedTeacher
@@ -34,6 +33,7 @@ from kd.utils.malloc import keep_freed_memory
 
 GOAL, SIZE, CLASSES = 10.0, 384, 80
 CPU = torch.device("cpu")
+SCALES, STRIDE = ((0.2, 0.2), (0.4, 0.4)), 0.5  # the defaults of `kd.imagine`
 CNN = {"width": 32, "downs": 2, "patch": 4, "grid": 4, "region": True, "dense": True, "hidden": 256}
 TEACHERS = {
     "cnn": (Model(name="cnn", options=CNN), "context"),
@@ -93,17 +93,17 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def measure(name: str, rounds: int, some: int) -> Measured:
     """A heat map, and some of its windows both ways."""
-    teacher, wanted = untrained(name), ImagineOptions()
+    teacher = untrained(name)
     pixels = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
     nothing = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
     photo = Photograph(Path("none"), pixels, pixels, *nothing)
-    slid = [windows(photo.size, scale, wanted.stride).boxes for scale in wanted.scales]
+    slid = [windows(photo.size, scale, STRIDE).boxes for scale in SCALES]
     boxes = torch.cat(slid)
     part = boxes[:: max(1, len(boxes) // some)][:some]
     one_at_a_time(teacher, photo, part[:1])
     wholes, ratios = [], []
     for _ in range(rounds):
-        options: dict[str, Any] = {"scales": wanted.scales, "stride": wanted.stride, "device": CPU}
+        options: dict[str, Any] = {"scales": SCALES, "stride": STRIDE, "device": CPU}
         wholes.append(timed(lambda: heat_maps(teacher, photo, [0], **options)))  # noqa: B023
         ours = timed(lambda: region_probabilities(teacher, photo, part, device=CPU))
         single = timed(lambda: one_at_a_time(teacher, photo, part))

@@ -29,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from kd.context.photo import KnownObjects, open_photograph
-    from kd.context.session import Imagination, output_names, read_options
+    from kd.context.session import Imagination, output_names
     from kd.runs.load_teacher import latest_teacher
 
     teacher = args.teacher
     if teacher is None:
         teacher = latest_teacher()
         _log.info("using teacher %s, the latest one", teacher)
-    imagination = Imagination.open(teacher, read_options(args), args.out, top=args.top)
+    imagination = Imagination.open(teacher, args)
     known = None
     if args.annotations is not None:
         known = KnownObjects(args.annotations, imagination.names)

@@ -30,15 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
+    from kd.context import rescore_report as report
     from kd.context.detections import QueryOptions
-    from kd.context.rescore import (
-        STRENGTHS,
-        Split,
-        cross_fitted,
-        fitted_elsewhere,
-        settings_of,
-    )
-    from kd.context.rescore_report import change_of, change_table, curve_figure, curve_of
+    from kd.context.rescore import STRENGTHS, Split, cross_fitted, fitted_elsewhere, settings_of
     from kd.formats.coco_results import write_detections
     from kd.report.style import save_figure
     from kd.report.tables import print_table
@@ -60,17 +54,18 @@ def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
         result = cross_fitted(here, settings, args.folds, args.per_class)
     write_detections(args.out, here.found.entries, result.scores.tolist())
     names = here.truth.class_names
-    change = change_of(here.meter, here.known.scores, result.scores, names, samples=args.resamples)
+    changes = report.changes_of(here.meter, here.known.scores, result.scores, names, args.resamples)
     title = f"{args.detections.name}: {len(names)} classes, context from {args.teacher}"
-    print_table(change_table(change, title, result.notes(names)))
+    print_table(report.change_table(*changes, title, result.notes(names)))
     strengths = (0.0, *STRENGTHS)
     rules = dict.fromkeys([None, 0.0, *(one.setting.alone for one in result.fits)])
-    curves = curve_of(here.meter, here.known, strengths, list(rules))
-    report = {**change.to_json(), **result.to_json(names), "a": strengths, "curves": curves}
+    curves = report.curve_of(here.meter, here.known, strengths, list(rules))
+    content = report.changes_json(*changes) | result.to_json(names)
+    content |= {"a": strengths, "curves": curves}
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")
-    write_text(metrics, json.dumps(report, indent=2) + "\n")
+    write_text(metrics, json.dumps(content, indent=2) + "\n")
     if args.figures:
-        figure = curve_figure(strengths, curves, [one.setting for one in result.fits], title)
+        figure = report.curve_figure(strengths, curves, [one.setting for one in result.fits], title)
         save_figure(figure, args.figures / "strength.png")
     sys.stdout.write(f"{args.out}, {metrics}\n")
     return 0

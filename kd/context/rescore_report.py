@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from kd.context.rescore import Evidence, Setting, combine
@@ -22,101 +21,95 @@ _LISTED = 5  # classes that gained most, and as many that lost most
 
 
 @dataclass(frozen=True)
-class ClassChange:
-    """AP of one class."""
+class Change:
+    """AP before and after rescoring, with the 95 % interval of the difference over images.
+
+    Attributes:
+        name: One of COCO's numbers, or a class.
+        before: With the detector's scores.
+        after: With the new scores.
+        difference: `after` - `before`.
+        support: Number of objects of a class.
+    """
 
     name: str
-    support: int
     before: float
     after: float
     difference: Interval
+    support: int | None = None
+
+    @property
+    def row(self) -> Row:
+        """Cells of a table."""
+        name = self.name if self.support is None else f"  {self.name} ({self.support})"
+        cells = _AP.text(self.before), _AP.text(self.after), _AP.change(self.difference)
+        return name, *cells
 
 
-@dataclass(frozen=True)
-class Change:
-    """AP by name with old and new scores, and differences with 95 % intervals over images."""
+def changes_of(
+    meter: MeanAP, before: Floats, after: Floats, names: Sequence[str], samples: int
+) -> tuple[list[Change], list[Change]]:
+    """Evaluate two sets of scores (D,) by a paired bootstrap of `samples` resamples of the images.
 
-    before: dict[str, float]
-    after: dict[str, float]
-    difference: dict[str, Interval]
-    classes: tuple[ClassChange, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Values for JSON."""
-        classes = {
-            entry.name: {
-                "support": entry.support,
-                "before": entry.before,
-                "after": entry.after,
-                "interval": [entry.difference.low, entry.difference.high],
-            }
-            for entry in self.classes
-        }
-        return {
-            "before": self.before,
-            "after": self.after,
-            "difference": {name: gap.mean for name, gap in self.difference.items()},
-            "interval": {name: [gap.low, gap.high] for name, gap in self.difference.items()},
-            "classes": classes,
-        }
-
-
-def change_of(
-    meter: MeanAP,
-    before: Floats,
-    after: Floats,
-    names: Sequence[str],
-    *,
-    samples: int = 400,
-    seed: int = 0,
-) -> Change:
-    """Evaluate two sets of scores (D,) by a paired percentile bootstrap of `samples` resamples."""
-    rows = drawn_images(meter.images, samples, seed)
+    Returns:
+        COCO's numbers, and the AP of the classes with objects, the largest gain first.
+    """
+    images = meter.images
+    generator = np.random.default_rng(0)
+    drawn = generator.multinomial(images, np.full(images, 1 / images), size=samples)
+    rows = np.concatenate([np.ones((1, images), np.int64), drawn])  # first each image once
     old = meter.average(meter.match(before), rows)
     new = old if np.array_equal(before, after) else meter.average(meter.match(after), rows)
+
+    def change(name: str, first: Floats, second: Floats, support: int | None = None) -> Change:
+        gaps = second - first
+        difference = percentiles(float(gaps[0]), gaps[1:])
+        return Change(name, float(first[0]), float(second[0]), difference, support)
+
     numbers, changed = summary(old), summary(new)
-    known = [name for name in numbers if not np.isnan(numbers[name][0])]
+    overall = [
+        change(name, numbers[name], changed[name])
+        for name in numbers
+        if not np.isnan(numbers[name][0])
+    ]
     old_classes, new_classes = (ap[:, 0].mean(axis=1) for ap in (old, new))  # (R, C)
     support = meter.support[:, 0].sum(axis=1)
     classes = [
-        ClassChange(
-            names[label],
-            int(support[label]),
-            float(old_classes[0, label]),
-            float(new_classes[0, label]),
-            _interval(new_classes[:, label] - old_classes[:, label]),
-        )
+        change(names[label], old_classes[:, label], new_classes[:, label], int(support[label]))
         for label in np.flatnonzero(support).tolist()
     ]
-    return Change(
-        before={name: float(numbers[name][0]) for name in known},
-        after={name: float(changed[name][0]) for name in known},
-        difference={name: _interval(changed[name] - numbers[name]) for name in known},
-        classes=tuple(sorted(classes, key=lambda entry: -entry.difference.mean)),
-    )
+    return overall, sorted(classes, key=lambda one: -one.difference.mean)
 
 
-def drawn_images(images: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
-    """Counts of the images, (1 + R, I): first 1 each, then those of R bootstrap resamples."""
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(images, np.full(images, 1 / images), size=samples)
-    return np.concatenate([np.ones((1, images), np.int64), drawn])
+def changes_json(overall: Sequence[Change], classes: Sequence[Change]) -> dict[str, Any]:
+    """Values for JSON."""
+    return {
+        "before": {one.name: one.before for one in overall},
+        "after": {one.name: one.after for one in overall},
+        "difference": {one.name: one.difference.mean for one in overall},
+        "interval": {one.name: [*one.difference[1:]] for one in overall},
+        "classes": {
+            one.name: {
+                "support": one.support,
+                "before": one.before,
+                "after": one.after,
+                "interval": [*one.difference[1:]],
+            }
+            for one in classes
+        },
+    }
 
 
-def change_table(change: Change, title: str, notes: Sequence[str] = ()) -> Table:
+def change_table(
+    overall: Sequence[Change], classes: Sequence[Change], title: str, notes: Sequence[str]
+) -> Table:
     """Tabulate AP, then the classes that gained and lost most."""
-    rows = [
-        (name, _AP.text(change.before[name]), _AP.text(change.after[name]), _AP.change(gap))
-        for name, gap in change.difference.items()
-    ]
-    moved = [entry for entry in change.classes if entry.difference.mean]
-    gained = [entry for entry in moved if entry.difference.mean > 0][:_LISTED]
-    lost = [entry for entry in reversed(moved) if entry.difference.mean < 0][:_LISTED]
-    groups = [tuple(rows), tuple(map(_class_row, gained)), tuple(map(_class_row, lost))]
+    gained = [one for one in classes if one.difference.mean > 0][:_LISTED]
+    lost = [one for one in reversed(classes) if one.difference.mean < 0][:_LISTED]
     return Table(
         title=title,
         header=("", "before", "after", "after - before"),
-        groups=tuple(group for group in groups if group),
+        groups=tuple(tuple(one.row for one in group) for group in (overall, gained, lost) if group),
         notes=(CLEAR, "intervals: images resampled; classes: AP (number of objects)", *notes),
     )
 
@@ -161,13 +154,3 @@ def curve_figure(
     axes.set_title(title, fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _interval(values: Floats) -> Interval:
-    """The interval of an observed value, the first, and its resamples, the others."""
-    return percentiles(float(values[0]), values[1:])
-
-
-def _class_row(entry: ClassChange) -> Row:
-    name = f"  {entry.name} ({entry.support})"
-    return name, _AP.text(entry.before), _AP.text(entry.after), _AP.change(entry.difference)

@@ -38,46 +38,6 @@ _RANDOM = 3  # random regions if the user gives no region
 _LEAST_FRACTION = 0.01  # of the image, of random regions; smaller ones are hard to see
 
 
-@dataclass(frozen=True)
-class ImagineOptions:
-    """Options for each image.
-
-    Attributes:
-        shapes: Regions given by the user.
-        random: Number of random regions.
-        seed: Random seed.
-        classes: Names of the classes to draw heat maps of.
-        scales: Sizes of sliding regions, as fractions of width and height.
-        stride: Step of sliding regions, as a fraction of their sides.
-    """
-
-    shapes: tuple[Shape, ...] = ()
-    random: int = 0
-    seed: int = 0
-    classes: tuple[str, ...] = ()
-    scales: tuple[tuple[float, float], ...] = ((0.2, 0.2), (0.4, 0.4))
-    stride: float = 0.5
-
-
-def read_options(args: argparse.Namespace) -> ImagineOptions:
-    """Parse the flags and read mask files; a `UserError` for what is invalid or unreadable."""
-    shapes: list[Shape] = [parse_box(text) for text in args.box]
-    shapes += [parse_polygon(text) for text in args.polygon]
-    shapes += [read_mask(file) for file in args.mask]
-    random = args.random
-    if random is None:
-        random = 0 if shapes or args.classes else _RANDOM
-    check_stride(args.stride)
-    return ImagineOptions(
-        shapes=tuple(shapes),
-        random=random,
-        seed=args.seed,
-        classes=tuple(dict.fromkeys(args.classes)),
-        scales=tuple(dict.fromkeys(parse_scale(text) for text in args.region)),
-        stride=args.stride,
-    )
-
-
 def output_names(images: Sequence[Path]) -> list[str]:
     """Names for the images' outputs: their own, numbered where several are equal."""
     totals, used = Counter(path.stem for path in images), Counter[str]()
@@ -97,8 +57,12 @@ class Imagination:
         teacher: The teacher.
         names: C class names.
         prior: (C,) fractions of the classes among the train objects, if the run stored them.
-        options: Options for each image.
-        labels: Labels of `options.classes`.
+        shapes: Regions given by the user, for each image.
+        random: Number of random regions of each image.
+        seed: Random seed of these.
+        labels: Classes to draw heat maps of.
+        scales: Sizes of sliding regions, as fractions of width and height.
+        stride: Step of sliding regions, as a fraction of their sides.
         out: Folder of the figures.
         top: Number of classes to list.
         device: Where to compute.
@@ -107,25 +71,42 @@ class Imagination:
     teacher: TrainedTeacher
     names: tuple[str, ...]
     prior: NDArray[np.float64] | None
-    options: ImagineOptions
+    shapes: tuple[Shape, ...]
+    random: int
+    seed: int
     labels: tuple[int, ...]
+    scales: tuple[tuple[float, float], ...]
+    stride: float
     out: Path
     top: int
     device: torch.device
 
     @classmethod
-    def open(cls, run: Path, options: ImagineOptions, out: Path, *, top: int) -> Imagination:
-        """Load a teacher; a `UserError` if that fails or if it does not know a class."""
+    def open(cls, run: Path, args: argparse.Namespace) -> Imagination:
+        """Parse the flags of `kd.imagine`, read mask files and load a teacher.
+
+        Raises:
+            UserError: An invalid flag, an unreadable file, or a class that the teacher lacks.
+        """
+        shapes: list[Shape] = [parse_box(text) for text in args.box]
+        shapes += [parse_polygon(text) for text in args.polygon]
+        shapes += [read_mask(file) for file in args.mask]
+        random = args.random
+        if random is None:
+            random = 0 if shapes or args.classes else _RANDOM
+        check_stride(args.stride)
+        scales = tuple(dict.fromkeys(parse_scale(text) for text in args.region))
         names = class_names_of(run)
-        labels = []
-        for name in options.classes:
-            if name not in names:
-                raise UserError(f"--class: unknown class {name!r}{suggestion(name, names)}")
-            labels.append(names.index(name))
+        classes = list(dict.fromkeys(args.classes))
+        if unknown := [name for name in classes if name not in names]:
+            raise UserError(f"--class: unknown class {unknown[0]!r}{suggestion(unknown[0], names)}")
         teacher = load_teacher(run, len(names))
-        device = make_accelerator("fp32").device
-        prior = _stored_prior(teacher.folder / "predictions.npz", len(names))
-        return cls(teacher, names, prior, options, tuple(labels), out, top, device)
+        return cls(
+            teacher, names, prior=_stored_prior(teacher.folder / "predictions.npz", len(names)),
+            shapes=tuple(shapes), random=random, seed=args.seed,
+            labels=tuple(map(names.index, classes)), scales=scales, stride=args.stride,
+            out=args.out, top=args.top, device=make_accelerator("fp32").device,
+        )  # fmt: skip
 
     @property
     def size(self) -> int:
@@ -166,12 +147,12 @@ class Imagination:
         return "\n".join(lines) + "\n"
 
     def _regions(self, photo: Photograph) -> list[Region]:
-        options, section = self.options, hidden_objects(self.teacher)
-        regions = [shape(str(photo.path), photo.size) for shape in options.shapes]
+        section = hidden_objects(self.teacher)
+        regions = [shape(str(photo.path), photo.size) for shape in self.shapes]
         low = max(section.min_fraction, _LEAST_FRACTION)
         high = max(section.max_fraction, _LEAST_FRACTION)
-        random = np.random.default_rng(options.seed)
-        return regions + random_boxes(options.random, photo.size, (low, high), random)
+        random = np.random.default_rng(self.seed)
+        return regions + random_boxes(self.random, photo.size, (low, high), random)
 
     def _query_regions(self, photo: Photograph, regions: Sequence[Region], file: Path) -> list[str]:
         found = expect_classes(self.teacher, photo, regions, self.device)
@@ -203,13 +184,13 @@ class Imagination:
         return [(self.names[label], box) for label, box in pairs if label >= 0]
 
     def _draw_heat(self, photo: Photograph, output: str) -> list[str]:
-        options, lines = self.options, []
+        lines = []
         maps = heat_maps(
-            self.teacher, photo, self.labels, scales=options.scales, stride=options.stride,
+            self.teacher, photo, self.labels, scales=self.scales, stride=self.stride,
             device=self.device,
         )  # fmt: skip
-        for name, label, heat in zip(options.classes, self.labels, maps, strict=True):
-            best = heat.places[0]
+        for label, heat in zip(self.labels, maps, strict=True):
+            name, best = self.names[label], heat.places[0]
             prior = None if self.prior is None else float(self.prior[label])
             figure = heat_figure(
                 photo.pixels, heat.values, name, peak=(best.x, best.y), sides=heat.sides,

@@ -16,7 +16,6 @@ from kd.data.prepare import PreparedCopy
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex
 from kd.transforms.augment import Plan, visible
-from kd.transforms.hide import SHAPES
 from kd.utils.images import grey_image, read_image, scaled_size
 
 
@@ -27,35 +26,6 @@ def area_fractions(
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
     fractions: npt.NDArray[np.float64] = sides.prod(axis=1) / areas
     return fractions
-
-
-def check_frame(size: int, seed: int) -> None:
-    """Check the options that every kind of sample of annotated images has."""
-    if size < 1:
-        raise UserError(f"size: {size} is not a number of pixels")
-    if seed < 0:
-        raise UserError(f"seed: {seed} is below 0")
-
-
-def check_options(
-    size: int,
-    mode: str,
-    shape: str,
-    fractions: tuple[float, float],
-    partial: tuple[float, float] | None,
-    seed: int,
-) -> None:
-    """Check the options of samples with hidden objects."""
-    check_frame(size, seed)
-    if mode not in ("one", "all"):
-        raise UserError(f"mode: {mode!r} is unknown; use 'one' or 'all'")
-    if shape not in SHAPES:
-        raise UserError(f"shape: {shape!r} is unknown; use one of {', '.join(SHAPES)}")
-    low, high = fractions
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"min_fraction {low}, max_fraction {high}: expected 0 <= min <= max")
-    if partial is not None and not (0 <= partial[0] <= 1 and 0 <= partial[1] <= 1):
-        raise UserError(f"partial: {partial}: expected a fraction and a progress, both in 0..1")
 
 
 def known_labels(

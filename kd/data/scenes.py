@@ -146,10 +146,11 @@ def _is_there(out: Path, metadata: Json) -> bool:
         raise UserError(f"{out / 'scenes.json'}: cannot be read ({error})") from error
     if found == metadata:
         return True
-    keys = [k for k in metadata if not isinstance(found, dict) or found.get(k) != metadata[k]]
+    found = found if isinstance(found, dict) else {}
     differences = ", ".join(
-        f"{k} is {found.get(k) if isinstance(found, dict) else None}, expected {metadata[k]}"
-        for k in keys
+        f"{key} is {found.get(key)}, expected {value}"
+        for key, value in metadata.items()
+        if found.get(key) != value
     )
     raise UserError(
         f"{out}: contains other scenes ({differences}); delete it or choose another folder"

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pycocotools import mask as rle_masks
 
 from kd.errors import UserError
 from kd.formats.coco_index import CROWD_PREFIX, check_images_exist, open_arrays, up_to_date_index
 from kd.formats.rle import decode, resize_nearest
-from kd.utils.images import UNREADABLE
+from kd.utils.images import read_image
 
 log = logging.getLogger(__name__)
 
@@ -222,8 +221,7 @@ def _reopen(folder: Path, annotation_file: Path, images: Path, fingerprint: str)
 def _check_same_categories(index: CocoIndex, other: CocoIndex) -> None:
     here = dict(zip(index.category_ids, index.class_names, strict=True))
     there = dict(zip(other.category_ids, other.class_names, strict=True))
-    keys = sorted(here.keys() | there.keys())
-    differing = [key for key in keys if here.get(key) != there.get(key)]
+    differing = sorted(key for key in here | there if here.get(key) != there.get(key))
     if not differing:
         return
     listed = "; ".join(
@@ -260,23 +258,13 @@ def _report(index: CocoIndex) -> None:
 
 
 def check_images_decode(index: CocoIndex) -> list[str]:
-    """Decode images completely to find truncated ones and wrong sizes; return their messages."""
+    """Decode all images to find truncated ones and wrong sizes; returns a message for each."""
     mistakes = []
     for image in range(len(index)):
-        path = index.path(image)
         try:
-            with Image.open(path) as file:
-                file.load()
-                size = file.size
-        except UNREADABLE as error:
-            mistakes.append(f"{path} (image {index.image_ids[image]}): cannot be decoded: {error}")
-            continue
-        expected = index.size_of(image)[::-1]
-        if size != expected:
-            mistakes.append(
-                f"{path} (image {index.image_ids[image]}): is {size[0]} x {size[1]} pixels, "
-                f"{index.annotation_file.name} says {expected[0]} x {expected[1]}"
-            )
+            read_image(index.path(image), None, expected=index.size_of(image))
+        except UserError as error:
+            mistakes.append(f"{error} (image {index.image_ids[image]} of {index.annotation_file})")
     return mistakes
 
 

@@ -24,7 +24,7 @@ from kd.formats import LAYOUTS
 from kd.formats.box_annotations import Json, instances_file, instances_paths, joined
 from kd.formats.kitti import ALL, kitti_to_coco
 from kd.formats.splits import Layout
-from kd.formats.voc import CLASSES, voc_to_coco
+from kd.formats.voc import CLASSES, voc_to_coco, year_of
 from kd.registry import is_foreign, resolve
 from kd.utils.io import cache_path, write_text
 
@@ -169,12 +169,11 @@ def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit
             f"{folder}: no Annotations in it; expected VOCdevkit as data.root, and splits "
             "with their folder: VOC2007/trainval"
         )
-    year = folder.absolute().name.removeprefix("VOC")
     images, annotations = folder / "JPEGImages", folder / "Annotations"
     return BoxSplit(
-        read=lambda: voc_to_coco(folder, year, name, classes=classes or CLASSES),
+        read=lambda: voc_to_coco(folder, name, classes=classes or CLASSES),
         folder=folder,
-        name=f"voc{year}_{name}",
+        name=f"voc{year_of(folder)}_{name}",
         images=images,
         sources=(folder / "ImageSets" / "Main" / f"{name}.txt", annotations),
         listed=(images,),

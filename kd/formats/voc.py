@@ -36,22 +36,21 @@ class _Node:
         return next((one for one in self.children if one.tag == tag), None)
 
 
-def voc_to_coco(
-    root: str | Path, year: str | int, split: str, *, classes: Sequence[str] = CLASSES
-) -> Json:
-    """Read a split of Pascal VOC (a file of `ImageSets/Main`), or of a dataset in its layout.
+def voc_to_coco(folder: Path, split: str, *, classes: Sequence[str] = CLASSES) -> Json:
+    """Read a split of a year's folder, such as `VOCdevkit/VOC2007`, or of a dataset in its layout.
+
+    The name of the split is that of a file of `ImageSets/Main`.
 
     Returns:
         The content of a COCO JSON with file names as in `JPEGImages`; category ids count from 1 in
         the order of `classes`. Annotations also have `difficult`, `truncated` and `occluded`, 0 or
         1; `iscrowd` is `difficult`.
     """
-    folder = voc_folder(root, year)
     lists = folder / "ImageSets" / "Main"
     where = lists / f"{split}.txt"
     listed = split_names(where, lists)
     images = images_in(folder / "JPEGImages")
-    content = CocoContent(classes, f"Pascal VOC {year} {split}")
+    content = CocoContent(classes, f"Pascal VOC {year_of(folder)} {split}")
     for image_id, (line, name) in zip(image_ids([name for _, name in listed]), listed, strict=True):
         if name not in images:
             raise UserError(f"{where}:{line}: no image {folder / 'JPEGImages' / name}.jpg")
@@ -64,12 +63,9 @@ def voc_to_coco(
     return content.done(where)
 
 
-def voc_folder(root: str | Path, year: str | int) -> Path:
-    """Find the folder of a year."""
-    for folder in (Path(root) / f"VOC{year}", Path(root)):
-        if (folder / "Annotations").is_dir():
-            return folder
-    raise UserError(f"{Path(root) / f'VOC{year}'}: no Annotations here; is it a VOCdevkit folder?")
+def year_of(folder: Path) -> str:
+    """Year of a folder named `VOC<year>`; the name of any other folder."""
+    return folder.absolute().name.removeprefix("VOC")
 
 
 def _add(

@@ -13,20 +13,19 @@ from kd.report.style import GREY, clean, colours
 from kd.report.tables import Comparison, Table
 
 
-def comparison_figure(table: Table, *, metrics: Sequence[str] | None = None) -> Figure:
-    """Draw a panel for each metric: means of the variants, seeds as dots, differences above.
+def comparison_figure(table: Table) -> Figure:
+    """Draw a panel for each metric in percent, or for each metric if none is.
+
+    Bars are means of the variants, dots are seeds; differences are written above.
 
     Args:
         table: From `distill_table` or `runs_table`.
-        metrics: Names; by default those in percent, or all if there are none.
     """
     known = {entry.metric.name: entry.metric for entry in table.comparisons}
-    chosen = [name for name in known if metrics is None or name in metrics]
-    if metrics is None:
-        chosen = [name for name in chosen if known[name].unit == "%"] or chosen
+    chosen = [name for name in known if known[name].unit == "%"] or list(known)
     variants = list(dict.fromkeys(entry.variant for entry in table.comparisons))
     if not chosen:
-        raise UserError(f"no metric to draw; the table has {', '.join(known) or 'nothing'}")
+        raise UserError("no metric to draw")
     found = {(entry.metric.name, entry.variant): entry for entry in table.comparisons}
     width = 1.2 + max(1.6, 0.85 * len(variants)) * len(chosen)
     figure = Figure(figsize=(width, 3.6), layout="constrained")

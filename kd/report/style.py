@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.utils.io import write_atomic
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED = COLOURS
@@ -145,11 +146,8 @@ def save_figure(figure: Figure, file: str | Path) -> None:
 
 def save_image(image: Tensor, file: Path) -> None:
     """Write an image, uint8 (3, H, W), as PNG."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
-    except OSError as error:
-        raise UserError(f"{file}: the figure cannot be written: {error}") from error
+    pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+    write_atomic(file, lambda partial: pixels.save(partial, format="PNG"))
 
 
 def figure_image(figure: Figure, *, dpi: int = 110) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kd import imagine
 from kd.cli import run_command
-from kd.context.session import Imagination, ImagineOptions, output_names
+from kd.context.session import Imagination, output_names
 from kd.problems.objects.data import open_objects
 from kd.problems.recipes import data_config
 from kd.runs.folder import class_names
@@ -202,7 +202,8 @@ def test_a_broken_list_of_classes_is_named(small_teacher: Path, tmp_path: Path) 
 def test_a_teacher_that_reads_objects_says_what_it_lacks(
     small_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    imagined = Imagination.open(small_teacher, ImagineOptions(), tmp_path, top=3)
+    args = imagine._parser().parse_args(["x.jpg", "--out", str(tmp_path)])
+    imagined = Imagination.open(small_teacher, args)
     imagined.check_annotations(False)
     assert caplog.text == ""
     imagined.check_annotations(True)

@@ -18,10 +18,11 @@ from kd.context.pasting import PasteOptions
 from kd.context.pasting.cutout import REACH
 from kd.context.pasting.make import open_set
 from kd.context.pasting.seams import area_under_roc, seam_features, separability
-from kd.context.pasting.write import FIRST_CONTEXT_ID, SETS, encoded, moved_annotation, occluded
+from kd.context.pasting.write import FIRST_CONTEXT_ID, SETS, moved_annotation, occluded
 from kd.errors import UserError
 from kd.evaluation.out_of_context import METRICS, report_detections, report_runs
 from kd.formats.coco import load_coco
+from kd.formats.rle import encode
 from kd.out_of_context import main
 from kd.problems.objects.samples import ObjectSamples
 
@@ -206,7 +207,7 @@ def test_occluded_objects_lose_the_covered_part() -> None:
     assert left is not None
     assert left["bbox"] == [10, 5, 5, 10] and left["area"] == 50
     assert occluded(square, mask & False) is square
-    assert occluded({**square, "segmentation": encoded(mask)}, mask) is None
+    assert occluded({**square, "segmentation": encode(mask)}, mask) is None
     assert occluded({"bbox": [0, 0, 3, 3]}, mask) == {"bbox": [0, 0, 3, 3]}
 
 

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from kd.data.annotated import (
     ImageFiles,
     Objects,
-    check_frame,
     known_labels,
     moved_objects,
     objects_of,
@@ -77,7 +76,6 @@ class DetectionSamples(Dataset[Sample]):
         labelled: Ids | None = None, repeat_labelled: int = 1, only: Ids | None = None,
         seed: int = 0, prepared: Path | None = None, cached: Sequence[CachedField] = (),
     ) -> None:  # fmt: skip
-        check_frame(size, seed)
         if not 0 < scales[0] <= scales[1]:
             raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
         self.index, self.size, self.train = index, size, train

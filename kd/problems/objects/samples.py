@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from kd.data.annotated import (
     ImageFiles,
     area_fractions,
-    check_options,
     known_labels,
     moved_objects,
     objects_of,
@@ -78,8 +77,7 @@ class ObjectSamples(Dataset[Sample]):
         class_maps: Class ids of the pixels, added as `class_maps`.
 
     Raises:
-        UserError: An option is out of range, no image has a usable object, or the prepared
-            copy does not fit.
+        UserError: No image has a usable object, or the prepared copy does not fit.
     """
 
     def __init__(
@@ -105,7 +103,6 @@ class ObjectSamples(Dataset[Sample]):
         cached: Sequence[CachedField] = (),
         class_maps: ClassMaps | None = None,
     ) -> None:
-        check_options(size, mode, shape, (min_fraction, max_fraction), partial, seed)
         self.index, self.size, self.mode, self.train = index, size, mode, train
         self.augment: Augment | None = build_augment(augment) if train else None
         self.min_fraction, self.max_fraction, self.shape = min_fraction, max_fraction, shape

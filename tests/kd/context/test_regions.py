@@ -11,6 +11,7 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 
 from kd.context.regions import (
+    Shape,
     parse_box,
     parse_polygon,
     parse_scale,
@@ -49,7 +50,7 @@ def test_a_box_that_is_none_is_refused(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [parse_box("40,0,50,10"), parse_polygon("41,1,50,1,45,9")])
-def test_a_region_outside_of_the_picture_is_named_with_its_size(shape: object) -> None:
+def test_a_region_outside_of_the_picture_is_named_with_its_size(shape: Shape) -> None:
     with pytest.raises(UserError, match=r"a\.jpg: .* outside of the image, which is 40 x 30"):
         shape("a.jpg", SIZE)
 

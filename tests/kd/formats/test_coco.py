@@ -569,8 +569,8 @@ def test_decoding_finds_truncated_and_mismatching_images(tmp_path: Path) -> None
     index.path(2).write_bytes(b"no image")
     messages = check_images_decode(index)
     assert len(messages) == 3
-    assert "b.jpg (image 30): cannot be decoded: image file is truncated" in messages[0]
-    assert "a.jpg (image 10): is 41 x 40 pixels, instances_x.json says 40 x 40" in messages[1]
+    assert "b.jpg: cannot read this image: image file is truncated" in messages[0]
+    assert "a.jpg: is 41 x 40 pixels, but the annotations say 40 x 40 (image 10" in messages[1]
 
 
 def test_real_coco_agrees_with_pycocotools(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_mistakes_of_both_splits_are_reported_together(written: Callable[..., Pa
     with pytest.raises(UserError) as caught:
         open_maps(section(root, "camvid"))
     lines = str(caught.value).splitlines()
-    said = [train.images[0], train.maps[1], *val.maps]
+    said = [train.images[0], map_files(train)[1], *map_files(val)]
     assert [line.split(": ")[0] for line in lines] == [str(path) for path in said]
 
 
@@ -337,7 +337,7 @@ def test_coco_maps_are_not_all_drawn_before_training(
     opened = open_maps(SegmentationSection.model_validate(values))
     assert opened.num_classes == 5
     Image.new("RGB", (5, 6)).save(opened.val.images[1])
-    with pytest.raises(UserError, match=r"is 5 x 6 pixels, instances_val2017.json says 64 x 48"):
+    with pytest.raises(UserError, match=r"is 5 x 6 pixels, but the annotations say 64 x 48"):
         open_maps(SegmentationSection.model_validate(values))
 
 

@@ -173,9 +173,9 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reads: list[str] = []
     real = voc_to_coco
 
-    def counted(root: Path, year: str, split: str, **options: Any) -> boxed.Json:
+    def counted(folder: Path, split: str, **options: Any) -> boxed.Json:
         reads.append(split)
-        return real(root, year, split, **options)
+        return real(folder, split, **options)
 
     monkeypatch.setattr(box_layouts, "voc_to_coco", counted)
     return reads

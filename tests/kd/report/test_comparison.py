@@ -117,11 +117,8 @@ def test_the_comparison_has_a_panel_for_each_accuracy_and_a_bar_for_each_variant
     assert titles == ["top1 (%)", "mean_class_top1 (%)", "top5 (%)"]
     assert [len(axes.patches) for axes in figure.axes] == [2, 2, 2]
     drawn(figure)
-    drawn(comparison_figure(table, metrics=["nll"]))
     alone = comparison_figure(distill_table(ObjectResults(), runs, [0, 1], metrics=["nll"]))
     assert [axes.get_xlabel() for axes in alone.axes] == ["nll (nats)"]
-    with pytest.raises(UserError, match="no metric to draw; the table has top1"):
-        comparison_figure(table, metrics=["AP"])
 
 
 def test_a_comparison_of_saliency_has_a_panel_for_each_number_also_below_zero() -> None:
