@@ -149,6 +149,23 @@ def _read_map(maps: Sequence[Path], table: Table, number: int, size: tuple[int, 
     return read_label_map(maps[number], table, expected=size)
 
 
+def split_of_files(
+    where: Path,
+    pairs: Sequence[tuple[Path, Path]],
+    class_names: tuple[str, ...],
+    table: Table,
+) -> LabelMapSplit:
+    """A split of pairs of an image file and a label-map file, all of which must exist.
+
+    `where` is the start of messages; `table` maps ids in the label maps to classes (`id_table`).
+    """
+    if not pairs:
+        raise UserError(f"{where}: empty split: no images")
+    images, maps = zip(*pairs, strict=True)
+    check_files({"image": images, "label map": maps})
+    return LabelMapSplit(str(where), images, class_names, partial(_read_map, maps, table))
+
+
 def open_label_maps(layout: str, root: Path, split: str) -> LabelMapSplit:
     """Open a split, `train`, `val` or `test`, of a published dataset."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
@@ -167,7 +184,9 @@ def _camvid(root: Path, split: str) -> LabelMapSplit:
         names = [Path(words[0]).stem for words in lines if words]
         found = _listed(found, names, listing, images)
     pairs = [(path, maps / f"{name}.png") for name, path in found.items()]
-    return _split(images, pairs, CAMVID_CLASSES, id_table(len(CAMVID_CLASSES), void=(11, 255)))
+    return split_of_files(
+        images, pairs, CAMVID_CLASSES, id_table(len(CAMVID_CLASSES), void=(11, 255))
+    )
 
 
 def _cityscapes(root: Path, split: str) -> LabelMapSplit:
@@ -179,7 +198,7 @@ def _cityscapes(root: Path, split: str) -> LabelMapSplit:
         pairs.append((path, root / "gtFine" / split / path.parent.name / name))
     classes = {number: label for label, number in enumerate(CITYSCAPES_CLASSES)}
     others = tuple(number for number in range(34) if number not in classes)
-    return _split(
+    return split_of_files(
         images, pairs, tuple(CITYSCAPES_CLASSES.values()), id_table(classes, void=(*others, 255))
     )
 
@@ -193,7 +212,7 @@ def _ade20k(root: Path, split: str) -> LabelMapSplit:
         for name, path in images_in(images).items()
     ]
     classes = {number: number - 1 for number in range(1, 151)}
-    return _split(images, pairs, _ade_names(root), id_table(classes, void=0))
+    return split_of_files(images, pairs, _ade_names(root), id_table(classes, void=0))
 
 
 def _voc2012(root: Path, split: str) -> LabelMapSplit:
@@ -204,7 +223,7 @@ def _voc2012(root: Path, split: str) -> LabelMapSplit:
         (root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
         for name in names
     ]
-    return _split(listing, pairs, VOC_CLASSES, id_table(len(VOC_CLASSES), void=255))
+    return split_of_files(listing, pairs, VOC_CLASSES, id_table(len(VOC_CLASSES), void=255))
 
 
 def _folders(folder: Path) -> list[str]:
@@ -247,13 +266,3 @@ def _listed(
             f"{listing}: {len(missing)} of its images are not in {folder}, {missing[0]} the first"
         )
     return {name: found[name] for name in names}
-
-
-def _split(
-    where: Path, pairs: list[tuple[Path, Path]], names: tuple[str, ...], table: Table
-) -> LabelMapSplit:
-    if not pairs:
-        raise UserError(f"{where}: empty split: no images")
-    images, maps = zip(*pairs, strict=True)
-    check_files({"image": images, "label map": maps})
-    return LabelMapSplit(str(where), images, names, partial(_read_map, maps, table))

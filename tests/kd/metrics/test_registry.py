@@ -74,7 +74,7 @@ def test_a_metric_of_ones_own_is_in_every_table_and_figure() -> None:
     table = runs_table(results, {"a": one, "b": other})
     assert table.groups[0][-1] == ("largest (px)", "3", "4", "+1 [+1, +1]*")
     assert "lower is better: largest" in table.notes
-    figure = comparison_figure(table, metrics=["largest"])
+    figure = comparison_figure(runs_table(results, {"a": one, "b": other}, metrics=["largest"]))
     assert figure.axes[0].get_xlabel() == "largest (px)"
     assert [text.get_text() for text in figure.axes[0].texts] == ["+1\n[+1, +1]"]
     variants = {"plain": [one, one], "distilled": [other, other]}
