@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
-    from kd.evaluation.draw import write_overlays
+    from kd.evaluation.write import write_overlays
     from kd.experiments.distillation import Distillation
     from kd.metrics.registry import load_metrics
     from kd.problems import problem_of_task

@@ -34,8 +34,7 @@ def _run(recipe: TransferRecipe, args: argparse.Namespace) -> int:
     from kd.experiments.distillation import Distillation
     from kd.experiments.transfer import starts
     from kd.metrics.registry import load_metrics
-    from kd.report.tables import print_table
-    from kd.report.transfer import transfer_table
+    from kd.report.tables import print_table, transfer_table
     from kd.runs.build import make_accelerator, open_data
     from kd.runs.load_teacher import RUNS
     from kd.runs.setup import open_run

@@ -142,7 +142,8 @@ def predict_run(
     """
     config, data, model, task = open_run(run, settings, data_name)
     results = results_of(config, run)
-    how = _changes(settings)
+    # Settings that change the predictions, such as `val=test`.
+    how = [one for one in (s.removeprefix("data.") for s in settings) if not one.startswith(_FREE)]
     if scales or mirror:
         scales = scales or (1.0,)
         try:
@@ -157,7 +158,9 @@ def predict_run(
     evaluate(network, task, loader, metric, accelerator)
     if not accelerator.is_main_process:
         return None
-    name = _model_name(config)
+    name = f"{config['student']['name']}, {config['variant']}"
+    if _is_teacher(config):
+        name = str(config["teacher"]["name"])
 
     def images(records: Records) -> Iterator[Figure]:
         predictor = Predictor(network, task, getattr(data.section, "size", None))
@@ -174,12 +177,6 @@ def predict_run(
         folder=run / FOLDER / ("" if own else data.section.name) / subfolder,
         images=images, how=", ".join(how),
     )  # fmt: skip
-
-
-def _changes(settings: Sequence[str]) -> list[str]:
-    """Settings of a dataset that change the predictions, such as `val=test`."""
-    changes = [setting.removeprefix("data.") for setting in settings]
-    return [change for change in changes if not change.startswith(_FREE)]
 
 
 def open_run(
@@ -299,12 +296,6 @@ def _run_config(run: Path) -> dict[str, Any]:
 def _is_teacher(config: Mapping[str, Any]) -> bool:
     """Whether a config is a teacher's: others name a teacher's run, but not its options."""
     return {"name", "options"} <= set(config.get("teacher", ()))
-
-
-def _model_name(config: Mapping[str, Any]) -> str:
-    if _is_teacher(config):
-        return str(config["teacher"]["name"])
-    return f"{config['student']['name']}, {config['variant']}"
 
 
 def _steps(run: Path) -> int:

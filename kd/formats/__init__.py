@@ -12,30 +12,20 @@ from __future__ import annotations
 
 from kd.registry import Entry, all_names, is_foreign
 
-
-def _boxes(target: str, text: str) -> Entry:
-    return Entry(f"kd.formats.to_coco:{target}", text, "objects")
-
-
-def _maps(target: str, text: str) -> Entry:
-    return Entry(f"kd.formats.segmentation:{target}", text, "segmentation")
-
-
-def _fixations(target: str, text: str) -> Entry:
-    return Entry(f"kd.formats.saliency:{target}", text, "saliency")
-
-
+_BOXES, _MAPS, _GAZE = (f"kd.formats.{name}" for name in ("to_coco", "segmentation", "saliency"))
 LAYOUTS: dict[str, Entry] = {
-    "voc": _boxes("VOC", "Pascal VOC's XML files"),
-    "kitti": _boxes("KITTI", "KITTI's object detection"),
-    "camvid": _maps("CAMVID", "CamVid's frames, 11 classes"),
-    "cityscapes": _maps("CITYSCAPES", "Cityscapes, 19 classes"),
-    "ade20k": _maps("ADE20K", "ADE20K's 150 classes"),
-    "voc2012": _maps("VOC2012", "Pascal VOC 2012's label maps, 21 classes"),
-    "salicon": _fixations("SALICON", "SALICON, mouse tracking"),
-    "mit1003": _fixations("MIT1003", "MIT1003"),
-    "cat2000": _fixations("CAT2000", "CAT2000's train set"),
-    "osie": _fixations("OSIE", "OSIE"),
+    "voc": Entry(f"{_BOXES}:VOC", "Pascal VOC's XML files", "objects"),
+    "kitti": Entry(f"{_BOXES}:KITTI", "KITTI's object detection", "objects"),
+    "camvid": Entry(f"{_MAPS}:CAMVID", "CamVid's frames, 11 classes", "segmentation"),
+    "cityscapes": Entry(f"{_MAPS}:CITYSCAPES", "Cityscapes, 19 classes", "segmentation"),
+    "ade20k": Entry(f"{_MAPS}:ADE20K", "ADE20K's 150 classes", "segmentation"),
+    "voc2012": Entry(
+        f"{_MAPS}:VOC2012", "Pascal VOC 2012's label maps, 21 classes", "segmentation"
+    ),
+    "salicon": Entry(f"{_GAZE}:SALICON", "SALICON, mouse tracking", "saliency"),
+    "mit1003": Entry(f"{_GAZE}:MIT1003", "MIT1003", "saliency"),
+    "cat2000": Entry(f"{_GAZE}:CAT2000", "CAT2000's train set", "saliency"),
+    "osie": Entry(f"{_GAZE}:OSIE", "OSIE", "saliency"),
 }
 
 

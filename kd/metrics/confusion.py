@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.metrics.classification import ranks
-from kd.metrics.records import Array, Records
+from kd.metrics.records import Records
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ def per_class(records: Records, *, instead: int = 3) -> list[ClassRow]:
     places, labels = ranks(records["log_probs"], records["labels"]), records["labels"]
     num_classes = records["log_probs"].shape[1]
     support = np.bincount(labels, minlength=num_classes)
-    top1, top5 = (_fractions(places < n, labels, support) for n in (1, 5))
+    top1, top5 = (
+        np.bincount(labels, weights=places < n, minlength=num_classes) / np.maximum(support, 1)
+        for n in (1, 5)
+    )
     wrong: dict[int, list[Confusion]] = {}
     for pair in confusions(records):
         wrong.setdefault(pair.true, []).append(pair)
@@ -93,8 +96,3 @@ def per_class(records: Records, *, instead: int = 3) -> list[ClassRow]:
                  tuple(wrong.get(c, [])[:instead]))
         for c in np.argsort(-support, kind="stable").tolist() if support[c]
     ]  # fmt: skip
-
-
-def _fractions(hits: Array, labels: Array, support: Array) -> NDArray[np.float64]:
-    counts = np.bincount(labels, weights=hits, minlength=len(support))
-    return np.asarray(counts / np.maximum(support, 1), dtype=np.float64)

@@ -179,12 +179,13 @@ def auc_judd(prediction: Tensor, fixations: Tensor) -> float:
     if not len(positives) or not len(negatives):
         return NAN
     # The curve has a corner at each positive and is straight between two: a negative there is below
-    # all positives above it and beside half of those at the corner below.
+    # all positives above it, and below half of those at the corner before it.
     not_above = torch.searchsorted(positives, negatives, right=True)
     counts_at = torch.bincount(not_above, minlength=len(positives) + 1)
     below = torch.cat([positives.new_tensor([-math.inf]), positives])
     at_corner = torch.arange(len(below)) - torch.searchsorted(positives, below)
-    return _area(counts_at, at_corner, len(negatives))
+    beaten = len(positives) - torch.arange(len(below)) + 0.5 * at_corner.double()
+    return float((counts_at * beaten).sum() / (len(positives) * len(negatives)))
 
 
 def shuffled_auc(prediction: Tensor, fixations: Tensor, others: Tensor) -> float:
@@ -249,19 +250,6 @@ def density_of(saliency: Tensor) -> Tensor:
     whole = saliency.double()
     total = whole.sum()
     return whole / total if total > 0 else torch.full_like(whole, 1 / whole.numel())
-
-
-def _area(counts_at: Tensor, at_corner: Tensor, negatives: int) -> float:
-    """Mean over negatives of the fraction of positives above them, and half of those beside.
-
-    Args:
-        counts_at: (K + 1,) negatives with r of the K positives not above them.
-        at_corner: (K + 1,) how many of these positives tie with them, and count half.
-        negatives: Their number.
-    """
-    positives = len(counts_at) - 1
-    beaten = positives - torch.arange(positives + 1) + 0.5 * at_corner.double()
-    return float((counts_at * beaten).sum() / (positives * negatives))
 
 
 def _constant(saliency: Tensor) -> bool:

@@ -1,11 +1,11 @@
-"""Tables of metrics: variants over seeds, runs side by side, one run beside its references."""
+"""Tables of metrics: variants over seeds, runs side by side, one run, and transfer."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -17,12 +17,14 @@ from rich.text import Text
 from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, paired_interval
 from kd.metrics.records import Records
-from kd.metrics.registry import Metric, direction_note
+from kd.metrics.registry import METRICS, Metric, direction_note
 from kd.utils.io import write_text
 
 CLEAR = "*: the 95 % interval does not touch zero"
 RESAMPLED = "95 % interval: images resampled"
 OVER_IMAGES = f"[low, high]: {RESAMPLED}"
+
+_TRANSFER_ROWS = ("mAP", "micro_AP", "top1", "mean_class_top1", "nll")
 
 Row = tuple[str, ...]
 
@@ -73,34 +75,23 @@ class Comparison:
         return sum(self.values) / len(self.values)
 
 
-def compare(
+def _compare(
     scorer: Scorer,
     name: str,
     variant: str,
     runs: Sequence[Records],
     twins: Sequence[Records] | None,
 ) -> Comparison:
-    """Compare a metric of a variant with the baseline: over seeds, or over images for one seed.
-
-    Args:
-        scorer: Computes the metric.
-        name: The metric.
-        variant: Name of the runs.
-        runs: Predictions, one per seed.
-        twins: Predictions of the baseline with the same seeds; None for the baseline itself.
-    """
+    """Compare with the baseline's `twins`: over seeds, or over images for a single seed."""
     metric = scorer.metric(name)
     values = tuple(value_of(scorer, name, run) for run in runs)
     if twins is None:
         return Comparison(metric, variant, values)
-    for twin in twins:
-        value_of(scorer, name, twin)
     by_seed = tuple(
         scorer.difference(run, twin, name) for twin, run in zip(twins, runs, strict=True)
     )
-    if len(by_seed) == 1:
-        return Comparison(metric, variant, values, by_seed[0], by_seed)
-    return Comparison(metric, variant, values, paired_interval([i.mean for i in by_seed]), by_seed)
+    overall = by_seed[0] if len(by_seed) == 1 else paired_interval([one.mean for one in by_seed])
+    return Comparison(metric, variant, values, overall, by_seed)
 
 
 def value_of(scorer: Scorer, name: str, records: Records) -> float:
@@ -197,14 +188,6 @@ def distill_table(
     Raises:
         UserError: No such variant, unequal numbers of seeds, or a metric that cannot be computed.
     """
-    _check_variants(variants, seeds, baseline)
-    notes = (CLEAR, _seed_note(len(seeds)))
-    return _compared(scorer, variants, seeds, baseline, metrics, title, notes)
-
-
-def _check_variants(
-    variants: Mapping[str, Sequence[Records]], seeds: Sequence[int], baseline: str
-) -> None:
     if baseline not in variants or not seeds:
         raise UserError(
             f"no run {baseline!r} to compare with; there are {', '.join(variants) or 'none'}"
@@ -212,6 +195,10 @@ def _check_variants(
     for variant, runs in variants.items():
         if len(runs) != len(seeds):
             raise UserError(f"variant {variant!r} has {len(runs)} runs for {len(seeds)} seeds")
+    note = f"means over {len(seeds)} seeds, t interval; each seed: {RESAMPLED}"
+    if len(seeds) == 1:
+        note = f"one seed only: {RESAMPLED}; other seeds may differ"
+    return _compared(scorer, variants, seeds, baseline, metrics, title, (CLEAR, note))
 
 
 def runs_table(
@@ -260,7 +247,7 @@ def _compared(
         metric = scorer.metric(name)
         twins = variants[baseline]
         line = [
-            compare(scorer, name, one, variants[one], None if one == baseline else twins)
+            _compare(scorer, name, one, variants[one], None if one == baseline else twins)
             for one in (baseline, *others)
         ]
         found += line
@@ -306,12 +293,6 @@ def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
                 entry.metric.change(entry.difference if seed is None else entry.by_seed[seed])
             )
     return tuple(cells)
-
-
-def _seed_note(seeds: int) -> str:
-    if seeds == 1:
-        return f"one seed only: {RESAMPLED}; other seeds may differ"
-    return f"means over {seeds} seeds, t interval; each seed: {RESAMPLED}"
 
 
 @dataclass(frozen=True)
@@ -405,3 +386,55 @@ def difference_notes(
         ]
         notes.append(f"difference from the {name}: {', '.join(parts)}")
     return [*notes, CLEAR] if notes else []
+
+
+def transfer_table(
+    numbers: Mapping[tuple[str, str], Sequence[Mapping[str, float]]],
+    seeds: Sequence[int],
+    *,
+    title: str = "Transfer",
+) -> Table:
+    """Tabulate means over seeds, and differences from the first start with t intervals over seeds.
+
+    Args:
+        numbers: (mode, start) -> summaries, one per seed; the entries of a mode are adjacent.
+        seeds: The seeds.
+        title: Above the table.
+    """
+    first = next(iter(numbers))
+    baseline, chance = first[1], numbers[first][0]
+    metrics = [METRICS[name] for name in _TRANSFER_ROWS if name in chance]
+    groups: dict[str, list[Row]] = {}
+    comparisons = []
+    for (mode, start), summaries in numbers.items():
+        cells = [f"{mode}: {start}"]
+        for metric in metrics:
+            values = tuple(summary[metric.name] for summary in summaries)
+            twins = tuple(summary[metric.name] for summary in numbers[mode, baseline])
+            entry = Comparison(metric, cells[0], values)
+            if start != baseline:
+                gaps = [own - twin for own, twin in zip(values, twins, strict=True)]
+                alone = Interval(gaps[0], float("nan"), float("nan"))
+                interval = paired_interval(gaps) if len(gaps) > 1 else alone
+                entry = replace(entry, difference=interval)
+            change = "" if entry.difference is None else metric.change(entry.difference)
+            cells += [metric.text(entry.mean), change]
+            comparisons.append(entry)
+        groups.setdefault(mode, []).append(tuple(cells))
+    header = ["mode: start"]
+    for metric in metrics:
+        header += [metric.label, f"- {baseline}"]
+    notes = ["one seed only"]
+    if len(seeds) > 1:
+        notes = [CLEAR, f"means over {len(seeds)} seeds, t interval"]
+    notes += direction_note(metrics)
+    constant = [
+        f"{metric.label} {metric.text(chance[prefix + metric.name])}"
+        for metric in metrics
+        for prefix in ("chance_", "prior_")
+        if prefix + metric.name in chance
+    ]
+    if constant:
+        notes.append(f"one prediction for all, the class fractions: {', '.join(constant)}")
+    rows = tuple(tuple(group) for group in groups.values())
+    return Table(title, tuple(header), rows, tuple(notes), tuple(comparisons))

@@ -68,11 +68,12 @@ class Shard:
         if len(text) < length:
             text = bytes(self._bytes(8, 8 + length))
         entries = json.loads(text)
-        self.fields = {
-            name: _field(entry, 8 + length)
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
+        self.fields: dict[str, Field] = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                dtype, (count, *shape) = np.dtype(_TYPES[entry["dtype"]]), entry["shape"]
+                offset = 8 + length + entry["data_offsets"][0]
+                self.fields[name] = Field(dtype, tuple(shape), count, offset)
 
     def all(self, name: str) -> NDArray[Any]:
         """Read a whole tensor."""
@@ -118,12 +119,6 @@ def _mapped(path: str, size: int, changed: int) -> NDArray[np.uint8]:
     reading beyond the end of a truncated file would kill the process.
     """
     return np.memmap(path, np.uint8, "r")
-
-
-def _field(entry: Mapping[str, Any], start: int) -> Field:
-    dtype = np.dtype(_TYPES[entry["dtype"]])
-    count, *shape = entry["shape"]
-    return Field(dtype, tuple(shape), count, start + entry["data_offsets"][0])
 
 
 FORMAT = "kd-cache-1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd.report.transfer import transfer_table
+from kd.report.tables import transfer_table
 
 
 def numbers(*values: float) -> list[dict[str, float]]:

@@ -16,8 +16,8 @@ from PIL import Image
 
 from kd import compare, evaluate
 from kd.errors import UserError
-from kd.evaluation.draw import stored_records
 from kd.evaluation.predict import results_files
+from kd.evaluation.write import stored_records
 from kd.formats.coco import load_coco
 from kd.metrics.records import Records, save_records
 from kd.problems.detection.evaluation import DetectionResults
