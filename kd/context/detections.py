@@ -1,8 +1,8 @@
 """Cached predictions of a context teacher at the boxes of a detector's results.
 
-Several detections often belong to one object: those that overlap well share one query, in the box
-of the best of them. The input of a teacher that reads annotations is *detections*, never the ground
-truth: the most confident ones, one for each object, without those that may be the queried object.
+Several detections often belong to one object: those that overlap well share one query, for the box
+of the best-scored one. A teacher that reads annotations is given *detections*, never the ground
+truth: the confident ones, one per object, except those that may be the queried object itself.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def context_of(
     """Predict the classes of detections from their context, or read cached predictions.
 
     Args:
-        teacher: Its fold models predict on images that it was trained on.
-        truth: Gives the images; its objects are ignored.
+        teacher: A context teacher; on its training images its fold models predict instead.
+        truth: Lists the images; its objects are ignored.
         found: The detections.
         images: Folder of the images.
         cache: Folder for `context-<key>.npz`; the key is a hash of all that predictions depend on.
@@ -127,7 +127,7 @@ def context_of(
 
 
 def _models(teacher: TrainedTeacher, truth: Truth) -> list[torch.nn.Module]:
-    """The teacher, or its fold models if these are its training images."""
+    """The teacher's model, or its fold models if it was trained on these images."""
     train = teacher.problem.train_annotations(teacher.section)
     same = train is not None and read_json(train)[1] == read_json(truth.path)[1]
     if not same:
@@ -199,7 +199,7 @@ def group_boxes(overlaps: Floats, least: float) -> Ints:
 
     Args:
         overlaps: (n, n) IoU of boxes in falling order of score.
-        least: IoU from which a box joins the group of a better one.
+        least: IoU from which a box joins the group of a better-scored one.
 
     Returns:
         (n,) the best box of each box's group.

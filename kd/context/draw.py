@@ -1,4 +1,4 @@
-"""Figures of a teacher's expectations: of classes behind a region, and of places of a class."""
+"""Figures of a teacher's predictions: classes behind regions, and heat maps of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher's expectations of a photograph: classes behind regions, and places of a class."""
+"""A teacher's predictions for a photograph: classes behind regions, and heat maps of classes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class HeatMap:
 
     Attributes:
         values: (h, w) probabilities over the whole photograph, long side at most 512.
-        places: The likeliest places, apart from each other, best first.
+        places: The likeliest places, at a distance from each other, best first.
         sides: Width and height of the hidden regions, pixels of the photograph.
     """
 
@@ -68,7 +68,7 @@ class HeatMap:
 def expect_classes(
     teacher: TrainedTeacher, photo: Photograph, regions: Sequence[Region], device: torch.device
 ) -> list[Expectation]:
-    """Predict the class behind each region, hidden by itself."""
+    """Predict the class behind each region; each is hidden in an input of its own."""
     found: dict[int, Expectation] = {}
     for exact in (False, True):
         rows = [row for row, region in enumerate(regions) if (region.mask is not None) == exact]
@@ -182,7 +182,7 @@ def heat_maps(
 
 
 def spread(values: Tensor, slid: Windows, size: tuple[int, int], fine: tuple[int, int]) -> Tensor:
-    """Interpolate values, one for each window, over an image of `size`: (h, w) = `fine`."""
+    """Interpolate one value per window over an image of `size`; the result is (h, w) = `fine`."""
     middles = (slid.boxes[:, :2] + slid.boxes[:, 2:]) / 2
     axes = []
     for places, length, axis in ((fine[1], size[1], 0), (fine[0], size[0], 1)):
@@ -200,7 +200,7 @@ def spread(values: Tensor, slid: Windows, size: tuple[int, int], fine: tuple[int
 def _best_places(
     values: Tensor, size: tuple[int, int], sides: Sequence[tuple[float, float]], count: int
 ) -> tuple[Place, ...]:
-    """Peaks, best first, at least the smallest region's shorter side apart."""
+    """Find the peaks, best first, at least the smallest region's shorter side apart."""
     height, width = values.shape
     step = size[1] / width
     y = (torch.arange(height) + 0.5) * (size[0] / height)

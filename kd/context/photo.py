@@ -1,4 +1,4 @@
-"""Read a user's own images, upright, in full and at a model's size, with their known objects."""
+"""Read a user's own images at full size and at a model's, upright, with their known objects."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Photograph:
     Attributes:
         path: Its file.
         pixels: (3, H, W) uint8 RGB.
-        scaled: (3, h, w), the same decoded for a model's image size.
-        boxes: (M, 4) xyxy pixels of `pixels`: its known objects.
+        scaled: (3, h, w), the image decoded at a model's image size.
+        boxes: (M, 4) known objects, xyxy in pixels of `pixels`.
         labels: (M,) int64, -1 for a class that the model does not know.
     """
 
@@ -43,7 +43,7 @@ class Photograph:
 
 
 class KnownObjects:
-    """Objects of images by a COCO file, found by the images' file names.
+    """Looks up the objects of images in a COCO file, by the images' file names.
 
     Args:
         file: COCO instances JSON; its images need not exist.
@@ -69,7 +69,7 @@ class KnownObjects:
             self.rows.setdefault(Path(self.index.file_name(image)).name, []).append(image)
 
     def row(self, path: Path) -> int | None:
-        """The index's row of an image; of several of that name, the one in the same folders."""
+        """Position of an image in the index; among equal names, the one in the same folders."""
         found = self.rows.get(path.name, [])
         whole = "/" + path.resolve().as_posix()
         close = [row for row in found if whole.endswith("/" + self.index.file_name(row))]

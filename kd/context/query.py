@@ -26,7 +26,7 @@ MOST_OUTPUTS = 1 << 27
 
 @dataclass(frozen=True)
 class Question:
-    """Regions of one image; it is scaled and padded for the teacher.
+    """Regions to query in one image, which is scaled and padded for the teacher.
 
     Attributes:
         image: (3, H, W) uint8 RGB, any size. A large JPEG decoded by `read_image` at the teacher's
@@ -98,7 +98,7 @@ def _fits(sample: Sample, others: Sequence[Sample], most: int) -> bool:
 def _predict(
     teacher: TrainedTeacher, model: nn.Module, samples: Sequence[Sample], device: torch.device
 ) -> Tensor:
-    """Log-probabilities of all hidden regions of some samples, in order, by one pass."""
+    """Log-probabilities of all hidden regions of some samples, in order, from one pass."""
     channels_last = teacher.recipe.train.channels_last
     batch = to_device(collate(samples), device, channels_last=channels_last)
     task = teacher.task
@@ -140,7 +140,7 @@ def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator
 
 
 def _segments(masks: Tensor | None, boxes: Tensor, scaled: tuple[int, int], size: int) -> Tensor:
-    """Masks in the padded image, (K, S, S) bool; the box where there is none or it is empty."""
+    """Masks in the padded image, (K, S, S) bool; boxes where there is no mask or it is empty."""
     drawn = hidden_regions(boxes, (size, size))
     if masks is None:
         return drawn

@@ -98,7 +98,7 @@ def parse_polygon(text: str) -> Shape:
 
 
 def read_mask(file: Path) -> Shape:
-    """Read an image whose nonzero pixels are hidden, transparency ignored; it must have some."""
+    """Read a mask: an image whose nonzero pixels, of which it must have some, are hidden."""
     try:
         with Image.open(file) as image:
             pixels = np.asarray(_without_alpha(image))
@@ -175,7 +175,7 @@ def parse_scale(text: str) -> tuple[float, float]:
 
 
 def check_stride(stride: float) -> None:
-    """Refuse a stride, a fraction of the window, that is 0 or leaves gaps."""
+    """Refuse a stride, a fraction of the window, that is 0 or leaves gaps between windows."""
     if not 0 < stride <= 1:
         raise UserError(
             f"stride {stride:g}: must be above 0 and at most 1, a fraction of the region"

@@ -288,12 +288,12 @@ class Split:
         return cls(truth, found, known, meter)
 
     def folds(self, count: int) -> Ints:
-        """Fold of each image, (I,), a function of its id."""
+        """Fold of each image, (I,), which follows from its id."""
         return fold_of(self.truth.image_ids, count)
 
 
 def log_prior_of(teacher: TrainedTeacher) -> Floats:
-    """Log-probabilities of a teacher without evidence, (C,): the prior of its train objects.
+    """Log-probabilities that a teacher predicts without evidence, (C,): the prior of its training.
 
     Teachers trained with part of the prior removed (`balance`) lack that part here, too.
     """

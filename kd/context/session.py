@@ -39,7 +39,7 @@ _LEAST_FRACTION = 0.01  # of the image, of random regions; smaller ones are hard
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
-    """Names for the images' outputs: their own, numbered where several are equal."""
+    """Stems for the output files of images: the images' own, numbered where several are equal."""
     totals, used = Counter(path.stem for path in images), Counter[str]()
     names = []
     for path in images:

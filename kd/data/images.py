@@ -67,7 +67,7 @@ class ImageSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """Targets of an image; `cut` is None in evaluation, on whole images."""
+        """Targets of an image of size `own`, or of the crop `cut` of it in training."""
 
     def __len__(self) -> int:
         """Number of images."""

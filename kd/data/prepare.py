@@ -245,7 +245,7 @@ def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
 
 
 def _copy_name(file_name: str) -> str:
-    """Keep a JPEG's name; append .jpg to others, since a.png and a.jpg may both exist."""
+    """Name of a copy: a JPEG's own; .jpg is appended to others, as a.png may be beside a.jpg."""
     return file_name if Path(file_name).suffix.lower() in _JPEG else f"{file_name}.jpg"
 
 

@@ -110,7 +110,7 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
 
 
 def _model(config: dict[str, Any], variant: str) -> Model:
-    """Name and options of a run's network, with random weights: they cost the same."""
+    """Name and options of a run's network with random weights, which cost the same."""
     part = config[TEACHER if variant == TEACHER else "student"]
     return without_weights(Model(name=part["name"], options=part["options"]))
 

@@ -103,7 +103,7 @@ class Predictions:
         return self.folder.name == FOLDER
 
     def save(self) -> None:
-        """Make the folder a run without weights, which can be compared with others."""
+        """Write the predictions as a run without weights, which can be compared with other runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_config(self.folder, self.config)
         write_class_names(self.folder, self.data.class_names)

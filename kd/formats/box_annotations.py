@@ -1,4 +1,4 @@
-"""Common parts of the readers that convert box annotations to COCO JSONs.
+"""Parts shared by the readers that convert box annotations to COCO JSONs.
 
 A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) builds the content, `instances_file` stores
 it beside the data for `kd.formats.coco` and `kd.formats.coco_results`. Objects that a benchmark

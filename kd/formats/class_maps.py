@@ -117,7 +117,7 @@ def _dtype(index: CocoIndex) -> np.dtype[Any]:
 
 
 def _folder_of(index: CocoIndex, size: int) -> Path:
-    """Beside the index, or in the cache if that is read-only."""
+    """Folder of the maps: beside the index, or in the cache if that is read-only."""
     beside = index.index_folder.with_name(f"{index.annotation_file.stem}.class_maps-{size}")
     for folder in (beside, cache_path("class_maps", beside, beside.name)):
         if folder.exists() or may_write(folder.parent):

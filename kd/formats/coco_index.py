@@ -97,7 +97,7 @@ def _image_arrays(images: list[Json]) -> dict[str, Array]:
 class _ObjectReader:
     """Collects the usable objects, image by image, in growing typed arrays.
 
-    One reader takes the objects and counts what it skips; another takes the crowds.
+    One instance reads the objects and counts what it skips; another one reads the crowds.
     """
 
     def __init__(self, coco: COCO, *, crowds: bool = False) -> None:
@@ -354,7 +354,7 @@ def _build_in_child(annotation_file: Path, partial: Path) -> None:
 
 
 def check_images_exist(file_names: Iterable[str], folder: Path, annotation_file: Path) -> None:
-    """Compare image names with folder listings, one listing per folder."""
+    """Check that all images exist, by one listing of each folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: image folder not found (for {annotation_file})")
     names = [name.rpartition("/") for name in file_names]

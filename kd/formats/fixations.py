@@ -51,7 +51,7 @@ class GazeSplit:
     Attributes:
         where: Start of messages.
         images: Image files.
-        read: Reads their fixations.
+        read: Reads the fixations on an image.
         degree: Pixels of the files per degree of visual angle, the standard deviation of the
             Gaussian around each fixation.
         maps: Published density maps, in the same order; if empty, densities are drawn.
@@ -64,7 +64,7 @@ class GazeSplit:
     maps: tuple[Path, ...] = ()
 
     def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations inside an image of `size` (height, width), without blinks or glances beside."""
+        """Fixations on an image of `size` (height, width), without those that lie outside of it."""
         found, path = self.read(number, size), self.images[number]
         if not len(found.points):
             raise UserError(

@@ -80,7 +80,7 @@ def kitti_truth(truth: Truth) -> KittiTruth:
 
 
 def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
-    """File that lists a split, and the line and name of each image."""
+    """Find the file that lists a split; also returns the line and name of each image."""
     if not labels.is_dir():
         raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
     if split != ALL:
@@ -120,7 +120,7 @@ def _add(content: CocoContent, path: Path, names: str) -> None:
 
 
 def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
-    """Type, truncated, occluded and box of a line."""
+    """Parse a line: type, truncated, occluded and box."""
     if len(words) != _FIELDS:
         raise UserError(
             f"{where}: {len(words)} fields, expected {_FIELDS}: type, truncated, occluded, alpha, "

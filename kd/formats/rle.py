@@ -1,4 +1,4 @@
-"""COCO's run-length encoding: validation and decoding."""
+"""COCO's run-length encoding: validation, decoding and encoding."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class SplitOptions:
 
 
 def open_gaze(layout: str, root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    """Open a split of a published dataset: `train` or `val`, or a folder's name of SALICON."""
+    """Open a split of a published dataset: `train` or `val`; for SALICON any of its folders."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
     found.check(root, layout, split)
     opened: GazeSplit = found.open(root, split, options)
@@ -119,7 +119,7 @@ def _split(
     points: Callable[[str], Path],
     maps: Callable[[str], Path],
 ) -> GazeSplit:
-    """A split with a file of fixations, and perhaps of a density, for the name of each image."""
+    """Build a split; `points` and `maps` give an image's files of fixations and density by name."""
     if not images:
         raise UserError(f"{where}: empty split: no images")
     files = tuple(map(points, images))

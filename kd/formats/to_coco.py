@@ -96,7 +96,7 @@ def _coco_json(split: BoxSplit) -> Path:
 
 
 def _record_of(path: Path, fingerprint: str) -> str | None:
-    """Record of a JSON built from such sources; None if there is no JSON."""
+    """Content of `instances_x.made` for a JSON built from these sources; None without a JSON."""
     try:
         status = path.stat()
     except OSError:

@@ -39,7 +39,7 @@ class _Node:
 def voc_to_coco(folder: Path, split: str, *, classes: Sequence[str] = CLASSES) -> Json:
     """Read a split of a year's folder, such as `VOCdevkit/VOC2007`, or of a dataset in its layout.
 
-    The name of the split is that of a file of `ImageSets/Main`.
+    `split` is the name of a file of `ImageSets/Main`, without its suffix.
 
     Returns:
         The content of a COCO JSON with file names as in `JPEGImages`; category ids count from 1 in
@@ -94,7 +94,7 @@ def _add(
 
 
 def _corners(entry: _Node, path: Path) -> Corners:
-    """Box of an object, continuous."""
+    """Box of an object in continuous, zero-based coordinates."""
     box = _required(entry, "bndbox", path)
     x1, y1, x2, y2 = (_number(box, side, path) for side in ("xmin", "ymin", "xmax", "ymax"))
     if x2 < x1 or y2 < y1:

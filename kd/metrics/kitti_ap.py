@@ -187,7 +187,7 @@ def _hit_scores(scene: _Scene, overlap: float) -> list[float]:
 
 
 def _limits(hits: Floats, objects: int) -> Floats:
-    """Scores whose recalls are nearest to 0, 1/40, ...: at most 41, falling."""
+    """Score thresholds with recalls nearest to 0, 1/40, ..., at most 41 of them, falling."""
     limits: list[float] = []
     wanted = 0.0
     for place, score in enumerate(hits.tolist()):

@@ -54,8 +54,8 @@ class Field:
 class Shard:
     """A safetensors file whose tensors have records as their first dimension.
 
-    `url` is the store's, which selects the fsspec file system; `path` is the file's there. Only
-    local files are memory-mapped.
+    `url` is the store's URL, which selects the fsspec file system; `path` is the file's path in it.
+    Only local files are memory-mapped.
     """
 
     def __init__(self, url: str, path: str, *, local: bool) -> None:
@@ -129,7 +129,7 @@ _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class Store:
-    """Records of one folder.
+    """Records in one folder, by id.
 
     Args:
         url: A local path, or any URL of fsspec: `s3://...`, `filecache::https://...`.

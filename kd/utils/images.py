@@ -100,7 +100,7 @@ def read_image(
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
-    """Undo an EXIF orientation, 1..8: which edges of the scene the first row and column are."""
+    """Undo an EXIF orientation, 1..8, which tells the scene's edges at the first row and column."""
     if orientation in (5, 6, 7, 8):  # the first row is the left or the right edge
         image = image.transpose(1, 2)
     mirror_x, mirror_y = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)

@@ -117,7 +117,7 @@ def _rows_to_cut(
 
 
 def cooccurrence_score(model: NaiveBayes, index: CocoIndex, log_prior: Floats) -> Score:
-    """Log lift of a class over its prior at boxes of an image, given the image's objects."""
+    """Build the score of placements: log p(class | scene) - log p(class), by co-occurrence."""
 
     def score(image: int, classes: Ints, boxes: Floats) -> Floats:
         rows = index.rows_of(image)
@@ -207,7 +207,7 @@ def check_seams(folder: Path) -> Iterator[str]:
 
 
 def pairs_figure(folder: Path) -> Figure:
-    """Draw the first objects: in their own photograph, where probable and where improbable."""
+    """Draw the first objects in their own photograph, in the probable and the improbable scene."""
     sets = {name: open_set(folder, name) for name in ("original", "in", "out")}
     lifts = {
         (name, key): paste["log_lift"]

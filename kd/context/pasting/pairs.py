@@ -2,7 +2,7 @@
 
 Each object goes into one scene where it is probable and one where it is not. Every scene that
 receives a probable object also receives an improbable one, so both datasets use the same cut-outs
-and the same scenes equally often and differ only in who goes where.
+and the same scenes equally often, and differ only in which object is in which scene.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Pasted:
 
 
 class Paster:
-    """Compose the images and annotations of pairs; `harmony` is that of `cutout.paste`."""
+    """Composes the images and annotations of pairs; `harmony` is an option of `cutout.paste`."""
 
     def __init__(
         self, index: CocoIndex, log_prior: npt.NDArray[np.float64], *, harmony: float, seed: int
@@ -117,7 +117,7 @@ class Paster:
         return self.of_image[int(self.index.image_ids[image])]
 
     def _cut(self, row: int, scale: float) -> Cutout:
-        """Cut the object out of its image, scaled first; the outline is drawn at the final size."""
+        """Scale the object's image and cut the object out; its outline is drawn at the new size."""
         source = self.index.image_of(row)
         pixels = self._read(source, scale)
         height, width = pixels.shape[:2]
@@ -142,7 +142,7 @@ def covered_pixels(cutout: Cutout, shift: tuple[int, int], size: tuple[int, int]
 
 
 def moved_annotation(entry: Json, scale: float, shift: tuple[int, int], mask: Bools) -> Json:
-    """Scale and shift an annotation; a run-length segmentation is replaced by that of `mask`."""
+    """Scale and shift an annotation; run lengths are replaced by those of `mask`."""
     x, y, width, height = (value * scale for value in entry["bbox"])
     moved = {**entry, "bbox": [x + shift[0], y + shift[1], width, height], "iscrowd": 0}
     segment = entry.get("segmentation")
