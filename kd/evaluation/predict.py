@@ -158,9 +158,10 @@ def predict_run(
     evaluate(network, task, loader, metric, accelerator)
     if not accelerator.is_main_process:
         return None
-    name = f"{config['student']['name']}, {config['variant']}"
     if _is_teacher(config):
         name = str(config["teacher"]["name"])
+    else:
+        name = f"{config['student']['name']}, {config['variant']}"
 
     def images(records: Records) -> Iterator[Figure]:
         predictor = Predictor(network, task, getattr(data.section, "size", None))

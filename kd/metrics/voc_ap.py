@@ -53,7 +53,7 @@ class VocAP:
         np.add.at(self.support, (truth.label[counted], truth.image[counted]), 1)
 
     def match(self, scores: Floats) -> Matches:
-        """Match each object with the best of the detections that overlap it most; `scores` is (D,)."""
+        """Match objects with the best-scored (D,) of the detections that overlap them most."""
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
         near = order[self._best[order] >= 0]  # overlap some object; in falling order of score
         _, first = np.unique(self._best[near], return_index=True)
