@@ -120,5 +120,5 @@ def test_runs_about_objects_or_other_images_are_refused(
     other = make_run(tmp_path / "other", {"data": data, "task": TASK, "teacher": TEACHER}, 90)
     confusion = np.ones((2, 23, 23), np.int64)
     np.savez(other / "predictions.npz", image_ids=np.arange(2), confusion=confusion)
-    with pytest.raises(UserError, match="label maps of 2 images"):
+    with pytest.raises(UserError, match="different label maps for 2 images"):
         measured([], [read_run(teacher), read_run(other)])
