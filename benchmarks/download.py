@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torchvision.datasets.utils import download_url
 
-from kd.utils.download import fetch
+from kd.data.download import fetch
 
 CHUNK = 1 << 20
 Download = Callable[[str, Path, str], object]

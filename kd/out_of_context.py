@@ -86,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, metavar="DIR")
     report.add_argument("--runs", nargs="+", type=Path, default=[], metavar="RUN",
                         help="teachers, seed<k>/<variant> folders, or distillations")  # fmt: skip
-    report.add_argument("--variants", nargs="+", metavar="VARIANT",
-                        help="of distillations, only these (default: all)")  # fmt: skip
+    report.add_argument("--variants", nargs="+", metavar="NAME", help="only these (default: all)")
     report.add_argument("--detections", nargs=2, type=Path, metavar=("IN", "OUT"),
                         help="a detector's COCO results on in/ and out/")  # fmt: skip
     for action in (make, report):

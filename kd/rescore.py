@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
     from kd.context import rescore_report as report
     from kd.context.detections import QueryOptions
-    from kd.context.rescore import STRENGTHS, Split, cross_fitted, fitted_elsewhere, settings_of
+    from kd.context.rescore import Split, cross_fitted, fitted_elsewhere, settings_of
     from kd.formats.coco_results import write_detections
     from kd.report.style import save_figure
     from kd.report.tables import print_table
@@ -47,26 +47,21 @@ def _run(args: argparse.Namespace, fit: Sequence[Path]) -> int:
                           options=options, device=device, shuffled=args.shuffled)  # fmt: skip
 
     here = split(args.detections, args.annotations, args.images)
-    settings = settings_of(args.rule)
-    if all(fit):
-        result = fitted_elsewhere(here, split(*fit), settings, args.folds, args.per_class)
-    else:
-        result = cross_fitted(here, settings, args.folds, args.per_class)
+    how = (settings_of(args.rule), args.folds, args.per_class)
+    result = fitted_elsewhere(here, split(*fit), *how) if all(fit) else cross_fitted(here, *how)
     write_detections(args.out, here.found.entries, result.scores.tolist())
     names = here.truth.class_names
     changes = report.changes_of(here.meter, here.known.scores, result.scores, names, args.resamples)
     title = f"{args.detections.name}: {len(names)} classes, context from {args.teacher}"
     print_table(report.change_table(*changes, title, result.notes(names)))
-    strengths = (0.0, *STRENGTHS)
-    rules = dict.fromkeys([None, 0.0, *(one.setting.alone for one in result.fits)])
-    curves = report.curve_of(here.meter, here.known, strengths, list(rules))
+    fitted = [one.setting for one in result.fits]
+    curves = report.curves_of(here.meter, here.known, fitted)
     content = report.changes_json(*changes) | result.to_json(names)
-    content |= {"a": strengths, "curves": curves}
+    content |= {"a": report.CURVE, "curves": curves}
     metrics = args.out.with_name(f"{args.out.stem}-metrics.json")
     write_text(metrics, json.dumps(content, indent=2) + "\n")
     if args.figures:
-        figure = report.curve_figure(strengths, curves, [one.setting for one in result.fits], title)
-        save_figure(figure, args.figures / "strength.png")
+        save_figure(report.curve_figure(curves, fitted, title), args.figures / "strength.png")
     sys.stdout.write(f"{args.out}, {metrics}\n")
     return 0
 

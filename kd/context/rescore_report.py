@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from kd.context.rescore import Evidence, Setting, combine
+from kd.context.rescore import STRENGTHS, Evidence, Setting, combine
 from kd.metrics.bootstrap import Interval, percentiles
 from kd.metrics.coco_ap import Floats, MeanAP, summary
 from kd.metrics.registry import Metric
 from kd.report.style import COLOURS, GREY, new_figure
 from kd.report.tables import CLEAR, Row, Table
 
+CURVE = (0.0, *STRENGTHS)  # strengths of context at which AP is drawn
 _AP = Metric("AP", unit="%", digits=2)
 _LISTED = 5  # classes that gained most, and as many that lost most
 
@@ -114,14 +115,13 @@ def change_table(
     )
 
 
-def curve_of(
-    meter: MeanAP, known: Evidence, strengths: Sequence[float], alones: Sequence[float | None]
-) -> dict[str, list[float]]:
-    """AP on all images at each strength `a`, by rule."""
+def curves_of(meter: MeanAP, known: Evidence, fitted: Sequence[Setting]) -> dict[str, list[float]]:
+    """AP on all images at the strengths `CURVE`, by rule: plain, competing, and those fitted."""
+    alones = dict.fromkeys([None, 0.0, *(setting.alone for setting in fitted)])
     return {
         rule_name(alone): [
             float(summary(meter.average(meter.match(scores, areas=1)))["AP"][0])
-            for scores in (combine(known, Setting(a, alone)) for a in strengths)
+            for scores in (combine(known, Setting(a, alone)) for a in CURVE)
         ]
         for alone in alones
     }
@@ -133,20 +133,17 @@ def rule_name(alone: float | None) -> str:
 
 
 def curve_figure(
-    strengths: Sequence[float],
-    curves: Mapping[str, Sequence[float]],
-    fitted: Sequence[Setting],
-    title: str,
+    curves: Mapping[str, Sequence[float]], fitted: Sequence[Setting], title: str
 ) -> Figure:
-    """Draw AP over `a` (from 0) by rule, and a mark at each setting fitted by the folds."""
+    """Draw AP over `CURVE` by rule, and a mark at each setting fitted by the folds."""
     figure, axes = new_figure(5.8, 3.8)
     base = 100 * next(iter(curves.values()))[0]
     axes.axhline(base, color=GREY, linewidth=0.9, linestyle="--", label="without context (a = 0)")
     for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.plot(strengths, 100 * np.asarray(values), color=colour, label=name, marker=".")
+        axes.plot(CURVE, 100 * np.asarray(values), color=colour, label=name, marker=".")
     for setting in dict.fromkeys(fitted):
         line = curves.get(rule_name(setting.alone), next(iter(curves.values())))
-        height = 100 * float(np.interp(setting.strength, strengths, line))
+        height = 100 * float(np.interp(setting.strength, CURVE, line))
         label = "fitted (folds)" if setting == fitted[0] else None
         axes.plot(setting.strength, height, "o", color="black", markersize=7, fillstyle="none",
                   label=label)  # fmt: skip
