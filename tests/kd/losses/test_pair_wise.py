@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kd.errors import UserError
 from kd.losses import pair_wise
-
-module = sys.modules["kd.losses.pair_wise"]  # the package's attribute of that name is the function
 
 
 def slow_pair_wise(
@@ -92,42 +90,30 @@ def test_pair_wise_of_two_valid_nodes_of_three_by_hand() -> None:
     assert value.item() == pytest.approx(0.25, rel=1e-6)
 
 
-def test_both_forms_of_pair_wise_agree() -> None:
-    student, teacher = (
-        torch.nn.functional.normalize(torch.randn(2, c, 30), dim=1) for c in (8, 12)
-    )
-    torch.testing.assert_close(
-        module._by_nodes(student, teacher), module._by_channels(student, teacher)
-    )
-
-
 @pytest.mark.parametrize("pool", ["max", "average"])
-def test_both_forms_of_pair_wise_agree_with_void_places(
-    pool: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student, teacher = (torch.randn(3, c, 6, 6, dtype=torch.float64) for c in (8, 12))
-    valid = torch.rand(3, 6, 6) < 0.5
-    valid[0, :2], valid[1] = False, False
-    found = []
-    for form in ("_by_nodes", "_by_channels"):
-        with monkeypatch.context() as patch:
-            for name in ("_by_nodes", "_by_channels"):
-                patch.setattr(module, name, getattr(module, form))
-            leaves = [side.clone().requires_grad_() for side in (student, teacher)]
-            value = pair_wise(*leaves, pool=pool, valid=valid)
-            found.append([value, *torch.autograd.grad(value, leaves)])
-    torch.testing.assert_close(found[0], found[1])
+@pytest.mark.parametrize("side", [3, 12])  # fewer places than channels, and more
+def test_gradients_are_those_of_the_definition_with_void_places_too(pool: str, side: int) -> None:
+    student, teacher = (torch.randn(2, c, side, side, dtype=torch.float64) for c in (12, 16))
+    valid = torch.rand(2, side, side) < 0.5
+    valid[0, :2] = False
+    leaf = student.clone().requires_grad_()
+    value = pair_wise(leaf, teacher, kernel=1, pool=pool, valid=valid)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    step = 1e-6 * torch.randn_like(student)
+    ahead, behind = (
+        slow_pair_wise(student + sign * step, teacher, 1, pool, valid) for sign in (1, -1)
+    )
+    assert (gradient * step).sum().item() == pytest.approx((ahead - behind) / 2, rel=1e-5)
 
 
-def test_pair_wise_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(student: Tensor, teacher: Tensor) -> Tensor:
-        raise AssertionError("the dearer form")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_by_nodes", refuse)
-        pair_wise(torch.randn(1, 8, 16, 16), torch.randn(1, 8, 16, 16), kernel=1)
-    monkeypatch.setattr(module, "_by_channels", refuse)
-    pair_wise(torch.randn(1, 64, 4, 4), torch.randn(1, 64, 4, 4), kernel=1)
+@pytest.mark.parametrize(("channels", "side"), [(8, 16), (64, 4)])
+def test_pair_wise_takes_the_form_with_fewer_products(channels: int, side: int) -> None:
+    student, teacher = torch.randn(2, 1, channels, side, side).unbind()
+    with FlopCounterMode(display=False) as counter:
+        pair_wise(student, teacher, kernel=1)
+    nodes = side * side
+    by_nodes, by_channels = 2 * nodes * nodes * channels, 3 * channels * channels * nodes
+    assert counter.get_total_flops() == 2 * min(by_nodes, by_channels)
 
 
 def test_pair_wise_is_zero_at_equality_and_invariant_to_scale_and_rotation() -> None:

@@ -246,14 +246,8 @@ def test_a_vanished_shard_is_a_user_error(tmp_path: Path, memory: str) -> None:
             store.read([100])
 
 
-def test_an_unwritable_verification_record_is_harmless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_verification_record_is_harmless(tmp_path: Path) -> None:
     store = fill(tmp_path)
-
-    def refuse(name: str, content: bytes) -> None:
-        raise UserError("Read-only file system")
-
-    monkeypatch.setattr(store, "_write", refuse)
+    (tmp_path / "verified.json").mkdir()  # so that no file of this name can be written
     assert store.remove_corrupt() == []
-    assert not (tmp_path / "verified.json").exists()
+    assert (tmp_path / "verified.json").is_dir()

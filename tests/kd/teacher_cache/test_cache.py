@@ -29,9 +29,9 @@ from kd.problems.recipes import data_config
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher, fold_models, load_teacher
 from kd.runs.setup import start_training
+from kd.storage.store import Store
 from kd.teacher_cache import cache as teacher_cache
 from kd.teacher_cache.cache import CacheOptions, open_cache
-from kd.teacher_cache.writer import ShardWriter
 from students.classifiers import build_student
 
 LAYER, SEEN = "features.2", "trunk.trunk.maxpool"
@@ -143,15 +143,15 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
     expected = {name: kept.whole() for name, kept in whole.items()}
     shutil.rmtree(teacher.folder / "cache")
     with monkeypatch.context() as patch:
-        write, done = ShardWriter._write, []
+        write, done = Store.write_shard, []
 
-        def cut_off(self: Any, number: int) -> None:
-            write(self, number)
+        def cut_off(self: Store, number: int, fields: Any) -> None:
+            write(self, number, fields)
             done.append(number)
             if len(done) == 5:
                 raise KeyboardInterrupt
 
-        patch.setattr(ShardWriter, "_write", cut_off)
+        patch.setattr(Store, "write_shard", cut_off)
         with pytest.raises(KeyboardInterrupt):
             open_cache(teacher, data, accelerator, options)
     finished = {

@@ -22,9 +22,9 @@ from kd.problems.segmentation.task import Segmentation
 from kd.runs.build import make_accelerator, make_loader
 from kd.runs.load_teacher import TrainedTeacher
 from kd.storage.fields import CachedField
+from kd.storage.store import Store
 from kd.teacher_cache import cache as teacher_cache
 from kd.teacher_cache.cache import CacheOptions, open_cache
-from kd.teacher_cache.writer import ShardWriter
 from kd.transforms.crops import Crop
 from kd.utils.images import read_image
 
@@ -182,15 +182,15 @@ def test_an_interrupted_pass_over_pictures_goes_on(
     monkeypatch.setattr(teacher_cache, "IMAGES_A_BATCH", 2)
     accelerator, options = make_accelerator("fp32"), CacheOptions(outputs=("logits",))
     expected = open_cache(teacher_of(data, tmp_path / "whole"), data, accelerator, options)
-    teacher, write = teacher_of(data, tmp_path / "cut"), ShardWriter._write
+    teacher, write = teacher_of(data, tmp_path / "cut"), Store.write_shard
     with monkeypatch.context() as patch:
 
-        def cut_off(self: Any, number: int) -> None:
+        def cut_off(self: Store, number: int, fields: Any) -> None:
             if number == 2:
                 raise KeyboardInterrupt
-            write(self, number)
+            write(self, number, fields)
 
-        patch.setattr(ShardWriter, "_write", cut_off)
+        patch.setattr(Store, "write_shard", cut_off)
         with pytest.raises(KeyboardInterrupt):
             open_cache(teacher, data, accelerator, options)
     shown: list[list[int]] = []
