@@ -38,7 +38,7 @@ from torch.utils.data import default_collate
 from kd.data.loader import SampleLoader
 from kd.data.prepare import prepare, scale_annotations
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.data import ObjectSamples
 from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD, class_maps, hide, normalise, regions_of
 from kd.utils.images import scaled_size
 

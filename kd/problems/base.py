@@ -32,17 +32,21 @@ from teachers import TEACHERS
 
 Batch = Mapping[str, Tensor]
 Output = Mapping[str, Tensor]
-# Height and width of a feature map to the weights (K, h, w) of a mask on it.
+# Computes a mask's weights (K, h, w) from the height and width of a feature map.
 Mask = Callable[[tuple[int, int]], Tensor]
 
-KNOWN = "known"  # a unit: boxes with cached teacher outputs
+KNOWN = "known"  # unit of means over the boxes that have cached teacher outputs
 
 
 class Mean(NamedTuple):
     """A scalar mean and the unit it was taken over, a key of `Task.counts`.
 
     Ranks and micro-batches hold unequal numbers of objects; the unit's counts weight their means.
-    A critic learns from `judged` afterwards: both sides' maps and the images, detached.
+
+    Attributes:
+        value: The mean.
+        unit: A key of `Task.counts`.
+        judged: Detached inputs for the critic's own step: student's map, teacher's map and images.
     """
 
     value: Tensor
@@ -61,10 +65,10 @@ class Classes(NamedTuple):
         names: C class names.
         prior: Class fractions of the train objects, (C,).
         confusable: C names of groups of confusable classes, None for no group.
-        visible: Image ids (K,) to the number of other objects in the image of each.
+        visible: Function from image ids (K,) to numbers of other objects in these images, (K,).
         where: Prefix of error messages.
         truth: Returns the val split's ground truth, in the form that the problem's metric takes;
-            None where batches hold all of it.
+            None if batches hold all of it.
     """
 
     names: Sequence[str]
@@ -82,7 +86,7 @@ class Collector(Protocol):
         """Add a batch's predictions, as `Task.decode` returns them."""
 
     def gather(self) -> None:
-        """Exchange with the other ranks."""
+        """Merge the predictions of all ranks; every rank must call it."""
 
 
 class Evaluator(Collector, Protocol):
@@ -99,15 +103,15 @@ class Evaluator(Collector, Protocol):
 
 
 class Rows(NamedTuple):
-    """Rows of a batch's outputs; without arguments, one for each image.
+    """What the rows of a batch's outputs are; by default, the images.
 
     Attributes:
         unit: `images`, `hidden` (objects) or `boxes`, a key of a task's counts.
         images: The image of each row, (R,) int64; None: row n belongs to image n.
         labels: (R,) int64, -1 where unlabelled.
         ids: Keys of the cached teacher outputs, (R,) int64.
-        hidden: Whether the teacher gets an input for each row, with its object hidden; then its
-            feature maps have these rows too, and no row lacks a teacher's output.
+        hidden: Whether the teacher gets an input for each row, in which the row's object is hidden.
+            Then its feature maps have these rows too, and every row has a teacher output.
     """
 
     unit: str = "images"
@@ -118,31 +122,38 @@ class Rows(NamedTuple):
 
     @property
     def partial(self) -> bool:
-        """Whether some rows may lack a teacher's output."""
+        """Whether rows without a teacher output are allowed."""
         return self.images is not None and not self.hidden
 
 
 class ReadsOutputs(Protocol):
-    """The part of a distillation term that tasks read."""
+    """The part of a distillation term that tasks read.
+
+    Attributes:
+        student: Output or layer of the student.
+        mask_value: Parameter of the term's mask, such as `psi`; None if it has none.
+    """
 
     @property
-    def student(self) -> str:
-        """Output or layer of the student."""
-
+    def student(self) -> str: ...
     @property
-    def mask_value(self) -> float | None:
-        """Parameter of its mask, if the mask has one."""
+    def mask_value(self) -> float | None: ...
 
 
 class Task(Protocol):
     """Inputs, losses and decoding of one kind of problem; frozen, without a model.
 
-    Subclass it: the methods with a body are right where each row of an output is an image.
+    The methods with a body suit tasks whose output has a row for each image.
+
+    Attributes:
+        outputs: Named outputs of models; other names are those of layers.
+        class_scores: Outputs whose dimension 1 is the classes.
+        mask_names: Masks that terms may name.
     """
 
-    outputs: ClassVar[Collection[str]] = ("logits",)  # named outputs of models; others are layers
-    class_scores: ClassVar[Collection[str]] = ()  # outputs whose dimension 1 is the classes
-    mask_names: ClassVar[Collection[str]] = ()  # masks that terms may name
+    outputs: ClassVar[Collection[str]] = ("logits",)
+    class_scores: ClassVar[Collection[str]] = ()
+    mask_names: ClassVar[Collection[str]] = ()
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
@@ -154,7 +165,7 @@ class Task(Protocol):
 
     @abstractmethod
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Predictions for `metric`, for most tasks log-probabilities of the rows, (R, C)."""
+        """Predictions for the evaluator, for most tasks log-probabilities of the rows, (R, C)."""
 
     @abstractmethod
     def metric(self, classes: Classes) -> Evaluator:
@@ -163,7 +174,8 @@ class Task(Protocol):
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """Masks for distillation by name, with a row for each input of the teacher.
 
-        The mask `valid` is bool: the places that can be compared.
+        A mask named `valid` is bool and selects the grid cells that can be compared, such as those
+        inside the images.
         """
         return {}
 
@@ -179,8 +191,9 @@ class Task(Protocol):
         The counts weight the means of micro-batches and processes in the mean of the whole batch.
 
         Args:
-            batch: On its device.
-            units: Further units: masks that terms are means over, `valid`, or `frame` (all places).
+            batch: The batch, on its device.
+            units: Further units to count: masks that terms average over, `valid`, or `frame` (all
+                grid cells).
             masks: The batch's masks, if they were computed already.
         """
         size = (batch["images"].shape[-2], batch["images"].shape[-1])
@@ -192,15 +205,15 @@ class Task(Protocol):
         return {"images": full_count(batch, "images"), **counts}
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """The unit of a mean over a mask's places on a grid; mask `frame` covers all places."""
+        """Unit of a mean over the grid cells that a mask selects; the mask `frame` selects all."""
         return self.rows(batch).unit if mask == "frame" else mask
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Self:
-        """The task of a student trained with these terms, with the masks that they need."""
+        """The task with the masks that these distillation terms need."""
         return self
 
     def for_teaching(self, outputs: Collection[str]) -> Self:
-        """The task of a teacher, restricted to the outputs and layers that are read each step."""
+        """The task of a live teacher of which only these outputs and layers are read."""
         return self
 
 
@@ -216,7 +229,7 @@ class Sampling:
         epochs: Length of the training, for schedules.
         images: Ids of the images to sample; None: all.
         labelled: Ids of the images whose labels may be used; None: all.
-        hide: Hide one random object per image and epoch, or each in turn, if the problem hides any.
+        hide: Hide one random object per image and epoch, or all in turn, if the problem hides any.
         cached: Teacher outputs that are added to the samples.
     """
 
@@ -228,66 +241,49 @@ class Sampling:
     cached: Sequence[CachedField] = ()
 
 
-class Dataset(Protocol):
-    """An opened dataset: both splits, checked."""
-
-    @property
-    def problem(self) -> Problem[Any]:
-        """The problem that opened it."""
-
-    @property
-    def section(self) -> DatasetSection:
-        """The recipe's section."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-
-    def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed may use; None: all."""
-
-    def class_info(self) -> Classes:
-        """Classes and ground truth for the metric."""
-
-
-S = TypeVar("S")
-Section = TypeVar("Section", bound=Any)
-
-
 @dataclass(frozen=True)
-class SplitDataset(ABC, Generic[Section, S]):
-    """Base class of datasets that hold both splits."""
+class Dataset(ABC):
+    """An opened dataset, checked.
 
-    section: Section
-    train: S
-    val: S
+    Attributes:
+        section: The recipe's data section.
+    """
 
-    @property
-    @abstractmethod
-    def class_names(self) -> tuple[str, ...]:
-        """C names."""
+    section: DatasetSection
 
     @property
     @abstractmethod
     def problem(self) -> Problem[Any]:
         """The problem that opened it."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
 
     @property
     def num_classes(self) -> int:
         """C."""
         return len(self.class_names)
 
+    def labelled(self, seed: int) -> NDArray[np.int64] | None:
+        """Ids of the train images whose labels a student of this seed may use; None: all."""
+        return None
+
     @abstractmethod
     def class_info(self) -> Classes:
         """Classes and ground truth for the metric."""
 
-    def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """None: all train images are labelled."""
-        return None
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class SplitDataset(Dataset, Generic[S]):
+    """A dataset that holds an index of each split."""
+
+    train: S
+    val: S
 
     def split(self, name: Split) -> S:
         """One of the two splits."""
@@ -295,67 +291,64 @@ class SplitDataset(ABC, Generic[Section, S]):
 
 
 class Teacher(Protocol):
-    """A trained teacher."""
+    """A trained teacher.
+
+    Attributes:
+        folder: Run folder.
+        problem: The problem that it was trained on.
+        section: The data section that it was trained with.
+        model: The frozen network.
+        task: Its task, for inputs and decoding.
+    """
 
     @property
-    def folder(self) -> Path:
-        """Run folder."""
-
+    def folder(self) -> Path: ...
     @property
-    def problem(self) -> Problem[Any]:
-        """The problem that it was trained on."""
-
+    def problem(self) -> Problem[Any]: ...
     @property
-    def section(self) -> DatasetSection:
-        """The data that it was trained on."""
-
+    def section(self) -> DatasetSection: ...
     @property
-    def model(self) -> nn.Module:
-        """Frozen."""
-
+    def model(self) -> nn.Module: ...
     @property
-    def task(self) -> Task:
-        """Its inputs and decoding."""
+    def task(self) -> Task: ...
 
 
 class TeacherView(Protocol):
-    """A split as a teacher's input for caching; each row of the teacher's output is a record."""
+    """A split as a teacher's input for caching; each row of the teacher's output is a record.
+
+    Attributes:
+        data: The dataset.
+        unit: What a record belongs to: `objects` or `images`.
+        image_ids: Images with records, (I,).
+        records_per_image: Average number of records of an image.
+        provenance: Dataset and transform that cached outputs depend on, for the manifest.
+        grid: Height and width that score maps are resized to; None if all have the same shape.
+    """
 
     @property
-    def data(self) -> Dataset:
-        """The dataset."""
-
+    def data(self) -> Dataset: ...
     @property
-    def unit(self) -> str:
-        """Objects or images: the owners of records."""
-
+    def unit(self) -> str: ...
     @property
-    def image_ids(self) -> NDArray[np.int64]:
-        """Images with records, (I,)."""
-
+    def image_ids(self) -> NDArray[np.int64]: ...
     @property
-    def records_per_image(self) -> float:
-        """On average."""
-
+    def records_per_image(self) -> float: ...
     @property
-    def provenance(self) -> dict[str, str]:
-        """Data and transform that cached outputs depend on."""
-
+    def provenance(self) -> dict[str, str]: ...
     @property
-    def grid(self) -> tuple[int, int] | None:
-        """Height and width that score maps are resized to; None: all have one shape."""
+    def grid(self) -> tuple[int, int] | None: ...
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
         """All images, or those with these ids."""
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids of a batch's records, and the position in the batch of each one's image."""
+        """Ids of a batch's records, (R,), and the position in the batch of each record's image."""
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
         """Mirror the batch's images left to right, each within its own size."""
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Augmented training samples with these outputs moved alike.
+        """Augmented training samples, with cached maps moved like the images.
 
         Raises:
             UserError: Not supported for outputs of this problem.
@@ -368,19 +361,22 @@ D = TypeVar("D", bound=Dataset)
 class Problem(ABC, Generic[D]):
     """A kind of data and everything that depends on it, one for each folder of `kd.problems`.
 
-    Optional methods raise a `UserError` unless they are overridden.
+    Methods for abilities that a problem may lack raise a `UserError` unless they are overridden.
 
     Attributes:
         spec: Name, data section and tasks, without torch.
         teacher_output: The output of teachers that is cached besides layers.
         cached_splits: Splits that `kd.cache` stores by default.
-        hides_objects: Whether teachers get scenes with one object hidden: their posteriors of it
+        hides_objects: Whether teachers predict the class of a hidden object: then their posteriors
             are always cached, and they can be queried about the context of any region.
-        task_needs_student: Whether a student's task depends on the network, such as on its levels.
+        task_needs_student: Whether a student's task depends on its network, e.g. on the strides of
+            its feature pyramid.
         some_posteriors: Whether students see all objects at once while a context teacher hides each
-            in turn: posteriors of some objects are cached, all other outputs are live.
+            in turn: then posteriors are cached, possibly only of some objects, and all other
+            outputs come from live teachers.
         moves_cached_maps: Whether cached maps can be moved with augmented images.
         transferred: Name of the student whose trunk comes from a teacher's run, if there is one.
+        results_type: Class of the results, see `results`.
     """
 
     spec: ClassVar[ProblemSpec]
@@ -391,6 +387,7 @@ class Problem(ABC, Generic[D]):
     some_posteriors: ClassVar[bool] = False
     moves_cached_maps: ClassVar[bool] = False
     transferred: ClassVar[str] = ""
+    results_type: ClassVar[type[Results]]
 
     # Data
 
@@ -399,7 +396,7 @@ class Problem(ABC, Generic[D]):
         """Open both splits of a dataset and check them.
 
         Raises:
-            UserError: The data are missing, corrupt, or of another kind.
+            UserError: Files are missing, corrupt, or of another kind.
         """
 
     def class_names(self, section: Any) -> tuple[str, ...]:
@@ -412,24 +409,30 @@ class Problem(ABC, Generic[D]):
 
     @abstractmethod
     def training(self, data: D, sampling: Sampling, task: Task | None = None) -> Samples:
-        """Training samples; some tasks of teachers need additional entries."""
+        """Samples of the train split.
+
+        Args:
+            data: The dataset.
+            sampling: Options.
+            task: The task that they are for, if its losses need entries beyond the usual ones.
+        """
 
     @abstractmethod
     def evaluation(self, data: D, split: Split = "val") -> Samples:
-        """Samples that models are scored on."""
+        """Samples of a split for evaluation, without augmentation."""
 
     def folds(self, data: D, count: int) -> list[NDArray[np.int64]]:
-        """Ids of the train images outside of each fold, which its teacher is trained on."""
+        """Ids of the train images outside of each of `count` folds, one array per fold teacher."""
         raise UserError(
-            f"folds: are for teachers of hidden objects; these data are {self.spec.help}"
+            f"folds: only for teachers of hidden objects; these data are {self.spec.help}"
         )
 
     def cached_data(self, data: D) -> Dataset:
-        """The dataset whose teacher outputs are cached for students of this problem."""
+        """The dataset on which teachers of this problem's students are cached."""
         return data
 
     def object_ids(self, data: D) -> NDArray[np.int64]:
-        """Annotation ids of the train objects with cached posteriors, if the problem has any."""
+        """Annotation ids of the train objects, which identify cached posteriors."""
         raise UserError(f"{data.section.name}: posteriors are of objects, not of {self.spec.help}")
 
     def teacher_view(
@@ -447,14 +450,14 @@ class Problem(ABC, Generic[D]):
             UserError: Not supported for this problem, or not at this size.
         """
         raise UserError(
-            f"{data.section.name}: outputs are not cached for {self.spec.help}; set "
+            f"{data.section.name}: outputs for {self.spec.help} cannot be cached; set "
             "soft_targets.kind=live"
         )
 
     # Models
 
     def build_teacher(self, model: Model, num_classes: int) -> nn.Module:
-        """Build a teacher by name, with random weights or those that its options name."""
+        """Build a teacher by name, with random weights unless its options name others."""
         teacher: nn.Module = build(
             TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes
         )
@@ -470,8 +473,8 @@ class Problem(ABC, Generic[D]):
             model: Name and options.
             data: Its dataset.
             labelled: Ids of the images whose labels it may use; None: all.
-            context: False overrides options that ask for a context head.
-            outputs: Its outputs and layers that terms of its variant read.
+            context: False builds it without a context head, whatever its options are.
+            outputs: Outputs and layers that the variant's distillation terms read.
         """
         return self.named_student(model.name, model.options, num_classes=data.num_classes)
 
@@ -481,7 +484,7 @@ class Problem(ABC, Generic[D]):
         Args:
             name: A registered name, or `package.module:attribute`.
             options: The user's, checked against the builder.
-            given: Arguments that follow from the dataset, passed if the builder has them.
+            given: Arguments computed from the dataset, passed to builders that take them.
 
         Raises:
             UserError: An unknown name, one for another problem, or wrong options.
@@ -491,11 +494,11 @@ class Problem(ABC, Generic[D]):
         return student
 
     def resolve_student(self, model: Model) -> Model:
-        """Replace references to other runs in a student's section by what they refer to."""
+        """Resolve references to other runs in a student's section."""
         return model
 
     def fit(self, model: nn.Module, data: D, images: NDArray[np.int64] | None = None) -> None:
-        """Fit a model that counts rather than learns by gradient; others are unchanged."""
+        """Fit a model that is estimated from counts instead of trained; others are unchanged."""
 
     # Task
 
@@ -514,8 +517,8 @@ class Problem(ABC, Generic[D]):
             section: Name and options.
             data: The dataset's section.
             num_classes: C.
-            model: Attributes such as a pyramid's levels become options of the task.
-            fractions: From `class_fractions`; losses that need them raise without.
+            model: The network, whose attributes (such as its pyramid's levels) set options.
+            fractions: From `class_fractions`; needed to compute losses with class weights.
 
         Raises:
             UserError: An unknown task or option.
@@ -534,48 +537,49 @@ class Problem(ABC, Generic[D]):
         return task
 
     def task_options(self, data: Any) -> dict[str, Any]:
-        """Options of a task that follow from the dataset's section."""
+        """Options of the task that the dataset's section sets."""
         return {}
 
     def class_fractions(
         self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions, for tasks with class weights, on the images with these ids or on all."""
+        """Class fractions for tasks with class weights, on the train images `images` or all."""
         return {}
 
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Names of a teacher's output channels, to compare with a dataset's classes (`others`)."""
+        """Names of a teacher's output channels, to be compared with the classes `others`."""
         return tuple(names)
 
     # Results
 
-    @abstractmethod
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Scores, tables and figures of a task's predictions; `metrics` are the user's by name."""
+        """Scores, tables and figures of a task's predictions; `metrics` are the user's, by name."""
+        return self.results_type(metrics or {})
 
 
 def full_count(batch: Batch, name: str) -> Tensor:
-    """The number of rows of a batch's entry, on its device."""
-    # Filled there: a copy to a GPU would wait for all its pending work.
+    """The number of rows of a batch's entry, as a scalar on the batch's device."""
+    # Created on the device: copying it to a GPU would wait for all pending work.
     return torch.full((), float(len(batch[name])), device=batch["images"].device)
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:
-    """A model's raw output by name; a lone tensor is its `logits`."""
+    """A model's raw output as a dict; a single tensor becomes `logits`."""
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
 
 
 def cached_masks(masks: Mapping[str, Mask]) -> dict[str, Mask]:
-    """Cache masks: each is computed once for each grid."""
+    """Wrap masks so that each is computed only once per grid."""
     return {name: functools.cache(mask) for name, mask in masks.items()}
 
 
 def stride_of(pixels: int, places: int) -> int:
-    """Pixels per place of a feature map: the power of two that rounds up to so many places.
+    """Stride of a feature map with `places` cells along a side of `pixels` pixels.
 
-    If there is none, one that rounds down, as in VGG and DenseNet.
+    It is the power of two by which the side, divided and rounded up, has this number of cells; if
+    there is none, the one that fits by rounding down, as in VGG and DenseNet.
     """
     strides = [1 << power for power in range(pixels.bit_length() + 1)]
     up = [stride for stride in strides if -(-pixels // stride) == places]

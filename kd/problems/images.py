@@ -59,7 +59,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class ImageDataset(SplitDataset[D, S]):
+class ImageDataset(SplitDataset[S]):
     """Both splits of a dataset of images with targets for their pixels."""
 
     @property
@@ -149,7 +149,7 @@ class ImagesView:
     records_per_image = 1.0
 
     def __init__(
-        self, data: ImageDataset[Any, Any], split: Split, size: int | tuple[int, int] | None, *,
+        self, data: ImageDataset[Any], split: Split, size: int | tuple[int, int] | None, *,
         resizes_maps: bool,
     ) -> None:  # fmt: skip
         self.data, self.split, self.size = data, split, size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from kd.errors import UserError
 from kd.metrics.bootstrap import Interval, bootstrap, paired_bootstrap
 from kd.metrics.records import Records
 from kd.metrics.registry import Metric
-from kd.problems.base import Batch, Classes, Mean, Output, Problem, Sampling, Split, Task
+from kd.problems.base import Batch, Classes, Dataset, Mean, Output, Problem, Sampling, Split, Task
 from kd.problems.results import Evaluation, Results
 from kd.problems.spec import ProblemSpec
 from kd.report.tables import Table
@@ -62,17 +62,17 @@ class BrightnessSamples:
 
 
 @dataclass(frozen=True)
-class BrightnessDataset:
+class BrightnessDataset(Dataset):
     """Both splits."""
 
     section: BrightnessSection
 
-    problem: ClassVar[Problem[Any]]
     class_names: ClassVar[tuple[str, ...]] = ("brightness",)
-    num_classes: ClassVar[int] = 1
 
-    def labelled(self, seed: int) -> None:
-        """All images have a target."""
+    @property
+    def problem(self) -> Problem[Any]:
+        """The only problem of this module."""
+        return PROBLEM
 
     def class_info(self) -> Classes:
         """Names alone."""
@@ -196,6 +196,7 @@ class BrightnessProblem(Problem[BrightnessDataset]):
 
     spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = "value"
+    results_type: ClassVar[type[Results]] = BrightnessResults
 
     def open(self, section: BrightnessSection) -> BrightnessDataset:
         """There is nothing to check."""
@@ -210,10 +211,6 @@ class BrightnessProblem(Problem[BrightnessDataset]):
     def evaluation(self, data: BrightnessDataset, split: Split = "val") -> BrightnessSamples:
         """A split as it is."""
         return BrightnessSamples(data.section, split, train=False)
-
-    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Absolute errors."""
-        return BrightnessResults(metrics or {})
 
 
 class Regressor(nn.Module):
@@ -236,4 +233,3 @@ def matched(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 PROBLEM = BrightnessProblem()
-BrightnessDataset.problem = PROBLEM

@@ -24,7 +24,7 @@ from kd.evaluation.out_of_context import METRICS, report_detections, report_runs
 from kd.formats.coco import load_coco
 from kd.formats.rle import encode
 from kd.out_of_context import main
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.data import ObjectSamples
 
 COUNT = 20
 

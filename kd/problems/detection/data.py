@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from kd.data.annotated import (
     ImageFiles,
     Objects,
-    known_labels,
     moved_objects,
     objects_of,
-    repeated,
 )
 from kd.data.loader import Sample
 from kd.errors import UserError
@@ -31,27 +28,31 @@ from kd.formats.splits import objects_on
 from kd.metrics.kitti_ap import KittiTruth
 from kd.problems import problem
 from kd.problems.base import Classes, Problem, Split
-from kd.problems.objects.data import AnnotatedDataset, ObjectsDataset, open_objects, smoothed
+from kd.problems.objects.data import (
+    AnnotatedDataset,
+    AnnotatedSamples,
+    Ids,
+    ObjectsDataset,
+    open_objects,
+    smoothed,
+)
 from kd.problems.objects.schema import ObjectsSection
-from kd.storage.fields import PREFIX, CachedField
-from kd.transforms.augment import Augment, Plan, build_augment, pad
+from kd.storage.fields import PREFIX
+from kd.transforms.augment import Augment, Plan, build_augment
 
 _SAMPLE_STREAM = 4  # separates the random numbers of samples from those of the loader's order
 _NO_CHANGE = Augment(
     flip=0, shift=0, rotate=0, crop=0, rgb_shift=0, shuffle=0, grey=0, blur=0, jitter=0
 )
-_SMALLEST_CROWD = 0.0  # fraction of a crowd that must stay visible: any part counts
-
-Ids = Collection[int] | npt.NDArray[np.int64]
 
 
-class DetectionSamples(Dataset[Sample]):
-    """Samples of docs/batch.md, looked up by (epoch, position).
+class DetectionSamples(AnnotatedSamples):
+    """Samples of images with boxes; images without objects are included.
 
     In training the long side of an image is scaled at random; larger images are cropped to the
     frame at random, smaller ones padded. Boxes are clipped at the border; those with less than
     `augment.min_visible` of their area left, or a side below a pixel, are dropped. Evaluation
-    samples are whole images with all boxes. Randomness depends on (seed, epoch, position) alone.
+    samples are whole images with all boxes.
 
     Args:
         index: The dataset. Its crowds become `crowds`, never boxes.
@@ -59,89 +60,52 @@ class DetectionSamples(Dataset[Sample]):
         train: Augment; otherwise all epochs are the same.
         augment: Options of `Augment`; None: random scales only.
         scales: Smallest and largest long side of training images, as factors of `size`.
-        labelled: Ids of labelled images; labels of others become -1, their boxes stay. None: all.
-        repeat_labelled: How often an image of `labelled` occurs in an epoch; others occur once.
         only: Ids of the images to use; None: all.
         seed: Random seed, 0 or more.
-        prepared: Folder made by `python -m kd.data.prepare` from this dataset.
-        cached: Teacher outputs by image id that come with the images, as `stored.NAME`.
+        prepared: Folder written by `python -m kd.data.prepare` from this dataset.
+        options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`.
 
     Raises:
-        UserError: An option is out of range, no image is left, or the prepared copy does not fit.
+        UserError: `scales` is out of range, no image is left, or the prepared copy does not fit.
     """
 
     def __init__(
         self, index: CocoIndex, *, size: int, train: bool = True,
         augment: dict[str, Any] | None = None, scales: tuple[float, float] = (1.0, 1.0),
-        labelled: Ids | None = None, repeat_labelled: int = 1, only: Ids | None = None,
-        seed: int = 0, prepared: Path | None = None, cached: Sequence[CachedField] = (),
+        only: Ids | None = None, seed: int = 0, prepared: Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < scales[0] <= scales[1]:
             raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
-        self.index, self.size, self.train = index, size, train
         self.augment: Augment = build_augment(augment) or _NO_CHANGE
-        self.scales, self.seed, self.cached = scales, seed, tuple(cached)
-        largest = max(size, self._side(scales[1])) if train else size
-        self.files = ImageFiles.open(index, size, prepared, largest=largest)
+        self.scales = scales
+        largest = max(size, round(size * scales[1])) if train else size
+        files = ImageFiles.open(index, size, prepared, largest=largest)
         images = np.arange(len(index))
         if only is not None:
             images = images[np.isin(index.image_ids, np.asarray(list(only)))]
         if not len(images):
             raise UserError(f"{index.annotation_file}: none of the selected images is in it")
-        known = known_labels(index, images, labelled)
-        times = 1 if labelled is None else repeat_labelled
-        self.images, self.known = repeated(images, known, times)
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.images)
-
-    def together(self, batch_size: int) -> int:
-        """`batch_size`: all samples have one frame."""
-        return batch_size
+        super().__init__(index, images, files, train=train, seed=seed, **options)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Make the sample of (epoch, position).
-
-        Returns:
-            Tensors of docs/batch.md for one image; collation adds `image_of` and `crowd_of`.
-
-        Raises:
-            UserError: The image is missing, corrupt, or not of the size in the JSON.
-        """
         epoch, position = place
         image = int(self.images[position])
-        image_id = int(self.index.image_ids[image])
         pixels, plan = self._draw(image, epoch, position)
         size = (pixels.shape[1], pixels.shape[2])
-        found = self._objects(self.index, image, size, plan, self.augment.min_visible)
-        labels = self.index.labels[found.rows].astype(np.int64)
-        if not self.known[position]:
-            labels[:] = -1
+        found = self._objects(self.index, image, size, plan, min_visible=self.augment.min_visible)
+        sample = self.entries(position, pixels, plan, found)
         crowds = torch.empty(0, 4)
-        if self.index.crowds is not None:
-            crowds = self._objects(self.index.crowds, image, size, plan, _SMALLEST_CROWD).boxes
-        stored = {
-            f"{PREFIX}{output.name}": output(np.array([image_id]), plan, size, self.size)
-            for output in self.cached
-        }
-        return {
-            "images": pad(plan.image(pixels), self.size),
-            "sizes": torch.tensor(plan.size),
-            "own_sizes": torch.tensor(self.files.index.size_of(image)),
-            "image_ids": torch.tensor(image_id),
+        if self.index.crowds is not None:  # any visible part of a crowd counts
+            crowds = self._objects(self.index.crowds, image, size, plan, min_visible=0.0).boxes
+        sample |= {
+            "own_sizes": torch.tensor(self.index.size_of(image)),
             "labelled": torch.tensor(bool(self.known[position])),
-            "boxes": found.boxes,
-            "labels": torch.from_numpy(labels),
-            "object_ids": torch.from_numpy(self.index.object_ids[found.rows].astype(np.int64)),
-            "area_fractions": torch.from_numpy(found.fractions).float(),
             "crowds": crowds,
-            **stored,
         }
-
-    def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """Path of an image of the index, prepared or not, with its height and width."""
-        return self.files.file(image)
+        ids = np.array([int(sample["image_ids"])])
+        for output in self.cached:
+            sample[f"{PREFIX}{output.name}"] = output(ids, plan, size, self.size)
+        return sample
 
     def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
         """The image, randomly scaled in training, and its augmentation."""
@@ -149,16 +113,15 @@ class DetectionSamples(Dataset[Sample]):
             pixels = self.files.read(image)
             return pixels, Plan(size=(pixels.shape[1], pixels.shape[2]))
         random = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, position))
-        pixels = self.files.read(image, self._side(random.uniform(*self.scales)))
+        side = max(1, round(self.size * random.uniform(*self.scales)))
+        pixels = self.files.read(image, side)
         size = (pixels.shape[1], pixels.shape[2])
         return pixels, self.augment.draw(random, size, frame=self.size)
 
-    def _side(self, scale: float) -> int:
-        return max(1, round(self.size * scale))
-
     def _objects(
-        self, index: CocoIndex, image: int, size: tuple[int, int], plan: Plan, min_visible: float
-    ) -> Objects:
+        self, index: CocoIndex, image: int, size: tuple[int, int], plan: Plan, *,
+        min_visible: float,
+    ) -> Objects:  # fmt: skip
         if not self.train:
             return objects_of(index, image, size)
         return moved_objects(index, image, size, plan, min_visible=min_visible, cut_at_crop=True)

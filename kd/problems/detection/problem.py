@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import nn
 
 from kd.config.recipes import Model
 from kd.data.open_files import class_names
-from kd.metrics.registry import Metric
 from kd.problems.base import Dataset, Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.detection.data import DetectionDataset, DetectionSamples, open_detection
 from kd.problems.detection.evaluation import DetectionResults
@@ -25,6 +23,7 @@ class DetectionProblem(Problem[DetectionDataset]):
     """Objects to be found with their boxes."""
 
     spec: ClassVar[ProblemSpec] = SPEC
+    results_type: ClassVar[type[Results]] = DetectionResults
     teacher_output: ClassVar[str] = "posterior"
     task_needs_student: ClassVar[bool] = True
     some_posteriors: ClassVar[bool] = True
@@ -73,10 +72,6 @@ class DetectionProblem(Problem[DetectionDataset]):
         if options.get("context") and "prior" not in options:
             given["prior"] = data.prior(labelled).tolist()
         return self.named_student(model.name, options, **given)
-
-    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Results from detections."""
-        return DetectionResults(metrics or {})
 
 
 PROBLEM = DetectionProblem()

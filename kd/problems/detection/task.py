@@ -42,12 +42,12 @@ class Detection(Task):
         num_classes: C.
         levels: Strides and anchors of the student's feature maps, for the masks.
         psi: Threshold of the imitation mask, a fraction of a box's largest IoU with an anchor.
-        psis: Further thresholds, of terms with an option `psi`; masks are named `imitation_PSI`.
-        loss_units: Unit of the mean of each loss.
-        wanted: Outputs of the network in evaluation mode: detections; raw maps and rows for
-            objects (of a live teacher); or only the maps of its pyramid.
-        near_boxes: Also run the heads of a second stage on boxes near the true ones, for terms that
-            read these outputs.
+        psis: Further thresholds, for terms with an option `psi`; masks are named `imitation_PSI`.
+        loss_units: Loss -> the unit that its mean is taken over.
+        wanted: Outputs of the network in evaluation mode: detections; for a live teacher, raw maps
+            and rows for objects, or only the maps of its pyramid.
+        near_boxes: Whether to run the heads of a second stage also on boxes near the true ones, for
+            terms that read these outputs.
     """
 
     outputs: ClassVar[Collection[str]] = ("object_logits", "object_deltas", "context")
@@ -69,8 +69,8 @@ class Detection(Task):
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         """Normalised images (N, 3, H, W), 0 in the padding, and the detectors' other inputs.
 
-        See `kd.nn.detectors.contract`. Boxes near the true ones are derived from the batch, so that
-        student and teacher get the same.
+        See `kd.nn.detectors.contract`. Boxes near the true ones are computed from the batch alone,
+        so that student and teacher get the same.
         """
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
@@ -88,12 +88,12 @@ class Detection(Task):
         return object_rows(batch)
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Detection:
-        """The task with the masks and outputs that terms read."""
+        """The task with the masks and outputs that these terms read."""
         psis = {term.mask_value for term in terms if term.mask_value is not None}
         return self._reading([term.student for term in terms], psis=tuple(sorted(psis)))
 
     def for_teaching(self, outputs: Collection[str]) -> Detection:
-        """The task of a live teacher; if only its pyramid is read, its heads do not run."""
+        """The task of a live teacher, whose heads do not run if only its pyramid is read."""
         pyramid = all(output.startswith("network.backbone") for output in outputs)
         return self._reading(outputs, wanted="features" if pyramid else "objects")
 
@@ -101,16 +101,19 @@ class Detection(Task):
         return replace(self, near_boxes=not set(SECOND_STAGE).isdisjoint(outputs), **changes)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Losses from the network's outputs: `classes`, `boxes`, ..."""
+        """The losses that the network computes: `classes`, `boxes`, ..."""
         return {name: Mean(output[f"{LOSS}{name}"], unit) for name, unit in self.loss_units.items()}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Masks on a level's map, (N, h, w).
+        """Masks on the grid of a level's map, (N, h, w).
 
-        Bool: `imitation`, cells with an anchor near a box (`imitation_mask`); `inside`, cells whose
-        centre is in a box or that hold the centre of one; both with the boxes of the level, see
-        `assigned`. `whole` and `valid`, all cells inside the images. Float: `ring`, the fraction of
-        a cell near a box, but in none, of all boxes on every level.
+        * `imitation`, bool: cells with an anchor near a box of the level (`imitation_mask`).
+        * `inside`, bool: cells whose centre is in a box of the level, or that hold a box's centre.
+        * `whole` and `valid`, bool: all cells inside the images.
+        * `ring`, float: the fraction of a cell that is near a box, but in none; on every level, of
+          all boxes.
+
+        `assigned` defines which boxes belong to a level.
         """
         kinds: dict[str, Callable[[int, tuple[int, int], Batch], Tensor]] = {
             "imitation": partial(self._imitation, self.psi),
@@ -121,21 +124,20 @@ class Detection(Task):
             "ring": self._ring,
         }
 
-        def of(kind: str) -> Mask:
-            def on_grid(grid: tuple[int, int]) -> Tensor:
-                stride = stride_of(batch["images"].shape[-2], grid[0])
-                return kinds[kind](stride, grid, batch)
+        height = batch["images"].shape[-2]
 
-            return on_grid
+        def of(mask: Callable[[int, tuple[int, int], Batch], Tensor]) -> Mask:
+            return lambda grid: mask(stride_of(height, grid[0]), grid, batch)
 
-        return {kind: of(kind) for kind in kinds}
+        return {kind: of(mask) for kind, mask in kinds.items()}
 
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Boxes, images, and the cells of masks on each level as `MASK/STRIDE`.
+        """Count boxes, images, and the cells of masks on each level, as `MASK/STRIDE`.
 
-        `valid` and `frame` do not depend on levels: they are counted for all powers of two.
+        `valid` and `frame` do not depend on levels: they are counted for strides of all powers of
+        two.
         """
         height, width = batch["images"].shape[-2:]
         images = full_count(batch, "images")
@@ -171,7 +173,7 @@ class Detection(Task):
         return found.index_add(0, images, inside.float()) > 0
 
     def _whole(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-        self._level(stride)  # only cells of the levels are counted
+        self._level(stride)  # refuses other strides, whose cells are not counted
         return _valid(stride, grid, batch)
 
     def _ring(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
@@ -191,12 +193,12 @@ class Detection(Task):
                 return level
         known = ", ".join(str(level.stride) for level in self.levels) or "none"
         raise UserError(
-            f"losses: a map of {stride} pixels a place is none of the student's levels, whose are "
-            f"{known}; name a layer of its pyramid"
+            f"losses: a map with stride {stride} is not one of the student's levels, whose strides "
+            f"are {known}; name a layer of its pyramid"
         )
 
     def _of_level(self, stride: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The boxes of a level and their images."""
+        """The boxes that are assigned to a level, and the image of each."""
         level = self.levels.index(self._level(stride))
         mine = assigned(batch["boxes"], self.levels) == level
         return batch["boxes"][mine], batch["image_of"][mine]
@@ -208,7 +210,7 @@ class Detection(Task):
     def metric(self, classes: Classes) -> Evaluator:
         """Average precision of COCO, Pascal VOC and KITTI."""
         if classes.truth is None:
-            raise UserError(f"{classes.where}: has no boxes of objects that could be found")
+            raise UserError(f"{classes.where}: has no annotated boxes to evaluate detections on")
         truth, kitti = classes.truth()
         return FoundBoxes(
             truth, classes.names, confusable=classes.confusable, kitti=kitti, where=classes.where
@@ -216,25 +218,25 @@ class Detection(Task):
 
 
 def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-    """Cells inside the images, on a grid whose cells `Detection.counts` counts."""
+    """Cells inside the images; refuse strides for which `Detection.counts` has no count."""
     if stride & (stride - 1):
         raise UserError(
-            f"losses: a map of {stride} pixels a place; terms on maps that look at each place take "
-            "those whose places are a power of two"
+            f"losses: a map with stride {stride}; terms that compare maps cell by cell need a "
+            "stride that is a power of two"
         )
     return valid_pixels(-(-batch["sizes"] // stride), grid)
 
 
 def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float], ...]:
-    """Widths and heights of a level's anchors; of anchor-free levels, a default.
+    """Widths and heights of a level's anchors, or default ones for anchor-free levels.
 
-    The default is torchvision's: squares of 4 strides with ratios 1/2, 1 and 2; on a pyramid the
-    next level has larger ones. A detector's only map also gets squares of 8, 16, ... strides: with
-    the smallest alone, an anchor would lie inside any larger box at each of its cells, and the
-    mask would be the box, whatever psi.
+    The defaults are torchvision's: sides of 4 strides at aspect ratios 1/2, 1 and 2. On a pyramid
+    the next level has the larger ones; a detector's only map also gets sides of 8, 16, ... strides.
+    With the smallest alone, the anchors in all cells of a larger box would lie inside it and
+    overlap it equally well, and the mask would be the box, whatever psi.
 
     Args:
-        level: With or without anchors of its own.
+        level: A level with or without anchors of its own.
         reach: Limit of the squares on a detector's only map, the image's longer side in pixels; 0
             on a pyramid.
     """
@@ -264,19 +266,19 @@ def anchors_of(
 
 
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
-    """The level of each box: that with the anchor of the most similar shape.
+    """Assign each box to the level that has the anchor of the most similar shape.
 
-    Wang et al. imitate one map; on a pyramid a box must not select cells of levels that a detector
-    would not find it on. A box belongs to the level with the largest IoU between box and anchor at
-    a common centre, the finest of equal ones: with dense anchors the level of its best anchor. (The
-    rule of region heads, by area, is for crops of proposals, not for cells of the maps.)
+    Wang et al. imitate one map; on a pyramid a box must not select cells of levels on which a
+    detector would not find it. A box belongs to the level with the largest IoU between box and
+    anchor at a common centre, the finest of equal ones: with dense anchors, the level of its best
+    anchor. (Region heads choose levels by area, but for crops of proposals, not for cells of maps.)
 
     Args:
         boxes: (M, 4) xyxy pixels.
         levels: Finest first.
 
     Returns:
-        (M,) int64, positions in `levels`.
+        Positions in `levels`, (M,) int64.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
     best = []

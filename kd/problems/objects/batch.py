@@ -15,21 +15,31 @@ from torch import Tensor
 
 from kd.errors import UserError
 from kd.nn.regions import coverage, expand_boxes
-from kd.problems.base import Batch, Classes, Evaluator, Mask, Rows, Task, full_count, stride_of
+from kd.problems.base import (
+    Batch,
+    Classes,
+    Evaluator,
+    Mask,
+    Output,
+    Rows,
+    Task,
+    full_count,
+    stride_of,
+)
 from kd.problems.objects.metric import TopN
 
 RING_MARGIN = 0.5
 
 
 def chosen(batch: Batch) -> Tensor:
-    """Indices of the hidden objects among all M, (K,); of all objects where none is hidden."""
+    """Indices of the hidden objects, (K,), or of all objects if none is hidden."""
     if "hidden" in batch:
         return batch["hidden"]
     return torch.arange(len(batch["boxes"]), device=batch["boxes"].device)
 
 
 def image_rows(batch: Batch) -> Tensor:
-    """Images of the chosen objects, (K,)."""
+    """Position in the batch of each chosen object's image, (K,)."""
     return batch["image_of"][chosen(batch)]
 
 
@@ -44,7 +54,7 @@ def hidden_labels(batch: Batch) -> Tensor:
 
 
 def object_rows(batch: Batch) -> Rows:
-    """Rows of output: hidden objects, the boxes of a detector's batch, or images."""
+    """What the rows of outputs are: hidden objects, the boxes of a detector's batch, or images."""
     if "hidden" not in batch and "boxes" not in batch:
         return Rows()
     which = chosen(batch)
@@ -58,10 +68,10 @@ def object_rows(batch: Batch) -> Rows:
 
 
 def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor]:
-    """Count objects and images, labelled ones, and further units: masks that terms are means over.
+    """Count objects and images, labelled ones, and further units: masks that terms average over.
 
-    In a detector's batch images may be labelled without having a box. `ring` is the area of all
-    rings in pixels: only counts of one unit are compared.
+    In a detector's batch images may be labelled without having a box. `ring` is counted as the area
+    of all rings in pixels; counts need only be comparable within one unit.
 
     Raises:
         UserError: There is no such mask.
@@ -84,7 +94,7 @@ def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor
         if unit == "ring":
             counts["ring"] = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         elif unit not in (*counts, "frame", "valid"):
-            raise UserError(f"losses: objects have no mask {unit!r}; there is: ring")
+            raise UserError(f"losses: tasks about objects have no mask {unit!r}, only 'ring'")
     return counts
 
 
@@ -102,7 +112,7 @@ class ObjectTask(Task):
     num_classes: int
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`ring`: the surroundings of each object."""
+        """`ring`, float (K, h, w): the fraction of each cell in the ring around the object."""
         return {"ring": ring_mask(batch)}
 
     def rows(self, batch: Batch) -> Rows:
@@ -112,8 +122,12 @@ class ObjectTask(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Objects and images, with labels and without."""
+        """Count objects and images, also the labelled ones."""
         return object_counts(batch, units)
+
+    def decode(self, output: Output, batch: Batch) -> Tensor:
+        """Log-probabilities (K, C)."""
+        return output["logits"].float().log_softmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
         """Top-n accuracy and negative log-likelihood."""
@@ -124,7 +138,7 @@ class ObjectTask(Task):
 
 
 def ring_mask(batch: Batch) -> Mask:
-    """The surroundings of each object: a ring of half its size, within the image."""
+    """Mask of the ring around each object, half its size wide, within the image, (K, h, w)."""
 
     def on_grid(grid: tuple[int, int]) -> Tensor:
         stride = stride_of(batch["images"].shape[-2], grid[0])

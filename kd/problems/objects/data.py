@@ -1,29 +1,286 @@
-"""Datasets of objects: both splits of annotated images, and their samples."""
+"""Datasets of objects: both splits of annotated images, as samples and as teachers' inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from kd.config.datasets import DatasetSection
+from kd.data.annotated import (
+    ImageFiles,
+    Objects,
+    area_fractions,
+    known_labels,
+    moved_objects,
+    objects_of,
+    repeated,
+)
+from kd.data.loader import Sample, Samples
 from kd.data.open_files import open_annotated
+from kd.errors import UserError
+from kd.formats.class_maps import ClassMaps
 from kd.formats.coco import CocoIndex, visible_objects
 from kd.formats.splits import labelled_images, objects_on
 from kd.problems import problem
-from kd.problems.base import Classes, Problem, Split, SplitDataset
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.base import Batch, Classes, Problem, Split, SplitDataset
+from kd.problems.images import files_hash, mirror_images
+from kd.problems.objects.batch import image_rows
 from kd.problems.objects.schema import ObjectsSection
+from kd.storage.fields import PREFIX, CachedField
+from kd.transforms.augment import Augment, Plan, build_augment, pad
+from kd.transforms.hide import hidden_regions, hide_fraction
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["one", "all"]
+
+# Separate these random numbers from each other and from those of the loader's order.
+_SAMPLE_STREAM = 1
+_HIDE_SEVERAL_STREAM = 2
+
+Ids = Collection[int] | NDArray[np.int64]
+
+
+class AnnotatedSamples(Dataset[Sample]):
+    """Base class of samples of annotated images: those of docs/batch.md by (epoch, position).
+
+    A sample depends on its (epoch, position) and the seed alone.
+
+    Args:
+        index: The dataset.
+        images: Positions in the index of the images to sample.
+        files: Reads the images.
+        train: Whether to augment; otherwise all epochs are equal.
+        seed: At least 0.
+        labelled: Ids of the labelled images; labels on others become -1. None: all.
+        repeat_labelled: How often an image of `labelled` occurs in an epoch; others occur once.
+        cached: Teacher outputs, added as `stored.NAME`.
+
+    Raises:
+        UserError: `labelled` has an unknown id.
+    """
+
+    def __init__(
+        self, index: CocoIndex, images: NDArray[np.int64], files: ImageFiles, *, train: bool,
+        seed: int, labelled: Ids | None = None, repeat_labelled: int = 1,
+        cached: Sequence[CachedField] = (),
+    ) -> None:  # fmt: skip
+        self.index, self.files, self.size = index, files, files.size
+        self.train, self.seed, self.cached = train, seed, tuple(cached)
+        known = known_labels(index, images, labelled)
+        times = 1 if labelled is None else repeat_labelled
+        self.images, self.known = repeated(images, known, times)
+
+    def __len__(self) -> int:
+        """Number of samples in an epoch."""
+        return len(self.images)
+
+    def together(self, batch_size: int) -> int:
+        """`batch_size`, since all samples have the same square frame."""
+        return batch_size
+
+    @abstractmethod
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """Make the sample of (epoch, position): docs/batch.md without the batch's dimension.
+
+        Raises:
+            UserError: The image is missing, corrupt, or not of the size in the JSON.
+        """
+
+    def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
+        """The (prepared) file of an image of the index, its height and width."""
+        return self.files.file(image)
+
+    def entries(self, position: int, pixels: Tensor, plan: Plan, found: Objects) -> Sample:
+        """The entries of a sample that hold the image and its objects."""
+        labels = self.index.labels[found.rows].astype(np.int64)
+        if not self.known[position]:
+            labels[:] = -1
+        return {
+            "images": pad(plan.image(pixels), self.size),
+            "sizes": torch.tensor(plan.size),
+            "image_ids": torch.tensor(int(self.index.image_ids[self.images[position]])),
+            "boxes": found.boxes,
+            "labels": torch.from_numpy(labels),
+            "object_ids": torch.from_numpy(self.index.object_ids[found.rows].astype(np.int64)),
+            "area_fractions": torch.from_numpy(found.fractions).float(),
+        }
 
 
 @dataclass(frozen=True)
-class AnnotatedDataset(SplitDataset[ObjectsSection, CocoIndex]):
+class _Scene:
+    """An image's objects in the frame of a sample, and which of them are usable."""
+
+    plan: Plan
+    found: Objects
+    usable: Tensor
+
+
+class ObjectSamples(AnnotatedSamples):
+    """Samples of scenes with objects to hide, one for each image that has a usable object.
+
+    Args:
+        index: The dataset.
+        size: Side of the square frame, pixels.
+        mode: Usable objects to hide: `one` drawn each epoch, or `all`, one by one.
+        train: Whether to augment and to follow schedules; otherwise all epochs are equal.
+        augment: Options of `Augment`; None: no augmentation.
+        min_fraction: Area of the smallest usable box as a fraction of the image.
+        max_fraction: Area of the largest usable box.
+        shape: Shape of hidden regions; `segment` adds exact masks to the samples.
+        partial: Hidden fraction of an object at the start of training, and the progress (0..1)
+            from which all of it is hidden; None hides all from the start.
+        hide_several: Fraction of the other objects that are hidden too, at the start and at the
+            end of training; None hides one at a time.
+        read_images: False for grey images.
+        only: Ids of the images to sample; None: all.
+        seed: At least 0.
+        epochs: Length of the training, for the schedules.
+        prepared: Folder written by `python -m kd.data.prepare` from this dataset.
+        class_maps: Class ids of the pixels, added as `class_maps`.
+        options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`; teacher outputs
+            are those for the hidden objects.
+
+    Raises:
+        UserError: No image has a usable object, or the prepared copy does not fit.
+    """
+
+    def __init__(
+        self, index: CocoIndex, *, size: int, mode: Mode = "one", train: bool = True,
+        augment: dict[str, Any] | None = None, min_fraction: float = 0.0015,
+        max_fraction: float = 0.30, shape: str = "box",
+        partial: tuple[float, float] | None = None,
+        hide_several: tuple[float, float] | None = None, read_images: bool = True,
+        only: Ids | None = None, seed: int = 0, epochs: int = 1, prepared: Path | None = None,
+        class_maps: ClassMaps | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self.mode, self.epochs, self.class_maps = mode, epochs, class_maps
+        self.augment: Augment | None = build_augment(augment) if train else None
+        self.min_fraction, self.max_fraction, self.shape = min_fraction, max_fraction, shape
+        self.partial = partial if train else None
+        self.hide_several = hide_several if train else None
+        files = ImageFiles.open(index, size, prepared, read_files=read_images)
+        images = self._images_with_usable_objects(index, only)
+        super().__init__(index, images, files, train=train, seed=seed, **options)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        epoch, position = place
+        random = np.random.default_rng(
+            (_SAMPLE_STREAM, self.seed, epoch if self.train else 0, position)
+        )
+        image = int(self.images[position])
+        pixels = self.files.read(image)
+        original = (pixels.shape[1], pixels.shape[2])
+        scene = self._draw_scene(image, original, random)
+        candidates = scene.usable.nonzero()[:, 0]
+        if self.mode == "one":
+            candidates = candidates[int(random.integers(len(candidates)))][None]
+        sample = {
+            **self.entries(position, pixels, scene.plan, scene.found),
+            "usable": scene.usable,
+            "hidden": candidates,
+            "hide_fraction": torch.full((len(candidates),), self._hide_fraction(epoch)),
+        }
+        if self.hide_several is not None:
+            start, end = self.hide_several
+            others = np.random.default_rng((_HIDE_SEVERAL_STREAM, self.seed, epoch, position))
+            fraction = start + (end - start) * epoch / max(1, self.epochs - 1)
+            hidden_too = others.random(len(sample["labels"])) < fraction
+            sample["also_hidden"] = torch.from_numpy(hidden_too)
+        if self.class_maps is not None:
+            sample["class_maps"] = self.class_maps(image, scene.plan, original)
+        if self.shape == "segment":
+            sample["segments"] = self._segments(scene, candidates, original)
+        hidden = sample["object_ids"][candidates].numpy()
+        for output in self.cached:
+            sample[f"{PREFIX}{output.name}"] = output(hidden, scene.plan, original, self.size)
+        return sample
+
+    def usable_rows(self) -> NDArray[np.int64]:
+        """Rows of the index of all usable objects on the sampled images, (K,)."""
+        rows, owners = self._usable_rows(self.index)
+        return rows[np.isin(owners, self.images)]
+
+    def _usable_rows(self, index: CocoIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        counts = np.diff(index.first)
+        files = np.repeat(index.heights.astype(np.int64) * index.widths, counts)
+        usable = self._usable(area_fractions(index.boxes, files))
+        if index.scored is not None:
+            usable &= index.scored
+        return np.flatnonzero(usable), np.repeat(np.arange(len(index)), counts)[usable]
+
+    def _images_with_usable_objects(self, index: CocoIndex, only: Ids | None) -> NDArray[np.int64]:
+        images = np.unique(self._usable_rows(index)[1]).astype(np.int64)
+        if only is not None:
+            images = images[np.isin(index.image_ids[images], np.asarray(list(only)))]
+        limits = f"{self.min_fraction:.2%} and {self.max_fraction:.2%} of the image"
+        if not len(images):
+            raise UserError(
+                f"{index.annotation_file}: no image has an object between {limits}; "
+                "widen min_fraction and max_fraction"
+            )
+        if len(images) < len(index) and only is None:
+            log.info(
+                "%s: %d of %d images left out, since they have no object between %s",
+                *(index.annotation_file, len(index) - len(images), len(index), limits),
+            )
+        return images
+
+    def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
+        """Augment the image, unless that would lose every usable object."""
+        if self.augment is not None:
+            scene = self._place(image, self.augment.draw(random, size), size)
+            if scene.usable.any():
+                return scene
+        return self._place(image, None, size)
+
+    def _place(self, image: int, plan: Plan | None, size: tuple[int, int]) -> _Scene:
+        index = self.index
+        if plan is None:  # the fractions by which the image was selected, without rounding
+            plan, found = Plan(size=size), objects_of(index, image, size)
+        else:
+            assert self.augment is not None
+            found = moved_objects(index, image, size, plan, min_visible=self.augment.min_visible)
+        usable = self._usable(found.fractions)
+        if index.scored is not None:
+            usable &= index.scored[found.rows]
+        return _Scene(plan, found, torch.from_numpy(usable))
+
+    def _usable(self, fractions: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return (fractions >= self.min_fraction) & (fractions <= self.max_fraction)
+
+    def _hide_fraction(self, epoch: int) -> float:
+        if self.partial is None:
+            return 1.0
+        start, until = self.partial
+        return hide_fraction(epoch / max(1, self.epochs), start=start, until=until)
+
+    def _segments(self, scene: _Scene, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        """Masks of the hidden objects; an empty mask is replaced by the object's box."""
+        drawn = [self.index.mask_of(int(row), size) for row in scene.found.rows[hidden.numpy()]]
+        masks = pad(scene.plan.masks(torch.from_numpy(np.stack(drawn))), self.size)
+        empty = ~masks.flatten(1).any(dim=1)
+        if empty.any():
+            masks[empty] = hidden_regions(scene.found.boxes[hidden[empty]], (self.size, self.size))
+        return masks
+
+
+@dataclass(frozen=True)
+class AnnotatedDataset(SplitDataset[CocoIndex]):
     """Both splits of a dataset of images with annotated objects."""
+
+    section: ObjectsSection
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -127,3 +384,85 @@ def open_objects(section: DatasetSection) -> ObjectsDataset:
         section, layout=section.layout, classes=section.classes, images=section.images
     )
     return ObjectsDataset(section, *opened)
+
+
+@dataclass(frozen=True)
+class ObjectsView:
+    """Every object of a split, hidden in turn; a record for each, by its annotation id.
+
+    Attributes:
+        data: The dataset; its limits on the size of objects do not apply.
+        seen: The teacher's data section, for image size and shape of hidden regions.
+        split: Train or val.
+    """
+
+    data: ObjectsDataset
+    seen: ObjectsSection
+    split: Split
+    unit: ClassVar[str] = "objects"
+    grid: ClassVar[None] = None  # score maps have one shape, that of the square frame
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """Ids of the images with a usable object."""
+        return np.asarray(self._index.image_ids[self._whole.images], dtype=np.int64)
+
+    @property
+    def records_per_image(self) -> float:
+        """Average number of objects per image."""
+        return len(self._index.labels) / len(self._index)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Annotations, image files, and how objects are hidden."""
+        whole = self._whole
+        files = files_hash(len(whole.images), lambda n: whole.image_file(int(whole.images[n]))[0])
+        return {
+            "data": self._index.fingerprint,
+            "split": self.split,
+            "images": files,
+            "transform": f"size {self.seen.size}, {self.seen.shape}, rescaled and padded",
+        }
+
+    def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
+        """Scenes with all their objects hidden in turn."""
+        return self._whole if images is None else self._all_sizes.samples(self.split, only=images)
+
+    def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The hidden objects."""
+        return batch["object_ids"][batch["hidden"]], image_rows(batch)
+
+    def mirrored(self, batch: Batch) -> dict[str, Tensor]:
+        """Mirror images, boxes and masks."""
+        return mirror_objects(batch)
+
+    def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
+        """Samples with one hidden object per image and the cached outputs, augmented alike."""
+        data = self.data.seen_as(self.seen, augment=augment, partial=None)
+        return data.samples(self.split, train=True, mode="one", cached=cached)
+
+    @property
+    def _index(self) -> CocoIndex:
+        return self.data.split(self.split)
+
+    @property
+    def _all_sizes(self) -> ObjectsDataset:
+        return self.data.seen_as(self.seen, min_fraction=0.0, max_fraction=1.0)
+
+    @cached_property
+    def _whole(self) -> ObjectSamples:
+        """Samples of all images; cached, since finding usable objects takes a while."""
+        return self._all_sizes.samples(self.split)
+
+
+def mirror_objects(batch: Batch) -> dict[str, Tensor]:
+    """Mirror images left to right, each within its own size, with their boxes and masks."""
+    images, source = mirror_images(batch)
+    edge = batch["sizes"][:, 1][batch["image_of"]].to(batch["boxes"].dtype)
+    x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)
+    boxes = torch.stack([edge - x2, y1, edge - x1, y2], dim=1)
+    mirrored = {**batch, "images": images, "boxes": boxes}
+    if "segments" in batch:
+        rows = source[image_rows(batch)][:, None].expand_as(batch["segments"])
+        mirrored["segments"] = batch["segments"].gather(2, rows)
+    return mirrored

@@ -21,12 +21,10 @@ from kd.nn.cooccurrence import Fitted
 from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.context import hidden_objects
 from kd.problems.objects.baselines import index_objects
-from kd.problems.objects.data import ObjectsDataset, open_objects
+from kd.problems.objects.data import ObjectSamples, ObjectsDataset, ObjectsView, open_objects
 from kd.problems.objects.evaluation import ObjectResults, SceneLabelResults
-from kd.problems.objects.samples import ObjectSamples
 from kd.problems.objects.schema import SPEC, ObjectsSection
 from kd.problems.objects.task import ContextMap
-from kd.problems.objects.teacher_view import ObjectsView
 from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved, take_trunk
 from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec

@@ -59,14 +59,10 @@ class Classification(ObjectTask):
         }
         return {name: Mean(loss, "labelled") for name, loss in losses.items()}
 
-    def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities (K, C)."""
-        return output["logits"].float().log_softmax(dim=1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SceneLabels(ObjectTask):
-    """Classify the scene; the classifier's region is the whole image.
+    """Multi-label classification of whole images; the classifier's region is the image.
 
     Args:
         pos_weight: Weight of classes that are present; absent classes weigh 1.
@@ -120,7 +116,7 @@ class ContextTask(ObjectTask):
     shape: Shape = "box"
 
     def outputs_per_region(self, size: int) -> int:
-        """Size of a model's output for one hidden region of square images of this side."""
+        """Number of output values for one hidden region of an image of `size` x `size` pixels."""
         return self.num_classes
 
     def regions(self, batch: Batch) -> Tensor:
@@ -128,9 +124,9 @@ class ContextTask(ObjectTask):
         return regions_of(batch, shape=self.shape)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised RGB with the region at 0, and the region: (K, 4, H, W).
+        """Normalised RGB, 0 in the hidden region, and the region as fourth channel: (K, 4, H, W).
 
-        Nothing is hidden in a batch of whole images: (N, 4, H, W).
+        In a batch of whole images nothing is hidden: (N, 4, H, W).
         """
         images = normalise(batch["images"])
         if "hidden" not in batch:
@@ -155,7 +151,7 @@ class Context(ContextTask):
         balance: Power of the class prior that is added to the logits in the loss, so that rare
             classes are predicted more often (logit adjustment, Menon et al., 2021,
             https://arxiv.org/abs/2007.07314).
-        prior: Class fractions of the train objects, (C,); needed for the loss with a balance.
+        prior: Class fractions of the train objects, (C,); needed if `balance` is not 0.
     """
 
     label_smoothing: float = 0.0
@@ -184,10 +180,6 @@ class Context(ContextTask):
         valid = _labelled_pixels(batch, grid)
         loss = masked_bce(logits, targets, hidden, valid=valid, hidden_weight=0.0)
         return self.labelled_part(loss, batch)
-
-    def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities (K, C)."""
-        return output["logits"].float().log_softmax(dim=1)
 
 
 def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
@@ -359,16 +351,16 @@ class SceneTokens(Context):
     Objects are hidden one by one: each is an input for the others, unless it is `also_hidden`.
 
     Args:
-        image_inputs: Images that the model takes, see `inputs`; the model's attribute.
+        image_inputs: Images that the model takes, its attribute of this name; see `inputs`.
     """
 
     image_inputs: ImageInputs = "none"
 
     def inputs(self, batch: Batch) -> tuple[Objects | Tensor, ...]:  # type: ignore[override]
-        """Objects, indices of the hidden ones (K,), images, hidden regions (K, H, W).
+        """Objects, indices of the hidden ones (K,), normalised images, hidden regions (K, H, W).
 
-        Images are normalised: `whole` (N, 3, H, W) for models that leave out hidden regions
-        themselves, `each` (K, 3, H, W) with 0 in the region, or empty.
+        Images are (N, 3, H, W) for `whole`, whose models mask the regions themselves; (K, 3, H, W)
+        with 0 in the region for `each`; and empty for `none`.
         """
         objects = scene_objects(batch)
         images = batch["images"]

@@ -1,6 +1,7 @@
 """Students on a context teacher's trunk.
 
-`student: {name: transferred, options: {weights: RUN}}`.
+`student: {name: transferred, options: {weights: RUN}}`. The trunk is that of the teacher of run
+`weights`, or of run `like`, if its weights come from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from kd.registry import build, resolve
 from teachers import TEACHERS
 
 TRANSFERRED = "transferred"
-# A teacher's options that belong to its training rather than its trunk.
+# Replacements of a teacher's options that concern its training, not its trunk.
 _OF_TRAINING = {"weights": None, "frozen": None, "batch_norm_frozen": False, "remember": False}
 
 
 def resolved(student: Model) -> Model:
-    """Replace a run in the option `like`, by default that of `weights`, by its teacher's section.
+    """Replace the run that the option `like` names by the section of the run's teacher.
+
+    Without this option, it is set to the teacher of the run that `weights` names.
 
     Raises:
         UserError: No run is named, or it is not a teacher's.
@@ -40,10 +43,15 @@ def resolved(student: Model) -> Model:
     if not isinstance(like, str):
         raise UserError(
             "student transferred: whose trunk? Name a teacher's run: student.options.weights=RUN, "
-            "or student.options.like=RUN for its trunk at other weights"
+            "or student.options.like=RUN for its trunk with other weights"
         )
-    run = _folder_of(Path(like))
-    teacher = teacher_recipe(read_yaml(run / "config.yaml"), run / "config.yaml").teacher
+    if not Path(like).exists():
+        raise UserError(f"student transferred: {like}: no such run folder")
+    folder = Path(like) if Path(like).is_dir() else Path(like).parent
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"student transferred: {like}: not a teacher's run, it has no config.yaml")
+    teacher = teacher_recipe(read_yaml(config), config).teacher
     described = {"name": teacher.name, "options": {**teacher.options}}
     return student.model_copy(update={"options": {**student.options, "like": described}})
 
@@ -51,44 +59,38 @@ def resolved(student: Model) -> Model:
 def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
     """Build a transferred student's trunk; return it and the options of the heads.
 
+    The option `weights` is None for random ones; a teacher's run or its model.safetensors;
+    "imagenet" or a file of torchvision weights, for teachers that take them.
+
     Raises:
         UserError: Weights that are missing or of another trunk, or a teacher without a trunk.
     """
-    options = dict(resolved(student).options)
-    if options.pop("stride", None) is not None:
+    heads = dict(resolved(student).options)
+    if heads.pop("stride", None) is not None:
         raise UserError(
-            "student transferred: the stride is that of its teacher; student.options.stride=null"
+            "student transferred: the stride is that of its teacher; set "
+            "student.options.stride=null"
         )
-    like, weights = Model(**options.pop("like")), options.pop("weights", None)
-    return teachers_trunk(like, weights), options
-
-
-def teachers_trunk(like: Model, weights: str | None) -> Trunk:
-    """Build a teacher's trunk; errors as of `take_trunk`.
-
-    Args:
-        like: The teacher; options of its training are ignored.
-        weights: None for random ones; a teacher's run or its model.safetensors; "imagenet" or a
-            file of torchvision weights, for teachers that take them.
-    """
+    like, weights = Model(**heads.pop("like")), heads.pop("weights", None)
     builder = resolve(TEACHERS, like.name, what="teacher")
     options = {name: _OF_TRAINING.get(name, value) for name, value in like.options.items()}
-    run = weights is not None and weights != "imagenet" and _is_run(Path(weights))
+    run = weights not in (None, "imagenet") and _is_run(Path(weights))
     if weights is not None and not run:
         if "weights" not in inspect.signature(builder).parameters:
             raise UserError(
-                f"student transferred: {weights}: teacher {like.name!r} has no trunk of "
-                "torchvision's; it starts at random weights (null) or from a teacher's run"
+                f"student transferred: {weights}: teacher {like.name!r} does not take "
+                "torchvision's weights; its trunk starts with random weights (null) or those of a "
+                "teacher's run"
             )
         options["weights"] = weights
     teacher: nn.Module = build(TEACHERS, like.name, options, what="teacher", num_classes=2)
     scene_trunk: Any = getattr(teacher, "scene_trunk", None)
     if scene_trunk is None:
-        raise UserError(f"student transferred: teacher {like.name!r} has no trunk to begin with")
+        raise UserError(f"student transferred: teacher {like.name!r} has no trunk")
     trunk: Trunk = scene_trunk()
     if run:
-        _load_part(teacher, trunk, Path(str(weights)))
-    return trunk
+        _load_part(teacher, trunk, Path(weights))
+    return trunk, heads
 
 
 def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
@@ -107,8 +109,8 @@ def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
         raise UserError(
             f"{weights}: has another trunk than the student: {'; '.join(odd[:3])}"
             + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-            + "; the student's is that of student.options.like, by default of the run that its "
-            "weights are from"
+            + "; the student's trunk is that of student.options.like, by default that of the run "
+            "which student.options.weights names"
         )
     teacher.load_state_dict({name: state[name] for name in own}, strict=False)
 
@@ -118,12 +120,3 @@ def _is_run(path: Path) -> bool:
     if not path.exists():
         raise UserError(f"student transferred: {path}: no such run folder or file of weights")
     return path.is_dir() or (path.parent / "config.yaml").is_file()
-
-
-def _folder_of(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"student transferred: {path}: no such run folder")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"student transferred: {path}: not a teacher's run, it has no config.yaml")
-    return folder

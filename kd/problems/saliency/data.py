@@ -89,8 +89,10 @@ class SaliencySamples(ImageSamples):
 
 
 @dataclass(frozen=True)
-class SaliencyDataset(ImageDataset[SaliencySection, GazeSplit]):
+class SaliencyDataset(ImageDataset[GazeSplit]):
     """Both splits of a dataset of fixations."""
+
+    section: SaliencySection
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -34,14 +34,44 @@ _DIM = 0.55  # brightness of the grey image below
 class SaliencyEvaluation(Evaluation):
     """Tables and figures of saliency maps."""
 
-    def class_table(self) -> Table:
-        """In place of classes, the images that the first run predicts worst and best."""
-        return images_table(self.first)
+    def class_table(self, *, most: int = 5) -> Table:
+        """In place of classes, the images that the first run predicts worst and best by KLD.
+
+        At most `most` of each are listed.
+        """
+        records = self.first
+
+        def line(n: int) -> tuple[str, ...]:
+            ids = (str(records[name][n]) for name in ("image_ids", "fixation_counts"))
+            return (*ids, *(METRICS[name].text(float(records[name][n])) for name in ROWS))
+
+        order = np.argsort(-records["KLD"])
+        order = order[~np.isnan(records["KLD"][order])]
+        chosen = (order[:most], order[most:][-most:])
+        groups = tuple(tuple(line(n) for n in part.tolist()) for part in chosen if len(part))
+        header = ("image", "fixations", *ROWS)
+        note = "image: its position in the split; the largest KLD first, then the smallest"
+        return Table("By image", header, groups, (note,))
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Distributions of metrics over images, with the references."""
         for name in ("KLD", "NSS", "IG"):
-            yield f"images_{name}", image_figure({**self.runs, **self.references}, name)
+            yield f"images_{name}", self.image_figure(name)
+
+    def image_figure(self, name: str) -> Figure:
+        """A metric of every image in rising order, a line for each run and reference."""
+        figure, axes = new_figure(6.0, 3.6)
+        shades = iter(colours(len(self.runs)))
+        for run, records in {**self.runs, **self.references}.items():
+            numbers = np.sort(records[name][~np.isnan(records[name])])
+            if not len(numbers):
+                continue
+            style = {"color": next(shades)} if run in self.runs else reference_style(run)
+            percent = 100 * (np.arange(len(numbers)) + 0.5) / len(numbers)
+            axes.plot(percent, numbers, label=run, **style)
+        axes.set(xlabel="images (%)", ylabel=METRICS[name].label, xlim=(0, 100))
+        legend_above(axes)
+        return figure
 
 
 @dataclass(frozen=True)
@@ -125,41 +155,4 @@ def density_figure(
                 markeredgecolor="black", markeredgewidth=0.4,
             )  # fmt: skip
             axes.set(xlim=(0, width), ylim=(height, 0))
-    return figure
-
-
-def images_table(records: Records, *, most: int = 5) -> Table:
-    """Metrics of the images with the largest and the smallest KLD, at most `most` of each."""
-
-    def line(n: int) -> tuple[str, ...]:
-        ids = (str(records[name][n]) for name in ("image_ids", "fixation_counts"))
-        return (*ids, *(METRICS[name].text(float(records[name][n])) for name in ROWS))
-
-    order = [n for n in np.argsort(-records["KLD"]).tolist() if not np.isnan(records["KLD"][n])]
-    chosen = [order[:most], [n for n in order[-most:] if n not in order[:most]]]
-    groups = tuple(tuple(line(n) for n in part) for part in chosen if part)
-    header = ("image", "fixations", *ROWS)
-    note = "image: its position in the split; the largest KLD first, then the smallest"
-    return Table("By image", header, groups, (note,))
-
-
-def image_figure(runs: Mapping[str, Records], metric: str) -> Figure:
-    """A metric of every image in rising order, a line for each run or reference.
-
-    Args:
-        runs: Name -> records of the same images.
-        metric: Name of the metric.
-    """
-    figure, axes = new_figure(6.0, 3.6)
-    shades = iter(colours(len(runs)))
-    for name, records in runs.items():
-        numbers = np.sort(records[metric][~np.isnan(records[metric])])
-        if not len(numbers):
-            continue
-        style = reference_style(name) if name in NAMES.values() else {"color": next(shades)}
-        axes.plot(
-            100 * (np.arange(len(numbers)) + 0.5) / len(numbers), numbers, label=name, **style
-        )
-    axes.set(xlabel="images (%)", ylabel=METRICS[metric].label, xlim=(0, 100))
-    legend_above(axes)
     return figure

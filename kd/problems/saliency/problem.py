@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import nn
 
 from kd.config.recipes import Model
-from kd.metrics.registry import Metric
 from kd.problems.base import Split
 from kd.problems.images import ImageProblem
 from kd.problems.results import Results
@@ -23,6 +22,7 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
     """Images with people's fixations."""
 
     spec: ClassVar[ProblemSpec] = SPEC
+    results_type: ClassVar[type[Results]] = SaliencyResults
     teacher_output: ClassVar[str] = SALIENCY
     cached_splits: ClassVar[tuple[Split, ...]] = ("train", "val")
     resizes_maps: ClassVar[bool] = True
@@ -35,10 +35,6 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
         """Build a saliency student, with a second map if terms read it."""
         options = {**model.options, "branches": "b" if SECOND_MAP in outputs else "a"}
         return self.named_student(model.name, options)
-
-    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Results from metrics of each image's map."""
-        return SaliencyResults(metrics or {})
 
 
 PROBLEM = SaliencyProblem()

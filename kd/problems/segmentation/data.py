@@ -64,8 +64,10 @@ class SegmentationSamples(ImageSamples):
 
 
 @dataclass(frozen=True)
-class SegmentationDataset(ImageDataset[SegmentationSection, LabelMapSplit]):
+class SegmentationDataset(ImageDataset[LabelMapSplit]):
     """Both splits of a dataset of label maps."""
+
+    section: SegmentationSection
 
     @property
     def class_names(self) -> tuple[str, ...]:

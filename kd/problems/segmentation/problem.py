@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd.config.recipes import TaskSection
-from kd.metrics.registry import Metric
 from kd.problems.images import ImageProblem
 from kd.problems.results import Results
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
@@ -22,6 +20,7 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
     """Images with label maps."""
 
     spec: ClassVar[ProblemSpec] = SPEC
+    results_type: ClassVar[type[Results]] = SegmentationResults
 
     open = staticmethod(open_maps)
 
@@ -31,10 +30,6 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
     ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
         """`pixel_fractions`, if the task weights classes."""
         return data.class_fractions() if section.options.get("class_weights") else {}
-
-    def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Results from confusion matrices per image."""
-        return SegmentationResults(metrics or {})
 
 
 PROBLEM = SegmentationProblem()

@@ -12,7 +12,7 @@ import torch
 from kd.data.loader import EpochSampler, Sample, SampleLoader
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.data import ObjectSamples
 
 AUGMENT = {"shift": 0.5, "crop": 0.5, "jitter": 0.5}
 

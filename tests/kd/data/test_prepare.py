@@ -17,7 +17,7 @@ from pycocotools import mask as run_lengths
 from kd.data.prepare import PreparedCopy, main, prepare, scale_annotations
 from kd.errors import UserError
 from kd.formats.coco import load_coco
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.data import ObjectSamples
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from kd.data.loader import collate
 from kd.formats.class_maps import ClassMaps, draw_class_map
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.data import ObjectSamples
 from kd.transforms.augment import Plan, build_augment
 
 MOVING = {"shift": 0.7, "rotate": 0.7, "crop": 0.7, "rgb_shift": 0, "shuffle": 0, "grey": 0,

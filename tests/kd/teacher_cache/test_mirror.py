@@ -10,8 +10,7 @@ import torch
 
 from kd.data.loader import collate
 from kd.formats.coco import load_coco
-from kd.problems.objects.samples import ObjectSamples
-from kd.problems.objects.teacher_view import mirror_objects
+from kd.problems.objects.data import ObjectSamples, mirror_objects
 
 
 @pytest.mark.parametrize("size", [(40, 31), (31, 40)])

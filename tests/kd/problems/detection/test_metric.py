@@ -201,7 +201,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         where = rf"{message}\[.*\] on image {batch['image_ids'][0]} is not finite"
         with pytest.raises(UserError, match=where):
             metric.compute()
-    with pytest.raises(UserError, match="here: has no boxes"):
+    with pytest.raises(UserError, match="here: has no annotated boxes"):
         Detection(num_classes=1).metric(Classes(("a",), where="here"))
 
 

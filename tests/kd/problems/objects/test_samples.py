@@ -17,7 +17,7 @@ from PIL import Image
 from kd.data.loader import Sample, collate
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
-from kd.problems.objects.samples import ObjectSamples
+from kd.problems.objects.data import ObjectSamples
 from kd.transforms.hide import hidden_regions
 
 EVERYTHING = {
@@ -174,7 +174,7 @@ def test_images_without_a_usable_object_are_left_out_and_counted(
             if entry["image_id"] == image:
                 entry["bbox"] = [5, 5, 2, 2]
 
-    with caplog.at_level(logging.INFO, logger="kd.problems.objects.samples"):
+    with caplog.at_level(logging.INFO, logger="kd.problems.objects.data"):
         dataset = ObjectSamples(edited(index, shrink, "shrunk.json"), size=32, min_fraction=0.01)
     assert dataset.images.tolist() == [0, 2, 3, 4, 5]
     assert "1 of 6 images left out" in caplog.text

@@ -99,12 +99,12 @@ def test_mistakes_name_the_place_and_the_remedy(small_teacher: Path, tmp_path: P
         ({"like": wide, "weights": run}, "has another trunk than the student: features.0.0.weight "
          "is (4, 4, 3, 3), expected (8, 4, 3, 3)"),
         ({"like": deep, "weights": run}, "has another trunk than the student: stem.0.weight"),
-        ({"like": run, "weights": "imagenet"}, "teacher 'cnn' has no trunk of torchvision's"),
+        ({"like": run, "weights": "imagenet"}, "teacher 'cnn' does not take torchvision's weights"),
         ({"like": run, "weights": "w.pth"}, "w.pth: no such run folder or file of weights"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)):
             transferred(**options)
-    with pytest.raises(UserError, match=r"is that of its teacher; student\.options\.stride=null"):
+    with pytest.raises(UserError, match=r"its teacher; set student\.options\.stride=null"):
         transferred(weights=run, stride=16)
     with pytest.raises(ConfigError, match="unknown option 'levls'; did you mean 'levels'"):
         transferred(weights=run, levls=2)
@@ -112,5 +112,5 @@ def test_mistakes_name_the_place_and_the_remedy(small_teacher: Path, tmp_path: P
 
 def test_a_teacher_that_sees_no_picture_has_no_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEACHERS, "blind", lambda num_classes: nn.Linear(4, num_classes))
-    with pytest.raises(UserError, match="teacher 'blind' has no trunk to begin with"):
+    with pytest.raises(UserError, match="teacher 'blind' has no trunk"):
         transferred(like={"name": "blind", "options": {}})

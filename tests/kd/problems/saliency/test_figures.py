@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from kd.metrics.records import Array
-from kd.problems.saliency.evaluation import density_figure, heated, image_figure, images_table
+from kd.problems.saliency.evaluation import (
+    SaliencyEvaluation,
+    SaliencyResults,
+    density_figure,
+    heated,
+)
 from kd.problems.saliency.metric import ROWS
 from kd.report.style import figure_image
 
@@ -40,6 +45,12 @@ def test_a_flat_map_is_dark_on_the_scale_of_the_truth() -> None:
     assert heated(image, flat, top=0.5).max() < bright[10, 12].max() / 2
 
 
+def evaluated(
+    records: dict[str, Array], references: dict[str, dict[str, Array]]
+) -> SaliencyEvaluation:
+    return SaliencyEvaluation(SaliencyResults(), "title", {}, {"model": records}, references)
+
+
 @pytest.fixture
 def records() -> dict[str, Array]:
     random = np.random.default_rng(0)
@@ -50,16 +61,16 @@ def records() -> dict[str, Array]:
 
 
 def test_the_least_and_the_best_foretold_images_are_listed(records: dict[str, Array]) -> None:
-    table = images_table(records, most=3)
+    table = evaluated(records, {}).class_table(most=3)
     least, best = ([row[0] for row in group] for group in table.groups)
     assert least == ["111", "110", "109"] and best == ["102", "101", "100"]
     assert table.header[:3] == ("image", "fixations", "KLD")
-    few = images_table({name: part[:2] for name, part in records.items()}, most=3)
+    few = evaluated({n: part[:2] for n, part in records.items()}, {}).class_table(most=3)
     assert len(few.groups) == 1 and len(few.groups[0]) == 2
 
 
 def test_numbers_of_single_images_are_drawn_in_rising_order(records: dict[str, Array]) -> None:
-    figure = image_figure({"model": records, "centre prior": records}, "KLD")
+    figure = evaluated(records, {"centre prior": records}).image_figure("KLD")
     model, prior = figure.axes[0].lines
     heights = np.asarray(model.get_ydata())
     assert len(heights) == 11 and (np.diff(heights) > 0).all()
