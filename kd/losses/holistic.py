@@ -20,7 +20,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from kd.errors import UserError
 from kd.losses._checks import (
-    check_device,
     check_floating,
     check_mask,
     check_not_negative,
@@ -82,7 +81,6 @@ class Critic(nn.Module):
                 "critic: needs at least one class and two widths, got "
                 f"{num_classes} and {list(widths)}"
             )
-        self.num_classes = num_classes
         layers: list[nn.Module] = []
         channels = num_classes + 3
         for number, width in enumerate(widths):
@@ -102,7 +100,12 @@ class Critic(nn.Module):
             scores: Probabilities, (N, C, h, w); h and w at least 2 to the number of convolutions.
             images: Normalised, (N, 3, H, W); resized to the maps' grid.
         """
-        self._check(scores, images)
+        least = 2**self.strides
+        if min(scores.shape[2:]) < least:
+            raise UserError(
+                f"critic: {self.strides} convolutions need maps of at least {least} x {least}, got "
+                f"{scores.shape[2]} x {scores.shape[3]}"
+            )
         own = self.last.weight.dtype
         with torch.autocast(scores.device.type, enabled=False):
             grid = (scores.shape[2], scores.shape[3])
@@ -113,24 +116,6 @@ class Critic(nn.Module):
             features = F.pad(features, (0, padding[0], 0, padding[1]))
             score: Tensor = self.last(features)
             return score.mean(dim=(1, 2, 3))
-
-    def _check(self, scores: Tensor, images: Tensor) -> None:
-        if scores.ndim != 4 or scores.shape[1] != self.num_classes:
-            raise UserError(
-                f"critic: scores must be (N, {self.num_classes}, h, w), got {tuple(scores.shape)}"
-            )
-        if images.ndim != 4 or images.shape[:2] != (len(scores), 3):
-            raise UserError(
-                f"critic: images must be ({len(scores)}, 3, H, W), got {tuple(images.shape)}"
-            )
-        check_floating("critic", scores=scores, images=images)
-        check_device("critic", scores=scores, images=images, weights=self.last.weight)
-        least = 2**self.strides
-        if min(scores.shape[2:]) < least:
-            raise UserError(
-                f"critic: {self.strides} convolutions need maps of at least {least} x {least}, got "
-                f"{scores.shape[2]} x {scores.shape[3]}"
-            )
 
 
 # Compiled code has no second derivative, which the penalty needs.
@@ -190,10 +175,7 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
     Returns:
         Scalar, the mean over N; 0 with a zero gradient where N is 0.
     """
-    if student.ndim != 4:
-        raise UserError(f"holistic: student must be (N, C, h, w), got {tuple(student.shape)}")
     check_floating("holistic", student=student)
-    check_device("holistic", student=student, images=images)
     loss: Tensor = -critic(_probabilities(student, wide_dtype(student)), images).sum()
     return loss / max(len(student), 1)
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from kd.errors import at_least
 from kd.nn.freeze import evaluating
 
 WARM_UP = 3  # untimed forward passes
-# Kernels of `scaled_dot_product_attention` that torch's counter has no formula for.
+# Kernels of `scaled_dot_product_attention` for which torch's counter may have no formula.
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_attention_math_for_mps",
@@ -34,11 +33,13 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
         model: A network whose `forward` takes only images; its mode is restored.
         images: (N, 3, H, W), on the model's device, which may be "meta"; values do not matter.
     """
+    kernels = (getattr(torch.ops.aten, name, None) for name in _ATTENTION)
+    formulas = {kernel: _attention_flops for kernel in kernels if kernel is not None}
     with (
         torch.no_grad(),
         evaluating(model),
         _plain_attention(),
-        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
+        FlopCounterMode(display=False, custom_mapping=formulas) as counter,
     ):
         model(images)
     return int(counter.get_total_flops()) // 2
@@ -70,17 +71,8 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _formulas() -> dict[object, Callable[..., int]]:
-    """Formulas for the attention kernels that torch's counter does not know."""
-    kernels = (getattr(torch.ops.aten, name, None) for name in _ATTENTION)
-    return {kernel: _attention_flops for kernel in kernels if kernel is not None}
-
-
-def _attention_flops(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
-) -> int:
-    """Operations of attention's products with keys and values, two per multiply-add."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+def _attention_flops(query: object, key: object, value: object, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _finish(device: torch.device) -> None:

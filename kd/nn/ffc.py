@@ -69,16 +69,14 @@ class LocalFourierUnit(nn.Module):
 class SpectralTransform(nn.Module):
     """Transform global channels: `project(x + unit(x) + local_unit(x))`, with x a 1x1 convolution.
 
-    x has half the output's channels, at least 4. A stride of 2 is average pooling.
+    x has half the output's channels, at least 4.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int = 1, local_unit: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, local_unit: bool = True) -> None:
         super().__init__()
         inside = max(out_channels // 2, 4)
         self.reduce = nn.Sequential(
-            nn.Identity() if stride == 1 else nn.AvgPool2d(2, ceil_mode=True),
+            nn.Identity(),  # in place of LaMa's pooling, for the names of the weights
             nn.Conv2d(in_channels, inside, 1, bias=False),
             nn.BatchNorm2d(inside),
             nn.ReLU(),
@@ -88,7 +86,7 @@ class SpectralTransform(nn.Module):
         self.project = nn.Conv2d(inside, out_channels, 1, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, in, H, W) to (N, out, H/stride, W/stride), rounded up."""
+        """Maps (N, in, H, W) to (N, out, H, W)."""
         reduced = self.reduce(maps)
         total = reduced + self.unit(reduced)
         if self.local_unit is not None:
@@ -106,10 +104,8 @@ class FFC(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Side of the convolutions' kernels, odd.
         ratio_in: Fraction of the input's channels that is global.
         ratio_out: Fraction of the output's channels that is global.
-        stride: 1 or 2.
         local_unit: Whether the spectral transform has a local Fourier unit.
 
     Raises:
@@ -120,28 +116,22 @@ class FFC(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
         *,
         ratio_in: float,
         ratio_out: float,
-        stride: int = 1,
         local_unit: bool = True,
     ) -> None:
         super().__init__()
         for name, ratio in (("ratio_in", ratio_in), ("ratio_out", ratio_out)):
             if not 0 <= ratio <= 1:
                 raise UserError(f"FFC: {name} must be in 0..1, got {ratio}")
-        if stride not in (1, 2) or kernel_size % 2 == 0:
-            raise UserError(
-                f"FFC: stride must be 1 or 2 and kernel_size odd, got {stride} and {kernel_size}"
-            )
         self.split_in = split_channels(in_channels, ratio_in)
         self.split_out = split_channels(out_channels, ratio_out)
 
         def convolution(source: int, target: int) -> nn.Module | None:
             if not source or not target:
                 return None
-            return nn.Conv2d(source, target, kernel_size, stride, kernel_size // 2, bias=False)
+            return nn.Conv2d(source, target, 3, padding=1, bias=False)
 
         (local_in, global_in), (local_out, global_out) = self.split_in, self.split_out
         self.local_to_local = convolution(local_in, local_out)
@@ -149,12 +139,10 @@ class FFC(nn.Module):
         self.global_to_local = convolution(global_in, local_out)
         self.global_to_global = None
         if global_in and global_out:
-            self.global_to_global = SpectralTransform(
-                global_in, global_out, stride=stride, local_unit=local_unit
-            )
+            self.global_to_global = SpectralTransform(global_in, global_out, local_unit=local_unit)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, in, H, W) to (N, out, H/stride, W/stride), rounded up; local channels first."""
+        """Maps (N, in, H, W) to (N, out, H, W), local channels first."""
         own, whole = maps.split(self.split_in, dim=1)
         parts = [
             _sum(self.local_to_local, own, self.global_to_local, whole),

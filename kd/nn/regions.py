@@ -112,39 +112,23 @@ def rings_within(
     return boxes, torch.minimum(rings, corner).clamp(min=0.0)
 
 
-def box_geometry(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
+def box_geometry(boxes: Tensor) -> Tensor:
     """Position and size of boxes as features of order 1.
 
     Args:
-        boxes: (K, 4) xyxy pixels.
-        sizes: Height and width of the frame: one for all, or (K, 2).
+        boxes: (K, 4) xyxy as fractions of the frame's width and height.
 
     Returns:
         (K, 8): centre x and y, width, height and lower edge as fractions of the frame; the square
         root r of the box's fraction of the frame's area; log of the aspect ratio; log(r) / 2. All
         are 0 for an empty box.
     """
-    boxes = boxes.float()
-    if isinstance(sizes, Tensor):
-        height, width = sizes.to(boxes).unbind(dim=1)
-    else:
-        height, width = boxes.new_tensor(sizes[0]), boxes.new_tensor(sizes[1])
-    x1, x2 = boxes[:, 0] / width, boxes[:, 2] / width
-    y1, y2 = boxes[:, 1] / height, boxes[:, 3] / height
+    x1, y1, x2, y2 = boxes.float().unbind(dim=1)
     across, down = (x2 - x1).clamp(min=0.0), (y2 - y1).clamp(min=0.0)
     root = (across * down).sqrt()
     tiny = 1e-3
-    aspect = ((across * width + tiny) / (down * height + tiny)).log()
-    numbers = [
-        (x1 + x2) / 2,
-        (y1 + y2) / 2,
-        across,
-        down,
-        y2,
-        root,
-        aspect,
-        (root + tiny).log() / 2,
-    ]
+    aspect, size = ((across + tiny) / (down + tiny)).log(), (root + tiny).log() / 2
+    numbers = [(x1 + x2) / 2, (y1 + y2) / 2, across, down, y2, root, aspect, size]
     return torch.stack(numbers, dim=1) * (root > 0)[:, None]
 
 
@@ -251,7 +235,7 @@ class Surroundings(nn.Module):
         read = standardised(self.norm, torch.cat(pooled, dim=1)) * self.scale
         if self.geometry:
             scaled = boxes / ends.repeat(1, 2)
-            read = torch.cat([read, box_geometry(scaled, (1, 1)) / math.sqrt(GEOMETRY)], dim=1)
+            read = torch.cat([read, box_geometry(scaled) / math.sqrt(GEOMETRY)], dim=1)
         return read
 
 

@@ -96,7 +96,7 @@ class Around(nn.Module):
                 left = area - hole
                 mean = (total - inner) / left.clamp(min=_LEAST)
                 read.append(mean.masked_fill(left < _LEAST, 0.0))
-        known = box_geometry(boxes / ends.clamp(min=1.0), (1, 1))
+        known = box_geometry(boxes / ends.clamp(min=1.0))
         return torch.cat([*read, known.to(read[0].dtype)], dim=1)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kd.metrics.registry import METRICS
-from kd.nn.multi_scale import MultiScale
+from kd.nn.segmentation import MultiScale
 from kd.problems.images import ImageResults
 from kd.problems.objects.figures import matrix_figure
 from kd.problems.results import Evaluation

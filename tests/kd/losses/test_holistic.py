@@ -175,27 +175,9 @@ def test_critic_copy_and_state_dict_round_trip() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("scores", "images", "message"),
-    [
-        (torch.rand(2, 4, 8, 8), torch.rand(2, 3, 8, 8), r"scores must be \(N, 3, h, w\)"),
-        (torch.rand(2, 3, 8, 8), torch.rand(1, 3, 8, 8), r"images must be \(2, 3, H, W\)"),
-        (torch.rand(2, 3, 8, 7), torch.rand(2, 3, 8, 8), "need maps of at least 8 x 8, got 8 x 7"),
-        (
-            torch.rand(2, 3, 8, 8),
-            torch.rand(2, 3, 8, 8, device="meta"),
-            "expected one device, got scores on cpu, images on meta, weights on cpu",
-        ),
-        (
-            torch.rand(2, 3, 8, 8),
-            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
-            "images must be floating point, got uint8",
-        ),
-    ],
-)
-def test_the_critic_rejects_bad_input(scores: Tensor, images: Tensor, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        small()(scores, images)
+def test_the_critic_rejects_maps_that_are_too_small() -> None:
+    with pytest.raises(UserError, match="need maps of at least 8 x 8, got 8 x 7"):
+        small()(torch.rand(2, 3, 8, 7), torch.rand(2, 3, 8, 8))
 
 
 def test_a_critic_without_classes_or_convolutions_is_rejected() -> None:
@@ -208,16 +190,6 @@ def test_a_critic_without_classes_or_convolutions_is_rejected() -> None:
 def test_maps_that_differ_in_shape_are_rejected() -> None:
     with pytest.raises(UserError, match="differ in shape"):
         critic_loss(small(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 9, 8), torch.rand(1, 3, 8, 8))
-
-
-def test_maps_and_images_on_two_devices_are_rejected() -> None:
-    images = torch.rand(1, 3, 8, 8, device="meta")
-    with pytest.raises(
-        UserError, match="holistic: expected one device, got student on cpu, images"
-    ):
-        holistic(torch.rand(1, 3, 8, 8), images, small())
-    with pytest.raises(UserError, match=r"holistic: student must be \(N, C, h, w\), got \(3, 8\)"):
-        holistic(torch.rand(3, 8), images, small())
 
 
 @pytest.mark.parametrize("penalty", [-1.0, float("nan"), float("inf")])

@@ -140,7 +140,7 @@ def test_the_layer_adds_four_paths(local_unit: bool) -> None:
 
 
 def test_without_global_channels_the_layer_is_a_convolution() -> None:
-    layer = FFC(3, 5, ratio_in=0.0, ratio_out=0.0, stride=2)
+    layer = FFC(3, 5, ratio_in=0.0, ratio_out=0.0)
     maps = torch.randn(2, 3, 7, 9)
     only = layer.local_to_local
     assert isinstance(only, nn.Conv2d)
@@ -152,12 +152,6 @@ def test_all_channels_may_be_global() -> None:
     layer = FFC(8, 8, ratio_in=1.0, ratio_out=1.0)
     assert layer(torch.randn(2, 8, 6, 7)).shape == (2, 8, 6, 7)
     assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"global_to_global"}
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (9, 5)])
-def test_both_parts_have_one_grid_at_stride_two(size: tuple[int, int]) -> None:
-    layer = FFC(8, 8, ratio_in=0.5, ratio_out=0.5, stride=2)
-    assert layer(torch.randn(2, 8, *size)).shape[2:] == (-(-size[0] // 2), -(-size[1] // 2))
 
 
 def test_a_global_channel_sees_the_far_corner_and_a_local_one_does_not() -> None:
@@ -209,8 +203,7 @@ def test_joined_maps_have_their_local_channels_first() -> None:
     ("options", "message"),
     [
         ({"ratio_in": 1.5}, r"ratio_in must be in 0..1, got 1.5"),
-        ({"stride": 3}, "stride must be 1 or 2"),
-        ({"kernel_size": 2}, "kernel_size odd"),
+        ({"ratio_out": -0.5}, r"ratio_out must be in 0..1, got -0.5"),
     ],
 )
 def test_a_bad_option_is_named(options: dict[str, float], message: str) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import UserError
-from kd.nn.multi_scale import MultiScale
+from kd.nn.segmentation import MultiScale
 
 
 class Eighths(nn.Module):

@@ -76,7 +76,7 @@ def test_ring_and_scene_are_means_without_the_box_in_the_picture() -> None:
                 mean = (maps[level][image] * weights).sum(dim=(1, 2)) / weights.sum()
                 torch.testing.assert_close(found[2 * level + kind][row], mean, rtol=1e-4, atol=1e-4)
         place = box / torch.tensor([width, height, width, height])
-        torch.testing.assert_close(found[4][row], box_geometry(place[None], (1, 1))[0])
+        torch.testing.assert_close(found[4][row], box_geometry(place[None])[0])
 
 
 def test_nothing_on_the_box_or_in_the_padding_is_read() -> None:
