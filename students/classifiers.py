@@ -1,7 +1,7 @@
 """Classifiers of objects in their scenes: any trunk, an appearance head and a context head.
 
-The heads form a product of experts: `log p(class | object, scene)` is the appearance's
-log-probability plus `strength` times the context's log-ratio of posterior to prior.
+The heads form a product of experts: `log p(class | object, scene)` is the appearance head's
+log-probability plus `strength` times the context head's log-ratio of posterior to prior.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ContextHead(nn.Module):
         if hidden:
             layers += [nn.Linear(around.width, hidden), nn.ReLU(), nn.Dropout(dropout)]
         last = nn.Linear(hidden or around.width, len(log_prior))
-        # Starts as the prior, which changes nothing.
+        # The initial output is the prior, which leaves the appearance head's output unchanged.
         nn.init.normal_(last.weight, std=1e-3)
         with torch.no_grad():
             last.bias.copy_(log_prior)
@@ -56,8 +56,8 @@ class ContextHead(nn.Module):
 class SceneClassifier(nn.Module):
     """A student classifier; `context` is None without a context head.
 
-    Tap `trunk.trunk` for the scene's features: in the crop view it runs first on the crops, then on
-    the scene. With more than one level, tap one of its steps, such as `trunk.trunk.layer3`.
+    To tap the scene's features, tap `trunk.trunk`; with `view: crop` it runs first on the crops and
+    then on the scene. With more than one level, tap a step, such as `trunk.trunk.layer3`.
     """
 
     log_prior: Tensor
@@ -90,7 +90,7 @@ class SceneClassifier(nn.Module):
             self.strength = nn.Parameter(value)
         else:
             self.register_buffer("strength", value)
-        # Last, so that students of a seed with and without it start from the same weights.
+        # Last, so that with and without it the other weights of a seed are the same.
         self.context = None
         if around is not None:
             self.context = ContextHead(around, log_prior, hidden=hidden, dropout=dropout)
@@ -162,30 +162,31 @@ def build_student(
     """Build a classifier of objects on any trunk.
 
     Args:
-        name: Of the trunk, as for `kd.nn.trunk.build_trunk`.
-        trunk: A teacher's trunk; `name`, `weights` and `stride` are then not read.
+        name: Name of the trunk, see `kd.nn.trunk.build_trunk`.
+        trunk: A teacher's trunk; `name`, `weights` and `stride` are then ignored.
         num_classes: Length of the outputs.
         prior: Probability of each class, for the product of experts; uniform by default.
-        weights: Of the trunk: "imagenet", a file, the folder of a run with this trunk in its model,
-            or null for random ones.
-        context: Whether there is a context head.
-        strength: Weight of the context's evidence.
-        learn_strength: Whether that weight is learned.
-        view: Whether the object is pooled as a region of the scene's features, in one pass of the
-            trunk, or cropped from the image, in a second pass.
+        weights: The trunk's weights: "imagenet", a file, the folder of a run whose model contains
+            this trunk, or null for random ones.
+        context: Whether to add a context head.
+        strength: Weight of the context head's evidence.
+        learn_strength: Whether to train `strength`.
+        view: How the appearance head reads an object: as a `region` of the scene's features, in one
+            pass of the trunk, or as a `crop` of the image, in a second pass.
         crop_size: Side of a crop, pixels.
-        margin: Fraction of the box's sides added to a crop on each side.
-        region_size: Side of the grid of features of a region.
-        levels: Number of strides of the trunk that the context head reads, the coarsest ones.
-        ring_margin: Thickness of the ring that the context head reads, as a fraction of the box.
-        min_ring: Smallest thickness of that ring, pixels.
-        dropout: Before each layer of the heads.
+        margin: Fraction of the crop's side that is added on each side.
+        region_size: Side of the grid that a region is pooled to.
+        levels: Number of the trunk's strides that the context head reads, from the coarsest on.
+        ring_margin: Thickness of the ring that the context head reads, as a fraction of the box's
+            sides.
+        min_ring: Smallest thickness of the ring, pixels.
+        dropout: Dropout before each layer of the heads.
         hidden: Width of a hidden layer in the context head; 0 for a linear head.
-        frozen: "all", or the path of the last step of the trunk that does not learn.
-        batch_norm_frozen: Whether all the trunk's batch norms keep their stored statistics.
-        remember: Whether a frozen trunk's outputs are cached in memory, for unaugmented images.
+        frozen: "all", or the path of the last step of the trunk to freeze.
+        batch_norm_frozen: Whether to freeze all the trunk's batch norms.
+        remember: Whether to cache a frozen trunk's outputs in memory, for unaugmented images.
         stride: Largest stride of the trunk's output.
-        upscale: Factor by which images are enlarged first, for finer grids on small images.
+        upscale: Factor by which images are enlarged first, for finer feature maps of small images.
 
     Raises:
         UserError: An option out of range, or a trunk that cannot be built.
@@ -217,6 +218,6 @@ def build_student(
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """In float32 at least, also under autocast."""
+    """Log-softmax in float32 at least, also under autocast."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return F.log_softmax(logits, dim=1, dtype=dtype)

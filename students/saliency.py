@@ -21,8 +21,8 @@ class SaliencyStudent(nn.Module):
     """A trunk, a decoder of five stages, and one or two saliency maps.
 
     Attributes:
-        task: Name of the task for its output.
-        stride: Pixels per place of the trunk's map; images are padded to multiples of it.
+        task: Name of the task that fits the output.
+        stride: Pixels per cell of the trunk's map; images are padded to multiples of it.
     """
 
     task = "saliency"
@@ -32,14 +32,15 @@ class SaliencyStudent(nn.Module):
         self.trunk, self.stride = trunk, trunk.stride
         self.decoder = NormedDecoder(trunk.channels, trunk.stride)
         self.saliency = LogitMap(WIDTHS[-1])
-        # Last, so that A and B of one seed start from the same weights.
+        # Last, so that students A and B of one seed start from the same weights.
         self.teacher_saliency = LogitMap(WIDTHS[-1]) if second else None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (N, 3, H, W) of any size to logits.
 
         Returns:
-            `saliency` (N, 1, H, W), and for B `teacher_saliency`, an estimate of the teacher's map.
+            `saliency` (N, 1, H, W); for student B also `teacher_saliency`, of the same shape, which
+            is trained to match the teacher's map.
         """
         whole = padded(images, self.stride)
         maps = self.decoder(self.trunk(whole))  # (N, 16, H, W)
@@ -55,7 +56,8 @@ class SaliencyOptions(NetworkOptions):
     """Options of `saliency`.
 
     Attributes:
-        branches: "a" for one map; "b" for a second one that is matched to the teacher's.
+        branches: "a" for one map (student A); "b" to add a map that is matched to the teacher's
+            (student B).
     """
 
     branches: Literal["a", "b"] = "b"
@@ -63,7 +65,7 @@ class SaliencyOptions(NetworkOptions):
 
 @with_options(SaliencyOptions)
 def saliency(options: SaliencyOptions) -> SaliencyStudent:
-    """Student A or B, 12.75 M parameters on resnet18.
+    """Build student A or B: 12.75 M parameters on resnet18.
 
     Raises:
         UserError: Unknown branches, a trunk that cannot be built, or a file that does not fit.

@@ -1,4 +1,4 @@
-"""A plain CNN as a scene-context teacher: one prediction for each hidden region."""
+"""A plain CNN as a context teacher: one prediction for each hidden region."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kd.nn.trunk_base import BlindTrunk
 class ContextCNN(nn.Module):
     """The encoder of a U-Net, pooling to a small grid, and two dense layers.
 
-    The dense layers may also read the mean of each level's features over the hidden region.
+    By option the dense layers also read the mean of each level's features over the hidden region.
 
     Attributes:
-        task: Name of the task for its output.
+        task: Name of the task that fits the output.
     """
 
     task = "context"
@@ -48,7 +48,7 @@ class ContextCNN(nn.Module):
             levels.append(nn.Sequential(_Halve(), _double_conv(fine, coarse)))
         self.features = nn.Sequential(*levels)  # (K, C, H/2^downs, W/2^downs)
         self._grids = [(wide, patch * 2**level) for level, wide in enumerate(channels)]
-        # A grid rather than a mean, since positions are informative.
+        # A grid instead of a mean, since positions are informative.
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.region = region
         # Classes of visible objects at the first level, for the loss `visible`.
@@ -65,8 +65,8 @@ class ContextCNN(nn.Module):
         """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
 
         Returns:
-            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), on the first
-            level's grid.
+            The logits; with `dense` a dict of `logits` and `dense` (K, C, h, w), pixel logits on
+            the first level's grid.
         """
         read, levels, maps = [], [], images
         for level in self.features:
@@ -91,7 +91,7 @@ def _mean_inside(maps: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Halve(nn.MaxPool2d):
-    """2x2 max pooling; partial windows at the edge count, so that any size works."""
+    """2x2 max pooling that keeps partial windows at the edge, so that any size works."""
 
     def __init__(self) -> None:
         super().__init__(2, ceil_mode=True)
@@ -127,15 +127,15 @@ def cnn(
         num_classes: Length of the output.
         width: Channels of the first level; doubled with each level up to `max_width`.
         downs: Number of halvings of the grid.
-        max_width: The most channels that a level gets.
+        max_width: Most channels of a level.
         patch: Side of the patches that the image is first divided into; 1 for none. A side of 4
             costs 1/16 of the time.
         grid: Side of the grid that the dense layers read.
-        region: Whether they also read each level's mean over the hidden region.
-        dense: Whether there are also pixel logits for the classes of visible objects; the task
-            `context` then has a loss `visible`.
+        region: Whether the dense layers also read each level's mean over the hidden region.
+        dense: Whether to add pixel logits for the classes of visible objects; the task `context`
+            then has a loss `visible`.
         hidden: Width of the first dense layer.
-        dropout: Before each dense layer.
+        dropout: Dropout before each dense layer.
 
     Raises:
         UserError: An option out of range.

@@ -13,9 +13,9 @@ class Counted(nn.Module):
     """Naive Bayes as a teacher, without parameters to train by gradient.
 
     Attributes:
-        task: Name of the task for its input.
-        image_inputs: The images that it reads: `none`.
-        reads_labels: Whether it reads the other objects' classes.
+        task: Name of the task that fits the input.
+        image_inputs: Which images the teacher reads: `none`.
+        reads_labels: Whether the teacher reads the other objects' classes.
     """
 
     task = "scene_tokens"
@@ -37,7 +37,7 @@ class Counted(nn.Module):
 
 
 def prior(num_classes: int) -> Counted:
-    """The class frequencies of the train objects, for any scene."""
+    """Predict the class frequencies of the train objects, whatever the scene."""
     return Counted(NaiveBayes(num_classes, evidence=()))
 
 
@@ -52,7 +52,7 @@ def cooccurrence(
     Args:
         num_classes: C.
         evidence: Any of `company`, `place`, `size`.
-        fitted: Whether the weight of each kind of evidence is fitted on the train images, each
-            left out of the counts for its own objects; otherwise plain naive Bayes.
+        fitted: Whether to fit the weight of each kind of evidence on the train images, each of
+            which is left out of the counts for its own objects; otherwise plain naive Bayes.
     """
     return Counted(NaiveBayes(num_classes, evidence=evidence, fitted=fitted))

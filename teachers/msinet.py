@@ -14,11 +14,11 @@ STRIDES = (8, 16)
 
 
 class MSINet(nn.Module):
-    """Three stages of a trunk, a pyramid over them, a decoder, one logit a pixel.
+    """Three stages of a trunk, a pyramid on their maps, a decoder, and one logit per pixel.
 
     Attributes:
-        task: Name of the task for its output.
-        stride: Pixels per place of the pyramid's map; images are padded to multiples of it.
+        task: Name of the task that fits the output.
+        stride: Pixels per cell of the pyramid's map; images are padded to multiples of it.
     """
 
     task = "saliency"
@@ -32,7 +32,7 @@ class MSINet(nn.Module):
         for part in (self.pyramid, self.decoder, self.saliency):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d) and module.bias is not None:
-                    # As published. Without norms, smaller weights than these let a map fade.
+                    # As published. Without norms, maps would vanish with smaller weights.
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
 
@@ -59,21 +59,22 @@ def msinet(
 ) -> MSINet:
     """MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), 24.93 M parameters.
 
-    By default it is the published network: VGG-16 whose last two poolings have stride 1 and whose
-    last three convolutions are dilated by 2; its last stages concatenated, 1,280 channels at 1/8; a
-    pyramid of dilations 4, 8 and 12; three up-samplings by 2, each with a convolution. The authors
-    rescale its output to 0..1 by the map's extremes; here it holds logits.
+    The default is the published network: VGG-16 whose last two poolings have stride 1 and whose
+    last three convolutions are dilated by 2; the concatenated maps of its last three stages, 1,280
+    channels at 1/8; a pyramid with dilations 4, 8 and 12; three up-samplings by 2, each with a
+    convolution. The authors rescale the output to 0..1 by its minimum and maximum; here the output
+    holds logits.
 
     Args:
         trunk: Name of the trunk: vgg16, timm/NAME, ...
-        weights: Of the trunk: "imagenet", a file, or null for random ones.
-        stride: Pixels per place of the pyramid's map, 8 or 16. At 16 the decoder ends at half the
+        weights: The trunk's weights: "imagenet", a file, or null for random ones.
+        stride: Pixels per cell of the pyramid's map, 8 or 16. With 16 the decoder ends at half the
             image's size, for a quarter of the cost.
-        until: Path of the trunk's last step that is used; "features.17" of mobilenet_v2 leaves out
-            the widening to 1,280 channels, which is there for its classifier.
+        until: Path of the trunk's last step to use; "features.17" of mobilenet_v2 leaves out the
+            widening to 1,280 channels, which only mobilenet_v2's classifier needs.
         head: Channels of the pyramid's map; the decoder has a half, a quarter and an eighth.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then not
-            read.
+        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then
+            ignored.
 
     Raises:
         UserError: An option out of range, a trunk that cannot be built, or a file that does not

@@ -1,4 +1,4 @@
-"""A ResNet-18 on small grey images as a scene-context teacher: the classes of the scene."""
+"""A ResNet-18 on small grey images as a context teacher that predicts the classes in the scene."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class SceneTrunk(nn.Module):
     """A trunk, global average pooling, one linear layer.
 
     Attributes:
-        task: Name of the task for its output.
+        task: Name of the task that fits the output.
     """
 
     task = "context_scene"
@@ -29,7 +29,7 @@ class SceneTrunk(nn.Module):
         return logits
 
     def scene_trunk(self) -> BlindTrunk:
-        """The trunk on luma, for a student."""
+        """The trunk for a student; it reads luma."""
         step = (self.trunk, self.trunk.channels, self.trunk.stride)
         return BlindTrunk("resnet_multilabel", [step], see=grey_and_region)
 
@@ -42,17 +42,17 @@ def resnet_multilabel(
     stride: int | None = None,
     dropout: float = 0.2,
 ) -> SceneTrunk:
-    """BlindNet's multi-label ResNet-18: a logit for each class of the scene.
+    """BlindNet's multi-label ResNet-18: logits for the presence of each class in the scene.
 
-    Its input is luma and the hidden region, of images of 64 pixels (`data.size: 64`).
+    The input is luma and the hidden region, for images of 64 pixels (`data.size: 64`).
 
     Args:
         num_classes: Length of the output.
-        name: Of the trunk: resnet18, timm/NAME, ...
-        weights: Of the trunk: "imagenet", a file, or null for random ones. The first convolution is
-            summed over RGB, so that its response to grey images stays the same.
+        name: Name of the trunk: resnet18, timm/NAME, ...
+        weights: The trunk's weights: "imagenet", a file, or null for random ones. The first
+            convolution is summed over RGB, so that its response to grey images stays the same.
         stride: Largest stride of the trunk's output.
-        dropout: Before the linear layer.
+        dropout: Dropout before the linear layer.
 
     Raises:
         UserError: An option out of range, or a trunk that cannot be built.

@@ -1,4 +1,4 @@
-"""A ResNet-18 on small grey images as a scene-context teacher: a class for each pixel."""
+"""A ResNet-18 on small grey images as a context teacher that predicts a class for each pixel."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region, resized
 
 
 class PixelTrunk(nn.Module):
-    """Features of a trunk, up-sampling, two dense (1x1) layers.
+    """A trunk, up-sampling, and two dense (1x1) layers.
 
     Attributes:
-        task: Name of the task for its output.
+        task: Name of the task that fits the output.
     """
 
     task = "context_map"
@@ -41,7 +41,7 @@ class PixelTrunk(nn.Module):
         return resized(self.head(resized(feature, grid)), (height, width))
 
     def scene_trunk(self) -> BlindTrunk:
-        """The trunk on luma, for a student."""
+        """The trunk for a student; it reads luma."""
         step = (self.trunk, self.trunk.channels, self.trunk.stride)
         return BlindTrunk("resnet_pixel", [step], see=grey_and_region)
 
@@ -59,19 +59,19 @@ def resnet_pixel(
 ) -> PixelTrunk:
     """BlindNet's pixel-wise ResNet-18: a softmax over background and the classes at each pixel.
 
-    Its input is luma and the hidden region, of images of 64 pixels (`data.size: 64`).
+    The input is luma and the hidden region, for images of 64 pixels (`data.size: 64`).
 
     Args:
-        num_classes: C; the output has one channel more, background, first.
-        name: Of the trunk: resnet18, timm/NAME, ...
-        weights: Of the trunk: "imagenet", a file, or null for random ones. The first convolution is
-            summed over RGB, so that its response to grey images stays the same.
-        until: Last step of the trunk, null for all: ResNet-18's second layer has 128 channels and a
-            grid of 8 x 8 for an image of 64 pixels.
+        num_classes: C; the output has one more channel, background, which comes first.
+        name: Name of the trunk: resnet18, timm/NAME, ...
+        weights: The trunk's weights: "imagenet", a file, or null for random ones. The first
+            convolution is summed over RGB, so that its response to grey images stays the same.
+        until: Last step of the trunk to use; null for all. "layer2" of ResNet-18 has 128 channels
+            and a grid of 8 x 8 for an image of 64 pixels.
         stride: Largest stride of the trunk's output.
-        width: Channels of the feature and of the dense layer.
-        grid: Pixels per place of the dense layers; their logits are up-sampled to the image's size.
-        dropout: Before the last layer.
+        width: Channels of both dense layers' inputs.
+        grid: Pixels per cell of the dense layers; their logits are up-sampled to the image's size.
+        dropout: Dropout before the last layer.
 
     Raises:
         UserError: An option out of range, or a trunk that cannot be built.

@@ -1,4 +1,4 @@
-"""A masked-token transformer over a scene's objects and pixels as a scene-context teacher."""
+"""A masked-token transformer over a scene's objects and pixels as a context teacher."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ Pixels = Literal["patches", "trunk"]
 
 
 class SceneTransformer(nn.Module):
-    """A mask token for each hidden object, with its box, attends to the rest of its scene.
+    """A query for each hidden object, made from its box, attends to the rest of the scene.
 
-    The rest are the other objects as (class, box) tokens, the image as tokens of patches or of a
-    trunk's map, or both. Tokens do not attend to each other (`kd.nn.scene_transformer.Reader`), so
-    one pass over a scene gives the posterior of each of its objects with only that one hidden.
+    The rest of the scene is given by the other objects as (class, box) tokens, by the image as
+    tokens of patches or of a trunk's map, or by both. Tokens do not attend to each other
+    (`kd.nn.scene_transformer.Reader`), so one pass over a scene gives the posterior of each object
+    with only that object hidden.
 
     Attributes:
-        task: Name of the task for its input and output.
-        image_inputs: The images that it reads: `none`; `whole`, with hidden regions
-            masked inside; or one for `each` hidden object without it, for a trunk.
-        reads_labels: Whether it reads the other objects' classes.
+        task: Name of the task that fits input and output.
+        image_inputs: Which images the teacher reads: `none`; `whole` images, in which hidden
+            regions are masked inside the network; or an image for `each` hidden object, in which
+            that object is hidden, for a trunk.
+        reads_labels: Whether the teacher reads the other objects' classes.
     """
 
     task = "scene_tokens"
@@ -92,7 +94,7 @@ class SceneTransformer(nn.Module):
     def forward(
         self, objects: Objects, hidden: Tensor, images: Tensor, regions: Tensor
     ) -> Tensor | dict[str, Tensor]:
-        """Posteriors of all hidden objects, each with only itself hidden.
+        """Posteriors of all hidden objects, for each of which only the object itself is hidden.
 
         Args:
             objects: Of N images; a hidden object's class is evidence for the others only.
@@ -101,7 +103,7 @@ class SceneTransformer(nn.Module):
             regions: (K, H, W) bool, the hidden regions.
 
         Returns:
-            Logits (K, C); with pixel logits a dict of `logits` and `dense` (N, C, h, w).
+            Logits (K, C); with `dense` a dict of `logits` and pixel logits `dense` (N, C, h, w).
         """
         frames = _frames(objects)
         boxes = objects.boxes * frames
@@ -144,7 +146,7 @@ class SceneTransformer(nn.Module):
         """The patches or the trunk, for a student.
 
         Raises:
-            UserError: It reads annotations only.
+            UserError: The teacher reads annotations only.
         """
         if self.trunk is not None:
             return self.trunk.trunk
@@ -169,7 +171,7 @@ class SceneTransformer(nn.Module):
         self, maps: Tensor, images: Tensor, targets: Tensor, frames: Tensor, rows: Tensor,
         blind: Tensor | None,
     ) -> Tokens:  # fmt: skip
-        """A map's places as tokens, with padding and hidden places masked."""
+        """The cells of a map as tokens, with padding and hidden cells masked."""
         grid = (maps.shape[2], maps.shape[3])
         step = max(-(-images.shape[2] // grid[0]), -(-images.shape[3] // grid[1]))
         size = max(images.shape[2:])
@@ -217,28 +219,28 @@ def scene_transformer(
 
     Args:
         num_classes: C.
-        annotations: Whether the other objects' classes and boxes are read.
-        pixels: `patches` are learned from scratch and serve all objects of an image in one pass;
-            `trunk` reads a trunk's features of the image without the object, an image for each
-            object. Null for annotations only.
+        annotations: Whether to read the other objects' classes and boxes.
+        pixels: How to read the image. `patches` are learned from scratch, and one pass serves all
+            objects of an image; `trunk` runs a trunk on a copy of the image for each object, in
+            which the object is hidden. Null to read annotations only.
         width: Length of tokens.
         depth: Number of readers.
-        heads: Of the attention.
-        attention: Weights that compete (`softmax`) or add up (`sigmoid`).
-        dropout: In the readers and before the head.
+        heads: Number of attention heads.
+        attention: Whether attention weights compete (`softmax`) or add up (`sigmoid`).
+        dropout: Dropout in the readers and before the head.
         patch: Side of a patch, pixels.
         reach: Receptive field of a patch to each side, in patches.
-        dense: Whether patches also learn to classify visible objects; the task then has a loss
+        dense: Whether to train patches to classify visible objects, too; the task then has a loss
             `visible`.
         trunk: Name of the trunk: mobilenet_v2, timm/NAME, ...
-        weights: Of the trunk: "imagenet", a file, or null for random ones.
-        levels: Number of strides of the trunk that are pooled around the object.
-        margins: Thickness of each pooled ring, as a fraction of the box.
+        weights: The trunk's weights: "imagenet", a file, or null for random ones.
+        levels: Number of the trunk's strides to pool around the object.
+        margins: Thickness of each pooled ring, as a fraction of the box's sides.
         min_ring: Smallest thickness of a ring, pixels.
-        frozen: "all", the last step of the trunk that does not learn, or null.
-        remember: Whether a frozen trunk's outputs are cached in memory.
-        counts: Whether co-occurrence (`kd.nn.cooccurrence`), counted on the train images, is added;
-            without annotations the box's position and size alone.
+        frozen: "all", the path of the last step of the trunk to freeze, or null.
+        remember: Whether to cache a frozen trunk's outputs in memory.
+        counts: Whether to add naive Bayes (`kd.nn.cooccurrence`), counted on the train images, to
+            the logits; without annotations only its evidence of the box's position and size.
         kinds: Number of latent scene types of the output mixture (`SceneKinds`); 0 for none.
 
     Raises:

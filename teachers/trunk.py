@@ -1,4 +1,4 @@
-"""Any trunk, pretrained or not, as a scene-context teacher."""
+"""Any trunk, pretrained or not, as a context teacher."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kd.nn.trunk_base import Trunk
 
 
 class ContextTrunk(nn.Module):
-    """A head on features of rings around the hidden region, the scene, the region and its geometry.
+    """A trunk, pooling around and inside the hidden region (`Surroundings`), and a small head.
 
-    The trunk's input is RGB, as its weights expect; the fourth channel gives the region.
+    The trunk's input is RGB, as its weights expect; the fourth channel is only read for the region.
 
     Attributes:
-        task: Name of the task for its output.
+        task: Name of the task that fits the output.
     """
 
     task = "context"
@@ -37,7 +37,7 @@ class ContextTrunk(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk, self.around = trunk, around
-        # Classes of visible objects at the finest map, for the loss `visible`.
+        # Classes of visible objects on the finest map, for the loss `visible`.
         self.dense = nn.Conv2d(around.channels[0], num_classes, 1) if dense else None
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         if hidden:
@@ -50,8 +50,8 @@ class ContextTrunk(nn.Module):
         """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
 
         Returns:
-            The logits; with pixel logits a dict of `logits` and `dense` (K, C, h, w), on the finest
-            grid.
+            The logits; with `dense` a dict of `logits` and `dense` (K, C, h, w), pixel logits on
+            the finest map's grid.
         """
         rgb, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
         maps = self.trunk(rgb)
@@ -87,21 +87,21 @@ def trunk(
 
     Args:
         num_classes: Length of the output.
-        name: Of the trunk: mobilenet_v2, timm/NAME, ...
-        weights: Of the trunk: "imagenet", a file, or null for random ones.
-        levels: Number of strides of the trunk that are read, the coarsest ones.
-        margins: Thickness of each ring around the region's box, as a fraction of the box.
+        name: Name of the trunk: mobilenet_v2, timm/NAME, ...
+        weights: The trunk's weights: "imagenet", a file, or null for random ones.
+        levels: Number of the trunk's strides to read, from the coarsest on.
+        margins: Thickness of each ring around the region's box, as a fraction of the box's sides.
         min_ring: Smallest thickness of a ring, pixels.
-        scene: Whether the whole scene outside the region is read too.
-        inside: Whether the features of the region are read too.
-        geometry: Whether the region's position and size are read too.
+        scene: Whether to read the whole scene outside the region.
+        inside: Whether to read the features of the region itself.
+        geometry: Whether to read the region's position and size.
         hidden: Width of a hidden layer in the head; 0 for a linear head.
-        dropout: Before each layer of the head.
-        dense: Whether there are also pixel logits for the classes of visible objects; the task
-            `context` then has a loss `visible`.
-        frozen: "all", or the path of the last step of the trunk that does not learn.
-        batch_norm_frozen: Whether all the trunk's batch norms keep their stored statistics.
-        remember: Whether a frozen trunk's outputs are cached in memory, for unaugmented images.
+        dropout: Dropout before each layer of the head.
+        dense: Whether to add pixel logits for the classes of visible objects; the task `context`
+            then has a loss `visible`.
+        frozen: "all", or the path of the last step of the trunk to freeze.
+        batch_norm_frozen: Whether to freeze all the trunk's batch norms.
+        remember: Whether to cache a frozen trunk's outputs in memory, for unaugmented images.
         stride: Largest stride of the trunk's output.
 
     Raises:

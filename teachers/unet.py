@@ -1,4 +1,4 @@
-"""U-Net as a scene-context teacher: class logits of the hidden object at each pixel."""
+"""U-Net as a context teacher: class logits of the hidden object at each pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.nn.trunk_base import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):
-    """Twice 3x3 convolution, batch norm and ReLU on the same grid."""
+    """3x3 convolution, batch norm and ReLU, twice, at stride 1."""
 
     def __init__(self, in_channels: int, out_channels: int, middle: int | None = None) -> None:
         middle = middle or out_channels
@@ -33,7 +33,7 @@ class Kit(Protocol):
     """The building blocks of a U-Net."""
 
     def stem(self, channels: int) -> nn.Module:
-        """The first convolutions, from 4 channels."""
+        """The first two convolutions, from 4 channels."""
         ...
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
@@ -49,7 +49,7 @@ class PlainKit:
     """Plain convolutions."""
 
     def stem(self, channels: int) -> nn.Module:
-        """The first convolutions, from 4 channels."""
+        """The first two convolutions, from 4 channels."""
         return DoubleConv(4, channels)
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
@@ -76,7 +76,7 @@ class Up(nn.Module):
             self.convolve = kit.convolve(in_channels, out_channels, in_channels // 2)
 
     def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
-        """(K, C, h, w) and the skip connection of twice that grid."""
+        """Coarse maps (K, C, h, w) and a skip connection (K, C', 2h, 2w) to (K, C'', 2h, 2w)."""
         convolved: Tensor = self.convolve(self.join(skip, self.up(coarse)))
         return convolved
 
@@ -85,7 +85,7 @@ class UNet(nn.Module):
     """Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597, with padding and batch norm.
 
     Attributes:
-        task: Name of the task for its output.
+        task: Name of the task that fits the output.
     """
 
     task = "context_pixels"
@@ -120,7 +120,7 @@ class UNet(nn.Module):
             in_channels = width * 2 ** (level + 1)
             self.ups.append(Up(in_channels, out_channels, transposed=transposed, kit=kit))
         self.head = nn.Conv2d(width, num_classes, 1)
-        # Most classes are absent at each pixel: start there.
+        # Most classes are absent at each pixel: start from a low probability.
         nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def unet(
         num_classes: Channels of the output.
         width: Channels of the finest level; doubled with each level.
         depth: Number of halvings of the grid.
-        up: Up-sampling by transposed convolutions, or bilinear.
-        prior_probability: Initial probability of every class at every pixel.
+        up: Up-sampling by transposed convolutions or bilinear interpolation.
+        prior_probability: Initial probability of each class at each pixel.
 
     Raises:
         UserError: An option out of range.

@@ -1,4 +1,4 @@
-"""A U-Net of fast Fourier convolutions as a scene-context teacher."""
+"""A U-Net of fast Fourier convolutions as a context teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class FourierKit:
     """Fast Fourier convolutions for a U-Net.
 
     Args:
-        ratio: Fraction of global channels of all maps; the image's channels are local.
+        ratio: Fraction of the channels of each map that is global; all channels of the image are
+            local.
         local_unit: Whether spectral transforms have a local Fourier unit.
     """
 
@@ -23,7 +24,7 @@ class FourierKit:
         self.ratio, self.local_unit = ratio, local_unit
 
     def stem(self, channels: int) -> nn.Module:
-        """The first convolutions, from 4 channels."""
+        """The first two convolutions, from 4 channels."""
         return self._twice(4, channels, channels, ratio_in=0.0)
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
@@ -52,17 +53,17 @@ def unet_ffc(
     local_unit: bool = True,
     prior_probability: float = 0.01,
 ) -> UNet:
-    """A U-Net of fast Fourier convolutions: first channels local, the rest global.
+    """A U-Net of fast Fourier convolutions; the last channels of each map are global.
 
     Args:
         num_classes: Channels of the output.
         width: Channels of the finest level; doubled with each level.
         depth: Number of halvings of the grid.
-        up: Up-sampling by transposed convolutions, which mix local and global channels, or
-            bilinear.
+        up: Up-sampling by transposed convolutions, which mix local and global channels, or bilinear
+            interpolation.
         ratio: Fraction of global channels; 0 gives a plain U-Net.
         local_unit: Whether spectral transforms also have a unit for the quarters of the map.
-        prior_probability: Initial probability of every class at every pixel.
+        prior_probability: Initial probability of each class at each pixel.
 
     Raises:
         UserError: An option out of range.
