@@ -97,24 +97,34 @@ class MultiLabelAP:
         """
         records = self.records()
         scores, present = records["log_probs"], records["present"]
-        support = present.sum(axis=0)
-        occurring = np.flatnonzero(support)
-        if not len(occurring):
+        occurring = present.any(axis=0)
+        if not occurring.any():
             raise UserError(f"{self._where}: no image has any class")
-        own = np.array([average_precision(scores[:, c], present[:, c]) for c in occurring])
         return {
-            "mAP": float(own.mean()),
-            "weighted_AP": float(np.average(own, weights=support[occurring])),
-            "micro_AP": average_precision(scores.ravel(), present.ravel()),
+            **mean_precisions(scores, present),
             "chance_mAP": float(present[:, occurring].mean()),
             "chance_micro_AP": float(present.mean()),
-            "classes": float(len(occurring)),
+            "classes": float(occurring.sum()),
             "count": float(len(scores)),
         }
 
     def save_predictions(self, path: str | Path) -> None:
         """Write the records as an .npz file, atomically."""
         save_records(self.records(), Path(path))
+
+
+def mean_precisions(scores: Array, present: NDArray[np.bool_]) -> dict[str, float]:
+    """`mAP`, `weighted_AP` and `micro_AP` of (N, C) scores; none if no image has any class."""
+    support = present.sum(axis=0)
+    occurring = np.flatnonzero(support)
+    if not len(occurring):
+        return {}
+    own = np.array([average_precision(scores[:, c], present[:, c]) for c in occurring])
+    return {
+        "mAP": float(own.mean()),
+        "weighted_AP": float(np.average(own, weights=support[occurring])),
+        "micro_AP": average_precision(scores.ravel(), present.ravel()),
+    }
 
 
 def present_classes(batch: Mapping[str, Tensor], num_classes: int) -> tuple[Tensor, Tensor]:

@@ -208,7 +208,7 @@ def test_objects_of_another_data_set_are_refused(run: Path, small_scenes: Path) 
     records = dict(read_run(run).records)
     data = open_objects(section)
     records["object_ids"] = records["object_ids"] + 10**6
-    with pytest.raises(UserError, match=r"a run: .* of its objects are not in .*instances_train"):
+    with pytest.raises(UserError, match=r"a run: .* scored objects are not in .*instances_train"):
         on_data(data, records, "a run")
     with pytest.raises(UserError, match="exact posterior: no prediction for object"):
         exact_records(data, records)

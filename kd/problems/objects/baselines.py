@@ -19,7 +19,7 @@ from kd.problems.objects.metric import with_predictions
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
-    """Concatenate the objects of an index, on the images with these ids or on all."""
+    """Objects of an index, as co-occurrence models read them, on images with these ids or all."""
     rows, owners = objects_on(index, images)
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
     boxes = index.boxes[rows] / np.tile(sides, 2)
@@ -40,7 +40,7 @@ def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDA
     model = NaiveBayes(data.num_classes, evidence=("company", "place", "size"))
     model.fit(index_objects(data.train))
     model.eval()
-    objects = index_objects(data.val)  # all of them, so that an object's place is its row
+    objects = index_objects(data.val)  # all objects, so that positions are rows of the index
     rows = data.samples("val").usable_rows()
     log_probs = model(objects, torch.from_numpy(rows)).numpy()
     ids = data.val.object_ids[rows]
@@ -56,10 +56,10 @@ ABOUT = {
     PRIOR: "class prior: how frequent each class is among the training objects",
     COOCCURRENCE: "co-occurrence: naive Bayes over the names, places and sizes of the annotated "
     "objects around the hidden one; no pixels",
-    EXACT: "exact posterior: of the scenes' own generative model, given what is visible; no model "
-    "that sees pixels alone is better on average",
-    EXACT_ANNOTATIONS: "exact, annotations: the same given the boxes and classes of the other "
-    "objects and no pixel; a model that has pixels as well can be better",
+    EXACT: "exact posterior: class probabilities under the scenes' generative model, given the "
+    "visible pixels; no model that sees only pixels is better on average",
+    EXACT_ANNOTATIONS: "exact, annotations: the same, given the boxes and classes of the other "
+    "objects instead of pixels; a model that also sees pixels can be better",
 }
 
 
@@ -82,14 +82,14 @@ def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
     same = val.object_ids[rows] == records["object_ids"]
     if wrong := int((~same | (val.labels[rows] != records["labels"])).sum()):
         raise UserError(
-            f"{where}: {wrong} of its objects are not in {val.annotation_file}, or have another "
+            f"{where}: {wrong} scored objects are not in {val.annotation_file}, or have another "
             "label there; name the run's own dataset with --set data.root=DIR"
         )
     return {**records, "visible": visible_objects(val, records["image_ids"])}
 
 
 def exact_records(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """The exact posteriors as predictions; empty for data other than the embedded scenes."""
+    """The exact posteriors as predictions; none for datasets other than the embedded scenes."""
     stored = data.ceiling("val")
     if stored is None:
         return {}

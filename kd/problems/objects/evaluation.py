@@ -16,7 +16,7 @@ from kd.errors import UserError
 from kd.metrics import classification as scores
 from kd.metrics.bootstrap import Interval
 from kd.metrics.confusion import ClassRow, Confusion, beyond_prior, confusions, per_class
-from kd.metrics.multilabel import average_precision
+from kd.metrics.multilabel import average_precision, mean_precisions
 from kd.metrics.records import Records, check_arrays, check_same_classes
 from kd.metrics.registry import METRICS
 from kd.problems.objects import figures, metric
@@ -143,8 +143,7 @@ class ObjectsEvaluation(Evaluation):
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Figures by name; those by class for a single run only."""
         runs, known, names = self.runs, self.references, self.names
-        curves, lines = ({n: scores.curve(r) for n, r in part.items()} for part in (runs, known))
-        yield "top_n", figures.top_n_figure(curves, lines)
+        yield "top_n", figures.top_n_figure(runs, known)
         yield "hidden_fraction", figures.bins_figure("fraction", runs, known)
         if "visible" in self.first:
             yield "visible_objects", figures.bins_figure("visible", runs, known)
@@ -238,20 +237,15 @@ class ObjectResults(Results):
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
         """Top-n curves of the runs and the class prior."""
-        known = self.references(next(iter(runs.values())))
-        curves, lines = (
-            {name: scores.curve(one) for name, one in part.items()} for part in (runs, known)
-        )
-        return figures.top_n_figure(curves, lines)
+        return figures.top_n_figure(runs, self.references(next(iter(runs.values()))))
 
     def training_figures(
         self, data: ObjectsDataset, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
         """Top-n curves with references, and top-1 by hidden fraction."""
-        exact = exact_records(data, records)
-        known = {**self.references(records), **{n: r for n, r in exact.items() if n == EXACT}}
-        lines = {name: scores.curve(one) for name, one in known.items()}
-        yield "eval/top_n", figures.top_n_figure({"model": scores.curve(records)}, lines)
+        exact = {n: r for n, r in exact_records(data, records).items() if n == EXACT}
+        known = {**self.references(records), **exact}
+        yield "eval/top_n", figures.top_n_figure({"model": records}, known)
         yield "eval/hidden_fraction", figures.bins_figure("fraction", {label: records})
 
     def draw(
@@ -317,17 +311,9 @@ class SceneLabelResults(Results):
 
     def our_value(self, records: Records, name: str) -> float | None:
         """A metric; None if no image has any class."""
-        log_probs, present = records["log_probs"], records["present"]
-        support = present.sum(axis=0)
         if name not in self.our_rows:
             raise UserError(f"metric {name!r}: unknown; there are {', '.join(self.our_rows)}")
-        if not support.any():
-            return None
-        if name == "micro_AP":
-            return average_precision(log_probs.ravel(), present.ravel())
-        there = np.flatnonzero(support)
-        own = [average_precision(log_probs[:, c], present[:, c]) for c in there]
-        return float(np.average(own, weights=support[there] if name == "weighted_AP" else None))
+        return mean_precisions(records["log_probs"], records["present"]).get(name)
 
     def our_interval(self, records: Records, name: str) -> Interval | None:
         """None: each bootstrap sample would have to be ranked again."""

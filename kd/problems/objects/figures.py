@@ -32,18 +32,20 @@ _DARK = 0.6  # a cell filled by more than this needs white letters
 
 
 def top_n_figure(
-    curves: Mapping[str, Array], references: Mapping[str, Array] | None = None
+    runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw curves of top-n accuracy (C,) in 0..1, with chance, the ideal and references."""
+    """Draw top-n accuracy over n for runs, references, chance and a perfect model."""
     figure, axes = new_figure(5.6, 4.0)
-    num_classes = len(next(iter(curves.values())))
+    num_classes = next(iter(runs.values()))["log_probs"].shape[1]
     n = np.arange(1, num_classes + 1)
     axes.plot(n, n / num_classes, color=PALE, label="random")
     axes.plot(n, np.ones(num_classes), color=PALE, linestyle=":", label="ideal")
-    for name, curve in (references or {}).items():
-        axes.plot(n, curve, **reference_style(name), label=_with_top1(name, curve))
-    for (name, curve), colour in zip(curves.items(), colours(len(curves)), strict=True):
-        axes.plot(n, curve, color=colour, linewidth=2, label=_with_top1(name, curve))
+    styles = [{"color": colour, "linewidth": 2} for colour in colours(len(runs))]
+    drawn = [(name, one, reference_style(name)) for name, one in (references or {}).items()]
+    drawn += [(*run, style) for run, style in zip(runs.items(), styles, strict=True)]
+    for name, records, style in drawn:
+        curve = scores.curve(records)
+        axes.plot(n, curve, **style, label=f"{name} (top-1 {100 * float(curve[0]):.1f} %)")
     axes.set(xlim=(1, max(num_classes, 2)), ylim=(0, 1.02))
     axes.set(xlabel="n", ylabel="true class among the first n")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -244,7 +246,3 @@ def beyond_prior_figure(
         axes.text(0.5, 0.5, "no confusion is more frequent than under the prior",
                   transform=axes.transAxes, ha="center", color=GREY)  # fmt: skip
     return figure
-
-
-def _with_top1(name: str, curve: Array) -> str:
-    return f"{name} (top-1 {100 * float(curve[0]):.1f} %)"

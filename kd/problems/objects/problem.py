@@ -41,12 +41,10 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     moves_cached_maps: ClassVar[bool] = True
     transferred: ClassVar[str] = TRANSFERRED
 
-    def open(self, section: ObjectsSection) -> ObjectsDataset:
-        """Open both splits; the embedded scenes are rendered if they do not exist yet."""
-        return open_objects(section)
+    open = staticmethod(open_objects)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
-        """The class names, without the images."""
+        """Class names, read without the images."""
         return class_names(section, layout=section.layout, classes=section.classes)
 
     def train_annotations(self, section: ObjectsSection) -> Path | None:
@@ -93,15 +91,10 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         self, model: Model, data: ObjectsDataset, *, labelled: NDArray[np.int64] | None = None,
         context: bool = True, outputs: Collection[str] = (),
     ) -> nn.Module:  # fmt: skip
-        """Build a classifier with the options of `students.classifiers.build_student`."""
-        return self.classifier(model, data.prior(labelled), context=context)
-
-    def classifier(
-        self, model: Model, prior: NDArray[np.float64], *, context: bool = True
-    ) -> nn.Module:
-        """Build a classifier; C is the length of the prior."""
+        """Build a classifier; its context head is initialised with the class prior."""
         options = {**model.options, **({} if context else {"context": False})}
-        given: dict[str, Any] = {"num_classes": len(prior), "prior": prior.tolist()}
+        prior = data.prior(labelled).tolist()
+        given: dict[str, Any] = {"num_classes": len(prior), "prior": prior}
         if model.name == TRANSFERRED:
             given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
             given |= dict.fromkeys(("weights", "stride"))
@@ -114,7 +107,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def fit(
         self, model: nn.Module, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> None:
-        """Fit the baselines that count co-occurrences."""
+        """Fit co-occurrence baselines; other models are unchanged."""
         if isinstance(model, Fitted):
             model.fit(index_objects(data.train, images))
 
@@ -135,12 +128,12 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Add the background, channel 0 of score maps, where the classes have it."""
+        """Names of the channels; those of score maps begin with the background, if `others` do."""
         maps = isinstance(task, ContextMap) and others[0] == BACKGROUND != names[0]
         return (BACKGROUND, *names) if maps else tuple(names)
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Scene labels are scored image by image, other tasks object by object."""
+        """Results of scene labels, scored by image, or of other tasks, scored by object."""
         return (SceneLabelResults if task == "scene_labels" else ObjectResults)(metrics or {})
 
 

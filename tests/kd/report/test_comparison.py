@@ -47,16 +47,16 @@ def drawn(figure: Figure) -> torch.Tensor:
 
 
 def test_the_top_n_figure_has_a_line_for_each_curve_random_ideal_prior_and_ceiling() -> None:
-    curve = scores.curve(records_of(1.0, 0))
-    figure = figures.top_n_figure(
-        {"unet": curve}, {"class prior": curve * 0.5, "exact posterior": np.ones(6)}
-    )
+    unet = records_of(1.0, 0)
+    known = {"class prior": records_of(0.0, 1), "exact posterior": records_of(9.0, 2)}
+    figure = figures.top_n_figure({"unet": unet}, known)
     labels = [str(line.get_label()).split(" (")[0] for line in figure.axes[0].lines]
     assert labels == ["random", "ideal", "class prior", "exact posterior", "unet"]
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), np.arange(1, 7) / 6)
-    np.testing.assert_array_equal(figure.axes[0].lines[-1].get_ydata(), curve)
+    np.testing.assert_array_equal(figure.axes[0].lines[-1].get_ydata(), scores.curve(unet))
     drawn(figure)
-    drawn(figures.top_n_figure({"one class": np.ones(1)}))
+    one = {"log_probs": np.zeros((2, 1)), "labels": np.zeros(2, np.int64)}
+    drawn(figures.top_n_figure({"one class": one}))
 
 
 def test_fractions_hidden_and_reliability_are_drawn_for_every_run() -> None:
@@ -162,7 +162,7 @@ def test_the_hidden_scene_covers_the_object_and_names_the_true_class() -> None:
 
 
 def test_a_figure_is_saved_and_a_bad_name_refused(tmp_path: Path) -> None:
-    figure = figures.top_n_figure({"unet": np.linspace(0.5, 1, 6)})
+    figure = figures.top_n_figure({"unet": records_of(1.0, 0)})
     save_figure(figure, tmp_path / "new" / "curve.png")
     with Image.open(tmp_path / "new" / "curve.png") as saved:
         assert saved.size[0] > 400

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ from kd.problems.objects.transfer_trunk import resolved
 from students.classifiers import SceneClassifier
 from teachers import TEACHERS
 
-PRIOR = np.full(7, 1 / 7)  # of other classes than the teacher's 22
+# A dataset with other classes than the teacher's 22.
+DATA: Any = SimpleNamespace(prior=lambda labelled: np.full(7, 1 / 7))
 
 
 def transferred(**options: object) -> SceneClassifier:
-    model = PROBLEM.classifier(Model(name="transferred", options=options), PRIOR, context=False)
+    student = Model(name="transferred", options=options)
+    model = PROBLEM.build_student(student, DATA, context=False)
     assert isinstance(model, SceneClassifier)
     return model
 
@@ -62,7 +66,7 @@ def test_a_resolved_student_needs_the_run_no_more(small_teacher: Path, tmp_path:
     shutil.rmtree(run)
     later = student.model_copy(update={"options": {**student.options, "weights": None}})
     assert resolved(later) == later
-    PROBLEM.classifier(later, PRIOR)
+    PROBLEM.build_student(later, DATA)
     other = Model(name="resnet18", options={"weights": None})
     assert resolved(other) is other
 
