@@ -19,6 +19,8 @@ COMMANDS = (
     "kd.cache --help",
     "kd.imagine --help",
     "kd.rescore --help",
+    "kd.data.prepare --help",
+    "kd.data.scenes --help",
     "kd.distill --schema",
     "kd.distill --list",
     "kd.distill --student resnet18 --print-config",

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from kd.errors import ConfigError, UserError
 
 T = TypeVar("T")
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 FAMILY = "NAME"  # placeholder in the entry of a family: "timm/NAME"
 MOST = 40  # names listed if none is near
 
@@ -197,7 +198,7 @@ def check_options(
     annotations = _annotations(builder)
     mistakes = []
     for name, value in options.items():
-        if name in every and name not in parameters and name not in filled:
+        if name not in filled and name in every and every[name].kind is POSITIONAL:
             mistakes.append(
                 f"{what}: option {name!r}: options are keyword-only parameters; write `*` before "
                 "this one in the signature"

@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as run_lengths
 from rich.progress import track
@@ -35,7 +33,6 @@ from rich.progress import track
 from kd.errors import UserError
 from kd.formats.coco_validate import read_coco
 from kd.formats.rle import encode
-from kd.utils.images import read_image, scaled_size
 from kd.utils.io import write_text
 
 Json = dict[str, Any]
@@ -109,8 +106,11 @@ def _scale_pairs(values: Any, scale: tuple[float, float]) -> Any:
 def _scale_run_lengths(segment: Json, size: Size) -> Json:
     if isinstance(segment["counts"], list):
         segment = run_lengths.frPyObjects(segment, *segment["size"])
+    import torch  # takes seconds: only where it is used, so that --help answers at once
+    from torch.nn.functional import interpolate
+
     mask = torch.from_numpy(run_lengths.decode(segment))
-    resized = F.interpolate(mask[None, None], size=size, mode="nearest-exact")[0, 0]
+    resized = interpolate(mask[None, None], size=size, mode="nearest-exact")[0, 0]
     return encode(resized.bool().numpy())
 
 
@@ -216,10 +216,14 @@ def _copy_all(
         yield from map(copy, entries)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
         yield from pool.map(copy, entries, chunksize=_CHUNK)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
@@ -229,6 +233,8 @@ def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
             return None  # complete, and not older than its source
     expected = (entry["height"], entry["width"])
     small = max(expected) <= size
+    from kd.utils.images import read_image
+
     try:
         pixels = read_image(source, None if small else size, expected=expected)
     except UserError as error:
@@ -250,6 +256,8 @@ def _copy_name(file_name: str) -> str:
 
 
 def _copy_size(height: int, width: int, size: int) -> tuple[int, int]:
+    from kd.utils.images import scaled_size
+
     return (height, width) if max(height, width) <= size else scaled_size(height, width, size)
 
 
