@@ -40,9 +40,11 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     check_mask("imitation", "mask", mask, student, like="student", weights=True)
     dtype = wide_dtype(student, teacher)
     outside = ~(mask > 0)
-    # The compiler fuses the plain formula.
-    distances = _distances if torch.compiler.is_compiling() else _Distances.apply
-    squares: Tensor = distances(student, teacher, outside, dtype)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula
+        gap = student.to(dtype) - teacher
+        squares: Tensor = gap.masked_fill(outside[:, None], 0.0).square().sum(dim=1)
+    else:
+        squares = _Distances.apply(student, teacher, outside, dtype)
     if mask.dtype != torch.bool:
         squares = squares * mask.to(dtype)
     places = mask.sum(dtype=dtype)
@@ -76,11 +78,6 @@ class _Distances(torch.autograd.Function):
         student_grad = gap.to(student.dtype) if need_student else None
         teacher_grad = (-gap).to(teacher.dtype) if need_teacher else None
         return student_grad, teacher_grad, None, None
-
-
-def _distances(student: Tensor, teacher: Tensor, outside: Tensor, dtype: torch.dtype) -> Tensor:
-    gap = student.to(dtype) - teacher
-    return gap.masked_fill(outside[:, None], 0.0).square().sum(dim=1)
 
 
 def anchor_grid(
@@ -209,8 +206,15 @@ def _check_mask(boxes: Sequence[Tensor], anchors: Tensor, psi: float) -> None:
             "one size for each of the K anchors"
         )
     for image, own in enumerate(boxes):
-        if own.is_cpu:
-            _check_corners(own, f"imitation_mask: boxes of image {image}")
+        if not own.is_cpu:
+            continue
+        valid = (own[:, 2:] >= own[:, :2]).all(dim=1) & own.isfinite().all(dim=1)
+        if not valid.all():
+            number = int((~valid).nonzero()[0])
+            raise UserError(
+                f"imitation_mask: boxes of image {image} must be finite, with x1 <= x2 and "
+                f"y1 <= y2; box {number} is {own[number].tolist()}"
+            )
 
 
 def _is_grid(anchors: Tensor) -> bool:
@@ -222,13 +226,3 @@ def _is_grid(anchors: Tensor) -> bool:
         and ((sizes - sizes[:1, :1]).abs() <= 1e-4 * (1 + sizes[:1, :1].abs())).all()
         and (sizes >= 0).all()
     )
-
-
-def _check_corners(boxes: Tensor, what: str) -> None:
-    valid = (boxes[:, 2:] >= boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
-    if not valid.all():
-        number = int((~valid).nonzero()[0])
-        raise UserError(
-            f"{what} must be finite, with x1 <= x2 and y1 <= y2; box {number} is "
-            f"{boxes[number].tolist()}"
-        )

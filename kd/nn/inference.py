@@ -22,8 +22,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from kd.errors import UserError
 from kd.nn.trunk import TorchvisionTrunk
 
-Place = tuple[nn.Module, str]  # a module and the name of a child
-
 
 def for_answers(model: nn.Module) -> nn.Module:
     """A copy of a model for inference, without gradients, with batch norms folded where possible.
@@ -35,26 +33,26 @@ def for_answers(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(id(module) for _, module in copied.named_modules(remove_duplicate=False))
     for module in list(copied.modules()):
-        for (first, before), (second, after) in _neighbours(module):
-            convolution, norm = getattr(first, before), getattr(second, after)
+        for before, after in _neighbours(module):
+            convolution, norm = getattr(module, before), getattr(module, after)
             once = uses[id(convolution)] == uses[id(norm)] == 1
             if once and _can_fold(convolution, norm):
                 transposed = isinstance(convolution, nn.ConvTranspose2d)
-                setattr(first, before, fuse_conv_bn_eval(convolution, norm, transpose=transposed))
-                setattr(second, after, nn.Identity())
+                setattr(module, before, fuse_conv_bn_eval(convolution, norm, transpose=transposed))
+                setattr(module, after, nn.Identity())
     return copied
 
 
-def _neighbours(module: nn.Module) -> Iterator[tuple[Place, Place]]:
-    """Pairs of children that run directly one after the other."""
+def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of pairs of children that run directly one after the other."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        yield from pairwise([(module, name) for name, _ in module.named_children()])
+        yield from pairwise(name for name, _ in module.named_children())
     elif isinstance(module, BasicBlock | Bottleneck):
         for number in (1, 2, 3):
             if hasattr(module, f"conv{number}"):
-                yield (module, f"conv{number}"), (module, f"bn{number}")
+                yield f"conv{number}", f"bn{number}"
     elif isinstance(module, TorchvisionTrunk) and not module.tokens:
-        yield from pairwise([(module, child) for child in module.order])
+        yield from pairwise(module.order)
 
 
 def _can_fold(first: nn.Module, second: nn.Module) -> bool:

@@ -102,26 +102,23 @@ class RememberedTrunk(LevelledTrunk):
     def forward(self, images: Tensor) -> list[Tensor]:
         """As `LevelledTrunk`: float32 maps, which are rounded to float16 in the cache."""
         with torch.autocast(images.device.type, enabled=False):
-            return self._maps(images)
-
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        store, keys = self._store(), image_keys(images)
-        missing = {key: place for place, key in enumerate(keys) if key not in store.maps}
-        fresh: dict[bytes, tuple[Tensor, ...]] = {}
-        if missing or not keys:
-            levels = self._computed(images[list(missing.values())])
-            if not keys:
-                return [level.to(images.device).float() for level in levels]
-            for number, key in enumerate(missing):
-                fresh[key] = tuple(level[number].clone() for level in levels)
-                store.keep(key, fresh[key])
-        rows = [fresh[key] if key in fresh else store.maps[key] for key in keys]
-        return [torch.stack(level).to(images.device).float() for level in zip(*rows, strict=True)]
-
-    def _computed(self, images: Tensor) -> list[Tensor]:
-        """Maps in float16, on the CPU."""
-        levels = self.trunk.forward_levels(images.float())[-self.levels :]
-        return [level.clamp(-_LARGEST, _LARGEST).half().cpu() for level in levels]
+            store, keys = self._store(), image_keys(images)
+            missing = {key: row for row, key in enumerate(keys) if key not in store.maps}
+            fresh: dict[bytes, tuple[Tensor, ...]] = {}
+            if missing or not keys:
+                maps = self.trunk.forward_levels(images[list(missing.values())].float())
+                levels = [
+                    one.clamp(-_LARGEST, _LARGEST).half().cpu() for one in maps[-self.levels :]
+                ]
+                if not keys:
+                    return [level.to(images.device).float() for level in levels]
+                for number, key in enumerate(missing):
+                    fresh[key] = tuple(level[number].clone() for level in levels)
+                    store.keep(key, fresh[key])
+            rows = [fresh[key] if key in fresh else store.maps[key] for key in keys]
+            return [
+                torch.stack(level).to(images.device).float() for level in zip(*rows, strict=True)
+            ]
 
     def _store(self) -> _Store:
         """The store for the current weights; these may have been changed in place."""

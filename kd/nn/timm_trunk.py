@@ -69,7 +69,6 @@ class TimmTrunk(Trunk):
         self._multiple = self._measure_multiple()
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """Consecutive modules with their paths."""
         path, network = "network", self.network
         if isinstance(getattr(network, "model", None), nn.Module):  # timm's wrapper of transformers
             path, network = "network.model", network.get_submodule("model")
@@ -81,12 +80,10 @@ class TimmTrunk(Trunk):
                 yield f"{path}.{name}", child
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first; the last of them is the output."""
         maps = self._maps(images)
         return [maps[place] for place in self._last.values()]
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps (N, C, h, w) after the steps of these paths."""
         maps = self._maps(images)
         return [maps[self._paths.index(path)] for path in paths]
 
@@ -97,7 +94,6 @@ class TimmTrunk(Trunk):
         return list(zip(self._paths, self._channels, strict=True))
 
     def last_step(self, stride: int) -> str:
-        """Path of the last step at a stride."""
         return self._paths[self._last[stride]]
 
     def cut(self, until: str) -> None:

@@ -100,7 +100,6 @@ class TorchvisionTrunk(Trunk):
         self._published_strides = self.step_strides
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """Consecutive modules with their paths."""
         for child in self.order:
             module = getattr(self, child)
             if child in CONTAINERS and isinstance(module, nn.Sequential):
@@ -110,12 +109,10 @@ class TorchvisionTrunk(Trunk):
                 yield child, module
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, in, H, W) to features (N, channels, H/stride, W/stride)."""
         *_, (last, _) = self.steps()
         return self.forward_at(images, [last])[0]
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first; the last of them is the output."""
         return self.forward_at(images, [self.last_step(stride) for stride in self.level_strides])
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
@@ -148,7 +145,6 @@ class TorchvisionTrunk(Trunk):
         return [found[stride] for stride in sorted(found)]
 
     def last_step(self, stride: int) -> str:
-        """Path of the last step at a stride."""
         return {stride: path for path, stride in self.step_strides.items()}[stride]
 
     def measure(self) -> None:
@@ -180,7 +176,6 @@ class TorchvisionTrunk(Trunk):
         self.level_channels = tuple(last_of[stride] for stride in self.level_strides)
 
     def cut(self, until: str) -> None:
-        """Drop all steps after the one of this path."""
         paths = [path for path, _ in self.steps()]
         if until not in paths or self.tokens:
             raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")

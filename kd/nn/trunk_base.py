@@ -114,12 +114,10 @@ class BlindTrunk(Trunk):
         self.channels, self.stride = channels[-1], strides[-1]
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """Consecutive modules with their paths."""
         for name, step in self.path.named_children():
             yield f"path.{name}", step
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first."""
         count, _, height, width = images.shape
         maps = torch.cat([images, images.new_zeros(count, 1, height, width)], dim=1)
         if self._see is not None:

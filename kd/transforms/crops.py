@@ -151,14 +151,6 @@ class Flips:
         )  # fmt: skip
 
 
-def build_flips(options: dict[str, Any] | None) -> Flips:
-    """Build flips from options; None = no changes."""
-    if options is None:
-        return Flips(flip=0.0, upside_down=0.0)
-    check_options(Flips, options, what="augment")
-    return Flips(**options)
-
-
 def _random_colour(random: np.random.Generator, most: float) -> ColourChange:
     changes = random.uniform(1 - most, 1 + most, 3).tolist()
     names = ("brightness", "contrast", "saturation")
@@ -167,7 +159,13 @@ def _random_colour(random: np.random.Generator, most: float) -> ColourChange:
 
 def build_crops(options: dict[str, Any] | None) -> Crops:
     """Build crops from options; None = scale 1 and no other changes."""
-    if options is None:
-        return Crops(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
+    options = {"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0} if options is None else options
     check_options(Crops, options, what="augment")
     return Crops(**options)
+
+
+def build_flips(options: dict[str, Any] | None) -> Flips:
+    """Build flips from options; None = no changes."""
+    options = {"flip": 0.0, "upside_down": 0.0} if options is None else options
+    check_options(Flips, options, what="augment")
+    return Flips(**options)

@@ -71,6 +71,7 @@ class FasterRCNN(Detector):
         context: Head on the surroundings of regions, or None.
     """
 
+    network: Any
     title = "Faster R-CNN"
     # torchvision divides by the number of sampled anchors or regions, which is the same for each
     # image that has enough of them: the losses are means over images.
@@ -104,11 +105,11 @@ class FasterRCNN(Detector):
             sampled regions. In evaluation with sizes also `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, *_, near_boxes = given
-        maps: dict[str, Tensor] = self.network.get_submodule("backbone")(images)
+        maps: dict[str, Tensor] = self.network.backbone(images)
         features = list(maps.values())
         if sizes is None and boxes is None:
             return leveled(features=features)
-        logits, deltas = self._rpn.head(features)
+        logits, deltas = self.network.rpn.head(features)
         output = leveled(features=features, class_maps=logits, box_maps=deltas)
         extents = None
         if self.context is not None:  # width and height of the images without padding
@@ -127,7 +128,7 @@ class FasterRCNN(Detector):
             targets = targets_of(boxes, labels, image_of, len(images), first=1)
         listed = ImageList(images, [(height, width) for height, width in sizes.tolist()])
         proposals, losses = self._first_stage(listed, features, logits, deltas, targets)
-        heads = self._roi_heads
+        heads = self.network.roi_heads
         if targets is not None:
             regions, _, classes, offsets = heads.select_training_samples(proposals, targets)
             found = self._second_stage(maps, regions, extents)
@@ -142,14 +143,6 @@ class FasterRCNN(Detector):
         by_image = [dict(zip(names, one, strict=True)) for one in zip(*detections, strict=True)]
         return output | {"detections": padded(by_image, self.top, first=1)}
 
-    @property
-    def _rpn(self) -> Any:
-        return self.network.rpn
-
-    @property
-    def _roi_heads(self) -> Any:
-        return self.network.roi_heads
-
     def _first_stage(
         self,
         images: ImageList,
@@ -159,7 +152,7 @@ class FasterRCNN(Detector):
         targets: list[dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals of each image, (R, 4), without a gradient, and with targets the losses."""
-        rpn = self._rpn
+        rpn = self.network.rpn
         anchors = rpn.anchor_generator(images, features)
         counts = [one[0].numel() for one in logits]  # anchors of each level
         flat_logits, flat_deltas = concat_box_prediction_layers(
@@ -182,7 +175,7 @@ class FasterRCNN(Detector):
 
         With a context head, its logits are combined with those of the regions.
         """
-        heads = self._roi_heads
+        heads = self.network.roi_heads
         # The pool knows its scales; torchvision uses image sizes only to infer them.
         regions = heads.box_roi_pool(dict(maps), boxes, [])
         logits, deltas = heads.box_predictor(heads.box_head(regions))

@@ -83,10 +83,13 @@ class OneStage(Detector):
         sides: Size of each level for `level_of`.
         map_names: Our names of the heads' outputs to torchvision's.
         loss_names: Our names of the losses to torchvision's.
+        takes_cells: Whether torchvision's `compute_loss` takes the number of cells of each level.
     """
 
     map_names: ClassVar[Mapping[str, str]]
     loss_names: ClassVar[Mapping[str, str]]
+    takes_cells: ClassVar[bool] = False
+    network: Any
 
     def __init__(
         self,
@@ -107,10 +110,6 @@ class OneStage(Detector):
         """Index (M,) of the level responsible for each of the boxes (M, 4)."""
         raise NotImplementedError
 
-    def counts(self, features: Sequence[Tensor]) -> tuple[list[int], ...]:
-        """Further arguments of torchvision's `compute_loss`."""
-        return ()
-
     def detect(self, given: Inputs) -> dict[str, Tensor]:
         """Find objects; crowds are not read: detections in them count as wrong, as in torchvision.
 
@@ -123,7 +122,7 @@ class OneStage(Detector):
             evaluation with sizes `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, *_ = given
-        network: Any = self.network
+        network = self.network
         features = list(network.backbone(images).values())
         if sizes is None and boxes is None:
             return leveled(features=features)
@@ -143,7 +142,9 @@ class OneStage(Detector):
         if self.training:
             assert boxes is not None and labels is not None and image_of is not None
             targets = targets_of(boxes, labels, image_of, len(images))
-            losses = network.compute_loss(targets, heads, anchors, *self.counts(features))
+            cells = [one.shape[2:].numel() for one in features]
+            further = [cells] if self.takes_cells else []
+            losses = network.compute_loss(targets, heads, anchors, *further)
             return output | {f"loss.{ours}": losses[name] for ours, name in self.loss_names.items()}
         counts = _anchor_counts(len(anchors[0]), features)
         found = network.postprocess_detections(
@@ -190,6 +191,7 @@ class FCOS(OneStage):
     map_names: ClassVar = {**RetinaNet.map_names, "centre_maps": "bbox_ctrness"}
     loss_names: ClassVar = {**RetinaNet.loss_names, "centres": "bbox_ctrness"}
     loss_units = dict.fromkeys(loss_names, "boxes")
+    takes_cells = True
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
@@ -201,10 +203,6 @@ class FCOS(OneStage):
         """
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) / 2
         return (reach[:, None] >= 8 * reach.new_tensor(sides[:-1])).sum(dim=1)
-
-    def counts(self, features: Sequence[Tensor]) -> tuple[list[int], ...]:
-        """The number of cells of each level."""
-        return ([one.shape[2:].numel() for one in features],)
 
 
 def _anchor_counts(rows: int, features: Sequence[Tensor]) -> list[int]:

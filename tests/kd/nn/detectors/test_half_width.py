@@ -61,5 +61,5 @@ def test_a_recipe_takes_it_and_a_file_of_the_whole_trunk_does_not_fit() -> None:
     changes = ["teacher.name=fasterrcnn_resnet101", "teacher.options.width=0.5"]
     model = load_recipe(TeacherRecipe, path, data="voc", settings=changes).teacher
     assert (model.name, model.options["width"]) == ("fasterrcnn_resnet101", 0.5)
-    with pytest.raises(UserError, match=r"weights are of the full width; leave out width 0\.5"):
+    with pytest.raises(UserError, match=r"weights are for the full width; leave out width 0\.5"):
         DETECTORS[model.name].load()(num_classes=3, **model.options)
