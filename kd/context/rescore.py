@@ -185,16 +185,10 @@ class Fitter:
             ]
         )
 
-    def without(self, fold: int, *, per_class: bool = False) -> Fit:
-        """Fit on all folds but one."""
-        others = [number for number in range(self.count) if number != fold]
-        return self._fit(self.count + fold, others, per_class)
-
-    def everywhere(self, *, per_class: bool = False) -> Fit:
-        """Fit on all images."""
-        return self._fit(2 * self.count, list(range(self.count)), per_class)
-
-    def _fit(self, row: int, folds: list[int], per_class: bool) -> Fit:
+    def fit(self, *, without: int | None = None, per_class: bool = False) -> Fit:
+        """Fit on all images, or on all folds but one."""
+        folds = [number for number in range(self.count) if number != without]
+        row = 2 * self.count if without is None else self.count + without
         mean = np.nan_to_num(mean_of_known(self._class_ap))  # (S, rows)
         best = int(np.argmax(mean[:, row]))
         gain = float(mean[best, row] - mean[0, row])
@@ -365,14 +359,14 @@ def cross_fitted(
     if len(np.unique(folds)) < count:
         raise UserError(f"{split.truth.path}: too few images for {count} folds; try --folds 2")
     fitter = Fitter(split.meter, split.known, settings, folds)
-    fits = tuple(fitter.without(number, per_class=per_class) for number in range(count))
+    fits = tuple(fitter.fit(without=number, per_class=per_class) for number in range(count))
     scores = rescored(split.known, fits, folds[split.found.boxes.image])
     gains = fold_gains(split.meter, split.known.scores, scores, folds)
     every = np.zeros(len(folds), np.int64)
     better = fold_gains(split.meter, split.known.scores, scores, every)[0] > 0
     taken = bool(better and is_clear(gains))
     new = scores if taken else split.known.scores
-    return Rescored(new, fits, fitter.everywhere(per_class=per_class), gains, taken)
+    return Rescored(new, fits, fitter.fit(per_class=per_class), gains, taken)
 
 
 def fitted_elsewhere(
@@ -388,7 +382,7 @@ def fitted_elsewhere(
     if split.truth.class_names != other.truth.class_names:
         raise UserError(f"{other.truth.path}: its classes are not those of {split.truth.path}")
     fitter = Fitter(other.meter, other.known, settings, other.folds(count))
-    fit = fitter.everywhere(per_class=per_class)
+    fit = fitter.fit(per_class=per_class)
     here = np.zeros(len(split.known.scores), np.int64)
     scores = rescored(split.known, (fit,), here)
     return Rescored(scores, (fit,), fit, np.empty(0), True)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd.context.draw import heat_figure, regions_figure
-from kd.context.heatmap import Expectation, expect_classes, heat_maps
+from kd.context.heatmap import expect_classes, heat_maps
 from kd.context.photo import Photograph
 from kd.context.regions import (
     Region,
@@ -156,13 +156,23 @@ class Imagination:
 
     def _query_regions(self, photo: Photograph, regions: Sequence[Region], file: Path) -> list[str]:
         found = expect_classes(self.teacher, photo, regions, self.device)
+        boxes = photo.boxes.tolist()
+        objects = [  # class and box of those that the teacher reads, if it reads any
+            [
+                (self.names[n], box)
+                for n, box in zip(one.labels.tolist(), boxes, strict=True)
+                if n >= 0
+            ]
+            for one in found
+            if one.labels is not None
+        ]
         figure = regions_figure(
             photo.pixels,
             regions,
             [(one.image, one.hidden) for one in found],
             [one.probabilities for one in found],
             self.names,
-            objects=[self._visible_objects(photo, one) for one in found],
+            objects=objects,
             prior=self.prior,
             top=self.top,
         )
@@ -174,14 +184,6 @@ class Imagination:
             for probability, label in zip(*(part.tolist() for part in best), strict=True):
                 lines.append(f"    {self.names[label]:<20}{100 * probability:>6.1f} %")
         return [*lines, f"  drawn: {file}"]
-
-    def _visible_objects(
-        self, photo: Photograph, found: Expectation
-    ) -> list[tuple[str, list[float]]]:
-        if found.labels is None:
-            return []
-        pairs = zip(found.labels.tolist(), photo.boxes.tolist(), strict=True)
-        return [(self.names[label], box) for label, box in pairs if label >= 0]
 
     def _draw_heat(self, photo: Photograph, output: str) -> list[str]:
         lines = []

@@ -15,7 +15,6 @@ from kd.context.pasting.pairs import intersections
 from kd.context.pasting.write import SETS
 from kd.distillation.student import AdaptedStudent
 from kd.engine.loop import evaluate
-from kd.errors import UserError
 from kd.evaluation.predict import open_run
 from kd.formats.coco import CocoIndex
 from kd.formats.coco_results import by_image, corners, read_detections, read_truth
@@ -26,7 +25,7 @@ from kd.problems.context import object_scenes
 from kd.problems.results import Results
 from kd.report.tables import Table, distill_table
 from kd.runs.build import make_accelerator
-from kd.runs.read import is_distill, results_of
+from kd.runs.read import is_distill, read_distill, results_of
 from kd.runs.train import val_loader
 
 _log = logging.getLogger("kd")
@@ -45,7 +44,7 @@ def report_runs(
         folder: Output of `python -m kd.out_of_context make`.
         runs: Teachers, variants of a distillation, or whole distillations.
         settings: `data.a=value`, applied to the dataset in each run's config.
-        variants: Variants of distillations to include; None: all.
+        variants: Variants of distillations to include beside `plain`; None: all.
 
     Returns:
         A table for each run or variant that compares the datasets; for a distillation also one for
@@ -55,48 +54,25 @@ def report_runs(
     tables = []
     for run in runs:
         if not is_distill(run):
-            tables.append(_by_set(str(run), _results(run), [_evaluate(run, folder, settings)], [0]))
+            results = results_of(read_yaml(run / "config.yaml"), run)
+            tables.append(_by_set(str(run), results, [_evaluate(run, folder, settings)], [0]))
             continue
-        seeds, found = _variants_of(run, variants)
-        results = _results(next(iter(found.values()))[0])
+        found = read_distill(run, variants)
+        results = found.variants["plain"][0].results
         records = {
-            variant: [_evaluate(place, folder, settings) for place in places]
-            for variant, places in found.items()
+            variant: [_evaluate(one.folder, folder, settings) for one in many]
+            for variant, many in found.variants.items()
         }
-        tables += [_by_set(f"{run}: {name}", results, records[name], seeds) for name in records]
-        if "plain" in records and len(records) > 1:
-            for name in _ORDER:
-                by_variant = {
-                    variant: [one[name] for one in many] for variant, many in records.items()
-                }
-                title = f"{run}: variants on {folder.name}/{name}"
-                tables.append(
-                    distill_table(results, by_variant, seeds, metrics=METRICS, title=title)
-                )
+        tables += [
+            _by_set(f"{run}: {name}", results, records[name], found.seeds) for name in records
+        ]
+        for name in _ORDER if len(records) > 1 else ():
+            by_variant = {variant: [one[name] for one in many] for variant, many in records.items()}
+            title = f"{run}: variants on {folder.name}/{name}"
+            tables.append(
+                distill_table(results, by_variant, found.seeds, metrics=METRICS, title=title)
+            )
     return tables
-
-
-def _variants_of(
-    run: Path, selected: Sequence[str] | None
-) -> tuple[list[int], dict[str, list[Path]]]:
-    """Seeds of a distillation, and each variant's folder for every seed; `plain` comes first."""
-    places = sorted(run.glob("seed*/*/model.safetensors"))
-    seeds = sorted({int(place.parent.parent.name.removeprefix("seed")) for place in places})
-    names = sorted(
-        {place.parent.name for place in places}, key=lambda name: (name != "plain", name)
-    )
-    if selected and (unknown := [name for name in selected if name not in names]):
-        raise UserError(f"{run}: no variant {unknown[0]!r}; expected one of {', '.join(names)}")
-    variants = {name: [run / f"seed{seed}" / name for seed in seeds] for name in selected or names}
-    for folders in variants.values():
-        lacking = [path for path in folders if not (path / "model.safetensors").is_file()]
-        if lacking:
-            raise UserError(f"{lacking[0]}: not finished; leave this variant out with --variants")
-    return seeds, variants
-
-
-def _results(run: Path) -> Results:
-    return results_of(read_yaml(run / "config.yaml"), run)
 
 
 def _by_set(

@@ -49,13 +49,8 @@ _log = logging.getLogger("kd")
 FOLDER = "evaluation"  # of evaluations, in a run's folder
 _PREDICTIONS = "predictions.npz"
 IMAGES = 8  # val images that an evaluation draws
-_IMAGE_KEYS = (  # of the data section, which another dataset takes over
-    "size",
-    "shape",
-    "min_fraction",
-    "max_fraction",
-    "images",
-)
+# Keys of the data section that another dataset takes over.
+_IMAGE_KEYS = ("size", "shape", "min_fraction", "max_fraction", "images")
 # Settings that do not change predictions, and are not part of folder names.
 _FREE = ("root=", "workers=", "prepared=")
 _SEPARATORS = re.compile(r"[^\w.=-]+")

@@ -158,17 +158,16 @@ def load_coco(
     annotation_file: str | Path,
     image_folder: str | Path,
     *,
-    index_dir: str | Path | None = None,
     check_images: bool = True,
     categories_from: CocoIndex | None = None,
 ) -> CocoIndex:
     """Open a COCO-format dataset, indexing its JSON if necessary; skipped objects are logged.
 
+    The index is stored beside the JSON, or in `$KD_CACHE` (`~/.cache/kd`) if that is read-only.
+
     Args:
         annotation_file: COCO instances JSON.
         image_folder: Holds the images under the JSON's file names.
-        index_dir: Folder of the index; by default the JSON's, or if that is read-only `$KD_CACHE`
-            or `~/.cache/kd`.
         check_images: Check that every image is listed in the folder (without reading it).
         categories_from: A dataset whose categories this one must have.
 
@@ -177,7 +176,7 @@ def load_coco(
             differ; the index cannot be written.
     """
     json_file, images = Path(annotation_file), Path(image_folder)
-    folder = up_to_date_index(json_file, None if index_dir is None else Path(index_dir))
+    folder = up_to_date_index(json_file)
     index = _open(folder, json_file, images)
     if categories_from is not None:
         _check_same_categories(index, categories_from)

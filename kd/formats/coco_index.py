@@ -222,8 +222,8 @@ class _ObjectReader:
         return f"{path}: annotation {self.ids[row]}: 'segmentation' has a number that is not finite"
 
 
-def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
-    """Find or build the index of a JSON in `index_dir`, else beside the JSON or in the cache."""
+def up_to_date_index(annotation_file: Path) -> Path:
+    """Find or build the index of a JSON, beside it or in the cache."""
     if not annotation_file.is_file():
         raise UserError(
             f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
@@ -231,8 +231,6 @@ def up_to_date_index(annotation_file: Path, index_dir: Path | None) -> Path:
         )
     name = f"{annotation_file.stem}.kdindex"
     folders = [annotation_file.parent / name, cache_path("coco", annotation_file, name)]
-    if index_dir is not None:
-        folders = [index_dir / name]
     for folder in folders:
         if _is_fresh(folder, annotation_file):
             return folder

@@ -117,7 +117,8 @@ def _fingerprint(split: BoxSplit) -> str:
     for path in split.sources:
         lines += sorted(_file_states(path))
     for folder in split.listed:
-        lines += sorted(_names(folder))
+        with contextlib.suppress(OSError):
+            lines += sorted(os.listdir(folder))
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -133,13 +134,6 @@ def _file_states(path: Path) -> Iterator[str]:
                 if entry.name.startswith("instances_"):
                     continue
                 yield f"{entry.name} {entry.stat().st_size} {entry.stat().st_mtime_ns}"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
 
 
 def _voc(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:

@@ -49,12 +49,7 @@ def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Inter
 
 
 def paired_bootstrap(
-    a: Array,
-    b: Array,
-    groups: Array,
-    *,
-    classes: Array | None = None,
-    samples: int = SAMPLES,
+    a: Array, b: Array, groups: Array, *, classes: Array | None = None
 ) -> Interval:
     """95 % percentile interval of mean(b) - mean(a), images resampled with replacement.
 
@@ -66,7 +61,6 @@ def paired_bootstrap(
         groups: (K,) image of each object.
         classes: (K,) labels: take the mean over classes of class means; a class that a resample
             lacks is left out of it.
-        samples: Number of resamples.
 
     Returns:
         The observed difference and its bounds, NaN where all objects are of one image.
@@ -85,14 +79,11 @@ def paired_bootstrap(
         with np.errstate(invalid="ignore"):  # 0 / 0: the resample lacks the class
             return np.asarray(np.nanmean(gap / drawn, axis=1), dtype=np.float64)
 
-    return drawn_again(difference, len(support), samples=samples)
+    return drawn_again(difference, len(support))
 
 
 def drawn_again(
-    number: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    images: int,
-    *,
-    samples: int = SAMPLES,
+    number: Callable[[NDArray[np.float64]], NDArray[np.float64]], images: int
 ) -> Interval:
     """95 % percentile interval of a number that can be computed from weights of the images.
 
@@ -100,12 +91,11 @@ def drawn_again(
         number: Maps weights (R, images), how often each image was drawn, to numbers (R,); NaN, such
             as for a resample that lacks a class, is left out.
         images: Number of images; with fewer than two the bounds are NaN.
-        samples: Number of resamples.
     """
     mean = float(number(np.ones((1, images)))[0])
     if images < 2:
         return Interval(mean, np.nan, np.nan)
-    drawn = np.concatenate([number(counts) for counts in resamples(images, samples)])
+    drawn = np.concatenate([number(counts) for counts in resamples(images)])
     return percentiles(mean, drawn)
 
 
@@ -147,15 +137,15 @@ def _per_image(
     return total(np.ones(len(groups))), [total(values) for values in runs]
 
 
-def resamples(images: int, samples: int = SAMPLES) -> Iterator[NDArray[np.float64]]:
+def resamples(images: int) -> Iterator[NDArray[np.float64]]:
     """Yield how often each image is drawn, (R, images) at a time.
 
     Runs on the same number of images get the same draws, so that they can be subtracted.
     """
     generator = np.random.default_rng(0)
     block = max(1, _COUNTS_AT_ONCE // images)
-    for start in range(0, samples, block):
-        rows = min(block, samples - start)
+    for start in range(0, SAMPLES, block):
+        rows = min(block, SAMPLES - start)
         drawn = generator.integers(0, images, size=(rows, images))
         drawn += np.arange(rows)[:, None] * images
         counts = np.bincount(drawn.ravel(), minlength=rows * images)

@@ -24,7 +24,7 @@ from kd.metrics.coco_ap import (
     sums_before,
 )
 
-OVERLAP = 0.5
+OVERLAP = 0.5  # least IoU of a correct detection
 Points = Literal["11", "area"]
 _RECALLS = 10  # steps between recalls 0 and 1
 
@@ -38,16 +38,11 @@ class VocAP:
             pixel is added to widths and heights.
         images: I, the number of images.
         classes: C.
-        overlap: Least IoU of a correct detection, in (0, 1].
     """
 
-    def __init__(
-        self, truth: Boxes, found: Boxes, images: int, classes: int, *, overlap: float = OVERLAP
-    ) -> None:
-        if not 0 < overlap <= 1:
-            raise UserError(f"VocAP: overlap must be in (0, 1], got {overlap}")
+    def __init__(self, truth: Boxes, found: Boxes, images: int, classes: int) -> None:
         self.truth, self.found, self.images, self.classes = truth, found, images, classes
-        self._best = _best_objects(truth, found, classes, overlap)
+        self._best = _best_objects(truth, found, classes)
         self.support = np.zeros((classes, images))  # objects that can be found
         counted = ~truth.crowd
         np.add.at(self.support, (truth.label[counted], truth.image[counted]), 1)
@@ -92,14 +87,14 @@ class VocAP:
         return result
 
 
-def _best_objects(truth: Boxes, found: Boxes, classes: int, overlap: float) -> Ints:
-    """The object of its class that each detection overlaps most, (D,); -1 below `overlap`."""
+def _best_objects(truth: Boxes, found: Boxes, classes: int) -> Ints:
+    """The object of its class that each detection overlaps most, (D,); -1 below `OVERLAP`."""
     best = np.full(len(found), -1, np.int64)
     for rows, objects in shared_groups(found, truth, classes):
         plain = np.zeros(len(objects), np.uint8)  # ordinary IoU with difficult objects, too
         overlaps = coco_masks.iou(found.xywh[rows], truth.xywh[objects], plain)
         most = overlaps.argmax(axis=1)
-        enough = overlaps[np.arange(len(rows)), most] >= overlap
+        enough = overlaps[np.arange(len(rows)), most] >= OVERLAP
         best[rows[enough]] = objects[most[enough]]
     return best
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,8 @@ _QUALITY = 95
 _LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 
 
-@dataclass(frozen=True)
-class Pasted:
-    """A finished image and its JSON entries."""
-
-    pixels: Bytes  # (H, W, 3)
-    image: Json
-    annotations: list[Json]  # the scored object first
+# A finished image (H, W, 3), its JSON entry and those of its objects, the scored one first.
+Pasted = tuple[Bytes, Json, list[Json]]
 
 
 class Paster:
@@ -111,7 +105,7 @@ class Paster:
         suffix = ".png" if Path(entry["file_name"]).suffix.lower() in _LOSSLESS else ".jpg"
         about = {**entry, "id": number, "file_name": f"{number:06d}{suffix}"}
         context = [{**other, "image_id": number, "scored": False} for other in others]
-        return Pasted(pixels, about, [scored, *context])
+        return pixels, about, [scored, *context]
 
     def _context_objects(self, image: int) -> list[Json]:
         return self.of_image[int(self.index.image_ids[image])]
@@ -199,14 +193,14 @@ def write_sets(
             "out": paster.pasted(number, pair, pair.outside),
             "original": paster.original(number, pair),
         }
-        for name, one in written.items():
-            path = folder / name / one.image["file_name"]
+        for name, (pixels, image, objects) in written.items():
+            path = folder / name / image["file_name"]
             options: Json = (
                 {"compress_level": 1} if path.suffix == ".png" else {"quality": _QUALITY}
             )
-            Image.fromarray(one.pixels).save(path, **options)
-            images[name].append(one.image)
-            annotations[name] += one.annotations
+            Image.fromarray(pixels).save(path, **options)
+            images[name].append(image)
+            annotations[name] += objects
     for name in SETS:
         context = (entry for entry in annotations[name] if not entry["scored"])
         for number, entry in enumerate(context, start=FIRST_CONTEXT_ID):

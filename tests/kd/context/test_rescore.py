@@ -143,12 +143,12 @@ def scenes(images: int, helpful: float) -> tuple[MeanAP, Evidence]:
 def test_help_is_found_and_noise_is_left_alone() -> None:
     folds = np.arange(60) % 4
     meter, good = scenes(60, helpful=1.5)
-    fit = Fitter(meter, good, settings_of("auto"), folds).everywhere()
+    fit = Fitter(meter, good, settings_of("auto"), folds).fit()
     assert fit.clear
     assert fit.setting.strength > 0
     assert fit.gain > 0.05
     meter, bad = scenes(60, helpful=-1.5)
-    fit = Fitter(meter, bad, settings_of("auto"), folds).everywhere()
+    fit = Fitter(meter, bad, settings_of("auto"), folds).fit()
     assert fit.setting == Setting()
     assert np.array_equal(rescored(bad, [fit], np.zeros(120, np.int64)), bad.scores)
 
@@ -161,8 +161,8 @@ def test_the_test_fold_has_no_part_in_its_parameters() -> None:
     poison = np.where(mine, -50.0 * clean.evidence, clean.evidence)
     poisoned = replace(clean, evidence=poison, scores=np.where(mine, 0.5, clean.scores))
     one, other = (Fitter(meter, data, settings_of("auto"), folds) for data in (clean, poisoned))
-    assert one.without(2, per_class=True) == other.without(2, per_class=True)
-    assert one.without(1) != other.without(1)
+    assert one.fit(without=2, per_class=True) == other.fit(without=2, per_class=True)
+    assert one.fit(without=1) != other.fit(without=1)
 
 
 def test_each_fold_gets_its_own_fit_and_each_class_its_own_setting() -> None:
@@ -193,9 +193,9 @@ def test_class_settings_need_a_clear_gain_and_objects() -> None:
     meter, data = scenes(120, helpful=1.5)
     turned = replace(data, evidence=np.where(data.label == 0, -data.evidence, data.evidence))
     fitter = Fitter(meter, turned, settings_of("plain"), np.arange(120) % 4)
-    fit = fitter.everywhere(per_class=True)
+    fit = fitter.fit(per_class=True)
     scores = rescored(turned, [fit], np.zeros(240, np.int64))
-    common = rescored(turned, [fitter.everywhere()], np.zeros(240, np.int64))
+    common = rescored(turned, [fitter.fit()], np.zeros(240, np.int64))
     ap, plain = (summary(meter.average(meter.match(new)))["AP"][0] for new in (scores, common))
     assert ap > plain
     assert fit.classes

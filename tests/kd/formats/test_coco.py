@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -499,12 +500,16 @@ def test_a_read_only_folder_puts_the_index_into_the_cache(
     data.chmod(0o755)
 
 
-def test_an_index_folder_can_be_named_and_must_be_writable(tmp_path: Path) -> None:
-    index = load(tmp_path, small(), index_dir=tmp_path / "indices")
-    assert index.index_folder == tmp_path / "indices" / "instances_x.kdindex"
+def test_an_index_needs_a_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
-    message = refused(tmp_path, small(), index_dir=tmp_path / "file" / "indices")
-    assert "cannot write an index" in message
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "file"))
+    data = tmp_path / "data"
+    data.mkdir()
+    path = write(data, small())
+    data.chmod(0o555)
+    with pytest.raises(UserError, match="cannot write an index"):
+        load_coco(path, data / "images")
+    data.chmod(0o755)
 
 
 def test_the_child_process_builds_the_same_index(
@@ -512,7 +517,8 @@ def test_the_child_process_builds_the_same_index(
 ) -> None:
     here = load(tmp_path, small())
     monkeypatch.setattr(coco_files, "IN_PROCESS_BYTES", 0)
-    there = load(tmp_path, small(), index_dir=tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    there = load(tmp_path / "other", small())
     assert there.fingerprint == here.fingerprint
     for name, value in vars(here).items():
         if isinstance(value, np.ndarray):
@@ -579,7 +585,7 @@ def test_real_coco_agrees_with_pycocotools(tmp_path: Path) -> None:
     if not root.is_dir():
         pytest.skip(f"{root} is missing")
     path = root / "annotations" / "instances_val2017.json"
-    index = load_coco(path, root / "val2017", index_dir=tmp_path)
+    index = load_coco(shutil.copy(path, tmp_path), root / "val2017")
     assert (len(index), index.num_classes) == (228, 80)
     assert (index.class_names[0], index.class_names[79]) == ("person", "toothbrush")
     assert index.labels.max() == 79

@@ -51,12 +51,15 @@ def slow_bootstrap(
 
 
 @pytest.mark.parametrize("by_class", [False, True])
-def test_the_bootstrap_agrees_with_a_slow_loop(by_class: bool) -> None:
+def test_the_bootstrap_agrees_with_a_slow_loop(
+    by_class: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd.metrics.bootstrap.SAMPLES", 150)
     generator = np.random.default_rng(3)
     a, b = generator.integers(0, 2, (2, 40)).astype(float)
     groups = generator.integers(100, 112, 40)
     classes = generator.integers(0, 4, 40) if by_class else np.zeros(40, dtype=int)
-    found = paired_bootstrap(a, b, groups, classes=classes if by_class else None, samples=150)
+    found = paired_bootstrap(a, b, groups, classes=classes if by_class else None)
     assert found[1:] == pytest.approx(slow_bootstrap(a, b, groups, classes, 150))
 
 
@@ -83,13 +86,16 @@ def test_objects_of_one_image_count_as_one_observation() -> None:
     assert by_image.high - by_image.low > 3 * (by_object.high - by_object.low)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kd.metrics.bootstrap.SAMPLES", 300)
     generator = np.random.default_rng(0)
     inside = 0
     for _ in range(200):
         a = generator.random(60) < 0.4
         b = generator.random(60) < 0.5
-        found = paired_bootstrap(a.astype(float), b.astype(float), np.arange(60), samples=300)
+        found = paired_bootstrap(a.astype(float), b.astype(float), np.arange(60))
         inside += found.low <= 0.1 <= found.high
     assert 180 <= inside <= 199
 
