@@ -63,16 +63,9 @@ class Archive:
     files: int
 
 
-@dataclass(frozen=True)
-class Source:
-    """The archives of a dataset and where they are published."""
-
-    base_url: str
-    archives: tuple[Archive, ...]
-
-
-DATASETS = {
-    "coco2017": Source(
+# Dataset -> the address that its archives are published below, and the archives.
+DATASETS: dict[str, tuple[str, tuple[Archive, ...]]] = {
+    "coco2017": (
         "http://images.cocodataset.org",
         (
             Archive("annotations", "annotations/annotations_trainval2017.zip",
@@ -393,15 +386,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dataset", choices=sorted(DATASETS))
     parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
-    names = sorted({a.name for dataset in DATASETS.values() for a in dataset.archives})
+    names = sorted({a.name for _, archives in DATASETS.values() for a in archives})
     parser.add_argument("--only", choices=names, action="append", help="only this part; repeatable")
     parser.add_argument("--base-url", help="mirror with the same paths")
     parser.add_argument("--keep", action="store_true", help="keep the zip files")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    dataset = DATASETS[options.dataset]
-    selected = [a for a in dataset.archives if not options.only or a.name in options.only]
-    base_url = options.base_url or dataset.base_url
+    published, archives = DATASETS[options.dataset]
+    selected = [a for a in archives if not options.only or a.name in options.only]
+    base_url = options.base_url or published
     try:
         download(selected, options.out, base_url=base_url, keep=options.keep)
     except UserError as error:

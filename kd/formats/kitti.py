@@ -82,7 +82,10 @@ def kitti_truth(truth: Truth) -> KittiTruth:
 def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
     """Find the file that lists a split; also returns the line and name of each image."""
     if not labels.is_dir():
-        raise UserError(f"{labels}: no such folder; is {root} the folder of KITTI's objects?")
+        raise UserError(
+            f"{labels}: no such folder; expected the folder of KITTI's object detection, which "
+            "contains training/, as data.root"
+        )
     if split != ALL:
         where = root / "ImageSets" / f"{split}.txt"
         if not any(where.parent.glob("*.txt")):

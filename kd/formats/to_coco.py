@@ -178,11 +178,6 @@ def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit
 def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
     assert classes is None  # ensured by the schema
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
-    if not labels.is_dir():
-        raise UserError(
-            f"{labels}: no such folder; expected the folder of KITTI's object detection, which "
-            "contains training/, as data.root"
-        )
     lists = () if split == ALL else (root / "ImageSets" / f"{split}.txt",)
     return BoxSplit(
         read=lambda: kitti_to_coco(root, split),
