@@ -81,14 +81,10 @@ def evidence_of(
     log_probs: npt.NDArray[np.float32],
     log_prior: Floats,
 ) -> Evidence:
-    """Compute the evidence of a teacher's predictions.
+    """Compute the evidence in a teacher's predictions for detections, see `Evidence`.
 
-    Args:
-        scores: (D,).
-        label: (D,) int64.
-        question: (D,) int64, row of `log_probs`; -1: none.
-        log_probs: (K, C).
-        log_prior: (C,), the teacher's prediction without evidence.
+    `log_probs` (K, C) are the predictions and `question` (D,) their row for each detection, -1 for
+    none; `log_prior` (C,) is what the teacher predicts without evidence.
     """
     queried = question >= 0
     own = np.zeros(len(scores))

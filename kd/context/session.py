@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +39,11 @@ _LEAST_FRACTION = 0.01  # of the image, of random regions; smaller ones are hard
 
 def output_names(images: Sequence[Path]) -> list[str]:
     """Stems for the output files of images: the images' own, numbered where several are equal."""
-    totals, used = Counter(path.stem for path in images), Counter[str]()
-    names = []
-    for path in images:
-        used[path.stem] += 1
-        several = totals[path.stem] > 1
-        names.append(f"{path.stem}_{used[path.stem]}" if several else path.stem)
-    return names
+    stems = [path.stem for path in images]
+    return [
+        f"{stem}_{stems[: place + 1].count(stem)}" if stems.count(stem) > 1 else stem
+        for place, stem in enumerate(stems)
+    ]
 
 
 @dataclass(frozen=True)

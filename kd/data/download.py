@@ -351,30 +351,26 @@ class ByteProgress:
 
     def __init__(self, title: str, total: int | None, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
-        self.bar: rich_progress.Progress | None = None
         self.tenth = 10 * done // total if total else 0
+        self.bar = rich_progress.Progress(
+            "{task.description}", rich_progress.BarColumn(), rich_progress.DownloadColumn(),
+            rich_progress.TransferSpeedColumn(), rich_progress.TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self.task = self.bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> ByteProgress:
-        if sys.stderr.isatty():
-            self.bar = rich_progress.Progress(
-                "{task.description}", rich_progress.BarColumn(), rich_progress.DownloadColumn(),
-                rich_progress.TransferSpeedColumn(), rich_progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )  # fmt: skip
-            self.bar.add_task(self.title, total=self.total, completed=self.done)
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
 
     def advance(self, count: int) -> None:
         """Add `count` bytes."""
         self.done += count
-        if self.bar is not None:
-            self.bar.advance(self.bar.task_ids[0], count)
-        elif self.total and 10 * self.done // self.total > self.tenth:
+        self.bar.advance(self.task, count)
+        if self.bar.disable and self.total and 10 * self.done // self.total > self.tenth:
             self.tenth = 10 * self.done // self.total
             log.info("%s: %d %% of %s", self.title, 10 * self.tenth, readable(self.total))
 

@@ -85,30 +85,21 @@ def coco_split(
 def _coco_json(split: BoxSplit) -> Path:
     fingerprint = _fingerprint(split)
     for path in instances_paths(split.folder, split.name):
-        if _record_of(path, fingerprint) == _read_record(path):
-            return path
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # no JSON, or no record of it
+            record = path.with_suffix(".made").read_text(encoding="utf-8")
+            if record == _record_of(path, fingerprint):
+                return path
     log.info("%s: converting boxes to COCO JSON (once)", split.folder)
     path = instances_file(split.read(), split.folder, split.name)
-    record = _record_of(path, fingerprint)
     with contextlib.suppress(UserError):  # without it the boxes are read again
-        write_text(path.with_suffix(".made"), str(record))
+        write_text(path.with_suffix(".made"), _record_of(path, fingerprint))
     return path
 
 
-def _record_of(path: Path, fingerprint: str) -> str | None:
-    """Content of `instances_x.made` for a JSON built from these sources; None without a JSON."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
+def _record_of(path: Path, fingerprint: str) -> str:
+    """Content of `instances_x.made` for a JSON built from sources with this fingerprint."""
+    status = path.stat()
     return json.dumps({"sources": fingerprint, "size": status.st_size, "time": status.st_mtime_ns})
-
-
-def _read_record(path: Path) -> str:
-    try:
-        return path.with_suffix(".made").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def _fingerprint(split: BoxSplit) -> str:

@@ -125,16 +125,17 @@ def _topn_auc(records: Records) -> Array:
     return np.asarray(1.0 - places / records["log_probs"].shape[1], dtype=np.float64)
 
 
+def _groups(records: Records) -> Array:
+    """Group of confusable classes of each class, (C,); -1 for none."""
+    return records.get("confusable", np.full(records["log_probs"].shape[1], -1))
+
+
 def _is_confusable(records: Records) -> NDArray[np.bool_]:
-    if "confusable" not in records:
-        return np.zeros(len(records["labels"]), dtype=bool)
-    return np.asarray(records["confusable"][records["labels"]] >= 0)
+    return np.asarray(_groups(records)[records["labels"]] >= 0)
 
 
 def _pair_top1(records: Records) -> Array:
-    if "confusable" not in records:
-        return np.zeros(len(records["labels"]))
-    groups, labels = records["confusable"], records["labels"]
+    groups, labels = _groups(records), records["labels"]
     inside = groups[labels][:, None] == groups[None, :]
     scores = np.where(inside, records["log_probs"], -np.inf)
     return np.asarray(ranks(scores, labels) == 0, dtype=np.float64)

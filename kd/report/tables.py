@@ -241,7 +241,9 @@ def _compared(
 ) -> Table:
     """A row for each metric: the baseline, then each variant and its difference from it."""
     first, others = variants[baseline][0], [name for name in variants if name != baseline]
-    names, references = _chosen(scorer, metrics, first), scorer.references(first)
+    names, references = list(dict.fromkeys(metrics or ())), scorer.references(first)
+    if metrics is None:
+        names = [name for name in scorer.rows if scorer.value(first, name) is not None]
     found, means, by_seed = [], [], []
     for name in names:
         metric = scorer.metric(name)
@@ -272,15 +274,6 @@ def _compared(
         notes=(*notes, *scorer.notes(first)),
         comparisons=tuple(found),
     )
-
-
-def _chosen(scorer: Scorer, metrics: Sequence[str] | None, records: Records) -> list[str]:
-    """Check the metrics; by default, those of `scorer.rows` that the records allow."""
-    if metrics is None:
-        return [name for name in scorer.rows if scorer.value(records, name) is not None]
-    for name in metrics:
-        value_of(scorer, name, records)
-    return list(dict.fromkeys(metrics))
 
 
 def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:

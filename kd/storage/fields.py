@@ -70,7 +70,9 @@ class CachedField:
             prefix, plan = MIRRORED, plan.of_mirrored(size)
         values = self._read(object_ids, prefix)
         if values.ndim == 4 and not (plan.is_identity and max(size) == frame):
-            values = move_maps(values, plan, size, frame)
+            # The maps cover the image padded to a square.
+            before, grid = (max(size), max(size)), (values.shape[2], values.shape[3])
+            values = resample(values, plan.sources(size), before, (frame, frame), grid)
         return values
 
     def cropped(
@@ -103,16 +105,6 @@ class CachedField:
         if f"{prefix}indices" in records:
             values = expand(values, torch.from_numpy(records[f"{prefix}indices"]), self.channels)
         return values
-
-
-def move_maps(maps: Tensor, plan: Plan, size: tuple[int, int], frame: int) -> Tensor:
-    """Augment feature maps (K, C, h, w) of a whole image like the image: same shape and dtype.
-
-    `size` is the height and width of the image, which the maps cover padded to a square; `frame` is
-    the side of the augmented square image in pixels. Outside of the image the edge is repeated.
-    """
-    before, square = (max(size), max(size)), (frame, frame)
-    return resample(maps, plan.sources(size), before, square, (maps.shape[2], maps.shape[3]))
 
 
 def resample(

@@ -14,12 +14,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.storage.fields import CachedField, expand, move_maps, top_k_log_probs
+from kd.storage.fields import CachedField, expand, resample, top_k_log_probs
 from kd.storage.store import Store
 from kd.transforms.augment import Augment, Plan, pad
 from kd.transforms.crops import Crop, Crops
 
 SIZE, FRAME = (48, 64), 64
+
+
+def move_maps(maps: torch.Tensor, plan: Plan, size: tuple[int, int], frame: int) -> torch.Tensor:
+    """Maps over the square frame of an image, moved as the plan moves the image."""
+    before, grid = (max(size), max(size)), (maps.shape[2], maps.shape[3])
+    return resample(maps, plan.sources(size), before, (frame, frame), grid)
 
 
 def plans() -> st.SearchStrategy[Plan]:
