@@ -30,13 +30,13 @@ def tasks() -> dict[str, Entry]:
 
 
 def spec_of_task(name: str) -> ProblemSpec:
-    """The problem that a task belongs to, without its implementation.
+    """The spec of the problem that a task belongs to.
 
     Args:
-        name: A registered task, or a problem of one's own as `package.module:SPEC`.
+        name: A registered task, or a custom problem as `package.module:SPEC`.
 
     Raises:
-        UserError: No such task; the message lists the known ones.
+        UserError: There is no such task; the message lists the known ones.
     """
     for spec in specs():
         if name in spec.tasks:
@@ -50,7 +50,7 @@ def spec_of_task(name: str) -> ProblemSpec:
 
 
 def problem(name: str) -> Problem[Any]:
-    """Import one of `PROBLEMS`."""
+    """Import one of `PROBLEMS` by name."""
     found: Problem[Any] = PROBLEMS[name].load().load()
     return found
 
@@ -78,5 +78,5 @@ def problem_with(ability: str, spec: ProblemSpec, *, where: str) -> ProblemSpec:
     if ability in spec.abilities:
         return spec
     able = [one for one in specs() if ability in one.abilities]
-    named = " or ".join(f"{one.name} are needed here, such as --data {one.example}" for one in able)
-    raise UserError(f"{where}: data of {spec.name}; data of {named}")
+    named = " or ".join(f"{one.name}, such as --data {one.example}" for one in able)
+    raise UserError(f"{where}: data of {spec.name}; expected data of {named}")

@@ -1,4 +1,4 @@
-"""Datasets and teachers of hidden objects, for code outside of the problem."""
+"""Access to datasets and teachers of hidden objects, for code outside of `kd.problems`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ ObjectScenes: TypeAlias = ObjectsDataset
 
 
 def object_scenes(data: Dataset) -> ObjectScenes:
-    """Refuse datasets of problems that hide no objects."""
+    """The dataset, if objects can be hidden in it; raises a `UserError` for others."""
     if not data.problem.hides_objects:
         raise UserError(
-            f"{data.section.name}: data of {data.problem.spec.name}; objects with boxes are needed "
-            "here"
+            f"{data.section.name}: data of {data.problem.spec.name}; expected objects with boxes"
         )
     return cast("ObjectScenes", data)
 
 
 def hidden_objects(teacher: Teacher) -> ObjectsSection:
-    """The data section that a context teacher was trained with; refuse other teachers."""
+    """The data section of a context teacher; raises a `UserError` for other teachers."""
     if not teacher.problem.hides_objects:
         raise UserError(
-            f"{teacher.folder}: trained for {teacher.problem.spec.name}; a teacher of the context "
-            "of objects is needed here"
+            f"{teacher.folder}: trained for {teacher.problem.spec.name}; expected a context teacher"
         )
     return cast("ObjectsSection", teacher.section)
 

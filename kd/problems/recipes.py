@@ -37,7 +37,7 @@ Recipe = TypeVar("Recipe", bound=AnyRecipe)
 
 @functools.cache
 def bound(model: type[Recipe], section: Any) -> type[Recipe]:
-    """A recipe's schema with `data` of this section, or union of sections."""
+    """A recipe's schema whose `data` is this section, or one of a union of sections."""
     return create_model(model.__name__, __base__=model, __doc__=model.__doc__, data=(section, ...))
 
 
@@ -63,7 +63,7 @@ def recipe_from(
 
 
 def recipe_schema(model: type[Recipe]) -> dict[str, Any]:
-    """The JSON schema of a recipe's file, with the data of every registered problem that fits."""
+    """The JSON schema of a recipe's file, with the data sections of all problems that fit it."""
     fitting: list[Any] = [one.data for one in specs() if model.needs in ("", *one.abilities)]
     return file_schema(bound(model, functools.reduce(operator.or_, dict.fromkeys(fitting))))
 
@@ -93,7 +93,7 @@ def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> 
 def section_from(
     config: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> DatasetSection:
-    """The data section of a run's whole config, with changes as of `data_config`."""
+    """The data section in a run's config, with settings as of `data_config`."""
     merged = Merged()
     merged.merge(config["data"], source)
     apply_settings(merged, settings, section="data")
@@ -146,7 +146,7 @@ def _checked(model: type[Recipe], merged: Merged) -> Recipe:
 
 
 def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
-    """The recipe of a teacher's run from its resolved config; refuse a student's."""
+    """The recipe of a teacher's run, from its resolved config; refuse students' runs."""
     if "student" in config:
-        raise UserError(f"{source}: a student's run; a teacher's run is needed")
+        raise UserError(f"{source}: a student's run; expected a teacher's")
     return recipe_from(TeacherRecipe, config, str(source))

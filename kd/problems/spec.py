@@ -1,4 +1,4 @@
-"""Description of a problem without torch: its data section, its tasks, where its code lies."""
+"""Description of a problem without torch: its data section, its tasks, its implementation."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class ProblemSpec:
 
     Attributes:
         name: Key of `PROBLEMS`.
-        help: Its data, for messages: "label maps".
-        data: Schema of the recipes' `data`.
-        tasks: Tasks by name, for the recipes' `task.name`.
+        help: What its datasets hold, for messages: "label maps".
+        data: Schema of a recipe's `data` section.
+        tasks: Tasks by name, for a recipe's `task.name`.
         implementation: "package.module:attribute" of its `Problem`.
         example: A dataset of configs/data, for messages.
         abilities: Optional features: "folds" (out-of-fold teachers), "transfer" (trunks for
@@ -69,7 +69,7 @@ class ProblemSpec:
     abilities: frozenset[str] = frozenset()
 
     def task(self, name: str) -> Entry:
-        """A task by its name; the first one for a name such as `package.module:SPEC`."""
+        """A task by name; a custom problem's name, `package.module:SPEC`, is its first task."""
         if is_foreign(name):
             return next(iter(self.tasks.values()))
         return look_up(self.tasks, name, what="task")

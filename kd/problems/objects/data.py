@@ -139,11 +139,11 @@ class ObjectSamples(AnnotatedSamples):
         min_fraction: Area of the smallest usable box as a fraction of the image.
         max_fraction: Area of the largest usable box.
         shape: Shape of hidden regions; `segment` adds exact masks to the samples.
-        partial: Hidden fraction of an object at the start of training, and the progress (0..1)
-            from which all of it is hidden; None hides all from the start.
+        partial: Hidden fraction of an object's region at the start of training, and the progress
+            (0..1) from which all of it is hidden; None: all of it from the start.
         hide_several: Fraction of the other objects that are hidden too, at the start and at the
-            end of training; None hides one at a time.
-        read_images: False for grey images.
+            end of training; None: objects are hidden one at a time.
+        read_images: Whether to read image files; otherwise all images are grey.
         only: Ids of the images to sample; None: all.
         seed: At least 0.
         epochs: Length of the training, for the schedules.

@@ -21,26 +21,19 @@ from kd.problems.results import Predictor, spread
 from kd.report.class_bars import bars
 from kd.report.style import GREY, ORANGE
 
-# Around the crop of the object itself, in sides of its box.
-_CROP_MARGIN = 0.15
+_CROP_MARGIN = 0.15  # around the crop of the object, as a fraction of the box's longer side
 
 
 def hidden_scene_figure(
-    image: Tensor,
-    box: Tensor | Sequence[float],
-    truth: str,
-    beliefs: Mapping[str, Tensor],
-    names: Sequence[str],
-    *,
-    size: tuple[int, int] | None = None,
-    top: int = 5,
-) -> Figure:
+    image: Tensor, box: Tensor | Sequence[float], truth: str, beliefs: Mapping[str, Tensor],
+    names: Sequence[str], *, size: tuple[int, int] | None = None, top: int = 5,
+) -> Figure:  # fmt: skip
     """Draw the scene without the object, the hidden object, and top-n bars of each model.
 
     Args:
-        image: (3, H, W) uint8, nothing hidden yet.
+        image: (3, H, W) uint8, with the object visible.
         box: xyxy pixels of the hidden object.
-        truth: Its class.
+        truth: The object's class.
         beliefs: Model -> (C,) probabilities, such as {"teacher": ..., "student": ...}.
         names: C class names.
         size: Height and width of the image without padding, (H, W) by default.
@@ -55,7 +48,7 @@ def hidden_scene_figure(
     _scene(panels[0], pixels, corners)
     _object(panels[1], pixels, corners, truth)
     known = {model: belief.detach().double().cpu().numpy() for model, belief in beliefs.items()}
-    # One scale for all, so that bars of different models can be compared.
+    # All panels have the same scale, so that bars of different models can be compared.
     reach = max([0.05, *(float(belief.max()) for belief in known.values())])
     for axes, (model, belief) in zip(panels[2:], known.items(), strict=True):
         bars(axes, belief, names, top, truth=truth)

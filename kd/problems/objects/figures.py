@@ -107,7 +107,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
 
 
 def class_fraction_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
-    """Draw class fractions from numbers of train and val objects (C,), most frequent first."""
+    """Draw each class's fraction of the train and val objects, from counts (C,)."""
     num_classes = len(names)
     figure, axes = new_figure(max(5.6, 0.14 * num_classes + 1.5), 3.8)
     order = np.argsort(-np.asarray(train_counts), kind="stable")
@@ -116,14 +116,14 @@ def class_fraction_figure(train_counts: Array, val_counts: Array, names: Sequenc
     axes.bar(place, 100 * train, width=0.8, color=SKY, label="train")
     axes.plot(place, 100 * val, "o", color=RED, markersize=3.5, label="val")
     peak = max(train.max(), val.max(), 0.01)
-    if train.min() < 0.01:  # the first class may have 30 %, the last 0.1 %
+    if train.min() < 0.01:  # fractions may range from 30 % to 0.1 %
         axes.set_yscale("symlog", linthresh=1.0)
         axes.set_yticks(ticks := [0, 0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
     axes.set(ylabel="fraction of objects (%)", xlim=(-0.7, num_classes - 0.3), ylim=(0, 130 * peak))
     if num_classes <= _NAMES_AT_MOST:
         axes.set_xticks(place, [names[c] for c in order], rotation=90, fontsize=7)
     else:
-        axes.set_xlabel("classes in falling order")
+        axes.set_xlabel("classes, the most frequent first")
     axes.legend(loc="upper right", frameon=False)
     return figure
 
@@ -182,7 +182,8 @@ def matrix_figure(
         names: C names of predicted classes.
         rows: C names of true classes.
         most: Number of classes with a row and a column, the most frequent first.
-        more: Columns for the most frequent predictions of other classes; the rest share one.
+        more: Number of further columns, for the classes most often predicted in their place; all
+            remaining classes have one column together.
     """
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
@@ -217,7 +218,7 @@ def matrix_figure(
 def beyond_prior_figure(
     pairs: Sequence[Confusion], names: Sequence[str], *, most: int = 15
 ) -> Figure:
-    """Draw the first `most` confusions of `beyond_prior` with their frequency under the prior."""
+    """Draw confusions from `beyond_prior`, at most `most`, beside their frequency by the prior."""
     drawn = list(pairs)[:most]
     figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(drawn), 4))
     place = np.arange(len(drawn))

@@ -27,7 +27,7 @@ class Saliency(Task):
     """KL divergence from the predicted to the true density of fixations, ignoring padding.
 
     Args:
-        published: Normalise by sigmoids divided by their sum, as published, instead of a softmax
+        published: Divide sigmoids by their sum, as in the published method, instead of a softmax
             over pixels.
     """
 

@@ -64,7 +64,7 @@ class Segmentation(Task):
         return (normalise(batch["images"]),)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy`, and `auxiliary`, the same for an auxiliary output of the model."""
+        """`cross_entropy` of the logits, and `auxiliary`, that of an auxiliary output."""
         check_whole_places(output["logits"], batch["label_maps"])
         names = {"cross_entropy": "logits", "auxiliary": "auxiliary"}
         return {

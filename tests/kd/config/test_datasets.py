@@ -60,7 +60,7 @@ def test_the_layout_chooses_the_section() -> None:
     recipe = load_recipe(TeacherRecipe, find_config("teacher", "pspnet"), data="cityscapes")
     assert isinstance(recipe.data, SegmentationSection) and recipe.data.layout == "cityscapes"
     with pytest.raises(
-        UserError, match=r"^camvid: data of segmentation; data of objects .* --data scenes"
+        UserError, match=r"^camvid: data of segmentation; expected data of objects, .* --data scenes"
     ):
         data_config("camvid", needs="context")
 
@@ -245,7 +245,7 @@ def test_folds_are_for_objects_alone() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(TeacherRecipe, path, settings=["folds=3"])
     assert str(caught.value) == (
-        "--set folds=3: folds: data of segmentation; data of objects are needed here, "
+        "--set folds=3: folds: data of segmentation; expected data of objects, "
         "such as --data scenes"
     )
 
@@ -296,7 +296,7 @@ def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path])
         "val",
         0.2,
     )
-    with pytest.raises(UserError, match="data of objects are needed here, such as --data scenes"):
+    with pytest.raises(UserError, match="expected data of objects, such as --data scenes"):
         data_config("osie", needs="context")
 
 

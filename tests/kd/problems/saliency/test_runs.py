@@ -271,7 +271,7 @@ def test_mistakes_are_one_line(
         assert run_command(main, arguments) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert len(lines) == 1 and message in lines[0]
-    with pytest.raises(UserError, match="folds: data of saliency; data of objects are needed"):
+    with pytest.raises(UserError, match="folds: data of saliency; expected data of objects"):
         train_teacher.main(["--teacher", "msinet", *sets(*gaze, "folds=2")])
 
 

@@ -276,7 +276,7 @@ def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher
 
 
 def test_folds_are_of_objects(maps: list[str]) -> None:
-    with pytest.raises(UserError, match="folds: data of segmentation; data of objects are needed"):
+    with pytest.raises(UserError, match="folds: data of segmentation; expected data of objects"):
         train_teacher.main(["--teacher", "pspnet", *flags([*maps, "folds=2"])])
 
 
