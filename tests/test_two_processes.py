@@ -45,7 +45,7 @@ from kd.distillation.targets import LiveTeacher
 from kd.distillation.terms import build_term, draw_modules, modules_of
 from kd.engine.loop import evaluate, train_step
 from kd.engine.state import Objective, Training
-from kd.losses.hint import hint
+from kd.losses.imitation import hint
 from kd.nn.networks import DETECTORS
 from kd.nn.regions import roi_features
 from kd.problems.detection.task import Detection

@@ -94,7 +94,7 @@ TERMS: dict[str, TermKind] = {
         unit="object", student="logits", teacher=POSTERIOR, softmax=True,
     ),
     "decoupled": TermKind(
-        "kd.losses.decoupled_kd:decoupled",
+        "kd.losses.logits:decoupled",
         "decoupled distillation: the target class and the others separately",
         unit="object", student="logits", teacher=POSTERIOR, labels=True, softmax=True,
     ),
@@ -146,12 +146,12 @@ TERMS: dict[str, TermKind] = {
         softmax=True,
     ),
     "channel_wise": TermKind(
-        "kd.losses.channel_wise:channel_wise",
+        "kd.losses.logits:channel_wise",
         "KL between the places' distributions within each channel",
         unit="image", student="logits", teacher="logits", valid=True,
     ),
     "hint": TermKind(
-        "kd.losses.hint:hint", "squared distance between features",
+        "kd.losses.imitation:hint", "squared distance between features",
         unit="place", valid=True,
     ),
     "saliency": TermKind(

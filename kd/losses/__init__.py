@@ -3,11 +3,8 @@
 All raise `UserError` on shapes, dtypes or devices that do not fit, and on options out of range.
 """
 
-from kd.losses.channel_wise import channel_wise
-from kd.losses.decoupled_kd import decoupled
-from kd.losses.hint import hint
-from kd.losses.imitation import anchor_grid, imitation, imitation_mask
-from kd.losses.logits import kl_logits, pixel_wise
+from kd.losses.imitation import anchor_grid, hint, imitation, imitation_mask
+from kd.losses.logits import channel_wise, decoupled, kl_logits, pixel_wise
 from kd.losses.pair_wise import pair_wise
 from kd.losses.saliency import saliency_kld, saliency_maps
 from kd.losses.supervised import cross_entropy_labelled, masked_bce

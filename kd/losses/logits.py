@@ -1,7 +1,8 @@
-"""Divergences between the class distributions of teacher and student."""
+"""KL divergences between softmaxes of teacher and student, over classes or over cells."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses._checks import check_mask, check_pair, check_positive, wide_dtype
+from kd.losses._checks import check_labels, check_mask, check_pair, check_positive, wide_dtype
 
 
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -154,3 +155,105 @@ def _log_softmax(logits: Tensor, dim: int, temperature: float, dtype: torch.dtyp
     if temperature != 1.0:
         logits = logits.to(dtype) / temperature
     return F.log_softmax(logits, dim=dim, dtype=dtype)
+
+
+def decoupled(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    """Decoupled knowledge distillation over the labelled rows.
+
+    Zhao et al., 2022, https://arxiv.org/abs/2203.08679: `T^2 (alpha TCKD + beta NCKD)`. TCKD is
+    KL(teacher || student) between the labelled class and all others taken together, NCKD the one
+    among the other classes only. With alpha 1, and with beta in each row the teacher's probability
+    of the other classes, the sum is `kl_logits`.
+
+    Args:
+        student: Logits, (N, C).
+        teacher: Logits or log-probabilities, (N, C).
+        labels: Class of each row, int64 (N,); -1 if unlabelled.
+        alpha: Weight of TCKD.
+        beta: Weight of NCKD.
+        temperature: Divides both sets of logits.
+
+    Returns:
+        Scalar, the mean over the labelled rows; 0 with a zero gradient without any, or with fewer
+        than two classes.
+    """
+    check_pair("decoupled", student, teacher, dimensions=2)
+    check_positive("decoupled", "temperature", temperature)
+    check_labels("decoupled", labels, student, like="student")
+    dtype = wide_dtype(student, teacher)
+    known = labels >= 0
+    # Unlabelled rows must not count or have a gradient, even where they are not finite.
+    student, teacher = (
+        one.to(dtype).masked_fill(~known[:, None], 0.0) for one in (student, teacher)
+    )
+    if student.numel() == 0 or student.shape[1] < 2:
+        return (student.sum() + teacher.sum()) * 0.0
+    log_p, log_q = (
+        _parts(logits / temperature, labels.clamp(min=0)) for logits in (student, teacher)
+    )
+    target, others = ((q.exp() * (q - p)).sum(dim=1) for q, p in zip(log_q, log_p, strict=True))
+    rows = (alpha * target + beta * others).masked_fill(~known, 0.0)
+    return rows.sum() / known.sum().clamp(min=1) * temperature**2
+
+
+def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the label and of the rest, (N, 2), and within the rest, (N, C-1)."""
+    index = torch.arange(logits.shape[1] - 1, device=logits.device)
+    rest = logits.gather(1, index + (index >= labels[:, None]).long())
+    own = logits.gather(1, labels[:, None])
+    both = torch.cat([own, rest.logsumexp(dim=1, keepdim=True)], dim=1)
+    return F.log_softmax(both, dim=1), F.log_softmax(rest, dim=1)
+
+
+def channel_wise(
+    student: Tensor, teacher: Tensor, *, temperature: float = 4.0, valid: Tensor | None = None
+) -> Tensor:
+    """KL(teacher || student) of each channel's softmax over the cells of the map.
+
+    Shu et al., 2021, https://arxiv.org/abs/2011.13256: `T^2 / (N * C)` times the sum over images
+    and channels. A constant added to a channel changes nothing. The paper does not define the loss
+    for void cells; here the softmax is over an image's valid cells only.
+
+    Args:
+        student: Logits or features, (N, C, H, W).
+        teacher: The same, (N, C, H, W).
+        temperature: Divides both; above 1 flattens the distributions.
+        valid: Cells to include, bool (N, H, W); None = all.
+
+    Returns:
+        Scalar, the mean over C and over the images with a valid cell; 0 with a zero gradient if
+        there are none.
+    """
+    check_pair("channel_wise", student, teacher, dimensions=4)
+    check_positive("channel_wise", "temperature", temperature)
+    if valid is None:
+        rows = (maps.flatten(2).flatten(0, 1) for maps in (student, teacher))  # (N * C, H * W)
+        return kl_logits(*rows, temperature=temperature)
+    check_mask("channel_wise", "valid", valid, student, like="student")
+    places = valid.flatten(1)[:, None]  # (N, 1, H * W)
+    dtype = wide_dtype(student, teacher)
+    log_p, log_q = (
+        masked_log_softmax(maps, places, temperature, dtype) for maps in (student, teacher)
+    )
+    total = (log_q.exp() * (log_q - log_p)).sum()
+    count = places.any(dim=2).sum() * student.shape[1]
+    return total / count.clamp(min=1) * temperature**2
+
+
+def masked_log_softmax(
+    maps: Tensor, places: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """Log-softmax over the valid cells, (N, C, H * W); 0 in all others."""
+    logits = maps.flatten(2).to(dtype)
+    # -inf excludes a cell; but a softmax of nothing but -inf has neither value nor gradient.
+    out = torch.where(places.any(dim=2, keepdim=True), -math.inf, 0.0).to(dtype)
+    logits = torch.where(places, logits, out) / temperature
+    return F.log_softmax(logits, dim=2).masked_fill(~places, 0.0)

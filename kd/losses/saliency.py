@@ -15,7 +15,7 @@ from kd.losses._checks import (
     check_shapes,
     wide_dtype,
 )
-from kd.losses.channel_wise import channel_wise, masked_log_softmax
+from kd.losses.logits import channel_wise, masked_log_softmax
 
 EPS = 1e-7  # in the published form
 
