@@ -48,16 +48,13 @@ def slim(network: nn.Module, width: float, *, what: str) -> None:
             if isinstance(child, nn.BatchNorm2d):
                 new: nn.Module = nn.BatchNorm2d(part(child.num_features), child.eps, child.momentum)
             elif isinstance(child, nn.Conv2d):
-                inputs = child.in_channels
+                inputs, kept = child.in_channels, ("kernel_size", "stride", "padding", "dilation")
                 new = nn.Conv2d(
                     inputs if inputs == image_channels else part(inputs),
                     part(child.out_channels),
-                    child.kernel_size,  # type: ignore[arg-type]
-                    child.stride,  # type: ignore[arg-type]
-                    child.padding,  # type: ignore[arg-type]
-                    child.dilation,  # type: ignore[arg-type]
-                    1 if child.groups == 1 else part(child.groups),
-                    child.bias is not None,
+                    groups=1 if child.groups == 1 else part(child.groups),
+                    bias=child.bias is not None,
+                    **{name: getattr(child, name) for name in kept},
                 )
                 nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
                 if new.bias is not None:
@@ -77,7 +74,7 @@ class TorchvisionTrunk(Trunk):
     """A torchvision classifier without its pooling and classification layers.
 
     Children keep torchvision's names, so that files of torchvision's weights load. The output is
-    (N, C, h, w) for all families, Swin and vision transformers included; a tapped step of theirs
+    (N, C, h, w) for all families, Swin and vision transformers included; a tapped step of these
     gives torchvision's own layout.
     """
 

@@ -44,8 +44,8 @@ class SceneGaze:
         own = index.size_of(number)
         if own != size:
             raise UserError(
-                f"{index.path(number)}: {size[1]} x {size[0]} pixels, but {index.annotation_file} "
-                f"says {own[1]} x {own[0]}"
+                f"{index.path(number)}: {size[1]} x {size[0]} pixels, but {own[1]} x {own[0]} in "
+                f"{index.annotation_file}"
             )
         random = np.random.default_rng((_STREAM, self.seed, int(index.image_ids[number])))
         rows = index.rows_of(number)
