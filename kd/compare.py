@@ -79,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, partial(str.split, sep=",")
     add("runs", nargs="+", metavar="RUN", help="folder of a run or a distillation")
     add("--metrics", metavar="A,B", type=names, help="rows, such as top1,nll or mIoU,iou/car")
-    add("--variants", metavar="A,B", type=names, help="of a distillation, beside plain; else all")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables here, too")
-    add("--figure", type=Path, metavar="FILE", help="draw them here (.png, .pdf)")
-    cost = "label maps: draw mIoU against parameters, multiply-adds and latency here"
+    add("--variants", metavar="A,B", type=names, help="variants beside plain (default: all)")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
+    add("--figure", type=Path, metavar="FILE", help="draw the table to this file (.png, .pdf)")
+    cost = "label maps: draw mIoU against parameters, multiply-adds and latency to this file"
     add("--cost", type=Path, metavar="FILE", help=cost)
     add_list(parser, "metrics")
     return parser

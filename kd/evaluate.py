@@ -76,16 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder; with --all one of several")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder; with --all several")
     add("--all", action="store_true", help="compare finished runs of one dataset")
     add("--data", metavar="NAME", help="another dataset with the same classes")
     add("--set", action="append", default=[], dest="settings", metavar="data.a=value",
-        help="change a value of the dataset")  # fmt: skip
-    add("--per-class", action="store_true", help="print every class, too")
-    add("--annotations", type=Path, metavar="JSON", help="ground truth of COCO results files")
-    add("--scales", metavar="A,B", help="label maps: average over these scales: 0.75,1,1.25")
-    add("--flip", action="store_true", help="label maps: average over mirrored images, too")
-    out = "output folder (default: RUN/evaluation; with --all and of results files: none)"
+        help="override a value of the dataset")  # fmt: skip
+    add("--per-class", action="store_true", help="also print every class")
+    add("--annotations", type=Path, metavar="JSON", help="COCO ground truth; RUN is a results file")
+    add("--scales", metavar="A,B", help="label maps: average over scales, e.g. 0.75,1,1.25")
+    add("--flip", action="store_true", help="label maps: also average over mirrored images")
+    out = "output folder (default: RUN/evaluation; none with --all or --annotations)"
     add("--out", type=Path, metavar="DIR", help=out)
     add_list(parser, "data", "metrics")
     return parser

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="teachers, seed<k>/<variant> folders, or distillations")  # fmt: skip
     report.add_argument("--variants", nargs="+", metavar="NAME", help="only these (default: all)")
     report.add_argument("--detections", nargs=2, type=Path, metavar=("IN", "OUT"),
-                        help="a detector's COCO results on in/ and out/")  # fmt: skip
+                        help="COCO results of a detector on in/ and out/")  # fmt: skip
     for action in (make, report):
         action.add_argument("--set", action="append", default=[], dest="settings",
                             metavar="data.a=value", help="change the dataset")  # fmt: skip

@@ -174,7 +174,7 @@ def prepare(
         new annotations.
     """
     if size < 1:
-        raise UserError(f"--size: {size} is not a number of pixels")
+        raise UserError(f"--size: got {size}, expected 1 pixel or more")
     coco, digest = read_coco(annotations)
     dataset: Json = coco.dataset
     try:

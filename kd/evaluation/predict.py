@@ -262,7 +262,7 @@ def side_by_side(runs: Sequence[Run], data_name: str | None, settings: Sequence[
 def results_files(annotations: Path, files: Sequence[Path]) -> Evaluation:
     """Evaluate COCO results files of any detector; runs are named after the files."""
     if len(set(files)) < len(files):
-        raise UserError(f"{files[-1]}: the same results twice")
+        raise UserError(f"the same results twice among {', '.join(map(str, files))}")
     task = next(iter(next(s for s in specs() if "results_files" in s.abilities).tasks))
     results = problem_of_task(task).results(task)
     names = distinct_names([path.with_suffix("") for path in files])

@@ -91,7 +91,7 @@ def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[
         if not any(where.parent.glob("*.txt")):
             raise UserError(
                 f"{where}: no such split; lists of a split's images are not part of KITTI's "
-                "download: write one, an image's number a line, such as 000007"
+                "download: write one, with an image number per line, such as 000007"
             )
         return where, split_names(where, where.parent)
     names = sorted(path.stem for path in labels.glob("*.txt"))
