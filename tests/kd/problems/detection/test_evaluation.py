@@ -102,7 +102,7 @@ def test_of_a_results_file_nothing_is_written_unless_a_folder_is_named(
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "default: RUN/evaluation; with --all and of results files: none" in help_text
+    assert "default: RUN/evaluation; none with --all or --annotations" in help_text
     own = tmp_path / "own"
     file = results_of(data, own / "results.json", off=0.2)
     monkeypatch.chdir(own)
