@@ -103,7 +103,7 @@ class Evaluator(Collector, Protocol):
 
 
 class Rows(NamedTuple):
-    """What the rows of a batch's outputs are; by default, the images.
+    """Meaning of the rows of a batch's outputs; by default, each row is an image.
 
     Attributes:
         unit: `images`, `hidden` (objects) or `boxes`, a key of a task's counts.
@@ -428,7 +428,7 @@ class Problem(ABC, Generic[D]):
         )
 
     def cached_data(self, data: D) -> Dataset:
-        """The dataset on which teachers of this problem's students are cached."""
+        """The dataset on which teacher outputs are cached for this problem's students."""
         return data
 
     def object_ids(self, data: D) -> NDArray[np.int64]:
@@ -543,7 +543,7 @@ class Problem(ABC, Generic[D]):
     def class_fractions(
         self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions for tasks with class weights, on the train images `images` or all."""
+        """Class fractions for tasks with class weights, from the train images `images` or from all."""
         return {}
 
     def comparable_names(

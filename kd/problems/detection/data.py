@@ -133,7 +133,7 @@ class DetectionDataset(AnnotatedDataset):
 
     @property
     def problem(self) -> Problem[Any]:
-        """Detection."""
+        """The problem `detection`."""
         return problem("detection")
 
     @property

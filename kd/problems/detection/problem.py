@@ -20,7 +20,7 @@ from kd.problems.spec import ProblemSpec
 
 
 class DetectionProblem(Problem[DetectionDataset]):
-    """Objects to be found with their boxes."""
+    """Images with the boxes of all objects."""
 
     spec: ClassVar[ProblemSpec] = SPEC
     results_type: ClassVar[type[Results]] = DetectionResults

@@ -54,7 +54,7 @@ def hidden_labels(batch: Batch) -> Tensor:
 
 
 def object_rows(batch: Batch) -> Rows:
-    """What the rows of outputs are: hidden objects, the boxes of a detector's batch, or images."""
+    """Describe the rows of outputs: hidden objects, the boxes of a detector's batch, or images."""
     if "hidden" not in batch and "boxes" not in batch:
         return Rows()
     which = chosen(batch)

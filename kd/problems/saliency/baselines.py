@@ -96,7 +96,7 @@ def predict_from_others(
 
 
 def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> dict[str, float]:
-    """How well people predict each other: every metric of `METRICS`.
+    """Measure how well people predict each other, by every metric of `METRICS`.
 
     Metrics at fixations score the map predicted from all others at each person's fixations, and
     are averaged with the number of fixations as weight. Nobody predicts themselves, so a model can

@@ -35,9 +35,9 @@ from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_flips
 from kd.utils.images import file_size, scaled_size
 
-LOOKS = 20_000  # fixations on other images, the negatives of shuffled AUC; fewer if there are fewer
-REFERRED = 300  # val images that the references are scored on, at most
-DEALT = 10  # observers that fixations are split among at random if a dataset names none
+NEGATIVES = 20_000  # fixations on other images for shuffled AUC; fewer if a split has fewer
+REFERENCE_IMAGES = 300  # val images that the references are scored on, at most
+RANDOM_OBSERVERS = 10  # observers that fixations are assigned to if a dataset names none
 _STREAM = 12  # separates these random numbers from all others
 
 
@@ -96,7 +96,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One map."""
+        """A single name, since there is one map."""
         return ("saliency",)
 
     def class_info(self) -> Classes:
@@ -147,18 +147,18 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
             number: The image's position in the split.
             size: Its height and width.
         """
-        places, numbers = self._looks
+        places, numbers = self._negatives
         sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
         moved = places[numbers != number] * sides
         return torch.minimum(moved, torch.nextafter(sides, torch.zeros_like(sides)))
 
     @cached_property
-    def _looks(self) -> tuple[Tensor, Tensor]:
-        """Relative places and image numbers of at least `LOOKS` val fixations, or of all."""
+    def _negatives(self) -> tuple[Tensor, Tensor]:
+        """Relative places and image numbers of at least `NEGATIVES` val fixations, or of all."""
         places, numbers, count = [], [], 0
         random = np.random.default_rng(_STREAM)
         for number in random.permutation(len(self.val.images)).tolist():
-            if count >= LOOKS:
+            if count >= NEGATIVES:
                 break
             own = relative_places(self.val, number)
             places.append(own)
@@ -174,7 +174,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
         """
         images = len(self.val.images)
         found = {name: np.full((images, len(METRICS)), np.nan) for name in (CENTRE, OBSERVERS)}
-        for number in range(0, images, -(-images // REFERRED)):
+        for number in range(0, images, -(-images // REFERENCE_IMAGES)):
             truth = self.truth(number)
             assert truth.prior is not None
             found[CENTRE][number] = list(measure(truth.prior, truth).values())
@@ -187,7 +187,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
 
 def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """Observer of each fixation on an image, (F,); random ones out of `DEALT` if all are unknown.
+    """Observer of each fixation on an image, (F,); if all are unknown, random ones.
 
     Args:
         observers: As in the dataset, `UNKNOWN` if it does not identify them.
@@ -196,7 +196,7 @@ def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     if not (observers == UNKNOWN).all():
         return observers
     random = np.random.default_rng((_STREAM, number))
-    return random.permutation(np.arange(len(observers)) % DEALT)
+    return random.permutation(np.arange(len(observers)) % RANDOM_OBSERVERS)
 
 
 def relative_places(split: GazeSplit, number: int) -> Tensor:

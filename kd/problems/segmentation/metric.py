@@ -219,7 +219,7 @@ def check_same_truth(records: Records, other: Records, pair: str) -> None:
 
 
 def _ratio(part: Array, whole: Array) -> Float:
-    """NaN where the denominator is 0."""
+    """Quotient of two arrays; NaN where the denominator is 0."""
     ratios = np.full(part.shape, np.nan)
     np.divide(part, whole, out=ratios, where=whole > 0)
     return ratios

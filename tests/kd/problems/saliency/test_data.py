@@ -108,10 +108,10 @@ def test_other_observers_beat_the_centre_prior(squares: SaliencyDataset) -> None
 def test_of_a_large_split_some_pictures_are_referred_to(
     squares: SaliencyDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gaze_truth, "REFERRED", 2)
+    monkeypatch.setattr(gaze_truth, "REFERENCE_IMAGES", 2)
     known = ~np.isnan(replace(squares).references[OBSERVERS]).any(axis=1)
     assert known.tolist() == [True, False, True, False]
-    monkeypatch.setattr(gaze_truth, "LOOKS", 40)
+    monkeypatch.setattr(gaze_truth, "NEGATIVES", 40)
     assert len(replace(squares).others(0, SIZE)) in (36, 72)
 
 
