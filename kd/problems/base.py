@@ -543,7 +543,7 @@ class Problem(ABC, Generic[D]):
     def class_fractions(
         self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions for tasks with class weights, from the train images `images` or from all."""
+        """Class fractions for tasks with class weights, from the train images `images` or all."""
         return {}
 
     def comparable_names(

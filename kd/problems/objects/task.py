@@ -214,7 +214,7 @@ class ContextPixels(ContextTask):
     divided by their sum are the posterior.
 
     Args:
-        hidden_weight: Weight of pixels in the hidden region; other pixels weigh 1.
+        hidden_weight: Weight of the mean over the hidden region; the mean over the rest weighs 1.
     """
 
     hidden_weight: float = 5.0

@@ -15,7 +15,6 @@ from torch import Tensor
 from kd.data.images import ImageSamples, check_targets, in_multiples
 from kd.data.loader import Sample
 from kd.data.open_files import open_annotated
-from kd.formats.coco import CocoIndex
 from kd.formats.fixations import UNKNOWN, GazeSplit
 from kd.formats.saliency import SplitOptions, open_gaze
 from kd.metrics.saliency import METRICS, SaliencyTruth, measure
@@ -239,15 +238,16 @@ def open_fixations(section: SaliencySection) -> SaliencyDataset:
 
 def _splits(section: SaliencySection) -> tuple[GazeSplit, GazeSplit]:
     if section.layout == "synthetic":
-        train, val = open_annotated(section)
-        return _synthetic(section, train), _synthetic(section, val)
+        train, val = (
+            GazeSplit(
+                str(index.annotation_file), tuple(map(index.path, range(len(index)))),
+                SceneGaze(index), section.degree,
+            )
+            for index in open_annotated(section)
+        )  # fmt: skip
+        return train, val
     options = SplitOptions(
         degree=section.degree, published=section.maps == "published",
         val_fraction=section.val_fraction, seed=section.split_seed,
     )  # fmt: skip
     return open_layout(section, section.layout, open_gaze, options)
-
-
-def _synthetic(section: SaliencySection, index: CocoIndex) -> GazeSplit:
-    paths = tuple(index.path(number) for number in range(len(index)))
-    return GazeSplit(str(index.annotation_file), paths, SceneGaze(index), section.degree)
