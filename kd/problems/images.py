@@ -45,12 +45,10 @@ HASHED_FILES = 4096  # at most, evenly spread over the split
 
 
 class ImageSplit(Protocol):
-    """A split of images with targets."""
+    """A split of images with targets; `images` are its files."""
 
     @property
-    def images(self) -> tuple[Path, ...]:
-        """Image files."""
-        ...
+    def images(self) -> tuple[Path, ...]: ...
 
 
 D = TypeVar("D", bound=Any)
