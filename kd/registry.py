@@ -10,15 +10,17 @@ import difflib
 import functools
 import importlib
 import inspect
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from kd.errors import ConfigError, UserError
 
 T = TypeVar("T")
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 FAMILY = "NAME"  # placeholder in the entry of a family: "timm/NAME"
 MOST = 40  # names listed if none is near
@@ -207,12 +209,9 @@ def check_options(
         if name not in parameters and (name in filled or not any_name):
             mistakes.append(f"{what}: unknown option {name!r}{suggestion(name, parameters)}")
             continue
-        expected = annotations.get(name, Any)
-        if not _fits(value, expected):
-            mistakes.append(
-                f"{what}: option {name!r} must be {_spell(expected)}, "
-                f"got {value!r} ({type(value).__name__})"
-            )
+        if misfit := _misfit(value, annotations.get(name, Any)):
+            kind = type(value).__name__
+            mistakes.append(f"{what}: option {name!r} {misfit}, got {value!r} ({kind})")
     mistakes += [
         f"{what}: option {name!r} is missing"
         for name, parameter in parameters.items()
@@ -293,52 +292,26 @@ def _annotations(builder: Callable[..., object]) -> dict[str, Any]:
         return {}
 
 
-def _fits(value: object, expected: Any) -> bool:
-    """Whether a YAML value suits an annotation; unsupported annotations accept anything."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any:
-        return True
-    if expected is None or expected is type(None):
-        return value is None
-    if origin is typing.Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, choice) for choice in arguments)
-    if expected is bool:
-        return isinstance(value, bool)
-    if expected in (int, float):  # bool is an int in Python
-        kinds = (int,) if expected is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    if expected is str:
-        return isinstance(value, str)
-    if origin in (list, tuple, Sequence):
-        return _fits_sequence(value, origin, arguments)
-    if origin in (dict, Mapping):
-        return isinstance(value, Mapping)
-    return True
+def _misfit(value: object, annotation: Any) -> str:
+    """Say what is wrong with a YAML value for an annotation; "" if nothing is."""
+    try:
+        adapter = TypeAdapter(annotation, config=STRICT)
+    except PydanticSchemaGenerationError:
+        return ""
+    for candidate in (tuples(value), value):  # YAML has no tuples
+        try:
+            adapter.validate_python(candidate)
+            return ""
+        except ValidationError as error:
+            found = [
+                one["msg"].removeprefix("Input ").replace("should", "must")
+                for one in error.errors()
+            ]
+    return " or ".join(dict.fromkeys(found))
 
 
-def _fits_sequence(value: object, origin: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether a list suits the annotation of a list or tuple; YAML has no tuples."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return False
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-        return len(value) == len(arguments) and all(
-            _fits(item, kind) for item, kind in zip(value, arguments, strict=True)
-        )
-    return all(_fits(item, arguments[0]) for item in value) if arguments else True
-
-
-def _spell(expected: Any) -> str:
-    """Spell an annotation for error messages."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(repr(choice) for choice in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(choice) for choice in arguments)
-    if expected is type(None):
-        return "null"
-    if origin in (list, tuple, Sequence):
-        kinds = [_spell(one) for one in arguments if one is not Ellipsis]
-        return f"a list of {', '.join(kinds)}" if kinds else "a list"
-    return str(getattr(expected, "__name__", expected))
+def tuples(value: Any) -> Any:
+    """Convert the lists in a YAML value to tuples."""
+    if isinstance(value, Mapping):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from kd.config.datasets import NAME, PATHS
 from kd.config.json_schema import keys_at
 from kd.errors import ConfigError
-from kd.registry import all_names
+from kd.registry import all_names, tuples
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -224,15 +224,6 @@ def validate(model: type[Recipe], merged: Merged) -> Recipe:
 def to_yaml(recipe: BaseModel) -> str:
     """The resolved recipe as YAML, with all defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def tuples(value: Any) -> Any:
-    """Convert YAML lists to tuples, the type in the strict, immutable schema."""
-    if isinstance(value, dict):
-        return {key: tuples(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(tuples(item) for item in value)
-    return value
 
 
 def _line(model: type[BaseModel], merged: Merged, mistake: ErrorDetails) -> str:

@@ -23,7 +23,6 @@ from kd.config.reader import (
     merge_recipe,
     read_yaml,
     source_name,
-    tuples,
     validate,
 )
 from kd.config.recipes import Recipe as AnyRecipe
@@ -31,6 +30,7 @@ from kd.config.recipes import TeacherRecipe
 from kd.errors import ConfigError, UserError
 from kd.problems import problem_with, spec_of_task, specs
 from kd.problems.spec import ProblemSpec
+from kd.registry import tuples
 
 Recipe = TypeVar("Recipe", bound=AnyRecipe)
 

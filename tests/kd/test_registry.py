@@ -93,14 +93,14 @@ def test_all_mistakes_come_at_once_with_the_nearest_keyword() -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert lines[0] == "model 'example': unknown option 'widht'; did you mean 'width'?"
-    assert lines[1] == "model 'example': option 'rate' must be float, got 'fast' (str)"
-    assert "one of 'max', 'average'" in lines[2]
+    assert lines[1] == "model 'example': option 'rate' must be a valid number, got 'fast' (str)"
+    assert "must be 'max' or 'average'" in lines[2]
     assert "must be bool, got 1 (int)" in lines[3]
     assert "a list of float, float" in lines[4]
 
 
 def test_true_is_not_an_integer() -> None:
-    with pytest.raises(ConfigError, match="'width' must be int, got True"):
+    with pytest.raises(ConfigError, match="'width' must be a valid integer, got True"):
         check_options(example, {"width": True}, what="x")
 
 
@@ -118,9 +118,9 @@ def test_missing_options_are_mistakes_unless_the_program_gives_them() -> None:
 
 def test_partials_and_classes_have_options_too() -> None:
     check_options(partial(example, 3), {"width": 2}, what="x")
-    with pytest.raises(ConfigError, match="must be int"):
+    with pytest.raises(ConfigError, match="must be a valid integer"):
         check_options(partial(example, 3), {"width": "2"}, what="x")
-    with pytest.raises(ConfigError, match="must be int"):
+    with pytest.raises(ConfigError, match="must be a valid integer"):
         check_options(Layer, {"width": 1.5}, what="x")
 
 

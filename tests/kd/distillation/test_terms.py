@@ -154,7 +154,7 @@ def test_a_wrong_term_is_refused_when_it_is_built() -> None:
         build_term(TermSection(name="context_logit", weight=1.0))
     with pytest.raises(UserError, match="losses: context_logits: unknown option 'temprature'"):
         build_term(TermSection(name="context_logits", weight=1.0, options={"temprature": 2.0}))
-    with pytest.raises(UserError, match="option 'temperature' must be float, got '2'"):
+    with pytest.raises(UserError, match="option 'temperature' must be a valid number, got '2'"):
         build_term(TermSection(name="context_logits", weight=1.0, options={"temperature": "2"}))
     with pytest.raises(UserError, match="losses: pair_wise: name the layers"):
         build_term(TermSection(name="pair_wise", weight=1.0, student="layer4"))

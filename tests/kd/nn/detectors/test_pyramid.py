@@ -129,4 +129,4 @@ def test_an_unknown_option_and_a_wrong_type_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
         build(DETECTORS, "fcos_resnet18", options, what="student", num_classes=3)
     message = str(caught.value)
-    assert "unknown option 'chanels'" in message and "'top' must be int" in message
+    assert "unknown option 'chanels'" in message and "'top' must be a valid integer" in message
