@@ -95,7 +95,7 @@ def test_all_mistakes_come_at_once_with_the_nearest_keyword() -> None:
     assert lines[0] == "model 'example': unknown option 'widht'; did you mean 'width'?"
     assert lines[1] == "model 'example': option 'rate' must be a valid number, got 'fast' (str)"
     assert "must be 'max' or 'average'" in lines[2]
-    assert "must be bool, got 1 (int)" in lines[3]
+    assert "must be a valid boolean, got 1 (int)" in lines[3]
     assert "a list of float, float" in lines[4]
 
 

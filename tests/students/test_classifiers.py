@@ -253,7 +253,7 @@ def test_options_are_checked_against_the_signature() -> None:
     with pytest.raises(ConfigError) as caught:
         build(STUDENTS, "resnet18", options, what="student", num_classes=3)
     assert "unknown option 'viwe'; did you mean 'view'" in str(caught.value)
-    assert "'upscale' must be int, got 2.5" in str(caught.value)
+    assert "'upscale' must be a valid integer, got 2.5" in str(caught.value)
     with pytest.raises(ConfigError, match="unknown option 'num_classes'"):
         build(STUDENTS, "resnet18", {"num_classes": 3}, what="student", num_classes=3)
 

@@ -234,7 +234,7 @@ def test_a_recipe_builds_them_without_classes() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("saliency", {"branches": "c"}, "'branches' must be one of 'a', 'b', got 'c'"),
+        ("saliency", {"branches": "c"}, "'branches' must be 'a' or 'b', got 'c'"),
         ("saliency", {"trunk": "resnet17"}, "unknown torchvision classifier 'resnet17'"),
         ("saliency", {"width": 0.5, "weights": "x.pth"}, "weights are for the full width"),
         ("saliency", {"fiel": "x.pth"}, "unknown option 'fiel'; did you mean 'file'"),

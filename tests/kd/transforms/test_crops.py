@@ -180,7 +180,7 @@ def test_flips_of_whole_images_occur_with_their_probability() -> None:
         ({"scale": (1.0, 1.5, 2.0)}, "augment: option 'scale' must be a list of float, float"),
         ({"scale": 1.5}, "augment: option 'scale' must be a list of float, float, got 1.5"),
         ({"flip": 1.5}, r"augment.flip: got 1.5, expected 0 to 1"),
-        ({"flip": "often"}, "augment: option 'flip' must be float, got 'often'"),
+        ({"flip": "often"}, "augment: option 'flip' must be a valid number, got 'often'"),
         ({"jitter": -0.1}, r"augment.jitter: got -0.1, expected 0 to 1"),
         ({"max_jitter": 2}, r"augment.max_jitter: got 2, expected 0 to 1"),
     ],
