@@ -20,6 +20,12 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 from kd.errors import ConfigError, UserError
 
 T = TypeVar("T")
+PYDANTIC_WORDS = {
+    "a valid tuple": "a list",
+    "Field required": "have more items",
+    "Tuple should ": "",
+    " after validation": "",
+}
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 FAMILY = "NAME"  # placeholder in the entry of a family: "timm/NAME"
@@ -298,16 +304,16 @@ def _misfit(value: object, annotation: Any) -> str:
         adapter = TypeAdapter(annotation, config=STRICT)
     except PydanticSchemaGenerationError:
         return ""
-    for candidate in (tuples(value), value):  # YAML has no tuples
+    for candidate in (value, tuples(value)):  # YAML has no tuples
         try:
             adapter.validate_python(candidate)
             return ""
         except ValidationError as error:
-            found = [
-                one["msg"].removeprefix("Input ").replace("should", "must")
-                for one in error.errors()
-            ]
-    return " or ".join(dict.fromkeys(found))
+            found = dict.fromkeys(one["msg"] for one in error.errors())
+    text = " or ".join(message.removeprefix("Input should ") for message in found)
+    for theirs, ours in PYDANTIC_WORDS.items():
+        text = text.replace(theirs, ours)
+    return f"must {text}"
 
 
 def tuples(value: Any) -> Any:

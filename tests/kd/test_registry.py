@@ -96,7 +96,7 @@ def test_all_mistakes_come_at_once_with_the_nearest_keyword() -> None:
     assert lines[1] == "model 'example': option 'rate' must be a valid number, got 'fast' (str)"
     assert "must be 'max' or 'average'" in lines[2]
     assert "must be a valid boolean, got 1 (int)" in lines[3]
-    assert "a list of float, float" in lines[4]
+    assert "must have more items, got [1.0] (list)" in lines[4]
 
 
 def test_true_is_not_an_integer() -> None:

@@ -198,7 +198,7 @@ def test_the_readers_can_be_tapped_for_each_hidden_object() -> None:
     ("options", "message"),
     [
         ({"annotations": False}, "nothing to read"),
-        ({"pixels": "voxels"}, "option 'pixels' must be one of"),
+        ({"pixels": "voxels"}, "option 'pixels' must be 'patches'"),
         ({"dense": True}, "dense needs pixels: patches"),
         ({"heads": 3}, "heads 3 must divide width 16"),
         (
@@ -290,5 +290,5 @@ def test_evidence_without_information_loses_its_weight() -> None:
 
 
 def test_unknown_evidence_is_an_error() -> None:
-    with pytest.raises(UserError, match="option 'evidence' must be a list of one of"):
+    with pytest.raises(UserError, match="option 'evidence' must be 'company'"):
         make("cooccurrence", evidence=["colour"])

@@ -184,7 +184,7 @@ def test_wrong_options_are_named_before_files_are_read(written: Written) -> None
     (root / "train" / "0.png").write_bytes(b"")
     section = SegmentationSection(name="maps", root=str(root), layout="camvid", crop=(24, 32),
                         augment={"scale": "large"})  # fmt: skip
-    with pytest.raises(UserError, match=r"^augment: option 'scale' must be a list of float"):
+    with pytest.raises(UserError, match=r"^augment: option 'scale' must "):
         open_maps(section)
 
 
