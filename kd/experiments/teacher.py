@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kd.config.recipes import TeacherRecipe
 from kd.distillation.student import AdaptedStudent
 from kd.engine.state import Objective
+from kd.nn.multi_stride_trunk import nothing_remembered
 from kd.problems.base import Dataset, Sampling
 from kd.runs.build import make_loader
 from kd.runs.folder import RunFolder
@@ -45,11 +46,11 @@ def train_one(
     samples = problem.training(data, sampling, task)
     student, objective = AdaptedStudent(model), Objective(task, recipe.task.weights)
     if learns(model) and not folder.checkpoint.is_file():
-        check_losses(
-            copy.deepcopy(student).to(accelerator.device),
-            first_batch(samples, recipe.train, accelerator), objective, data.num_classes,
-            called=f"teacher {recipe.teacher.name!r}",
-        )  # fmt: skip
+        batch = first_batch(samples, recipe.train, accelerator)
+        called = f"teacher {recipe.teacher.name!r}"
+        with nothing_remembered():
+            trial = copy.deepcopy(student).to(accelerator.device)
+            check_losses(trial, batch, objective, data.num_classes, called=called)
     loader = make_loader(
         samples, accelerator,
         batch_size=recipe.train.batch_size // recipe.train.accumulate,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -47,6 +49,17 @@ class _Store:
 
 # By hash of the weights and number of levels: variants and seeds of a comparison share a store.
 _STORES: dict[tuple[str, int], _Store] = {}
+
+
+@contextmanager
+def nothing_remembered() -> Iterator[None]:
+    """Leave the caches as they are: maps of a trial batch differ in the last bits from others."""
+    before = {key: (dict(store.maps), store.held) for key, store in _STORES.items()}
+    try:
+        yield
+    finally:
+        for key, store in _STORES.items():
+            store.maps, store.held = before.get(key, ({}, 0))
 
 
 class LevelledTrunk(nn.Module):
