@@ -1,4 +1,4 @@
-"""Every recipe in configs/ loads and builds, for every data set that it names."""
+"""Every recipe in configs/ loads and builds, for every dataset that it names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ON_PIXELS = CLASSES.keys() - {"scenes"}
 
 
 def pairs(kind: str) -> list[tuple[str, str]]:
-    """Each recipe with its own data set and with each that it has a variant for."""
+    """Each recipe with its own dataset and with each that it has a variant for."""
     found: list[tuple[str, str]] = []
     for name in known_configs(kind):
         content = read_yaml(find_config(kind, name))
@@ -151,7 +151,7 @@ def task_of(
 
 
 @pytest.mark.parametrize("name", known_configs("data"))
-def test_every_data_set_loads(name: str) -> None:
+def test_every_dataset_loads(name: str) -> None:
     assert data_config(name).name == name
 
 

@@ -37,10 +37,10 @@ def test_a_baseline_is_counted_written_and_evaluated(
     assert "co-occurrence" in capsys.readouterr().out
 
 
-def test_a_teacher_on_annotations_needs_no_picture(
+def test_a_teacher_on_annotations_needs_no_image(
     small_data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same numbers with pictures and without, several objects withheld at once."""
+    """The same numbers with images and without, several objects withheld at once."""
     options = "teacher={name: scene_transformer, options: {width: 16, depth: 1}}"
     nll = []
     for pictures in ("true", "false"):

@@ -240,7 +240,7 @@ def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(
         torch.testing.assert_close(one[name], both[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-BOXES = [[[8, 8, 16, 17], [4, 30, 12, 38]], [[10, 4, 30, 26]], [], []]  # of four pictures
+BOXES = [[[8, 8, 16, 17], [4, 30, 12, 38]], [[10, 4, 30, 26]], [], []]  # of four images
 DETECTOR = {"trunk": "resnet18", "width": 0.25, "levels": [2, 3], "scales": [2.0],
             "canonical": 32.0, "hidden": 32, "region_size": 3, "candidates": [50, 50],
             "proposals": [40, 20], "batch_norm_frozen": True}  # fmt: skip
@@ -264,7 +264,7 @@ def _pictures(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 def _detector_steps(out: Path, groups: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Two steps of terms on a pyramid, on each rank's own pictures; the weights go to a file."""
+    """Two steps of terms on a pyramid, on each rank's own images; the weights go to a file."""
     accelerator = make_accelerator("fp32")
     torch.manual_seed(4)
     student, teacher = (DETECTORS["fasterrcnn"].load()(3, channels=c, **DETECTOR) for c in (16, 24))

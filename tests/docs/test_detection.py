@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def shown() -> str:
-    """The page's recipe, behind a data set's file."""
+    """The page's recipe, behind a dataset's file."""
     _, _, block = (ROOT / "docs" / "detection.md").read_text().split("```yaml\n")
     return block.split("```")[0]
 

@@ -118,7 +118,7 @@ def test_the_recipes_of_these_tests_train_and_resume(command: Command, data: Pat
     assert Path("run/model.safetensors").read_bytes() == weights
 
 
-# --- the data set ---------------------------------------------------------------------------------
+# --- the dataset ---------------------------------------------------------------------------------
 
 
 def test_a_missing_image_is_named_before_anything_is_written(command: Command, data: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_file_that_contradicts_itself_is_named_with_the_place(
     assert not Path("run").exists()
 
 
-def test_a_data_set_without_a_usable_object_is_named(command: Command, data: Path) -> None:
+def test_a_dataset_without_a_usable_object_is_named(command: Command, data: Path) -> None:
     limits = ("--set", "data.min_fraction=0.98", "--set", "data.max_fraction=0.99")
     line = only_error(teacher(command, data, *limits))
     assert "instances_train2017.json: no image has an object between 98" in line
@@ -226,7 +226,7 @@ def test_splits_of_different_classes_are_refused(command: Command, data: Path) -
     assert "categories differ" in only_error(teacher(command, data))
 
 
-def test_a_data_set_that_is_not_there_is_named(command: Command, tmp_path: Path) -> None:
+def test_a_dataset_that_is_not_there_is_named(command: Command, tmp_path: Path) -> None:
     line = only_error(teacher(command, tmp_path / "nowhere"))
     assert f"{tmp_path}/nowhere/annotations/instances_train2017.json" in line
 
@@ -368,7 +368,7 @@ def test_the_command_that_makes_a_teacher_gets_the_data_as_typed(
     line = only_error(command(kd.distill.main, None, *arguments, "my data.yaml"))
     assert "runs/teacher/cnn/my data; train one: " in line
     assert "kd.train_teacher --teacher cnn --data 'my data.yaml', or choose" in line
-    # A recipe that holds its data set: that is no name to be given to a command.
+    # A recipe that holds its dataset: that is no name to be given to a command.
     assert "--data unnamed.yaml (a file with the data section of the recipe), or" in only_error(
         distill(command, data)
     )

@@ -99,7 +99,7 @@ def test_tables_and_figures_are_written(distillation: Path, tmp_path: Path) -> N
 
 
 def make_maps_run(folder: Path, right: int) -> Path:
-    """A finished run of eight pictures of two classes; the more are right the better."""
+    """A finished run of eight images of two classes; the more are right the better."""
     folder.mkdir(parents=True)
     confusion = [[[right + n, 40 - right], [20 - right, 20 + right]] for n in range(8)]
     np.savez(folder / "predictions.npz", image_ids=np.arange(8), confusion=np.array(confusion))

@@ -66,7 +66,7 @@ def run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def another(small_scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same scenes as a data set of another name, whose exact posterior is not known."""
+    """The same scenes as a dataset of another name, whose exact posterior is not known."""
     file = tmp_path_factory.mktemp("data") / "photos.yaml"
     file.write_text(
         f"name: photographs\nroot: {small_scenes}\nworkers: 0\n"
@@ -128,7 +128,7 @@ def test_tensorboard_has_the_figures_of_the_last_evaluation_only(run: Path) -> N
     assert events.Images("evaluation/top_n")[0].step == 3  # steps of training
 
 
-def test_another_data_set_has_a_folder_of_its_own_and_no_exact_posterior(
+def test_another_dataset_has_a_folder_of_its_own_and_no_exact_posterior(
     run: Path,
     another: Path,
     capsys: pytest.CaptureFixture[str],
@@ -197,7 +197,7 @@ def test_references_answer_the_same_objects(run: Path) -> None:
     assert records["visible"][3] == others
 
 
-def test_objects_of_another_data_set_are_refused(run: Path, small_scenes: Path) -> None:
+def test_objects_of_another_dataset_are_refused(run: Path, small_scenes: Path) -> None:
     section = ObjectsSection(
         name="scenes",
         root=str(small_scenes),

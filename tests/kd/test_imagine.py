@@ -33,7 +33,7 @@ def asked(scene: Path, run: Path, out: Path, *flags: str) -> int:
 
 
 def drawn(file: Path) -> tuple[int, int]:
-    """Width and height of a picture that is not of one colour."""
+    """Width and height of an image that is not of one colour."""
     with Image.open(file) as picture:
         assert np.asarray(picture.convert("L")).std() > 5
         return picture.size
@@ -105,7 +105,7 @@ def test_heat_maps_are_drawn_for_each_class(
     drawn(tmp_path / f"{scene.stem}_boat.png")
 
 
-def test_pictures_of_all_kinds_are_asked_about(
+def test_images_of_all_kinds_are_asked_about(
     scene: Path, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Grey, with transparency, 16 bits, turned: all give an answer, the first two the same one."""
@@ -125,7 +125,7 @@ def test_pictures_of_all_kinds_are_asked_about(
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
-def test_of_several_pictures_the_good_ones_are_done(
+def test_of_several_images_the_good_ones_are_done(
     scene: Path, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -171,7 +171,7 @@ def test_mistakes_end_the_command_before_any_work(
 def test_a_run_without_its_data_is_enough(
     scene: Path, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The class names come with it; an older run's from its data set, or it says what lacks."""
+    """The class names come with it; an older run's from its dataset, or it says what lacks."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("model.safetensors", "classes.json"):

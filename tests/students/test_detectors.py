@@ -200,7 +200,7 @@ def test_a_batch_without_an_object_is_all_background(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_detections_are_the_best_boxes_first_within_their_pictures(name: str) -> None:
+def test_detections_are_the_best_boxes_first_within_their_images(name: str) -> None:
     model = finding(name, top=20).eval()
     output = model(pictures(), SIZES)
     found = output["detections"]
@@ -307,7 +307,7 @@ HEART: dict[str, dict[str, object]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEART)
-def test_a_few_steps_learn_two_pictures_by_heart(name: str) -> None:
+def test_a_few_steps_learn_two_images_by_heart(name: str) -> None:
     options = HEART[name] | {"trunk": "resnet18", "width": 0.25}
     options |= {} if name == "centernet" else {"channels": 64}
     model = build(DETECTORS, name, options, what="student", num_classes=2)

@@ -49,7 +49,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def settle(model: Any) -> Any:
-    """Batch norms that have seen pictures, so that what they pass on differs between places."""
+    """Batch norms that have seen images, so that what they pass on differs between places."""
     with torch.no_grad():
         for _ in range(5):
             model.train()(pictures())
@@ -61,7 +61,7 @@ def test_the_registries_list_them() -> None:
 
 
 @every_network
-def test_maps_have_the_pictures_size_whatever_it_is(
+def test_maps_have_the_images_size_whatever_it_is(
     name: str, options: dict[str, object], keys: list[str]
 ) -> None:
     model = make(name, **options)
@@ -76,7 +76,7 @@ def test_maps_have_the_pictures_size_whatever_it_is(
 
 
 @every_network
-def test_an_odd_size_is_a_padded_picture_whose_padding_is_cut_off(
+def test_an_odd_size_is_a_padded_image_whose_padding_is_cut_off(
     name: str, options: dict[str, object], keys: list[str]
 ) -> None:
     model, images = settle(make(name, **options)), pictures(37, 51)
@@ -103,7 +103,7 @@ def test_every_parameter_learns(name: str, options: dict[str, object], keys: lis
 
 
 @every_network
-def test_a_place_of_the_map_is_the_place_of_the_picture(
+def test_a_place_of_the_map_is_the_place_of_the_image(
     name: str, options: dict[str, object], keys: list[str]
 ) -> None:
     model, images = settle(make(name, **options)), pictures(128, 160)

@@ -151,7 +151,7 @@ def test_a_new_network_neither_fades_nor_explodes() -> None:
                 assert module.bias is not None and not module.bias.any()
 
 
-def test_a_decoder_grows_a_map_eight_times_and_a_logit_map_fits_it_to_the_picture() -> None:
+def test_a_decoder_grows_a_map_eight_times_and_a_logit_map_fits_it_to_the_image() -> None:
     decoder, last = PlainDecoder(16), LogitMap(2)
     with torch.no_grad():
         maps = decoder(torch.randn(1, 16, 3, 4))

@@ -28,7 +28,7 @@ MAPS: dict[str, Any] = {"layout": "camvid", "crop": (64, 64)}
 
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[[str], Path]:
-    """A function that writes a data set of the user's own."""
+    """A function that writes a dataset of the user's own."""
 
     def write(text: str) -> Path:
         path = tmp_path / "mine.yaml"
@@ -65,7 +65,7 @@ def test_the_layout_chooses_the_section() -> None:
         data_config("camvid", needs="context")
 
 
-def test_the_page_s_data_set_of_one_s_own_is_taken(
+def test_the_page_s_dataset_of_one_s_own_is_taken(
     own: Callable[[str], Path], tiny_coco: Callable[..., Path], tmp_path: Path
 ) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "detection.md").read_text()
@@ -152,13 +152,13 @@ def test_data_of_another_problem_are_refused(recipe: str, data: str, message: st
     assert str(caught.value) == f"--data {data}: data.name: {message}"
 
 
-def test_a_data_set_of_label_maps_of_the_users_own(own: Callable[[str], Path]) -> None:
+def test_a_dataset_of_label_maps_of_the_users_own(own: Callable[[str], Path]) -> None:
     section = data_config(str(own("layout: voc2012\ntrain: trainval\ncrop: [64, 32]\n")))
     assert isinstance(section, SegmentationSection) and section.name == "mine"
     assert (section.train, section.val, section.crop) == ("trainval", "val", (64, 32))
 
 
-def test_another_split_is_a_change_to_a_data_set_and_not_a_whole_one(tmp_path: Path) -> None:
+def test_another_split_is_a_change_to_a_dataset_and_not_a_whole_one(tmp_path: Path) -> None:
     path, named = tmp_path / "recipe.yaml", "data: {name: camvid, train: trainval}"
     path.write_text(ESPNET.read_text().replace("data: scenes_maps", named))
     data = load_recipe(DistillRecipe, path).data

@@ -52,7 +52,7 @@ def test_a_recipe_without_levels_says_so(part: dict[str, Any], said: str) -> Non
         on_levels(part)
 
 
-def test_a_data_set_may_have_other_levels_and_a_run_s_config_is_spelled_out() -> None:
+def test_a_dataset_may_have_other_levels_and_a_run_s_config_is_spelled_out() -> None:
     path = find_config("distill", "fasterrcnn_resnet18")
     small = load_recipe(DistillRecipe, path)
     large = load_recipe(DistillRecipe, path, data="coco", settings=["data.root=/data/coco"])

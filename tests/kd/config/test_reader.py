@@ -1,4 +1,4 @@
-"""Reading recipes: files, data sets, variants and --set, with every mistake at its place."""
+"""Reading recipes: files, datasets, variants and --set, with every mistake at its place."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mistakes_of(path: Path, *settings: str, data: str | None = None) -> list[str
     return str(caught.value).splitlines()
 
 
-def test_a_recipe_takes_its_data_set_from_configs(recipe: Callable[[str], Path]) -> None:
+def test_a_recipe_takes_its_dataset_from_configs(recipe: Callable[[str], Path]) -> None:
     read: Any = load_recipe(TeacherRecipe, recipe(RECIPE))
     assert read.data.name == "scenes"
     assert read.data.generate is not None
@@ -64,7 +64,7 @@ def test_changes_without_a_name_are_to_the_default_data_set(
     assert (read.data.name, read.data.size) == ("scenes", 32)
 
 
-def test_a_data_set_of_the_users_own_is_the_path_of_its_file(
+def test_a_dataset_of_the_users_own_is_the_path_of_its_file(
     recipe: Callable[[str], Path], tmp_path: Path
 ) -> None:
     own = tmp_path / "birds.yaml"
@@ -84,7 +84,7 @@ def test_variants_lie_between_the_recipe_and_set(recipe: Callable[[str], Path]) 
     assert (read.train.epochs, read.train.batch_size, read.data.size) == (7, 2, 96)
 
 
-def test_what_a_task_starts_from_gives_way_to_the_data_set_and_the_recipe(
+def test_what_a_task_starts_from_gives_way_to_the_dataset_and_the_recipe(
     recipe: Callable[[str], Path], tmp_path: Path
 ) -> None:
     text, own = RECIPE.replace("name: context", "name: detection"), tmp_path / "birds.yaml"
@@ -108,7 +108,7 @@ def test_what_a_task_starts_from_gives_way_to_the_data_set_and_the_recipe(
     assert "jitter" not in read(RECIPE, "coco")[1]  # another task
 
 
-def test_a_variant_for_a_mistyped_data_set_is_a_mistake(recipe: Callable[[str], Path]) -> None:
+def test_a_variant_for_a_mistyped_dataset_is_a_mistake(recipe: Callable[[str], Path]) -> None:
     lines = mistakes_of(recipe(RECIPE + "per_data: {scnes: {seed: 1}, birds: {seed: 2}, coco: 3}"))
     assert [line.split("mine.yaml: ")[1] for line in lines] == [
         "per_data.scnes: unknown data; did you mean 'scenes'?",
@@ -262,7 +262,7 @@ def test_an_unknown_name_lists_the_nearest_and_all_others() -> None:
     assert all(name in str(teacher.value) for name in known_configs("teacher"))
 
 
-def test_an_unknown_data_set_of_a_recipe_is_named(recipe: Callable[[str], Path]) -> None:
+def test_an_unknown_dataset_of_a_recipe_is_named(recipe: Callable[[str], Path]) -> None:
     [line] = mistakes_of(recipe(RECIPE), data="coco_min")
     assert "coco_mini" in line
 

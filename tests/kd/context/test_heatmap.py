@@ -67,7 +67,7 @@ class Company(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class CompanyTask:
-    """Shows the model what it is told of each picture."""
+    """Shows the model what it is told of each image."""
 
     num_classes: int = 4
     shape: str = "box"

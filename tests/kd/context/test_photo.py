@@ -1,4 +1,4 @@
-"""A user's pictures: turned upright, and what a COCO file knows of them."""
+"""A user's images: turned upright, and what a COCO file knows of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def turned(folder: Path, orientation: int) -> Path:
     return path
 
 
-def test_pictures_are_whole_and_at_the_models_size(tiny_coco: Callable[..., Path]) -> None:
+def test_images_are_whole_and_at_the_models_size(tiny_coco: Callable[..., Path]) -> None:
     path = tiny_coco() / "val2017" / "000000001001.jpg"
     photo = open_photograph(path, 32)
     assert photo.size == (48, 64)
@@ -55,7 +55,7 @@ def test_known_objects_are_found_by_file_name(tiny_coco: Callable[..., Path]) ->
     torch.testing.assert_close(photo.boxes, wanted)
 
 
-def test_a_picture_that_the_file_does_not_have_is_warned_of(
+def test_an_image_that_the_file_does_not_have_is_warned_of(
     tiny_coco: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tiny_coco()
@@ -88,7 +88,7 @@ def annotated(path: Path, size: tuple[int, int]) -> KnownObjects:
     return KnownObjects(file, NAMES)
 
 
-def test_boxes_say_whether_a_picture_is_meant_as_stored_or_upright(tmp_path: Path) -> None:
+def test_boxes_say_whether_an_image_is_meant_as_stored_or_upright(tmp_path: Path) -> None:
     path = turned(tmp_path, 6)
     assert open_photograph(path, 25, annotated(path, (30, 50))).size == (30, 50)
     upright = open_photograph(path, 25, annotated(path, (50, 30)))
@@ -97,7 +97,7 @@ def test_boxes_say_whether_a_picture_is_meant_as_stored_or_upright(tmp_path: Pat
         open_photograph(path, 25, annotated(path, (50, 31)))
 
 
-def test_one_of_several_pictures_of_a_name_is_found_by_its_folder(tmp_path: Path) -> None:
+def test_one_of_several_images_of_a_name_is_found_by_its_folder(tmp_path: Path) -> None:
     images = []
     for number, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()

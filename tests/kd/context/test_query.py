@@ -41,7 +41,7 @@ TINY: dict[str, Model] = {
 
 @pytest.fixture
 def photographs(tiny_coco: Callable[..., Path]) -> ObjectsSection:
-    """Pictures neither square nor of the teacher's size, and less than twice that."""
+    """Images neither square nor of the teacher's size, and less than twice that."""
     return ObjectsSection(
         name="tiny",
         root=str(tiny_coco(images=3, size=(50, 70))),
@@ -65,7 +65,7 @@ def untrained(section: ObjectsSection, name: str = "cnn", shape: str = "box") ->
 
 
 def questions_of(data: ObjectsDataset) -> tuple[list[Question], list[Sample]]:
-    """Each val picture with all its usable objects asked about, and the data set's own samples."""
+    """Each val image with all its usable objects asked about, and the dataset's own samples."""
     dataset = data.samples("val")
     samples = [dataset[0, place] for place in range(len(dataset))]
     questions = []
@@ -123,7 +123,7 @@ def test_val_objects_get_the_answers_of_the_run(small_teacher: Path, small_data:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("shape", ["box", "ellipse"])
-def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
+def test_every_kind_of_teacher_answers_as_for_the_datasets_batch(
     name: str, shape: str, photographs: ObjectsSection
 ) -> None:
     teacher = untrained(photographs, name, shape)
@@ -138,7 +138,7 @@ def test_every_kind_of_teacher_answers_as_for_the_data_sets_batch(
     assert asked.exp().sum(dim=1).allclose(torch.ones(len(asked)))
 
 
-def test_a_teacher_that_reads_no_pictures_is_shown_none(photographs: ObjectsSection) -> None:
+def test_a_teacher_that_reads_no_images_is_shown_none(photographs: ObjectsSection) -> None:
     section = photographs.model_copy(update={"images": False})
     teacher = untrained(section)
     questions, samples = questions_of(open_objects(section))

@@ -1,4 +1,4 @@
-"""Regions: read from text and files, drawn at random, slid over a picture."""
+"""Regions: read from text and files, drawn at random, slid over an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kd.transforms.hide import hidden_regions
 SIZE = (30, 40)
 
 
-def test_a_box_is_cut_at_the_pictures_border() -> None:
+def test_a_box_is_cut_at_the_images_border() -> None:
     region = parse_box("10,-5,60.5,20")("a.jpg", SIZE)
     assert region.box == (10.0, 0.0, 40.0, 20.0)
     assert region.name == "box 10,-5,60.5,20"
@@ -50,7 +50,7 @@ def test_a_box_that_is_none_is_refused(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [parse_box("40,0,50,10"), parse_polygon("41,1,50,1,45,9")])
-def test_a_region_outside_of_the_picture_is_named_with_its_size(shape: Shape) -> None:
+def test_a_region_outside_of_the_image_is_named_with_its_size(shape: Shape) -> None:
     with pytest.raises(UserError, match=r"a\.jpg: .* outside of the image, which is 40 x 30"):
         shape("a.jpg", SIZE)
 
@@ -75,7 +75,7 @@ def test_a_polygons_pixels_are_those_whose_centres_it_holds() -> None:
     centres = np.stack(np.meshgrid(np.arange(40) + 0.5, np.arange(30) + 0.5), axis=2)
     for _ in range(5):
         angles = np.sort(random.uniform(0, 2 * np.pi, 7))
-        reach = random.uniform(4, 25, 7)  # leaves the picture too
+        reach = random.uniform(4, 25, 7)  # leaves the image too
         corners = np.stack([20 + reach * np.cos(angles), 15 + reach * np.sin(angles)], axis=1)
         wanted = Outline(corners).contains_points(centres.reshape(-1, 2)).reshape(SIZE)
         assert np.array_equal(polygon_mask(corners, SIZE), wanted)
@@ -119,7 +119,7 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         read_mask(tmp_path / "whole.png")("a.jpg", (40, 30))
 
 
-def test_random_boxes_keep_to_their_range_and_to_the_picture() -> None:
+def test_random_boxes_keep_to_their_range_and_to_the_image() -> None:
     size = (300, 400)
     regions = random_boxes(2000, size, (0.01, 0.3), np.random.default_rng(0))
     boxes = np.array([region.box for region in regions])
@@ -146,7 +146,7 @@ def test_windows_touch_all_borders_and_move_by_no_more_than_the_stride() -> None
     assert boxes[:, 0, 1].diff().tolist() == [14.0] * 5
 
 
-def test_a_window_as_large_as_the_picture_has_one_place() -> None:
+def test_a_window_as_large_as_the_image_has_one_place() -> None:
     slid = windows((10, 20), (1.0, 1.0), 0.5)
     assert slid.grid == (1, 1)
     assert slid.boxes.tolist() == [[0, 0, 20, 10]]

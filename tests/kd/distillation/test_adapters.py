@@ -51,7 +51,7 @@ def both_ways(
 @pytest.mark.parametrize("relu", [True, False])
 def test_conv3x3_where_few_places_count_is_the_same_there(relu: bool) -> None:
     where = torch.zeros(2, 6, 7)
-    # A corner, an edge, neighbours, by weights; of the second picture the last place.
+    # A corner, an edge, neighbours, by weights; of the second image the last place.
     where[0, 0, 0] = where[0, 3, 6] = where[1, 5, 6] = 1.0
     where[0, 2, 3:5] = 0.25
     (whole, part), (_, sparse) = both_ways(where, relu)
@@ -70,7 +70,7 @@ def test_conv3x3_where_nothing_or_much_counts() -> None:
     assert torch.equal(whole_map, much)
 
 
-def test_conv3x3_takes_places_of_its_own_grid_alone_and_no_picture_at_all() -> None:
+def test_conv3x3_takes_places_of_its_own_grid_alone_and_no_image_at_all() -> None:
     adapter = ADAPTERS["conv3x3"].load()(3, 5)
     with pytest.raises(UserError, match=r"places \(2, 4, 6\) do not fit features \(2, 3, 6, 4\)"):
         adapter(torch.randn(2, 3, 6, 4), torch.ones(2, 4, 6))

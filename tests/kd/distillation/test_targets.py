@@ -39,7 +39,7 @@ def stored(count: int = 6) -> CachedPosteriors:
 
 
 def scene(size: int = 32) -> dict[str, Tensor]:
-    """Two pictures, three objects, all hidden one by one."""
+    """Two images, three objects, all hidden one by one."""
     return {
         "images": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
         "sizes": torch.tensor([[size, size]] * 2),

@@ -91,7 +91,7 @@ def test_a_start_from_nothing_drops_all(tmp_path: Path) -> None:
     assert lines_of(tmp_path) == []
 
 
-def test_pictures_figures_text_and_settings_arrive(tmp_path: Path) -> None:
+def test_images_figures_text_and_settings_arrive(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker.image("pictures/0", torch.full((3, 4, 5), 7.0), 1)
     tracker.figure("eval/top_n", plt.figure(), 1)

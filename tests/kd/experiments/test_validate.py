@@ -37,7 +37,7 @@ def check(recipe: DistillRecipe, sections: Sequence[TermSection], data: Dataset)
 def warned(
     caplog: pytest.LogCaptureFixture, data: Dataset, name: str, on: str | None, *settings: str
 ) -> list[str]:
-    """What a shipped recipe's checks warn of on a data set."""
+    """What a shipped recipe's checks warn of on a dataset."""
     recipe = load_recipe(DistillRecipe, find_config("distill", name), data=on, settings=settings)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="kd"):

@@ -1,4 +1,4 @@
-"""Makes `pysaliency_cases.npz`: small pictures and what the pysaliency package says of them.
+"""Makes `pysaliency_cases.npz`: small images and what the pysaliency package says of them.
 
 The package is no dependency of the tests: release 0.2.22 calls `numpy.trapz` and `pkg_resources`,
 which NumPy 2.4 and setuptools 82 no longer have, imports scikit-learn and torch without saying so,
@@ -59,7 +59,7 @@ class Stored(pysaliency.SaliencyMapModel):  # type: ignore[misc]  # the package 
 
 
 def scored(stimuli: Any, fixations: Any, said: Stored, true: Stored, prior: Stored) -> Any:
-    """(7, pictures), in the order of `kd.metrics.saliency.METRICS`."""
+    """(7, images), in the order of `kd.metrics.saliency.METRICS`."""
     shapes = [(said.saliency_map(one), true.saliency_map(one)) for one in stimuli]
     per_fixation = {
         "NSS": said.NSSs(stimuli, fixations),

@@ -96,7 +96,7 @@ def test_is_that_of_a_real_detector(coco_mini: Path) -> None:
     found = read_detections(coco_mini / "detections" / "nanodet_m_val2017.json", truth)
     meter = meter_of(truth, found)
     numbers = summary(meter.average(meter.match(found.scores)))
-    # The data set's README; pycocotools' own digits.
+    # The dataset's README; pycocotools' own digits.
     assert numbers["AP"][0] == pytest.approx(0.25305111, abs=1e-8)
     assert numbers["AP50"][0] == pytest.approx(0.40859352, abs=1e-8)
     assert numbers["AP75"][0] == pytest.approx(0.26538962, abs=1e-8)

@@ -15,7 +15,7 @@ from kd.metrics.multilabel import MultiLabelAP, average_precision, present_class
 
 
 def slow(scores: list[float], present: list[bool]) -> float:
-    """Precision and recall at each distinct score, from counting pictures one by one."""
+    """Precision and recall at each distinct score, from counting images one by one."""
     area, before = 0.0, 0.0
     for threshold in sorted(set(scores), reverse=True):
         kept = [there for score, there in zip(scores, present, strict=True) if score >= threshold]
@@ -70,7 +70,7 @@ def test_all_numbers_agree_with_torchmetrics() -> None:
         assert numbers[name] == pytest.approx(float(theirs), abs=1e-6), name
 
 
-def test_classes_that_no_picture_shows_do_not_count() -> None:
+def test_classes_that_no_image_shows_do_not_count() -> None:
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]])
     present = torch.tensor([[True, False, False], [True, False, False]])
     metric = metric_of(scores, present)
@@ -87,7 +87,7 @@ def test_the_order_of_batches_does_not_matter_and_repeats_count_once() -> None:
     assert parts.compute() == whole.compute()
 
 
-def test_pictures_without_labels_are_not_scored() -> None:
+def test_images_without_labels_are_not_scored() -> None:
     batch = {
         "images": torch.zeros(3, 3, 8, 8, dtype=torch.uint8),
         "image_ids": torch.tensor([7, 8, 9]),

@@ -95,7 +95,7 @@ def test_attention_over_a_mask_counts_in_evaluation_too(grad: bool) -> None:
     ],
 )
 def test_counts_are_torchvisions_own(name: str, side: int) -> None:
-    """Each of its weights says how many billions one picture takes."""
+    """Each of its weights says how many billions one image takes."""
     with torch.device("meta"):
         model = torchvision_net(21, name=name) if name in NAMES else models.get_model(name)
         count = multiply_adds(model, torch.empty(1, 3, side, side))

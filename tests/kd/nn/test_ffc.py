@@ -63,7 +63,7 @@ def slow_back(half: Complex, width: int) -> NDArray[np.float64]:
 
 
 def slow_unit(unit: FourierUnit, maps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One picture (C, H, W) through a Fourier unit."""
+    """One image (C, H, W) through a Fourier unit."""
     columns = maps.shape[2] // 2 + 1
     half = slow_transform(maps)[:, :, :columns]
     stacked = np.concatenate([half.real, half.imag])[None]
@@ -188,7 +188,7 @@ def test_gradients_are_right() -> None:
     assert torch.autograd.gradcheck(layer, (maps,), eps=1e-6, atol=1e-5)
 
 
-def test_no_pictures_give_none() -> None:
+def test_no_images_give_none() -> None:
     assert FFC(8, 8, ratio_in=0.5, ratio_out=0.5)(torch.zeros(0, 8, 6, 6)).shape == (0, 8, 6, 6)
 
 

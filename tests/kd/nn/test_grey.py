@@ -1,4 +1,4 @@
-"""Grey input: a trunk summed over RGB answers to it as it did to the picture."""
+"""Grey input: a trunk summed over RGB answers to it as it did to the image."""
 
 from __future__ import annotations
 

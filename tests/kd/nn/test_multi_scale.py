@@ -46,7 +46,7 @@ def test_the_mean_over_scales_and_mirror_is_taken_on_the_grid_of_scale_one() -> 
     torch.testing.assert_close(said.exp().sum(dim=1), torch.ones(1, 4, 6))
 
 
-def test_a_mirrored_picture_gets_the_mirrored_answer() -> None:
+def test_a_mirrored_image_gets_the_mirrored_answer() -> None:
     model, images = MultiScale(Eighths(), (1.0, 2.0), mirror=True), torch.randn(1, 3, 32, 32)
     said, mirrored = (model(one)["logits"] for one in (images, images.flip(3)))
     torch.testing.assert_close(mirrored.flip(3), said)

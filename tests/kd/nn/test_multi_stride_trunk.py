@@ -45,7 +45,7 @@ def pictures(count: int = 3, seed: int = 5) -> Tensor:
 
 
 class Runs:
-    """Counts the pictures that go through a trunk's first convolution."""
+    """Counts the images that go through a trunk's first convolution."""
 
     def __init__(self, model: LevelledTrunk) -> None:
         self.pictures = 0
@@ -102,7 +102,7 @@ def test_what_is_remembered_is_what_the_trunk_computes(levels: int) -> None:
         assert torch.equal(ours, again)
 
 
-def test_a_picture_runs_through_the_trunk_once() -> None:
+def test_an_image_runs_through_the_trunk_once() -> None:
     model = remembering()
     runs = Runs(model)
     model(pictures(3))
@@ -116,7 +116,7 @@ def test_a_picture_runs_through_the_trunk_once() -> None:
         assert_near(found, computing(model)(mixed))
 
 
-def test_pictures_that_differ_a_little_are_told_apart() -> None:
+def test_images_that_differ_a_little_are_told_apart() -> None:
     base = pictures(1)[0]
     moved, swapped = base.clone(), base.clone()
     moved[2, 63, 47] = torch.nextafter(base[2, 63, 47], torch.tensor(9.0))
@@ -130,7 +130,7 @@ def test_pictures_that_differ_a_little_are_told_apart() -> None:
     assert image_keys(channels_last) == keys[:1]
 
 
-def test_no_picture_gives_no_map() -> None:
+def test_no_image_gives_no_map() -> None:
     model = remembering()
     for _ in range(2):
         shapes = [tuple(one.shape) for one in model(pictures()[:0])]

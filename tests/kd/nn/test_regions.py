@@ -90,7 +90,7 @@ def test_no_objects_give_no_regions() -> None:
     regions.sum().backward()
 
 
-def test_a_crop_of_the_same_size_is_the_picture_itself() -> None:
+def test_a_crop_of_the_same_size_is_the_image_itself() -> None:
     images = torch.randn(2, 3, 16, 16)
     crops = crop_regions(images, torch.tensor([[1.0, 4.0, 2.0, 12.0, 10.0]]), 8)
     torch.testing.assert_close(crops[0], images[1, :, 2:10, 4:12])

@@ -12,7 +12,7 @@ from kd.nn.regions import Surroundings, image_extents, standardised
 from kd.transforms.hide import normalise
 
 CHANNELS, STRIDES = (3, 4), (8, 16)
-# Two pictures in frames of 64 x 64: 64 wide and 48 high, 40 wide and 64 high.
+# Two images in frames of 64 x 64: 64 wide and 48 high, 40 wide and 64 high.
 EXTENTS = torch.tensor([[64, 48], [40, 64]])
 BOXES = torch.tensor(
     [[8, 8, 24, 20], [33, 5, 59, 41], [4, 10, 36, 50], [0, 0, 40, 64], [20, 30, 22, 31]]
@@ -35,7 +35,7 @@ def reader(**options: object) -> Surroundings:
 
 
 def painted(region: Tensor) -> list[Tensor]:
-    """Maps of both strides that are 1 in some places of picture 0 and 0 elsewhere."""
+    """Maps of both strides that are 1 in some places of image 0 and 0 elsewhere."""
     return [
         nn.functional.avg_pool2d(region[None, None].float(), stride).expand(2, channels, -1, -1)
         for channels, stride in zip(CHANNELS, STRIDES, strict=True)
@@ -118,7 +118,7 @@ def test_the_box_itself_is_read_only_where_asked(inside: bool) -> None:
     assert torch.allclose(before, after, rtol=0, atol=1e-9) is not inside
 
 
-def test_geometry_is_relative_to_the_picture_inside_its_padding() -> None:
+def test_geometry_is_relative_to_the_image_inside_its_padding() -> None:
     read = reader()
     whole = torch.tensor([[0.0, 0.0, 64.0, 48.0], [0.0, 0.0, 40.0, 64.0]])
     both = read(maps(), whole, torch.tensor([0, 1]), EXTENTS)[:, -8:]
@@ -141,7 +141,7 @@ def test_the_padding_is_never_read() -> None:
     assert not torch.equal(changed[0], features[0])
 
 
-def test_a_box_over_the_whole_picture_reads_the_picture() -> None:
+def test_a_box_over_the_whole_image_reads_the_image() -> None:
     read = reader(scene=True, inside=True, geometry=False)
     features = maps()
     found = read(features, BOXES[3:4], IMAGE_OF[3:4], EXTENTS)[0]
@@ -207,7 +207,7 @@ def test_extents_end_where_the_black_padding_starts() -> None:
     pixels = torch.zeros(4, 3, 20, 30, dtype=torch.uint8)
     pixels[0, :, :15, :30] = 90
     pixels[1, 2, :20, :11] = 1  # nearly black counts
-    pixels[2, :, 4, 7] = 200  # black inside the picture counts as well
+    pixels[2, :, 4, 7] = 200  # black inside the image counts as well
     images = normalise(pixels)
     assert image_extents(images).tolist() == [[30, 15], [11, 20], [8, 5], [30, 20]]
     images[0, :, 5:8, 5:8] = 0.0  # a hole is no padding

@@ -66,7 +66,7 @@ def test_channels_and_strides_are_what_a_teachers_trunk_gives(name: str) -> None
     assert (trunk.channels, trunk.stride) == (trunk.level_channels[-1], trunk.level_strides[-1])
 
 
-def test_every_context_teacher_that_sees_pictures_has_a_trunk() -> None:
+def test_every_context_teacher_that_sees_images_has_a_trunk() -> None:
     context = {name for name, one in TEACHERS.items() if one.problem == "objects"}
     families = {"timm/NAME", "torchvision/NAME"}
     assert context - SMALL.keys() - families == {"scene_transformer", "cooccurrence", "prior"}

@@ -1,4 +1,4 @@
-"""From sections of a recipe to data sets, models, terms and adapters."""
+"""From sections of a recipe to datasets, models, terms and adapters."""
 
 from __future__ import annotations
 

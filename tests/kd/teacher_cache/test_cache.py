@@ -169,7 +169,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
     assert asked == []
 
 
-def test_a_damaged_shard_is_named_and_made_anew_alone(
+def test_a_damaged_shard_is_named_and_rebuilt_alone(
     teacher: TrainedTeacher,
     data: ObjectsDataset,
     small_shards: None,
@@ -204,7 +204,7 @@ def test_only_the_likeliest_classes_are_kept(teacher: TrainedTeacher, data: Obje
     torch.testing.assert_close(posteriors.log_probs.exp().sum(1), torch.ones(131))
 
 
-def test_another_teacher_transform_or_data_set_is_refused(
+def test_another_teacher_transform_or_dataset_is_refused(
     teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     accelerator = make_accelerator("fp32")
@@ -322,7 +322,7 @@ def curve(data: ObjectsDataset, source: Any, loader: Any) -> list[float]:
     return losses
 
 
-def test_other_pictures_under_the_same_names_are_refused(
+def test_other_images_under_the_same_names_are_refused(
     teacher: TrainedTeacher, data: ObjectsDataset, tmp_path: Path
 ) -> None:
     accelerator, options = make_accelerator("fp32"), CacheOptions(location=str(tmp_path / "kept"))

@@ -1,4 +1,4 @@
-"""Stored maps may move with the picture only where the teacher would have followed."""
+"""Stored maps may move with the image only where the teacher would have followed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_move_that_may_come_is_measured(
 ) -> None:
     errors = errors_of(opened, tmp_path, 0.0, flip=0.1, shift=0.01, rotate=0.3, crop=1.0)
     assert list(errors) == ["flip", "shift", "rotate", "crop"]
-    assert 0.01 < errors["crop"] < 0.6  # a coarse map is no picture
+    assert 0.01 < errors["crop"] < 0.6  # a coarse map is no image
     assert errors_of(opened, tmp_path, 0.0) == {}
 
 
@@ -106,7 +106,7 @@ def test_a_map_that_says_where_it_is_is_refused_with_its_error(
     assert errors_of(opened, tmp_path, 2.0, limit=9.0, flip=0.5)["flip"] > 0.1
 
 
-def test_what_was_said_of_the_mirrored_picture_is_exact(
+def test_what_was_said_of_the_mirrored_image_is_exact(
     opened: tuple[Path, ObjectsDataset], tmp_path: Path
 ) -> None:
     errors = errors_of(opened, tmp_path, 2.0, mirrored=True, flip=0.5, shift=0.5)

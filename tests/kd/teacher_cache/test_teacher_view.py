@@ -1,4 +1,4 @@
-"""A teacher's outputs for whole pictures, kept, and given to crops: the live ones where exact."""
+"""A teacher's outputs for whole images, kept, and given to crops: the live ones where exact."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOTH = ("logits", "features")
 
 
 class Grid(nn.Module):
-    """A teacher that sees each square of 8 pixels alone: it moves with its picture by whole ones.
+    """A teacher that sees each square of 8 pixels alone: it moves with its image by whole ones.
 
     `sided` looks at left and right differently, so that it has something else to say of a mirror's.
     """
@@ -81,7 +81,7 @@ def teacher_of(data: SegmentationDataset, folder: Path, *, sided: bool = False) 
     return TrainedTeacher(folder, recipe, model, Segmentation(num_classes=11))
 
 
-def test_every_picture_is_shown_whole_under_its_place(
+def test_every_image_is_shown_whole_under_its_place(
     data: SegmentationDataset, tmp_path: Path
 ) -> None:
     teacher = teacher_of(data, tmp_path)
@@ -94,7 +94,7 @@ def test_every_picture_is_shown_whole_under_its_place(
     assert len(data.problem.teacher_view(teacher, data, "val").samples()) == 2
 
 
-def test_a_teacher_may_see_larger_pictures_than_in_training(
+def test_a_teacher_may_see_larger_images_than_in_training(
     data: SegmentationDataset, tmp_path: Path
 ) -> None:
     teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
@@ -128,14 +128,14 @@ def test_a_crop_on_the_grid_gets_what_the_teacher_says_of_it(
         for name in BOTH:
             found = kept[name].cropped(image, crop, SIZE, FRAME)
             torch.testing.assert_close(found, live[name], rtol=1e-4, atol=1e-4)
-            if sided and flip:  # what was said of the picture itself does not do
+            if sided and flip:  # what was said of the image itself does not do
                 plain = Crop(window=(top, left, *FRAME), size=FRAME)
                 moved = kept[name].cropped(image, plain, SIZE, FRAME).flip(3)
                 assert (moved - live[name]).abs().max() > 0.05
 
 
 def test_stored_outputs_come_with_the_batch_as_live_ones_do(tmp_path: Path) -> None:
-    """Crops of whole pictures lie on the grid, wherever they are flipped."""
+    """Crops of whole images lie on the grid, wherever they are flipped."""
     for split, count in (("train", 5), ("val", 1)):
         write_split(tmp_path / "maps", split, [SIZE] * count)
     still = {"scale": (1.0, 1.0), "flip": 0.5, "jitter": 0.0}
@@ -175,7 +175,7 @@ def test_only_the_likeliest_classes_are_kept_of_each_place(
     assert kept.store.bytes < exact.store.bytes
 
 
-def test_an_interrupted_pass_over_pictures_goes_on(
+def test_an_interrupted_pass_over_images_goes_on(
     data: SegmentationDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_cache, "MOST_IMAGES", 2)  # 5 images: three shards
@@ -207,7 +207,7 @@ def test_an_interrupted_pass_over_pictures_goes_on(
     assert torch.equal(found["logits"].whole(), expected["logits"].whole())
 
 
-def test_other_pictures_another_size_or_split_are_refused(
+def test_other_images_another_size_or_split_are_refused(
     data: SegmentationDataset, tmp_path: Path
 ) -> None:
     teacher, accelerator = teacher_of(data, tmp_path), make_accelerator("fp32")
@@ -224,7 +224,7 @@ def test_other_pictures_another_size_or_split_are_refused(
         open_cache(teacher, data, accelerator, options)
 
 
-def test_pictures_of_different_sizes_want_a_live_teacher(tmp_path: Path) -> None:
+def test_images_of_different_sizes_want_a_live_teacher(tmp_path: Path) -> None:
     write_split(tmp_path / "maps", "train", [SIZE, (40, 64)])
     write_split(tmp_path / "maps", "val", [SIZE])
     data = open_maps(section(tmp_path / "maps"))

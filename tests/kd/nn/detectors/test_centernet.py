@@ -201,7 +201,7 @@ def test_no_number_is_no_peak() -> None:
     assert found[0, 0, :4].tolist() == [20.0, 18.0, 28.0, 22.0]
 
 
-def test_boxes_end_where_the_picture_does_and_sides_are_not_negative() -> None:
+def test_boxes_end_where_the_image_does_and_sides_are_not_negative() -> None:
     output = blank()
     output["heatmap"][0, 0, 5, 7] = output["heatmap"][0, 0, 0, 0] = 2.0
     output["size"][0, :, 5, 7] = 20.0
@@ -212,7 +212,7 @@ def test_boxes_end_where_the_picture_does_and_sides_are_not_negative() -> None:
     assert found[0, 0, 4] > 0.5 and found[0, 1:, 4].max() < 0.5
 
 
-def test_no_picture_gives_no_box() -> None:
+def test_no_image_gives_no_box() -> None:
     assert decode_centers(blank(images=0)).shape == (0, 100, 6)
 
 

@@ -59,7 +59,7 @@ def pyramid(seed: int = 1) -> list[Tensor]:
     return [torch.randn(2, 4, side, side, generator=drawn) for side in (16, 8)]
 
 
-def test_ring_and_scene_are_means_without_the_box_in_the_picture() -> None:
+def test_ring_and_scene_are_means_without_the_box_in_the_image() -> None:
     maps = pyramid()
     found = read(maps).split([4, 4, 4, 4, 8], dim=1)
     for row, (box, image) in enumerate(zip(BOXES, IMAGE_OF.tolist(), strict=True)):
@@ -92,7 +92,7 @@ def test_nothing_on_the_box_or_in_the_padding_is_read() -> None:
     assert not torch.allclose(read(maps, box, torch.tensor([0])), before, atol=1e-2)
 
 
-def test_around_a_box_over_the_whole_picture_there_is_nothing() -> None:
+def test_around_a_box_over_the_whole_image_there_is_nothing() -> None:
     box = torch.tensor([[0.0, 0.0, 64.0, 48.0], [-9.0, -9.0, 99.0, 99.0]])
     found = read(pyramid(), box, torch.zeros(2, dtype=torch.int64))
     assert not found[:, :16].any()
@@ -213,7 +213,7 @@ def test_what_it_says_of_given_boxes_is_both_experts_opinion() -> None:
     torch.testing.assert_close(again["context"], both["context"][order])
 
 
-def test_supervised_losses_reach_the_head_and_pictures_without_boxes_are_harmless() -> None:
+def test_supervised_losses_reach_the_head_and_images_without_boxes_are_harmless() -> None:
     _, full = pair(0.5)
     output = full.train()(pictures(), SIZES, BOXES, LABELS, IMAGE_OF)
     output["loss.classes"].backward()

@@ -60,7 +60,7 @@ def test_the_responsible_place_is_the_one_with_the_nearest_anchors(
     assert any(torch.allclose(found[0], one) for one in nearest)
 
 
-def test_a_box_beside_the_picture_belongs_to_the_nearest_place_in_it() -> None:
+def test_a_box_beside_the_image_belongs_to_the_nearest_place_in_it() -> None:
     level, logits = Level(8), torch.arange(6.0).view(1, 1, 2, 3)
     boxes = torch.tensor([[-30.0, -30.0, -20.0, -20.0], [90.0, 90.0, 99.0, 99.0]])
     found = logits_at([logits], [level], torch.zeros(2).long(), boxes, torch.zeros(2).long(), 1)

@@ -21,7 +21,7 @@ from kd.nn.networks import DETECTORS
 from kd.nn.weights import COCO_IDS
 
 CLASSES = 5
-SIZES = [(128, 128), (90, 128)]  # height, width of the pictures in a frame of 128
+SIZES = [(128, 128), (90, 128)]  # height, width of the images in a frame of 128
 TARGETS = [
     {
         "boxes": torch.tensor([[10.0, 12.0, 50.0, 44.0], [60.0, 30.0, 120.0, 120.0]]),
@@ -169,8 +169,8 @@ def test_what_the_second_stage_says_of_boxes_is_what_its_parts_say() -> None:
     torch.testing.assert_close(found["object_deltas"], deltas[shuffled])
 
 
-def test_regions_of_wide_pictures_are_pooled_where_they_are() -> None:
-    """Torchvision takes the scale from the first pictures without padding, and keeps it."""
+def test_regions_of_wide_images_are_pooled_where_they_are() -> None:
+    """Torchvision takes the scale from the first images without padding, and keeps it."""
     model: Any = DETECTORS["fasterrcnn_resnet18"].load()(CLASSES, channels=16, hidden=8).eval()
     image, boxes = torch.randn(1, 3, 64, 64), torch.tensor([[10.0, 10.0, 30.0, 20.0]])
     asked = {"boxes": boxes, "image_of": torch.tensor([0]), "near_boxes": boxes}
@@ -231,7 +231,7 @@ def test_levels_give_torchvision_s_anchors_to_the_last_bit(
     assert torch.equal(found, expected)
 
 
-def test_anchors_stay_on_their_stride_where_it_does_not_divide_the_picture() -> None:
+def test_anchors_stay_on_their_stride_where_it_does_not_divide_the_image() -> None:
     model: Any = DETECTORS["fasterrcnn_resnet18"].load()(CLASSES, channels=16, hidden=8)
     maps = [torch.zeros(1, 1, -(-80 // one.stride), -(-80 // one.stride)) for one in model.levels]
     listed = ImageList(torch.zeros(1, 3, 80, 80), [(80, 80)])

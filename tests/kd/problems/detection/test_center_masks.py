@@ -36,7 +36,7 @@ def mask(kind: str, boxes: list[list[float]], psi: float = 0.5) -> Tensor:
     return task(psi).masks(batch)[kind](GRID)[0]
 
 
-def test_the_only_map_has_squares_from_four_strides_to_the_pictures_side() -> None:
+def test_the_only_map_has_squares_from_four_strides_to_the_images_side() -> None:
     alone = torch.tensor(anchor_sides(Level(4), 256.0))
     areas = alone.prod(dim=1).sqrt().view(-1, 3)
     torch.testing.assert_close(areas[:, 0], torch.tensor([16.0, 32.0, 64.0, 128.0, 256.0]))

@@ -1,4 +1,4 @@
-"""Pictures of boxes and of imitation masks show what they are given."""
+"""Images of boxes and of imitation masks show what they are given."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_mask_is_painted_around_the_middles_of_its_anchors(stride: int, offset
     assert (columns.mean() + 0.5, rows.mean() + 0.5) == (x, y)  # pixel 3 is from 3 to 4
 
 
-def test_the_title_has_the_stride_where_a_image_is_no_multiple_of_it() -> None:
+def test_the_title_has_the_stride_where_an_image_is_no_multiple_of_it() -> None:
     levels = tuple(Level(stride, ((16.0, 16.0),), 0.0) for stride in (8, 64))
     boxes = torch.tensor([[90.0, 90.0, 100.0, 100.0]])
     image = torch.full((3, 100, 100), 200, dtype=torch.uint8)
@@ -157,7 +157,7 @@ def test_the_title_has_the_stride_where_a_image_is_no_multiple_of_it() -> None:
     assert titles == ["level 0, stride 8", "level 1, stride 64"]
 
 
-def test_a_image_without_objects_has_an_empty_mask() -> None:
+def test_an_image_without_objects_has_an_empty_mask() -> None:
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     figure = imitation_figure(image, torch.zeros(0, 4), (Level(8, ((16.0, 16.0),)),))
     assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["0 cells"] * 3

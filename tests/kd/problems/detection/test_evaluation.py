@@ -28,7 +28,7 @@ DETECTIONS = DetectionResults()
 
 
 def results_of(root: Path, file: Path, *, off: float, seed: int = 0) -> Path:
-    """Results on the tiny data set's val split: its objects, moved by `off` of their sides."""
+    """Results on the tiny dataset's val split: its objects, moved by `off` of their sides."""
     content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
     random = np.random.default_rng(seed)
     entries = []

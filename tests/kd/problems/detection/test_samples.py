@@ -1,4 +1,4 @@
-"""Samples for detectors: boxes lie on what was painted, whatever happens to the picture."""
+"""Samples for detectors: boxes lie on what was painted, whatever happens to the image."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_colours_change_and_boxes_do_not(index: CocoIndex) -> None:
         assert torch.equal(first["boxes"], second["boxes"])
 
 
-def test_scales_are_drawn_from_the_whole_range_and_windows_from_the_whole_picture(
+def test_scales_are_drawn_from_the_whole_range_and_windows_from_the_whole_image(
     index: CocoIndex,
 ) -> None:
     small = DetectionSamples(index, size=64, scales=(0.5, 1.5))
@@ -255,7 +255,7 @@ def test_a_batch_without_a_box_works_everywhere(index: CocoIndex) -> None:
         assert posteriors({}, object_rows(batch))["posterior"].shape == (0, 2)
 
 
-def test_an_annotated_data_set_may_have_no_crowd(tmp_path: Path) -> None:
+def test_an_annotated_dataset_may_have_no_crowd(tmp_path: Path) -> None:
     def without(content: dict[str, Any]) -> None:
         content["annotations"] = [one for one in content["annotations"] if not one["iscrowd"]]
 
@@ -264,7 +264,7 @@ def test_an_annotated_data_set_may_have_no_crowd(tmp_path: Path) -> None:
     assert collate([dataset[0, 0], dataset[0, 2]])["crowds"].shape == (0, 4)
 
 
-def test_labels_that_are_withheld_leave_regions_and_a_picture_that_says_so(
+def test_labels_that_are_withheld_leave_regions_and_an_image_that_says_so(
     index: CocoIndex,
 ) -> None:
     dataset = DetectionSamples(index, size=64, augment=STILL, labelled=[6, 7], repeat_labelled=2)
@@ -308,8 +308,8 @@ class Kept:
         return {name: self.values[[self.ids.index(one) for one in ids]] for name in names}
 
 
-def test_stored_maps_show_what_the_picture_shows(index: CocoIndex) -> None:
-    """The stored map of a picture is the picture itself, so each must move as the other does."""
+def test_stored_maps_show_what_the_image_shows(index: CocoIndex) -> None:
+    """The stored map of an image is the image itself, so each must move as the other does."""
     plain = DetectionSamples(index, size=64, train=False)
     maps = torch.stack([plain[0, place]["images"] for place in range(3)]).float()
     field = CachedField(cast(Store, Kept(maps, [5, 6, 7])), "pixels")

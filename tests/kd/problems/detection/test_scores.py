@@ -90,7 +90,7 @@ def test_every_name_is_what_it_says() -> None:
     assert "KITTI_easy" not in values and values["count"] == IMAGES_OF
 
 
-def test_without_look_alikes_there_is_no_number_of_them() -> None:
+def test_without_confusable_classes_there_is_no_number_of_them() -> None:
     run = {name: part for name, part in records_of(0).items() if name != "confusable"}
     assert box_scores.value(run, "confusable_AP50") is None
 

@@ -39,7 +39,7 @@ LOSSES = ("objectness", "proposal_boxes", "classes", "boxes")
 
 
 def make_batch(boxes: list[list[list[float]]]) -> dict[str, Tensor]:
-    """Random pictures with these boxes, 48 pixels high inside the frame."""
+    """Random images with these boxes, 48 pixels high inside the frame."""
     flat = [box for image in boxes for box in image]
     owners = [place for place, image in enumerate(boxes) for _ in image]
     return {
@@ -154,7 +154,7 @@ def test_inside_are_the_places_whose_middle_is_in_a_box_or_that_hold_its_middle(
     assert torch.equal(inside, expected)
 
 
-def test_the_whole_map_ends_with_the_pictures() -> None:
+def test_the_whole_map_ends_with_the_images() -> None:
     whole = Detection(num_classes=CLASSES, levels=LEVELS).masks(make_batch(BOXES))["whole"]((8, 8))
     assert whole[:, :6].all() and not whole[:, 6:].any()
 
@@ -183,7 +183,7 @@ def test_a_ring_is_near_a_box_and_in_none() -> None:
     expected[3:7, 3:9] = 1.0
     expected[4:6, 4:8] = 0.0
     assert torch.equal(ring[0], expected)
-    # Cut by the picture: 58 to 64 across, 0 to 9 down; places of 4 are covered in part.
+    # Cut by the image: 58 to 64 across, 0 to 9 down; places of 4 are covered in part.
     rest = torch.zeros(16, 16)
     rest[0, 14:], rest[1, 14:], rest[2, 14:] = (
         torch.tensor(row) for row in ([0.5, 0.0], [0.5, 0.5], [0.125, 0.25])
@@ -402,7 +402,7 @@ def test_adapters_taken_where_a_mask_looks_teach_the_same(
     for few in (-1.0, 1.0):  # everywhere, and place by place
         monkeypatch.setattr(adapters, "FEW", few)
         model, objective = assembled([term for term in TERMS if term.name == chosen])
-        torch.manual_seed(1)  # of the picture's pixels
+        torch.manual_seed(1)  # of the image's pixels
         losses = forward_losses(model.train(), make_batch(BOXES), objective)
         losses[chosen].value.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -67,7 +67,7 @@ def test_padding_has_no_class(batch: dict[str, Tensor]) -> None:
 
 
 def test_class_weights_raise_rare_classes(batch: dict[str, Tensor]) -> None:
-    # Fractions of the picture's area: the median is 0.1, background is cut to a tenth.
+    # Fractions of the image's area: the median is 0.1, background is cut to a tenth.
     fractions = (0.98, 0.1, 0.025, 0.1)
     task = ContextMap(
         num_classes=CLASSES, class_weights=0.5, pixel_fractions=fractions, hidden_weight=0

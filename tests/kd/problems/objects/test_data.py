@@ -1,4 +1,4 @@
-"""A data set of objects as detectors are shown it: the section's settings reach the samples."""
+"""A dataset of objects as detectors are shown it: the section's settings reach the samples."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_detectors_classes_are_counted_on_objects_of_all_sizes(
     detected = DetectionDataset(section, data.train, data.val)
     with caplog.at_level("INFO"):
         prior = detected.class_info().prior
-    assert prior is not None and not caplog.records  # nor is any picture left out
+    assert prior is not None and not caplog.records  # nor is any image left out
     counts = np.bincount(data.train.labels, minlength=data.num_classes) + 1.0
     np.testing.assert_allclose(prior, counts / counts.sum())
     some = data.train.image_ids[1:3]
@@ -103,6 +103,6 @@ def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path
         boxes(changed(other, scales=(0.5, 1.5)), 0)
 
 
-def test_a_detector_needs_pictures(data: ObjectsDataset) -> None:
+def test_a_detector_needs_images(data: ObjectsDataset) -> None:
     with pytest.raises(UserError, match=r"scenes: data\.images is false, but detectors need"):
         boxes(changed(data, images=False), 0)

@@ -128,7 +128,7 @@ def test_a_class_without_training_labels_has_a_finite_prior() -> None:
     assert 10 < metric.compute()["prior_nll"] < 20
 
 
-def test_look_alikes_are_counted_among_all_classes_and_within_their_group() -> None:
+def test_confusable_classes_are_counted_among_all_classes_and_within_their_group() -> None:
     confusable = ("ball", None, "ball", "alone")
     probs = [
         [0.4, 0.3, 0.2, 0.1],  # 0: right

@@ -40,7 +40,7 @@ def index(tiny_coco: Callable[..., Path]) -> CocoIndex:
 
 
 def edited(index: CocoIndex, change: Callable[[dict[str, Any]], None], name: str) -> CocoIndex:
-    """The data set of another JSON, which differs by `change`."""
+    """The dataset of another JSON, which differs by `change`."""
     content = copy.deepcopy(json.loads(index.annotation_file.read_text()))
     change(content)
     path = index.annotation_file.with_name(name)
@@ -151,7 +151,7 @@ def test_the_painted_object_lies_under_its_moved_segment(index: CocoIndex) -> No
             assert nearest == sample["labels"][row]
 
 
-def test_the_plain_picture_stands_in_where_nothing_usable_is_left(index: CocoIndex) -> None:
+def test_the_plain_image_stands_in_where_nothing_usable_is_left(index: CocoIndex) -> None:
     away = {"shift": 1.0, "max_shift": 1.0, "flip": 0.0, "min_visible": 1.0}
     dataset = ObjectSamples(index, size=64, augment=away)
     plain = ObjectSamples(index, size=64)
@@ -268,7 +268,7 @@ def test_objects_are_withheld_by_a_schedule_in_training_only(index: CocoIndex) -
     assert "withheld" not in ObjectSamples(index, train=False, **options)[0, 0]
 
 
-def test_without_pictures_only_the_pixels_change(index: CocoIndex) -> None:
+def test_without_images_only_the_pixels_change(index: CocoIndex) -> None:
     seen = ObjectSamples(index, size=32, train=False)
     blind = ObjectSamples(index, size=32, train=False, read_images=False)
     for place in range(len(seen)):

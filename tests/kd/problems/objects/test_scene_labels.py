@@ -15,7 +15,7 @@ from kd.problems.objects.task import SceneLabels
 
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
-    """Three pictures of 8 pixels, two objects on the first, the last without labels."""
+    """Three images of 8 pixels, two objects on the first, the last without labels."""
     return {
         "images": torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8),
         "image_ids": torch.tensor([5, 6, 7]),
@@ -27,7 +27,7 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def test_the_whole_picture_without_its_padding_is_the_region(batch: dict[str, Tensor]) -> None:
+def test_the_whole_image_without_its_padding_is_the_region(batch: dict[str, Tensor]) -> None:
     images, rois = SceneLabels(num_classes=3).inputs(batch)
     assert images.shape == (3, 3, 8, 8) and images.is_floating_point()
     assert rois.tolist() == [[0, 0, 0, 8, 8], [1, 0, 0, 8, 6], [2, 0, 0, 4, 8]]
@@ -47,7 +47,7 @@ def test_the_loss_by_hand(batch: dict[str, Tensor]) -> None:
     assert value.item() == pytest.approx((7 * math.log(2) + 2 * math.log(4 / 3)) / 6)
 
 
-def test_pictures_with_labels_are_its_unit(batch: dict[str, Tensor]) -> None:
+def test_images_with_labels_are_its_unit(batch: dict[str, Tensor]) -> None:
     assert SceneLabels(num_classes=3).counts(batch)["labelled_images"] == 2
 
 

@@ -114,7 +114,7 @@ def test_mistakes_name_the_place_and_the_remedy(small_teacher: Path, tmp_path: P
         transferred(weights=run, levls=2)
 
 
-def test_a_teacher_that_sees_no_picture_has_no_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_sees_no_image_has_no_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEACHERS, "blind", lambda num_classes: nn.Linear(4, num_classes))
     with pytest.raises(UserError, match="teacher 'blind' has no trunk"):
         transferred(like={"name": "blind", "options": {}})

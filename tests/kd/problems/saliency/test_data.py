@@ -1,4 +1,4 @@
-"""A data set of fixations, opened, and what its maps are held against."""
+"""A dataset of fixations, opened, and what its maps are held against."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> SaliencyDataset:
     return open_fixations(written(tmp_path_factory.mktemp("squares")))
 
 
-def test_both_splits_are_opened_and_have_no_picture_in_common(squares: SaliencyDataset) -> None:
+def test_both_splits_are_opened_and_have_no_image_in_common(squares: SaliencyDataset) -> None:
     assert (len(squares.train.images), len(squares.val.images)) == (16, 4)
     assert not set(squares.train.images) & set(squares.val.images)
     assert squares.class_names == ("saliency",) and squares.num_classes == 1
@@ -60,7 +60,7 @@ def test_both_splits_are_opened_and_have_no_picture_in_common(squares: SaliencyD
     assert len(squares.whole("train", size=None, only=np.array([3, 5]))) == 2
 
 
-def test_a_small_data_set_is_read_whole_before_training(
+def test_a_small_dataset_is_read_whole_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = written(tmp_path, outside=True)
@@ -78,7 +78,7 @@ def test_a_small_data_set_is_read_whole_before_training(
                 split.fixations(number, SIZE)
 
 
-def test_the_truth_of_a_picture_is_its_own_and_the_others_are_not(squares: SaliencyDataset) -> None:
+def test_the_truth_of_an_image_is_its_own_and_the_others_are_not(squares: SaliencyDataset) -> None:
     truth = squares.truth(2)
     assert truth.density.shape == SIZE and float(truth.density.sum()) == pytest.approx(1)
     assert len(truth.fixations) == PEOPLE * 6
@@ -105,7 +105,7 @@ def test_other_observers_beat_the_centre_prior(squares: SaliencyDataset) -> None
     np.testing.assert_allclose(references[CENTRE][1], [found[name] for name in METRICS])
 
 
-def test_of_a_large_split_some_pictures_are_referred_to(
+def test_of_a_large_split_some_images_are_referred_to(
     squares: SaliencyDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gaze_truth, "REFERENCE_IMAGES", 2)
@@ -123,7 +123,7 @@ def test_fixations_of_nobody_are_dealt_at_random(squares: SaliencyDataset) -> No
     np.testing.assert_array_equal(dealt, gaze_truth.people(np.full(43, UNKNOWN), 5))
 
 
-def test_looks_at_other_pictures_stay_on_this_one(squares: SaliencyDataset) -> None:
+def test_looks_at_other_images_stay_on_this_one(squares: SaliencyDataset) -> None:
     for size in ((48, 64), (31, 7), (1080, 1920)):
         others = squares.others(0, size)
         assert (others >= 0).all() and (others < torch.tensor([size[1], size[0]])).all()

@@ -1,4 +1,4 @@
-"""Pictures of gaze: panels in order, densities on one scale, tables and curves of images."""
+"""Images of gaze: panels in order, densities on one scale, tables and curves of images."""
 
 from __future__ import annotations
 

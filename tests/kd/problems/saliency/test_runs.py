@@ -94,7 +94,7 @@ def test_a_run_knows_the_centre_prior_and_other_observers(teacher: Path) -> None
     assert records["centre_prior"].shape == (8, len(METRICS)) == records["other_observers"].shape
 
 
-def test_a_distillation_ends_with_its_table_and_pictures(distilled: Path) -> None:
+def test_a_distillation_ends_with_its_table_and_images(distilled: Path) -> None:
     runs = read_distill(distilled)
     assert list(runs.variants) == ["plain", "distilled"]
     lines = (distilled / "table.md").read_text().splitlines()
@@ -122,7 +122,7 @@ def test_only_the_distilled_student_has_a_second_map(distilled: Path) -> None:
     assert all("loss/kld" in text for text in curves.values())
 
 
-def test_variants_start_alike_and_see_the_same_pictures(
+def test_variants_start_alike_and_see_the_same_images(
     gaze: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     variants = distillation(gaze, teacher, tmp_path)
@@ -186,7 +186,7 @@ def test_maps_of_both_splits_are_stored_by_one_command(
 
 @pytest.fixture
 def of_many_sizes(tmp_path: Path, small_scenes: Path) -> list[str]:
-    """Pictures of different sizes with the gaze model's fixations, in MIT1003's layout."""
+    """Images of different sizes with the gaze model's fixations, in MIT1003's layout."""
     index = load_coco(small_scenes / "annotations" / "instances_train.json", small_scenes / "train")
     root, sizes = tmp_path / "mit1003", [(64, 64), (48, 64), (64, 40)]
     for folder in ("ALLSTIMULI", "ALLFIXATIONMAPS"):
@@ -206,7 +206,7 @@ def of_many_sizes(tmp_path: Path, small_scenes: Path) -> list[str]:
     return [f"data.root={root}", "data.size=[48, 64]", "data.degree=3.0", "data.workers=0"]
 
 
-def test_pictures_of_many_sizes_are_stored_and_taught_too(
+def test_images_of_many_sizes_are_stored_and_taught_too(
     of_many_sizes: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "students"
@@ -219,7 +219,7 @@ def test_pictures_of_many_sizes_are_stored_and_taught_too(
     assert np.isfinite(records["other_observers"]).all()
 
 
-def test_an_evaluation_has_tables_numbers_and_pictures(
+def test_an_evaluation_has_tables_numbers_and_images(
     distilled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "IMAGES", 2)

@@ -28,7 +28,7 @@ def records() -> dict[str, Array]:
     return found
 
 
-def test_references_are_records_of_the_same_pictures(records: dict[str, Array]) -> None:
+def test_references_are_records_of_the_same_images(records: dict[str, Array]) -> None:
     found = references(records)
     assert list(found) == list(NAMES.values())
     for place, name in enumerate(METRICS):

@@ -1,4 +1,4 @@
-"""Pictures with densities as samples: whole, padded, mirrored with all that belongs to them."""
+"""Images with densities as samples: whole, padded, mirrored with all that belongs to them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Made = Callable[..., GazeSplit]
 
 
 class AtSquares:
-    """Everybody looks at the picture's white square."""
+    """Everybody looks at the image's white square."""
 
     def __init__(self, corners: list[tuple[int, int]]) -> None:
         self.corners = corners
@@ -36,7 +36,7 @@ class AtSquares:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
-    """A function that writes pictures with a white square each, and fixations on its middle."""
+    """A function that writes images with a white square each, and fixations on its middle."""
 
     def write(sizes: list[tuple[int, int]]) -> GazeSplit:
         paths, corners = [], []
@@ -59,7 +59,7 @@ def peak(maps: torch.Tensor) -> tuple[int, int]:
     return row, column
 
 
-def test_training_pictures_are_padded_to_the_frame(made: Made) -> None:
+def test_training_images_are_padded_to_the_frame(made: Made) -> None:
     dataset = SaliencySamples(made([(48, 64), (60, 40), (30, 90)]), size=FRAME, augment=STILL)
     batch = collate([dataset[0, place] for place in range(3)])
     assert batch["images"].shape == (3, 3, 48, 64) and batch["images"].dtype == torch.uint8
@@ -74,11 +74,11 @@ def test_training_pictures_are_padded_to_the_frame(made: Made) -> None:
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 @pytest.mark.parametrize("upside_down", [0.0, 1.0])
-def test_densities_and_stored_maps_are_mirrored_with_their_picture(
+def test_densities_and_stored_maps_are_mirrored_with_their_image(
     made: Made, tmp_path: Path, flip: float, upside_down: float
 ) -> None:
     split = made([(48, 64), (60, 40)])
-    # A teacher's map of the whole picture, brightest where the square is.
+    # A teacher's map of the whole image, brightest where the square is.
     store = Store(tmp_path / "kept")
     store.create({"maps": "squares"}, 1)
     values = np.stack([split.density(n, s, (24, 32)).numpy()
@@ -114,7 +114,7 @@ def test_flips_are_drawn_for_each_epoch_and_place(made: Made) -> None:
     )
 
 
-def test_evaluation_shows_whole_pictures_in_multiples_of_eight(made: Made) -> None:
+def test_evaluation_shows_whole_images_in_multiples_of_eight(made: Made) -> None:
     alike = SaliencySamples(made([(96, 128)] * 2), size=FRAME, train=False)
     batch = collate([alike[0, 0], alike[0, 1]])
     assert batch["images"].shape == (2, 3, 48, 64)
@@ -136,7 +136,7 @@ def test_options_out_of_range_are_refused(made: Made) -> None:
         SaliencySamples(split, size=FRAME, augment={"scale": [1.0, 2.0]})
 
 
-def test_a_data_set_is_looked_through_before_training(made: Made, tmp_path: Path) -> None:
+def test_a_dataset_is_looked_through_before_training(made: Made, tmp_path: Path) -> None:
     split = made([(48, 64)] * 3)
     check_gaze([split])
     (tmp_path / "1.png").write_bytes(b"no picture")

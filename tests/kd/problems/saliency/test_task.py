@@ -16,7 +16,7 @@ from kd.transforms.crops import build_flips
 
 
 def batch_of(height: int = 16, width: int = 24) -> dict[str, torch.Tensor]:
-    """Two pictures, the second one padded."""
+    """Two images, the second one padded."""
     sizes = torch.tensor([[height, width], [height - 5, width - 9]])
     density = torch.rand(2, 1, height, width)
     density[1, :, height - 5 :] = 0
@@ -30,12 +30,12 @@ def batch_of(height: int = 16, width: int = 24) -> dict[str, torch.Tensor]:
     }
 
 
-def test_within_is_the_picture_and_not_its_padding() -> None:
+def test_within_is_the_image_and_not_its_padding() -> None:
     batch = batch_of()
     inside = within(batch, (16, 24))
     assert inside[0].all()
     assert inside[1, :11, :15].all() and int(inside[1].sum()) == 11 * 15
-    # On a coarser grid a place counts where its middle is on the picture.
+    # On a coarser grid a place counts where its middle is on the image.
     coarse = within(batch, (4, 6))
     assert coarse.shape == (2, 4, 6) and int(coarse[0].sum()) == 24
     assert coarse[1].int().tolist() == [[1, 1, 1, 1, 0, 0]] * 3 + [[0] * 6]
@@ -79,7 +79,7 @@ def test_half_precision_keeps_a_density_of_a_large_map() -> None:
     assert float(said.sum()) == pytest.approx(1, abs=1e-3)
 
 
-def test_whole_pictures_count_their_pixels_without_padding() -> None:
+def test_whole_images_count_their_pixels_without_padding() -> None:
     counts = Saliency().counts(batch_of())
     assert int(counts["images"]) == 2 == int(counts["valid_images"])
     assert int(counts["pixels"]) == 16 * 24 + 11 * 15

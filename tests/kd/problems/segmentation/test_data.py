@@ -1,4 +1,4 @@
-"""How much of a data set of label maps is read before anything is trained."""
+"""How much of a dataset of label maps is read before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kd.problems.segmentation.schema import SegmentationSection
 
 @pytest.fixture
 def broken(tmp_path: Path) -> SegmentationSection:
-    """A data set in CamVid's layout whose second train image is no picture."""
+    """A dataset in CamVid's layout whose second train image is no image."""
     for split in ("train", "val"):
         for folder, channels in ((split, (3,)), (f"{split}annot", ())):
             (tmp_path / folder).mkdir()

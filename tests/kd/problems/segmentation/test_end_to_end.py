@@ -49,7 +49,7 @@ def maps(small_scenes: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def teacher(maps: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that saw pictures half as large as its students will."""
+    """A teacher that saw images half as large as its students will."""
     out = tmp_path_factory.mktemp("maps") / "teacher"
     model = f"teacher={{name: pspnet, {LIGHT}}}"
     flags = [*maps, *sets(TRAIN, model, "data.size=32")]
@@ -69,7 +69,7 @@ def distilled(maps: list[str], teacher: Path, tmp_path_factory: pytest.TempPathF
 
 
 def images_of(folder: Path) -> set[str]:
-    """Tags of the pictures in a folder's event file, of which there is one."""
+    """Tags of the images in a folder's event file, of which there is one."""
     assert len(list(folder.glob("events.*"))) == 1
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()

@@ -114,7 +114,7 @@ def test_what_is_said_of_void_changes_nothing() -> None:
     assert filled(other, batch).compute() == filled(said, batch).compute()
 
 
-def test_a_image_that_is_seen_twice_counts_once() -> None:
+def test_an_image_that_is_seen_twice_counts_once() -> None:
     said, batch = random_case()
     metric = filled(said, batch)
     expected = metric.compute()
@@ -141,7 +141,7 @@ def test_without_a_scored_pixel_there_is_no_number() -> None:
         MeanIoU(CLASSES).compute()
 
 
-def test_a_image_all_void_beside_others_is_harmless() -> None:
+def test_an_image_all_void_beside_others_is_harmless() -> None:
     said, batch = random_case()
     expected = filled(said[1:], {name: part[1:] for name, part in batch.items()}).compute()
     batch["label_maps"][0] = VOID
@@ -182,7 +182,7 @@ dist.destroy_process_group()
 def test_two_processes_hold_the_union(tmp_path: Path) -> None:
     said, batch = random_case()
     expected = filled(said, batch)
-    # Picture 4 is on both ranks, as a sampler that pads would give it.
+    # Image 4 is on both ranks, as a sampler that pads would give it.
     other = {name: tensor[4:] for name, tensor in {**batch, "said": said}.items()}
     torch.save(other, tmp_path / "batch.pt")
     metric = filled(said[:5], {name: tensor[:5] for name, tensor in batch.items()})

@@ -139,7 +139,7 @@ def test_stored_and_live_teachers_teach_alike(
         torch.testing.assert_close(losses[name].value, expected[name].value, rtol=1e-4, atol=1e-5)
 
 
-def test_stored_maps_of_mirrored_pictures_are_what_a_live_teacher_says_of_them(
+def test_stored_maps_of_mirrored_images_are_what_a_live_teacher_says_of_them(
     maps: list[str], mapped_teacher: Path
 ) -> None:
     turned = "data.augment={scale: [1.0, 1.0], flip: 1.0, jitter: 0.0}"
@@ -208,7 +208,7 @@ def test_a_teacher_of_the_context_of_objects_teaches_by_its_layers(
     assert "loss/pair_wise" in curves
 
 
-def test_maps_of_pictures_are_kept_ahead_of_training(
+def test_maps_of_images_are_kept_ahead_of_training(
     maps: list[str], mapped_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = [text for text in maps if text.startswith("data.")]

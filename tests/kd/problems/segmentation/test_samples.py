@@ -1,4 +1,4 @@
-"""Pictures with label maps as samples: crops for training, whole pictures for evaluation."""
+"""Images with label maps as samples: crops for training, whole images for evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Written = Callable[..., Path]
 
 @pytest.fixture
 def written(tmp_path: Path) -> Written:
-    """A function that writes a data set in CamVid's layout; classes are seen by their colours."""
+    """A function that writes a dataset in CamVid's layout; classes are seen by their colours."""
 
     def write(sizes: list[tuple[int, int]], split: str = "train") -> Path:
         random = np.random.default_rng(len(split))
@@ -80,7 +80,7 @@ def test_colours_lie_on_their_classes_in_any_crop(split: LabelMapSplit) -> None:
         filled += int((~known).sum())
         assert not sample["images"][:, ~known].any()
         assert ((red - 20 * labels).abs() <= 10)[known].float().mean() > 0.7
-    assert filled  # at the smaller scales pictures do not fill the frame
+    assert filled  # at the smaller scales images do not fill the frame
 
 
 def test_a_sample_depends_only_on_seed_epoch_and_position(split: LabelMapSplit) -> None:
@@ -109,7 +109,7 @@ def test_the_number_of_workers_changes_nothing(split: LabelMapSplit) -> None:
 @pytest.mark.parametrize(
     ("size", "seen"), [(None, (32, 48)), (24, (16, 32)), (72, (48, 64)), (10, (16, 16))]
 )
-def test_evaluation_sees_whole_pictures_and_keeps_the_maps(
+def test_evaluation_sees_whole_images_and_keeps_the_maps(
     split: LabelMapSplit, size: int | None, seen: tuple[int, int]
 ) -> None:
     dataset = SegmentationSamples(
@@ -135,7 +135,7 @@ def test_only_the_places_asked_for_are_kept_under_their_numbers(split: LabelMapS
     assert same(dataset[0, 0], whole[0, 3])
 
 
-def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
+def test_images_of_different_sizes_go_one_by_one(written: Written) -> None:
     root = written([(36, 48)] * 3)
     written([(36, 48), (48, 36), (24, 40)], "val")
     section = SegmentationSection(
@@ -155,7 +155,7 @@ def test_pictures_of_different_sizes_go_one_by_one(written: Written) -> None:
     assert data.whole("val", size=None, only=np.array([1])).alike
 
 
-def test_an_opened_data_set_says_what_it_has(written: Written) -> None:
+def test_an_opened_dataset_says_what_it_has(written: Written) -> None:
     root = written([(36, 48)] * 3)
     written([(36, 48)] * 2, "val")
     section = SegmentationSection(
@@ -202,7 +202,7 @@ def test_a_file_that_broke_later_is_named_in_training_too(split: LabelMapSplit) 
         SegmentationSamples(split, size=None, crop=(24, 32), train=False)
 
 
-def test_as_many_whole_pictures_at_once_as_the_pixels_of_a_batch_of_crops(written: Written) -> None:
+def test_as_many_whole_images_at_once_as_the_pixels_of_a_batch_of_crops(written: Written) -> None:
     root = written([(32, 64)] * 3)
     section = SegmentationSection(
         name="maps", root=str(root), layout="camvid", crop=(16, 32), val="train", workers=0
