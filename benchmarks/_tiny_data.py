@@ -33,7 +33,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Shapes:
-    """A image and what is on it: a class and corners of each shape."""
+    """An image and what is on it: a class and corners of each shape."""
 
     number: int
     image: Image.Image
@@ -108,7 +108,7 @@ def several(
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a image, its folder too."""
+    """Write an image, its folder too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=95)  # which PNGs do without
 
@@ -135,7 +135,7 @@ def coco(root: Path) -> None:
 
 
 def coco_objects(one: Shapes) -> list[dict[str, Any]]:
-    """The annotations of a image."""
+    """The annotations of an image."""
     found = []
     for place, ((label, corners), (_, (x1, y1, x2, y2))) in enumerate(
         zip(one.objects, one.boxes(), strict=True)

@@ -84,7 +84,7 @@ def test_a_stimulus_without_fixations_is_rejected() -> None:
         split([]).density(0, SIZE, (15, 20))
 
 
-def test_fixations_on_a_image_of_another_size_are_rejected() -> None:
+def test_fixations_on_an_image_of_another_size_are_rejected() -> None:
     with pytest.raises(UserError, match=r"a\.jpg: 2 of 3 fixations lie outside .* 40 x 30"):
         split([[5, 5], [70, 20], [60, 50]]).density(0, SIZE, SIZE)
 
