@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Evidence = Literal["company", "place", "size"]
-ROWS, COLUMNS = 6, 3  # cells of the image for a box's centre
+ROWS, COLUMNS = 6, 3  # the grid of image cells into which the centres of boxes are binned
 AREA_FRACTIONS = (
     0.0025,
     0.005,
@@ -19,19 +19,19 @@ AREA_FRACTIONS = (
     0.04,
     0.08,
     0.16,
-)  # bins of a box's fraction of the image
-SHAPES = (0.5, 0.8, 1.25, 2.0)  # bins of width over height
-FIT_IMAGES = 5_000  # images that the exponents are fitted on; enough for so few numbers
+)  # boundaries of the bins for box area / image area
+SHAPES = (0.5, 0.8, 1.25, 2.0)  # boundaries of the bins for box width / box height
+FIT_IMAGES = 5_000  # images used to fit the five exponents; more would not change them much
 
 
 class Objects(NamedTuple):
     """The M objects of N images, concatenated."""
 
-    classes: Tensor  # (M,) int64, -1: unknown
+    classes: Tensor  # (M,) int64; -1 means that the class is unknown
     visible: Tensor  # (M,) bool, whether the object's class is evidence for other objects
     boxes: Tensor  # (M, 4) xyxy as fractions of the image's width and height
-    aspects: Tensor  # (M,) the image's width over its height
-    image_of: Tensor  # (M,) int64, ascending
+    aspects: Tensor  # (M,) width / height of the image that contains the object
+    image_of: Tensor  # (M,) int64, index of the image that contains the object; ascending
 
     def of_images(self, start: int, end: int) -> Objects:
         """The objects of images `start` to `end - 1`, renumbered from 0."""
@@ -43,27 +43,30 @@ class Objects(NamedTuple):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A teacher that is fitted by counting, before or instead of training by gradient."""
+    """A teacher that is fitted by counting, before or instead of gradient descent."""
 
     def fit(self, objects: Objects) -> None:
-        """Count all objects of the train images."""
+        """Fit the teacher to the counts of all objects in the training images."""
         ...
 
 
 class NaiveBayes(nn.Module):
-    """Naive Bayes with fitted exponents.
+    """Naive Bayes classifier of a hidden object, with an exponent for each kind of evidence.
 
     `log p(c | rest) = log p(c) + a n^-k sum_j lift(c_j|c) + b lift(place|c) + d lift(size|c)`,
-    where `lift(x|c) = log p(x|c) - log p(x)`, from counts of the train objects smoothed towards
-    `p(x)`. Since the n other objects are not independent given c, the exponents a, k, b, d and the
-    smoothing are fitted to the likelihood of the train objects, each under counts that leave out
-    the object's own image (on such shrinkage see Hand and Yu, 2001, "Idiot's Bayes"). Plain naive
-    Bayes is a = b = d = 1 and k = 0.
+    where `lift(x|c) = log p(x|c) - log p(x)`. The probabilities are counts over the training
+    objects, smoothed towards `p(x)`. Since the n other objects are not independent given c, the
+    exponents a, k, b, d and the strength of the smoothing are fitted by maximum likelihood on the
+    training objects; the likelihood of each object is computed from counts that leave out the image
+    that contains it. On such shrinkage see Hand and Yu, 2001, "Idiot's Bayes". Plain naive Bayes is
+    a = b = d = 1 and k = 0.
 
     Args:
-        num_classes: C.
-        evidence: Kinds of evidence; without any the output is the class prior.
-        fitted: Whether to fit the exponents and the smoothing.
+        num_classes: Number of classes, C.
+        evidence: Kinds of evidence to use: `company` (classes of the other objects), `place`
+            (position of the box) and `size` (area and aspect ratio of the box). If empty, the
+            output is the class prior.
+        fitted: Whether to fit the exponents and the smoothing, instead of plain naive Bayes.
     """
 
     seen: Tensor
@@ -91,7 +94,10 @@ class NaiveBayes(nn.Module):
 
     @torch.no_grad()
     def fit(self, objects: Objects) -> None:
-        """Count the objects of the train images, whose classes are all known; fit the exponents."""
+        """Count the objects of the training images and fit the exponents.
+
+        All objects must have a known class.
+        """
         for counts in (self.seen, self.pairs, self.cells, self.forms):
             counts.zero_()
         images = int(objects.image_of.max()) + 1 if len(objects.classes) else 0
@@ -99,7 +105,8 @@ class NaiveBayes(nn.Module):
         self.seen += torch.bincount(classes, minlength=self.num_classes)
         self.cells.index_put_((classes, cell_of(objects)), one, accumulate=True)
         self.forms.index_put_((classes, form_of(objects)), one, accumulate=True)
-        for start in range(0, images, 4096):  # a dense table of a whole dataset is too large
+        # In parts, because a dense table (images, C) of the whole dataset would be too large.
+        for start in range(0, images, 4096):
             there = self._counts(objects.of_images(start, start + 4096))
             self.pairs += there.T @ there
         self.pairs -= torch.diag(self.seen)  # no object co-occurs with itself
@@ -107,13 +114,17 @@ class NaiveBayes(nn.Module):
             self._fit_exponents(objects.of_images(0, FIT_IMAGES))
 
     def forward(self, objects: Objects, hidden: Tensor) -> Tensor:
-        """Log-probabilities (K, C) float32 of hidden objects given the other, visible objects.
+        """Compute class log-probabilities of hidden objects given the other, visible objects.
 
-        In training mode the counts leave out the object's own image.
+        In training mode the counts leave out the image that contains the hidden object.
 
         Args:
-            objects: Objects of N images; a hidden object's class is evidence for the others only.
+            objects: Objects of N images. The class of a hidden object is not used for its own
+                prediction, but is evidence for the other objects if it is marked as visible.
             hidden: (K,) indices of the hidden objects.
+
+        Returns:
+            (K, C) float32.
         """
         scores = self._scores(objects, self.exponents, without_own=self.training)
         return scores[hidden].log_softmax(dim=1).float()
@@ -126,7 +137,7 @@ class NaiveBayes(nn.Module):
             def loss() -> float:
                 solver.zero_grad()
                 scores = self._scores(objects, free, without_own=True)
-                # A weak pull towards plain naive Bayes, for exponents of unused evidence.
+                # A weak penalty keeps the exponents of unused evidence at their initial values.
                 pull = 1e-4 * (free - self.exponents).square().sum()
                 value = F.cross_entropy(scores, objects.classes) + pull
                 value.backward()
@@ -136,7 +147,10 @@ class NaiveBayes(nn.Module):
         self.exponents.copy_(free.detach())
 
     def _scores(self, objects: Objects, exponents: Tensor, *, without_own: bool) -> Tensor:
-        """(M, C) unnormalised; `without_own` leaves each object's image out of the counts."""
+        """Unnormalised log-probabilities (M, C) of all objects.
+
+        With `without_own` the counts for an object leave out the image that contains it.
+        """
         own = self._counts(objects) if without_own else None
         known = objects.visible & (objects.classes >= 0)
         classes = objects.classes.clamp(min=0)
@@ -165,7 +179,7 @@ class NaiveBayes(nn.Module):
     def _class_lifts(
         self, objects: Objects, own: Tensor | None, marginal: Tensor, pseudo: Tensor
     ) -> Tensor:
-        """(M, C): log lift of each object's presence for another object's class."""
+        """Log lift (M, C) that object m gives to class c of another object in the same image."""
         classes = objects.classes.clamp(min=0)
         together = self.pairs[:, classes].T  # (M, C)
         totals = self.pairs.sum(dim=1).expand(len(classes), -1)
@@ -180,7 +194,7 @@ class NaiveBayes(nn.Module):
         return smoothed.log() - expected.log()
 
     def _counts(self, objects: Objects) -> Tensor:
-        """(N, C) number of objects of each class in each image."""
+        """Number of objects of each class in each image, (N, C)."""
         known = objects.classes >= 0
         rows = int(objects.image_of.max()) + 1 if len(objects.image_of) else 0
         there = torch.zeros(
@@ -192,7 +206,11 @@ class NaiveBayes(nn.Module):
 
 
 def _lifts(table: Tensor, where: Tensor, pseudo: Tensor, classes: Tensor, own: bool) -> Tensor:
-    """(M, C) log p(bin | class) - log p(bin); `own` leaves each object itself out of the counts."""
+    """Log lift log p(bin | class) - log p(bin) of each object's bin, (M, C).
+
+    `table` (C, bins) holds the counts and `where` (M,) the bin of each object. With `own` the
+    counts for an object leave out that object.
+    """
     marginal = (table.sum(dim=0) + 1.0) / (table.sum(dim=0) + 1.0).sum()
     counts, totals = table[:, where].T, table.sum(dim=1).expand(len(where), -1)
     if own:
@@ -204,7 +222,7 @@ def _lifts(table: Tensor, where: Tensor, pseudo: Tensor, classes: Tensor, own: b
 
 
 def cell_of(objects: Objects) -> Tensor:
-    """(M,) index of the cell of the image that each box's centre lies in."""
+    """Index (M,) of the image cell, of `ROWS` x `COLUMNS`, that contains the centre of each box."""
     centres = (objects.boxes[:, :2] + objects.boxes[:, 2:]) / 2
     column = (centres[:, 0] * COLUMNS).long().clamp(0, COLUMNS - 1)
     row = (centres[:, 1] * ROWS).long().clamp(0, ROWS - 1)
@@ -212,7 +230,7 @@ def cell_of(objects: Objects) -> Tensor:
 
 
 def form_of(objects: Objects) -> Tensor:
-    """(M,) index of the bin of each box's area and aspect ratio."""
+    """Index (M,) of the joint bin of each box's area and aspect ratio."""
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]).clamp(min=1e-6)
     ratio = sides[:, 0] / sides[:, 1] * objects.aspects
     area = torch.bucketize(sides.prod(dim=1), sides.new_tensor(AREA_FRACTIONS))

@@ -24,13 +24,15 @@ _ATTENTION = (
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of a forward pass in evaluation mode, the total over all images.
+    """Count the multiply-adds of a forward pass in evaluation mode, summed over all N images.
 
-    Counts convolutions, linear layers and matrix products, including those of attention; biases,
-    norms, activations and resizing are left out, as in most papers. Padding counts.
+    Convolutions, linear layers and matrix products are counted, including the products inside
+    attention. Biases, norms, activations and resizing are left out, as in most papers.
+    Multiplications with padded zeros are counted.
 
     Args:
-        model: A network whose `forward` takes only images; its mode is restored.
+        model: A network whose `forward` takes only images. Afterwards the model is in training or
+            evaluation mode as before.
         images: (N, 3, H, W), on the model's device, which may be "meta"; values do not matter.
     """
     kernels = (getattr(torch.ops.aten, name, None) for name in _ATTENTION)
@@ -46,7 +48,10 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 
 def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
-    """Median seconds of `repeats` forward passes in evaluation mode, after a warm-up."""
+    """Measure the median time in seconds of `repeats` forward passes in evaluation mode.
+
+    A few untimed passes come first. The time is for the whole batch of images.
+    """
     at_least("latency", repeats=(repeats, 1))
     seconds = []
     with torch.no_grad(), evaluating(model):
@@ -62,7 +67,7 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Disable the fused evaluation path of `nn.MultiheadAttention`, which is not counted."""
+    """Disable the fused evaluation path of `nn.MultiheadAttention`, which torch does not count."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -76,6 +81,6 @@ def _attention_flops(query: object, key: object, value: object, *_: object, **__
 
 
 def _finish(device: torch.device) -> None:
-    """Wait for a GPU's queued work."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kd.errors import UserError, at_least
 from kd.nn.weights import load_network
 
-BRANCHES = (1, 2, 4, 8, 16)  # dilations of a spatial pyramid
-_EPS = 1e-3  # of all batch norms, as published
+BRANCHES = (1, 2, 4, 8, 16)  # dilations of the parallel convolutions in a spatial pyramid
+_EPS = 1e-3  # epsilon of all batch norms, as published
 
 
 class NormAct(nn.Sequential):
@@ -24,21 +24,25 @@ class NormAct(nn.Sequential):
 def conv(
     inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """A convolution without bias, padded so that stride 1 keeps the grid."""
+    """Build a convolution without bias, padded so that stride 1 keeps the height and width."""
     padding = dilation * (side - 1) // 2
     return nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
 
 
 def fitted(maps: Tensor, like: Tensor) -> Tensor:
-    """Crop maps to the grid of `like`: halving and doubling an odd side adds a row or column."""
+    """Crop maps to the height and width of `like`.
+
+    Halving an odd side rounds up, so doubling it again gives one row or column too many.
+    """
     return maps[..., : like.shape[-2], : like.shape[-1]]
 
 
 class SpatialPyramid(nn.Module):
-    """Reduce, convolve at five dilations, add the maps cumulatively, and concatenate the sums.
+    """ESPNet's block: reduce the channels, convolve at five dilations, and concatenate.
 
-    The cumulative sums (hierarchical feature fusion) remove the grid pattern of dilations. With
-    `residual` the input is added if stride and channels allow it.
+    The maps of dilation 2 and above are summed cumulatively before they are concatenated, which
+    removes the grid pattern of dilated convolutions (hierarchical feature fusion). With `residual`
+    the input is added to the output if the stride is 1 and the numbers of channels are equal.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class SpatialPyramid(nn.Module):
         self.end = NormAct(outputs)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         reduced = self.reduce(maps)
         first, *rest = (branch(reduced) for branch in self.branches)
         result = torch.cat([first, *itertools.accumulate(rest)], dim=1)
@@ -68,11 +72,11 @@ class ESPNetC(nn.Module):
     """ESPNet-C, the encoder with a classifier: 0.35 M parameters for 20 classes.
 
     Args:
-        num_classes: C.
+        num_classes: Number of classes, C.
         shallow: Number of spatial pyramids at 1/4 of the image's size.
-        deep: Number of spatial pyramids at 1/8.
+        deep: Number of spatial pyramids at 1/8 of the image's size.
         dropout: Probability of dropping a channel before the classifier; 0 as published.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`.
+        file: File with weights of the whole network, see `kd.nn.weights.load_network`.
 
     Raises:
         UserError: An option out of range, or a file that does not fit.
@@ -106,7 +110,7 @@ class ESPNetC(nn.Module):
         load_network(self, file, what="espnet_c")
 
     def levels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps of 19, 131 and 256 channels at 1/2, 1/4 and 1/8 of the image's size."""
+        """Compute maps of 19, 131 and 256 channels at 1/2, 1/4 and 1/8 of the image's size."""
         half = self.halve(images)
         quarter = self.halve(half)
         first = self.norm1(torch.cat([self.stem(images), half], dim=1))
@@ -116,14 +120,14 @@ class ESPNetC(nn.Module):
         return first, second, self.norm3(torch.cat([down, self.level3(down)], dim=1))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) to `logits` (N, C, H/8, W/8)."""
+        """Map normalised images (N, 3, H, W) to `logits` (N, C, H/8, W/8)."""
         return {"logits": self.classifier(self.levels(images)[-1])}
 
 
 class ESPNet(nn.Module):
     """ESPNet, the encoder with a light decoder: 0.36 M parameters for 20 classes.
 
-    Arguments and errors as for `ESPNetC`.
+    For the arguments and errors see `ESPNetC`.
     """
 
     stride = 1
@@ -148,7 +152,7 @@ class ESPNet(nn.Module):
         load_network(self, file, what="espnet")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) to `logits` (N, C, H, W)."""
+        """Map normalised images (N, 3, H, W) to `logits` (N, C, H, W)."""
         first, second, third = self.encoder.levels(images)
         deep = fitted(self.up3(self.norm(self.encoder.classifier(third))), second)
         joined = fitted(self.join(torch.cat([self.second(second), deep], dim=1)), first)

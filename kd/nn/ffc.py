@@ -2,7 +2,8 @@
 
 Chi et al., 2020, https://proceedings.neurips.cc/paper/2020/hash/2fd5d41ec6cfab47e32164d5624269b1,
 with the ratios and the order of layers of LaMa (Suvorov et al., 2021,
-https://arxiv.org/abs/2109.07161). A map's first channels are local, the rest global.
+https://arxiv.org/abs/2109.07161). The first channels of a map are local (3x3 convolutions), the
+other channels are global (convolutions of the map's spectrum).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class FourierUnit(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, in, H, W) of any size to (N, out, H, W) of the same type."""
-        if not len(maps):  # FFTs of empty batches raise errors
+        """Map (N, in, H, W) of any size to (N, out, H, W) of the same dtype."""
+        if not len(maps):  # because torch's FFT raises an error for an empty batch
             return maps.new_zeros(0, self.out_channels, *maps.shape[2:])
-        # FFTs in half precision are inexact, and missing on CPUs.
+        # In float32, because FFTs in half precision are inexact, and not implemented on CPUs.
         exact = wide(maps)
         spectrum = torch.fft.rfft2(exact.contiguous(), norm="ortho")  # (N, in, H, W/2 + 1)
         mixed = self.convolve(torch.cat([spectrum.real, spectrum.imag], dim=1))
@@ -45,10 +46,10 @@ class FourierUnit(nn.Module):
 
 
 class LocalFourierUnit(nn.Module):
-    """A Fourier unit over the four quarters of a map.
+    """A Fourier unit that is applied to the four spatial quarters of a map, stacked as channels.
 
-    Only a quarter of the channels is read. The quarters of the map are stacked as channels; the
-    output is tiled 2 x 2. Odd sides are padded with zeros.
+    Only the first quarter of the channels is read. The output, which has half the height and width,
+    is tiled 2 x 2. Odd sides are padded with zeros.
     """
 
     def __init__(self, channels: int) -> None:
@@ -57,7 +58,7 @@ class LocalFourierUnit(nn.Module):
         self.unit = FourierUnit(4 * self.taken, channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, C, H, W) of any size to the same shape."""
+        """Map (N, C, H, W) of any size to the same shape."""
         height, width = maps.shape[2:]
         part = F.pad(maps[:, : self.taken], (0, width % 2, 0, height % 2))
         upper, lower = part.chunk(2, dim=2)
@@ -67,16 +68,18 @@ class LocalFourierUnit(nn.Module):
 
 
 class SpectralTransform(nn.Module):
-    """Transform global channels: `project(x + unit(x) + local_unit(x))`, with x a 1x1 convolution.
+    """Transform the global channels of a map: `project(x + unit(x) + local_unit(x))`.
 
-    x has half the output's channels, at least 4.
+    `x` is a 1x1 convolution of the input, with batch norm and ReLU. It has half as many channels as
+    the output, but at least 4.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, local_unit: bool = True) -> None:
         super().__init__()
         inside = max(out_channels // 2, 4)
         self.reduce = nn.Sequential(
-            nn.Identity(),  # in place of LaMa's pooling, for the names of the weights
+            # In place of the pooling in LaMa, so that the weights have the same names.
+            nn.Identity(),
             nn.Conv2d(in_channels, inside, 1, bias=False),
             nn.BatchNorm2d(inside),
             nn.ReLU(),
@@ -86,7 +89,7 @@ class SpectralTransform(nn.Module):
         self.project = nn.Conv2d(inside, out_channels, 1, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, in, H, W) to (N, out, H, W)."""
+        """Map (N, in, H, W) to (N, out, H, W)."""
         reduced = self.reduce(maps)
         total = reduced + self.unit(reduced)
         if self.local_unit is not None:
@@ -98,8 +101,9 @@ class SpectralTransform(nn.Module):
 class FFC(nn.Module):
     """Fast Fourier convolution of a map whose last channels are global.
 
-    `local' = conv(local) + conv(global)`, `global' = conv(local) + spectral(global)`: three
-    ordinary convolutions and a spectral transform. With both ratios 0 it is a convolution.
+    The output is `local' = conv(local) + conv(global)` and `global' = conv(local) +
+    spectral(global)`, with three separate 3x3 convolutions and a `SpectralTransform`. If both
+    ratios are 0, the layer is an ordinary 3x3 convolution.
 
     Args:
         in_channels: Channels of the input.
@@ -142,7 +146,7 @@ class FFC(nn.Module):
             self.global_to_global = SpectralTransform(global_in, global_out, local_unit=local_unit)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, in, H, W) to (N, out, H, W), local channels first."""
+        """Map (N, in, H, W) to (N, out, H, W), both with the local channels first."""
         own, whole = maps.split(self.split_in, dim=1)
         parts = [
             _sum(self.local_to_local, own, self.global_to_local, whole),
@@ -152,7 +156,7 @@ class FFC(nn.Module):
 
 
 class FFCBlock(nn.Sequential):
-    """`FFC`, batch norm, ReLU; options as for `FFC`."""
+    """Fast Fourier convolution, batch norm and ReLU; the options are those of `FFC`."""
 
     def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
         super().__init__(
@@ -163,13 +167,16 @@ class FFCBlock(nn.Sequential):
 
 
 def split_channels(channels: int, ratio: float) -> tuple[int, int]:
-    """The numbers of local and of global channels."""
+    """Return the number of local channels and the number of global channels."""
     count = round(channels * ratio)
     return channels - count, count
 
 
 def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
-    """Concatenate (N, C1, H, W) and (N, C2, H, W) with all local channels first."""
+    """Concatenate maps (N, C1, H, W) and (N, C2, H, W), with the local channels of both first.
+
+    `ratio` is the fraction of each map's channels that is global.
+    """
     halves = [maps.split(split_channels(maps.shape[1], ratio), dim=1) for maps in (first, second)]
     return torch.cat([half[part] for part in (0, 1) for half in halves], dim=1)
 
@@ -177,6 +184,6 @@ def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
 def _sum(
     first: nn.Module | None, one: Tensor, second: nn.Module | None, other: Tensor
 ) -> Tensor | None:
-    """The sum of the outputs of two paths, either of which may be missing."""
+    """Return `first(one) + second(other)`, where either module may be missing."""
     outputs = [path(maps) for path, maps in ((first, one), (second, other)) if path is not None]
     return sum(outputs[1:], outputs[0]) if outputs else None

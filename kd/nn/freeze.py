@@ -1,4 +1,4 @@
-"""Freeze part of a network while the rest learns."""
+"""Freeze parts of a network while the rest is trained."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from kd.registry import suggestion
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm that always uses its stored statistics; same state-dict keys."""
+    """Batch norm that always normalises by the running statistics and never updates them.
+
+    The state-dict keys are those of an ordinary batch norm.
+    """
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stay in evaluation mode."""
+        """Stay in evaluation mode, whatever `mode` is."""
         super().train(False)
         return self
 
 
-# Frozen subclasses of batch norm by class, created on demand; timm's have an activation inside.
+# Cache of frozen subclasses, by class of batch norm. They are created on demand, because timm's
+# batch norms are subclasses with an activation inside.
 _FROZEN: dict[type, type[nn.BatchNorm2d]] = {nn.BatchNorm2d: FrozenBatchNorm}
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Freeze statistics and scales of all batch norms inside, in place."""
+    """Freeze the statistics, scales and biases of all batch norms in a module, in place."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             if not isinstance(norm, FrozenBatchNorm):
@@ -40,9 +44,9 @@ def freeze(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool = False) ->
     """Freeze a trunk in place.
 
     Args:
-        trunk: The trunk.
-        frozen: "all", or the path of the last step to freeze, such as "layer2"; None for no step.
-            The batch norms of these steps are frozen, too.
+        trunk: The trunk to freeze.
+        frozen: "all"; or the path of a step, such as "layer2", up to which all steps are frozen,
+            including their batch norms; None freezes no step.
         batch_norm_frozen: Whether to freeze the batch norms of all steps.
 
     Raises:
@@ -62,13 +66,13 @@ def freeze(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool = False) ->
         freeze_batch_norm(steps[path])
     inside = tuple(f"{path}." for path in paths)
     for path, parameter in trunk.named_parameters():
-        if not path.startswith(inside):  # a transformer's class token
+        if not path.startswith(inside):  # parameters outside all steps, such as a class token
             parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode within a `with` block; each module then gets its own mode back."""
+    """Set a model to evaluation mode within a `with` block, then restore each module's mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

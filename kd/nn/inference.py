@@ -1,7 +1,8 @@
-"""Faster inference: batch norm folded into convolutions, and int8.
+"""Faster inference: fold batch norms into convolutions, and compute in int8.
 
-In evaluation a batch norm after a convolution, `gamma * (w * x + b - mean) / sqrt(var + eps) +
-beta`, is again a convolution, equal up to rounding, which saves a pass over memory.
+In evaluation mode a convolution and its batch norm, `gamma * (w * x + b - mean) / sqrt(var + eps) +
+beta`, can be replaced by one convolution with other weights. The result is equal up to rounding,
+and one pass over memory is saved.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from kd.nn.trunk import TorchvisionTrunk
 
 
 def for_answers(model: nn.Module) -> nn.Module:
-    """A copy of a model for inference, without gradients, with batch norms folded where possible.
+    """Copy a model for inference, without gradients, and fold batch norms where possible.
 
-    A pair is folded only where the order of modules is known: within a `Sequential`, torchvision's
-    residual blocks and the steps of a trunk. Tapped modules are not folded, since a folded
-    convolution outputs what its batch norm did.
+    A batch norm is folded only where the convolution is known to run directly before it: within a
+    `Sequential`, a residual block of torchvision, and between the steps of a trunk. Modules with
+    forward hooks are not folded, since the hook of a folded convolution would get the output of the
+    batch norm.
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(id(module) for _, module in copied.named_modules(remove_duplicate=False))
@@ -44,7 +46,7 @@ def for_answers(model: nn.Module) -> nn.Module:
 
 
 def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of pairs of children that run directly one after the other."""
+    """Yield the names of children of a module of which the second runs directly after the first."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         yield from pairwise(name for name, _ in module.named_children())
     elif isinstance(module, BasicBlock | Bottleneck):
@@ -56,7 +58,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _can_fold(first: nn.Module, second: nn.Module) -> bool:
-    """Whether these are a convolution and its batch norm, neither of them tapped."""
+    """Whether the modules are a convolution and a batch norm, both without forward hooks."""
     return (
         isinstance(first, nn.Conv2d | nn.ConvTranspose2d)
         and isinstance(second, nn.BatchNorm2d)
@@ -73,18 +75,18 @@ ENGINE = "onednn"
 def in_int8(
     model: nn.Module, samples: Iterable[Tensor], *, spared: Iterable[str] = ()
 ) -> nn.Module:
-    """Quantise a copy: its convolutions and linear layers compute in int8, on the CPU.
+    """Copy a model and quantise the copy: convolutions and linear layers compute in int8.
 
-    Transposed convolutions stay in float32, since torch has no per-channel scales for them. The
-    copy has no gradients.
+    The copy runs on the CPU and has no gradients. Transposed convolutions stay in float32, since
+    torch has no per-channel scales for them.
 
     Args:
-        model: In evaluation mode; torch.fx must be able to trace it.
+        model: A model in evaluation mode, which torch.fx must be able to trace.
         samples: A few batches of typical inputs, to measure the ranges of activations.
-        spared: Paths of modules that are to stay in float32, such as the head.
+        spared: Paths of modules that stay in float32, such as the head.
 
     Raises:
-        UserError: This build of torch has no int8 engine, there are no samples, or the model's
+        UserError: The installed torch has no int8 engine, there are no samples, or the model's
             `forward` cannot be traced.
     """
     if ENGINE not in torch.backends.quantized.supported_engines:
@@ -98,7 +100,7 @@ def in_int8(
         model.get_submodule(path)
         mapping = mapping.set_module_name(path, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecation in torch
+        warnings.simplefilter("ignore")  # torch warns that this quantisation API is deprecated
         try:
             watched = prepare_fx(copy.deepcopy(model).eval(), mapping, (batches[0],))
         except (torch.fx.proxy.TraceError, TypeError) as error:

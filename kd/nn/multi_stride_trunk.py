@@ -21,20 +21,20 @@ from kd.nn.weights import weights_hash
 
 log = logging.getLogger(__name__)
 
-LIMIT_BYTES = 4 << 30  # of all maps that a process caches
+LIMIT_BYTES = 4 << 30  # largest total size of the maps that a process caches
 _LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass
 class _Store:
-    """A trunk's cached maps: the image's key -> float16 (C, h, w) for each level."""
+    """Cached maps of a trunk: for each image's key, a float16 map (C, h, w) per level."""
 
     maps: dict[bytes, tuple[Tensor, ...]] = field(default_factory=dict)
     held: int = 0  # bytes
     full: bool = False
 
     def keep(self, key: bytes, levels: tuple[Tensor, ...]) -> None:
-        """Cache an image's maps up to the limit."""
+        """Cache the maps of an image, unless the total would exceed `LIMIT_BYTES`."""
         size = sum(level.numel() * level.element_size() for level in levels)
         if sum(store.held for store in _STORES.values()) + size <= LIMIT_BYTES:
             self.maps[key] = levels
@@ -42,12 +42,13 @@ class _Store:
         elif not self.full:
             self.full = True
             log.info(
-                "cached feature maps fill %.1f GiB: those of further images are recomputed",
+                "cached feature maps fill %.1f GiB: the maps of further images are recomputed",
                 LIMIT_BYTES / 2**30,
             )
 
 
-# By hash of the weights and number of levels: variants and seeds of a comparison share a store.
+# Keyed by the hash of the trunk's weights and the number of levels, so that all variants and seeds
+# of a comparison share the cached maps of the same frozen trunk.
 _STORES: dict[tuple[str, int], _Store] = {}
 
 
@@ -63,7 +64,7 @@ def nothing_remembered() -> Iterator[None]:
 
 
 class LevelledTrunk(nn.Module):
-    """A trunk that returns its last maps at one or more strides, finest first.
+    """A trunk that returns the maps of its last one or more strides, finest first.
 
     Attributes:
         level_channels: Channels of each map.
@@ -81,7 +82,7 @@ class LevelledTrunk(nn.Module):
         self.level_strides = trunk.level_strides[-levels:]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (N, 3, H, W) to maps (N, C, h, w), one per level, finest first."""
+        """Map images (N, 3, H, W) to one map (N, C, h, w) per level, finest first."""
         if self.levels == 1:
             return [self.trunk(images)]
         return self.trunk.forward_levels(images)[-self.levels :]
@@ -90,9 +91,9 @@ class LevelledTrunk(nn.Module):
 class RememberedTrunk(LevelledTrunk):
     """A frozen trunk that caches its output for each image in memory.
 
-    Useful without augmentation, or with flips only: the key is a hash of the image's pixels. Trunks
-    with equal weights share a cache. Layers inside cannot be tapped, since they do not run for
-    cached images, and images get no gradient.
+    The key of an image is a hash of its pixels, so the cache is useful without augmentation or with
+    flips only. Trunks with equal weights share a cache. Layers inside the trunk must not be used by
+    distillation terms, since they do not run for cached images, and images get no gradient.
 
     Raises:
         UserError: The trunk is not frozen.
@@ -106,14 +107,17 @@ class RememberedTrunk(LevelledTrunk):
         self._keyed: list[tuple[int, int]] = []
 
     def train(self, mode: bool = True) -> RememberedTrunk:
-        """Set the mode, except for the trunk's, which stays in evaluation."""
+        """Set the training mode, but leave the trunk in evaluation mode."""
         super().train(mode)
         self.trunk.eval()
         return self
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """As `LevelledTrunk`: float32 maps, which are rounded to float16 in the cache."""
+        """Map images (N, 3, H, W) to one map (N, C, h, w) per level, finest first.
+
+        The maps are float32, rounded to the precision of float16, in which they are cached.
+        """
         with torch.autocast(images.device.type, enabled=False):
             store, keys = self._store(), image_keys(images)
             missing = {key: row for row, key in enumerate(keys) if key not in store.maps}
@@ -134,7 +138,7 @@ class RememberedTrunk(LevelledTrunk):
             ]
 
     def _store(self) -> _Store:
-        """The store for the current weights; these may have been changed in place."""
+        """Return the store for the trunk's current weights, which may have changed in place."""
         tensors = chain(self.trunk.parameters(), self.trunk.buffers())
         keyed = [(id(tensor), tensor._version) for tensor in tensors]
         if keyed != self._keyed:
@@ -145,7 +149,10 @@ class RememberedTrunk(LevelledTrunk):
 
 
 def image_keys(images: Tensor) -> list[bytes]:
-    """Hash each image's pixels and size, in 1/50 of a small trunk's time on a CPU."""
+    """Hash the pixels and size of each image.
+
+    On a CPU this takes about 1/50 of the time of a forward pass of a small trunk.
+    """
     images = images.detach().float().cpu().contiguous()
     size = f"{tuple(images.shape[1:])}".encode()
     contents = (size + one.numpy().tobytes() for one in images)
@@ -163,9 +170,9 @@ def levelled(
     """Freeze a trunk in place and wrap it as `LevelledTrunk`.
 
     Args:
-        trunk: The trunk.
-        levels: Number of strides.
-        frozen: "all", or the path of the last step to freeze.
+        trunk: The trunk to freeze and wrap.
+        levels: Number of strides to return maps of.
+        frozen: "all", or the path of the last step to freeze, see `freeze`.
         batch_norm_frozen: Whether to freeze all batch norms.
         remember: Whether to cache outputs in memory, see `RememberedTrunk`; needs `frozen: all`.
     """
@@ -177,19 +184,21 @@ class StepPool(nn.Module):
     """Max pooling of 2 x 2 windows with stride 1, padded at the right and at the bottom."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, h, w) to the same."""
+        """Map (N, C, h, w) to the same shape."""
         return F.max_pool2d(F.pad(maps, (0, 1, 0, 1), value=-torch.inf), 2, stride=1)
 
 
 class JoinedStages(nn.Module):
-    """A trunk with the concatenated maps of its last three stages, on the grid of the last.
+    """A trunk that returns the maps of its last three stages, resized to one grid and concatenated.
+
+    The grid is that of the last, coarsest stage.
 
     Attributes:
         channels: Channels of the concatenated map.
         stride: Pixels per cell of the concatenated map.
 
     Raises:
-        UserError: A trunk with fewer than three stages.
+        UserError: The trunk has fewer than three stages.
     """
 
     def __init__(self, trunk: Trunk) -> None:
@@ -197,7 +206,8 @@ class JoinedStages(nn.Module):
         self.trunk, self.stride = trunk, trunk.stride
         found = trunk.stages()
         if isinstance(trunk, TorchvisionTrunk) and trunk.name.startswith("vgg"):
-            # VGG's stages are read after their poolings, the first steps at the next stride.
+            # MSI-Net reads the stages of VGG after their poolings, i.e. at the first step of the
+            # next stride.
             found = trunk.stages(first=True)
             for name, step in list(trunk.get_submodule("features").named_children()):
                 if isinstance(step, nn.Identity):  # a pooling dropped to keep the stride
@@ -208,7 +218,10 @@ class JoinedStages(nn.Module):
         self.channels = sum(channels for _, channels in found[-3:])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to (N, channels, H/stride, W/stride); finer stages are averaged."""
+        """Map images (N, 3, H, W) to (N, channels, H/stride, W/stride).
+
+        The maps of finer stages are reduced to this grid by average pooling.
+        """
         maps = self.trunk.forward_at(images, self.paths)
         grid = (maps[-1].shape[2], maps[-1].shape[3])
         same = [one if one.shape[2:] == grid else F.adaptive_avg_pool2d(one, grid) for one in maps]

@@ -37,7 +37,7 @@ def _detector(target: str, text: str, **options: object) -> Entry:
 
 
 def _family(name: str, target: str, text: str) -> dict[str, Entry]:
-    """Entries of a detector: on any trunk, and by name on some trunks."""
+    """Registry entries of a detector: on any trunk, and under separate names on common trunks."""
     return {
         name: _detector(target, f"{text} on any trunk"),
         f"{name}_resnet18": _detector(target, f"{text} on ResNet-18", trunk="resnet18"),

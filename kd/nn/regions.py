@@ -1,8 +1,8 @@
-"""Pooling of feature maps over objects and their surroundings.
+"""Pool feature maps over objects and over their surroundings.
 
 Boxes are xyxy in pixels of the image. Cell (row, column) of a feature map covers the pixels from
-`column * stride` to `(column + 1) * stride`, likewise for rows. Weight maps hold the fraction of
-each cell's area that is pooled.
+`column * stride` to `(column + 1) * stride`, and likewise for rows. A weight map has, for each
+cell, the fraction of the cell's area that lies in the pooled region.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GEOMETRY = 8  # length of `box_geometry`
 
 
 def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: int = 1) -> Tensor:
-    """RoIAlign (He et al., 2017, https://arxiv.org/abs/1703.06870).
+    """Pool features inside boxes by RoIAlign (He et al., 2017, https://arxiv.org/abs/1703.06870).
 
     Args:
         features: (N, C, h, w).
@@ -32,7 +32,7 @@ def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: in
         output_size: Side of the grid that each box is divided into.
 
     Returns:
-        (M, C, output_size, output_size), in the features' type.
+        (M, C, output_size, output_size), in the dtype of the features.
     """
     maps = wide(features)
     pooled: Tensor = roi_align(
@@ -42,13 +42,16 @@ def roi_features(features: Tensor, rois: Tensor, stride: int, *, output_size: in
 
 
 def crop_regions(images: Tensor, rois: Tensor, size: int, *, margin: float = 0.0) -> Tensor:
-    """Square crops around boxes, resampled to (M, C, size, size), 0 outside the image.
+    """Crop a square around each box and resample the crop to (M, C, size, size).
+
+    The square has the centre of the box and the length of the box's longer side, plus the margin.
+    Outside the image a crop is 0.
 
     Args:
         images: (N, C, H, W).
-        rois: (M, 5) as (image, x1, y1, x2, y2), pixels; the longer side is the square's.
-        size: Side of a crop, pixels.
-        margin: Fraction of the square's side added on each side.
+        rois: (M, 5) as (image, x1, y1, x2, y2), pixels.
+        size: Height and width of the resampled crops, pixels.
+        margin: Width added on all four sides, as a fraction of the box's longer side.
     """
     centre = (rois[:, 1:3] + rois[:, 3:]) / 2
     longest = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1, keepdim=True)
@@ -58,15 +61,16 @@ def crop_regions(images: Tensor, rois: Tensor, size: int, *, margin: float = 0.0
 
 
 def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
-    """Weighted means (K, C) of feature maps; 0 where all weights are 0.
+    """Compute weighted means (K, C) of feature maps; a mean is 0 if all of its weights are 0.
 
-    Computed by an embedding bag of cells, which neither copies an image's features for each object
-    nor synchronises with an accelerator. On a CPU it is 2 to 8 times as fast as gathering features.
+    The means are computed by an embedding bag over cells, which neither copies an image's features
+    for each object nor synchronises with an accelerator. On a CPU this is 2 to 8 times as fast as
+    gathering the features.
 
     Args:
         features: (N, C, h, w).
-        weights: 0 or above, (K, h, w).
-        image_of: Index of the image of each weight map, (K,).
+        weights: Weight of each cell, 0 or above, (K, h, w).
+        image_of: Index into `features` of the image that each weight map belongs to, (K,).
     """
     _, channels, height, width = features.shape
     cells = wide(features).permute(0, 2, 3, 1).reshape(-1, channels)  # (N*h*w, C)
@@ -80,7 +84,10 @@ def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
 
 
 def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """The fraction (K, h, w) of each cell's area that boxes (K, 4) cover; `grid` is h, w."""
+    """Compute the fraction (K, h, w) of each cell's area that each of the boxes (K, 4) covers.
+
+    `grid` is h, w.
+    """
     x1, y1, x2, y2 = (boxes.float() / stride).unbind(dim=1)
     across = _overlaps(x1, x2, grid[1])  # (K, w)
     down = _overlaps(y1, y2, grid[0])  # (K, h)
@@ -88,7 +95,7 @@ def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
 
 
 def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes (K, 4) grown on each side by a fraction of width and height, not clipped."""
+    """Expand boxes (K, 4) on all sides by a fraction of width and height, without clipping."""
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     grow_x, grow_y = (x2 - x1) * margin, (y2 - y1) * margin
     return torch.stack([x1 - grow_x, y1 - grow_y, x2 + grow_x, y2 + grow_y], dim=1)
@@ -97,13 +104,16 @@ def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
 def rings_within(
     boxes: Tensor, ends: Tensor, margin: float, *, least: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (K, 4) and the outer edges of rings around them (K, 4), both clipped to their images.
+    """Clip boxes to their images, and compute the outer edges of rings around them.
 
     Args:
         boxes: (K, 4) xyxy pixels.
-        ends: Width and height of each box's image, (K, 2).
+        ends: Width and height of the image that contains each box, (K, 2).
         margin: Thickness of the ring, as a fraction of the clipped box's width and height.
-        least: Smallest thickness, pixels.
+        least: Smallest thickness of the ring, pixels.
+
+    Returns:
+        The clipped boxes (K, 4), and boxes (K, 4) that contain box and ring, clipped too.
     """
     corner = ends.repeat(1, 2)
     boxes = torch.minimum(boxes, corner).clamp(min=0.0)
@@ -113,15 +123,15 @@ def rings_within(
 
 
 def box_geometry(boxes: Tensor) -> Tensor:
-    """Position and size of boxes as features of order 1.
+    """Encode the position and size of boxes as features with magnitudes of about 1.
 
     Args:
         boxes: (K, 4) xyxy as fractions of the frame's width and height.
 
     Returns:
-        (K, 8): centre x and y, width, height and lower edge as fractions of the frame; the square
-        root r of the box's fraction of the frame's area; log of the aspect ratio; log(r) / 2. All
-        are 0 for an empty box.
+        (K, 8): x and y of the centre, width, height and y of the lower edge, as fractions of the
+        frame; r, the square root of box area / frame area; the logarithm of the aspect ratio; and
+        log(r) / 2. All features of an empty box are 0.
     """
     x1, y1, x2, y2 = boxes.float().unbind(dim=1)
     across, down = (x2 - x1).clamp(min=0.0), (y2 - y1).clamp(min=0.0)
@@ -133,21 +143,24 @@ def box_geometry(boxes: Tensor) -> Tensor:
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
-    """Bounding boxes (K, 4) float32 of what is above 0 in masks (K, H, W); 0 for an empty mask."""
+    """Compute bounding boxes (K, 4) float32 of the pixels above 0 in masks (K, H, W).
+
+    The box of an empty mask is 0.
+    """
     x1, x2 = _extent((mask > 0).any(dim=1))
     y1, y2 = _extent((mask > 0).any(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
 
 
 def _overlaps(low: Tensor, high: Tensor, count: int) -> Tensor:
-    """Overlap of [low, high] with each of the unit cells 0..count-1: (K, count)."""
+    """Length (K, count) of the overlap of intervals [low, high] with the unit cells 0..count-1."""
     cells = torch.arange(count, device=low.device, dtype=low.dtype)
     overlap = torch.minimum(high[:, None], cells + 1) - torch.maximum(low[:, None], cells)
     return overlap.clamp(0.0, 1.0)
 
 
 def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """First True index and one past the last, along dimension 1 of (K, L); 0 and 0 if none."""
+    """First True index along dimension 1 of (K, L) and one past the last; 0 and 0 if none is."""
     length = occupied.shape[1]
     some = occupied.any(dim=1)
     first = occupied.to(torch.uint8).argmax(dim=1)
@@ -155,12 +168,12 @@ def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
     return first * some, last * some
 
 
-# A black pixel after normalisation.
+# RGB of a black pixel after ImageNet normalisation.
 BLACK = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 
 
 class Surroundings(nn.Module):
-    """Features pooled around a box and, by option, inside it, and the box's position and size.
+    """Describe the surroundings of a box by pooled features and the box's position and size.
 
     Args:
         channels: Channels of each map.
@@ -168,11 +181,12 @@ class Surroundings(nn.Module):
         margins: Thickness of each ring around the box, as a fraction of the box's width and height.
         min_ring: Smallest thickness of a ring, pixels.
         scene: Whether to pool the whole image outside the box.
-        inside: Whether to pool the box itself, which is the hidden region for a teacher.
-        geometry: Whether to append the box's position and size.
+        inside: Whether to pool the inside of the box, too. In the input of a context teacher this
+            is the hidden region.
+        geometry: Whether to append the box's position and size, see `box_geometry`.
 
     Attributes:
-        width: Length of the output.
+        width: Length of the output vector of a box.
     """
 
     scale: Tensor
@@ -204,12 +218,12 @@ class Surroundings(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Read the surroundings (K, width) of each box.
+        """Compute the description (K, width) of each box's surroundings.
 
         Args:
-            maps: (N, C, h, w) each.
+            maps: One feature map (N, C, h, w) per stride.
             boxes: (K, 4) xyxy pixels.
-            image_of: The image of each box, (K,).
+            image_of: Index of the image that contains each box, (K,).
             extents: Width and height of each image without padding, (N, 2).
         """
         ends = extents[image_of].to(boxes.dtype)  # (K, 2)
@@ -226,8 +240,8 @@ class Surroundings(nn.Module):
             weights = [(coverage(ring, grid, stride) - box).clamp(min=0.0) for ring in rings]
             weights += [(whole - box).clamp(min=0.0)] if self.scene else []
             weights += [box] if self.inside else []
-            # Nothing surrounds a box over the whole image. A tiny weight, elsewhere lost in
-            # rounding, makes that box fall back to the image.
+            # If a box covers the whole image, nothing surrounds it and all weights are 0. The tiny
+            # weight makes such a box use the mean over the image; elsewhere it is lost in rounding.
             bags = torch.cat([weight + 1e-12 * whole for weight in weights])
             rows = masked_pool(features, bags, image_of.repeat(len(weights)))
             by_bag = rows.unflatten(0, (len(weights), len(boxes)))
@@ -240,9 +254,10 @@ class Surroundings(nn.Module):
 
 
 def image_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
-    """Width and height (N, 2) of images (N, 3, H, W) without padding at the right and lower edge.
+    """Find the width and height (N, 2) of images (N, 3, H, W) without their padding.
 
-    `padding` is the colour of padded pixels, black by default.
+    Images are padded at the right and at the bottom. `padding` is the RGB value of padded pixels,
+    by default that of a black pixel.
     """
     colour = images.new_tensor(padding).view(1, 3, 1, 1)
     drawn = ((images - colour).abs() > 1e-3).any(dim=1)  # (N, H, W)
@@ -252,10 +267,11 @@ def image_extents(images: Tensor, padding: Sequence[float] = BLACK) -> Tensor:
 
 
 def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
-    """Normalise rows (K, C) by a batch norm without weights and clamp them to 8 deviations.
+    """Normalise rows (K, C) by a batch norm without weights and clamp the result to -8..8.
 
-    A single row has no deviation: in training it is normalised by the running statistics, too, and
-    does not update them. The result has the statistics' type, also under autocast.
+    The standard deviation of a single row is not defined. Such a row is normalised by the running
+    statistics even in training, and does not update them. The result has the dtype of the running
+    statistics, also under autocast.
     """
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
@@ -268,10 +284,15 @@ def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
 
 
 def log_prior(what: str, num_classes: int, prior: Sequence[float] | Tensor | None) -> Tensor:
-    """Logarithms of the classes' probabilities (C,), normalised; uniform by default.
+    """Normalise class probabilities and return their logarithms (C,).
+
+    Args:
+        what: Prefix of error messages.
+        num_classes: Number of classes, C.
+        prior: Probability of each class, (C,); None for a uniform distribution.
 
     Raises:
-        UserError: `prior` does not hold C numbers above 0; `what` begins the message.
+        UserError: `prior` does not have C values above 0.
     """
     given = torch.as_tensor([1.0] * num_classes if prior is None else prior, dtype=torch.float32)
     if given.shape != (num_classes,) or not bool((given > 0).all()):

@@ -1,7 +1,8 @@
 """Decoders from features to saliency maps, shared by teachers and students.
 
-A saliency map holds logits, (N, 1, H, W), at the image's size. Images are padded at the right and
-at the bottom with 0, the mean colour, to multiples of the trunk's stride; the output is cropped.
+The output is a map of logits (N, 1, H, W) at the image's size. Images are padded at the right and
+at the bottom to multiples of the trunk's stride, with 0, which is the mean colour after
+normalisation. The output is cropped accordingly.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ WIDTHS = (256, 128, 64, 32, 16)
 
 
 def padded(images: Tensor, stride: int) -> Tensor:
-    """Images (N, C, H, W) zero-padded at the right and at the bottom to multiples of the stride."""
+    """Pad images (N, C, H, W) with 0 at the right and at the bottom to multiples of the stride."""
     height, width = images.shape[2:]
     return F.pad(images, (0, -width % stride, 0, -height % stride))
 
 
 def enlarged(maps: Tensor, scale: int) -> Tensor:
-    """(N, C, h, w) to (N, C, scale h, scale w), bilinear."""
+    """Resize maps (N, C, h, w) to (N, C, scale * h, scale * w) by bilinear interpolation."""
     if scale == 1:
         return maps
     return F.interpolate(maps, scale_factor=float(scale), mode="bilinear", align_corners=False)
@@ -35,7 +36,7 @@ def enlarged(maps: Tensor, scale: int) -> Tensor:
 class LogitMap(nn.Module):
     """The last layer: a 3x3 convolution to one channel, in full precision also under autocast.
 
-    Small differences matter in a softmax over all pixels of an image.
+    Half precision would be too coarse, since the loss is a softmax over all pixels of an image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -43,17 +44,24 @@ class LogitMap(nn.Module):
         self.conv = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, maps: Tensor, *, whole: torch.Size, size: torch.Size) -> Tensor:
-        """Maps to logits (N, 1, H, W): resized to the padded image's size `whole`, then cropped."""
+        """Map features (N, C, h, w) to logits (N, 1, *size).
+
+        Args:
+            maps: Features.
+            whole: Height and width of the padded images, to which the logits are resized.
+            size: Height and width of the images without padding, to which the logits are cropped.
+        """
         with torch.autocast(maps.device.type, enabled=False):
             logits: Tensor = self.conv(wide(maps))
-        # The map is smaller for a coarser network, or a trunk that loses a border.
+        # The logits are smaller than the image if the stride exceeds the decoder's up-sampling, or
+        # if the trunk loses a border.
         return resized(logits, whole)[:, :, : size[0], : size[1]]
 
 
 class NormedDecoder(nn.Sequential):
-    """Five stages of 256, 128, 64, 32 and 16 channels, each of which doubles the size.
+    """Five stages of 256, 128, 64, 32 and 16 channels, each of which doubles height and width.
 
-    For a trunk of a stride below 32 the first stages keep the size.
+    For a trunk with a stride below 32 the first stages leave the size unchanged.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -78,13 +86,16 @@ class Stage(nn.Module):
         self.block = block(inputs, outputs, 3)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, inputs, h, w) to (N, outputs, scale h, scale w)."""
+        """Map (N, inputs, h, w) to (N, outputs, scale * h, scale * w)."""
         result: Tensor = self.block(enlarged(maps, self.scale))
         return result
 
 
 class PlainDecoder(nn.Module):
-    """MSI-Net's decoder: 3 stages of up-sampling by 2, 3x3 conv to half the channels, and ReLU."""
+    """MSI-Net's decoder, of three stages.
+
+    Each stage up-samples by 2, halves the channels by a 3x3 convolution, and applies a ReLU.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,7 +107,7 @@ class PlainDecoder(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, channels, h, w) to (N, channels / 8, 8 h, 8 w)."""
+        """Map (N, channels, h, w) to (N, channels / 8, 8 * h, 8 * w)."""
         for conv in self.stages:
             maps = conv(enlarged(maps, 2)).relu()
         return maps
@@ -107,7 +118,8 @@ class ContextPyramid(nn.Module):
 
     Chen et al., 2017, https://arxiv.org/abs/1706.05587; Kroner et al., 2020,
     https://arxiv.org/abs/1902.06634. A 1x1 convolution, a 3x3 convolution for each dilation, and
-    the mean over the image, each of `width` channels, are concatenated and reduced to `width`.
+    a 1x1 convolution of the mean over the image have `width` channels each. They are concatenated
+    and reduced to `width` channels.
     """
 
     def __init__(
@@ -122,7 +134,7 @@ class ContextPyramid(nn.Module):
         self.join = nn.Conv2d((2 + len(dilations)) * width, width, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, channels, h, w) to (N, width, h, w)."""
+        """Map (N, channels, h, w) to (N, width, h, w)."""
         near = [branch(maps).relu() for branch in (self.here, *self.around)]
         whole = self.whole(maps.mean(dim=(2, 3), keepdim=True)).relu()  # (N, width, 1, 1)
         everything = torch.cat([*near, whole.expand_as(near[0])], dim=1)

@@ -1,4 +1,7 @@
-"""Layers of a transformer whose queries attend to the tokens of a scene, each with its own mask."""
+"""Layers of the scene transformer: hidden objects attend to the tokens of their scene.
+
+Each hidden object is a query with a separate mask over the tokens. A scene is one image.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from torch import Tensor, nn
 from kd.errors import UserError
 
 FREQUENCIES = (1.0, 2.0, 4.0, 8.0)
-REACHES = (0.05, 0.15, 0.3, 0.6)  # widths of Gaussians of the distance, in frame units
+# Standard deviations of the Gaussian features of a distance; the frame's long side has length 1.
+REACHES = (0.05, 0.15, 0.3, 0.6)
 _RELATIONS = 6 + len(REACHES)
 _SMALLEST = 1e-3
 
 
 def place_features(boxes: Tensor) -> Tensor:
-    """Fourier features of boxes (..., 4), xyxy in units of the frame's long side.
+    """Compute Fourier features (..., PLACE_FEATURES) of the positions and sizes of boxes (..., 4).
 
-    Tancik et al., 2020, https://arxiv.org/abs/2006.10739.
+    Boxes are xyxy in units of the frame's long side. Tancik et al., 2020,
+    https://arxiv.org/abs/2006.10739.
     """
     centre, sides = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
     plain = torch.cat([centre, sides], dim=-1)
@@ -31,7 +36,12 @@ PLACE_FEATURES = 6 + 8 * len(FREQUENCIES)
 
 
 def relations(queries: Tensor, tokens: Tensor) -> Tensor:
-    """Relative positions (K, T, 10) of tokens (K, T, 4) to queries (K, 4); boxes in frame units."""
+    """Compute the positions (K, T, 10) of tokens relative to queries.
+
+    The features are the offset, log ratio of sides, distance, fraction of the token's box that the
+    query's box covers, and Gaussians of the distance. Boxes of queries (K, 4) and of tokens
+    (K, T, 4) are xyxy in units of the frame's long side.
+    """
     own = queries[:, None]
     centre, sides = (tokens[..., :2] + tokens[..., 2:]) / 2, tokens[..., 2:] - tokens[..., :2]
     middle, extent = (own[..., :2] + own[..., 2:]) / 2, own[..., 2:] - own[..., :2]
@@ -47,16 +57,21 @@ def relations(queries: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Positions of M objects or queries in a padded batch of N scenes with T slots each."""
+    """Positions of M objects or queries in a padded batch of N scenes with T slots each.
 
-    slots: Tensor  # (M,) index into N x T
+    `put` and `take` convert between a list of M values and the padded batch.
+    """
+
+    slots: Tensor  # (M,) index into the N * T slots
     shape: tuple[int, int]  # N, T
 
     @classmethod
     def of(cls, scenes: Tensor, count: int = 0) -> Rows:
-        """Assign slots, given the scene of each row, (M,) in any order.
+        """Assign a slot to each object or query.
 
-        `count` is a lower bound of N: the last scenes may be empty.
+        Args:
+            scenes: Index of the scene that each object or query belongs to, (M,), in any order.
+            count: Lower bound of N, because the last scenes may have no object.
         """
         counts = torch.bincount(scenes, minlength=count)
         most = int(counts.max()) if len(counts) else 0
@@ -68,39 +83,39 @@ class Rows(NamedTuple):
         return cls(slots, (len(counts), most))
 
     def put(self, values: Tensor) -> Tensor:
-        """Values (M, ...) to (N, T, ...), padded with 0."""
+        """Arrange values (M, ...) as a batch (N, T, ...), padded with 0."""
         places = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         filled: Tensor = places.index_copy(0, self.slots, values).unflatten(0, self.shape)
         return filled
 
     def take(self, groups: Tensor) -> Tensor:
-        """Groups (N, T, ...) to values (M, ...), the inverse of `put`."""
+        """Select the values (M, ...) from a batch (N, T, ...); the inverse of `put`."""
         return groups.flatten(0, 1)[self.slots]
 
 
 class Tokens(NamedTuple):
-    """T tokens of each of N scenes, and which of them K queries may read."""
+    """T tokens for each of N scenes, and which of them each of K queries may attend to."""
 
     tokens: Tensor  # (N, T, D)
-    lie: Tensor  # (K, T, 10), `relations` to the tokens of each query's scene
-    seen: Tensor  # (K, T) bool, the tokens that a query may read, possibly none
-    queries: Rows  # the scene of each query
+    lie: Tensor  # (K, T, 10), `relations` of each query to the tokens of its scene
+    seen: Tensor  # (K, T) bool, the tokens that a query may attend to, possibly none
+    queries: Rows  # positions of the queries in the batch of scenes
 
 
 class Reader(nn.Module):
-    """Attention of queries to tokens, with relative positions, and a feed-forward layer.
+    """Transformer layer: queries attend to tokens by content and relative position.
 
-    Tokens do not attend to each other, so a masked token cannot reach a query indirectly, and all
-    queries, each with its own mask, are computed in one pass. As in the disentangled context
-    transformer (Kasai et al., 2020, https://arxiv.org/abs/2001.05136), with boxes in place of
-    positions in a sentence.
+    A feed-forward layer follows the attention. Tokens do not attend to each other, so a masked
+    token cannot influence a query indirectly, and all queries are computed in one pass, each with a
+    separate mask. The design is that of the disentangled context transformer (Kasai et al., 2020,
+    https://arxiv.org/abs/2001.05136), with boxes in place of positions in a sentence.
 
     Args:
-        width: Length of queries and tokens.
+        width: Length of queries and tokens, D.
         heads: Number of attention heads; must divide `width`.
-        dropout: Dropout after attention and in the feed-forward layer.
-        attention: `softmax`; or `sigmoid`, whose weights do not compete, so that evidence adds up
-            (Ramapuram et al., 2024, https://arxiv.org/abs/2409.04431).
+        dropout: Dropout probability after attention and in the feed-forward layer.
+        attention: `softmax`; or `sigmoid`, whose weights do not sum to 1, so that the evidence of
+            several tokens adds up (Ramapuram et al., 2024, https://arxiv.org/abs/2409.04431).
     """
 
     def __init__(
@@ -120,16 +135,16 @@ class Reader(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
         )
         self.drop = nn.Dropout(dropout)
-        if attention == "sigmoid":  # initial weights sum to about 1
+        if attention == "sigmoid":  # so that the initial attention weights sum to about 1
             nn.init.constant_(self.bias.bias, -2.0)
 
     def forward(self, queries: Tensor, source: Tokens) -> Tensor:
-        """Queries (K, D) and tokens to queries (K, D)."""
+        """Update queries (K, D) by attention to the tokens of their scenes."""
         heads, width, rows = self.heads, queries.shape[1] // self.heads, source.queries
         wanted = self.query(self.before(queries)).unflatten(1, (heads, width))
         keys = self.key(source.tokens).unflatten(2, (heads, width))
         values = self.value(source.tokens).unflatten(2, (heads, width))
-        # q (k + A lie) = q k + (q A) lie: relative positions need no tensor of (K, T, D).
+        # By q (k + A lie) = q k + (q A) lie, relative positions need no tensor of shape (K, T, D).
         turned, shift = _per_head(self.lie_key, heads)
         scores = rows.take(torch.einsum("nqhd,nthd->nqth", rows.put(wanted), keys))
         lying = torch.einsum("khd,hdr->khr", wanted, turned)
@@ -147,34 +162,39 @@ class Reader(nn.Module):
         return thought
 
     def _weights(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """Weights (K, T, h) of scores (K, T, h), 0 for masked tokens."""
+        """Attention weights (K, T, heads) from scores (K, T, heads), 0 for masked tokens."""
         if self.attention == "sigmoid":
             return scores.sigmoid() * seen[:, :, None]
-        # With an additional empty token, so that a query may attend to nothing.
+        # An additional empty token with a score of 0 allows a query to attend to nothing.
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
         nothing = scores.new_zeros(len(scores), 1, self.heads)
         return torch.cat([scores, nothing], dim=1).softmax(dim=1)[:, :-1]
 
 
 def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
-    """Weight (h, D/h, inputs) and bias (h, D/h) of a layer, split by attention head."""
+    """Split the weight (D, inputs) and bias (D,) of a layer by attention head, h.
+
+    Returns:
+        Weight (h, D/h, inputs) and bias (h, D/h).
+    """
     return linear.weight.unflatten(0, (heads, -1)), linear.bias.unflatten(0, (heads, -1))
 
 
 class Patches(nn.Module):
-    """Tokens of an image's square patches, with a small receptive field.
+    """Convert an image's square patches to tokens that have a small receptive field.
 
-    A token depends on patches up to `reach` away, so one pass over the whole image serves all
-    hidden regions: queries for a region mask the tokens that depend on it, see `touched`. Norms are
-    over the channels of a patch, since other norms would depend on the whole image.
+    A token depends on patches at most `reach` patches away. So one pass over the whole image serves
+    all hidden regions: the query for a region masks the tokens that depend on the region, see
+    `touched`. Norms are over the channels of one patch, since other norms would make each token
+    depend on the whole image.
 
     Args:
-        width: Length of a token.
+        width: Length of a token, D.
         patch: Side of a patch, pixels.
         reach: Number of 3x3 convolutions over the patches.
 
     Raises:
-        UserError: An option out of range.
+        UserError: An option is out of range.
     """
 
     def __init__(self, width: int, *, patch: int, reach: int) -> None:
@@ -198,7 +218,7 @@ class Patches(nn.Module):
         self.end = _PlaceNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to maps (N, D, ceil(H / patch), ceil(W / patch))."""
+        """Map images (N, 3, H, W) to tokens (N, D, ceil(H / patch), ceil(W / patch))."""
         height, width = images.shape[2:]
         padded = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         maps = self.start(self.stem(padded))
@@ -208,7 +228,14 @@ class Patches(nn.Module):
         return ended
 
     def touched(self, regions: Tensor) -> Tensor:
-        """Tokens (K, h, w) bool that depend on any pixel of regions (K, H, W)."""
+        """Mark the tokens that depend on any pixel of a region.
+
+        Args:
+            regions: Masks of the regions, bool (K, H, W).
+
+        Returns:
+            (K, h, w) bool on the grid of the tokens.
+        """
         height, width = regions.shape[1:]
         padded = F.pad(regions.float(), (0, -width % self.patch, 0, -height % self.patch))
         hit = F.max_pool2d(padded[:, None], self.patch)
@@ -230,10 +257,14 @@ class _PlaceNorm(nn.Module):
 
 
 def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor) -> Tensor:
-    """Boxes (h * w, 4) of the cells of an h x w grid, in units of the frame's long side.
+    """Compute the boxes (h * w, 4) of the cells of an h x w grid.
 
-    `frame` is the height and width that the grid covers, in these units. Boxes have the type and
-    device of `like`.
+    The unit is the frame's long side.
+
+    Args:
+        grid: h, w.
+        frame: Height and width of the area that the grid covers, in units of the frame's long side.
+        like: Tensor with the dtype and device of the result.
     """
     rows = torch.arange(grid[0], device=like.device, dtype=like.dtype) * (frame[0] / grid[0])
     columns = torch.arange(grid[1], device=like.device, dtype=like.dtype) * (frame[1] / grid[1])
@@ -242,25 +273,27 @@ def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor)
     return torch.stack(boxes, dim=-1).flatten(0, 1)
 
 
-# Initial evidence is scaled down: a random early choice of scene types is hard to unlearn.
+# Factor for the initial evidence weights: with large random weights, training would commit early to
+# random scene types, which are hard to unlearn.
 _INITIAL_SCALE = 0.2
 _NAMES_STD = 0.5
-_NEVER = -1e4  # log odds of a dropped type; finite, in case all types are dropped
+_NEVER = -1e4  # log odds of a dropped type; not -inf, because all types may be dropped at once
 
 
 class SceneKinds(nn.Module):
     """Mixture over latent scene types, `p(c | rest) = sum_k p(k | rest) p(c | k, box, rest)`.
 
-    Visible objects add evidence for each type, `log p(k | rest) = b_k + sum_j e_k(class_j, box_j) +
-    const`; each type has a class distribution of its own, by position. Types are latent and learned
-    from co-occurrence (latent class analysis, Lazarsfeld and Henry, 1968; the output layer is a
-    mixture of softmaxes, Yang et al., 2018, https://arxiv.org/abs/1711.03953). A few thousand
-    scenes suffice, while attention alone needs many more to learn to multiply evidence.
+    Each visible object j adds evidence for each type k: `log p(k | rest) = b_k + sum_j e_k(class_j,
+    box_j) + const`. Each type has a separate class distribution, which depends on the box. Types
+    are latent and learned from co-occurrence (latent class analysis, Lazarsfeld and Henry, 1968;
+    the output layer is a mixture of softmaxes, Yang et al., 2018,
+    https://arxiv.org/abs/1711.03953). A few thousand scenes are enough to train this mixture, while
+    attention alone needs many more to learn that evidence multiplies.
 
     Args:
-        num_classes: C.
+        num_classes: Number of classes, C.
         width: Width of the hidden layers.
-        kinds: Number of types; too many do no harm.
+        kinds: Number of scene types; more types than needed do no harm.
         dropout: Fraction of the types dropped in training, so that no type is indispensable.
     """
 
@@ -280,20 +313,25 @@ class SceneKinds(nn.Module):
             last.weight.mul_(_INITIAL_SCALE)
 
     def evidence(self, classes: Tensor, boxes: Tensor) -> Tensor:
-        """Evidence (M, kinds), log odds, of objects by class (M,) and box (M, 4)."""
+        """Compute the evidence (M, kinds), in log odds, of objects for each scene type.
+
+        `classes` is (M,); `boxes` is (M, 4), in units of the frame's long side.
+        """
         place = self.place(place_features(boxes))
         evidence: Tensor = self.speak(torch.cat([self.names(classes), place], dim=1))
         return evidence
 
     def forward(self, hidden: Tensor, others: Tokens, logits: Tensor) -> Tensor:
-        """Log-probabilities (K, C).
+        """Compute class log-probabilities (K, C) of the hidden objects.
 
         Args:
-            hidden: Boxes of the hidden objects, (K, 4).
-            others: `evidence` as tokens, with the mask of each hidden object.
-            logits: Logits common to all types, (K, C).
+            hidden: Boxes of the hidden objects, (K, 4), in units of the frame's long side.
+            others: Tokens that are the `evidence` of all objects; `others.seen` selects the visible
+                objects for each hidden object.
+            logits: Class logits that are added for all types alike, (K, C).
         """
-        # Sum over the visible objects directly: subtracting masked ones from a total would round.
+        # Sum over the visible objects directly, because subtracting the masked objects from a total
+        # would add rounding errors.
         seen = others.queries.put(others.seen.to(others.tokens.dtype))
         votes = others.queries.take(torch.einsum("nqt,ntk->nqk", seen, others.tokens))
         kind = votes + self.often

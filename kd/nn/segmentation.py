@@ -1,7 +1,8 @@
-"""Segmentation by pyramid pooling on any trunk, torchvision's networks, and averages over scales.
+"""Segmentation networks: PSPNet on any trunk, torchvision's networks, and multi-scale averages.
 
-PSPNet (Zhao et al., 2017, https://arxiv.org/abs/1612.01105) as in structured distillation (Liu et
-al., 2019, https://arxiv.org/abs/1903.04197): the head has a quarter of the trunk's channels.
+PSPNet (Zhao et al., 2017, https://arxiv.org/abs/1612.01105) is built as in structured distillation
+(Liu et al., 2019, https://arxiv.org/abs/1903.04197): its head has a quarter of the trunk's
+channels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kd.registry import look_up, with_options
 
 
 def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
-    """Convolution, batch norm and ReLU at stride 1."""
+    """Build a block of a convolution with stride 1, batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -31,10 +32,11 @@ def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
 
 
 class PyramidPooling(nn.Module):
-    """Average pooling to grids of `bins` x `bins` cells, concatenated with the map itself.
+    """Average pooling to several coarse grids, concatenated with the input and reduced.
 
-    With a grid of one cell, training needs at least two images per batch: batch norm cannot learn
-    from a single value.
+    `bins` are the numbers of cells along each side of these grids. With a grid of one cell,
+    training needs at least two images per batch, because batch norm cannot normalise a single
+    value.
     """
 
     def __init__(self, channels: int, width: int, *, bins: Sequence[int], dropout: float) -> None:
@@ -46,7 +48,7 @@ class PyramidPooling(nn.Module):
         self.drop = nn.Dropout2d(dropout)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, channels, h, w) to (N, width, h, w)."""
+        """Map (N, channels, h, w) to (N, width, h, w)."""
         size = maps.shape[2:]
         pooled = [resized(stage(maps), size) for stage in self.stages]
         joined: Tensor = self.drop(self.join(torch.cat([maps, *pooled], dim=1)))
@@ -54,7 +56,9 @@ class PyramidPooling(nn.Module):
 
 
 class PSPNet(nn.Module):
-    """A trunk, pyramid pooling and a classifier; in training also one on an earlier feature map.
+    """A trunk, pyramid pooling and a classifier.
+
+    In training there is by option an auxiliary classifier on an earlier feature map.
 
     Attributes:
         stride: Pixels per cell of the logits.
@@ -85,11 +89,11 @@ class PSPNet(nn.Module):
             )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) to logits.
+        """Map normalised images (N, 3, H, W) to logits.
 
         Returns:
-            `logits` (N, C, H/stride, W/stride); in training also `auxiliary`, on the earlier map's
-            grid.
+            `logits` (N, C, H/stride, W/stride). In training, with an auxiliary classifier, also
+            `auxiliary` (N, C, h, w), logits on the grid of the earlier map.
         """
         if not self.training or self.auxiliary is None:
             return {"logits": self.classifier(self.pyramid(self.trunk(images)))}
@@ -103,12 +107,13 @@ class PSPNetOptions(NetworkOptions):
     """Options of `pspnet`.
 
     Attributes:
-        stride: Pixels per cell of the trunk's output; later steps are dilated.
-        head: Channels of the pyramid's and the auxiliary head's maps; a quarter of the trunk's by
-            default.
-        bins: Sides of the pooled grids.
+        stride: Pixels per cell of the trunk's output. The convolutions of later steps are dilated
+            instead of strided.
+        head: Channels of the maps in pyramid pooling and in the auxiliary classifier; by default a
+            quarter of the trunk's channels.
+        bins: Number of cells along each side of the pooled grids.
         dropout: Probability of dropping a channel before each classifier.
-        auxiliary: Whether to train a second classifier on an earlier map.
+        auxiliary: Whether to train an auxiliary classifier on an earlier map.
     """
 
     stride: int = 8
@@ -123,8 +128,8 @@ def pspnet(num_classes: int, options: PSPNetOptions) -> PSPNet:
     """Build PSPNet on any trunk: 70 M parameters on resnet101, 13 M on resnet18.
 
     Raises:
-        UserError: An option out of range, a trunk that cannot be built, or a file that does not
-            fit.
+        UserError: An option is out of range, the trunk cannot be built, or the file does not fit
+            the network.
     """
     bins, dropout, head = options.bins, options.dropout, options.head
     if not bins or min(bins) < 1:
@@ -142,14 +147,14 @@ def pspnet(num_classes: int, options: PSPNetOptions) -> PSPNet:
 
 
 NAMES = tuple(models.list_models(module=models.segmentation))
-# Networks with logits of another stride than 8.
+# Strides of the logits, for networks where it is not 8.
 STRIDES = {"deeplabv3_mobilenet_v3_large": 16}
 
 
 class PublishedNet(nn.Module):
-    """One of torchvision's networks without its last step, the up-sampling to the image's size.
+    """A segmentation network of torchvision without the final up-sampling to the image's size.
 
-    Children keep torchvision's names, so that files of torchvision's weights load.
+    The children have the same names as in torchvision, so that its weight files can be loaded.
 
     Attributes:
         stride: Pixels per cell of the logits.
@@ -163,14 +168,14 @@ class PublishedNet(nn.Module):
         self.aux_classifier = parts.get("aux_classifier")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) to logits.
+        """Map normalised images (N, 3, H, W) to logits.
 
         Returns:
-            `logits` (N, C, H/stride, W/stride). In training also `auxiliary` (N, C, h, w), if built
-            with it: on a finer grid for MobileNet, else on the same.
+            `logits` (N, C, H/stride, W/stride). In training, with an auxiliary classifier, also
+            `auxiliary` (N, C, h, w), logits on the same grid, or on a finer one for MobileNet.
         """
         maps = self.backbone(images)
-        # LR-ASPP's classifier takes both of its maps.
+        # LR-ASPP's classifier takes the dict of both maps, which has no "out".
         output = {"logits": self.classifier(maps.get("out", maps))}
         if self.training and self.aux_classifier is not None:
             output["auxiliary"] = self.aux_classifier(maps["aux"])
@@ -185,20 +190,22 @@ def torchvision_net(
     auxiliary: bool = False,
     file: str | None = None,
 ) -> PublishedNet:
-    """Build a segmentation network of torchvision; DeepLab's training needs 2 images per batch.
+    """Build a segmentation network of torchvision.
+
+    To train DeepLab, a batch must have at least two images.
 
     Args:
-        num_classes: C.
+        num_classes: Number of classes, C.
         name: deeplabv3_*, fcn_* or lraspp_*, see `NAMES`.
-        weights: The backbone's weights: "imagenet" for torchvision's own, downloaded into torch's
-            hub cache; a file of such weights; or null for random ones.
-        auxiliary: Whether to train a second classifier on an earlier map; not for LR-ASPP.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then
-            ignored.
+        weights: Weights of the backbone: "imagenet" for torchvision's, downloaded into torch's hub
+            cache; a file with weights of the same network; or null for random weights.
+        auxiliary: Whether to train an auxiliary classifier on an earlier map; not for LR-ASPP.
+        file: File with weights of the whole network, see `kd.nn.weights.load_network`. `weights` is
+            then ignored.
 
     Raises:
-        UserError: Unknown name, an auxiliary classifier of LR-ASPP, or weights that cannot be
-            downloaded or do not fit.
+        UserError: The name is unknown, an auxiliary classifier is requested for LR-ASPP, or the
+            weights cannot be downloaded or do not fit.
     """
     look_up(dict.fromkeys(NAMES), name, what="torchvision segmentation network")
     options: dict[str, Any] = {"aux_loss": auxiliary}
@@ -218,19 +225,21 @@ def torchvision_net(
     return network
 
 
-MULTIPLE = 16  # sides of rescaled images are multiples of this
+MULTIPLE = 16  # height and width of rescaled images are rounded to multiples of this, pixels
 
 
 class MultiScale(nn.Module):
-    """Average a network's class distributions over scales and mirrored images.
+    """Average a network's class distributions over rescaled and mirrored copies of the images.
 
     Args:
-        model: Maps images (N, 3, H, W) to logits (N, C, h, w), or a dict with `logits`.
-        scales: Factors on the image's sides; rescaled sides are rounded to multiples of 16 pixels.
-        mirror: Whether to evaluate each scale also on the image mirrored left to right.
+        model: Network that maps images (N, 3, H, W) to logits (N, C, h, w), or to a dict with
+            `logits`.
+        scales: Factors by which height and width are multiplied. The rescaled sides are rounded to
+            multiples of 16 pixels.
+        mirror: Whether to evaluate each scale on the mirrored images, too.
 
     Raises:
-        UserError: No scale, a scale that is not above 0, or one that is given twice.
+        UserError: There is no scale, a scale is not above 0, or a scale is given twice.
     """
 
     def __init__(
@@ -242,11 +251,15 @@ class MultiScale(nn.Module):
         if wrong := [scale for scale in scales if not 0 < scale < float("inf")]:
             raise UserError(f"scales must be above 0, got {wrong[0]}")
         self.model, self.mirror = model, mirror
-        # The scale nearest to 1 comes first: it determines the grid of the output.
+        # The scale nearest to 1 comes first, because it determines the grid of the output.
         self.scales = tuple(sorted(scales, key=lambda scale: abs(scale - 1)))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) to `logits` (N, C, h, w), the log of the mean, on scale 1's grid."""
+        """Map images (N, 3, H, W) to the logarithm of the mean class distribution.
+
+        Returns:
+            `logits` (N, C, h, w), on the grid that the network has for images at scale 1.
+        """
         total: Tensor | None = None
         grid: tuple[int, int] | None = None
         for scale in self.scales:
@@ -269,7 +282,7 @@ class MultiScale(nn.Module):
 
 
 def _sides(images: Tensor, scale: float) -> tuple[int, int]:
-    """Height and width at a scale; at scale 1 those of the images, unrounded."""
+    """Height and width of rescaled images; at scale 1 they are not rounded."""
     height, width = images.shape[-2:]
     if scale == 1:
         return height, width
@@ -278,7 +291,13 @@ def _sides(images: Tensor, scale: float) -> tuple[int, int]:
 
 
 def _grid(images: Tensor, seen: Tensor, logits: Tensor) -> tuple[int, int]:
-    """Height and width of the logits at scale 1, from those for the rescaled images `seen`."""
+    """Infer height and width of the logits at scale 1.
+
+    Args:
+        images: The images at scale 1.
+        seen: The rescaled images.
+        logits: The network's output for the rescaled images.
+    """
     own, scaled, out = (part.shape[-2:] for part in (images, seen, logits))
     height, width = (max(1, round(own[side] * out[side] / scaled[side])) for side in (0, 1))
     return height, width

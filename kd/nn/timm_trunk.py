@@ -1,7 +1,7 @@
 """Any model of timm as a feature trunk.
 
-timm is imported only when a trunk is built. timm's code is under Apache-2.0; each file of weights
-has a licence of its own, named in `pretrained_cfg`; some are for non-commercial use only.
+timm is imported only when a trunk is built. The code of timm is under Apache-2.0. Each file of
+weights has a separate licence, named in `pretrained_cfg`; some are for non-commercial use only.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 log = logging.getLogger(__name__)
 
 PREFIX = "timm/"
-# Options by which timm's transformers accept images of any size; each family has one of them.
+# Options of timm that make a transformer accept images of any size. Each family of transformers
+# supports at most one of them.
 _ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
-_ODD = (97, 129)  # sides of the image that tests whether a network accepts any size
+_ODD = (97, 129)  # height and width of the image that tests whether a network accepts any size
 
 
 class TimmTrunk(Trunk):
-    """timm's feature extractor of a model, `timm.create_model(..., features_only=True)`.
+    """A trunk on timm's feature extractor, `timm.create_model(..., features_only=True)`.
 
-    Input images are normalised by ImageNet's mean and deviation; they are renormalised here if the
-    model's weights were trained with others. For networks that accept only multiples of their
-    stride, images are padded at the right and at the bottom with the mean colour.
+    Input images are normalised by ImageNet's mean and standard deviation. They are renormalised
+    here if the model was trained with another mean or standard deviation. If a network accepts only
+    multiples of its stride, images are padded at the right and at the bottom with the mean colour.
 
     Args:
-        name: Name in messages.
+        name: Name of the trunk in error messages.
         network: The feature extractor.
-        build: Builds the same extractor with other `out_indices`.
+        build: Function that builds the same extractor with other `out_indices`.
     """
 
     def __init__(self, name: str, network: nn.Module, build: Callable[..., nn.Module]) -> None:
@@ -70,7 +71,7 @@ class TimmTrunk(Trunk):
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
         path, network = "network", self.network
-        if isinstance(getattr(network, "model", None), nn.Module):  # timm's wrapper of transformers
+        if isinstance(getattr(network, "model", None), nn.Module):  # timm wraps transformers
             path, network = "network.model", network.get_submodule("model")
         for name, child in network.named_children():
             if name in ("blocks", "stages") and isinstance(child, nn.Sequential | nn.ModuleList):
@@ -88,7 +89,11 @@ class TimmTrunk(Trunk):
         return [maps[self._paths.index(path)] for path in paths]
 
     def stages(self) -> list[tuple[str, int]]:
-        """Path and channels of each feature map, finest first; of transformers only the last."""
+        """Return path and channels of each feature map, finest first.
+
+        For networks whose maps all have one stride, such as plain transformers, only the last map
+        is returned.
+        """
         if len(set(self._strides)) == 1:
             return [(self._paths[-1], self.channels)]
         return list(zip(self._paths, self._channels, strict=True))
@@ -97,7 +102,7 @@ class TimmTrunk(Trunk):
         return self._paths[self._last[stride]]
 
     def cut(self, until: str) -> None:
-        """Drop all steps after the one of this path, which must be one of `stages`."""
+        """Remove all steps after the step with the path `until`, which must be one of `stages`."""
         paths = [path for path, _ in self.stages()]
         if until not in paths:
             raise UserError(f"{self.name} has no step {until!r}{suggestion(until, paths)}")
@@ -110,7 +115,7 @@ class TimmTrunk(Trunk):
         self._read_shapes()
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """All feature maps, (N, C, h, w)."""
+        """Compute all feature maps of the extractor, (N, C, h, w) each."""
         if self._rescaled and images.shape[1] == 3:
             scale, shift = images.new_tensor(self._scale), images.new_tensor(self._shift)
             images = images * scale.view(1, 3, 1, 1) + shift.view(1, 3, 1, 1)
@@ -124,7 +129,11 @@ class TimmTrunk(Trunk):
         return maps
 
     def _measure_multiple(self) -> int:
-        """1 if the network accepts images of any size, else the stride if it accepts multiples."""
+        """Find which image sizes the network accepts, by trying.
+
+        Returns:
+            1 if it accepts any size, or the stride if it accepts multiples of the stride only.
+        """
         first = next(m for m in self.modules() if isinstance(m, nn.Conv2d))
         images = first.weight.new_zeros(1, first.in_channels, *_ODD)
         for multiple in (1, self.level_strides[-1]):
@@ -150,8 +159,8 @@ def build_timm_trunk(
     stride: int | None = None,
     until: str | None = None,
 ) -> TimmTrunk:
-    """Build the trunk "timm/NAME"; arguments and errors as for `kd.nn.trunk.build_trunk`."""
-    import timm  # here, since it takes seconds
+    """Build the trunk "timm/NAME"; for arguments and errors see `kd.nn.trunk.build_trunk`."""
+    import timm  # not at the top, because importing timm takes seconds
 
     model = name.removeprefix(PREFIX)
     try:
@@ -165,7 +174,7 @@ def build_timm_trunk(
     build = functools.partial(_create, model, in_chans=channels, output_stride=stride)
     try:
         network = build(pretrained=pretrained)
-    except Exception as error:  # timm raises errors of many classes
+    except Exception as error:  # because timm raises errors of many classes
         raise UserError(_refusal(name, error, pretrained=pretrained, stride=stride)) from error
     trunk = TimmTrunk(name, network, build)
     if pretrained:
@@ -183,7 +192,10 @@ def build_timm_trunk(
 
 
 def _create(model: str, *, pretrained: bool = False, **options: Any) -> Any:
-    """Create timm's feature extractor; for plain transformers, of the normalised last tokens."""
+    """Create timm's feature extractor.
+
+    For plain transformers the only map is that of the last tokens after the final norm.
+    """
     import timm
 
     options = {key: value for key, value in options.items() if value is not None}
@@ -205,12 +217,13 @@ def _create(model: str, *, pretrained: bool = False, **options: Any) -> Any:
 
 
 def _refusal(name: str, error: Exception, *, pretrained: bool, stride: int | None) -> str:
-    """The message for an error of timm."""
+    """Write our error message for an error that timm raised while building the network."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if pretrained and not isinstance(error, TypeError | AssertionError):
         return (
             f"weights: imagenet: timm's weights of {name} cannot be downloaded ({reason}). Without "
-            "a connection set weights: FILE, a file of such weights, or weights: null, random ones"
+            "a connection set weights: FILE, to use a file with these weights, or weights: null, "
+            "to start from random weights"
         )
     if stride is not None:
         return f"{name}: cannot keep stride {stride} ({reason}); up-sample the input instead"
@@ -218,7 +231,7 @@ def _refusal(name: str, error: Exception, *, pretrained: bool, stride: int | Non
 
 
 def _step_of(feature: str, steps: Sequence[str]) -> str:
-    """Path of the step that returns or contains timm's feature map of this name."""
+    """Return the path of the step that computes timm's feature map called `feature`."""
 
     def folded(path: str) -> str:
         path = path.removeprefix("network.").removeprefix("model.")

@@ -25,13 +25,20 @@ from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 
 
 def slim(network: nn.Module, width: float, *, what: str) -> None:
-    """Replace every convolution and batch norm, in place, by one with a fraction of the channels.
+    """Replace every convolution and batch norm by one with a fraction of the channels, in place.
 
-    The first convolution keeps its input channels. Convolutions are initialised as in He et al.
-    (2015), https://arxiv.org/abs/1502.01852; linear layers stay, since a trunk does not use them.
+    The number of input channels of the first convolution does not change. Convolutions are
+    initialised as in He et al. (2015), https://arxiv.org/abs/1502.01852. Linear layers are not
+    replaced, since a trunk does not use them.
+
+    Args:
+        network: The network to change.
+        width: Fraction of the channels, above 0.
+        what: Prefix of error messages.
 
     Raises:
-        UserError: Channels do not divide, or other layers depend on a number of channels.
+        UserError: A number of channels times `width` is not an integer, or the network has layers
+            other than convolutions and batch norms that depend on the number of channels.
     """
     image_channels = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
 
@@ -66,16 +73,18 @@ def slim(network: nn.Module, width: float, *, what: str) -> None:
 
 HEADS = frozenset({"avgpool", "classifier", "fc", "head", "heads", "dropout", "flatten", "permute"})
 AUXILIARY = frozenset({"aux1", "aux2", "AuxLogits"})
-CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # whose children are the steps
-PROBE = 896  # side of the image that strides are measured with: large, for unpadded stems
+CONTAINERS = frozenset({"features", "layers", "trunk_output"})  # modules whose children are steps
+# Side of the image that strides are measured with. It is large, so that the border that unpadded
+# stems lose does not matter.
+PROBE = 896
 
 
 class TorchvisionTrunk(Trunk):
     """A torchvision classifier without its pooling and classification layers.
 
-    Children keep torchvision's names, so that files of torchvision's weights load. The output is
-    (N, C, h, w) for all families, Swin and vision transformers included; a tapped step of these
-    gives torchvision's own layout.
+    The children have the same names as in torchvision, so that its weight files can be loaded. The
+    output is (N, C, h, w) for all families, including Swin and vision transformers. If a
+    distillation term reads a step inside a transformer, it gets torchvision's layout.
     """
 
     def __init__(self, name: str, classifier: nn.Module) -> None:
@@ -113,7 +122,10 @@ class TorchvisionTrunk(Trunk):
         return self.forward_at(images, [self.last_step(stride) for stride in self.level_strides])
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps (N, C, h, w) after the steps of these paths; vision transformers have one."""
+        """Compute the maps (N, C, h, w) after the steps with the given paths.
+
+        A vision transformer has only one map, which is returned for every path.
+        """
         if self.tokens:
             return [self._token_grid(images)] * len(paths)
         features = self._to_half_range(images)
@@ -127,9 +139,10 @@ class TorchvisionTrunk(Trunk):
         return [maps[path] for path in paths]
 
     def stages(self, *, first: bool = False) -> list[tuple[str, int]]:
-        """Path and channels of the last step at each stride, finest first.
+        """Return path and channels of the last step at each stride, finest first.
 
-        Strides are those of the network as published, even if some were removed by `stride`.
+        The strides are those of the published network, even if the option `stride` of `build_trunk`
+        removed some of them.
 
         Args:
             first: Return the first step at each stride instead.
@@ -145,7 +158,7 @@ class TorchvisionTrunk(Trunk):
         return {stride: path for path, stride in self.step_strides.items()}[stride]
 
     def measure(self) -> None:
-        """Measure channels and strides after each step by running the trunk on a meta tensor."""
+        """Determine channels and strides after each step by running the trunk on a meta tensor."""
         in_channels = next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
         tensors = itertools.chain(self.named_parameters(), self.named_buffers())
         on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
@@ -159,7 +172,8 @@ class TorchvisionTrunk(Trunk):
         if self.tokens:
             shapes = [last.shape] * len(self.order)
         side, depth = (1, 3) if self.channels_last else (2, 1)
-        # Powers of two except for transformers' patches; unpadded stems lose a border.
+        # Round to powers of two, because unpadded stems lose a border. The patch of a vision
+        # transformer may have any size.
         strides = [
             PROBE // one[side] if self.tokens else 2 ** round(math.log2(PROBE / one[side]))
             for one in shapes
@@ -184,7 +198,7 @@ class TorchvisionTrunk(Trunk):
         self.measure()
 
     def _to_half_range(self, images: Tensor) -> Tensor:
-        """Convert images normalised by ImageNet's mean and deviation to Inception's -1..1."""
+        """Convert images from ImageNet's mean and standard deviation to Inception's range -1..1."""
         if not self.half_range or images.shape[1] != 3:
             return images
         deviation = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
@@ -192,7 +206,7 @@ class TorchvisionTrunk(Trunk):
         return (images * deviation + mean - 0.5) / 0.5
 
     def _token_grid(self, images: Tensor) -> Tensor:
-        """A vision transformer's output tokens as a map (N, D, h, w)."""
+        """Compute the output tokens of a vision transformer, arranged as a map (N, D, h, w)."""
         patches: Tensor = self.get_submodule("conv_proj")(images)  # (N, D, h, w)
         grid = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (N, h*w, D)
@@ -217,26 +231,28 @@ def build_trunk(
 ) -> Trunk:
     """Build a feature trunk.
 
-    Models of a fixed input size are refused. For licences of weights see `kd.nn.timm_trunk`.
+    Models that work at one input size only cannot be trunks. For the licences of timm's weights see
+    `kd.nn.timm_trunk`.
 
     Args:
-        name: A torchvision classifier, resnet50 or torchvision/resnet50, or a model of timm,
-            timm/resnet50.
-        weights: None for random ones; "imagenet" for the library's own, downloaded into its cache;
-            or a file of such weights (.pth, .pt or .safetensors).
+        name: A torchvision classifier, such as resnet50 or torchvision/resnet50, or a model of
+            timm, such as timm/resnet50.
+        weights: None for random weights; "imagenet" for the weights that torchvision or timm
+            provides, downloaded into the library's cache; or a file with weights of the same
+            network (.pth, .pt or .safetensors).
         in_channels: Channels of the images. If it is not 3, the weights of the first convolution
             are summed over RGB or padded with zeros, see `widen_first_convolution`.
         grey: Whether the first channel is a grey image rather than red.
         stride: Largest stride of the output; later steps get stride 1. This shrinks the receptive
-            field: meant for small images and training from scratch.
-        dilate: Keep the receptive field by dilating the convolutions after a removed stride, as
-            pretrained weights need. timm always does.
+            field, so it is meant for small images and training from scratch.
+        dilate: Whether to preserve the receptive field by dilating the convolutions after a removed
+            stride, as pretrained weights require. Trunks of timm are always dilated.
         width: Fraction of the channels of every convolution, for random weights only; not for timm.
         until: Path of the last step to use, such as "layer2"; all steps by default.
 
     Raises:
-        UserError: Unknown name, weights that cannot be downloaded or do not fit, or a stride that
-            the network cannot have.
+        UserError: The name is unknown, the weights cannot be downloaded or do not fit, or the
+            network cannot have the stride.
     """
     if width != 1.0 and weights is not None:
         raise UserError(f"{name}: weights are for the full width; leave out width {width:g}")
@@ -276,7 +292,15 @@ def _classifier(name: str) -> nn.Module:
 
 
 def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
-    """Resize position embeddings (1, 1 + side**2, D), the class token's first, to a grid."""
+    """Resize position embeddings to a grid of h x w patches.
+
+    Args:
+        positions: (1, 1 + side**2, D), with the embedding of the class token first.
+        grid: h, w.
+
+    Returns:
+        (1, 1 + h * w, D).
+    """
     side = round((positions.shape[1] - 1) ** 0.5)
     if tuple(grid) == (side, side):
         return positions
@@ -286,10 +310,11 @@ def _fit_positions(positions: Tensor, grid: torch.Size) -> Tensor:
 
 
 def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
-    """Remove, in place, all strides after the trunk has reached `stride`; see `build_trunk`.
+    """Remove all strides after the trunk has reached `stride`, in place; see `build_trunk`.
 
     Raises:
-        UserError: The trunk has no such stride, or shrinks its maps in a way that cannot be undone.
+        UserError: The trunk does not have this stride, or later steps reduce the map by layers
+            whose stride cannot be removed.
     """
     if stride not in trunk.level_strides:
         known = ", ".join(map(str, trunk.level_strides))
@@ -326,10 +351,13 @@ def keep_stride(trunk: TorchvisionTrunk, stride: int, *, dilate: bool) -> None:
 
 
 def _dilate(step: nn.Module, dilation: int, last: int) -> None:
-    """Dilate a step's convolutions by the product of the strides removed before them.
+    """Dilate a step's convolutions by the product of the strides removed before them, in place.
 
-    `dilation` is the one at the step's input, `last` the one at its output: it bounds the dilation,
-    since strides in parallel branches count once.
+    Args:
+        step: The step to change.
+        dilation: Product of the strides removed before the step.
+        last: Product of the strides removed up to the step's end. No dilation exceeds it, because a
+            stride that occurs in several parallel branches counts only once.
     """
     for module in step.modules():
         if not isinstance(module, nn.Conv2d) or max(module.kernel_size) == 1:
@@ -342,7 +370,10 @@ def _dilate(step: nn.Module, dilation: int, last: int) -> None:
 
 
 def _drop_pooling(trunk: TorchvisionTrunk, path: str) -> None:
-    """Drop a step's pooling of adjacent windows; without it only the grid is finer."""
+    """Remove pooling layers with non-overlapping windows from a step, in place.
+
+    Without them the grid is finer, but nothing else changes.
+    """
     for inner, module in list(trunk.get_submodule(path).named_modules(prefix=path)):
         pools = isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
         if pools and module.kernel_size == module.stride and module.padding in (0, (0, 0)):
@@ -356,13 +387,13 @@ class NetworkOptions:
 
     Attributes:
         trunk: Name of the trunk: resnet50, mobilenet_v2, timm/convnext_tiny, ...
-        weights: The trunk's weights: "imagenet", a file, or null for random ones.
+        weights: Weights of the trunk: "imagenet", a file, or null for random weights.
         width: Fraction of the trunk's channels, for random weights only.
         until: Path of the trunk's last step to use; "features.17" of mobilenet_v2 leaves out the
             widening to 1,280 channels, which only mobilenet_v2's classifier needs.
-        file: Weights of the whole network, a run's folder or a file, see
-            `kd.nn.weights.load_network`; `weights` is then ignored. Detectors also take
-            torchvision's own files.
+        file: Weights of the whole network: a run's folder or a file, see
+            `kd.nn.weights.load_network`. `weights` is then ignored. For detectors this may also be
+            a weight file of torchvision.
     """
 
     trunk: str = "resnet18"
@@ -372,7 +403,7 @@ class NetworkOptions:
     file: str | None = None
 
     def build(self, *, stride: int | None = None, dilate: bool = False) -> Trunk:
-        """Build the trunk."""
+        """Build the trunk with the given output stride, see `build_trunk`."""
         weights = self.weights if self.file is None else None
         return build_trunk(
             self.trunk, weights=weights, stride=stride, dilate=dilate, width=self.width,
@@ -385,13 +416,13 @@ class FreezableOptions(NetworkOptions):
     """Options of networks on a trunk that may be frozen in part.
 
     Attributes:
-        frozen: "all", or the path of the last step of the trunk to freeze.
-        batch_norm_frozen: Whether to freeze all the trunk's batch norms.
+        frozen: "all", or the path of the last step of the trunk to freeze; null freezes no step.
+        batch_norm_frozen: Whether to freeze all batch norms of the trunk.
     """
 
     frozen: str | None = None
     batch_norm_frozen: bool = False
 
     def freeze(self, trunk: Trunk) -> None:
-        """Freeze the trunk by these options."""
+        """Freeze parts of the trunk as these options say, in place."""
         freeze(trunk, self.frozen, self.batch_norm_frozen)

@@ -12,26 +12,26 @@ from kd.errors import UserError
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Convert to float32, except for float64.
+    """Convert a tensor to float32, unless it is float64.
 
-    Half precision is too coarse for many things: bfloat16 cannot resolve 0.1 pixels at 32, nor
+    Half precision is too coarse for coordinates: bfloat16 cannot resolve 0.1 pixels at 32, nor
     whole pixels at 512.
     """
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps (N, C, h, w) bilinearly; maps that have the size are returned as they are."""
+    """Resize maps (N, C, h, w) bilinearly; maps that already have the size are returned as is."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
 class Trunk(nn.Module):
-    """A network from images to feature maps that consists of consecutive steps.
+    """Base class of networks of consecutive steps that map images to feature maps.
 
     Attributes:
-        name: Name in messages.
+        name: Name of the trunk in error messages.
         channels: Channels of the output.
         stride: Pixels per cell of the output.
         level_strides: Strides of the maps of `forward_levels`, finest first.
@@ -45,44 +45,48 @@ class Trunk(nn.Module):
     level_channels: tuple[int, ...]
 
     def steps(self) -> Iterator[tuple[str, nn.Module]]:
-        """Consecutive modules with their paths."""
+        """Yield the path and the module of each step, in order."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, in, H, W) to features (N, channels, H/stride, W/stride)."""
+        """Map images (N, in, H, W) to features (N, channels, H/stride, W/stride)."""
         return self.forward_levels(images)[-1]
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """The last map at each of `level_strides`, finest first; the last of them is the output."""
+        """Compute the last map at each of `level_strides`, finest first.
+
+        The last of these maps is the output of `forward`.
+        """
         raise NotImplementedError
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """The maps (N, C, h, w) after the steps of these paths."""
+        """Compute the maps (N, C, h, w) after the steps with the given paths."""
         raise NotImplementedError
 
     def stages(self) -> list[tuple[str, int]]:
-        """Path and channels of the last step at each stride, finest first.
+        """Return path and channels of the last step at each stride, finest first.
 
-        Strides are those of the network as published, even if some were removed by `stride`.
+        The strides are those of the published network, even if the option `stride` of `build_trunk`
+        removed some of them.
         """
         raise NotImplementedError
 
     def middle(self) -> tuple[str, int]:
-        """Path and channels of the last stage but one, see `stages`."""
+        """Return path and channels of the last stage but one, see `stages`."""
         found = self.stages()
         if len(found) < 2:
             raise UserError(f"{self.name} has feature maps of one stride only, two are needed")
         return found[-2]
 
     def last_step(self, stride: int) -> str:
-        """Path of the last step at one of `level_strides`."""
+        """Return the path of the last step at a stride, which must be one of `level_strides`."""
         raise NotImplementedError
 
     def cut(self, until: str) -> None:
-        """Drop all steps after the one of this path.
+        """Remove all steps after the step with the path `until`, in place.
 
         Raises:
-            UserError: The trunk has no such step.
+            UserError: The trunk has no step with this path.
         """
         raise NotImplementedError
 
@@ -90,12 +94,15 @@ class Trunk(nn.Module):
 class BlindTrunk(Trunk):
     """The first steps of a context teacher as a trunk for RGB images.
 
-    The teacher's fourth input channel, the hidden region, is 0 everywhere: nothing is hidden.
+    The fourth input channel of the teacher, which marks the hidden region, is set to 0 everywhere,
+    because nothing is hidden.
 
     Args:
-        name: Name in messages.
-        steps: Each step with its channels and its stride in pixels, strides in ascending order.
-        see: The teacher's preprocessing of its input (N, 4, H, W).
+        name: Name of the trunk in error messages.
+        steps: For each step the module, its output channels and its stride in pixels. Strides must
+            be in ascending order.
+        see: Function by which the teacher preprocesses its input (N, 4, H, W); None for a teacher
+            without preprocessing.
     """
 
     def __init__(
@@ -130,18 +137,21 @@ class BlindTrunk(Trunk):
 
 
 def rgb_alone(images: Tensor) -> Tensor:
-    """RGB of (N, 4, H, W), for teachers that do not use the fourth channel."""
+    """Select RGB from an input (N, 4, H, W), for teachers that do not use the fourth channel."""
     return images[:, :3]
 
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's grey
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of grey in Pillow and torchvision
 
 
 def grey_and_region(images: Tensor) -> Tensor:
-    """Luma and the region's channel, (K, 2, H, W), of normalised RGB and region, (K, 4, H, W).
+    """Convert normalised RGB and the hidden region's channel, (K, 4, H, W), to grey and region.
 
-    The hidden region, 0 in all three channels, stays 0. A trunk whose first convolution was summed
-    over RGB gives the same features as for the grey image in three equal channels.
+    Pixels of the hidden region are 0 in RGB and stay 0 in grey. A trunk whose first convolution was
+    summed over RGB has the same features as for an RGB image with three equal channels of grey.
+
+    Returns:
+        (K, 2, H, W).
     """
     luma = images.new_tensor(LUMA).view(1, 3, 1, 1)
     return torch.cat([(images[:, :3] * luma).sum(dim=1, keepdim=True), images[:, 3:]], dim=1)

@@ -20,10 +20,10 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from kd.errors import UserError
 
-# Keys of torchvision's heads and auxiliary classifiers, which trunks do not have.
+# Prefixes of the keys of torchvision's heads and auxiliary classifiers, which trunks do not have.
 HEAD_PREFIXES = ("classifier.", "fc.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
-# Parts of names in torchvision's DenseNet files that its modules no longer have: "norm.1" is now
-# "norm1".
+# Parts of keys in torchvision's DenseNet files that differ from the current names of the modules:
+# "norm.1" in a file is now "norm1".
 OLD_DENSE = ("norm.1.", "norm.2.", "relu.1.", "relu.2.", "conv.1.", "conv.2.")
 
 _PARALLEL = "module."  # prefix added by torch's data-parallel wrappers
@@ -33,7 +33,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file, a torch file or a run's folder.
 
     Raises:
-        UserError: The file is missing, corrupt, or holds something other than named tensors.
+        UserError: The file is missing or corrupt, or contains something other than named tensors.
     """
     if path.is_dir():
         folder, path = path, path / "model.safetensors"
@@ -62,19 +62,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_trunk_weights(trunk: nn.Module, weights: str, name: str, *, what: str) -> None:
-    """Load torchvision weights strictly, except for the classifier's keys.
+    """Load torchvision weights into a trunk; all keys except the classifier's must match.
 
-    From a file of a bigger model that contains the trunk, such as a context teacher, only the
-    trunk's tensors are loaded.
+    If the file belongs to a larger model that contains the trunk, such as a context teacher, only
+    the tensors of the trunk are loaded.
 
     Args:
         trunk: The module to load into.
         weights: "imagenet", a file or a run's folder.
         name: Name of the torchvision classifier, for "imagenet".
-        what: Name of the trunk in messages.
+        what: Name of the trunk in error messages.
 
     Raises:
-        UserError: Weights that cannot be downloaded; keys are missing or unexpected, or shapes
+        UserError: The weights cannot be downloaded, keys are missing or unexpected, or shapes
             differ.
     """
     published = weights == "imagenet"
@@ -90,7 +90,7 @@ def load_trunk_weights(trunk: nn.Module, weights: str, name: str, *, what: str) 
 
 
 def load_timm_weights(trunk: nn.Module, weights: str, *, what: str) -> None:
-    """Load a file of timm's weights or a run's folder strictly, except for the head's keys.
+    """Load timm weights from a file or a run's folder; all keys except the head's must match.
 
     Raises:
         UserError: Keys are missing, or shapes differ.
@@ -103,22 +103,22 @@ def load_timm_weights(trunk: nn.Module, weights: str, *, what: str) -> None:
 
 
 def _folded(key: str) -> str:
-    """A key with underscores for all dots, since timm's extractor replaces some dots."""
+    """Replace all dots in a key by underscores, because timm's extractor replaces some of them."""
     return key.removeprefix("network.").removeprefix("model.").replace(".", "_")
 
 
 def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
-    """Load all weights of a network strictly.
+    """Load all weights of a network from a file; all keys must match.
 
     Args:
         network: The module to load into.
-        file: `model.safetensors` of a run, the run's folder, or a torch file of a state dict, which
-            may be nested under "state_dict" or "model" and whose names may begin with "module.".
-            None leaves the network as it is.
-        what: Name of the network in messages.
+        file: `model.safetensors` of a run, the run's folder, or a torch file with a state dict. The
+            state dict may be nested under "state_dict" or "model", and the keys may begin with
+            "module.". None leaves the network unchanged.
+        what: Name of the network in error messages.
 
     Raises:
-        UserError: The file cannot be read; tensors are missing, unexpected or of other shapes, for
+        UserError: The file cannot be read, keys are missing or unexpected, or shapes differ, for
             example because the number of classes differs.
     """
     if file is not None:
@@ -126,13 +126,17 @@ def load_network(network: nn.Module, file: str | None, *, what: str) -> None:
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str, what: str) -> None:
-    """Load all weights of a network from a state dict that was read from `source`, strictly."""
+    """Load all weights of a network from a state dict; all keys must match.
+
+    `source` is the file that the state dict was read from, for error messages.
+    """
     if state and all(key.startswith(_PARALLEL) for key in state):
         state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
     expected = network.state_dict()
     _same_names(state, expected, source=source, what=what)
     _same_shapes(state, expected, source=source, what=what)
-    network.load_state_dict(state, strict=False)  # counters of batch norms may be missing
+    # Not strict, because the counters of batch norms may be missing.
+    network.load_state_dict(state, strict=False)
 
 
 def _same_names(
@@ -170,10 +174,15 @@ def _same_shapes(
 def widen_first_convolution(
     trunk: nn.Module, in_channels: int, *, pretrained: bool, grey: bool = False
 ) -> None:
-    """Replace the first convolution by one for another number of input channels.
+    """Replace the first convolution by one with another number of input channels, in place.
 
-    Pretrained weights are reused: for grey images (`grey`, or one channel) the first channel gets
-    the sum over RGB, else the first three channels get RGB; all other channels get zeros.
+    Args:
+        trunk: The network to change.
+        in_channels: Number of input channels of the new convolution.
+        pretrained: Whether to reuse the old weights. The first three channels then get the weights
+            of RGB, and all other channels get zeros. If false, the new weights are random.
+        grey: Whether the first channel is a grey image, as it always is with one channel. It then
+            gets the sum of the weights of RGB, and all other channels get zeros.
     """
     path, old = next(
         (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
@@ -195,7 +204,12 @@ def widen_first_convolution(
 
 
 def _part(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """The tensors under the one prefix that all expected names exist under, or all tensors."""
+    """Select the part of a state dict that belongs to a module of a larger model.
+
+    Returns:
+        The tensors under a prefix, without the prefix, if there is exactly one prefix under which
+        all `expected` keys exist; otherwise the whole state dict.
+    """
     first = min(expected)
     wanted = [key for key in expected if not key.endswith("num_batches_tracked")]
     ends = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
@@ -214,7 +228,10 @@ def _modern(key: str) -> str:
 
 
 def _take_positions(trunk: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a transformer the number of position embeddings of a file trained at another size."""
+    """Resize a vision transformer's position embeddings to the number in a state dict, in place.
+
+    The number differs if the weights were trained on images of another size.
+    """
     key = "encoder.pos_embedding"
     if key in state and state[key].shape != trunk.get_parameter(key).shape:
         encoder = trunk.get_submodule("encoder")
@@ -228,7 +245,10 @@ def _few(names: Iterable[str]) -> str:
 
 
 def weights_hash(model: nn.Module, kind: str = "") -> str:
-    """Hash weights and buffers (names, types, shapes, values) and the string `kind`."""
+    """Hash the weights and buffers of a model: their names, dtypes, shapes and values.
+
+    The string `kind` is hashed, too; it distinguishes models with equal weights but other options.
+    """
     digest = hashlib.blake2b(kind.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -236,7 +256,7 @@ def weights_hash(model: nn.Module, kind: str = "") -> str:
     return digest.hexdigest()
 
 
-# No connection, a truncated download, a wrong hash, a file without weights.
+# Raised if there is no connection, a download is truncated, a hash is wrong, or a file is corrupt.
 _FAILURES = (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError)
 
 
@@ -257,22 +277,25 @@ def imagenet_weights(name: str) -> dict[str, Any]:
         raise UserError(
             f"weights: imagenet: torchvision's weights of {name}: {file} {there} ({reason}). "
             "Without a connection copy the file there from another machine, or set in the model's "
-            "options weights: FILE, any file of such weights, or weights: null, random ones"
+            "options weights: FILE, to use another file with these weights, or weights: null, to "
+            "start from random weights"
         ) from error
     return state
 
 
-# torchvision's COCO weights have a row for each id from 0 to 90, of which 80 are classes.
+# The last layers of torchvision's COCO weights have a row for each category id from 0 to 90, but
+# only 80 of these ids are classes.
 _NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_IDS = tuple(n for n, name in enumerate(_NAMES) if name not in ("__background__", "N/A"))
-# Last layers, which have rows for each class: rows per class, and whether the background is first.
+# Last layers of detectors: number of rows for each class, and whether row 0 is the background.
 _CLASS_LAYERS = {
     "roi_heads.box_predictor.cls_score": (1, True),
     "roi_heads.box_predictor.bbox_pred": (4, True),
     "head.classification_head.cls_logits": (1, False),
 }
-# Names in torchvision's older files of the pyramid, the proposal head, and RetinaNet's heads, whose
-# layers were numbered together with their activations.
+# Patterns of keys in older files of torchvision, with functions that return the current key. The
+# keys are those of the pyramid, the proposal head, and RetinaNet's heads, in which layers and
+# activations were once numbered together.
 _OLDER: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = (
     (re.compile(r"(.*\.(?:inner|layer)_blocks\.\d+)\.(\w+)"), "{}.0.{}".format),
     (re.compile(r"(rpn\.head\.conv)\.(\w+)"), "{}.0.0.{}".format),
@@ -286,9 +309,9 @@ _OLDER: tuple[tuple[re.Pattern[str], Callable[..., str]], ...] = (
 def load_detector(model: nn.Module, file: str | None, *, num_classes: int, what: str) -> None:
     """Load all weights of a detector whose torchvision network is `model.network`.
 
-    `file` may also hold torchvision's own weights of a detector with the same trunk and levels; of
-    those trained on COCO, the 80 classes are loaded if `num_classes` is 80, in the order of their
-    ids. For the other arguments and errors see `load_network`.
+    `file` may also contain torchvision's weights of a detector with the same trunk and levels. If
+    these were trained on COCO and `num_classes` is 80, the rows of COCO's 80 classes are loaded, in
+    the order of COCO's ids. For the other arguments and errors see `load_network`.
     """
     if file is None:
         return
@@ -304,7 +327,7 @@ def load_detector(model: nn.Module, file: str | None, *, num_classes: int, what:
 
 
 def _modern_detector(name: str, expected: Collection[str]) -> str:
-    """The current name of a tensor in one of torchvision's older files."""
+    """Return the current key of a tensor from a file of torchvision, which may be an older one."""
     for old, new in _OLDER:
         found = old.fullmatch(name)
         if name not in expected and found is not None:
@@ -313,7 +336,10 @@ def _modern_detector(name: str, expected: Collection[str]) -> str:
 
 
 def _of_coco(name: str, tensor: Tensor) -> Tensor:
-    """Select the rows of COCO's 80 classes, and of the background, from a layer with 91 rows."""
+    """Select the rows of COCO's 80 classes from the tensor of a last layer that has 91 classes.
+
+    The row of the background is included. Tensors of other layers are returned unchanged.
+    """
     layer = name.rpartition(".")[0]
     if layer not in _CLASS_LAYERS:
         return tensor

@@ -1,1 +1,1 @@
-"""Detectors: any of them can be a student, and a teacher."""
+"""Detectors, each of which can be a student or a teacher."""

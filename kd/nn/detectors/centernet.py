@@ -1,7 +1,8 @@
-"""CenterNet on any trunk: objects as the centres of their boxes.
+"""CenterNet on any trunk, a detector that finds objects as the centres of their boxes.
 
-Zhou et al., 2019, https://arxiv.org/abs/1904.07850. A heat map for each class peaks at objects'
-centres; other maps hold the box's sides and the centre's offset within its cell.
+Zhou et al., 2019, https://arxiv.org/abs/1904.07850. For each class there is a heat map with peaks
+at the centres of objects. Two other maps predict, in each cell, the width and height of the box and
+the offset of the box's centre within the cell.
 """
 
 from __future__ import annotations
@@ -29,20 +30,22 @@ STRIDE = 4  # pixels per cell
 def decode_centers(
     output: Mapping[str, Tensor], *, top: int = 100, sizes: Tensor | None = None
 ) -> Tensor:
-    """Read boxes off the maps: a cell is a peak if it equals the largest of the 3x3 around it.
+    """Decode the maps of CenterNet to boxes, one box for each of the K highest peaks.
 
-    This replaces suppression of overlapping boxes. Every cell of a plateau is a peak, as published.
-    Equal scores are ordered by class, then row, then column; which of them are dropped if they do
-    not all fit is undefined. NaN is no peak, and neither are its neighbours.
+    A cell is a peak if its score is the largest in the 3x3 cells around it; this replaces the
+    suppression of overlapping boxes. As in the published code, every cell of a plateau is a peak.
+    Peaks with equal scores are ordered by class, then row, then column; if not all of them are
+    among the K highest, it is undefined which of them are. A cell with NaN and the cells next to it
+    are not peaks.
 
     Args:
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w), in cells.
-        top: Detections per image, K.
-        sizes: Height and width of the images without padding, (N, 2), which boxes are clipped to.
+        top: Number of detections per image, K.
+        sizes: Height and width of the images without padding, (N, 2); boxes are clipped to these.
 
     Returns:
         (N, K, 6), best first: xyxy box in pixels, score in 0..1, label. Boxes without an area are
-        left out; missing detections are rows of zeros.
+        left out. If an image has fewer than K detections, the remaining rows are 0.
     """
     heat = output["heatmap"]
     classes, height, width = heat.shape[1:]
@@ -53,7 +56,8 @@ def decode_centers(
     best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
     place = place.gather(1, order)
     cell = place % (height * width)
-    # (N, K, 2) both, across first; float32, since half precision cannot resolve 0.1 pixels at 512.
+    # Both (N, K, 2), horizontal first. In float32, because half precision cannot resolve 0.1 pixels
+    # at 512.
     sides, within = (
         output[name].float().flatten(2).transpose(1, 2).gather(1, cell[..., None].expand(-1, -1, 2))
         for name in ("size", "offset")
@@ -73,11 +77,14 @@ def decode_centers(
     return F.pad(rows, (0, 0, 0, top - rows.shape[1]))
 
 
-HEAT_BIAS = -2.19  # an initial probability of 0.1 in every cell
+HEAT_BIAS = -2.19  # initial bias of the heat map, a probability of 0.1 in every cell
 
 
 def bilinear_(convolution: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
-    """Initialise a transposed convolution (stride 2, side 4, padding 1) to bilinear up-sampling."""
+    """Initialise a transposed convolution to bilinear up-sampling by 2, in place.
+
+    The convolution must have a kernel of 4 x 4, stride 2 and padding 1.
+    """
     line = torch.tensor([0.25, 0.75, 0.75, 0.25])
     with torch.no_grad():
         convolution.weight.zero_()
@@ -87,9 +94,9 @@ def bilinear_(convolution: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
 
 
 class Finer(nn.Sequential):
-    """Up-sampling by 2: a 3x3 convolution and a transposed one, each with batch norm and ReLU.
+    """Up-sampling by 2: a 3x3 and a transposed convolution, each with batch norm and ReLU.
 
-    The paper's residual networks use a deformable 3x3 convolution, which few runtimes support.
+    For residual networks the paper uses a deformable 3x3 convolution, which few runtimes support.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -104,9 +111,10 @@ class Finer(nn.Sequential):
 
 
 def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) -> nn.Sequential:
-    """A 3x3 convolution, ReLU, and a 1x1 convolution with an initial bias of `start`.
+    """Build a head: a 3x3 convolution, ReLU, and a 1x1 convolution.
 
-    Without `start`, initial bias and weights of the last layer are 0 and almost 0.
+    `start` is the initial bias of the last layer. If it is None, the initial bias is 0 and the
+    initial weights of the last layer are close to 0.
     """
     last = nn.Conv2d(hidden, outputs, 1)
     if start is None:
@@ -117,29 +125,30 @@ def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) 
 
 
 class Fitted(nn.Module):
-    """Crop or resize up-sampled features to the image's grid; a module, so that it can be tapped.
+    """Crop or resize up-sampled features to the grid of the image.
 
-    Halving and doubling an odd side adds a row or column, which is cropped; maps of trunks whose
-    unpadded stem loses a border are too small and are resized.
+    Halving an odd side rounds up, so doubling it again gives one row or column too many, which is
+    cropped. Maps of trunks whose unpadded stem loses a border are too small and are resized. This
+    is a module, so that distillation terms can refer to the output by a layer path.
     """
 
     def forward(self, maps: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Maps (N, D, H, W) to (N, D, *grid)."""
+        """Map (N, D, H, W) to (N, D, *grid)."""
         return resized(maps[..., : grid[0], : grid[1]], grid)
 
 
 class CenterNet(Detector):
-    """A trunk, up-sampling to a stride of 4, and three heads.
+    """A trunk, up-sampling to a stride of 4, and three heads for heat map, size and offset.
 
     Attributes:
         stride: Pixels per cell of every output.
-        channels: Channels of `features.0`, which the heads read.
+        channels: Channels of the output `features.0`, which is the input of the heads.
     """
 
     title = "CenterNet"
     levels = (Level(STRIDE),)
-    # The heat map's loss is divided by the number of peaks, nearly that of the boxes: only objects
-    # of one class in one cell share a peak.
+    # The loss of the heat map is divided by the number of peaks. This is nearly the number of
+    # boxes, because only objects of the same class in the same cell share a peak.
     loss_units = dict.fromkeys(("heatmap", "size", "offset"), "boxes")
 
     def __init__(
@@ -163,13 +172,17 @@ class CenterNet(Detector):
         """Find objects on maps of ceil(H/4) x ceil(W/4) cells; cells in crowds have no loss.
 
         Returns:
-            `features.0` (N, D, h, w), the heads' input; `class_maps.0` (N, C, h, w), logits of an
-            object's centre being in the cell; `box_maps.0` (N, 4, h, w), width and height of the
-            object's box, and the centre's offset right of and below the cell's upper left corner,
-            all in cells. With boxes also `object_logits` (M, C), the class logits of the cell that
-            holds each box's centre. In training also the losses of `kd.losses.centernet`:
-            `loss.heatmap`, divided by the number of peaks, `loss.size` and `loss.offset`, means
-            over the objects. In evaluation with sizes also `detections` (N, K, 6).
+            A dict of these outputs:
+
+            - `features.0` (N, D, h, w), the input of the heads;
+            - `class_maps.0` (N, C, h, w), logits that the centre of an object is in the cell;
+            - `box_maps.0` (N, 4, h, w): width and height of the box, and the offset of the box's
+              centre to the right and down from the upper left corner of the cell, all in cells;
+            - if `given` has boxes, `object_logits` (M, C), the class logits of the cell that
+              contains the centre of each box;
+            - in training the losses of `kd.losses.centernet`: `loss.heatmap`, divided by the number
+              of peaks, `loss.size` and `loss.offset`, means over the objects;
+            - in evaluation, if `given` has sizes, `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, crowds, crowd_of, _ = given
         features, maps = self._maps(images)
@@ -188,7 +201,7 @@ class CenterNet(Detector):
             if crowds is not None and crowd_of is not None and len(crowds):
                 ignored = torch.arange(len(boxes) + len(crowds), device=boxes.device) >= len(boxes)
                 boxes, image_of = torch.cat([boxes, crowds]), torch.cat([image_of, crowd_of])
-                labels = F.pad(labels, (0, len(crowds)), value=-1)  # any class
+                labels = F.pad(labels, (0, len(crowds)), value=-1)  # because the class is unknown
             targets = center_targets(
                 boxes, labels, image_of, len(images), self.num_classes,
                 (maps["heatmap"].shape[2], maps["heatmap"].shape[3]), self.stride, ignored=ignored,
@@ -200,7 +213,7 @@ class CenterNet(Detector):
         return output
 
     def _maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features, and the three heads' maps under their names in `centernet_losses`."""
+        """Compute the features, and the maps of the heads under their names in the losses."""
         grid = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
         features = self.fitted(self.up(self.trunk(images)), grid)
         return features, {
@@ -215,10 +228,10 @@ class CenterNetOptions(FreezableOptions):
     """Options of `centernet`.
 
     Attributes:
-        widths: Channels after each up-sampling step; a trunk of stride 32 takes three, one of
-            stride 16 the last two, and so on.
-        hidden: Channels within each head.
-        top: Detections per image, K.
+        widths: Channels after each up-sampling step. A trunk of stride 32 uses all of the three
+            default values, a trunk of stride 16 the last two, and so on.
+        hidden: Channels of the hidden layer of each head.
+        top: Number of detections per image, K.
     """
 
     widths: Sequence[int] = (256, 128, 64)
@@ -228,11 +241,11 @@ class CenterNetOptions(FreezableOptions):
 
 @with_options(CenterNetOptions)
 def centernet(num_classes: int, options: CenterNetOptions) -> CenterNet:
-    """CenterNet on any trunk; 14 M parameters on resnet18.
+    """Build CenterNet on any trunk; with resnet18 it has 14 M parameters.
 
     Raises:
-        UserError: An option out of range, a trunk that cannot be built or whose stride is not 4
-            times a power of two, or a file that does not fit.
+        UserError: An option is out of range, the trunk cannot be built, the stride of the trunk is
+            not 4 times a power of two, or the file does not fit the network.
     """
     widths, hidden, top = options.widths, options.hidden, options.top
     at_least("centernet", num_classes=(num_classes, 1), hidden=(hidden, 1), top=(top, 1))

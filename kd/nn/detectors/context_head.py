@@ -1,4 +1,4 @@
-"""Class logits of a detector from the surroundings of a box, as a second expert."""
+"""A head that predicts the class of an object from its surroundings, as a second expert."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from kd.nn.regions import GEOMETRY, box_geometry, rings_within
 from kd.nn.trunk_base import wide
 
-_LEAST = 1e-2  # smallest area of surroundings that is read, cells
+_LEAST = 1e-2  # smallest area in cells over which surroundings are averaged
 
 
 def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
-    """Sums of a map over boxes, each cell weighted by the fraction of it that a box covers.
+    """Sum a feature map over each box, with cells weighted by the fraction that the box covers.
 
-    Uses a summed-area table, interpolated bilinearly within cells, so the result is exact. A box
-    costs 16 look-ups, whatever its size.
+    The sums are computed from a summed-area table. Bilinear interpolation of this table within
+    cells makes the result exact. Each box takes 16 look-ups, whatever its size.
 
     Args:
         features: (N, D, h, w).
         boxes: (K, 4) xyxy in cells, within the map.
-        image_of: The image of each box, (K,).
+        image_of: Index of the image that contains each box, (K,).
 
     Returns:
-        (K, D), float32 at least.
+        (K, D), in float32, or float64 if the features are.
     """
     depth, height, width = features.shape[1:]
     table = F.pad(wide(features).cumsum(dim=2).cumsum(dim=3), (1, 0, 1, 0))  # (N, D, h+1, w+1)
@@ -41,7 +41,11 @@ def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
 
 
 def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The four entries of a cumulative sum, with weights, that give the sum from low to high."""
+    """Find entries of a cumulative sum whose weighted sum is the integral from `low` to `high`.
+
+    Returns:
+        Indices (K, 4) into a cumulative sum that begins with 0, and the weights (K, 4).
+    """
     low, high = low.clamp(0, count), high.clamp(0, count)
     first, last = (end.floor().clamp(max=count - 1) for end in (low, high))
     entries = torch.stack([first, first + 1, last, last + 1], dim=1).long()
@@ -50,18 +54,18 @@ def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Around(nn.Module):
-    """Means of a pyramid's maps over a ring around each box and over the scene without the box.
+    """Average the maps of a pyramid over a ring around each box and over the image without the box.
 
-    Cells that a box covers are not read, but the receptive field of cells around it may reach into
-    the box.
+    The area that a box covers is left out of the averages, but the receptive field of cells outside
+    the box may reach into it.
 
     Args:
         channels: Channels of every map.
-        strides: Pixels per cell of each map.
+        strides: Pixels per cell of each map to average.
         margin: Thickness of the ring, as a fraction of the box's width and height.
 
     Attributes:
-        width: Length of the output.
+        width: Length of the output vector of a box.
     """
 
     def __init__(self, channels: int, strides: Sequence[int], *, margin: float) -> None:
@@ -72,16 +76,17 @@ class Around(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Read the surroundings of each box.
+        """Compute the means over the surroundings of each box, and the box's position and size.
 
         Args:
-            maps: (N, D, h, w) each; those beyond `strides` are not read.
+            maps: Feature maps (N, D, h, w), finest first. If there are more maps than strides, the
+                remaining maps are not used.
             boxes: (K, 4) xyxy pixels.
-            image_of: The image of each box, (K,).
+            image_of: Index of the image that contains each box, (K,).
             extents: Width and height of each image without padding, (N, 2).
 
         Returns:
-            (K, width), float32 at least; 0 if nothing surrounds the box.
+            (K, width), in float32, or float64 if the features are. Means over an empty area are 0.
         """
         ends = extents[image_of].to(boxes.dtype).repeat(1, 2)  # (K, 4)
         boxes, ring = rings_within(boxes.detach(), ends[:, 2:], self.margin)
@@ -101,23 +106,24 @@ class Around(nn.Module):
 
 
 class BoxContext(nn.Module):
-    """Class logits from the surroundings of boxes, combined with those of the boxes themselves.
+    """Predict classes from the surroundings of boxes, and combine them with a detector's logits.
 
-    Let l be the logits of a region, background first, and q the class distribution given the
-    surroundings of an object. If the surroundings are no evidence *whether* there is an object, and
-    appearance and surroundings are independent given the class,
+    Let l be the detector's logits for a region, background first, and q the class distribution
+    given the surroundings of an object. If the surroundings are no evidence *whether* there is an
+    object, and appearance and surroundings are independent given the class,
 
         p(y | region, scene) ~ p(y | region) * (q_y / prior_y)^a    for a class y
         p(background | region, scene) ~ p(background | region)
 
-    that is, `l_y + a (log q_y - log prior_y)`, with the background's logit unchanged: an object
-    that does not fit its surroundings becomes less certain, one that fits more certain.
-    `kd.rescore` does the same with the scores of a trained detector; here `a` is learned.
+    that is, the combined logit is `l_y + a (log q_y - log prior_y)`, and the logit of the
+    background does not change. So the score of an object that does not fit its surroundings becomes
+    lower, and the score of an object that fits becomes higher. `kd.rescore` does the same to the
+    scores of a trained detector; here `a` is learned.
 
     Args:
         channels: Channels of every map of the pyramid.
         strides: Pixels per cell of each map.
-        log_prior: Logarithms of the classes' frequencies, (C,).
+        log_prior: Logarithms of the class frequencies, (C,).
         hidden: Width of the hidden layer.
         margin: Thickness of the ring, as a fraction of the box's width and height.
         strength: Initial value of a.
@@ -142,7 +148,8 @@ class BoxContext(nn.Module):
         nn.init.normal_(last.weight, std=1e-3)
         with torch.no_grad():
             last.bias.copy_(log_prior)
-        # Not batch norm: proposals and ground-truth boxes come in separate batches.
+        # Layer norm, because proposals and ground-truth boxes come in separate batches, whose batch
+        # statistics would differ.
         self.layers = nn.Sequential(
             nn.LayerNorm(around.width), nn.Linear(around.width, hidden), nn.ReLU(), last
         )
@@ -152,7 +159,10 @@ class BoxContext(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Arguments of `Around` to logits (K, C), float32 also under autocast."""
+        """Compute class logits (K, C) of boxes, in float32 also under autocast.
+
+        For the arguments see `Around.forward`.
+        """
         return wide(self.layers(self.around(maps, boxes, image_of, extents)))
 
     def joined(self, logits: Tensor, context: Tensor) -> Tensor:

@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 
-# Outputs of a second stage for given boxes.
+# Names of the outputs that a second stage computes for given boxes.
 SECOND_STAGE = ("object_logits", "object_deltas")
 
 
 class Level(NamedTuple):
-    """A feature map that heads read, and the anchors in each of its cells.
+    """Stride and anchors of one feature map on which a detector's heads work.
 
-    `kd.losses.anchor_grid` builds the network's own anchors from these.
+    `kd.losses.anchor_grid` builds the anchors of the network from this.
 
     Attributes:
         stride: Pixels between cells.
-        sides: Width and height of the anchors, pixels; empty for a network without anchors.
-        offset: Position of the anchors' centre in a cell, in strides: 0 is the upper left corner,
-            as in torchvision's detectors (the centre of a convolution's receptive field to within
-            half a pixel); 0.5 is the middle, as in CenterNet.
+        sides: Width and height of the anchors in each cell, pixels; empty for a network without
+            anchors.
+        offset: Position of the anchors' centre in a cell, in strides. 0 is the upper left corner,
+            as in torchvision's detectors; up to half a pixel, this is the centre of the receptive
+            field. 0.5 is the middle of the cell, as in CenterNet.
     """
 
     stride: int
@@ -37,28 +38,30 @@ class Inputs(NamedTuple):
 
     images: Tensor  # (N, 3, H, W), normalised, 0 in the padding at the right and at the bottom
     sizes: Tensor | None = None  # (N, 2) int64, height and width of the images without padding
-    boxes: Tensor | None = None  # (M, 4) of objects, xyxy pixels
-    labels: Tensor | None = None  # (M,) int64, 0..C-1
-    image_of: Tensor | None = None  # (M,) int64, the image of each box
+    boxes: Tensor | None = None  # (M, 4) boxes of the objects, xyxy pixels
+    labels: Tensor | None = None  # (M,) int64, classes of the objects, 0..C-1
+    image_of: Tensor | None = None  # (M,) int64, index of the image that contains each box
     crowds: Tensor | None = None  # (Q, 4) boxes of crowds, xyxy pixels
-    crowd_of: Tensor | None = None  # (Q,) int64, the image of each crowd
-    near_boxes: Tensor | None = None  # (M, 4) a box near each box, for the second stage
+    crowd_of: Tensor | None = None  # (Q,) int64, index of the image that contains each crowd
+    # (M, 4) for each box of `boxes` a box near it, for which the second stage is evaluated.
+    near_boxes: Tensor | None = None
 
 
 class Detector(nn.Module):
     """Base class of all detectors.
 
-    Training needs `sizes`, `boxes`, `labels` and `image_of`, and returns losses, `loss.NAME`.
-    Evaluation with `sizes` returns `detections` (N, K, 6), best first: xyxy box, score, label.
-    Without `sizes`, as for a teacher, the output holds raw maps only; without boxes, networks on a
-    pyramid then return only `features.L`.
+    In training the inputs `sizes`, `boxes`, `labels` and `image_of` are required, and the output
+    includes the losses, `loss.NAME`. In evaluation with `sizes` the output includes `detections`
+    (N, K, 6), best first: xyxy box, score, label. Without `sizes`, as for a teacher, the output has
+    raw maps only. If there are no boxes either, networks on a pyramid return only the features,
+    `features.0` and so on.
 
     Attributes:
-        title: Name in messages.
-        num_classes: C.
-        top: Detections per image, K.
+        title: Name of the detector in error messages.
+        num_classes: Number of classes, C.
+        top: Number of detections per image, K.
         levels: Feature maps with their anchors, finest first.
-        loss_units: Unit of the mean that each loss is, for `kd.problems.base.Mean`.
+        loss_units: For each loss the unit over which it is a mean, see `kd.problems.base.Mean`.
     """
 
     title: str
@@ -68,22 +71,23 @@ class Detector(nn.Module):
     loss_units: Mapping[str, str]
 
     def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
-        """Check the inputs, which are the fields of `Inputs`, and call `detect`."""
+        """Check the inputs and call `detect`; the arguments are the fields of `Inputs`."""
         given = Inputs(*inputs, **named)
         self._check(given)
         return self.detect(given)
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Outputs by name for checked inputs."""
+        """Compute the outputs, by name, for inputs that have been checked."""
         raise NotImplementedError
 
     def _check(self, given: Inputs) -> None:
-        """Check that inputs are complete and fit each other; crowds are not checked.
+        """Check that the inputs are complete and fit each other; crowds are not checked.
 
         Raises:
-            UserError: Training without sizes or objects; boxes without their images; wrong shapes
-                or types; on the CPU also boxes that are not finite or have no area, labels or
-                images out of range. On an accelerator that check would synchronise in each step.
+            UserError: An input that training needs is missing, boxes are given without `image_of`,
+                or a shape or dtype is wrong. On the CPU also if a box is not finite or has no area,
+                or if a label or image index is out of range; on an accelerator these checks would
+                synchronise in every step.
         """
         what = self.title
         images, sizes, boxes, labels, image_of, _, _, near_boxes = given
@@ -96,13 +100,15 @@ class Detector(nn.Module):
         if near_boxes is not None and (boxes is None or near_boxes.shape != boxes.shape):
             known = "no boxes" if boxes is None else f"boxes {tuple(boxes.shape)}"
             raise UserError(
-                f"{what}: near_boxes must be a box near each box, got {tuple(near_boxes.shape)} "
-                f"and {known}"
+                f"{what}: near_boxes must be one box for each of boxes, (M, 4), got "
+                f"{tuple(near_boxes.shape)} and {known}"
             )
         if boxes is None:
             return
         if image_of is None:
-            raise UserError(f"{what}: boxes need image_of, the index of each box's image")
+            raise UserError(
+                f"{what}: boxes need image_of, the index of the image that contains each box"
+            )
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise UserError(f"{what}: boxes must be (M, 4), got {tuple(boxes.shape)}")
         for name, rows in (("labels", labels), ("image_of", image_of)):
@@ -136,16 +142,24 @@ class Detector(nn.Module):
 
 
 def order_by_image(image_of: Tensor, n: int) -> tuple[Tensor, list[int]]:
-    """Rows (M,) in the order of their images, and the number of rows of each of the n images."""
+    """Sort objects by image.
+
+    Args:
+        image_of: Index of the image that contains each object, (M,).
+        n: Number of images.
+
+    Returns:
+        Indices (M,) that sort the objects by image, and the number of objects of each image.
+    """
     return image_of.argsort(stable=True), image_of.bincount(minlength=n).tolist()
 
 
 def targets_of(
     boxes: Tensor, labels: Tensor, image_of: Tensor, n: int, *, first: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Boxes (M, 4) and labels (M,) of each of n images, as torchvision's detectors take them.
+    """Convert boxes (M, 4) and labels (M,) to torchvision's targets, one dict for each of n images.
 
-    `first` is torchvision's label of class 0: 1 for networks with a background class.
+    `first` is torchvision's label of class 0, which is 1 for networks with a background class.
     """
     order, counts = order_by_image(image_of, n)
     rows = zip(boxes[order].split(counts), (labels[order] + first).split(counts), strict=True)
@@ -153,7 +167,7 @@ def targets_of(
 
 
 def leveled(**maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Maps of all levels, finest first, by name and level: `features.0`."""
+    """Number the maps of each name by level, finest first, e.g. `features` to `features.0`."""
     return {f"{name}.{level}": one for name, some in maps.items() for level, one in enumerate(some)}
 
 
@@ -165,15 +179,20 @@ def logits_at(
     image_of: Tensor,
     num_classes: int,
 ) -> Tensor:
-    """Class logits (M, C) of the cell nearest to each box's centre, the mean over its anchors.
+    """Select the class logits of the cell at each box's centre.
+
+    The cell is the one whose anchors have the centre nearest to the centre of the box.
 
     Args:
-        maps: (N, A*C, h, w) of each level.
-        levels: Their strides and offsets.
-        chosen: Index of the level to read for each box, (M,) int64.
-        boxes: (M, 4) xyxy pixels; the cell is the one whose anchors' centre is nearest.
-        image_of: (M,).
-        num_classes: C.
+        maps: Class logits of each level, (N, A*C, h, w), for A anchors per cell.
+        levels: Strides and anchor offsets of the levels.
+        chosen: Index of the level from which the logits for each box are taken, (M,) int64.
+        boxes: (M, 4) xyxy pixels.
+        image_of: Index of the image that contains each box, (M,).
+        num_classes: Number of classes, C.
+
+    Returns:
+        (M, C), the mean over the A anchors of the cell.
     """
     middles = (boxes[:, :2] + boxes[:, 2:]) / 2
     found = []
@@ -188,11 +207,13 @@ def logits_at(
 
 
 def padded(found: Sequence[Mapping[str, Tensor]], top: int, *, first: int = 0) -> Tensor:
-    """Detections of each image, best first, as one tensor (N, K, 6) float32 without a gradient.
+    """Convert torchvision's detections to one tensor (N, K, 6) float32, without a gradient.
 
     Args:
-        found: torchvision's `boxes` (k, 4), `scores` (k,), `labels` (k,), sorted by score.
-        top: K; detections beyond it are dropped, missing ones are rows of zeros.
+        found: For each image torchvision's `boxes` (k, 4), `scores` (k,) and `labels` (k,), sorted
+            by score, best first.
+        top: Number of detections per image, K. If an image has more, the rest is dropped; if it has
+            fewer, the remaining rows are 0.
         first: torchvision's label of class 0.
     """
     whole = found[0]["boxes"].new_zeros(len(found), top, 6, dtype=torch.float32)
@@ -203,34 +224,35 @@ def padded(found: Sequence[Mapping[str, Tensor]], top: int, *, first: int = 0) -
     return whole
 
 
-REACH = 0.15  # largest shift of a box's centre, as a fraction of the box's sides
-STRETCH = 1.25  # largest factor that a side is scaled by
-_GRAIN = 16  # coordinates are hashed to a sixteenth of a pixel
-_PRIME = 2_147_483_629  # below 2**31: products of two remainders fit into 63 bits
-# A row for each of the four changes, a column for each coordinate.
+REACH = 0.15  # largest shift of a box's centre, as a fraction of the box's width and height
+STRETCH = 1.25  # largest factor by which width and height are multiplied or divided
+_GRAIN = 16  # coordinates are rounded to a sixteenth of a pixel before they are hashed
+_PRIME = 2_147_483_629  # below 2**31, so that products of two remainders fit into 63 bits
+# Factors of the hash: a row for each of the four numbers, a column for each coordinate.
 _FACTORS = (
     (1_597_334_677, 381_201_580, 1_103_515_245, 747_796_405),
     (277_803_737, 1_664_525_003, 921_234_587, 1_812_433_253),
     (1_013_904_223, 134_775_813, 1_566_083_941, 214_013_501),
     (69_069_137, 1_289_706_101, 453_806_245, 1_099_087_573),
 )
-_STEPS = 1 << 20  # resolution of the hashed numbers, exact in float32
+_STEPS = 1 << 20  # number of values that a hashed number can have; exact in float32
 
 
 def moved_boxes(boxes: Tensor, frame: tuple[int, int]) -> Tensor:
-    """A pseudo-random box near each box, which depends only on the box's coordinates.
+    """Compute a pseudo-random box near each box, which depends only on the box's coordinates.
 
-    Student and teacher thus evaluate the same boxes in a step, and different boxes once the image
-    is shifted, mirrored or scaled. The centre moves by at most `REACH` of width and height, the
-    sides are scaled by at most `STRETCH` either way, uniformly: the IoU with the original is at
-    least 0.52, like that of the regions that a second stage learns from (0.5), and 0.72 on average.
+    So student and teacher evaluate the same boxes in a step, and other boxes when augmentation has
+    shifted, flipped or scaled the image. The centre is shifted uniformly by up to `REACH` times
+    width and height, and the sides are multiplied or divided by up to `STRETCH`. The IoU with the
+    original box is at least 0.52 and 0.72 on average; a second stage is trained on regions with an
+    IoU of 0.5 and above.
 
     Args:
         boxes: (M, 4) xyxy pixels.
-        frame: Height and width that moved boxes are clipped to.
+        frame: Height and width to which the new boxes are clipped.
 
     Returns:
-        (M, 4) of the same type, without a gradient.
+        (M, 4) of the same dtype, without a gradient.
     """
     boxes = boxes.detach()
     across, down, wider, higher = _fractions(boxes).to(boxes.dtype).mul(2).sub(1).unbind(dim=1)
@@ -245,7 +267,8 @@ def moved_boxes(boxes: Tensor, frame: tuple[int, int]) -> Tensor:
 def _fractions(boxes: Tensor) -> Tensor:
     """Hash each box to four numbers in [0, 1), (M, 4) float32.
 
-    A weighted sum of the coordinates, squared, modulo a prime: integers, so equal on all devices.
+    The hash is a weighted sum of the coordinates, squared, modulo a prime. It is computed in
+    integers, so that it is equal on all devices.
     """
     pixels = (boxes.float() * _GRAIN).round().long() % _PRIME
     factors = torch.tensor(_FACTORS, device=boxes.device)

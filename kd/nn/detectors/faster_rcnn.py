@@ -1,7 +1,7 @@
-"""torchvision's Faster R-CNN on padded batches; its second stage can be applied to given boxes.
+"""torchvision's Faster R-CNN on padded batches, with a second stage for given boxes, too.
 
 Ren et al., 2015, https://arxiv.org/abs/1506.01497; with a feature pyramid Lin et al., 2017,
-https://arxiv.org/abs/1612.03144. Proposals, heads, losses and suppression are torchvision's.
+https://arxiv.org/abs/1612.03144. Proposals, heads, losses and suppression are torchvision's code.
 """
 
 from __future__ import annotations
@@ -37,23 +37,28 @@ from kd.nn.trunk_base import wide
 from kd.nn.weights import load_detector
 from kd.registry import with_options
 
-CANONICAL_LEVEL = 4  # the level that regions of `canonical` pixels are pooled from
+CANONICAL_LEVEL = 4  # pyramid level from which regions of the side `canonical` are pooled
 
 
 class WidePredictor(FastRCNNPredictor):  # type: ignore[misc]
-    """torchvision's last layers with outputs in float32, also under autocast."""
+    """The last layers of the second stage, with outputs in float32 also under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of regions (R, D) to class logits (R, K) and box deltas (R, 4 K)."""
+        """Map region features (R, D) to class logits (R, K) and box deltas (R, 4 K)."""
         logits, deltas = super().forward(x)
         return wide(logits), wide(deltas)
 
 
 def region_pool(pyramid: Pyramid, size: int, canonical: float) -> MultiScaleRoIAlign:
-    """RoIAlign on the trunk's own levels, with the scales of their strides.
+    """Build RoIAlign on the pyramid levels that come from the trunk, with scales set explicitly.
 
-    torchvision infers the scales from the unpadded image sizes of its first batch, which is wrong
-    for padded images: for wide images in a square frame by a factor of 2.
+    torchvision would infer the scales from the unpadded image sizes of the first batch, which is
+    wrong for padded images; for wide images in a square frame it is wrong by a factor of 2.
+
+    Args:
+        pyramid: The pyramid to pool from.
+        size: Side of the grid to which a region is pooled.
+        canonical: Side in pixels of the regions that are pooled from `CANONICAL_LEVEL`.
     """
     pool = MultiScaleRoIAlign([str(level) for level in range(pyramid.own)], size, sampling_ratio=2)
     strides = pyramid.strides[: pyramid.own]
@@ -67,14 +72,14 @@ class FasterRCNN(Detector):
     """Faster R-CNN with the interface of `Detector`.
 
     Attributes:
-        network: torchvision's detector.
-        context: Head on the surroundings of regions, or None.
+        network: The detector of torchvision.
+        context: Head that predicts classes from the surroundings of regions, or None.
     """
 
     network: Any
     title = "Faster R-CNN"
-    # torchvision divides by the number of sampled anchors or regions, which is the same for each
-    # image that has enough of them: the losses are means over images.
+    # torchvision divides by the number of sampled anchors or regions. This number is the same for
+    # each image that has enough of them, so the losses are means over images.
     loss_units = dict.fromkeys(("objectness", "proposal_boxes", "classes", "boxes"), "images")
 
     def __init__(
@@ -92,17 +97,24 @@ class FasterRCNN(Detector):
         self.context = context
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Find objects; crowds are not read: detections in them count as wrong, as in torchvision.
+        """Find objects.
+
+        Crowds are not used: as in torchvision, detections inside a crowd are trained as background.
 
         Returns:
-            For each level `features.L` (N, D, h, w), and of the proposal network `class_maps.L`
-            (N, A, h, w), objectness logits, and `box_maps.L` (N, 4 A, h, w), deltas. With near
-            boxes also the second stage's outputs for them, `object_logits` (M, C+1), background
-            first, and `object_deltas` (M, 4 (C+1)). With boxes and a context head also `context`
-            (M, C), the head's logits. In training also `loss.objectness`, the mean cross-entropy of
-            the sampled anchors; `loss.proposal_boxes`, smooth L1 of the sampled anchors on objects,
-            divided by the number of all sampled; `loss.classes` and `loss.boxes`, the same for the
-            sampled regions. In evaluation with sizes also `detections` (N, K, 6).
+            A dict of these outputs, where L numbers the levels from 0, finest first:
+
+            - `features.L` (N, D, h, w);
+            - `class_maps.L` (N, A, h, w), objectness logits of the proposal network;
+            - `box_maps.L` (N, 4 A, h, w), box deltas of the proposal network;
+            - if `given` has near boxes, the outputs of the second stage for these boxes:
+              `object_logits` (M, C+1), background first, and `object_deltas` (M, 4 (C+1));
+            - if `given` has boxes and there is a context head, `context` (M, C), the head's logits;
+            - in training `loss.objectness`, the mean cross-entropy of the sampled anchors, and
+              `loss.proposal_boxes`, the smooth L1 loss of the sampled anchors on objects, divided
+              by the number of all sampled anchors; `loss.classes` and `loss.boxes` are the
+              corresponding losses of the sampled regions;
+            - in evaluation, if `given` has sizes, `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, *_, near_boxes = given
         maps: dict[str, Tensor] = self.network.backbone(images)
@@ -112,7 +124,7 @@ class FasterRCNN(Detector):
         logits, deltas = self.network.rpn.head(features)
         output = leveled(features=features, class_maps=logits, box_maps=deltas)
         extents = None
-        if self.context is not None:  # width and height of the images without padding
+        if self.context is not None:  # needs width and height of the images without padding
             extents = image_extents(images, (0.0,) * 3) if sizes is None else sizes.flip(1)
         if near_boxes is not None and image_of is not None:
             order, counts = order_by_image(image_of, len(images))
@@ -151,7 +163,12 @@ class FasterRCNN(Detector):
         deltas: Sequence[Tensor],
         targets: list[dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals of each image, (R, 4), without a gradient, and with targets the losses."""
+        """Compute the proposals of each image and the losses of the proposal network.
+
+        Returns:
+            For each image its proposals (R, 4), without a gradient; and the losses by name, empty
+            if `targets` is None.
+        """
         rpn = self.network.rpn
         anchors = rpn.anchor_generator(images, features)
         counts = [one[0].numel() for one in logits]  # anchors of each level
@@ -171,12 +188,12 @@ class FasterRCNN(Detector):
     def _second_stage(
         self, maps: Mapping[str, Tensor], boxes: list[Tensor], extents: Tensor | None
     ) -> dict[str, Tensor]:
-        """`SECOND_STAGE` outputs for the boxes of each image, concatenated over the images.
+        """Compute the `SECOND_STAGE` outputs for the boxes of each image, concatenated over images.
 
-        With a context head, its logits are combined with those of the regions.
+        If there is a context head, its logits are combined with the class logits of the regions.
         """
         heads = self.network.roi_heads
-        # The pool knows its scales; torchvision uses image sizes only to infer them.
+        # No image sizes, because torchvision needs them only to infer the scales, which are set.
         regions = heads.box_roi_pool(dict(maps), boxes, [])
         logits, deltas = heads.box_predictor(heads.box_head(regions))
         if self.context is not None and extents is not None:
@@ -193,26 +210,29 @@ class FasterRCNNOptions(PyramidOptions):
     """Options of `fasterrcnn`.
 
     The defaults are for images of 800 pixels. For images of 64 to 128 pixels use a smaller
-    `canonical`, scales of 2 to 4, and a tenth of the proposals, sampled regions and hidden width.
+    `canonical`, scales of 2 to 4, and about a tenth of `proposals`, `sampled_regions` and `hidden`.
 
     Attributes:
         levels: As in `PyramidOptions`; level 2 has a stride of 4.
-        scales: Sides of the anchors in strides; 8 by default, on a single map 8, 16 and 32.
+        scales: Sides of the anchors in strides; by default 8, or 8, 16 and 32 on a single map.
         ratios: Height divided by width of the anchors.
-        canonical: Side in pixels of the regions pooled from level 4; regions of half that side are
+        canonical: Side in pixels of the regions pooled from level 4. Regions of half this side are
             pooled from level 3, and so on.
-        region_size: Side of the grid that a region is pooled to.
+        region_size: Side of the grid to which a region is pooled.
         hidden: Number of features of a region.
-        candidates: Most anchors per level and image before suppression, in training and evaluation.
-        proposals: Most regions per image after suppression, in training and evaluation.
-        min_side: Proposals with a shorter side are dropped, pixels.
-        sampled_anchors: Anchors per image that the proposal network learns from.
-        sampled_regions: Regions per image that the second stage learns from.
-        context: Whether there is a head on a region's surroundings, see `BoxContext`.
-        context_hidden: Width of the context head's hidden layer.
-        context_margin: Thickness of the ring that the context head reads, as a fraction of the
-            region's sides.
-        strength: Initial weight of the context head's evidence; it is learned.
+        candidates: Largest number of anchors per level and image before suppression: two values,
+            for training and evaluation.
+        proposals: Largest number of regions per image after suppression: two values, for training
+            and evaluation.
+        min_side: Proposals with a side shorter than this are dropped, pixels.
+        sampled_anchors: Number of anchors per image on which the proposal network is trained.
+        sampled_regions: Number of regions per image on which the second stage is trained.
+        context: Whether there is a context head, which predicts the class of a region from its
+            surroundings, see `BoxContext`.
+        context_hidden: Width of the hidden layer of the context head.
+        context_margin: Thickness of the ring around a region in the context head, as a fraction of
+            the region's width and height.
+        strength: Initial weight of the context head in the class logits; it is learned.
         prior: Frequency of each class among the objects, for the context head; uniform by default.
     """
 
@@ -239,8 +259,8 @@ def fasterrcnn(num_classes: int, options: FasterRCNNOptions) -> FasterRCNN:
     """Build Faster R-CNN on any trunk; torchvision's `fasterrcnn_resnet50_fpn` by default.
 
     Raises:
-        UserError: An option out of range, a trunk that cannot be built or lacks a level, or a file
-            that does not fit.
+        UserError: An option is out of range, the trunk cannot be built or does not have one of the
+            levels, or the file does not fit the network.
     """
     what = "fasterrcnn"
     for name, counts in (("candidates", options.candidates), ("proposals", options.proposals)):
@@ -274,7 +294,9 @@ def fasterrcnn(num_classes: int, options: FasterRCNNOptions) -> FasterRCNN:
     )
     network.rpn.min_size = options.min_side
     context = None
-    if options.context:  # last, so that the other weights of a seed are the same without it
+    # The context head is built last, so that with the same seed all other weights are the same as
+    # without a context head.
+    if options.context:
         hidden, margin = options.context_hidden, options.context_margin
         if hidden < 1 or margin <= 0:
             raise UserError(

@@ -1,6 +1,6 @@
-"""torchvision's RetinaNet and FCOS on padded batches: classes and boxes in every grid cell.
+"""torchvision's RetinaNet and FCOS on padded batches, which predict objects in every grid cell.
 
-Heads, matching, losses and suppression are torchvision's; its resizing of images is not used.
+Heads, matching, losses and suppression are torchvision's code. Its resizing of images is not used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kd.nn.trunk_base import wide
 from kd.nn.weights import load_detector
 from kd.registry import with_options
 
-OCTAVE = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # sides of the anchors, in strides
+OCTAVE = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # default sides of the anchors, in strides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ class OneStageOptions(PyramidOptions):
     """Options of `retinanet` and `fcos`.
 
     Attributes:
-        levels: 3 has a stride of 8; images of 64 pixels need `[2, 3, 4, 5]`.
-        candidates: Best boxes per level and image before suppression.
+        levels: As in `PyramidOptions`; level 3 has a stride of 8. Images of 64 pixels need
+            `[2, 3, 4, 5]`.
+        candidates: Number of best boxes per level and image that enter suppression.
     """
 
     levels: Sequence[int] = (3, 4, 5, 6, 7)
@@ -50,8 +51,8 @@ class RetinaNetOptions(OneStageOptions):
     """Options of `retinanet`.
 
     Attributes:
-        scales: Sides of the anchors in strides. By default three from 4 up, a third of an octave
-            apart; on a single map 4, 8 and 16.
+        scales: Sides of the anchors in strides. By default 4, 5.04 and 6.35, a third of an octave
+            apart, or 4, 8 and 16 on a single map.
         ratios: Height divided by width of the anchors.
     """
 
@@ -64,10 +65,12 @@ class FCOSOptions(OneStageOptions):
     """Options of `fcos`.
 
     Attributes:
-        channels: A multiple of 32, at least 64: the heads normalise 32 groups, and a group needs
-            more than one channel on a map of one cell.
-        radius: Cells up to this far from a box's centre learn the box, in strides.
-        least_score: A score is the square root of class probability times centre-ness.
+        channels: A multiple of 32, at least 64, because the heads have group norms of 32 groups,
+            and on a map of one cell a group needs more than one channel.
+        radius: Distance from a box's centre, in strides, up to which cells are trained to predict
+            the box.
+        least_score: Detections of a lower score are dropped. In FCOS a score is the square root of
+            class probability times centre-ness.
     """
 
     radius: float = 1.5
@@ -79,11 +82,12 @@ class OneStage(Detector):
     """RetinaNet or FCOS with the interface of `Detector`.
 
     Attributes:
-        network: torchvision's detector.
-        sides: Size of each level for `level_of`.
-        map_names: Our names of the heads' outputs to torchvision's.
-        loss_names: Our names of the losses to torchvision's.
-        takes_cells: Whether torchvision's `compute_loss` takes the number of cells of each level.
+        network: The detector of torchvision.
+        sides: A size for each level, by which `level_of` assigns boxes to levels.
+        map_names: For our name of each output of the heads, torchvision's name.
+        loss_names: For our name of each loss, torchvision's name.
+        takes_cells: Whether torchvision's `compute_loss` has an argument for the number of cells of
+            each level.
     """
 
     map_names: ClassVar[Mapping[str, str]]
@@ -107,19 +111,30 @@ class OneStage(Detector):
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
-        """Index (M,) of the level responsible for each of the boxes (M, 4)."""
+        """Find the level that is responsible for each of the boxes (M, 4).
+
+        Returns:
+            Index of the level, (M,).
+        """
         raise NotImplementedError
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Find objects; crowds are not read: detections in them count as wrong, as in torchvision.
+        """Find objects.
+
+        Crowds are not used: as in torchvision, detections inside a crowd are trained as background.
 
         Returns:
-            For each level `features.L` (N, D, h, w), `class_maps.L` (N, A*C, h, w), logits, and
-            `box_maps.L` (N, 4 A, h, w): deltas of the anchors, or FCOS's distances in strides; for
-            FCOS also `centre_maps.L` (N, 1, h, w), logits. With boxes also `object_logits` (M, C):
-            the class logits of the cell nearest to the box's centre, the mean over its anchors, on
-            the box's `level_of`. In training also the losses, in
-            evaluation with sizes `detections` (N, K, 6).
+            A dict of these outputs, where L numbers the levels from 0, finest first:
+
+            - `features.L` (N, D, h, w);
+            - `class_maps.L` (N, A*C, h, w), class logits;
+            - `box_maps.L` (N, 4 A, h, w), deltas of the anchors, or for FCOS distances in strides;
+            - for FCOS `centre_maps.L` (N, 1, h, w), centre-ness logits;
+            - if `given` has boxes, `object_logits` (M, C): the class logits of the cell nearest to
+              the centre of each box, on the level that `level_of` assigns to the box, averaged over
+              the anchors of the cell;
+            - in training the losses;
+            - in evaluation, if `given` has sizes, `detections` (N, K, 6).
         """
         images, sizes, boxes, labels, image_of, *_ = given
         network = self.network
@@ -158,9 +173,9 @@ class OneStage(Detector):
 class RetinaNet(OneStage):
     """torchvision's RetinaNet.
 
-    Losses: `loss.classes`, focal, and `loss.boxes`, absolute differences of deltas, each summed
-    over an image and divided by the number of its anchors on objects, at least 1; then the mean
-    over images.
+    The losses are `loss.classes`, a focal loss, and `loss.boxes`, the absolute differences of box
+    deltas. Both are summed over an image and divided by the number of anchors matched to objects in
+    the image, or by 1 if there are none; then they are averaged over the images.
     """
 
     title = "RetinaNet"
@@ -170,10 +185,13 @@ class RetinaNet(OneStage):
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
-        """Index (M,) of the level whose anchors are nearest in size to each of the boxes (M, 4).
+        """Find the level whose anchors are nearest in size to each of the boxes (M, 4).
 
-        `sides` are the geometric means of the sides of each level's anchors. The level whose ratio
-        to the square root of the box's area is nearest to 1 is chosen.
+        `sides` has, for each level, the geometric mean of the anchors' sides. The size of a box is
+        the square root of its area; sizes are compared by their ratio.
+
+        Returns:
+            Index of the level, (M,).
         """
         own = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).log() / 2
         return (own[:, None] - own.new_tensor(sides).log()).abs().argmin(dim=1)
@@ -182,9 +200,10 @@ class RetinaNet(OneStage):
 class FCOS(OneStage):
     """torchvision's FCOS.
 
-    Losses: `loss.classes`, focal, `loss.boxes`, 1 - generalised IoU, and `loss.centres`,
-    cross-entropy, each summed and divided by the number of cells on objects in the whole batch, at
-    least 1; their unit is the boxes.
+    The losses are `loss.classes`, a focal loss, `loss.boxes`, 1 - generalised IoU, and
+    `loss.centres`, the cross-entropy of centre-ness. Each is summed over the batch and divided by
+    the number of cells in the batch that are matched to objects, or by 1 if there are none. Means
+    of several batches are weighted by their numbers of boxes.
     """
 
     title = "FCOS"
@@ -195,24 +214,35 @@ class FCOS(OneStage):
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
-        """Index (M,) of FCOS's level for each of the boxes (M, 4), by half the longer side.
+        """Find the level that is responsible for each of the boxes (M, 4), by half the longer side.
 
-        Tian et al., 2019, https://arxiv.org/abs/1904.01355: a level of stride s is for boxes whose
-        sides are between 4 s and 8 s from their centre; the first level also for smaller boxes, the
-        last also for larger ones. `sides` are the strides.
+        As in Tian et al., 2019, https://arxiv.org/abs/1904.01355, a level of stride s is for boxes
+        of which half the longer side is between 4 s and 8 s. The first level is also for smaller
+        boxes, the last level also for larger ones. `sides` are the strides of the levels.
+
+        Returns:
+            Index of the level, (M,).
         """
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) / 2
         return (reach[:, None] >= 8 * reach.new_tensor(sides[:-1])).sum(dim=1)
 
 
 def _anchor_counts(rows: int, features: Sequence[Tensor]) -> list[int]:
-    """Anchors of each level; `rows` are those of all levels."""
+    """Number of anchors on each level; `rows` is the number of anchors on all levels."""
     cells = [one.shape[2:].numel() for one in features]
     return [rows // sum(cells) * count for count in cells]
 
 
 def _as_maps(dense: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-    """Views of torchvision's rows (N, P, K) of all levels as maps (N, A*K, h, w)."""
+    """View torchvision's outputs for the anchors of all levels as one map per level.
+
+    Args:
+        dense: K values for each of P anchors, (N, P, K).
+        features: Feature map of each level, (N, D, h, w).
+
+    Returns:
+        For each level (N, A*K, h, w), with A anchors per cell.
+    """
     parts = dense.split(_anchor_counts(dense.shape[1], features), dim=1)
     return [
         part.unflatten(1, (*one.shape[2:], -1)).flatten(3).permute(0, 3, 1, 2)
@@ -222,11 +252,11 @@ def _as_maps(dense: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
 
 @with_options(RetinaNetOptions)
 def retinanet(num_classes: int, options: RetinaNetOptions) -> RetinaNet:
-    """RetinaNet on any trunk; torchvision's `retinanet_resnet50_fpn` by default.
+    """Build RetinaNet on any trunk; torchvision's `retinanet_resnet50_fpn` by default.
 
     Raises:
-        UserError: An option out of range, a trunk that cannot be built or lacks a level, or a file
-            that does not fit.
+        UserError: An option is out of range, the trunk cannot be built or does not have one of the
+            levels, or the file does not fit the network.
     """
     pyramid = build_pyramid("retinanet", num_classes, options, candidates=(options.candidates, 1))
     scales = options.scales
@@ -239,7 +269,7 @@ def retinanet(num_classes: int, options: RetinaNetOptions) -> RetinaNet:
         topk_candidates=options.candidates,
     )  # fmt: skip
     levels = anchors.levels()
-    sides = [  # geometric means
+    sides = [  # geometric mean of the anchors' sides
         math.prod(across * down for across, down in level.sides) ** (0.5 / len(level.sides))
         for level in levels
     ]
@@ -248,10 +278,11 @@ def retinanet(num_classes: int, options: RetinaNetOptions) -> RetinaNet:
 
 @with_options(FCOSOptions)
 def fcos(num_classes: int, options: FCOSOptions) -> FCOS:
-    """FCOS on any trunk; torchvision's `fcos_resnet50_fpn` by default.
+    """Build FCOS on any trunk; torchvision's `fcos_resnet50_fpn` by default.
 
     Raises:
-        UserError: As `retinanet`.
+        UserError: An option is out of range, the trunk cannot be built or does not have one of the
+            levels, or the file does not fit the network.
     """
     channels, radius = options.channels, options.radius
     if channels < 64 or channels % 32 or radius <= 0:
@@ -260,7 +291,8 @@ def fcos(num_classes: int, options: FCOSOptions) -> FCOS:
             f"{channels} and {radius:g}"
         )
     pyramid = build_pyramid("fcos", num_classes, options, candidates=(options.candidates, 1))
-    # One square of the stride's side in each cell: FCOS measures from the square's centre.
+    # torchvision's FCOS has one square anchor of the stride's side in each cell. It predicts the
+    # distances from the centre of the square to the sides of the box.
     squares = anchors_of("fcos", pyramid.strides, scales=(1.0,), ratios=(1.0,))
     network = detection.FCOS(
         pyramid, num_classes, anchor_generator=squares, center_sampling_radius=radius,

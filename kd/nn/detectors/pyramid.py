@@ -1,6 +1,6 @@
-"""A feature pyramid on any trunk, or a single map of it, and its anchors.
+"""A feature pyramid on any trunk, or a single map, with anchors.
 
-Level L has a stride of 2**L pixels, as papers number them: P2 has one of 4.
+Level L has a stride of 2**L pixels, as in the literature, e.g. P2 has a stride of 4.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from kd.nn.trunk_base import Trunk
 
 
 class Pyramid(nn.Module):
-    """A trunk and torchvision's feature pyramid on its last maps, under torchvision's names.
+    """A trunk and torchvision's feature pyramid on the trunk's last maps.
+
+    The modules have the same names as in torchvision, so that its weight files can be loaded.
 
     Attributes:
         out_channels: Channels of every map.
         strides: Pixels per cell of each map, finest first.
-        own: Number of maps that come from the trunk, named "0", "1", ...; coarser ones are added.
+        own: Number of maps that come from the trunk, which are named "0", "1", .... Up to two
+            coarser maps are added after these.
     """
 
     def __init__(self, trunk: Trunk, own: int, extra: int, channels: int) -> None:
@@ -48,7 +51,7 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) to maps (N, channels, H/stride, W/stride) by name, finest first."""
+        """Map images (N, 3, H, W) to maps (N, channels, H/stride, W/stride), by name."""
         maps = self.body.forward_levels(images)[-self.own :]
         named = OrderedDict((str(number), one) for number, one in enumerate(maps))
         merged: dict[str, Tensor] = self.fpn(named)
@@ -58,8 +61,9 @@ class Pyramid(nn.Module):
 class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
     """torchvision's anchors at fixed strides, in float32.
 
-    torchvision divides the image's size by the map's, which gives the stride only if the stride
-    divides the image's sides, and computes in the map's type: bfloat16 cannot resolve pixels.
+    torchvision computes the stride by dividing the size of the image by the size of the map, which
+    is right only for images whose sides are multiples of the stride. It also computes anchors in
+    the dtype of the map, and bfloat16 cannot resolve single pixels.
     """
 
     def __init__(
@@ -69,14 +73,14 @@ class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
         self.strides = tuple(strides)
 
     def forward(self, image_list: ImageList, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        """Anchors (P, 4) of each image, level after level; the same tensor for all images."""
+        """Compute the anchors (P, 4) of all levels, once per image; all images share one tensor."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         grids = [one.shape[-2:] for one in feature_maps]
         anchors = torch.cat(self.grid_anchors(grids, [(side, side) for side in self.strides]))
         return [anchors] * len(image_list.image_sizes)
 
     def levels(self) -> tuple[Level, ...]:
-        """The levels with their anchors' sides, which torchvision rounds to even pixels."""
+        """Return stride and anchor sides of each level; torchvision rounds sides to even pixels."""
         return tuple(
             Level(stride, tuple((x2 - x1, y2 - y1) for x1, y1, x2, y2 in cell.tolist()), 0.0)
             for stride, cell in zip(self.strides, self.cell_anchors, strict=True)
@@ -89,12 +93,13 @@ class PyramidOptions(FreezableOptions):
 
     Attributes:
         levels: Consecutive levels of the pyramid, finest first; `[4]` is a single map of stride 16.
-            One or two may be coarser than the trunk: one is sub-sampled from the last, two are
-            convolved from it, as in torchvision's Faster R-CNN and RetinaNet.
-        channels: Channels of every map that the heads read.
+            One or two levels may be coarser than all maps of the trunk. One such level is
+            sub-sampled from the last map, as in torchvision's Faster R-CNN; two are computed by
+            strided convolutions, as in its RetinaNet.
+        channels: Channels of every map of the pyramid.
         least_score: Detections of a lower score are dropped.
         overlap: IoU above which the worse of two detections of a class is suppressed.
-        top: Detections per image, K.
+        top: Number of detections per image, K.
     """
 
     trunk: str = "resnet50"
@@ -108,13 +113,18 @@ class PyramidOptions(FreezableOptions):
 def build_pyramid(
     what: str, num_classes: int, options: PyramidOptions, **least: tuple[float, float]
 ) -> Pyramid:
-    """A pyramid for the detector `what`; the trunk's steps beyond the coarsest level are cut off.
+    """Build the pyramid of a detector, without the trunk's steps beyond the coarsest level.
 
-    `least` are further options of the detector with their least values, see `at_least`.
+    Args:
+        what: Name of the detector, the prefix of error messages.
+        num_classes: Number of classes, C.
+        options: Options of the detector.
+        **least: Values of further options to check, each with its smallest allowed value, see
+            `at_least`.
 
     Raises:
-        UserError: Levels that the trunk does not have, an option out of range, or a trunk that
-            cannot be built.
+        UserError: The trunk does not have one of the levels, an option is out of range, or the
+            trunk cannot be built.
     """
     levels = options.levels
     at_least(
@@ -142,16 +152,17 @@ def build_pyramid(
 def anchors_of(
     what: str, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float]
 ) -> FixedAnchors:
-    """Anchors for the detector `what`, whose sides are multiples of the levels' strides.
+    """Build anchors whose sides are proportional to the strides of the levels.
 
     Args:
-        what: Name for messages.
-        strides: Of the levels.
-        scales: Sides of the square anchors, in strides; rounded down to pixels.
-        ratios: Height divided by width.
+        what: Name of the detector, the prefix of error messages.
+        strides: Strides of the levels.
+        scales: Sides of the square anchors, in strides; sides are rounded down to pixels.
+        ratios: Height divided by width of the anchors. The area of an anchor does not depend on its
+            ratio.
 
     Raises:
-        UserError: Scales or ratios empty or not above 0, or anchors without an area.
+        UserError: Scales or ratios are empty or not above 0, or an anchor has no area.
     """
     for name, values in (("scales", scales), ("ratios", ratios)):
         if not values or min(values) <= 0:
