@@ -1,6 +1,6 @@
-"""Losses: one function each, student first, teacher second, a scalar mean out.
+"""Losses as functions of the student's tensor and the teacher's tensor that return a scalar mean.
 
-All raise `UserError` on shapes, dtypes or devices that do not fit, and on options out of range.
+All raise `UserError` if shapes, dtypes or devices do not fit, or if an option is out of range.
 """
 
 from kd.losses.imitation import anchor_grid, hint, imitation, imitation_mask

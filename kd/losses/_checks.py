@@ -1,7 +1,7 @@
-"""Argument checks of the losses; messages state the wrong and the expected value.
+"""Argument checks of the losses; error messages state the expected and the actual value.
 
-None reads tensor values, which would synchronise with the accelerator in every step: values that
-are not finite make the loss not finite, which stops the training.
+The checks never read the values of tensors, which would synchronise with the accelerator in every
+step. Values that are not finite make the loss not finite, which stops the training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_shapes(
     dimensions: int,
     names: tuple[str, str] = ("student", "teacher"),
 ) -> None:
-    """Check that two tensors have the same shape of so many dimensions."""
+    """Check that two tensors have the same shape, with the given number of dimensions."""
     if first.ndim != dimensions:
         raise UserError(
             f"{loss}: expected {dimensions} dimensions, got {names[0]} {tuple(first.shape)}"
@@ -42,7 +42,7 @@ def check_shapes(
 
 
 def check_floating(loss: str, **tensors: Tensor) -> None:
-    """Check that tensors are floating point, of any width."""
+    """Check that tensors have a floating-point dtype."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UserError(
@@ -51,7 +51,7 @@ def check_floating(loss: str, **tensors: Tensor) -> None:
 
 
 def check_device(loss: str, **tensors: Tensor) -> None:
-    """Check that all tensors lie on one device."""
+    """Check that all tensors are on the same device."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise UserError(f"{loss}: expected one device, got {places}")
@@ -60,7 +60,11 @@ def check_device(loss: str, **tensors: Tensor) -> None:
 def check_mask(
     loss: str, name: str, mask: Tensor, maps: Tensor, *, like: str, weights: bool = False
 ) -> None:
-    """Check that a mask (N, H, W), bool or weights, fits maps (N, C, H, W), called `like`."""
+    """Check that a mask (N, H, W) fits maps (N, C, H, W) in shape, dtype and device.
+
+    `like` is the name of the maps in error messages. The mask must be bool; with `weights` it may
+    also be floating point.
+    """
     expected = (maps.shape[0], *maps.shape[2:])
     if tuple(mask.shape) != expected:
         raise UserError(f"{loss}: {name} must be {expected}, got {tuple(mask.shape)}")
@@ -71,7 +75,7 @@ def check_mask(
 
 
 def check_labels(loss: str, labels: Tensor, rows: Tensor, *, like: str) -> None:
-    """Check that labels are one int64 for each row; `like` is the name of the rows."""
+    """Check that labels are int64, one for each of the rows; `like` is the name of the rows."""
     if labels.shape != rows.shape[:1]:
         raise UserError(f"{loss}: labels must be ({len(rows)},), got {tuple(labels.shape)}")
     if labels.dtype != torch.int64:
@@ -92,7 +96,7 @@ def check_not_negative(loss: str, name: str, value: float) -> None:
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """Dtype of sums and logarithms: float64 if any tensor has it, else float32.
+    """Return the dtype for sums and logarithms: float64 if any tensor has it, else float32.
 
     Losses are small differences of large numbers, for which half precision is too coarse.
     """
@@ -101,5 +105,5 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype without `torch.`: "float32"."""
+    """Return the name of a dtype without the prefix "torch.", e.g. "float32"."""
     return str(dtype).removeprefix("torch.")

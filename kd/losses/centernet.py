@@ -1,4 +1,4 @@
-"""CenterNet's targets and losses: object centres, sizes and sub-cell offsets.
+"""Training targets and losses of CenterNet for object centres, sizes and offsets within cells.
 
 Zhou et al., 2019, https://arxiv.org/abs/1904.07850.
 """
@@ -14,22 +14,26 @@ from torch import Tensor
 
 from kd.losses._checks import wide_dtype
 
-CHUNK = 1 << 24  # cells of Gaussians processed at a time: 64 MiB of float32
-OVERLAP = 0.7  # least IoU with the object of a box whose corners move by the Gaussian's radius
+CHUNK = 1 << 24  # number of cells of Gaussians processed at a time: 64 MiB of float32
+# Smallest IoU of an object's box with a box whose corners are shifted by the Gaussian's radius.
+OVERLAP = 0.7
 
 
 class CenterTargets(NamedTuple):
     """Training targets for N images, C classes and M objects.
 
     Attributes:
-        heatmap: (N, C, h, w) float32, 1 at the peaks, in 0..1 around them. Objects of one class in
-            the same cell share a peak.
-        loss_mask: (N, C, h, w) bool, False at cells excluded from the loss; None = all count.
-        cell: (M,) int64, y * w + x of the cell that holds each object's centre.
-        image_of: (M,) int64, the image of each object.
+        heatmap: (N, C, h, w) float32, 1 at the peaks, below 1 around them, elsewhere 0. Objects of
+            the same class with their centres in the same cell share a peak.
+        loss_mask: (N, C, h, w) bool, False at cells excluded from the loss of the heat map; None if
+            all cells are included.
+        cell: (M,) int64, index y * w + x of the cell that contains the centre of each object.
+        image_of: (M,) int64, index of the image that contains each object.
         size: (M, 2) float32, width and height in cells.
-        offset: (M, 2) float32 in [0, 1), x and y from the cell's upper left corner to the centre.
-        valid: (M,) bool, objects that have a peak; others are excluded from all losses.
+        offset: (M, 2) float32 in [0, 1), x and y of the centre relative to the upper left corner of
+            the cell.
+        valid: (M,) bool, whether an object has a peak. Objects without a peak are excluded from all
+            losses.
     """
 
     heatmap: Tensor
@@ -42,19 +46,21 @@ class CenterTargets(NamedTuple):
 
 
 def gaussian_radius(widths: Tensor, heights: Tensor) -> Tensor:
-    """Largest radius (M,) by which a box's corners may move with an IoU of at least `OVERLAP`.
+    """Compute how far a box's corners may be shifted so that the IoU is at least `OVERLAP`.
 
-    The least of three cases: both corners move outwards, both inwards, or one each way (Law and
-    Deng, 2018, https://arxiv.org/abs/1808.01244). Each is the smaller root of a quadratic. The
-    published code solves two of them wrongly and takes the larger root, which makes its radii about
-    three times as large: 2.73 instead of 0.82 for a box of 10 x 10.
+    The radius (M,) is the smallest of three cases: both corners are shifted outwards, both inwards,
+    or one in each direction (Law and Deng, 2018, https://arxiv.org/abs/1808.01244). In each case it
+    is the smaller root of a quadratic. The published code solves two of them wrongly and takes the
+    larger root, so its radii are about three times as large: for a box of 10 x 10 they are 2.73
+    instead of 0.82.
 
     Args:
         widths: Box widths, (M,), in the unit of the radius.
         heights: Box heights, (M,).
     """
     around, area = widths + heights, widths * heights
-    # One corner inwards, one outwards: intersection (w - r)(h - r), union twice the area less that.
+    # One corner inwards, one outwards: the intersection is (w - r)(h - r), and the union is twice
+    # the area minus the intersection.
     shifted = _smaller_root(1.0, around, area * (1 - OVERLAP) / (1 + OVERLAP))
     # Both inwards: (w - 2r)(h - 2r) is `OVERLAP` times the area.
     inside = _smaller_root(4.0, 2 * around, area * (1 - OVERLAP))
@@ -65,7 +71,7 @@ def gaussian_radius(widths: Tensor, heights: Tensor) -> Tensor:
 
 
 def _smaller_root(square: float, linear: Tensor, constant: Tensor) -> Tensor:
-    """Smaller root of `square r^2 - linear r + constant`."""
+    """Smaller root r of `square r^2 - linear r + constant = 0`."""
     spread = (linear.square() - 4 * square * constant).clamp(min=0.0).sqrt()
     return (linear - spread) / (2 * square)
 
@@ -81,22 +87,24 @@ def center_targets(
     *,
     ignored: Tensor | None = None,
 ) -> CenterTargets:
-    """Build the targets of a batch; overlapping Gaussians of a class take their maximum.
+    """Build the targets of a batch. Where Gaussians of one class overlap, their maximum is used.
 
-    Objects whose centre is off the grid, whose box has no area or is not finite, or whose label is
-    -1 have no peak. Inputs are checked by the detector, in `kd.nn.detectors.contract`.
+    An object has no peak if its centre is outside the grid, if its box has no area or is not
+    finite, or if its label is -1. The inputs are checked by the detector, in
+    `kd.nn.detectors.contract`.
 
     Args:
         boxes: (M, 4), xyxy pixels.
-        labels: (M,) int64, 0..C-1; -1 (unknown class) only where ignored.
-        image_of: (M,) int64, 0..N-1.
-        n: N.
-        num_classes: C.
+        labels: (M,) int64, 0..C-1, or -1 if the class is unknown, which only ignored boxes may
+            have.
+        image_of: (M,) int64, 0..N-1, index of the image that contains each box.
+        n: Number of images, N.
+        num_classes: Number of classes, C.
         grid: Height and width in cells.
         stride: Pixels per cell.
-        ignored: (M,) bool, regions that may hold more objects, such as crowds: they have no peak,
-            and cells with their centre inside are excluded from the loss of their class (of all
-            classes if the label is -1), other objects' peaks excepted.
+        ignored: (M,) bool, marks boxes of regions that may contain more objects, such as crowds.
+            They have no peak. Cells whose centre lies in such a box are excluded from the loss of
+            its class, or of all classes if the label is -1, except for peaks of other objects.
     """
     cells, shape = boxes.to(torch.float32) / stride, (n, num_classes, *grid)
     centres, sides = (cells[:, 2:] + cells[:, :2]) / 2, cells[:, 2:] - cells[:, :2]
@@ -118,7 +126,7 @@ def center_targets(
 
 
 def _gaussian(centre: Tensor, radius: Tensor, length: int) -> Tensor:
-    """Gaussians along one side of the grid, (M, length), 0 beyond the radius."""
+    """Gaussians along one dimension of the grid, (M, length), 0 at distances above the radius."""
     away = torch.arange(length, device=centre.device) - centre[:, None]
     deviation = (2 * radius[:, None] + 1) / 6
     value = torch.exp(-away.square() / (2 * deviation.square()))
@@ -126,9 +134,10 @@ def _gaussian(centre: Tensor, radius: Tensor, length: int) -> Tensor:
 
 
 def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Tensor:
-    """`count` maps (h, w), each the maximum of outer products of its `rows` and `columns`.
+    """Compute maps (count, h, w), each of which is the maximum of several outer products.
 
-    Rows (M, h) and columns (M, w) are not negative; `row` (M,) int64 is the map of each product.
+    Product m is that of `rows[m]` (h,) and `columns[m]` (w,), which are not negative, and belongs
+    to the map `row[m]`.
     """
     maps = rows.new_zeros(count, rows.shape[1], columns.shape[1])
     step = max(1, CHUNK // maps.shape[1:].numel())
@@ -140,10 +149,13 @@ def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Ten
 
 
 def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Cells whose centres lie in ignored boxes: bool, of shape (N, C, h, w).
+    """Mark the cells (N, C, h, w) whose centres lie in ignored boxes.
 
-    `boxes` (M, 4) are in cells; `row` (M,) is `image * C + class`, or `N * C + image` for a box
-    that covers all classes.
+    Args:
+        boxes: (M, 4) xyxy in cells.
+        ignored: (M,) bool, the boxes to use.
+        row: (M,) int64, `image * C + class`, or `N * C + image` for a box that covers all classes.
+        shape: N, C, h, w.
     """
     n, num_classes, height, width = shape
 
@@ -162,20 +174,23 @@ def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]
 
 
 def centernet_losses(output: Mapping[str, Tensor], targets: CenterTargets) -> dict[str, Tensor]:
-    """Compute the three losses, unweighted; the published weights are 1, 0.1 and 1.
+    """Compute the losses `heatmap`, `size` and `offset`; the published weights are 1, 0.1 and 1.
 
-    `heatmap`: a focal loss (alpha 2, beta 4), summed over all cells and divided by the number of
-    peaks. With p the probability and y the target it is `-(1 - p)^2 log p` at a peak and `-(1 -
-    y)^4 p^2 log(1 - p)` elsewhere, computed from logits so that no probability needs clamping. A
-    batch without objects is divided by 1.
+    `heatmap` is a focal loss (alpha 2, beta 4), summed over all cells and divided by the number of
+    peaks, or by 1 if there are none. For the probability p and the target y it is `-(1 - p)^2
+    log p` at a peak and `-(1 - y)^4 p^2 log(1 - p)` elsewhere. It is computed from logits, so that
+    no probability needs clamping.
 
-    `size`, `offset`: the mean absolute error of the two numbers over the objects, in cells; 0 with
-    a zero gradient without objects. This follows the authors' code; the paper sums the two numbers,
-    which is twice as much.
+    `size` and `offset` are the absolute errors in cells, averaged over the objects and the two
+    coordinates; without objects they are 0 with a zero gradient. This follows the authors' code;
+    the paper sums over the two coordinates, which is twice as much.
 
     Args:
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w).
-        targets: On the same grid.
+        targets: Targets on the same grid.
+
+    Returns:
+        The unweighted losses by name.
     """
     return {
         "heatmap": _focal(output["heatmap"], targets),
@@ -190,7 +205,8 @@ def _focal(logits: Tensor, targets: CenterTargets) -> Tensor:
         # The gradient at excluded cells must be 0 even where logits are not finite.
         logits = logits.masked_fill(~targets.loss_mask, 0.0)
     peak = targets.heatmap == 1
-    # `away`: logit of the error, 1 - p at a peak and p elsewhere; -log(1 - error) is its softplus.
+    # `away` is the logit of the error, which is 1 - p at a peak and p elsewhere. Its softplus is
+    # -log(1 - error).
     away = torch.where(peak, -logits, logits)
     weight = torch.where(peak, 1.0, (1 - targets.heatmap) ** 4)
     if targets.loss_mask is not None:
@@ -201,6 +217,6 @@ def _focal(logits: Tensor, targets: CenterTargets) -> Tensor:
 
 def _l1_at_peaks(maps: Tensor, truth: Tensor, targets: CenterTargets) -> Tensor:
     found = maps.flatten(2)[targets.image_of, :, targets.cell].to(wide_dtype(maps))  # (M, 2)
-    # Fill before taking the distance, whose derivative is not finite at NaN.
+    # Fill before `abs`, because the derivative of `abs` at NaN is not finite.
     gap = (found - truth).masked_fill(~targets.valid[:, None], 0.0)
     return gap.abs().sum() / (2 * targets.valid.sum()).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Class weights from class frequencies, clamped: rare classes weigh more."""
+"""Compute class weights from class frequencies, with larger weights for rare classes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ CAP = 10.0
 def median_frequency(
     frequencies: Sequence[float], *, power: float = 1.0, cap: float = CAP
 ) -> list[float]:
-    """`clamp((median(f) / f_c) ** power, 1 / cap, cap)` for each class c.
+    """Weight each class c by `clamp((median(f) / f_c) ** power, 1 / cap, cap)`.
 
-    Eigen and Fergus, 2015, https://arxiv.org/abs/1411.4734, to which power and cap are added: a
-    power of 0.5 is gentler, with 0 all weights are 1. A class that never occurs gets the cap and is
-    left out of the median.
+    The weights are those of Eigen and Fergus, 2015, https://arxiv.org/abs/1411.4734, with power and
+    cap added. A class that never occurs gets the weight `cap` and is left out of the median.
 
     Args:
-        frequencies: Fraction of the train pixels (or objects) of each class.
-        power: 0 to 1.
+        frequencies: Fraction of the training pixels (or objects) that have each class.
+        power: 0 to 1; with 1 the weights are inversely proportional to the frequencies, with 0 all
+            weights are 1.
         cap: The largest weight; 1 / cap is the smallest.
     """
     _check("median_frequency", frequencies, power, cap)
@@ -32,10 +32,15 @@ def median_frequency(
 def positive_weights(
     frequencies: Sequence[float], *, power: float = 1.0, cap: float = CAP
 ) -> list[float]:
-    """`clamp(((1 - f_c) / f_c) ** power, 1 / cap, cap)`: weight of a class's presence.
+    """Weight the presence of each class c by `clamp(((1 - f_c) / f_c) ** power, 1 / cap, cap)`.
 
-    At power 1 a class's presence and absence have the same total weight. The frequencies are the
-    fractions of the train images that contain each class; other arguments as `median_frequency`.
+    The absence of a class has the weight 1. With a power of 1, presence and absence of a class have
+    the same total weight over all training images.
+
+    Args:
+        frequencies: Fraction of the training images that contain each class.
+        power: 0 to 1; with 0 all weights are 1.
+        cap: The largest weight; 1 / cap is the smallest.
     """
     _check("positive_weights", frequencies, power, cap)
     if max(frequencies) > 1:

@@ -1,10 +1,10 @@
 """Holistic distillation: a critic distinguishes the student's score maps from the teacher's.
 
-Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic's input is a score map with its
-image; it rates how much the map looks like one of the teacher's, *given the image*. It is trained
-as a Wasserstein critic with gradient penalty (Gulrajani et al., 2017,
-https://arxiv.org/abs/1704.00028) on detached maps, with an optimiser of its own; the student is
-trained for high ratings.
+Liu et al., 2019, https://arxiv.org/abs/1903.04197. The input of the critic is a score map together
+with the image. The critic rates how much the map looks like a map of the teacher for this image. It
+is trained as a Wasserstein critic with gradient penalty (Gulrajani et al., 2017,
+https://arxiv.org/abs/1704.00028), on detached maps and with a separate optimiser. The student is
+trained to get high ratings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
     Zhang et al., 2019, https://arxiv.org/abs/1805.08318.
 
     Args:
-        channels: Input and output channels; queries and keys have an eighth of them.
+        channels: Number of input and output channels. Queries and keys have an eighth as many.
     """
 
     def __init__(self, channels: int) -> None:
@@ -60,15 +60,16 @@ class SelfAttention(nn.Module):
 
 
 class Critic(nn.Module):
-    """Rate how much a score map looks like one of the teacher's, given its image.
+    """Network that rates how much a score map looks like one of the teacher's, given the image.
 
-    4 x 4 convolutions of stride 2 with spectral normalisation, self-attention after the last two,
-    and a 4 x 4 convolution to one channel, averaged over the map. All computations are in the dtype
-    of the weights, float32, even under autocast: critics are unstable in half precision.
+    It has 4 x 4 convolutions of stride 2 with spectral normalisation, self-attention after the last
+    two of them, and a 4 x 4 convolution to one channel, whose output is averaged over the map. All
+    computations are in the dtype of the weights, float32, even under autocast, because critics are
+    unstable in half precision.
 
     Args:
-        num_classes: Channels of the score maps.
-        widths: Channels of the convolutions.
+        num_classes: Number of classes, which are the channels of the score maps.
+        widths: Channels of the strided convolutions, at least two of them.
         slope: Negative slope of the leaky ReLUs.
     """
 
@@ -94,11 +95,15 @@ class Critic(nn.Module):
         self.strides = len(widths)
 
     def forward(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Rate score maps: (N,), higher for maps that look more like a teacher's.
+        """Rate score maps; a rating is higher if the map looks more like a map of the teacher.
 
         Args:
-            scores: Probabilities, (N, C, h, w); h and w at least 2 to the number of convolutions.
-            images: Normalised, (N, 3, H, W); resized to the maps' grid.
+            scores: Class probabilities, (N, C, h, w); h and w must be at least 2**n for n strided
+                convolutions.
+            images: Normalised images, (N, 3, H, W), which are resized to the grid of the maps.
+
+        Returns:
+            Ratings, (N,).
         """
         least = 2**self.strides
         if min(scores.shape[2:]) < least:
@@ -118,7 +123,7 @@ class Critic(nn.Module):
             return score.mean(dim=(1, 2, 3))
 
 
-# Compiled code has no second derivative, which the penalty needs.
+# Not compiled, because compiled code has no second derivative, which the gradient penalty needs.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def critic_loss(
     critic: nn.Module,
@@ -129,21 +134,22 @@ def critic_loss(
     penalty: float = 10.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The critic's objective: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
+    """Loss of the critic D: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
 
-    The gradient is taken at a random point on the line between the two maps of each image. No
-    gradient reaches student or teacher. Under `torch.compile` it runs uncompiled.
+    The gradient of D is taken at a random point on the line between the two maps of each image. No
+    gradient reaches student or teacher. Under `torch.compile` this function runs uncompiled.
 
     Args:
-        critic: Maps score maps and images to (N,).
+        critic: Module that maps score maps (N, C, h, w) and images to ratings (N,).
         student: Logits, (N, C, h, w).
         teacher: Logits, (N, C, h, w).
-        images: Normalised, (N, 3, H, W).
+        images: Normalised images, (N, 3, H, W).
         penalty: Weight of the gradient penalty.
-        generator: Source of the random points, on the maps' device; None = torch's default.
+        generator: Generator that the random points are drawn from, on the device of the maps; None
+            for torch's default generator.
 
     Returns:
-        Scalar, the mean over N; 0 where N is 0.
+        Scalar, the mean over N; 0 if N is 0.
     """
     check_pair("critic_loss", student, teacher, dimensions=4)
     check_not_negative("critic_loss", "penalty", penalty)
@@ -155,25 +161,26 @@ def critic_loss(
         score_fake, score_real = critic(fake, images), critic(real, images)
         score_between = critic(between, images).sum()
     (slope,) = torch.autograd.grad(score_between, between, create_graph=True)
-    # A norm has no derivative at 0, where a critic may start.
+    # A small constant is added, because a norm has no derivative at 0, where the gradient of an
+    # untrained critic may be.
     length = (slope.flatten(1).square().sum(dim=1) + 1e-12).sqrt()
     loss: Tensor = (score_fake - score_real + penalty * (length - 1).square()).sum()
     return loss / max(len(fake), 1)
 
 
 def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
-    """The student's objective: `-D(student)`.
+    """Loss of the student, `-D(student)` for the critic D.
 
-    The critic's weights receive a gradient as well, which must not enter the critic's own step:
-    clear it, or freeze the critic as `Adversary` does.
+    The weights of the critic receive a gradient as well, which must not be used in the optimiser
+    step of the critic. Clear it, or freeze the critic as `Adversary` does.
 
     Args:
         student: Logits, (N, C, h, w).
-        images: Normalised, (N, 3, H, W).
-        critic: Maps score maps and images to (N,).
+        images: Normalised images, (N, 3, H, W).
+        critic: Module that maps score maps (N, C, h, w) and images to ratings (N,).
 
     Returns:
-        Scalar, the mean over N; 0 with a zero gradient where N is 0.
+        Scalar, the mean over N; 0 with a zero gradient if N is 0.
     """
     check_floating("holistic", student=student)
     loss: Tensor = -critic(_probabilities(student, wide_dtype(student)), images).sum()
@@ -181,12 +188,20 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
 
 
 def _probabilities(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    # A softmax turns -inf into 0; the second term is NaN there, so that such logits are noticed.
+    # A softmax turns a logit of -inf into 0. The second term makes the result NaN, so that training
+    # stops at such logits.
     return logits.softmax(dim=1, dtype=dtype) + 0.0 * logits.detach()
 
 
 class Adversary(nn.Module):
-    """A critic with its own loss and the student's; `widths` and `slope` as for `Critic`."""
+    """A critic together with the losses of student and critic.
+
+    Args:
+        num_classes: Number of classes, which are the channels of the score maps.
+        penalty: Weight of the gradient penalty in the critic's loss.
+        widths: Channels of the critic's convolutions, see `Critic`.
+        slope: Negative slope of the critic's leaky ReLUs.
+    """
 
     def __init__(
         self,
@@ -202,23 +217,23 @@ class Adversary(nn.Module):
         self.penalty = penalty
 
     def forward(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """The student's loss; leaves the critic and its gradients unchanged."""
+        """Compute the loss of the student, without changing the critic or its gradients."""
         check_pair("holistic", student, teacher, dimensions=4)
         with _frozen(self.critic):
             return holistic(student, images, self.critic)
 
     def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """The critic's loss."""
+        """Compute the loss of the critic, see `critic_loss`."""
         loss: Tensor = critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
         return loss
 
 
 def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Replace the student's logits at void pixels by the teacher's.
+    """Replace the student's logits at void pixels by the teacher's logits.
 
-    A critic rates whole maps: pass the result instead of the student's map to both losses of
-    `Adversary`, and void pixels differ no more. Liu et al., 2019, https://arxiv.org/abs/1903.04197,
-    do not mention void.
+    A critic rates whole maps and cannot exclude pixels. If the result is passed instead of the
+    student's map to both losses of `Adversary`, the maps of student and teacher do not differ at
+    void pixels. Liu et al., 2019, https://arxiv.org/abs/1903.04197, do not mention void.
 
     Args:
         student: Logits, (N, C, h, w).
@@ -226,8 +241,8 @@ def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         valid: Pixels that have a class, bool (N, h, w).
 
     Returns:
-        Logits, (N, C, h, w), in the wider of the two dtypes, so that the teacher's are exact.
-        Gradients reach the student's valid pixels only.
+        Logits, (N, C, h, w), in the wider of the two dtypes, so that the teacher's logits are not
+        rounded. Gradients reach only the student's valid pixels.
     """
     check_pair("holistic", student, teacher, dimensions=4)
     check_mask("holistic", "valid", valid, student, like="student")
@@ -236,7 +251,7 @@ def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Disable weight gradients and the power iteration of spectral norm."""
+    """Disable weight gradients and the power iteration of spectral norm within a `with` block."""
     training = module.training
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()

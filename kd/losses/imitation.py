@@ -1,4 +1,4 @@
-"""Regression of features: hints, and imitation in masked cells, with the mask for detectors."""
+"""Feature regression: hints, imitation in the cells of a mask, and the mask for detectors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from torch.nn.utils.rnn import pad_sequence
 from kd.errors import UserError
 from kd.losses._checks import check_mask, check_pair, dtype_name, wide_dtype
 
-CHUNK = 1 << 22  # intersections computed at a time: 16 MiB of float32
-# Relative margin: IoUs that equal the limit are common (an anchor of twice a box's side that
-# contains the box has an IoU of 1/4 wherever it is), and rounding must not let them in.
+CHUNK = 1 << 22  # number of intersections computed at a time: 16 MiB of float32
+# Relative margin of the comparison of IoUs with the limit. IoUs equal to the limit are common: all
+# anchors of twice a box's side that contain the box have an IoU of 1/4. Rounding must not lift some
+# of them above the limit.
 TIE = 1e-5
 
 
 def hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Mean squared error between features.
 
-    Romero et al., 2015, https://arxiv.org/abs/1412.6550, take half the squared norm; here it is the
-    mean over all elements, so that the term's weight does not depend on the size of the map.
+    Romero et al., 2015, https://arxiv.org/abs/1412.6550, use half the squared norm of the
+    difference. Here the loss is the mean over all elements, so that the weight of the term need not
+    depend on the size of the map.
 
     Args:
         student: Adapted features, (N, ...).
         teacher: Features of the same shape.
-        valid: For maps (N, C, H, W), the cells to include, bool (N, H, W); None = all.
+        valid: For features (N, C, H, W), the cells to include, bool (N, H, W); None = all.
 
     Returns:
         Scalar; 0 with a zero gradient if N is 0 or no cell is valid.
@@ -47,16 +49,16 @@ def hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Te
 def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Half the squared error between features, averaged over the cells of a mask.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609: the sum over the mask's cells and all
-    channels of `(teacher - student)^2`, divided by twice the number of the mask's cells in the
-    batch. Detectors use an imitation mask around objects, context teachers a ring around the hidden
-    object.
+    As in Wang et al., 2019, https://arxiv.org/abs/1906.03609, `(teacher - student)^2` is summed
+    over the cells of the mask and all channels, and divided by twice the number of cells in the
+    masks of the batch. Detectors use an imitation mask around objects; context teachers use a ring
+    around the hidden object.
 
     Args:
         student: Adapted features, (N, C, H, W).
         teacher: Features, (N, C, H, W).
         mask: Cells to include, bool (N, H, W), or weights of the cells, float (N, H, W), not
-            negative. Features elsewhere need not be finite.
+            negative. At excluded cells the features need not be finite.
 
     Returns:
         Scalar; 0 with a zero gradient if the mask is empty.
@@ -65,7 +67,7 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     check_mask("imitation", "mask", mask, student, like="student", weights=True)
     dtype = wide_dtype(student, teacher)
     outside = ~(mask > 0)
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula
+    if torch.compiler.is_compiling():  # because the compiler can fuse the plain formula
         gap = student.to(dtype) - teacher
         squares: Tensor = gap.masked_fill(outside[:, None], 0.0).square().sum(dim=1)
     else:
@@ -77,10 +79,11 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Distances(torch.autograd.Function):
-    """Squared distance in each cell, (N, H, W), 0 outside; recomputed in the backward pass.
+    """Squared distance of the features in each cell, (N, H, W), 0 in cells outside the mask.
 
-    Autograd would store the difference between the passes, and would need another pass to fill
-    cells outside that are not finite, whose gradient would be 0 times NaN.
+    The difference of the features is recomputed in the backward pass, while plain autograd would
+    store it. Plain autograd would also need another pass over memory to fill the cells outside that
+    are not finite, because their gradient would be 0 times NaN.
     """
 
     @staticmethod
@@ -95,7 +98,7 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Twice the difference for the student, the negative of that for the teacher."""
+        """Return twice the difference for the student, and the negative of that for the teacher."""
         student, teacher, outside = ctx.saved_tensors
         gap = student.to(ctx.dtype) - teacher
         gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)
@@ -114,16 +117,19 @@ def anchor_grid(
     offset: float = 0.5,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Anchors of each cell of a grid, (H, W, K, 4), xyxy pixels.
+    """Compute the anchors of each cell of a grid.
 
     Args:
-        height: Number of rows.
-        width: Number of columns.
+        height: Number of rows of the grid, H.
+        width: Number of columns of the grid, W.
         stride: Pixels between cells.
         sides: Width and height of each of the K anchors, pixels.
-        offset: Position of the anchors' centre in the cell, in strides; 0 for torchvision's
-            detectors, whose anchors are centred at the upper left corners.
+        offset: Position of the anchors' centre in the cell, in strides. It is 0 for torchvision's
+            detectors, whose anchors are centred at the upper left corners of the cells.
         device: Device of the result.
+
+    Returns:
+        (H, W, K, 4), xyxy pixels.
     """
     x, y = ((torch.arange(count, device=device) + offset) * stride for count in (width, height))
     centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
@@ -132,50 +138,50 @@ def anchor_grid(
 
 
 def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5) -> Tensor:
-    """Cells whose anchors overlap an object nearly as well as the best anchor does.
+    """Select the cells whose anchors overlap an object nearly as well as the best anchor does.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609: a cell is in the mask of a box if any of
-    the cell's anchors has an IoU strictly above `psi` times the box's largest IoU with any anchor,
-    including anchors outside the image; the result is the union over boxes. Coordinates are
-    continuous: a box from 0 to 16 is 16 wide. With psi = 0 the mask holds all cells with an anchor
-    that overlaps a box, with psi = 1 none.
+    As in Wang et al., 2019, https://arxiv.org/abs/1906.03609, a cell is selected by a box if any of
+    the cell's anchors has an IoU with the box strictly above `psi` times the largest IoU of the box
+    with any anchor, including anchors outside the image. The mask is the union over all boxes.
+    Coordinates are continuous, so a box from 0 to 16 is 16 wide. With psi = 0 the mask contains all
+    cells with an anchor that overlaps a box; with psi = 1 it is empty.
 
-    For a feature pyramid, call it once per level with that level's anchors and assigned boxes. With
-    all boxes on every level, each box would find a "best" anchor on levels that do not fit it, and
-    the student would imitate background.
+    For a feature pyramid, call this function once per level, with the anchors of the level and the
+    boxes assigned to the level. If all boxes were used on every level, each box would have a best
+    anchor even on levels that do not fit it, and the student would imitate background.
 
-    An anchor's intersection with a box is a width, which depends on the column, times a height,
-    which depends on the row. For anchors of one size the IoU grows with that product, so the
-    largest IoU follows from the largest width and height alone; the rest is one product and
-    comparison per cell and anchor.
+    The intersection of an anchor and a box is a width, which depends on the column, times a height,
+    which depends on the row. For anchors of one size the IoU grows with this product, so the
+    largest IoU follows from the largest width and the largest height alone. What remains is one
+    product and one comparison per cell and anchor.
 
     Args:
-        boxes: One (G, 4) per image, xyxy pixels; G may be 0. Boxes may extend beyond the image. A
-            box without area, or that no anchor overlaps, selects nothing.
-        anchors: (H, W, K, 4), xyxy pixels. A grid: x depends on column and anchor, y on row and
-            anchor, and each anchor has one size everywhere.
+        boxes: For each image its boxes (G, 4), xyxy pixels; G may be 0. Boxes may extend beyond the
+            image. A box without area, or without overlap with any anchor, selects no cells.
+        anchors: (H, W, K, 4), xyxy pixels. Anchors must be a grid: x depends on column and anchor
+            only, y on row and anchor only, and each of the K anchors has one size in all cells.
         psi: Fraction of the largest IoU, 0..1.
 
     Returns:
         Bool, (N, H, W); all False for an image without boxes.
 
     Raises:
-        UserError: Shapes that do not fit, psi out of range; on the CPU also anchors that are not a
-            grid, and boxes that are not finite or have swapped corners. On an accelerator, where
-            checking values would synchronise in every step, and under `torch.compile`, such boxes
-            select nothing and such anchors go unnoticed.
+        UserError: Shapes do not fit, or psi is out of range. On the CPU also if anchors are not a
+            grid, or if boxes are not finite or have swapped corners. These values are not checked
+            under `torch.compile`, nor on an accelerator, where the check would synchronise in every
+            step. Such boxes then select no cells, and such anchors give a wrong mask.
     """
     _check_mask(boxes, anchors, psi)
     dtype = wide_dtype(anchors)
     if anchors.numel() == 0 or not any(len(own) for own in boxes):
         return anchors.new_zeros(len(boxes), *anchors.shape[:2], dtype=torch.bool)
-    # Padded boxes have no area and select nothing.
+    # The boxes added by padding have no area and select no cells.
     padded = pad_sequence([own.to(anchors.device, dtype) for own in boxes], batch_first=True)
     columns, rows = anchors[0, :, :, 0::2].to(dtype), anchors[:, 0, :, 1::2].to(dtype)
     overlap_x = _overlaps(padded[..., 0], padded[..., 2], columns)  # (N, G, K, W)
     overlap_y = _overlaps(padded[..., 1], padded[..., 3], rows)  # (N, G, K, H)
     sizes = (columns[0, :, 1] - columns[0, :, 0]) * (rows[0, :, 1] - rows[0, :, 0])  # (K,)
-    # (N, G, K), sum of the areas of box and anchor.
+    # (N, G, K), the area of the box plus the area of the anchor.
     areas = (padded[..., 2:] - padded[..., :2]).prod(dim=-1, keepdim=True) + sizes
     largest = overlap_x.amax(dim=-1) * overlap_y.amax(dim=-1)
     union = areas - largest
@@ -185,10 +191,10 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
 
 
 def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
-    """Cells (N, H, W) in which any box's intersection with any anchor exceeds a minimum.
+    """Mark the cells (N, H, W) where the intersection of a box with an anchor exceeds `least`.
 
-    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H), the
-    minimum `least` (N, G, K).
+    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H). Each
+    pair of box and anchor has a separate limit, `least` (N, G, K).
     """
     images, boxes, anchors_per_cell, width = overlap_x.shape
     height = overlap_y.shape[3]
@@ -196,14 +202,15 @@ def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
     step = max(1, CHUNK // (boxes * height * width))
     for first in range(0, images, step):
         part = slice(first, first + step)
-        for anchor in range(anchors_per_cell):  # one at a time fits the processor's cache
+        # One anchor at a time, so that the intersections fit into the processor's cache.
+        for anchor in range(anchors_per_cell):
             product = overlap_y[part, :, anchor, :, None] * overlap_x[part, :, anchor, None, :]
             found[part] |= (product > least[part, :, anchor, None, None]).any(dim=1)
     return found
 
 
 def _overlaps(low: Tensor, high: Tensor, spans: Tensor) -> Tensor:
-    """Intersection of intervals (N, G) with anchor intervals (L, K, 2): (N, G, K, L)."""
+    """Length (N, G, K, L) of the intersections of intervals (N, G) with anchor spans (L, K, 2)."""
     spans = spans.transpose(0, 1)  # (K, L, 2)
     first = torch.maximum(low[..., None, None], spans[..., 0])
     last = torch.minimum(high[..., None, None], spans[..., 1])
@@ -223,12 +230,12 @@ def _check_mask(boxes: Sequence[Tensor], anchors: Tensor, psi: float) -> None:
             )
         if own.dtype == torch.bool or own.is_complex():
             raise UserError(f"{what} must be coordinates, got {dtype_name(own.dtype)}")
-    if torch.compiler.is_compiling():  # no values while tracing
+    if torch.compiler.is_compiling():  # because tensors have no values while they are traced
         return
     if anchors.is_cpu and not _is_grid(anchors):
         raise UserError(
-            "imitation_mask: anchors must be a grid: x the same in every row, y in every column, "
-            "one size for each of the K anchors"
+            "imitation_mask: anchors must be a grid: x must be the same in every row, y the same "
+            "in every column, and each of the K anchors must have one size"
         )
     for image, own in enumerate(boxes):
         if not own.is_cpu:
@@ -247,7 +254,7 @@ def _is_grid(anchors: Tensor) -> bool:
     return bool(
         (anchors[..., 0::2] == anchors[:1, :, :, 0::2]).all()
         and (anchors[..., 1::2] == anchors[:, :1, :, 1::2]).all()
-        # Rounding of a size depends on its position.
+        # Not equality, because the rounding error of a size depends on the anchor's position.
         and ((sizes - sizes[:1, :1]).abs() <= 1e-4 * (1 + sizes[:1, :1].abs())).all()
         and (sizes >= 0).all()
     )

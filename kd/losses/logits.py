@@ -1,4 +1,4 @@
-"""KL divergences between softmaxes of teacher and student, over classes or over cells."""
+"""KL divergences between softmaxes of teacher and student, over classes or over grid cells."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kd.losses._checks import check_labels, check_mask, check_pair, check_positi
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """KL(teacher || student) of softened class distributions, times the squared temperature.
 
-    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. The factor makes the size of the gradient
-    independent of the temperature.
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. With this factor the magnitude of the
+    gradient hardly depends on the temperature.
 
     Args:
         student: Logits, (N, C).
@@ -25,7 +25,7 @@ def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> 
         temperature: Divides both sets of logits; above 1 softens.
 
     Returns:
-        Scalar, the mean over N; 0 with a zero gradient where N is 0.
+        Scalar, the mean over N; 0 with a zero gradient if N is 0.
     """
     check_pair("kl_logits", student, teacher, dimensions=2)
     check_positive("kl_logits", "temperature", temperature)
@@ -43,8 +43,8 @@ def pixel_wise(
 ) -> Tensor:
     """KL(teacher || student) of the class distributions at each pixel.
 
-    Liu et al., 2019, https://arxiv.org/abs/1903.04197. The paper prints the divergence in the other
-    direction; its authors trained with this one.
+    Liu et al., 2019, https://arxiv.org/abs/1903.04197. The paper gives the divergence in the other
+    direction, but the authors' code uses KL(teacher || student).
 
     Args:
         student: Logits, (N, C, H, W).
@@ -54,8 +54,8 @@ def pixel_wise(
         weights: Weight of each pixel, (N, H, W), not negative; None = 1.
 
     Returns:
-        Scalar, the sum divided by the number of (valid) pixels, whatever their weights; 0 with a
-        zero gradient where there are none.
+        Scalar: the sum over valid pixels divided by their number, whatever their weights; 0 with a
+        zero gradient if there are none.
     """
     check_pair("pixel_wise", student, teacher, dimensions=4)
     check_positive("pixel_wise", "temperature", temperature)
@@ -63,9 +63,9 @@ def pixel_wise(
         check_mask("pixel_wise", "valid", valid, student, like="student")
     if weights is not None:
         check_mask("pixel_wise", "weights", weights, student, like="student", weights=True)
-    # The compiler fuses the plain formula.
+    # The compiler can fuse the plain formula.
     if torch.compiler.is_compiling():
-        if valid is not None:  # zeros, so that void pixels have no gradient of 0 times NaN
+        if valid is not None:  # so that the gradient of void pixels is not 0 times NaN
             void = ~valid[:, None]
             student, teacher = (one.masked_fill(void, 0.0) for one in (student, teacher))
         total = _sum(student, teacher, temperature, valid, weights)
@@ -77,9 +77,10 @@ def pixel_wise(
 
 
 class _PixelWise(torch.autograd.Function):
-    """Sum over pixels, image by image, recomputed in the backward pass.
+    """Sum of the divergences of all pixels, with softmaxes recomputed in the backward pass.
 
-    Autograd would store five maps as large as the logits between the two passes.
+    Both passes process one image at a time. Plain autograd would store five maps as large as the
+    logits between the two passes.
     """
 
     @staticmethod
@@ -102,7 +103,11 @@ class _PixelWise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """For the student `(p - q) / T`, for the teacher `q (log q - log p - KL) / T`."""
+        """Return the gradients.
+
+        At temperature T, with p the student's and q the teacher's distribution, the gradient of a
+        pixel is `(p - q) / T` for the student and `q (log q - log p - KL) / T` for the teacher.
+        """
         student, teacher, valid, weights = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
         student_grad = torch.empty_like(student) if need_student else None
@@ -144,7 +149,7 @@ def _sum(
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) over dimension 1, which is reduced."""
+    """KL(teacher || student) of distributions over dimension 1, which is summed over."""
     dtype = wide_dtype(student, teacher)
     log_p = _log_softmax(student, 1, temperature, dtype)
     log_q = _log_softmax(teacher, 1, temperature, dtype)
@@ -166,12 +171,13 @@ def decoupled(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """Decoupled knowledge distillation over the labelled rows.
+    """Decoupled knowledge distillation of the labelled rows.
 
-    Zhao et al., 2022, https://arxiv.org/abs/2203.08679: `T^2 (alpha TCKD + beta NCKD)`. TCKD is
-    KL(teacher || student) between the labelled class and all others taken together, NCKD the one
-    among the other classes only. With alpha 1, and with beta in each row the teacher's probability
-    of the other classes, the sum is `kl_logits`.
+    Zhao et al., 2022, https://arxiv.org/abs/2203.08679: `T^2 (alpha TCKD + beta NCKD)` at
+    temperature T. TCKD is the KL(teacher || student) of two probabilities: that of the labelled
+    class and that of all other classes together. NCKD is the KL(teacher || student) of the
+    distributions over the other classes alone. If alpha is 1, and beta in each row is the teacher's
+    probability of the other classes, the sum equals `kl_logits`.
 
     Args:
         student: Logits, (N, C).
@@ -182,15 +188,15 @@ def decoupled(
         temperature: Divides both sets of logits.
 
     Returns:
-        Scalar, the mean over the labelled rows; 0 with a zero gradient without any, or with fewer
-        than two classes.
+        Scalar, the mean over the labelled rows; 0 with a zero gradient if no row is labelled or if
+        there are fewer than two classes.
     """
     check_pair("decoupled", student, teacher, dimensions=2)
     check_positive("decoupled", "temperature", temperature)
     check_labels("decoupled", labels, student, like="student")
     dtype = wide_dtype(student, teacher)
     known = labels >= 0
-    # Unlabelled rows must not count or have a gradient, even where they are not finite.
+    # Unlabelled rows must have neither loss nor gradient, even where they are not finite.
     student, teacher = (
         one.to(dtype).masked_fill(~known[:, None], 0.0) for one in (student, teacher)
     )
@@ -205,7 +211,13 @@ def decoupled(
 
 
 def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the label and of the rest, (N, 2), and within the rest, (N, C-1)."""
+    """Split class distributions by the label.
+
+    Returns:
+        Log-probabilities (N, 2) of the labelled class and of all other classes together, and
+        log-probabilities (N, C-1) of the other classes given that the class is not
+        the labelled one.
+    """
     index = torch.arange(logits.shape[1] - 1, device=logits.device)
     rest = logits.gather(1, index + (index >= labels[:, None]).long())
     own = logits.gather(1, labels[:, None])
@@ -218,19 +230,20 @@ def channel_wise(
 ) -> Tensor:
     """KL(teacher || student) of each channel's softmax over the cells of the map.
 
-    Shu et al., 2021, https://arxiv.org/abs/2011.13256: `T^2 / (N * C)` times the sum over images
-    and channels. A constant added to a channel changes nothing. The paper does not define the loss
-    for void cells; here the softmax is over an image's valid cells only.
+    Shu et al., 2021, https://arxiv.org/abs/2011.13256: the sum over images and channels, times
+    `T^2 / (N * C)` at temperature T. A constant added to a channel does not change the loss. The
+    paper does not define the loss for void cells; here the softmax is over the valid cells of an
+    image only.
 
     Args:
         student: Logits or features, (N, C, H, W).
-        teacher: The same, (N, C, H, W).
+        teacher: Logits or features, (N, C, H, W).
         temperature: Divides both; above 1 flattens the distributions.
         valid: Cells to include, bool (N, H, W); None = all.
 
     Returns:
         Scalar, the mean over C and over the images with a valid cell; 0 with a zero gradient if
-        there are none.
+        there are no such images.
     """
     check_pair("channel_wise", student, teacher, dimensions=4)
     check_positive("channel_wise", "temperature", temperature)
@@ -251,9 +264,20 @@ def channel_wise(
 def masked_log_softmax(
     maps: Tensor, places: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """Log-softmax over the valid cells, (N, C, H * W); 0 in all others."""
+    """Compute the log-softmax of each channel over the valid cells; other cells are 0.
+
+    Args:
+        maps: (N, C, H, W).
+        places: Valid cells, bool (N, 1, H * W).
+        temperature: Divides the maps.
+        dtype: Dtype of the result.
+
+    Returns:
+        (N, C, H * W).
+    """
     logits = maps.flatten(2).to(dtype)
-    # -inf excludes a cell; but a softmax of nothing but -inf has neither value nor gradient.
+    # A logit of -inf excludes a cell. If an image has no valid cell, 0 is used instead, because a
+    # softmax of -inf alone has neither value nor gradient.
     out = torch.where(places.any(dim=2, keepdim=True), -math.inf, 0.0).to(dtype)
     logits = torch.where(places, logits, out) / temperature
     return F.log_softmax(logits, dim=2).masked_fill(~places, 0.0)

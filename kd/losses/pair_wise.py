@@ -1,4 +1,4 @@
-"""Pair-wise distillation: affinities between the cells of a feature map."""
+"""Pair-wise distillation of the affinities between the cells of a feature map."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses._checks import check_device, check_floating, check_mask, check_positive, wide_dtype
 
-# Nodes not longer than this count as zero: their gradient grows as 1 / length and would dominate
-# all others. The square of this length is still exact in float32, which reaches 1e-38.
+# Feature vectors not longer than this are treated as zero, because their gradient grows as
+# 1 / length and would dominate the gradients of all others. The square of this length is not
+# rounded to 0 in float32, which reaches 1e-38.
 SHORTEST = 1e-6
 
 
@@ -27,15 +28,17 @@ def pair_wise(
 ) -> Tensor:
     """Squared error of the cosine affinities between all pairs of nodes.
 
-    Liu et al., 2019, https://arxiv.org/abs/1903.04197: `sum_ij (a_ij^s - a_ij^t)^2 / (h*w)^2`. The
-    paper pools by averages, its authors' code by maxima; both are available.
+    A node is the feature vector of a cell after pooling to a grid of h x w cells. As in Liu et al.,
+    2019, https://arxiv.org/abs/1903.04197, the loss is `sum_ij (a_ij^s - a_ij^t)^2 / (h*w)^2`,
+    where `a_ij` is the cosine of the nodes i and j of student (s) or teacher (t). The paper pools
+    by averages, the authors' code by maxima; both are available.
 
-    With unit columns S and T, one per node, the sum is `|S^T S - T^T T|^2`, which equals `|S S^T|^2
-    - 2 |S T^T|^2 + |T T^T|^2`: products of channels by channels. The cheaper form is chosen by
-    shape.
+    Let S and T be the matrices (C, h*w) of the student's and the teacher's nodes, scaled to unit
+    length. The sum is then `|S^T S - T^T T|^2`, which equals `|S S^T|^2 - 2 |S T^T|^2 + |T T^T|^2`
+    with products of shape (C, C). The form that is cheaper for the given shapes is used.
 
-    A node no longer than `SHORTEST` has no direction: all its affinities, including that to itself,
-    and its gradient are 0.
+    A node not longer than `SHORTEST` has no direction. All of its affinities, including that with
+    itself, and its gradient are 0.
 
     Args:
         student: Features, (N, Cs, H, W).
@@ -44,16 +47,17 @@ def pair_wise(
             The last window may extend beyond the edge.
         pool: "max" or "average".
         valid: Cells to include, bool (N, H, W); None = all. A node is pooled from the valid cells
-            of its window; nodes without valid cells do not count, also not in `h*w`.
+            of its window. Nodes without valid cells are excluded from the sum and from `h*w`.
 
     Returns:
-        Scalar, the mean over N, or over the images with a valid cell; 0 with a zero gradient if
-        there are none.
+        Scalar, the mean over N, or with `valid` over the images that have a valid cell; 0 with a
+        zero gradient if there are none.
     """
     _check(student, teacher, kernel, pool)
     if valid is not None:
         check_mask("pair_wise", "valid", valid, student, like="student")
-    # Half precision is too coarse for the small differences and the channel form's cancellation.
+    # Half precision is too coarse for the small differences of affinities, and for the cancellation
+    # in the form with (C, C) products.
     dtype = wide_dtype(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         nodes = [_nodes(side.to(dtype), kernel, pool, valid) for side in (student, teacher)]
@@ -65,10 +69,11 @@ def pair_wise(
 def _nodes(
     features: Tensor, kernel: int | tuple[int, int], pool: str, valid: Tensor | None
 ) -> Tensor:
-    """Pooled and normalised features, one unit column per node: (N, C, h*w).
+    """Pool features and scale each node to unit length: (N, C, h*w).
 
-    With a mask, nodes without a valid cell are zero columns, which have affinity 0 on both sides.
-    An image's n other columns are divided by sqrt(n), which divides its sum by n^2 in either form.
+    With a mask, nodes without a valid cell are set to 0, so that their affinities are 0 for student
+    and teacher. The n other nodes of an image are divided by sqrt(n), which divides the sum over
+    their pairs by n^2 in either form.
     """
     window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
     if valid is None:
@@ -82,7 +87,10 @@ def _nodes(
 
 
 def _directions(columns: Tensor) -> Tensor:
-    """Scale columns (N, C, h*w) to length 1; too short columns become 0, and NaN stays NaN."""
+    """Scale columns (N, C, h*w) to length 1.
+
+    Columns not longer than `SHORTEST` become 0, and columns with NaN stay NaN.
+    """
     lengths: Tensor = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
     return columns / lengths.masked_fill(lengths <= SHORTEST, math.inf)
 
@@ -90,22 +98,24 @@ def _directions(columns: Tensor) -> Tensor:
 def _pooled(
     features: Tensor, window: tuple[int, int], pool: str, void: Tensor | None = None
 ) -> Tensor:
-    """Pool each window: (N, C, h, w). Void cells must be 0 already."""
+    """Pool each window of the features: (N, C, h, w). Void cells must already be 0."""
     if window == (1, 1):
         return features
     if pool == "average":
-        # Zeros shorten an average but do not change its direction, which is all that counts.
-        # Nothing is padded, but with count_include_pad=True torch.compile's backward pass divides
-        # windows over the edge by their full size: https://github.com/pytorch/pytorch/issues/198119.
+        # The zeros of void cells make an average shorter, but do not change its direction, and only
+        # the direction is used. There is no padding, but count_include_pad=False is needed, because
+        # otherwise torch.compile's backward pass divides windows over the edge by their full size:
+        # https://github.com/pytorch/pytorch/issues/198119.
         return F.avg_pool2d(features, window, window, ceil_mode=True, count_include_pad=False)
     candidates = features if void is None else features.masked_fill(void, -math.inf)
-    # A maximum ignores -inf; the second term is NaN then, so that such features are noticed.
+    # A maximum ignores -inf. The second term makes the result NaN if the features contain -inf, so
+    # that training stops.
     largest = F.max_pool2d(candidates, window, window, ceil_mode=True)
     return largest + 0.0 * features.detach().sum()
 
 
 def _summed(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over all images, by the form with fewer products."""
+    """Squared error of affinities, summed over all images, by the form with fewer products."""
     channels = student.shape[1], teacher.shape[1]
     across = channels[0] ** 2 + channels[0] * channels[1] + channels[1] ** 2
     if across < student.shape[2] * sum(channels):
@@ -114,14 +124,14 @@ def _summed(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _by_nodes(student: Tensor, teacher: Tensor) -> Tensor:
-    """The definition: two (h*w, h*w) affinity matrices."""
+    """Squared error of affinities by the definition, with (h*w, h*w) affinity matrices."""
     affinity_student = student.transpose(1, 2) @ student
     affinity_teacher = teacher.transpose(1, 2) @ teacher
     return (affinity_student - affinity_teacher).square().sum()
 
 
 def _by_channels(student: Tensor, teacher: Tensor) -> Tensor:
-    """The same number from (C, C) products instead of affinity matrices."""
+    """Squared error of affinities from (C, C) products instead of affinity matrices."""
     own = (student @ student.transpose(1, 2)).square().sum()
     both = (student @ teacher.transpose(1, 2)).square().sum()
     other = (teacher @ teacher.transpose(1, 2)).square().sum()
@@ -145,6 +155,6 @@ def _check(student: Tensor, teacher: Tensor, kernel: int | tuple[int, int], pool
         raise UserError(f"pair_wise: pool must be 'max' or 'average', got {pool!r}")
     sides = tuple(kernel) if isinstance(kernel, Sequence) else (kernel, kernel)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise UserError(f"pair_wise: kernel must be an integer or two, got {kernel}")
+        raise UserError(f"pair_wise: kernel must be one integer or two integers, got {kernel}")
     for side in sides:
         check_positive("pair_wise", "kernel", side)

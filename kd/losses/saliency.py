@@ -17,7 +17,7 @@ from kd.losses._checks import (
 )
 from kd.losses.logits import channel_wise, masked_log_softmax
 
-EPS = 1e-7  # in the published form
+EPS = 1e-7  # epsilon in the published form of the divergence
 
 
 def saliency_kld(
@@ -26,22 +26,22 @@ def saliency_kld(
     """KL(ground truth || prediction) of distributions over the pixels of an image.
 
     The prediction is a softmax of the logits over the valid pixels. In the form published with
-    MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), a map in 0..1 is divided by its
-    sum instead: `q = y / (eps + sum y)`, `p = m / (eps + sum m)`, and the loss is `sum q log(eps +
-    q / (eps + p))` with eps 1e-7. Here the map `m` is the sigmoid of the logits, while MSI-Net
-    scales maps to 0..1 by minimum and maximum. Unlike a softmax, a saturated sigmoid has no
-    gradient.
+    MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), the prediction is instead a map
+    in 0..1 divided by its sum: for the ground truth y and the map m, `q = y / (eps + sum y)` and
+    `p = m / (eps + sum m)`, and the loss is `sum q log(eps + q / (eps + p))` with eps 1e-7. Here m
+    is the sigmoid of the logits, while MSI-Net scales maps to 0..1 by minimum and maximum. A
+    saturated sigmoid has no gradient, which a softmax would have.
 
     Args:
         logits: Prediction, (N, 1, H, W).
-        density: Ground truth, (N, 1, H, W), not negative (unchecked); normalised here over the
-            valid pixels.
+        density: Ground truth, (N, 1, H, W), not negative, which is not checked. It is normalised
+            over the valid pixels.
         valid: Pixels to include, bool (N, H, W); None = all.
-        published: Use the published form.
+        published: Whether to use the published form.
 
     Returns:
         Scalar, the mean over the images with a density above 0 at a valid pixel; 0 with a zero
-        gradient if there are none.
+        gradient if there are no such images.
     """
     check_shapes("saliency_kld", logits, density, dimensions=4, names=("logits", "density"))
     _one_channel("saliency_kld", logits, "logits")
@@ -53,7 +53,7 @@ def saliency_kld(
     dtype = wide_dtype(logits, density)
     truth = density.flatten(2).to(dtype).masked_fill(~places, 0.0)  # (N, 1, H * W)
     mass = truth.sum(dim=2, keepdim=True)
-    empty = mass == 0  # not `~(mass > 0)`, which would hide NaN
+    empty = mass == 0  # not `~(mass > 0)`, which would be true for NaN and hide it
     if published:
         divergence = _published(truth, _sigmoid(logits, places, dtype))
     else:
@@ -74,24 +74,26 @@ def saliency_maps(
 ) -> Tensor:
     """KL(teacher || student) of softened distributions over the pixels of an image.
 
-    Both are softmaxes over the valid pixels, of logits divided by the temperature; the loss is
-    multiplied by the squared temperature. This is `channel_wise` of the one channel.
+    Both distributions are softmaxes over the valid pixels of logits divided by the temperature. The
+    loss is multiplied by the squared temperature. It equals `channel_wise` of maps with one
+    channel.
 
-    The published form, meant for comparisons, divides maps by the temperature and then by their
-    sum, so that the temperature has **no effect**; it has no squared temperature either. In it the
-    student's map is the sigmoid of the student's logits, the teacher's map the softmax of the
-    teacher's: a softmax determines logits only up to a constant, so their sigmoid is arbitrary.
+    The published form, which is meant for comparisons, divides maps by the temperature and then by
+    their sum, so that the temperature has **no effect**. It is not multiplied by the squared
+    temperature. In this form the student's map is the sigmoid of the student's logits, but the
+    teacher's map is the softmax of the teacher's logits: the teacher was trained through a softmax,
+    which determines logits only up to a constant, so their sigmoid would be arbitrary.
 
     Args:
         student: Logits, (N, 1, H, W).
         teacher: Logits, (N, 1, H, W).
         valid: Pixels to include, bool (N, H, W); None = all.
         temperature: Divides both sets of logits; above 1 softens.
-        published: Use the published form, as in `saliency_kld`.
+        published: Whether to use the published form of the divergence, see `saliency_kld`.
 
     Returns:
-        Scalar, the mean over the images with a valid pixel; 0 with a zero gradient if there are
-        none.
+        Scalar, the mean over the images with a valid pixel; 0 with a zero gradient if there are no
+        such images.
     """
     check_pair("saliency_maps", student, teacher, dimensions=4)
     _one_channel("saliency_maps", student, "student")
@@ -110,28 +112,31 @@ def saliency_maps(
 
 
 def _places(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Mask of the pixels to include, (N, 1, H * W)."""
+    """Mask of the pixels to include, bool (N, 1, H * W)."""
     if valid is None:
         return torch.ones_like(logits, dtype=torch.bool).flatten(2)
     return valid.flatten(1)[:, None]
 
 
 def _sigmoid(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sigmoid map, (N, 1, H * W), 0 at excluded pixels."""
+    """Sigmoid of the logits, (N, 1, H * W), 0 at excluded pixels."""
     rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
-    # The second term is NaN for infinite logits, so that they are noticed.
+    # The second term is NaN for infinite logits, so that training stops at them.
     return (rows.sigmoid() + 0.0 * rows).masked_fill(~places, 0.0)
 
 
 def _density(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax over the included pixels, (N, 1, H * W), 0 at others; NaN for infinite logits."""
+    """Softmax of the logits over the included pixels, (N, 1, H * W).
+
+    Excluded pixels are 0. Infinite logits give NaN, so that training stops at them.
+    """
     rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
     density = masked_log_softmax(logits, places, 1.0, dtype).exp()
     return density.masked_fill(~places, 0.0) + 0.0 * rows
 
 
 def _published(truth: Tensor, maps: Tensor) -> Tensor:
-    """Divergence of maps (N, 1, P), each normalised by its sum: (N, 1, 1)."""
+    """Published form of the divergence of maps (N, 1, P), normalised by their sum: (N, 1, 1)."""
     q, p = (one / (EPS + one.sum(dim=2, keepdim=True)) for one in (truth, maps))
     return (q * (EPS + q / (EPS + p)).log()).sum(dim=2, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""Supervised losses that torch does not have."""
+"""Supervised losses that torch does not provide."""
 
 from __future__ import annotations
 
@@ -31,25 +31,28 @@ def masked_bce(
 ) -> Tensor:
     """Binary cross-entropy of pixel logits, averaged separately inside and outside a hidden region.
 
-    `(w * inside + outside) / (w + 1)` for each input, then the mean over inputs, so that the losses
-    of micro-batches add up to that of the batch. A mean over no pixels is left out with its weight.
+    For each of the K inputs the mean entropies inside and outside the region are combined as
+    `(w * inside + outside) / (w + 1)`. If the region or the rest has no pixels, the other mean is
+    used alone. The loss is the mean over inputs, so that the losses of micro-batches can be
+    averaged to that of the whole batch.
 
     Args:
-        logits: One per class and pixel, (K, C, H, W).
+        logits: Logit of each class and pixel, (K, C, H, W).
         targets: Whether the class covers the pixel, bool (K, C, H, W); classes may overlap.
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the image as opposed to padding, bool (K, H, W). Logits elsewhere need not
-            be finite.
-        hidden_weight: The weight w of the hidden region.
+        valid: Pixels of the image as opposed to padding, bool (K, H, W). At other pixels the logits
+            need not be finite.
+        hidden_weight: Weight w of the hidden region.
 
     Returns:
-        Scalar, the mean over K; 0 with a zero gradient where K is 0.
+        Scalar, the mean over K; 0 with a zero gradient if K is 0.
     """
     _check_presence("masked_bce", logits, targets, dimensions=4)
     _check_regions("masked_bce", logits, hidden, valid, hidden_weight)
     if valid is not None:
         logits = _ZeroGradient.apply(logits, ~valid[:, None])
-    # -log sigmoid(x) = softplus(x) - x; targets stay bool: floats would take most memory.
+    # By -log sigmoid(x) = softplus(x) - x, targets need not be converted from bool to float, which
+    # would take most of the memory.
     dtype = wide_dtype(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=dtype)
     entropy = (F.softplus(logits).sum(dim=1, dtype=dtype) - present) / logits.shape[1]  # (K, H, W)
@@ -88,19 +91,19 @@ def masked_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of one class per pixel, averaged separately inside and outside a hidden region.
 
-    The two means are combined as in `masked_bce`. With class weights each is a weighted mean,
-    normalised by the weights of its pixels as in torch's cross-entropy.
+    The two means are combined as in `masked_bce`. With class weights both are weighted means,
+    divided by the sum of the pixels' weights as in torch's cross-entropy.
 
     Args:
-        logits: One per class and pixel, (K, C, H, W).
+        logits: Logit of each class and pixel, (K, C, H, W).
         targets: The class of each pixel, int64 (K, H, W).
         hidden: The hidden region, bool (K, H, W).
         valid: Pixels of the image as opposed to padding, bool (K, H, W).
-        class_weights: Positive, (C,).
-        hidden_weight: Weight of the hidden region against 1 for the rest.
+        class_weights: Weight of each class, above 0, (C,).
+        hidden_weight: Weight of the hidden region; the weight of the rest is 1.
 
     Returns:
-        Scalar, the mean over K; 0 where K is 0.
+        Scalar, the mean over K; 0 if K is 0.
     """
     name = "masked_cross_entropy"
     _check_regions(name, logits, hidden, valid, hidden_weight)
@@ -111,7 +114,7 @@ def masked_cross_entropy(
         )
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
         count = len(class_weights)
-        raise UserError(f"{name}: {logits.shape[1]} classes have {count} class_weights")
+        raise UserError(f"{name}: expected {logits.shape[1]} class_weights, got {count}")
     if valid is not None:
         logits = _ZeroGradient.apply(logits, ~valid[:, None])
         logits = logits.masked_fill(~valid[:, None], 0.0)
@@ -130,21 +133,24 @@ def multilabel_bce(
     known: Tensor | None = None,
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """Binary cross-entropy of class presence, from logits.
+    """Binary cross-entropy of the presence of each class in an image, from logits.
 
     Args:
-        logits: One per class, (N, C).
+        logits: Logit of each class, (N, C).
         targets: Which classes are present, bool (N, C).
-        known: Labelled rows, bool (N,); None = all.
-        pos_weight: Weight of each class's presence, (C,); the weight of its absence is 1.
+        known: Images whose labels are used, bool (N,); None = all.
+        pos_weight: Weight of the presence of each class, (C,); the weight of its absence is 1.
 
     Returns:
-        Scalar, the mean over labelled rows and classes; 0 with a zero gradient without any.
+        Scalar, the mean over these images and all classes; 0 with a zero gradient if there are
+        none.
     """
     name = "multilabel_bce"
     _check_presence(name, logits, targets, dimensions=2)
     if pos_weight is not None and pos_weight.shape != logits.shape[1:]:
-        raise UserError(f"{name}: {logits.shape[1]} classes have {len(pos_weight)} pos_weight")
+        raise UserError(
+            f"{name}: expected {logits.shape[1]} values of pos_weight, got {len(pos_weight)}"
+        )
     if known is None:
         known = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     elif known.shape != logits.shape[:1] or known.dtype != torch.bool:
@@ -193,15 +199,15 @@ class _ZeroGradient(torch.autograd.Function):
 def cross_entropy_labelled(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy over the labelled objects.
+    """Cross-entropy of the labelled objects.
 
     Args:
         logits: Logits or log-probabilities, (M, C).
         labels: Class of each object, int64 (M,); -1 if unlabelled.
-        label_smoothing: Fraction of the target spread over all classes.
+        label_smoothing: Fraction of the target distribution that is spread over all classes.
 
     Returns:
-        Scalar, the mean over the labelled; 0 with a zero gradient where there are none.
+        Scalar, the mean over the labelled objects; 0 with a zero gradient if there are none.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise UserError(

@@ -179,7 +179,7 @@ def test_pair_wise_rejects_bad_input() -> None:
     with pytest.raises(UserError, match=r"expected features \(N, C, H, W\)"):
         pair_wise(torch.zeros(2, 4), torch.zeros(2, 4))
     for kernel in (1.5, (2, 2, 2), ()):
-        with pytest.raises(UserError, match="kernel must be an integer or two, got"):
+        with pytest.raises(UserError, match="kernel must be one integer or two integers, got"):
             pair_wise(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), kernel=kernel)  # type: ignore[arg-type]
 
 

@@ -267,14 +267,14 @@ def test_pixel_and_scene_losses_reject_mismatched_input() -> None:
     ids = torch.zeros(3, 5, 6, dtype=torch.int64)
     with pytest.raises(UserError, match="targets must be int64"):
         masked_cross_entropy(logits, ids.int(), hidden)
-    with pytest.raises(UserError, match="4 classes have 3 class_weights"):
+    with pytest.raises(UserError, match="expected 4 class_weights, got 3"):
         masked_cross_entropy(logits, ids, hidden, class_weights=torch.ones(3))
     with pytest.raises(UserError, match="hidden_weight must be 0 or above"):
         masked_cross_entropy(logits, ids, hidden, hidden_weight=-1.0)
     rows = torch.zeros(2, 3)
     with pytest.raises(UserError, match="targets must be bool"):
         multilabel_bce(rows, rows)
-    with pytest.raises(UserError, match="3 classes have 2 pos_weight"):
+    with pytest.raises(UserError, match="expected 3 values of pos_weight, got 2"):
         multilabel_bce(rows, rows > 0, pos_weight=torch.ones(2))
     with pytest.raises(UserError, match=r"known must be bool \(2,\), got \(3,\)"):
         multilabel_bce(rows, rows > 0, known=torch.ones(3, dtype=torch.bool))

@@ -75,7 +75,11 @@ def test_asked_boxes_stand_beside_the_true_ones() -> None:
     image, one = torch.zeros(1, 3, 32, 32), torch.tensor([0])
     boxes = torch.tensor([[1.0, 1.0, 9.0, 9.0]])
     model = DETECTORS["fcos"].load()(3, trunk="shufflenet_v2_x0_5", channels=64).eval()
-    with pytest.raises(UserError, match=r"a box near each box, got \(2, 4\) and boxes \(1, 4\)"):
+    with pytest.raises(
+        UserError, match=r"one box for each of boxes, \(M, 4\), got \(2, 4\) and boxes \(1, 4\)"
+    ):
         model(image, boxes=boxes, image_of=one, near_boxes=boxes.repeat(2, 1))
-    with pytest.raises(UserError, match=r"a box near each box, got \(1, 4\) and no boxes"):
+    with pytest.raises(
+        UserError, match=r"one box for each of boxes, \(M, 4\), got \(1, 4\) and no boxes"
+    ):
         model(image, near_boxes=boxes)
