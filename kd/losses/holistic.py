@@ -155,6 +155,20 @@ def critic_loss(
     check_not_negative("critic_loss", "penalty", penalty)
     dtype = wide_dtype(student, teacher)
     fake, real = (_probabilities(logits.detach(), dtype) for logits in (student, teacher))
+    loss: Tensor = _critic_loss(critic, fake, real, images, penalty, generator)
+    return loss
+
+
+# A function of its own: compiled code has no second derivative, which the penalty needs.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _critic_loss(
+    critic: nn.Module,
+    fake: Tensor,
+    real: Tensor,
+    images: Tensor,
+    penalty: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     mix = torch.rand(len(fake), 1, 1, 1, device=fake.device, generator=generator)
     between = torch.lerp(fake, real, mix.to(fake.dtype)).requires_grad_()
     with parametrize.cached():  # one power iteration for all three calls
