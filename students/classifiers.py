@@ -1,7 +1,7 @@
-"""Classifiers of objects in their scenes: any trunk, an appearance head and a context head.
+"""Classifiers of objects in their scenes, with an appearance head and a context head on any trunk.
 
-The heads form a product of experts: `log p(class | object, scene)` is the appearance head's
-log-probability plus `strength` times the context head's log-ratio of posterior to prior.
+The heads form a product of experts: `log p(class | object, scene)` is the log-probability of the
+appearance head plus `strength` times the context head's log ratio of posterior to prior.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kd.nn.trunk_base import Trunk
 
 
 class ContextHead(nn.Module):
-    """Class logits from the features around an object, without those inside its box."""
+    """Head that predicts the class of an object from features around it, not inside its box."""
 
     def __init__(
         self, around: Surroundings, log_prior: Tensor, *, hidden: int, dropout: float
@@ -48,7 +48,7 @@ class ContextHead(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Scene features by level and boxes (M, 4) to logits (M, C)."""
+        """Compute class logits (M, C) of objects; for the arguments see `Surroundings.forward`."""
         logits: Tensor = self.layers(self.around(maps, boxes, image_of, extents))
         return logits
 
@@ -56,8 +56,9 @@ class ContextHead(nn.Module):
 class SceneClassifier(nn.Module):
     """A student classifier; `context` is None without a context head.
 
-    To tap the scene's features, tap `trunk.trunk`; with `view: crop` it runs first on the crops and
-    then on the scene. With more than one level, tap a step, such as `trunk.trunk.layer3`.
+    The layer path of the scene's features is `trunk.trunk`, or with more than one level that of a
+    step, such as `trunk.trunk.layer3`. With `view: crop` the trunk runs first on the crops and then
+    on the scene.
     """
 
     log_prior: Tensor
@@ -90,7 +91,8 @@ class SceneClassifier(nn.Module):
             self.strength = nn.Parameter(value)
         else:
             self.register_buffer("strength", value)
-        # Last, so that with and without it the other weights of a seed are the same.
+        # The context head is built last, so that with the same seed all other weights are the same
+        # as without a context head.
         self.context = None
         if around is not None:
             self.context = ContextHead(around, log_prior, hidden=hidden, dropout=dropout)
@@ -99,7 +101,7 @@ class SceneClassifier(nn.Module):
         """Classify objects in their scenes.
 
         Args:
-            images: Normalised, (N, 3, H, W).
+            images: Normalised images, (N, 3, H, W).
             rois: (M, 5) as (image, x1, y1, x2, y2), pixels of the images.
 
         Returns:
@@ -125,9 +127,9 @@ class SceneClassifier(nn.Module):
         return {"logits": logits, "appearance": appearance, "context": context}
 
     def _crops(self, images: Tensor, rois: Tensor) -> Tensor:
-        """Mean features of each object's crop, (M, C)."""
+        """Compute the mean features of each object's crop, (M, C)."""
         assert self.crop_size is not None
-        if len(rois) == 0:  # batch norm of an empty batch is NaN
+        if len(rois) == 0:  # because batch norm of an empty batch is NaN
             return images.new_zeros(0, self.trunk.level_channels[-1])
         crops = crop_regions(images, rois, self.crop_size, margin=self.margin)
         pooled: Tensor = self.trunk(crops)[-1].mean(dim=(2, 3))
@@ -163,33 +165,36 @@ def build_student(
 
     Args:
         name: Name of the trunk, see `kd.nn.trunk.build_trunk`.
-        trunk: A teacher's trunk; `name`, `weights` and `stride` are then ignored.
-        num_classes: Length of the outputs.
+        trunk: Trunk of a teacher, from which the student starts; `name`, `weights` and `stride` are
+            then ignored.
+        num_classes: Number of classes, C.
         prior: Probability of each class, for the product of experts; uniform by default.
-        weights: The trunk's weights: "imagenet", a file, the folder of a run whose model contains
-            this trunk, or null for random ones.
+        weights: Weights of the trunk: "imagenet", a file, the folder of a run whose model contains
+            this trunk, or null for random weights.
         context: Whether to add a context head.
-        strength: Weight of the context head's evidence.
+        strength: Weight of the context head in the product of experts.
         learn_strength: Whether to train `strength`.
-        view: How the appearance head reads an object: as a `region` of the scene's features, in one
-            pass of the trunk, or as a `crop` of the image, in a second pass.
-        crop_size: Side of a crop, pixels.
-        margin: Fraction of the crop's side that is added on each side.
-        region_size: Side of the grid that a region is pooled to.
-        levels: Number of the trunk's strides that the context head reads, from the coarsest on.
-        ring_margin: Thickness of the ring that the context head reads, as a fraction of the box's
-            sides.
+        view: Input of the appearance head: a `region` of the scene's features, in one pass of the
+            trunk, or the features of a `crop` of the image, in a second pass.
+        crop_size: Side to which a crop is resized, pixels.
+        margin: Width added on all four sides of a crop, as a fraction of the box's longer side.
+        region_size: Side of the grid to which a region is pooled.
+        levels: Number of strides of the trunk that are inputs of the context head, counted from the
+            coarsest.
+        ring_margin: Thickness of the ring that is pooled for the context head, as a fraction of the
+            box's width and height.
         min_ring: Smallest thickness of the ring, pixels.
-        dropout: Dropout before each layer of the heads.
+        dropout: Dropout probability before each layer of the heads.
         hidden: Width of a hidden layer in the context head; 0 for a linear head.
         frozen: "all", or the path of the last step of the trunk to freeze.
-        batch_norm_frozen: Whether to freeze all the trunk's batch norms.
-        remember: Whether to cache a frozen trunk's outputs in memory, for unaugmented images.
-        stride: Largest stride of the trunk's output.
+        batch_norm_frozen: Whether to freeze all batch norms of the trunk.
+        remember: Whether to cache the outputs of a frozen trunk in memory, for images without
+            augmentation.
+        stride: Largest stride of the trunk's output, see `kd.nn.trunk.build_trunk`.
         upscale: Factor by which images are enlarged first, for finer feature maps of small images.
 
     Raises:
-        UserError: An option out of range, or a trunk that cannot be built.
+        UserError: An option is out of range, or the trunk cannot be built.
     """
     at_least(
         f"student {name}", crop_size=(crop_size, 16), region_size=(region_size, 1),
@@ -218,6 +223,6 @@ def build_student(
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax in float32 at least, also under autocast."""
+    """Compute the log-softmax in float32, or float64 for such logits, also under autocast."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return F.log_softmax(logits, dim=1, dtype=dtype)

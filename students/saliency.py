@@ -1,4 +1,4 @@
-"""A saliency student: any trunk and a decoder to the size of the image."""
+"""A saliency student on any trunk, with a decoder to the size of the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SaliencyStudent(nn.Module):
 
     Attributes:
         task: Name of the task that fits the output.
-        stride: Pixels per cell of the trunk's map; images are padded to multiples of it.
+        stride: Pixels per cell of the trunk's map; images are padded to multiples of this stride.
     """
 
     task = "saliency"
@@ -32,15 +32,16 @@ class SaliencyStudent(nn.Module):
         self.trunk, self.stride = trunk, trunk.stride
         self.decoder = NormedDecoder(trunk.channels, trunk.stride)
         self.saliency = LogitMap(WIDTHS[-1])
-        # Last, so that students A and B of one seed start from the same weights.
+        # The second map is built last, so that with the same seed students A and B have the same
+        # initial weights.
         self.teacher_saliency = LogitMap(WIDTHS[-1]) if second else None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) of any size to logits.
+        """Map normalised images (N, 3, H, W) of any size to logits.
 
         Returns:
-            `saliency` (N, 1, H, W); for student B also `teacher_saliency`, of the same shape, which
-            is trained to match the teacher's map.
+            `saliency` (N, 1, H, W). For student B also `teacher_saliency` (N, 1, H, W), which is
+            trained to match the teacher's map.
         """
         whole = padded(images, self.stride)
         maps = self.decoder(self.trunk(whole))  # (N, 16, H, W)
@@ -56,8 +57,8 @@ class SaliencyOptions(NetworkOptions):
     """Options of `saliency`.
 
     Attributes:
-        branches: "a" for one map (student A); "b" to add a map that is matched to the teacher's
-            (student B).
+        branches: "a" for one map (student A), or "b" for a second map, which is trained to match
+            the teacher's map (student B).
     """
 
     branches: Literal["a", "b"] = "b"
@@ -65,10 +66,11 @@ class SaliencyOptions(NetworkOptions):
 
 @with_options(SaliencyOptions)
 def saliency(options: SaliencyOptions) -> SaliencyStudent:
-    """Build student A or B: 12.75 M parameters on resnet18.
+    """Build student A or B on any trunk; with resnet18 it has 12.75 M parameters.
 
     Raises:
-        UserError: Unknown branches, a trunk that cannot be built, or a file that does not fit.
+        UserError: `branches` is unknown, the trunk cannot be built, or the file does not fit the
+            network.
     """
     if options.branches not in BRANCHES:
         raise UserError(f"saliency: branches must be 'a' or 'b', got {options.branches!r}")

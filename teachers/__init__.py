@@ -1,6 +1,6 @@
 """Registry of teachers, each for one kind of problem; importing it does not import torch.
 
-A context teacher's attribute `task` is the name of the task that fits its input and output.
+Every context teacher has an attribute `task`, the name of the task that fits its input and output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plain CNN as a context teacher: one prediction for each hidden region."""
+"""A plain CNN as a context teacher, which predicts one class distribution per hidden region."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from kd.nn.trunk_base import BlindTrunk
 
 
 class ContextCNN(nn.Module):
-    """The encoder of a U-Net, pooling to a small grid, and two dense layers.
+    """The encoder of a U-Net, average pooling to a small grid, and two dense layers.
 
-    By option the dense layers also read the mean of each level's features over the hidden region.
+    By option, further inputs of the dense layers are the mean features of each level over the
+    hidden region.
 
     Attributes:
         task: Name of the task that fits the output.
@@ -48,10 +49,10 @@ class ContextCNN(nn.Module):
             levels.append(nn.Sequential(_Halve(), _double_conv(fine, coarse)))
         self.features = nn.Sequential(*levels)  # (K, C, H/2^downs, W/2^downs)
         self._grids = [(wide, patch * 2**level) for level, wide in enumerate(channels)]
-        # A grid instead of a mean, since positions are informative.
+        # Pooling to a grid instead of one mean, since positions are informative.
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.region = region
-        # Classes of visible objects at the first level, for the loss `visible`.
+        # Predicts the classes of visible objects at the first level, for the loss `visible`.
         self.dense = nn.Conv2d(channels[0], num_classes, 1) if dense else None
         self.head = nn.Sequential(
             nn.Dropout(dropout),
@@ -62,11 +63,11 @@ class ContextCNN(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
+        """Map images with a channel for the hidden region, (K, 4, H, W), to class logits.
 
         Returns:
-            The logits; with `dense` a dict of `logits` and `dense` (K, C, h, w), pixel logits on
-            the first level's grid.
+            Logits (K, C); with `dense` a dict of `logits` and `dense` (K, C, h, w), pixel logits on
+            the grid of the first level.
         """
         read, levels, maps = [], [], images
         for level in self.features:
@@ -79,19 +80,19 @@ class ContextCNN(nn.Module):
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(levels[0])}
 
     def scene_trunk(self) -> BlindTrunk:
-        """All levels as the trunk of a student."""
+        """Return all levels as a trunk, from which a student can start."""
         levels = zip(self.features, self._grids, strict=True)
         return BlindTrunk("cnn", [(level, *grid) for level, grid in levels])
 
 
 def _mean_inside(maps: Tensor, mask: Tensor) -> Tensor:
-    """The mean of features (K, C, h, w) over a mask (K, 1, H, W), weighted by coverage."""
+    """Average features (K, C, h, w) over a mask (K, 1, H, W), weighted by coverage: (K, C)."""
     weights = F.adaptive_avg_pool2d(mask, (maps.shape[2], maps.shape[3]))
     return (maps * weights).sum(dim=(2, 3)) / weights.sum(dim=(2, 3)).clamp(min=1e-6)
 
 
 class _Halve(nn.MaxPool2d):
-    """2x2 max pooling that keeps partial windows at the edge, so that any size works."""
+    """2x2 max pooling that includes partial windows at the edge, so that any size works."""
 
     def __init__(self) -> None:
         super().__init__(2, ceil_mode=True)
@@ -121,24 +122,25 @@ def cnn(
     hidden: int = 512,
     dropout: float = 0.5,
 ) -> ContextCNN:
-    """A CNN over RGB and the hidden region, for any input size.
+    """Build a CNN whose input is RGB and the hidden region, for images of any size.
 
     Args:
-        num_classes: Length of the output.
-        width: Channels of the first level; doubled with each level up to `max_width`.
-        downs: Number of halvings of the grid.
-        max_width: Most channels of a level.
-        patch: Side of the patches that the image is first divided into; 1 for none. A side of 4
-            costs 1/16 of the time.
-        grid: Side of the grid that the dense layers read.
-        region: Whether the dense layers also read each level's mean over the hidden region.
+        num_classes: Number of classes, C.
+        width: Channels of the first level; each further level has twice as many, up to `max_width`.
+        downs: Number of times that the grid is halved.
+        max_width: Largest number of channels of a level.
+        patch: Side in pixels of the patches into which the image is first divided; 1 for no
+            patches. With a side of 4 the network takes 1/16 of the time.
+        grid: Side of the grid to which the last level is pooled for the dense layers.
+        region: Whether the mean features of each level over the hidden region are inputs of the
+            dense layers, too.
         dense: Whether to add pixel logits for the classes of visible objects; the task `context`
             then has a loss `visible`.
         hidden: Width of the first dense layer.
-        dropout: Dropout before each dense layer.
+        dropout: Dropout probability before each dense layer.
 
     Raises:
-        UserError: An option out of range.
+        UserError: An option is out of range.
     """
     sizes = {"width": width, "downs": downs, "patch": patch, "grid": grid, "hidden": hidden}
     at_least("cnn", **{name: (value, 1) for name, value in sizes.items()})

@@ -1,4 +1,4 @@
-"""Baselines as teachers, fitted by counting: class frequencies, and co-occurrence."""
+"""Baseline teachers that are fitted by counting: class frequencies, and co-occurrence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kd.nn.cooccurrence import Evidence, NaiveBayes, Objects
 
 
 class Counted(nn.Module):
-    """Naive Bayes as a teacher, without parameters to train by gradient.
+    """Naive Bayes as a teacher, without parameters to train by gradient descent.
 
     Attributes:
         task: Name of the task that fits the input.
-        image_inputs: Which images the teacher reads: `none`.
-        reads_labels: Whether the teacher reads the other objects' classes.
+        image_inputs: Which images are part of the input: `none`.
+        reads_labels: Whether the classes of the other objects are part of the input.
     """
 
     task = "scene_tokens"
@@ -27,17 +27,24 @@ class Counted(nn.Module):
         self.reads_labels = "company" in counts.evidence
 
     def fit(self, objects: Objects) -> None:
-        """Count all objects of the train images, see `NaiveBayes.fit`."""
+        """Fit naive Bayes to all objects of the training images, see `NaiveBayes.fit`."""
         self.counts.fit(objects)
 
     def forward(self, objects: Objects, hidden: Tensor, images: Tensor, regions: Tensor) -> Tensor:
-        """Objects of N images and indices of the hidden ones (K,) to log-probabilities (K, C)."""
+        """Compute class log-probabilities (K, C) of hidden objects.
+
+        Args:
+            objects: Objects of N images.
+            hidden: Indices of the hidden objects, (K,).
+            images: Not used.
+            regions: Not used.
+        """
         log_probs: Tensor = self.counts(objects, hidden)
         return log_probs
 
 
 def prior(num_classes: int) -> Counted:
-    """Predict the class frequencies of the train objects, whatever the scene."""
+    """Build a teacher that always predicts the class frequencies of the training objects."""
     return Counted(NaiveBayes(num_classes, evidence=()))
 
 
@@ -47,12 +54,14 @@ def cooccurrence(
     evidence: Sequence[Evidence] = ("company", "place", "size"),
     fitted: bool = True,
 ) -> Counted:
-    """Naive Bayes over the other objects' classes, the box's position in the image and its size.
+    """Build naive Bayes over co-occurring classes and the hidden object's position and size.
 
     Args:
-        num_classes: C.
-        evidence: Any of `company`, `place`, `size`.
-        fitted: Whether to fit the weight of each kind of evidence on the train images, each of
-            which is left out of the counts for its own objects; otherwise plain naive Bayes.
+        num_classes: Number of classes, C.
+        evidence: Kinds of evidence to use: `company` (classes of the other objects), `place`
+            (position of the hidden object's box) and `size` (area and aspect ratio of the box).
+        fitted: Whether to fit a weight for each kind of evidence on the training images, with the
+            image that contains an object left out of the counts for the object. If false, this is
+            plain naive Bayes.
     """
     return Counted(NaiveBayes(num_classes, evidence=evidence, fitted=fitted))

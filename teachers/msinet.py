@@ -1,4 +1,4 @@
-"""MSI-Net: saliency from a VGG's last three stages and an atrous pyramid."""
+"""MSI-Net, which predicts saliency from the last three stages of a VGG and an atrous pyramid."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STRIDES = (8, 16)
 
 
 class MSINet(nn.Module):
-    """Three stages of a trunk, a pyramid on their maps, a decoder, and one logit per pixel.
+    """A saliency network of three trunk stages, an atrous pyramid on their maps, and a decoder.
 
     Attributes:
         task: Name of the task that fits the output.
-        stride: Pixels per cell of the pyramid's map; images are padded to multiples of it.
+        stride: Pixels per cell of the pyramid's map; images are padded to multiples of this stride.
     """
 
     task = "saliency"
@@ -32,16 +32,13 @@ class MSINet(nn.Module):
         for part in (self.pyramid, self.decoder, self.saliency):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d) and module.bias is not None:
-                    # As published. Without norms, maps would vanish with smaller weights.
+                    # As published. With smaller initial weights the maps would vanish, because
+                    # there are no norms.
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W) of any size to logits.
-
-        Returns:
-            `saliency` (N, 1, H, W).
-        """
+        """Map normalised images (N, 3, H, W) of any size to logits `saliency` (N, 1, H, W)."""
         whole = padded(images, self.stride)
         maps = self.decoder(self.pyramid(self.trunk(whole)))  # (N, head / 8, 8 H/stride, ...)
         logits = self.saliency(maps, whole=whole.shape[2:], size=images.shape[2:])
@@ -57,28 +54,29 @@ def msinet(
     head: int = 256,
     file: str | None = None,
 ) -> MSINet:
-    """MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), 24.93 M parameters.
+    """Build MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), 24.93 M parameters.
 
-    The default is the published network: VGG-16 whose last two poolings have stride 1 and whose
-    last three convolutions are dilated by 2; the concatenated maps of its last three stages, 1,280
-    channels at 1/8; a pyramid with dilations 4, 8 and 12; three up-samplings by 2, each with a
-    convolution. The authors rescale the output to 0..1 by its minimum and maximum; here the output
-    holds logits.
+    The default is the published network. In VGG-16 the last two poolings have stride 1, and the
+    last three convolutions are dilated by 2. The maps of the last three stages are concatenated to
+    1,280 channels at 1/8 of the image's size. An atrous pyramid with dilations 4, 8 and 12 follows,
+    and then three steps of up-sampling by 2 and convolution. The authors rescale the output to 0..1
+    by its minimum and maximum; here the output is logits.
 
     Args:
         trunk: Name of the trunk: vgg16, timm/NAME, ...
-        weights: The trunk's weights: "imagenet", a file, or null for random ones.
+        weights: Weights of the trunk: "imagenet", a file, or null for random weights.
         stride: Pixels per cell of the pyramid's map, 8 or 16. With 16 the decoder ends at half the
-            image's size, for a quarter of the cost.
+            image's size and costs a quarter.
         until: Path of the trunk's last step to use; "features.17" of mobilenet_v2 leaves out the
             widening to 1,280 channels, which only mobilenet_v2's classifier needs.
-        head: Channels of the pyramid's map; the decoder has a half, a quarter and an eighth.
-        file: Weights of the whole network, see `kd.nn.weights.load_network`; `weights` is then
-            ignored.
+        head: Channels of the pyramid's map. The steps of the decoder have a half, a quarter and an
+            eighth of them.
+        file: File with weights of the whole network, see `kd.nn.weights.load_network`. `weights` is
+            then ignored.
 
     Raises:
-        UserError: An option out of range, a trunk that cannot be built, or a file that does not
-            fit.
+        UserError: An option is out of range, the trunk cannot be built, or the file does not fit
+            the network.
     """
     if stride not in STRIDES:
         raise UserError(f"msinet: stride must be 8 or 16, got {stride}")

@@ -10,7 +10,7 @@ from kd.nn.trunk_base import BlindTrunk, Trunk, grey_and_region
 
 
 class SceneTrunk(nn.Module):
-    """A trunk, global average pooling, one linear layer.
+    """A trunk, global average pooling, and one linear layer.
 
     Attributes:
         task: Name of the task that fits the output.
@@ -24,12 +24,12 @@ class SceneTrunk(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(trunk.channels, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C)."""
+        """Map images with a channel for the hidden region, (K, 4, H, W), to class logits (K, C)."""
         logits: Tensor = self.head(self.trunk(grey_and_region(images)).mean(dim=(2, 3)))
         return logits
 
     def scene_trunk(self) -> BlindTrunk:
-        """The trunk for a student; it reads luma."""
+        """Return the trunk, which converts RGB to grey, for a student to start from."""
         step = (self.trunk, self.trunk.channels, self.trunk.stride)
         return BlindTrunk("resnet_multilabel", [step], see=grey_and_region)
 
@@ -42,20 +42,21 @@ def resnet_multilabel(
     stride: int | None = None,
     dropout: float = 0.2,
 ) -> SceneTrunk:
-    """BlindNet's multi-label ResNet-18: logits for the presence of each class in the scene.
+    """Build BlindNet's multi-label ResNet-18, which predicts the presence of each class in a scene.
 
-    The input is luma and the hidden region, for images of 64 pixels (`data.size: 64`).
+    The input is a grey image of 64 pixels (`data.size: 64`) and the hidden region.
 
     Args:
-        num_classes: Length of the output.
+        num_classes: Number of classes, C.
         name: Name of the trunk: resnet18, timm/NAME, ...
-        weights: The trunk's weights: "imagenet", a file, or null for random ones. The first
-            convolution is summed over RGB, so that its response to grey images stays the same.
-        stride: Largest stride of the trunk's output.
-        dropout: Dropout before the linear layer.
+        weights: Weights of the trunk: "imagenet", a file, or null for random weights. The weights
+            of the first convolution are summed over RGB, so that the response to grey images does
+            not change.
+        stride: Largest stride of the trunk's output, see `kd.nn.trunk.build_trunk`.
+        dropout: Dropout probability before the linear layer.
 
     Raises:
-        UserError: An option out of range, or a trunk that cannot be built.
+        UserError: An option is out of range, or the trunk cannot be built.
     """
     if not 0 <= dropout < 1:
         raise UserError(f"resnet_multilabel: dropout must be in [0, 1), got {dropout}")

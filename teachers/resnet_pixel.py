@@ -34,14 +34,18 @@ class PixelTrunk(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images with the hidden region's channel (K, 4, H, W) to (K, 1 + C, H, W) pixel logits."""
+        """Map images with a channel for the hidden region, (K, 4, H, W), to pixel logits.
+
+        Returns:
+            (K, 1 + C, H, W), background first.
+        """
         feature = self.feature(self.trunk(grey_and_region(images)))  # (K, 128, H/8, W/8)
         height, width = images.shape[2:]
         grid = (-(-height // self.grid), -(-width // self.grid))
         return resized(self.head(resized(feature, grid)), (height, width))
 
     def scene_trunk(self) -> BlindTrunk:
-        """The trunk for a student; it reads luma."""
+        """Return the trunk, which converts RGB to grey, for a student to start from."""
         step = (self.trunk, self.trunk.channels, self.trunk.stride)
         return BlindTrunk("resnet_pixel", [step], see=grey_and_region)
 
@@ -57,24 +61,27 @@ def resnet_pixel(
     grid: int = 2,
     dropout: float = 0.0,
 ) -> PixelTrunk:
-    """BlindNet's pixel-wise ResNet-18: a softmax over background and the classes at each pixel.
+    """Build BlindNet's pixel-wise ResNet-18, which predicts background or a class at each pixel.
 
-    The input is luma and the hidden region, for images of 64 pixels (`data.size: 64`).
+    The input is a grey image of 64 pixels (`data.size: 64`) and the hidden region.
 
     Args:
-        num_classes: C; the output has one more channel, background, which comes first.
+        num_classes: Number of classes, C. The output has one more channel, background, which comes
+            first.
         name: Name of the trunk: resnet18, timm/NAME, ...
-        weights: The trunk's weights: "imagenet", a file, or null for random ones. The first
-            convolution is summed over RGB, so that its response to grey images stays the same.
-        until: Last step of the trunk to use; null for all. "layer2" of ResNet-18 has 128 channels
-            and a grid of 8 x 8 for an image of 64 pixels.
-        stride: Largest stride of the trunk's output.
-        width: Channels of both dense layers' inputs.
-        grid: Pixels per cell of the dense layers; their logits are up-sampled to the image's size.
-        dropout: Dropout before the last layer.
+        weights: Weights of the trunk: "imagenet", a file, or null for random weights. The weights
+            of the first convolution are summed over RGB, so that the response to grey images does
+            not change.
+        until: Path of the last step of the trunk to use; null for all steps. "layer2" of ResNet-18
+            has 128 channels and a grid of 8 x 8 for an image of 64 pixels.
+        stride: Largest stride of the trunk's output, see `kd.nn.trunk.build_trunk`.
+        width: Number of input channels of both dense (1x1) layers.
+        grid: Pixels per cell of the grid on which the dense layers are computed. The logits are
+            then up-sampled to the image's size.
+        dropout: Dropout probability before the last layer.
 
     Raises:
-        UserError: An option out of range, or a trunk that cannot be built.
+        UserError: An option is out of range, or the trunk cannot be built.
     """
     at_least("resnet_pixel", width=(width, 1), grid=(grid, 1))
     if not 0 <= dropout < 1:

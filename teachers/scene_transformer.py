@@ -30,19 +30,19 @@ Pixels = Literal["patches", "trunk"]
 
 
 class SceneTransformer(nn.Module):
-    """A query for each hidden object, made from its box, attends to the rest of the scene.
+    """Transformer in which a query for each hidden object attends to the rest of the scene.
 
-    The rest of the scene is given by the other objects as (class, box) tokens, by the image as
-    tokens of patches or of a trunk's map, or by both. Tokens do not attend to each other
-    (`kd.nn.scene_transformer.Reader`), so one pass over a scene gives the posterior of each object
-    with only that object hidden.
+    The query is computed from the box of the hidden object. The tokens of the scene are the classes
+    and boxes of the other objects, patches of the image or cells of a trunk's map, or both. Tokens
+    do not attend to each other (`kd.nn.scene_transformer.Reader`), so one pass over a scene gives
+    the posterior of each object with only this object hidden.
 
     Attributes:
         task: Name of the task that fits input and output.
-        image_inputs: Which images the teacher reads: `none`; `whole` images, in which hidden
-            regions are masked inside the network; or an image for `each` hidden object, in which
-            that object is hidden, for a trunk.
-        reads_labels: Whether the teacher reads the other objects' classes.
+        image_inputs: Which images are part of the input: `none`; `whole`, the N images, in which
+            hidden regions are masked inside the network; or `each`, for a trunk, K images in each
+            of which one object is hidden.
+        reads_labels: Whether the classes of the other objects are part of the input.
     """
 
     task = "scene_tokens"
@@ -87,23 +87,26 @@ class SceneTransformer(nn.Module):
         nn.init.normal_(self.head.weight, std=1e-3)
 
     def fit(self, objects: Objects) -> None:
-        """Count co-occurrence in the train images, if built with `counts`."""
+        """Fit naive Bayes to the objects of the training images, if built with `counts`."""
         if self.counts is not None:
             self.counts.fit(objects)
 
     def forward(
         self, objects: Objects, hidden: Tensor, images: Tensor, regions: Tensor
     ) -> Tensor | dict[str, Tensor]:
-        """Posteriors of all hidden objects, for each of which only the object itself is hidden.
+        """Compute the posterior of each hidden object, conditioned on all other objects.
 
         Args:
-            objects: Of N images; a hidden object's class is evidence for the others only.
-            hidden: (K,) indices into the objects.
-            images: Normalised; `whole`: (N, 3, H, W), `each`: (K, 3, H, W) with 0 in the region.
+            objects: Objects of N images. The class of a hidden object is evidence for the other
+                objects only.
+            hidden: (K,) indices of the hidden objects.
+            images: Normalised images, (N, 3, H, W) if `image_inputs` is `whole`, or (K, 3, H, W)
+                with 0 in the hidden region if it is `each`.
             regions: (K, H, W) bool, the hidden regions.
 
         Returns:
-            Logits (K, C); with `dense` a dict of `logits` and pixel logits `dense` (N, C, h, w).
+            Logits (K, C); with `dense` a dict of `logits` and `dense` (N, C, h, w), pixel logits on
+            the grid of the patches.
         """
         frames = _frames(objects)
         boxes = objects.boxes * frames
@@ -143,10 +146,10 @@ class SceneTransformer(nn.Module):
         return logits if dense is None else {"logits": logits, "dense": dense}
 
     def scene_trunk(self) -> Trunk:
-        """The patches or the trunk, for a student.
+        """Return the patch network or the trunk, for a student to start from.
 
         Raises:
-            UserError: The teacher reads annotations only.
+            UserError: The input of the teacher is annotations only.
         """
         if self.trunk is not None:
             return self.trunk.trunk
@@ -156,7 +159,7 @@ class SceneTransformer(nn.Module):
         return BlindTrunk("scene_transformer", [step], see=rgb_alone)
 
     def _object_tokens(self, objects: Objects, rows: Rows, boxes: Tensor, hidden: Tensor) -> Tokens:
-        """Objects as tokens (N, T); a query reads the visible ones except itself."""
+        """Compute a token for each object; a query may attend to the visible other objects."""
         assert self.names is not None and self.object_norm is not None
         named = self.names(objects.classes.clamp(min=0)) + self.place(place_features(boxes))
         tokens = rows.put(self.object_norm(named))
@@ -171,7 +174,7 @@ class SceneTransformer(nn.Module):
         self, maps: Tensor, images: Tensor, targets: Tensor, frames: Tensor, rows: Tensor,
         blind: Tensor | None,
     ) -> Tokens:  # fmt: skip
-        """The cells of a map as tokens, with padding and hidden cells masked."""
+        """Convert the cells of a map to tokens, with masks for padding and hidden cells."""
         grid = (maps.shape[2], maps.shape[3])
         step = max(-(-images.shape[2] // grid[0]), -(-images.shape[3] // grid[1]))
         size = max(images.shape[2:])
@@ -186,7 +189,10 @@ class SceneTransformer(nn.Module):
 
 
 def _frames(objects: Objects) -> Tensor:
-    """(M, 4) width, height, width, height of each object's image, in units of its long side."""
+    """Width, height, width, height (M, 4) of the image that contains each object.
+
+    The unit is the long side of the image.
+    """
     wide = objects.aspects.clamp(max=1.0)
     high = objects.aspects.reciprocal().clamp(max=1.0)
     return torch.stack([wide, high, wide, high], dim=1)
@@ -215,44 +221,48 @@ def scene_transformer(
     counts: bool = False,
     kinds: int = 0,
 ) -> SceneTransformer:
-    """A transformer over tokens of the other objects, of the image, or of both.
+    """Build a transformer over tokens of the other objects, of the image, or of both.
 
     Args:
-        num_classes: C.
-        annotations: Whether to read the other objects' classes and boxes.
-        pixels: How to read the image. `patches` are learned from scratch, and one pass serves all
-            objects of an image; `trunk` runs a trunk on a copy of the image for each object, in
-            which the object is hidden. Null to read annotations only.
+        num_classes: Number of classes, C.
+        annotations: Whether the classes and boxes of the other objects are tokens.
+        pixels: How the image is converted to tokens. `patches` are learned from scratch, and one
+            pass serves all objects of an image. `trunk` runs a trunk for each object, on a copy of
+            the image in which the object is hidden. Null for annotations only.
         width: Length of tokens.
-        depth: Number of readers.
+        depth: Number of attention layers (`Reader`).
         heads: Number of attention heads.
-        attention: Whether attention weights compete (`softmax`) or add up (`sigmoid`).
-        dropout: Dropout in the readers and before the head.
+        attention: Whether attention weights sum to 1 (`softmax`) or are independent (`sigmoid`).
+        dropout: Dropout probability in the attention layers and before the head.
         patch: Side of a patch, pixels.
-        reach: Receptive field of a patch to each side, in patches.
-        dense: Whether to train patches to classify visible objects, too; the task then has a loss
-            `visible`.
+        reach: How far the receptive field of a patch extends to each side, in patches.
+        dense: Whether patches are also trained to classify visible objects; the task then has a
+            loss `visible`.
         trunk: Name of the trunk: mobilenet_v2, timm/NAME, ...
-        weights: The trunk's weights: "imagenet", a file, or null for random ones.
-        levels: Number of the trunk's strides to pool around the object.
-        margins: Thickness of each pooled ring, as a fraction of the box's sides.
+        weights: Weights of the trunk: "imagenet", a file, or null for random weights.
+        levels: Number of strides of the trunk whose maps are pooled around the object.
+        margins: Thickness of each pooled ring, as a fraction of the box's width and height.
         min_ring: Smallest thickness of a ring, pixels.
         frozen: "all", the path of the last step of the trunk to freeze, or null.
-        remember: Whether to cache a frozen trunk's outputs in memory.
-        counts: Whether to add naive Bayes (`kd.nn.cooccurrence`), counted on the train images, to
-            the logits; without annotations only its evidence of the box's position and size.
-        kinds: Number of latent scene types of the output mixture (`SceneKinds`); 0 for none.
+        remember: Whether to cache the outputs of a frozen trunk in memory.
+        counts: Whether to add the output of naive Bayes (`kd.nn.cooccurrence`), fitted to the
+            training images, to the logits. Without annotations it uses only the box's position and
+            size.
+        kinds: Number of latent scene types of the output mixture (`SceneKinds`); 0 for no mixture.
 
     Raises:
-        UserError: An option out of range, or neither annotations nor pixels.
+        UserError: An option is out of range, or there are neither annotations nor pixels.
     """
     if not annotations and pixels is None:
-        raise UserError("scene_transformer: annotations, pixels or both; there is nothing to read")
+        raise UserError(
+            "scene_transformer: there is no input; set annotations to true, pixels to patches or "
+            "trunk, or both"
+        )
     if dense and pixels != "patches":
         raise UserError("scene_transformer: dense needs pixels: patches")
     if kinds and not annotations:
         raise UserError(
-            "scene_transformer: kinds are learned from annotations; set annotations true"
+            "scene_transformer: kinds are learned from annotations; set annotations to true"
         )
     at_least("scene_transformer", width=(width, 1), depth=(depth, 1), kinds=(kinds, 0))
     if not 0 <= dropout < 1:

@@ -1,4 +1,4 @@
-"""Any trunk, pretrained or not, as a context teacher."""
+"""A context teacher on any trunk, pretrained or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kd.nn.trunk_base import Trunk
 class ContextTrunk(nn.Module):
     """A trunk, pooling around and inside the hidden region (`Surroundings`), and a small head.
 
-    The trunk's input is RGB, as its weights expect; the fourth channel is only read for the region.
+    The input of the trunk is RGB, as its weights require. The fourth channel is only used to find
+    the hidden region.
 
     Attributes:
         task: Name of the task that fits the output.
@@ -37,7 +38,7 @@ class ContextTrunk(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk, self.around = trunk, around
-        # Classes of visible objects on the finest map, for the loss `visible`.
+        # Predicts the classes of visible objects on the finest map, for the loss `visible`.
         self.dense = nn.Conv2d(around.channels[0], num_classes, 1) if dense else None
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         if hidden:
@@ -47,11 +48,11 @@ class ContextTrunk(nn.Module):
         self.head = nn.Sequential(*layers, last)
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        """Images with the hidden region's channel (K, 4, H, W) to logits (K, C).
+        """Map images with a channel for the hidden region, (K, 4, H, W), to class logits.
 
         Returns:
-            The logits; with `dense` a dict of `logits` and `dense` (K, C, h, w), pixel logits on
-            the finest map's grid.
+            Logits (K, C); with `dense` a dict of `logits` and `dense` (K, C, h, w), pixel logits on
+            the grid of the finest map.
         """
         rgb, boxes = images[:, :3].contiguous(), mask_boxes(images[:, 3])
         maps = self.trunk(rgb)
@@ -60,7 +61,7 @@ class ContextTrunk(nn.Module):
         return logits if self.dense is None else {"logits": logits, "dense": self.dense(maps[0])}
 
     def scene_trunk(self) -> Trunk:
-        """The trunk for a student."""
+        """Return the trunk, for a student to start from."""
         return self.trunk.trunk
 
 
@@ -83,34 +84,36 @@ def trunk(
     remember: bool = False,
     stride: int | None = None,
 ) -> ContextTrunk:
-    """Features of any trunk around the hidden region, and a small head.
+    """Build a context teacher that pools the features of any trunk around the hidden region.
 
     Args:
-        num_classes: Length of the output.
+        num_classes: Number of classes, C.
         name: Name of the trunk: mobilenet_v2, timm/NAME, ...
-        weights: The trunk's weights: "imagenet", a file, or null for random ones.
-        levels: Number of the trunk's strides to read, from the coarsest on.
-        margins: Thickness of each ring around the region's box, as a fraction of the box's sides.
+        weights: Weights of the trunk: "imagenet", a file, or null for random weights.
+        levels: Number of strides of the trunk whose maps are pooled, counted from the coarsest.
+        margins: Thickness of each pooled ring around the region's box, as a fraction of the box's
+            width and height.
         min_ring: Smallest thickness of a ring, pixels.
-        scene: Whether to read the whole scene outside the region.
-        inside: Whether to read the features of the region itself.
-        geometry: Whether to read the region's position and size.
+        scene: Whether to pool the whole image outside the region, too.
+        inside: Whether to pool the features inside the region, too.
+        geometry: Whether the position and size of the region are inputs of the head.
         hidden: Width of a hidden layer in the head; 0 for a linear head.
-        dropout: Dropout before each layer of the head.
+        dropout: Dropout probability before each layer of the head.
         dense: Whether to add pixel logits for the classes of visible objects; the task `context`
             then has a loss `visible`.
         frozen: "all", or the path of the last step of the trunk to freeze.
-        batch_norm_frozen: Whether to freeze all the trunk's batch norms.
-        remember: Whether to cache a frozen trunk's outputs in memory, for unaugmented images.
-        stride: Largest stride of the trunk's output.
+        batch_norm_frozen: Whether to freeze all batch norms of the trunk.
+        remember: Whether to cache the outputs of a frozen trunk in memory, for images without
+            augmentation.
+        stride: Largest stride of the trunk's output, see `kd.nn.trunk.build_trunk`.
 
     Raises:
-        UserError: An option out of range, or a trunk that cannot be built.
+        UserError: An option is out of range, or the trunk cannot be built.
     """
     if any(margin <= 0 for margin in margins):
         raise UserError(f"trunk: margins must be above 0, got {list(margins)}")
     if not margins and not scene:
-        raise UserError("trunk: give at least one margin, or the scene")
+        raise UserError("trunk: set at least one of margins, or scene to true")
     at_least("trunk", hidden=(hidden, 0), min_ring=(min_ring, 0))
     if not 0 <= dropout < 1:
         raise UserError(f"trunk: dropout must be in [0, 1), got {dropout}")

@@ -1,4 +1,4 @@
-"""U-Net as a context teacher: class logits of the hidden object at each pixel."""
+"""U-Net as a context teacher, which predicts class logits of the hidden object at each pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.nn.trunk_base import BlindTrunk
 
 
 class DoubleConv(nn.Sequential):
-    """3x3 convolution, batch norm and ReLU, twice, at stride 1."""
+    """Two 3x3 convolutions with stride 1, each followed by batch norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, middle: int | None = None) -> None:
         middle = middle or out_channels
@@ -30,30 +30,30 @@ class DoubleConv(nn.Sequential):
 
 
 class Kit(Protocol):
-    """The building blocks of a U-Net."""
+    """Functions that build the blocks of a U-Net, for plain or fast Fourier convolutions."""
 
     def stem(self, channels: int) -> nn.Module:
-        """The first two convolutions, from 4 channels."""
+        """Build the first two convolutions, whose input has 4 channels."""
         ...
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
-        """Two convolutions on the same grid."""
+        """Build two convolutions with stride 1; the first has `middle` output channels."""
         ...
 
     def join(self, skip: Tensor, upper: Tensor) -> Tensor:
-        """Concatenate two maps."""
+        """Concatenate the maps of a skip connection and of the level above."""
         ...
 
 
 class PlainKit:
-    """Plain convolutions."""
+    """Blocks of plain convolutions for a U-Net."""
 
     def stem(self, channels: int) -> nn.Module:
-        """The first two convolutions, from 4 channels."""
+        """Build the first two convolutions, whose input has 4 channels."""
         return DoubleConv(4, channels)
 
     def convolve(self, in_channels: int, out_channels: int, middle: int | None = None) -> nn.Module:
-        """Two convolutions on the same grid."""
+        """Build two convolutions with stride 1; the first has `middle` output channels."""
         return DoubleConv(in_channels, out_channels, middle)
 
     def join(self, skip: Tensor, upper: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class PlainKit:
 
 
 class Up(nn.Module):
-    """Up-sample by 2, concatenate the skip connection, convolve."""
+    """Step of the decoder: up-sample by 2, concatenate the skip connection, and convolve."""
 
     def __init__(self, in_channels: int, out_channels: int, *, transposed: bool, kit: Kit) -> None:
         super().__init__()
@@ -71,18 +71,20 @@ class Up(nn.Module):
         if transposed:
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
             self.convolve = kit.convolve(in_channels, out_channels)
-        else:  # both inputs have half of in_channels
+        else:  # the coarse map and the skip connection each have half of in_channels
             self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
             self.convolve = kit.convolve(in_channels, out_channels, in_channels // 2)
 
     def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
-        """Coarse maps (K, C, h, w) and a skip connection (K, C', 2h, 2w) to (K, C'', 2h, 2w)."""
+        """Map coarse maps (K, C, h, w) and a skip connection (K, C', 2h, 2w) to (K, D, 2h, 2w)."""
         convolved: Tensor = self.convolve(self.join(skip, self.up(coarse)))
         return convolved
 
 
 class UNet(nn.Module):
-    """Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597, with padding and batch norm.
+    """U-Net with padding and batch norm.
+
+    Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597.
 
     Attributes:
         task: Name of the task that fits the output.
@@ -105,14 +107,16 @@ class UNet(nn.Module):
         self.multiple = 2**depth
         widths = [width * 2**level for level in range(depth + 1)]
         if not transposed:
-            widths[-1] //= 2  # bilinear up-sampling keeps the channels, so the bottom has half
+            # Bilinear up-sampling does not halve the channels, so the coarsest level has half.
+            widths[-1] //= 2
         self.stem = kit.stem(width)
         self._widths = widths
         self.downs = nn.ModuleList(
             nn.Sequential(nn.MaxPool2d(2), kit.convolve(fine, coarse))
             for fine, coarse in pairwise(widths)
         )
-        self.bottleneck = nn.Identity()  # a name for taps, whatever the depth
+        # A layer path for distillation terms that does not depend on the depth.
+        self.bottleneck = nn.Identity()
         self.ups = nn.ModuleList()
         for level in reversed(range(depth)):
             halved = not transposed and level > 0
@@ -120,11 +124,11 @@ class UNet(nn.Module):
             in_channels = width * 2 ** (level + 1)
             self.ups.append(Up(in_channels, out_channels, transposed=transposed, kit=kit))
         self.head = nn.Conv2d(width, num_classes, 1)
-        # Most classes are absent at each pixel: start from a low probability.
+        # The initial probabilities are low, because most classes are absent at each pixel.
         nn.init.constant_(self.head.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images with the hidden region's channel (K, 4, H, W) to pixel logits (K, C, H, W)."""
+        """Map images with a channel for the hidden region, (K, 4, H, W), to logits (K, C, H, W)."""
         height, width = images.shape[2:]
         below, right = -height % self.multiple, -width % self.multiple
         features = self.stem(F.pad(images, (0, right, 0, below)))
@@ -139,7 +143,7 @@ class UNet(nn.Module):
         return logits[:, :, :height, :width]
 
     def scene_trunk(self) -> BlindTrunk:
-        """The encoder as the trunk of a student."""
+        """Return the encoder as a trunk, from which a student can start."""
         levels = zip([self.stem, *self.downs], self._widths, strict=True)
         return BlindTrunk(
             "unet", [(step, wide, 2**level) for level, (step, wide) in enumerate(levels)]
@@ -154,17 +158,19 @@ def unet(
     up: Literal["transposed", "bilinear"] = "transposed",
     prior_probability: float = 0.01,
 ) -> UNet:
-    """A U-Net over RGB and the hidden region: 31.0 M parameters, or 17.3 M with bilinear.
+    """Build a U-Net whose input is RGB and the hidden region.
+
+    It has 31.0 M parameters, or 17.3 M with bilinear up-sampling.
 
     Args:
-        num_classes: Channels of the output.
-        width: Channels of the finest level; doubled with each level.
-        depth: Number of halvings of the grid.
-        up: Up-sampling by transposed convolutions or bilinear interpolation.
+        num_classes: Number of classes, C.
+        width: Channels of the finest level; each coarser level has twice as many.
+        depth: Number of times that the grid is halved.
+        up: Up-sampling by transposed convolutions or by bilinear interpolation.
         prior_probability: Initial probability of each class at each pixel.
 
     Raises:
-        UserError: An option out of range.
+        UserError: An option is out of range.
     """
     check_options("unet", width=width, depth=depth, up=up, prior_probability=prior_probability)
     transposed = up == "transposed"
@@ -174,7 +180,7 @@ def unet(
 
 
 def check_options(name: str, *, width: int, depth: int, up: str, prior_probability: float) -> None:
-    """Check the options of the U-Net `name`."""
+    """Check the options of a U-Net, whose `name` is the prefix of error messages."""
     if up not in ("transposed", "bilinear"):
         raise UserError(f"{name}: up must be 'transposed' or 'bilinear', got {up!r}")
     if width < 2 or width % 2 or depth < 1:
