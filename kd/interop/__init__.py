@@ -1,1 +1,1 @@
-"""Bridges to other toolkits."""
+"""Use losses of other toolkits in kd, and losses of kd in other toolkits."""

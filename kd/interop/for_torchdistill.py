@@ -1,9 +1,9 @@
-"""Use our losses in torchdistill, e.g. `kd.pair_wise`.
+"""Use the losses of kd in torchdistill, e.g. `kd.pair_wise`.
 
 List this module in the `dependencies` of a torchdistill config; `docs/examples/torchdistill.yaml`
-is an example. Importing it registers `kd.<loss>` for each loss that compares one tensor of the
-student with one of the teacher. Keyword arguments are the module paths, as for torchdistill's own
-losses, and the options of ours.
+is an example. Importing this module registers `kd.<loss>` for each loss that compares one tensor of
+the student with one tensor of the teacher. The keyword arguments of a registered loss are the
+module paths, as for torchdistill's losses, and the options of the loss in kd.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Outputs = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Loss(nn.Module):
-    """A loss between the outputs of two modules, collected by torchdistill."""
+    """A loss of kd between the outputs of two modules, which torchdistill collects."""
 
     def __init__(
         self,
@@ -64,10 +64,11 @@ class _Loss(nn.Module):
 
 
 class _Imitation(_Loss):
-    """Imitation in cells whose anchors fit an object; targets are lists of `{"boxes": ...}`.
+    """Imitation loss in cells whose anchors fit an object.
 
-    `stride` is the distance between anchors in pixels, `scales` are the anchors' sides in strides,
-    `ratios` height divided by width; for `psi` see `imitation_mask`.
+    The targets of torchdistill must be lists of `{"boxes": ...}`, one per image. `stride` is the
+    distance between anchors in pixels, `scales` are the sides of the anchors in strides, and
+    `ratios` are height divided by width. For `psi` see `imitation_mask`.
     """
 
     def __init__(

@@ -1,14 +1,15 @@
-"""Use torchdistill's mid-level losses as terms: two tensors in, a scalar out.
+"""Use the mid-level losses of torchdistill as distillation terms.
 
-A loss of torchdistill reads features by module path from the outputs of whole models. Here it gets
-one tensor of each side and is a term like any other: `losses: [{name: torchdistill.DISTLoss,
-weight: 1.0, student: logits, teacher: logits}]`. The paths in its constructor are filled in; its
-other arguments are the term's options.
+In torchdistill a loss selects features by module path from the outputs of whole models. Here it
+gets one tensor of the student and one of the teacher, and is a term like any other: `losses:
+[{name: torchdistill.DISTLoss, weight: 1.0, student: logits, teacher: logits}]`. The module paths in
+the constructor of the loss are filled in; all other arguments are options of the term.
 
-`KDLoss` and `LogitStdKDLoss` are corrected: they add the loss of the labels by `alpha`, which is
-the task's business here; without it they omit the squared temperature, and they divide the loss of
-maps by the number of images instead of pixels. A loss with weights, which torchdistill's engine
-does not optimise, becomes part of the trained module.
+`KDLoss` and `LogitStdKDLoss` are corrected. In torchdistill they add a supervised loss with the
+weight `alpha`, which is part of the task here. Without this part they omit the factor of the
+squared temperature, and they divide the loss of maps by the number of images instead of pixels. If
+a loss has weights, which torchdistill's engine does not optimise, they are trained here together
+with the student.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from kd.registry import look_up
 
 PREFIX = "torchdistill."
 LAYER = "layer"
-# Losses with a part for the labels, weighted by `alpha`; `beta` is the weight of the rest.
+# Losses that include a supervised loss with the weight `alpha`; `beta` weights the distillation.
 SOFTENED = ("KDLoss", "LogitStdKDLoss")
 LABELS = {"alpha": 0.0, "beta": 1.0}
-# Losses that need two layers of each side, or pairs of tensors from torchdistill's own modules.
+# Losses that need two layers of each model, or pairs of tensors from modules of torchdistill.
 PAIRED = ("FSPLoss", "HierarchicalContextLoss", "VIDLoss")
 
 
 class Borrowed(nn.Module):
-    """A loss of torchdistill between one tensor of each side.
+    """A loss of torchdistill between one tensor of the student and one tensor of the teacher.
 
-    `module` reads both tensors as the output of `LAYER`; the result is multiplied by `factor`.
+    Both tensors are passed to `module` as outputs of a layer called `LAYER`, and the result is
+    multiplied by `factor`.
     """
 
     def __init__(self, name: str, module: nn.Module, factor: float) -> None:
@@ -51,7 +53,7 @@ class Borrowed(nn.Module):
             student, teacher = _rows(student), _rows(teacher)
         wide = wide_dtype(student, teacher)
         sides = ({LAYER: {"output": side.to(wide)}} for side in (student, teacher))
-        # Half precision would lose small differences.
+        # Without autocast, because half precision would lose small differences.
         with torch.autocast(student.device.type, enabled=False):
             value: Tensor = self.module(*sides)
         return value * self.factor
@@ -60,10 +62,10 @@ class Borrowed(nn.Module):
 class Borrow:
     """A mid-level loss of torchdistill as a function `(student, teacher, *, options)`.
 
-    The signature lists the loss's options.
+    The signature of the object lists the options of the loss, so that they can be checked.
 
     Raises:
-        UserError: An unknown name, or a loss that needs more than one tensor of each side.
+        UserError: The name is unknown, or the loss needs more than one tensor of each model.
     """
 
     def __init__(self, name: str) -> None:
@@ -90,7 +92,7 @@ class Borrow:
         return value
 
     def module(self, channels: int = 0, /, **options: Any) -> Borrowed:
-        """Build the loss as a module; options of losses with weights include their channels."""
+        """Build the loss as a module; `channels` is not used, since options include channels."""
         factor = options["temperature"] ** 2 if self.name in SOFTENED else 1.0
         return Borrowed(self.name, self._build(**self._places, **options), factor)
 
@@ -100,13 +102,13 @@ class Borrow:
 
 
 def _registry() -> dict[str, Callable[..., nn.Module]]:
-    """Torchdistill's mid-level losses by name; imported here because it takes seconds."""
+    """Return torchdistill's mid-level losses by name; imported only here, as it takes seconds."""
     importlib.import_module("torchdistill.losses.mid_level")  # fills the registry
     return dict(importlib.import_module("torchdistill.losses.registry").MIDDLE_LEVEL_LOSS_DICT)
 
 
 def _places(name: str, parameters: list[str]) -> dict[str, Any]:
-    """Constructor arguments by which a loss finds its tensors."""
+    """Choose the constructor arguments by which a loss of torchdistill finds its tensors."""
     places: dict[str, Any] = {}
     paths = [one for one in parameters if one.endswith("_path")]
     pairs = [one for one in parameters if one.endswith("_pairs")]
@@ -130,5 +132,5 @@ def _places(name: str, parameters: list[str]) -> dict[str, Any]:
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Reshape (N, C, ...) to (N * places, C)."""
+    """Reshape maps (N, C, ...) to one row per cell, (N * cells, C)."""
     return logits.flatten(2).transpose(1, 2).flatten(0, 1)

@@ -2,11 +2,11 @@
 
     python -m kd.scenes.detector --scenes datasets/scenes --split val --out results.json
 
-Boxes are off by a few per cent, some objects are missed, and some boxes contain no object. The
-*look* of an object is recognised with a random confidence; the score is divided at random among the
-classes of that look, so that a box has several classes of nearly equal scores, as with real
-detectors. Neither the scene nor other objects influence any number. The same arguments give the
-same bytes.
+The boxes are inexact by a few per cent, some objects are missed, and some boxes contain no object.
+The *look* of an object is recognised with a random confidence. This score is divided at random
+among the classes with this look, so that a box has several classes with nearly equal scores, as in
+the output of real detectors. Neither the scene nor other objects influence the results. The same
+arguments always give the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kd.utils.io import write_text
 MISSED = 0.05  # fraction of objects without a box
 SHIFT, STRETCH = 0.04, 0.05  # standard deviations of the centre, in sides, and of the log sides
 TRUE_LOGIT = (2.0, 1.0)  # mean and standard deviation of the logit of a true object's look
-FALSE_LOGIT = (-1.5, 1.0)  # the same for a box without an object
+FALSE_LOGIT = (-1.5, 1.0)  # mean and standard deviation for a box without an object
 FALSE_BOXES = 1.0  # mean number of boxes without an object per image
 AMBIGUOUS = 0.1  # fraction of boxes with a second look, whose logit is lower by 2
 CLASS_NOISE = 0.3  # standard deviation of the log odds between confusable classes
@@ -70,7 +70,7 @@ def _detections(
     looks: list[list[int]],
     random: np.random.Generator,
 ) -> list[Json]:
-    """All detections of one box; `looks` are the category ids of each look."""
+    """Simulate all detections of one box, one per class; `looks` has the class ids of each look."""
     size = (image["width"], image["height"])
     place = _jitter_box(np.asarray(box, dtype=np.float64), size, random)
     logit = float(random.normal(*logits))
@@ -96,7 +96,7 @@ def _classify(
 def _jitter_box(
     box: np.ndarray[Any, np.dtype[np.float64]], size: tuple[int, int], random: np.random.Generator
 ) -> list[float]:
-    """Perturb a box (x, y, width, height), staying inside the image."""
+    """Perturb a box (x, y, width, height), and clip it to the image."""
     sides = box[2:] * np.exp(random.normal(0.0, STRETCH, 2))
     centre = box[:2] + box[2:] / 2 + random.normal(0.0, SHIFT, 2) * box[2:]
     low = np.clip(centre - sides / 2, 0, np.array(size) - 1.0)
@@ -105,7 +105,7 @@ def _jitter_box(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m kd.scenes.detector`."""
+    """Run the command `python -m kd.scenes.detector`."""
     parser = argparse.ArgumentParser(
         prog="python -m kd.scenes.detector",
         description="Write COCO results of a simulated detector that ignores context, on the "

@@ -1,8 +1,8 @@
-"""Synthetic gaze model for annotated scenes, so that saliency runs without eye-tracking data.
+"""Simulated fixations on annotated scenes, to run saliency without eye-tracking data.
 
-Observers fixate objects, the centre, and random points. People and animals attract most fixations;
-observers differ in their preferences. The model serves to run and test the code, not to describe
-humans.
+Observers fixate objects, the centre, and random points. People and animals attract most fixations,
+and observers differ in their preferences. The simulation is for running and testing the code, not
+for describing humans.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from kd.formats.fixations import Fixations
 OBSERVERS, FIXATIONS = 10, 8  # fixations per observer and image
 INTEREST = {"person": 4.0, "dog": 3.0, "bird": 3.0, "car": 2.0, "boat": 2.0, "laptop": 2.0,
             "cloud": 0.3, "tree": 0.5, "bench": 0.5}  # fmt: skip
-DEFAULT_INTEREST = 1.0  # of all other classes
+DEFAULT_INTEREST = 1.0  # interest in classes that are not in `INTEREST`
 TASTE = 0.6  # standard deviation of an observer's log interest in one object
 AT_OBJECTS, AT_CENTRE = 0.75, 0.2  # fractions of fixations; the rest is uniform
-CENTRE_SPREAD, OBJECT_SPREAD = 0.18, 0.22  # standard deviations relative to the sides
+# Standard deviations of fixations, relative to the sides of the image and of the object's box.
+CENTRE_SPREAD, OBJECT_SPREAD = 0.18, 0.22
 _STREAM = 11  # separates this random stream from others
 
 
@@ -65,7 +66,7 @@ def _observe(
     boxes: NDArray[np.float64],
     size: tuple[int, int],
 ) -> NDArray[np.float64]:
-    """Fixations of one observer, (FIXATIONS, 2)."""
+    """Simulate the fixations of one observer, (FIXATIONS, 2) as x, y in pixels."""
     sides = np.array([size[1], size[0]], np.float64)
     points = random.random((FIXATIONS, 2)) * sides
     kinds = random.random(FIXATIONS)

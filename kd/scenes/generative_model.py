@@ -36,11 +36,11 @@ Given = Literal["pixels", "annotations", "both"]
 CANVAS = 64  # scenes are laid out on 64 x 64 units, independent of the image size
 SIZES = np.arange(8, 23, 2)  # even, so that centres are integers
 COLUMNS = (11, 53)  # centre columns that keep the largest box inside the image
-BANDS = ((11, 18), (23, 36), (41, 53))  # centre rows of top, middle, bottom, separated by gaps
-BAND_FRACTIONS = (0.25, 0.35, 0.40)
-COUNTS = (4, 7)
-MIN_DISTANCE = 12.0  # above half the largest box: no object covers another's centre
-HORIZONS = (18, 25)
+BANDS = ((11, 18), (23, 36), (41, 53))  # rows of centres at the top, middle, bottom, with gaps
+BAND_FRACTIONS = (0.25, 0.35, 0.40)  # probabilities of the three bands
+COUNTS = (4, 7)  # smallest and largest number of objects in a scene
+MIN_DISTANCE = 12.0  # above half the largest box, so that no object covers another's centre
+HORIZONS = (18, 25)  # smallest and largest row of the horizon
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class World:
         looks: (C,) index of each class's look; classes with the same look are confusable.
         log_base: (K, P, C) log weight of each class, up to a constant.
         pull: (C, C) symmetric; increase of a class's log odds by another class at distance 0.
-        log_width: (C, P, S) log probability of each of `SIZES`.
-        log_height: (C, P, S) the same for the height.
+        log_width: (C, P, S) log probability of each of `SIZES` as the width.
+        log_height: (C, P, S) log probability of each of `SIZES` as the height.
         reach: Range of the pull, in units of the canvas.
     """
 
@@ -86,7 +86,7 @@ class Scene:
 
     @property
     def places(self) -> Ints:
-        """(n,) place of each object, determined by its box."""
+        """Index of the place (top, middle, bottom) of each object, (n,)."""
         return place_of(self.boxes)
 
 
@@ -117,7 +117,7 @@ def build_world() -> World:
 
 
 def _repulsions() -> dict[str, list[str]]:
-    """Classes that each class repels: those that co-occur with its confusable partner."""
+    """Find the classes that each class repels: the companions of its confusable partner."""
     repulsions: dict[str, list[str]] = {}
     for name, friends in tables.FRIENDS.items():
         look = tables.CLASSES[name][0]
@@ -128,9 +128,9 @@ def _repulsions() -> dict[str, list[str]]:
 
 
 def _log_sizes(typical: npt.NDArray[Any]) -> Floats:
-    """Log-normal distributions of sizes around (C,) typical ones, discretised: (C, P, S).
+    """Compute discretised log-normal distributions (C, P, S) around typical sizes (C,).
 
-    Sizes are larger in the foreground.
+    Sizes are larger at places in the foreground.
     """
     centre = np.log(typical[:, None, None] * np.array(tables.PLACE_SCALE)[None, :, None])
     log_weight = -((np.log(SIZES) - centre) ** 2) / (2 * tables.SIZE_SPREAD**2)
@@ -141,14 +141,14 @@ WORLD = build_world()
 
 
 def place_of(boxes: Ints) -> Ints:
-    """Index of the place (top, middle, bottom) of each box (n, 4), by its centre's row."""
+    """Find the place (top, middle, bottom) of each box (n, 4) by the row of the box's centre."""
     rows = boxes[:, 1] + boxes[:, 3] / 2
     edges = [(above[1] + below[0]) / 2 for above, below in pairwise(BANDS)]
     return np.asarray(np.searchsorted(edges, rows), dtype=np.int64)
 
 
 def nearness(boxes: Ints, reach: float) -> Floats:
-    """Strength of interaction between boxes (n, 4): (n, n), 1 at distance 0."""
+    """Compute the strength of interaction (n, n) between boxes (n, 4), 1 at distance 0."""
     centres = boxes[:, :2] + boxes[:, 2:] / 2
     near: Floats = np.exp(-((centres[:, None] - centres) ** 2).sum(axis=2) / (2 * reach**2))
     return near
@@ -179,7 +179,7 @@ def _draw(rng: np.random.Generator, log_probs: Floats) -> int:
 
 
 def _sample_centres(rng: np.random.Generator) -> Ints:
-    """Sample (n, 2) centres, left to right; centres too close to others are redrawn."""
+    """Sample centres (n, 2), from left to right; centres too close to others are sampled again."""
     count = int(rng.integers(COUNTS[0], COUNTS[1] + 1))
     centres: list[tuple[int, int]] = []
     while len(centres) < count:
@@ -198,10 +198,12 @@ def exact_posteriors(scene: Scene, *, given: Given = "pixels", world: World = WO
 
     Args:
         scene: The scene.
-        given: What else the posterior is conditioned on. `pixels`: what a perfect observer sees,
-            that is, the kind of scene, all boxes, and the *look* of the other objects; sums over
-            confusable classes. `annotations`: all boxes and the classes of the other objects; sums
-            over the kinds of scenes. `both`: kind, boxes and classes.
+        given: Evidence on which the posterior is conditioned. With `pixels` it is conditioned on
+            the kind of scene, all boxes, and the *look* of the other objects, as if these were
+            recognised perfectly in the image; confusable classes are summed over. With
+            `annotations` it is conditioned on all boxes and the classes of the other objects, and
+            kinds of scenes are summed over. With `both` it is conditioned on kind, boxes and
+            classes.
         world: The model.
 
     Returns:
@@ -227,7 +229,7 @@ def exact_posteriors(scene: Scene, *, given: Given = "pixels", world: World = WO
 
 
 def _product(options: Sequence[Ints]) -> Ints:
-    """Cartesian product of the options, (A, n)."""
+    """Cartesian product (A, n) of n lists of options."""
     picks = np.indices([len(option) for option in options]).reshape(len(options), -1)
     return np.stack([o[pick] for o, pick in zip(options, picks, strict=True)], axis=1)
 
@@ -235,7 +237,7 @@ def _product(options: Sequence[Ints]) -> Ints:
 def log_density(boxes: Ints, classes: Ints, kinds: Ints, *, world: World = WORLD) -> Floats:
     """Joint log density (K, A) of kind, classes and sizes, for many class assignments at once.
 
-    The density of the centres, which is the same for all of them, is left out.
+    The density of the centres is left out, because it is the same for all assignments.
 
     Args:
         boxes: (n, 4), left to right.

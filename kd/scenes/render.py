@@ -1,8 +1,8 @@
 """Render embedded scenes: background, objects, light and sensor noise.
 
-An object's appearance depends on its look, not its class, and stays inside its box: there is no
-shadow, and no blur across the edge. Each object, the background and the noise have random
-generators of their own, so that omitting an object changes no pixel outside its box.
+The appearance of an object depends on its look, not on its class, and does not extend beyond its
+box: there is no shadow, and no blur across the edge. Each object, the background and the noise have
+separate random generators, so that omitting an object changes no pixel outside its box.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Painting:
 
     Attributes:
         image: (size, size, 3) RGB.
-        outlines: Per object, polygons as flat x, y lists in pixels, each inside the object's box.
-        areas: Per object, pixels of the drawn shape, including occluded ones.
+        outlines: For each object polygons inside its box, as flat lists of x, y in pixels.
+        areas: For each object the number of pixels of its shape, including occluded pixels.
     """
 
     image: Bytes
@@ -56,7 +56,7 @@ def paint_scene(
     """Render a scene.
 
     Args:
-        scene: What to render; nearer objects (lower in the image) occlude farther ones.
+        scene: Scene to render; nearer objects (lower in the image) occlude farther ones.
         seed: Random seed of the rendering.
         size: Side of the image in pixels, a multiple of 64.
         omit: Indices of objects to leave out; everything else is unchanged.
@@ -100,7 +100,8 @@ def paint_object(
     points = np.minimum(np.maximum(points, 0.0), 1.0)
     drawn = (points * (width * FINE - 1, height * FINE - 1)).ravel().tolist()
     placed = (points * (width, height)).ravel().tolist()
-    # Four plain channels, the last one cover: averaging RGBA would divide by alpha.
+    # CMYK is used as four plain channels, of which the last is the cover, because Pillow would
+    # divide by alpha when averaging RGBA.
     canvas_image = Image.new("CMYK", (width * FINE, height * FINE))
     draw = ImageDraw.Draw(canvas_image)
     polygons = []
@@ -117,12 +118,12 @@ def paint_object(
 
 @dataclass(frozen=True)
 class _Outline:
-    """The shapes of a look, concatenated so that one operation moves them all.
+    """The shapes of a look, concatenated so that one operation transforms them all.
 
     Attributes:
-        points: (P, 2) corners in a unit square, ellipses as polygons.
-        wobble: (P, 1) standard deviation of each corner; ellipses stay round.
-        starts: Start of each shape in the flattened points, and the end.
+        points: (P, 2) corners of all shapes in a unit square; ellipses are polygons.
+        wobble: (P, 1) standard deviation of each corner's random shift; 0 for ellipses.
+        starts: Index of the start of each shape in the flattened points, and their length.
     """
 
     points: Floats
@@ -144,7 +145,7 @@ def _outline_of(look: str) -> _Outline:
 
 
 def _ellipse_points(ellipse: Shape) -> Floats:
-    """(20, 2) points of an ellipse given by its corners."""
+    """Compute 20 points (20, 2) of an ellipse that is given by the corners of its box."""
     (x0, y0), (x1, y1) = ellipse.points
     turn = np.linspace(0.0, 2 * np.pi, 20, endpoint=False)
     circle = np.stack([1 + np.cos(turn), 1 + np.sin(turn)], axis=1) / 2
@@ -152,7 +153,7 @@ def _ellipse_points(ellipse: Shape) -> Floats:
 
 
 def _background(kind: str, horizon: int, size: int, rng: np.random.Generator) -> Floats:
-    """Three grounds, above the horizon, below it, and near: (size, size, 3)."""
+    """Draw the far, middle and near ground of a scene, (size, size, 3)."""
     near = round(size * rng.uniform(0.57, 0.64))
     canvas = np.empty((size, size, 3), dtype=np.float32)
     edges = (0, horizon, near, size)

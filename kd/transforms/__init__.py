@@ -1,1 +1,1 @@
-"""Augmentation, crops and hiding of objects."""
+"""Augment and crop images, and hide objects in them."""

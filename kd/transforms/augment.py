@@ -1,7 +1,8 @@
-"""Random augmentations: sampled as a plan, then applied.
+"""Random augmentations, which are first sampled as a plan and then applied.
 
-Geometry uses torchvision's `transforms.v2.functional`, which dispatches on the input type, so that
-images, boxes and masks are transformed alike. Colour changes are one matrix product.
+Geometric transforms use torchvision's `transforms.v2.functional`, which dispatches on the type of
+the input, so that images, boxes and masks are transformed alike. All colour changes of an image are
+combined to one matrix product.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ class ColourChange:
     order: tuple[int, int, int] = (0, 1, 2)
 
     def matrix(self, mean: Matrix) -> tuple[Matrix, Matrix]:
-        """Combine all changes into an affine map: weights (3, 3) and offsets (3,), for 0..255.
+        """Combine all changes into one affine map of RGB values in 0..255.
 
-        `mean` (3,) is the image's mean RGB, the fixed point of contrast.
+        `mean` (3,) is the mean RGB of the image, which a change of contrast does not change.
+
+        Returns:
+            Weights (3, 3) and offsets (3,).
         """
         weight = np.eye(3) * self.brightness
         offset = np.array(self.rgb_shift) * self.brightness
@@ -61,7 +65,7 @@ class ColourChange:
         return mix @ weight, mix @ offset
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Apply to (3, H, W) uint8."""
+        """Apply the changes to an image (3, H, W) uint8."""
         flat = image.reshape(3, -1).float()
         weight, offset = self.matrix(flat.mean(dim=1).double().numpy())
         weights = torch.from_numpy(weight).float()
@@ -93,11 +97,11 @@ class Plan:
 
     Attributes:
         size: Height and width of the result, pixels.
-        crop: Top, left, height and width of the part that is scaled to `size`.
-        flip: Mirror left and right.
-        shift: Pixels to the right and down; vacated pixels are 0.
-        angle: Degrees, anticlockwise about the centre; vacated corners are 0.
-        blur: Standard deviation in pixels, 0 for none.
+        crop: Top, left, height and width of the crop, which is scaled to `size`; None for no crop.
+        flip: Whether to mirror left and right.
+        shift: Shift to the right and down, pixels; vacated pixels are 0.
+        angle: Rotation in degrees, anticlockwise about the centre; vacated corners are 0.
+        blur: Standard deviation of a Gaussian blur in pixels, 0 for no blur.
         colour: Colour changes, or None.
     """
 
@@ -110,7 +114,7 @@ class Plan:
     colour: ColourChange | None = None
 
     def move(self, inputs: T) -> T:
-        """Apply the geometry to a tv_tensor: `Image`, `Mask` or `BoundingBoxes`."""
+        """Apply the geometric transforms to a tv_tensor: `Image`, `Mask` or `BoundingBoxes`."""
         moved: Any = inputs
         if self.crop is not None:
             moved = F.resized_crop(moved, *self.crop, size=list(self.size), antialias=True)
@@ -124,7 +128,7 @@ class Plan:
         return moved  # type: ignore[no-any-return]
 
     def image(self, image: Tensor) -> Tensor:
-        """Apply geometry, blur and colour to (3, H, W) uint8; returns (3, *size) uint8."""
+        """Apply geometric transforms, blur and colour to (3, H, W) uint8: (3, *size) uint8."""
         changed: Tensor = self.move(tv_tensors.Image(image)).as_subclass(Tensor)
         if self.blur:
             changed = F.gaussian_blur(changed, [_BLUR_KERNEL] * 2, [self.blur] * 2)
@@ -132,11 +136,14 @@ class Plan:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the geometry is unchanged."""
+        """Whether the plan has no geometric transform."""
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 
     def of_mirrored(self, size: tuple[int, int]) -> Plan:
-        """The plan without flip that gives the same result from the mirrored image of `size`."""
+        """Return a plan that gives the same result if its input is already mirrored.
+
+        The new plan has no flip, and its crop is mirrored in the image of `size`.
+        """
         crop = self.crop
         if crop is not None:
             top, left, height, width = crop
@@ -144,13 +151,13 @@ class Plan:
         return replace(self, flip=False, crop=crop)
 
     def sources(self, size: tuple[int, int]) -> Matrix:
-        """Affine map from pixels of the result to pixels of the input image of `size`.
+        """Compute the affine map from pixels of the result to pixels of the input of `size`.
 
         Returns:
-            (2, 3): multiplied by (x, y, 1) of the result it gives (x, y) of the input.
+            Matrix (2, 3), whose product with (x, y, 1) in the result is (x, y) in the input.
         """
         height, width = self.size
-        # In reverse order: rotation about the centre, shift, flip, crop and scale.
+        # Inverted in reverse order: rotation about the centre, shift, flip, crop and scale.
         radians = math.radians(self.angle)
         cosine, sine = math.cos(radians), math.sin(radians)
         centre = _translation(width / 2, height / 2)
@@ -165,11 +172,14 @@ class Plan:
         return whole[:2]
 
     def masks(self, masks: Tensor) -> Tensor:
-        """Apply the geometry to (K, H, W) bool."""
+        """Apply the geometric transforms to masks (K, H, W) bool."""
         return self.move(tv_tensors.Mask(masks)).as_subclass(Tensor)  # type: ignore[no-any-return]
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Apply the geometry to (M, 4) xyxy pixels in an image of `size`, without clipping."""
+        """Apply the geometric transforms to boxes (M, 4), xyxy pixels, without clipping.
+
+        `size` is height and width of the input image.
+        """
         canvas: Any = {"format": "XYXY", "canvas_size": size, "clamping_mode": None}
         moved: Tensor = self.move(tv_tensors.BoundingBoxes(boxes, **canvas)).as_subclass(Tensor)
         return moved
@@ -179,20 +189,21 @@ class Plan:
 class Augment:
     """Random augmentation of a training image at its working size.
 
-    `flip` to `jitter` are independent probabilities; the rest are magnitudes.
+    The attributes `flip` to `jitter` are independent probabilities; the others are magnitudes.
 
     Attributes:
-        flip: Mirror left and right.
-        shift: Move by up to `max_shift` of each side.
-        rotate: Rotate by up to `max_angle` degrees.
-        crop: Crop a part of `crop_scale` of the area and scale it back to the long side.
-        rgb_shift: Add up to +-`max_rgb_shift` (of 255) to each channel.
-        shuffle: Permute the channels.
-        grey: Remove the colour.
-        blur: Gaussian blur with a standard deviation of up to `max_blur` pixels.
-        jitter: Change brightness, contrast and saturation by factors of 1 +- `max_jitter`, hue by
-            up to +-`max_hue` of the colour circle.
-        min_visible: Drop objects of which less than this fraction of the box stays in the image.
+        flip: Probability of mirroring left and right.
+        shift: Probability of shifting by up to `max_shift`, a fraction of width and height.
+        rotate: Probability of rotating by up to `max_angle` degrees.
+        crop: Probability of cropping a part, whose fraction of the image's area is in `crop_scale`,
+            and scaling it back to the long side of the image.
+        rgb_shift: Probability of adding up to +-`max_rgb_shift` (of 255) to each channel.
+        shuffle: Probability of permuting the channels.
+        grey: Probability of removing the colour.
+        blur: Probability of a Gaussian blur, with a standard deviation of up to `max_blur` pixels.
+        jitter: Probability of multiplying brightness, contrast and saturation by factors in
+            1 +- `max_jitter` and shifting the hue by up to +-`max_hue` of the colour circle.
+        min_visible: Objects are dropped if a smaller fraction of their box stays in the image.
     """
 
     flip: float = 0.5
@@ -230,8 +241,8 @@ class Augment:
     ) -> Plan:
         """Sample the augmentation of one image of `size` (height, width).
 
-        `frame` is the side of a square that the result must fit into: larger images are cropped to
-        it at a random position instead of by `crop`. None = unlimited.
+        `frame` is the side of a square into which the result must fit; None for no limit. Larger
+        images are cropped to this square at a random position, and `crop` is not used for them.
         """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
         enabled = {name: value < getattr(self, name) for name, value in chosen.items()}
@@ -297,17 +308,17 @@ def check_fractions(options: object, names: Iterable[str]) -> None:
 def visible(
     boxes: Tensor, size: tuple[int, int], min_visible: float, *, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Clip boxes to the image and select those of which enough stays visible.
+    """Clip boxes to the image and mark the boxes of which enough stays visible.
 
     Args:
         boxes: (M, 4) xyxy pixels.
         size: Height and width of the image.
-        min_visible: Smallest fraction of a box's area that must stay.
-        whole: The boxes before an earlier clipping, (M, 4); None = `boxes`.
+        min_visible: Smallest fraction of a box's area that must stay in the image.
+        whole: The boxes before an earlier clipping, (M, 4), whose areas count; None = `boxes`.
 
     Returns:
-        Clipped boxes (M, 4), and (M,) bool: at least `min_visible` of the box stays, and its sides
-        are at least one pixel.
+        Clipped boxes (M, 4), and (M,) bool, whether at least `min_visible` of the box stays and the
+        sides of the clipped box are at least one pixel.
     """
     limit = boxes.new_tensor([size[1], size[0]]).repeat(2)
     cut = torch.minimum(boxes.clamp(min=0), limit)

@@ -1,4 +1,4 @@
-"""Random crops of an image and its map at random scales, and random flips of whole images."""
+"""Random crops of images and their label maps at random scales, and flips of whole images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Crop:
     """Sampled crop of one image.
 
     Attributes:
-        window: Top, left, height and width of the crop, pixels of the file.
-        size: Height and width that the crop is scaled to; the rest of the frame is padding.
-        flip: Mirror left and right.
-        upside_down: Mirror top and bottom.
+        window: Top, left, height and width of the crop, in pixels of the image file.
+        size: Height and width to which the crop is scaled; the rest of the frame is padding.
+        flip: Whether to mirror left and right.
+        upside_down: Whether to mirror top and bottom.
         colour: Colour changes, or None.
     """
 
@@ -36,13 +36,16 @@ class Crop:
     colour: ColourChange | None = None
 
     def image(self, pixels: Tensor, frame: tuple[int, int]) -> Tensor:
-        """Crop, scale, recolour and mirror (3, H, W) uint8; padded with 0 to (3, *frame)."""
+        """Crop, scale, recolour and mirror an image (3, H, W) uint8; pad with 0 to (3, *frame)."""
         part = F.resized_crop(pixels, *self.window, size=list(self.size), antialias=True)
         part = part if self.colour is None else self.colour(part)
         return self.placed(part, frame)
 
     def label_map(self, labels: Tensor, frame: tuple[int, int]) -> Tensor:
-        """The same for a label map (H, W) uint8, by nearest neighbours, padded with `VOID`."""
+        """Crop, scale and mirror a label map (H, W) uint8, and pad it with `VOID` to the frame.
+
+        Labels are scaled by nearest neighbours.
+        """
         nearest = InterpolationMode.NEAREST_EXACT
         part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
         return self.placed(part, frame, fill=VOID)[0]
@@ -54,7 +57,7 @@ class Crop:
         return pad(part, frame, fill=fill)
 
     def sources(self) -> NDArray[np.float64]:
-        """Affine map (2, 3) from pixels (x, y, 1) of the frame to pixels (x, y) of the file."""
+        """Compute the affine map (2, 3) from (x, y, 1) in the frame to (x, y) in the image file."""
         top, left, height, width = self.window
         across, down = width / self.size[1], height / self.size[0]
         row = [0.0, -down, top + height] if self.upside_down else [0.0, down, top]
@@ -63,7 +66,10 @@ class Crop:
         return np.array([[across, 0.0, left], row])
 
     def of_mirrored(self, size: tuple[int, int]) -> Crop:
-        """The crop without flip that gives the same result from the mirrored image of `size`."""
+        """Return a crop that gives the same result if its input is already mirrored.
+
+        The new crop has no flip, and its window is mirrored in the image of `size`.
+        """
         top, left, height, width = self.window
         return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
 
@@ -74,9 +80,10 @@ class Crops:
 
     Attributes:
         scale: Smallest and largest scale, relative to the working size.
-        flip: Probability of mirroring.
-        jitter: Probability of changing brightness, contrast and saturation by 1 +- `max_jitter`.
-        max_jitter: See `jitter`.
+        flip: Probability of mirroring left and right.
+        jitter: Probability of multiplying brightness, contrast and saturation by factors in
+            1 +- `max_jitter`.
+        max_jitter: Largest deviation of these factors from 1.
     """
 
     scale: tuple[float, float] = (0.5, 2.1)
@@ -97,9 +104,13 @@ class Crops:
         *,
         factor: float = 1.0,
     ) -> Crop:
-        """Sample a crop, given the file's size and the result's `frame`, both (height, width).
+        """Sample a crop.
 
-        `factor` is the working size divided by the file's size; it multiplies every scale.
+        Args:
+            random: Random generator.
+            size: Height and width of the image file.
+            frame: Height and width of the result.
+            factor: Working size divided by the size of the file; it multiplies every scale.
         """
         scale = factor * random.uniform(*self.scale)
         places = random.random(2).tolist()
@@ -110,7 +121,8 @@ class Crops:
             round(place * (side - part))
             for place, side, part in zip(places, size, sides, strict=True)
         ]
-        # A crop smaller than the image fills the frame: rounding must not leave a line of padding.
+        # If the crop is smaller than the image, it must fill the frame: without this, rounding
+        # could leave a line of padding.
         scaled = [
             to if part < side else min(to, max(1, round(part * scale)))
             for side, part, to in zip(size, sides, frame, strict=True)
@@ -127,7 +139,8 @@ class Crops:
 class Flips:
     """Distribution of flips of whole images; the defaults are those of saliency students.
 
-    `flip` and `upside_down` are probabilities; `jitter` and `max_jitter` as in `Crops`.
+    `flip` and `upside_down` are the probabilities of mirroring left and right, and top and bottom.
+    For `jitter` and `max_jitter` see `Crops`.
     """
 
     flip: float = 0.5
@@ -141,7 +154,13 @@ class Flips:
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
     ) -> Crop:
-        """Sample the changes of one image of `size`, to be scaled to `scaled` (height, width)."""
+        """Sample the flips and colour changes of one image.
+
+        Args:
+            random: Random generator.
+            size: Height and width of the image file.
+            scaled: Height and width to which the image is scaled.
+        """
         chances = (self.flip, self.upside_down, self.jitter)
         flip, upside_down, jitter = (random.random(3) < chances).tolist()
         colour = _random_colour(random, self.max_jitter)
@@ -158,14 +177,14 @@ def _random_colour(random: np.random.Generator, most: float) -> ColourChange:
 
 
 def build_crops(options: dict[str, Any] | None) -> Crops:
-    """Build crops from options; None = scale 1 and no other changes."""
+    """Build the distribution of crops from its options; None for scale 1 and no other changes."""
     options = {"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0} if options is None else options
     check_options(Crops, options, what="augment")
     return Crops(**options)
 
 
 def build_flips(options: dict[str, Any] | None) -> Flips:
-    """Build flips from options; None = no changes."""
+    """Build the distribution of flips from its options; None for no changes."""
     options = {"flip": 0.0, "upside_down": 0.0} if options is None else options
     check_options(Flips, options, what="augment")
     return Flips(**options)

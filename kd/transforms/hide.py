@@ -1,8 +1,8 @@
 """Hide objects and draw dense targets, on the device of the batch.
 
-A pixel (row r, column c) belongs to a shape if its centre (c + 0.5, r + 0.5) lies in the shape; a
-box includes its left and upper edge and excludes its right and lower edge. A shape without any
-pixel centre gets the pixel at the shape's own centre, so that something is hidden.
+A pixel (row r, column c) belongs to a shape if the pixel's centre (c + 0.5, r + 0.5) lies in the
+shape. A box includes its left and upper edges and excludes its right and lower edges. If a shape
+contains no pixel centre, the pixel at the centre of the shape is used, so that something is hidden.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _TINY = 1e-6
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Scale pixels (N, 3, H, W) uint8 to 0..1; apply ImageNet's mean and standard deviation."""
+    """Scale images (N, 3, H, W) uint8 to 0..1, and normalise by ImageNet's mean and deviation."""
     shift, scale = _mean_and_scale(images.device)
     return images.float().sub_(shift).mul_(scale)
 
 
-@functools.cache  # copying to a GPU in each step would synchronise with it
+@functools.cache  # because copying to a GPU in each step would synchronise with it
 def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
@@ -40,9 +40,9 @@ def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def hide_fraction(progress: float, *, start: float, until: float) -> float:
-    """Fraction of each region to hide: grows linearly from `start` to 1.
+    """Compute the fraction of each region to hide at a given progress of the training.
 
-    It is `start` at progress 0 of the training, and 1 from progress `until` on.
+    The fraction grows linearly from `start` at progress 0 to 1 at progress `until`, and stays 1.
     """
     if progress >= until:
         return 1.0
@@ -52,18 +52,22 @@ def hide_fraction(progress: float, *, start: float, until: float) -> float:
 def hidden_regions(
     boxes: Tensor, size: tuple[int, int], *, shape: str = "box", fraction: Tensor | None = None
 ) -> Tensor:
-    """Draw the region to hide for each box: (K, H, W) bool, at least one pixel in each.
+    """Draw the region to hide for each box, with at least one pixel per region.
 
-    Every shape covers its whole box, so that no part of the object stays visible: `square` has the
-    box's centre and longer side; `ellipse` is the smallest ellipse around the box, with axes
-    sqrt(2) times the box's sides. Regions are clipped to the frame. For segments, which are given
-    as masks, see `shrink_masks`.
+    Every shape covers the whole box, so that no part of the object stays visible. A `square` has
+    the centre and the longer side of the box. An `ellipse` is the smallest one around the box; its
+    axes are sqrt(2) times the sides of the box. Regions are clipped to the frame. For segments,
+    which are given as masks, see `shrink_masks`.
 
     Args:
         boxes: (K, 4) xyxy pixels.
-        size: Height and width of the frame.
+        size: Height and width of the frame, H and W.
         shape: `box`, `square` or `ellipse`.
-        fraction: (K,) fraction of the region's area to hide, around its centre; None = all.
+        fraction: Fraction of the region's area to hide, around the centre of the box, (K,); None to
+            hide the whole region.
+
+    Returns:
+        (K, H, W) bool.
     """
     if shape not in SHAPES or shape == "segment":
         raise UserError(
@@ -84,7 +88,7 @@ def hidden_regions(
 
 
 def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
-    """Shrink masks (K, H, W) about their boxes' centres to a fraction (K,) of their area."""
+    """Shrink masks (K, H, W) to a fraction (K,) of their area about centres of boxes (K, 4)."""
     scale = fraction.clamp(_TINY, 1).rsqrt()[:, None]
     height, width = masks.shape[-2:]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -98,7 +102,9 @@ def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
 
 
 def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
-    """Regions to hide in a batch (see docs/batch.md), each reduced to its `hide_fraction`.
+    """Draw the regions to hide in a batch (see docs/batch.md).
+
+    Each region is reduced to the fraction of its area in `batch["hide_fraction"]`.
 
     Returns:
         (K, H, W) bool, one for each entry of `batch["hidden"]`.
@@ -111,16 +117,16 @@ def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
 
 
 def hide(images: Tensor, image_of: Tensor, regions: Tensor) -> Tensor:
-    """Build a context teacher's input: one copy of an image for each object to hide.
+    """Build the input of a context teacher: one copy of the image for each object to hide.
 
     Args:
-        images: (N, 3, H, W) normalised.
-        image_of: (K,) int64, the image of each region.
-        regions: (K, H, W) bool.
+        images: Normalised images, (N, 3, H, W).
+        image_of: (K,) int64, index of the image that contains each region.
+        regions: Regions to hide, (K, H, W) bool.
 
     Returns:
-        (K, 4, H, W) of the images' dtype: RGB that is 0 in the region (the mean colour, not black),
-        and a channel that is 1 in the region.
+        (K, 4, H, W) in the dtype of the images: RGB, which is 0 in the region (the mean colour, not
+        black), and a channel that is 1 in the region and 0 elsewhere.
     """
     visible = images[image_of].mul_(~regions[:, None])
     return torch.cat([visible, regions[:, None].to(images.dtype)], dim=1)
@@ -141,11 +147,11 @@ def class_maps(
     Args:
         boxes: (M, 4) xyxy pixels.
         labels: (M,) int64; objects with label -1 are not drawn.
-        image_of: (M,) int64.
-        num_images: N.
-        num_classes: C.
-        size: Height and width.
-        out: Result of an earlier call, to be overwritten: on a CPU, allocating takes several times
+        image_of: (M,) int64, index of the image that contains each object.
+        num_images: Number of images, N.
+        num_classes: Number of classes, C.
+        size: Height and width of the maps, H and W.
+        out: Result of an earlier call to overwrite, because on a CPU allocating takes several times
             as long as drawing.
 
     Returns:
@@ -164,7 +170,12 @@ def class_maps(
 
 
 def valid_pixels(sizes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask (N, H, W) of images as opposed to padding, from their heights and widths (N, 2)."""
+    """Mask (N, H, W) of the pixels that are image and not padding.
+
+    Args:
+        sizes: Height and width of each image, (N, 2).
+        size: Height and width of the mask, H and W.
+    """
     rows = torch.arange(size[0], device=sizes.device) < sizes[:, :1]
     columns = torch.arange(size[1], device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & columns[:, None, :]
