@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from kd.problems.base import Problem
 
 PROBLEMS = {
-    "objects": Entry("kd.problems.objects.schema:SPEC", "objects in scenes, some of them hidden"),
+    "objects": Entry("kd.problems.objects.schema:SPEC", "objects in scenes, hidden or visible"),
     "segmentation": Entry("kd.problems.segmentation.schema:SPEC", "the class of each pixel"),
-    "detection": Entry("kd.problems.detection.schema:SPEC", "objects, to be found"),
+    "detection": Entry("kd.problems.detection.schema:SPEC", "objects to detect with boxes"),
     "saliency": Entry("kd.problems.saliency.schema:SPEC", "where people look"),
 }
 
@@ -56,27 +56,29 @@ def problem(name: str) -> Problem[Any]:
 
 
 def problem_of_task(name: str) -> Problem[Any]:
-    """The problem that a task belongs to; arguments and errors as of `spec_of_task`."""
+    """Import the problem that a task belongs to; see `spec_of_task` for arguments and errors."""
     found: Problem[Any] = spec_of_task(name).load()
     return found
 
 
 def problem_of_data(section: object) -> Problem[Any]:
-    """The first problem with data sections of this kind."""
+    """Import the first problem whose data sections have the type of `section`."""
     found: Problem[Any] = next(spec for spec in specs() if spec.data is type(section)).load()
     return found
 
 
 def problem_with(ability: str, spec: ProblemSpec, *, where: str) -> ProblemSpec:
-    """Refuse a problem without an ability; the message names problems and datasets that have it.
+    """Return `spec` if it supports `ability`; otherwise raise a UserError.
+
+    The message names the problems that support the ability, each with an example dataset.
 
     Args:
-        ability: One of `ProblemSpec.abilities`.
-        spec: The problem.
-        where: The user's input, for the message: "camvid".
+        ability: An optional feature, see `ProblemSpec.abilities`.
+        spec: The problem to check.
+        where: Prefix of the error message: the user's input, such as "camvid".
     """
     if ability in spec.abilities:
         return spec
     able = [one for one in specs() if ability in one.abilities]
     named = " or ".join(f"{one.name}, such as --data {one.example}" for one in able)
-    raise UserError(f"{where}: data of {spec.name}; expected data of {named}")
+    raise UserError(f"{where}: this is data of {spec.name}; expected data of {named}")

@@ -39,14 +39,15 @@ KNOWN = "known"  # unit of means over the boxes that have cached teacher outputs
 
 
 class Mean(NamedTuple):
-    """A scalar mean and the unit it was taken over, a key of `Task.counts`.
+    """A scalar mean and the unit it was taken over.
 
-    Ranks and micro-batches hold unequal numbers of objects; the unit's counts weight their means.
+    Processes and micro-batches hold unequal numbers of units, so their means are weighted by count.
 
     Attributes:
         value: The mean.
-        unit: A key of `Task.counts`.
-        judged: Detached inputs for the critic's own step: student's map, teacher's map and images.
+        unit: A key of `Task.counts`, such as `images`.
+        judged: What a critic trains on after the student's step: the student's map, the teacher's
+            map and the images, all detached.
     """
 
     value: Tensor
@@ -64,11 +65,11 @@ class Classes(NamedTuple):
     Attributes:
         names: C class names.
         prior: Class fractions of the train objects, (C,).
-        confusable: C names of groups of confusable classes, None for no group.
-        visible: Function from image ids (K,) to numbers of other objects in these images, (K,).
+        confusable: For each of the C classes, the name of its group of confusable classes, or None.
+        visible: Maps image ids (K,) to the number of other objects in each image, (K,).
         where: Prefix of error messages.
         truth: Returns the val split's ground truth, in the form that the problem's metric takes;
-            None if batches hold all of it.
+            None if the batches contain the whole ground truth.
     """
 
     names: Sequence[str]
@@ -90,10 +91,10 @@ class Collector(Protocol):
 
 
 class Evaluator(Collector, Protocol):
-    """Scores the collected predictions."""
+    """A collector that also scores the collected predictions."""
 
     def compute(self) -> dict[str, float]:
-        """All metrics by name, fractions in 0..1."""
+        """All metrics by name; metrics that are fractions are in 0..1."""
 
     def records(self) -> Mapping[str, NDArray[Any]]:
         """The arrays of `predictions.npz`."""
@@ -107,11 +108,11 @@ class Rows(NamedTuple):
 
     Attributes:
         unit: `images`, `hidden` (objects) or `boxes`, a key of a task's counts.
-        images: The image of each row, (R,) int64; None: row n belongs to image n.
-        labels: (R,) int64, -1 where unlabelled.
+        images: Index in the batch of each row's image, (R,) int64; None: row n is image n.
+        labels: Class of each row, (R,) int64, -1 where unlabelled.
         ids: Keys of the cached teacher outputs, (R,) int64.
-        hidden: Whether the teacher gets an input for each row, in which the row's object is hidden.
-            Then its feature maps have these rows too, and every row has a teacher output.
+        hidden: Whether the teacher gets one input per row, in which the row's object is hidden.
+            Then the teacher's feature maps have these rows too, and every row has an output.
     """
 
     unit: str = "images"
@@ -130,7 +131,7 @@ class ReadsOutputs(Protocol):
     """The part of a distillation term that tasks read.
 
     Attributes:
-        student: Output or layer of the student.
+        student: Name of the student output or layer that the term reads.
         mask_value: Parameter of the term's mask, such as `psi`; None if it has none.
     """
 
@@ -143,12 +144,12 @@ class ReadsOutputs(Protocol):
 class Task(Protocol):
     """Inputs, losses and decoding of one kind of problem; frozen, without a model.
 
-    The methods with a body suit tasks whose output has a row for each image.
+    The default implementations fit tasks whose output has one row per image.
 
     Attributes:
-        outputs: Named outputs of models; other names are those of layers.
-        class_scores: Outputs whose dimension 1 is the classes.
-        mask_names: Masks that terms may name.
+        outputs: Names of model outputs that terms may read; any other name is a layer path.
+        class_scores: Names of the outputs whose dimension 1 is the classes.
+        mask_names: Names of the masks that terms may use.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits",)
@@ -157,11 +158,11 @@ class Task(Protocol):
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Arguments of the model."""
+        """Positional arguments of the model's `forward`."""
 
     @abstractmethod
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Supervised losses, unweighted."""
+        """Supervised losses by name, unweighted."""
 
     @abstractmethod
     def decode(self, output: Output, batch: Batch) -> Tensor:
@@ -172,10 +173,10 @@ class Task(Protocol):
         """Build the evaluator that collects and scores the task's predictions."""
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Masks for distillation by name, with a row for each input of the teacher.
+        """Named masks for distillation; the first dimension matches the teacher's input batch.
 
-        A mask named `valid` is bool and selects the grid cells that can be compared, such as those
-        inside the images.
+        `valid` is boolean and true for the grid cells where student and teacher can be compared,
+        such as the cells inside the images.
         """
         return {}
 
@@ -188,13 +189,14 @@ class Task(Protocol):
     ) -> dict[str, Tensor]:
         """Count each unit in a batch, before any model runs.
 
-        The counts weight the means of micro-batches and processes in the mean of the whole batch.
+        The means of micro-batches and processes are weighted by these counts to get the mean of the
+        whole batch.
 
         Args:
             batch: The batch, on its device.
-            units: Further units to count: masks that terms average over, `valid`, or `frame` (all
-                grid cells).
-            masks: The batch's masks, if they were computed already.
+            units: Further units to count: names of masks that terms average over, `valid`, or
+                `frame` (all grid cells).
+            masks: The result of `masks(batch)`, if it was computed already.
         """
         size = (batch["images"].shape[-2], batch["images"].shape[-1])
         found = self.masks(batch) if masks is None else masks
@@ -209,11 +211,11 @@ class Task(Protocol):
         return self.rows(batch).unit if mask == "frame" else mask
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Self:
-        """The task with the masks that these distillation terms need."""
+        """Return the task with the masks and outputs that these distillation terms need."""
         return self
 
     def for_teaching(self, outputs: Collection[str]) -> Self:
-        """The task of a live teacher of which only these outputs and layers are read."""
+        """Return the task for a live teacher from which terms read only these outputs or layers."""
         return self
 
 
@@ -225,12 +227,13 @@ class Sampling:
     """Options of the training samples of a dataset.
 
     Attributes:
-        seed: At least 0.
-        epochs: Length of the training, for schedules.
+        seed: Random seed, at least 0.
+        epochs: Number of epochs of the training, for schedules.
         images: Ids of the images to sample; None: all.
         labelled: Ids of the images whose labels may be used; None: all.
-        hide: Hide one random object per image and epoch, or all in turn, if the problem hides any.
-        cached: Teacher outputs that are added to the samples.
+        hide: Whether a sample hides one random object of its image or each in turn; used only by
+            problems that hide objects.
+        cached: Cached teacher outputs to add to the samples.
     """
 
     seed: int
@@ -243,7 +246,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Dataset(ABC):
-    """An opened dataset, checked.
+    """A dataset whose files were found and checked.
 
     Attributes:
         section: The recipe's data section.
@@ -254,20 +257,20 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def problem(self) -> Problem[Any]:
-        """The problem that opened it."""
+        """The problem that opened the dataset."""
 
     @property
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
-        """C names."""
+        """Names of the C classes."""
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes, C."""
         return len(self.class_names)
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed may use; None: all."""
+        """Ids of the train images whose labels a student with this seed may use; None: all."""
         return None
 
     @abstractmethod
@@ -280,13 +283,13 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class SplitDataset(Dataset, Generic[S]):
-    """A dataset that holds an index of each split."""
+    """A dataset with an index of images and annotations for each split."""
 
     train: S
     val: S
 
     def split(self, name: Split) -> S:
-        """One of the two splits."""
+        """Return the index of the train or val split."""
         return self.train if name == "train" else self.val
 
 
@@ -294,11 +297,11 @@ class Teacher(Protocol):
     """A trained teacher.
 
     Attributes:
-        folder: Run folder.
-        problem: The problem that it was trained on.
-        section: The data section that it was trained with.
+        folder: Folder of the teacher's run.
+        problem: The problem that the teacher was trained on.
+        section: The data section of the teacher's recipe.
         model: The frozen network.
-        task: Its task, for inputs and decoding.
+        task: The teacher's task, for inputs and decoding.
     """
 
     @property
@@ -314,14 +317,16 @@ class Teacher(Protocol):
 
 
 class TeacherView(Protocol):
-    """A split as a teacher's input for caching; each row of the teacher's output is a record.
+    """A split prepared as teacher input, from which a cache of the teacher's outputs is built.
+
+    Each row of the teacher's output becomes a record of the cache.
 
     Attributes:
         data: The dataset.
-        unit: What a record belongs to: `objects` or `images`.
-        image_ids: Images with records, (I,).
-        records_per_image: Average number of records of an image.
-        provenance: Dataset and transform that cached outputs depend on, for the manifest.
+        unit: `objects` or `images`: whether a record belongs to an object or to an image.
+        image_ids: Ids of the images with records, (I,).
+        records_per_image: Average number of records per image.
+        provenance: Dataset and transform that cached outputs depend on, for the cache's manifest.
         grid: Height and width that score maps are resized to; None if all have the same shape.
     """
 
@@ -339,19 +344,19 @@ class TeacherView(Protocol):
     def grid(self) -> tuple[int, int] | None: ...
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """All images, or those with these ids."""
+        """Samples of all images, or of the images with these ids."""
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids of a batch's records, (R,), and the position in the batch of each record's image."""
+        """Ids of a batch's records, (R,), and for each record its image's index in the batch."""
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
         """Mirror the batch's images left to right, each within its own size."""
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Augmented training samples, with cached maps moved like the images.
+        """Augmented training samples; cached maps are flipped, shifted and scaled like the images.
 
         Raises:
-            UserError: Not supported for outputs of this problem.
+            UserError: The problem does not support this.
         """
 
 
@@ -365,7 +370,7 @@ class Problem(ABC, Generic[D]):
 
     Attributes:
         spec: Name, data section and tasks, without torch.
-        teacher_output: The output of teachers that is cached besides layers.
+        teacher_output: Name of the teacher output that is cached in addition to layers.
         cached_splits: Splits that `kd.cache` stores by default.
         hides_objects: Whether teachers predict the class of a hidden object: then their posteriors
             are always cached, and they can be queried about the context of any region.
@@ -374,9 +379,9 @@ class Problem(ABC, Generic[D]):
         some_posteriors: Whether students see all objects at once while a context teacher hides each
             in turn: then posteriors are cached, possibly only of some objects, and all other
             outputs come from live teachers.
-        moves_cached_maps: Whether cached maps can be moved with augmented images.
-        transferred: Name of the student whose trunk comes from a teacher's run, if there is one.
-        results_type: Class of the results, see `results`.
+        moves_cached_maps: Whether cached maps can be transformed like augmented images.
+        transferred: Name of the student whose trunk comes from a teacher's run, "" if none does.
+        results_type: Class of the objects that `results` returns.
     """
 
     spec: ClassVar[ProblemSpec]
@@ -396,7 +401,7 @@ class Problem(ABC, Generic[D]):
         """Open both splits of a dataset and check them.
 
         Raises:
-            UserError: Files are missing, corrupt, or of another kind.
+            UserError: Files are missing, corrupt, or in another format.
         """
 
     def class_names(self, section: Any) -> tuple[str, ...]:
@@ -414,7 +419,7 @@ class Problem(ABC, Generic[D]):
         Args:
             data: The dataset.
             sampling: Options.
-            task: The task that they are for, if its losses need entries beyond the usual ones.
+            task: The task that is trained, if its losses need further entries in the batch.
         """
 
     @abstractmethod
@@ -422,18 +427,20 @@ class Problem(ABC, Generic[D]):
         """Samples of a split for evaluation, without augmentation."""
 
     def folds(self, data: D, count: int) -> list[NDArray[np.int64]]:
-        """Ids of the train images outside of each of `count` folds, one array per fold teacher."""
+        """For each of `count` folds, the ids of the train images outside of the fold."""
         raise UserError(
-            f"folds: only for teachers of hidden objects; these data are {self.spec.help}"
+            f"folds: only for teachers of hidden objects; this dataset has {self.spec.help}"
         )
 
     def cached_data(self, data: D) -> Dataset:
-        """The dataset on which teacher outputs are cached for this problem's students."""
+        """The dataset on which teachers run to cache outputs for this problem's students."""
         return data
 
     def object_ids(self, data: D) -> NDArray[np.int64]:
         """Annotation ids of the train objects, which identify cached posteriors."""
-        raise UserError(f"{data.section.name}: posteriors are of objects, not of {self.spec.help}")
+        raise UserError(
+            f"{data.section.name}: posteriors belong to objects, not to {self.spec.help}"
+        )
 
     def teacher_view(
         self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
@@ -444,10 +451,10 @@ class Problem(ABC, Generic[D]):
             teacher: The teacher.
             data: The dataset.
             split: Train or val.
-            size: Long side in pixels; None: as in the teacher's training.
+            size: Long side of the images in pixels; None: as in the teacher's training.
 
         Raises:
-            UserError: Not supported for this problem, or not at this size.
+            UserError: The problem does not support caching, or not at this size.
         """
         raise UserError(
             f"{data.section.name}: outputs for {self.spec.help} cannot be cached; set "
@@ -457,7 +464,7 @@ class Problem(ABC, Generic[D]):
     # Models
 
     def build_teacher(self, model: Model, num_classes: int) -> nn.Module:
-        """Build a teacher by name, with random weights unless its options name others."""
+        """Build a teacher by name, with random weights unless its options name pretrained ones."""
         teacher: nn.Module = build(
             TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes
         )
@@ -471,9 +478,9 @@ class Problem(ABC, Generic[D]):
 
         Args:
             model: Name and options.
-            data: Its dataset.
-            labelled: Ids of the images whose labels it may use; None: all.
-            context: False builds it without a context head, whatever its options are.
+            data: The dataset that the student is trained on.
+            labelled: Ids of the images whose labels the student may use; None: all.
+            context: False builds the student without a context head, whatever its options are.
             outputs: Outputs and layers that the variant's distillation terms read.
         """
         return self.named_student(model.name, model.options, num_classes=data.num_classes)
@@ -483,22 +490,22 @@ class Problem(ABC, Generic[D]):
 
         Args:
             name: A registered name, or `package.module:attribute`.
-            options: The user's, checked against the builder.
-            given: Arguments computed from the dataset, passed to builders that take them.
+            options: Options of the recipe, checked against the builder's parameters.
+            given: Arguments computed from the dataset, passed if the builder takes them.
 
         Raises:
-            UserError: An unknown name, one for another problem, or wrong options.
+            UserError: The name is unknown or a student of another problem, or an option is wrong.
         """
         check_problem(STUDENTS, name, self.spec.name, what="student")
         student: nn.Module = build(STUDENTS, name, options, what="student", **given)
         return student
 
     def resolve_student(self, model: Model) -> Model:
-        """Resolve references to other runs in a student's section."""
+        """Replace references to other runs in a recipe's student section by what they refer to."""
         return model
 
     def fit(self, model: nn.Module, data: D, images: NDArray[np.int64] | None = None) -> None:
-        """Fit a model that is estimated from counts instead of trained; others are unchanged."""
+        """Fit a model that is estimated from counts; leave models that are trained unchanged."""
 
     # Task
 
@@ -518,10 +525,10 @@ class Problem(ABC, Generic[D]):
             data: The dataset's section.
             num_classes: C.
             model: The network, whose attributes (such as its pyramid's levels) set options.
-            fractions: From `class_fractions`; needed to compute losses with class weights.
+            fractions: Result of `class_fractions`; needed to compute losses with class weights.
 
         Raises:
-            UserError: An unknown task or option.
+            UserError: The task or one of its options is unknown.
         """
         builder = self.spec.task(section.name).load()
         known: dict[str, Any] = {"num_classes": num_classes, **self.task_options(data)}
@@ -543,30 +550,33 @@ class Problem(ABC, Generic[D]):
     def class_fractions(
         self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions for tasks with class weights, from the train images `images` or all."""
+        """Class fractions of the train images with these ids, or of all, for class weights."""
         return {}
 
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Names of a teacher's output channels, to be compared with the classes `others`."""
+        """Names of the output channels of a teacher with classes `names`.
+
+        `others` are the class names of the dataset that the teacher's outputs are compared on.
+        """
         return tuple(names)
 
     # Results
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Scores, tables and figures of a task's predictions; `metrics` are the user's, by name."""
+        """Scores, tables and figures of a task's predictions; `metrics` are custom ones by name."""
         return self.results_type(metrics or {})
 
 
 def full_count(batch: Batch, name: str) -> Tensor:
     """The number of rows of a batch's entry, as a scalar on the batch's device."""
-    # Created on the device: copying it to a GPU would wait for all pending work.
+    # Created on the device, because a copy to the GPU would wait for all pending work.
     return torch.full((), float(len(batch[name])), device=batch["images"].device)
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:
-    """A model's raw output as a dict; a single tensor becomes `logits`."""
+    """Return a model's raw output as a dict; a single tensor gets the name `logits`."""
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
 
 
@@ -578,8 +588,8 @@ def cached_masks(masks: Mapping[str, Mask]) -> dict[str, Mask]:
 def stride_of(pixels: int, places: int) -> int:
     """Stride of a feature map with `places` cells along a side of `pixels` pixels.
 
-    It is the power of two by which the side, divided and rounded up, has this number of cells; if
-    there is none, the one that fits by rounding down, as in VGG and DenseNet.
+    The stride is the power of two for which `pixels / stride`, rounded up, equals `places`; if none
+    does, the one that fits when rounded down, as in VGG and DenseNet.
     """
     strides = [1 << power for power in range(pixels.bit_length() + 1)]
     up = [stride for stride in strides if -(-pixels // stride) == places]

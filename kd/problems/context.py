@@ -1,4 +1,4 @@
-"""Access to datasets and teachers of hidden objects, for code outside of `kd.problems`."""
+"""Checked access to datasets with hidden objects and their teachers, outside of `kd.problems`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ ObjectScenes: TypeAlias = ObjectsDataset
 
 
 def object_scenes(data: Dataset) -> ObjectScenes:
-    """The dataset, if objects can be hidden in it; raises a `UserError` for others."""
+    """Return the dataset if objects can be hidden in it; otherwise raise a UserError."""
     if not data.problem.hides_objects:
         raise UserError(
-            f"{data.section.name}: data of {data.problem.spec.name}; expected objects with boxes"
+            f"{data.section.name}: this is data of {data.problem.spec.name}; expected objects "
+            "with boxes"
         )
     return cast("ObjectScenes", data)
 
 
 def hidden_objects(teacher: Teacher) -> ObjectsSection:
-    """The data section of a context teacher; raises a `UserError` for other teachers."""
+    """Return the data section of a context teacher; raise a UserError for other teachers."""
     if not teacher.problem.hides_objects:
         raise UserError(
             f"{teacher.folder}: trained for {teacher.problem.spec.name}; expected a context teacher"
@@ -32,6 +33,6 @@ def hidden_objects(teacher: Teacher) -> ObjectsSection:
 
 
 def context_task(teacher: Teacher) -> ContextTask:
-    """The task of a context teacher; errors as of `hidden_objects`."""
+    """Return the task of a context teacher; raise a UserError for other teachers."""
     hidden_objects(teacher)
     return cast("ContextTask", teacher.task)

@@ -1,4 +1,4 @@
-"""Parts shared by problems whose images have targets for pixels: label maps and fixations."""
+"""Base classes of problems with a target for every pixel of an image: label maps and fixations."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from kd.registry import is_foreign, load_target
 from kd.storage.fields import CachedField
 from kd.utils.images import read_image
 
-READ_FIRST = 128 << 20  # bytes of images up to which a split is checked on opening: 5 seconds
-COUNTED = 1000  # train images that statistics of a dataset are computed on, at most
-HASHED_FILES = 4096  # at most, evenly spread over the split
+READ_FIRST = 128 << 20  # splits of at most so many bytes are checked on opening (5 seconds)
+COUNTED = 1000  # largest number of train images that dataset statistics are computed on
+HASHED_FILES = 4096  # about so many files of a split are hashed, evenly spread over it
 
 
 class ImageSplit(Protocol):
-    """A split of images with targets; `images` are its files."""
+    """A split of images with targets; `images` are the paths of the image files."""
 
     @property
     def images(self) -> tuple[Path, ...]: ...
@@ -62,18 +62,18 @@ class ImageDataset(SplitDataset[S]):
 
     @property
     def problem(self) -> Problem[Any]:
-        """The problem with this kind of data section."""
+        """The problem that the data section belongs to."""
         return problem_of_data(self.section)
 
     @abstractmethod
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> ImageSamples:
-        """Training samples of the train split, with cached teacher outputs."""
+        """Training samples of the train split, with these cached teacher outputs."""
 
     @abstractmethod
     def whole(
         self, split: Split, *, size: Any, only: NDArray[np.int64] | None = None
     ) -> ImageSamples:
-        """Whole images of a split, all or those at the positions `only`."""
+        """Samples of a split's whole images: of all, or of those at the positions `only`."""
 
     @property
     def counted(self) -> range:
@@ -83,7 +83,7 @@ class ImageDataset(SplitDataset[S]):
 
 
 def is_small(split: ImageSplit) -> bool:
-    """Whether a split can be read in seconds, judged by the bytes of its files."""
+    """Whether a split has few enough bytes of images to read all of them in seconds."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
@@ -94,9 +94,9 @@ def open_layout(
 
     Args:
         section: The dataset's section.
-        layout: Its layout.
-        open_split: Opens a split of a published layout: (layout, root, split, *options).
-        options: Passed to the function that opens a split.
+        layout: Name of a published layout, or `package.module:attribute`.
+        open_split: Opens a split of a published layout, called as (layout, root, split, *options).
+        options: Further arguments of the function that opens a split.
     """
     root = root_of(section, holds=layout_holds(layout, str(section.train)))
     own: Callable[..., S] = (
@@ -106,41 +106,41 @@ def open_layout(
 
 
 class ImageProblem(Problem[D]):
-    """A problem whose datasets are `ImageDataset`.
+    """A problem whose datasets are `ImageDataset` objects.
 
     Attributes:
-        resizes_maps: Whether cached score maps of images of different sizes are resized to the
-            samples' frame; otherwise only images of one size can be cached.
+        resizes_maps: Whether score maps of images of different sizes are resized to one shape for
+            the cache; otherwise outputs can be cached only if all images have the same size.
     """
 
     resizes_maps: ClassVar[bool] = False
 
     def training(self, data: D, sampling: Sampling, task: Task | None = None) -> ImageSamples:
-        """Training samples of all images."""
+        """Training samples of all train images."""
         samples: ImageSamples = data.training(sampling.seed, sampling.cached)
         return samples
 
     def evaluation(self, data: D, split: Split = "val") -> ImageSamples:
-        """Whole images."""
+        """Whole images of a split at the size of the data section."""
         samples: ImageSamples = data.whole(split, size=data.section.size)
         return samples
 
     def teacher_view(
         self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Whole images, by default at the size of the teacher's training."""
+        """Whole images as teacher input, by default at the size that the teacher was trained at."""
         own = getattr(teacher.section, "size", None) if size is None else size
         return ImagesView(data, split, own, resizes_maps=self.resizes_maps)
 
 
 class ImagesView:
-    """Every image of a split, whole; the id of a record is the image's position in the split.
+    """Whole images of a split as teacher input; a record's id is its image's position in the split.
 
     Args:
         data: The dataset.
         split: Train or val.
         size: Size of the resized images, as `ImageDataset.whole` takes it.
-        resizes_maps: See `ImageProblem`.
+        resizes_maps: Whether to resize score maps to one shape, see `ImageProblem`.
     """
 
     unit = "images"
@@ -157,12 +157,12 @@ class ImagesView:
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
-        """Positions in the split."""
+        """Positions of the images in the split, (I,)."""
         return np.arange(len(self.data.split(self.split).images), dtype=np.int64)
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Image files and their size."""
+        """Dataset, split, hash of the image files, and image size."""
         files = self.data.split(self.split).images
         return {
             "data": self.data.section.name,
@@ -172,33 +172,33 @@ class ImagesView:
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Whole images; a `UserError` if their sizes differ and maps are not resized."""
+        """Whole images; raise a UserError if their sizes differ and maps are not resized."""
         samples = self.data.whole(self.split, size=self.size, only=images)
         if not samples.alike and self.grid is None:
             raise UserError(
-                f"{self.data.section.name}: images of different sizes have maps of different "
-                "sizes, which cannot be cached; set soft_targets.kind=live"
+                f"{self.data.section.name}: the images have different sizes, and outputs of "
+                "different sizes cannot be cached; set soft_targets.kind=live"
             )
         return samples
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A record for each image."""
+        """The images' ids, (N,), and their indices in the batch; each image has one record."""
         return batch["image_ids"], torch.arange(len(batch["image_ids"]))
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
-        """Mirror the images."""
+        """Mirror the batch's images left to right."""
         return {**batch, "images": mirror_images(batch)[0]}
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Not supported, since crops read cached maps at any scale."""
+        """Raise a UserError, since crops read cached maps at any scale."""
         raise UserError(
-            f"{self.data.section.name}: only cached maps of hidden objects can be compared with "
-            "those of moved images"
+            f"{self.data.section.name}: cached maps of transformed images can only be compared "
+            "for teachers of hidden objects"
         )
 
 
 def files_hash(count: int, file_of: Callable[[int], Path]) -> str:
-    """Hash names and sizes of image files, of at most `HASHED_FILES` of them."""
+    """Hash the names and sizes of about `HASHED_FILES` of `count` image files."""
     some = (file_of(number) for number in range(0, count, max(1, count // HASHED_FILES)))
     text = "\n".join(f"{path.name} {path.stat().st_size}" for path in some)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -207,7 +207,7 @@ def files_hash(count: int, file_of: Callable[[int], Path]) -> str:
 def mirror_images(batch: Batch) -> tuple[Tensor, Tensor]:
     """Mirror images (N, 3, H, W) left to right, each within its own size without the padding.
 
-    Also return the column that each column is read from, (N, W).
+    Also return the source column of each column, (N, W).
     """
     images, widths = batch["images"], batch["sizes"][:, 1]
     columns = torch.arange(images.shape[-1], device=images.device)
@@ -216,10 +216,12 @@ def mirror_images(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class PerImage(ABC, Generic[R]):
-    """A metric that stores one result per image; images that a sampler repeats count once.
+    """Base class of metrics that store one result per image.
+
+    Images that a sampler repeats count once.
 
     Args:
-        where: Prefix of error messages: a run, a dataset.
+        where: Prefix of error messages, such as the name of a run or dataset.
     """
 
     compressed: ClassVar[bool] = False
@@ -244,7 +246,7 @@ class PerImage(ABC, Generic[R]):
 
 
 class ImageResults(Results):
-    """Results whose figures draw ground truth and predictions over the image."""
+    """Results whose figures show ground truth and predictions over an image."""
 
     drawn_from: ClassVar[Literal["models", "records"] | None] = "models"
 
@@ -252,11 +254,11 @@ class ImageResults(Results):
         self, data: Any, predictors: Mapping[str, Predictor], runs: Mapping[str, Records], *,
         count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw val images spread over the split, with ground truth and predictions."""
+        """Draw val images, spread over the split, with ground truth and predictions."""
         for place in spread(count, len(data.val.images)):
             predicted = {}
             for name, one in predictors.items():
-                # Samples of a single image: those of the whole split read the size of every file.
+                # Samples of one image, because those of a whole split read the size of every file.
                 samples = data.whole("val", size=one.size, only=np.array([place]))
                 predicted[name] = one(collate([samples[0, 0]]), accelerator)
             image = read_image(data.val.images[place], None)
@@ -266,4 +268,4 @@ class ImageResults(Results):
     def overlay(
         self, data: Any, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Draw one val image, (3, H, W) uint8, with ground truth and predictions by name."""
+        """Draw a val image, (3, H, W) uint8, at a position with ground truth and predictions."""

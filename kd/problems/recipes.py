@@ -1,6 +1,6 @@
-"""Read recipes and data sections with the schema of their problem, without torch.
+"""Read recipes and data sections with the schema of their problem, without importing torch.
 
-`kd.config` knows no problem: `data` of its recipes is any `DatasetSection`. Here it becomes the
+In the schemas of `kd.config`, a recipe's `data` is any `DatasetSection`. Here it becomes the data
 section of the problem that the recipe's task belongs to.
 """
 
@@ -37,17 +37,17 @@ Recipe = TypeVar("Recipe", bound=AnyRecipe)
 
 @functools.cache
 def bound(model: type[Recipe], section: Any) -> type[Recipe]:
-    """A recipe's schema whose `data` is this section, or one of a union of sections."""
+    """Return the recipe schema `model` with the type of `data` replaced by `section`."""
     return create_model(model.__name__, __base__=model, __doc__=model.__doc__, data=(section, ...))
 
 
 def load_recipe(
     model: type[Recipe], path: Path, *, data: str | None = None, settings: Iterable[str] = ()
 ) -> Recipe:
-    """Read a recipe; arguments as of `kd.config.reader.merge_recipe`.
+    """Read and check a recipe; see `kd.config.reader.merge_recipe` for the arguments.
 
     Raises:
-        ConfigError: One line per mistake, all mistakes at once.
+        ConfigError: The recipe has mistakes; the message has one line for each.
     """
     return _checked(model, merge_recipe(path, data=data, settings=settings))
 
@@ -55,7 +55,7 @@ def load_recipe(
 def recipe_from(
     model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> Recipe:
-    """Read the resolved recipe of a run folder or checkpoint, with optional changes."""
+    """Read a run's or checkpoint's resolved recipe, with optional `a.b=value` settings."""
     merged = Merged()
     merged.merge(values, source)
     apply_settings(merged, settings)
@@ -63,7 +63,7 @@ def recipe_from(
 
 
 def recipe_schema(model: type[Recipe]) -> dict[str, Any]:
-    """The JSON schema of a recipe's file, with the data sections of all problems that fit it."""
+    """The JSON schema of a recipe file, with the data sections of every problem that it fits."""
     fitting: list[Any] = [one.data for one in specs() if model.needs in ("", *one.abilities)]
     return file_schema(bound(model, functools.reduce(operator.or_, dict.fromkeys(fitting))))
 
@@ -72,12 +72,12 @@ def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> 
     """Read a dataset's section, for commands without a recipe.
 
     Args:
-        name: A file of configs/data, or the path of a YAML file.
-        settings: `a.b=value` texts, or `data.a.b=value` as in a recipe.
-        needs: An ability that its problem must have, see `ProblemSpec.abilities`.
+        name: Name of a file in configs/data, or path of a YAML file.
+        settings: `a.b=value` texts; a prefix `data.`, as in a recipe, is allowed.
+        needs: An ability that the dataset's problem must have, see `ProblemSpec.abilities`.
 
     Raises:
-        ConfigError: One line per mistake.
+        ConfigError: The section has mistakes; the message has one line for each.
         UserError: The problem lacks the ability.
     """
     path = find_config("data", name)
@@ -93,7 +93,7 @@ def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> 
 def section_from(
     config: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> DatasetSection:
-    """The data section in a run's config, with settings as of `data_config`."""
+    """Read the data section of a run's config; see `data_config` for `settings`."""
     merged = Merged()
     merged.merge(config["data"], source)
     apply_settings(merged, settings, section="data")
@@ -101,14 +101,14 @@ def section_from(
 
 
 def spec_of_config(config: Mapping[str, Any]) -> ProblemSpec:
-    """The problem of a run's config: its task's, or the one whose data section fits best."""
+    """The problem of the config's task, or without a task the one whose data section fits best."""
     task = config.get("task")
     name = task.get("name") if isinstance(task, Mapping) else None
     return spec_of_task(name) if isinstance(name, str) else spec_of_data(config.get("data"))
 
 
 def spec_of_data(values: Any) -> ProblemSpec:
-    """The first registered problem whose data section fits these values best."""
+    """The registered problem whose data section these values fit with the fewest mistakes."""
     return min(specs(), key=lambda spec: len(_mistakes(spec.data, values)))
 
 
@@ -146,7 +146,7 @@ def _checked(model: type[Recipe], merged: Merged) -> Recipe:
 
 
 def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
-    """The recipe of a teacher's run, from its resolved config; refuse students' runs."""
+    """Read the recipe of a teacher's run; raise a UserError if it is a student's run."""
     if "student" in config:
-        raise UserError(f"{source}: a student's run; expected a teacher's")
+        raise UserError(f"{source}: this is a student's run; expected a teacher's run")
     return recipe_from(TeacherRecipe, config, str(source))

@@ -31,20 +31,21 @@ class Results(ABC):
     """Checks, scores, tables and figures of the predictions of one kind of task.
 
     `our_value`, `our_interval` and `our_difference` compute the metrics of `kd.metrics.registry`;
-    `value`, `interval` and `difference` compute these and the user's.
+    `value`, `interval` and `difference` compute these and custom metrics.
 
     Attributes:
-        own_metrics: The user's metrics by name.
-        evaluation_type: Class of the tables and figures.
-        things: Plural noun for what is scored: `objects`.
-        ids: Name of the array of ids, by which rows are sorted.
-        not_by_id: Names of the arrays that do not have a row for each id.
-        our_rows: Default metrics of tables.
-        our_bounded: Metrics with intervals in tables of several runs.
-        image_name: File name, without number and suffix, of figures of single images.
-        drawn_in_training: Whether images are drawn at the end of a run.
-        cost_metric: Metric that is plotted against the cost of networks, if any.
-        drawn_from: Source of figures that show several runs on the same images, if there are any.
+        own_metrics: Custom metrics, written by the user, by name.
+        evaluation_type: Class that makes the tables and figures.
+        things: Plural noun for what is scored, such as "objects", for messages and titles.
+        ids: Name of the records' array of ids; rows are sorted by it.
+        not_by_id: Names of the arrays that do not have one row per id.
+        our_rows: Registered metrics that tables list by default.
+        our_bounded: Registered metrics with intervals in tables of several runs.
+        image_name: File name of figures of single images, without number and suffix.
+        drawn_in_training: Whether images are drawn at the end of a training run.
+        cost_metric: Name of the metric that is plotted against the cost of networks; None: no plot.
+        drawn_from: Whether figures of several runs on the same images need the models or only the
+            records; None: there are no such figures.
     """
 
     own_metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -76,18 +77,18 @@ class Results(ABC):
             common = len(np.intersect1d(ids, others))
             raise UserError(
                 f"{pair} scored different {self.things} ({len(ids)} and {len(others)}, {common} in "
-                "both): another dataset, split or range of object sizes; evaluate both on the same "
-                "data"
+                "both): the dataset, split or range of object sizes differs; evaluate both on the "
+                "same data"
             )
         self.check_same_truth(records, other, pair)
 
     def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """Add the class names to records that may hold them (`names` in `not_by_id`)."""
+        """Add the class names to the records, if `not_by_id` lists an array `names`."""
         wanted = names is not None and "names" in self.not_by_id
         return {**records, "names": np.array(names)} if wanted else records
 
     def about(self, records: Records) -> str:
-        """Number of scored objects or images, for titles."""
+        """The number of scored objects or images in words, for titles."""
         return f"{len(records[self.ids])} {self.things}"
 
     def references(self, records: Records) -> Mapping[str, Records]:
@@ -95,7 +96,7 @@ class Results(ABC):
         return {}
 
     def notes(self, records: Records) -> Sequence[str]:
-        """Table notes that explain these references."""
+        """Notes below tables that explain the `references`."""
         return ()
 
     # Metrics
@@ -106,28 +107,28 @@ class Results(ABC):
 
     @abstractmethod
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """Value and 95 % bootstrap interval over images of a registered metric, if available."""
+        """A registered metric with its 95 % bootstrap interval over images, if available."""
 
     @abstractmethod
     def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """Difference of a registered metric from the twin's; NaN bounds if they are unknown."""
+        """A registered metric minus that of `twin`, with NaN bounds if they are unknown."""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Default metrics of tables: registered ones, then the user's."""
+        """Names of the metrics that tables list by default: registered, then custom ones."""
         return (*self.our_rows, *self.own_metrics)
 
     @property
     def bounded(self) -> tuple[str, ...]:
-        """Metrics with intervals in tables of several runs."""
+        """Names of the metrics that have intervals in tables of several runs."""
         return (*self.our_bounded, *self.own_metrics)
 
     def metric(self, name: str) -> Metric:
-        """Declaration of a registered or user's metric."""
+        """Declaration of a registered or custom metric."""
         return metric_named(name, self.own_metrics)
 
     def value(self, records: Records, name: str) -> float | None:
-        """Value of a metric; None if it is undefined. Raises a `UserError` if it is unknown."""
+        """Value of a metric; None if it is undefined. Raise a UserError for unknown names."""
         if name not in self.own_metrics:
             return self.our_value(records, name)
         values = self._per_item(records, name)
@@ -135,7 +136,7 @@ class Results(ABC):
         return float(values[there].mean()) if there.any() else None
 
     def interval(self, records: Records, name: str) -> Interval | None:
-        """Value and 95 % bootstrap interval over images of a metric, if available."""
+        """A metric with its 95 % bootstrap interval over images, if available."""
         if name not in self.own_metrics:
             return self.our_interval(records, name)
         values = self._per_item(records, name)
@@ -143,7 +144,7 @@ class Results(ABC):
         return bootstrap(values[there], records["image_ids"][there]) if there.any() else None
 
     def difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """Difference of a metric from the twin's on the same images; NaN bounds if unknown."""
+        """A metric minus that of `twin` on the same images; NaN bounds if they are unknown."""
         if name not in self.own_metrics:
             return self.our_difference(records, twin, name)
         after, before = (self._per_item(one, name) for one in (records, twin))
@@ -151,13 +152,13 @@ class Results(ABC):
         return paired_bootstrap(before[both], after[both], records["image_ids"][both])
 
     def own_values(self, records: Records) -> dict[str, float]:
-        """Values of the user's metrics, without undefined ones."""
+        """Values of the custom metrics by name, without undefined ones."""
         found = {name: self.value(records, name) for name in self.own_metrics}
         return {name: number for name, number in found.items() if number is not None}
 
     def _per_item(self, records: Records, name: str) -> NDArray[np.float64]:
         per_item = self.own_metrics[name].per_item
-        assert per_item is not None  # `load_metrics` has checked it
+        assert per_item is not None  # because `load_metrics` has checked it
         values, count = np.asarray(per_item(records), np.float64), len(records[self.ids])
         if values.shape != (count,):
             raise UserError(
@@ -167,13 +168,15 @@ class Results(ABC):
         return values
 
     def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read a results file in COCO's format; raises a `UserError` for tasks without boxes."""
-        raise UserError(f"{results}: a results file holds boxes, not {self.things}")
+        """Read a results file in COCO's format; raise a UserError for tasks without boxes."""
+        raise UserError(
+            f"{results}: a results file contains boxes, but this task scores {self.things}"
+        )
 
     # Reports
 
     def summary(self, data: Any, records: Records) -> dict[str, float]:
-        """Metrics of references for `summary.json`, prefixed by `prior_`, `ceiling_`, ..."""
+        """Metrics of references for `summary.json`, such as `prior_<metric>`."""
         return {}
 
     def evaluation(
@@ -184,9 +187,9 @@ class Results(ABC):
 
         Args:
             title: Title of the first table.
-            runs: Name -> predictions on the same val split.
+            runs: Name of each run -> its records, all of the same val split.
             section: The dataset's section as plain values.
-            opened: Opens the dataset; None for results files.
+            opened: Function that opens the dataset; None for results files.
 
         Raises:
             UserError: The predictions belong to another dataset.
@@ -201,7 +204,7 @@ class Results(ABC):
     def training_figures(
         self, data: Any, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Figures logged at the end of a run, by TensorBoard tag."""
+        """Figures to log at the end of a run, each with its TensorBoard tag."""
         return iter(())
 
     # Images
@@ -210,13 +213,13 @@ class Results(ABC):
         self, data: Any, predictors: Mapping[str, Predictor], runs: Mapping[str, Records], *,
         count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw at most `count` val images spread over the split with each model's predictions.
+        """Draw at most `count` val images, spread over the split, with each model's predictions.
 
         Args:
             data: The opened dataset.
             predictors: Name -> model, in the order of the panels.
             runs: Name -> records of the same models, if available.
-            count: Number of images.
+            count: Largest number of images.
             accelerator: Device and precision.
         """
         return iter(())
@@ -224,18 +227,23 @@ class Results(ABC):
     def draw_training(
         self, data: Any, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw what distillation terms compare, such as their masks, by the figure's name."""
+        """Draw inputs of the distillation terms, such as their masks; yield (name, figure)."""
         return iter(())
 
     # Networks
 
     def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """Wrap a model to average outputs over scales and mirrored images, where supported."""
-        raise UserError(f"predicts {self.things}; --scales and --flip are for label maps")
+        """Wrap a model to average its outputs over scales and mirrored images.
+
+        Raise a UserError if the task does not support this.
+        """
+        raise UserError(
+            f"--scales and --flip are only for label maps; this model predicts {self.things}"
+        )
 
     def usual_size(self, data: Any) -> tuple[int, int]:
-        """Most frequent height and width of val images, at which networks' cost is measured."""
-        raise UserError(f"predicts {self.things}; --cost is for label maps")
+        """Most frequent height and width of val images, for measuring the cost of networks."""
+        raise UserError(f"--cost is only for label maps; this model predicts {self.things}")
 
 
 @dataclass(frozen=True)
@@ -246,9 +254,9 @@ class Evaluation(ABC):
         results: Computes the metrics.
         title: Title of the first table.
         data: The dataset's section as plain values, for `metrics.json`.
-        runs: Name -> predictions.
-        references: Name -> reference predictions.
-        opened: Opens the dataset; None if records hold all that is needed.
+        runs: Name of each run -> its records.
+        references: Name of each reference -> its records.
+        opened: Function that opens the dataset; None if the records contain all that is needed.
     """
 
     results: Results
@@ -260,7 +268,7 @@ class Evaluation(ABC):
 
     @property
     def first(self) -> Records:
-        """Predictions of the first run."""
+        """Records of the first run."""
         return next(iter(self.runs.values()))
 
     @cached_property
@@ -273,12 +281,12 @@ class Evaluation(ABC):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the tables."""
+        """Names of the metrics in the tables."""
         return self.results.rows
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of the runs with intervals, then of the references without intervals."""
+        """Metrics of each run with intervals, then of each reference without intervals."""
         runs, known = self.runs.items(), self.references.items()
         return [
             *(score(self.results, name, one, self.metrics) for name, one in runs),
@@ -290,7 +298,7 @@ class Evaluation(ABC):
         return self.results.notes(self.first)
 
     def summary_tables(self) -> list[Table]:
-        """Tables that are printed in the terminal."""
+        """Tables to print in the terminal."""
         about = (self.results, self.scored, self.title, self.notes())
         if len(self.runs) == 1:
             return [run_table(*about)]
@@ -301,15 +309,15 @@ class Evaluation(ABC):
         """Table with a row for each class, or for some images where there are no classes."""
 
     def all_tables(self) -> list[Table]:
-        """Tables that are written to `table.md`."""
+        """Tables to write to `table.md`."""
         return [*self.summary_tables(), self.class_table()]
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures by name."""
+        """Yield the name and the figure for each figure."""
         return iter(())
 
     def details(self, name: str) -> dict[str, Any]:
-        """Further numbers of a run or reference in `metrics.json`."""
+        """Further values of the run or reference called `name`, for `metrics.json`."""
         return {}
 
     def numbers(self) -> dict[str, Any]:
@@ -329,7 +337,7 @@ class Decoder(Protocol):
     """The part of `kd.problems.base.Task` that drawing needs."""
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """Arguments of the model."""
+        """Positional arguments of the model's `forward`."""
 
     def decode(self, output: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """Predictions from the model's outputs."""
@@ -341,8 +349,8 @@ class Predictor:
 
     Args:
         model: An `AdaptedStudent`, on the device.
-        task: Its inputs and decoding.
-        size: Size of its input, as the dataset's samples take it; None: the size of each file.
+        task: The model's task, for inputs and decoding.
+        size: Size of the model's input images, as the dataset's samples take it; None: each file's.
     """
 
     model: nn.Module
@@ -359,6 +367,6 @@ class Predictor:
 
 
 def spread(count: int, images: int) -> list[int]:
-    """At most `count` positions, spread evenly over a split with this number of images."""
+    """Positions of at most `count` images, spread evenly over a split of `images` images."""
     count = min(count, images)
     return [number * images // count for number in range(count)]

@@ -1,4 +1,4 @@
-"""Description of a problem without torch: its data section, its tasks, its implementation."""
+"""A problem's data section, tasks and implementation, described without importing torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kd.registry import Entry, is_foreign, load_target, look_up
 
 
 class LayoutSection(DatasetSection):
-    """Keys of datasets with splits: in a published layout, or as COCO-format annotations.
+    """Base class of data sections with two splits, in a published layout or in COCO's format.
 
     Attributes:
-        layouts_of: Problem whose layouts `kd.formats.LAYOUTS` lists.
-        annotated: The layout whose splits are paths of COCO-format annotations and images.
+        layouts_of: Name of the problem whose layouts in `kd.formats.LAYOUTS` are allowed.
+        annotated: The layout whose splits are given as paths of COCO-format annotations and images.
     """
 
     layouts_of: ClassVar[str]
@@ -39,8 +39,8 @@ class LayoutSection(DatasetSection):
         by_path = self.layout == self.annotated
         for name in ("train", "val"):
             if isinstance(getattr(self, name), Split) is not by_path:
-                wanted = "its annotations and images" if by_path else "a split's name"
-                raise ValueError(f"{name}: layout {self.layout} takes {wanted}")
+                wanted = "paths of annotations and images" if by_path else "the name of a split"
+                raise ValueError(f"{name}: layout {self.layout} expects {wanted}")
         return self
 
 
@@ -49,15 +49,15 @@ class ProblemSpec:
     """A kind of problem, described without importing torch.
 
     Attributes:
-        name: Key of `PROBLEMS`.
-        help: What its datasets hold, for messages: "label maps".
+        name: Key of `kd.problems.PROBLEMS`.
+        help: Content of the problem's datasets, for messages: "label maps".
         data: Schema of a recipe's `data` section.
         tasks: Tasks by name, for a recipe's `task.name`.
-        implementation: "package.module:attribute" of its `Problem`.
-        example: A dataset of configs/data, for messages.
-        abilities: Optional features: "folds" (out-of-fold teachers), "transfer" (trunks for
-            `kd.transfer`), "context" (queries about hidden objects), "results_files" (of other
-            models, in COCO's format).
+        implementation: "package.module:attribute" of the `Problem` object.
+        example: Name of a dataset in configs/data that fits the problem, for messages.
+        abilities: Optional features that the problem supports: "folds" (out-of-fold teachers),
+            "transfer" (trunks for `kd.transfer`), "context" (queries about hidden objects),
+            "results_files" (results of other models in COCO's format).
     """
 
     name: str
@@ -69,11 +69,11 @@ class ProblemSpec:
     abilities: frozenset[str] = frozenset()
 
     def task(self, name: str) -> Entry:
-        """A task by name; a custom problem's name, `package.module:SPEC`, is its first task."""
+        """Return the task called `name`; for a custom `package.module:SPEC`, the first task."""
         if is_foreign(name):
             return next(iter(self.tasks.values()))
         return look_up(self.tasks, name, what="task")
 
     def load(self) -> Any:
-        """Import the implementation."""
+        """Import the `Problem` object."""
         return load_target(self.implementation)

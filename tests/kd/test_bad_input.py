@@ -448,7 +448,7 @@ def test_a_distillation_keeps_what_it_trained_through_mistakes(
     line = only_error(
         command(kd.distill.main, DISTILL, "--teacher", str(variant.parent), *settings(data))
     )
-    assert "a student's run; expected a teacher's" in line
+    assert "a student's run; expected a teacher's run" in line
     assert "a comparison; evaluate one of its variants" in only_error(
         command(kd.evaluate.main, None, "out")
     )

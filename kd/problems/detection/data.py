@@ -1,4 +1,4 @@
-"""Datasets of objects for detectors: both splits, and samples of images with boxes."""
+"""Detection datasets: the train and val splits, and samples of images with boxes."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ _NO_CHANGE = Augment(
 
 
 class DetectionSamples(AnnotatedSamples):
-    """Samples of images with boxes; images without objects are included.
+    """Samples of images with boxes, including images without objects.
 
-    In training the long side of an image is scaled at random; larger images are cropped to the
-    frame at random, smaller ones padded. Boxes are clipped at the border; those with less than
-    `augment.min_visible` of their area left, or a side below a pixel, are dropped. Evaluation
+    In training the long side of an image is scaled at random. Images larger than the frame are
+    cropped at random, smaller ones are padded. Boxes are clipped at the border and dropped if less
+    than `augment.min_visible` of their area is left, or a side is below one pixel. Evaluation
     samples are whole images with all boxes.
 
     Args:
-        index: The dataset. Its crowds become `crowds`, never boxes.
+        index: Images and boxes. Crowd regions become the entry `crowds`, never `boxes`.
         size: Side of the square frame, pixels.
-        train: Augment; otherwise all epochs are the same.
-        augment: Options of `Augment`; None: random scales only.
+        train: Whether to scale and augment images at random; otherwise all epochs are the same.
+        augment: Options of `kd.transforms.augment.Augment`; None: random scales only.
         scales: Smallest and largest long side of training images, as factors of `size`.
         only: Ids of the images to use; None: all.
         seed: Random seed, 0 or more.
@@ -66,7 +66,7 @@ class DetectionSamples(AnnotatedSamples):
         options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`.
 
     Raises:
-        UserError: `scales` is out of range, no image is left, or the prepared copy does not fit.
+        UserError: `scales` is out of range, no image is left, or the prepared copy does not match.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DetectionSamples(AnnotatedSamples):
         only: Ids | None = None, seed: int = 0, prepared: Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < scales[0] <= scales[1]:
-            raise UserError(f"scales: {scales}: expected 0 < smallest <= largest")
+            raise UserError(f"scales: expected 0 < smallest <= largest, got {scales}")
         self.augment: Augment = build_augment(augment) or _NO_CHANGE
         self.scales = scales
         largest = max(size, round(size * scales[1])) if train else size
@@ -84,7 +84,7 @@ class DetectionSamples(AnnotatedSamples):
         if only is not None:
             images = images[np.isin(index.image_ids, np.asarray(list(only)))]
         if not len(images):
-            raise UserError(f"{index.annotation_file}: none of the selected images is in it")
+            raise UserError(f"{index.annotation_file}: none of the selected images is in this file")
         super().__init__(index, images, files, train=train, seed=seed, **options)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
@@ -95,7 +95,7 @@ class DetectionSamples(AnnotatedSamples):
         found = self._objects(self.index, image, size, plan, min_visible=self.augment.min_visible)
         sample = self.entries(position, pixels, plan, found)
         crowds = torch.empty(0, 4)
-        if self.index.crowds is not None:  # any visible part of a crowd counts
+        if self.index.crowds is not None:  # kept if any part of a crowd is visible
             crowds = self._objects(self.index.crowds, image, size, plan, min_visible=0.0).boxes
         sample |= {
             "own_sizes": torch.tensor(self.index.size_of(image)),
@@ -108,7 +108,7 @@ class DetectionSamples(AnnotatedSamples):
         return sample
 
     def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
-        """The image, randomly scaled in training, and its augmentation."""
+        """The image, scaled at random in training, and the geometric transform to apply to it."""
         if not self.train:
             pixels = self.files.read(image)
             return pixels, Plan(size=(pixels.shape[1], pixels.shape[2]))
@@ -129,20 +129,20 @@ class DetectionSamples(AnnotatedSamples):
 
 @dataclass(frozen=True)
 class DetectionDataset(AnnotatedDataset):
-    """A dataset of objects whose boxes are all inputs and targets; none is hidden."""
+    """A dataset of images with boxes for detectors; no object is hidden."""
 
     @property
     def problem(self) -> Problem[Any]:
-        """The problem `detection`."""
+        """The registered problem `detection`."""
         return problem("detection")
 
     @property
     def objects(self) -> ObjectsDataset:
-        """The same dataset for context teachers, from which objects are hidden."""
+        """The same dataset for context teachers, which hide one object at a time."""
         return ObjectsDataset(self.section, self.train, self.val)
 
     def class_info(self) -> Classes:
-        """Names, prior and ground truth; for KITTI also the difficulties of objects."""
+        """Class names, class prior and ground truth, for KITTI with the objects' difficulties."""
         return Classes(
             self.class_names, self.prior(), self.val.confusable_groups, where=self.section.name,
             truth=lambda: self._val_truth,
@@ -150,12 +150,12 @@ class DetectionDataset(AnnotatedDataset):
 
     @cached_property
     def _val_truth(self) -> tuple[Truth, KittiTruth | None]:
-        """All boxes of the val JSON, crowds included; cached, since every evaluation uses it."""
+        """All boxes of the val JSON, crowds included; cached, since every evaluation uses them."""
         truth = read_truth(self.val.annotation_file)
         return truth, kitti_truth(truth) if self.section.layout == "kitti" else None
 
     def prior(self, images: Collection[int] | None = None) -> npt.NDArray[np.float64]:
-        """Class fractions, (C,), of objects of any size, one added to each count.
+        """Class fractions (C,) of objects of any size, with one added to each count.
 
         Args:
             images: Ids of the train images to count on; None: all.
@@ -164,10 +164,15 @@ class DetectionDataset(AnnotatedDataset):
         return smoothed(np.bincount(self.train.labels[rows], minlength=self.num_classes))
 
     def samples(self, split: Split, **options: Any) -> DetectionSamples:
-        """Samples of a split with the section's options; `options` of `DetectionSamples` win."""
+        """Samples of a split with the data section's options.
+
+        `options` are arguments of `DetectionSamples` that replace those of the section.
+        """
         section = self.section
         if not section.images:
-            raise UserError(f"{section.name}: data.images is false, but detectors need images")
+            raise UserError(
+                f"{section.name}: detectors need images, but data.images is false; set it to true"
+            )
         prepared = Path(section.prepared) / split if section.prepared else None
         return DetectionSamples(
             self.split(split), size=section.size, augment=section.augment,
@@ -177,6 +182,6 @@ class DetectionDataset(AnnotatedDataset):
 
 
 def open_detection(section: ObjectsSection) -> DetectionDataset:
-    """Open both splits; the embedded scenes are rendered if they do not exist yet."""
+    """Open both splits of a dataset; render the embedded scenes if they do not exist yet."""
     opened = open_objects(section)
     return DetectionDataset(section, opened.train, opened.val)

@@ -1,4 +1,4 @@
-"""Images with boxes: ground truth, detections, and imitation masks."""
+"""Draw ground-truth boxes, detections and imitation masks over images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from kd.problems.detection.task import Detection, anchors_of, assigned
 from kd.report.overlay import class_colour
 from kd.report.style import BLUE, GREY, INK, ORANGE, image_panels, letters_on, new_panels
 
-LEAST_SCORE = 0.3  # of drawn detections
-# How a box is drawn: solid, dashed, hatched (a region of many objects), or dotted grey (a detection
-# that is not scored).
+LEAST_SCORE = 0.3  # detections with a lower score are not drawn
+# Styles of boxes: RIGHT is solid, WRONG is dashed, CROWD (a region of many objects) is hatched, and
+# IGNORED (a detection that is not scored) is dotted grey.
 RIGHT, WRONG, CROWD, IGNORED = range(4)
 
 
@@ -33,10 +33,10 @@ class Marked(NamedTuple):
     """Boxes to be drawn over an image.
 
     Attributes:
-        xywh: (n, 4), pixels of the image.
-        labels: (n,), 0..C-1.
-        styles: (n,), `RIGHT`, `WRONG`, `CROWD` or `IGNORED`.
-        scores: (n,) of detections; None for ground truth.
+        xywh: Boxes, (n, 4), in pixels of the image.
+        labels: Class of each box, (n,), 0..C-1.
+        styles: Style of each box, (n,): `RIGHT`, `WRONG`, `CROWD` or `IGNORED`.
+        scores: Scores of detections, (n,); None for ground truth.
     """
 
     xywh: Array
@@ -53,8 +53,8 @@ def found_figures(
 
     Args:
         runs: Name -> records of the same images, in the order of the panels.
-        read: Image id -> (3, H, W) uint8, of the file's size.
-        count: Largest number of images; all of them have an object.
+        read: Reads the image with an id, (3, H, W) uint8, at the file's size.
+        count: Largest number of images; only images with an object are drawn.
         least: Smallest score of the drawn detections.
     """
     first = next(iter(runs.values()))
@@ -72,7 +72,9 @@ def found_figures(
         for name, records in runs.items():
             scores = records["found_scores"]
             rows = np.flatnonzero((records["found_images"] == place) & (scores >= least))
-            rows = rows[np.argsort(scores[rows], kind="stable")]  # the best on top
+            rows = rows[
+                np.argsort(scores[rows], kind="stable")
+            ]  # the highest score is drawn last, on top
             hit, ignored = (part[rows] for part in right[name])
             styles = np.where(ignored, IGNORED, np.where(hit, RIGHT, WRONG))
             good, wrong = (int((styles == style).sum()) for style in (RIGHT, WRONG))
@@ -89,9 +91,9 @@ def boxes_figure(
 
     Args:
         image: (3, H, W) uint8.
-        panels: Title -> boxes.
-        names: C names.
-        least: Smallest score of the drawn detections, for the legend.
+        panels: Title of each panel -> its boxes.
+        names: C class names.
+        least: Smallest score of the drawn detections, for the legend; None: not mentioned.
     """
     height, width = image.shape[1:]
     handles = _legend(panels, names, least)
@@ -131,7 +133,7 @@ def _draw(axes: Axes, marked: Marked, size: tuple[int, int]) -> None:
 def _legend(
     panels: Mapping[str, Marked], names: Sequence[str], least: float | None
 ) -> list[Patch | Line2D]:
-    """A patch for each drawn class in class order, and the meaning of lines and numbers."""
+    """Legend entries: a patch for each drawn class, then the meaning of line styles and scores."""
     styles = np.concatenate([marked.styles for marked in panels.values()])
     labels = np.concatenate([marked.labels for marked in panels.values()])
     handles: list[Patch | Line2D] = [
@@ -152,12 +154,12 @@ def _legend(
 def mask_figures(
     data: DetectionSamples, task: object, *, count: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw a task's imitation masks, by the figure's name.
+    """Draw the imitation masks of a task; yield the name and the figure for each image.
 
     Args:
-        data: Whole images.
-        task: A detection task with the student's levels; nothing is drawn for other tasks.
-        count: Largest number of images, spread over those with objects.
+        data: Samples of whole images.
+        task: A detection task with the student's levels; for other tasks nothing is drawn.
+        count: Largest number of images, spread over the images with objects.
     """
     if not isinstance(task, Detection) or not task.levels:
         return
@@ -177,8 +179,8 @@ def imitation_figure(
 
     Args:
         image: (3, H, W) uint8, the network's input with padding.
-        boxes: (G, 4), xyxy pixels; each is drawn on the level that it is assigned to.
-        levels: Strides and anchors of the network's maps.
+        boxes: (G, 4), xyxy pixels; each is drawn only on the level that it is assigned to.
+        levels: Strides and anchors of the network's feature maps.
         psis: Thresholds of `imitation_mask`.
         size: Height and width of the image without padding; None: (H, W).
     """
@@ -210,13 +212,13 @@ def imitation_figure(
 
 
 def _nearest(level: Level, pixels: int, cells: int) -> Tensor:
-    """The row or column of cells whose anchors are centred nearest to each pixel, (pixels,)."""
+    """For each pixel along a side, the index of the cell with the nearest anchor centre."""
     middles = (torch.arange(pixels) + 0.5) / level.stride
     return (middles + 0.5 - level.offset).floor().long().clamp(max=cells - 1)
 
 
 def _painted(grey: Array, chosen: Tensor) -> Array:
-    """A grey image, (H, W, 3) in 0..1, blue where `chosen` (H, W) is True."""
+    """Colour the grey image (H, W, 1) blue where `chosen` (H, W) is True; return RGB in 0..1."""
     blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
     mask = chosen[..., None].numpy()
     return np.asarray(np.where(mask, 0.45 * grey + 0.55 * blue, 0.35 + 0.65 * grey))

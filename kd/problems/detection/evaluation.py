@@ -36,27 +36,27 @@ class DetectionEvaluation(Evaluation):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the tables, with Pascal VOC's."""
+        """Names of the metrics in the tables, including those of Pascal VOC."""
         return (*self.results.rows, *scores.VOC)
 
     @cached_property
     def classes(self) -> dict[str, list[scores.BoxRow]]:
-        """Rows of each class, by run."""
+        """For each run, the COCO metrics of every class with an object."""
         return {name: scores.per_class(records) for name, records in self.runs.items()}
 
     @property
     def by_class(self) -> dict[str, dict[int, dict[str, float]]]:
-        """COCO's metrics by run and class."""
+        """COCO's metrics by run, class number and name of the metric."""
         return {
             name: {row.label: row.numbers for row in rows} for name, rows in self.classes.items()
         }
 
     def summary_tables(self) -> list[Table]:
-        """Metrics with intervals, and AP by size."""
+        """A table of metrics with intervals, and a table of AP by object size."""
         return [*super().summary_tables(), self.size_table()]
 
     def size_table(self) -> Table:
-        """AP and number of small, medium and large objects."""
+        """Table of the AP and the number of small, medium and large objects."""
         lines = []
         for metric, size in scores.SIZES.items():
             objects = int(scores.objects_of(self.first, size).sum())
@@ -69,7 +69,7 @@ class DetectionEvaluation(Evaluation):
         return Table("AP (%) by size", header, (tuple(lines),), (OVER_IMAGES,))
 
     def class_table(self) -> Table:
-        """COCO's metrics of each class with an object for one run, AP for several."""
+        """Table by class: all of COCO's metrics for a single run, only AP for several runs."""
         lines = []
         for row in next(iter(self.classes.values())):
             name, objects = self.names[row.label], str(row.objects)
@@ -88,12 +88,12 @@ class DetectionEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """AP by class and by size."""
+        """Figures of AP by class and by object size."""
         yield "class_ap", self.class_figure()
         yield "size_ap", self.size_figure()
 
     def class_figure(self) -> Figure:
-        """AP and AP50 (as a line) by class, above the numbers of objects, most frequent first."""
+        """Draw AP (bars) and AP50 (lines) of each class, most frequent first, above its objects."""
         rows = next(iter(self.classes.values()))
         drawn = rows[:NAMED_CLASSES]
         heights, lines = (
@@ -117,7 +117,7 @@ class DetectionEvaluation(Evaluation):
         return figure
 
     def size_figure(self) -> Figure:
-        """AP of all, small, medium and large objects with 95 % intervals."""
+        """Draw AP of all, small, medium and large objects with 95 % intervals."""
         figure, axes = new_figure(5.6, 3.8)
         sizes = {"AP": "all", **scores.SIZES}
         drawn = [metric for metric in sizes if scores.value(self.first, metric) is not None]
@@ -137,7 +137,7 @@ class DetectionEvaluation(Evaluation):
         return figure
 
     def details(self, name: str) -> dict[str, Any]:
-        """COCO's metrics of each class."""
+        """COCO's metrics of each class, for `metrics.json`."""
         rows = [
             {"name": self.names[row.label], "objects": row.objects, **row.numbers}
             for row in self.classes[name]
@@ -147,7 +147,7 @@ class DetectionEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class DetectionResults(Results):
-    """Results from detections and ground truth of each image."""
+    """Results of detectors, computed from the detections and true boxes of each image."""
 
     evaluation_type: ClassVar[type[Evaluation]] = DetectionEvaluation
     things: ClassVar[str] = "images with boxes"
@@ -164,12 +164,12 @@ class DetectionResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """Numbers of objects and images."""
+        """The numbers of objects and images in words, for titles."""
         objects = int((~records["truth_crowds"]).sum())
         return f"{objects} objects in {len(records['image_ids'])} images"
 
     def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read a results file of any detector, in COCO's format."""
+        """Read any detector's results file in COCO's format, with the annotations it belongs to."""
         truth = read_truth(annotations)
         found = read_detections(results, truth)
         records = scores.box_records(
@@ -184,7 +184,7 @@ class DetectionResults(Results):
         self, data: DetectionDataset, predictors: Mapping[str, Predictor],
         runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw val images with ground truth and detections, from records alone."""
+        """Draw val images with ground truth and detections; models are not run again."""
         index = data.val
         places = {image_id: place for place, image_id in enumerate(index.image_ids.tolist())}
 
@@ -196,13 +196,13 @@ class DetectionResults(Results):
     def draw_training(
         self, data: DetectionDataset, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw the imitation masks on each level of the student's pyramid, if terms use masks."""
+        """Draw the imitation masks of each level of the student's pyramid, if a term uses masks."""
         if any(term.kind.mask for term in terms):
             yield from mask_figures(data.samples("val"), task, count=count)
 
 
 def _size_title(size: str) -> str:
-    """A range of areas in words, as sides of squares."""
+    """A size range of `AREAS` in words, as the sides of squares with these areas."""
     if size == "all":
         return "all"
     low, high = (round(bound**0.5) for bound in AREAS[size])

@@ -1,4 +1,4 @@
-"""The metric of detectors: boxes per image, merged over batches and ranks."""
+"""The metric of detectors; collects the detections of each image over batches and ranks."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from kd.metrics.records import Records, save_records
 from kd.problems.detection import scores
 from kd.problems.images import PerImage
 
-RESULTS = "detections.json"  # written beside `predictions.npz`, in COCO's format
-_FLUSH_AT = 1024  # images whose detections stay on the device
+RESULTS = "detections.json"  # in COCO's format, written beside `predictions.npz`
+_FLUSH_AT = 1024  # number of images whose detections are copied to the CPU together
 
 
 class FoundBoxes(PerImage[Array]):
     """Average precision of detections, as COCO, Pascal VOC and KITTI define it.
 
-    Boxes are scaled to pixels of the files. Every image that was taken is scored once, including
-    those without detections or objects.
+    Boxes are scaled to pixels of the image files. Every image passed to `take` is scored once,
+    including images without detections or objects.
 
     Args:
-        truth: Ground truth of these images, and perhaps of more.
+        truth: Ground truth of the scored images; other images in it are ignored.
         names: C class names.
-        confusable: Names of groups of confusable classes, C of them, None for no group.
-        kitti: The same objects with KITTI's difficulties.
-        where: Prefix of error messages: a run, a dataset.
+        confusable: For each class, the name of its group of confusable classes, or None.
+        kitti: For KITTI, the ground-truth objects with their difficulties.
+        where: Prefix of error messages, such as the name of a run or dataset.
 
     Raises:
-        UserError: The number of names or groups is not that of the ground truth's categories.
+        UserError: The number of names or groups differs from the number of categories in `truth`.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class FoundBoxes(PerImage[Array]):
         self._records: Records | None = None
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch.
+        """Add the detections of a batch.
 
         Args:
-            decoded: (N, K, 6): x1, y1, x2, y2 in pixels of the padded frame, score, label; rows
-                with a score of 0 are padding.
-            batch: `image_ids`, `sizes` and `own_sizes`.
+            decoded: Detections, (N, K, 6): x1, y1, x2, y2 in pixels of the padded frame, score,
+                label; rows with a score of 0 are padding.
+            batch: The batch's entries `image_ids`, `sizes` and `own_sizes` are used.
         """
         if decoded.ndim != 3 or decoded.shape[2] != 6 or len(decoded) != len(batch["image_ids"]):
             expected = f"({len(batch['image_ids'])}, K, 6)"
             raise ValueError(f"detections: {tuple(decoded.shape)}, expected {expected}")
         self._records = None
         own = {name: batch[name].detach().clone() for name in ("image_ids", "sizes", "own_sizes")}
-        # A copy: a compiled model may write its next output over this one.
+        # Copied, because a compiled model may write its next output over this one.
         own["detections"] = decoded.detach().to(torch.float32, copy=True)
         self._pending.append(own)
         if sum(len(part["image_ids"]) for part in self._pending) >= _FLUSH_AT:
@@ -82,11 +82,11 @@ class FoundBoxes(PerImage[Array]):
         self._records = None
 
     def records(self) -> Records:
-        """Arrays of `kd.problems.detection.scores`.
+        """Arrays of `predictions.npz`; see `kd.problems.detection.scores`.
 
         Raises:
-            UserError: The images have no object, one is not in the ground truth, or detections are
-                not finite.
+            UserError: No image has an object, an image is not in the ground truth, or detections
+                are not finite.
         """
         if self._records is None:
             self._records = self._computed_records()
@@ -98,7 +98,7 @@ class FoundBoxes(PerImage[Array]):
         return scores.evaluate(self.records())
 
     def save_predictions(self, path: str | Path) -> None:
-        """Write the records, and `detections.json` beside them, in COCO's format."""
+        """Write the records as an .npz file and `detections.json`, in COCO's format, beside it."""
         records = self.records()
         scores.write_results(records, Path(path).with_name(RESULTS))
         save_records(records, Path(path), compressed=True)
@@ -115,7 +115,7 @@ class FoundBoxes(PerImage[Array]):
         found = np.concatenate([np.zeros((0, 6), np.float32), *rows])
         image = np.repeat(np.arange(len(ids)), np.array([len(part) for part in rows], np.int64))
         chosen = seen[truth.boxes.image]
-        position = np.cumsum(seen) - 1  # of an image among those seen
+        position = np.cumsum(seen) - 1  # of each true image among the scored ones
         if kitti is not None:
             own = {name: getattr(kitti, name)[chosen]
                    for name in ("truncated", "occluded", "neighbour", "region")}  # fmt: skip
@@ -141,7 +141,7 @@ class FoundBoxes(PerImage[Array]):
             corners = np.clip(found[..., :4] * scale, 0.0, own)
             sides = corners[..., 2:] - corners[..., :2]
             xywh = np.concatenate([corners[..., :2], sides], axis=-1).astype(np.float32)
-            # NaNs are kept, so that `check` reports them. A box without area cannot match.
+            # Keep NaN, so that `check` reports it. Drop boxes without area, which match no object.
             there = ~(found[..., 4] <= 0) & ~(xywh[..., 2:] <= 0).any(axis=-1)
             boxes = np.concatenate([xywh, found[..., 4:]], axis=-1)
             for number, own_boxes, chosen in zip(
@@ -152,6 +152,6 @@ class FoundBoxes(PerImage[Array]):
 
 
 def _rows(boxes: Boxes, chosen: Bools, position: Ints) -> Boxes:
-    """Select boxes and renumber their images."""
+    """Select the boxes where `chosen` is True and map their image indices by `position`."""
     own = {name: part[chosen] for name, part in vars(boxes).items()}
     return replace(boxes, **{**own, "image": position[own["image"]]})

@@ -1,4 +1,4 @@
-"""Detection as a problem: its data, students and results."""
+"""The problem of object detection: opens datasets, builds students, and scores results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DetectionProblem(Problem[DetectionDataset]):
     def training(
         self, data: DetectionDataset, sampling: Sampling, task: Task | None = None
     ) -> DetectionSamples:
-        """Labelled images with all their boxes."""
+        """Training samples: the labelled images with all their boxes."""
         known = data.labelled(sampling.seed)
         return data.samples(
             "train", train=True, seed=sampling.seed, labelled=known, only=known,
@@ -45,11 +45,11 @@ class DetectionProblem(Problem[DetectionDataset]):
         )  # fmt: skip
 
     def evaluation(self, data: DetectionDataset, split: Split = "val") -> DetectionSamples:
-        """Whole images with all their boxes."""
+        """Evaluation samples: whole images with all their boxes."""
         return data.samples(split)
 
     def cached_data(self, data: DetectionDataset) -> Dataset:
-        """The same dataset for context teachers, which hide each object in turn."""
+        """The same dataset for context teachers, which hide one object at a time."""
         return data.objects
 
     def object_ids(self, data: DetectionDataset) -> NDArray[np.int64]:
@@ -59,7 +59,7 @@ class DetectionProblem(Problem[DetectionDataset]):
     def teacher_view(
         self, teacher: Teacher, data: DetectionDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Scenes with one object hidden, for context teachers."""
+        """Scenes with one object hidden at a time, as input of a context teacher."""
         return data.objects.problem.teacher_view(teacher, data.objects, split, size=size)
 
     def build_student(

@@ -1,4 +1,4 @@
-"""Detection: tasks on the data section of objects, without importing torch."""
+"""Spec of the detection problem, which shares the data section of `objects`; without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPEC = ProblemSpec(
     name="detection",
     help="objects with boxes",
     data=ObjectsSection,
-    tasks={"detection": Entry("kd.problems.detection.task:Detection", "find objects by boxes")},
+    tasks={"detection": Entry("kd.problems.detection.task:Detection", "detect objects with boxes")},
     implementation="kd.problems.detection.problem:PROBLEM",
     abilities=frozenset({"results_files"}),
     example="scenes",

@@ -1,15 +1,15 @@
 """Detections and ground truth of a split, the records of `predictions.npz`, and their metrics.
 
-Images: `image_ids` (I,) ascending. Classes: `names`, `category_ids` and, if known, `confusable`
-(C,), the number of a class's group of confusable classes, -1 for none. Ground truth: `truth_images`
-(G,), positions in `image_ids`, `truth_labels` (G,), `truth_boxes` (G, 4) x, y, width, height in
-pixels of the file, `truth_areas` (G,) of the segments, `truth_crowds` (G,); of KITTI also
-`truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Detections, sorted by
-image: `found_images`, `found_labels`, `found_boxes` and `found_scores` (D,).
+Images: `image_ids` (I,), ascending. Classes: `names` (C,), `category_ids` (C,) and, if known,
+`confusable` (C,), for each class the number of its group of confusable classes or -1. Ground truth:
+`truth_images` (G,), indices into `image_ids`; `truth_labels` (G,); `truth_boxes` (G, 4), x, y,
+width, height in pixels of the file; `truth_areas` (G,), areas of the segments; `truth_crowds` (G,);
+for KITTI also `truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Detections,
+sorted by image: `found_images`, `found_labels`, `found_boxes` and `found_scores`, likewise for D.
 
-Metrics are those of COCO, Pascal VOC and KITTI, per class and as means over the classes with an
-object. Intervals are bootstrapped over images: all metrics of a run come from one pass over the
-resamples, which are the same for all runs on the same images, so that runs can be subtracted.
+The metrics of COCO, Pascal VOC and KITTI are computed per class and as means over the classes that
+have an object. Intervals are bootstrapped over images: all metrics of a run come from one pass over
+the resamples, which are the same for all runs on the same images, so that runs can be subtracted.
 Repeated images raise AP (by 1.6 points on 228 images of COCO), so bounds are shifted by that bias.
 """
 
@@ -50,7 +50,7 @@ FOUND = ("found_images", "found_labels", "found_boxes", "found_scores")
 DIFFICULTY = ("truth_truncated", "truth_occluded", "truth_roles")
 BY_CLASS = ("names", "category_ids", "confusable")
 NOT_BY_ID = (*BY_CLASS, *TRUTH, *DIFFICULTY, *FOUND)
-ROLES = ("object", "neighbour", "region")  # 0, 1, 2 in `truth_roles`
+ROLES = ("object", "neighbour", "region")  # meaning of 0, 1 and 2 in `truth_roles`
 
 
 def box_records(
@@ -63,12 +63,12 @@ def box_records(
     Args:
         truth: All objects, crowds included.
         found: Detections, of any float type.
-        scores: (D,).
-        image_ids: (I,) ascending.
+        scores: Scores of the detections, (D,).
+        image_ids: Ids of the images, (I,), ascending.
         names: C class names.
-        category_ids: (C,) ids of the classes in COCO's format.
-        confusable: Names of groups of confusable classes, C of them, None for no group.
-        kitti: The same objects with KITTI's difficulties.
+        category_ids: Ids of the classes in COCO's format, (C,).
+        confusable: For each class, the name of its group of confusable classes, or None.
+        kitti: For KITTI, the objects of `truth` with their difficulties.
     """
     order = np.argsort(found.image, kind="stable")
     records: dict[str, Array] = {
@@ -95,12 +95,12 @@ def box_records(
 
 
 def detections(image: Ints, label: Ints, xywh: Array) -> Boxes:
-    """Boxes with areas computed from their sides, none of them a crowd."""
+    """Make boxes that are not crowds, with areas computed from their sides."""
     return Boxes(image, label, xywh, xywh[:, 2] * xywh[:, 3], np.zeros(len(xywh), np.bool_))
 
 
 def true_boxes(records: Records) -> Boxes:
-    """All objects, crowds included."""
+    """All ground-truth boxes of the records, crowds included."""
     return Boxes(
         image=records["truth_images"].astype(np.int64),
         label=records["truth_labels"].astype(np.int64),
@@ -111,7 +111,7 @@ def true_boxes(records: Records) -> Boxes:
 
 
 def found_boxes(records: Records) -> Boxes:
-    """The detections."""
+    """The detected boxes of the records."""
     image, label = (records[name].astype(np.int64) for name in ("found_images", "found_labels"))
     return detections(image, label, records["found_boxes"].astype(np.float64))
 
@@ -122,7 +122,7 @@ def found_scores(records: Records) -> Floats:
 
 
 def kitti_truth(records: Records) -> KittiTruth | None:
-    """The objects with KITTI's difficulties; None for other datasets."""
+    """The ground truth with KITTI's difficulties; None for other datasets."""
     if any(name not in records for name in DIFFICULTY):
         return None
     roles = records["truth_roles"]
@@ -156,18 +156,18 @@ def write_results(records: Records, path: Path) -> None:
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; messages begin with `where`.
+    """Check records; error messages begin with `where`.
 
     Raises:
-        UserError: A missing array, wrong shapes, an unknown image or class, numbers that are not
-            finite, negative sides, or no objects.
+        UserError: An array is missing or has a wrong shape, an image or class is unknown, a value
+            is not finite, a side is negative, or there are no objects.
     """
     required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
     check_arrays(records, required, where, " of boxes")
     classes = len(records["category_ids"])
     _check_shapes(records, where, classes)
     if (np.diff(records["image_ids"]) <= 0).any():
-        raise UserError(f"{where}: image_ids do not ascend, or one occurs twice")
+        raise UserError(f"{where}: image_ids must ascend, without repeated ids")
     for side in ("truth", "found"):
         for name, limit in ((f"{side}_images", len(records["image_ids"])),
                             (f"{side}_labels", classes)):  # fmt: skip
@@ -179,7 +179,9 @@ def check(records: Records, where: str) -> None:
     for name in ("truth_boxes", "truth_areas", "found_boxes", "found_scores"):
         _check_numbers(records, name, where)
     if not (~records["truth_crowds"]).any():
-        raise UserError(f"{where}: no object to find; are these the annotations of these images?")
+        raise UserError(
+            f"{where}: the annotations have no objects for these images; are they the right file?"
+        )
 
 
 def _check_shapes(records: Records, where: str, classes: int) -> None:
@@ -202,7 +204,7 @@ def _check_numbers(records: Records, name: str, where: str) -> None:
     wrong = ~np.isfinite(values).all(axis=1)
     problem = "is not finite"
     if name == "found_boxes" and not wrong.any():  # COCO's ground truth has such boxes
-        wrong, problem = (values[:, 2:] < 0).any(axis=1), "has a side below 0"
+        wrong, problem = (values[:, 2:] < 0).any(axis=1), "has a negative side"
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         image = records["image_ids"][records[f"{name.partition('_')[0]}_images"][row]]
@@ -218,34 +220,37 @@ def check_same_truth(records: Records, other: Records, pair: str) -> None:
     for name in TRUTH:
         differing = (records[name] != other[name]).nonzero()[0]
         if wrong := len(set(differing.tolist())):
-            raise UserError(f"{pair} have different {name} for {wrong} objects: other data")
+            raise UserError(
+                f"{pair} have different {name} for {wrong} objects; they were evaluated on "
+                "different data"
+            )
 
 
-# COCO's metrics: name in tables -> name in `coco_ap.SUMMARY`.
+# COCO's average precision: name in tables -> name in `coco_ap.SUMMARY`.
 COCO = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium",
         "AP_large": "large"}  # fmt: skip
 AR = "AR100"
-# Average recall: name -> size of the objects, and detections used per class and image.
+# COCO's average recall: name -> size range of the objects, detections per class and image.
 RECALLS = {"AR1": ("all", 1), "AR10": ("all", 10), AR: ("all", 100), "AR_small": ("small", 100),
            "AR_medium": ("medium", 100), "AR_large": ("large", 100)}  # fmt: skip
 VOC: dict[str, Points] = {"VOC07_mAP": "11", "VOC_mAP": "area"}
-CONFUSABLE = "confusable_"  # prefix of COCO's metrics: over classes with confusable ones
+CONFUSABLE = "confusable_"  # prefix: means over the classes that have confusable ones
 _KITTI = re.compile(rf"KITTI(11)?_({'|'.join(DIFFICULTIES)})")
 KITTI = tuple(f"KITTI_{name}" for name in DIFFICULTIES)
 ROWS = (*COCO, AR, f"{CONFUSABLE}AP50", *KITTI)
-SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}  # metric -> area range
-_CACHED = 32  # runs whose metrics are cached
+SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}  # metric -> size range
+_CACHED = 32  # number of runs whose metrics are cached
 
-Numbers = Mapping[str, Floats]  # by metric, (R, C) each, NaN for classes without objects
+Numbers = Mapping[str, Floats]  # metric -> values (R, C), NaN for classes without objects
 
 
 def value(records: Records, name: str) -> float | None:
     """Value of a metric; None if it is undefined.
 
     Args:
-        records: See the module.
-        name: One of `ROWS`, `RECALLS` or `VOC`, `KITTI11_<difficulty>`, `confusable_<one of COCO>`;
-            all but `confusable_` can be followed by `/` and a class.
+        records: The arrays described at the top of this module.
+        name: One of `ROWS`, `RECALLS` or `VOC`, `KITTI11_<difficulty>` or `confusable_<one of
+            COCO>`. For a single class, `/<class>` can be appended, except to `confusable_` names.
 
     Raises:
         UserError: There is no such metric or class.
@@ -255,7 +260,7 @@ def value(records: Records, name: str) -> float | None:
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric with its 95 % interval; None for KITTI's, whose bootstrap would take minutes."""
+    """A metric with its 95 % interval; None for KITTI metrics, whose bootstrap takes minutes."""
     known = _RecordsKey(records)
     mean = float(_number(known, name, drawn=False)[0])
     if np.isnan(mean) or _KITTI.match(name):
@@ -267,7 +272,7 @@ def interval(records: Records, name: str) -> Interval | None:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """Difference of a metric from the twin's, with a paired bootstrap interval over images."""
+    """A metric minus that of `twin`, with a paired bootstrap interval over images."""
     both = _RecordsKey(records), _RecordsKey(twin)
     own, other = (float(_number(one, name, drawn=False)[0]) for one in both)
     if len(records["image_ids"]) < 2 or _KITTI.match(name):
@@ -277,7 +282,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def evaluate(records: Records) -> dict[str, float]:
-    """Every overall metric that is defined for these records, and the `count` of images."""
+    """All metrics over classes that are defined for these records, and the `count` of images."""
     names = (*COCO, *RECALLS, f"{CONFUSABLE}AP50", *VOC, *KITTI)
     found = {name: value(records, name) for name in names}
     numbers = {name: number for name, number in found.items() if number is not None}
@@ -285,15 +290,15 @@ def evaluate(records: Records) -> dict[str, float]:
 
 
 class BoxRow(NamedTuple):
-    """COCO's metrics of a class with an object."""
+    """COCO's metrics of a class that has at least one object."""
 
     label: int
     objects: int
-    numbers: dict[str, float]  # by the names of `COCO`, without sizes that the class lacks
+    numbers: dict[str, float]  # by name of `COCO`, without sizes of which the class has no object
 
 
 def per_class(records: Records) -> list[BoxRow]:
-    """COCO's metrics of each class with an object, the most frequent first."""
+    """COCO's metrics of each class with an object, the most frequent class first."""
     numbers = _observed(_RecordsKey(records))
     support = objects_of(records)
     rows = []
@@ -306,7 +311,7 @@ def per_class(records: Records) -> list[BoxRow]:
 
 
 def objects_of(records: Records, size: str = "all") -> Array:
-    """Objects of each class in a size range of `AREAS`, (C,)."""
+    """Number of objects of each class in a size range of `AREAS`, (C,)."""
     low, high = AREAS[size]
     areas = records["truth_areas"]
     kept = ~records["truth_crowds"] & (areas >= low) & (areas <= high)
@@ -314,13 +319,13 @@ def objects_of(records: Records, size: str = "all") -> Array:
 
 
 def right_at_half(records: Records) -> tuple[Bools, Bools]:
-    """Detections that match an object at an IoU of 0.5, and those that are ignored, (D,) bool."""
+    """Whether each detection matches an object at IoU 0.5, and whether it is ignored, (D,) each."""
     _, matches = _matched(records, areas=1)
     return matches.hit[0, 0], matches.ignored[0, 0]
 
 
 class _RecordsKey:
-    """Records as a cache key: equal if their content is."""
+    """Hashable wrapper that makes records a cache key; equal if the records' arrays are."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
@@ -345,7 +350,7 @@ class _RecordsKey:
 
 
 def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
-    """A metric of the images, (1,), or of every resample, (R,)."""
+    """A metric of the images, (1,), or if `drawn` of every bootstrap resample, (R,)."""
     records = known.records
     metric, _, wanted = name.partition("/")
     classes = len(records["category_ids"])
@@ -364,8 +369,8 @@ def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
     else:
         names = ", ".join(dict.fromkeys((*ROWS, *RECALLS, *VOC)))
         raise UserError(
-            f"metric {name!r}: unknown; there are {names}, "
-            f"KITTI11_<difficulty>, {CONFUSABLE}<one of COCO's>, and of a class: AP/<class>"
+            f"metric {name!r}: unknown; there are {names}, KITTI11_<difficulty>, "
+            f"{CONFUSABLE}<one of COCO's metrics>, and for a single class: AP/<class>"
         )
     return found[:, label] if label is not None else mean_of_known(found[:, kept])
 
@@ -381,7 +386,7 @@ def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matc
 
 
 def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str, Floats]:
-    """COCO's metrics of each class, (R, C)."""
+    """COCO's metrics by name, for each class, (R, C), and each row of `weights` or all images."""
     averages = meter.average(matches, weights)  # (R, A, T, C)
     found = {
         name: meter.recall(matches, weights, area=area, most=most).mean(axis=1)
@@ -402,7 +407,7 @@ def _observed(known: _RecordsKey) -> Numbers:
 
 @lru_cache(maxsize=_CACHED)
 def _resampled(known: _RecordsKey) -> Numbers:
-    """Metrics of all resamples; float32 is enough for bounds and saves memory."""
+    """COCO's metrics of all resamples, in float32, which saves memory and suffices for bounds."""
     meter, matches = _matched(known.records)
     drawn = (weights.astype(np.float32) for weights in resamples(meter.images))
     parts = [_numbers(meter, matches, weights) for weights in drawn]
@@ -413,7 +418,7 @@ def _resampled(known: _RecordsKey) -> Numbers:
 
 @lru_cache(maxsize=2 * _CACHED)
 def _voc(known: _RecordsKey, points: Points, drawn: bool) -> Floats:
-    """Pascal VOC's AP of each class, (R, C)."""
+    """Pascal VOC's AP of each class, for all images (1, C) or if `drawn` each resample (R, C)."""
     records = known.records
     sides = true_boxes(records), found_boxes(records)
     meter = VocAP(*sides, len(records["image_ids"]), len(records["category_ids"]))
@@ -426,7 +431,7 @@ def _voc(known: _RecordsKey, points: Points, drawn: bool) -> Floats:
 def _kitti(known: _RecordsKey, points: int) -> Floats:
     """KITTI's AP by difficulty and class, (3, C); NaN for other datasets.
 
-    Classes that KITTI does not have are matched at an overlap of 0.5.
+    Classes without an overlap threshold in KITTI are matched at an IoU of 0.5.
     """
     records = known.records
     names = [str(name) for name in records["names"]]

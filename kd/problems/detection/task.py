@@ -31,23 +31,23 @@ from kd.problems.detection.metric import FoundBoxes
 from kd.problems.objects.batch import object_counts, object_rows, outer_boxes
 from kd.transforms.hide import normalise, valid_pixels
 
-LOSS = "loss."  # prefix of the outputs of a network that are losses
+LOSS = "loss."  # prefix of the names of network outputs that are losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(Task):
-    """Detect objects, with the losses that the network computes itself in training.
+    """Detect objects with boxes; the network itself computes the supervised losses in training.
 
     Args:
         num_classes: C.
-        levels: Strides and anchors of the student's feature maps, for the masks.
+        levels: Strides and anchors of the student's feature maps, from which masks are computed.
         psi: Threshold of the imitation mask, a fraction of a box's largest IoU with an anchor.
         psis: Further thresholds, for terms with an option `psi`; masks are named `imitation_PSI`.
-        loss_units: Loss -> the unit that its mean is taken over.
-        wanted: Outputs of the network in evaluation mode: detections; for a live teacher, raw maps
-            and rows for objects, or only the maps of its pyramid.
-        near_boxes: Whether to run the heads of a second stage also on boxes near the true ones, for
-            terms that read these outputs.
+        loss_units: Name of each loss -> unit that its mean is taken over.
+        wanted: Outputs that the network computes in evaluation mode: `detections`; for a live
+            teacher `objects`, raw maps and rows for objects, or `features`, only its pyramid.
+        near_boxes: Whether a second stage's heads also run on boxes near the true ones, for terms
+            that read the heads' outputs.
     """
 
     outputs: ClassVar[Collection[str]] = ("object_logits", "object_deltas", "context")
@@ -62,15 +62,15 @@ class Detection(Task):
     near_boxes: bool = False
 
     def __post_init__(self) -> None:
-        """Check that `psi` is in range."""
+        """Check that `psi` is in 0..1."""
         if not 0 <= self.psi <= 1:
             raise UserError(f"psi must be in 0..1, got {self.psi}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         """Normalised images (N, 3, H, W), 0 in the padding, and the detectors' other inputs.
 
-        See `kd.nn.detectors.contract`. Boxes near the true ones are computed from the batch alone,
-        so that student and teacher get the same.
+        `kd.nn.detectors.contract` lists them. Boxes near the true ones depend on the batch alone,
+        so that student and teacher get the same boxes.
         """
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
@@ -84,16 +84,16 @@ class Detection(Task):
         return pixels, sizes, *known, *crowds, near
 
     def rows(self, batch: Batch) -> Rows:
-        """A row for each box."""
+        """One row per box."""
         return object_rows(batch)
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Detection:
-        """The task with the masks and outputs that these terms read."""
+        """Return the task with the masks and outputs that these terms read."""
         psis = {term.mask_value for term in terms if term.mask_value is not None}
         return self._reading([term.student for term in terms], psis=tuple(sorted(psis)))
 
     def for_teaching(self, outputs: Collection[str]) -> Detection:
-        """The task of a live teacher, whose heads do not run if only its pyramid is read."""
+        """Return the task for a live teacher; its heads do not run if only its pyramid is read."""
         pyramid = all(output.startswith("network.backbone") for output in outputs)
         return self._reading(outputs, wanted="features" if pyramid else "objects")
 
@@ -101,17 +101,17 @@ class Detection(Task):
         return replace(self, near_boxes=not set(SECOND_STAGE).isdisjoint(outputs), **changes)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """The losses that the network computes: `classes`, `boxes`, ..."""
+        """Losses that the network computed, by name: `classes`, `boxes`, ..."""
         return {name: Mean(output[f"{LOSS}{name}"], unit) for name, unit in self.loss_units.items()}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Masks on the grid of a level's map, (N, h, w).
+        """Masks on the grid of a level's feature map, (N, h, w).
 
         * `imitation`, bool: cells with an anchor near a box of the level (`imitation_mask`).
-        * `inside`, bool: cells whose centre is in a box of the level, or that hold a box's centre.
+        * `inside`, bool: cells whose centre is in a box of the level, or that contain its centre.
         * `whole` and `valid`, bool: all cells inside the images.
-        * `ring`, float: the fraction of a cell that is near a box, but in none; on every level, of
-          all boxes.
+        * `ring`, float: the fraction of a cell that is near a box but inside none. All boxes count
+          on every level.
 
         `assigned` defines which boxes belong to a level.
         """
@@ -134,10 +134,10 @@ class Detection(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Count boxes, images, and the cells of masks on each level, as `MASK/STRIDE`.
+        """Count boxes, images, and for each level the cells of each mask, as `MASK/STRIDE`.
 
-        `valid` and `frame` do not depend on levels: they are counted for strides of all powers of
-        two.
+        `valid` and `frame` do not depend on levels, so they are counted for every power of two as
+        stride.
         """
         height, width = batch["images"].shape[-2:]
         images = full_count(batch, "images")
@@ -156,7 +156,7 @@ class Detection(Task):
         return object_counts(batch) | {"valid_images": images} | found
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """One unit per mask and stride."""
+        """The unit `MASK/STRIDE`, since cells are counted for each stride separately."""
         return f"{mask}/{stride_of(batch['images'].shape[-2], grid[0])}"
 
     def _imitation(self, psi: float, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
@@ -173,11 +173,11 @@ class Detection(Task):
         return found.index_add(0, images, inside.float()) > 0
 
     def _whole(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-        self._level(stride)  # refuses other strides, whose cells are not counted
+        self._level(stride)  # raises for other strides, because their cells are not counted
         return _valid(stride, grid, batch)
 
     def _ring(self, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-        self._level(stride)  # as above
+        self._level(stride)  # raises for strides without a level, as in `_whole`
 
         def united(boxes: Tensor) -> Tensor:
             """Fraction of each cell that an image's boxes cover, at most 1 where they overlap."""
@@ -193,24 +193,26 @@ class Detection(Task):
                 return level
         known = ", ".join(str(level.stride) for level in self.levels) or "none"
         raise UserError(
-            f"losses: a map with stride {stride} is not one of the student's levels, whose strides "
-            f"are {known}; name a layer of its pyramid"
+            f"losses: a feature map has stride {stride}, but the student's levels have strides "
+            f"{known}; choose a layer of the student's pyramid"
         )
 
     def _of_level(self, stride: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The boxes that are assigned to a level, and the image of each."""
+        """The boxes assigned to a level, (M, 4), and the index of each box's image, (M,)."""
         level = self.levels.index(self._level(stride))
         mine = assigned(batch["boxes"], self.levels) == level
         return batch["boxes"][mine], batch["image_of"][mine]
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Detections (N, K, 6): x1, y1, x2, y2, score, class; the best first, then scores of 0."""
+        """Detections (N, K, 6): x1, y1, x2, y2, score, class; best first, then scores of 0."""
         return output["detections"]
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Average precision of COCO, Pascal VOC and KITTI."""
+        """Build the metric: average precision of COCO, Pascal VOC and KITTI."""
         if classes.truth is None:
-            raise UserError(f"{classes.where}: has no annotated boxes to evaluate detections on")
+            raise UserError(
+                f"{classes.where}: the dataset has no annotated boxes to evaluate detections on"
+            )
         truth, kitti = classes.truth()
         return FoundBoxes(
             truth, classes.names, confusable=classes.confusable, kitti=kitti, where=classes.where
@@ -218,11 +220,11 @@ class Detection(Task):
 
 
 def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-    """Cells inside the images; refuse strides for which `Detection.counts` has no count."""
+    """Cells inside the images, bool; raise a UserError if the stride is not a power of two."""
     if stride & (stride - 1):
         raise UserError(
-            f"losses: a map with stride {stride}; terms that compare maps cell by cell need a "
-            "stride that is a power of two"
+            f"losses: a feature map has stride {stride}; terms that compare maps cell by cell "
+            "need a stride that is a power of two"
         )
     return valid_pixels(-(-batch["sizes"] // stride), grid)
 
@@ -231,14 +233,14 @@ def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float],
     """Widths and heights of a level's anchors, or default ones for anchor-free levels.
 
     The defaults are torchvision's: sides of 4 strides at aspect ratios 1/2, 1 and 2. On a pyramid
-    the next level has the larger ones; a detector's only map also gets sides of 8, 16, ... strides.
-    With the smallest alone, the anchors in all cells of a larger box would lie inside it and
-    overlap it equally well, and the mask would be the box, whatever psi.
+    the next level covers larger sizes; a detector's only map also gets sides of 8, 16, ... strides.
+    With the smallest anchors alone, all anchors inside a larger box would overlap it equally well,
+    and the mask would be the whole box for every psi.
 
     Args:
-        level: A level with or without anchors of its own.
-        reach: Limit of the squares on a detector's only map, the image's longer side in pixels; 0
-            on a pyramid.
+        level: A level with or without anchors.
+        reach: Largest side of the default squares if the level is the detector's only map: the
+            image's longer side in pixels; 0 on a pyramid.
     """
     if level.sides:
         return level.sides
@@ -256,8 +258,8 @@ def anchors_of(
     """A level's anchors on a grid that covers the image, (h, w, K, 4), xyxy pixels.
 
     Args:
-        level: See `anchor_sides`.
-        grid: Rows and columns.
+        level: A level with or without anchors, see `anchor_sides`.
+        grid: Number of rows and columns of cells.
         alone: Whether the level is the detector's only map.
         device: Device of the result.
     """
@@ -268,17 +270,17 @@ def anchors_of(
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
     """Assign each box to the level that has the anchor of the most similar shape.
 
-    Wang et al. imitate one map; on a pyramid a box must not select cells of levels on which a
-    detector would not find it. A box belongs to the level with the largest IoU between box and
-    anchor at a common centre, the finest of equal ones: with dense anchors, the level of its best
-    anchor. (Region heads choose levels by area, but for crops of proposals, not for cells of maps.)
+    Wang et al. imitate a single map. On a pyramid a box must not select cells of levels on which a
+    detector would not find it. A box belongs to the level with the largest IoU between the box and
+    an anchor with the same centre, to the finest level if several are equal. (Second stages choose
+    levels by box area, but to crop proposals, not to select cells.)
 
     Args:
         boxes: (M, 4) xyxy pixels.
         levels: Finest first.
 
     Returns:
-        Positions in `levels`, (M,) int64.
+        Index in `levels` of each box's level, (M,) int64.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
     best = []
@@ -291,7 +293,7 @@ def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
 
 
 def _within(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """Cells whose centre is in a box, or that hold a box's centre: bool (M, h, w)."""
+    """For each box, the cells with centres inside it and the cell of its centre, bool (M, h, w)."""
     middles = (boxes[:, :2] + boxes[:, 2:]) / 2
     along = []
     for axis, count in ((1, grid[0]), (0, grid[1])):

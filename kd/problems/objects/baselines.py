@@ -1,4 +1,4 @@
-"""Reference predictions: the class prior, co-occurrence of classes, and the exact posterior."""
+"""Reference predictions: the class prior, class co-occurrence, and the exact posterior."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kd.problems.objects.metric import with_predictions
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
-    """Objects of an index, as co-occurrence models read them, on images with these ids or all."""
+    """Objects of the images with these ids, or of all, as input of co-occurrence models."""
     rows, owners = objects_on(index, images)
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
     boxes = index.boxes[rows] / np.tile(sides, 2)
@@ -35,12 +35,12 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
 def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Predict every usable val object from all other objects of its image by naive Bayes.
 
-    Returns annotation ids (K,), ascending, and log-probabilities (K, C).
+    Returns the objects' annotation ids (K,), ascending, and log-probabilities (K, C).
     """
     model = NaiveBayes(data.num_classes, evidence=("company", "place", "size"))
     model.fit(index_objects(data.train))
     model.eval()
-    objects = index_objects(data.val)  # all objects, so that positions are rows of the index
+    objects = index_objects(data.val)  # all objects, so that object k is row k of the index
     rows = data.samples("val").usable_rows()
     log_probs = model(objects, torch.from_numpy(rows)).numpy()
     ids = data.val.object_ids[rows]
@@ -51,20 +51,20 @@ def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDA
 PRIOR, COOCCURRENCE = "class prior", "co-occurrence"
 EXACT, EXACT_ANNOTATIONS = "exact posterior", "exact, annotations"
 
-# Notes below tables.
+# Notes that explain the references below tables.
 ABOUT = {
     PRIOR: "class prior: how frequent each class is among the training objects",
     COOCCURRENCE: "co-occurrence: naive Bayes over the names, places and sizes of the annotated "
     "objects around the hidden one; no pixels",
     EXACT: "exact posterior: class probabilities under the scenes' generative model, given the "
-    "visible pixels; no model that sees only pixels is better on average",
-    EXACT_ANNOTATIONS: "exact, annotations: the same, given the boxes and classes of the other "
-    "objects instead of pixels; a model that also sees pixels can be better",
+    "visible pixels; no model whose only input is pixels is better on average",
+    EXACT_ANNOTATIONS: "exact, annotations: the exact posterior, given the boxes and classes of the "
+    "other objects instead of pixels; a model that also uses pixels can be better",
 }
 
 
 def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """All reference predictions of a run's val objects, the weakest first."""
+    """All available reference predictions for the objects in a run's records, weakest first."""
     known = {
         PRIOR: prior_records(records),
         COOCCURRENCE: with_predictions(records, *cooccurrence_log_probs(data), COOCCURRENCE),
@@ -74,7 +74,7 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
 
 
 def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
-    """Check that stored predictions belong to a dataset's val split; count the visible objects."""
+    """Check that records belong to a dataset's val split; return them with the array `visible`."""
     val = data.val
     order = np.argsort(val.object_ids, kind="stable")
     place = np.searchsorted(val.object_ids, records["object_ids"], sorter=order)
@@ -83,13 +83,13 @@ def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
     if wrong := int((~same | (val.labels[rows] != records["labels"])).sum()):
         raise UserError(
             f"{where}: {wrong} scored objects are not in {val.annotation_file}, or have another "
-            "label there; name the run's own dataset with --set data.root=DIR"
+            "label there; pass the dataset of the run with --set data.root=DIR"
         )
     return {**records, "visible": visible_objects(val, records["image_ids"])}
 
 
 def exact_records(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """The exact posteriors as predictions; none for datasets other than the embedded scenes."""
+    """Records of the exact posteriors by name; empty for all but the embedded scenes."""
     stored = data.ceiling("val")
     if stored is None:
         return {}

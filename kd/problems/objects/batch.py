@@ -1,7 +1,7 @@
-"""Objects of a batch: boxes (M, 4) xyxy pixels, labels (M,), and K `hidden` ones.
+"""Access to the objects of a batch: M boxes and labels, and the indices of K `hidden` objects.
 
-A teacher gets an input for each hidden object. In a detector's batch none is hidden and all M are
-targets. A batch without boxes has whole images only.
+A context teacher gets one input per hidden object. In a detector's batch no object is hidden and
+all M are targets. A batch without boxes has only whole images.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def chosen(batch: Batch) -> Tensor:
 
 
 def image_rows(batch: Batch) -> Tensor:
-    """Position in the batch of each chosen object's image, (K,)."""
+    """For each object of `chosen`, the index in the batch of its image, (K,)."""
     return batch["image_of"][chosen(batch)]
 
 
 def hidden_boxes(batch: Batch) -> Tensor:
-    """Boxes of the chosen objects, (K, 4)."""
+    """Boxes of the hidden objects, or of all if none is hidden, (K, 4) xyxy pixels."""
     return batch["boxes"][chosen(batch)]
 
 
 def hidden_labels(batch: Batch) -> Tensor:
-    """Labels of the chosen objects, (K,); -1 where unlabelled."""
+    """Labels of the hidden objects, or of all if none is hidden, (K,); -1 where unlabelled."""
     return batch["labels"][chosen(batch)]
 
 
 def object_rows(batch: Batch) -> Rows:
-    """Describe the rows of outputs: hidden objects, the boxes of a detector's batch, or images."""
+    """Describe the rows of outputs: hidden objects, all boxes if none is hidden, or images."""
     if "hidden" not in batch and "boxes" not in batch:
         return Rows()
     which = chosen(batch)
@@ -68,13 +68,14 @@ def object_rows(batch: Batch) -> Rows:
 
 
 def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor]:
-    """Count objects and images, labelled ones, and further units: masks that terms average over.
+    """Count the objects and images of a batch, the labelled ones, and further units.
 
-    In a detector's batch images may be labelled without having a box. `ring` is counted as the area
-    of all rings in pixels; counts need only be comparable within one unit.
+    Further units are masks that terms average over. The count of `ring` is the area of all rings in
+    pixels; counts are only compared within one unit. In a detector's batch an image without a box
+    can be labelled.
 
     Raises:
-        UserError: There is no such mask.
+        UserError: A unit is not a mask of these tasks.
     """
     hides = "hidden" in batch
     labelled = hidden_labels(batch) >= 0
@@ -94,7 +95,7 @@ def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor
         if unit == "ring":
             counts["ring"] = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         elif unit not in (*counts, "frame", "valid"):
-            raise UserError(f"losses: tasks about objects have no mask {unit!r}, only 'ring'")
+            raise UserError(f"losses: this task has no mask {unit!r}; the only mask is 'ring'")
     return counts
 
 
@@ -112,25 +113,25 @@ class ObjectTask(Task):
     num_classes: int
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`ring`, float (K, h, w): the fraction of each cell in the ring around the object."""
+        """`ring`, float (K, h, w): the fraction of each cell that is in the ring around the object."""
         return {"ring": ring_mask(batch)}
 
     def rows(self, batch: Batch) -> Rows:
-        """A row for each hidden object, box or image."""
+        """One row per hidden object, box or image, see `object_rows`."""
         return object_rows(batch)
 
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Count objects and images, also the labelled ones."""
+        """Count objects, images and masks, see `object_counts`."""
         return object_counts(batch, units)
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities (K, C)."""
+        """Log-probabilities of the objects' classes, (K, C)."""
         return output["logits"].float().log_softmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Top-n accuracy and negative log-likelihood."""
+        """Build the metric: top-n accuracy and negative log-likelihood."""
         return TopN(
             len(classes.names), prior=classes.prior, confusable=classes.confusable,
             visible=classes.visible, where=classes.where,
@@ -138,7 +139,10 @@ class ObjectTask(Task):
 
 
 def ring_mask(batch: Batch) -> Mask:
-    """Mask of the ring around each object, half its size wide, within the image, (K, h, w)."""
+    """Mask of the ring around each object, (K, h, w); the ring is half as wide as the object.
+
+    Values are fractions of cells; parts of the ring outside of the image do not count.
+    """
 
     def on_grid(grid: tuple[int, int]) -> Tensor:
         stride = stride_of(batch["images"].shape[-2], grid[0])
@@ -150,7 +154,7 @@ def ring_mask(batch: Batch) -> Mask:
 
 
 def outer_boxes(batch: Batch) -> Tensor:
-    """Outer edges of the rings, (K, 4), clipped to the image without its padding."""
+    """Boxes around the rings of objects, (K, 4), clipped to the image without its padding."""
     outer = expand_boxes(hidden_boxes(batch), RING_MARGIN)
     sizes = batch["sizes"][image_rows(batch)].to(outer.dtype)
     return outer.clamp(min=0.0).minimum(sizes[:, [1, 0, 1, 0]])

@@ -1,4 +1,4 @@
-"""Datasets of objects: both splits of annotated images, as samples and as teachers' inputs."""
+"""Datasets of annotated images, samples with hidden objects, and teacher inputs for caching."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["one", "all"]
 
-# Separate these random numbers from each other and from those of the loader's order.
+# Seeds that keep these random numbers independent of each other and of the loader's order.
 _SAMPLE_STREAM = 1
 _HIDE_SEVERAL_STREAM = 2
 
@@ -53,19 +53,19 @@ Ids = Collection[int] | NDArray[np.int64]
 
 
 class AnnotatedSamples(Dataset[Sample]):
-    """Base class of samples of annotated images: those of docs/batch.md by (epoch, position).
+    """Base class of samples of annotated images, indexed by (epoch, position).
 
-    A sample depends on its (epoch, position) and the seed alone.
+    `docs/batch.md` lists the entries of a sample, which depends only on (epoch, position) and seed.
 
     Args:
-        index: The dataset.
+        index: Images and annotations of the split.
         images: Positions in the index of the images to sample.
-        files: Reads the images.
+        files: Reads the image files.
         train: Whether to augment; otherwise all epochs are equal.
-        seed: At least 0.
-        labelled: Ids of the labelled images; labels on others become -1. None: all.
-        repeat_labelled: How often an image of `labelled` occurs in an epoch; others occur once.
-        cached: Teacher outputs, added as `stored.NAME`.
+        seed: Random seed, at least 0.
+        labelled: Ids of the labelled images; labels of all other images become -1. None: all.
+        repeat_labelled: How often an image in `labelled` occurs in an epoch; others occur once.
+        cached: Cached teacher outputs, added to the samples as `stored.NAME`.
 
     Raises:
         UserError: `labelled` has an unknown id.
@@ -92,18 +92,18 @@ class AnnotatedSamples(Dataset[Sample]):
 
     @abstractmethod
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Make the sample of (epoch, position): docs/batch.md without the batch's dimension.
+        """Make the sample of (epoch, position), with entries of docs/batch.md without batch axis.
 
         Raises:
-            UserError: The image is missing, corrupt, or not of the size in the JSON.
+            UserError: The image is missing, corrupt, or its size differs from the JSON's.
         """
 
     def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """The (prepared) file of an image of the index, its height and width."""
+        """The file (prepared or original) of the image at an index position, and its (H, W)."""
         return self.files.file(image)
 
     def entries(self, position: int, pixels: Tensor, plan: Plan, found: Objects) -> Sample:
-        """The entries of a sample that hold the image and its objects."""
+        """The entries of a sample for the image and its objects."""
         labels = self.index.labels[found.rows].astype(np.int64)
         if not self.known[position]:
             labels[:] = -1
@@ -120,7 +120,7 @@ class AnnotatedSamples(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class _Scene:
-    """An image's objects in the frame of a sample, and which of them are usable."""
+    """An image's objects in the frame of a sample, and whether each is usable, (M,) bool."""
 
     plan: Plan
     found: Objects
@@ -131,29 +131,29 @@ class ObjectSamples(AnnotatedSamples):
     """Samples of scenes with objects to hide, one for each image that has a usable object.
 
     Args:
-        index: The dataset.
+        index: Images and annotations of the split.
         size: Side of the square frame, pixels.
-        mode: Usable objects to hide: `one` drawn each epoch, or `all`, one by one.
+        mode: `one`: hide one usable object, drawn at random each epoch; `all`: hide each in turn.
         train: Whether to augment and to follow schedules; otherwise all epochs are equal.
-        augment: Options of `Augment`; None: no augmentation.
+        augment: Options of `kd.transforms.augment.Augment`; None: no augmentation.
         min_fraction: Area of the smallest usable box as a fraction of the image.
-        max_fraction: Area of the largest usable box.
+        max_fraction: Area of the largest usable box as a fraction of the image.
         shape: Shape of hidden regions; `segment` adds exact masks to the samples.
         partial: Hidden fraction of an object's region at the start of training, and the progress
-            (0..1) from which all of it is hidden; None: all of it from the start.
+            (0..1) from which the whole region is hidden; None: always the whole region.
         hide_several: Fraction of the other objects that are hidden too, at the start and at the
             end of training; None: objects are hidden one at a time.
         read_images: Whether to read image files; otherwise all images are grey.
         only: Ids of the images to sample; None: all.
-        seed: At least 0.
-        epochs: Length of the training, for the schedules.
+        seed: Random seed, at least 0.
+        epochs: Number of epochs of the training, for the schedules.
         prepared: Folder written by `python -m kd.data.prepare` from this dataset.
-        class_maps: Class ids of the pixels, added as `class_maps`.
-        options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`; teacher outputs
-            are those for the hidden objects.
+        class_maps: Computes the class id of each pixel, added to the samples as `class_maps`.
+        options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`; the cached
+            teacher outputs are read for the hidden objects.
 
     Raises:
-        UserError: No image has a usable object, or the prepared copy does not fit.
+        UserError: No image has a usable object, or the prepared copy does not match.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class ObjectSamples(AnnotatedSamples):
             )
         if len(images) < len(index) and only is None:
             log.info(
-                "%s: %d of %d images left out, since they have no object between %s",
+                "%s: %d of %d images are left out, because they have no object between %s",
                 *(index.annotation_file, len(index) - len(images), len(index), limits),
             )
         return images
@@ -247,7 +247,7 @@ class ObjectSamples(AnnotatedSamples):
 
     def _place(self, image: int, plan: Plan | None, size: tuple[int, int]) -> _Scene:
         index = self.index
-        if plan is None:  # the fractions by which the image was selected, without rounding
+        if plan is None:  # these fractions, by which the image was selected, are not rounded
             plan, found = Plan(size=size), objects_of(index, image, size)
         else:
             assert self.augment is not None
@@ -284,32 +284,35 @@ class AnnotatedDataset(SplitDataset[CocoIndex]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names."""
+        """Names of the C classes."""
         return self.val.class_names
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student of this seed may use; None: all."""
+        """Ids of the train images whose labels a student with this seed may use; None: all."""
         return labelled_images(self.train, self.section.labelled, seed)
 
 
 @dataclass(frozen=True)
 class ObjectsDataset(AnnotatedDataset):
-    """A dataset from which objects are hidden one by one."""
+    """A dataset of annotated images whose objects are hidden one by one."""
 
     @property
     def problem(self) -> Problem[Any]:
-        """The problem of hidden objects."""
+        """The registered problem `objects`."""
         return problem("objects")
 
     def class_info(self) -> Classes:
-        """Names, prior, confusable groups and numbers of visible objects."""
+        """Class names, class prior, confusable groups, and number of visible objects per image."""
         return Classes(
             self.class_names, self.prior(), self.val.confusable_groups,
             partial(visible_objects, self.val), self.section.name,
         )  # fmt: skip
 
     def samples(self, split: Split, **options: Any) -> ObjectSamples:
-        """Samples of a split with the section's options; `options` of `ObjectSamples` win."""
+        """Samples of a split with the data section's options.
+
+        `options` are arguments of `ObjectSamples` that replace those of the section.
+        """
         section, partial, several = self.section, self.section.partial, self.section.hide_several
         same = ("size", "augment", "min_fraction", "max_fraction", "shape", "repeat_labelled")
         own = {
@@ -324,21 +327,24 @@ class ObjectsDataset(AnnotatedDataset):
         return ObjectSamples(self.split(split), **{**own, **options})
 
     def seen_as(self, seen: ObjectsSection, **changes: Any) -> ObjectsDataset:
-        """The dataset with a teacher's image size and shape of hidden regions, and with changes."""
+        """Return the dataset with the image size and hidden shape of a teacher's data section.
+
+        `changes` replace further keys of the dataset's section.
+        """
         update = {"size": seen.size, "shape": seen.shape, **changes}
         return replace(self, section=self.section.model_copy(update=update))
 
     def evaluated_on(self, val: CocoIndex) -> ObjectsDataset:
-        """The dataset with another val split, all of whose objects are scored at any size."""
+        """Return the dataset with another val split, of which objects of any size are scored."""
         update = {"min_fraction": 0.0, "max_fraction": 1.0, "prepared": None}
         return replace(self, section=self.section.model_copy(update=update), val=val)
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class fractions (C,) from `train_counts`, with one added to each count."""
+        """Class fractions (C,) of the usable train objects, with one added to each count."""
         return smoothed(self.train_counts(images))
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
-        """Usable train objects by class, (C,), on the images with these ids or on all."""
+        """Number of usable train objects of each class, (C,), on images with these ids or on all."""
         rows = self.samples("train", only=images).usable_rows()
         return np.bincount(self.train.labels[rows], minlength=self.num_classes)
 
@@ -347,8 +353,9 @@ class ObjectsDataset(AnnotatedDataset):
     ) -> dict[str, NDArray[np.float64]]:
         """Class fractions for class weights, on the train images with these ids or on all.
 
-        `pixel_fractions` (1 + C,) are fractions of the images' area, background first with at least
-        1 %; overlapping segments count twice. `image_fractions` (C,) are fractions of images.
+        `pixel_fractions` (1 + C,) are fractions of the images' area that segments of each class
+        cover, after that of the background, which is at least 1 %; overlapping segments count
+        twice. `image_fractions` (C,) are the fractions of images that contain each class.
         """
         index, classes = self.train, self.num_classes
         rows, owners = objects_on(index, images)
@@ -363,7 +370,7 @@ class ObjectsDataset(AnnotatedDataset):
         }
 
     def ceiling(self, split: Split = "val") -> dict[str, NDArray[Any]] | None:
-        """Arrays of the embedded scenes' exact posteriors; None for other datasets."""
+        """Arrays of the exact posteriors, stored with the embedded scenes; None for other data."""
         file = self.split(split).annotation_file.with_name(f"posteriors_{split}.npz")
         if self.section.generate is None or not file.is_file():
             return None
@@ -378,7 +385,7 @@ def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def open_objects(section: DatasetSection) -> ObjectsDataset:
-    """Open both splits; the embedded scenes are rendered if they do not exist yet."""
+    """Open both splits of a dataset; render the embedded scenes if they do not exist yet."""
     assert isinstance(section, ObjectsSection)
     opened = open_annotated(
         section, layout=section.layout, classes=section.classes, images=section.images
@@ -388,11 +395,13 @@ def open_objects(section: DatasetSection) -> ObjectsDataset:
 
 @dataclass(frozen=True)
 class ObjectsView:
-    """Every object of a split, hidden in turn; a record for each, by its annotation id.
+    """Teacher input for caching: every object of a split, hidden in turn.
+
+    The cache has one record per object; its id is the object's annotation id.
 
     Attributes:
-        data: The dataset; its limits on the size of objects do not apply.
-        seen: The teacher's data section, for image size and shape of hidden regions.
+        data: The dataset; the section's limits on the size of objects do not apply.
+        seen: The teacher's data section, from which image size and hidden shape are taken.
         split: Train or val.
     """
 
@@ -400,7 +409,9 @@ class ObjectsView:
     seen: ObjectsSection
     split: Split
     unit: ClassVar[str] = "objects"
-    grid: ClassVar[None] = None  # score maps have one shape, that of the square frame
+    grid: ClassVar[None] = (
+        None  # no resizing, because all score maps have the shape of the square frame
+    )
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
@@ -414,7 +425,7 @@ class ObjectsView:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Annotations, image files, and how objects are hidden."""
+        """Hashes of annotations and image files, split, image size, and shape of hidden regions."""
         whole = self._whole
         files = files_hash(len(whole.images), lambda n: whole.image_file(int(whole.images[n]))[0])
         return {
@@ -425,11 +436,11 @@ class ObjectsView:
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Scenes with all their objects hidden in turn."""
+        """Scenes in which every object is hidden in turn."""
         return self._whole if images is None else self._all_sizes.samples(self.split, only=images)
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The hidden objects."""
+        """Annotation ids of the hidden objects, (K,), and indices of their images in the batch."""
         return batch["object_ids"][batch["hidden"]], image_rows(batch)
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
@@ -437,7 +448,7 @@ class ObjectsView:
         return mirror_objects(batch)
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Samples with one hidden object per image and the cached outputs, augmented alike."""
+        """Training samples with one hidden object per image; cached maps are augmented alike."""
         data = self.data.seen_as(self.seen, augment=augment, partial=None)
         return data.samples(self.split, train=True, mode="one", cached=cached)
 
@@ -451,7 +462,7 @@ class ObjectsView:
 
     @cached_property
     def _whole(self) -> ObjectSamples:
-        """Samples of all images; cached, since finding usable objects takes a while."""
+        """Samples of the whole split; cached, because finding the usable objects is slow."""
         return self._all_sizes.samples(self.split)
 
 

@@ -21,7 +21,7 @@ from kd.problems.results import Predictor, spread
 from kd.report.class_bars import bars
 from kd.report.style import GREY, ORANGE
 
-_CROP_MARGIN = 0.15  # around the crop of the object, as a fraction of the box's longer side
+_CROP_MARGIN = 0.15  # width of the margin around the drawn object, as a fraction of its longer side
 
 
 def hidden_scene_figure(
@@ -34,10 +34,10 @@ def hidden_scene_figure(
         image: (3, H, W) uint8, with the object visible.
         box: xyxy pixels of the hidden object.
         truth: The object's class.
-        beliefs: Model -> (C,) probabilities, such as {"teacher": ..., "student": ...}.
+        beliefs: Name of each model -> class probabilities (C,), such as {"teacher": ...}.
         names: C class names.
         size: Height and width of the image without padding, (H, W) by default.
-        top: Number of bars.
+        top: Number of most probable classes to draw as bars.
     """
     height, width = size or (int(image.shape[1]), int(image.shape[2]))
     pixels = image[:, :height, :width].permute(1, 2, 0).cpu().numpy()
@@ -66,7 +66,7 @@ def _scene(axes: Axes, pixels: NDArray[Any], corners: Sequence[float]) -> None:
     axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=ORANGE, linewidth=1.8))
     height, width = pixels.shape[:2]
     size = 100 * min(across / width, down / height)
-    if size > 6:  # a smaller one would cover the outline
+    if size > 6:  # because a letter in a smaller box would cover the outline
         middle = ((x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2)
         axes.text(*middle, "?", color="white", ha="center", va="center", fontsize=min(size, 26))
     axes.set_title("the scene, object hidden", fontsize=9)
@@ -89,7 +89,7 @@ def hidden_scenes(
     predictors: Mapping[str, Predictor], data: ObjectsDataset, *, count: int,
     accelerator: Accelerator,
 ) -> Iterator[Figure]:  # fmt: skip
-    """Draw at most `count` val objects spread over the split, a figure each."""
+    """Draw at most `count` hidden val objects, spread over the split, one figure each."""
     dataset = data.samples("val")
     names = list(data.val.class_names)
     for place in spread(count, len(dataset)):
@@ -109,7 +109,7 @@ def hidden_scenes(
 
 
 def _resized(sample: Sample, size: int | tuple[int, int] | None) -> Sample:
-    """Resize a batch of square images."""
+    """Resize a batch of square images and their boxes to the side `size`."""
     images = sample["images"]
     if size is None or images.shape[-1] == size:
         return sample

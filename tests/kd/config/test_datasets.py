@@ -60,7 +60,7 @@ def test_the_layout_chooses_the_section() -> None:
     recipe = load_recipe(TeacherRecipe, find_config("teacher", "pspnet"), data="cityscapes")
     assert isinstance(recipe.data, SegmentationSection) and recipe.data.layout == "cityscapes"
     with pytest.raises(
-        UserError, match=r"^camvid: data of segmentation; expected .* --data scenes"
+        UserError, match=r"^camvid: this is data of segmentation; expected .* --data scenes"
     ):
         data_config("camvid", needs="context")
 
@@ -103,7 +103,7 @@ def test_the_page_s_dataset_of_one_s_own_is_taken(
         ("data.train=3", "data.train: input should be a valid string, got 3"),
         ("data.train=[a, b]", "data.train: input should be a valid string, got ('a', 'b')"),
         ("data.val={annotations: a, images: b}",
-         "data: val: layout camvid takes a split's name"),
+         "data: val: layout camvid expects the name of a split"),
         ("data.val={annotations: a, images: b, imags: c}",
          "data.val.imags: unknown key; did you mean 'images'?"),
     ],
@@ -119,7 +119,7 @@ def test_a_mistake_in_a_section_of_label_maps_is_told_at_its_place(
     [
         ("data.train.imags=b", "data.train.imags: unknown key; did you mean 'images'?"),
         ("data.generate.trian=3", "data.generate.trian: unknown key; did you mean 'train'?"),
-        ("data.val=val", "data: val: layout coco takes its annotations and images"),
+        ("data.val=val", "data: val: layout coco expects paths of annotations and images"),
     ],
 )
 def test_splits_of_coco_are_paths(setting: str, message: str) -> None:
@@ -179,9 +179,9 @@ def test_another_split_is_a_change_to_a_dataset_and_not_a_whole_one(tmp_path: Pa
          "data.scales.1: input should be less than or equal to 10, got 11"),
         ("coco", "data.scales=1", "data.scales: input should be a valid tuple, got 1"),
         ("coco", "data.scale=[1, 2]", "data.scale: unknown key; did you mean 'scales'?"),
-        ("coco", "data.layout=voc", "data: train: layout voc takes a split's name"),
+        ("coco", "data.layout=voc", "data: train: layout voc expects the name of a split"),
         ("coco", "data.train=train2017",
-         "data: train: layout coco takes its annotations and images"),
+         "data: train: layout coco expects paths of annotations and images"),
         ("voc", "data.layout=vic",
          "data.layout: unknown layout 'vic'; did you mean 'voc'? The others are coco, kitti, "
          "got 'vic'"),
@@ -191,7 +191,7 @@ def test_another_split_is_a_change_to_a_dataset_and_not_a_whole_one(tmp_path: Pa
          "data: classes: one or more names, and only with layout voc"),
         ("voc", "data.layuot=voc", "data.layuot: unknown key; did you mean 'layout'?"),
         ("voc", "data.val={annotations: a, images: b}",
-         "data: val: layout voc takes a split's name"),
+         "data: val: layout voc expects the name of a split"),
         ("kitti", "data.val=3", "data.val: input should be a valid string, got 3"),
         ("kitti", "data.generate={train: 3}",
          "data: generate: only for the embedded scenes, not for layout kitti"),
@@ -232,9 +232,12 @@ def test_splits_fit_the_layout() -> None:
     )
     assert drawn.train == Split(annotations="a.json", images="a")
     for change, message in (
-        ({"layout": "coco"}, "train: layout coco takes its annotations and images"),
-        ({"layout": "coco", "train": PATHS}, "val: layout coco takes its annotations and images"),
-        ({"val": PATHS}, "val: layout camvid takes a split's name"),
+        ({"layout": "coco"}, "train: layout coco expects paths of annotations and images"),
+        (
+            {"layout": "coco", "train": PATHS},
+            "val: layout coco expects paths of annotations and images",
+        ),
+        ({"val": PATHS}, "val: layout camvid expects the name of a split"),
     ):
         with pytest.raises(ValidationError, match=message):
             SegmentationSection.model_validate({**MAPS, **change})
@@ -245,7 +248,7 @@ def test_folds_are_for_objects_alone() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(TeacherRecipe, path, settings=["folds=3"])
     assert str(caught.value) == (
-        "--set folds=3: folds: data of segmentation; expected data of objects, "
+        "--set folds=3: folds: this is data of segmentation; expected data of objects, "
         "such as --data scenes"
     )
 
@@ -310,7 +313,8 @@ def test_a_layout_of_fixations_chooses_their_section(own: Callable[[str], Path])
          "The others are cat2000, mit1003, salicon, synthetic, got 'osi'"),
         ("data.val_fraction=1.0", "data.val_fraction: input should be less than 1, got 1.0"),
         ("data.maps=drawn", "data.maps: input should be 'fixations' or 'published', got 'drawn'"),
-        ("data.val={annotations: a, images: b}", "data: val: layout osie takes a split's name"),
+        ("data.val={annotations: a, images: b}", "data: val: layout osie expects the name of a "
+         "split"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_section_of_fixations_is_told_at_its_place(
@@ -327,7 +331,9 @@ def test_a_file_of_fixations_that_is_not_whole_hears_of_it(own: Callable[[str], 
     with pytest.raises(ConfigError) as caught:
         load_recipe(DistillRecipe, find_config("distill", "saliency_resnet18"), data=path)
     assert str(caught.value) == f"--data {path}: data.layout: missing key"
-    with pytest.raises(ConfigError, match="train: layout synthetic takes its annotations and"):
+    with pytest.raises(
+        ConfigError, match="train: layout synthetic expects paths of annotations and"
+    ):
         data_config("osie", ["data.layout=synthetic"])
     with pytest.raises(ConfigError, match="maps: layout synthetic has no published maps"):
         data_config("scenes_gaze", ["data.maps=published"])

@@ -187,7 +187,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         metric_of(truth, confusable=[None])
     with pytest.raises(ValueError, match=r"detections: \(5, 30, 5\), expected \(5, K, 6\)"):
         metric_of(truth).take(found[..., :5], batch)
-    with pytest.raises(UserError, match=r"^runs/x: no object to find"):
+    with pytest.raises(UserError, match=r"^runs/x: the annotations have no objects"):
         metric_of(truth, where="runs/x").compute()
     metric = metric_of(truth, where="runs/x")
     metric.take(found, {**batch, "image_ids": batch["image_ids"] + 100})
@@ -201,7 +201,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         where = rf"{message}\[.*\] on image {batch['image_ids'][0]} is not finite"
         with pytest.raises(UserError, match=where):
             metric.compute()
-    with pytest.raises(UserError, match="here: has no annotated boxes"):
+    with pytest.raises(UserError, match="here: the dataset has no annotated boxes"):
         Detection(num_classes=1).metric(Classes(("a",), where="here"))
 
 

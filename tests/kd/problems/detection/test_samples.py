@@ -350,7 +350,7 @@ def test_a_prepared_copy_shows_the_same_and_leads_back_to_the_original(
         ({"scales": (1.5, 0.5)}, "^scales: "),
         ({"scales": (float("nan"), 1.0)}, "^scales: "),
         ({"augment": {"flap": 1.0}}, "augment: unknown option 'flap'"),
-        ({"only": []}, r"instances\.json: none of the selected images is in it"),
+        ({"only": []}, r"instances\.json: none of the selected images is in this file"),
         ({"only": [99]}, "none of the selected images"),
     ],
 )

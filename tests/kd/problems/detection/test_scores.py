@@ -213,12 +213,12 @@ def test_damage_is_named() -> None:
         r"confusable is \(3,\), expected \(4,\)": {**run, "confusable": run["confusable"][:3]},
         "truth_crowds is int64, expected bool": {
             **run, "truth_crowds": run["truth_crowds"].astype(np.int64)},
-        "image_ids do not ascend": {**run, "image_ids": run["image_ids"][::-1]},
+        "image_ids must ascend": {**run, "image_ids": run["image_ids"][::-1]},
         r"found_images\[7\] is 24, expected 0..23": changed("found_images", 7, 24),
         r"truth_labels\[0\] is -1, expected 0..3": changed("truth_labels", 0, -1),
         r"found_boxes\[2\] on image \d+ is not finite": changed("found_boxes", 2, np.inf),
-        r"found_boxes\[3\] on image \d+ has a side below 0": changed("found_boxes", 3, -1.0),
-        "no object to find": {**run, "truth_crowds": np.ones(96, np.bool_)},
+        r"found_boxes\[3\] on image \d+ has a negative side": changed("found_boxes", 3, -1.0),
+        "the annotations have no objects": {**run, "truth_crowds": np.ones(96, np.bool_)},
     }  # fmt: skip
     for message, records in wrong.items():
         with pytest.raises(UserError, match=f"^here: {message.removeprefix('here: ')}"):

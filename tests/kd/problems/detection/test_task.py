@@ -470,9 +470,9 @@ def test_trunks_that_round_their_maps_down_learn_from_maps(side: int) -> None:
 def test_a_grid_without_a_power_of_two_is_refused() -> None:
     batch = make_batch(BOXES)
     masks = Detection(num_classes=CLASSES, levels=LEVELS).masks(batch)
-    with pytest.raises(UserError, match="a map with stride 10"):
+    with pytest.raises(UserError, match="a feature map has stride 10"):
         masks["valid"]((7, 7))
-    with pytest.raises(UserError, match="is not one of the student's levels"):
+    with pytest.raises(UserError, match="but the student's levels have strides"):
         masks["whole"]((7, 7))
 
 

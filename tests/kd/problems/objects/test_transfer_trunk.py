@@ -98,7 +98,7 @@ def test_mistakes_name_the_place_and_the_remedy(small_teacher: Path, tmp_path: P
         ({"weights": "imagenet"}, "imagenet: no such run folder"),
         ({"weights": str(tmp_path / "none")}, "none: no such run folder"),
         ({"weights": str(unfinished)}, "not finished, it has no model.safetensors"),
-        ({"weights": str(pupil)}, "a student's run; expected a teacher's"),
+        ({"weights": str(pupil)}, "a student's run; expected a teacher's run"),
         ({"weights": str(tmp_path)}, "not a teacher's run, it has no config.yaml"),
         ({"like": wide, "weights": run}, "has another trunk than the student: features.0.0.weight "
          "is (4, 4, 3, 3), expected (8, 4, 3, 3)"),

@@ -172,7 +172,11 @@ def changed(name: str, number: Any) -> Records:
 @pytest.mark.parametrize(
     ("name", "number", "message"),
     [
-        ("fixation_counts", 8, "two have different fixations for 1 images: other data"),
+        (
+            "fixation_counts",
+            8,
+            "two have different fixations for 1 images; they were evaluated on different data",
+        ),
         ("other_counts", 3, "fixations of other images \\(sAUC\\) for 1 images: another split"),
         ("truth_entropy", 3.0, "densities of fixations for 1 images: another smoothing"),
         ("prior_bits", math.nan, "priors \\(IG\\) for 1 images: fitted to other images"),

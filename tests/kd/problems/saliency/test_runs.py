@@ -263,7 +263,7 @@ def test_mistakes_are_one_line(
         "task saliency needs data of saliency, such as --data scenes_gaze": (
             distill.main, [*command, "--teacher", str(teacher)]
         ),
-        "predicts images with fixations; --scales and --flip are for label maps": (
+        "--flip are only for label maps; this model predicts images with fixations": (
             evaluate.main, [str(teacher), "--flip"]
         ),
     }  # fmt: skip
@@ -271,7 +271,9 @@ def test_mistakes_are_one_line(
         assert run_command(main, arguments) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert len(lines) == 1 and message in lines[0]
-    with pytest.raises(UserError, match="folds: data of saliency; expected data of objects"):
+    with pytest.raises(
+        UserError, match="folds: this is data of saliency; expected data of objects"
+    ):
         train_teacher.main(["--teacher", "msinet", *sets(*gaze, "folds=2")])
 
 

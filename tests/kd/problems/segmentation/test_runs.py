@@ -276,7 +276,9 @@ def test_a_classifier_is_no_segmentation_student(maps: list[str], mapped_teacher
 
 
 def test_folds_are_of_objects(maps: list[str]) -> None:
-    with pytest.raises(UserError, match="folds: data of segmentation; expected data of objects"):
+    with pytest.raises(
+        UserError, match="folds: this is data of segmentation; expected data of objects"
+    ):
         train_teacher.main(["--teacher", "pspnet", *flags([*maps, "folds=2"])])
 
 
