@@ -121,7 +121,7 @@ def test_a_mistake_ends_before_anything_is_trained(
 ) -> None:
     command = ["--task", "scene_labels", "--teacher", str(small_teacher), *small_data]
     for setting, message in (
-        ("starts.imagenet=imagenet", "teacher 'cnn' does not take torchvision's weights"),
+        ("starts.imagenet=imagenet", "teacher 'cnn' does not accept torchvision's weights"),
         ("student={name: resnet18, options: {}}", "does not fit resnet18: missing"),
         ("task.weights={cross_entropy: 1.0}", "binary"),
     ):

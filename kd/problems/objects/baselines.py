@@ -58,7 +58,7 @@ ABOUT = {
     "objects around the hidden one; no pixels",
     EXACT: "exact posterior: class probabilities under the scenes' generative model, given the "
     "visible pixels; no model whose only input is pixels is better on average",
-    EXACT_ANNOTATIONS: "exact, annotations: the exact posterior, given the boxes and classes of the "
+    EXACT_ANNOTATIONS: "exact, annotations: the exact posterior given the boxes and classes of the "
     "other objects instead of pixels; a model that also uses pixels can be better",
 }
 

@@ -113,7 +113,7 @@ class ObjectTask(Task):
     num_classes: int
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`ring`, float (K, h, w): the fraction of each cell that is in the ring around the object."""
+        """`ring`, float (K, h, w): the fraction of each cell inside the ring around the object."""
         return {"ring": ring_mask(batch)}
 
     def rows(self, batch: Batch) -> Rows:

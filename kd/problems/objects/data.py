@@ -232,7 +232,7 @@ class ObjectSamples(AnnotatedSamples):
             )
         if len(images) < len(index) and only is None:
             log.info(
-                "%s: %d of %d images are left out, because they have no object between %s",
+                "%s: %d of %d images left out, because they have no object between %s",
                 *(index.annotation_file, len(index) - len(images), len(index), limits),
             )
         return images
@@ -344,7 +344,7 @@ class ObjectsDataset(AnnotatedDataset):
         return smoothed(self.train_counts(images))
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
-        """Number of usable train objects of each class, (C,), on images with these ids or on all."""
+        """Number of usable train objects by class, (C,), on images with these ids or on all."""
         rows = self.samples("train", only=images).usable_rows()
         return np.bincount(self.train.labels[rows], minlength=self.num_classes)
 

@@ -1,4 +1,4 @@
-"""Results of tasks about objects: hidden objects, objects in scenes, and scene labels."""
+"""Results of tasks about objects: metrics, tables and figures of classes and scene labels."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from kd.problems.results import Evaluation, Predictor, Results
 from kd.report.tables import OVER_IMAGES, Scored, Table, difference_notes
 
 CHANCE = "random"
-# Metrics that are also computed of the exact posterior for `summary.json`.
+# Metrics that `summary.json` also lists for the exact posterior, as `ceiling_<metric>`.
 CEILINGS = ("top1", "top5", "nll", "confusable_top1", "confusable_pair_top1", "mean_class_top1",
             "topn_auc")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ObjectsEvaluation(Evaluation):
-    """Objects, with tables by bins and by class, and confusions."""
+    """Tables and figures of predicted object classes: overall, by bin, by class, and confusions."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All top-n accuracies, then the results' other metrics."""
+        """Names of all top-n accuracies, then of the results' other metrics."""
         return (*(f"top{n}" for n in scores.TOPS),
                 *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of the runs, of uniform guesses, then of the references."""
+        """Metrics of each run, of uniform random guesses, then of each reference."""
         found = super().scored
         runs, known = found[: len(self.runs)], found[len(self.runs) :]
         ours = [name for name in runs[0].values if name not in self.results.own_metrics]
@@ -54,18 +54,18 @@ class ObjectsEvaluation(Evaluation):
 
     @cached_property
     def classes(self) -> list[ClassRow]:
-        """Metrics of the first run by class."""
+        """Metrics of the first run, one row per class."""
         return per_class(self.first)
 
     @cached_property
     def train_counts(self) -> NDArray[np.int64]:
-        """Usable train objects by class, (C,)."""
+        """Number of usable train objects of each class, (C,)."""
         assert self.opened is not None
         counts: NDArray[np.int64] = self.opened().train_counts()
         return counts
 
     def notes(self) -> Sequence[str]:
-        """Notes on the references; for a single run also its differences from them."""
+        """Notes on the references; for a single run also how its metrics differ from theirs."""
         notes = [ABOUT[name] for name in self.references if name in ABOUT]
         if len(self.runs) > 1:
             return notes
@@ -73,12 +73,12 @@ class ObjectsEvaluation(Evaluation):
         return [*notes, *difference_notes(self.results, self.first, known, ("top1", "nll"))]
 
     def summary_tables(self) -> list[Table]:
-        """Metrics, and top-1 by hidden fraction and by number of visible objects."""
+        """Tables of metrics, and of top-1 by hidden fraction and by number of visible objects."""
         bins = [self.bins_table(kind) for kind in scores.BINS]
         return [*super().summary_tables(), *(table for table in bins if table is not None)]
 
     def bins_table(self, kind: str) -> Table | None:
-        """Top-1 by bin, `kind` being a key of `BINS`; None if no object is in any bin."""
+        """Table of top-1 in each bin of `BINS[kind]`; None if no bin has an object."""
         top1, lines = METRICS["top1"], []
         for name in scores.BINS[kind]:
             binned = f"{kind}/{name}_top1"
@@ -97,7 +97,7 @@ class ObjectsEvaluation(Evaluation):
         return Table(title, header, (tuple(lines),), (OVER_IMAGES,)) if lines else None
 
     def class_table(self) -> Table:
-        """Objects, accuracy and confusions by class for one run, top-1 for several."""
+        """Table by class: objects, accuracy and confusions of a single run, or top-1 of several."""
         names = self.names
         if len(self.runs) > 1:
             columns = [
@@ -121,7 +121,7 @@ class ObjectsEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),))
 
     def all_tables(self) -> list[Table]:
-        """The tables of `table.md`, with confusions of a single run."""
+        """Tables to write to `table.md`, including confusions if there is a single run."""
         tables = super().all_tables()
         if len(self.runs) == 1:
             tables.append(self.confusion_table("Most frequent confusions", confusions(self.first)))
@@ -130,7 +130,7 @@ class ObjectsEvaluation(Evaluation):
         return tables
 
     def confusion_table(self, title: str, pairs: Sequence[Confusion], *, most: int = 15) -> Table:
-        """The first `most` pairs of a hidden class and a class predicted in its place."""
+        """Table of the first `most` confusions: a hidden class and the class predicted instead."""
         lines = [
             (self.names[pair.true], self.names[pair.predicted], str(pair.count),
              _percent(pair.fraction), _percent(pair.expected), f"{pair.lift:.1f}")
@@ -141,7 +141,7 @@ class ObjectsEvaluation(Evaluation):
         return Table(title, header, (tuple(lines),), (note,))
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures by name; those by class for a single run only."""
+        """Yield (name, figure); figures by class are only drawn for a single run."""
         runs, known, names = self.runs, self.references, self.names
         yield "top_n", figures.top_n_figure(runs, known)
         yield "hidden_fraction", figures.bins_figure("fraction", runs, known)
@@ -152,14 +152,14 @@ class ObjectsEvaluation(Evaluation):
         yield "class_fractions", figures.class_fraction_figure(self.train_counts, val_counts, names)
         if len(runs) > 1:
             return
-        # The prior is right about one class and wrong about all others.
+        # The prior is left out, because it always predicts the same class.
         others = {name: per_class(one) for name, one in known.items() if name != PRIOR}
         yield "per_class", figures.per_class_figure(self.classes, names, others)
         yield "confusions", figures.confusion_figure(self.first, names)
         yield "beyond_prior", figures.beyond_prior_figure(beyond_prior(self.first), names)
 
     def details(self, name: str) -> dict[str, float]:
-        """Top-1 in each bin."""
+        """Top-1 in each bin, for `metrics.json`; empty for random guesses."""
         records = {**self.runs, **self.references}.get(name)
         if records is None:  # uniform guesses
             return {}
@@ -187,7 +187,7 @@ class ObjectsEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class ObjectResults(Results):
-    """Predicted classes of objects."""
+    """Results of tasks that predict the class of each object."""
 
     evaluation_type: ClassVar[type[Evaluation]] = ObjectsEvaluation
     things: ClassVar[str] = "objects"
@@ -207,17 +207,17 @@ class ObjectResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """Numbers of objects and images."""
+        """The numbers of objects and images in words, for titles."""
         images = len(set(records["image_ids"].tolist()))
         return f"{len(records['labels'])} objects in {images} images"
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """The class prior, if the records have it."""
+        """The class prior as predictions, if the records contain it."""
         prior = scores.prior_records(records)
         return {} if prior is None else {PRIOR: prior}
 
     def summary(self, data: ObjectsDataset, records: Records) -> dict[str, float]:
-        """`ceiling_<metric>` of the exact posterior of the embedded scenes."""
+        """Metrics of the embedded scenes' exact posterior, named `ceiling_<metric>`."""
         exact = exact_records(data, records)
         if EXACT not in exact:
             return {}
@@ -228,7 +228,7 @@ class ObjectResults(Results):
         self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
         opened: Callable[[], ObjectsDataset] | None = None,
     ) -> Evaluation:  # fmt: skip
-        """Compare with the class prior, co-occurrence and the exact posterior."""
+        """Evaluation of the runs beside the class prior, co-occurrence and the exact posterior."""
         assert opened is not None
         data = opened()
         runs = {name: on_data(data, one, name) for name, one in runs.items()}
@@ -236,13 +236,13 @@ class ObjectResults(Results):
         return ObjectsEvaluation(self, title, section, runs, known, lambda: data)
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
-        """Top-n curves of the runs and the class prior."""
+        """Draw top-n curves of the runs and the class prior."""
         return figures.top_n_figure(runs, self.references(next(iter(runs.values()))))
 
     def training_figures(
         self, data: ObjectsDataset, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Top-n curves with references, and top-1 by hidden fraction."""
+        """Figures for TensorBoard: top-n curves with references, and top-1 by hidden fraction."""
         exact = {n: r for n, r in exact_records(data, records).items() if n == EXACT}
         known = {**self.references(records), **exact}
         yield "eval/top_n", figures.top_n_figure({"model": records}, known)
@@ -258,11 +258,11 @@ class ObjectResults(Results):
 
 @dataclass(frozen=True)
 class SceneLabelsEvaluation(Evaluation):
-    """Tables of scene labels, without figures."""
+    """Tables of scene labels; there are no figures."""
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:
-        """Name, images and each run's average precision, for every class that occurs."""
+        """For each class that occurs: its name, number of images, and every run's AP."""
         support = self.first["present"].sum(axis=0)
         order = [c for c in np.argsort(-support, kind="stable").tolist() if support[c]]
         return [
@@ -274,7 +274,7 @@ class SceneLabelsEvaluation(Evaluation):
         ]  # fmt: skip
 
     def class_table(self) -> Table:
-        """Images and average precision of each class that occurs."""
+        """Table of the number of images and the average precision of each class that occurs."""
         ap = METRICS["AP"]
         lines = [
             (row["name"], str(row["images"]), *(ap.text(row["AP"][name]) for name in self.runs))
@@ -289,46 +289,49 @@ class SceneLabelsEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class SceneLabelResults(Results):
-    """Predicted classes of images."""
+    """Results of tasks that predict which classes are in each image."""
 
     evaluation_type: ClassVar[type[Evaluation]] = SceneLabelsEvaluation
     things: ClassVar[str] = "images with labels"
     our_rows: ClassVar[tuple[str, ...]] = ("mAP", "weighted_AP", "micro_AP")
 
     def check(self, records: Records, where: str) -> None:
-        """Check that arrays exist and have matching shapes."""
+        """Raise a UserError if arrays are missing or their shapes do not match."""
         check_arrays(records, ("image_ids", "log_probs", "present"), where, " of labels")
         shapes = {name: records[name].shape for name in ("log_probs", "present")}
         if len(set(shapes.values())) > 1 or len(records["image_ids"]) != len(records["present"]):
             raise UserError(f"{where}: arrays of different lengths: {shapes}")
 
     def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Check the number of classes and the labels of each image."""
+        """Raise a UserError if the number of classes or the labels of an image differ."""
         own, others = records["present"], other["present"]
         check_same_classes(own.shape[1], others.shape[1], pair)
         if wrong := int((own != others).any(axis=1).sum()):
-            raise UserError(f"{pair} have different labels for {wrong} images: other data")
+            raise UserError(
+                f"{pair} have different labels for {wrong} images; they were evaluated on "
+                "different data"
+            )
 
     def our_value(self, records: Records, name: str) -> float | None:
-        """A metric; None if no image has any class."""
+        """Value of a metric; None if no image has any class."""
         if name not in self.our_rows:
             raise UserError(f"metric {name!r}: unknown; there are {', '.join(self.our_rows)}")
         return mean_precisions(records["log_probs"], records["present"]).get(name)
 
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """None: each bootstrap sample would have to be ranked again."""
+        """Return None, because a bootstrap would have to rank all images for each resample."""
         self.our_value(records, name)
         return None
 
     def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """The difference without bounds."""
+        """The metric minus that of `twin`, without bounds."""
         own, other = (self.our_value(one, name) for one in (records, twin))
         if own is None or other is None:
             raise UserError(f"metric {name!r}: undefined, since no image has labels")
         return Interval(own - other, float("nan"), float("nan"))
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """Chance: the same score for every class and image."""
+        """The reference `chance`: the same score for every class and image."""
         return {"chance": {**records, "log_probs": np.zeros_like(records["log_probs"])}}
 
 

@@ -1,4 +1,4 @@
-"""Figures of objects: top-n curves, accuracy by bins, calibration, classes and confusions."""
+"""Figures of predicted object classes: top-n curves, bins, calibration, classes, confusions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from kd.report.style import (
 )
 
 BINNED_BY = {"fraction": "fraction of the image hidden", "visible": "other objects in the image"}
-_NAMES_AT_MOST = 90  # more class names below an axis cannot be read
-_DARK = 0.6  # a cell filled by more than this needs white letters
+_NAMES_AT_MOST = 90  # class names below an axis, because more cannot be read
+_DARK = 0.6  # cells with a larger fraction are dark and get white text
 
 
 def top_n_figure(
     runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw top-n accuracy over n for runs, references, chance and a perfect model."""
+    """Draw top-n accuracy over n of runs, references, random guesses and a perfect model."""
     figure, axes = new_figure(5.6, 4.0)
     num_classes = next(iter(runs.values()))["log_probs"].shape[1]
     n = np.arange(1, num_classes + 1)
@@ -98,7 +98,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
         error = scores.calibration_error(run["log_probs"], run["labels"])
         label = f"{name} (error {error:.3f})"
         axes.plot(points.confidence, points.accuracy, color=colour, linewidth=1.2, label=label)
-        # Areas are proportional to the objects of a bin.
+        # The area of a point grows with the number of objects in the bin.
         sizes = 4 + 120 * points.objects / points.objects.sum()
         axes.scatter(points.confidence, points.accuracy, s=sizes, color=colour, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
@@ -136,9 +136,9 @@ def per_class_figure(
     """Draw top-1 and top-5 of each class above its number of objects, most frequent first.
 
     Args:
-        rows: From `per_class`; with many classes only the most frequent are drawn.
-        names: C names.
-        references: Rows of references, drawn as lines across the bars.
+        rows: Result of `per_class`; if there are many classes, the most frequent are drawn.
+        names: C class names.
+        references: Name of each reference -> its rows, drawn as lines across the bars.
     """
     drawn = rows[:_NAMES_AT_MOST]
     labels, support = [names[row.label] for row in drawn], [row.support for row in drawn]
@@ -146,7 +146,7 @@ def per_class_figure(
     figure, above, below = metric_by_class(heights, labels, support, (0.7, 1.5 * support[0]))
     place = np.arange(len(drawn))
     top5 = [100 * row.top5 for row in drawn]
-    # In a pale SKY behind top-1, which is never higher.
+    # Top-5 is drawn in pale blue behind top-1, which is never higher.
     above.bar(place, top5, width=0.84 * 0.94, color="#bfe1f5", label="top-5", zorder=0.5)
     for name, others in (references or {}).items():
         top1 = {row.label: 100 * row.top1 for row in others}
@@ -164,7 +164,7 @@ def per_class_figure(
 def confusion_figure(
     records: Records, names: Sequence[str], *, most: int = 20, more: int = 6
 ) -> Figure:
-    """Draw the predictions for objects of the most frequent classes; see `matrix_figure`."""
+    """Draw the confusion matrix of the most frequent classes; see `matrix_figure` for options."""
     matrix = confusion_matrix(records)
     rows = [f"{name} ({n})" for name, n in zip(names, matrix.sum(axis=1), strict=True)]
     figure = matrix_figure(matrix, names, rows, most=most, more=more)
@@ -175,15 +175,15 @@ def confusion_figure(
 def matrix_figure(
     matrix: Array, names: Sequence[str], rows: Sequence[str], *, most: int = 20, more: int = 6
 ) -> Figure:
-    """Draw a confusion matrix in percent of each row, without a label of the y axis.
+    """Draw a confusion matrix in percent of each row; the caller labels the y axis.
 
     Args:
         matrix: (C, C) counts by true class (rows) and predicted class (columns).
-        names: C names of predicted classes.
-        rows: C names of true classes.
+        names: Labels of the columns, C class names.
+        rows: Labels of the rows, C names of the true classes.
         most: Number of classes with a row and a column, the most frequent first.
-        more: Number of further columns, for the classes most often predicted in their place; all
-            remaining classes have one column together.
+        more: Number of further columns, for the classes that are most often predicted instead; all
+            remaining classes share one column.
     """
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
@@ -218,7 +218,7 @@ def matrix_figure(
 def beyond_prior_figure(
     pairs: Sequence[Confusion], names: Sequence[str], *, most: int = 15
 ) -> Figure:
-    """Draw confusions from `beyond_prior`, at most `most`, beside their frequency by the prior."""
+    """Draw the first `most` pairs of `beyond_prior` with the frequencies that the prior implies."""
     drawn = list(pairs)[:most]
     figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(drawn), 4))
     place = np.arange(len(drawn))

@@ -1,9 +1,9 @@
-"""Top-n accuracy of objects, and the predictions that it is computed from.
+"""The top-n accuracy of object classes, and the records that it is computed from.
 
 Arrays of `predictions.npz`: `object_ids` (K,), `image_ids` (K,), `labels` (K,), `area_fractions`
-(K,), box area divided by image area, and `log_probs` (K, C); optional: `visible` (K,), numbers of
-other objects in the image, `prior` (C,), class fractions of the training labels, and `confusable`
-(C,), numbers of groups of confusable classes, -1 for none.
+(K,), box area divided by image area, and `log_probs` (K, C). Optional: `visible` (K,), the number
+of other objects in the image; `prior` (C,), class fractions of the training labels; and
+`confusable` (C,), for each class the number of its group of confusable classes, or -1.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from kd.metrics.records import (
 )
 
 REQUIRED = ("object_ids", "image_ids", "labels", "area_fractions", "log_probs")
-BY_CLASS = ("prior", "confusable")  # all others have a row for each object
-# How far a row of probabilities may be from summing to one: bfloat16 has three digits.
+BY_CLASS = ("prior", "confusable")  # arrays with one row per class; all others: per object
+# Tolerance of the sum of a row's probabilities, which is 1 up to the rounding of bfloat16.
 _NORMALISED_WITHIN = 0.05
-# Objects that stay on the device before they are copied to the CPU, so that few copies wait for it.
+# Number of objects that are copied to the CPU together, because each copy waits for the device.
 _FLUSH_AT = 4096
-# Without a floor, classes without training labels would have an infinite NLL.
+# Smallest class fraction: if it were 0, objects of the class would have an infinite NLL.
 _PRIOR_FLOOR = 1e-8
 
 
 class TopN:
-    """Collects class probabilities; computes how often the true class is among the first n.
+    """Collects class probabilities and computes how often the true class is among the first n.
 
     Ties count against the model (`kd.metrics.classification.ranks`). Objects that samplers repeat
     count once. Sorting by id makes results independent of ranks and of the order of batches.
 
     Args:
         num_classes: C.
-        prior: Class fractions of the training labels, (C,); adds the `prior_` metrics.
-        confusable: C names of groups of confusable classes, None for no group.
-        visible: Image ids (K,) -> number of other objects in the image of each, (K,).
-        where: Prefix of error messages.
+        prior: Class fractions of the training labels, (C,); adds metrics of the prior, `prior_...`.
+        confusable: For each class, the name of its group of confusable classes, or None.
+        visible: Maps image ids (K,) to the number of other objects in each image, (K,).
+        where: Prefix of error messages, such as the name of a run or dataset.
 
     Raises:
-        UserError: `prior` or `confusable` do not have C entries.
+        UserError: `prior` or `confusable` does not have C entries.
     """
 
     def __init__(
@@ -79,15 +79,16 @@ class TopN:
         self, log_probs: Tensor, labels: Tensor, area_fractions: Tensor, object_ids: Tensor,
         image_ids: Tensor,
     ) -> None:  # fmt: skip
-        """Add K objects: log-probabilities (K, C), the rest (K,); the label -1 is not scored.
+        """Add K objects: log-probabilities (K, C), all other arguments (K,).
 
-        `area_fractions` are box areas / image areas; `object_ids` are unique in the dataset.
+        `area_fractions` are box areas divided by image areas; `object_ids` are unique in the
+        dataset. Objects with the label -1 are not scored.
         """
         expected = (len(labels), self.num_classes)
         if tuple(log_probs.shape) != expected:
             raise ValueError(f"log_probs: {tuple(log_probs.shape)}, expected {expected}")
         batch = {
-            # A copy: a compiled model may write its next output over this one.
+            # Copied, because a compiled model may write its next output over this one.
             "log_probs": log_probs.detach().to(torch.float32, copy=True),
             "labels": labels.detach().clone(),
             "area_fractions": area_fractions.detach().to(torch.float32, copy=True),
@@ -96,13 +97,13 @@ class TopN:
         }
         odd = {name: tuple(p.shape) for name, p in batch.items() if len(p) != len(labels)}
         if odd:
-            raise ValueError(f"{len(labels)} labels, but {odd}")
+            raise ValueError(f"expected {len(labels)} rows, as many as labels, got {odd}")
         self._pending.append(batch)
         if sum(len(part["labels"]) for part in self._pending) >= _FLUSH_AT:
             self._flush()
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add the hidden objects of a batch (docs/batch.md) by their log-probabilities (K, C)."""
+        """Add a batch (docs/batch.md) with log-probabilities (K, C) of its hidden objects."""
         hidden = batch["hidden"]
         labels, fractions, ids = (
             batch[name][hidden] for name in ("labels", "area_fractions", "object_ids")
@@ -114,7 +115,7 @@ class TopN:
         self._chunks = gathered(self._merged(), group)
 
     def records(self) -> dict[str, Array]:
-        """Arrays of `predictions.npz`, checked, in order of object id."""
+        """Arrays of `predictions.npz`, checked and in order of object id."""
         records = {**self._merged(), **self._extra}
         if self._visible is not None:
             records["visible"] = self._visible(records["image_ids"])
@@ -138,7 +139,7 @@ class TopN:
         self._pending = []
 
     def _merged(self) -> dict[str, Array]:
-        """All scored objects, each once, in order of id."""
+        """Arrays of all labelled objects, each object once, in order of object id."""
         self._flush()
         if not self._chunks:
             empty = np.zeros(0, dtype=np.int64)
@@ -172,7 +173,9 @@ def _checked_prior(
 def with_predictions(
     records: Records, object_ids: Array, log_probs: Array, where: str = "predictions"
 ) -> Records:
-    """Replace the predictions in records by `log_probs` (N, C) of `object_ids` (N,), in any order.
+    """Replace the predictions in records by `log_probs` (N, C) of objects `object_ids` (N,).
+
+    The objects may be in any order.
 
     Raises:
         UserError: An object has no prediction, or the number of classes differs.
@@ -180,7 +183,8 @@ def with_predictions(
     num_classes = records["log_probs"].shape[1]
     if log_probs.shape != (len(object_ids), num_classes):
         raise UserError(
-            f"{where}: {log_probs.shape} for {len(object_ids)} objects of {num_classes} classes"
+            f"{where}: log_probs has shape {log_probs.shape} for {len(object_ids)} objects and "
+            f"{num_classes} classes"
         )
     order = np.argsort(object_ids, kind="stable")
     wanted = records["object_ids"]
@@ -188,12 +192,17 @@ def with_predictions(
     rows = order[np.minimum(place, len(order) - 1)] if len(order) else place
     if not len(order) or (lacking := object_ids[rows] != wanted).any():
         row = int(np.flatnonzero(lacking)[0]) if len(order) else 0
-        raise UserError(f"{where}: no prediction for object {wanted[row]}; another dataset?")
+        raise UserError(
+            f"{where}: no prediction for object {wanted[row]}; was it made on another dataset?"
+        )
     return {**records, "log_probs": log_probs[rows]}
 
 
 def check(records: Records, where: str) -> None:
-    """Check shapes, labels and that rows are log-probabilities; messages begin with `where`."""
+    """Raise a UserError if shapes or labels are wrong, or rows are not log-probabilities.
+
+    Messages begin with `where`.
+    """
     check_arrays(records, REQUIRED, where)
     scores, labels = records["log_probs"], records["labels"]
     by_object = [name for name in (*REQUIRED, "visible") if name in records]
@@ -201,7 +210,7 @@ def check(records: Records, where: str) -> None:
     if scores.ndim != 2 or len(set(lengths.values())) > 1:
         raise UserError(f"{where}: arrays of different lengths: {lengths}")
     if not len(labels):
-        raise UserError(f"{where}: no object was scored; are any labelled and large enough?")
+        raise UserError(f"{where}: no object was scored; is any object labelled and large enough?")
     num_classes = scores.shape[1]
     for name in BY_CLASS:
         if name in records and records[name].shape != (num_classes,):
@@ -210,7 +219,7 @@ def check(records: Records, where: str) -> None:
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
             f"{where}: object {records['object_ids'][row]} has label {labels[row]}, "
-            f"there are {num_classes} classes"
+            f"but there are {num_classes} classes"
         )
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.exp(scores.astype(np.float64)).sum(axis=1)
@@ -218,12 +227,15 @@ def check(records: Records, where: str) -> None:
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
             f"{where}: object {records['object_ids'][row]}: probabilities sum to {total[row]:.4g}, "
-            "not 1 (NaN, or scores that were not normalised)"
+            "not 1; the scores are NaN or were not normalised"
         )
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that two runs have the same classes and labels; `pair` names both in messages."""
+    """Raise a UserError if classes or labels of two runs differ; `pair` names both runs."""
     check_same_classes(records["log_probs"].shape[1], other["log_probs"].shape[1], pair)
     if wrong := int((records["labels"] != other["labels"]).sum()):
-        raise UserError(f"{pair} have different labels for {wrong} objects: other data")
+        raise UserError(
+            f"{pair} have different labels for {wrong} objects; they were evaluated on "
+            "different data"
+        )

@@ -1,4 +1,4 @@
-"""Objects in scenes: hidden for context teachers, classified, or listed by scene labels."""
+"""The problem of objects in scenes: context of hidden objects, classification, scene labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BACKGROUND = "background"  # class 0 of score maps
 
 
 class ObjectsProblem(Problem[ObjectsDataset]):
-    """Objects in scenes, one of which may be hidden."""
+    """Images with annotated objects, which context teachers predict while they are hidden."""
 
     spec: ClassVar[ProblemSpec] = SPEC
     teacher_output: ClassVar[str] = "posterior"
@@ -44,17 +44,17 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     open = staticmethod(open_objects)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
-        """Class names, read without the images."""
+        """The class names; images need not exist."""
         return class_names(section, layout=section.layout, classes=section.classes)
 
     def train_annotations(self, section: ObjectsSection) -> Path | None:
-        """The train split's JSON."""
+        """Path of the train split's annotations in COCO's JSON format."""
         return train_annotations(section, layout=section.layout, classes=section.classes)
 
     def training(
         self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None
     ) -> ObjectSamples:
-        """Scenes with hidden objects, and class maps for the tasks that need them."""
+        """Training scenes with hidden objects, and with class maps if the task needs them."""
         maps = ClassMaps(data.train, data.section.size) if isinstance(task, ContextMap) else None
         return data.samples(
             "train", train=True, mode=sampling.hide, labelled=sampling.labelled,
@@ -63,11 +63,11 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         )  # fmt: skip
 
     def evaluation(self, data: ObjectsDataset, split: Split = "val") -> ObjectSamples:
-        """Every usable object of a split, hidden in turn."""
+        """Scenes of a split in which every usable object is hidden in turn."""
         return data.samples(split)
 
     def folds(self, data: ObjectsDataset, count: int) -> list[NDArray[np.int64]]:
-        """Ids of the images outside of each fold; an image's fold depends on its id alone."""
+        """For each fold, the ids of the images outside of it; an image's id determines its fold."""
         ids = data.train.image_ids
         folds = fold_of(ids, count)
         return [np.asarray(ids[folds != number], dtype=np.int64) for number in range(count)]
@@ -79,11 +79,11 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def teacher_view(
         self, teacher: Teacher, data: ObjectsDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Every usable object of a split, hidden in turn at the teacher's size and shape."""
+        """Scenes at the teacher's image size with every object hidden in turn, for caching."""
         if size is not None:
             raise UserError(
                 f"a size of {size} pixels is for label maps and gaze; objects are hidden at the "
-                "size that the teacher was trained at: leave soft_targets.size out"
+                "image size that the teacher was trained at, so leave soft_targets.size out"
             )
         return ObjectsView(data, hidden_objects(teacher), split)
 
@@ -101,24 +101,24 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         return self.named_student(model.name, options, **given)
 
     def resolve_student(self, model: Model) -> Model:
-        """Read the run that a transferred student's trunk comes from."""
+        """Replace the run in the options of a transferred student by that run's teacher section."""
         return resolved(model)
 
     def fit(
         self, model: nn.Module, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> None:
-        """Fit co-occurrence baselines; other models are unchanged."""
+        """Fit a co-occurrence baseline to the train annotations; leave other models unchanged."""
         if isinstance(model, Fitted):
             model.fit(index_objects(data.train, images))
 
     def task_options(self, data: ObjectsSection) -> dict[str, Any]:
-        """The shape of hidden regions."""
+        """The task option `shape`, the shape of hidden regions, from the data section."""
         return {"shape": data.shape}
 
     def class_fractions(
         self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """`prior`, `pixel_fractions` and `image_fractions`, if the task has these fields."""
+        """The options `prior`, `pixel_fractions` and `image_fractions`, if the task has them."""
         fields = {field.name for field in dataclasses.fields(self.spec.task(section.name).load())}
         found = {} if "prior" not in fields else {"prior": data.prior(images)}
         if fields & {"pixel_fractions", "image_fractions"}:
@@ -128,12 +128,15 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Names of the channels; those of score maps begin with the background, if `others` do."""
+        """Names of the teacher's channels; score maps have a background channel first.
+
+        It is named only if the compared classes `others` begin with the background too.
+        """
         maps = isinstance(task, ContextMap) and others[0] == BACKGROUND != names[0]
         return (BACKGROUND, *names) if maps else tuple(names)
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Results of scene labels, scored by image, or of other tasks, scored by object."""
+        """Results of scene labels, which are scored by image, or of tasks scored by object."""
         return (SceneLabelResults if task == "scene_labels" else ObjectResults)(metrics or {})
 
 

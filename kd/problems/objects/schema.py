@@ -1,4 +1,4 @@
-"""Objects in scenes: the data section and the tasks. Nothing here imports torch."""
+"""Spec of the objects problem: its data section and tasks; without torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from kd.registry import Entry
 
 
 class Partial(Section):
-    """Partial masking: hide a fraction of the object first, all of it later."""
+    """Partial masking: early in training only a fraction of the object's region is hidden."""
 
-    start: Fraction = Field(0.3, description="fraction of the region hidden at the first step")
-    until: Fraction = Field(0.5, description="fraction of training after which all of it is hidden")
+    start: Fraction = Field(
+        0.3, description="fraction of the region that is hidden at the first step"
+    )
+    until: Fraction = Field(
+        0.5, description="fraction of training after which the whole region is hidden"
+    )
 
 
 class HideSeveral(Section):
@@ -24,11 +28,13 @@ class HideSeveral(Section):
     start: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="fraction of the other objects that are hidden too, in the first epoch"
     )
-    end: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="the same in the last epoch")
+    end: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="fraction of the other objects that are hidden too, in the last epoch"
+    )
 
 
 class ObjectsSection(LayoutSection):
-    """Objects with boxes in COCO's format, and how they are hidden or presented to detectors."""
+    """Images with annotated objects, and how objects are hidden or scaled for training."""
 
     layouts_of = "objects"
 
@@ -45,13 +51,16 @@ class ObjectsSection(LayoutSection):
         description="for coco: annotations and images; for other layouts a name, such as "
         "VOC2007/trainval of voc (several joined by +) or train of kitti"
     )
-    size: Annotated[int, Field(ge=16)] = Field(384, description="pixels of the long side")
+    size: Annotated[int, Field(ge=16)] = Field(384, description="long side of the images in pixels")
     min_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0015,
         description="area of the smallest box that is hidden and scored, as a fraction of the "
         "image; detectors use all boxes",
     )
-    max_fraction: Fraction = Field(0.30, description="area of the largest such box")
+    max_fraction: Fraction = Field(
+        0.30,
+        description="area of the largest box that is hidden and scored, as a fraction of the image",
+    )
     shape: Literal["box", "square", "ellipse", "segment"] = "box"
     partial: Partial | None = None
     hide_several: HideSeveral | None = None
@@ -59,7 +68,8 @@ class ObjectsSection(LayoutSection):
         True, description="whether to read images; false for teachers that use annotations alone"
     )
     augment: dict[str, Any] | None = Field(
-        default_factory=dict, description="options of kd.transforms.augment.Augment; null = none"
+        default_factory=dict,
+        description="options of kd.transforms.augment.Augment; null: no augmentation",
     )
     scales: tuple[Scale, Scale] = Field(
         (1.0, 1.0),
@@ -70,10 +80,13 @@ class ObjectsSection(LayoutSection):
         1.0, description="fraction of train images whose labels students use"
     )
     repeat_labelled: Count = Field(
-        1, description="how often a labelled image occurs in a student's epoch; unlabelled: once"
+        1,
+        description="how often a labelled image occurs in a student's epoch; "
+        "unlabelled images occur once",
     )
     prepared: str | None = Field(
-        None, description="folder with train/ and val/, each written by kd.data.prepare"
+        None,
+        description="folder with prepared copies train/ and val/, each written by kd.data.prepare",
     )
 
     @model_validator(mode="after")
@@ -83,13 +96,15 @@ class ObjectsSection(LayoutSection):
                 f"min_fraction {self.min_fraction} is not below max_fraction {self.max_fraction}"
             )
         if self.scales[0] > self.scales[1]:
-            raise ValueError(f"scales {list(self.scales)} are not in order, the smaller one first")
+            raise ValueError(
+                f"scales {list(self.scales)} are not in order: put the smaller factor first"
+            )
         return self
 
     @model_validator(mode="after")
     def _keys_fit_layout(self) -> ObjectsSection:
         if self.classes is not None and (self.layout != "voc" or not self.classes):
-            raise ValueError("classes: one or more names, and only with layout voc")
+            raise ValueError("classes: set one or more names, and only with layout voc")
         if self.layout != "coco" and self.generate is not None:
             raise ValueError(
                 f"generate: only for the embedded scenes, not for layout {self.layout}"
@@ -109,10 +124,12 @@ SPEC = ProblemSpec(
         "context": _task("Context", "name a hidden object from the image around it"),
         "context_pixels": _task("ContextPixels", "score every class at every pixel"),
         "context_map": _task("ContextMap", "name the class that covers each pixel"),
-        "context_scene": _task("ContextScene", "name the classes of a scene"),
-        "scene_tokens": _task("SceneTokens", "name objects from others as tokens"),
+        "context_scene": _task("ContextScene", "name all classes of a scene with a hidden object"),
+        "scene_tokens": _task(
+            "SceneTokens", "name a hidden object from the other objects as tokens"
+        ),
         "classification": _task("Classification", "classify objects in scenes"),
-        "scene_labels": _task("SceneLabels", "name the classes that an image holds"),
+        "scene_labels": _task("SceneLabels", "name the classes that are in an image"),
     },
     implementation="kd.problems.objects.problem:PROBLEM",
     example="scenes",

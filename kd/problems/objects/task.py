@@ -32,8 +32,8 @@ class Classification(ObjectTask):
     """Classify the object in each box.
 
     Args:
-        label_smoothing: Fraction of the target spread over all classes.
-        appearance: Whether the appearance head alone also learns the label.
+        label_smoothing: Fraction of the target that is spread over all classes.
+        appearance: Whether to add a loss that trains the appearance head alone on the label.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
@@ -42,12 +42,12 @@ class Classification(ObjectTask):
     appearance: bool = False
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images (N, 3, H, W), normalised, and regions (K, 5): image, x1, y1, x2, y2."""
+        """Normalised images (N, 3, H, W) and regions (K, 5): image index, x1, y1, x2, y2."""
         rows = image_rows(batch).to(torch.float32)
         return normalise(batch["images"]), torch.cat([rows[:, None], hidden_boxes(batch)], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the combined logits, `appearance` of the appearance head alone."""
+        """`cross_entropy` of the combined logits, `appearance` of the appearance head's logits."""
         labels = hidden_labels(batch)
         names = {"cross_entropy": "logits"}
         if self.appearance:
@@ -62,10 +62,10 @@ class Classification(ObjectTask):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneLabels(ObjectTask):
-    """Multi-label classification of whole images; the classifier's region is the image.
+    """Multi-label classification of whole images; the region to classify is the image.
 
     Args:
-        pos_weight: Weight of classes that are present; absent classes weigh 1.
+        pos_weight: Weight of the loss of classes that are present; absent classes have weight 1.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
@@ -74,14 +74,14 @@ class SceneLabels(ObjectTask):
     pos_weight: float = 1.0
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images (N, 3, H, W), and the region of each without its padding, (N, 5)."""
+        """Normalised images (N, 3, H, W) and regions (N, 5), each the image without padding."""
         height, width = batch["sizes"].to(torch.float32).unbind(dim=1)
         zero = torch.zeros_like(width)
         rows = torch.arange(len(width), device=width.device, dtype=torch.float32)
         return normalise(batch["images"]), torch.stack([rows, zero, zero, width, height], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`binary`: binary cross-entropy of all classes over the labelled images."""
+        """`binary`: binary cross-entropy of all classes, a mean over the labelled images."""
         logits = output["appearance"]  # before any softmax: classes do not exclude each other
         present, known = present_classes(batch, self.num_classes)
         weight = None
@@ -91,7 +91,7 @@ class SceneLabels(ObjectTask):
         return {"binary": Mean(loss, "labelled_images")}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """No masks, since no object is hidden."""
+        """Return no masks, because no object is hidden."""
         return {}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
@@ -99,16 +99,16 @@ class SceneLabels(ObjectTask):
         return F.logsigmoid(output["appearance"].float())
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Mean average precision over the classes that occur."""
+        """Build the metric: mean average precision over the classes that occur."""
         return MultiLabelAP(self.num_classes, where=classes.where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextTask(ObjectTask):
-    """Base class of tasks whose model gets an input for each hidden object.
+    """Base class of tasks whose model gets one input per hidden object.
 
     Args:
-        shape: Shape of the hidden region; `segment` reads the batch's exact masks.
+        shape: Shape of the hidden region; `segment` uses the objects' exact masks in the batch.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "dense")
@@ -116,7 +116,7 @@ class ContextTask(ObjectTask):
     shape: Shape = "box"
 
     def outputs_per_region(self, size: int) -> int:
-        """Number of output values for one hidden region of an image of `size` x `size` pixels."""
+        """Number of values that the model outputs for one input of `size` x `size` pixels."""
         return self.num_classes
 
     def regions(self, batch: Batch) -> Tensor:
@@ -134,7 +134,7 @@ class ContextTask(ObjectTask):
         return (hide(images, image_rows(batch), self.regions(batch)),)
 
     def labelled_part(self, loss: Tensor, batch: Batch) -> Mean:
-        """Convert a mean over all inputs, 0 for unlabelled ones, to that over labelled inputs."""
+        """Convert a mean over all inputs, 0 for unlabelled ones, to a mean over labelled inputs."""
         known = hidden_labels(batch) >= 0
         return Mean(loss * (len(known) / known.sum().clamp(min=1)), "labelled")
 
@@ -143,11 +143,11 @@ class ContextTask(ObjectTask):
 class Context(ContextTask):
     """Classify the hidden object: logits (K, C), cross-entropy.
 
-    For BlindNet's CNN and any trunk. Models with `dense` pixel logits also learn from the visible
-    objects.
+    Used for BlindNet's CNN and for any trunk. Models with an output `dense`, logits of pixels, also
+    learn from the visible objects.
 
     Args:
-        label_smoothing: Fraction of the target spread over all classes.
+        label_smoothing: Fraction of the target that is spread over all classes.
         balance: Power of the class prior that is added to the logits in the loss, so that rare
             classes are predicted more often (logit adjustment, Menon et al., 2021,
             https://arxiv.org/abs/2007.07314).
@@ -159,7 +159,7 @@ class Context(ContextTask):
     prior: tuple[float, ...] | None = None
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` over the hidden objects with a label."""
+        """`cross_entropy` of the labelled hidden objects; `visible` if there are `dense` logits."""
         logits = output["logits"]
         if self.balance:
             assert self.prior is not None
@@ -173,7 +173,7 @@ class Context(ContextTask):
         return losses
 
     def _visible(self, logits: Tensor, batch: Batch) -> Mean:
-        """Loss of pixel logits (K, C, h, w) on the boxes that are not hidden."""
+        """Loss of the pixel logits (K, C, h, w) outside of the hidden regions."""
         grid = (logits.shape[2], logits.shape[3])
         hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
         targets = label_maps(batch, self.num_classes, grid)[image_rows(batch)]
@@ -183,7 +183,7 @@ class Context(ContextTask):
 
 
 def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
-    """Draw all labelled boxes on a grid over the image, a channel per class: bool (N, C, h, w)."""
+    """Draw the labelled boxes on a grid over the image, a channel per class: bool (N, C, h, w)."""
     known = batch["labels"] >= 0
     height, width = batch["images"].shape[-2:]
     scale = batch["boxes"].new_tensor([grid[1] / width, grid[0] / height]).repeat(2)
@@ -192,7 +192,7 @@ def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
 
 
 def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """Pixels outside of the padding, bool (N, H, W), or grid cells with such pixels, (N, h, w)."""
+    """Pixels inside the images, bool (N, H, W); with `grid`, cells with such pixels, (N, h, w)."""
     height, width = batch["images"].shape[-2:]
     pixels = valid_pixels(batch["sizes"], (height, width))
     if grid is None:
@@ -201,20 +201,20 @@ def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 def _labelled_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """`image_pixels` for each hidden object, bool (K, H, W); all False for unlabelled objects."""
+    """`image_pixels` of each hidden object's image, (K, H, W); all False for unlabelled objects."""
     known = hidden_labels(batch) >= 0
     return image_pixels(batch, grid)[image_rows(batch)] & known[:, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextPixels(ContextTask):
-    """Classify each pixel: logits (K, C, H, W); all boxes are targets, hidden or not.
+    """Classify each pixel: logits (K, C, H, W); the targets are all boxes, hidden or not.
 
-    The score of a class is the sum of its sigmoids over the hidden region (BlindNet); scores
-    divided by their sum are the posterior.
+    The score of a class is the sum of its sigmoids over the hidden region (BlindNet). The posterior
+    is the scores divided by their sum.
 
     Args:
-        hidden_weight: Weight of the mean over the hidden region; the mean over the rest weighs 1.
+        hidden_weight: Weight of the mean over the hidden region; the rest of the image has 1.
     """
 
     hidden_weight: float = 5.0
@@ -223,7 +223,7 @@ class ContextPixels(ContextTask):
         return self.num_classes * size**2
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`masked_bce` over the image's pixels, without padding and unlabelled inputs."""
+        """`masked_bce` over the pixels inside the images of labelled objects."""
         height, width = batch["images"].shape[-2:]
         loss = masked_bce(
             output["logits"],
@@ -235,7 +235,7 @@ class ContextPixels(ContextTask):
         return {"masked_bce": self.labelled_part(loss, batch)}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log of the region scores divided by their sum, (K, C)."""
+        """Log-posterior (K, C): the log of the region scores divided by their sum."""
         regions = self.regions(batch).float()
         scores = torch.einsum("kchw,khw->kc", output["logits"].float().sigmoid(), regions)
         return _log_fractions(scores)
@@ -245,19 +245,21 @@ class ContextPixels(ContextTask):
 class ContextMap(ContextTask):
     """Segment the image: logits (K, 1 + C, H, W), background first, cross-entropy.
 
-    BlindNet's pixel-wise ResNet-18. Targets are the batch's `class_maps` (`kd.formats.class_maps`),
-    hidden object included. The posterior of the hidden object is the softmax without background,
-    summed over the hidden region and divided by its sum.
+    Used for BlindNet's pixel-wise ResNet-18. Targets are the batch's `class_maps`
+    (`kd.formats.class_maps`), which include the hidden object. The posterior is the softmax without
+    background, summed over the hidden region and divided by the sum over classes.
 
     Args:
-        hidden_weight: Weight of the mean over the hidden region; the mean over the rest weighs 1.
-        class_weights: Power of the class weights, `median_frequency` of `pixel_fractions`; 0:
-            none.
+        hidden_weight: Weight of the mean over the hidden region; the rest of the image has 1.
+        class_weights: Power of the class weights, which are `median_frequency` of
+            `pixel_fractions`; 0: no weights.
         pixel_fractions: Class fractions of the train pixels, (1 + C,), background first; needed for
             class weights.
     """
 
-    class_scores: ClassVar[Collection[str]] = ()  # the background is one more channel
+    class_scores: ClassVar[
+        Collection[str]
+    ] = ()  # none, because the background is a further channel
 
     hidden_weight: float = 5.0
     class_weights: float = 0.0
@@ -271,7 +273,7 @@ class ContextMap(ContextTask):
         return (1 + self.num_classes) * size**2
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`pixel_cross_entropy` over the image's pixels, without padding and unlabelled inputs."""
+        """`pixel_cross_entropy` over the pixels inside the images of labelled objects."""
         logits, weights = output["logits"], None
         if self.class_weights:
             assert self.pixel_fractions is not None
@@ -288,7 +290,7 @@ class ContextMap(ContextTask):
         return {"pixel_cross_entropy": self.labelled_part(loss, batch)}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities (K, C)."""
+        """Log-posterior of the hidden objects, (K, C)."""
         regions = self.regions(batch).float()
         posterior = output["logits"].float().softmax(dim=1)[:, 1:]
         return _log_fractions(torch.einsum("kchw,khw->kc", posterior, regions))
@@ -298,13 +300,13 @@ class ContextMap(ContextTask):
 class ContextScene(ContextTask):
     """Classify the scene, hidden object included: multi-label logits (K, C), BCE.
 
-    BlindNet's multi-label ResNet-18. The posterior of the hidden object is the classes'
+    Used for BlindNet's multi-label ResNet-18. The posterior of the hidden object is the classes'
     probabilities divided by their sum. It overestimates the classes of visible objects, which are
     in the scene whatever is hidden.
 
     Args:
-        class_weights: Power of the positive class weights, `positive_weights` of `image_fractions`;
-            0: none.
+        class_weights: Power of the weights of present classes, which are `positive_weights` of
+            `image_fractions`; 0: no weights.
         image_fractions: Fractions of the train images with each class, (C,); needed for class
             weights.
     """
@@ -317,7 +319,7 @@ class ContextScene(ContextTask):
         _check_power(self.class_weights)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`multilabel_bce` of the labelled inputs."""
+        """`multilabel_bce`, a mean over the labelled hidden objects."""
         logits, weights = output["logits"], None
         if self.class_weights:
             assert self.image_fractions is not None
@@ -329,7 +331,7 @@ class ContextScene(ContextTask):
         return {"multilabel_bce": Mean(loss, "labelled")}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log of the probabilities divided by their sum, (K, C)."""
+        """Log-posterior (K, C): the log of the probabilities divided by their sum."""
         return _log_fractions(output["logits"].float().sigmoid())
 
 
@@ -339,19 +341,20 @@ def _check_power(class_weights: float) -> None:
 
 
 def _log_fractions(scores: Tensor) -> Tensor:
-    """Log of each row divided by its sum."""
+    """Log of each row (C,) after division by the row's sum, (K, C)."""
     scores = scores.clamp(min=1e-6)
     return (scores / scores.sum(dim=1, keepdim=True)).log()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneTokens(Context):
-    """Classify each hidden object from the others' classes and boxes, from pixels, or both.
+    """Classify each hidden object from the other objects' classes and boxes, from pixels, or both.
 
-    Objects are hidden one by one: each is an input for the others, unless it is `also_hidden`.
+    Objects are hidden one by one. Each is an input when another object is hidden, unless the
+    batch's `also_hidden` marks it.
 
     Args:
-        image_inputs: Images that the model takes, its attribute of this name; see `inputs`.
+        image_inputs: Which images the model gets, from its attribute `image_inputs`; see `inputs`.
     """
 
     image_inputs: ImageInputs = "none"
@@ -359,8 +362,8 @@ class SceneTokens(Context):
     def inputs(self, batch: Batch) -> tuple[Objects | Tensor, ...]:  # type: ignore[override]
         """Objects, indices of the hidden ones (K,), normalised images, hidden regions (K, H, W).
 
-        Images are (N, 3, H, W) for `whole`, whose models mask the regions themselves; (K, 3, H, W)
-        with 0 in the region for `each`; and empty for `none`.
+        With `image_inputs` of `whole`, images are (N, 3, H, W), and the model masks the regions
+        itself; with `each`, (K, 3, H, W) with 0 in each region; with `none`, empty.
         """
         objects = scene_objects(batch)
         images = batch["images"]
@@ -374,14 +377,14 @@ class SceneTokens(Context):
         return objects, batch["hidden"], images, regions
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` over the hidden objects with a label; `visible` of `dense` logits."""
+        """`cross_entropy` of the labelled hidden objects; `visible` if there are `dense` logits."""
         losses = super().losses({"logits": output["logits"]}, batch)
         if "dense" in output:
             losses["visible"] = self._all_boxes(output["dense"], batch)
         return losses
 
     def _all_boxes(self, logits: Tensor, batch: Batch) -> Mean:
-        """Loss of pixel logits (N, C, h, w) of whole images on all their boxes."""
+        """Loss of pixel logits (N, C, h, w) of whole images, with all boxes as targets."""
         grid = (logits.shape[2], logits.shape[3])
         known = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         known[batch["image_of"][batch["labels"] >= 0]] = True
@@ -392,7 +395,7 @@ class SceneTokens(Context):
 
 
 def scene_objects(batch: Batch) -> Objects:
-    """The objects of a batch, boxes as fractions of their image."""
+    """The objects of a batch as model input, with boxes as fractions of their image."""
     rows = batch["image_of"]
     sides = batch["sizes"][rows].to(torch.float32)[:, [1, 0, 1, 0]]
     boxes = (batch["boxes"] / sides).clamp(0.0, 1.0)

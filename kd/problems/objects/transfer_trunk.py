@@ -1,7 +1,8 @@
-"""Students on a context teacher's trunk.
+"""Students that are built on the trunk of a context teacher.
 
-`student: {name: transferred, options: {weights: RUN}}`. The trunk is that of the teacher of run
-`weights`, or of run `like`, if its weights come from elsewhere.
+In a recipe: `student: {name: transferred, options: {weights: RUN}}`. The student gets the trunk of
+the teacher of the run `weights`. If the weights come from elsewhere, the option `like` names the
+run of the teacher whose trunk is built.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from kd.registry import build, resolve
 from teachers import TEACHERS
 
 TRANSFERRED = "transferred"
-# Replacements of a teacher's options that concern its training, not its trunk.
+# Values that replace a teacher's options that concern its training, not the shape of its trunk.
 _OF_TRAINING = {"weights": None, "frozen": None, "batch_norm_frozen": False, "remember": False}
 
 
 def resolved(student: Model) -> Model:
-    """Replace the run that the option `like` names by the section of the run's teacher.
+    """Replace the run in the option `like` by the name and options of that run's teacher.
 
-    Without this option, it is set to the teacher of the run that `weights` names.
+    If the option is missing, `like` is set to the teacher of the run that `weights` names.
 
     Raises:
-        UserError: No run is named, or it is not a teacher's.
+        UserError: No run is named, or the run does not exist or is not a teacher's.
     """
     if student.name != TRANSFERRED:
         return student
@@ -43,7 +44,7 @@ def resolved(student: Model) -> Model:
     if not isinstance(like, str):
         raise UserError(
             "student transferred: whose trunk? Name a teacher's run: student.options.weights=RUN, "
-            "or student.options.like=RUN for its trunk with other weights"
+            "or student.options.like=RUN for the same trunk with other weights"
         )
     if not Path(like).exists():
         raise UserError(f"student transferred: {like}: no such run folder")
@@ -59,16 +60,16 @@ def resolved(student: Model) -> Model:
 def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
     """Build a transferred student's trunk; return it and the options of the heads.
 
-    The option `weights` is None for random ones; a teacher's run or its model.safetensors;
-    "imagenet" or a file of torchvision weights, for teachers that take them.
+    The option `weights` is None for random weights; a teacher's run or its model.safetensors; or,
+    for teachers that accept them, "imagenet" or a file of torchvision weights.
 
     Raises:
-        UserError: Weights that are missing or of another trunk, or a teacher without a trunk.
+        UserError: The weights are missing or fit another trunk, or the teacher has no trunk.
     """
     heads = dict(resolved(student).options)
     if heads.pop("stride", None) is not None:
         raise UserError(
-            "student transferred: the stride is that of its teacher; set "
+            "student transferred: the trunk has the stride of its teacher; set "
             "student.options.stride=null"
         )
     like, weights = Model(**heads.pop("like")), heads.pop("weights", None)
@@ -78,9 +79,8 @@ def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
     if weights is not None and not run:
         if "weights" not in inspect.signature(builder).parameters:
             raise UserError(
-                f"student transferred: {weights}: teacher {like.name!r} does not take "
-                "torchvision's weights; its trunk starts with random weights (null) or those of a "
-                "teacher's run"
+                f"student transferred: {weights}: teacher {like.name!r} does not accept "
+                "torchvision's weights; set weights to null for random ones or to a teacher's run"
             )
         options["weights"] = weights
     teacher: nn.Module = build(TEACHERS, like.name, options, what="teacher", num_classes=2)
@@ -94,7 +94,7 @@ def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
 
 
 def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
-    """Load the trunk's tensors of a teacher's run; its heads may have other classes."""
+    """Load only the trunk's tensors from a teacher's run, whose heads may have other classes."""
     state = read_weights(weights)
     parts = {id(tensor) for tensor in trunk.state_dict(keep_vars=True).values()}
     tensors = teacher.state_dict(keep_vars=True).items()
@@ -109,8 +109,8 @@ def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
         raise UserError(
             f"{weights}: has another trunk than the student: {'; '.join(odd[:3])}"
             + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-            + "; the student's trunk is that of student.options.like, by default that of the run "
-            "which student.options.weights names"
+            + "; the student has the trunk of the run student.options.like, or if that is not set, "
+            "of the run student.options.weights"
         )
     teacher.load_state_dict({name: state[name] for name in own}, strict=False)
 

@@ -1,11 +1,12 @@
-"""References of saliency maps: the centre prior and other observers.
+"""Reference predictions of saliency maps: the centre prior and other observers.
 
-The lower reference is the **centre prior**: a smoothed histogram of the relative places of all
-fixations on train images, whatever their content. On OSIE (500 train images, 100 val images) its
+The lower reference is the **centre prior**: a smoothed histogram of the relative positions of all
+fixations on train images, whatever the images show. On OSIE (500 train images, 100 val images) its
 information gain over a uniform map is 0.54 bits per fixation; that of a fitted Gaussian with full
 covariance is 0.50: people look at the centre, but their fixations are not normally distributed.
 
-The upper reference is **other observers**: each person's fixations predicted from everybody else's.
+The upper reference is **other observers**: each person's fixations, predicted from the fixations of
+all others on the same image.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from kd.metrics.saliency import METRICS, NAN, SaliencyTruth, Size, density_of, f
 PRIOR_SIGMA = 0.04
 # Weight of a uniform map in the prior, so that the density is positive everywhere.
 PRIOR_UNIFORM = 0.01
-# Weight of the prior in predictions from other observers, who are few. Of 0.05, 0.1, 0.2 and 0.3,
-# 0.1 has the best KLD on OSIE (12 images); IG is better by 0.02 bits at 0.05.
+# Weight of the prior in predictions from other observers, because these are few. Among 0.05, 0.1,
+# 0.2 and 0.3, the value 0.1 has the best KLD on OSIE (12 images); 0.05 improves IG by 0.02 bits.
 OTHERS_PRIOR = 0.1
 _BY_MAP = ("KLD", "CC", "SIM")
-CENTRE, OBSERVERS = "centre_prior", "other_observers"  # arrays of records
+CENTRE, OBSERVERS = "centre_prior", "other_observers"  # names of arrays in the records
 NAMES = {CENTRE: "centre prior", OBSERVERS: "other observers"}
 ABOUT = {
     CENTRE: "centre prior: density of fixations on train images, whatever the image",
     OBSERVERS: "other observers: each person's fixations predicted from everybody else's; KLD, CC "
-    "and SIM compare halves of the people, whose densities are noisier: models may be better",
+    "and SIM compare two halves of the people, which are noisier, so models may be better",
 }
 
 Float = NDArray[np.float64]
@@ -45,10 +46,10 @@ def relative(fixations: Tensor, size: Size) -> Tensor:
 
 
 class CentrePrior:
-    """Density of fixations on an image of which only the size is known.
+    """Predicts the density of fixations on an image from its size alone.
 
     Args:
-        places: (K, 2) `relative` places of all fixations on train images.
+        places: Positions of all fixations on train images, (K, 2), see `relative`.
 
     Raises:
         UserError: There are no fixations, or one lies outside of its image.
@@ -56,17 +57,17 @@ class CentrePrior:
 
     def __init__(self, places: Tensor) -> None:
         if not len(places):
-            raise UserError("the centre prior: no fixation on any training image")
+            raise UserError("the centre prior needs fixations, but no training image has any")
         if not ((places >= 0) & (places < 1)).all():
-            raise UserError("the centre prior: places of fixations have to be from 0 to below 1")
+            raise UserError("the centre prior: relative positions of fixations must be in [0, 1)")
         self._places = places.double()
         self._known: dict[Size, Tensor] = {}
 
     def density(self, size: Size) -> Tensor:
-        """(H, W) float64 of sum 1 for an image of (height, width), cached by size."""
+        """Density (H, W), float64 with sum 1, for an image of (height, width); cached by size."""
         if size not in self._known:
             height, width = size
-            # Rounding may bring a place just below 1 to the border.
+            # Because of rounding, a position just below 1 can fall on the image's border.
             last = torch.tensor([width - 1, height - 1])
             pixels = (self._places * torch.tensor([width, height])).floor().minimum(last)
             smooth = fixation_density(pixels, size, (PRIOR_SIGMA * height, PRIOR_SIGMA * width))
@@ -81,13 +82,13 @@ def predict_from_others(
     """Predict where a person looks from the fixations of others on the same image.
 
     Args:
-        fixations: (K, 2), of the others.
-        size: (height, width).
+        fixations: Fixations of the other people, (K, 2) x, y in pixels.
+        size: (height, width) of the image.
         sigma: Standard deviation of the smoothing, pixels.
-        prior: (H, W) density on any image; None: uniform.
+        prior: Density of fixations on any image, (H, W); None: uniform.
 
     Returns:
-        (H, W) float64 of sum 1.
+        Density (H, W), float64 with sum 1.
     """
     known = density_of(torch.ones(size) if prior is None else prior)
     if not len(fixations):
@@ -98,27 +99,27 @@ def predict_from_others(
 def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> dict[str, float]:
     """Measure how well people predict each other, by every metric of `METRICS`.
 
-    Metrics at fixations score the map predicted from all others at each person's fixations, and
-    are averaged with the number of fixations as weight. Nobody predicts themselves, so a model can
-    be compared. (Pixels that only others fixated are negatives of `AUC_Judd` here; these are few.)
-    `KLD`, `CC` and `SIM` compare maps, and the ground truth includes everybody: they score the map
-    predicted from one half of the people (every other person) against the density of the other
-    half, averaged over both ways. Halves are noisier, so a model may be better than these.
+    For metrics at fixations, the map predicted from all other people is scored at each person's
+    fixations; the scores are averaged with the number of fixations as weight. Nobody predicts
+    themselves, so models can be compared with these values. (Pixels that only others fixated count
+    as negatives of `AUC_Judd` here; they are few.) `KLD`, `CC` and `SIM` compare whole maps: the
+    map predicted from one half of the people (every other person) is scored against the density of
+    the other half, and both directions are averaged. Halves are noisier, so a model may be better.
 
     Args:
         truth: Everybody's fixations on one image.
-        subjects: (K,) the person of each fixation.
-        sigma: Standard deviation of the smoothing, pixels: that of `truth.density`.
+        subjects: Number of the person of each fixation, (K,).
+        sigma: Standard deviation of the smoothing, pixels, the same as in `truth.density`.
 
     Returns:
-        By name; NaN with fewer than two people, or where a metric is undefined.
+        Metrics by name; NaN if there are fewer than two people or a metric is undefined.
 
     Raises:
-        UserError: There are not as many subjects as fixations.
+        UserError: The number of subjects differs from the number of fixations.
     """
     if subjects.shape != (len(truth.fixations),):
         raise UserError(
-            f"subjects are {tuple(subjects.shape)} for {len(truth.fixations)} fixations; "
+            f"subjects has shape {tuple(subjects.shape)} for {len(truth.fixations)} fixations; "
             "expected one person for each fixation"
         )
     people = subjects.unique()
@@ -146,9 +147,9 @@ def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> d
 
 
 def references(records: Records) -> dict[str, Records]:
-    """Records of the references on the same images, by their names in tables.
+    """Records of the references on the same images, by the references' names in tables.
 
-    References that the records lack, or that are NaN on all images, are left out.
+    References that are missing in `records`, or NaN on all images, are left out.
     """
     found: dict[str, Records] = {}
     for array in _present(records):
@@ -158,7 +159,7 @@ def references(records: Records) -> dict[str, Records]:
 
 
 def notes(records: Records) -> list[str]:
-    """Table notes that explain the references and on how many images they were scored."""
+    """Notes below tables that explain the references and how many images they were scored on."""
     lines = []
     for array in _present(records):
         known = int((~np.isnan(records[array])).any(axis=1).sum())

@@ -1,4 +1,4 @@
-"""Datasets of fixations: both splits, samples, and the ground truth of saliency maps."""
+"""Datasets of fixations: the splits, samples, and the ground truth of saliency maps."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_flips
 from kd.utils.images import file_size, scaled_size
 
-NEGATIVES = 20_000  # fixations on other images for shuffled AUC; fewer if a split has fewer
-REFERENCE_IMAGES = 300  # val images that the references are scored on, at most
-RANDOM_OBSERVERS = 10  # observers that fixations are assigned to if a dataset names none
+NEGATIVES = 20_000  # fixations on other images for shuffled AUC, if the split has so many
+REFERENCE_IMAGES = 300  # largest number of val images that the references are scored on
+RANDOM_OBSERVERS = 10  # fixations are assigned to so many observers if these are unknown
 _STREAM = 12  # separates these random numbers from all others
 
 
 class SaliencySamples(ImageSamples):
-    """Training samples with `density` (1, h, w) float32, sum 1.
+    """Samples of images with the `density` of fixations, (1, h, w) float32 with sum 1.
 
     Training images are scaled to fit a frame, keeping their aspect ratio, and padded below and
     right, where the density is 0; `sizes` is the size without padding. Evaluation images have no
-    padding and no density: predictions are scored in pixels of the files, of `own_sizes` (2,).
+    padding and no density: predictions are scored at the size of the file, `own_sizes` (2,).
 
     Args:
         split: Images and fixations.
         size: Height and width of the frame, multiples of 8.
-        augment: Options of `Flips`; None: no flips.
+        augment: Options of `kd.transforms.crops.Flips`; None: no flips.
         options: `train`, `seed`, `only` and `cached` of `ImageSamples`.
 
     Raises:
-        UserError: An option is out of range, or, for evaluation, a file cannot be read.
+        UserError: An option is out of range, or a file of an evaluation split cannot be read.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class SaliencySamples(ImageSamples):
         super().__init__(split.images, frame=size, setting="data.size", **options)
 
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """The whole image, flipped or not."""
+        """Draw the transform of a training image: the whole image, flipped at random."""
         scale = self._scale(own)
         height, width = (max(1, round(side * scale)) for side in own)
         return self.flips.draw(random, own, (height, width))
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a whole image as the model's input: multiples of 8."""
+        """Height and width of the model's input for an image file of size `own`, multiples of 8."""
         scale = self._scale(own)
         return in_multiples(own[0] * scale, own[1] * scale)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """The density; in evaluation the size of the file."""
+        """The density and its size without padding; in evaluation the size of the file."""
         if cut is None:
             return {"own_sizes": torch.tensor(own)}
         density = self.split.density(image, own, cut.size)
@@ -95,15 +95,15 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """A single name, since there is one map."""
+        """The single name `saliency`, because there is only one map."""
         return ("saliency",)
 
     def class_info(self) -> Classes:
-        """The dataset itself as the ground truth, see `truth` and `references`."""
+        """The class name, and the dataset itself as ground truth (`truth` and `references`)."""
         return Classes(self.class_names, where=self.section.name, truth=lambda: self)
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SaliencySamples:
-        """Padded images of the train split, with cached teacher outputs."""
+        """Padded images of the train split, with these cached teacher outputs."""
         section = self.section
         return SaliencySamples(
             self.train, size=section.size, augment=section.augment, seed=seed, cached=cached
@@ -116,7 +116,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
         """Whole images of a split, all or those at the positions `only`.
 
         `size` is the height and width of the frame that images are scaled to fit, or the long side
-        of one with the section's aspect ratio; None: the section's own.
+        of a frame with the section's aspect ratio; None: the section's size.
         """
         if not isinstance(size, tuple):
             own = self.section.size
@@ -125,12 +125,12 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def prior(self) -> CentrePrior:
-        """Centre prior of the train images."""
+        """The centre prior, computed from the train images at the positions `counted`."""
         places = [relative_places(self.train, number) for number in self.counted]
         return CentrePrior(torch.cat(places))
 
     def truth(self, number: int) -> SaliencyTruth:
-        """Ground truth of the val image at a position in the split, in pixels of its file."""
+        """Ground truth of the val image at position `number`, in pixels of the image's file."""
         size = file_size(self.val.images[number])
         return SaliencyTruth(
             self.val.density(number, size, size)[0],
@@ -144,7 +144,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
         Args:
             number: The image's position in the split.
-            size: Its height and width.
+            size: Height and width of the image.
         """
         places, numbers = self._negatives
         sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
@@ -153,7 +153,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def _negatives(self) -> tuple[Tensor, Tensor]:
-        """Relative places and image numbers of at least `NEGATIVES` val fixations, or of all."""
+        """Relative positions and image numbers of at least `NEGATIVES` val fixations, or of all."""
         places, numbers, count = [], [], 0
         random = np.random.default_rng(_STREAM)
         for number in random.permutation(len(self.val.images)).tolist():
@@ -167,9 +167,9 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def references(self) -> dict[str, Float]:
-        """Metrics of the centre prior and of other observers on val images, (images, M) each.
+        """The M metrics of the centre prior and of other observers on I val images, (I, M) each.
 
-        Of a large split only some images, spread evenly, are scored; the others are NaN.
+        In a large split only some images, spread evenly, are scored; rows of the others are NaN.
         """
         images = len(self.val.images)
         found = {name: np.full((images, len(METRICS)), np.nan) for name in (CENTRE, OBSERVERS)}
@@ -186,11 +186,11 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
 
 def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """Observer of each fixation on an image, (F,); if all are unknown, random ones.
+    """Number of the observer of each fixation on an image, (F,); random if all are unknown.
 
     Args:
-        observers: As in the dataset, `UNKNOWN` if it does not identify them.
-        number: The image's position in the split, the random seed.
+        observers: Observers in the dataset, `UNKNOWN` if it does not identify them.
+        number: The image's position in the split, used as random seed.
     """
     if not (observers == UNKNOWN).all():
         return observers
@@ -205,7 +205,7 @@ def relative_places(split: GazeSplit, number: int) -> Tensor:
 
 
 def check_gaze(splits: Iterable[GazeSplit]) -> None:
-    """Read every image, its fixations and its published map; errors as of `check_targets`."""
+    """Check every image, its fixations and its published map; see `check_targets` for errors."""
 
     def read(split: GazeSplit, number: int, size: tuple[int, int]) -> None:
         split.fixations(number, size)
@@ -216,17 +216,18 @@ def check_gaze(splits: Iterable[GazeSplit]) -> None:
 
 
 def open_fixations(section: SaliencySection) -> SaliencyDataset:
-    """Open a dataset of fixations; every file of a small split is read and checked.
+    """Open a dataset of fixations; read and check every file of a small split.
 
-    Of larger splits only fixations are read: of val and of the train images of the centre prior.
+    In larger splits only fixations are read: of all val images, and of the train images that the
+    centre prior is computed from.
 
     Raises:
-        UserError: As `open_gaze` and `open_annotated`; an image or its fixations are corrupt or
-            do not fit each other, or an image has no fixations.
+        UserError: `open_gaze` or `open_annotated` failed; an image or its fixations are corrupt or
+            do not fit each other; or an image has no fixations.
     """
     opened = SaliencyDataset(section, *_splits(section))
     opened.training(0)  # checks the options before any file is read
-    if section.generate is None:  # generated files are intact
+    if section.generate is None:  # generated files need no check
         check_gaze(split for split in (opened.train, opened.val) if is_small(split))
         wanted = ((opened.train, opened.counted), (opened.val, range(len(opened.val.images))))
         for split, numbers in wanted:

@@ -24,10 +24,10 @@ from kd.problems.saliency.metric import ROWS
 from kd.report.style import INK, colours, image_panels, legend_above, new_figure, reference_style
 from kd.report.tables import Table
 
-# References in `summary.json`: prefix -> name.
+# References in `summary.json`: prefix of the metrics -> name of the reference.
 _PREFIXES = {"prior": NAMES[baselines.CENTRE], "observers": NAMES[baselines.OBSERVERS]}
-_STRENGTH = 0.8  # opacity of the brightest place
-_DIM = 0.55  # brightness of the grey image below
+_STRENGTH = 0.8  # opacity of the heat map where it is brightest
+_DIM = 0.55  # brightness of the grey image below the heat map
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class SaliencyEvaluation(Evaluation):
     """Tables and figures of saliency maps."""
 
     def class_table(self, *, most: int = 5) -> Table:
-        """In place of classes, the images that the first run predicts worst and best by KLD.
+        """Table of the images that the first run predicts worst and best by KLD.
 
-        At most `most` of each are listed.
+        At most `most` of each are listed. Saliency has no classes.
         """
         records = self.first
 
@@ -54,12 +54,12 @@ class SaliencyEvaluation(Evaluation):
         return Table("By image", header, groups, (note,))
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Distributions of metrics over images, with the references."""
+        """Figures that show how metrics are distributed over images, with the references."""
         for name in ("KLD", "NSS", "IG"):
             yield f"images_{name}", self.image_figure(name)
 
     def image_figure(self, name: str) -> Figure:
-        """A metric of every image in rising order, a line for each run and reference."""
+        """Draw a metric of every image in ascending order, one line per run and reference."""
         figure, axes = new_figure(6.0, 3.6)
         shades = iter(colours(len(self.runs)))
         for run, records in {**self.runs, **self.references}.items():
@@ -76,7 +76,7 @@ class SaliencyEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class SaliencyResults(ImageResults):
-    """Results from the metrics of each image's saliency map."""
+    """Results of saliency maps, computed from the metrics of each image."""
 
     evaluation_type: ClassVar[type[Evaluation]] = SaliencyEvaluation
     things: ClassVar[str] = "images with fixations"
@@ -93,7 +93,7 @@ class SaliencyResults(ImageResults):
     notes = staticmethod(baselines.notes)
 
     def summary(self, data: SaliencyDataset, records: Records) -> dict[str, float]:
-        """`prior_<metric>`: the centre prior; `observers_<metric>`: other observers."""
+        """Metrics of the centre prior, `prior_<metric>`, and of observers, `observers_<metric>`."""
         known = self.references(records)
         found = {
             f"{prefix}_{name}": self.our_value(known[reference], name)
@@ -106,7 +106,7 @@ class SaliencyResults(ImageResults):
     def overlay(
         self, data: SaliencyDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Fixations and densities over an image; titles give the KLD."""
+        """Draw fixations and densities over an image; the titles contain the KLD."""
         size = (image.shape[1], image.shape[2])
         truth = data.val.density(place, size, size)[0]
         own = {f"{name}, KLD {kld(one[0], truth):.2f}": one[0] for name, one in predicted.items()}
@@ -115,12 +115,12 @@ class SaliencyResults(ImageResults):
 
 
 def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
-    """A density (H, W) over a dim grey image, (H, W, 3).
+    """Colour a density as a heat map over a dimmed grey image, (H, W, 3) uint8.
 
     Args:
         image: (3, H, W) uint8.
-        density: (H, W).
-        top: Density of the brightest colour; larger ones have the same colour.
+        density: Density of fixations, (H, W).
+        top: Density that gets the brightest colour, as do all larger values.
     """
     height = (density.double() / max(top, 1e-30)).clamp(0, 1).sqrt().numpy()
     heat = np.asarray(colormaps["inferno"](height))[..., :3]
@@ -132,12 +132,12 @@ def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
 def density_figure(
     image: Tensor, points: NDArray[np.float64], maps: Mapping[str, Tensor]
 ) -> Figure:
-    """Draw an image, its fixations, and densities over it, all on the scale of the first.
+    """Draw an image, its fixations, and densities over it, all on the first density's scale.
 
     Args:
         image: (3, H, W) uint8.
         points: Fixations, (F, 2) x, y in pixels.
-        maps: Title -> (H, W), the ground truth first.
+        maps: Title -> density (H, W), the ground truth first.
     """
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).numpy()
@@ -146,7 +146,7 @@ def density_figure(
     drawn |= {title: heated(image, density, top=top) for title, density in maps.items()}
     figure, panels = image_panels(len(drawn), height / width, most=6, across=2.3)
     for place, (axes, (title, panel)) in enumerate(zip(panels, drawn.items(), strict=False)):
-        # Pixel c covers c..c+1, as fixations count.
+        # Pixel c covers the interval c..c+1, as in the coordinates of fixations.
         axes.imshow(panel, extent=(0, width, height, 0), interpolation="antialiased")
         axes.set_title(title, fontsize=8.5, color=INK, pad=3)
         if place == 1:

@@ -1,10 +1,10 @@
 """Metrics of saliency maps for each image, the records of `predictions.npz`.
 
 `image_ids` (N,) and every metric of `kd.metrics.saliency.METRICS` by name, (N,) each, NaN where it
-is undefined. Four arrays (N,) identify the ground truth, so that runs with different ones are not
-compared: `fixation_counts`; `other_counts`, fixations of shuffled AUC; `truth_entropy` of the
-density, bits; `prior_bits`, the mean base-2 logarithm of the prior at fixations. Without ground
-truth counts are 0 and the others NaN.
+is undefined. Four arrays (N,) identify the ground truth, so that runs with different ground truths
+are not compared: `fixation_counts`; `other_counts`, the number of other images' fixations for
+shuffled AUC; `truth_entropy`, the entropy of the density in bits; `prior_bits`, the mean base-2
+logarithm of the prior at fixations. Without ground truth, counts are 0 and others NaN.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ ROWS = tuple(METRICS)
 COUNTS = ("fixation_counts", "other_counts")
 TRUTH = (*COUNTS, "truth_entropy", "prior_bits")
 REQUIRED = ("image_ids", *ROWS, *TRUTH)
-# Smoothing differs in the last digits between machines; another sigma changes far more.
+# Smoothing differs in the last digits between machines; another sigma makes a larger difference.
 _TOLERANCE = 1e-3
 
 Float = NDArray[np.float64]
 
 
 class SaliencyMaps(PerImage[dict[str, float]]):
-    """Metrics of saliency maps, means over images.
+    """Metrics of saliency maps, averaged over images.
 
     Args:
-        truth: Image id -> ground truth, in the pixels in which the image is scored.
-        where: Prefix of error messages: a run, a dataset.
-        references: Returns metrics of reference predictions for the records, arrays with a row for
-            each image id 0, 1, ...
+        truth: Returns the ground truth of an image id, at the size at which the image is scored.
+        where: Prefix of error messages, such as the name of a run or dataset.
+        references: Returns the metrics of reference predictions, to be added to the records: arrays
+            with one row for each image id 0, 1, ...
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class SaliencyMaps(PerImage[dict[str, float]]):
         self._truth, self._references = truth, references
 
     def take(self, decoded: Tensor | Sequence[Tensor], batch: Mapping[str, Tensor]) -> None:
-        """Add a batch.
+        """Score the maps of a batch.
 
         Args:
-            decoded: A map per image, not negative, of any scale, of the ground truth's size:
-                (N, 1, H, W), (N, H, W), or a sequence if sizes differ.
-            batch: `image_ids` (N,).
+            decoded: One map per image, not negative, of any scale, of the ground truth's size:
+                (N, 1, H, W), (N, H, W), or a sequence of maps if sizes differ.
+            batch: The batch's entry `image_ids` (N,) is used.
 
         Raises:
-            UserError: A map cannot be scored; names the image.
+            UserError: A map cannot be scored; the message names the image.
         """
         for predicted, number in zip(decoded, batch["image_ids"].tolist(), strict=True):
             if number in self._images:
@@ -78,7 +78,7 @@ class SaliencyMaps(PerImage[dict[str, float]]):
         return {**numbers, "count": float(len(self._images))}
 
     def records(self) -> dict[str, Array]:
-        """The arrays described in this module, and those of the references.
+        """The arrays described at the top of this module, and those of the references.
 
         Raises:
             UserError: No fixation was scored.
@@ -94,7 +94,7 @@ class SaliencyMaps(PerImage[dict[str, float]]):
 
 
 def row_of(numbers: dict[str, float], truth: SaliencyTruth) -> dict[str, float]:
-    """Metrics of one image with the values that identify its ground truth."""
+    """Add to the metrics of one image the values that identify its ground truth."""
     prior = math.nan
     if truth.prior is not None and len(truth.fixations):
         prior = float(log2_at(truth.prior, truth.fixations).mean())
@@ -110,7 +110,7 @@ def row_of(numbers: dict[str, float], truth: SaliencyTruth) -> dict[str, float]:
 
 
 def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
-    """Records, in the order of image ids, from image id -> `row_of`."""
+    """Records, in the order of image ids, from the results of `row_of` by image id."""
     numbers = sorted(rows)
     found: dict[str, Array] = {"image_ids": np.array(numbers, np.int64)}
     for name in (*ROWS, *TRUTH):
@@ -120,14 +120,14 @@ def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
 
 
 def number_of(name: str, records: Records) -> Float:
-    """A metric of each image, (N,), NaN where it is undefined; refuse unknown names."""
+    """A metric of each image, (N,), NaN where undefined; raise a UserError for unknown names."""
     if name not in ROWS:
         raise UserError(f"metric {name!r}: unknown; there are {', '.join(ROWS)}")
     return np.asarray(records[name], np.float64)
 
 
 def value(records: Records, name: str) -> float | None:
-    """A metric's mean over the images where it is defined; None if there are none."""
+    """Mean of a metric over the images where it is defined; None if there are none."""
     numbers = number_of(name, records)
     there = ~np.isnan(numbers)
     return float(numbers[there].mean()) if there.any() else None
@@ -140,15 +140,16 @@ def interval(records: Records, name: str) -> Interval | None:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """Difference of a metric from the twin's, over images where both are defined."""
+    """Mean difference of a metric from that of `twin`, over images where both are defined."""
     return _drawn(number_of(name, records) - number_of(name, twin))
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; messages begin with `where`.
+    """Check records; error messages begin with `where`.
 
     Raises:
-        UserError: A missing array, wrong shapes, an infinite number, or no fixations.
+        UserError: An array is missing or has a wrong shape, a value is infinite, or there are no
+            fixations.
     """
     check_arrays(records, REQUIRED, where)
     images = len(records["image_ids"])
@@ -162,26 +163,26 @@ def check(records: Records, where: str) -> None:
             first = records["image_ids"][int(np.flatnonzero(wrong)[0])]
             raise UserError(f"{where}: {name} of image {first} is infinite")
     if not records["fixation_counts"].sum():
-        raise UserError(f"{where}: no fixation was scored; the images have none")
+        raise UserError(f"{where}: no fixation was scored, because the images have none")
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that fixations, smoothing, prior and shuffled fixations of two records are the same."""
+    """Raise a UserError if fixations, smoothing, prior or shuffled fixations of two runs differ."""
     differences = {
-        "fixation_counts": ("fixations", "other data"),
-        "other_counts": ("fixations of other images (sAUC)", "another split"),
-        "truth_entropy": ("densities of fixations", "another smoothing"),
-        "prior_bits": ("priors (IG)", "fitted to other images"),
+        "fixation_counts": ("fixations", "they were evaluated on different data"),
+        "other_counts": ("fixations of other images (sAUC)", "the val splits differ"),
+        "truth_entropy": ("densities of fixations", "they were smoothed differently"),
+        "prior_bits": ("priors (IG)", "they were fitted to different images"),
     }
     for name, (what, why) in differences.items():
         own, others = (np.asarray(one[name], np.float64) for one in (records, other))
         differing = ~np.isclose(own, others, rtol=0, atol=_TOLERANCE, equal_nan=True)
         if wrong := int(differing.sum()):
-            raise UserError(f"{pair} have different {what} for {wrong} images: {why}")
+            raise UserError(f"{pair} have different {what} for {wrong} images; {why}")
 
 
 def _drawn(numbers: Float) -> Interval:
-    """Mean of the defined numbers (N,), with bounds from resamples of all N images."""
+    """Mean of the values (N,) that are not NaN, with bounds from bootstrap resamples of all N."""
     there = ~np.isnan(numbers)
     known = np.where(there, numbers, 0.0)
 

@@ -1,4 +1,4 @@
-"""Saliency as a problem: its data, students and results."""
+"""The problem of saliency prediction: opens datasets, builds students, and scores results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
     def build_student(
         self, model: Model, data: SaliencyDataset, *, outputs: Collection[str] = (), **_: Any
     ) -> nn.Module:
-        """Build a saliency student, with a second map if terms read it."""
+        """Build a saliency student, with a second output map if a term reads it."""
         options = {**model.options, "branches": "b" if SECOND_MAP in outputs else "a"}
         return self.named_student(model.name, options)
 

@@ -1,4 +1,4 @@
-"""The task of saliency: the density of fixations over the pixels of an image."""
+"""The saliency task: predict the density of fixations over the pixels of an image."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kd.problems.saliency.metric import SaliencyMaps
 from kd.problems.segmentation.task import on_grid
 from kd.transforms.hide import normalise
 
-SALIENCY = "saliency"  # output: a map of logits
-SECOND_MAP = "teacher_saliency"  # output: a student's second map, which learns the teacher's
+SALIENCY = "saliency"  # name of the output map of logits
+SECOND_MAP = "teacher_saliency"  # a student's second output map, which imitates the teacher's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency(Task):
-    """KL divergence from the predicted to the true density of fixations, ignoring padding.
+    """Predict the density of fixations, trained by its KL divergence from the true density.
 
     Args:
-        published: Divide sigmoids by their sum, as in the published method, instead of a softmax
-            over pixels.
+        published: Compute the density as sigmoids divided by their sum, as in the published method,
+            instead of as a softmax over pixels.
     """
 
     outputs: ClassVar[Collection[str]] = (SALIENCY, SECOND_MAP)
@@ -37,13 +37,13 @@ class Saliency(Task):
     published: bool = False
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images, (N, 3, H, W); padding is 0, the mean colour."""
+        """Normalised images (N, 3, H, W) with 0, the mean colour, in the padding."""
         images = normalise(batch["images"])
         frame = (images.shape[2], images.shape[3])
         return (images * within(batch, frame)[:, None],)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`kld`, the mean over images."""
+        """`kld`: KL divergence of the densities inside the images, a mean over images."""
         density = batch["density"]
         grid = (density.shape[2], density.shape[3])
         logits = on_grid(output[SALIENCY], grid).float()
@@ -57,13 +57,13 @@ class Saliency(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Images and their pixels, without padding."""
+        """Count images and their pixels, without padding."""
         images = full_count(batch, "images")
         pixels = batch["sizes"].prod(1).sum().float()
         return {"images": images, "valid_images": images, "pixels": pixels}
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """Pixels for `valid`, otherwise images."""
+        """The unit `pixels` for the mask `valid`, otherwise `images`."""
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
@@ -72,20 +72,22 @@ class Saliency(Task):
         Expects evaluation samples: no padding, and files of one size in each batch.
         """
         height, width = batch["own_sizes"][0].tolist()
-        # Probabilities of large maps are too small for half precision.
+        # Converted, because probabilities of large maps are too small for half precision.
         logits = on_grid(output[SALIENCY].float(), (height, width))
         return density_of(logits, published=self.published)
 
     def metric(self, classes: Classes) -> Evaluator:
-        """The metrics of `kd.metrics.saliency`."""
+        """Build the metric, which computes all metrics of `kd.metrics.saliency`."""
         if classes.truth is None:
-            raise UserError(f"{classes.where}: has no fixations to evaluate predictions on")
+            raise UserError(
+                f"{classes.where}: the dataset has no fixations to evaluate predictions on"
+            )
         data: SaliencyDataset = classes.truth()
         return SaliencyMaps(data.truth, where=classes.where, references=lambda: data.references)
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
-    """Cells of a grid over the padded frame that are inside the image, (N, h, w) bool."""
+    """Whether each cell of a grid over the padded frame is inside the image, (N, h, w) bool."""
     frame, sizes = batch["images"].shape[2:], batch["sizes"]
     inside = []
     for axis in (0, 1):

@@ -1,4 +1,4 @@
-"""Datasets of label maps: both splits, and samples of crops and of whole images."""
+"""Datasets of label maps: the splits, and samples of crops and of whole images."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class SegmentationSamples(ImageSamples):
 
     Args:
         split: Images and label maps.
-        size: Long side of the images in pixels, before crops are scaled; None: each file's own.
+        size: Long side of the images in pixels, before crops are scaled; None: each file's size.
         crop: Height and width of training samples, multiples of 8.
-        augment: Options of `Crops`; None: crops at one scale, otherwise unchanged.
+        augment: Options of `kd.transforms.crops.Crops`; None: random crops at a single scale.
         options: `train`, `seed`, `only` and `cached` of `ImageSamples`.
 
     Raises:
-        UserError: An option is out of range, or, for evaluation, a file cannot be read.
+        UserError: An option is out of range, or a file of an evaluation split cannot be read.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class SegmentationSamples(ImageSamples):
         super().__init__(split.images, frame=crop, setting="data.crop", **options)
 
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """A random crop at a random scale."""
+        """Draw a random crop at a random scale for a training sample."""
         factor = 1.0 if self.size is None else self.size / max(own)
         return self.crops.draw(random, own, self.frame, factor=factor)
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a whole image as the model's input: multiples of 16."""
+        """Height and width of the model's input for a file of size `own`, multiples of 16."""
         return in_multiples(*(own if self.size is None else scaled_size(*own, self.size)), WHOLE)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """The label map."""
+        """The label map, cropped in training and at the file's size in evaluation."""
         labels = self.split.label_map(image, own)
         return {"label_maps": labels if cut is None else cut.label_map(labels, self.frame)}
 
@@ -71,17 +71,17 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names."""
+        """Names of the C classes."""
         return self.train.class_names
 
     def class_info(self) -> Classes:
-        """Class names."""
+        """The class names; batches contain the whole ground truth."""
         return Classes(self.class_names, where=self.section.name)
 
     def class_fractions(self) -> dict[str, NDArray[np.float64]]:
-        """`pixel_fractions` (C,): the classes' fractions of the train pixels with a class.
+        """`pixel_fractions` (C,): each class's fraction of the train pixels that are not void.
 
-        Large splits are sampled, see `counted`.
+        In large splits only the images at the positions `counted` are read.
         """
         counts = np.zeros(VOID + 1, np.int64)
         some = np.array(self.counted)
@@ -90,11 +90,11 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
             counts += np.bincount(self.train.label_map(number, size).flatten(), minlength=VOID + 1)
         pixels = counts[: self.num_classes].astype(np.float64)
         if not pixels.any():
-            raise UserError(f"{self.train.where}: no pixel has a class: all are void")
+            raise UserError(f"{self.train.where}: no pixel has a class, because all are void")
         return {"pixel_fractions": pixels / pixels.sum()}
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SegmentationSamples:
-        """Random crops of the train split, with cached teacher outputs."""
+        """Random crops of the train split, with these cached teacher outputs."""
         section = self.section
         return SegmentationSamples(
             self.train, size=section.size, crop=section.crop, augment=section.augment, seed=seed,
@@ -107,7 +107,8 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
     ) -> SegmentationSamples:  # fmt: skip
         """Whole images of a split, all or those at the positions `only`.
 
-        `size` is the long side in pixels, also as height and width; None: that of each file.
+        `size` is the long side in pixels, or a height and width whose maximum is used as long side;
+        None: the size of each file.
         """
         return SegmentationSamples(
             self.split(split), size=max(size) if isinstance(size, tuple) else size,
@@ -116,10 +117,10 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
 
 
 def open_maps(section: SegmentationSection) -> SegmentationDataset:
-    """Open a dataset of label maps; every file of a small split is read and checked.
+    """Open a dataset of label maps; read and check every file of a small split.
 
     Raises:
-        UserError: As `open_label_maps` and `open_annotated`; an image or a label map is corrupt,
+        UserError: `open_label_maps` or `open_annotated` failed; an image or a label map is corrupt;
             or their sizes differ.
     """
     opened = SegmentationDataset(section, *_splits(section))
@@ -136,5 +137,5 @@ def _splits(section: SegmentationSection) -> tuple[LabelMapSplit, LabelMapSplit]
         return open_layout(section, section.layout, open_label_maps)
     train, val = open_annotated(section)
     if train.num_classes >= 255:
-        raise UserError(f"{section.name}: more than 254 classes do not fit label maps")
+        raise UserError(f"{section.name}: label maps cannot have more than 254 classes")
     return coco_label_maps(train), coco_label_maps(val)

@@ -28,25 +28,25 @@ from kd.utils.images import VOID
 
 @dataclass(frozen=True)
 class SegmentationEvaluation(Evaluation):
-    """Tables and figures of label maps."""
+    """Tables and figures of predicted label maps."""
 
     @cached_property
     def classes(self) -> dict[str, list[metric.ClassRow]]:
-        """Rows of each class, by run."""
+        """For each run, the metrics of every class that is true or predicted."""
         return {name: metric.per_class(records) for name, records in self.runs.items()}
 
     @property
     def classes_with_pixels(self) -> list[metric.ClassRow]:
-        """Rows of the first run for the classes that occur in the ground truth."""
+        """The first run's metrics of the classes that occur in the ground truth."""
         return [row for row in next(iter(self.classes.values())) if row.fraction > 0]
 
     @property
     def ious(self) -> dict[str, dict[int, float]]:
-        """IoU by run and class."""
+        """IoU by run and class number."""
         return {name: {row.label: row.iou for row in rows} for name, rows in self.classes.items()}
 
     def class_table(self) -> Table:
-        """Pixels, IoU, accuracy and confusions by class for one run, IoU for several."""
+        """Table by class: pixels, IoU, accuracy and confusions of a single run, or several IoUs."""
         names, lines = self.names, []
         if len(self.runs) > 1:
             for row in self.classes_with_pixels:
@@ -64,13 +64,13 @@ class SegmentationEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """IoU by class, and the confusion matrix of a single run."""
+        """Figures of IoU by class, and of the confusion matrix if there is a single run."""
         yield "class_iou", self.iou_figure()
         if len(self.runs) == 1:
             yield "confusions", self.confusion_figure()
 
     def iou_figure(self) -> Figure:
-        """IoU of each class above its fraction of the pixels, the most frequent classes first."""
+        """Draw the IoU of each class, most frequent first, above its fraction of the pixels."""
         drawn = self.classes_with_pixels[:NAMED_CLASSES]
         heights = {
             name: [100 * own.get(row.label, 0.0) for row in drawn]
@@ -86,7 +86,7 @@ class SegmentationEvaluation(Evaluation):
         return figure
 
     def confusion_figure(self) -> Figure:
-        """Confusion matrix of the first run's most frequent classes, in percent of each row."""
+        """Draw the first run's confusion matrix of the most frequent classes, in percent."""
         matrix = self.first["confusion"].sum(axis=0)
         percent = 100 * matrix.sum(axis=1) / matrix.sum()
         rows = [f"{name} ({part:.2g} %)" for name, part in zip(self.names, percent, strict=True)]
@@ -95,7 +95,7 @@ class SegmentationEvaluation(Evaluation):
         return figure
 
     def details(self, name: str) -> dict[str, Any]:
-        """Metrics of each class."""
+        """Metrics of each class, for `metrics.json`."""
         names = self.names
         rows = [
             {"name": names[row.label], "pixels": row.fraction, "IoU": row.iou,
@@ -108,7 +108,7 @@ class SegmentationEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class SegmentationResults(ImageResults):
-    """Results from the confusion matrix of each image."""
+    """Results of segmentation, computed from the confusion matrix of each image."""
 
     evaluation_type: ClassVar[type[Evaluation]] = SegmentationEvaluation
     things: ClassVar[str] = "images"
@@ -127,13 +127,13 @@ class SegmentationResults(ImageResults):
     def overlay(
         self, data: SegmentationDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Label maps over an image; titles give the pixel accuracy."""
+        """Draw label maps over an image; the titles contain the pixel accuracy."""
         truth = data.val.label_map(place, (image.shape[1], image.shape[2]))
         own = {f"{name}{_accuracy(one, truth)}": one for name, one in predicted.items()}
         return overlay_figure(image, {"truth": truth, **own}, data.class_names)
 
     def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """Average the model's scores over scales and mirrored images."""
+        """Wrap a model to average its scores over scales and mirrored images."""
         return MultiScale(model, scales, mirror=mirror)
 
     def usual_size(self, data: SegmentationDataset) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Metrics of label maps from a confusion matrix per image, the records of `predictions.npz`.
 
-`image_ids` (N,); `confusion` (N, C, C), pixels by true class (rows) and predicted class (columns);
-`names` (C,), if they are known.
+The records are `image_ids` (N,); `confusion` (N, C, C), the number of pixels by true class (rows)
+and predicted class (columns); and `names` (C,), if the class names are known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kd.problems.images import PerImage
 from kd.utils.images import VOID
 
 ROWS = ("mIoU", "mean_accuracy", "pixel_accuracy")
-IOU = "iou"  # followed by a slash and a class, its name or number
+IOU = "iou"  # prefix of a metric of a single class: `iou/<name or number of the class>`
 
 Float = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -45,17 +45,17 @@ class MeanIoU(PerImage[Counts]):
 
     Args:
         num_classes: C.
-        where: Prefix of error messages: a run, a dataset.
+        where: Prefix of error messages, such as the name of a run or dataset.
     """
 
-    compressed = True  # most pairs of classes do not occur in an image: most entries are 0
+    compressed = True  # because most entries of an image's confusion matrix are 0
 
     def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
         super().__init__(where=where)
         self.num_classes = num_classes
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch: class ids (N, H, W) beside its `label_maps` and `image_ids`."""
+        """Add a batch: predicted class ids (N, H, W), scored against the batch's `label_maps`."""
         for own, truth, number in zip(
             decoded, batch["label_maps"], batch["image_ids"].tolist(), strict=True
         ):
@@ -64,8 +64,8 @@ class MeanIoU(PerImage[Counts]):
     def compute(self) -> dict[str, float]:
         """Metrics in 0..1 by name, and the `count` of images.
 
-        `mIoU`, the mean over the classes that are true or predicted anywhere; `pixel_accuracy`;
-        `mean_accuracy`, over the true classes.
+        `mIoU` is the mean over the classes that are true or predicted anywhere, `mean_accuracy` the
+        mean over the true classes; `pixel_accuracy` is the fraction of correct pixels.
         """
         total = sum(self._images.values(), np.zeros((self.num_classes, self.num_classes), np.int64))
         whole = {"image_ids": np.zeros(1, np.int64), "confusion": total[None]}
@@ -90,19 +90,19 @@ class MeanIoU(PerImage[Counts]):
 
 
 class Pixels(NamedTuple):
-    """Pixels of each class in each of R sets of images, (R, C) each."""
+    """Numbers of correct, true and predicted pixels by class, in R sets of images, (R, C) each."""
 
     right: Float
     true: Float
     predicted: Float
 
     def drawn(self, counts: Float) -> Pixels:
-        """Sums over R resamples, in which the image of row n occurs `counts[:, n]` times."""
+        """Sum over images for R resamples, in which image n occurs `counts[:, n]` times."""
         return Pixels(*(counts @ part for part in self))
 
 
 def pixels(records: Records) -> Pixels:
-    """Pixels of each image, (N, C)."""
+    """Numbers of correct, true and predicted pixels of each image, (N, C) each."""
     confusion = records["confusion"]
     parts = (np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1))
     return Pixels(*(part.astype(np.float64) for part in parts))
@@ -112,9 +112,9 @@ def number_of(name: str, found: Pixels, records: Records) -> Float:
     """A metric of each set of images, (R,); NaN where it is undefined.
 
     Args:
-        name: One of `ROWS`, or `iou/` and a class.
-        found: Pixels of R sets.
-        records: Records with the class names.
+        name: One of `ROWS`, or `iou/<class>`.
+        found: Numbers of pixels in R sets of images.
+        records: Records from which class names are read.
 
     Raises:
         UserError: There is no such metric or class.
@@ -133,7 +133,7 @@ def number_of(name: str, found: Pixels, records: Records) -> Float:
 
 
 class ClassRow(NamedTuple):
-    """Metrics of a class that is true or predicted anywhere."""
+    """Metrics of a class that is the true or predicted class of any pixel."""
 
     label: int
     fraction: float  # of the scored pixels
@@ -143,11 +143,11 @@ class ClassRow(NamedTuple):
 
 
 def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
-    """Metrics of each class that is true or predicted, the most frequent first.
+    """Metrics of each class that is true or predicted, the most frequent class first.
 
     Args:
-        records: See the module.
-        instead: Largest number of wrong predictions in a row.
+        records: The arrays described at the top of this module.
+        instead: Largest number of wrongly predicted classes that a row lists.
     """
     confusion = records["confusion"].sum(axis=0)
     true, predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
@@ -165,7 +165,7 @@ def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
 
 
 def value(records: Records, name: str) -> float | None:
-    """A metric of all images; None for a class that is neither true nor predicted anywhere."""
+    """A metric over all images; None for a class that is neither true nor predicted anywhere."""
     found = pixels(records).drawn(np.ones((1, len(records["image_ids"]))))
     number = float(number_of(name, found, records)[0])
     return None if np.isnan(number) else number
@@ -178,7 +178,7 @@ def interval(records: Records, name: str) -> Interval:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """Difference of a metric from the twin's, with a paired bootstrap interval over images."""
+    """A metric minus that of `twin`, with a paired bootstrap interval over images."""
     own, other = pixels(records), pixels(twin)
 
     def gap(counts: Float) -> Float:
@@ -189,10 +189,11 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; messages begin with `where`.
+    """Check records; error messages begin with `where`.
 
     Raises:
-        UserError: A missing array, wrong shapes, negative numbers, or no pixel was scored.
+        UserError: An array is missing or has a wrong shape, a count is negative, or no pixel was
+            scored.
     """
     check_arrays(records, ("image_ids", "confusion"), where)
     confusion, ids = records["confusion"], records["image_ids"]
@@ -205,17 +206,20 @@ def check(records: Records, where: str) -> None:
             f"{where}: {len(records['names'])} class names for {confusion.shape[1]} classes"
         )
     if confusion.size and int(confusion.min()) < 0:
-        raise UserError(f"{where}: confusion has negative numbers")
+        raise UserError(f"{where}: confusion has negative counts")
     if not confusion.sum():
         raise UserError(f"{where}: no pixel was scored; are all label maps void?")
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that two runs have the same classes, with the same pixels in every image."""
+    """Raise a UserError if the classes or label maps of two runs differ."""
     own, others = (pixels(one).true for one in (records, other))
     check_same_classes(own.shape[1], others.shape[1], pair)
     if wrong := int((own != others).any(axis=1).sum()):
-        raise UserError(f"{pair} have different label maps for {wrong} images: other data")
+        raise UserError(
+            f"{pair} have different label maps for {wrong} images; they were evaluated on "
+            "different data"
+        )
 
 
 def _ratio(part: Array, whole: Array) -> Float:
@@ -226,6 +230,6 @@ def _ratio(part: Array, whole: Array) -> Float:
 
 
 def _mean(values: Float) -> Float:
-    """Mean over the classes where the metric is defined, (R,)."""
+    """Mean over the classes whose values are not NaN, (R,)."""
     there = ~np.isnan(values)
     return _ratio(np.where(there, values, 0.0).sum(axis=1), there.sum(axis=1))

@@ -1,4 +1,4 @@
-"""Semantic segmentation as a problem: its data, students and results."""
+"""The problem of semantic segmentation: opens datasets and scores results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
         self, section: TaskSection, data: SegmentationDataset,
         images: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-        """`pixel_fractions`, if the task weights classes."""
+        """The option `pixel_fractions` of the task, if its option `class_weights` is set."""
         return data.class_fractions() if section.options.get("class_weights") else {}
 
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation: data section and task, without importing torch."""
+"""Spec of the segmentation problem: its data section and task; without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kd.registry import Entry
 
 
 class SegmentationSection(LayoutSection):
-    """Images with the class of each pixel, in the published layout."""
+    """Images with a label map each, in a published layout or drawn from COCO-format segments."""
 
     layouts_of = "segmentation"
 
@@ -21,14 +21,17 @@ class SegmentationSection(LayoutSection):
         "drawn from the annotations, smaller objects on top",
         examples=["camvid", "cityscapes", "ade20k", "voc2012", "coco"],
     )
-    train: AnySplit = Field("train", description="name of the split; for coco: its two paths")
+    train: AnySplit = Field(
+        "train", description="name of the split; for coco: paths of annotations and images"
+    )
     val: AnySplit = "val"
     size: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="pixels of the long side; null: as the files are"
+        None, description="long side of the images in pixels; null: the size of each file"
     )
     crop: tuple[Count, Count] = Field(description="height and width of training crops, pixels")
     augment: dict[str, Any] | None = Field(
-        default_factory=dict, description="options of kd.transforms.crops.Crops; null = crops alone"
+        default_factory=dict,
+        description="options of kd.transforms.crops.Crops; null: random crops only",
     )
 
 

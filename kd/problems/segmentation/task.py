@@ -1,4 +1,4 @@
-"""The task of semantic segmentation."""
+"""The semantic segmentation task."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Segmentation(Task):
 
     Args:
         num_classes: C.
-        label_smoothing: Fraction of the target spread over all classes.
-        class_weights: Power of the class weights, `median_frequency` of `pixel_fractions`, scaled
-            so that a pixel weighs 1 on average; 0: none.
+        label_smoothing: Fraction of the target that is spread over all classes.
+        class_weights: Power of the class weights, which are `median_frequency` of
+            `pixel_fractions`, scaled to a mean of 1 over pixels; 0: no weights.
         pixel_fractions: The classes' fractions of the train pixels, (C,); needed for class weights.
     """
 
@@ -64,7 +64,7 @@ class Segmentation(Task):
         return (normalise(batch["images"]),)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the logits, and `auxiliary`, that of an auxiliary output."""
+        """`cross_entropy` of the logits, and `auxiliary`, the same loss of an auxiliary output."""
         check_whole_places(output["logits"], batch["label_maps"])
         names = {"cross_entropy": "logits", "auxiliary": "auxiliary"}
         return {
@@ -74,7 +74,7 @@ class Segmentation(Task):
         }
 
     def _cross_entropy(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Mean over the pixels with a class; 0 with a zero gradient if there are none."""
+        """Cross-entropy, a mean over the pixels with a class; 0 if there are none."""
         total = F.cross_entropy(
             on_grid(logits, (truth.shape[1], truth.shape[2])).float(),
             truth.long(),
@@ -92,9 +92,9 @@ class Segmentation(Task):
         return _class_weights(self.pixel_fractions, self.class_weights, like.device)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Masks for distillation, (N, h, w): `valid`, bool, the pixels with a class.
+        """Masks for distillation, (N, h, w): `valid`, bool, is true for pixels with a class.
 
-        With class weights also `class_weights`, float, the weight of each pixel's class.
+        With class weights there is also `class_weights`, float, the weight of each pixel's class.
         """
 
         def labels(grid: tuple[int, int]) -> Tensor:
@@ -114,7 +114,7 @@ class Segmentation(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Images, images with a labelled pixel (`valid_images`), and labelled pixels."""
+        """Count images, images with a labelled pixel (`valid_images`), and labelled pixels."""
         labelled = batch["label_maps"] != VOID
         return {
             "images": full_count(batch, "images"),
@@ -123,24 +123,24 @@ class Segmentation(Task):
         }
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """Pixels for `valid`, otherwise images, since all crops have one size."""
+        """The unit `pixels` for `valid`, otherwise `images`, because all crops have one size."""
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """The most likely class of each pixel, int64 of the label maps' shape."""
         truth = batch["label_maps"]
-        # Interpolated in bfloat16, many pixels would be ties.
+        # Converted to float32, because many pixels would be ties in bfloat16.
         logits = output["logits"].float()
         return on_grid(logits, (truth.shape[1], truth.shape[2])).argmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Mean IoU and pixel accuracies."""
+        """Build the metric: mean IoU and pixel accuracies."""
         return MeanIoU(len(classes.names), where=classes.where)
 
 
 @functools.cache
 def _class_weights(fractions: tuple[float, ...], power: float, device: torch.device) -> Tensor:
-    """Weights with a mean of 1 over pixels, so that means of micro-batches can be combined."""
+    """Class weights with a mean of 1 over pixels, so that micro-batch means can be combined."""
     weights = torch.tensor(median_frequency(fractions, power=power))
     return (weights / (weights * torch.tensor(fractions)).sum()).to(device)
 
@@ -153,7 +153,7 @@ def on_grid(logits: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def check_whole_places(logits: Tensor, truth: Tensor) -> None:
-    """Refuse crops whose sides are no multiples of the network's stride.
+    """Raise a UserError if the sides of crops are not multiples of the network's stride.
 
     The last cell of the network's grid would cover pixels beyond the crop; upsampling the map to
     the crop's size would then shift everything up and to the left.

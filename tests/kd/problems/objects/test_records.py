@@ -31,9 +31,9 @@ def test_other_predictions_are_put_in_order_of_the_objects() -> None:
 @pytest.mark.parametrize(
     ("ids", "classes", "said"),
     [
-        ([5, 9], 2, "posterior: no prediction for object 7; another dataset?"),
-        ([5, 7], 2, "posterior: no prediction for object 9; another dataset?"),
-        ([], 2, "posterior: no prediction for object 5; another dataset?"),
+        ([5, 9], 2, "posterior: no prediction for object 7; was it made on another dataset?"),
+        ([5, 7], 2, "posterior: no prediction for object 9; was it made on another dataset?"),
+        ([], 2, "posterior: no prediction for object 5; was it made on another dataset?"),
         ([5, 7, 9], 3, r"posterior: \(3, 3\) for 3 objects of 2 classes"),
     ],
 )

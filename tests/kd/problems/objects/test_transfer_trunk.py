@@ -103,7 +103,7 @@ def test_mistakes_name_the_place_and_the_remedy(small_teacher: Path, tmp_path: P
         ({"like": wide, "weights": run}, "has another trunk than the student: features.0.0.weight "
          "is (4, 4, 3, 3), expected (8, 4, 3, 3)"),
         ({"like": deep, "weights": run}, "has another trunk than the student: stem.0.weight"),
-        ({"like": run, "weights": "imagenet"}, "teacher 'cnn' does not take torchvision's weights"),
+        ({"like": run, "weights": "imagenet"}, "does not accept torchvision's weights"),
         ({"like": run, "weights": "w.pth"}, "w.pth: no such run folder or file of weights"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)):

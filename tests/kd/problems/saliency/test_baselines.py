@@ -165,12 +165,12 @@ def wrong_subjects() -> object:
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (wrong_subjects, r"subjects are \(39,\) for 40 fixations"),
+        (wrong_subjects, r"subjects has shape \(39,\) for 40 fixations"),
         (lambda: fixation_density(torch.tensor([[40.0, 3.0]]), SIZE, 2.0),
          "fixation 0 at x 40, y 3 lies outside of the image of 40 x 30"),
         (lambda: fixation_density(NOBODY, SIZE, 0.0), "sigma is 0.0"),
-        (lambda: CentrePrior(NOBODY), "no fixation on any training image"),
-        (lambda: CentrePrior(torch.tensor([[0.2, 1.0]])), "from 0 to below 1"),
+        (lambda: CentrePrior(NOBODY), "but no training image has any"),
+        (lambda: CentrePrior(torch.tensor([[0.2, 1.0]])), "must be in"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(ask: Callable[[], object], message: str) -> None:

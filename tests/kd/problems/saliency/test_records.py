@@ -177,9 +177,13 @@ def changed(name: str, number: Any) -> Records:
             8,
             "two have different fixations for 1 images; they were evaluated on different data",
         ),
-        ("other_counts", 3, "fixations of other images \\(sAUC\\) for 1 images: another split"),
-        ("truth_entropy", 3.0, "densities of fixations for 1 images: another smoothing"),
-        ("prior_bits", math.nan, "priors \\(IG\\) for 1 images: fitted to other images"),
+        (
+            "other_counts",
+            3,
+            "fixations of other images \\(sAUC\\) for 1 images; the val splits differ",
+        ),
+        ("truth_entropy", 3.0, "densities of fixations for 1 images; they were smoothed"),
+        ("prior_bits", math.nan, "priors \\(IG\\) for 1 images; they were fitted"),
     ],
 )
 def test_other_truths_are_not_compared(name: str, number: float, message: str) -> None:

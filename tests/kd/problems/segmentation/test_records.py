@@ -116,7 +116,7 @@ def test_damage_is_named() -> None:
         r"expected \(N, C, C\)": {**run, "confusion": run["confusion"][:, :2]},
         "no pixel was scored": {**run, "confusion": np.zeros_like(run["confusion"])},
         "2 class names for 3": {**run, "names": np.array(["a", "b"])},
-        "negative numbers": {**run, "confusion": -run["confusion"]},
+        "negative counts": {**run, "confusion": -run["confusion"]},
     }
     for message, records in wrong.items():
         with pytest.raises(UserError, match=message):
